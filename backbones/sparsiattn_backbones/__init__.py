@@ -1,0 +1,11 @@
+"""Adapters for families of models; the first that fits a model is taken, `generic` last."""
+
+from __future__ import annotations
+
+from sparsiattn import Backbone, hookimpl
+from sparsiattn_backbones.families import Generic, Hiera, Sam, Swin, TimmViT
+
+
+@hookimpl
+def sparsiattn_backbones() -> list[Backbone]:
+    return [Hiera(), Sam(), Swin(), TimmViT(), Generic()]

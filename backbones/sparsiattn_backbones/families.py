@@ -1,0 +1,104 @@
+"""timm's plain, Swin, SAM and Hiera Vision Transformers, and whatever else calls SDPA."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from sparsiattn import Backbone
+from sparsiattn.geometry import Grid
+from sparsiattn.probe import Call
+
+BIAS_TABLES = (
+    "relative_position_bias_table",
+    "relative_position_index",
+    "rel_pos",
+    "rel_pos_h",
+    "rel_pos_bias",
+)
+
+
+def _lacks(model: nn.Module, *attributes: str) -> list[str]:
+    return [f"has no {name}" for name in attributes if getattr(model, name, None) is None]
+
+
+class TimmViT(Backbone):
+    """Plain ViTs of timm: ViT, DeiT, EVA, BEiT, DINOv2, DINOv3, rel-pos and hybrid ones."""
+
+    name = "timm_vit"
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        return _lacks(model, "blocks", "patch_embed", "num_prefix_tokens")
+
+    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+        # relative position tables only favour keys; nothing else in these models masks by float
+        if call.mask is not None and any(call.nearest(name) is not None for name in BIAS_TABLES):
+            return "bias"
+        return super().bias(call)
+
+
+class Swin(Backbone):
+    """Swin: attention in windows of a fixed grid, every second block shifted under a mask."""
+
+    name = "timm_swin"
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        if any(hasattr(m, "relative_position_bias_table") for m in model.modules()):
+            return _lacks(model, "layers", "patch_embed")
+        return ["no module has a relative_position_bias_table"]
+
+    def prefix_tokens(self, call: Call) -> int:
+        return 0
+
+    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+        rows, columns = call.module.window_size
+        return (rows, columns) if rows * columns == n else super().grid(call, n, aspect)
+
+    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+        shifted = call.mask is not None and call.mask[0] != 1
+        return "mask" if shifted else super().bias(call) if call.mask is None else "bias"
+
+
+class Sam(Backbone):
+    """SAM's image encoder: windows and global blocks, decomposed relative positions."""
+
+    name = "timm_sam"
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        if any(hasattr(module, "rel_pos_h") for module in model.modules()):
+            return _lacks(model, "blocks", "patch_embed", "neck")
+        return ["no module has a rel_pos_h"]
+
+    def prefix_tokens(self, call: Call) -> int:
+        return 0
+
+    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+        return "none" if call.mask is None else "bias"
+
+
+class Hiera(Backbone):
+    """Hiera: mask units of tokens in unrolled order, queries pooled where stages change."""
+
+    name = "timm_hiera"
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        return _lacks(model, "blocks", "unroll", "patch_embed")
+
+    def prefix_tokens(self, call: Call) -> int:
+        return 0
+
+    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+        return 1, n
+
+    def raster(self, call: Call) -> bool:
+        return False
+
+
+class Generic(Backbone):
+    """Any model whose attention calls scaled dot product attention."""
+
+    name = "generic"
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        return []

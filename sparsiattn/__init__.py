@@ -1,0 +1,71 @@
+"""Sparse attention for any Vision Transformer: patch at run time, undo in one call."""
+
+from __future__ import annotations
+
+from importlib import metadata as _metadata
+
+from sparsiattn.backbone import Backbone
+from sparsiattn.errors import (
+    AlreadyPatched,
+    InvalidOption,
+    InvalidType,
+    KernelRefused,
+    MismatchedPatch,
+    ModelChanged,
+    NothingToPatch,
+    PluginError,
+    ProbeFailed,
+    SparsiattnError,
+    UnknownName,
+)
+from sparsiattn.hookspecs import hookimpl
+from sparsiattn.kernel import Kernel
+from sparsiattn.migrate import load_sparsifiner
+from sparsiattn.patching import Patch, patch, patch_of, unpatch
+from sparsiattn.patterns import Pattern
+from sparsiattn.registry import backbones, kernels, plugins, strategies
+from sparsiattn.report import Report
+from sparsiattn.saving import load
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
+from sparsiattn.training import calibrate
+
+try:
+    __version__ = _metadata.version("sparsiattn")
+except _metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AlreadyPatched",
+    "AttentionInputs",
+    "Backbone",
+    "InvalidOption",
+    "InvalidType",
+    "Kernel",
+    "KernelRefused",
+    "LearnedPlanner",
+    "MismatchedPatch",
+    "ModelChanged",
+    "NothingToPatch",
+    "Patch",
+    "Pattern",
+    "Planner",
+    "PluginError",
+    "ProbeFailed",
+    "Report",
+    "Site",
+    "SparsiattnError",
+    "Strategy",
+    "UnknownName",
+    "backbones",
+    "calibrate",
+    "hookimpl",
+    "kernels",
+    "load",
+    "load_sparsifiner",
+    "patch",
+    "patch_of",
+    "plugins",
+    "strategies",
+    "unpatch",
+]

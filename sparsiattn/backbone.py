@@ -1,0 +1,162 @@
+"""The contract of a backbone: what to know about a family of models to reach its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from sparsiattn import geometry
+from sparsiattn.geometry import Grid
+from sparsiattn.layout import Layout
+from sparsiattn.probe import Call
+from sparsiattn.site import Site
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One attribute of one module that patching switches and unpatching switches back."""
+
+    module: nn.Module
+    attribute: str
+    value: Any
+    before: Any
+
+    def apply(self) -> None:
+        setattr(self.module, self.attribute, self.value)
+
+    def revert(self) -> None:
+        setattr(self.module, self.attribute, self.before)
+
+
+class Backbone:
+    """Adapter of a family of models. This base serves any model that calls scaled dot product
+    attention; families override the questions they know a better answer to.
+
+    Answers come from structure (attributes a module has), not from class names or versions.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        """Reasons why this adapter does not fit the model; empty if it does."""
+        raise NotImplementedError
+
+    def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        """The shape of one image, from ``pretrained_cfg`` or ``config``; None if neither says."""
+        size = getattr(model, "pretrained_cfg", None)
+        if isinstance(size, dict) and "input_size" in size:
+            return (1, *_current_size(model, tuple(size["input_size"])))
+        config = getattr(model, "config", None)
+        side = getattr(config, "image_size", None)
+        if side is None:
+            return None
+        sides = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
+        return (1, getattr(config, "num_channels", 3), *sides)
+
+    def edits(self, model: nn.Module) -> list[Edit]:
+        """Switches that make every attention module call scaled dot product attention."""
+        return [
+            Edit(module, "fused_attn", True, module.fused_attn)
+            for module in model.modules()
+            if getattr(module, "fused_attn", None) is False
+        ]
+
+    def image_module(self, model: nn.Module) -> nn.Module:
+        """The module whose first argument is the image."""
+        found = getattr(model, "patch_embed", None)
+        return found if isinstance(found, nn.Module) else model
+
+    def prefix_tokens(self, call: Call) -> int:
+        """CLS, distillation and register tokens at the head of this call's sequence."""
+        count = call.nearest("num_prefix_tokens")
+        return count if isinstance(count, int) else 0
+
+    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+        """Rows and columns of ``n`` patch tokens (of one window)."""
+        return geometry.infer_grid(n, aspect)
+
+    def raster(self, call: Call) -> bool:
+        """Whether patch tokens stand in raster order."""
+        return True
+
+    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+        """Whether the host's mask can forbid keys. When in doubt it can: right, only slower."""
+        if call.mask is None:
+            return "none"
+        return "mask"
+
+    def why_leave(self, call: Call) -> str | None:
+        """Why this call should stay dense although it could be reached; None if it is a site."""
+        if call.q[-2] == 1:
+            return "a single query (pooling head): nothing to save"
+        return None
+
+    def sites(
+        self, calls: Iterable[Call], aspect: float
+    ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
+        """Sites with their layouts, and ``(name, reason)`` of every call left alone."""
+        found, left = [], []
+        for call in calls:
+            layout = Layout.of(call.q, head_count(call.module))
+            reason = self.why_leave(call)
+            if reason is None and layout is None:
+                reason = f"a query of shape {tuple(call.q)} and no head count to read it by"
+            if reason is not None or layout is None:
+                left.append((call.name, str(reason)))
+            else:
+                found.append((self._site(call, layout, aspect), layout))
+        numbered = [
+            (_numbered(site, index, len(found)), layout)
+            for index, (site, layout) in enumerate(found)
+        ]
+        return numbered, left
+
+    def _site(self, call: Call, layout: Layout, aspect: float) -> Site:
+        q, k, v = (layout.fold(torch.empty(s, device="meta")).shape for s in (call.q, call.k, call.v))
+        prefix = self.prefix_tokens(call) if q[0] == 1 else 0
+        return Site(
+            name=call.name,
+            index=0,
+            depth=0,
+            tokens=q[2],
+            keys=k[2],
+            heads=q[1],
+            head_dim=q[3],
+            value_dim=v[3],
+            grid=self.grid(call, q[2] - prefix, aspect),
+            key_grid=self.grid(call, k[2] - prefix, aspect),
+            prefix_tokens=prefix,
+            windows=q[0],
+            raster=self.raster(call),
+            calls=call.count,
+            bias=self.bias(call),
+        )
+
+
+def head_count(module: nn.Module) -> int | None:
+    """Heads of an attention module, by the names in use."""
+    for name in ("num_heads", "heads", "n_heads", "num_attention_heads"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _numbered(site: Site, index: int, depth: int) -> Site:
+    from dataclasses import replace
+
+    return replace(site, index=index, depth=depth)
+
+
+def _current_size(model: nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The configured size, unless the model was built for another image size or channel count."""
+    embed = getattr(model, "patch_embed", None)
+    side = getattr(embed, "img_size", None)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
+    sides = size[1:] if side is None else tuple(side) if isinstance(side, (tuple, list)) else (side,) * 2
+    return (channels or size[0], *sides)

@@ -1,0 +1,65 @@
+"""Everything this library raises on purpose derives from `SparsiattnError`.
+
+Each leaf also inherits the built-in exception a caller would expect, so ``except ValueError`` works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SparsiattnError(Exception):
+    """Root of every error raised by sparsiattn."""
+
+
+class UnknownName(SparsiattnError, LookupError):
+    """A strategy, kernel, backbone, site or option of that name does not exist."""
+
+
+class InvalidOption(SparsiattnError, ValueError):
+    """An option's value is out of range or does not fit the others."""
+
+
+class InvalidType(SparsiattnError, TypeError):
+    """An argument is of the wrong type."""
+
+
+class NothingToPatch(SparsiattnError, LookupError):
+    """The model has no attention that can be reached."""
+
+
+class ProbeFailed(SparsiattnError, RuntimeError):
+    """The dry run that looks for attention calls could not be made."""
+
+
+class AlreadyPatched(SparsiattnError, RuntimeError):
+    """The model carries a live patch."""
+
+
+class ModelChanged(SparsiattnError, RuntimeError):
+    """A patched site was replaced or deleted after patching."""
+
+
+class KernelRefused(SparsiattnError, RuntimeError):
+    """The kernel asked for by name cannot compute this pattern here."""
+
+
+class MismatchedPatch(SparsiattnError, ValueError):
+    """A saved patch does not belong to this model or to this version."""
+
+
+class PluginError(SparsiattnError, RuntimeError):
+    """A plug-in returned something that cannot be registered."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:
+    """An `UnknownName` with close matches and the whole list.
+
+    >>> print(unknown("strategy", "topk2", ["topk", "random"]))
+    unknown strategy 'topk2'. Did you mean 'topk'? Known: random, topk
+    """
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}")

@@ -1,0 +1,176 @@
+"""Index tables over a 2-D token grid: cells, tiles, pooling, interpolation.
+
+Tokens are in raster order, prefix tokens first. Tables depend on a few integers only, so they are
+built once per device and kept; while a compiler traces, they are rebuilt from plain tensor
+operations instead, because a cache would be a side effect of the traced program.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+Tile = int | tuple[int, int]
+T = TypeVar("T")
+
+_TABLES: dict[Any, Any] = {}
+_MOST_TABLES = 512
+_LOCK = threading.Lock()
+
+
+def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
+    """``build(*key, device=device)``, kept for the next call with the same arguments."""
+    if torch.compiler.is_compiling():
+        return build(*key, device=device)
+    full = (build, key, device)
+    found = _TABLES.get(full)
+    if found is None:
+        # an inference tensor kept from a warm-up would break a later training step
+        with torch.inference_mode(False):
+            found = build(*key, device=device)
+        if _is_real(found):
+            _keep(full, found)
+    return found  # type: ignore[no-any-return]
+
+
+def _keep(key: Any, found: object) -> None:
+    with _LOCK:
+        while len(_TABLES) >= _MOST_TABLES:
+            _TABLES.pop(next(iter(_TABLES)))
+        _TABLES[key] = found
+
+
+def _is_real(found: object) -> bool:
+    """Whether no fake tensor (of a tracing mode) is in there: those must not outlive their mode."""
+    parts = vars(found).values() if isinstance(found, Tiles) else (found,)
+    return all(type(part) is Tensor for part in parts if isinstance(part, Tensor))
+
+
+def infer_grid(n: int, aspect: float = 1.0) -> Grid:
+    """Rows and columns with ``rows * columns == n`` whose ratio is nearest to ``aspect``.
+
+    ``aspect`` is height / width of the image. A prime ``n`` gives one row.
+
+    >>> infer_grid(196), infer_grid(98, aspect=0.5), infer_grid(13)
+    ((14, 14), (7, 14), (1, 13))
+    """
+    low = [r for r in range(1, math.isqrt(n) + 1) if n % r == 0]
+    rows = min({*low, *(n // r for r in low)}, key=lambda r: (abs(math.log(r * r / n / aspect)), r))
+    return rows, n // rows
+
+
+def positions(grid: Grid, *, device: torch.device) -> Tensor:
+    """Centre of every token in unit coordinates (row, column), ``[n, 2]``, both in (0, 1)."""
+    rows, columns = (torch.arange(size, device=device) for size in grid)
+    y = ((rows + 0.5) / grid[0]).repeat_interleave(grid[1])
+    x = ((columns + 0.5) / grid[1]).repeat(grid[0])
+    return torch.stack([y, x], dim=-1)
+
+
+def cell_ids(grid: Grid, cells: Grid, *, device: torch.device) -> Tensor:
+    """Cell of every token, ``[n]``, when the grid is cut into ``cells`` near-equal rectangles.
+
+    >>> cell_ids((2, 4), (1, 2), device=torch.device("cpu")).tolist()
+    [0, 0, 1, 1, 0, 0, 1, 1]
+    """
+    rows, columns = (
+        torch.arange(size, device=device) * parts // size
+        for size, parts in zip(grid, cells, strict=True)
+    )
+    return (rows[:, None] * cells[1] + columns[None, :]).flatten()
+
+
+def pooling(grid: Grid, cells: Grid, *, device: torch.device) -> Tensor:
+    """Averages tokens over cells: ``[n, cells]`` whose columns each sum to one."""
+    ids = cell_ids(grid, cells, device=device)
+    member = (ids[:, None] == torch.arange(cells[0] * cells[1], device=device)).float()
+    return member / member.sum(0).clamp_min(1.0)
+
+
+def interpolation(grid: Grid, cells: Grid, *, device: torch.device) -> Tensor:
+    """Bilinear weights from cell centres back to tokens: ``[n, cells]`` whose rows sum to one."""
+    ways = [_tent(size, parts, device) for size, parts in zip(grid, cells, strict=True)]
+    return torch.einsum("ra,cb->rcab", *ways).reshape(grid[0] * grid[1], cells[0] * cells[1])
+
+
+def _tent(size: int, parts: int, device: torch.device) -> Tensor:
+    """1-D linear interpolation weights ``[size, parts]``, constant beyond the outer centres."""
+    at = (torch.arange(size, device=device) + 0.5) * parts / size - 0.5
+    distance = (at.clamp(0, parts - 1)[:, None] - torch.arange(parts, device=device)).abs()
+    return (1 - distance).clamp_min(0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Queries grouped into compact 2-D tiles.
+
+    order: token of every slot, ``[T, t]``; a tile smaller than ``t`` repeats its last token.
+    slot: where each token stands in the flattened tiles, ``[n]``.
+    weight: ``[T, t]``, zero on repeated slots, each row summing to one; averages over a tile.
+    """
+
+    order: Tensor
+    slot: Tensor
+    weight: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.order.shape[1]
+
+    @property
+    def count(self) -> int:
+        return self.order.shape[0]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[..., n, D]`` to ``[..., T, t, D]``."""
+        return x.index_select(-2, self.order.flatten()).unflatten(-2, tuple(self.order.shape))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """``[..., n, D]`` to the mean over every tile, ``[..., T, D]``."""
+        return (self.gather(x) * self.weight.to(x.dtype).unsqueeze(-1)).sum(-2)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """``[..., T, t, D]`` back to tokens, ``[..., n, D]``."""
+        return x.flatten(-3, -2).index_select(-2, self.slot)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """One row per tile ``[..., T, D]`` to one per token ``[..., n, D]``."""
+        return x.index_select(-2, self.slot // self.size)
+
+
+def tile_parts(grid: Grid, tile: tuple[int, int]) -> Grid:
+    """How many tiles in each direction; a single row of tokens is cut into runs of rows x columns.
+
+    >>> tile_parts((14, 14), (8, 8)), tile_parts((1, 100), (8, 8))
+    ((2, 2), (1, 2))
+    """
+    if grid[0] == 1:
+        return 1, math.ceil(grid[1] / (tile[0] * tile[1]))
+    return math.ceil(grid[0] / tile[0]), math.ceil(grid[1] / tile[1])
+
+
+def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
+    """The tiles of a grid, at most ``tile`` (rows, columns) large, as equal as they can be."""
+    parts = tile_parts(grid, tile)
+    ids = cell_ids(grid, parts, device=device)
+    count, n = parts[0] * parts[1], grid[0] * grid[1]
+    size = math.ceil(grid[0] / parts[0]) * math.ceil(grid[1] / parts[1])
+    order = torch.argsort(ids, stable=True)
+    lengths = (ids[:, None] == torch.arange(count, device=device)).sum(0)
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(size, device=device)
+    inside = place < lengths[:, None]
+    pick = starts[:, None] + torch.minimum(place.expand(count, size), lengths[:, None] - 1)
+    rank = torch.argsort(order) - starts[ids]
+    return Tiles(
+        order=order[pick.flatten()].view(count, size),
+        slot=ids * size + rank,
+        weight=inside / lengths[:, None].float() if n else inside.float(),
+    )

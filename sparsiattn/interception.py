@@ -1,0 +1,109 @@
+"""How attention is reached: hooks open a scope, a wrapper of SDPA looks into it.
+
+`F.scaled_dot_product_attention` is replaced once, for good, by a function that does what the
+original does unless a patched module is on the stack. The stack is a thread-local linked list of
+``(route, key, rest)`` whose entries are functions and numbers only, which is what torch.compile
+together with gradient checkpointing can follow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Route = Callable[..., Tensor]
+Frame = tuple[Route | None, int, Any]
+
+
+class _Thread(threading.local):
+    """Per-thread state. Set in ``__init__``: class defaults would trip Dynamo's guards."""
+
+    def __init__(self) -> None:
+        self.top: Frame | None = None
+        self.disabled: tuple[int, ...] = ()
+        self.image: tuple[int, int, int] | None = None
+        self.shared: Any = None
+
+
+THREAD = _Thread()
+_INSTALL = threading.Lock()
+_fallback: Callable[..., Tensor] = F.scaled_dot_product_attention
+_wrapper: Callable[..., Tensor] | None = None
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    gqa: bool = False,
+) -> Tensor:
+    """The host's own attention: whatever `F.scaled_dot_product_attention` was before us."""
+    if gqa:
+        return _fallback(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=True)
+    return _fallback(q, k, v, mask, dropout, causal, scale=scale)
+
+
+def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``fallback`` with a look at the stack in front. A new function each time, so that wrapping
+    somebody's wrapper of ours cannot recurse."""
+
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        top = THREAD.top
+        route = None if top is None else top[0]
+        if route is None:
+            extra: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
+            return fallback(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **extra
+            )
+        THREAD.top = None  # a route may call attention itself
+        try:
+            return route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        finally:
+            THREAD.top = top
+
+    scaled_dot_product_attention.__doc__ = fallback.__doc__
+    return scaled_dot_product_attention
+
+
+def install() -> None:
+    """Put the wrapper in place, over whatever stands there now; again if someone replaced it."""
+    global _fallback, _wrapper
+    with _INSTALL:
+        if F.scaled_dot_product_attention is _wrapper:
+            return
+        _fallback = F.scaled_dot_product_attention
+        _wrapper = wrap(_fallback)
+        register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
+        if register is not None:  # or torch.jit.script of any model that calls SDPA fails
+            register(_wrapper, "aten::scaled_dot_product_attention")
+        F.scaled_dot_product_attention = _wrapper
+
+
+def push(route: Route | None, key: int) -> None:
+    THREAD.top = (route, key, THREAD.top)
+
+
+def pop(key: int) -> None:
+    """Close the scope ``key``; a scope that never opened (a hook before ours raised) is no error."""
+    top = THREAD.top
+    if top is not None and top[1] == key:
+        THREAD.top = top[2]

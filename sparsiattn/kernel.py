@@ -1,0 +1,118 @@
+"""The contract of a kernel, and how one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsiattn.errors import KernelRefused
+from sparsiattn.patterns import Mask, Pattern
+from sparsiattn.site import AttentionInputs
+
+
+class Kernel:
+    """One way to compute a pattern. Kernels hold no state; one instance serves every site.
+
+    `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
+    must work. ``auto`` takes the usable kernel with the highest `speed`.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    differentiable: ClassVar[bool] = True
+
+    def unavailable(self) -> list[str]:
+        """Reasons why this kernel cannot run on this machine at all; empty if it can."""
+        return []
+
+    def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        """Every reason why this call is refused; empty if it works. Never raises."""
+        raise NotImplementedError
+
+    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+        """Expected speed relative to dense attention (1.0), from shapes alone."""
+        raise NotImplementedError
+
+    def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        """Attention over the pattern's pairs, ``[B, H, Nq, Dv]``; a row without a key is zero."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel taken for one call and what the others said."""
+
+    kernel: Kernel
+    refusals: tuple[tuple[str, tuple[str, ...]], ...]
+    expected: float
+
+
+def choose(
+    kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern, *, explicit: bool
+) -> Choice:
+    """The fastest kernel that takes this call. An explicit request has one entry and never falls
+    back; if nothing is left, the error carries every kernel's reasons."""
+    refusals, usable = [], []
+    for kernel in kernels:
+        reasons = kernel.unavailable() or kernel.why_not(inputs, pattern)
+        if reasons:
+            refusals.append((kernel.name, tuple(reasons)))
+        else:
+            usable.append(kernel)
+    if not usable:
+        raise KernelRefused(_refused(inputs, pattern, refusals, explicit))
+    best = max(usable, key=lambda kernel: kernel.speed(inputs, pattern))
+    return Choice(best, tuple(refusals), best.speed(inputs, pattern))
+
+
+def _refused(
+    inputs: AttentionInputs,
+    pattern: Pattern,
+    refusals: Sequence[tuple[str, Sequence[str]]],
+    explicit: bool,
+) -> str:
+    q = inputs.q
+    lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals]
+    hint = "use kernel='auto' to let another one run" if explicit else "no kernel is left"
+    return "\n".join(
+        [
+            f"no kernel computes a {type(pattern).__name__} pattern at site "
+            f"{inputs.site.name!r} for q {tuple(q.shape)}, k {tuple(inputs.k.shape)}, "
+            f"{q.dtype} on {q.device}; {hint}",
+            *lines,
+        ]
+    )
+
+
+def attention_mask(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
+    """The pattern and the host's mask in one, and the rows left without a key.
+
+    Returns a boolean or additive mask ``[B|1, H|1, Nq, Nk (+ G)]`` with the summary's logits in
+    the last G columns, and ``dead`` ``[B|1, H|1, Nq, 1]`` (None if no row can be dead). Dead rows
+    are opened again, so that neither softmax nor its gradient is NaN; callers zero their output.
+    """
+    keep = pattern.to_mask().to(inputs.q.device)
+    allowed, dead = inputs.allowed(), None
+    if allowed is not None:
+        keep = keep & allowed
+    summary_rows = pattern.summary_rows()
+    if allowed is not None or isinstance(pattern, Mask):
+        alive = keep.any(-1, keepdim=True)
+        if summary_rows is not None:
+            alive = alive | (summary_rows > float("-inf")).any(-1, keepdim=True)
+        dead, keep = ~alive, keep | ~alive
+    host = inputs.bias
+    if (host is None or host.dtype == torch.bool) and summary_rows is None:
+        return keep, dead
+    bias = torch.zeros_like(keep, dtype=inputs.q.dtype).masked_fill(~keep, float("-inf"))
+    if host is not None and host.dtype != torch.bool:
+        bias = bias + host.to(bias.dtype)
+    if summary_rows is not None:
+        lead = torch.broadcast_shapes(bias.shape[:-1], summary_rows.shape[:-1])
+        parts = bias.expand(*lead, -1), summary_rows.to(bias.dtype).expand(*lead, -1)
+        bias = torch.cat(parts, dim=-1)
+    return bias, dead

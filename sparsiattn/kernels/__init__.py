@@ -1,0 +1,14 @@
+"""The built-in kernels: `reference` (the specification), `sdpa` (masked), `gather` (real savings)."""
+
+from __future__ import annotations
+
+from sparsiattn.hookspecs import hookimpl
+from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.gather import Gather
+from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.sdpa import MaskedSDPA
+
+
+@hookimpl
+def sparsiattn_kernels() -> list[Kernel]:
+    return [Reference(), MaskedSDPA(), Gather()]

@@ -1,0 +1,59 @@
+"""The specification: every logit, the pattern, a softmax, the values. Slow on purpose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsiattn.kernel import Kernel
+from sparsiattn.patterns import Pattern, Summary
+from sparsiattn.site import AttentionInputs
+
+
+class Reference(Kernel):
+    """Exact, differentiable and readable, for every pattern on every device."""
+
+    name = "reference"
+    summary = "the specification: all logits, then the pattern (slow)"
+
+    def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        return []
+
+    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+        return 0.1
+
+    def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        logits = inputs.logits()
+        keep = pattern.to_mask().to(logits.device)
+        allowed = inputs.allowed()
+        if allowed is not None:
+            keep = keep & allowed
+        kept = logits.masked_fill(~keep, float("-inf"))
+        rows = pattern.summary_rows()
+        if rows is None or pattern.summary is None:
+            return _dropout(_softmax(kept), inputs) @ inputs.v
+        summary = pattern.summary
+        products = inputs.q @ inputs.k.mT * inputs.scale
+        weights = summary.weights(products.dtype)
+        pooled = torch.einsum("bhnm,bhngm->bhng", products, _per_query(weights, summary))
+        both = torch.cat([kept, pooled + rows.to(pooled.dtype).expand_as(pooled)], dim=-1)
+        p = _dropout(_softmax(both), inputs)
+        on_keys, on_cells = p.split([inputs.n_keys, summary.count], dim=-1)
+        spread = torch.einsum("bhng,bhngm->bhnm", on_cells, _per_query(weights, summary))
+        return (on_keys + spread) @ inputs.v
+
+
+def _per_query(weights: Tensor, summary: Summary) -> Tensor:
+    """Pooling weights as ``[B|1, H|1, Nq|1, G, Nk]``."""
+    return weights if summary.allowed is not None else weights[None, None, None]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax whose rows without a single key are zero."""
+    dead = (logits == float("-inf")).all(-1, keepdim=True)
+    return logits.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+
+
+def _dropout(p: Tensor, inputs: AttentionInputs) -> Tensor:
+    return F.dropout(p, inputs.dropout) if inputs.dropout else p

@@ -1,0 +1,39 @@
+"""Masked scaled-dot-product attention: computes every pair, so it never saves time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsiattn.interception import dense_attention
+from sparsiattn.kernel import Kernel, attention_mask
+from sparsiattn.patterns import Dense, Pattern
+from sparsiattn.site import AttentionInputs
+
+
+class MaskedSDPA(Kernel):
+    """torch's fused attention under the pattern's mask: trains everywhere, saves nothing."""
+
+    name = "sdpa"
+    summary = "torch's attention under a mask (trains everywhere, saves no time)"
+
+    def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        if pattern.summary is not None and pattern.summary.per_query:
+            return ["background keys differ between queries under this host mask"]
+        return []
+
+    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+        return 1.0 if isinstance(pattern, Dense) else 0.8
+
+    def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        if isinstance(pattern, Dense):
+            mask, dead = inputs.bias, None
+        else:
+            mask, dead = attention_mask(inputs, pattern)
+        if pattern.summary is not None:
+            k, v = (torch.cat([x, pattern.summary.pool(x)], dim=-2) for x in (k, v))
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        out = dense_attention(q, k, v, mask, inputs.dropout, scale=inputs.scale)
+        return out if dead is None else out.masked_fill(dead, 0.0)

@@ -1,0 +1,134 @@
+"""Host tensors to ``[B, H, N, D]`` and back: folded heads, windows, shared key heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsiattn import geometry
+from sparsiattn.geometry import Grid
+from sparsiattn.site import AttentionInputs, Site
+
+Form = Literal["B,H,N,D", "BH,N,D", "B,W,H,N,D", "B,H,W,N,D"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one site's host lays out its operands. W stands for windows, folded into the batch."""
+
+    form: Form
+    heads: int
+
+    @classmethod
+    def of(cls, shape: torch.Size, heads: int | None) -> Layout | None:
+        """The layout of a query of this shape, given the module's head count; None if unknown."""
+        if len(shape) == 4:
+            return cls("B,H,N,D", shape[1])
+        if len(shape) == 3:
+            heads = heads or 1
+            return cls("BH,N,D", heads) if shape[0] % heads == 0 else None
+        if len(shape) == 5 and heads in shape[1:3]:
+            form: Form = "B,H,W,N,D" if shape[1] == heads else "B,W,H,N,D"
+            return cls(form, heads)
+        return None
+
+    def fold(self, x: Tensor) -> Tensor:
+        """To ``[B, H, N, D]``."""
+        if self.form == "BH,N,D":
+            return x.unflatten(0, (-1, self.heads))
+        if self.form == "B,H,W,N,D":
+            return x.transpose(1, 2).flatten(0, 1)
+        return x.flatten(0, 1) if self.form == "B,W,H,N,D" else x
+
+    def unfold(self, x: Tensor, like: Tensor) -> Tensor:
+        """``[B, H, N, D]`` back to the form of the host's query."""
+        if self.form == "BH,N,D":
+            return x.flatten(0, 1)
+        if self.form == "B,H,W,N,D":
+            return x.unflatten(0, (like.shape[0], -1)).transpose(1, 2)
+        return x.unflatten(0, (like.shape[0], -1)) if self.form == "B,W,H,N,D" else x
+
+    def fold_mask(self, mask: Tensor, q: Tensor) -> Tensor:
+        """A host mask to four dimensions that broadcast to ``[B, H, Nq, Nk]``."""
+        if self.form == "B,H,N,D":
+            return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
+        if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
+            return mask.reshape(1, 1, *mask.shape[-2:])
+        return self.fold(mask.expand(*q.shape[:-2], *mask.shape[-2:]))
+
+
+def share_heads(x: Tensor, heads: int) -> Tensor:
+    """Key or value heads repeated for the queries that share them (GQA, MQA)."""
+    groups = x.shape[1]
+    if groups == heads:
+        return x
+    return x.expand(-1, heads, -1, -1) if groups == 1 else x.repeat_interleave(heads // groups, 1)
+
+
+def causal_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """The lower triangle as a mask, joined with the host's own."""
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return keep[None, None]
+    if mask.dtype == torch.bool:
+        return mask & keep
+    return mask.masked_fill(~keep, float("-inf"))
+
+
+def autocast_to(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None or x.dtype == dtype else x.to(dtype)
+
+
+def autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """The dtype SDPA would run in under the active autocast; None if there is none."""
+    kind = q.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def grids(site: Site, n_queries: int, n_keys: int, image: Grid | None) -> tuple[Grid, Grid]:
+    """The patch grids of this call. At the resolution of patch time they are known; at another one
+    they follow the aspect of the image (of the window, where attention is windowed)."""
+    queries, keys = n_queries - site.prefix_tokens, n_keys - site.prefix_tokens
+    return _grid(site.grid, queries, site, image), _grid(site.key_grid, keys, site, image)
+
+
+def _grid(known: Grid, n: int, site: Site, image: Grid | None) -> Grid:
+    if not site.raster:
+        return 1, n
+    shape = known if image is None or site.windows > 1 else image
+    if known[0] * known[1] == n and known[0] * shape[1] == known[1] * shape[0]:
+        return known
+    return geometry.infer_grid(n, shape[0] / shape[1])
+
+
+def canonical(
+    site: Site,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    image: Grid | None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+) -> AttentionInputs:
+    """The host's arguments of one attention call as `AttentionInputs`."""
+    dtype = autocast_dtype(q)
+    heads_q = autocast_to(layout.fold(q), dtype)
+    heads = heads_q.shape[1]
+    heads_k, heads_v = (autocast_to(share_heads(layout.fold(x), heads), dtype) for x in (k, v))
+    if causal:
+        mask = causal_mask(mask, q, k)
+    bias = None if mask is None else layout.fold_mask(mask, q)
+    grid, key_grid = grids(site, heads_q.shape[-2], heads_k.shape[-2], image)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionInputs(
+        heads_q, heads_k, heads_v, factor, bias, site, dropout, grid, key_grid
+    )  # fmt: skip

@@ -1,0 +1,412 @@
+"""`patch` and the handle it returns, which owns everything that was changed and undoes it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsiattn.backbone import Backbone, Edit
+from sparsiattn.errors import (
+    AlreadyPatched,
+    InvalidOption,
+    InvalidType,
+    ModelChanged,
+    NothingToPatch,
+)
+from sparsiattn.interception import THREAD, install
+from sparsiattn.kernel import Kernel
+from sparsiattn.layout import Layout
+from sparsiattn.probe import probe, skeleton
+from sparsiattn.registry import REGISTRY
+from sparsiattn.runtime import (
+    PLANNER,
+    CheckSites,
+    CloseScope,
+    Observer,
+    OpenScope,
+    SiteRuntime,
+    WatchImage,
+)
+from sparsiattn.selection import Sites, select
+from sparsiattn.site import Site
+from sparsiattn.strategy import Budgets, Strategy
+
+if TYPE_CHECKING:
+    from sparsiattn.report import Report
+
+MARK = "_sparsiattn_patch"
+_OWNERS = itertools.count(1)
+_SWITCHING = threading.RLock()
+
+
+class Patch:
+    """A live patch of one model: made by `patch`, found again by `patch_of`.
+
+    As a context manager it undoes itself on exit.
+    """
+
+    def __init__(
+        self, model: nn.Module, strategy: Strategy, kernel: str, backbone: Backbone,
+        input_shape: tuple[int, ...], left: Sequence[tuple[str, str]],
+    ) -> None:  # fmt: skip
+        self.model, self.strategy, self.kernel = model, strategy, kernel
+        self.backbone, self.input_shape, self.left = backbone.name, input_shape, tuple(left)
+        self.found: tuple[Site, ...] = ()
+        self.runtimes: list[SiteRuntime] = []
+        self.edits: list[Edit] = []
+        self.image: tuple[int, int] | None = None
+        self.observer: Observer | None = None
+        self.key = next(_OWNERS)
+        self._handles: list[Any] = []
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        self._paused = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.key = next(_OWNERS)  # a copy is disabled on its own
+
+    @property
+    def active(self) -> bool:
+        """Whether the model still carries this patch."""
+        return vars(self.model).get(MARK) is self
+
+    @property
+    def sites(self) -> list[Site]:
+        return [runtime.site for runtime in self.runtimes]
+
+    def check_sites(self) -> None:
+        """Raise `ModelChanged` if a patched module was replaced or deleted."""
+        for runtime, (parent, name, module) in zip(self.runtimes, self._places, strict=True):
+            if module is not parent and parent._modules.get(name) is not module:
+                raise ModelChanged(
+                    f"site {runtime.site.name!r} is no longer the module that was patched "
+                    f"(a {type(module).__name__} was replaced or deleted); call unpatch() and "
+                    "patch the changed model again"
+                )
+
+    def unpatch(self) -> nn.Module:
+        """Undo everything; the model is bit for bit what it was. Calling it twice is no error."""
+        if self.active:
+            _remove(self)
+            _forget_compiled()
+        return self.model
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
+
+        Switches of the model itself (``fused_attn``) are turned back as well, for all threads.
+        """
+        before = THREAD.disabled
+        THREAD.disabled = (*before, self.key)
+        self._pause(+1)
+        try:
+            yield self.model
+        finally:
+            self._pause(-1)
+            THREAD.disabled = before
+
+    def _pause(self, step: int) -> None:
+        with _SWITCHING:
+            was, self._paused = self._paused, self._paused + step
+            if self.active and bool(was) != bool(self._paused):
+                for edit in self.edits:
+                    edit.revert() if self._paused else edit.apply()
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[nn.Module]:
+        """Dense attention inside the block, every site's `AttentionInputs` handed to a function.
+
+        ``observer(site, planner, inputs)`` runs before the host's attention; it is how planners
+        are fitted and attention is measured or drawn although it runs fused.
+        """
+        if self.observer is not None:
+            raise InvalidOption("this patch is being observed already; leave that block first")
+        self.observer = observer
+        try:
+            yield self.model
+        finally:
+            self.observer = None
+
+    def report(self) -> Report:
+        """Sites, kernels, density, MACs before and after, and why anything was left alone."""
+        from sparsiattn.report import report
+
+        self._require_active("report")
+        return report(self)
+
+    def save(self, directory: str | PathLike[str]) -> Path:
+        """Write the delta only: a JSON config and the planners' weights as safetensors."""
+        from sparsiattn.saving import save
+
+        self._require_active("save")
+        return save(self, Path(directory))
+
+    def _require_active(self, what: str) -> None:
+        if not self.active:
+            raise ModelChanged(f"{what}() needs a live patch, but this one was undone")
+        self.check_sites()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else " (undone)"
+        return (
+            f"<Patch{state}: {self.strategy.name} on {len(self.runtimes)} sites of "
+            f"{type(self.model).__name__}, kernel={self.kernel!r}>"
+        )
+
+
+def patch(
+    model: nn.Module,
+    strategy: str | Strategy = "connectivity",
+    *,
+    k: Budgets | None = None,
+    sites: Sites = "*",
+    kernel: str = "auto",
+    only_if_faster: bool | None = None,
+    schedule: Mapping[str, Any] | str | PathLike[str] | None = None,
+    input: Any = None,
+    **options: Any,
+) -> Patch:
+    """Make a Vision Transformer attend sparsely, in place; the returned handle undoes it.
+
+    model: any module whose attention calls scaled dot product attention. strategy: a registered
+    name or a `Strategy` object. k: share (float in (0, 1]) or count (int) of keys per query, a list
+    with one per site, or a function of the `Site`. sites: glob, regular expression, list of globs,
+    or predicate on `Site`. kernel: ``"auto"`` or a name, which then never falls back.
+    only_if_faster: leave a site dense where the sparse kernel is not expected to win. schedule:
+    ``{"k": {site: budget}}`` or a JSON file of it. input: image shape or example tensor, needed only
+    where the model does not say. options: the strategy's own.
+
+    Raises a `SparsiattnError` that names the fault, with the model untouched.
+
+    >>> import timm, torch, sparsiattn
+    >>> model = timm.create_model("test_vit").eval()
+    >>> x = torch.randn(1, 3, 160, 160)
+    >>> with torch.no_grad():
+    ...     before = model(x)
+    ...     with sparsiattn.patch(model, strategy="connectivity", k=0.1):
+    ...         changed = not torch.equal(model(x), before)
+    ...     changed, torch.equal(model(x), before)
+    (True, True)
+    """
+    model = unwrap(model)
+    base = _resolve(strategy, k, options)
+    kernels = _kernels(kernel)
+    if only_if_faster is not None and not isinstance(only_if_faster, bool):
+        raise InvalidType(f"only_if_faster must be True, False or None, got {only_if_faster!r}")
+    live = patch_of(model)
+    if live is not None:
+        raise AlreadyPatched(f"this model carries {live!r}; call unpatch() on it first")
+    handle, found = _find(model, base, kernel, input)
+    chosen = select([site for site, _ in found], sites)
+    resolved = _budgets(base, chosen, schedule)
+    layouts = dict(found)
+    for site, config in zip(chosen, resolved, strict=True):
+        runtime = SiteRuntime(
+            site, layouts[site], config, _planner(config, site, model), kernels,
+            kernel != "auto", handle,
+        )  # fmt: skip
+        handle.runtimes.append(runtime)
+    if only_if_faster:
+        from sparsiattn.report import leave_slow_sites_dense
+
+        leave_slow_sites_dense(handle)
+    _apply(handle)
+    return handle
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The live patch of a model (or of its copy, or after unpickling), None if there is none.
+
+    >>> patch_of(torch.nn.Linear(1, 1)) is None
+    True
+    """
+    return vars(unwrap(model)).get(MARK)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo the model's patch, if it has one; returns the model.
+
+    >>> unpatch(torch.nn.Linear(1, 1))
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+    live = patch_of(model)
+    if live is not None:
+        live.unpatch()
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel or DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"a torch.nn.Module is needed, got {type(model).__name__}")
+    while True:
+        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        name = "module" if isinstance(model, parallel) else "_orig_mod"
+        inner = model._modules.get(name)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _resolve(strategy: str | Strategy, k: Budgets | None, options: dict[str, Any]) -> Strategy:
+    given = dict(options) if k is None else {"k": k, **options}
+    if isinstance(strategy, Strategy):
+        if given:
+            raise InvalidOption(
+                f"options {sorted(given)} beside a strategy object; put them into the object: "
+                f"{type(strategy).__name__}(...)"
+            )
+        return strategy
+    if not isinstance(strategy, str):
+        raise InvalidType(
+            f"strategy must be a name or a Strategy object, got {strategy!r}; "
+            "sparsiattn.strategies() lists the names"
+        )
+    found: type[Strategy] = REGISTRY.get("strategies", strategy)
+    return found.build(given)
+
+
+def _kernels(name: str) -> tuple[Kernel, ...]:
+    if name == "auto":
+        return tuple(REGISTRY.all("kernels").values())
+    return (REGISTRY.get("kernels", name),)
+
+
+def _find(
+    model: nn.Module, strategy: Strategy, kernel: str, example: Any
+) -> tuple[Patch, list[tuple[Site, Layout]]]:
+    """An empty handle and the model's sites, from a dry run of a copy without data."""
+    backbone = _backbone(model)
+    shape = _input_shape(model, backbone, example)
+    bones = skeleton(model)
+    for edit in backbone.edits(bones):
+        edit.apply()
+    calls = probe(bones, shape)
+    found, left = backbone.sites(calls, shape[-2] / shape[-1])
+    if not found:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
+        raise NothingToPatch(
+            f"{type(model).__name__} has no attention to patch: no module of it calls scaled dot "
+            f"product attention in a way that can be served{reasons or ''}"
+        )
+    handle = Patch(model, strategy, kernel, backbone, shape, left)
+    handle.found = tuple(site for site, _ in found)
+    return handle, found
+
+
+def _backbone(model: nn.Module) -> Backbone:
+    for backbone in REGISTRY.all("backbones").values():
+        if not backbone.why_not(model):
+            return backbone  # type: ignore[no-any-return]
+    raise NothingToPatch(f"no backbone adapter fits {type(model).__name__}")
+
+
+def _input_shape(model: nn.Module, backbone: Backbone, example: Any) -> tuple[int, ...]:
+    if example is None:
+        shape = backbone.input_shape(model)
+        if shape is None:
+            raise InvalidOption(
+                f"{type(model).__name__} does not say its input size (no pretrained_cfg, no "
+                "config): pass input=(1, channels, height, width) or an example tensor"
+            )
+        return shape
+    shape = tuple(example.shape if isinstance(example, torch.Tensor) else example)
+    if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise InvalidOption(
+            f"input must be (1, channels, height, width) or an example tensor, got {example!r}"
+        )
+    return (1, *(shape[1:] if len(shape) > 3 else shape))
+
+
+def _budgets(
+    strategy: Strategy, sites: list[Site], schedule: Mapping[str, Any] | str | Any | None
+) -> list[Strategy]:
+    from sparsiattn.schedule import apply_schedule
+
+    resolved = [strategy.at(site, i, len(sites)) for i, site in enumerate(sites)]
+    return resolved if schedule is None else apply_schedule(schedule, sites, resolved)
+
+
+def _planner(strategy: Strategy, site: Site, model: nn.Module) -> Any:
+    """The site's planner, where the site's own weights are."""
+    planner = strategy.planner(site)
+    if isinstance(planner, nn.Module):
+        like = next((p for p in model.get_submodule(site.name).parameters()), None)
+        if like is not None:
+            dtype = like.dtype if like.is_floating_point() else None
+            planner.to(device=like.device, dtype=dtype)
+        planner.train(model.get_submodule(site.name).training)
+    return planner
+
+
+def _apply(handle: Patch) -> None:
+    """Change the model; a fault on the way is undone before it is raised."""
+    install()
+    try:
+        handle.model.__dict__[MARK] = handle
+        adapter = REGISTRY.get("backbones", handle.backbone)
+        handle.edits = adapter.edits(handle.model)
+        for edit in handle.edits:
+            edit.apply()
+        for runtime in handle.runtimes:
+            _attach(handle, runtime)
+        image, model = adapter.image_module(handle.model), handle.model
+        hooks = handle._handles
+        hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
+        hooks.append(model.register_forward_pre_hook(CheckSites(handle)))
+    except BaseException:
+        _remove(handle)
+        raise
+    _forget_compiled()
+
+
+def _attach(handle: Patch, runtime: SiteRuntime) -> None:
+    parent_name, _, name = runtime.site.name.rpartition(".")
+    module = handle.model.get_submodule(runtime.site.name)
+    parent = handle.model.get_submodule(parent_name) if name else module
+    if isinstance(runtime.planner, nn.Module):
+        if PLANNER in module._modules or hasattr(module, PLANNER):
+            raise InvalidOption(f"{runtime.site.name} already has a member named {PLANNER!r}")
+        module.add_module(PLANNER, runtime.planner)
+    handle._places.append((parent, name, module))
+    opener = OpenScope(runtime)
+    handle._handles.append(module.register_forward_pre_hook(opener))
+    closer = CloseScope(opener)
+    handle._handles.append(module.register_forward_hook(closer, always_call=True))
+
+
+def _remove(handle: Patch) -> None:
+    with _SWITCHING:
+        for hook in handle._handles:
+            hook.remove()
+        for runtime, (_, _, module) in zip(handle.runtimes, handle._places, strict=False):
+            if module._modules.get(PLANNER) is runtime.planner:
+                del module._modules[PLANNER]
+        if not handle._paused:
+            for edit in reversed(handle.edits):
+                edit.revert()
+        handle._handles, handle._places = [], []
+        handle.model.__dict__.pop(MARK, None)
+
+
+def _forget_compiled() -> None:
+    """Dynamo does not guard hooks: a graph compiled before this change would run on unchanged."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()
+

@@ -1,0 +1,149 @@
+"""From what a planner wishes to what a kernel computes: prefix tokens, tiles, masks, background."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsiattn import geometry
+from sparsiattn.errors import InvalidOption
+from sparsiattn.patterns import Dense, KeyIndex, Mask, Pattern, Ranked, Summary, count_of
+from sparsiattn.site import AttentionInputs
+
+
+def finish(
+    pattern: Pattern,
+    inputs: AttentionInputs,
+    *,
+    prefix_keys: bool = True,
+    background: int | None = None,
+) -> Pattern:
+    """The pattern to compute: a `Dense`, `Mask` or `KeyIndex` that honours the core's options.
+
+    prefix_keys: keep every prefix column (within the budget where there is one). background: pool
+    the dropped keys of each cell of a g x g grid into one summary key.
+    """
+    _check_size(pattern, inputs)
+    if isinstance(pattern, Ranked):
+        pattern = _rank(pattern, inputs, prefix_keys)
+    elif isinstance(pattern, Mask):
+        pattern = _keep_prefix(pattern, inputs.prefix, prefix_keys)
+    if background is None or isinstance(pattern, Dense):
+        return pattern
+    return _with_summary(pattern, inputs, background)
+
+
+def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
+    rows = {inputs.n_queries, inputs.n_queries - inputs.prefix}
+    if isinstance(pattern, Ranked) and inputs.tiles is not None:
+        rows.add(inputs.tiles.count)
+    if pattern.n_keys != inputs.n_keys or pattern.n_queries not in rows:
+        raise InvalidOption(
+            f"site {inputs.site.name!r} needs a pattern of {sorted(rows)} rows over "
+            f"{inputs.n_keys} keys, got {pattern.n_queries} rows over {pattern.n_keys}; "
+            "score every key of inputs.k, with one row per query of inputs.q"
+        )
+
+
+def _rank(pattern: Ranked, inputs: AttentionInputs, prefix_keys: bool) -> Pattern:
+    """Top-k lists per tile or patch query; forbidden keys last, prefix keys first."""
+    if count_of(pattern.k, inputs.n_keys) == inputs.n_keys:
+        return Pattern.dense(inputs.n_queries, inputs.n_keys)
+    scores = _row_scores(pattern.scores, inputs)
+    allowed = _row_allowed(inputs)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if prefix_keys and inputs.prefix:
+        first = torch.arange(inputs.n_keys, device=scores.device) < inputs.prefix
+        scores = scores.masked_fill(first, float("inf"))
+    index = Ranked(scores.shape[-2], inputs.n_keys, scores, pattern.k).select()
+    return KeyIndex(inputs.n_queries, inputs.n_keys, index, inputs.tiles, inputs.prefix)
+
+
+def _row_scores(scores: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Drop the prefix rows and average over tiles, where that has not been done yet."""
+    patches = inputs.n_queries - inputs.prefix
+    if scores.shape[-2] == inputs.n_queries:
+        scores = scores[..., inputs.prefix :, :]
+    if inputs.tiles is not None and scores.shape[-2] == patches:
+        return inputs.tiles.mean(scores)
+    return scores
+
+
+def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
+    """Keys that at least one query of each row may see."""
+    allowed = inputs.allowed()
+    if allowed is None or allowed.shape[-2] == 1:
+        return allowed
+    allowed = allowed[..., inputs.prefix :, :]
+    tiles = inputs.tiles
+    return allowed if tiles is None else tiles.mean(allowed.float()) > 0
+
+
+def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
+    if not prefix:
+        return pattern
+    keep = pattern.keep
+    if keep.shape[-2] < pattern.n_queries:
+        keep = keep.expand(*keep.shape[:-2], pattern.n_queries, -1)
+    row = torch.arange(keep.shape[-2], device=keep.device)[:, None] < prefix
+    column = torch.arange(keep.shape[-1], device=keep.device) < (prefix if prefix_keys else 0)
+    return Mask(pattern.n_queries, pattern.n_keys, keep | row | column)
+
+
+def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
+    cells, count = _cells(inputs, g)
+    allowed = inputs.allowed()
+    if isinstance(pattern, KeyIndex) and inputs.bias is None:
+        bias = _log_counts(_count_by_index(pattern.index, cells, count))
+    else:
+        bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
+        if isinstance(pattern, KeyIndex):
+            bias = bias[..., inputs.prefix :, :]
+    return replace(pattern, summary=Summary(cells, count, bias, allowed))
+
+
+def _cells(inputs: AttentionInputs, g: int) -> tuple[Tensor, int]:
+    """Cell of every key, prefix keys in a cell of their own past the last; number of cells."""
+    grid = inputs.keys_grid
+    parts = (min(g, grid[0]), min(g, grid[1])) if grid[0] > 1 else (1, min(g * g, grid[1]))
+    count = parts[0] * parts[1]
+    ids = geometry.table(_padded_cells, grid, parts, inputs.prefix, device=inputs.k.device)
+    return ids, count
+
+
+def _padded_cells(
+    grid: geometry.Grid, parts: geometry.Grid, prefix: int, *, device: torch.device
+) -> Tensor:
+    ids = geometry.cell_ids(grid, parts, device=device)
+    return torch.cat([ids.new_full((prefix,), parts[0] * parts[1]), ids])
+
+
+def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
+    """How many keys of each cell a row did not select, ``[..., R, G]``."""
+    total = torch.zeros(count + 1, device=cells.device).index_add(
+        0, cells, torch.ones_like(cells, dtype=torch.float)
+    )
+    picked = torch.zeros(*index.shape[:-1], count + 1, device=index.device)
+    picked = picked.scatter_add(-1, cells[index], torch.ones_like(index, dtype=torch.float))
+    return (total - picked)[..., :count]
+
+
+def _log_counts(counts: Tensor) -> Tensor:
+    return counts.log()  # log(0) is minus infinity: an empty summary weighs nothing
+
+
+def _bias_by_mask(
+    keep: Tensor, inputs: AttentionInputs, allowed: Tensor | None, cells: Tensor, count: int
+) -> Tensor:
+    """Log count of each query's dropped keys, plus the mean of the host's bias over them."""
+    dropped = ~keep if allowed is None else ~keep & allowed
+    member = (cells[:, None] == torch.arange(count, device=cells.device)).float()
+    counts = dropped.float() @ member
+    bias = _log_counts(counts)
+    if inputs.bias is None or inputs.bias.dtype == torch.bool:
+        return bias
+    host = torch.where(dropped, inputs.bias.float(), 0.0) @ member
+    return bias + host / counts.clamp_min(1.0)

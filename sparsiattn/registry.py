@@ -1,0 +1,278 @@
+"""What is registered: built-ins and plug-ins through the same hooks, faults kept apart.
+
+A plug-in that fails to import, misspells a hook, raises in one or brings a name that is taken is
+listed as broken with its distribution and its error, and stops nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from sparsiattn import hookspecs
+from sparsiattn.backbone import Backbone
+from sparsiattn.errors import PluginError, unknown
+from sparsiattn.hookspecs import PROJECT
+from sparsiattn.kernel import Kernel
+from sparsiattn.strategy import Strategy
+
+BUILTINS = ("sparsiattn.strategies", "sparsiattn.kernels", "sparsiattn_backbones")
+KINDS = ("strategies", "kernels", "backbones")
+
+
+@dataclass(frozen=True)
+class Info:
+    """A registered thing: what it is for, where it comes from, and whether it works here."""
+
+    name: str
+    summary: str
+    plugin: str
+    reasons: tuple[str, ...] = ()
+    needs_training: bool = False
+    inexact: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """A plug-in and what it registered, or the error that broke it."""
+
+    name: str
+    distribution: str
+    provides: tuple[str, ...] = ()
+    error: BaseException | None = None
+
+    @property
+    def broken(self) -> bool:
+        return self.error is not None
+
+
+@dataclass
+class _Contents:
+    """One consistent reading of all plug-ins."""
+
+    things: dict[str, dict[str, Any]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    origin: dict[tuple[str, str], str] = field(default_factory=dict)
+    broken: list[PluginInfo] = field(default_factory=list)
+
+
+class Registry:
+    """The plug-in manager with isolation. One instance serves the process; see `REGISTRY`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._manager: pluggy.PluginManager | None = None
+        self._distributions: dict[str, str] = {}
+        self._failed: list[PluginInfo] = []
+        self._contents: _Contents | None = None
+
+    def all(self, kind: str) -> dict[str, Any]:
+        """Name to strategy class, kernel or backbone, in order of registration."""
+        return self._read().things[kind]
+
+    def get(self, kind: str, name: str) -> Any:
+        things = self.all(kind)
+        if name not in things:
+            raise unknown(kind[:-3] + "y" if kind == "strategies" else kind[:-1], name, things)
+        return things[name]
+
+    def plugin_of(self, kind: str, name: str) -> str:
+        return self._read().origin[kind, name]
+
+    def plugins(self) -> list[PluginInfo]:
+        contents = self._read()
+        assert self._manager is not None
+        working = [
+            PluginInfo(
+                name,
+                self._distributions.get(name, PROJECT),
+                tuple(n for (_, n), plugin in contents.origin.items() if plugin == name),
+            )
+            for name, _ in self._manager.list_name_plugin()
+        ]
+        return working + self._failed + contents.broken
+
+    @contextmanager
+    def temporary(self, plugin: object, name: str = "temporary") -> Iterator[None]:
+        """Register a plug-in for the duration of a block (for tests and notebooks)."""
+        with self._lock:
+            self._load().register(plugin, name)
+            self._contents = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._load().unregister(plugin)
+                self._contents = None
+
+    def _load(self) -> pluggy.PluginManager:
+        with self._lock:
+            if self._manager is None:
+                manager = pluggy.PluginManager(PROJECT)
+                manager.add_hookspecs(hookspecs)
+                for name in BUILTINS:
+                    manager.register(importlib.import_module(name), name)
+                for entry in _entry_points():
+                    self._load_entry(manager, entry)
+                self._manager = manager
+            return self._manager
+
+    def _load_entry(self, manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> None:
+        distribution = entry.dist.name if entry.dist else "unknown distribution"
+        try:
+            if manager.has_plugin(entry.name):
+                other = self._distributions.get(entry.name, PROJECT)
+                raise PluginError(
+                    f"plug-in name {entry.name!r} of {distribution} is taken by {other}"
+                )
+            plugin = entry.load()
+            manager.register(plugin, entry.name)
+            _refuse_pending(manager, plugin)
+        except Exception as error:
+            self._failed.append(PluginInfo(entry.name, distribution, error=error))
+        else:
+            self._distributions[entry.name] = distribution
+
+    def _read(self) -> _Contents:
+        with self._lock:
+            manager = self._load()
+            if self._contents is None:
+                contents = _Contents()
+                for name, plugin in manager.list_name_plugin():
+                    for kind in KINDS:
+                        self._collect(manager, name, plugin, kind, contents)
+                self._contents = contents
+            return self._contents
+
+    def _collect(
+        self, manager: pluggy.PluginManager, name: str, plugin: Any, kind: str, into: _Contents
+    ) -> None:
+        """Add what one plug-in returns from one hook; a fault is recorded, not raised."""
+        others = [p for _, p in manager.list_name_plugin() if p is not plugin]
+        try:
+            # a caller without the others: the fault of one plug-in is known to be its own
+            results = manager.subset_hook_caller(f"{PROJECT}_{kind}", others)()
+            for thing in (thing for result in results for thing in result):
+                self._add(thing, name, kind, into)
+        except Exception as error:
+            distribution = self._distributions.get(name, PROJECT)
+            into.broken.append(PluginInfo(name, distribution, error=error))
+
+    def _add(self, thing: Any, plugin: str, kind: str, into: _Contents) -> None:
+        name = _checked_name(thing, kind, plugin)
+        taken = into.origin.get((kind, name))
+        if taken is not None:
+            first, second = (self._distributions.get(p, PROJECT) for p in (taken, plugin))
+            raise PluginError(
+                f"{kind}: name {name!r} of plug-in {plugin!r} ({second}) is taken by {taken!r} "
+                f"({first}); choose another name"
+            )
+        into.things[kind][name] = thing
+        into.origin[kind, name] = plugin
+
+
+def _entry_points() -> list[metadata.EntryPoint]:
+    """Entry points of the group that ``SPARSIATTN_PLUGINS`` lets through.
+
+    Unset: all. Empty: none. ``a,b``: only these. ``-a``: all but a.
+    """
+    found = sorted(metadata.entry_points(group=PROJECT), key=lambda entry: entry.name)
+    wanted = os.environ.get("SPARSIATTN_PLUGINS")
+    if wanted is None:
+        return found
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if names and all(name.startswith("-") for name in names):
+        return [entry for entry in found if f"-{entry.name}" not in names]
+    return [entry for entry in found if entry.name in names]
+
+
+def _refuse_pending(manager: pluggy.PluginManager, plugin: Any) -> None:
+    """Unregister a plug-in that implements a hook nobody calls (a misspelt name)."""
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError:
+        manager.unregister(plugin)
+        raise
+
+
+def _checked_name(thing: Any, kind: str, plugin: str) -> str:
+    if kind == "strategies":
+        fits = isinstance(thing, type) and issubclass(thing, Strategy)
+        wanted = "a frozen dataclass derived from sparsiattn.Strategy"
+        fits = fits and is_dataclass(thing) and thing.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    else:
+        base = Kernel if kind == "kernels" else Backbone
+        fits, wanted = isinstance(thing, base), f"an instance of sparsiattn.{base.__name__}"
+    name = getattr(thing, "name", "")
+    if not fits or not isinstance(name, str) or not name:
+        raise PluginError(
+            f"plug-in {plugin!r}: {PROJECT}_{kind}() must return {wanted} with a name, got {thing!r}"
+        )
+    return name
+
+
+REGISTRY = Registry()
+
+
+def _info(kind: str, name: str, thing: Any) -> Info:
+    summary = getattr(thing, "summary", "") or (thing.__doc__ or "").strip().split("\n")[0]
+    reasons = tuple(thing.unavailable()) if kind == "kernels" else ()
+    return Info(
+        name,
+        summary,
+        REGISTRY.plugin_of(kind, name),
+        reasons,
+        getattr(thing, "needs_training", False),
+        getattr(thing, "inexact", ""),
+    )
+
+
+def _infos(kind: str) -> dict[str, Info]:
+    return {name: _info(kind, name, thing) for name, thing in REGISTRY.all(kind).items()}
+
+
+def strategies() -> dict[str, Info]:
+    """Registered strategies by name.
+
+    >>> strategies()["topk"].needs_training
+    False
+    """
+    return _infos("strategies")
+
+
+def kernels() -> dict[str, Info]:
+    """Registered kernels by name; ``usable`` and ``reasons`` speak of this machine.
+
+    >>> kernels()["reference"].usable
+    True
+    """
+    return _infos("kernels")
+
+
+def backbones() -> dict[str, Info]:
+    """Registered backbone adapters by name, in the order in which they are tried.
+
+    >>> list(backbones())[-1]
+    'generic'
+    """
+    return _infos("backbones")
+
+
+def plugins() -> list[PluginInfo]:
+    """Every plug-in, the broken ones with the error that broke them.
+
+    >>> [plugin.name for plugin in plugins() if plugin.broken]
+    []
+    """
+    return REGISTRY.plugins()

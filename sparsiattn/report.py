@@ -1,0 +1,229 @@
+"""What a patch does, in figures: kernels, density, MACs before and after, what was left alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsiattn.kernel import Choice, choose
+from sparsiattn.patterns import Dense, Pattern
+from sparsiattn.probe import run_dry, skeleton
+from sparsiattn.runtime import SiteRuntime
+from sparsiattn.site import AttentionInputs, Site
+
+if TYPE_CHECKING:
+    from sparsiattn.patching import Patch
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One patched site. MACs are per image; ``density`` is kept pairs over all, without summary
+    keys; ``expected`` the kernel's speed relative to dense attention by its own estimate."""
+
+    name: str
+    strategy: str
+    k: int | float | None
+    tile: Any
+    kernel: str
+    density: float | None
+    macs_dense: int
+    macs: int | None
+    predictor_macs: int
+    expected: float
+    ran: bool
+    note: str = ""
+    refusals: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
+
+    mhsa_macs counts QK^T and AV only (FLOPs are twice the MACs); predictor_macs what planning
+    adds; macs the whole model. A figure is None where only a real input can tell.
+    """
+
+    model: str
+    backbone: str
+    strategy: str
+    input_shape: tuple[int, ...]
+    sites: tuple[SiteReport, ...]
+    untouched: tuple[str, ...]
+    left: tuple[tuple[str, str], ...]
+    macs_dense: int
+    mhsa_macs_dense: int
+    mhsa_macs: int | None
+    predictor_macs: int
+
+    @property
+    def macs(self) -> int | None:
+        if self.mhsa_macs is None:
+            return None
+        return self.macs_dense - self.mhsa_macs_dense + self.mhsa_macs + self.predictor_macs
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "macs": self.macs}
+
+    def __str__(self) -> str:
+        return "\n".join([*self._head(), *_table(self.sites), *self._tail()])
+
+    def _head(self) -> list[str]:
+        share = 100 * self.mhsa_macs_dense / max(1, self.macs_dense)
+        return [
+            f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
+            f"input {'x'.join(map(str, self.input_shape))}",
+            f"model MACs {_g(self.macs_dense)} -> {_g(self.macs)}, MHSA {_g(self.mhsa_macs_dense)} "
+            f"-> {_g(self.mhsa_macs)}, predictor {_g(self.predictor_macs)} (MHSA is {share:.1f} % "
+            "of the dense model)",
+        ]
+
+    def _tail(self) -> list[str]:
+        lines = [f"{row.name}: {row.note}" for row in self.sites if row.note]
+        slow = [row for row in self.sites if row.expected < 1 and row.kernel != "dense"]
+        if slow:
+            lines.append(
+                f"{len(slow)} sites save MACs, not time: their kernel is not expected to beat "
+                "dense attention (larger tile= or more tokens would change that)"
+            )
+        if self.untouched:
+            lines.append(f"not selected, dense: {', '.join(self.untouched)}")
+        return lines + [f"left alone: {name}: {reason}" for name, reason in self.left]
+
+
+def _g(macs: int | None) -> str:
+    if macs is None:
+        return "unknown"
+    return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
+
+
+def _table(rows: tuple[SiteReport, ...]) -> list[str]:
+    cells = [("site", "k", "tile", "kernel", "density", "MHSA MACs", "expected")]
+    for row in rows:
+        tile = "x".join(map(str, row.tile)) if isinstance(row.tile, tuple) else str(row.tile)
+        density = "?" if row.density is None else f"{row.density:.3f}"
+        change = f"{_g(row.macs_dense)} -> {_g(row.macs)}"
+        cells.append(
+            (row.name, str(row.k), tile, row.kernel, density, change, f"{row.expected:.1f}x")
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def report(handle: Patch) -> Report:
+    """The report of a live patch; see `Patch.report`."""
+    rows = tuple(_site_report(runtime) for runtime in handle.runtimes)
+    idle = [site for site in handle.found if site not in handle.sites]
+    spared = sum(site.macs for site in idle)
+    known = [row.macs for row in rows if row.macs is not None]
+    return Report(
+        model=type(handle.model).__name__,
+        backbone=handle.backbone,
+        strategy=handle.strategy.name,
+        input_shape=handle.input_shape,
+        sites=rows,
+        untouched=tuple(site.name for site in idle),
+        left=handle.left,
+        macs_dense=dense_macs(handle.model, handle.input_shape),
+        mhsa_macs_dense=sum(site.macs for site in handle.found),
+        mhsa_macs=spared + sum(known) if len(known) == len(rows) else None,
+        predictor_macs=sum(row.predictor_macs for row in rows),
+    )
+
+
+def dense_macs(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
+    """MACs of the unpatched model for one image, counted from what a dry run executes."""
+    with FlopCounterMode(display=False) as counter:
+        run_dry(skeleton(model), shape)
+    return int(counter.get_total_flops()) // 2
+
+
+def leave_slow_sites_dense(handle: Patch) -> None:
+    """Mark the sites whose best kernel is not expected to beat dense attention."""
+    for runtime in handle.runtimes:
+        runtime.dense = _dry_plan(runtime)[2].expected < 1.0
+
+
+def _site_report(runtime: SiteRuntime) -> SiteReport:
+    site, strategy = runtime.site, runtime.strategy
+    pattern, predictor, choice, note = *_dry_plan(runtime), ""
+    dense = runtime.dense or isinstance(pattern, Dense)
+    if runtime.dense:
+        note = f"left dense: {choice.kernel.name} would run at {choice.expected:.1f}x of dense"
+    elif dense:
+        note = "the budget keeps every key: dense" if strategy.name != "dense" else ""
+    elif runtime.last is not None:
+        choice = runtime.last
+    k = getattr(strategy, "k", None)
+    if isinstance(k, int) and k > site.keys:
+        note = f"k={k} is more than the {site.keys} keys there are: all are kept"
+    return SiteReport(
+        name=site.name,
+        strategy=strategy.name,
+        k=k if isinstance(k, (int, float)) else None,
+        tile=strategy.tile_for(site.tokens),
+        kernel="dense" if dense else choice.kernel.name,
+        density=1.0 if dense else _density(pattern),
+        macs_dense=site.macs,
+        macs=site.macs if dense else _macs(site, pattern),
+        predictor_macs=0 if dense else predictor,
+        expected=1.0 if dense else choice.expected,
+        ran=runtime.last is not None,
+        note=note,
+        refusals=choice.refusals,
+    )
+
+
+def _density(pattern: Pattern) -> float | None:
+    pairs = pattern.pairs()
+    if pairs is None:
+        return None
+    extra = 0 if pattern.summary is None else _summary_pairs(pattern)
+    return (pairs - extra) / (pattern.n_queries * pattern.n_keys)
+
+
+def _summary_pairs(pattern: Pattern) -> int:
+    assert pattern.summary is not None
+    return (pattern.n_queries - getattr(pattern, "dense_rows", 0)) * pattern.summary.count
+
+
+def _macs(site: Site, pattern: Pattern) -> int | None:
+    """QK^T and AV over the kept pairs, plus pooling of the summary keys."""
+    pairs = pattern.pairs()
+    if pairs is None:
+        return None
+    pooled = pattern.summary.count * site.keys if pattern.summary is not None else 0
+    per_head = (pairs + pooled) * (site.head_dim + site.value_dim)
+    return round(per_head * site.heads * site.windows * site.calls)
+
+
+def _dry_plan(runtime: SiteRuntime) -> tuple[Pattern, int, Choice]:
+    """The pattern at patch-time shapes without data, the planner's MACs, and the kernel."""
+    inputs = _dry_inputs(runtime.site)
+    inputs = inputs.replace(tile=runtime.strategy.tile_for(inputs.n_queries))
+    planner = runtime.planner
+    if isinstance(planner, torch.nn.Module):
+        planner = skeleton(planner)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if runtime.strategy.keeps_all(inputs.n_keys):
+            pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
+        else:
+            pattern = runtime.finish(planner(inputs), inputs)
+    macs = int(counter.get_total_flops()) // 2
+    if isinstance(pattern, Dense):
+        return pattern, macs, Choice(runtime.kernels[0], (), 1.0)
+    return pattern, macs, choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
+
+
+def _dry_inputs(site: Site) -> AttentionInputs:
+    def empty(rows: int, width: int) -> Tensor:
+        return torch.empty(site.windows, site.heads, rows, width, device="meta")
+
+    bias = None if site.bias == "none" else empty(site.tokens, site.keys)
+    q, k = empty(site.tokens, site.head_dim), empty(site.keys, site.head_dim)
+    v = empty(site.keys, site.value_dim)
+    return AttentionInputs(q, k, v, site.head_dim**-0.5, bias, site, grid=site.grid, key_grid=site.key_grid)
+

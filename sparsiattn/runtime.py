@@ -1,0 +1,178 @@
+"""What runs at a patched site: the hooks that open and close its scope, and its route."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn import planning
+from sparsiattn.geometry import Grid
+from sparsiattn.interception import THREAD, Route, dense_attention, install, pop, push
+from sparsiattn.kernel import Choice, Kernel, choose
+from sparsiattn.layout import Layout, canonical
+from sparsiattn.patterns import Dense, Pattern
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import Planner, Strategy
+
+PLANNER = "sparsiattn"
+"""Name of the child module that holds a site's learned planner."""
+
+_KEYS = itertools.count(1)
+
+Observer = Callable[[Site, Planner, AttentionInputs], None]
+
+
+class SiteRuntime:
+    """A site with its strategy, planner and kernels: plain state that copies and pickles."""
+
+    def __init__(
+        self,
+        site: Site,
+        layout: Layout,
+        strategy: Strategy,
+        planner: Planner,
+        kernels: tuple[Kernel, ...],
+        explicit: bool,
+        owner: Any,
+    ) -> None:
+        self.site, self.layout, self.strategy = site, layout, strategy
+        self.planner, self.kernels, self.explicit, self.owner = planner, kernels, explicit, owner
+        self.dense = False
+        self.last: Choice | None = None
+
+    def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
+        """The finished pattern of one call; both calls of a differential attention share theirs."""
+        shared = THREAD.shared if self.site.calls > 1 else None
+        if shared is not None:
+            THREAD.shared = None
+            return shared  # type: ignore[no-any-return]
+        pattern = self.finish(planner(inputs), inputs)
+        if self.site.calls > 1:
+            THREAD.shared = pattern
+        return pattern
+
+    def finish(self, pattern: Pattern, inputs: AttentionInputs) -> Pattern:
+        """A planner's wish with the strategy's options put in."""
+        options = self.strategy
+        return planning.finish(
+            pattern, inputs, prefix_keys=options.prefix_keys, background=options.background
+        )
+
+    def attend(self, planner: Planner, inputs: AttentionInputs) -> Tensor | None:
+        """Sparse attention ``[B, H, Nq, Dv]``, or None where the host's own should run."""
+        if self.dense or self.strategy.keeps_all(inputs.n_keys):
+            return None
+        inputs = inputs.replace(tile=self.strategy.tile_for(inputs.n_queries))
+        pattern = self.plan(planner, inputs)
+        if isinstance(pattern, Dense):
+            return None
+        choice = choose(self.kernels, inputs, pattern, explicit=self.explicit)
+        if not torch.compiler.is_compiling():
+            self.last = choice
+        return choice.kernel(inputs, pattern)
+
+
+def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
+    """The function that stands in for the site's call of scaled dot product attention. It only
+    refers to ``runtime``, which may still be under construction when a copy is made."""
+
+    def route(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+        gqa: bool,
+    ) -> Tensor:
+        planner = runtime.planner if replica is None else cast(Planner, replica)
+        inputs = canonical(
+            runtime.site, runtime.layout, q, k, v, mask, image_of(runtime.owner),
+            scale=scale, dropout=dropout, causal=causal,
+        )  # fmt: skip
+        observer = runtime.owner.observer
+        if observer is None:
+            out = runtime.attend(planner, inputs)
+            if out is not None:
+                return runtime.layout.unfold(out, q)
+        else:
+            observer(runtime.site, planner, inputs)
+        return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
+
+    return route
+
+
+class OpenScope:
+    """Forward pre-hook of a patched attention module. Importable and picklable; its route, a
+    closure, is made again in a copy."""
+
+    def __init__(self, runtime: SiteRuntime) -> None:
+        self.__setstate__({"runtime": runtime})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"runtime": self.runtime}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        install()
+        self.runtime: SiteRuntime = state["runtime"]
+        self.key = next(_KEYS)
+        self.route = make_route(self.runtime)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.runtime.owner.key in THREAD.disabled:
+            push(None, self.key)
+        elif getattr(module, "_is_replica", False):  # nn.DataParallel: the replica's own weights
+            push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
+        else:
+            push(self.route, self.key)
+        if self.runtime.site.calls > 1:
+            THREAD.shared = None
+
+
+class CloseScope:
+    """Forward hook of a patched attention module, called also when the module raised."""
+
+    def __init__(self, opener: OpenScope) -> None:
+        self.opener = opener
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        pop(self.opener.key)
+
+
+class WatchImage:
+    """Forward pre-hook of the module that takes the image: notes its height and width, from which
+    attention at another resolution learns its token grid."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        image = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(image, Tensor) and image.dim() == 4:
+            THREAD.image = (self.owner.key, image.shape[-2], image.shape[-1])
+            if not torch.compiler.is_compiling():  # for a backward pass in another thread
+                self.owner.image = (image.shape[-2], image.shape[-1])
+
+
+def image_of(owner: Any) -> Grid | None:
+    """Height and width of the image this thread last gave to the patched model."""
+    seen = THREAD.image
+    if seen is not None and seen[0] == owner.key:
+        return seen[1:]
+    return owner.image  # type: ignore[no-any-return]
+
+
+class CheckSites:
+    """Forward pre-hook of the model: refuses to run if a patched site was replaced or deleted."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.owner.check_sites()

@@ -1,0 +1,47 @@
+"""Which of a model's sites to patch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from sparsiattn.errors import InvalidType, unknown
+from sparsiattn.site import Site
+
+Sites = str | re.Pattern[str] | Iterable[str] | Callable[[Site], bool]
+
+
+def select(sites: list[Site], wanted: Sites) -> list[Site]:
+    """The sites that match a glob, a regular expression (searched), one of several globs, or a
+    predicate. Matching nothing is an error that lists what there is; so is a glob in a list.
+
+    >>> import torch
+    >>> x = torch.zeros(1, 1, 4, 2)
+    >>> first, second = Site.of(x, x, x, name="blocks.0.attn"), Site.of(x, x, x, name="blocks.1.attn")
+    >>> [site.name for site in select([first, second], "blocks.1.*")]
+    ['blocks.1.attn']
+    """
+    if isinstance(wanted, str):
+        return _nonempty([s for s in sites if fnmatchcase(s.name, wanted)], wanted, sites)
+    if isinstance(wanted, re.Pattern):
+        return _nonempty([s for s in sites if wanted.search(s.name)], wanted.pattern, sites)
+    if callable(wanted):
+        return _nonempty([s for s in sites if wanted(s)], wanted, sites)
+    try:
+        globs = list(wanted)
+    except TypeError:
+        globs = [wanted]
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise InvalidType(
+            "sites must be a glob, a compiled regular expression, a list of globs or a function "
+            f"of a Site, got {wanted!r}"
+        )
+    matched = {s.name for glob in globs for s in select(sites, glob)}
+    return [s for s in sites if s.name in matched]
+
+
+def _nonempty(found: list[Site], wanted: object, sites: list[Site]) -> list[Site]:
+    if not found:
+        raise unknown("site", wanted, (site.name for site in sites))
+    return found

@@ -1,0 +1,157 @@
+"""What a strategy and a kernel see: the `Site` they work at and the `AttentionInputs` of one call."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsiattn import geometry
+from sparsiattn.geometry import Grid, Tile, Tiles
+
+# A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
+MASKED_BELOW = -50.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of one model, as found at patch time. Sizes are those of one window.
+
+    name: module path, e.g. ``blocks.3.attn``. index, depth: position among the model's sites.
+    tokens, keys: queries and keys, prefix included. grid, key_grid: rows and columns of the patch
+    tokens, ``(1, n)`` where their order is not a raster. prefix_tokens: leading CLS, distillation
+    and register tokens. windows: attention calls per image. bias: whether the host adds a mask,
+    and if that mask can forbid keys (``"mask"``) or only favours some (``"bias"``).
+    """
+
+    name: str
+    index: int
+    depth: int
+    tokens: int
+    keys: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    grid: Grid
+    key_grid: Grid
+    prefix_tokens: int = 0
+    windows: int = 1
+    raster: bool = True
+    calls: int = 1
+    bias: Literal["none", "bias", "mask"] = "none"
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of QK^T and AV for one image, dense."""
+        pairs = self.tokens * self.keys * self.heads * self.windows * self.calls
+        return pairs * (self.head_dim + self.value_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, prefix_tokens: int = 0, **fields: Any) -> Site:
+        """A site that fits the given tensors; for tests and for use outside a model.
+
+        >>> x = torch.zeros(1, 2, 17, 8)
+        >>> Site.of(x, x, x, prefix_tokens=1).grid
+        (4, 4)
+        """
+        n, m = q.shape[-2] - prefix_tokens, k.shape[-2] - prefix_tokens
+        known = {
+            "name": "attn",
+            "index": 0,
+            "depth": 1,
+            "tokens": q.shape[-2],
+            "keys": k.shape[-2],
+            "heads": q.shape[1],
+            "head_dim": q.shape[-1],
+            "value_dim": v.shape[-1],
+            "grid": geometry.infer_grid(n),
+            "key_grid": geometry.infer_grid(m),
+            "prefix_tokens": prefix_tokens,
+        }
+        return cls(**{**known, **fields})
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """The operands of one attention call, heads and windows in canonical order.
+
+    q: ``[B, H, Nq, D]``; k: ``[B, H, Nk, D]``; v: ``[B, H, Nk, Dv]``. Windows are folded into
+    ``B``, shared key heads are expanded. scale: factor of QK^T. bias: additive float mask or
+    boolean mask (True attends) that broadcasts to ``[B, H, Nq, Nk]``. grid, key_grid: of the patch
+    tokens at this call's resolution; taken from ``site`` when None. tile: queries that share keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+    site: Site
+    dropout: float = 0.0
+    grid: Grid | None = None
+    key_grid: Grid | None = None
+    tile: Tile = 1
+
+    @property
+    def prefix(self) -> int:
+        """Leading tokens that are not image patches, among queries and keys alike."""
+        return self.site.prefix_tokens
+
+    @property
+    def n_queries(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def n_keys(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def query_grid(self) -> Grid:
+        return self.grid or self.site.grid
+
+    @property
+    def keys_grid(self) -> Grid:
+        return self.key_grid or self.site.key_grid
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """The query tiles over patch tokens (prefix not counted), None if every query is alone."""
+        if self.tile == 1 or isinstance(self.tile, int):
+            return None
+        return geometry.table(geometry.tiles, self.query_grid, self.tile, device=self.q.device)
+
+    @property
+    def patch_queries(self) -> Tensor:
+        """``[B, H, n, D]``: the queries without prefix tokens."""
+        return self.q[..., self.prefix :, :]
+
+    @property
+    def row_queries(self) -> Tensor:
+        """One query per row of a pattern: the patch queries, or their mean over each tile."""
+        tiles = self.tiles
+        return self.patch_queries if tiles is None else tiles.mean(self.patch_queries)
+
+    def logits(self) -> Tensor:
+        """``[B, H, Nq, Nk]``: scaled QK^T with the host's bias, forbidden keys at minus infinity."""
+        logits = self.q @ self.k.mT * self.scale
+        if self.bias is None:
+            return logits
+        if self.bias.dtype == torch.bool:
+            return logits.masked_fill(~self.bias, float("-inf"))
+        return logits + self.bias.to(logits.dtype)
+
+    def allowed(self) -> Tensor | None:
+        """Keys the host lets a query see, broadcastable to ``[B, H, Nq, Nk]``; None means all."""
+        if self.bias is None:
+            return None
+        if self.bias.dtype == torch.bool:
+            return self.bias
+        return self.bias > MASKED_BELOW if self.site.bias == "mask" else None
+
+    def replace(self, **fields: Any) -> AttentionInputs:
+        return replace(self, **fields)

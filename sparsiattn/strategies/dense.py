@@ -1,0 +1,22 @@
+"""Keep everything: the baseline that measures what patching itself costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsiattn.patterns import Pattern
+from sparsiattn.site import AttentionInputs
+from sparsiattn.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class DenseStrategy(Strategy):
+    """Every pair: the host's own attention, reached through the patch."""
+
+    name = "dense"
+
+    def keeps_all(self, n_keys: int) -> bool:
+        return True
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        return Pattern.dense(inputs.n_queries, inputs.n_keys)

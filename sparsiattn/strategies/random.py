@@ -1,0 +1,57 @@
+"""Random keys: the baseline that any choice has to beat."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsiattn import geometry
+from sparsiattn.patterns import Pattern
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import Budgets, Strategy
+
+
+@dataclass(frozen=True)
+class Random(Strategy):
+    """Keys drawn at random per query (or tile) and head, the same for every image.
+
+    The generator is private and counter-based: seeded by ``seed``, the site's name and its number
+    of keys, it touches no global state and draws the same keys on every device.
+    """
+
+    name = "random"
+
+    k: Budgets = 0.25
+    seed: int = 0
+
+    def planner(self, site: Site) -> RandomPlanner:
+        return RandomPlanner(self, zlib.crc32(f"{self.seed}/{site.name}".encode()))
+
+
+@dataclass(frozen=True)
+class RandomPlanner:
+    """Draws for one site; ``key`` stands for the site's name and the seed."""
+
+    strategy: Random
+    key: int
+
+    def __call__(self, inputs: AttentionInputs, /) -> Pattern:
+        tiles = inputs.tiles
+        rows = inputs.n_queries - inputs.prefix if tiles is None else tiles.count
+        shape = (inputs.site.heads, rows, inputs.n_keys)
+        key = (self.key + inputs.n_keys) * 0x9E3779B1 & 0xFFFFFFFF
+        scores = geometry.table(hashed, key, *shape, device=inputs.k.device)
+        return Pattern.top(scores, self.strategy.k)  # type: ignore[arg-type]
+
+
+def hashed(
+    key: int, heads: int, rows: int, columns: int, *, device: torch.device
+) -> Tensor:
+    """Uniform numbers ``[1, heads, rows, columns]`` from a 32-bit counter hash (Murmur3's mixer)."""
+    x = torch.arange(heads * rows * columns, device=device) + key
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return ((x >> 8).float() / 2**24).view(1, heads, rows, columns)

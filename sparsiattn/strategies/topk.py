@@ -1,0 +1,28 @@
+"""Exact top-k of the attention matrix: the oracle every cheaper choice is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsiattn.patterns import Pattern
+from sparsiattn.site import AttentionInputs
+from sparsiattn.strategy import Budgets, Strategy
+
+
+@dataclass(frozen=True)
+class TopK(Strategy):
+    """The keys with the largest attention weight (an oracle: it computes all logits to choose).
+
+    In tile mode the keys with the largest mean weight over the tile's queries, which is the shared
+    set that keeps the most attention mass.
+    """
+
+    name = "topk"
+
+    k: Budgets = 0.25
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        logits = inputs.logits()
+        # the softmax keeps each row's order, so one query alone does not need it
+        scores = logits if inputs.tiles is None else logits.softmax(-1)
+        return Pattern.top(scores, self.k)  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""The contract of a strategy: an immutable config that plans, or makes something that plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.errors import InvalidOption, InvalidType, unknown
+from sparsiattn.geometry import Tile
+from sparsiattn.patterns import Budget, Pattern, check_budget, count_of
+from sparsiattn.site import AttentionInputs, Site
+
+# From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
+TILE_FROM = 1024
+AUTO_TILE = (8, 8)
+
+Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """What a strategy makes for one site: called with `AttentionInputs`, returns a `Pattern`."""
+
+    def __call__(self, inputs: AttentionInputs, /) -> Pattern: ...
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What to keep. Subclass it as a frozen dataclass, set ``name``, and override one method.
+
+    Override `plan` if every call can be planned from its inputs alone, or `planner` if something
+    must be kept per site (weights, tables). Budgets, prefix tokens, shared key heads, tiles and
+    background are the core's work.
+
+    tile: queries that share one key set, 1, ``(rows, columns)`` of patches, or ``"auto"``: 1 below
+    1,024 tokens, else ``(8, 8)``. background: pool dropped keys into g x g summary keys, or None.
+    prefix_keys: CLS and register columns are always kept, within the budget.
+
+    >>> from dataclasses import dataclass
+    >>> from sparsiattn import Pattern, Strategy
+    >>> @dataclass(frozen=True)
+    ... class Nearest(Strategy):
+    ...     name = "nearest"
+    ...     k: float = 0.1
+    ...     def plan(self, inputs):
+    ...         return Pattern.top(inputs.q @ inputs.k.mT, self.k)
+    >>> Nearest(k=0.2).to_dict()["options"]["k"]
+    0.2
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    exact_at_full: ClassVar[bool] = True
+    """Whether ``k=1.0`` reproduces the dense model; if not, `strategies()` shows ``inexact``."""
+    inexact: ClassVar[str] = ""
+    needs_training: ClassVar[bool] = False
+
+    tile: Tile | str = field(default="auto", kw_only=True)
+    background: int | None = field(default=None, kw_only=True)
+    prefix_keys: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tile", _check_tile(self.tile))
+        _check_background(self.background)
+        if not isinstance(self.prefix_keys, bool):
+            raise InvalidType(f"prefix_keys must be True or False, got {self.prefix_keys!r}")
+        k = getattr(self, "k", None)
+        if k is not None and isinstance(k, (int, float)):
+            check_budget(k)
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        """The pattern for one call; for strategies that keep nothing between calls."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must override plan(inputs), or planner(site) if it learns"
+        )
+
+    def planner(self, site: Site) -> Planner:
+        """What plans for ``site``; an `nn.Module` if it has weights (see `LearnedPlanner`)."""
+        return Stateless(self)
+
+    def keeps_all(self, n_keys: int) -> bool:
+        """Whether the budget covers every key, so that the host's own attention runs."""
+        k = getattr(self, "k", None)
+        return isinstance(k, (int, float)) and count_of(k, n_keys) == n_keys
+
+    def tile_for(self, tokens: int) -> Tile:
+        """The tile at this many tokens, with ``"auto"`` and ``(1, 1)`` resolved."""
+        if self.tile == "auto":
+            return AUTO_TILE if tokens >= TILE_FROM else 1
+        assert not isinstance(self.tile, str)
+        return 1 if self.tile == (1, 1) else self.tile
+
+    def at(self, site: Site, position: int, count: int) -> Strategy:
+        """This config with a list or function of budgets resolved for one of ``count`` sites."""
+        k = getattr(self, "k", None)
+        if k is None or isinstance(k, (int, float)):
+            return self
+        if callable(k):
+            return replace(self, k=check_budget(k(site)))  # type: ignore[call-arg]
+        budgets = list(k)
+        if len(budgets) != count:
+            raise InvalidOption(
+                f"k as a list needs one budget per patched site: {count}, got {len(budgets)}; "
+                "narrow sites= or pass a function of the site"
+            )
+        return replace(self, k=check_budget(budgets[position]))  # type: ignore[call-arg]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: ``{"name", "version", "options"}``."""
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in options.items()}
+        return {"name": self.name, "version": self.version, "options": plain}
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.init]
+
+    @classmethod
+    def build(cls, options: dict[str, Any]) -> Strategy:
+        """An instance from options by name; a wrong name is an error that lists the right ones."""
+        for name in options:
+            if name not in cls.option_names():
+                raise unknown(f"option of strategy {cls.name!r}:", name, cls.option_names())
+        return cls(**options)
+
+
+@dataclass(frozen=True)
+class Stateless:
+    """A planner that keeps nothing: every call goes to the strategy's `plan`."""
+
+    strategy: Strategy
+
+    def __call__(self, inputs: AttentionInputs, /) -> Pattern:
+        return self.strategy.plan(inputs)
+
+
+class LearnedPlanner(nn.Module):
+    """Base of planners with weights. They become ``<site>.sparsiattn.*`` in the model.
+
+    A checkpoint of the dense model still loads strictly: planner weights it lacks keep their
+    values. Weights are frozen at first: a hard choice of keys passes them no gradient, so an
+    optimiser or DDP that waits for one would fail; `calibrate` unfreezes them while it fits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_keep_missing)
+
+    def loss(self, inputs: AttentionInputs) -> Tensor:
+        """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
+
+
+def _keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = {prefix + name: value for name, value in module.state_dict().items()}
+    if not any(name in state for name in own):
+        state.update(own)
+
+
+def _check_tile(tile: object) -> Tile | str:
+    if tile == "auto" or (tile == 1 and not isinstance(tile, bool)):
+        return tile  # type: ignore[return-value]
+    sides = tuple(tile) if isinstance(tile, (tuple, list)) else ()
+    if len(sides) == 2 and all(type(s) is int and s >= 1 for s in sides):
+        return sides
+    raise InvalidOption(
+        f"tile must be 1, (rows, columns) of patches, each >= 1, or 'auto'; got {tile!r}"
+    )
+
+
+def _check_background(g: object) -> None:
+    if g is not None and (type(g) is not int or g < 1):
+        raise InvalidOption(
+            f"background must be None or an int g >= 1 for g x g summary keys, got {g!r}"
+        )
+
+
+def spawn(seed: int) -> torch.Generator:
+    """A private generator: planners are initialised without touching the global RNG."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,5 @@
+"""Fitting planners."""
+
+from sparsiattn.training.calibrate import calibrate
+
+__all__ = ["calibrate"]

@@ -1,0 +1,97 @@
+"""Fit learned planners to a model's own attention; no labels, the host's weights untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.errors import InvalidOption
+from sparsiattn.patching import Patch, patch_of
+from sparsiattn.runtime import SiteRuntime
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import LearnedPlanner, Planner
+
+
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    *,
+    steps: int | None = None,
+    lr: float = 1e-3,
+    on_step: Callable[[int, float], Any] | None = None,
+) -> list[float]:
+    """Train the planners of a patched model to reproduce its dense attention.
+
+    images: batches ``[B, 3, H, W]`` (or ``(batch, ...)`` tuples, whose rest is ignored), gone
+    through once, or until ``steps``. lr: of Adam, decayed to zero over ``steps`` where given.
+    on_step: called with the step and its loss. Returns the loss of every step (mean over sites).
+    """
+    live = patch_of(model)
+    runtimes = [] if live is None else [r for r in live.runtimes if _learns(r)]
+    if live is None or not runtimes:
+        raise InvalidOption(
+            "calibrate() fits learned planners, and this model has none: patch it with one first, "
+            "e.g. patch(model, strategy='connectivity')"
+        )
+    weights = [p for runtime in runtimes for p in runtime.planner.parameters()]  # type: ignore[attr-defined]
+    frozen = [p.requires_grad for p in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        return _fit(live, weights, images, steps, lr, on_step)
+    finally:
+        for weight, before in zip(weights, frozen, strict=True):
+            weight.requires_grad_(before)
+            weight.grad = None
+
+
+def _learns(runtime: SiteRuntime) -> bool:
+    return isinstance(runtime.planner, LearnedPlanner)
+
+
+def _fit(
+    live: Patch,
+    weights: list[nn.Parameter],
+    images: Iterable[Any],
+    steps: int | None,
+    lr: float,
+    on_step: Callable[[int, float], Any] | None,
+) -> list[float]:
+    optimizer = torch.optim.Adam(weights, lr)
+    tiles = {r.site.name: r.strategy.tile_for for r in live.runtimes}
+    losses: list[float] = []
+    for step, batch in enumerate(images):
+        if step == steps:
+            break
+        if steps:
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        parts = _site_losses(live, batch[0] if isinstance(batch, (tuple, list)) else batch, tiles)
+        loss = torch.stack(parts).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return losses
+
+
+def _site_losses(live: Patch, images: Tensor, tiles: dict[str, Any]) -> list[Tensor]:
+    """One loss per learned site for one batch; the host itself runs without gradients."""
+    losses: list[Tensor] = []
+
+    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
+        if isinstance(planner, LearnedPlanner):
+            with torch.enable_grad():
+                tile = tiles[site.name](inputs.n_queries)
+                losses.append(planner.loss(inputs.replace(tile=tile)))
+
+    training = live.model.training
+    live.model.eval()
+    with live.observing(observe), torch.no_grad():
+        live.model(images)
+    live.model.train(training)
+    return losses
