@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := train,viz,hf,docs,dev
+EXTRAS := xformers,train,viz,hf,docs,dev
 
 .PHONY: demo test test-slow lint docs census clean
 

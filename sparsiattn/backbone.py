@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -47,16 +47,20 @@ class Backbone:
         raise NotImplementedError
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        """The shape of one image, from ``pretrained_cfg`` or ``config``; None if neither says."""
-        size = getattr(model, "pretrained_cfg", None)
-        if isinstance(size, dict) and "input_size" in size:
-            return (1, *_current_size(model, tuple(size["input_size"])))
+        """The shape of one image: what the model was built for, else what ``pretrained_cfg`` or
+        ``config`` says; None if nothing says it."""
+        embed = getattr(model, "patch_embed", None)
+        convolutions = (m for m in self.image_module(model).modules() if isinstance(m, nn.Conv2d))
+        channels = next((c.in_channels for c in convolutions), 3)
+        built = getattr(embed, "img_size", None)
+        if built is not None:
+            return (1, channels, *_pair(built))
+        card = getattr(model, "pretrained_cfg", None)
+        if isinstance(card, dict) and "input_size" in card:
+            return (1, *card["input_size"])
         config = getattr(model, "config", None)
         side = getattr(config, "image_size", None)
-        if side is None:
-            return None
-        sides = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
-        return (1, getattr(config, "num_channels", 3), *sides)
+        return None if side is None else (1, getattr(config, "num_channels", 3), *_pair(side))
 
     def edits(self, model: nn.Module) -> list[Edit]:
         """Switches that make every attention module call scaled dot product attention."""
@@ -111,13 +115,14 @@ class Backbone:
             else:
                 found.append((self._site(call, layout, aspect), layout))
         numbered = [
-            (_numbered(site, index, len(found)), layout)
+            (replace(site, index=index, depth=len(found)), layout)
             for index, (site, layout) in enumerate(found)
         ]
         return numbered, left
 
     def _site(self, call: Call, layout: Layout, aspect: float) -> Site:
-        q, k, v = (layout.fold(torch.empty(s, device="meta")).shape for s in (call.q, call.k, call.v))
+        shapes = (call.q, call.k, call.v)
+        q, k, v = (layout.fold(torch.empty(shape, device="meta")).shape for shape in shapes)
         prefix = self.prefix_tokens(call) if q[0] == 1 else 0
         return Site(
             name=call.name,
@@ -147,16 +152,6 @@ def head_count(module: nn.Module) -> int | None:
     return None
 
 
-def _numbered(site: Site, index: int, depth: int) -> Site:
-    from dataclasses import replace
-
-    return replace(site, index=index, depth=depth)
-
-
-def _current_size(model: nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
-    """The configured size, unless the model was built for another image size or channel count."""
-    embed = getattr(model, "patch_embed", None)
-    side = getattr(embed, "img_size", None)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
-    sides = size[1:] if side is None else tuple(side) if isinstance(side, (tuple, list)) else (side,) * 2
-    return (channels or size[0], *sides)
+def _pair(side: int | Iterable[int]) -> tuple[int, int]:
+    rows, columns = (side, side) if isinstance(side, int) else side
+    return rows, columns

@@ -24,6 +24,10 @@ class Reference(Kernel):
         return 0.1
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        dtype = inputs.q.dtype
+        return self._exact(_at_least_float32(inputs), pattern).to(dtype)
+
+    def _exact(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         logits = inputs.logits()
         keep = pattern.to_mask().to(logits.device)
         allowed = inputs.allowed()
@@ -42,6 +46,12 @@ class Reference(Kernel):
         on_keys, on_cells = p.split([inputs.n_keys, summary.count], dim=-1)
         spread = torch.einsum("bhng,bhngm->bhnm", on_cells, _per_query(weights, summary))
         return (on_keys + spread) @ inputs.v
+
+
+def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:
+    """A specification must not round: half precision is computed in single."""
+    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
+    return inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
 
 
 def _per_query(weights: Tensor, summary: Summary) -> Tensor:

@@ -1,0 +1,52 @@
+"""The laws every backbone must keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.backbone import Backbone
+from sparsiattn.patching import patch
+from sparsiattn.strategies.topk import TopK
+
+
+class BackboneSuite:
+    """Subclass it, set ``backbone`` and return a small model from ``model()``, and run pytest."""
+
+    backbone: Backbone
+    least_sites = 1
+
+    def model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def images(self, model: nn.Module) -> Tensor:
+        shape = self.backbone.input_shape(model)
+        assert shape is not None, "override images(): the model does not say its input size"
+        return torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0))
+
+    def test_takes_the_model(self) -> None:
+        assert self.backbone.why_not(self.model()) == []
+
+    def test_refuses_others_with_a_reason(self) -> None:
+        reasons = self.backbone.why_not(nn.Linear(2, 2))
+        assert all(isinstance(reason, str) and reason for reason in reasons)
+
+    def test_sites_are_patched_and_restored(self) -> None:
+        model = self.model().eval()
+        x = self.images(model)
+        with torch.no_grad():
+            dense = model(x)
+            with patch(model, TopK(k=1.0), input=x) as live:
+                assert live.backbone == self.backbone.name
+                assert len(live.sites) >= self.least_sites
+                torch.testing.assert_close(model(x), dense, rtol=1e-5, atol=1e-5)
+            with patch(model, TopK(k=0.25), input=x):
+                assert not torch.equal(model(x), dense)
+            assert torch.equal(model(x), dense)
+
+    def test_sites_describe_their_tokens(self) -> None:
+        model = self.model().eval()
+        with patch(model, TopK(k=0.5), input=self.images(model)) as live:
+            for site in live.sites:
+                assert site.grid[0] * site.grid[1] + site.prefix_tokens == site.tokens
+                assert site.key_grid[0] * site.key_grid[1] + site.prefix_tokens == site.keys

@@ -1,0 +1,48 @@
+"""A plug-in for the duration of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+from sparsiattn.backbone import Backbone
+from sparsiattn.hookspecs import hookimpl
+from sparsiattn.kernel import Kernel
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategy import Strategy
+
+
+@contextmanager
+def temporary_plugin(
+    *,
+    strategies: Iterable[type[Strategy]] = (),
+    kernels: Iterable[Kernel] = (),
+    backbones: Iterable[Backbone] = (),
+    name: str = "temporary",
+) -> Iterator[None]:
+    """Register strategies, kernels and backbones for the duration of a block.
+
+    >>> from dataclasses import dataclass
+    >>> import sparsiattn
+    >>> @dataclass(frozen=True)
+    ... class Mine(sparsiattn.Strategy):
+    ...     name = "mine"
+    >>> with temporary_plugin(strategies=[Mine]):
+    ...     "mine" in sparsiattn.strategies()
+    True
+    >>> "mine" in sparsiattn.strategies()
+    False
+    """
+    lists = {"strategies": strategies, "kernels": kernels, "backbones": backbones}
+    hooks = {f"sparsiattn_{kind}": _returning(list(things)) for kind, things in lists.items()}
+    with REGISTRY.temporary(SimpleNamespace(**hooks), name):
+        yield
+
+
+def _returning(things: list[object]) -> object:
+    @hookimpl
+    def hook() -> list[object]:
+        return things
+
+    return hook

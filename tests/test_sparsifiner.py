@@ -1,0 +1,106 @@
+"""Agreement with the outputs of the authors' own code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import sparsiattn
+from sparsiattn import AttentionInputs, Site
+from sparsiattn.kernel import Kernel
+from sparsiattn.kernels import sparsiattn_kernels
+from sparsiattn.planning import finish
+from sparsiattn.strategies.connectivity import Connectivity
+
+NAMES = {"proj_n": "down", "proj_back_n": "up"}
+NAMES |= {f"proj_c_{x}.{p}": f"project_{x}.{p}" for x in "qk" for p in ("weight", "bias")}
+
+
+@pytest.fixture(scope="module")
+def attention(fixtures: Path) -> dict[str, Tensor]:
+    return load_file(fixtures / "sparsifiner-attention-n65.safetensors")
+
+
+def paper_exact(data: dict[str, Tensor]) -> tuple[AttentionInputs, object]:
+    q, k, v = data["q"], data["k"], data["v"]
+    site = Site.of(q, k, v, prefix_tokens=1)
+    strategy = Connectivity(
+        k=0.25, basis=10, channels=16, basis_threshold=0.02, basis_coef_topk=8, head_scale=True,
+        tile=1, background=None, prefix_keys=False,
+    )  # fmt: skip
+    planner = strategy.planner(site)
+    weights = {ours: data[f"weight.mask_predictor.{theirs}"] for theirs, ours in NAMES.items()}
+    planner.load_state_dict(weights)
+    return AttentionInputs(q, k, v, q.shape[-1] ** -0.5, None, site), planner
+
+
+def test_scores_and_masks_are_the_authors(attention: dict[str, Tensor]) -> None:
+    inputs, planner = paper_exact(attention)
+    torch.testing.assert_close(planner.scores(inputs), attention["score"], rtol=1e-5, atol=1e-5)
+    mask = finish(planner(inputs), inputs, prefix_keys=False).to_mask()
+    assert torch.equal(mask, attention["mask"])
+
+
+@pytest.mark.parametrize("kernel", sparsiattn_kernels(), ids=lambda kernel: kernel.name)
+def test_outputs_are_the_authors(attention: dict[str, Tensor], kernel: Kernel) -> None:
+    inputs, planner = paper_exact(attention)
+    pattern = finish(planner(inputs), inputs, prefix_keys=False)
+    assert kernel.why_not(inputs, pattern) == []
+    heads = kernel(inputs, pattern).transpose(1, 2).flatten(2)
+    out = heads @ attention["weight.proj.weight"].mT + attention["weight.proj.bias"]
+    torch.testing.assert_close(out, attention["out"], rtol=1e-5, atol=1e-5)
+
+
+def published_model(fixtures: Path) -> tuple[torch.nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    path = fixtures / "sparsifiner-model-n65.safetensors"
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    data = load_file(path)
+    model = timm.models.VisionTransformer(
+        img_size=int(meta["img_size"]), patch_size=int(meta["patch_size"]), num_classes=10,
+        embed_dim=int(meta["embed_dim"]), depth=int(meta["depth"]),
+        num_heads=int(meta["num_heads"]),
+    ).eval()  # fmt: skip
+    weights = {n.removeprefix("weight."): t for n, t in data.items() if n.startswith("weight.")}
+    return model, data, weights
+
+
+def test_load_sparsifiner_gives_the_authors_logits_and_masks(fixtures: Path) -> None:
+    model, data, weights = published_model(fixtures)
+    live = sparsiattn.load_sparsifiner(model, weights, keep=0.25)
+    masks: list[Tensor] = []
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(data["x"]), data["logits"], rtol=1e-5, atol=1e-5)
+        # masks of later layers depend on sparse earlier ones, so they are read while it runs
+        for runtime in live.runtimes:
+            original = runtime.finish
+            runtime.finish = lambda p, i, f=original: masks.append(f(p, i).to_mask()) or f(p, i)
+        model(data["x"])
+    for index, mask in enumerate(masks):
+        assert torch.equal(mask, data[f"mask.{index}"])
+    assert len(masks) == 3
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape", "predictor"])
+def test_a_wrong_state_dict_leaves_the_model_untouched(fixtures: Path, fault: str) -> None:
+    model, data, weights = published_model(fixtures)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    if fault == "missing":
+        del weights["norm.weight"]
+    elif fault == "extra":
+        weights["surplus"] = torch.zeros(1)
+    elif fault == "shape":
+        weights["blocks.1.attn.mask_predictor.proj_n"] = torch.zeros(65, 9)
+    else:
+        weights = {n: t for n, t in weights.items() if "mask_predictor" not in n}
+    with pytest.raises(sparsiattn.MismatchedPatch):
+        sparsiattn.load_sparsifiner(model, weights, keep=0.25)
+    assert sparsiattn.patch_of(model) is None
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
