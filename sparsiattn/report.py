@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparsiattn.kernel import Choice, choose
 from sparsiattn.patterns import Dense, Pattern
@@ -136,9 +135,15 @@ def report(handle: Patch) -> Report:
 
 def dense_macs(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run executes."""
-    with FlopCounterMode(display=False) as counter:
+    with _mac_counter() as counter:
         run_dry(skeleton(model), shape)
     return int(counter.get_total_flops()) // 2
+
+
+def _mac_counter() -> Any:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when asked
+
+    return FlopCounterMode(display=False)
 
 
 def leave_slow_sites_dense(handle: Patch) -> None:
@@ -207,7 +212,7 @@ def _dry_plan(runtime: SiteRuntime) -> tuple[Pattern, int, Choice]:
     planner = runtime.planner
     if isinstance(planner, torch.nn.Module):
         planner = skeleton(planner)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _mac_counter() as counter:
         if runtime.strategy.keeps_all(inputs.n_keys):
             pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
         else:

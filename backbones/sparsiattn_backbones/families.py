@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -83,7 +83,12 @@ class Hiera(Backbone):
     name = "timm_hiera"
 
     def why_not(self, model: nn.Module) -> list[str]:
-        return _lacks(model, "blocks", "unroll", "patch_embed")
+        return _lacks(model, "blocks", "unroll", "patch_embed", "tokens_spatial_shape")
+
+    def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        proj: Any = model.patch_embed.proj
+        tokens: Any = model.tokens_spatial_shape
+        return (1, proj.in_channels, *(n * s for n, s in zip(tokens, proj.stride, strict=True)))
 
     def prefix_tokens(self, call: Call) -> int:
         return 0
