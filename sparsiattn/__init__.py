@@ -6,7 +6,7 @@ from importlib import metadata as _metadata
 
 # First, because importing a subpackage binds its name here, and below `kernels` and `strategies`
 # become the functions that list what is registered.
-import sparsiattn.kernels  # noqa: F401
+import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
 from sparsiattn.backbone import Backbone
 from sparsiattn.errors import (

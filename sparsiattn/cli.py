@@ -48,7 +48,10 @@ def contents() -> dict[str, list[dict[str, Any]]]:
         "backbones": registry.backbones(),
     }
     listing: dict[str, list[dict[str, Any]]] = {
-        kind: [{**asdict(info), "status": "; ".join(info.reasons) or "usable"} for info in infos.values()]
+        kind: [
+            {**asdict(info), "status": "; ".join(info.reasons) or "usable"}
+            for info in infos.values()
+        ]
         for kind, infos in kinds.items()
     }
     listing["plugins"] = [

@@ -1,6 +1,6 @@
 """Everything this library raises on purpose derives from `SparsiattnError`.
 
-Each leaf also inherits the built-in exception a caller would expect, so ``except ValueError`` works.
+Each leaf also inherits the built-in exception a caller expects: ``except ValueError`` works.
 """
 
 from __future__ import annotations

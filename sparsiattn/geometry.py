@@ -37,7 +37,7 @@ def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
             found = build(*key, device=device)
         if _is_real(found):
             _keep(full, found)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _keep(key: Any, found: object) -> None:
@@ -130,7 +130,8 @@ class Tiles:
 
     def gather(self, x: Tensor) -> Tensor:
         """``[..., n, D]`` to ``[..., T, t, D]``."""
-        return x.index_select(-2, self.order.flatten()).unflatten(-2, tuple(self.order.shape))
+        rows = x.index_select(-2, self.order.flatten())
+        return rows.reshape(*x.shape[:-2], *self.order.shape, x.shape[-1])
 
     def mean(self, x: Tensor) -> Tensor:
         """``[..., n, D]`` to the mean over every tile, ``[..., T, D]``."""

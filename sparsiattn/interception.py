@@ -103,7 +103,7 @@ def push(route: Route | None, key: int) -> None:
 
 
 def pop(key: int) -> None:
-    """Close the scope ``key``; a scope that never opened (a hook before ours raised) is no error."""
+    """Close the scope ``key``; that it never opened (an earlier hook raised) is no error."""
     top = THREAD.top
     if top is not None and top[1] == key:
         THREAD.top = top[2]

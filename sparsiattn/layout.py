@@ -3,57 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sparsiattn import geometry
 from sparsiattn.geometry import Grid
 from sparsiattn.site import AttentionInputs, Site
 
-Form = Literal["B,H,N,D", "BH,N,D", "B,W,H,N,D", "B,H,W,N,D"]
+# How hosts lay out a query, in einops' notation: w counts windows, which join the batch.
+FORMS = {
+    "b h n d": "b h n d",
+    "(b h) n d": "b h n d",
+    "b w h n d": "(b w) h n d",
+    "b h w n d": "(b w) h n d",
+}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one site's host lays out its operands. W stands for windows, folded into the batch."""
+    """How one site's host lays out its operands: one of `FORMS`, and the number of heads."""
 
-    form: Form
+    form: str
     heads: int
 
     @classmethod
     def of(cls, shape: torch.Size, heads: int | None) -> Layout | None:
         """The layout of a query of this shape, given the module's head count; None if unknown."""
         if len(shape) == 4:
-            return cls("B,H,N,D", shape[1])
+            return cls("b h n d", shape[1])
         if len(shape) == 3:
             heads = heads or 1
-            return cls("BH,N,D", heads) if shape[0] % heads == 0 else None
+            return cls("(b h) n d", heads) if shape[0] % heads == 0 else None
         if len(shape) == 5 and heads in shape[1:3]:
-            form: Form = "B,H,W,N,D" if shape[1] == heads else "B,W,H,N,D"
-            return cls(form, heads)
+            return cls("b h w n d" if shape[1] == heads else "b w h n d", heads)
         return None
 
     def fold(self, x: Tensor) -> Tensor:
         """To ``[B, H, N, D]``."""
-        if self.form == "BH,N,D":
-            return x.unflatten(0, (-1, self.heads))
-        if self.form == "B,H,W,N,D":
-            return x.transpose(1, 2).flatten(0, 1)
-        return x.flatten(0, 1) if self.form == "B,W,H,N,D" else x
+        if self.form == "b h n d":
+            return x
+        sizes = {"h": self.heads} if self.form == "(b h) n d" else {}
+        return rearrange(x, f"{self.form} -> {FORMS[self.form]}", **sizes)
 
     def unfold(self, x: Tensor, like: Tensor) -> Tensor:
         """``[B, H, N, D]`` back to the form of the host's query."""
-        if self.form == "BH,N,D":
-            return x.flatten(0, 1)
-        if self.form == "B,H,W,N,D":
-            return x.unflatten(0, (like.shape[0], -1)).transpose(1, 2)
-        return x.unflatten(0, (like.shape[0], -1)) if self.form == "B,W,H,N,D" else x
+        if self.form == "b h n d":
+            return x
+        sizes = {} if self.form == "(b h) n d" else {"b": like.shape[0]}
+        return rearrange(x, f"{FORMS[self.form]} -> {self.form}", **sizes)
 
     def fold_mask(self, mask: Tensor, q: Tensor) -> Tensor:
         """A host mask to four dimensions that broadcast to ``[B, H, Nq, Nk]``."""
-        if self.form == "B,H,N,D":
+        if self.form == "b h n d":
             return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
         if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
             return mask.reshape(1, 1, *mask.shape[-2:])

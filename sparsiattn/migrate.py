@@ -55,7 +55,7 @@ def load_sparsifiner(
         background=None,
         prefix_keys=False,
     )
-    handle = patch(model, strategy, sites=[name for name in predictors])
+    handle = patch(model, strategy, sites=list(predictors))
     try:
         for runtime in handle.runtimes:
             planner = runtime.planner

@@ -38,7 +38,7 @@ from sparsiattn.runtime import (
 )
 from sparsiattn.selection import Sites, select
 from sparsiattn.site import Site
-from sparsiattn.strategy import Budgets, Strategy
+from sparsiattn.strategy import Budgets, LearnedPlanner, Strategy
 
 if TYPE_CHECKING:
     from sparsiattn.report import Report
@@ -82,6 +82,11 @@ class Patch:
     @property
     def sites(self) -> list[Site]:
         return [runtime.site for runtime in self.runtimes]
+
+    @property
+    def learns(self) -> bool:
+        """Whether `calibrate` has planners to fit here."""
+        return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)
 
     def check_sites(self) -> None:
         """Raise `ModelChanged` if a patched module was replaced or deleted."""
@@ -189,8 +194,8 @@ def patch(
     with one per site, or a function of the `Site`. sites: glob, regular expression, list of globs,
     or predicate on `Site`. kernel: ``"auto"`` or a name, which then never falls back.
     only_if_faster: leave a site dense where the sparse kernel is not expected to win. schedule:
-    ``{"k": {site: budget}}`` or a JSON file of it. input: image shape or example tensor, needed only
-    where the model does not say. options: the strategy's own.
+    ``{"k": {site: budget}}`` or a JSON file of it. input: image shape or example tensor, needed
+    only where the model does not say. options: the strategy's own.
 
     Raises a `SparsiattnError` that names the fault, with the model untouched.
 
@@ -409,4 +414,3 @@ def _forget_compiled() -> None:
     """Dynamo does not guard hooks: a graph compiled before this change would run on unchanged."""
     if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         torch.compiler.reset()
-

@@ -155,8 +155,8 @@ class Ranked(Pattern):
     k: Budget
 
     def select(self) -> Tensor:
-        """Indices of the kept keys, ``[B|1, H|1, R, K]``, best first."""
-        return self.scores.topk(count_of(self.k, self.n_keys), dim=-1).indices
+        """Indices of the kept keys, ``[B|1, H|1, R, K]``, in no order."""
+        return self.scores.topk(count_of(self.k, self.n_keys), dim=-1, sorted=False).indices
 
     def to_mask(self) -> Tensor:
         return scatter_true(self.select(), self.n_keys)
@@ -222,6 +222,6 @@ class KeyIndex(Pattern):
 
 def scatter_true(index: Tensor, n_keys: int) -> Tensor:
     """Indices ``[..., R, K]`` to a boolean ``[..., R, n_keys]``."""
-    return torch.zeros(
-        *index.shape[:-1], n_keys, dtype=torch.bool, device=index.device
-    ).scatter(-1, index, True)
+    return torch.zeros(*index.shape[:-1], n_keys, dtype=torch.bool, device=index.device).scatter(
+        -1, index, True
+    )

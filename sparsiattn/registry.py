@@ -210,14 +210,15 @@ def _checked_name(thing: Any, kind: str, plugin: str) -> str:
     if kind == "strategies":
         fits = isinstance(thing, type) and issubclass(thing, Strategy)
         wanted = "a frozen dataclass derived from sparsiattn.Strategy"
-        fits = fits and is_dataclass(thing) and thing.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        fits = fits and is_dataclass(thing) and vars(thing)["__dataclass_params__"].frozen
     else:
         base = Kernel if kind == "kernels" else Backbone
         fits, wanted = isinstance(thing, base), f"an instance of sparsiattn.{base.__name__}"
     name = getattr(thing, "name", "")
     if not fits or not isinstance(name, str) or not name:
         raise PluginError(
-            f"plug-in {plugin!r}: {PROJECT}_{kind}() must return {wanted} with a name, got {thing!r}"
+            f"plug-in {plugin!r}: {PROJECT}_{kind}() must return {wanted} with a name, "
+            f"got {thing!r}"
         )
     return name
 

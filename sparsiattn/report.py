@@ -109,7 +109,9 @@ def _table(rows: tuple[SiteReport, ...]) -> list[str]:
             (row.name, str(row.k), tile, row.kernel, density, change, f"{row.expected:.1f}x")
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
 
 
 def report(handle: Patch) -> Report:
@@ -230,5 +232,6 @@ def _dry_inputs(site: Site) -> AttentionInputs:
     bias = None if site.bias == "none" else empty(site.tokens, site.keys)
     q, k = empty(site.tokens, site.head_dim), empty(site.keys, site.head_dim)
     v = empty(site.keys, site.value_dim)
-    return AttentionInputs(q, k, v, site.head_dim**-0.5, bias, site, grid=site.grid, key_grid=site.key_grid)
-
+    return AttentionInputs(
+        q, k, v, site.head_dim**-0.5, bias, site, grid=site.grid, key_grid=site.key_grid
+    )

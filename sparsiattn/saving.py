@@ -138,7 +138,11 @@ def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
     here, saved = fingerprint(model), config["host"]
     if here == saved:
         return
-    differs = [f"{key} {saved.get(key)!r} there, {here[key]!r} here" for key in here if saved.get(key) != here[key]]
+    differs = [
+        f"{key} {saved.get(key)!r} there, {here[key]!r} here"
+        for key in here
+        if saved.get(key) != here[key]
+    ]
     raise MismatchedPatch(f"the saved patch belongs to another model: {'; '.join(differs)}")
 
 

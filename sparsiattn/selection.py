@@ -18,8 +18,8 @@ def select(sites: list[Site], wanted: Sites) -> list[Site]:
 
     >>> import torch
     >>> x = torch.zeros(1, 1, 4, 2)
-    >>> first, second = Site.of(x, x, x, name="blocks.0.attn"), Site.of(x, x, x, name="blocks.1.attn")
-    >>> [site.name for site in select([first, second], "blocks.1.*")]
+    >>> sites = [Site.of(x, x, x, name=f"blocks.{i}.attn") for i in range(2)]
+    >>> [site.name for site in select(sites, "blocks.1.*")]
     ['blocks.1.attn']
     """
     if isinstance(wanted, str):
@@ -29,7 +29,7 @@ def select(sites: list[Site], wanted: Sites) -> list[Site]:
     if callable(wanted):
         return _nonempty([s for s in sites if wanted(s)], wanted, sites)
     try:
-        globs = list(wanted)
+        globs: list[object] = list(wanted)
     except TypeError:
         globs = [wanted]
     if not globs or not all(isinstance(glob, str) for glob in globs):
@@ -37,7 +37,7 @@ def select(sites: list[Site], wanted: Sites) -> list[Site]:
             "sites must be a glob, a compiled regular expression, a list of globs or a function "
             f"of a Site, got {wanted!r}"
         )
-    matched = {s.name for glob in globs for s in select(sites, glob)}
+    matched = {s.name for glob in globs for s in select(sites, str(glob))}
     return [s for s in sites if s.name in matched]
 
 

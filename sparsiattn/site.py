@@ -1,4 +1,4 @@
-"""What a strategy and a kernel see: the `Site` they work at and the `AttentionInputs` of one call."""
+"""What strategies and kernels see: the `Site` and the `AttentionInputs` of one call."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class AttentionInputs:
         return self.patch_queries if tiles is None else tiles.mean(self.patch_queries)
 
     def logits(self) -> Tensor:
-        """``[B, H, Nq, Nk]``: scaled QK^T with the host's bias, forbidden keys at minus infinity."""
+        """Scaled QK^T with the host's bias, ``[B, H, Nq, Nk]``; forbidden keys at -inf."""
         logits = self.q @ self.k.mT * self.scale
         if self.bias is None:
             return logits

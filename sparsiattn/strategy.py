@@ -148,7 +148,7 @@ class LearnedPlanner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(_keep_missing)
+        self.register_load_state_dict_pre_hook(_keep_missing)  # type: ignore[no-untyped-call]
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
@@ -163,7 +163,7 @@ def _keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 def _check_tile(tile: object) -> Tile | str:
     if tile == "auto" or (tile == 1 and not isinstance(tile, bool)):
-        return tile  # type: ignore[return-value]
+        return tile
     sides = tuple(tile) if isinstance(tile, (tuple, list)) else ()
     if len(sides) == 2 and all(type(s) is int and s >= 1 for s in sides):
         return sides

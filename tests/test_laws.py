@@ -163,7 +163,9 @@ def test_threads_do_not_see_each_other() -> None:
                         if not torch.equal(patched(x), dense):
                             wrong.append(kind)
 
-    workers = [threading.Thread(target=serve, args=(k,)) for k in ("sparse", "plain", "disabled") * 2]
+    workers = [
+        threading.Thread(target=serve, args=(k,)) for k in ("sparse", "plain", "disabled") * 2
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -90,7 +90,7 @@ def test_load_sparsifiner_gives_the_authors_logits_and_masks(fixtures: Path) -> 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape", "predictor"])
 def test_a_wrong_state_dict_leaves_the_model_untouched(fixtures: Path, fault: str) -> None:
-    model, data, weights = published_model(fixtures)
+    model, _, weights = published_model(fixtures)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     if fault == "missing":
         del weights["norm.weight"]

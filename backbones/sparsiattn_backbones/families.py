@@ -52,7 +52,8 @@ class Swin(Backbone):
         return 0
 
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
-        rows, columns = call.module.window_size
+        window: Any = call.module.window_size
+        rows, columns = window
         return (rows, columns) if rows * columns == n else super().grid(call, n, aspect)
 
     def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
@@ -86,7 +87,8 @@ class Hiera(Backbone):
         return _lacks(model, "blocks", "unroll", "patch_embed", "tokens_spatial_shape")
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        proj: Any = model.patch_embed.proj
+        embed: Any = model.patch_embed
+        proj = embed.proj
         tokens: Any = model.tokens_spatial_shape
         return (1, proj.in_channels, *(n * s for n, s in zip(tokens, proj.stride, strict=True)))
 

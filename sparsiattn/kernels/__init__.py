@@ -1,4 +1,4 @@
-"""The built-in kernels: `reference` (the specification), `sdpa` (masked), `gather` (real savings)."""
+"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ class Gather(Kernel):
         assert isinstance(pattern, KeyIndex)
         if pattern.tiles is None or pattern.tiles.size < 16:
             return 0.2
-        keys = pattern.index.shape[-1] + 16 + (pattern.summary.count if pattern.summary else 0)
-        return 0.65 * inputs.n_keys / keys
+        keys = pattern.index.shape[-1] + (pattern.summary.count if pattern.summary else 0)
+        return 0.45 * inputs.n_keys / (keys + 64)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyIndex)
@@ -91,12 +91,17 @@ class _Rows:
         q = self.q[:, :, chunk]
         k, v = (_take(x, index) for x in (self.k, self.v))
         mask, dead = self._mask(index, chunk)
-        lead, inner = q.shape[:2], q.shape[2:-1]
+        lead = q.shape[:2]
         flat = [x.flatten(0, 1) for x in (q, k, v)]
         out = dense_attention(
-            flat[0], flat[1], flat[2], _flat_mask(mask, lead, inner, q.dtype),
-            self.inputs.dropout, scale=self.inputs.scale,
-        ).unflatten(0, lead)  # fmt: skip
+            flat[0],
+            flat[1],
+            flat[2],
+            _flat_mask(mask, lead, q.dtype),
+            self.inputs.dropout,
+            scale=self.inputs.scale,
+        )
+        out = out.view(*lead, *out.shape[1:])
         return out if dead is None else out.masked_fill(dead, 0.0)
 
     def _mask(self, index: Tensor, chunk: slice) -> tuple[Tensor | None, Tensor | None]:
@@ -153,10 +158,8 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(b * h * n, d).index_select(0, (index + base).flatten()).view(*index.shape, d)
 
 
-def _flat_mask(
-    mask: Tensor | None, lead: torch.Size, inner: torch.Size, dtype: torch.dtype
-) -> Tensor | None:
-    """``[B|1, H|1, T, t|1, K]`` to ``[B * H, T, t, K]``, broadcast where it can be."""
+def _flat_mask(mask: Tensor | None, lead: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """``[B|1, H|1, T, t|1, K]`` to ``[B * H, T, t|1, K]``."""
     if mask is None:
         return None
-    return mask.to(dtype).expand(*lead, -1, *mask.shape[3:]).flatten(0, 1)
+    return mask.to(dtype).expand(*lead, *mask.shape[2:]).flatten(0, 1)

@@ -43,7 +43,7 @@ class Reference(Kernel):
         pooled = torch.einsum("bhnm,bhngm->bhng", products, _per_query(weights, summary))
         both = torch.cat([kept, pooled + rows.to(pooled.dtype).expand_as(pooled)], dim=-1)
         p = _dropout(_softmax(both), inputs)
-        on_keys, on_cells = p.split([inputs.n_keys, summary.count], dim=-1)
+        on_keys, on_cells = p[..., : inputs.n_keys], p[..., inputs.n_keys :]
         spread = torch.einsum("bhng,bhngm->bhnm", on_cells, _per_query(weights, summary))
         return (on_keys + spread) @ inputs.v
 

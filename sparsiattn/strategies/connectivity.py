@@ -16,7 +16,7 @@ from sparsiattn.errors import InvalidOption
 from sparsiattn.geometry import Grid
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs, Site
-from sparsiattn.strategy import Budgets, LearnedPlanner, Strategy, spawn
+from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,21 @@ class Connectivity(Strategy):
     Useful before any training: W_down starts as average pooling over the token grid and W_up as
     bilinear interpolation back, so the score starts as attention at low resolution.
 
-    reduce: patch tokens per basis vector, so about n / reduce of them. basis: their exact number
-    instead. channels: width to which queries and keys are projected first (the authors use half
-    the head dim), None for no projection. basis_threshold: entries of \\|W_up\\| up to this are zero.
-    basis_coef_topk: coefficients kept per query, None for all. head_scale: divide logits by the
-    root of the head *count*, as the authors' code does, instead of the head dim.
+    reduce: patch tokens per basis vector, so about n / reduce of them; None is 6 as in the paper
+    below 1,024 tokens and 16 from there on. basis: their exact number instead. channels: width to
+    which queries and keys are projected first (the authors use half the head dim), None for no
+    projection. basis_threshold: entries of abs(W_up) up to this are zero. basis_coef_topk:
+    coefficients kept per query, None for all. head_scale: divide logits by the root of the head
+    *count*, as the authors' code does, instead of the head dim.
 
-    >>> Connectivity(k=0.1).reduce
-    6.0
+    >>> Connectivity(k=0.1).to_dict()["name"]
+    'connectivity'
     """
 
     name = "connectivity"
 
     k: Budgets = 0.25
-    reduce: float = 6.0
+    reduce: float | None = None
     basis: int | None = None
     channels: int | None = None
     basis_threshold: float = 0.0
@@ -49,8 +50,10 @@ class Connectivity(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.reduce >= 1:
-            raise InvalidOption(f"reduce must be >= 1 (tokens per basis vector), got {self.reduce!r}")
+        if self.reduce is not None and not self.reduce >= 1:
+            raise InvalidOption(
+                f"reduce must be >= 1 (tokens per basis vector), got {self.reduce!r}"
+            )
         for name in ("basis", "channels", "basis_coef_topk"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -122,7 +125,7 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.zeros_like(coefficients).scatter(-1, kept.indices, kept.values)
 
     def _basis(self, up: Tensor) -> Tensor:
-        """\\|W_up\\| without its small entries (the authors' inference rule)."""
+        """abs(W_up) without its small entries (the authors' inference rule)."""
         size = up.abs()
         return torch.where(size > self.strategy.basis_threshold, size, 0.0)
 
@@ -144,7 +147,8 @@ class ConnectivityPlanner(LearnedPlanner):
         cached = self._resized
         if cached is None or cached[0] != key:
             with torch.inference_mode(False):
-                cached = (key, *(table.detach() for table in self._resize(inputs.keys_grid)))
+                down, up = self._resize(inputs.keys_grid)
+                cached = (key, down.detach(), up.detach())
             self._resized = cached
         return cached[1], cached[2]
 
@@ -167,7 +171,10 @@ def basis_cells(strategy: Connectivity, grid: Grid) -> Grid:
     """The cells whose means are the initial basis: about one for every ``reduce`` tokens, at most
     ``basis`` of them where that is given."""
     exact = strategy.basis is not None
-    reduce = max(1.0, grid[0] * grid[1] / strategy.basis) if strategy.basis else strategy.reduce
+    n = grid[0] * grid[1]
+    reduce = strategy.reduce or (6.0 if n < TILE_FROM else 16.0)
+    if strategy.basis:
+        reduce = max(1.0, n / strategy.basis)
     side = math.sqrt(reduce)
     sizes = (1.0, grid[1] / reduce) if grid[0] == 1 else (grid[0] / side, grid[1] / side)
     rows, columns = (max(1, math.floor(s) if exact else math.ceil(s)) for s in sizes)
@@ -189,6 +196,6 @@ def _initial_tables(site: Site, cells: Grid, basis: int | None) -> tuple[Tensor,
 def resize_table(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
     """Bilinear interpolation of the patch rows of ``[P + n, K]`` to another grid; prefix rows
     stay as they are."""
-    image = table[prefix:].mT.unflatten(-1, old).unsqueeze(0)
+    image = table[prefix:].mT.reshape(1, -1, *old)
     resized = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
     return torch.cat([table[:prefix], resized[0].flatten(1).mT.to(table.dtype)])

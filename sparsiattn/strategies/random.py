@@ -47,10 +47,8 @@ class RandomPlanner:
         return Pattern.top(scores, self.strategy.k)  # type: ignore[arg-type]
 
 
-def hashed(
-    key: int, heads: int, rows: int, columns: int, *, device: torch.device
-) -> Tensor:
-    """Uniform numbers ``[1, heads, rows, columns]`` from a 32-bit counter hash (Murmur3's mixer)."""
+def hashed(key: int, heads: int, rows: int, columns: int, *, device: torch.device) -> Tensor:
+    """Uniform numbers ``[1, heads, rows, columns]`` by a counter hash (Murmur3's mixer)."""
     x = torch.arange(heads * rows * columns, device=device) + key
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF

@@ -1,7 +1,7 @@
 """Conformance suites that built-ins pass and plug-in authors subclass (with pytest).
 
-    class TestMine(StrategySuite):
-        strategy = Mine(k=0.25)
+class TestMine(StrategySuite):
+    strategy = Mine(k=0.25)
 """
 
 from sparsiattn.testing.backbone import BackboneSuite

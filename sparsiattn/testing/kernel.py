@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from sparsiattn.testing.hosts import random_inputs
 
 Case = tuple[str, AttentionInputs, Pattern]
 
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
     torch.float16: {"rtol": 5e-3, "atol": 5e-3},
@@ -67,7 +68,7 @@ class KernelSuite:
                 yield name, inputs, pattern
 
     def test_runs_something(self) -> None:
-        assert self.kernel.unavailable() or list(self._runnable(self.dtypes[0]))
+        assert self.kernel.unavailable() or any(True for _ in self._runnable(self.dtypes[0]))
 
     def test_refusals_are_reasons(self) -> None:
         for name, inputs, pattern in cases():
@@ -89,9 +90,13 @@ class KernelSuite:
         if not self.kernel.differentiable:
             return
         for name, inputs, pattern in self._runnable(torch.float32):
-            ours, exact = (_gradients(kernel, inputs, pattern) for kernel in (self.kernel, Reference()))
+            ours, exact = (
+                _gradients(kernel, inputs, pattern) for kernel in (self.kernel, Reference())
+            )
             for mine, theirs in zip(ours, exact, strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=f"{name}: {{}}".format)
+                torch.testing.assert_close(
+                    mine, theirs, rtol=1e-3, atol=1e-4, msg=f"{name}: {{}}".format
+                )
 
     def test_a_row_without_a_key_is_zero(self) -> None:
         inputs = random_inputs((4, 4), prefix=0)

@@ -1,0 +1,328 @@
+"""The main job on real input: train a small ViT, patch it with every strategy, compare.
+
+    python examples/demo.py                                  # scikit-learn's scanned digits
+    python examples/demo.py --model deit_small_patch16_224 --pretrained --images DIR
+
+Without ``--model`` it trains a timm ViT on 1,797 scanned digits, patches it with each strategy at
+k = 0.5, 0.25 and 0.1 and fits the predictor of `connectivity` for a moment. With ``--model`` it
+patches that timm model and measures how often its top-1 agrees with the dense model on a folder of
+images. Both write a picture of the keys some query patches attend to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsiattn
+from sparsiattn.planning import finish
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import Planner
+
+BUDGETS = (0.5, 0.25, 0.1)
+console = Console()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to fit and to test on, ``[N, C, H, W]``; labels where there are any."""
+
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``ratio``: images per second over the dense model's, paired runs."""
+
+    strategy: str
+    k: float | None
+    score: float
+    mhsa_macs: int
+    macs: int
+    rate: float
+    ratio: float
+
+
+def digits() -> Data:
+    """scikit-learn's 1,797 scanned 8 x 8 digits: 1,347 to train on, 450 to test."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(bunch.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    fit, test = order[:1347], order[1347:]
+    return Data(images[fit], images[test], labels[fit], labels[test])
+
+
+def photos(folder: Path, model: nn.Module) -> Data:
+    """The images of a folder as the model wants them; the first quarter fits the predictor."""
+    from PIL import Image
+
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
+    if len(paths) < 4:
+        raise SystemExit(f"{folder} holds {len(paths)} images, at least 4 are needed")
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    count = max(1, len(images) // 4)
+    return Data(images[:count], images[count:])
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def small_vit() -> nn.Module:
+    """A timm ViT with one token per pixel (64 and CLS), a 3 x 3 stem and sine positions: with so
+    few images it has to be told what is next to what."""
+    width = 64
+    model: Any = timm.models.VisionTransformer(
+        img_size=8, patch_size=1, in_chans=1, num_classes=10, embed_dim=width, depth=4, num_heads=4
+    )
+    model.patch_embed.proj = nn.Conv2d(1, width, 3, padding=1)
+    sines = timm.layers.build_sincos2d_pos_embed([8, 8], dim=width, temperature=10.0)
+    model.pos_embed.data[:, 1:] = sines
+    network: nn.Module = model
+    return network
+
+
+def train(data: Data, epochs: int = 20, batch: int = 32) -> nn.Module:
+    """The small ViT, trained from scratch on shifted and slightly noisy digits."""
+    model = small_vit()
+    assert data.train_labels is not None
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    total = epochs * (len(data.train) // batch)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total)
+    with progress() as bar:
+        task = bar.add_task("training on digits", total=total, note="")
+        for _ in range(epochs):
+            for images, labels in batches(data.train, data.train_labels, batch):
+                loss = F.cross_entropy(model(shifted(images)), labels, label_smoothing=0.05)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                bar.update(task, advance=1, note=f"loss {loss.item():.3f}")
+    return model.eval()
+
+
+def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(images))
+    for start in range(0, len(order) - size + 1, size):
+        pick = order[start : start + size]
+        yield images[pick], labels[pick]
+
+
+def shifted(images: Tensor) -> Tensor:
+    """Moves a batch by up to one pixel each way and adds a little noise."""
+    rows, columns = torch.randint(-1, 2, (2,)).tolist()
+    moved = F.pad(images, (1, 1, 1, 1), value=-1.0)
+    moved = moved[..., 1 + rows : 9 + rows, 1 + columns : 9 + columns]
+    return moved + 0.1 * torch.randn_like(moved)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in images.split(64)]).argmax(-1)
+
+
+def score(model: nn.Module, data: Data, dense: Tensor) -> float:
+    """Accuracy in per cent, or agreement with the dense model where there are no labels."""
+    truth = dense if data.test_labels is None else data.test_labels
+    return 100 * (predict(model, data.test) == truth).float().mean().item()
+
+
+@torch.inference_mode()
+def speed(live: sparsiattn.Patch, images: Tensor, rounds: int) -> tuple[float, float]:
+    """Images per second patched, and the median ratio to dense over paired runs."""
+    model, rates, ratios = live.model, [], []
+    for round_ in range(rounds + 1):
+        sparse = timed(model, images)
+        with live.disabled():
+            dense = timed(model, images)
+        if round_:  # the first pair warms up
+            rates.append(len(images) / sparse)
+            ratios.append(dense / sparse)
+    return median(rates), median(ratios)
+
+
+def timed(model: nn.Module, images: Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    return time.perf_counter() - start
+
+
+def measure(live: sparsiattn.Patch, data: Data, dense: Tensor, name: str, rounds: int) -> Row:
+    report = live.report()
+    rate, ratio = speed(live, data.test[:64], rounds)
+    assert report.mhsa_macs is not None
+    assert report.macs is not None
+    return Row(
+        name, getattr(live.strategy, "k", None), score(live.model, data, dense),
+        report.mhsa_macs + report.predictor_macs, report.macs, rate, ratio,
+    )  # fmt: skip
+
+
+def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterator[Row]:
+    """The dense model, then every strategy at every budget; `connectivity` also fitted."""
+    dense = predict(model, data.test)
+    with sparsiattn.patch(model, "dense", input=data.test[:1]) as live:
+        yield measure(live, data, dense, "dense", rounds)
+    for name in sparsiattn.strategies():
+        for k in BUDGETS if name != "dense" else ():
+            with sparsiattn.patch(model, name, k=k, input=data.test[:1]) as live:
+                yield measure(live, data, dense, name, rounds)
+                if live.learns:
+                    fit(live, data, fit_steps)
+                    yield measure(live, data, dense, f"{name}, fitted", rounds)
+
+
+def fit(live: sparsiattn.Patch, data: Data, steps: int) -> None:
+    """A brief calibration: the predictor learns the model's own attention, no labels."""
+    size = min(64, len(data.train))
+    draws = (data.train[torch.randperm(len(data.train))[:size]] for _ in range(steps))
+    sparsiattn.calibrate(live.model, draws, steps=steps, lr=3e-3)
+
+
+def show(rows: list[Row], labelled: bool) -> None:
+    table = Table(title="paired with the dense model in the same run", title_justify="left")
+    first = "accuracy %" if labelled else "agreement %"
+    for name in ("strategy", "k", first, "MHSA MACs", "model MACs", "images/s", "x dense"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for row in rows:
+        table.add_row(
+            row.strategy, "" if row.k is None else f"{row.k}", f"{row.score:.1f}",
+            f"{row.mhsa_macs / 1e6:.2f} M", f"{row.macs / 1e6:.1f} M", f"{row.rate:.0f}",
+            f"{row.ratio:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "MHSA MACs count QK^T, AV and what choosing the keys costs. Few tokens, single-query key\n"
+        "lists: these savings are in MACs, not in time. Attention this small is no place to win;\n"
+        "tiles and high resolution are (docs: concepts)."
+    )
+
+
+def draw(model: nn.Module, image: Tensor, path: Path) -> None:
+    """Which keys a few query patches keep, at the middle site, averaged over heads."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = ("topk", "connectivity", "local", "random")
+    picture = image.permute(1, 2, 0)
+    picture = (picture - picture.min()) / (picture.max() - picture.min())
+    kept = {name: keys_kept(model, image, name) for name in names}
+    grid = next(iter(kept.values()))[1]
+    queries = [(grid[0] // 3, grid[1] // 3), (grid[0] // 2, grid[1] // 2),
+               (2 * grid[0] // 3, 3 * grid[1] // 4)]  # fmt: skip
+    figure, axes = plt.subplots(
+        len(queries), len(names), figsize=(2.6 * len(names), 2.7 * len(queries)), squeeze=False
+    )
+    for line, (row, column) in zip(axes, queries, strict=True):
+        for axis, name in zip(line, names, strict=True):
+            share = kept[name][0][row * grid[1] + column].view(grid)
+            overlay(axis, picture, share, (row, column))
+            axis.set_title(name if line is axes[0] else "", fontsize=11)
+    figure.suptitle("Keys kept at k = 0.1 by the query in the red square (share of heads)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def overlay(axis: object, picture: Tensor, share: Tensor, query: tuple[int, int]) -> None:
+    """The image in grey, kept keys over it, the query marked."""
+    from matplotlib.patches import Rectangle
+
+    height, width = picture.shape[:2]
+    cell = height / share.shape[0], width / share.shape[1]
+    box = (0, width, height, 0)
+    axis.imshow(picture.mean(-1), cmap="gray", extent=box)  # type: ignore[attr-defined]
+    axis.imshow(  # type: ignore[attr-defined]
+        share, cmap="viridis", alpha=0.25 + 0.6 * (share > 0).float().numpy(), extent=box,
+        vmin=0, vmax=1,
+    )  # fmt: skip
+    corner = (query[1] * cell[1], query[0] * cell[0])
+    mark = Rectangle(corner, cell[1], cell[0], fill=False, edgecolor="red", linewidth=2)
+    axis.add_patch(mark)  # type: ignore[attr-defined]
+    axis.set_axis_off()  # type: ignore[attr-defined]
+
+
+def keys_kept(model: nn.Module, image: Tensor, name: str) -> tuple[Tensor, tuple[int, int]]:
+    """Share of heads that keep each patch key, ``[n, n]``, and the patch grid."""
+    found: list[tuple[Tensor, tuple[int, int]]] = []
+
+    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
+        pattern = finish(planner(inputs), inputs)
+        mask = pattern.to_mask()[..., inputs.prefix :, inputs.prefix :]
+        found.append((mask.float().mean((0, 1)), inputs.query_grid))
+
+    with sparsiattn.patch(model, name, k=0.1, input=image[None], tile=1) as live:
+        middle = live.sites[len(live.sites) // 2].name
+        with live.observing(observe), torch.no_grad():
+            model(image[None])
+        names = [site.name for site in live.sites]
+    return found[names.index(middle)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", help="a timm name; without it, a ViT is trained on digits")
+    parser.add_argument("--pretrained", action="store_true", help="load timm's weights (network)")
+    parser.add_argument("--images", type=Path, help="folder of images, needed with --model")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    parser.add_argument("--rounds", type=int, default=8, help="paired timings per row")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.model is None:
+        data = digits()
+        model = train(data)
+        steps = 60
+    else:
+        if options.images is None:
+            parser.error("--model needs --images DIR")
+        model = timm.create_model(options.model, pretrained=options.pretrained).eval()
+        data, steps = photos(options.images, model), 4
+        if not options.pretrained:
+            console.print("random weights (no --pretrained): agreement says nothing about accuracy")
+    rows: list[Row] = []
+    with progress() as bar:
+        total = 1 + len(BUDGETS) * (len(sparsiattn.strategies()) - 1)
+        task = bar.add_task("measuring", total=math.ceil(total), note="")
+        for row in compare(model, data, steps, options.rounds):
+            rows.append(row)
+            bar.update(task, advance=float("fitted" not in row.strategy), note=row.strategy)
+    show(rows, data.test_labels is not None)
+    picture = options.out / "keys.png"
+    draw(model, data.test[0], picture)
+    console.print(f"picture of the keys: {picture}")
+
+
+if __name__ == "__main__":
+    main()

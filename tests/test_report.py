@@ -1,0 +1,119 @@
+"""Figures of the report against closed forms and the paper."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+import zoo
+
+import sparsiattn
+from sparsiattn.strategies.connectivity import basis_cells
+
+
+def model_of(name: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs"),
+    [("deit_tiny_patch16_224", 1.254), ("deit_small_patch16_224", 4.599),
+     ("deit_base_patch16_224", 17.564)],
+)  # fmt: skip
+def test_dense_macs_are_the_published_ones(name: str, gmacs: float) -> None:
+    report = sparsiattn.patch(model_of(name), "dense").report()
+    assert report.macs_dense / 1e9 == pytest.approx(gmacs, abs=1e-3)
+    assert report.macs == report.macs_dense
+
+
+def test_deit_small_mhsa_macs_by_hand() -> None:
+    """The paper's dense figure, 357.7 M, and our own count of its sparse rows."""
+    report = sparsiattn.patch(
+        model_of("deit_small_patch16_224"), "local", k=0.1, background=2
+    ).report()
+    assert report.mhsa_macs_dense == 2 * 197**2 * 384 * 12
+    kept = math.ceil(0.1 * 197)
+    by_hand = 12 * 2 * 384 * (196 * (kept + 4) + 197 + 4 * 197)
+    assert report.mhsa_macs == by_hand
+    assert report.predictor_macs == 0
+    assert report.macs == report.macs_dense - report.mhsa_macs_dense + by_hand
+
+
+def test_predictor_macs_by_hand() -> None:
+    live = sparsiattn.patch(model_of("deit_small_patch16_224"), "connectivity", k=0.1)
+    basis = math.prod(basis_cells(live.strategy, (14, 14)))  # type: ignore[arg-type]
+    down, coefficients, up = 197 * basis * 64, 196 * basis * 64, 196 * basis * 197
+    assert live.report().predictor_macs == 12 * 6 * (down + coefficients + up)
+
+
+def test_tiles_divide_the_predictors_cost() -> None:
+    alone = sparsiattn.patch(zoo.build("vit"), k=0.25, tile=1).report()
+    tiled = sparsiattn.patch(zoo.build("vit"), k=0.25, tile=(4, 4)).report()
+    assert tiled.predictor_macs < alone.predictor_macs / 2
+    assert tiled.mhsa_macs == alone.mhsa_macs
+
+
+def test_report_before_and_after_running_and_as_json() -> None:
+    model = zoo.build("swin")
+    live = sparsiattn.patch(model, "connectivity", k=0.25)
+    before = live.report()
+    with torch.no_grad():
+        model(zoo.images(model))
+    after = live.report()
+    assert [row.kernel for row in before.sites] == [row.kernel for row in after.sites]
+    assert not any(row.ran for row in before.sites)
+    assert all(row.ran for row in after.sites)
+    assert json.loads(json.dumps(after.to_dict()))["macs"] == after.macs
+    text = str(after)
+    assert all(site.name in text for site in live.sites)
+    assert "not time" in text
+
+
+def test_everything_left_dense_is_named() -> None:
+    model = zoo.build("vit_map_pool")
+    report = sparsiattn.patch(model, "topk", k=500, sites="blocks.0.*").report()
+    text = str(report)
+    assert "k=500 is more than the 64 keys" in text
+    assert "not selected, dense: blocks.1.attn" in text
+    assert "left alone: attn_pool: a single query" in text
+    sparsiattn.unpatch(model)
+    slow = sparsiattn.patch(model, "topk", k=0.5, only_if_faster=True).report()
+    assert all(row.kernel == "dense" and "left dense" in row.note for row in slow.sites)
+    assert slow.macs == slow.macs_dense
+
+
+def test_only_if_faster_keeps_the_host_path_bit_for_bit() -> None:
+    model = zoo.build("vit")
+    x = zoo.images(model)
+    with torch.no_grad():
+        dense = model(x)
+        with sparsiattn.patch(model, "topk", k=0.25, only_if_faster=True):
+            assert torch.equal(model(x), dense)
+
+
+def test_per_layer_budgets_and_schedules() -> None:
+    model = zoo.build("vit")
+    for k in ([0.5, 7], lambda site: (0.5, 7)[site.index]):
+        with sparsiattn.patch(model, "topk", k=k) as live:
+            assert [row.k for row in live.report().sites] == [0.5, 7]
+    with sparsiattn.patch(model, k=0.5, schedule={"k": {"blocks.1.attn": 7}}) as live:
+        assert [row.k for row in live.report().sites] == [0.5, 7]
+
+
+def test_an_unknown_mask_density_is_unknown_until_it_ran() -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Positive(sparsiattn.Strategy):
+        name = "positive"
+
+        def plan(self, inputs: sparsiattn.AttentionInputs) -> sparsiattn.Pattern:
+            return sparsiattn.Pattern.mask(inputs.logits() > 0)
+
+    report = sparsiattn.patch(zoo.build("vit"), Positive()).report()
+    assert report.macs is None
+    assert "unknown" in str(report)
