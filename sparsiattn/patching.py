@@ -67,7 +67,7 @@ class Patch:
         self.observer: Observer | None = None
         self.key = next(_OWNERS)
         self._handles: list[Any] = []
-        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        self._places: list[tuple[tuple[str, ...], nn.Module]] = []
         self._paused = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,11 +89,14 @@ class Patch:
         return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)
 
     def check_sites(self) -> None:
-        """Raise `ModelChanged` if a patched module was replaced or deleted."""
-        for runtime, (parent, name, module) in zip(self.runtimes, self._places, strict=True):
-            if module is not parent and parent._modules.get(name) is not module:
+        """Raise `ModelChanged` if a patched module or one that holds it is gone or another."""
+        for path, module in self._places:
+            found: nn.Module | None = self.model
+            for name in path:
+                found = None if found is None else found._modules.get(name)
+            if found is not module:
                 raise ModelChanged(
-                    f"site {runtime.site.name!r} is no longer the module that was patched "
+                    f"site {'.'.join(path)!r} is no longer the module that was patched "
                     f"(a {type(module).__name__} was replaced or deleted); call unpatch() and "
                     "patch the changed model again"
                 )
@@ -214,9 +217,7 @@ def patch(
     kernels = _kernels(kernel)
     if only_if_faster is not None and not isinstance(only_if_faster, bool):
         raise InvalidType(f"only_if_faster must be True, False or None, got {only_if_faster!r}")
-    live = patch_of(model)
-    if live is not None:
-        raise AlreadyPatched(f"this model carries {live!r}; call unpatch() on it first")
+    _refuse_second(model)
     handle, found = _find(model, base, kernel, input)
     chosen = select([site for site, _ in found], sites)
     resolved = _budgets(base, chosen, schedule)
@@ -267,6 +268,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def _refuse_second(model: nn.Module) -> None:
+    for module in model.modules():
+        live = vars(module).get(MARK)
+        if live is not None:
+            where = "this model" if module is model else f"a part of it, a {type(module).__name__},"
+            raise AlreadyPatched(f"{where} carries {live!r}; call unpatch() on it first")
 
 
 def _resolve(strategy: str | Strategy, k: Budgets | None, options: dict[str, Any]) -> Strategy:
@@ -331,7 +340,8 @@ def _input_shape(model: nn.Module, backbone: Backbone, example: Any) -> tuple[in
                 "config): pass input=(1, channels, height, width) or an example tensor"
             )
         return shape
-    shape = tuple(example.shape if isinstance(example, torch.Tensor) else example)
+    sizes = example.shape if isinstance(example, torch.Tensor) else example
+    shape = tuple(sizes) if isinstance(sizes, (tuple, list)) else ()
     if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise InvalidOption(
             f"input must be (1, channels, height, width) or an example tensor, got {example!r}"
@@ -382,14 +392,13 @@ def _apply(handle: Patch) -> None:
 
 
 def _attach(handle: Patch, runtime: SiteRuntime) -> None:
-    parent_name, _, name = runtime.site.name.rpartition(".")
-    module = handle.model.get_submodule(runtime.site.name)
-    parent = handle.model.get_submodule(parent_name) if name else module
+    name = runtime.site.name
+    module = handle.model.get_submodule(name)
     if isinstance(runtime.planner, nn.Module):
         if PLANNER in module._modules or hasattr(module, PLANNER):
             raise InvalidOption(f"{runtime.site.name} already has a member named {PLANNER!r}")
         module.add_module(PLANNER, runtime.planner)
-    handle._places.append((parent, name, module))
+    handle._places.append((tuple(name.split(".")) if name else (), module))
     opener = OpenScope(runtime)
     handle._handles.append(module.register_forward_pre_hook(opener))
     closer = CloseScope(opener)
@@ -400,7 +409,7 @@ def _remove(handle: Patch) -> None:
     with _SWITCHING:
         for hook in handle._handles:
             hook.remove()
-        for runtime, (_, _, module) in zip(handle.runtimes, handle._places, strict=False):
+        for runtime, (_, module) in zip(handle.runtimes, handle._places, strict=False):
             if module._modules.get(PLANNER) is runtime.planner:
                 del module._modules[PLANNER]
         if not handle._paused:

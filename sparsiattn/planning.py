@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import geometry
-from sparsiattn.errors import InvalidOption
+from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.patterns import Dense, KeyIndex, Mask, Pattern, Ranked, Summary, count_of
 from sparsiattn.site import AttentionInputs
 
@@ -36,6 +36,11 @@ def finish(
 
 
 def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
+    if not isinstance(pattern, Pattern):
+        raise InvalidType(
+            f"a plan must be a sparsiattn.Pattern (Pattern.top, Pattern.mask or Pattern.dense), "
+            f"got {type(pattern).__name__} at site {inputs.site.name!r}"
+        )
     rows = {inputs.n_queries, inputs.n_queries - inputs.prefix}
     if isinstance(pattern, Ranked) and inputs.tiles is not None:
         rows.add(inputs.tiles.count)

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -64,7 +64,7 @@ class _Contents:
 
     things: dict[str, dict[str, Any]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     origin: dict[tuple[str, str], str] = field(default_factory=dict)
-    broken: list[PluginInfo] = field(default_factory=list)
+    errors: dict[str, BaseException] = field(default_factory=dict)
 
 
 class Registry:
@@ -83,7 +83,7 @@ class Registry:
 
     def get(self, kind: str, name: str) -> Any:
         things = self.all(kind)
-        if name not in things:
+        if not isinstance(name, str) or name not in things:
             raise unknown(kind[:-3] + "y" if kind == "strategies" else kind[:-1], name, things)
         return things[name]
 
@@ -92,16 +92,16 @@ class Registry:
 
     def plugins(self) -> list[PluginInfo]:
         contents = self._read()
-        assert self._manager is not None
-        working = [
+        loaded = [
             PluginInfo(
                 name,
                 self._distributions.get(name, PROJECT),
                 tuple(n for (_, n), plugin in contents.origin.items() if plugin == name),
+                contents.errors.get(name),
             )
-            for name, _ in self._manager.list_name_plugin()
+            for name, _ in self._load().list_name_plugin()
         ]
-        return working + self._failed + contents.broken
+        return loaded + self._failed
 
     @contextmanager
     def temporary(self, plugin: object, name: str = "temporary") -> Iterator[None]:
@@ -138,8 +138,8 @@ class Registry:
                 )
             plugin = entry.load()
             manager.register(plugin, entry.name)
-            _refuse_pending(manager, plugin)
-        except Exception as error:
+            _refuse_mistakes(manager, plugin, entry.name)
+        except (Exception, SystemExit) as error:  # a script as plug-in may call sys.exit()
             self._failed.append(PluginInfo(entry.name, distribution, error=error))
         else:
             self._distributions[entry.name] = distribution
@@ -159,15 +159,15 @@ class Registry:
         self, manager: pluggy.PluginManager, name: str, plugin: Any, kind: str, into: _Contents
     ) -> None:
         """Add what one plug-in returns from one hook; a fault is recorded, not raised."""
-        others = [p for _, p in manager.list_name_plugin() if p is not plugin]
+        hook = f"{PROJECT}_{kind}"
         try:
-            # a caller without the others: the fault of one plug-in is known to be its own
-            results = manager.subset_hook_caller(f"{PROJECT}_{kind}", others)()
-            for thing in (thing for result in results for thing in result):
-                self._add(thing, name, kind, into)
+            # implementations one by one: the fault of one plug-in is known to be its own
+            for implementation in getattr(manager.hook, hook).get_hookimpls():
+                if implementation.plugin is plugin:
+                    for thing in _listed(implementation.function(), hook, name):
+                        self._add(thing, name, kind, into)
         except Exception as error:
-            distribution = self._distributions.get(name, PROJECT)
-            into.broken.append(PluginInfo(name, distribution, error=error))
+            into.errors.setdefault(name, error)
 
     def _add(self, thing: Any, plugin: str, kind: str, into: _Contents) -> None:
         name = _checked_name(thing, kind, plugin)
@@ -197,20 +197,33 @@ def _entry_points() -> list[metadata.EntryPoint]:
     return [entry for entry in found if entry.name in names]
 
 
-def _refuse_pending(manager: pluggy.PluginManager, plugin: Any) -> None:
-    """Unregister a plug-in that implements a hook nobody calls (a misspelt name)."""
+def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    """Unregister a plug-in that implements no hook, or one nobody calls (a misspelt name)."""
     try:
         manager.check_pending()
-    except pluggy.PluginValidationError:
+        if not manager.get_hookcallers(plugin):
+            hooks = ", ".join(f"{PROJECT}_{kind}()" for kind in KINDS)
+            raise PluginError(
+                f"plug-in {name!r} implements no hook: mark one of {hooks} with "
+                "@sparsiattn.hookimpl"
+            )
+    except Exception:
         manager.unregister(plugin)
         raise
+
+
+def _listed(result: Any, hook: str, plugin: str) -> list[Any]:
+    if not isinstance(result, (list, tuple)):
+        raise PluginError(f"plug-in {plugin!r}: {hook}() must return a list, got {result!r}")
+    return list(result)
 
 
 def _checked_name(thing: Any, kind: str, plugin: str) -> str:
     if kind == "strategies":
         fits = isinstance(thing, type) and issubclass(thing, Strategy)
         wanted = "a frozen dataclass derived from sparsiattn.Strategy"
-        fits = fits and is_dataclass(thing) and vars(thing)["__dataclass_params__"].frozen
+        # looked up in the class itself: an undecorated subclass would lose its own options
+        fits = fits and getattr(vars(thing).get("__dataclass_params__"), "frozen", False)
     else:
         base = Kernel if kind == "kernels" else Backbone
         fits, wanted = isinstance(thing, base), f"an instance of sparsiattn.{base.__name__}"

@@ -29,7 +29,8 @@ def save(handle: Patch, directory: Path) -> Path:
     config = {
         "format": FORMAT,
         "host": fingerprint(handle.model),
-        "strategy": handle.sites and _common(handle),
+        # budgets that differ between sites stand with the sites
+        "strategy": handle.runtimes[0].strategy.to_dict(),
         "kernel": handle.kernel,
         "input_shape": list(handle.input_shape),
         "sites": {
@@ -46,11 +47,6 @@ def save(handle: Patch, directory: Path) -> Path:
     safetensors.torch.save_file(planner_tensors(handle), directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return directory
-
-
-def _common(handle: Patch) -> dict[str, Any]:
-    """The strategy's config; budgets that differ between sites stand with the sites."""
-    return handle.runtimes[0].strategy.to_dict()
 
 
 def planner_tensors(handle: Patch) -> dict[str, Tensor]:
@@ -104,13 +100,11 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
         input=tuple(config["input_shape"]),
     )
     try:
-        _check_sites(handle, config)
+        _restore_sites(handle, config)
         _fill(handle, tensors)
     except BaseException:
         handle.unpatch()
         raise
-    for runtime in handle.runtimes:
-        runtime.dense = config["sites"][runtime.site.name]["dense"]
     return handle
 
 
@@ -122,16 +116,37 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise MismatchedPatch(f"no saved patch in {folder}: {error}") from error
     except ValueError as error:
         raise MismatchedPatch(f"{path} is not JSON: {error}") from error
-    wanted = {"format", "host", "strategy", "kernel", "input_shape", "sites"}
-    missing = wanted - set(config) if isinstance(config, dict) else wanted
-    if missing:
-        raise MismatchedPatch(f"{path} is not a saved patch: it lacks {sorted(missing)}")
-    if config["format"] != FORMAT:
+    if isinstance(config, dict) and config.get("format", FORMAT) != FORMAT:
         raise MismatchedPatch(
-            f"{path} has format {config['format']!r}, this version reads {FORMAT}; "
+            f"{path} has format {config['format']!r}, this version reads format {FORMAT}; "
             "update sparsiattn"
         )
+    _expect(config, _FILE, str(path))
+    _expect(config["host"], _HOST, f"{path}: host")
+    _expect(config["strategy"], _STRATEGY, f"{path}: strategy")
+    for name, site in config["sites"].items():
+        _expect(site, _SITE, f"{path}: site {name!r}")
     return config  # type: ignore[no-any-return]
+
+
+_FILE: dict[str, Any] = {
+    "format": int, "host": dict, "strategy": dict, "kernel": str, "input_shape": list,
+    "sites": dict,
+}  # fmt: skip
+_HOST: dict[str, Any] = {"class": str, "weights": int, "sha256": str}
+_STRATEGY: dict[str, Any] = {"name": str, "version": int, "options": dict}
+_SITE: dict[str, Any] = {"k": object, "tokens": int, "heads": int, "head_dim": int, "dense": bool}
+
+
+def _expect(found: Any, wanted: dict[str, Any], where: str) -> None:
+    """Raise unless ``found`` is a mapping with these keys and types of values."""
+    if not isinstance(found, dict):
+        raise MismatchedPatch(f"{where} must be a mapping with {sorted(wanted)}, got {found!r}")
+    for key, kind in wanted.items():
+        if key not in found:
+            raise MismatchedPatch(f"{where} lacks {key!r}: not a saved patch, or an edited one")
+        if not isinstance(found[key], kind):
+            raise MismatchedPatch(f"{where}: {key!r} must be a {kind.__name__}, got {found[key]!r}")
 
 
 def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
@@ -166,7 +181,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise MismatchedPatch(f"{path} cannot be read: {error}") from error
 
 
-def _check_sites(handle: Patch, config: dict[str, Any]) -> None:
+def _restore_sites(handle: Patch, config: dict[str, Any]) -> None:
     found = {runtime.site.name: runtime.site for runtime in handle.runtimes}
     for name, saved in config["sites"].items():
         site = found.get(name)
@@ -177,6 +192,8 @@ def _check_sites(handle: Patch, config: dict[str, Any]) -> None:
                 raise MismatchedPatch(
                     f"site {name!r} has {key} {getattr(site, key)}, the saved patch {saved[key]}"
                 )
+    for runtime in handle.runtimes:
+        runtime.dense = config["sites"][runtime.site.name]["dense"]
 
 
 def _fill(handle: Patch, tensors: dict[str, Tensor]) -> None:

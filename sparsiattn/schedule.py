@@ -34,12 +34,13 @@ def apply_schedule(
 
 
 def _read(schedule: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:
+    read: object = schedule
     if not isinstance(schedule, Mapping):
         try:
-            schedule = json.loads(Path(schedule).read_text())
-        except (OSError, ValueError) as error:
+            read = json.loads(Path(schedule).read_text())
+        except (OSError, ValueError, TypeError) as error:
             raise InvalidOption(f"schedule {schedule!r} cannot be read as JSON: {error}") from error
-    budgets = schedule.get("k") if isinstance(schedule, Mapping) else None
+    budgets = read.get("k") if isinstance(read, Mapping) and set(read) == {"k"} else None
     if not isinstance(budgets, Mapping):
-        raise InvalidOption(f'a schedule must be {{"k": {{site: budget}}}}, got {schedule!r}')
+        raise InvalidOption(f'a schedule must be {{"k": {{site: budget}}}}, got {read!r}')
     return budgets

@@ -22,7 +22,8 @@ def _created(name: str, **options: object) -> nn.Module:
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "vit": _vit,
+    # averaged tokens, so that logits show what every row of the last block does
+    "vit": lambda: _vit(global_pool="avg"),
     "vit_registers": lambda: _vit(reg_tokens=4, init_values=1e-5, no_embed_class=True),
     "vit_map_pool": lambda: _vit(class_token=False, global_pool="map"),
     "vit_parallel": lambda: _vit(block_fn=models.vision_transformer.ParallelScalingBlock),

@@ -50,19 +50,21 @@ class Connectivity(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce is not None and not self.reduce >= 1:
-            raise InvalidOption(
-                f"reduce must be >= 1 (tokens per basis vector), got {self.reduce!r}"
-            )
+        if self.reduce is not None and not _number_from(self.reduce, 1):
+            raise InvalidOption(f"reduce must be None or a number >= 1, got {self.reduce!r}")
+        if not _number_from(self.basis_threshold, 0):
+            raise InvalidOption(f"basis_threshold must be >= 0, got {self.basis_threshold!r}")
         for name in ("basis", "channels", "basis_coef_topk"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InvalidOption(f"{name} must be None or an int >= 1, got {value!r}")
-        if not self.basis_threshold >= 0:
-            raise InvalidOption(f"basis_threshold must be >= 0, got {self.basis_threshold!r}")
 
     def planner(self, site: Site) -> ConnectivityPlanner:
         return ConnectivityPlanner(self, site)
+
+
+def _number_from(value: object, least: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
 
 
 class ConnectivityPlanner(LearnedPlanner):

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: tests marked `gpu`, then the benchmarks. JSON goes to
+# benchmarks/results/, or to $1. Run from the repository root with sparsiattn importable:
+#   PYTHONPATH=.:backbones bash benchmarks/gpu.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="${PYTHONPATH:-.:backbones}"
+python3 -m pytest -m gpu -p no:cacheprovider
+python3 benchmarks/kernels.py --device cuda --dtype bfloat16 --batch 8 --rounds 30
+if [ $# -gt 0 ]; then cp benchmarks/results/*cuda*.json "$1"; fi
