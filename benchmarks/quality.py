@@ -40,7 +40,6 @@ def kept_mass(model: nn.Module, images: Tensor, strategy: str, k: float, **optio
     masses: list[Tensor] = []
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
-        inputs = inputs.replace(tile=options.get("tile", 1))
         mask = finish(planner(inputs), inputs).to_mask()
         kept = inputs.logits().softmax(-1) * mask
         masses.append(kept.sum(-1)[..., inputs.prefix :].mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsiattn import geometry
-from sparsiattn.geometry import Grid
+from sparsiattn.geometry import Grid, Tile
 from sparsiattn.site import AttentionInputs, Site
 
 # How hosts lay out a query, in einops' notation: w counts windows, which join the batch.
@@ -121,6 +122,7 @@ def canonical(
     scale: float | None = None,
     dropout: float = 0.0,
     causal: bool = False,
+    tile_for: Callable[[int], Tile] = lambda tokens: 1,
 ) -> AttentionInputs:
     """The host's arguments of one attention call as `AttentionInputs`."""
     dtype = autocast_dtype(q)
@@ -130,8 +132,17 @@ def canonical(
     if causal:
         mask = causal_mask(mask, q, k)
     bias = None if mask is None else layout.fold_mask(mask, q)
-    grid, key_grid = grids(site, heads_q.shape[-2], heads_k.shape[-2], image)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    tokens = heads_q.shape[-2]
+    grid, key_grid = grids(site, tokens, heads_k.shape[-2], image)
     return AttentionInputs(
-        heads_q, heads_k, heads_v, factor, bias, site, dropout, grid, key_grid
-    )  # fmt: skip
+        heads_q,
+        heads_k,
+        heads_v,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        bias,
+        site,
+        dropout=dropout,
+        grid=grid,
+        key_grid=key_grid,
+        tile=tile_for(tokens),
+    )

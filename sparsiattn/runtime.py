@@ -66,7 +66,6 @@ class SiteRuntime:
         """Sparse attention ``[B, H, Nq, Dv]``, or None where the host's own should run."""
         if self.dense or self.strategy.keeps_all(inputs.n_keys):
             return None
-        inputs = inputs.replace(tile=self.strategy.tile_for(inputs.n_queries))
         pattern = self.plan(planner, inputs)
         if isinstance(pattern, Dense):
             return None
@@ -93,7 +92,7 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         planner = runtime.planner if replica is None else cast(Planner, replica)
         inputs = canonical(
             runtime.site, runtime.layout, q, k, v, mask, image_of(runtime.owner),
-            scale=scale, dropout=dropout, causal=causal,
+            scale=scale, dropout=dropout, causal=causal, tile_for=runtime.strategy.tile_for,
         )  # fmt: skip
         observer = runtime.owner.observer
         if observer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 import timm
 import torch
@@ -49,6 +50,12 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         num_classes=5,
     ),
 }  # fmt: skip
+
+
+if not timm.is_model("vit_small_patch16_dinov3"):  # timm before 1.0.20
+    del FAMILIES["dinov3"]
+if "attn_layer" not in signature(models.VisionTransformer).parameters:  # timm before 1.0.23
+    del FAMILIES["vit_differential"]
 
 
 def _unfused(model: nn.Module) -> nn.Module:

@@ -25,20 +25,27 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[Case]:
     """Calls of every layout: tiles that do not divide the grid, prefixes, masks, background."""
     for tile in (1, (2, 2), (3, 3)):
         for background in (None, 2):
             for host in ("none", "bias", "keys", "mask"):
                 inputs = random_inputs((4, 5), tile=tile, dtype=dtype, value_dim=6)
-                inputs = _with_host(inputs, host)
+                inputs = _on(_with_host(inputs, host), device)
                 scores = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(3))
+                scores = scores.to(device)
                 name = f"top tile={tile} background={background} host={host}"
                 yield name, inputs, finish(Pattern.top(scores, 6), inputs, background=background)
                 if tile == 1:
                     drawn = Pattern.mask(scores > 0.5)
                     yield f"mask {name}", inputs, finish(drawn, inputs, background=background)
     yield "dense", inputs, Pattern.dense(21, 21)
+
+
+def _on(inputs: AttentionInputs, device: str) -> AttentionInputs:
+    q, k, v = (x.to(device) for x in (inputs.q, inputs.k, inputs.v))
+    bias = None if inputs.bias is None else inputs.bias.to(device)
+    return inputs.replace(q=q, k=k, v=v, bias=bias)
 
 
 def _with_host(inputs: AttentionInputs, host: str) -> AttentionInputs:
@@ -63,7 +70,7 @@ class KernelSuite:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def _runnable(self, dtype: torch.dtype) -> Iterator[Case]:
-        for name, inputs, pattern in cases(dtype):
+        for name, inputs, pattern in cases(dtype, self.device):
             if not self.kernel.why_not(inputs, pattern):
                 yield name, inputs, pattern
 
@@ -71,7 +78,7 @@ class KernelSuite:
         assert self.kernel.unavailable() or any(True for _ in self._runnable(self.dtypes[0]))
 
     def test_refusals_are_reasons(self) -> None:
-        for name, inputs, pattern in cases():
+        for name, inputs, pattern in cases(device=self.device):
             reasons = self.kernel.why_not(inputs, pattern)
             assert isinstance(reasons, list), name
             assert all(isinstance(reason, str) and reason for reason in reasons), name
@@ -99,10 +106,10 @@ class KernelSuite:
                 )
 
     def test_a_row_without_a_key_is_zero(self) -> None:
-        inputs = random_inputs((4, 4), prefix=0)
+        inputs = _on(random_inputs((4, 4), prefix=0), self.device)
         keep = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(5)) > 0.5
         keep[..., 3, :] = False
-        pattern = Pattern.mask(keep)
+        pattern = Pattern.mask(keep.to(self.device))
         if not self.kernel.why_not(inputs, pattern):
             out = self.kernel(inputs, pattern)
             assert (out[..., 3, :] == 0).all()
@@ -116,6 +123,6 @@ def _gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tup
         bias = bias.detach().clone().requires_grad_()
     call = inputs.replace(q=leaves[0], k=leaves[1], v=leaves[2], bias=bias)
     out = kernel(call, pattern)
-    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+    weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     wanted = leaves if bias is None or not bias.requires_grad else [*leaves, bias]
     return torch.autograd.grad((out * weight).sum(), wanted)

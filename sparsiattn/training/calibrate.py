@@ -61,14 +61,13 @@ def _fit(
     on_step: Callable[[int, float], Any] | None,
 ) -> list[float]:
     optimizer = torch.optim.Adam(weights, lr)
-    tiles = {r.site.name: r.strategy.tile_for for r in live.runtimes}
     losses: list[float] = []
     for step, batch in enumerate(images):
         if step == steps:
             break
         if steps:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        parts = _site_losses(live, batch[0] if isinstance(batch, (tuple, list)) else batch, tiles)
+        parts = _site_losses(live, batch[0] if isinstance(batch, (tuple, list)) else batch)
         loss = torch.stack(parts).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -79,15 +78,14 @@ def _fit(
     return losses
 
 
-def _site_losses(live: Patch, images: Tensor, tiles: dict[str, Any]) -> list[Tensor]:
+def _site_losses(live: Patch, images: Tensor) -> list[Tensor]:
     """One loss per learned site for one batch; the host itself runs without gradients."""
     losses: list[Tensor] = []
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         if isinstance(planner, LearnedPlanner):
             with torch.enable_grad():
-                tile = tiles[site.name](inputs.n_queries)
-                losses.append(planner.loss(inputs.replace(tile=tile)))
+                losses.append(planner.loss(inputs))
 
     training = live.model.training
     live.model.eval()

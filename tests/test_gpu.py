@@ -1,0 +1,69 @@
+"""What needs a GPU: ``pytest -m gpu`` (see benchmarks/gpu.sh)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+import sparsiattn
+from sparsiattn.kernels.gather import Gather
+from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.testing import KernelSuite
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SPARSE = [name for name in sparsiattn.strategies() if name != "dense"]
+
+
+class _OnCuda(KernelSuite):
+    device = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TestReferenceOnCuda(_OnCuda):
+    kernel = Reference()
+
+
+class TestMaskedSDPAOnCuda(_OnCuda):
+    kernel = MaskedSDPA()
+
+
+class TestGatherOnCuda(_OnCuda):
+    kernel = Gather()
+
+
+@pytest.mark.parametrize("tile", [1, (2, 2)])
+@pytest.mark.parametrize("strategy", SPARSE)
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_a_patched_model_moves_to_the_gpu(family: str, strategy: str, tile: object) -> None:
+    """Same keys and same output as on the CPU, wherever the model was patched."""
+    model = zoo.build(family).double()  # no tie is broken differently by rounding
+    x = zoo.images(model).double()
+    with torch.no_grad(), sparsiattn.patch(model, strategy, k=0.3, tile=tile):
+        here = model(x)
+        there = model.cuda()(x.cuda())
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("strategy", SPARSE)
+def test_autocast_trains(strategy: str) -> None:
+    model = zoo.build("vit").cuda().train()
+    x = torch.randn(2, 3, 32, 32, device="cuda")
+    with sparsiattn.patch(model, strategy, k=0.3, tile=(2, 2)):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_compiled_by_inductor() -> None:
+    model, x = zoo.build("vit").cuda(), torch.randn(2, 3, 32, 32, device="cuda")
+    with torch.no_grad(), sparsiattn.patch(model, k=0.3, tile=(2, 2)):
+        exact = model(x)
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(x), exact, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
