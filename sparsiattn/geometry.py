@@ -61,9 +61,13 @@ def infer_grid(n: int, aspect: float = 1.0) -> Grid:
     >>> infer_grid(196), infer_grid(98, aspect=0.5), infer_grid(13)
     ((14, 14), (7, 14), (1, 13))
     """
-    low = [r for r in range(1, math.isqrt(n) + 1) if n % r == 0]
-    rows = min({*low, *(n // r for r in low)}, key=lambda r: (abs(math.log(r * r / n / aspect)), r))
-    return rows, n // rows
+    best, off = 1, math.inf
+    for small in range(1, math.isqrt(n) + 1):
+        for rows in (small, n // small) if n % small == 0 else ():
+            distance = abs(math.log(rows * rows / n / aspect))
+            if distance < off or (distance == off and rows < best):
+                best, off = rows, distance
+    return best, n // best
 
 
 def positions(grid: Grid, *, device: torch.device) -> Tensor:

@@ -56,17 +56,19 @@ def choose(
 ) -> Choice:
     """The fastest kernel that takes this call. An explicit request has one entry and never falls
     back; if nothing is left, the error carries every kernel's reasons."""
-    refusals, usable = [], []
-    for kernel in kernels:
+    refusals = []
+    best, expected = None, 0.0
+    for kernel in kernels:  # a loop, not max(key=...), which older compilers cannot trace
         reasons = kernel.unavailable() or kernel.why_not(inputs, pattern)
         if reasons:
             refusals.append((kernel.name, tuple(reasons)))
-        else:
-            usable.append(kernel)
-    if not usable:
+            continue
+        speed = kernel.speed(inputs, pattern)
+        if best is None or speed > expected:
+            best, expected = kernel, speed
+    if best is None:
         raise KernelRefused(_refused(inputs, pattern, refusals, explicit))
-    best = max(usable, key=lambda kernel: kernel.speed(inputs, pattern))
-    return Choice(best, tuple(refusals), best.speed(inputs, pattern))
+    return Choice(best, tuple(refusals), expected)
 
 
 def _refused(

@@ -8,7 +8,7 @@ three are what kernels compute.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,13 +82,12 @@ class Summary:
         return (weights if self.allowed is None else weights.squeeze(-3)) @ x
 
 
-@dataclass(frozen=True, eq=False)
 class Pattern:
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others."""
 
     n_queries: int
     n_keys: int
-    summary: Summary | None = field(default=None, kw_only=True)
+    summary: Summary | None = None
 
     def to_mask(self) -> Tensor:
         """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives."""
@@ -140,6 +139,9 @@ class Pattern:
 class Dense(Pattern):
     """Every pair."""
 
+    n_queries: int
+    n_keys: int
+
     def to_mask(self) -> Tensor:
         return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool)
 
@@ -151,6 +153,8 @@ class Dense(Pattern):
 class Ranked(Pattern):
     """Scores ``[B|1, H|1, R, Nk]`` and how many of the best to keep."""
 
+    n_queries: int
+    n_keys: int
     scores: Tensor
     k: Budget
 
@@ -169,7 +173,10 @@ class Ranked(Pattern):
 class Mask(Pattern):
     """A boolean mask ``[B|1, H|1, Nq, Nk]``."""
 
+    n_queries: int
+    n_keys: int
     keep: Tensor
+    summary: Summary | None = None
 
     def to_mask(self) -> Tensor:
         return self.keep
@@ -189,9 +196,12 @@ class KeyIndex(Pattern):
     every patch query has its own list. dense_rows: number of leading prefix queries.
     """
 
+    n_queries: int
+    n_keys: int
     index: Tensor
     tiles: Tiles | None = None
     dense_rows: int = 0
+    summary: Summary | None = None
 
     def to_mask(self) -> Tensor:
         rows = scatter_true(self.index, self.n_keys)

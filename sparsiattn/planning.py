@@ -107,6 +107,7 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
         if isinstance(pattern, KeyIndex):
             bias = bias[..., inputs.prefix :, :]
+    assert isinstance(pattern, (KeyIndex, Mask))
     return replace(pattern, summary=Summary(cells, count, bias, allowed))
 
 

@@ -66,6 +66,7 @@ class _Rows:
         self.inputs, self.pattern = inputs, pattern
         self.lead = inputs.q.shape[:2]
         self.k, self.v = inputs.k, inputs.v
+        self.bias = _hardened(inputs)
         summary = pattern.summary
         if summary is not None:
             self.k, self.v = (torch.cat([x, summary.pool(x)], -2) for x in (self.k, self.v))
@@ -140,7 +141,7 @@ class _Rows:
 
     def _host_rows(self, chunk: slice) -> Tensor | None:
         """The host's mask for the chunk's queries, ``[B|1, H|1, T, t|1, Nk]``."""
-        bias, tiles = self.inputs.bias, self.pattern.tiles
+        bias, tiles = self.bias, self.pattern.tiles
         if bias is None:
             return None
         if bias.shape[-2] == 1:
@@ -149,6 +150,15 @@ class _Rows:
         patches = bias[..., self.pattern.dense_rows :, :]
         rows = patches.unsqueeze(-2) if tiles is None else tiles.gather(patches)
         return rows[:, :, chunk]
+
+
+def _hardened(inputs: AttentionInputs) -> Tensor | None:
+    """The host's mask with keys it all but forbids (Swin's -100) forbidden: a tile's list may hold
+    only such keys for one of its queries."""
+    bias, allowed = inputs.bias, inputs.allowed()
+    if bias is None or allowed is None or bias.dtype == torch.bool:
+        return bias
+    return bias.masked_fill(~allowed, float("-inf"))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
