@@ -51,6 +51,7 @@ def load_sparsifiner(
         basis_threshold=basis_threshold,
         basis_coef_topk=basis_coef_topk,
         head_scale=True,
+        salience=False,
         tile=1,
         background=None,
         prefix_keys=False,

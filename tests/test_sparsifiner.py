@@ -32,7 +32,7 @@ def paper_exact(data: dict[str, Tensor]) -> tuple[AttentionInputs, object]:
     site = Site.of(q, k, v, prefix_tokens=1)
     strategy = Connectivity(
         k=0.25, basis=10, channels=16, basis_threshold=0.02, basis_coef_topk=8, head_scale=True,
-        tile=1, background=None, prefix_keys=False,
+        tile=1, background=None, prefix_keys=False, salience=False,
     )  # fmt: skip
     planner = strategy.planner(site)
     weights = {ours: data[f"weight.mask_predictor.{theirs}"] for theirs, ours in NAMES.items()}

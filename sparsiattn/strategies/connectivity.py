@@ -31,7 +31,9 @@ class Connectivity(Strategy):
     which queries and keys are projected first (the authors use half the head dim), None for no
     projection. basis_threshold: entries of abs(W_up) up to this are zero. basis_coef_topk:
     coefficients kept per query, None for all. head_scale: divide logits by the root of the head
-    *count*, as the authors' code does, instead of the head dim.
+    *count*, as the authors' code does, instead of the head dim. salience: multiply scores by what
+    the mean query sees beyond low resolution; ours, not in the paper, next to free, and most of
+    what an untrained predictor lacks (docs: What it keeps).
 
     >>> Connectivity(k=0.1).to_dict()["name"]
     'connectivity'
@@ -46,6 +48,7 @@ class Connectivity(Strategy):
     basis_threshold: float = 0.0
     basis_coef_topk: int | None = None
     head_scale: bool = False
+    salience: bool = True
     background: int | None = 2
 
     def __post_init__(self) -> None:
@@ -108,7 +111,19 @@ class ConnectivityPlanner(LearnedPlanner):
         """Predicted connectivity, ``[B, H, R, Nk]``, one row per patch query or tile."""
         down, up = self._tables(inputs)
         coefficients = self._keep_top(self.coefficients(inputs, down))
-        return coefficients @ self._basis(up).mT.to(coefficients.dtype)
+        scores = coefficients @ self._basis(up).mT.to(coefficients.dtype)
+        if not self.strategy.salience:
+            return scores
+        # exponents in single precision and bounded: half precision ends at e^11
+        return scores.float() * self._salience(inputs, down, up).float().clamp_max(30.0).exp()
+
+    def _salience(self, inputs: AttentionInputs, down: Tensor, up: Tensor) -> Tensor:
+        """Logits of the mean patch query minus their low-resolution part, ``[B, H, 1, Nk]``: which
+        keys of a cell stand out, whoever asks."""
+        mean = inputs.patch_queries.mean(-2, keepdim=True)
+        logits = mean @ inputs.k.mT * inputs.scale
+        down, up = down.to(logits.dtype), up.to(logits.dtype)
+        return logits - logits @ down @ up.mT
 
     def coefficients(self, inputs: AttentionInputs, down: Tensor) -> Tensor:
         """Softmax over the basis of every row, ``[B, H, R, K]``."""
@@ -132,12 +147,14 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.where(size > self.strategy.basis_threshold, size, 0.0)
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Squared error between scores and the rows of the exact attention, summed over keys and
-        averaged over rows (the paper's reconstruction loss)."""
+        """Squared error between scores, scaled to sum to one, and the rows of the exact attention;
+        summed over keys, averaged over rows (after the paper's reconstruction loss)."""
         exact = inputs.logits().softmax(-1)[..., inputs.prefix :, :]
         tiles = inputs.tiles
         target = exact if tiles is None else tiles.mean(exact)
-        return (self.scores(inputs) - target.detach()).square().sum(-1).mean()
+        scores = self.scores(inputs)
+        shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-6)
+        return (shares - target.detach()).square().sum(-1).mean()
 
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """W_down and W_up at this call's resolution."""
