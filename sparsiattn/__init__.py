@@ -22,10 +22,11 @@ from sparsiattn.errors import (
     SparsiattnError,
     UnknownName,
 )
+from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
 from sparsiattn.migrate import load_sparsifiner
-from sparsiattn.patching import Patch, patch, patch_of, unpatch
+from sparsiattn.patching import patch
 from sparsiattn.patterns import Pattern
 from sparsiattn.registry import backbones, kernels, plugins, strategies
 from sparsiattn.report import Report

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import MismatchedPatch
-from sparsiattn.patching import Patch, patch
+from sparsiattn.handle import Patch
+from sparsiattn.patching import patch
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategy import Budgets
 

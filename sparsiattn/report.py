@@ -15,7 +15,7 @@ from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
 
 if TYPE_CHECKING:
-    from sparsiattn.patching import Patch
+    from sparsiattn.handle import Patch
 
 
 @dataclass(frozen=True)

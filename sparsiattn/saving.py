@@ -17,7 +17,7 @@ from sparsiattn.registry import REGISTRY
 from sparsiattn.strategy import Strategy
 
 if TYPE_CHECKING:
-    from sparsiattn.patching import Patch
+    from sparsiattn.handle import Patch
 
 FORMAT = 1
 CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"
@@ -84,7 +84,8 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
     ...     sparsiattn.load(model, folder)
     <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
     """
-    from sparsiattn.patching import patch, unwrap
+    from sparsiattn.handle import unwrap
+    from sparsiattn.patching import patch
 
     model, folder = unwrap(model), Path(directory)
     config = _read_config(folder)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import UnknownName
-from sparsiattn.patching import patch, patch_of
+from sparsiattn.handle import patch_of
+from sparsiattn.patching import patch
 from sparsiattn.strategy import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 

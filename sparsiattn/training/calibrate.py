@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import Patch, patch_of
+from sparsiattn.handle import Patch, patch_of
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner

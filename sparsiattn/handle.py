@@ -1,0 +1,257 @@
+"""The handle of a patch: it owns everything that was changed, and undoes it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsiattn.backbone import Backbone, Edit
+from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
+from sparsiattn.interception import THREAD, install
+from sparsiattn.registry import REGISTRY
+from sparsiattn.runtime import (
+    PLANNER,
+    CheckSites,
+    CloseScope,
+    Observer,
+    OpenScope,
+    SiteRuntime,
+    WatchImage,
+)
+from sparsiattn.site import Site
+from sparsiattn.strategy import LearnedPlanner, Strategy
+
+if TYPE_CHECKING:
+    from sparsiattn.report import Report
+
+MARK = "_sparsiattn_patch"
+_OWNERS = itertools.count(1)
+_SWITCHING = threading.RLock()
+
+
+class Patch:
+    """A live patch of one model: made by `patch`, found again by `patch_of`.
+
+    As a context manager it undoes itself on exit.
+    """
+
+    def __init__(
+        self, model: nn.Module, strategy: Strategy, kernel: str, backbone: Backbone,
+        input_shape: tuple[int, ...], left: Sequence[tuple[str, str]],
+    ) -> None:  # fmt: skip
+        self.model, self.strategy, self.kernel = model, strategy, kernel
+        self.backbone, self.input_shape, self.left = backbone.name, input_shape, tuple(left)
+        self.found: tuple[Site, ...] = ()
+        self.runtimes: list[SiteRuntime] = []
+        self.edits: list[Edit] = []
+        self.image: tuple[int, int] | None = None
+        self.observer: Observer | None = None
+        self.key = next(_OWNERS)
+        self._handles: list[Any] = []
+        self._places: list[tuple[tuple[str, ...], nn.Module]] = []
+        self._paused = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.key = next(_OWNERS)  # a copy is disabled on its own
+
+    @property
+    def active(self) -> bool:
+        """Whether the model still carries this patch."""
+        return vars(self.model).get(MARK) is self
+
+    @property
+    def sites(self) -> list[Site]:
+        return [runtime.site for runtime in self.runtimes]
+
+    @property
+    def learns(self) -> bool:
+        """Whether `calibrate` has planners to fit here."""
+        return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)
+
+    def check_sites(self) -> None:
+        """Raise `ModelChanged` if a patched module or one that holds it is gone or another."""
+        for path, module in self._places:
+            found: nn.Module | None = self.model
+            for name in path:
+                found = None if found is None else found._modules.get(name)
+            if found is not module:
+                raise ModelChanged(
+                    f"site {'.'.join(path)!r} is no longer the module that was patched "
+                    f"(a {type(module).__name__} was replaced or deleted); call unpatch() and "
+                    "patch the changed model again"
+                )
+
+    def unpatch(self) -> nn.Module:
+        """Undo everything; the model is bit for bit what it was. Calling it twice is no error."""
+        if self.active:
+            _remove(self)
+            _forget_compiled()
+        return self.model
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
+
+        Switches of the model itself (``fused_attn``) are turned back as well, for all threads.
+        """
+        before = THREAD.disabled
+        THREAD.disabled = (*before, self.key)
+        self._pause(+1)
+        try:
+            yield self.model
+        finally:
+            self._pause(-1)
+            THREAD.disabled = before
+
+    def _pause(self, step: int) -> None:
+        with _SWITCHING:
+            was, self._paused = self._paused, self._paused + step
+            if self.active and bool(was) != bool(self._paused):
+                for edit in self.edits:
+                    edit.revert() if self._paused else edit.apply()
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[nn.Module]:
+        """Dense attention inside the block, every site's `AttentionInputs` handed to a function.
+
+        ``observer(site, planner, inputs)`` runs before the host's attention; it is how planners
+        are fitted and attention is measured or drawn although it runs fused.
+        """
+        if self.observer is not None:
+            raise InvalidOption("this patch is being observed already; leave that block first")
+        self.observer = observer
+        try:
+            yield self.model
+        finally:
+            self.observer = None
+
+    def report(self) -> Report:
+        """Sites, kernels, density, MACs before and after, and why anything was left alone."""
+        from sparsiattn.report import report
+
+        self._require_active("report")
+        return report(self)
+
+    def save(self, directory: str | PathLike[str]) -> Path:
+        """Write the delta only: a JSON config and the planners' weights as safetensors."""
+        from sparsiattn.saving import save
+
+        self._require_active("save")
+        return save(self, Path(directory))
+
+    def _require_active(self, what: str) -> None:
+        if not self.active:
+            raise ModelChanged(f"{what}() needs a live patch, but this one was undone")
+        self.check_sites()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else " (undone)"
+        return (
+            f"<Patch{state}: {self.strategy.name} on {len(self.runtimes)} sites of "
+            f"{type(self.model).__name__}, kernel={self.kernel!r}>"
+        )
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The live patch of a model (or of its copy, or after unpickling), None if there is none.
+
+    >>> patch_of(torch.nn.Linear(1, 1)) is None
+    True
+    """
+    return vars(unwrap(model)).get(MARK)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo the model's patch, if it has one; returns the model.
+
+    >>> unpatch(torch.nn.Linear(1, 1))
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+    live = patch_of(model)
+    if live is not None:
+        live.unpatch()
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel or DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"a torch.nn.Module is needed, got {type(model).__name__}")
+    while True:
+        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        name = "module" if isinstance(model, parallel) else "_orig_mod"
+        inner = model._modules.get(name)
+        if inner is None:
+            return model
+        model = inner
+
+
+def attach(handle: Patch) -> None:
+    """Change the model; a fault on the way is undone before it is raised."""
+    install()
+    try:
+        handle.model.__dict__[MARK] = handle
+        adapter = REGISTRY.get("backbones", handle.backbone)
+        handle.edits = adapter.edits(handle.model)
+        for edit in handle.edits:
+            edit.apply()
+        for runtime in handle.runtimes:
+            _attach_site(handle, runtime)
+        image, model = adapter.image_module(handle.model), handle.model
+        hooks = handle._handles
+        hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
+        hooks.append(model.register_forward_pre_hook(CheckSites(handle)))
+    except BaseException:
+        _remove(handle)
+        raise
+    _forget_compiled()
+
+
+def _attach_site(handle: Patch, runtime: SiteRuntime) -> None:
+    name = runtime.site.name
+    module = handle.model.get_submodule(name)
+    if isinstance(runtime.planner, nn.Module):
+        if PLANNER in module._modules or hasattr(module, PLANNER):
+            raise InvalidOption(f"{runtime.site.name} already has a member named {PLANNER!r}")
+        module.add_module(PLANNER, runtime.planner)
+    handle._places.append((tuple(name.split(".")) if name else (), module))
+    opener = OpenScope(runtime)
+    handle._handles.append(module.register_forward_pre_hook(opener))
+    closer = CloseScope(opener)
+    handle._handles.append(module.register_forward_hook(closer, always_call=True))
+
+
+def _remove(handle: Patch) -> None:
+    with _SWITCHING:
+        for hook in handle._handles:
+            hook.remove()
+        for runtime, (_, module) in zip(handle.runtimes, handle._places, strict=False):
+            if module._modules.get(PLANNER) is runtime.planner:
+                del module._modules[PLANNER]
+        if not handle._paused:
+            for edit in reversed(handle.edits):
+                edit.revert()
+        handle._handles, handle._places = [], []
+        handle.model.__dict__.pop(MARK, None)
+
+
+def _forget_compiled() -> None:
+    """Dynamo does not guard hooks: a graph compiled before this change would run on unchanged."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()
