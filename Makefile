@@ -8,10 +8,16 @@ EXTRAS := xformers,train,viz,hf,docs,dev
 .PHONY: demo test test-slow lint docs census clean
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || $(MAKE) venv-without-ensurepip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $(READY)
+
+# Debian's python3 lacks ensurepip unless python3-venv is installed
+.PHONY: venv-without-ensurepip
+venv-without-ensurepip:
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(VENV) install --quiet pip
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

@@ -302,7 +302,8 @@ def keys_kept(model: nn.Module, image: Tensor, name: str) -> tuple[Tensor, tuple
         found.append((mask.float().mean((0, 1)), inputs.query_grid))
 
     with sparsiattn.patch(model, name, k=0.1, input=image[None], tile=1) as live:
-        middle = live.sites[len(live.sites) // 2].name
+        whole = [site for site in live.sites if site.windows == 1 and site.raster] or live.sites
+        middle = whole[len(whole) // 2].name
         with live.observing(observe), torch.no_grad():
             model(image[None])
         names = [site.name for site in live.sites]

@@ -67,7 +67,7 @@ class Backbone:
         return [
             Edit(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
-            if getattr(module, "fused_attn", None) is False
+            if getattr(module, "fused_attn", None) is False and not over_channels(module)
         ]
 
     def image_module(self, model: nn.Module) -> nn.Module:
@@ -84,6 +84,16 @@ class Backbone:
         """Rows and columns of ``n`` patch tokens (of one window)."""
         return geometry.infer_grid(n, aspect)
 
+    def patch_size(self, model: nn.Module) -> Grid:
+        """Rows and columns of pixels in a patch: non-square ones change the grid's aspect."""
+        size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+        return _pair(size) if isinstance(size, (int, tuple, list)) else (1, 1)
+
+    def shares_keys(self, call: Call) -> bool:
+        """Whether several calls of one module must agree on their keys, as the two of differential
+        attention, whose difference cancels what both attend to."""
+        return call.count > 1 and call.nearest("lambda_q1") is not None
+
     def raster(self, call: Call) -> bool:
         """Whether patch tokens stand in raster order."""
         return True
@@ -98,6 +108,12 @@ class Backbone:
         """Why this call should stay dense although it could be reached; None if it is a site."""
         if call.q[-2] == 1:
             return "a single query (pooling head): nothing to save"
+        if over_channels(call.module):
+            return "attention over channels, not over tokens"
+        if isinstance(call.module, nn.MultiheadAttention):
+            return "nn.MultiheadAttention: its fast path in eval mode would pass the patch by"
+        if not call.uniform:
+            return f"{call.count} calls of attention with different shapes"
         return None
 
     def sites(
@@ -139,8 +155,14 @@ class Backbone:
             windows=q[0],
             raster=self.raster(call),
             calls=call.count,
+            shared=self.shares_keys(call),
             bias=self.bias(call),
         )
+
+
+def over_channels(module: nn.Module) -> bool:
+    """Cross-covariance attention (XCiT): the module has a temperature per head."""
+    return isinstance(getattr(module, "temperature", None), nn.Parameter)
 
 
 def head_count(module: nn.Module) -> int | None:

@@ -21,7 +21,7 @@ Tile = int | tuple[int, int]
 T = TypeVar("T")
 
 _TABLES: dict[Any, Any] = {}
-_MOST_TABLES = 512
+_MOST_ELEMENTS = 1 << 25  # 128 MiB of float32
 _LOCK = threading.Lock()
 
 
@@ -41,16 +41,27 @@ def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
 
 
 def _keep(key: Any, found: object) -> None:
+    """Keep a table, the oldest ones going first; one that is huge is made again each time."""
+    if _elements(found) > _MOST_ELEMENTS:
+        return
     with _LOCK:
-        while len(_TABLES) >= _MOST_TABLES:
+        while _TABLES and _elements(*_TABLES.values(), found) > _MOST_ELEMENTS:
             _TABLES.pop(next(iter(_TABLES)))
         _TABLES[key] = found
 
 
+def _elements(*tables: object) -> int:
+    return sum(part.numel() for found in tables for part in _parts(found))
+
+
+def _parts(found: object) -> list[Tensor]:
+    parts = vars(found).values() if isinstance(found, Tiles) else (found,)
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def _is_real(found: object) -> bool:
     """Whether no fake tensor (of a tracing mode) is in there: those must not outlive their mode."""
-    parts = vars(found).values() if isinstance(found, Tiles) else (found,)
-    return all(type(part) is Tensor for part in parts if isinstance(part, Tensor))
+    return all(type(part) is Tensor for part in _parts(found))
 
 
 def infer_grid(n: int, aspect: float = 1.0) -> Grid:

@@ -54,7 +54,10 @@ class Patch:
         self.runtimes: list[SiteRuntime] = []
         self.edits: list[Edit] = []
         self.image: tuple[int, int] | None = None
-        self.observer: Observer | None = None
+        self.patch_size = backbone.patch_size(model)
+        self.follows_model = True
+        self.alive = True
+        self._reapply = False
         self.key = next(_OWNERS)
         self._handles: list[Any] = []
         self._places: list[tuple[tuple[str, ...], nn.Module]] = []
@@ -63,6 +66,8 @@ class Patch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.key = next(_OWNERS)  # a copy is disabled on its own
+        # made inside disabled(): the host's switches are turned again at the first forward
+        self._reapply, self._paused = bool(self._paused), 0
 
     @property
     def active(self) -> bool:
@@ -108,7 +113,8 @@ class Patch:
     def disabled(self) -> Iterator[nn.Module]:
         """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
 
-        Switches of the model itself (``fused_attn``) are turned back as well, for all threads.
+        Switches of the model itself (``fused_attn``) are turned back as well, for all threads. With
+        gradient checkpointing, run the backward pass inside the block too.
         """
         before = THREAD.disabled
         THREAD.disabled = (*before, self.key)
@@ -133,13 +139,13 @@ class Patch:
         ``observer(site, planner, inputs)`` runs before the host's attention; it is how planners
         are fitted and attention is measured or drawn although it runs fused.
         """
-        if self.observer is not None:
-            raise InvalidOption("this patch is being observed already; leave that block first")
-        self.observer = observer
+        if THREAD.observer is not None:
+            raise InvalidOption("this thread is observing a patch already; leave that block first")
+        THREAD.observer = (self.key, observer)
         try:
             yield self.model
         finally:
-            self.observer = None
+            THREAD.observer = None
 
     def report(self) -> Report:
         """Sites, kernels, density, MACs before and after, and why anything was left alone."""
@@ -159,6 +165,17 @@ class Patch:
         if not self.active:
             raise ModelChanged(f"{what}() needs a live patch, but this one was undone")
         self.check_sites()
+        from sparsiattn.patching import refresh
+
+        refresh(self)
+
+    def before_forward(self) -> None:
+        """Called by the model's own pre-hook."""
+        self.check_sites()
+        if self._reapply:
+            for edit in self.edits:
+                edit.apply()
+            self._reapply = False
 
     def __repr__(self) -> str:
         state = "" if self.active else " (undone)"
@@ -211,12 +228,13 @@ def attach(handle: Patch) -> None:
         handle.edits = adapter.edits(handle.model)
         for edit in handle.edits:
             edit.apply()
-        for runtime in handle.runtimes:
-            _attach_site(handle, runtime)
         image, model = adapter.image_module(handle.model), handle.model
         hooks = handle._handles
         hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
+        # before the sites': the model itself may be one
         hooks.append(model.register_forward_pre_hook(CheckSites(handle)))
+        for runtime in handle.runtimes:
+            _attach_site(handle, runtime)
     except BaseException:
         _remove(handle)
         raise
@@ -249,6 +267,8 @@ def _remove(handle: Patch) -> None:
                 edit.revert()
         handle._handles, handle._places = [], []
         handle.model.__dict__.pop(MARK, None)
+        handle.alive = False
+        THREAD.top = None
 
 
 def _forget_compiled() -> None:

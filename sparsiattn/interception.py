@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 Route = Callable[..., Tensor]
 Frame = tuple[Route | None, int, Any]
@@ -28,6 +29,8 @@ class _Thread(threading.local):
         self.disabled: tuple[int, ...] = ()
         self.image: tuple[int, int, int] | None = None
         self.shared: Any = None
+        self.observer: tuple[int, Any] | None = None
+        self.routed: set[int] = set()
 
 
 THREAD = _Thread()
@@ -67,13 +70,21 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        operands = (query, key, value, attn_mask)
+        if has_torch_function(operands):  # tensor subclasses ask which function was called
+            return handle_torch_function(
+                scaled_dot_product_attention, operands, *operands, dropout_p=dropout_p,
+                is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
         top = THREAD.top
         route = None if top is None else top[0]
-        if route is None:
+        if top is None or route is None:
             extra: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
             return fallback(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **extra
             )
+        if not torch.compiler.is_compiling():
+            THREAD.routed.add(top[1])
         THREAD.top = None  # a route may call attention itself
         try:
             return route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

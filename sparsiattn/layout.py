@@ -94,10 +94,14 @@ def autocast_dtype(q: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def grids(site: Site, n_queries: int, n_keys: int, image: Grid | None) -> tuple[Grid, Grid]:
+def grids(
+    site: Site, n_queries: int, n_keys: int, image: Grid | None, window: object
+) -> tuple[Grid, Grid]:
     """The patch grids of this call. At the resolution of patch time they are known; at another one
-    they follow the aspect of the image (of the window, where attention is windowed)."""
+    they follow the host's window, where it has one, else the aspect of the image."""
     queries, keys = n_queries - site.prefix_tokens, n_keys - site.prefix_tokens
+    if isinstance(window, (tuple, list)) and window[0] * window[1] == queries == keys:
+        return (window[0], window[1]), (window[0], window[1])
     return _grid(site.grid, queries, site, image), _grid(site.key_grid, keys, site, image)
 
 
@@ -123,6 +127,7 @@ def canonical(
     dropout: float = 0.0,
     causal: bool = False,
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
+    window: object = None,
 ) -> AttentionInputs:
     """The host's arguments of one attention call as `AttentionInputs`."""
     dtype = autocast_dtype(q)
@@ -133,7 +138,7 @@ def canonical(
         mask = causal_mask(mask, q, k)
     bias = None if mask is None else layout.fold_mask(mask, q)
     tokens = heads_q.shape[-2]
-    grid, key_grid = grids(site, tokens, heads_k.shape[-2], image)
+    grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
     return AttentionInputs(
         heads_q,
         heads_k,

@@ -16,7 +16,7 @@ from sparsiattn.kernel import Kernel
 from sparsiattn.layout import Layout
 from sparsiattn.probe import probe, skeleton
 from sparsiattn.registry import REGISTRY
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime import OpenScope, SiteRuntime
 from sparsiattn.schedule import apply_schedule
 from sparsiattn.selection import Sites, select
 from sparsiattn.site import Site
@@ -70,9 +70,13 @@ def patch(
     for site, config in zip(chosen, resolved, strict=True):
         runtime = SiteRuntime(
             site, layouts[site], config, _planner(config, site, model), kernels,
-            kernel != "auto", handle,
+            kernel != "auto", handle, model.get_submodule(site.name),
         )  # fmt: skip
         handle.runtimes.append(runtime)
+    if kernel != "auto":
+        from sparsiattn.report import refuse_early
+
+        refuse_early(handle)
     if only_if_faster:
         from sparsiattn.report import leave_slow_sites_dense
 
@@ -83,7 +87,9 @@ def patch(
 
 def _refuse_second(model: nn.Module) -> None:
     for module in model.modules():
-        live = vars(module).get(MARK)
+        hooks = module._forward_pre_hooks.values()
+        owners = [hook.runtime.owner for hook in hooks if isinstance(hook, OpenScope)]
+        live = vars(module).get(MARK) or next(iter(owners), None)
         if live is not None:
             where = "this model" if module is model else f"a part of it, a {type(module).__name__},"
             raise AlreadyPatched(f"{where} carries {live!r}; call unpatch() on it first")
@@ -123,7 +129,8 @@ def _find(
     for edit in backbone.edits(bones):
         edit.apply()
     calls = probe(bones, shape)
-    found, left = backbone.sites(calls, shape[-2] / shape[-1])
+    rows, columns = backbone.patch_size(model)
+    found, left = backbone.sites(calls, shape[-2] * columns / (shape[-1] * rows))
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise NothingToPatch(
@@ -131,8 +138,22 @@ def _find(
             f"product attention in a way that can be served{reasons or ''}"
         )
     handle = Patch(model, strategy, kernel, backbone, shape, left)
+    handle.follows_model = example is None
     handle.found = tuple(site for site, _ in found)
     return handle, found
+
+
+def refresh(handle: Patch) -> None:
+    """Describe the sites anew if the model was set to another input size since."""
+    model = handle.model
+    backbone = REGISTRY.get("backbones", handle.backbone)
+    if not handle.follows_model or backbone.input_shape(model) == handle.input_shape:
+        return
+    fresh, found = _find(model, handle.strategy, handle.kernel, None)
+    handle.input_shape, handle.left, handle.found = fresh.input_shape, fresh.left, fresh.found
+    by_name = {site.name: (site, layout) for site, layout in found}
+    for runtime in handle.runtimes:
+        runtime.site, runtime.layout = by_name[runtime.site.name]
 
 
 def _backbone(model: nn.Module) -> Backbone:
@@ -168,12 +189,14 @@ def _budgets(
 
 
 def _planner(strategy: Strategy, site: Site, model: nn.Module) -> Any:
-    """The site's planner, where the site's own weights are."""
-    planner = strategy.planner(site)
-    if isinstance(planner, nn.Module):
-        like = next((p for p in model.get_submodule(site.name).parameters()), None)
-        if like is not None:
-            dtype = like.dtype if like.is_floating_point() else None
-            planner.to(device=like.device, dtype=dtype)
-        planner.train(model.get_submodule(site.name).training)
+    """The site's planner, where the site's own weights are; never made of inference tensors."""
+    with torch.inference_mode(False):
+        planner = strategy.planner(site)
+        if isinstance(planner, nn.Module):
+            host = model.get_submodule(site.name)
+            like = next(host.parameters(), None)
+            if like is not None:
+                dtype = like.dtype if like.is_floating_point() else None
+                planner.to(device=like.device, dtype=dtype)
+            planner.train(host.training)
     return planner

@@ -41,9 +41,11 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
             f"a plan must be a sparsiattn.Pattern (Pattern.top, Pattern.mask or Pattern.dense), "
             f"got {type(pattern).__name__} at site {inputs.site.name!r}"
         )
-    rows = {inputs.n_queries, inputs.n_queries - inputs.prefix}
-    if isinstance(pattern, Ranked) and inputs.tiles is not None:
-        rows.add(inputs.tiles.count)
+    rows = {inputs.n_queries}
+    if isinstance(pattern, Ranked):
+        rows.add(inputs.n_queries - inputs.prefix)
+        if inputs.tiles is not None:
+            rows.add(inputs.tiles.count)
     if pattern.n_keys != inputs.n_keys or pattern.n_queries not in rows:
         raise InvalidOption(
             f"site {inputs.site.name!r} needs a pattern of {sorted(rows)} rows over "
@@ -73,7 +75,8 @@ def _row_scores(scores: Tensor, inputs: AttentionInputs) -> Tensor:
     if scores.shape[-2] == inputs.n_queries:
         scores = scores[..., inputs.prefix :, :]
     if inputs.tiles is not None and scores.shape[-2] == patches:
-        return inputs.tiles.mean(scores)
+        # repeated slots weigh zero, and zero times infinity is not a number
+        return inputs.tiles.mean(scores.clamp_min(torch.finfo(scores.dtype).min / 4096))
     return scores
 
 
@@ -91,8 +94,6 @@ def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
     if not prefix:
         return pattern
     keep = pattern.keep
-    if keep.shape[-2] < pattern.n_queries:
-        keep = keep.expand(*keep.shape[:-2], pattern.n_queries, -1)
     row = torch.arange(keep.shape[-2], device=keep.device)[:, None] < prefix
     column = torch.arange(keep.shape[-1], device=keep.device) < (prefix if prefix_keys else 0)
     return Mask(pattern.n_queries, pattern.n_keys, keep | row | column)
@@ -129,10 +130,10 @@ def _padded_cells(
 
 def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
     """How many keys of each cell a row did not select, ``[..., R, G]``."""
-    total = torch.zeros(count + 1, device=cells.device).index_add(
+    total = torch.zeros(count + 1, dtype=torch.float, device=cells.device).index_add(
         0, cells, torch.ones_like(cells, dtype=torch.float)
     )
-    picked = torch.zeros(*index.shape[:-1], count + 1, device=index.device)
+    picked = torch.zeros(*index.shape[:-1], count + 1, dtype=torch.float, device=index.device)
     picked = picked.scatter_add(-1, cells[index], torch.ones_like(index, dtype=torch.float))
     return (total - picked)[..., :count]
 
@@ -151,5 +152,5 @@ def _bias_by_mask(
     bias = _log_counts(counts)
     if inputs.bias is None or inputs.bias.dtype == torch.bool:
         return bias
-    host = torch.where(dropped, inputs.bias.float(), 0.0) @ member
+    host = torch.where(dropped, inputs.bias.float().clamp_min(-1e4), 0.0) @ member
     return bias + host / counts.clamp_min(1.0)

@@ -37,6 +37,7 @@ class Call:
     mask_dtype: torch.dtype | None
     causal: bool
     count: int = 1
+    uniform: bool = True
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
@@ -59,17 +60,43 @@ def skeleton(model: nn.Module) -> Any:
             if id(tensor) not in memo:
                 memo[id(tensor)] = _to_meta(tensor)
         memo.setdefault(id(vars(module).get("_sparsiattn_patch")), None)
-    copied = copy.deepcopy(model, memo)
+    for module in model.modules():
+        for value in vars(module).values():
+            if id(value) not in memo and not _copies(value):
+                memo[id(value)] = value  # a lock, a handle: shared, the dry run ignores it
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ProbeFailed(
+            f"{type(model).__name__} cannot be copied for the dry run: {error}"
+        ) from error
     return copied.eval()
 
 
+_PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor, nn.Module)
+
+
+def _copies(value: object) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors kept as plain attributes (also inside lists and dicts)."""
-    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-        parts = value.values() if isinstance(value, dict) else value
-        for part in parts if isinstance(value, (list, tuple, dict)) else (value,):
-            if isinstance(part, Tensor):
-                yield part
+    """Parameters, buffers, and tensors kept as plain attributes, however deep in containers."""
+    waiting: list[Any] = [value for name, value in vars(module).items() if name != "_modules"]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend(value)
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -92,10 +119,14 @@ class _Recorder:
         def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool,
                    scale: float | None, gqa: bool) -> Tensor:  # fmt: skip
             before = self.calls.get(name)
+            shapes = (q.shape, k.shape, v.shape)
+            uniform = before is None or (
+                before.uniform and (before.q, before.k, before.v) == shapes
+            )
             self.calls[name] = Call(
                 name, module, parents, q.shape, k.shape, v.shape,
                 None if mask is None else mask.shape, None if mask is None else mask.dtype,
-                causal, before.count + 1 if before else 1,
+                causal, before.count + 1 if before else 1, uniform,
             )  # fmt: skip
             return dense_attention(q, k, v, mask, p, causal, scale=scale, gqa=gqa)
 

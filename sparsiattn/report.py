@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.kernel import Choice, choose
-from sparsiattn.patterns import Dense, Pattern
+from sparsiattn.patterns import Dense, KeyIndex, Pattern
 from sparsiattn.probe import run_dry, skeleton
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
@@ -154,6 +154,12 @@ def leave_slow_sites_dense(handle: Patch) -> None:
         runtime.dense = _dry_plan(runtime)[2].expected < 1.0
 
 
+def refuse_early(handle: Patch) -> None:
+    """Raise `KernelRefused` now if the kernel asked for by name cannot serve one of the sites."""
+    for runtime in handle.runtimes:
+        _dry_plan(runtime)
+
+
 def _site_report(runtime: SiteRuntime) -> SiteReport:
     site, strategy = runtime.site, runtime.strategy
     pattern, predictor, choice, note = *_dry_plan(runtime), ""
@@ -165,6 +171,8 @@ def _site_report(runtime: SiteRuntime) -> SiteReport:
     elif runtime.last is not None:
         choice = runtime.last
     k = getattr(strategy, "k", None)
+    if not dense and strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
+        note = f"the budget of {pattern_keys(pattern)} keys is spent on prefix tokens alone"
     if isinstance(k, int) and k > site.keys:
         note = f"k={k} is more than the {site.keys} keys there are: all are kept"
     return SiteReport(
@@ -182,6 +190,11 @@ def _site_report(runtime: SiteRuntime) -> SiteReport:
         note=note,
         refusals=choice.refusals,
     )
+
+
+def pattern_keys(pattern: Pattern) -> float:
+    """Keys per patch query of a list pattern; without end for others."""
+    return pattern.index.shape[-1] if isinstance(pattern, KeyIndex) else float("inf")
 
 
 def _density(pattern: Pattern) -> float | None:
@@ -209,11 +222,12 @@ def _macs(site: Site, pattern: Pattern) -> int | None:
 
 def _dry_plan(runtime: SiteRuntime) -> tuple[Pattern, int, Choice]:
     """The pattern at patch-time shapes without data, the planner's MACs, and the kernel."""
-    inputs = _dry_inputs(runtime.site)
-    inputs = inputs.replace(tile=runtime.strategy.tile_for(inputs.n_queries))
-    planner = runtime.planner
+    planner, dtype = runtime.planner, torch.float32
     if isinstance(planner, torch.nn.Module):
+        dtype = next((p.dtype for p in planner.parameters()), dtype)
         planner = skeleton(planner)
+    inputs = _dry_inputs(runtime.site, dtype)
+    inputs = inputs.replace(tile=runtime.strategy.tile_for(inputs.n_queries))
     with torch.no_grad(), _mac_counter() as counter:
         if runtime.strategy.keeps_all(inputs.n_keys):
             pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
@@ -225,9 +239,9 @@ def _dry_plan(runtime: SiteRuntime) -> tuple[Pattern, int, Choice]:
     return pattern, macs, choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
 
 
-def _dry_inputs(site: Site) -> AttentionInputs:
+def _dry_inputs(site: Site, dtype: torch.dtype) -> AttentionInputs:
     def empty(rows: int, width: int) -> Tensor:
-        return torch.empty(site.windows, site.heads, rows, width, device="meta")
+        return torch.empty(site.windows, site.heads, rows, width, device="meta", dtype=dtype)
 
     bias = None if site.bias == "none" else empty(site.tokens, site.keys)
     q, k = empty(site.tokens, site.head_dim), empty(site.keys, site.head_dim)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import planning
+from sparsiattn.errors import ModelChanged
 from sparsiattn.geometry import Grid
 from sparsiattn.interception import THREAD, Route, dense_attention, install, pop, push
 from sparsiattn.kernel import Choice, Kernel, choose
@@ -38,20 +39,22 @@ class SiteRuntime:
         kernels: tuple[Kernel, ...],
         explicit: bool,
         owner: Any,
+        module: nn.Module,
     ) -> None:
         self.site, self.layout, self.strategy = site, layout, strategy
         self.planner, self.kernels, self.explicit, self.owner = planner, kernels, explicit, owner
+        self.module = module
         self.dense = False
         self.last: Choice | None = None
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call; both calls of a differential attention share theirs."""
-        shared = THREAD.shared if self.site.calls > 1 else None
+        shared = THREAD.shared if self.site.shared else None
         if shared is not None:
             THREAD.shared = None
             return shared  # type: ignore[no-any-return]
         pattern = self.finish(planner(inputs), inputs)
-        if self.site.calls > 1:
+        if self.site.shared:
             THREAD.shared = pattern
         return pattern
 
@@ -93,14 +96,15 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         inputs = canonical(
             runtime.site, runtime.layout, q, k, v, mask, image_of(runtime.owner),
             scale=scale, dropout=dropout, causal=causal, tile_for=runtime.strategy.tile_for,
+            window=getattr(runtime.module, "window_size", None),
         )  # fmt: skip
-        observer = runtime.owner.observer
-        if observer is None:
+        observer = THREAD.observer
+        if observer is not None and observer[0] == runtime.owner.key:
+            observer[1](runtime.site, planner, inputs)
+        elif runtime.owner.alive:  # an interrupt may leave a scope open after unpatch()
             out = runtime.attend(planner, inputs)
             if out is not None:
                 return runtime.layout.unfold(out, q)
-        else:
-            observer(runtime.site, planner, inputs)
         return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
 
     return route
@@ -129,8 +133,10 @@ class OpenScope:
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
         else:
             push(self.route, self.key)
-        if self.runtime.site.calls > 1:
+        if self.runtime.site.shared:
             THREAD.shared = None
+        if not torch.compiler.is_compiling():
+            THREAD.routed.discard(self.key)
 
 
 class CloseScope:
@@ -140,7 +146,16 @@ class CloseScope:
         self.opener = opener
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        pop(self.opener.key)
+        key, owner = self.opener.key, self.opener.runtime.owner
+        pop(key)
+        if torch.compiler.is_compiling() or output is None or owner.key in THREAD.disabled:
+            return
+        if key not in THREAD.routed:
+            raise ModelChanged(
+                f"site {self.opener.runtime.site.name!r} ran without calling scaled dot product "
+                "attention, so the patch had no effect there: was fused_attn switched off, or "
+                "its forward replaced, after patching? unpatch() and patch again"
+            )
 
 
 class WatchImage:
@@ -153,13 +168,16 @@ class WatchImage:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         image = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(image, Tensor) and image.dim() == 4:
-            THREAD.image = (self.owner.key, image.shape[-2], image.shape[-1])
+            rows, columns = self.owner.patch_size
+            # height and width in patches, up to a common factor
+            size = (image.shape[-2] * columns, image.shape[-1] * rows)
+            THREAD.image = (self.owner.key, *size)
             if not torch.compiler.is_compiling():  # for a backward pass in another thread
-                self.owner.image = (image.shape[-2], image.shape[-1])
+                self.owner.image = size
 
 
 def image_of(owner: Any) -> Grid | None:
-    """Height and width of the image this thread last gave to the patched model."""
+    """Shape, in patches up to a factor, of the image this thread last gave to the patched model."""
     seen = THREAD.image
     if seen is not None and seen[0] == owner.key:
         return seen[1:]
@@ -174,4 +192,6 @@ class CheckSites:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.owner.check_sites()
+            THREAD.top = None  # an interrupt (no Exception) may have left a scope open
+            install()  # somebody may have put the original function back
+            self.owner.before_forward()

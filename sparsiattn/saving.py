@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from sparsiattn.errors import MismatchedPatch
+from sparsiattn.errors import InvalidOption, MismatchedPatch
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategy import Strategy
 
@@ -25,7 +25,10 @@ CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"
 
 def save(handle: Patch, directory: Path) -> Path:
     """Write ``sparsiattn.json`` and ``planners.safetensors``; see `Patch.save`."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InvalidOption(f"save() needs a directory, {directory} is a file") from error
     config = {
         "format": FORMAT,
         "host": fingerprint(handle.model),

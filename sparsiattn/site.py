@@ -22,8 +22,9 @@ class Site:
     name: module path, e.g. ``blocks.3.attn``. index, depth: position among the model's sites.
     tokens, keys: queries and keys, prefix included. grid, key_grid: rows and columns of the patch
     tokens, ``(1, n)`` where their order is not a raster. prefix_tokens: leading CLS, distillation
-    and register tokens. windows: attention calls per image. bias: whether the host adds a mask,
-    and if that mask can forbid keys (``"mask"``) or only favours some (``"bias"``).
+    and register tokens. windows: windows per image. calls: attention calls in one forward; shared:
+    if they must agree on their keys. bias: whether the host adds a mask, and if that mask can
+    forbid keys (``"mask"``) or only favours some (``"bias"``).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Site:
     windows: int = 1
     raster: bool = True
     calls: int = 1
+    shared: bool = False
     bias: Literal["none", "bias", "mask"] = "none"
 
     @property
@@ -151,7 +153,7 @@ class AttentionInputs:
             return None
         if self.bias.dtype == torch.bool:
             return self.bias
-        return self.bias > MASKED_BELOW if self.site.bias == "mask" else None
+        return None if self.site.bias == "bias" else self.bias > MASKED_BELOW
 
     def replace(self, **fields: Any) -> AttentionInputs:
         return replace(self, **fields)

@@ -69,7 +69,7 @@ class Strategy:
         if not isinstance(self.prefix_keys, bool):
             raise InvalidType(f"prefix_keys must be True or False, got {self.prefix_keys!r}")
         k = getattr(self, "k", None)
-        if k is not None and not (isinstance(k, (list, tuple)) or callable(k)):
+        if "k" in self.option_names() and not (isinstance(k, (list, tuple)) or callable(k)):
             check_budget(k)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:

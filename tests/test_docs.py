@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,12 @@ def test_every_hook_is_documented() -> None:
 def test_every_public_name_has_a_docstring_and_is_real() -> None:
     for name in sparsiattn.__all__:
         assert getattr(sparsiattn, name).__doc__, name
+
+
+def test_tables_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_figures_in_readme_and_docs_have_their_files() -> None:

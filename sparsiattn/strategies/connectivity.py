@@ -149,7 +149,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Squared error between scores, scaled to sum to one, and the rows of the exact attention;
         summed over keys, averaged over rows (after the paper's reconstruction loss)."""
-        exact = inputs.logits().softmax(-1)[..., inputs.prefix :, :]
+        exact = inputs.logits().softmax(-1).nan_to_num(0.0)[..., inputs.prefix :, :]
         tiles = inputs.tiles
         target = exact if tiles is None else tiles.mean(exact)
         scores = self.scores(inputs)

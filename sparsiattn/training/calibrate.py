@@ -75,6 +75,8 @@ def _fit(
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
+    if not losses:
+        raise InvalidOption("calibrate() got no images: pass at least one batch [B, C, H, W]")
     return losses
 
 
@@ -87,9 +89,12 @@ def _site_losses(live: Patch, images: Tensor) -> list[Tensor]:
             with torch.enable_grad():
                 losses.append(planner.loss(inputs))
 
-    training = live.model.training
+    modes = [(module, module.training) for module in live.model.modules()]
     live.model.eval()
-    with live.observing(observe), torch.no_grad():
-        live.model(images)
-    live.model.train(training)
+    try:
+        with live.observing(observe), torch.no_grad():
+            live.model(images)
+    finally:
+        for module, training in modes:
+            module.training = training
     return losses

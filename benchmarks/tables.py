@@ -1,0 +1,122 @@
+"""Writes the measured tables of the docs and the README from the JSON under ``results/``.
+
+``python benchmarks/tables.py``; with ``--check`` it only says whether they are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def source(name: str) -> str:
+    """Where a table's figures come from."""
+    card = read(name)["machine"]
+    return (
+        f"`benchmarks/results/{name}.json`: `{card['command']}`, {card['date']}, "
+        f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
+        f"timm {card['timm']}."
+    )
+
+
+def mass() -> str:
+    rows = read("quality-cifar")["mass_relative_to_exact_topk"]
+    return table(
+        ["mask", "k = 0.1", "k = 0.25", "k = 0.5"],
+        [[name, *(f"{row[k]:.3f}" for k in ("0.1", "0.25", "0.5"))] for name, row in rows.items()],
+    )
+
+
+def background() -> str:
+    rows = read("quality-cifar")["top1_by_background"]
+    head = ["mask"]
+    head += [f"k = {k}, {g}" for k in ("0.25", "0.1") for g in ("none", "1", "2 x 2", "4 x 4")]
+    keys = [(k, g) for k in ("0.25", "0.1") for g in ("None", "1", "2", "4")]
+    return table(
+        head, [[name, *(f"{row[k][g]:.2f}" for k, g in keys)] for name, row in rows.items()]
+    )
+
+
+def kernels() -> str:
+    rows = read("kernels-cpu")["speedup"]
+    return table(
+        ["tokens", "k", "tile", "kernel and planning", "kernel alone"],
+        [
+            [
+                f"{row['tokens']:,}",
+                str(row["k"]),
+                " x ".join(map(str, row["tile"])),
+                f"{row['with_planning']['ratio']:.2f}x",
+                f"{row['kernel_only']['ratio']:.2f}x",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def overhead() -> str:
+    found = read("overhead-cpu")
+    forward, seconds = found["dense_patched_over_unpatched"], found["patch_seconds"]
+    rows = [[f"forward of {name}, batch 1, patched with `dense`", f"{r['ratio']:.3f}x unpatched"]
+            for name, r in forward.items()]  # fmt: skip
+    rows += [[f"`patch` on {name}", f"{s:.2f} s"] for name, s in seconds.items()]
+    return table(["what", "cost"], rows)
+
+
+def dense_top1() -> str:
+    found = read("quality-cifar")
+    return f"Dense: {found['dense_top1']:.2f} % of {found['images']:,} images."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "mass": mass,
+    "background": background,
+    "dense-top1": dense_top1,
+    "kernels": kernels,
+    "overhead": overhead,
+    "source quality-cifar": lambda: source("quality-cifar"),
+    "source kernels-cpu": lambda: source("kernels-cpu"),
+    "source overhead-cpu": lambda: source("overhead-cpu"),
+}
+
+
+def filled(text: str) -> str:
+    """``text`` with what stands between ``<!-- name -->`` and ``<!-- end -->`` made again."""
+
+    def again(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n\n{BLOCKS[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- ([\w -]+) -->\n.*?<!-- end -->", again, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        if filled(text) != text:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(filled(text))
+    print("changed:" if stale else "up to date", *stale)
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
