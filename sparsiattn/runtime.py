@@ -65,10 +65,12 @@ class SiteRuntime:
             pattern, inputs, prefix_keys=options.prefix_keys, background=options.background
         )
 
+    def idle(self, n_keys: int) -> bool:
+        """Whether the host's own attention runs, known without planning."""
+        return self.dense or self.strategy.keeps_all(n_keys)
+
     def attend(self, planner: Planner, inputs: AttentionInputs) -> Tensor | None:
         """Sparse attention ``[B, H, Nq, Dv]``, or None where the host's own should run."""
-        if self.dense or self.strategy.keeps_all(inputs.n_keys):
-            return None
         pattern = self.plan(planner, inputs)
         if isinstance(pattern, Dense):
             return None
@@ -92,19 +94,22 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         scale: float | None,
         gqa: bool,
     ) -> Tensor:
-        planner = runtime.planner if replica is None else cast(Planner, replica)
-        inputs = canonical(
-            runtime.site, runtime.layout, q, k, v, mask, image_of(runtime.owner),
-            scale=scale, dropout=dropout, causal=causal, tile_for=runtime.strategy.tile_for,
-            window=getattr(runtime.module, "window_size", None),
-        )  # fmt: skip
         observer = THREAD.observer
-        if observer is not None and observer[0] == runtime.owner.key:
-            observer[1](runtime.site, planner, inputs)
-        elif runtime.owner.alive:  # an interrupt may leave a scope open after unpatch()
-            out = runtime.attend(planner, inputs)
-            if out is not None:
-                return runtime.layout.unfold(out, q)
+        observed = observer is not None and observer[0] == runtime.owner.key
+        # an interrupt may leave a scope open after unpatch(): then the handle is not alive
+        if observed or (runtime.owner.alive and not runtime.idle(k.shape[-2])):
+            planner = runtime.planner if replica is None else cast(Planner, replica)
+            inputs = canonical(
+                runtime.site, runtime.layout, q, k, v, mask, image_of(runtime.owner),
+                scale=scale, dropout=dropout, causal=causal, tile_for=runtime.strategy.tile_for,
+                window=getattr(runtime.module, "window_size", None),
+            )  # fmt: skip
+            if observer is not None and observed:
+                observer[1](runtime.site, planner, inputs)
+            else:
+                out = runtime.attend(planner, inputs)
+                if out is not None:
+                    return runtime.layout.unfold(out, q)
         return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
 
     return route
@@ -129,7 +134,7 @@ class OpenScope:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.runtime.owner.key in THREAD.disabled:
             push(None, self.key)
-        elif getattr(module, "_is_replica", False):  # nn.DataParallel: the replica's own weights
+        elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
         else:
             push(self.route, self.key)
