@@ -219,8 +219,8 @@ def show(rows: list[Row], labelled: bool) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(
-        "MHSA MACs count QK^T, AV and what choosing the keys costs. With so few tokens and one key "
-        "list per query\nthe saving is in MACs, not in time; it takes many tokens and shared lists:"
+        "MHSA MACs count QK^T, AV and what choosing the keys costs. With so few tokens and one\n"
+        "key list per query little is saved, and no time; it takes many tokens and shared lists:"
     )
 
 
