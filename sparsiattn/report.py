@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SiteReport:
     """One patched site. MACs are per image; ``density`` is kept pairs over all, without summary
-    keys; ``expected`` the kernel's speed relative to dense attention by its own estimate."""
+    keys; ``expected`` the attention's speed relative to dense by the kernel's own estimate."""
 
     name: str
     strategy: str
