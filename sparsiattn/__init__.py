@@ -33,6 +33,7 @@ from sparsiattn.report import Report
 from sparsiattn.saving import load
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
+from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import calibrate
 
 try:
@@ -57,10 +58,13 @@ __all__ = [
     "Planner",
     "PluginError",
     "ProbeFailed",
+    "Reduction",
     "Report",
     "Site",
     "SparsiattnError",
     "Strategy",
+    "TokenInputs",
+    "TokenStrategy",
     "UnknownName",
     "backbones",
     "calibrate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +15,15 @@ from sparsiattn.geometry import Grid
 from sparsiattn.layout import Layout
 from sparsiattn.probe import Call
 from sparsiattn.site import Site
+
+
+class Absent(Enum):
+    """Stands for an instance attribute that was not there before an `Edit`."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,10 @@ class Edit:
         setattr(self.module, self.attribute, self.value)
 
     def revert(self) -> None:
-        setattr(self.module, self.attribute, self.before)
+        if self.before is ABSENT:
+            vars(self.module).pop(self.attribute, None)
+        else:
+            setattr(self.module, self.attribute, self.before)
 
 
 class Backbone:
@@ -79,6 +92,17 @@ class Backbone:
         """CLS, distillation and register tokens at the head of this call's sequence."""
         count = call.nearest("num_prefix_tokens")
         return count if isinstance(count, int) else 0
+
+    def class_tokens(self, model: nn.Module) -> int:
+        """CLS and distillation tokens, the first ones of the sequence."""
+        tokens = ("cls_token", "dist_token")
+        return sum(
+            any(isinstance(getattr(m, name, None), nn.Parameter) for m in model.modules())
+            for name in tokens
+        )
+
+    def pooling(self, model: nn.Module) -> Literal["prefix", "avg", "max", "other"]:
+        return "prefix" if getattr(model, "global_pool", "") == "token" else "other"
 
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
         """Rows and columns of ``n`` patch tokens (of one window)."""

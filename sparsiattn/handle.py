@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsiattn.backbone import Backbone, Edit
+from sparsiattn.backbone import ABSENT, Backbone, Edit
+from sparsiattn.carrying import BlockRuntime, hook_block
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
+from sparsiattn.features import METHODS, EnterModel, FeatureMethod, LeaveModel
 from sparsiattn.interception import THREAD, install
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import (
     PLANNER,
-    CheckSites,
     CloseScope,
     Observer,
     OpenScope,
@@ -28,7 +29,9 @@ from sparsiattn.runtime import (
     WatchImage,
 )
 from sparsiattn.site import Site
-from sparsiattn.strategy import LearnedPlanner, Strategy
+from sparsiattn.config import Config
+from sparsiattn.strategy import LearnedPlanner
+from sparsiattn.tokens import TokenStrategy
 
 if TYPE_CHECKING:
     from sparsiattn.report import Report
@@ -45,7 +48,7 @@ class Patch:
     """
 
     def __init__(
-        self, model: nn.Module, strategy: Strategy, kernel: str, backbone: Backbone,
+        self, model: nn.Module, strategy: Config, kernel: str, backbone: Backbone,
         input_shape: tuple[int, ...], left: Sequence[tuple[str, str]],
     ) -> None:  # fmt: skip
         self.model, self.strategy, self.kernel = model, strategy, kernel
@@ -56,6 +59,11 @@ class Patch:
         self.image: tuple[int, int] | None = None
         self.patch_size = backbone.patch_size(model)
         self.follows_model = True
+        self.tokens: TokenStrategy | None = None
+        self.blocks: list[BlockRuntime] = []
+        self.proportional = False
+        self.restores_last = False
+        self.carried: Any = None
         self.alive = True
         self._reapply = False
         self.key = next(_OWNERS)
@@ -64,7 +72,7 @@ class Patch:
         self._paused = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, carried=None)
         self.key = next(_OWNERS)  # a copy is disabled on its own
         # made inside disabled(): the host's switches are turned again at the first forward
         self._reapply, self._paused = bool(self._paused), 0
@@ -82,6 +90,42 @@ class Patch:
     def learns(self) -> bool:
         """Whether `calibrate` has planners to fit here."""
         return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)
+
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    def restores_at(self, last: bool) -> bool:
+        """Whether a block's output gets its original positions back in the present forward."""
+        return self.key in THREAD.features or (last and self.restores_last)
+
+    def remembers(self) -> bool:
+        """Whether the last values of dropped tokens are needed in the present forward."""
+        return self.restores_at(last=True)
+
+    @property
+    def restore_how(self) -> str:
+        return (
+            "scatter" if self.tokens is not None and self.tokens.restore == "scatter" else "unfold"
+        )
+
+    def source(self) -> torch.Tensor:
+        """Where every original token is in the final sequence of the last forward pass.
+
+        Returns ``[B, N]`` (prefix tokens first, then patches in raster order) with positions in
+        the final sequence: a merged or fused token has that of its cluster, a dropped one -1.
+        """
+        from sparsiattn.ragged import source
+
+        self._require_active("source")
+        if not self.blocks:
+            raise InvalidOption("source() needs a token strategy; this patch keeps every token")
+        if self.carried is None:
+            raise InvalidOption(
+                "source() speaks of the last forward pass: run the model first (eagerly: compiled "
+                "graphs and copies keep no record)"
+            )
+        return source(self.carried)
 
     def check_sites(self) -> None:
         """Raise `ModelChanged` if a patched module or one that holds it is gone or another."""
@@ -225,29 +269,60 @@ def attach(handle: Patch) -> None:
     try:
         handle.model.__dict__[MARK] = handle
         adapter = REGISTRY.get("backbones", handle.backbone)
-        handle.edits = adapter.edits(handle.model)
+        handle.edits = adapter.edits(handle.model) + feature_edits(handle)
         for edit in handle.edits:
             edit.apply()
-        image, model = adapter.image_module(handle.model), handle.model
-        hooks = handle._handles
-        hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
-        # before the sites': the model itself may be one
-        hooks.append(model.register_forward_pre_hook(CheckSites(handle)))
         for runtime in handle.runtimes:
-            _attach_site(handle, runtime)
+            _add_planner(handle, runtime)
+        hook_up(handle, adapter)
     except BaseException:
         _remove(handle)
         raise
     _forget_compiled()
 
 
-def _attach_site(handle: Patch, runtime: SiteRuntime) -> None:
+def hook_up(handle: Patch, adapter: Backbone) -> None:
+    """Register every hook."""
+    image, model = adapter.image_module(handle.model), handle.model
+    hooks = handle._handles
+    hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
+    # before the sites': the model itself may be one
+    hooks.append(model.register_forward_pre_hook(EnterModel(handle), with_kwargs=True))
+    if handle.blocks:
+        hooks.append(model.register_forward_hook(LeaveModel(handle), always_call=True))
+    for runtime in handle.runtimes:
+        _hook_site(handle, runtime)
+    for block in handle.blocks:
+        hooks.extend(hook_block(handle.model, block))
+        tail = block.block.tail
+        for name in () if tail is None else (tail.entry, tail.exit):
+            handle._places.append((tuple(name.split(".")), model.get_submodule(name)))
+
+
+def feature_edits(handle: Patch) -> list[Edit]:
+    """Methods that return features tell the patch so, where it makes sequences shorter."""
+    if not handle.blocks or handle.blocks[0].place == "bypass":
+        return []
+    return [
+        Edit(module, name, FeatureMethod(handle, module, name), ABSENT)
+        for module in handle.model.modules()
+        for name in METHODS
+        if hasattr(type(module), name)
+    ]
+
+
+def _add_planner(handle: Patch, runtime: SiteRuntime) -> None:
     name = runtime.site.name
     module = handle.model.get_submodule(name)
     if isinstance(runtime.planner, nn.Module):
         if PLANNER in module._modules or hasattr(module, PLANNER):
             raise InvalidOption(f"{runtime.site.name} already has a member named {PLANNER!r}")
         module.add_module(PLANNER, runtime.planner)
+
+
+def _hook_site(handle: Patch, runtime: SiteRuntime) -> None:
+    name = runtime.site.name
+    module = handle.model.get_submodule(name)
     handle._places.append((tuple(name.split(".")) if name else (), module))
     opener = OpenScope(runtime)
     handle._handles.append(module.register_forward_pre_hook(opener))
@@ -259,16 +334,16 @@ def _remove(handle: Patch) -> None:
     with _SWITCHING:
         for hook in handle._handles:
             hook.remove()
-        for runtime, (_, module) in zip(handle.runtimes, handle._places, strict=False):
-            if module._modules.get(PLANNER) is runtime.planner:
-                del module._modules[PLANNER]
+        for runtime in handle.runtimes:
+            if runtime.module._modules.get(PLANNER) is runtime.planner:
+                del runtime.module._modules[PLANNER]
         if not handle._paused:
             for edit in reversed(handle.edits):
                 edit.revert()
         handle._handles, handle._places = [], []
         handle.model.__dict__.pop(MARK, None)
         handle.alive = False
-        THREAD.top = None
+        THREAD.top = THREAD.stream = None
 
 
 def _forget_compiled() -> None:

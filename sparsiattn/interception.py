@@ -31,6 +31,16 @@ class _Thread(threading.local):
         self.shared: Any = None
         self.observer: tuple[int, Any] | None = None
         self.routed: set[int] = set()
+        # what `carrying` keeps between the hooks of one block
+        self.stream: Any = None
+        self.spared: Any = None
+        self.asks = False
+        self.asked: Any = None
+        self.pending: Any = None
+        self.branch: Any = None
+        # patches whose model is running, and those whose caller wants original positions
+        self.inside: tuple[int, ...] = ()
+        self.features: tuple[int, ...] = ()
 
 
 THREAD = _Thread()

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsiattn import geometry
 from sparsiattn.geometry import Grid, Tile
 from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.stream import Stream
 
 # How hosts lay out a query, in einops' notation: w counts windows, which join the batch.
 FORMS = {
@@ -102,10 +103,11 @@ def grids(
     queries, keys = n_queries - site.prefix_tokens, n_keys - site.prefix_tokens
     if isinstance(window, (tuple, list)) and window[0] * window[1] == queries == keys:
         return (window[0], window[1]), (window[0], window[1])
-    return _grid(site.grid, queries, site, image), _grid(site.key_grid, keys, site, image)
+    return patch_grid(site.grid, queries, site, image), patch_grid(site.key_grid, keys, site, image)
 
 
-def _grid(known: Grid, n: int, site: Site, image: Grid | None) -> Grid:
+def patch_grid(known: Grid, n: int, site: Site, image: Grid | None) -> Grid:
+    """The grid of ``n`` patch tokens: the one known from patch time, else by the image's aspect."""
     if not site.raster:
         return 1, n
     shape = known if image is None or site.windows > 1 else image
@@ -128,6 +130,7 @@ def canonical(
     causal: bool = False,
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
     window: object = None,
+    stream: Stream | None = None,
 ) -> AttentionInputs:
     """The host's arguments of one attention call as `AttentionInputs`."""
     dtype = autocast_dtype(q)
@@ -138,7 +141,10 @@ def canonical(
         mask = causal_mask(mask, q, k)
     bias = None if mask is None else layout.fold_mask(mask, q)
     tokens = heads_q.shape[-2]
-    grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
+    if stream is None or not stream.reduced:
+        grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
+    else:  # what is left of the grid is a run of tokens
+        grid = key_grid = (1, tokens - site.prefix_tokens)
     return AttentionInputs(
         heads_q,
         heads_k,
@@ -150,4 +156,5 @@ def canonical(
         grid=grid,
         key_grid=key_grid,
         tile=tile_for(tokens),
+        stream=stream,
     )

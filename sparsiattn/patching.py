@@ -10,22 +10,27 @@ import torch
 from torch import nn
 
 from sparsiattn.backbone import Backbone
+from sparsiattn.config import Config
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
 from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernel import Kernel
 from sparsiattn.layout import Layout
 from sparsiattn.probe import probe, skeleton
 from sparsiattn.registry import REGISTRY
-from sparsiattn.runtime import OpenScope, SiteRuntime
-from sparsiattn.schedule import apply_schedule
+from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
+from sparsiattn.schedule import apply_schedule, read_schedule
 from sparsiattn.selection import Sites, select
 from sparsiattn.site import Site
+from sparsiattn.strategies.dense import DenseStrategy
+from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategy import Budgets, Strategy
+from sparsiattn.tokenplan import carry
+from sparsiattn.tokens import TokenStrategy
 
 
 def patch(
     model: nn.Module,
-    strategy: str | Strategy = "connectivity",
+    strategy: str | Config = "connectivity",
     *,
     k: Budgets | None = None,
     sites: Sites = "*",
@@ -59,30 +64,88 @@ def patch(
     """
     model = unwrap(model)
     base = _resolve(strategy, k, options)
+    attention, tokens = parts_of(base)
     kernels = _kernels(kernel)
-    if only_if_faster is not None and not isinstance(only_if_faster, bool):
+    if only_if_faster is None:
+        only_if_faster = isinstance(base, Hybrid)
+    if not isinstance(only_if_faster, bool):
         raise InvalidType(f"only_if_faster must be True, False or None, got {only_if_faster!r}")
+    if isinstance(base, TokenStrategy) and sites != "*":
+        raise InvalidOption(
+            f"{base.name!r} makes the sequence shorter for whole blocks, so it takes layers=[...] "
+            f"(block indices) instead of sites={sites!r}"
+        )
     _refuse_second(model)
-    handle, found = _find(model, base, kernel, input)
+    budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
+    bones, handle, found = _find(model, base, kernel, input)
     chosen = select([site for site, _ in found], sites)
-    resolved = _budgets(base, chosen, schedule)
+    resolved = _budgets(attention, chosen, budgets.get("k", {}))
+    if tokens is not None:
+        carry(handle, bones, tokens, budgets)
     layouts = dict(found)
     for site, config in zip(chosen, resolved, strict=True):
-        runtime = SiteRuntime(
-            site, layouts[site], config, _planner(config, site, model), kernels,
-            kernel != "auto", handle, model.get_submodule(site.name),
-        )  # fmt: skip
-        handle.runtimes.append(runtime)
-    if kernel != "auto":
-        from sparsiattn.report import refuse_early
-
-        refuse_early(handle)
-    if only_if_faster:
-        from sparsiattn.report import leave_slow_sites_dense
-
-        leave_slow_sites_dense(handle)
+        handle.runtimes.append(_runtime(handle, site, layouts[site], config, kernels, kernel))
+    if tokens is not None:
+        _complete(handle, layouts, kernels)
+    _check(handle, only_if_faster)
     attach(handle)
     return handle
+
+
+def parts_of(base: Config) -> tuple[Strategy, TokenStrategy | None]:
+    """The attention strategy and the token strategy of whatever `patch` was given."""
+    if isinstance(base, Hybrid):
+        return base.parts()
+    if isinstance(base, TokenStrategy):
+        return DenseStrategy(), base
+    assert isinstance(base, Strategy)
+    return base, None
+
+
+def _schedule_kinds(attention: Strategy, tokens: TokenStrategy | None) -> list[str]:
+    kinds = [] if isinstance(attention, DenseStrategy) and tokens is not None else ["k"]
+    return kinds + ([] if tokens is None else list(tokens.per_layer))
+
+
+def _runtime(
+    handle: Patch, site: Site, layout: Layout, config: Strategy, kernels: tuple[Kernel, ...],
+    kernel: str,
+) -> SiteRuntime:  # fmt: skip
+    module = handle.model.get_submodule(site.name)
+    planner = _planner(config, site, handle.model)
+    return SiteRuntime(site, layout, config, planner, kernels, kernel != "auto", handle, module)
+
+
+def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel, ...]) -> None:
+    """Sites of the blocks that carry fewer tokens are reached also where attention stays dense, and
+    learned token scores find their home in them."""
+    reached = {runtime.site for runtime in handle.runtimes}
+    for site in handle.found:
+        if site not in reached:
+            extra = _runtime(handle, site, layouts[site], DenseStrategy(), kernels, "auto")
+            extra.selected = False
+            handle.runtimes.append(extra)
+    handle.runtimes.sort(key=lambda runtime: runtime.site.index)
+    by_name = {runtime.site.name: runtime for runtime in handle.runtimes}
+    for block in handle.blocks:
+        if isinstance(block.planner, torch.nn.Module):
+            runtime = by_name[block.site.name]
+            if not isinstance(runtime.planner, torch.nn.Module):
+                runtime.planner = PlannerHome(runtime.planner)
+            runtime.planner.add_module("tokens", block.planner)
+
+
+def _check(handle: Patch, only_if_faster: bool) -> None:
+    """What only a dry run of the patched model can tell, before the model is touched."""
+    from sparsiattn.dry import settle
+    from sparsiattn.report import leave_slow_sites_dense, refuse_early
+
+    if handle.blocks:
+        settle(handle)
+    if handle.kernel != "auto":
+        refuse_early(handle)
+    if only_if_faster:
+        leave_slow_sites_dense(handle)
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -95,9 +158,9 @@ def _refuse_second(model: nn.Module) -> None:
             raise AlreadyPatched(f"{where} carries {live!r}; call unpatch() on it first")
 
 
-def _resolve(strategy: str | Strategy, k: Budgets | None, options: dict[str, Any]) -> Strategy:
+def _resolve(strategy: str | Config, k: Budgets | None, options: dict[str, Any]) -> Config:
     given = dict(options) if k is None else {"k": k, **options}
-    if isinstance(strategy, Strategy):
+    if isinstance(strategy, Config):
         if given:
             raise InvalidOption(
                 f"options {sorted(given)} beside a strategy object; put them into the object: "
@@ -109,7 +172,7 @@ def _resolve(strategy: str | Strategy, k: Budgets | None, options: dict[str, Any
             f"strategy must be a name or a Strategy object, got {strategy!r}; "
             "sparsiattn.strategies() lists the names"
         )
-    found: type[Strategy] = REGISTRY.get("strategies", strategy)
+    found: type[Config] = REGISTRY.get("strategies", strategy)
     return found.build(given)
 
 
@@ -120,9 +183,9 @@ def _kernels(name: str) -> tuple[Kernel, ...]:
 
 
 def _find(
-    model: nn.Module, strategy: Strategy, kernel: str, example: Any
-) -> tuple[Patch, list[tuple[Site, Layout]]]:
-    """An empty handle and the model's sites, from a dry run of a copy without data."""
+    model: nn.Module, strategy: Config, kernel: str, example: Any
+) -> tuple[nn.Module, Patch, list[tuple[Site, Layout]]]:
+    """A copy without data, an empty handle and the model's sites, from a dry run of the copy."""
     backbone = _backbone(model)
     shape = _input_shape(model, backbone, example)
     bones = skeleton(model)
@@ -140,7 +203,7 @@ def _find(
     handle = Patch(model, strategy, kernel, backbone, shape, left)
     handle.follows_model = example is None
     handle.found = tuple(site for site, _ in found)
-    return handle, found
+    return bones, handle, found
 
 
 def refresh(handle: Patch) -> None:
@@ -149,11 +212,13 @@ def refresh(handle: Patch) -> None:
     backbone = REGISTRY.get("backbones", handle.backbone)
     if not handle.follows_model or backbone.input_shape(model) == handle.input_shape:
         return
-    fresh, found = _find(model, handle.strategy, handle.kernel, None)
+    _, fresh, found = _find(model, handle.strategy, handle.kernel, None)
     handle.input_shape, handle.left, handle.found = fresh.input_shape, fresh.left, fresh.found
     by_name = {site.name: (site, layout) for site, layout in found}
     for runtime in handle.runtimes:
         runtime.site, runtime.layout = by_name[runtime.site.name]
+    for block in handle.blocks:
+        block.site = by_name[block.site.name][0]
 
 
 def _backbone(model: nn.Module) -> Backbone:
@@ -181,11 +246,9 @@ def _input_shape(model: nn.Module, backbone: Backbone, example: Any) -> tuple[in
     return (1, *(shape[1:] if len(shape) > 3 else shape))
 
 
-def _budgets(
-    strategy: Strategy, sites: list[Site], schedule: Mapping[str, Any] | str | Any | None
-) -> list[Strategy]:
+def _budgets(strategy: Strategy, sites: list[Site], schedule: Mapping[str, Any]) -> list[Strategy]:
     resolved = [strategy.at(site, i, len(sites)) for i, site in enumerate(sites)]
-    return resolved if schedule is None else apply_schedule(schedule, sites, resolved)
+    return apply_schedule(schedule, sites, resolved)
 
 
 def _planner(strategy: Strategy, site: Site, model: nn.Module) -> Any:

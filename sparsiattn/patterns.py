@@ -1,8 +1,9 @@
 """Patterns: which (query, key) pairs survive, as tensors.
 
-A planner returns one of four layouts. `Ranked` is a wish (scores and a budget) that the core turns
-into a `KeyIndex` once prefix tokens, tiles and the host's masks are taken into account; the other
-three are what kernels compute.
+A planner returns `Dense`, `Mask`, `KeyIndex` or `Ranked`. The last one is a wish (scores and a
+budget) that the core turns into a `KeyIndex` once prefix tokens, tiles and the host's masks are
+taken into account; the others are what kernels compute, and so is `Lengths`, the pattern of images
+with different numbers of tokens.
 """
 
 from __future__ import annotations
@@ -147,6 +148,26 @@ class Dense(Pattern):
 
     def pairs(self) -> float:
         return float(self.n_queries * self.n_keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Pattern):
+    """Images of different lengths in one sequence: every query sees the keys of its own image.
+
+    lengths: tokens of each image; they add up to ``n_queries`` and to ``n_keys``.
+    """
+
+    n_queries: int
+    n_keys: int
+    lengths: tuple[int, ...]
+
+    def to_mask(self) -> Tensor:
+        counts = torch.tensor(self.lengths)
+        image = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return (image[:, None] == image)[None, None]
+
+    def pairs(self) -> float:
+        return float(sum(n * n for n in self.lengths))
 
 
 @dataclass(frozen=True, eq=False)

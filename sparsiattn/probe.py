@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.errors import ProbeFailed
+from sparsiattn.errors import ProbeFailed, SparsiattnError
 from sparsiattn.interception import dense_attention, install, pop, push
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
@@ -148,12 +148,15 @@ def probe(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     return list(recorder.calls.values())
 
 
-def run_dry(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """One forward of a `skeleton`; whatever it raises becomes a `ProbeFailed`."""
+def run_dry(model: nn.Module, shape: tuple[int, ...]) -> Any:
+    """One forward of a `skeleton` and what it returns; whatever it raises becomes a `ProbeFailed`,
+    except what this library says itself."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-            model(torch.empty(shape, dtype=dtype, device="meta"))
+            return model(torch.empty(shape, dtype=dtype, device="meta"))
+    except SparsiattnError:
+        raise
     except Exception as error:
         raise ProbeFailed(
             f"a dry run of {type(model).__name__} with an input of shape {shape} failed: "

@@ -19,10 +19,10 @@ import pluggy
 
 from sparsiattn import hookspecs
 from sparsiattn.backbone import Backbone
+from sparsiattn.config import Config
 from sparsiattn.errors import PluginError, unknown
 from sparsiattn.hookspecs import PROJECT
 from sparsiattn.kernel import Kernel
-from sparsiattn.strategy import Strategy
 
 BUILTINS = ("sparsiattn.strategies", "sparsiattn.kernels", "sparsiattn_backbones")
 KINDS = ("strategies", "kernels", "backbones")
@@ -30,7 +30,10 @@ KINDS = ("strategies", "kernels", "backbones")
 
 @dataclass(frozen=True)
 class Info:
-    """A registered thing: what it is for, where it comes from, and whether it works here."""
+    """A registered thing: what it is for, where it comes from, and whether it works here.
+
+    kind: what a strategy makes fewer of (``"attention"``, ``"tokens"``, ``"both"``).
+    """
 
     name: str
     summary: str
@@ -38,6 +41,7 @@ class Info:
     reasons: tuple[str, ...] = ()
     needs_training: bool = False
     inexact: str = ""
+    kind: str = ""
 
     @property
     def usable(self) -> bool:
@@ -220,8 +224,8 @@ def _listed(result: Any, hook: str, plugin: str) -> list[Any]:
 
 def _checked_name(thing: Any, kind: str, plugin: str) -> str:
     if kind == "strategies":
-        fits = isinstance(thing, type) and issubclass(thing, Strategy)
-        wanted = "a frozen dataclass derived from sparsiattn.Strategy"
+        fits = isinstance(thing, type) and issubclass(thing, Config)
+        wanted = "a frozen dataclass derived from sparsiattn.Strategy or sparsiattn.TokenStrategy"
         # looked up in the class itself: an undecorated subclass would lose its own options
         fits = fits and getattr(vars(thing).get("__dataclass_params__"), "frozen", False)
     else:
@@ -249,6 +253,7 @@ def _info(kind: str, name: str, thing: Any) -> Info:
         reasons,
         getattr(thing, "needs_training", False),
         getattr(thing, "inexact", ""),
+        getattr(thing, "kind", ""),
     )
 
 

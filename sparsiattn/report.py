@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparsiattn.dry import DryRun, dry_run, mac_counter
 from sparsiattn.kernel import Choice, choose
 from sparsiattn.patterns import Dense, KeyIndex, Pattern
 from sparsiattn.probe import run_dry, skeleton
@@ -34,6 +35,7 @@ class SiteReport:
     predictor_macs: int
     expected: float
     ran: bool
+    tokens: int = 0
     note: str = ""
     refusals: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -57,12 +59,14 @@ class Report:
     mhsa_macs_dense: int
     mhsa_macs: int | None
     predictor_macs: int
+    other_macs: int | None = None
+    reductions: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int | None:
-        if self.mhsa_macs is None:
+        if self.mhsa_macs is None or self.other_macs is None:
             return None
-        return self.macs_dense - self.mhsa_macs_dense + self.mhsa_macs + self.predictor_macs
+        return self.other_macs + self.mhsa_macs + self.predictor_macs
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "macs": self.macs}
@@ -81,7 +85,8 @@ class Report:
         ]
 
     def _tail(self) -> list[str]:
-        lines = [f"{row.name}: {row.note}" for row in self.sites if row.note]
+        lines = list(self.reductions)
+        lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
         slow = [row for row in self.sites if row.expected < 1 and row.kernel != "dense"]
         if slow:
             lines.append(
@@ -100,13 +105,22 @@ def _g(macs: int | None) -> str:
 
 
 def _table(rows: tuple[SiteReport, ...]) -> list[str]:
-    cells = [("site", "k", "tile", "kernel", "density", "MHSA MACs", "expected")]
+    cells = [("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected")]
     for row in rows:
         tile = "x".join(map(str, row.tile)) if isinstance(row.tile, tuple) else str(row.tile)
         density = "?" if row.density is None else f"{row.density:.3f}"
         change = f"{_g(row.macs_dense)} -> {_g(row.macs)}"
         cells.append(
-            (row.name, str(row.k), tile, row.kernel, density, change, f"{row.expected:.1f}x")
+            (
+                row.name,
+                str(row.tokens),
+                "-" if row.k is None else str(row.k),
+                tile,
+                row.kernel,
+                density,
+                change,
+                f"{row.expected:.1f}x",
+            )  # fmt: skip
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
@@ -116,10 +130,16 @@ def _table(rows: tuple[SiteReport, ...]) -> list[str]:
 
 def report(handle: Patch) -> Report:
     """The report of a live patch; see `Patch.report`."""
-    rows = tuple(_site_report(runtime) for runtime in handle.runtimes)
+    run = dry_run(handle) if handle.blocks else None
+    rows = tuple(_site_report(runtime, run) for runtime in handle.runtimes)
     idle = [site for site in handle.found if site not in handle.sites]
-    spared = sum(site.macs for site in idle)
     known = [row.macs for row in rows if row.macs is not None]
+    total = dense_macs(handle.model, handle.input_shape)
+    mhsa_dense = sum(site.macs for site in handle.found)
+    other: int | None = total - mhsa_dense
+    if run is not None:
+        other = run.macs - run.planning - sum(_macs_at(r.site, run) for r in handle.runtimes)
+    counted = len(known) == len(rows) and not _ragged(handle)
     return Report(
         model=type(handle.model).__name__,
         backbone=handle.backbone,
@@ -128,41 +148,85 @@ def report(handle: Patch) -> Report:
         sites=rows,
         untouched=tuple(site.name for site in idle),
         left=handle.left,
-        macs_dense=dense_macs(handle.model, handle.input_shape),
-        mhsa_macs_dense=sum(site.macs for site in handle.found),
-        mhsa_macs=spared + sum(known) if len(known) == len(rows) else None,
-        predictor_macs=sum(row.predictor_macs for row in rows),
+        macs_dense=total,
+        mhsa_macs_dense=mhsa_dense,
+        mhsa_macs=sum(site.macs for site in idle) + sum(known) if counted else None,
+        predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
+        other_macs=other if counted else None,
+        reductions=_reductions(handle, run),
     )
+
+
+def _ragged(handle: Patch) -> bool:
+    return handle.tokens is not None and handle.tokens.ragged()
+
+
+def _macs_at(site: Site, run: DryRun) -> int:
+    """Dense QK^T and AV of a site at the tokens that reach it."""
+    return _site_at(site, run).macs
+
+
+def _site_at(site: Site, run: DryRun | None) -> Site:
+    """The site with the tokens that reach it."""
+    if run is None or site.windows > 1 or site.name not in run.inputs:
+        return site
+    inputs = run.inputs[site.name]
+    if inputs.n_queries == site.tokens:
+        return site
+    grid = (1, inputs.n_queries - site.prefix_tokens)
+    return replace(site, tokens=inputs.n_queries, keys=inputs.n_keys, grid=grid, key_grid=grid)
+
+
+_PLACES = {
+    "entry": "before attention",
+    "middle": "between attention and MLP",
+    "exit": "after the block, whose attention and MLP are one step",
+    "bypass": "the MLP alone: the grid must stay",
+}
+
+
+def _reductions(handle: Patch, run: DryRun | None) -> tuple[str, ...]:
+    """One line for every block that reduces: from how many patch tokens, where in the block."""
+    if run is None or handle.tokens is None:
+        return ()
+    lines = []
+    for block in handle.blocks:
+        if block.strategy is None or block.place is None:
+            continue
+        count = run.counts.get(block.index)
+        tokens = "" if count is None else f"{count} patch tokens, "
+        lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.place]}")
+    if handle.tokens.ragged():
+        lines.append("counts adapt to each image: MACs are known only after a forward pass")
+    if handle.restores_last:
+        lines.append("original positions come back after the last block")
+    return tuple(lines)
 
 
 def dense_macs(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run executes."""
-    with _mac_counter() as counter:
+    with mac_counter() as counter:
         run_dry(skeleton(model), shape)
     return int(counter.get_total_flops()) // 2
 
 
-def _mac_counter() -> Any:
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when asked
-
-    return FlopCounterMode(display=False)
-
-
 def leave_slow_sites_dense(handle: Patch) -> None:
     """Mark the sites whose best kernel is not expected to beat dense attention."""
+    run = dry_run(handle) if handle.blocks else None
     for runtime in handle.runtimes:
-        runtime.dense = _dry_plan(runtime)[2].expected < 1.0
+        runtime.dense = _dry_plan(runtime, run)[2].expected < 1.0
 
 
 def refuse_early(handle: Patch) -> None:
     """Raise `KernelRefused` now if the kernel asked for by name cannot serve one of the sites."""
+    run = dry_run(handle) if handle.blocks else None
     for runtime in handle.runtimes:
-        _dry_plan(runtime)
+        _dry_plan(runtime, run)
 
 
-def _site_report(runtime: SiteRuntime) -> SiteReport:
-    site, strategy = runtime.site, runtime.strategy
-    pattern, predictor, choice, note = *_dry_plan(runtime), ""
+def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
+    site, strategy = _site_at(runtime.site, run), runtime.strategy
+    pattern, predictor, choice, note = *_dry_plan(runtime, run), ""
     dense = runtime.dense or isinstance(pattern, Dense)
     if runtime.dense:
         note = f"left dense: {choice.kernel.name} would run at {choice.expected:.1f}x of dense"
@@ -182,11 +246,12 @@ def _site_report(runtime: SiteRuntime) -> SiteReport:
         tile=strategy.tile_for(site.tokens),
         kernel="dense" if dense else choice.kernel.name,
         density=1.0 if dense else _density(pattern),
-        macs_dense=site.macs,
+        macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
         predictor_macs=0 if dense else predictor,
         expected=1.0 if dense else choice.expected,
         ran=runtime.last is not None,
+        tokens=site.tokens,
         note=note,
         refusals=choice.refusals,
     )
@@ -220,15 +285,20 @@ def _macs(site: Site, pattern: Pattern) -> int | None:
     return round(per_head * site.heads * site.windows * site.calls)
 
 
-def _dry_plan(runtime: SiteRuntime) -> tuple[Pattern, int, Choice]:
+def _dry_plan(runtime: SiteRuntime, run: DryRun | None) -> tuple[Pattern, int, Choice]:
     """The pattern at patch-time shapes without data, the planner's MACs, and the kernel."""
     planner, dtype = runtime.planner, torch.float32
     if isinstance(planner, torch.nn.Module):
         dtype = next((p.dtype for p in planner.parameters()), dtype)
         planner = skeleton(planner)
-    inputs = _dry_inputs(runtime.site, dtype)
-    inputs = inputs.replace(tile=runtime.strategy.tile_for(inputs.n_queries))
-    with torch.no_grad(), _mac_counter() as counter:
+    inputs = _dry_inputs(_site_at(runtime.site, run), dtype)
+    stream = (
+        None
+        if run is None or runtime.site.name not in run.inputs
+        else (run.inputs[runtime.site.name].stream)
+    )
+    inputs = inputs.replace(tile=runtime.strategy.tile_for(inputs.n_queries), stream=stream)
+    with torch.no_grad(), mac_counter() as counter:
         if runtime.strategy.keeps_all(inputs.n_keys):
             pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
         else:

@@ -18,13 +18,30 @@ from sparsiattn.layout import Layout, canonical
 from sparsiattn.patterns import Dense, Pattern
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner, Strategy
+from sparsiattn.stream import Stream
 
 PLANNER = "sparsiattn"
 """Name of the child module that holds a site's learned planner."""
 
 _KEYS = itertools.count(1)
 
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Query, key, value and mask of one call, as the host laid them out."""
+Options = tuple[float, bool, float | None, bool]
+"""Its dropout, causal, scale and grouped-query arguments."""
+
 Observer = Callable[[Site, Planner, AttentionInputs], None]
+
+
+class PlannerHome(nn.Module):
+    """Gives a planner without weights a module in which a learned token score can live."""
+
+    def __init__(self, planner: Planner) -> None:
+        super().__init__()
+        self.planner = planner
+
+    def forward(self, inputs: AttentionInputs) -> Pattern:
+        return self.planner(inputs)
 
 
 class SiteRuntime:
@@ -44,7 +61,7 @@ class SiteRuntime:
         self.site, self.layout, self.strategy = site, layout, strategy
         self.planner, self.kernels, self.explicit, self.owner = planner, kernels, explicit, owner
         self.module = module
-        self.dense = False
+        self.dense, self.selected = False, True
         self.last: Choice | None = None
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
@@ -68,6 +85,32 @@ class SiteRuntime:
     def idle(self, n_keys: int) -> bool:
         """Whether the host's own attention runs, known without planning."""
         return self.dense or self.strategy.keeps_all(n_keys)
+
+    def serve(
+        self, planner: Planner, stream: Stream | None, operands: Operands, options: Options
+    ) -> Tensor | None:
+        """One call in the host's own layout, or None where the host's attention should run."""
+        observer = THREAD.observer
+        observed = observer is not None and observer[0] == self.owner.key
+        asks = stream is not None and THREAD.asks and THREAD.asked is None
+        # an interrupt may leave a scope open after unpatch(): then the handle is not alive
+        if not (observed or asks or (self.owner.alive and not self.idle(operands[1].shape[-2]))):
+            return None
+        dropout, causal, scale, _ = options
+        inputs = canonical(
+            self.site, self.layout, *operands, image_of(self.owner),
+            scale=scale, dropout=dropout, causal=causal, tile_for=self.strategy.tile_for,
+            window=getattr(self.module, "window_size", None), stream=stream,
+        )  # fmt: skip
+        if asks:
+            THREAD.asked = inputs
+        if observer is not None and observed:
+            observer[1](self.site, planner, inputs)
+            return None
+        if not self.owner.alive or self.idle(inputs.n_keys):
+            return None
+        out = self.attend(planner, inputs)
+        return None if out is None else self.layout.unfold(out, operands[0])
 
     def attend(self, planner: Planner, inputs: AttentionInputs) -> Tensor | None:
         """Sparse attention ``[B, H, Nq, Dv]``, or None where the host's own should run."""
@@ -94,25 +137,27 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         scale: float | None,
         gqa: bool,
     ) -> Tensor:
-        observer = THREAD.observer
-        observed = observer is not None and observer[0] == runtime.owner.key
-        # an interrupt may leave a scope open after unpatch(): then the handle is not alive
-        if observed or (runtime.owner.alive and not runtime.idle(k.shape[-2])):
-            planner = runtime.planner if replica is None else cast(Planner, replica)
-            inputs = canonical(
-                runtime.site, runtime.layout, q, k, v, mask, image_of(runtime.owner),
-                scale=scale, dropout=dropout, causal=causal, tile_for=runtime.strategy.tile_for,
-                window=getattr(runtime.module, "window_size", None),
-            )  # fmt: skip
-            if observer is not None and observed:
-                observer[1](runtime.site, planner, inputs)
-            else:
-                out = runtime.attend(planner, inputs)
-                if out is not None:
-                    return runtime.layout.unfold(out, q)
+        planner = runtime.planner if replica is None else cast(Planner, replica)
+        stream = THREAD.stream
+        if stream is not None and stream.owner == runtime.owner.key:
+            return carried_attention(
+                runtime, planner, stream, (q, k, v, mask), (dropout, causal, scale, gqa)
+            )
+        out = runtime.serve(planner, None, (q, k, v, mask), (dropout, causal, scale, gqa))
+        if out is not None:
+            return out
         return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
 
     return route
+
+
+def carried_attention(
+    runtime: SiteRuntime, planner: Planner, stream: Any, operands: Operands, options: Options
+) -> Tensor:
+    """Attention of a call whose sequence was made shorter; see `sparsiattn.reduced`."""
+    from sparsiattn.reduced import attention
+
+    return attention(runtime, planner, stream, operands, options)
 
 
 class OpenScope:
@@ -187,16 +232,3 @@ def image_of(owner: Any) -> Grid | None:
     if seen is not None and seen[0] == owner.key:
         return seen[1:]
     return owner.image  # type: ignore[no-any-return]
-
-
-class CheckSites:
-    """Forward pre-hook of the model: refuses to run if a patched site was replaced or deleted."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            THREAD.top = None  # an interrupt (no Exception) may have left a scope open
-            install()  # somebody may have put the original function back
-            self.owner.before_forward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, MismatchedPatch
 from sparsiattn.registry import REGISTRY
-from sparsiattn.strategy import Strategy
+from sparsiattn.strategies.hybrid import Hybrid
+from sparsiattn.tokens import TokenStrategy
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch
@@ -33,7 +36,7 @@ def save(handle: Patch, directory: Path) -> Path:
         "format": FORMAT,
         "host": fingerprint(handle.model),
         # budgets that differ between sites stand with the sites
-        "strategy": handle.runtimes[0].strategy.to_dict(),
+        "strategy": resolved(handle).to_dict(),
         "kernel": handle.kernel,
         "input_shape": list(handle.input_shape),
         "sites": {
@@ -43,6 +46,7 @@ def save(handle: Patch, directory: Path) -> Path:
                 "heads": runtime.site.heads,
                 "head_dim": runtime.site.head_dim,
                 "dense": runtime.dense,
+                "selected": runtime.selected,
             }
             for runtime in handle.runtimes
         },
@@ -50,6 +54,22 @@ def save(handle: Patch, directory: Path) -> Path:
     safetensors.torch.save_file(planner_tensors(handle), directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return directory
+
+
+def resolved(handle: Patch) -> Config:
+    """The strategy with everything that was decided at patch time put in."""
+    attention = next(r.strategy for r in handle.runtimes if r.selected)
+    if isinstance(handle.strategy, Hybrid):
+        return replace(handle.strategy, **_cleared(attention, handle.tokens))
+    return attention if handle.tokens is None else handle.tokens
+
+
+def _cleared(attention: Config, tokens: Config | None) -> dict[str, Any]:
+    """Fields of a `Hybrid` that say what its two parts say."""
+    both = {"attention": attention, "tokens": tokens}
+    names = [field.name for field in fields(Hybrid) if field.name not in both]
+    values = {name: getattr(attention, name, getattr(tokens, name, None)) for name in names}
+    return {**both, **values}
 
 
 def planner_tensors(handle: Patch) -> dict[str, Tensor]:
@@ -98,7 +118,7 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
     handle = patch(
         model,
         strategy,
-        sites=lambda site: site.name in config["sites"],
+        sites="*" if isinstance(strategy, TokenStrategy) else _selected(config),
         kernel=config["kernel"],
         schedule={"k": budgets} if budgets else None,
         input=tuple(config["input_shape"]),
@@ -110,6 +130,11 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
         handle.unpatch()
         raise
     return handle
+
+
+def _selected(config: dict[str, Any]) -> Any:
+    names = {name for name, site in config["sites"].items() if site["selected"]}
+    return lambda site: site.name in names
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -139,7 +164,10 @@ _FILE: dict[str, Any] = {
 }  # fmt: skip
 _HOST: dict[str, Any] = {"class": str, "weights": int, "sha256": str}
 _STRATEGY: dict[str, Any] = {"name": str, "version": int, "options": dict}
-_SITE: dict[str, Any] = {"k": object, "tokens": int, "heads": int, "head_dim": int, "dense": bool}
+_SITE: dict[str, Any] = {
+    "k": object, "tokens": int, "heads": int, "head_dim": int, "dense": bool,
+    "selected": bool,
+}  # fmt: skip
 
 
 def _expect(found: Any, wanted: dict[str, Any], where: str) -> None:
@@ -165,9 +193,9 @@ def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
     raise MismatchedPatch(f"the saved patch belongs to another model: {'; '.join(differs)}")
 
 
-def _strategy(config: dict[str, Any]) -> tuple[Strategy, dict[str, Any]]:
+def _strategy(config: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     saved = config["strategy"]
-    found: type[Strategy] = REGISTRY.get("strategies", saved["name"])
+    found: type[Config] = REGISTRY.get("strategies", saved["name"])
     if saved["version"] != found.version:
         raise MismatchedPatch(
             f"strategy {found.name!r} was saved in version {saved['version']}, this is version "

@@ -1,9 +1,9 @@
-"""Per-site budgets from a mapping or a JSON file."""
+"""Budgets by site or by block, from a mapping or a JSON file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -13,18 +13,20 @@ from sparsiattn.errors import InvalidOption, unknown
 from sparsiattn.patterns import check_budget
 from sparsiattn.site import Site
 from sparsiattn.strategy import Strategy
+from sparsiattn.tokens import TokenStrategy
+
+Schedule = Mapping[str, Any] | str | PathLike[str] | None
 
 
 def apply_schedule(
-    schedule: Mapping[str, Any] | str | PathLike[str], sites: list[Site], configs: list[Strategy]
+    budgets: Mapping[str, Any], sites: list[Site], configs: list[Strategy]
 ) -> list[Strategy]:
-    """Configs with the budgets of ``{"k": {site name: budget}}`` put in; other sites unchanged."""
-    budgets = _read(schedule)
+    """Configs with the budgets of ``{site name: budget}`` put in; other sites unchanged."""
     names = [site.name for site in sites]
     for name in budgets:
         if name not in names:
             raise unknown("site in schedule:", name, names)
-    for config in configs:
+    for config in configs if budgets else ():
         if "k" not in config.option_names():
             raise InvalidOption(f"strategy {config.name!r} has no k that a schedule could set")
     return [
@@ -33,14 +35,48 @@ def apply_schedule(
     ]
 
 
-def _read(schedule: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:
+def token_budgets(
+    schedule: Mapping[str, Any], tokens: TokenStrategy, blocks: Sequence[str]
+) -> TokenStrategy:
+    """The config with ``{"keep": {block name or index: budget}}`` put in: the blocks named there
+    are those that reduce."""
+    kinds = [kind for kind in schedule if kind in tokens.per_layer]
+    if not kinds:
+        return tokens
+    kind = kinds[0]
+    if len(kinds) > 1 or kind not in tokens.option_names():
+        raise InvalidOption(f"strategy {tokens.name!r} takes no schedule of {kinds}")
+    found = {}
+    for name, budget in schedule[kind].items():
+        index = int(name) if str(name).isdigit() else None
+        if name in blocks:
+            index = blocks.index(name)
+        if index is None or index >= len(blocks):
+            raise unknown("block in schedule:", name, blocks)
+        found[index] = budget
+    layers = sorted(found)
+    return replace(tokens, layers=layers, **{kind: [found[layer] for layer in layers]})
+
+
+def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """``{"k": {site: budget}}``, ``{"keep": {block: budget}}`` or both, checked for its form."""
     read: object = schedule
+    if schedule is None:
+        return {}
     if not isinstance(schedule, Mapping):
         try:
             read = json.loads(Path(schedule).read_text())
         except (OSError, ValueError, TypeError) as error:
             raise InvalidOption(f"schedule {schedule!r} cannot be read as JSON: {error}") from error
-    budgets = read.get("k") if isinstance(read, Mapping) and set(read) == {"k"} else None
-    if not isinstance(budgets, Mapping):
-        raise InvalidOption(f'a schedule must be {{"k": {{site: budget}}}}, got {read!r}')
-    return budgets
+    fits = (
+        isinstance(read, Mapping)
+        and read
+        and all(key in kinds and isinstance(value, Mapping) for key, value in read.items())
+    )
+    if not fits or not isinstance(read, Mapping):
+        forms = " or ".join(
+            f'{{"k": {{site: budget}}}}' if kind == "k" else f'{{"{kind}": {{block: budget}}}}'
+            for kind in kinds
+        )
+        raise InvalidOption(f"a schedule must be {forms or 'None'}, got {read!r}")
+    return dict(read)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparsiattn import geometry
 from sparsiattn.geometry import Grid, Tile, Tiles
+
+if TYPE_CHECKING:
+    from sparsiattn.stream import Stream
 
 # A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
 MASKED_BELOW = -50.0
@@ -86,6 +89,7 @@ class AttentionInputs:
     ``B``, shared key heads are expanded. scale: factor of QK^T. bias: additive float mask or
     boolean mask (True attends) that broadcasts to ``[B, H, Nq, Nk]``. grid, key_grid: of the patch
     tokens at this call's resolution; taken from ``site`` when None. tile: queries that share keys.
+    stream: which original patches the tokens are, where some were dropped or merged; None before.
     """
 
     q: Tensor
@@ -98,6 +102,7 @@ class AttentionInputs:
     grid: Grid | None = None
     key_grid: Grid | None = None
     tile: Tile = 1
+    stream: Stream | None = None
 
     @property
     def prefix(self) -> int:
@@ -115,6 +120,20 @@ class AttentionInputs:
     @property
     def query_grid(self) -> Grid:
         return self.grid or self.site.grid
+
+    @property
+    def whole_grid(self) -> Grid:
+        """Of all patch tokens of the image, those that were dropped or merged included."""
+        reduced = self.stream is not None and self.stream.reduced
+        return self.stream.grid if reduced and self.stream is not None else self.keys_grid
+
+    def follow(self, table: Tensor) -> Tensor:
+        """Rows of a table ``[P + n0, K]`` over the whole grid for the tokens that are left: ``[B,
+        P + n, K]``; the table itself, ``[P + n0, K]``, while all are."""
+        if self.stream is None or not self.stream.reduced:
+            return table
+        rows = self.stream.rows(table[self.prefix :])
+        return torch.cat([table[: self.prefix].expand(len(rows), -1, -1), rows], dim=1)
 
     @property
     def keys_grid(self) -> Grid:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.errors import InvalidOption, InvalidType, unknown
+from sparsiattn.config import Config
+from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.geometry import Tile
 from sparsiattn.patterns import Budget, Pattern, check_budget, count_of
 from sparsiattn.site import AttentionInputs, Site
@@ -29,7 +30,7 @@ class Planner(Protocol):
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Strategy(Config):
     """What to keep. Subclass it as a frozen dataclass, set ``name``, and override one method.
 
     Override `plan` if every call can be planned from its inputs alone, or `planner` if something
@@ -52,12 +53,7 @@ class Strategy:
     0.2
     """
 
-    name: ClassVar[str] = ""
-    version: ClassVar[int] = 1
-    exact_at_full: ClassVar[bool] = True
-    """Whether ``k=1.0`` reproduces the dense model; if not, `strategies()` shows ``inexact``."""
-    inexact: ClassVar[str] = ""
-    needs_training: ClassVar[bool] = False
+    kind = "attention"
 
     tile: Tile | str = field(default="auto", kw_only=True)
     background: int | None = field(default=None, kw_only=True)
@@ -109,24 +105,6 @@ class Strategy:
             )
         return replace(self, k=check_budget(budgets[position]))  # type: ignore[call-arg]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form: ``{"name", "version", "options"}``."""
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in options.items()}
-        return {"name": self.name, "version": self.version, "options": plain}
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.init]
-
-    @classmethod
-    def build(cls, options: dict[str, Any]) -> Strategy:
-        """An instance from options by name; a wrong name is an error that lists the right ones."""
-        for name in options:
-            if name not in cls.option_names():
-                raise unknown(f"option of strategy {cls.name!r}:", name, cls.option_names())
-        return cls(**options)
-
 
 @dataclass(frozen=True)
 class Stateless:
@@ -148,14 +126,14 @@ class LearnedPlanner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(_keep_missing)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
 
-def _keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     own = {prefix + name: value for name, value in module.state_dict().items()}
     if not any(name in state for name in own):
         state.update(own)

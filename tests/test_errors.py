@@ -192,7 +192,7 @@ class TestBudgets:
         "k", [0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), float("-inf")]
     )
     def test_out_of_range(self, model: nn.Module, k: float) -> None:
-        names = [name for name in sparsiattn.strategies() if name != "dense"]
+        names = [name for name in zoo.ATTENTION if name != "dense"]
         all_refuse(model, ValueError, (BUDGET, repr(k)), names, k=k)
 
     @pytest.mark.parametrize(
@@ -262,12 +262,12 @@ class TestOptions:
     )
     def test_tile(self, model: nn.Module, tile: Any) -> None:
         says = ("tile must be 1", "(rows, columns)", "'auto'", repr(tile))
-        all_refuse(model, ValueError, says, sparsiattn.strategies(), tile=tile)
+        all_refuse(model, ValueError, says, zoo.ATTENTION, tile=tile)
 
     @pytest.mark.parametrize("g", [0, -2, 1.5, True, "2", (2, 2), float("nan")], ids=repr)
     def test_background(self, model: nn.Module, g: Any) -> None:
         says = ("background must be None or an int", repr(g))
-        all_refuse(model, ValueError, says, sparsiattn.strategies(), background=g)
+        all_refuse(model, ValueError, says, zoo.ATTENTION, background=g)
 
     @pytest.mark.parametrize("value", [0, 1, None, "yes"], ids=repr)
     def test_prefix_keys(self, model: nn.Module, value: Any) -> None:

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-SPARSE = [name for name in sparsiattn.strategies() if name != "dense"]
+SPARSE = [name for name in zoo.ATTENTION if name != "dense"]
 
 
 class _OnCuda(KernelSuite):

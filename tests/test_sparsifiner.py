@@ -47,7 +47,10 @@ def test_scores_and_masks_are_the_authors(attention: dict[str, Tensor]) -> None:
     assert torch.equal(mask, attention["mask"])
 
 
-@pytest.mark.parametrize("kernel", sparsiattn_kernels(), ids=lambda kernel: kernel.name)
+HERE = [kernel for kernel in sparsiattn_kernels() if kernel.name in ("reference", "sdpa", "gather")]
+
+
+@pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
 def test_outputs_are_the_authors(attention: dict[str, Tensor], kernel: Kernel) -> None:
     inputs, planner = paper_exact(attention)
     pattern = finish(planner(inputs), inputs, prefix_keys=False)

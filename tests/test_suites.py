@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import zoo
@@ -11,13 +13,17 @@ from sparsiattn import kernels, strategies
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.varlen import Varlen, XFormers
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.local import Local
 from sparsiattn.strategies.random import Random
 from sparsiattn.strategies.topk import TopK
-from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite
+from sparsiattn.strategies.hybrid import Hybrid
+from sparsiattn.strategies.token_drop import TokenDrop
+from sparsiattn.strategies.token_merge import TokenMerge
+from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
 
 
 class TestDense(StrategySuite):
@@ -48,6 +54,69 @@ class TestConnectivityChannels(StrategySuite):
     strategy = Connectivity(k=20, tile=(2, 2), channels=8, basis_coef_topk=4, background=None)
 
 
+class TestTokenDrop(TokenStrategySuite):
+    strategy = TokenDrop(keep=0.7)
+
+
+class TestTokenDropFuse(TokenStrategySuite):
+    strategy = TokenDrop(keep=[0.8, 0.5], layers=[0, 2], fuse=True)
+
+
+class TestTokenDropMeanQuery(TokenStrategySuite):
+    strategy = TokenDrop(keep=20, score="mean_query", restore="scatter")
+
+
+class TestTokenDropNorm(TokenStrategySuite):
+    strategy = TokenDrop(keep=0.6, score="norm", restore="unfold")
+
+
+class TestTokenDropRandom(TokenStrategySuite):
+    strategy = TokenDrop(keep=0.6, score="random")
+
+    def ordered(self) -> bool:
+        return True
+
+
+class TestTokenDropLearned(TokenStrategySuite):
+    strategy = TokenDrop(keep=0.6, score="learned")
+
+
+class TestTokenDropAdaptive(TokenStrategySuite):
+    strategy = TokenDrop(keep="adaptive", mass=0.7)
+    identity: ClassVar = {"mass": 1.0}
+
+
+class TestTokenDropThresholdFuse(TokenStrategySuite):
+    strategy = TokenDrop(keep="adaptive", threshold=0.9, fuse=True)
+    identity: ClassVar = {"threshold": 1e-9}
+
+
+class TestTokenMerge(TokenStrategySuite):
+    strategy = TokenMerge(r=5)
+    identity: ClassVar = {"r": 0}
+
+    def ordered(self) -> bool:
+        return True
+
+
+class TestPiToMe(TokenStrategySuite):
+    strategy = TokenMerge(method="pitome", ratio=0.9, proportional=False)
+    identity: ClassVar = {"ratio": 1.0}
+
+
+class TestHybrid(TokenStrategySuite):
+    strategy = Hybrid(k=0.25, keep=0.7)
+    identity: ClassVar = {"k": 1.0, "keep": 1.0}
+
+
+class TestHybridOfOthers(TokenStrategySuite):
+    strategy = Hybrid(k=0.3, attention="local", tokens=TokenMerge(r=6), tile=(2, 2))
+    identity: ClassVar = {"k": 1.0, "tokens": TokenMerge(r=0)}
+
+    def ordered(self) -> bool:
+        return True
+
+
 class TestReferenceKernel(KernelSuite):
     kernel = Reference()
 
@@ -58,6 +127,14 @@ class TestMaskedSDPAKernel(KernelSuite):
 
 class TestGatherKernel(KernelSuite):
     kernel = Gather()
+
+
+class TestXFormersKernel(KernelSuite):
+    kernel = XFormers()
+
+
+class TestVarlenKernel(KernelSuite):
+    kernel = Varlen()
 
 
 class _Family(BackboneSuite):

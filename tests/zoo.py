@@ -10,6 +10,8 @@ import torch
 from timm import models
 from torch import Tensor, nn
 
+import sparsiattn
+
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 TINY |= {"num_classes": 5}
 
@@ -56,6 +58,10 @@ if not timm.is_model("vit_small_patch16_dinov3"):  # timm before 1.0.20
     del FAMILIES["dinov3"]
 if "attn_layer" not in signature(models.VisionTransformer).parameters:  # timm before 1.0.23
     del FAMILIES["vit_differential"]
+
+
+ATTENTION = [name for name, info in sparsiattn.strategies().items() if info.kind == "attention"]
+TOKENS = [name for name, info in sparsiattn.strategies().items() if info.kind != "attention"]
 
 
 def _unfused(model: nn.Module) -> nn.Module:

@@ -1,4 +1,5 @@
-"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves."""
+"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves, `xformers` and `varlen`
+serve ragged batches on CUDA."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from sparsiattn.kernel import Kernel
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.varlen import Varlen, XFormers
 
 
 @hookimpl
 def sparsiattn_kernels() -> list[Kernel]:
-    return [Reference(), MaskedSDPA(), Gather()]
+    return [Reference(), MaskedSDPA(), Gather(), XFormers(), Varlen()]

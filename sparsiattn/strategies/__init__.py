@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from sparsiattn.config import Config
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
+from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.local import Local
 from sparsiattn.strategies.random import Random
+from sparsiattn.strategies.token_drop import TokenDrop
+from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
-from sparsiattn.strategy import Strategy
 
 
 @hookimpl
-def sparsiattn_strategies() -> list[type[Strategy]]:
-    return [DenseStrategy, TopK, Random, Local, Connectivity]
+def sparsiattn_strategies() -> list[type[Config]]:
+    return [DenseStrategy, TopK, Random, Local, Connectivity, TokenDrop, TokenMerge, Hybrid]

@@ -7,6 +7,14 @@ class TestMine(StrategySuite):
 from sparsiattn.testing.backbone import BackboneSuite
 from sparsiattn.testing.kernel import KernelSuite
 from sparsiattn.testing.plugin import temporary_plugin
-from sparsiattn.testing.strategy import StrategySuite
+from sparsiattn.testing.strategy import PatchSuite, StrategySuite
+from sparsiattn.testing.tokens import TokenStrategySuite
 
-__all__ = ["BackboneSuite", "KernelSuite", "StrategySuite", "temporary_plugin"]
+__all__ = [
+    "BackboneSuite",
+    "KernelSuite",
+    "PatchSuite",
+    "StrategySuite",
+    "TokenStrategySuite",
+    "temporary_plugin",
+]

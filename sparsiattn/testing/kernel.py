@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patterns import Pattern
+from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.planning import finish
 from sparsiattn.site import AttentionInputs
 from sparsiattn.testing.hosts import random_inputs
@@ -40,6 +40,9 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[C
                     drawn = Pattern.mask(scores > 0.5)
                     yield f"mask {name}", inputs, finish(drawn, inputs, background=background)
     yield "dense", inputs, Pattern.dense(21, 21)
+    for value_dim in (6, 8):
+        packed = _on(random_inputs((4, 5), dtype=dtype, value_dim=value_dim), device)
+        yield f"lengths v={value_dim}", packed, Lengths(21, 21, (4, 9, 4, 4))
 
 
 def _on(inputs: AttentionInputs, device: str) -> AttentionInputs:

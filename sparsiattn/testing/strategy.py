@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.config import Config
 from sparsiattn.errors import UnknownName
 from sparsiattn.handle import patch_of
 from sparsiattn.patching import patch
@@ -19,13 +20,10 @@ from sparsiattn.strategy import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
 
-class StrategySuite:
-    """Subclass it, set ``strategy`` to an instance with a budget below one, and run pytest.
+class PatchSuite:
+    """What holds for every strategy, whatever it makes fewer of."""
 
-    ``model()`` and ``images()`` may be overridden to test on another host.
-    """
-
-    strategy: Strategy
+    strategy: Config
 
     def model(self) -> nn.Module:
         return tiny_vit()
@@ -33,50 +31,15 @@ class StrategySuite:
     def images(self) -> Tensor:
         return tiny_images()
 
-    def _at(self, **fields: Any) -> Strategy:
-        return dataclasses.replace(self.strategy, **fields)
-
-    def _has_budget(self) -> bool:
-        return "k" in self.strategy.option_names()
-
     def test_config_survives_json(self) -> None:
         saved = json.loads(json.dumps(self.strategy.to_dict()))
         assert saved["name"] == self.strategy.name
         assert saved["version"] == self.strategy.version
         assert type(self.strategy).build(saved["options"]) == self.strategy
 
-    def test_wrong_option_is_named_with_the_right_ones(self) -> None:
-        with pytest.raises(UnknownName, match=r"'no_such_option'.*tile"):
+    def _check_wrong_option(self, listed: str) -> None:
+        with pytest.raises(UnknownName, match=rf"'no_such_option'.*{listed}"):
             type(self.strategy).build({"no_such_option": 1})
-
-    def test_full_budget_is_the_dense_model(self) -> None:
-        if not (self._has_budget() and self.strategy.exact_at_full):
-            assert self.strategy.inexact or not self._has_budget()
-            return
-        model, x = self.model(), self.images()
-        with torch.no_grad():
-            dense = model(x)
-            with patch(model, self._at(k=1.0)):
-                torch.testing.assert_close(model(x), dense, rtol=1e-5, atol=1e-5)
-
-    def test_every_pattern_fits_its_site(self) -> None:
-        for tile in (1, (2, 2)):
-            inputs = random_inputs((4, 4), prefix=1, tile=tile)
-            planner = self.strategy.planner(inputs.site)
-            mask = self._finished(planner, inputs).to_mask()
-            shape = torch.broadcast_shapes(mask.shape, (2, 3, 17, 17))
-            assert shape == (2, 3, 17, 17)
-            assert mask.dtype == torch.bool
-            assert mask.any(-1).all(), "a query was left without a key"
-            assert mask[..., :1, :].all(), "prefix queries must see every key"
-            if self.strategy.prefix_keys:
-                assert mask[..., :1].all(), "prefix keys must be kept"
-
-    def _finished(self, planner: Any, inputs: Any) -> Any:
-        from sparsiattn.planning import finish
-
-        options = {"prefix_keys": self.strategy.prefix_keys}
-        return finish(planner(inputs), inputs, background=self.strategy.background, **options)
 
     def test_images_do_not_influence_each_other(self) -> None:
         model, x = self.model(), self.images()
@@ -138,6 +101,53 @@ class StrategySuite:
         assert torch.equal(first, second)
         assert torch.equal(first, third)
         assert torch.equal(state, torch.get_rng_state()), "the global RNG was touched"
+
+
+class StrategySuite(PatchSuite):
+    """Subclass it, set ``strategy`` to an instance with a budget below one, and run pytest.
+
+    ``model()`` and ``images()`` may be overridden to test on another host.
+    """
+
+    strategy: Strategy
+
+    def _at(self, **fields: Any) -> Strategy:
+        return dataclasses.replace(self.strategy, **fields)
+
+    def _has_budget(self) -> bool:
+        return "k" in self.strategy.option_names()
+
+    def test_wrong_option_is_named_with_the_right_ones(self) -> None:
+        self._check_wrong_option("tile")
+
+    def test_full_budget_is_the_dense_model(self) -> None:
+        if not (self._has_budget() and self.strategy.exact_at_full):
+            assert self.strategy.inexact or not self._has_budget()
+            return
+        model, x = self.model(), self.images()
+        with torch.no_grad():
+            dense = model(x)
+            with patch(model, self._at(k=1.0)):
+                torch.testing.assert_close(model(x), dense, rtol=1e-5, atol=1e-5)
+
+    def test_every_pattern_fits_its_site(self) -> None:
+        for tile in (1, (2, 2)):
+            inputs = random_inputs((4, 4), prefix=1, tile=tile)
+            planner = self.strategy.planner(inputs.site)
+            mask = self._finished(planner, inputs).to_mask()
+            shape = torch.broadcast_shapes(mask.shape, (2, 3, 17, 17))
+            assert shape == (2, 3, 17, 17)
+            assert mask.dtype == torch.bool
+            assert mask.any(-1).all(), "a query was left without a key"
+            assert mask[..., :1, :].all(), "prefix queries must see every key"
+            if self.strategy.prefix_keys:
+                assert mask[..., :1].all(), "prefix keys must be kept"
+
+    def _finished(self, planner: Any, inputs: Any) -> Any:
+        from sparsiattn.planning import finish
+
+        options = {"prefix_keys": self.strategy.prefix_keys}
+        return finish(planner(inputs), inputs, background=self.strategy.background, **options)
 
 
 def _through_pickle(model: nn.Module) -> nn.Module:

@@ -1,0 +1,396 @@
+"""What runs at the blocks of a model whose sequence gets shorter on the way.
+
+Blocks ``y = x + f(x)`` reduce between attention and MLP: a pre-hook of the first module of ``f``
+passes on the reduced tokens, a hook of its last module keeps the result aside and gives zeros to
+the host's addition, and the block's own hook returns the sum. Position tables among a block's
+arguments are cut down with the tokens; masks are, where attention is intercepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.blocks import Block, first_tensor
+from sparsiattn.errors import ModelChanged
+from sparsiattn.interception import THREAD
+from sparsiattn.layout import patch_grid
+from sparsiattn.ragged import Packed, pack, unpack
+from sparsiattn.runtime import image_of
+from sparsiattn.site import Site
+from sparsiattn.stream import Step, Stream
+from sparsiattn.tokens import Reduction, TokenInputs, TokenPlanner, TokenStrategy
+
+Carried = Stream | Packed
+
+
+class BlockRuntime:
+    """One block of a model that carries fewer tokens: plain state that copies and pickles.
+
+    place: where this block reduces (``"entry"``, ``"middle"``, at its ``"exit"`` where it has no
+    tail, ``"bypass"`` where the grid must stay and only the MLP is spared), None if it does not.
+    """
+
+    def __init__(
+        self, block: Block, site: Site, index: int, depth: int, owner: Any, class_tokens: int,
+        strategy: TokenStrategy | None = None, planner: TokenPlanner | None = None,
+        place: str | None = None,
+    ) -> None:  # fmt: skip
+        self.block, self.site, self.index, self.depth = block, site, index, depth
+        self.owner, self.class_tokens = owner, class_tokens
+        self.strategy, self.planner, self.place = strategy, planner, place
+        self.first = self.last = False
+        self.entered: dict[int, tuple[Any, Carried]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "entered": {}}
+
+    @property
+    def asks(self) -> bool:
+        """Whether the reduction reads this block's queries and keys."""
+        return self.strategy is not None and self.strategy.reads_attention()
+
+    def idle(self) -> bool:
+        return self.owner.key in THREAD.disabled or not self.owner.alive
+
+    def begin(self, x: Tensor) -> Stream:
+        prefix = self.site.prefix_tokens
+        n = x.shape[1] - prefix if x.dim() == 3 else x.shape[1:-1].numel()
+        grid = patch_grid(self.site.grid, n, self.site, image_of(self.owner))
+        return Stream(self.owner.key, prefix, grid, self.index)
+
+    def recall(self, x: Tensor, stream: Carried | None) -> Carried:
+        """The stream that belongs to this input: the one at hand, or, when a checkpointed block
+        runs again in the backward pass, the one that came with this very tensor."""
+        at_hand = stream is not None and stream.owner == self.owner.key
+        at_hand = at_hand and stream.layer == self.index
+        if stream is not None and at_hand:
+            if torch.compiler.is_compiling() or stream.given is x:
+                return stream
+        noted = self.entered.get(x.data_ptr())
+        if noted is not None and noted[0]() is not None:
+            return noted[1]
+        if stream is not None and at_hand:
+            return stream
+        raise ModelChanged(
+            f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
+            f"is only known after block {self.index - 1}; run the whole model, or unpatch() first"
+        )
+
+    def note(self, x: Tensor, stream: Carried) -> None:
+        """Keep the stream for a backward pass that runs this block again from the same input."""
+        if torch.compiler.is_compiling() or self.first:
+            return
+        if torch.is_grad_enabled() or x.requires_grad:
+            for key in [key for key, (alive, _) in self.entered.items() if alive() is None]:
+                del self.entered[key]
+            self.entered[x.data_ptr()] = (ref(x), stream)
+
+    def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
+        """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
+        if isinstance(stream, Packed):
+            parts = [
+                self._reduce(one, part, attention)
+                for one, part, attention in stream.parts(x, THREAD.asked)
+            ]
+            return pack(parts)
+        if self.strategy is not None and self.strategy.ragged():
+            return self._reduce_ragged(stream, x)
+        return self._reduce(stream, x, THREAD.asked)
+
+    def plan(self, stream: Stream, x: Tensor, attention: Any) -> Reduction | None:
+        assert self.planner is not None
+        patches = x[:, stream.prefix :]
+        inputs = TokenInputs(
+            patches, self.site, attention, self.index, self.depth, self.class_tokens, stream.size,
+            stream.policy, self.owner.training,
+        )  # fmt: skip
+        return self.planner(inputs)
+
+    def _reduce(self, stream: Stream, x: Tensor, attention: Any) -> tuple[Stream, Tensor]:
+        return apply(self.plan(stream, x, attention), stream, x, self.owner.remembers())
+
+    def _reduce_ragged(self, stream: Stream, x: Tensor) -> tuple[Carried, Tensor]:
+        """From one tensor for the batch to images with as many tokens as each needs."""
+        reduction = self.plan(stream, x, THREAD.asked)
+        if reduction is None or reduction.mask is None:
+            return apply(reduction, stream, x, self.owner.remembers())
+        one = [
+            Reduction(mask=mask[None], fuse=None if reduction.fuse is None else fuse[None])
+            for mask, fuse in zip(
+                reduction.mask,
+                reduction.mask if reduction.fuse is None else reduction.fuse,
+                strict=True,
+            )
+        ]
+        remembers = self.owner.remembers()
+        return pack([apply(part, stream, x[i : i + 1], remembers) for i, part in enumerate(one)])
+
+
+def apply(
+    reduction: Reduction | None, stream: Stream, x: Tensor, remembers: bool
+) -> tuple[Stream, Tensor]:
+    """Carry out a reduction on ``x`` ``[B, N, C]``, prefix included."""
+    if reduction is None:
+        return stream, x
+    if reduction.policy is not None:
+        return replace(stream, policy=reduction.policy), x
+    if remembers:
+        stream = stream.remember(x[:, stream.prefix :])
+    index, prefix = _index(reduction, x.device), stream.prefix
+    before = x.shape[1] - prefix
+    if reduction.values is not None:
+        stream = stream.advance(Step(index, reduction.assign, before), reduction.size)
+        return stream, torch.cat([x[:, :prefix], reduction.values], dim=1)
+    short = take(x, with_prefix(index, prefix))
+    if reduction.fuse is None or index.shape[1] == before:
+        return stream.advance(Step(index, reduction.assign, before)), short
+    step, extra = fused(index, reduction.fuse, x[:, prefix:])
+    return stream.advance(step), torch.cat([short, extra], dim=1)
+
+
+def _index(reduction: Reduction, device: torch.device) -> Tensor:
+    """``[B, m]``: the tokens that stay."""
+    if reduction.index is not None:
+        return reduction.index
+    assert reduction.mask is not None
+    if device.type == "meta":  # a dry run cannot know: all of them
+        return torch.arange(reduction.mask.shape[1], device=device)[None]
+    return reduction.mask[0].nonzero().flatten()[None]
+
+
+def fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[Step, Tensor]:
+    """One more token ``[B, 1, C]``, the weighted sum of those that are dropped, weights as they are
+    (EViT, section 3.2); it has the position of the heaviest."""
+    left = weights.scatter(1, index, 0.0)
+    extra = (left[:, None].to(x.dtype) @ x).to(x.dtype)
+    place = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    assign = torch.full_like(left, index.shape[1], dtype=torch.long).scatter(1, index, place)
+    signed = torch.cat([index, -1 - left.argmax(1, keepdim=True)], dim=1)
+    return Step(signed, assign, x.shape[1], fused=True), extra
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Rows of the sequence for these patch tokens and all prefix tokens, ``[B, P + m]``."""
+    lead = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
+    return torch.cat([lead, index + prefix], dim=1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
+    b, n, c = x.shape
+    base = torch.arange(b, device=x.device)[:, None] * n
+    return x.reshape(b * n, c).index_select(0, (index + base).flatten()).view(b, -1, c)
+
+
+class EnterBlock:
+    """Forward pre-hook of a block: hands it the short sequence and the position tables for it."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        runtime = self.runtime
+        THREAD.asked = THREAD.pending = THREAD.branch = None
+        THREAD.asks = runtime.asks
+        if runtime.idle():
+            THREAD.stream = None
+            return None
+        x = first_tensor(args) if args else first_tensor(kwargs)
+        assert x is not None
+        stream = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.stream)
+        runtime.note(x, stream)
+        short = x if stream.short is None else stream.short
+        if runtime.place == "entry":
+            stream, short = runtime.reduce(stream, short)
+        THREAD.stream = stream
+        if not stream.reduced:
+            return None
+        return _replaced(args, kwargs, x, short, stream)
+
+
+def _replaced(args: Any, kwargs: Any, x: Tensor, short: Tensor, stream: Carried) -> Any:
+    """The block's arguments with its input exchanged and its position tables cut down."""
+
+    def fit(value: Any) -> Any:
+        if value is x:
+            return short
+        if isinstance(value, Tensor):
+            return stream.fit_side(value)
+        if isinstance(value, tuple):
+            return tuple(fit(item) for item in value)
+        return value
+
+    return tuple(fit(a) for a in args), {name: fit(a) for name, a in kwargs.items()}
+
+
+class EnterTail:
+    """Forward pre-hook of the MLP branch's first module: passes on the reduced tokens."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any) -> Any:
+        stream = THREAD.stream
+        if self.runtime.idle() or stream is None or stream.owner != self.runtime.owner.key:
+            return None
+        x = args[0]
+        stream, short = self.runtime.reduce(stream, x)
+        THREAD.asked = None
+        if short is x:
+            THREAD.stream = stream
+            return None
+        THREAD.pending = (stream, short)
+        return (short, *args[1:])
+
+
+class LeaveTail:
+    """Forward hook of the MLP branch's last module: keeps its result for `LeaveBlock`."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        if THREAD.pending is None:
+            return None
+        THREAD.branch = output
+        return output.new_zeros((1,) * output.dim())
+
+
+class LeaveBlock:
+    """Forward hook of a block: its output with fewer tokens, or with the original positions where
+    somebody asks for those."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        runtime, stream = self.runtime, THREAD.stream
+        if stream is None or stream.owner != runtime.owner.key or runtime.idle():
+            return None
+        out = host = first_tensor(output)
+        assert out is not None
+        if THREAD.pending is not None:
+            stream, short = THREAD.pending
+            out = short + THREAD.branch
+            THREAD.pending = THREAD.branch = None
+        elif runtime.place == "exit":
+            stream, out = runtime.reduce(stream, out)
+        THREAD.asked = None
+        given = self._given(stream, out)
+        short = None if given is out else out
+        stream = replace(stream, layer=runtime.index + 1, short=short, given=given)
+        THREAD.stream = None if runtime.last else stream
+        if not torch.compiler.is_compiling():
+            runtime.owner.carried = replace(stream, short=None, given=None, last=None)
+        return None if given is host else _with_first(output, host, given)
+
+    def _given(self, stream: Carried, out: Tensor) -> Tensor:
+        """What the host gets: original positions for dense consumers, else the short sequence."""
+        owner, last = self.runtime.owner, self.runtime.last
+        if not stream.reduced:
+            return out
+        if owner.restores_at(last):
+            return stream.whole_sequence(out, owner.restore_how)
+        if last and isinstance(stream, Packed):
+            return unpack(out, stream)
+        return out
+
+
+def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A block's output (a tensor, or a tuple that starts with one) with that tensor exchanged."""
+    if isinstance(output, Tensor):
+        return new
+    return type(output)(new if item is old else item for item in output)
+
+
+class EnterSpared:
+    """Forward pre-hook of a block where the grid must stay: which tokens skip its MLP."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        runtime = self.runtime
+        THREAD.pending = THREAD.branch = None
+        if runtime.idle():
+            THREAD.spared = None
+            return
+        x = first_tensor(args) if args else first_tensor(kwargs)
+        assert x is not None
+        stream = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.spared)
+        runtime.note(x, stream)
+        THREAD.spared = stream
+
+
+class EnterBypass:
+    """Forward pre-hook of the MLP branch where the grid must stay: only kept tokens take it."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any) -> Any:
+        runtime, stream = self.runtime, THREAD.spared
+        if runtime.idle() or stream is None or stream.owner != runtime.owner.key:
+            return None
+        x = args[0]
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        if runtime.planner is not None:
+            kept = take(tokens, stream.ids) if stream.reduced else tokens
+            reduction = runtime.plan(stream, kept, None)
+            if reduction is not None and reduction.policy is not None:
+                stream = replace(stream, policy=reduction.policy)
+            elif reduction is not None:
+                index = _index(reduction, x.device)
+                stream = stream.advance(Step(index, None, kept.shape[1]))
+            THREAD.spared = stream
+        if stream.policy is None and not stream.reduced:
+            return None
+        short = take(tokens, stream.ids) if stream.reduced else x
+        THREAD.pending = (stream, short)
+        return (short, *args[1:])
+
+
+class LeaveBypass:
+    """Forward hook of the block: adds the MLP's result to the tokens that took it."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        runtime = self.runtime
+        if runtime.idle() or THREAD.pending is None:
+            return None
+        (stream, _), branch = THREAD.pending, THREAD.branch
+        THREAD.pending = THREAD.branch = None
+        host = first_tensor(output)
+        assert host is not None
+        flat = host.reshape(host.shape[0], -1, host.shape[-1])
+        if stream.policy is not None:
+            branch = branch.reshape(flat.shape) * stream.policy[..., None].to(branch.dtype)
+            out = flat + branch
+        else:
+            index = stream.ids[..., None].expand(-1, -1, flat.shape[-1])
+            out = flat.scatter_add(1, index, branch.to(flat.dtype))
+        out = out.view(host.shape)
+        THREAD.spared = replace(stream, layer=runtime.index + 1, given=out)
+        return _with_first(output, host, out)
+
+
+def hook_block(model: nn.Module, runtime: BlockRuntime) -> list[Any]:
+    """The hooks of one block. They come first, so that others see the sequence as it goes on."""
+    module, tail = model.get_submodule(runtime.block.name), runtime.block.tail
+    bypass = runtime.place == "bypass"
+    begin = EnterSpared(runtime) if bypass else EnterBlock(runtime)
+    leave = LeaveBypass(runtime) if bypass else LeaveBlock(runtime)
+    hooks = [
+        module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+        module.register_forward_hook(leave, prepend=True),
+    ]
+    if tail is not None and runtime.place in ("middle", "bypass"):
+        enter = EnterBypass(runtime) if bypass else EnterTail(runtime)
+        entry, last = model.get_submodule(tail.entry), model.get_submodule(tail.exit)
+        hooks.append(entry.register_forward_pre_hook(enter))
+        hooks.append(last.register_forward_hook(LeaveTail()))
+    return hooks

@@ -1,0 +1,153 @@
+"""A dry run of the patched model: a copy without data carries fewer tokens through the same hooks,
+and says how many reach each block, what that costs, and whether the model can do it at all."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.carrying import BlockRuntime, Carried
+from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
+from sparsiattn.handle import Patch, hook_up
+from sparsiattn.interception import THREAD
+from sparsiattn.probe import run_dry, skeleton
+from sparsiattn.registry import REGISTRY
+from sparsiattn.runtime import SiteRuntime
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import Planner
+
+
+def mac_counter() -> Any:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when asked
+
+    return FlopCounterMode(display=False)
+
+
+@dataclass
+class DryRun:
+    """inputs: each site's, at the tokens that reach it. counts: patch tokens before each reduction.
+    macs: of the whole model with dense attention; planning: of the reductions alone. output:
+    shapes of what the model returned."""
+
+    inputs: dict[str, AttentionInputs] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    macs: int = 0
+    planning: int = 0
+    output: list[torch.Size] = field(default_factory=list)
+
+
+class _DryBlock(BlockRuntime):
+    """A block's runtime that counts its reduction."""
+
+    run: DryRun
+
+    def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
+        self.run.counts[self.index] = x.shape[1] - stream.prefix
+        with mac_counter() as counter:
+            out = super().reduce(stream, x)
+        self.run.planning += int(counter.get_total_flops()) // 2
+        return out
+
+
+def dry_run(handle: Patch) -> DryRun:
+    """One forward pass of a copy without data, patched like the handle's model."""
+    run = DryRun()
+    shadow, bones = _shadow(handle, run)
+
+    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
+        run.inputs[site.name] = inputs
+
+    before = THREAD.observer
+    THREAD.observer = (shadow.key, observe)
+    try:
+        with mac_counter() as counter:
+            run.output = shapes(run_dry(bones, handle.input_shape))
+    finally:
+        THREAD.observer = before
+    run.macs = int(counter.get_total_flops()) // 2
+    return run
+
+
+def _shadow(handle: Patch, run: DryRun) -> tuple[Patch, nn.Module]:
+    bones = skeleton(handle.model)
+    adapter = REGISTRY.get("backbones", handle.backbone)
+    for edit in adapter.edits(bones):
+        edit.apply()
+    shadow = copy.copy(handle)
+    shadow.__setstate__(dict(vars(handle)))
+    shadow.model, shadow._handles, shadow._places = bones, [], []
+    shadow.runtimes = [
+        SiteRuntime(
+            one.site, one.layout, one.strategy, one.planner, one.kernels, one.explicit, shadow,
+            bones.get_submodule(one.site.name),
+        )
+        for one in handle.runtimes
+    ]  # fmt: skip
+    shadow.blocks = [_dry_block(one, shadow, run) for one in handle.blocks]
+    hook_up(shadow, adapter)
+    return shadow, bones
+
+
+def _dry_block(runtime: BlockRuntime, shadow: Patch, run: DryRun) -> _DryBlock:
+    block = _DryBlock.__new__(_DryBlock)
+    block.__dict__.update(runtime.__getstate__(), owner=shadow, run=run)
+    if isinstance(runtime.planner, nn.Module):
+        block.planner = skeleton(runtime.planner)
+    return block
+
+
+def settle(handle: Patch) -> None:
+    """Check that the model can carry fewer tokens, and find out what its caller must get."""
+    model = type(handle.model).__name__
+    dense = shapes(run_dry(skeleton(handle.model), handle.input_shape))
+    assert handle.tokens is not None
+    bypass = handle.blocks[0].place == "bypass"
+    needs_all = False
+    try:
+        run = dry_run(handle)
+        needs_all = run.output != dense
+    except ProbeFailed:  # something behind the blocks takes all tokens, or nothing helps
+        if bypass or handle.tokens.restore is None:
+            raise
+        needs_all = True
+    pooling = REGISTRY.get("backbones", handle.backbone).pooling(handle.model)
+    if bypass:
+        return
+    if handle.tokens.restore is None:
+        if needs_all:
+            raise InvalidOption(
+                f"{model} returns (or reads) one feature for each patch, and restore=None never "
+                "puts tokens back: use restore='auto'"
+            )
+    else:
+        merged = handle.tokens.merges() or handle.tokens.ragged()
+        always = handle.tokens.restore != "auto"
+        handle.restores_last = always or needs_all or (merged and pooling != "prefix")
+    if handle.restores_last:
+        run = dry_run(handle)
+    _check_counts(handle, run)
+
+
+def _check_counts(handle: Patch, run: DryRun) -> None:
+    for i, (index, count) in enumerate(sorted(run.counts.items())):
+        runtime = next(block for block in handle.blocks if block.index == index)
+        assert runtime.strategy is not None
+        try:
+            runtime.strategy.check(count, first=i == 0)
+        except SparsiattnError as error:
+            raise type(error)(f"block {runtime.block.name!r}: {error}") from None
+
+
+def shapes(output: Any) -> list[torch.Size]:
+    """Shapes of all tensors in a model's output."""
+    if isinstance(output, Tensor):
+        return [output.shape]
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return [shape for item in output for shape in shapes(item)]
+    return []

@@ -1,0 +1,95 @@
+"""Images with different numbers of tokens, packed into one sequence without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.errors import InvalidOption
+from sparsiattn.stream import Stream
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A batch as one sequence ``[1, sum N_i, C]``, one `Stream` for each image.
+
+    lengths: tokens of each image, prefix included.
+    """
+
+    streams: tuple[Stream, ...]
+    lengths: tuple[int, ...]
+    layer: int = 0
+    short: Tensor | None = None
+    given: Tensor | None = None
+    last: Tensor | None = None
+
+    @property
+    def owner(self) -> int:
+        return self.streams[0].owner
+
+    @property
+    def prefix(self) -> int:
+        return self.streams[0].prefix
+
+    @property
+    def reduced(self) -> bool:
+        return True
+
+    def slices(self) -> list[slice]:
+        """Where each image lies in the packed sequence."""
+        ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
+        return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
+
+    def parts(self, x: Tensor, attention: Any) -> Iterator[tuple[Stream, Tensor, Any]]:
+        """Each image's stream, tokens ``[1, N_i, C]`` and `AttentionInputs`."""
+        for i, (stream, where) in enumerate(zip(self.streams, self.slices(), strict=True)):
+            yield stream, x[:, where], None if attention is None else attention[i]
+
+    def fit_side(self, table: Tensor) -> Tensor:
+        """Nothing to cut, or an error: hosts split the prefix off once, not once for each image,
+        so a position table cannot be laid over packed images."""
+        if self.streams[0].fit_side(table) is not table:
+            raise InvalidOption(
+                f"adaptive counts need blocks without position tables, and this model's take one "
+                f"of shape {tuple(table.shape)} (RoPE): use a fixed keep, e.g. keep=0.7"
+            )
+        return table
+
+    def whole_sequence(self, x: Tensor, how: str) -> Tensor:
+        """``[B, N0, C]``: every image with its original positions."""
+        rows = [one.whole_sequence(part, how) for one, part, _ in self.parts(x, None)]
+        return torch.cat(rows)
+
+
+def pack(parts: Sequence[tuple[Stream, Tensor]]) -> tuple[Packed, Tensor]:
+    """Images ``[1, N_i, C]`` one after the other."""
+    streams = tuple(stream for stream, _ in parts)
+    lengths = tuple(x.shape[1] for _, x in parts)
+    return Packed(streams, lengths), torch.cat([x for _, x in parts], dim=1)
+
+
+def unpack(x: Tensor, packed: Packed) -> Tensor:
+    """``[B, max N_i, C]``; shorter images repeat their last token, so that maxima stay right."""
+    longest = max(packed.lengths)
+    rows = []
+    for _, part, _ in packed.parts(x, None):
+        rest = longest - part.shape[1]
+        rows.append(torch.cat([part, part[:, -1:].expand(-1, rest, -1)], dim=1) if rest else part)
+    return torch.cat(rows)
+
+
+def source(carried: Stream | Packed) -> Tensor:
+    """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
+    if isinstance(carried, Packed):
+        return torch.cat([source(one) for one in carried.streams])
+    if not carried.steps:
+        whole = carried.prefix + carried.whole
+        return torch.arange(whole)[None]
+    patches = carried.source()
+    prefix = torch.arange(carried.prefix, device=patches.device).expand(len(patches), -1)
+    moved = torch.where(patches >= 0, patches + carried.prefix, -1)
+    return torch.cat([prefix, moved], dim=1)

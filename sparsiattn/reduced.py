@@ -1,0 +1,111 @@
+"""Attention over a sequence that a token strategy has made shorter: masks cut down, merged tokens
+weighed by size, packed images kept apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsiattn.interception import THREAD, dense_attention
+from sparsiattn.kernel import choose
+from sparsiattn.layout import canonical
+from sparsiattn.patterns import Lengths
+from sparsiattn.ragged import Packed
+from sparsiattn.runtime import Operands, Options, SiteRuntime
+from sparsiattn.site import AttentionInputs
+from sparsiattn.strategy import Planner
+from sparsiattn.stream import Stream
+
+
+def attention(
+    runtime: SiteRuntime,
+    planner: Planner,
+    stream: Stream | Packed,
+    operands: Operands,
+    options: Options,
+) -> Tensor:
+    """What stands in for the host's call, in the host's layout."""
+    if isinstance(stream, Packed):
+        return _packed(runtime, planner, stream, operands, options)
+    q, k, v, mask = operands
+    mask = with_size(stream, None if mask is None else stream.fit_mask(mask), q, runtime)
+    if stream.policy is not None:
+        return _by_policy(runtime, stream, (q, k, v, mask), options)
+    out = runtime.serve(planner, stream, (q, k, v, mask), options)
+    if out is not None:
+        return out
+    dropout, causal, scale, gqa = options
+    return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
+
+
+def with_size(
+    stream: Stream, mask: Tensor | None, q: Tensor, runtime: SiteRuntime
+) -> Tensor | None:
+    """The host's mask plus the log size of every key, where attention is proportional."""
+    log = stream.log_size(q.dtype) if runtime.owner.proportional else None
+    if log is None:
+        return mask
+    if mask is None:
+        return log
+    if mask.dtype == torch.bool:
+        return torch.where(mask, log, float("-inf"))
+    return mask + log
+
+
+def _by_policy(
+    runtime: SiteRuntime, stream: Stream, operands: Operands, options: Options
+) -> Tensor:
+    """Softmax whose keys weigh as much as a differentiable policy says (DynamicViT, 3.3).
+
+    One fused call instead of the attention matrix: values carry the weight and one channel more
+    that sums it up. The published code also lets a dropped query see itself; nobody reads its row.
+    """
+    q, k, v, mask = operands
+    dropout, causal, scale, gqa = options
+    if THREAD.asks and THREAD.asked is None:
+        THREAD.asked = canonical(
+            runtime.site, runtime.layout, *operands, None, scale=scale, stream=stream
+        )
+    assert stream.policy is not None
+    weight = torch.nn.functional.pad(stream.policy, (stream.prefix, 0), value=1.0)
+    weight = weight[:, None, :, None].to(v.dtype).expand(*v.shape[:-1], 1)
+    weighed = torch.cat([v * weight, weight], dim=-1)
+    out = dense_attention(q, k, weighed, mask, dropout, causal, scale=scale, gqa=gqa)
+    return out[..., :-1] / out[..., -1:].clamp_min(1e-6)
+
+
+def _packed(
+    runtime: SiteRuntime,
+    planner: Planner,
+    stream: Packed,
+    operands: Operands,
+    options: Options,
+) -> Tensor:
+    """Every image for itself: in one call of a ragged kernel where nothing else is to be done."""
+    q, k, v, mask = operands
+    dropout, causal, scale, gqa = options
+    parts = [
+        (one, (q[..., where, :], k[..., where, :], v[..., where, :], mask))
+        for one, where in zip(stream.streams, stream.slices(), strict=True)
+    ]
+    if THREAD.asks and THREAD.asked is None:
+        THREAD.asked = [_inputs(runtime, one, part, options) for one, part in parts]
+    plain = mask is None and not runtime.owner.proportional and THREAD.observer is None
+    if plain and runtime.idle(max(stream.lengths)):
+        inputs = _inputs(runtime, None, operands, options)
+        pattern = Lengths(q.shape[-2], k.shape[-2], stream.lengths)
+        choice = choose(runtime.kernels, inputs, pattern, explicit=False)
+        return runtime.layout.unfold(choice.kernel(inputs, pattern), q)
+    return torch.cat([attention(runtime, planner, *part, options) for part in parts], dim=-2)
+
+
+def _inputs(
+    runtime: SiteRuntime, stream: Stream | None, operands: Operands, options: Options
+) -> AttentionInputs:
+    q, k, v, mask = operands
+    if stream is not None:
+        mask = with_size(stream, None if mask is None else stream.fit_mask(mask), q, runtime)
+    return canonical(
+        runtime.site, runtime.layout, q, k, v, mask, None,
+        dropout=options[0], causal=options[1], scale=options[2], stream=stream,
+    )  # fmt: skip

@@ -1,0 +1,69 @@
+"""DynamicViT's keep predictor (NeurIPS 2021, arXiv 2106.02034, section 3.2)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsiattn.strategy import keep_missing, spawn
+from sparsiattn.tokens import Reduction, TokenInputs
+
+
+class KeepPredictor(nn.Module):
+    """Says of every patch token whether it is needed, from itself and the mean of those that are.
+
+    In eval mode the tokens with the best keep probability stay (hard). In training none leaves:
+    straight-through Gumbel-softmax draws a policy of ones and zeros whose gradient reaches these
+    weights through the attention of all later blocks.
+
+    width: of the tokens. select: turns keep probabilities ``[B, n]`` into a `Reduction`.
+    """
+
+    def __init__(self, select: Callable[[Tensor], Reduction | None], width: int, name: str) -> None:
+        super().__init__()
+        self.select = select
+        half, quarter = max(1, width // 2), max(1, width // 4)
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is not involved
+            self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+            self.decide = nn.Sequential(
+                nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(),
+                nn.Linear(quarter, 2), nn.LogSoftmax(dim=-1),
+            )  # fmt: skip
+        _draw(self, zlib.crc32(name.encode()))
+        self.share: Tensor | None = None
+        self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "share": None}
+
+    def forward(self, tokens: TokenInputs) -> Reduction | None:
+        before = tokens.policy
+        log_keep = self.log_probabilities(tokens.x, before)
+        if not self.training:
+            return self.select(log_keep[..., 0].float().exp())
+        drawn = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
+        policy = drawn if before is None else drawn * before
+        self.share = policy.mean()
+        return Reduction(policy=policy)
+
+    def log_probabilities(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
+        """``[B, n, 2]``: log probability of keeping and of dropping; eq. 3 to 6."""
+        z = self.embed(x)
+        local, whole = z.split((z.shape[-1] - z.shape[-1] // 2, z.shape[-1] // 2), dim=-1)
+        weight = torch.ones_like(z[..., :1]) if policy is None else policy[..., None].to(z.dtype)
+        mean = (whole * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1.0)
+        found: Tensor = self.decide(torch.cat([local, mean.expand_as(whole)], dim=-1))
+        return found
+
+
+def _draw(module: nn.Module, seed: int) -> None:
+    """Initial weights from a private generator, the same for the same site."""
+    generator = spawn(seed)
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02, generator=generator)
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,148 @@
+"""Dropped tokens: by class attention (EViT, ICLR 2022, arXiv 2202.07800), by a learned score
+(DynamicViT, NeurIPS 2021, arXiv 2106.02034), by norm, or at random."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn import geometry
+from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.patterns import Budget, check_budget
+from sparsiattn.site import Site
+from sparsiattn.strategies.predictor import KeepPredictor
+from sparsiattn.strategies.random import hashed
+from sparsiattn.tokens import Place, Reduction, TokenInputs, TokenPlanner, TokenStrategy
+
+SCORES = ("cls", "mean_query", "learned", "norm", "random")
+ADAPTIVE = "adaptive"
+
+Keep = Budget | str | Sequence[Budget] | Callable[[Site], Budget]
+
+
+@dataclass(frozen=True)
+class TokenDrop(TokenStrategy):
+    """Keeps the best-scored patch tokens and drops the others for good.
+
+    keep: share or count of the patch tokens present (``ceil``), one for all layers, a list, a
+    function of the `Site`, or ``"adaptive"``: every image keeps as many as its scores call for.
+    score: ``"cls"`` (attention of the class tokens, mean over heads; ``"mean_query"`` where there
+    is none), ``"mean_query"`` (attention of the mean patch query), ``"learned"`` (DynamicViT's
+    predictor, at the block's entry; needs training), ``"norm"`` (Euclidean norm of the token),
+    ``"random"`` (the same for every image, by ``seed``). fuse: what is dropped lives on as one
+    token, its sum weighted by score. For ``keep="adaptive"``: mass: keep the fewest tokens that
+    hold this share of the score (0.9 if nothing is said); threshold: keep those that score at least
+    so many times the mean.
+
+    >>> TokenDrop(keep=[0.7, 0.5], layers=[3, 6]).layers_in(12)
+    (3, 6)
+    """
+
+    name = "token_drop"
+
+    keep: Keep = 0.7
+    score: str = "cls"
+    fuse: bool = False
+    mass: float | None = None
+    threshold: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise InvalidOption(f"score must be one of {SCORES}, got {self.score!r}")
+        if not isinstance(self.fuse, bool):
+            raise InvalidType(f"fuse must be True or False, got {self.fuse!r}")
+        if self.fuse and self.score not in ("cls", "mean_query"):
+            raise InvalidOption(
+                f"fuse=True weighs dropped tokens by attention, so score must be 'cls' or "
+                f"'mean_query', got {self.score!r}"
+            )
+        keeps = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
+        for keep in keeps:
+            if keep != ADAPTIVE and not callable(keep):
+                check_budget(keep, "keep")
+        self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        rules = {"mass": self.mass, "threshold": self.threshold}
+        given = [name for name, value in rules.items() if value is not None]
+        if given and self.keep != ADAPTIVE:
+            raise InvalidOption(f"{' and '.join(given)} need keep='adaptive', got {self.keep!r}")
+        if len(given) > 1:
+            raise InvalidOption("keep='adaptive' takes mass or threshold, got both")
+        if self.mass is not None and not (_number(self.mass) and 0 < self.mass <= 1):
+            raise InvalidOption(f"mass must be a share in (0, 1], got {self.mass!r}")
+        if self.threshold is not None and not (_number(self.threshold) and self.threshold > 0):
+            raise InvalidOption(f"threshold must be a number > 0, got {self.threshold!r}")
+
+    def ragged(self) -> bool:
+        return self.keep == ADAPTIVE
+
+    def reduces_at(self) -> Place:
+        return "entry" if self.score == "learned" else "middle"
+
+    def reads_attention(self) -> bool:
+        return self.score in ("cls", "mean_query")
+
+    def adapted(self, class_tokens: int, windowed: bool, model: str) -> TokenDrop:
+        if self.score == "cls" and not class_tokens and not windowed:
+            return replace(self, score="mean_query")
+        return self
+
+    def at(self, site: Site, position: int, count: int) -> TokenDrop:
+        one = super().at(site, position, count)
+        assert isinstance(one, TokenDrop)
+        if one.keep != ADAPTIVE:
+            check_budget(one.keep, "keep")
+        return one
+
+    def check(self, tokens: int, first: bool) -> None:
+        if isinstance(self.keep, int) and self.keep > tokens:
+            raise InvalidOption(f"keep={self.keep} is more than the {tokens} patch tokens there")
+
+    def planner(self, site: Site, width: int) -> TokenPlanner:
+        if self.score == "learned":
+            return KeepPredictor(self.reduce_scored, width, site.name)
+        return super().planner(site, width)
+
+    def reduce(self, tokens: TokenInputs) -> Reduction | None:
+        return self.reduce_scored(self.scores(tokens))
+
+    def reduce_scored(self, scores: Tensor) -> Reduction | None:
+        """Keep the best of ``[B, n]`` (positive where counts adapt)."""
+        fuse = scores if self.fuse else None
+        if self.keep == ADAPTIVE:
+            return Reduction.where(self.enough(scores), fuse)
+        return Reduction.top(scores, self.keep, fuse)  # type: ignore[arg-type]
+
+    def scores(self, tokens: TokenInputs) -> Tensor:
+        """``[B, n]``, higher is better."""
+        if self.score == "cls":
+            return tokens.class_attention()
+        if self.score == "mean_query":
+            return tokens.mean_attention()
+        if self.score == "norm":
+            return tokens.x.float().norm(dim=-1)
+        key = zlib.crc32(f"{self.seed}/{tokens.site.name}/{tokens.count}".encode())
+        draws = geometry.table(hashed, key, 1, 1, tokens.count, device=tokens.x.device)
+        return draws[0, 0].expand(tokens.x.shape[0], -1)
+
+    def enough(self, scores: Tensor) -> Tensor:
+        """``[B, n]``: which tokens an image needs by its own scores; always at least one."""
+        share = scores / scores.sum(1, keepdim=True)
+        best = share >= share.amax(1, keepdim=True)
+        if self.threshold is not None:
+            return (share * share.shape[1] >= self.threshold) | best
+        ranked = share.sort(dim=1, descending=True, stable=True)
+        enough = ranked.values.cumsum(1) - ranked.values < (0.9 if self.mass is None else self.mass)
+        return torch.zeros_like(enough).scatter(1, ranked.indices, enough) | best
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,211 @@
+"""Merged tokens: ToMe (ICLR 2023, arXiv 2210.09461) and PiToMe (NeurIPS 2024, arXiv 2405.16148),
+written from the papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.site import Site
+from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
+
+METHODS = ("tome", "pitome")
+BSM = ("first", "last", None)
+
+Rate = int | Sequence[Any] | Callable[[Site], int]
+
+
+@dataclass(frozen=True)
+class TokenMerge(TokenStrategy):
+    """Merges the ``r`` most similar pairs of patch tokens in every block.
+
+    r: tokens fewer after each block: an int, a list with one per layer, a function of the `Site`,
+    or ``(r, inflect)`` with a float for a rate that falls (inflect > 0) or grows linearly with the
+    same total (ToMe, appendix). At most half of the tokens can go at once. ratio: keep this share
+    in every layer instead, ``r = floor(n - ratio * n)``, as PiToMe does. method: ``"tome"`` pairs
+    alternate tokens by the cosine of their keys; ``"pitome"`` merges those of high energy, i.e.
+    with many alike, and protects the rest. bsm: in which half of the layers ``"pitome"`` splits all
+    tokens instead of its 2 r most redundant ones (``"first"`` as published for DeiT, ``"last"``
+    for MAE, None). proportional: a merged token weighs as a key by the patches in it. layers: all
+    blocks where None.
+
+    >>> TokenMerge(r=(8, 0.5)).rates(4)
+    [4, 6, 9, 12]
+    """
+
+    name = "token_merge"
+    per_layer = ("r",)
+    needs_attention = True
+
+    r: Rate = 8
+    ratio: float | None = None
+    method: str = "tome"
+    proportional: bool = True
+    bsm: str | None = "first"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise InvalidOption(f"method must be one of {METHODS}, got {self.method!r}")
+        if self.bsm not in BSM:
+            raise InvalidOption(f"bsm must be one of {BSM}, got {self.bsm!r}")
+        if not isinstance(self.proportional, bool):
+            raise InvalidType(f"proportional must be True or False, got {self.proportional!r}")
+        ratio = self.ratio
+        if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
+            raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
+        if isinstance(self.r, (list, tuple)) and not self._inflected():
+            for r in self.r:
+                _check_rate(r)
+        elif not isinstance(self.r, (list, tuple)) and not callable(self.r):
+            _check_rate(self.r)
+
+    def _inflected(self) -> bool:
+        """Whether ``r`` is ``(r, inflect)``: a pair whose second is a float."""
+        r = self.r
+        pair = isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float)
+        if pair and isinstance(r, (list, tuple)):
+            _check_rate(r[0])
+        return pair
+
+    def rates(self, count: int) -> list[int]:
+        """Tokens to merge at each of ``count`` layers of an inflected rate."""
+        assert isinstance(self.r, (list, tuple))
+        r, inflect = self.r
+        low = int(r * (1.0 - inflect))
+        step = (2 * r - 2 * low) / max(1, count - 1)
+        return [int(low + step * i) for i in range(count)]
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth))
+
+    def proportional_attention(self) -> bool:
+        return self.proportional
+
+    def merges(self) -> bool:
+        return True
+
+    def _one(self, name: str, site: Site, position: int, count: int) -> Any:
+        if name == "r" and self._inflected():
+            return self.rates(count)[position]
+        return super()._one(name, site, position, count)
+
+    def check(self, tokens: int, first: bool) -> None:
+        most = tokens // 2 if first else tokens
+        if self.ratio is None and isinstance(self.r, int) and self.r > most:
+            raise InvalidOption(
+                f"r={self.r} tokens cannot be merged of {tokens} patch tokens: at most half of "
+                "them at once"
+            )
+
+    def rate(self, tokens: int) -> int:
+        """Tokens to merge out of so many."""
+        if self.ratio is not None:
+            return min(math.floor(tokens - tokens * self.ratio), tokens // 2)
+        assert isinstance(self.r, int)
+        return min(self.r, tokens // 2)
+
+    def reduce(self, tokens: TokenInputs) -> Reduction | None:
+        r = self.rate(tokens.count)
+        if r <= 0:
+            return None
+        inputs = tokens.attention
+        assert inputs is not None
+        keys = F.normalize(inputs.k[..., inputs.prefix :, :].mean(1), dim=-1)
+        if self.method == "tome":
+            first, second = alternate(tokens.count, inputs.prefix, keys.device)
+            return merge_pairs(tokens, keys, first[None], second[None], r)
+        return self._by_energy(tokens, keys, r)
+
+    def _by_energy(self, tokens: TokenInputs, keys: Tensor, r: int) -> Reduction:
+        """PiToMe, section 3: tokens with many alike are merged first."""
+        order = energy(keys, tokens.layer, tokens.depth).argsort(
+            dim=1, descending=True, stable=True
+        )
+        half = math.ceil(tokens.depth / 2)
+        early = tokens.layer < half
+        split_all = self.bsm is not None and early == (self.bsm == "first")
+        if split_all:
+            return merge_pairs(tokens, keys, order[:, ::2], order[:, 1::2], r)
+        first, second = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2]
+        return merge_pairs(tokens, keys, first, second, r, order[:, 2 * r :])
+
+
+def alternate(count: int, prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every second token of the whole sequence, prefix tokens counted but left out (ToMe, 3.1)."""
+    at = torch.arange(count, device=device)
+    return at[prefix % 2 :: 2], at[1 - prefix % 2 :: 2]
+
+
+def energy(keys: Tensor, layer: int, depth: int) -> Tensor:
+    """``[B, n]``: mean over all tokens of ELU(cosine - margin), the margin falling from 0.75 with
+    depth (PiToMe, eq. 4)."""
+    margin = 0.75 - 0.75 * layer / depth
+    return F.elu(keys @ keys.mT - margin).mean(-1)
+
+
+def merge_pairs(
+    tokens: TokenInputs, keys: Tensor, first: Tensor, second: Tensor, r: int,
+    protected: Tensor | None = None,
+) -> Reduction:  # fmt: skip
+    """Merge the ``r`` best edges from ``first`` ``[B|1, a]`` to their nearest of ``second``.
+
+    keys: ``[B, n, d]``, of unit length. The new order is: protected tokens, those of ``first`` that
+    stay, in order, then ``second``; values are means weighted by size.
+    """
+    batch = keys.shape[0]
+    first, second = (side.expand(batch, -1) for side in (first, second))
+    best = (rows(keys, first) @ rows(keys, second).mT).max(-1)
+    ranked = best.values.argsort(dim=1, descending=True, stable=True)
+    source, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
+    target = best.indices.gather(1, source)
+    moved, kept = first.gather(1, source), first.gather(1, rest)
+    if protected is not None:
+        kept = torch.cat([protected, kept], dim=1)
+    size = tokens.size
+    ones = torch.ones((), dtype=torch.float, device=keys.device).expand(keys.shape[:2])
+    weight = ones if size is None else size
+    x = tokens.x
+    grown = weight.gather(1, second).scatter_add(1, target, weight.gather(1, moved))
+    into = rows(x, second)
+    added = rows(x, moved)
+    if size is not None:
+        into = into * weight.gather(1, second)[..., None].to(x.dtype)
+        added = added * weight.gather(1, moved)[..., None].to(x.dtype)
+    total = into.scatter_add(1, target[..., None].expand_as(added), added)
+    values = torch.cat([rows(x, kept), total / grown[..., None].to(x.dtype)], dim=1)
+    return Reduction(
+        index=torch.cat([kept, second], dim=1),
+        values=values,
+        assign=partial(assignment, kept, second, moved, target),
+        size=torch.cat([weight.gather(1, kept), grown], dim=1),
+    )
+
+
+def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:
+    """``[B, n]``: the new place of every token."""
+    stay = torch.cat([kept, second], dim=1)
+    place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
+    new = stay.new_zeros(stay.shape[0], stay.shape[1] + moved.shape[1]).scatter(1, stay, place)
+    return new.scatter(1, moved, target + kept.shape[1])
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``[B, m]`` of ``[B, n, C]``."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _check_rate(r: object) -> None:
+    if type(r) is not int or r < 0:
+        raise InvalidOption(
+            "r must be an int >= 0 (tokens merged per block), a list of them, or (r, inflect) with "
+            f"a float inflect; got {r!r}"
+        )

@@ -1,0 +1,186 @@
+"""Which tokens a forward pass still carries, and what became of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsiattn.geometry import Grid
+
+Assign = Tensor | Callable[[], Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One reduction. index: ``[B, m]``, the token of the step before that each token stands for;
+    a fused one is written ``-1 - index``. assign: ``[B, n]``, where each earlier token went, -1 if
+    dropped; None where ``index`` tells. before: n. fused: whether the last token is a fused one."""
+
+    index: Tensor
+    assign: Assign
+    before: int
+    fused: bool = False
+
+    def targets(self) -> Tensor:
+        """``[B, n]``: the new place of every earlier token, -1 where it is gone."""
+        if self.assign is not None:
+            return self.assign if isinstance(self.assign, Tensor) else self.assign()
+        place = torch.arange(self.index.shape[1], device=self.index.device)
+        gone = self.index.new_full((self.index.shape[0], self.before), -1)
+        return gone.scatter(1, self.index, place.expand_as(self.index))
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The patch tokens of one forward pass; prefix tokens come before them and are not counted.
+
+    owner: key of the patch. prefix: number of prefix tokens. grid: of all patch tokens at this
+    resolution. layer: the block that comes next. ids: ``[B, n]``, the original patch each token
+    stands for (a fused one is written ``-1 - id``), None while all are there. size: ``[B, n]``,
+    patches merged into each, None if one each. steps: the reductions so far. policy: ``[B, n]``,
+    tokens kept while a learned score trains (1 or 0, with gradient). last: ``[B, n0, C]``, every
+    original token's last value, kept where original positions will be asked for. short, given: the
+    sequence carried on, and the one with original positions that the host was handed instead.
+    """
+
+    owner: int
+    prefix: int
+    grid: Grid
+    layer: int = 0
+    ids: Tensor | None = None
+    size: Tensor | None = None
+    steps: tuple[Step, ...] = ()
+    policy: Tensor | None = None
+    last: Tensor | None = None
+    short: Tensor | None = None
+    given: Tensor | None = None
+
+    @property
+    def whole(self) -> int:
+        """Patch tokens before any reduction."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def reduced(self) -> bool:
+        return bool(self.steps)
+
+    def advance(self, step: Step, size: Tensor | None = None) -> Stream:
+        """The stream after a reduction; ``size`` ``[B, m]`` where that changed sizes."""
+        index = unsigned(step.index) if step.fused else step.index
+        ids = index if self.ids is None else self.ids.gather(1, index)
+        if step.fused:
+            ids = torch.where(step.index < 0, -1 - unsigned(ids), ids)
+        if size is None and self.size is not None:
+            size = self.size.gather(1, index)
+        return replace(self, ids=ids, size=size, steps=(*self.steps, step))
+
+    def positions(self) -> Tensor:
+        """``[B, n]``: the original patch whose position each token has."""
+        assert self.ids is not None
+        return unsigned(self.ids)
+
+    def source(self) -> Tensor:
+        """``[B, n0]``: the present place of every original patch token, -1 where it is gone."""
+        assert self.steps
+        place = self.steps[0].targets()
+        for step in self.steps[1:]:
+            moved = step.targets().gather(1, place.clamp_min(0))
+            place = torch.where(place >= 0, moved, -1)
+        return place
+
+    def rows(self, table: Tensor) -> Tensor:
+        """Rows of a table ``[n0, K]`` for the present tokens, ``[B, n, K]``: its own row for a
+        token, the mean over its patches for a merged one."""
+        if self.ids is None:
+            return table[None]
+        if all(step.assign is None for step in self.steps):
+            return table[self.positions()]
+        place, batch = self.source(), self.ids.shape[0]
+        flat = table.expand(batch, -1, -1)
+        into = torch.where(place >= 0, place, self.ids.shape[1])[..., None]
+        empty = flat.new_zeros(batch, self.ids.shape[1] + 1, flat.shape[-1])
+        total = empty.scatter_add(1, into.expand_as(flat), flat)[:, :-1]
+        count = empty[..., :1].scatter_add(1, into, torch.ones_like(flat[..., :1]))[:, :-1]
+        return total / count.clamp_min(1)
+
+    def fit_mask(self, mask: Tensor) -> Tensor:
+        """A host mask over all tokens, ``[..., N0, N0]`` (or ``[..., 1, N0]``), cut down to the
+        present ones: ``[B, H|1, N, N]``. Masks that fit already come back as they are."""
+        full = self.prefix + self.whole
+        if self.ids is None or mask.shape[-1] != full or full == self.prefix + self.ids.shape[1]:
+            return mask
+        if mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        keep = self.tokens()
+        mask = mask.expand(keep.shape[0], *mask.shape[1:])
+        columns = keep[:, None, None, :]
+        if mask.shape[-2] == full:
+            rows = keep[:, None, :, None].expand(*mask.shape[:2], -1, full)
+            mask = mask.gather(-2, rows)
+        return mask.gather(-1, columns.expand(*mask.shape[:-1], -1))
+
+    def fit_side(self, table: Tensor) -> Tensor:
+        """A block's argument cut down to the present tokens, if it is a table with one row for
+        each patch (RoPE: ``[..., n0, D]``); anything else comes back as it is."""
+        if self.ids is None or self.whole == self.ids.shape[1]:
+            return table
+        if not 2 <= table.dim() <= 4 or table.shape[-2] != self.whole:
+            return table
+        if table.dim() > 2 and table.shape[-1] == self.whole:  # a bias, cut down where it is used
+            return table
+        positions = self.positions()
+        if table.dim() == 2:
+            return table[positions][:, None]
+        table = table if table.dim() == 4 else table[None]
+        index = positions[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
+        return table.expand(len(positions), -1, -1, -1).gather(2, index)
+
+    def whole_sequence(self, x: Tensor, how: str) -> Tensor:
+        """``[B, N0, C]``: prefix tokens, then every original position (see `whole_of`)."""
+        patches = self.whole_of(x[:, self.prefix :], how)
+        return torch.cat([x[:, : self.prefix], patches], dim=1)
+
+    def tokens(self) -> Tensor:
+        """``[B, N]``: original places of the present sequence, prefix included."""
+        positions = self.positions()
+        prefix = torch.arange(self.prefix, device=positions.device)
+        return torch.cat([prefix.expand(len(positions), -1), positions + self.prefix], dim=1)
+
+    def log_size(self, dtype: torch.dtype) -> Tensor | None:
+        """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; prefix tokens zero
+        (proportional attention: ToMe, section 3, eq. 1)."""
+        if self.size is None:
+            return None
+        log = self.size.log().to(dtype)
+        return torch.nn.functional.pad(log, (self.prefix, 0))[:, None, None, :]
+
+    def remember(self, x: Tensor) -> Stream:
+        """With the present patch tokens ``[B, n, C]`` noted as the last value of each original."""
+        return replace(self, last=self.whole_of(x, "scatter"))
+
+    def whole_of(self, x: Tensor, how: str) -> Tensor:
+        """``[B, n0, C]``: every original position with its token from ``x`` ``[B, n, C]``.
+
+        how: ``"unfold"`` gives a merged or fused patch its cluster's token, ``"scatter"`` only
+        writes tokens that stand for themselves; either leaves the last value where nothing is.
+        """
+        if not self.steps or self.ids is None:
+            return x
+        place = self.source()
+        if how == "scatter":
+            own = self.ids.gather(1, place.clamp_min(0))
+            itself = torch.arange(self.whole, device=place.device)
+            place = torch.where(own == itself, place, -1)
+        wide = place.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1])
+        found = x.gather(1, wide)
+        if self.last is None:
+            return torch.where(place[..., None] >= 0, found, 0.0)
+        return torch.where(place[..., None] >= 0, found, self.last.to(x.dtype))
+
+
+def unsigned(index: Tensor) -> Tensor:
+    """Indices with the mark of fused tokens taken off."""
+    return torch.where(index < 0, -1 - index, index)

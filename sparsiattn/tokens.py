@@ -1,0 +1,278 @@
+"""The contract of a token strategy: how many tokens, and which, the later blocks carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sparsiattn.config import Config
+from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.patterns import Budget, count_of
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.stream import Assign
+
+RESTORE = ("auto", "unfold", "scatter", None)
+Place = Literal["entry", "middle"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenInputs:
+    """What a token strategy sees at one reduction.
+
+    x: ``[B, n, C]``, the patch tokens there, prefix left out. site: of this block's attention.
+    attention: its `AttentionInputs` (prefix included), None where the strategy reduces at the
+    block's entry or did not ask. layer, depth: block index and count. class_tokens: how many of
+    the prefix tokens are CLS or distillation tokens. size: ``[B, n]``, patches merged into each
+    token so far, None if one each. policy: ``[B, n]``, see `Reduction`.
+    """
+
+    x: Tensor
+    site: Site
+    attention: AttentionInputs | None
+    layer: int
+    depth: int
+    class_tokens: int = 0
+    size: Tensor | None = None
+    policy: Tensor | None = None
+    training: bool = False
+
+    @property
+    def count(self) -> int:
+        """Patch tokens per image."""
+        return self.x.shape[1]
+
+    def class_attention(self) -> Tensor:
+        """``[B, n]``: attention of the class tokens to every patch, mean over heads (EViT, 3.1).
+        Only these rows are computed, so that the host's attention stays fused."""
+        inputs = self._need("class attention")
+        rows = inputs.q[..., : self.class_tokens, :]
+        bias = inputs.bias
+        if bias is not None and bias.shape[-2] > 1:
+            bias = bias[..., : self.class_tokens, :]
+        return self._attention(rows, bias)
+
+    def mean_attention(self) -> Tensor:
+        """``[B, n]``: attention of the mean patch query, mean over heads."""
+        inputs = self._need("attention of the mean query")
+        bias = inputs.bias
+        if bias is not None and bias.dtype != torch.bool:
+            bias = bias[..., inputs.prefix if bias.shape[-2] > 1 else 0 :, :].mean(-2, keepdim=True)
+        elif bias is not None:
+            bias = bias.any(-2, keepdim=True)
+        return self._attention(inputs.patch_queries.mean(-2, keepdim=True), bias)
+
+    def _attention(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        inputs = self._need("attention")
+        logits = inputs.replace(q=rows, bias=bias).logits()
+        return logits.float().softmax(-1).mean((1, 2))[:, inputs.prefix :]
+
+    def _need(self, what: str) -> AttentionInputs:
+        if self.attention is None:
+            raise InvalidOption(
+                f"{what} at block {self.layer} needs the block's own attention: set "
+                "place = 'middle' on the strategy"
+            )
+        return self.attention
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """What becomes of ``n`` patch tokens. Make one with `keep`, `top`, `where` or `merge`.
+
+    index: ``[B, m]``, the earlier token that each new one stands for. values: ``[B, m, C]``, None
+    for the kept tokens as they are. assign: ``[B, n]`` (or a function that returns it), where each
+    earlier token goes, -1 if dropped; None where ``index`` tells. size: ``[B, m]``, patches merged
+    into each. mask: ``[B, n]`` instead of ``index`` where every image keeps its own number. fuse:
+    ``[B, n]``, weights with which dropped tokens add up to one more token at the end (EViT, 3.2).
+    policy: ``[B, n]``, in training: nothing is dropped, but keys weigh as much as this says.
+    """
+
+    index: Tensor | None = None
+    values: Tensor | None = None
+    assign: Assign = None
+    size: Tensor | None = None
+    mask: Tensor | None = None
+    fuse: Tensor | None = None
+    policy: Tensor | None = None
+
+    @staticmethod
+    def keep(index: Tensor) -> Reduction:
+        """Keep the tokens at ``index`` ``[B, m]``, in that order."""
+        return Reduction(index=index)
+
+    @staticmethod
+    def top(scores: Tensor, keep: Budget, fuse: Tensor | None = None) -> Reduction | None:
+        """Keep the best-scored share or count of ``[B, n]``, in their order; None keeps all.
+
+        >>> Reduction.top(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 0.5).index.tolist()
+        [[1, 3]]
+        """
+        n = scores.shape[1]
+        count = count_of(keep, n)
+        if count == n:
+            return None
+        index = scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+        return Reduction(index=index, fuse=fuse)
+
+    @staticmethod
+    def where(mask: Tensor, fuse: Tensor | None = None) -> Reduction:
+        """Keep the tokens where a boolean ``[B, n]`` is True: each image its own number."""
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise InvalidType(
+                f"Reduction.where needs a boolean [B, n] tensor, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}; compare your scores with a threshold first"
+            )
+        return Reduction(mask=mask, fuse=fuse)
+
+    @staticmethod
+    def merge(x: Tensor, assign: Tensor, index: Tensor, size: Tensor | None = None) -> Reduction:
+        """Clusters: ``assign`` ``[B, n]`` names each token's cluster, ``index`` ``[B, m]`` the
+        token whose position the cluster has; values are means weighted by size ``[B, n]``."""
+        weight = torch.ones_like(assign, dtype=torch.float) if size is None else size
+        into = assign[..., None].expand_as(x)
+        total = x.new_zeros(x.shape[0], index.shape[1], x.shape[2]).scatter_add(
+            1, into, x * weight[..., None].to(x.dtype)
+        )
+        sizes = weight.new_zeros(index.shape).scatter_add(1, assign, weight)
+        values = total / sizes[..., None].to(x.dtype)
+        return Reduction(index=index, values=values, assign=assign, size=sizes)
+
+
+class TokenPlanner(Protocol):
+    """What a token strategy makes for one block; an `nn.Module` if it learns."""
+
+    def __call__(self, tokens: TokenInputs, /) -> Reduction | None: ...
+
+
+@dataclass(frozen=True)
+class TokenStrategy(Config):
+    """Which tokens later blocks carry. Subclass it as a frozen dataclass, set ``name``, override
+    `reduce` (or `planner`, if it learns).
+
+    layers: 0-based indices of the blocks where tokens are reduced; None is a quarter, half and
+    three quarters of the depth. restore: ``"auto"`` keeps the sequence short for classification
+    and gives original positions back to whoever asks for features, ``"unfold"`` and ``"scatter"``
+    always give them back after the last block (see `Stream.whole_of`), None never does.
+
+    >>> from dataclasses import dataclass
+    >>> from sparsiattn import Reduction, TokenStrategy
+    >>> @dataclass(frozen=True)
+    ... class Loudest(TokenStrategy):
+    ...     name = "loudest"
+    ...     keep: float = 0.7
+    ...     def reduce(self, tokens):
+    ...         return Reduction.top(tokens.x.norm(dim=-1), self.keep)
+    >>> Loudest(keep=0.5).to_dict()["options"]["keep"]
+    0.5
+    """
+
+    kind = "tokens"
+
+    per_layer: ClassVar[tuple[str, ...]] = ("keep",)
+    """Options that may be a list with one value per layer, or a function of the `Site`."""
+    place: ClassVar[Place] = "middle"
+    """Between attention and MLP, or at the block's ``"entry"``."""
+    needs_attention: ClassVar[bool] = False
+    """Whether `reduce` reads ``tokens.attention``."""
+
+    layers: Sequence[int] | None = field(default=None, kw_only=True)
+    restore: str | None = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _check_layers(self.layers))
+        for name in self.per_layer:
+            if isinstance(getattr(self, name, None), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.restore not in RESTORE:
+            raise InvalidOption(f"restore must be one of {RESTORE}, got {self.restore!r}")
+
+    def reduce(self, tokens: TokenInputs) -> Reduction | None:
+        """The reduction at one block; None leaves all tokens."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must override reduce(tokens), or planner(site) if it learns"
+        )
+
+    def planner(self, site: Site, width: int) -> TokenPlanner:
+        """What reduces at the block of ``site``, whose tokens are ``width`` wide."""
+        return StatelessTokens(self)
+
+    def reduces_at(self) -> Place:
+        return self.place
+
+    def reads_attention(self) -> bool:
+        return self.needs_attention
+
+    def proportional_attention(self) -> bool:
+        """Whether merged tokens weigh as keys by their size from the first reduction on."""
+        return False
+
+    def merges(self) -> bool:
+        """Whether a token may stand for several patches, so that plain averages would be wrong."""
+        return False
+
+    def check(self, tokens: int, first: bool) -> None:
+        """Raise where the budget is larger than the patch tokens there."""
+
+    def adapted(self, class_tokens: int, windowed: bool, model: str) -> TokenStrategy:
+        """This config for a model with so many class tokens, whose attention has windows or not;
+        raises what the model cannot honour."""
+        return self
+
+    def ragged(self) -> bool:
+        """Whether every image may keep its own number of tokens."""
+        return False
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+    def layers_in(self, depth: int) -> tuple[int, ...]:
+        """The block indices where tokens are reduced in a model of so many blocks."""
+        layers = self.default_layers(depth) if self.layers is None else tuple(self.layers)
+        bad = [layer for layer in layers if layer >= depth]
+        if bad:
+            raise InvalidOption(f"layers must be block indices in 0..{depth - 1}, got {bad}")
+        return layers
+
+    def at(self, site: Site, position: int, count: int) -> TokenStrategy:
+        """This config with lists and functions resolved for one of ``count`` layers."""
+        changes = {name: self._one(name, site, position, count) for name in self.per_layer}
+        present = {name: value for name, value in changes.items() if name in self.option_names()}
+        return replace(self, **present)
+
+    def _one(self, name: str, site: Site, position: int, count: int) -> Any:
+        value = getattr(self, name, None)
+        if callable(value):
+            return value(site)
+        if not isinstance(value, (list, tuple)):
+            return value
+        if len(value) != count:
+            raise InvalidOption(
+                f"{name} as a list needs one value per reducing layer: {count}, got {len(value)}"
+            )
+        return value[position]
+
+
+@dataclass(frozen=True)
+class StatelessTokens:
+    """A planner that keeps nothing: every call goes to the strategy's `reduce`."""
+
+    strategy: TokenStrategy
+
+    def __call__(self, tokens: TokenInputs, /) -> Reduction | None:
+        return self.strategy.reduce(tokens)
+
+
+def _check_layers(layers: object) -> tuple[int, ...]:
+    found = tuple(layers) if isinstance(layers, (list, tuple, range)) else ()
+    if not found or not all(type(layer) is int and layer >= 0 for layer in found):
+        raise InvalidOption(
+            f"layers must be a list of block indices, 0-based and at least one, got {layers!r}"
+        )
+    if list(found) != sorted(set(found)):
+        raise InvalidOption(f"layers must ascend and not repeat, got {list(found)}")
+    return found
