@@ -17,6 +17,7 @@ from torch import nn
 from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.interception import THREAD, install
+from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import (
     PLANNER,
@@ -51,6 +52,7 @@ class Patch:
         self.model, self.strategy, self.kernel = model, strategy, kernel
         self.backbone, self.input_shape, self.left = backbone.name, input_shape, tuple(left)
         self.found: tuple[Site, ...] = ()
+        self.unread: frozenset[str] = frozenset()  # sites whose attention weights nothing reads
         self.runtimes: list[SiteRuntime] = []
         self.edits: list[Edit] = []
         self.image: tuple[int, int] | None = None
@@ -249,6 +251,9 @@ def _attach_site(handle: Patch, runtime: SiteRuntime) -> None:
             raise InvalidOption(f"{runtime.site.name} already has a member named {PLANNER!r}")
         module.add_module(PLANNER, runtime.planner)
     handle._places.append((tuple(name.split(".")) if name else (), module))
+    if swap(module) and name not in handle.unread:
+        refuse = RefuseWeights(handle, name)
+        handle._handles.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
     opener = OpenScope(runtime)
     handle._handles.append(module.register_forward_pre_hook(opener))
     closer = CloseScope(opener)
@@ -262,6 +267,7 @@ def _remove(handle: Patch) -> None:
         for runtime, (_, module) in zip(handle.runtimes, handle._places, strict=False):
             if module._modules.get(PLANNER) is runtime.planner:
                 del module._modules[PLANNER]
+            swap_back(module)
         if not handle._paused:
             for edit in reversed(handle.edits):
                 edit.revert()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparsiattn.kernel import Choice, choose
 from sparsiattn.patterns import Dense, KeyIndex, Pattern
-from sparsiattn.probe import run_dry, skeleton
+from sparsiattn.probe import DryInputs, run_dry, skeleton
+from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
 
@@ -128,17 +129,22 @@ def report(handle: Patch) -> Report:
         sites=rows,
         untouched=tuple(site.name for site in idle),
         left=handle.left,
-        macs_dense=dense_macs(handle.model, handle.input_shape),
+        macs_dense=dense_macs(handle.model, _dry_images(handle)),
         mhsa_macs_dense=sum(site.macs for site in handle.found),
         mhsa_macs=spared + sum(known) if len(known) == len(rows) else None,
         predictor_macs=sum(row.predictor_macs for row in rows),
     )
 
 
-def dense_macs(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
+def _dry_images(handle: Patch) -> DryInputs:
+    adapter = REGISTRY.get("backbones", handle.backbone)
+    return adapter.dry_inputs(handle.model, handle.input_shape)  # type: ignore[no-any-return]
+
+
+def dense_macs(model: torch.nn.Module, inputs: DryInputs) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run executes."""
     with _mac_counter() as counter:
-        run_dry(skeleton(model), shape)
+        run_dry(skeleton(model), inputs)
     return int(counter.get_total_flops()) // 2
 
 
