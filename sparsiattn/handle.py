@@ -116,7 +116,9 @@ class Patch:
         """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
 
         Switches of the model itself (``fused_attn``) are turned back as well, for all threads. With
-        gradient checkpointing, run the backward pass inside the block too.
+        gradient checkpointing, run the backward pass inside the block too. Only
+        `nn.TransformerEncoderLayer`, which leaves its fused path wherever a hook hangs, can differ
+        by rounding.
         """
         before = THREAD.disabled
         THREAD.disabled = (*before, self.key)

@@ -148,10 +148,9 @@ class HuggingFace(_Host):
         stem = _stem_of(call)
         if stem is None:
             return True
-        appended = hasattr(stem, "detection_tokens")  # YOLOS
-        shuffled = (
-            getattr(getattr(stem, "config", None), "mask_ratio", 0) > 0
-        )  # masked autoencoders
+        # YOLOS appends tokens, masked autoencoders shuffle theirs
+        appended = hasattr(stem, "detection_tokens")
+        shuffled = getattr(getattr(stem, "config", None), "mask_ratio", 0) > 0
         return not (appended or shuffled or _takes_patches(stem))
 
     def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
