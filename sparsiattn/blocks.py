@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsiattn.probe import run_dry
+from sparsiattn.probe import DryInputs, run_dry
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -47,12 +47,12 @@ class Block:
     after: bool = True
 
 
-def find_blocks(model: nn.Module, sites: Iterable[str], shape: tuple[int, ...]) -> list[Block]:
+def find_blocks(model: nn.Module, sites: Iterable[str], inputs: DryInputs) -> list[Block]:
     """The blocks around these attention modules of a `skeleton`, in the order they run."""
     names = list(sites)
     trace = _Trace(model, names)
     with trace.recording():
-        run_dry(model, shape)
+        run_dry(model, inputs)
     homes: dict[str, list[str]] = {}
     for name in names:
         home = _home(model, name, trace.spans)
@@ -76,9 +76,9 @@ def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
     for name in [*reversed(above), site]:
         listed = isinstance(model.get_submodule(name.rpartition(".")[0]), _CONTAINERS)
         span = spans.get(name)
-        if listed and span is not None and span.taken == span.given:
-            if type(model.get_submodule(name)) not in _CONTAINERS:
-                return name
+        keeps_shape = span is not None and span.taken == span.given
+        if listed and keeps_shape and type(model.get_submodule(name)) not in _CONTAINERS:
+            return name
     return None
 
 
@@ -93,7 +93,7 @@ class _Trace(TorchDispatchMode):
     """Notes, for every module around a site, the calls of its children and the additions."""
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.sites = model, set(sites)
         self.watched = {home for site in sites for home in (site, *_ancestors(site))}
         self.spans: dict[str, Block] = {}

@@ -66,15 +66,14 @@ class BlockRuntime:
     def recall(self, x: Tensor, stream: Carried | None) -> Carried:
         """The stream that belongs to this input: the one at hand, or, when a checkpointed block
         runs again in the backward pass, the one that came with this very tensor."""
-        at_hand = stream is not None and stream.owner == self.owner.key
-        at_hand = at_hand and stream.layer == self.index
-        if stream is not None and at_hand:
-            if torch.compiler.is_compiling() or stream.given is x:
-                return stream
+        if stream is not None and (stream.owner, stream.layer) != (self.owner.key, self.index):
+            stream = None
+        if stream is not None and (torch.compiler.is_compiling() or stream.given is x):
+            return stream
         noted = self.entered.get(x.data_ptr())
         if noted is not None and noted[0]() is not None:
             return noted[1]
-        if stream is not None and at_hand:
+        if stream is not None:
             return stream
         raise ModelChanged(
             f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
@@ -269,8 +268,9 @@ class LeaveBlock:
         runtime, stream = self.runtime, THREAD.stream
         if stream is None or stream.owner != runtime.owner.key or runtime.idle():
             return None
-        out = host = first_tensor(output)
-        assert out is not None
+        host = first_tensor(output)
+        assert host is not None
+        out = host
         if THREAD.pending is not None:
             stream, short = THREAD.pending
             out = short + THREAD.branch

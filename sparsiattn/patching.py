@@ -191,7 +191,7 @@ def _find(
     bones = skeleton(model)
     for edit in backbone.edits(bones):
         edit.apply()
-    calls = probe(bones, shape)
+    calls = probe(bones, backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
     found, left = backbone.sites(calls, shape[-2] * columns / (shape[-1] * rows))
     if not found:
@@ -203,6 +203,7 @@ def _find(
     handle = Patch(model, strategy, kernel, backbone, shape, left)
     handle.follows_model = example is None
     handle.found = tuple(site for site, _ in found)
+    handle.unread = frozenset(call.name for call in calls if call.weights == "ignored")
     return bones, handle, found
 
 

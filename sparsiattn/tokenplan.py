@@ -23,14 +23,14 @@ from sparsiattn.tokens import TokenStrategy
 def carry(handle: Any, bones: nn.Module, tokens: TokenStrategy, schedule: dict[str, Any]) -> None:
     """Give the handle the blocks of its model and what each of them does."""
     sites = {site.name: site for site in handle.found}
-    blocks = find_blocks(bones, sites, handle.input_shape)
+    backbone = REGISTRY.get("backbones", handle.backbone)
+    blocks = find_blocks(bones, sites, backbone.dry_inputs(handle.model, handle.input_shape))
     model = type(handle.model).__name__
     if not blocks:
         raise InvalidOption(
             f"{model} has no blocks that tokens could skip: token strategies need modules that "
             "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
-    backbone = REGISTRY.get("backbones", handle.backbone)
     plain = is_plain(blocks, sites)
     class_tokens = backbone.class_tokens(handle.model) if plain else 0
     tokens = tokens.adapted(class_tokens, not plain, model)
@@ -83,7 +83,7 @@ def _resolve(
         layer: tokens.at(sites[blocks[layer].sites[0]], i, len(layers))
         for i, layer in enumerate(layers)
     }
-    lists = {
+    lists: dict[str, Any] = {
         name: [getattr(config, name) for config in one.values()]
         for name in tokens.per_layer
         if callable(getattr(tokens, name, None))
