@@ -37,13 +37,15 @@ class Tail:
 @dataclass(frozen=True)
 class Block:
     """One block. taken, given: shapes of its input and output for one image; sites: the paths of
-    the attention modules in it; after: whether its input is the output of the block before."""
+    the attention modules in it; head: the first module inside that takes the block's input; after:
+    whether its input is the output of the block before."""
 
     name: str
     taken: torch.Size
     given: torch.Size
     sites: tuple[str, ...]
     tail: Tail | None
+    head: str | None = None
     after: bool = True
 
 
@@ -144,17 +146,22 @@ class _Trace(TorchDispatchMode):
             if out is None or x is None:
                 return
             if name in self.watched:
-                tail = self._tail(name, out)
-                self.spans[name] = Block(name, x.shape, out.shape, (), tail)
+                events = self._inside(name)
+                tail, head = self._tail(events, out), _first(events, range(len(events)), "enter", x)
+                inner = None if head is None else head[1]
+                self.spans[name] = Block(name, x.shape, out.shape, (), tail, inner)
                 self._ends[name] = x, out
             self._events.append(("leave", name, out, None, None))
 
         return note
 
-    def _tail(self, name: str, out: Tensor) -> Tail | None:
+    def _inside(self, name: str) -> list[Any]:
+        """What happened since this module was entered."""
+        entered = [i for i, event in enumerate(self._events) if event[:2] == ("enter", name)]
+        return self._events[entered[-1] + 1 :]
+
+    def _tail(self, events: list[Any], out: Tensor) -> Tail | None:
         """How the block that just ran ends, if it ends in ``x + f(x)``."""
-        inside = [i for i, event in enumerate(self._events) if event[:2] == ("enter", name)]
-        events = self._events[inside[-1] + 1 :]
         attended = [i for i, e in enumerate(events) if e[0] == "leave" and e[1] in self.sites]
         adds = [i for i, e in enumerate(events) if e[0] == "add" and _same(e[2], out)]
         if not attended or not adds or adds[-1] < attended[-1]:

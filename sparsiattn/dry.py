@@ -86,16 +86,16 @@ def _shadow(handle: Patch, run: DryRun) -> tuple[Patch, nn.Module]:
     shadow = copy.copy(handle)
     shadow.__setstate__(dict(vars(handle)))
     shadow.model, shadow._handles, shadow._places = bones, [], []
-    shadow.runtimes = [
-        SiteRuntime(
-            one.site, one.layout, one.strategy, one.planner, one.kernels, one.explicit, shadow,
-            bones.get_submodule(one.site.name),
-        )
-        for one in handle.runtimes
-    ]  # fmt: skip
+    shadow.runtimes = [_dry_site(one, shadow) for one in handle.runtimes]
     shadow.blocks = [_dry_block(one, shadow, run) for one in handle.blocks]
     hook_up(shadow, adapter)
     return shadow, bones
+
+
+def _dry_site(runtime: SiteRuntime, shadow: Patch) -> SiteRuntime:
+    twin = copy.copy(runtime)
+    twin.owner, twin.module = shadow, shadow.model.get_submodule(runtime.site.name)
+    return twin
 
 
 def _dry_block(runtime: BlockRuntime, shadow: Patch, run: DryRun) -> _DryBlock:

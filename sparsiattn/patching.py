@@ -128,6 +128,8 @@ def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel,
     handle.runtimes.sort(key=lambda runtime: runtime.site.index)
     by_name = {runtime.site.name: runtime for runtime in handle.runtimes}
     for block in handle.blocks:
+        for name in block.block.sites if block.place != "bypass" else ():
+            by_name[name].block = block.index
         if isinstance(block.planner, torch.nn.Module):
             runtime = by_name[block.site.name]
             if not isinstance(runtime.planner, torch.nn.Module):

@@ -35,7 +35,7 @@ def carry(handle: Any, bones: nn.Module, tokens: TokenStrategy, schedule: dict[s
     class_tokens = backbone.class_tokens(handle.model) if plain else 0
     tokens = tokens.adapted(class_tokens, not plain, model)
     if not plain:
-        check_hierarchy(tokens, model)
+        check_hierarchy(tokens, model, blocks)
     tokens, resolved = _resolve(tokens, blocks, sites, schedule)
     handle.tokens = tokens
     handle.proportional = tokens.proportional_attention()
@@ -61,8 +61,14 @@ def is_plain(blocks: Sequence[Block], sites: dict[str, Site]) -> bool:
     return len(shapes) == 1 and len(blocks[0].taken) == 3 and whole
 
 
-def check_hierarchy(tokens: TokenStrategy, model: str) -> None:
+def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> None:
     """In windows and stages the grid must stay: only the MLP can be spared."""
+    if blocks[0].taken[0] != 1:
+        raise InvalidOption(
+            f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
+            f"image: {list(blocks[0].taken)}), which token strategies cannot make shorter; use an "
+            "attention strategy such as 'connectivity'"
+        )
     if not tokens.reads_attention() and not tokens.ragged():
         return
     raise InvalidOption(
@@ -112,7 +118,7 @@ def _place(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> str:
 def _planner(runtime: BlockRuntime, model: nn.Module) -> Any:
     assert runtime.strategy is not None
     with torch.inference_mode(False):
-        planner = runtime.strategy.planner(runtime.site, runtime.block.taken[-1])
+        planner = runtime.strategy.planner(runtime.site, runtime.block.given[-1])
         if isinstance(planner, nn.Module):
             like = next(model.get_submodule(runtime.block.name).parameters(), None)
             if like is not None:
