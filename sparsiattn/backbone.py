@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,15 +17,6 @@ from sparsiattn.probe import Call, DryInputs, image_inputs
 from sparsiattn.site import Site
 
 Pooling = Literal["prefix", "avg", "max", "other"]
-
-
-class Absent(Enum):
-    """Stands for an instance attribute that was not there before an `Edit`."""
-
-    ABSENT = "absent"
-
-
-ABSENT = Absent.ABSENT
 
 
 @dataclass(frozen=True)
@@ -43,10 +33,7 @@ class Edit:
         setattr(self.module, self.attribute, self.value)
 
     def revert(self) -> None:
-        if self.before is ABSENT:
-            vars(self.module).pop(self.attribute, None)
-        else:
-            setattr(self.module, self.attribute, self.before)
+        setattr(self.module, self.attribute, self.before)
 
 
 class Backbone:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparsiattn.carrying import BlockRuntime, Carried
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
-from sparsiattn.handle import Patch, hook_up
+from sparsiattn.features import unwatch, watch
+from sparsiattn.handle import Patch, feature_modules, hook_up
 from sparsiattn.interception import THREAD
 from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.registry import REGISTRY
@@ -88,6 +89,9 @@ def _shadow(handle: Patch, run: DryRun) -> tuple[Patch, nn.Module]:
     shadow.model, shadow._handles, shadow._places = bones, [], []
     shadow.runtimes = [_dry_site(one, shadow) for one in handle.runtimes]
     shadow.blocks = [_dry_block(one, shadow, run) for one in handle.blocks]
+    for module in feature_modules(shadow):
+        unwatch(module)
+        watch(module, shadow)
     hook_up(shadow, adapter)
     return shadow, bones
 

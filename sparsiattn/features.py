@@ -1,7 +1,14 @@
-"""Who asks for original positions: methods and arguments of the host that return features."""
+"""Who asks for original positions: methods and arguments of the host that return features.
+
+While a model carries fewer tokens its class is swapped for one that notes which of its methods was
+called. Unlike attributes of the instance, a class survives deepcopy, pickle and `nn.DataParallel`;
+unlike hooks, its methods are part of what torch.compile traces.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -11,63 +18,97 @@ from sparsiattn.errors import InvalidOption
 from sparsiattn.interception import THREAD, install
 
 METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
+OWNER = "_sparsiattn_owner"
 
 
-class FeatureMethod:
-    """Stands before a method of the host that returns features, as an attribute of the instance:
-    outside the model's own forward its caller gets original positions. Copies and pickles."""
+class Watched:
+    """Mixin of the swapped classes: pickles and copies as (its host's class, its state)."""
 
-    def __init__(self, owner: Any, module: nn.Module, name: str) -> None:
-        self.owner, self.module, self.name = owner, module, name
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made, _, *rest = super().__reduce_ex__(protocol)
+        host = type(self).__mro__[2]
+        return (_empty, (host,), *rest)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(type(self.module), self.name)
-        if self.owner is None:  # in the copy without data that a dry run makes
-            return method(self.module, *args, **kwargs)
-        key, inside = self.owner.key, THREAD.inside
-        if self.name == "forward_features" and key in inside:
-            return method(self.module, *args, **kwargs)
-        if not inside:
-            THREAD.stream = None  # an error may have left one
-        before = THREAD.features
-        THREAD.features = features_for(self.owner, f"{self.name}()")
-        THREAD.inside = (*inside, key)  # forward_intermediates may call forward_features
+
+def _empty(host: type) -> Any:
+    kind = watched_class(host)
+    return kind.__new__(kind)
+
+
+@cache
+def watched_class(host: type) -> Any:
+    """A subclass of the host's class, of the same name, that notes how it is called."""
+    methods: dict[str, Any] = {"forward": _forward(host)}
+    methods |= {name: _features(host, name) for name in METHODS if hasattr(host, name)}
+    return type(host.__name__, (Watched, host), {**methods, "__module__": host.__module__})
+
+
+def watch(module: nn.Module, owner: Any) -> None:
+    vars(module)[OWNER] = owner
+    module.__class__ = watched_class(type(module))
+
+
+def unwatch(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    vars(module).pop(OWNER, None)
+    if isinstance(module, Watched):
+        setattr(module, "__class__", type(module).__mro__[2])  # noqa: B010
+
+
+def _forward(host: Any) -> Callable[..., Any]:
+    """The host's forward, known to be the one that calls whatever runs inside."""
+
+    @wraps(host.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = vars(self).get(OWNER)
+        if owner is None or owner.model is not self or owner.key in THREAD.inside:
+            return host.forward(self, *args, **kwargs)
+        inside, features = THREAD.inside, THREAD.features
+        THREAD.inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
+        if owner.key not in THREAD.disabled and _hidden_states(self, kwargs):
+            THREAD.features = features_for(owner, "output_hidden_states=True")
         try:
-            return method(self.module, *args, **kwargs)
+            return host.forward(self, *args, **kwargs)
         finally:
-            THREAD.features, THREAD.inside = before, inside
+            THREAD.inside, THREAD.features = inside, features
+
+    return forward
+
+
+def _features(host: Any, name: str) -> Callable[..., Any]:
+    """A method of the host that returns features: outside the model's own forward its caller gets
+    original positions."""
+    method = getattr(host, name)
+
+    @wraps(method)
+    def features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = vars(self).get(OWNER)
+        if owner is None or owner.key in THREAD.disabled:
+            return method(self, *args, **kwargs)
+        if name == "forward_features" and owner.key in THREAD.inside:
+            return method(self, *args, **kwargs)
+        inside, before = THREAD.inside, THREAD.features
+        THREAD.features = features_for(owner, f"{name}()")
+        THREAD.inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            THREAD.inside, THREAD.features = inside, before
+
+    return features
 
 
 class EnterModel:
-    """Forward pre-hook of the model: it must be whole, and whether its caller wants features."""
+    """Forward pre-hook of the model: refuses to run if a patched site was replaced or deleted."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        owner = self.owner
+    def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             THREAD.top = None  # an interrupt (no Exception) may have left a scope open
-            THREAD.stream = None
             install()  # somebody may have put the original function back
-            owner.before_forward()
-        if owner.blocks:
-            THREAD.inside = (*THREAD.inside, owner.key)
-            if owner.key not in THREAD.disabled and _hidden_states(module, kwargs):
-                THREAD.features = features_for(owner, "output_hidden_states=True")
-
-
-class LeaveModel:
-    """Forward hook of the model, called also when it raised."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        key = self.owner.key
-        THREAD.inside = without(THREAD.inside, key)
-        if key not in THREAD.inside:
-            THREAD.features = without(THREAD.features, key)
+            self.owner.before_forward()
 
 
 def features_for(owner: Any, what: str) -> tuple[int, ...]:
@@ -77,15 +118,7 @@ def features_for(owner: Any, what: str) -> tuple[int, ...]:
             f"{what} returns one feature for each patch, and the patch was made with restore=None, "
             "which never puts tokens back: use restore='auto'"
         )
-    return (*THREAD.features, owner.key)
-
-
-def without(keys: tuple[int, ...], key: int) -> tuple[int, ...]:
-    """``keys`` with the last ``key`` taken out."""
-    for i in range(len(keys) - 1, -1, -1):
-        if keys[i] == key:
-            return keys[:i] + keys[i + 1 :]
-    return keys
+    return THREAD.features + (owner.key,)  # type: ignore[no-any-return]  # noqa: RUF005
 
 
 def _hidden_states(module: nn.Module, kwargs: dict[str, Any]) -> bool:

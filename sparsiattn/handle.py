@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsiattn.backbone import ABSENT, Backbone, Edit
+from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.carrying import BlockRuntime, hook_block
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
-from sparsiattn.features import METHODS, EnterModel, FeatureMethod, LeaveModel
+from sparsiattn.features import METHODS, EnterModel, unwatch, watch
 from sparsiattn.interception import THREAD, install
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.registry import REGISTRY
@@ -273,11 +273,13 @@ def attach(handle: Patch) -> None:
     try:
         handle.model.__dict__[MARK] = handle
         adapter = REGISTRY.get("backbones", handle.backbone)
-        handle.edits = adapter.edits(handle.model) + feature_edits(handle)
+        handle.edits = adapter.edits(handle.model)
         for edit in handle.edits:
             edit.apply()
         for runtime in handle.runtimes:
             _add_planner(handle, runtime)
+        for module in feature_modules(handle):
+            watch(module, handle)
         hook_up(handle, adapter)
     except BaseException:
         _remove(handle)
@@ -291,9 +293,7 @@ def hook_up(handle: Patch, adapter: Backbone) -> None:
     hooks = handle._handles
     hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
     # before the sites': the model itself may be one
-    hooks.append(model.register_forward_pre_hook(EnterModel(handle), with_kwargs=True))
-    if handle.blocks:
-        hooks.append(model.register_forward_hook(LeaveModel(handle), always_call=True))
+    hooks.append(model.register_forward_pre_hook(EnterModel(handle)))
     for runtime in handle.runtimes:
         _hook_site(handle, runtime)
     for block in handle.blocks:
@@ -303,15 +303,15 @@ def hook_up(handle: Patch, adapter: Backbone) -> None:
             handle._places.append((tuple(name.split(".")), model.get_submodule(name)))
 
 
-def feature_edits(handle: Patch) -> list[Edit]:
-    """Methods that return features tell the patch so, where it makes sequences shorter."""
+def feature_modules(handle: Patch) -> list[nn.Module]:
+    """The model, and every part of it with methods that return features, where sequences get
+    shorter."""
     if not handle.blocks or handle.blocks[0].place == "bypass":
         return []
     return [
-        Edit(module, name, FeatureMethod(handle, module, name), ABSENT)
+        module
         for module in handle.model.modules()
-        for name in METHODS
-        if hasattr(type(module), name)
+        if module is handle.model or any(hasattr(type(module), name) for name in METHODS)
     ]
 
 
@@ -341,6 +341,8 @@ def _remove(handle: Patch) -> None:
     with _SWITCHING:
         for hook in handle._handles:
             hook.remove()
+        for module in feature_modules(handle):
+            unwatch(module)
         for runtime in handle.runtimes:
             if runtime.module._modules.get(PLANNER) is runtime.planner:
                 del runtime.module._modules[PLANNER]

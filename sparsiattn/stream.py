@@ -84,7 +84,6 @@ class Stream:
 
     def source(self) -> Tensor:
         """``[B, n0]``: the present place of every original patch token, -1 where it is gone."""
-        assert self.steps
         place = self.steps[0].targets()
         for step in self.steps[1:]:
             moved = step.targets().gather(1, place.clamp_min(0))

@@ -111,7 +111,7 @@ class ConnectivityPlanner(LearnedPlanner):
         """Predicted connectivity, ``[B, H, R, Nk]``, one row per patch query or tile."""
         down, up = self._tables(inputs)
         coefficients = self._keep_top(self.coefficients(inputs, down))
-        scores = coefficients @ self._basis(up).mT.to(coefficients.dtype)
+        scores = coefficients @ _for_heads(self._basis(up)).mT.to(coefficients.dtype)
         if not self.strategy.salience:
             return scores
         # exponents in single precision and bounded: half precision ends at e^11
@@ -122,7 +122,7 @@ class ConnectivityPlanner(LearnedPlanner):
         keys of a cell stand out, whoever asks."""
         mean = inputs.patch_queries.mean(-2, keepdim=True)
         logits = mean @ inputs.k.mT * inputs.scale
-        down, up = down.to(logits.dtype), up.to(logits.dtype)
+        down, up = (_for_heads(table).to(logits.dtype) for table in (down, up))
         return logits - logits @ down @ up.mT
 
     def coefficients(self, inputs: AttentionInputs, down: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class ConnectivityPlanner(LearnedPlanner):
         q, k = inputs.row_queries, inputs.k
         if self.project_q is not None and self.project_k is not None:
             q, k = self.project_q(q), self.project_k(k)
-        reduced = torch.einsum("bhnd,nk->bhkd", k, down.to(k.dtype))
+        reduced = _for_heads(down).to(k.dtype).mT @ k
         scale = inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
         return (q @ reduced.mT * scale).softmax(-1)
 
@@ -157,16 +157,21 @@ class ConnectivityPlanner(LearnedPlanner):
         return (shares - target.detach()).square().sum(-1).mean()
 
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """W_down and W_up at this call's resolution."""
-        if inputs.keys_grid == self.grid:
+        """W_down and W_up at this call's resolution, ``[Nk, K]``; where tokens were dropped or
+        merged, those of the ones that are left, ``[B, Nk, K]``."""
+        down, up = self._whole_tables(inputs.whole_grid)
+        return inputs.follow(down), inputs.follow(up)
+
+    def _whole_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        if grid == self.grid:
             return self.down, self.up
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._resize(inputs.keys_grid)
-        key = (inputs.keys_grid, *(_identity(table) for table in (self.down, self.up)))
+            return self._resize(grid)
+        key = (grid, *(_identity(table) for table in (self.down, self.up)))
         cached = self._resized
         if cached is None or cached[0] != key:
             with torch.inference_mode(False):
-                down, up = self._resize(inputs.keys_grid)
+                down, up = self._resize(grid)
                 cached = (key, down.detach(), up.detach())
             self._resized = cached
         return cached[1], cached[2]
@@ -179,6 +184,11 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.where(patches, down * ratio, down), resize_table(
             self.up, self.grid, grid, self.prefix
         )
+
+
+def _for_heads(table: Tensor) -> Tensor:
+    """``[Nk, K]`` as it is, ``[B, Nk, K]`` with an axis for heads."""
+    return table if table.dim() == 2 else table.unsqueeze(1)
 
 
 def _identity(table: Tensor) -> tuple[object, ...]:

@@ -28,6 +28,10 @@ class Local(Strategy):
     background: int | None = 2
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
+        stream = inputs.stream
+        if stream is not None and stream.reduced:
+            places = inputs.follow(_padded_positions(stream.grid, inputs.prefix, inputs.k.device))
+            return Pattern.top(_between(places, inputs.prefix), self.k)  # type: ignore[arg-type]
         scores = geometry.table(
             nearness, inputs.query_grid, inputs.keys_grid, inputs.prefix, device=inputs.k.device
         )
@@ -42,3 +46,18 @@ def nearness(queries: Grid, keys: Grid, prefix: int, *, device: torch.device) ->
     score = -(q[:, None] - k[None]).square().sum(-1)
     last = score.new_full((score.shape[0], prefix), float(-(keys[0] ** 2 + keys[1] ** 2 + 1)))
     return torch.cat([last, score], dim=-1)[None, None]
+
+
+def _padded_positions(grid: Grid, prefix: int, device: torch.device) -> Tensor:
+    """``[P + n0, 2]``: row and column of every patch; prefix tokens have none."""
+    size = torch.tensor(grid, device=device, dtype=torch.float)
+    places = geometry.table(geometry.positions, grid, device=device) * size
+    return torch.nn.functional.pad(places, (0, 0, prefix, 0))
+
+
+def _between(places: Tensor, prefix: int) -> Tensor:
+    """`nearness` of the tokens that are left, ``[B, 1, n, P + n]``."""
+    patches = places[:, prefix:]
+    score = -(patches[:, :, None] - patches[:, None]).square().sum(-1)
+    last = score.amin((1, 2), keepdim=True).expand(-1, score.shape[1], prefix) - 1
+    return torch.cat([last, score], dim=-1).unsqueeze(1)
