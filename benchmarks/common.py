@@ -49,6 +49,12 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def fastest_ms(call: Callable[[], Any], repeats: int) -> float:
+    """The fastest of some calls after one to warm up, in milliseconds."""
+    call()
+    return min(1e3 * _seconds(call) for _ in range(repeats))
+
+
 def machine() -> dict[str, Any]:
     """Versions and hardware, without names of machines or paths."""
     card: dict[str, Any] = {

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
 
 import timm
 import torch
-from common import write
+from common import fastest_ms, write
 
 import sparsiattn
 
@@ -42,16 +41,6 @@ def forward_overhead(name: str, rounds: int, repeats: int = 8) -> dict[str, Any]
         "rounds": rounds,
         "forwards_a_side": repeats,
     }
-
-
-def fastest_ms(call: Callable[[], Any], repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
 
 
 def patch_seconds(name: str, repeats: int = 5) -> float:

@@ -13,8 +13,11 @@ from torch import nn
 from sparsiattn import geometry
 from sparsiattn.geometry import Grid
 from sparsiattn.layout import Layout
-from sparsiattn.probe import Call
+from sparsiattn.multihead import why_not_reached
+from sparsiattn.probe import Call, DryInputs, image_inputs
 from sparsiattn.site import Site
+
+Pooling = Literal["prefix", "avg", "max", "other"]
 
 
 class Absent(Enum):
@@ -28,9 +31,10 @@ ABSENT = Absent.ABSENT
 
 @dataclass(frozen=True)
 class Edit:
-    """One attribute of one module that patching switches and unpatching switches back."""
+    """One attribute of one module (or of its configuration) that patching switches and unpatching
+    switches back."""
 
-    module: nn.Module
+    module: Any
     attribute: str
     value: Any
     before: Any
@@ -75,13 +79,24 @@ class Backbone:
         side = getattr(config, "image_size", None)
         return None if side is None else (1, getattr(config, "num_channels", 3), *_pair(side))
 
+    def dry_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+        """What to call the model with in a dry run for an image of this shape: meta tensors."""
+        return image_inputs(model, shape)
+
     def edits(self, model: nn.Module) -> list[Edit]:
         """Switches that make every attention module call scaled dot product attention."""
-        return [
+        fused = [
             Edit(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
             if getattr(module, "fused_attn", None) is False and not over_channels(module)
         ]
+        # nn.TransformerEncoder with padding: only its fused layers can take nested tensors
+        nested = [
+            Edit(module, "use_nested_tensor", False, True)
+            for module in model.modules()
+            if getattr(module, "use_nested_tensor", None) is True
+        ]
+        return fused + nested
 
     def image_module(self, model: nn.Module) -> nn.Module:
         """The module whose first argument is the image."""
@@ -94,15 +109,20 @@ class Backbone:
         return count if isinstance(count, int) else 0
 
     def class_tokens(self, model: nn.Module) -> int:
-        """CLS and distillation tokens, the first ones of the sequence."""
-        tokens = ("cls_token", "dist_token")
-        return sum(
-            any(isinstance(getattr(m, name, None), nn.Parameter) for m in model.modules())
-            for name in tokens
-        )
+        """How many of the leading prefix tokens are class tokens (CLS, then distillation): they
+        come first in the sequence, before registers. 0 if there is none."""
+        for module in model.modules():
+            prefix = getattr(module, "num_prefix_tokens", None)
+            if isinstance(prefix, int):
+                found = (count_class_tokens(child) for child in module.modules())
+                return min(prefix, next(filter(None, found), 0))
+        return 0
 
-    def pooling(self, model: nn.Module) -> Literal["prefix", "avg", "max", "other"]:
-        return "prefix" if getattr(model, "global_pool", "") == "token" else "other"
+    def pooling(self, model: nn.Module) -> Pooling:
+        """What the model's head reads of the final token sequence: ``"prefix"`` tokens only, the
+        ``"avg"`` or ``"max"`` of the patch tokens, or ``"other"``: both, all tokens (no head),
+        attention pooling, unknown."""
+        return "other"
 
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
         """Rows and columns of ``n`` patch tokens (of one window)."""
@@ -134,8 +154,11 @@ class Backbone:
             return "a single query (pooling head): nothing to save"
         if over_channels(call.module):
             return "attention over channels, not over tokens"
-        if isinstance(call.module, nn.MultiheadAttention):
-            return "nn.MultiheadAttention: its fast path in eval mode would pass the patch by"
+        if call.weights == "read":
+            return "the model reads its attention weights (need_weights=True)"
+        unreached = why_not_reached(call.module)
+        if unreached is not None:
+            return unreached
         if not call.uniform:
             return f"{call.count} calls of attention with different shapes"
         return None
@@ -187,6 +210,16 @@ class Backbone:
 def over_channels(module: nn.Module) -> bool:
     """Cross-covariance attention (XCiT): the module has a temperature per head."""
     return isinstance(getattr(module, "temperature", None), nn.Parameter)
+
+
+def count_class_tokens(module: nn.Module) -> int:
+    """CLS and distillation tokens held by this module itself, by the names in use."""
+    kinds = (("cls_token", "class_token", "class_embedding"), ("distillation_token", "dist_token"))
+    return sum(any(_is_tensor(module, name) for name in names) for names in kinds)
+
+
+def _is_tensor(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), torch.Tensor)
 
 
 def head_count(module: nn.Module) -> int | None:

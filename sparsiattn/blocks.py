@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsiattn.probe import run_dry
+from sparsiattn.probe import DryInputs, run_dry
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -37,22 +37,24 @@ class Tail:
 @dataclass(frozen=True)
 class Block:
     """One block. taken, given: shapes of its input and output for one image; sites: the paths of
-    the attention modules in it; after: whether its input is the output of the block before."""
+    the attention modules in it; head: the first module inside that takes the block's input; after:
+    whether its input is the output of the block before."""
 
     name: str
     taken: torch.Size
     given: torch.Size
     sites: tuple[str, ...]
     tail: Tail | None
+    head: str | None = None
     after: bool = True
 
 
-def find_blocks(model: nn.Module, sites: Iterable[str], shape: tuple[int, ...]) -> list[Block]:
+def find_blocks(model: nn.Module, sites: Iterable[str], inputs: DryInputs) -> list[Block]:
     """The blocks around these attention modules of a `skeleton`, in the order they run."""
     names = list(sites)
     trace = _Trace(model, names)
     with trace.recording():
-        run_dry(model, shape)
+        run_dry(model, inputs)
     homes: dict[str, list[str]] = {}
     for name in names:
         home = _home(model, name, trace.spans)
@@ -76,9 +78,9 @@ def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
     for name in [*reversed(above), site]:
         listed = isinstance(model.get_submodule(name.rpartition(".")[0]), _CONTAINERS)
         span = spans.get(name)
-        if listed and span is not None and span.taken == span.given:
-            if type(model.get_submodule(name)) not in _CONTAINERS:
-                return name
+        keeps_shape = span is not None and span.taken == span.given
+        if listed and keeps_shape and type(model.get_submodule(name)) not in _CONTAINERS:
+            return name
     return None
 
 
@@ -93,7 +95,7 @@ class _Trace(TorchDispatchMode):
     """Notes, for every module around a site, the calls of its children and the additions."""
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.sites = model, set(sites)
         self.watched = {home for site in sites for home in (site, *_ancestors(site))}
         self.spans: dict[str, Block] = {}
@@ -144,17 +146,22 @@ class _Trace(TorchDispatchMode):
             if out is None or x is None:
                 return
             if name in self.watched:
-                tail = self._tail(name, out)
-                self.spans[name] = Block(name, x.shape, out.shape, (), tail)
+                events = self._inside(name)
+                tail, head = self._tail(events, out), _first(events, range(len(events)), "enter", x)
+                inner = None if head is None else head[1]
+                self.spans[name] = Block(name, x.shape, out.shape, (), tail, inner)
                 self._ends[name] = x, out
             self._events.append(("leave", name, out, None, None))
 
         return note
 
-    def _tail(self, name: str, out: Tensor) -> Tail | None:
+    def _inside(self, name: str) -> list[Any]:
+        """What happened since this module was entered."""
+        entered = [i for i, event in enumerate(self._events) if event[:2] == ("enter", name)]
+        return self._events[entered[-1] + 1 :]
+
+    def _tail(self, events: list[Any], out: Tensor) -> Tail | None:
         """How the block that just ran ends, if it ends in ``x + f(x)``."""
-        inside = [i for i, event in enumerate(self._events) if event[:2] == ("enter", name)]
-        events = self._events[inside[-1] + 1 :]
         attended = [i for i, e in enumerate(events) if e[0] == "leave" and e[1] in self.sites]
         adds = [i for i, e in enumerate(events) if e[0] == "add" and _same(e[2], out)]
         if not attended or not adds or adds[-1] < attended[-1]:

@@ -45,9 +45,10 @@ class BlockRuntime:
         self.strategy, self.planner, self.place = strategy, planner, place
         self.first = self.last = False
         self.entered: dict[int, tuple[Any, Carried]] = {}
+        self.inside: dict[int, tuple[Any, Carried]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entered": {}}
+        return {**self.__dict__, "entered": {}, "inside": {}}
 
     @property
     def asks(self) -> bool:
@@ -66,29 +67,29 @@ class BlockRuntime:
     def recall(self, x: Tensor, stream: Carried | None) -> Carried:
         """The stream that belongs to this input: the one at hand, or, when a checkpointed block
         runs again in the backward pass, the one that came with this very tensor."""
-        at_hand = stream is not None and stream.owner == self.owner.key
-        at_hand = at_hand and stream.layer == self.index
-        if stream is not None and at_hand:
-            if torch.compiler.is_compiling() or stream.given is x:
-                return stream
+        if stream is not None and (stream.owner, stream.layer) != (self.owner.key, self.index):
+            stream = None
+        if stream is not None and (torch.compiler.is_compiling() or stream.given is x):
+            return stream
         noted = self.entered.get(x.data_ptr())
         if noted is not None and noted[0]() is not None:
             return noted[1]
-        if stream is not None and at_hand:
+        if stream is not None:
             return stream
         raise ModelChanged(
             f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
             f"is only known after block {self.index - 1}; run the whole model, or unpatch() first"
         )
 
-    def note(self, x: Tensor, stream: Carried) -> None:
-        """Keep the stream for a backward pass that runs this block again from the same input."""
-        if torch.compiler.is_compiling() or self.first:
+    def note(self, x: Tensor, stream: Carried, inside: bool = False) -> None:
+        """Keep the stream for a backward pass that runs this block, or only what is inside its
+        forward, again from the same input."""
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
             return
-        if torch.is_grad_enabled() or x.requires_grad:
-            for key in [key for key, (alive, _) in self.entered.items() if alive() is None]:
-                del self.entered[key]
-            self.entered[x.data_ptr()] = (ref(x), stream)
+        table = self.inside if inside else self.entered
+        for key in [key for key, (alive, _) in table.items() if alive() is None]:
+            del table[key]
+        table[x.data_ptr()] = (ref(x), stream)
 
     def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
@@ -208,9 +209,32 @@ class EnterBlock:
         if runtime.place == "entry":
             stream, short = runtime.reduce(stream, short)
         THREAD.stream = stream
+        runtime.note(short, stream, inside=True)
         if not stream.reduced:
             return None
         return _replaced(args, kwargs, x, short, stream)
+
+
+class ReopenBlock:
+    """Forward pre-hook of the first module in a block: where only the block's forward is
+    checkpointed (transformers), the backward pass runs it again without the block's own hooks."""
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        runtime = self.runtime
+        if torch.compiler.is_compiling() or not runtime.inside or runtime.idle():
+            return
+        slot = "spared" if runtime.place == "bypass" else "stream"
+        stream = getattr(THREAD, slot)
+        if stream is not None and stream.layer == runtime.index:
+            return
+        noted = runtime.inside.get(args[0].data_ptr()) if args else None
+        if noted is not None and noted[0]() is not None:
+            setattr(THREAD, slot, noted[1])
+            THREAD.asked = THREAD.pending = THREAD.branch = None
+            THREAD.asks = runtime.asks
 
 
 def _replaced(args: Any, kwargs: Any, x: Tensor, short: Tensor, stream: Carried) -> Any:
@@ -269,10 +293,12 @@ class LeaveBlock:
         runtime, stream = self.runtime, THREAD.stream
         if stream is None or stream.owner != runtime.owner.key or runtime.idle():
             return None
-        out = host = first_tensor(output)
-        assert out is not None
+        host = first_tensor(output)
+        assert host is not None
+        out = host
         if THREAD.pending is not None:
             stream, short = THREAD.pending
+            refuse_reentrant(runtime, host, short)
             out = short + THREAD.branch
             THREAD.pending = THREAD.branch = None
         elif runtime.place == "exit":
@@ -298,6 +324,16 @@ class LeaveBlock:
         return out
 
 
+def refuse_reentrant(runtime: BlockRuntime, host: Tensor, short: Tensor) -> None:
+    """Tokens that leave a reentrant checkpoint past its output would get no gradient."""
+    if torch.is_grad_enabled() and host.requires_grad and not short.requires_grad:
+        raise ModelChanged(
+            f"block {runtime.block.name!r} checkpoints its own forward with use_reentrant=True, "
+            "which would lose the gradient of reduced tokens: enable gradient checkpointing with "
+            "use_reentrant=False"
+        )
+
+
 def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
     """A block's output (a tensor, or a tuple that starts with one) with that tensor exchanged."""
     if isinstance(output, Tensor):
@@ -321,6 +357,7 @@ class EnterSpared:
         assert x is not None
         stream = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.spared)
         runtime.note(x, stream)
+        runtime.note(x, stream, inside=True)
         THREAD.spared = stream
 
 
@@ -359,13 +396,17 @@ class LeaveBypass:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        runtime = self.runtime
-        if runtime.idle() or THREAD.pending is None:
+        runtime, stream = self.runtime, THREAD.spared
+        if runtime.idle() or stream is None or stream.owner != runtime.owner.key:
             return None
-        (stream, _), branch = THREAD.pending, THREAD.branch
-        THREAD.pending = THREAD.branch = None
         host = first_tensor(output)
         assert host is not None
+        if THREAD.pending is None:
+            THREAD.spared = replace(stream, layer=runtime.index + 1, given=host)
+            return None
+        (stream, short), branch = THREAD.pending, THREAD.branch
+        THREAD.pending = THREAD.branch = None
+        refuse_reentrant(runtime, host, short)
         flat = host.reshape(host.shape[0], -1, host.shape[-1])
         if stream.policy is not None:
             branch = branch.reshape(flat.shape) * stream.policy[..., None].to(branch.dtype)
@@ -388,6 +429,9 @@ def hook_block(model: nn.Module, runtime: BlockRuntime) -> list[Any]:
         module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
         module.register_forward_hook(leave, prepend=True),
     ]
+    if runtime.block.head is not None:
+        head = model.get_submodule(runtime.block.head)
+        hooks.append(head.register_forward_pre_hook(ReopenBlock(runtime)))
     if tail is not None and runtime.place in ("middle", "bypass"):
         enter = EnterBypass(runtime) if bypass else EnterTail(runtime)
         entry, last = model.get_submodule(tail.entry), model.get_submodule(tail.exit)

@@ -1,4 +1,4 @@
-"""What attention and token strategies have in common: a named, immutable, JSON-serialisable config."""
+"""What all strategies have in common: a named, immutable, JSON-serialisable config."""
 
 from __future__ import annotations
 

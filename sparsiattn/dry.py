@@ -14,7 +14,7 @@ from sparsiattn.carrying import BlockRuntime, Carried
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
 from sparsiattn.handle import Patch, hook_up
 from sparsiattn.interception import THREAD
-from sparsiattn.probe import run_dry, skeleton
+from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
@@ -53,6 +53,12 @@ class _DryBlock(BlockRuntime):
         return out
 
 
+def dry_inputs(handle: Patch) -> DryInputs:
+    """What a dry run of the handle's model takes."""
+    adapter = REGISTRY.get("backbones", handle.backbone)
+    return adapter.dry_inputs(handle.model, handle.input_shape)  # type: ignore[no-any-return]
+
+
 def dry_run(handle: Patch) -> DryRun:
     """One forward pass of a copy without data, patched like the handle's model."""
     run = DryRun()
@@ -65,7 +71,7 @@ def dry_run(handle: Patch) -> DryRun:
     THREAD.observer = (shadow.key, observe)
     try:
         with mac_counter() as counter:
-            run.output = shapes(run_dry(bones, handle.input_shape))
+            run.output = shapes(run_dry(bones, dry_inputs(handle)))
     finally:
         THREAD.observer = before
     run.macs = int(counter.get_total_flops()) // 2
@@ -80,16 +86,16 @@ def _shadow(handle: Patch, run: DryRun) -> tuple[Patch, nn.Module]:
     shadow = copy.copy(handle)
     shadow.__setstate__(dict(vars(handle)))
     shadow.model, shadow._handles, shadow._places = bones, [], []
-    shadow.runtimes = [
-        SiteRuntime(
-            one.site, one.layout, one.strategy, one.planner, one.kernels, one.explicit, shadow,
-            bones.get_submodule(one.site.name),
-        )
-        for one in handle.runtimes
-    ]  # fmt: skip
+    shadow.runtimes = [_dry_site(one, shadow) for one in handle.runtimes]
     shadow.blocks = [_dry_block(one, shadow, run) for one in handle.blocks]
     hook_up(shadow, adapter)
     return shadow, bones
+
+
+def _dry_site(runtime: SiteRuntime, shadow: Patch) -> SiteRuntime:
+    twin = copy.copy(runtime)
+    twin.owner, twin.module = shadow, shadow.model.get_submodule(runtime.site.name)
+    return twin
 
 
 def _dry_block(runtime: BlockRuntime, shadow: Patch, run: DryRun) -> _DryBlock:
@@ -102,8 +108,7 @@ def _dry_block(runtime: BlockRuntime, shadow: Patch, run: DryRun) -> _DryBlock:
 
 def settle(handle: Patch) -> None:
     """Check that the model can carry fewer tokens, and find out what its caller must get."""
-    model = type(handle.model).__name__
-    dense = shapes(run_dry(skeleton(handle.model), handle.input_shape))
+    dense = shapes(run_dry(skeleton(handle.model), dry_inputs(handle)))
     assert handle.tokens is not None
     bypass = handle.blocks[0].place == "bypass"
     needs_all = False
@@ -114,22 +119,28 @@ def settle(handle: Patch) -> None:
         if bypass or handle.tokens.restore is None:
             raise
         needs_all = True
-    pooling = REGISTRY.get("backbones", handle.backbone).pooling(handle.model)
-    if bypass:
-        return
-    if handle.tokens.restore is None:
-        if needs_all:
-            raise InvalidOption(
-                f"{model} returns (or reads) one feature for each patch, and restore=None never "
-                "puts tokens back: use restore='auto'"
-            )
-    else:
-        merged = handle.tokens.merges() or handle.tokens.ragged()
-        always = handle.tokens.restore != "auto"
-        handle.restores_last = always or needs_all or (merged and pooling != "prefix")
+    if not bypass:
+        handle.restores_last = _restores_last(handle, needs_all)
     if handle.restores_last:
         run = dry_run(handle)
     _check_counts(handle, run)
+
+
+def _restores_last(handle: Patch, needs_all: bool) -> bool:
+    """Whether original positions come back after the last block: for features, and where plain
+    pooling would weigh merged (or padded) tokens wrongly."""
+    tokens = handle.tokens
+    assert tokens is not None
+    if tokens.restore is None:
+        if needs_all:
+            raise InvalidOption(
+                f"{type(handle.model).__name__} returns (or reads) one feature for each patch, and "
+                "restore=None never puts tokens back: use restore='auto'"
+            )
+        return False
+    pooling = REGISTRY.get("backbones", handle.backbone).pooling(handle.model)
+    uneven = (tokens.merges() or tokens.ragged()) and pooling != "prefix"
+    return needs_all or uneven or tokens.restore != "auto"
 
 
 def _check_counts(handle: Patch, run: DryRun) -> None:

@@ -27,6 +27,8 @@ class FeatureMethod:
         key, inside = self.owner.key, THREAD.inside
         if self.name == "forward_features" and key in inside:
             return method(self.module, *args, **kwargs)
+        if not inside:
+            THREAD.stream = None  # an error may have left one
         before = THREAD.features
         THREAD.features = features_for(self.owner, f"{self.name}()")
         THREAD.inside = (*inside, key)  # forward_intermediates may call forward_features

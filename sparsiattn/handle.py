@@ -16,9 +16,11 @@ from torch import nn
 
 from sparsiattn.backbone import ABSENT, Backbone, Edit
 from sparsiattn.carrying import BlockRuntime, hook_block
+from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.features import METHODS, EnterModel, FeatureMethod, LeaveModel
 from sparsiattn.interception import THREAD, install
+from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import (
     PLANNER,
@@ -29,7 +31,6 @@ from sparsiattn.runtime import (
     WatchImage,
 )
 from sparsiattn.site import Site
-from sparsiattn.config import Config
 from sparsiattn.strategy import LearnedPlanner
 from sparsiattn.tokens import TokenStrategy
 
@@ -54,6 +55,7 @@ class Patch:
         self.model, self.strategy, self.kernel = model, strategy, kernel
         self.backbone, self.input_shape, self.left = backbone.name, input_shape, tuple(left)
         self.found: tuple[Site, ...] = ()
+        self.unread: frozenset[str] = frozenset()  # sites whose attention weights nothing reads
         self.runtimes: list[SiteRuntime] = []
         self.edits: list[Edit] = []
         self.image: tuple[int, int] | None = None
@@ -158,7 +160,9 @@ class Patch:
         """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
 
         Switches of the model itself (``fused_attn``) are turned back as well, for all threads. With
-        gradient checkpointing, run the backward pass inside the block too.
+        gradient checkpointing, run the backward pass inside the block too. Only
+        `nn.TransformerEncoderLayer`, which leaves its fused path wherever a hook hangs, can differ
+        by rounding.
         """
         before = THREAD.disabled
         THREAD.disabled = (*before, self.key)
@@ -324,6 +328,9 @@ def _hook_site(handle: Patch, runtime: SiteRuntime) -> None:
     name = runtime.site.name
     module = handle.model.get_submodule(name)
     handle._places.append((tuple(name.split(".")) if name else (), module))
+    if swap(module) and name not in handle.unread:
+        refuse = RefuseWeights(handle, name)
+        handle._handles.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
     opener = OpenScope(runtime)
     handle._handles.append(module.register_forward_pre_hook(opener))
     closer = CloseScope(opener)
@@ -337,6 +344,7 @@ def _remove(handle: Patch) -> None:
         for runtime in handle.runtimes:
             if runtime.module._modules.get(PLANNER) is runtime.planner:
                 del runtime.module._modules[PLANNER]
+            swap_back(runtime.module)
         if not handle._paused:
             for edit in reversed(handle.edits):
                 edit.revert()

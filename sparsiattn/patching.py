@@ -128,6 +128,8 @@ def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel,
     handle.runtimes.sort(key=lambda runtime: runtime.site.index)
     by_name = {runtime.site.name: runtime for runtime in handle.runtimes}
     for block in handle.blocks:
+        for name in block.block.sites if block.place != "bypass" else ():
+            by_name[name].block = block.index
         if isinstance(block.planner, torch.nn.Module):
             runtime = by_name[block.site.name]
             if not isinstance(runtime.planner, torch.nn.Module):
@@ -191,7 +193,7 @@ def _find(
     bones = skeleton(model)
     for edit in backbone.edits(bones):
         edit.apply()
-    calls = probe(bones, shape)
+    calls = probe(bones, backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
     found, left = backbone.sites(calls, shape[-2] * columns / (shape[-1] * rows))
     if not found:
@@ -203,6 +205,7 @@ def _find(
     handle = Patch(model, strategy, kernel, backbone, shape, left)
     handle.follows_model = example is None
     handle.found = tuple(site for site, _ in found)
+    handle.unread = frozenset(call.name for call in calls if call.weights == "ignored")
     return bones, handle, found
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import ProbeFailed, SparsiattnError
 from sparsiattn.interception import dense_attention, install, pop, push
+from sparsiattn.multihead import WatchWeights, Weights
+
+DryInputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of a dry run."""
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
 
@@ -24,7 +28,8 @@ class Call:
     """What a module did in the dry run, with a batch of one image.
 
     name, module: the innermost module running when attention was called (of the copy). parents:
-    from the root down to its parent. q, k, v, mask: shapes. count: calls in one forward.
+    from the root down to its parent. q, k, v, mask: shapes. count: calls in one forward. weights:
+    what became of the attention weights that `nn.MultiheadAttention` also returns.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Call:
     causal: bool
     count: int = 1
     uniform: bool = True
+    weights: Weights = "unasked"
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
@@ -109,11 +115,19 @@ class _Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: OrderedDict[str, Call] = OrderedDict()
+        self.watched: dict[str, WatchWeights] = {}
         for name, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                self.watched[name] = WatchWeights(module)
             parents = tuple(_chain(model, name))
             key = -1 - len(self.calls) - id(module)
             module.register_forward_pre_hook(self._opener(name, module, parents, key))
             module.register_forward_hook(lambda *_, key=key: pop(key), always_call=True)
+
+    def clear(self) -> None:
+        self.calls.clear()
+        for watched in self.watched.values():
+            watched.clear()
 
     def _opener(self, name: str, module: nn.Module, parents: Any, key: int) -> Any:
         def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool,
@@ -140,26 +154,53 @@ def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
         module = getattr(module, part)
 
 
-def probe(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
-    """Every attention call of a `skeleton` for a float input of this shape, in order."""
+def probe(model: nn.Module, inputs: DryInputs) -> list[Call]:
+    """Every attention call of a `skeleton` for these inputs, in order."""
     install()
     recorder = _Recorder(model)
-    run_dry(model, shape)
-    return list(recorder.calls.values())
+    output = run_dry(model, inputs, recorder.clear)
+    weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
+    del output  # was held until here: see `WatchWeights.verdict`
+    calls = recorder.calls.values()
+    return [replace(call, weights=weights.get(call.name, "unasked")) for call in calls]
 
 
-def run_dry(model: nn.Module, shape: tuple[int, ...]) -> Any:
-    """One forward of a `skeleton` and what it returns; whatever it raises becomes a `ProbeFailed`,
-    except what this library says itself."""
+def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+    """A float image of this shape in the model's own dtype, on the meta device."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-            return model(torch.empty(shape, dtype=dtype, device="meta"))
-    except SparsiattnError:
-        raise
-    except Exception as error:
-        raise ProbeFailed(
-            f"a dry run of {type(model).__name__} with an input of shape {shape} failed: "
-            f"{type(error).__name__}: {error}. Pass input=(1, channels, height, width) (or an "
-            "example tensor) that the model accepts"
-        ) from error
+    return (torch.empty(shape, dtype=dtype, device="meta"),), {}
+
+
+def run_dry(
+    model: nn.Module, inputs: DryInputs, before_retry: Callable[[], None] = lambda: None
+) -> Any:
+    """The output of one forward of a `skeleton`; whatever the host raises becomes a `ProbeFailed`.
+
+    Tensors the model makes on the default device are real at first: a host may cache them beyond
+    this model. Only a host that mixes them with its operands runs again with all of them on meta.
+    """
+    args, kwargs = inputs
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            return model(*args, **kwargs)
+        except SparsiattnError:
+            raise
+        except Exception:
+            before_retry()
+        try:
+            with torch.device("meta"):
+                return model(*args, **kwargs)
+        except SparsiattnError:
+            raise
+        except Exception as error:
+            raise _failure(model, inputs, error) from error
+
+
+def _failure(model: nn.Module, inputs: DryInputs, error: Exception) -> ProbeFailed:
+    given = (*inputs[0], *inputs[1].values())
+    shapes = " and ".join(str(tuple(x.shape)) for x in given if isinstance(x, Tensor))
+    return ProbeFailed(
+        f"a dry run of {type(model).__name__} with an input of shape {shapes} failed: "
+        f"{type(error).__name__}: {error}. Pass input=(1, channels, height, width) (or an "
+        "example tensor) that the model accepts"
+    )

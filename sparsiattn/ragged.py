@@ -52,7 +52,7 @@ class Packed:
     def fit_side(self, table: Tensor) -> Tensor:
         """Nothing to cut, or an error: hosts split the prefix off once, not once for each image,
         so a position table cannot be laid over packed images."""
-        if self.streams[0].fit_side(table) is not table:
+        if self.streams[0].is_side(table):
             raise InvalidOption(
                 f"adaptive counts need blocks without position tables, and this model's take one "
                 f"of shape {tuple(table.shape)} (RoPE): use a fixed keep, e.g. keep=0.7"

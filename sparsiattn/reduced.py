@@ -83,7 +83,6 @@ def _packed(
 ) -> Tensor:
     """Every image for itself: in one call of a ragged kernel where nothing else is to be done."""
     q, k, v, mask = operands
-    dropout, causal, scale, gqa = options
     parts = [
         (one, (q[..., where, :], k[..., where, :], v[..., where, :], mask))
         for one, where in zip(stream.streams, stream.slices(), strict=True)

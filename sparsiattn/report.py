@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsiattn.dry import DryRun, dry_run, mac_counter
+from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
 from sparsiattn.kernel import Choice, choose
 from sparsiattn.patterns import Dense, KeyIndex, Pattern
-from sparsiattn.probe import run_dry, skeleton
+from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
 
@@ -110,18 +110,9 @@ def _table(rows: tuple[SiteReport, ...]) -> list[str]:
         tile = "x".join(map(str, row.tile)) if isinstance(row.tile, tuple) else str(row.tile)
         density = "?" if row.density is None else f"{row.density:.3f}"
         change = f"{_g(row.macs_dense)} -> {_g(row.macs)}"
-        cells.append(
-            (
-                row.name,
-                str(row.tokens),
-                "-" if row.k is None else str(row.k),
-                tile,
-                row.kernel,
-                density,
-                change,
-                f"{row.expected:.1f}x",
-            )  # fmt: skip
-        )
+        k = "-" if row.k is None else str(row.k)
+        expected = f"{row.expected:.1f}x"
+        cells.append((row.name, str(row.tokens), k, tile, row.kernel, density, change, expected))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -134,7 +125,7 @@ def report(handle: Patch) -> Report:
     rows = tuple(_site_report(runtime, run) for runtime in handle.runtimes)
     idle = [site for site in handle.found if site not in handle.sites]
     known = [row.macs for row in rows if row.macs is not None]
-    total = dense_macs(handle.model, handle.input_shape)
+    total = dense_macs(handle.model, dry_inputs(handle))
     mhsa_dense = sum(site.macs for site in handle.found)
     other: int | None = total - mhsa_dense
     if run is not None:
@@ -203,10 +194,10 @@ def _reductions(handle: Patch, run: DryRun | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def dense_macs(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
+def dense_macs(model: torch.nn.Module, inputs: DryInputs) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run executes."""
     with mac_counter() as counter:
-        run_dry(skeleton(model), shape)
+        run_dry(skeleton(model), inputs)
     return int(counter.get_total_flops()) // 2
 
 

@@ -62,6 +62,7 @@ class SiteRuntime:
         self.planner, self.kernels, self.explicit, self.owner = planner, kernels, explicit, owner
         self.module = module
         self.dense, self.selected = False, True
+        self.block: int | None = None  # of the block it stands in, where tokens may be fewer
         self.last: Choice | None = None
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
@@ -139,7 +140,11 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
     ) -> Tensor:
         planner = runtime.planner if replica is None else cast(Planner, replica)
         stream = THREAD.stream
-        if stream is not None and stream.owner == runtime.owner.key:
+        if (
+            stream is not None
+            and stream.owner == runtime.owner.key
+            and stream.layer == runtime.block
+        ):
             return carried_attention(
                 runtime, planner, stream, (q, k, v, mask), (dropout, causal, scale, gqa)
             )

@@ -55,7 +55,8 @@ def token_budgets(
             raise unknown("block in schedule:", name, blocks)
         found[index] = budget
     layers = sorted(found)
-    return replace(tokens, layers=layers, **{kind: [found[layer] for layer in layers]})
+    changes: dict[str, Any] = {"layers": layers, kind: [found[layer] for layer in layers]}
+    return replace(tokens, **changes)
 
 
 def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -75,7 +76,7 @@ def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping
     )
     if not fits or not isinstance(read, Mapping):
         forms = " or ".join(
-            f'{{"k": {{site: budget}}}}' if kind == "k" else f'{{"{kind}": {{block: budget}}}}'
+            '{"k": {site: budget}}' if kind == "k" else f'{{"{kind}": {{block: budget}}}}'
             for kind in kinds
         )
         raise InvalidOption(f"a schedule must be {forms or 'None'}, got {read!r}")

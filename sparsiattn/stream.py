@@ -125,11 +125,7 @@ class Stream:
     def fit_side(self, table: Tensor) -> Tensor:
         """A block's argument cut down to the present tokens, if it is a table with one row for
         each patch (RoPE: ``[..., n0, D]``); anything else comes back as it is."""
-        if self.ids is None or self.whole == self.ids.shape[1]:
-            return table
-        if not 2 <= table.dim() <= 4 or table.shape[-2] != self.whole:
-            return table
-        if table.dim() > 2 and table.shape[-1] == self.whole:  # a bias, cut down where it is used
+        if self.ids is None or not self.is_side(table):
             return table
         positions = self.positions()
         if table.dim() == 2:
@@ -137,6 +133,13 @@ class Stream:
         table = table if table.dim() == 4 else table[None]
         index = positions[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
         return table.expand(len(positions), -1, -1, -1).gather(2, index)
+
+    def is_side(self, table: Tensor) -> bool:
+        """Whether a block's argument is a table with one row for each original patch."""
+        if not 2 <= table.dim() <= 4 or table.shape[-2] != self.whole:
+            return False
+        # a bias over pairs of tokens is cut down where it is used
+        return table.dim() == 2 or table.shape[-1] != self.whole
 
     def whole_sequence(self, x: Tensor, how: str) -> Tensor:
         """``[B, N0, C]``: prefix tokens, then every original position (see `whole_of`)."""

@@ -23,19 +23,19 @@ from sparsiattn.tokens import TokenStrategy
 def carry(handle: Any, bones: nn.Module, tokens: TokenStrategy, schedule: dict[str, Any]) -> None:
     """Give the handle the blocks of its model and what each of them does."""
     sites = {site.name: site for site in handle.found}
-    blocks = find_blocks(bones, sites, handle.input_shape)
+    backbone = REGISTRY.get("backbones", handle.backbone)
+    blocks = find_blocks(bones, sites, backbone.dry_inputs(handle.model, handle.input_shape))
     model = type(handle.model).__name__
     if not blocks:
         raise InvalidOption(
             f"{model} has no blocks that tokens could skip: token strategies need modules that "
             "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
-    backbone = REGISTRY.get("backbones", handle.backbone)
     plain = is_plain(blocks, sites)
     class_tokens = backbone.class_tokens(handle.model) if plain else 0
     tokens = tokens.adapted(class_tokens, not plain, model)
     if not plain:
-        check_hierarchy(tokens, model)
+        check_hierarchy(tokens, model, blocks)
     tokens, resolved = _resolve(tokens, blocks, sites, schedule)
     handle.tokens = tokens
     handle.proportional = tokens.proportional_attention()
@@ -61,8 +61,14 @@ def is_plain(blocks: Sequence[Block], sites: dict[str, Site]) -> bool:
     return len(shapes) == 1 and len(blocks[0].taken) == 3 and whole
 
 
-def check_hierarchy(tokens: TokenStrategy, model: str) -> None:
+def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> None:
     """In windows and stages the grid must stay: only the MLP can be spared."""
+    if blocks[0].taken[0] != 1:
+        raise InvalidOption(
+            f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
+            f"image: {list(blocks[0].taken)}), which token strategies cannot make shorter; use an "
+            "attention strategy such as 'connectivity'"
+        )
     if not tokens.reads_attention() and not tokens.ragged():
         return
     raise InvalidOption(
@@ -83,7 +89,7 @@ def _resolve(
         layer: tokens.at(sites[blocks[layer].sites[0]], i, len(layers))
         for i, layer in enumerate(layers)
     }
-    lists = {
+    lists: dict[str, Any] = {
         name: [getattr(config, name) for config in one.values()]
         for name in tokens.per_layer
         if callable(getattr(tokens, name, None))
@@ -112,7 +118,7 @@ def _place(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> str:
 def _planner(runtime: BlockRuntime, model: nn.Module) -> Any:
     assert runtime.strategy is not None
     with torch.inference_mode(False):
-        planner = runtime.strategy.planner(runtime.site, runtime.block.taken[-1])
+        planner = runtime.strategy.planner(runtime.site, runtime.block.given[-1])
         if isinstance(planner, nn.Module):
             like = next(model.get_submodule(runtime.block.name).parameters(), None)
             if like is not None:

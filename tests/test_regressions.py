@@ -153,21 +153,6 @@ def test_channel_attention_is_left_alone() -> None:
     assert not any(getattr(m, "fused_attn", False) for b in model.blocks for m in b.modules())
 
 
-def test_multihead_attention_is_refused_not_ignored() -> None:
-    class Pixels(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Conv2d(3, 8, 1)
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            x = self.embed(images).flatten(2).mT
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    with pytest.raises(sparsiattn.NothingToPatch, match="MultiheadAttention"):
-        sparsiattn.patch(Pixels().eval(), "topk", input=(1, 3, 8, 8))
-
-
 def test_a_copy_made_while_disabled_or_observed_is_a_patched_model() -> None:
     model = zoo.build("swin")
     x = zoo.images(model)

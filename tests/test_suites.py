@@ -17,12 +17,12 @@ from sparsiattn.kernels.varlen import Varlen, XFormers
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
+from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.local import Local
 from sparsiattn.strategies.random import Random
-from sparsiattn.strategies.topk import TopK
-from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
+from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
 
 

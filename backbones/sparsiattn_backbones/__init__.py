@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from sparsiattn import Backbone, hookimpl
 from sparsiattn_backbones.families import Generic, Hiera, Sam, Swin, TimmViT
+from sparsiattn_backbones.hosts import ClipViT, HuggingFace, TorchvisionViT
 
 
 @hookimpl
 def sparsiattn_backbones() -> list[Backbone]:
-    return [Hiera(), Sam(), Swin(), TimmViT(), Generic()]
+    return [
+        Hiera(),
+        Sam(),
+        Swin(),
+        TimmViT(),
+        TorchvisionViT(),
+        ClipViT(),
+        HuggingFace(),
+        Generic(),
+    ]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from sparsiattn import Backbone
+from sparsiattn.backbone import Pooling
 from sparsiattn.geometry import Grid
 from sparsiattn.probe import Call
 
@@ -17,6 +18,22 @@ BIAS_TABLES = (
     "rel_pos_h",
     "rel_pos_bias",
 )
+
+
+POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
+
+
+def _adds_class_late(model: nn.Module) -> bool:
+    """CaiT, XCiT: the class token joins after the main blocks, to attend to all patch tokens."""
+    late = ("blocks_token_only", "cls_attn_blocks")
+    return any(getattr(part, name, None) is not None for part in model.modules() for name in late)
+
+
+def _head_pooling(model: nn.Module) -> Pooling:
+    """What a classifier head of timm's averages or maximises."""
+    head = getattr(model, "head", None)
+    pool = getattr(head, "global_pool", head)  # Hiera's head has the name itself
+    return POOLS.get(str(getattr(pool, "pool_type", getattr(head, "pool_type", ""))), "other")
 
 
 def _lacks(model: nn.Module, *attributes: str) -> list[str]:
@@ -30,6 +47,18 @@ class TimmViT(Backbone):
 
     def why_not(self, model: nn.Module) -> list[str]:
         return _lacks(model, "blocks", "patch_embed", "num_prefix_tokens")
+
+    def class_tokens(self, model: nn.Module) -> int:
+        return 0 if _adds_class_late(model) else super().class_tokens(model)
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        attending = getattr(model, "attn_pool", None) is not None or _adds_class_late(model)
+        if attending or getattr(model, "pool_include_prefix", False):
+            return "other"
+        kind = getattr(model, "global_pool", "")
+        if kind not in ("", "avg") and not hasattr(model, "pool"):
+            return "prefix"  # BEiT and relative positions: average or first token
+        return POOLS.get(kind, "other")
 
     def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
         # relative position tables only favour keys; nothing else in these models masks by float
@@ -50,6 +79,12 @@ class Swin(Backbone):
 
     def prefix_tokens(self, call: Call) -> int:
         return 0
+
+    def class_tokens(self, model: nn.Module) -> int:
+        return 0
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        return _head_pooling(model)
 
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
         window: Any = call.module.window_size
@@ -74,6 +109,9 @@ class Sam(Backbone):
     def prefix_tokens(self, call: Call) -> int:
         return 0
 
+    def class_tokens(self, model: nn.Module) -> int:
+        return 0
+
     def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
         return "none" if call.mask is None else "bias"
 
@@ -95,6 +133,12 @@ class Hiera(Backbone):
     def prefix_tokens(self, call: Call) -> int:
         return 0
 
+    def class_tokens(self, model: nn.Module) -> int:
+        return 0
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        return _head_pooling(model)
+
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
         return 1, n
 
@@ -109,3 +153,21 @@ class Generic(Backbone):
 
     def why_not(self, model: nn.Module) -> list[str]:
         return []
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        for family in (Hiera(), Sam(), Swin(), TimmViT()):
+            part = sole_part(model, family)
+            if part is not model and not family.why_not(part):
+                return family.pooling(part)
+        return "other"
+
+
+def sole_part(model: nn.Module, adapter: Backbone) -> nn.Module:
+    """The one element of a chain of `nn.Sequential` that an adapter fits; else the model."""
+    while isinstance(model, nn.Sequential):
+        fitting = [part for part in model if not adapter.why_not(part)]
+        nested = [part for part in model if isinstance(part, nn.Sequential)]
+        if len(fitting or nested) != 1:
+            break
+        model = (fitting or nested)[0]
+    return model

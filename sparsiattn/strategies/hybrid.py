@@ -78,7 +78,7 @@ class Hybrid(Config):
                 f"{part.name!r} has no {', '.join(wrong)}; its options are {part.option_names()}: "
                 f"give them in an object, {field}={type(part).__name__}(...)"
             )
-        return replace(part, **given)  # type: ignore[type-var]
+        return replace(part, **given)
 
 
 def _built(wanted: str | dict[str, Any]) -> Config:

@@ -128,7 +128,8 @@ class TokenDrop(TokenStrategy):
         if self.score == "mean_query":
             return tokens.mean_attention()
         if self.score == "norm":
-            return tokens.x.float().norm(dim=-1)
+            norms: Tensor = torch.linalg.vector_norm(tokens.x.float(), dim=-1)
+            return norms
         key = zlib.crc32(f"{self.seed}/{tokens.site.name}/{tokens.count}".encode())
         draws = geometry.table(hashed, key, 1, 1, tokens.count, device=tokens.x.device)
         return draws[0, 0].expand(tokens.x.shape[0], -1)

@@ -50,3 +50,10 @@ class BackboneSuite:
             for site in live.sites:
                 assert site.grid[0] * site.grid[1] + site.prefix_tokens == site.tokens
                 assert site.key_grid[0] * site.key_grid[1] + site.prefix_tokens == site.keys
+
+    def test_class_tokens_are_prefix_tokens(self) -> None:
+        model = self.model().eval()
+        with patch(model, TopK(k=0.5), input=self.images(model)) as live:
+            prefix = min(site.prefix_tokens for site in live.sites)
+        assert 0 <= self.backbone.class_tokens(model) <= prefix
+        assert self.backbone.pooling(model) in ("prefix", "avg", "max", "other")

@@ -1,0 +1,273 @@
+"""Vision Transformers from outside timm: Hugging Face's, torchvision's and CLIP's own.
+
+None of these libraries is imported; a model is known by the attributes it has, and also where it
+is a part of a larger one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparsiattn import Backbone
+from sparsiattn.backbone import Edit, Pooling, count_class_tokens
+from sparsiattn.geometry import Grid
+from sparsiattn.probe import Call, DryInputs, image_inputs
+from sparsiattn_backbones.families import sole_part
+
+EMBEDDINGS = ("patch_embeddings", "patch_embedding")
+PATCHERS = (*EMBEDDINGS, "conv_proj", "conv1")
+"""Names of the layer that makes tokens of an image."""
+REGISTERS = ("register_tokens", "reg_token")
+BIAS_TABLES = ("relative_position_bias", "shared_position_bias", "relative_position_bias_table")
+
+
+def _is_stem(module: nn.Module) -> bool:
+    """Whether this module puts class tokens in front of patches, or at least makes the patches."""
+    made = any(isinstance(getattr(module, name, None), nn.Module) for name in EMBEDDINGS)
+    return made or count_class_tokens(module) > 0
+
+
+def _stems(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if _is_stem(module))
+
+
+def _stem_of(call: Call) -> nn.Module | None:
+    """The stem of the tower that a call is in: of its closest parent that is or holds one."""
+    for parent in reversed(call.parents):
+        for module in (parent, *parent.children()):
+            if _is_stem(module) or hasattr(module, "token_embedding"):  # of text
+                return module
+    return None
+
+
+def _registers(stem: nn.Module) -> int:
+    found = (getattr(stem, name, None) for name in REGISTERS)
+    return sum(tokens.shape[-2] for tokens in found if isinstance(tokens, torch.Tensor))
+
+
+class _Host(Backbone):
+    """What the families of this module share: their tokens are made in a stem."""
+
+    def stem(self, model: nn.Module) -> nn.Module:
+        return next(_stems(model), model)
+
+    def image_module(self, model: nn.Module) -> nn.Module:
+        # it takes the image as its first argument, whatever the caller's keywords are
+        patcher = _patcher(self.stem(model))
+        return model if _convolution(patcher) is None else patcher
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        layer = _convolution(_patcher(self.stem(model)))
+        return (1, 1) if layer is None else (layer.stride[0], layer.stride[1])
+
+    def channels(self, model: nn.Module) -> int:
+        layer = _convolution(_patcher(self.stem(model)))
+        return 3 if layer is None else layer.in_channels
+
+    def prefix_tokens(self, call: Call) -> int:
+        stem = _stem_of(call)
+        return 0 if stem is None else count_class_tokens(stem) + _registers(stem)
+
+    def class_tokens(self, model: nn.Module) -> int:
+        return count_class_tokens(self.stem(model))
+
+
+def _patcher(stem: nn.Module) -> nn.Module:
+    """The layer of a stem that makes tokens of the image; the stem itself if it has none."""
+    layers = (getattr(stem, name, None) for name in PATCHERS)
+    return next((layer for layer in layers if isinstance(layer, nn.Module)), stem)
+
+
+def _convolution(module: nn.Module) -> nn.Conv2d | None:
+    return next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Rows and columns of a size in any of the forms in use."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None
+
+
+class HuggingFace(_Host):
+    """Hugging Face's vision models: ViT, DeiT, DINOv2 and v3, CLIP, SigLIP, BEiT and others."""
+
+    name = "huggingface"
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        if _configs(model):
+            return []
+        return ["no module has a config with an attention implementation"]
+
+    def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        for config in _configs(model):
+            sides = _sides(getattr(config, "image_size", None))
+            if sides is not None:
+                return (1, getattr(config, "num_channels", 3), *sides)
+        if _takes_patches(self.stem(model)):
+            stem: Any = self.stem(model)
+            return (1, self.channels(model), *2 * (stem.position_embedding_size * stem.patch_size,))
+        return super().input_shape(model)
+
+    def edits(self, model: nn.Module) -> list[Edit]:
+        # one for each distinct configuration; modules look it up in every forward
+        switched = [c for c in _configs(model) if _unfused(vars(c)[IMPLEMENTATION])]
+        own = [Edit(c, IMPLEMENTATION, "sdpa", vars(c)[IMPLEMENTATION]) for c in switched]
+        return super().edits(model) + own
+
+    def dry_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+        stem: Any = self.stem(model)
+        if not _takes_patches(stem) or len(shape) != 4:
+            return image_inputs(model, shape)
+        grid = shape[-2] // stem.patch_size, shape[-1] // stem.patch_size
+        (patches,), _ = image_inputs(model, (1, math.prod(grid), stem.patch_embedding.in_features))
+        sizes = torch.tensor([grid], device="cpu")  # read by the model's Python code
+        return (), {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": sizes}
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        stem: Any = self.stem(model)
+        return (stem.patch_size,) * 2 if _takes_patches(stem) else super().patch_size(model)
+
+    def channels(self, model: nn.Module) -> int:
+        stem: Any = self.stem(model)
+        if not _takes_patches(stem):
+            return super().channels(model)
+        return int(stem.patch_embedding.in_features // stem.patch_size**2)
+
+    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+        return super().grid(call, n, aspect) if self.raster(call) else (1, n)
+
+    def raster(self, call: Call) -> bool:
+        stem = _stem_of(call)
+        if stem is None:
+            return True
+        # YOLOS appends tokens, masked autoencoders shuffle theirs
+        appended = hasattr(stem, "detection_tokens")
+        shuffled = getattr(getattr(stem, "config", None), "mask_ratio", 0) > 0
+        return not (appended or shuffled or _takes_patches(stem))
+
+    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+        if call.mask is None or call.mask[0] != 1:  # Swin's shifted windows forbid keys
+            return super().bias(call)
+        return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else "mask"
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        model = sole_part(model, self)
+        heads = [getattr(model, name, None) for name in ("classifier", "cls_classifier")]
+        if not hasattr(model, "config") or all(head is None for head in heads):
+            return "other"
+        return _classifier_pooling(model, self.stem(model))
+
+
+IMPLEMENTATION = "_attn_implementation_internal"
+"""Attribute of a configuration behind the property ``_attn_implementation``, whose setter would
+also overwrite what was chosen for the parts of a composite model."""
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Distinct configurations whose attention can be switched, outermost first."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if IMPLEMENTATION in getattr(config, "__dict__", {}):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _unfused(implementation: str | None) -> bool:
+    """Implementations that do not call scaled dot product attention; others are the user's own."""
+    return implementation in (None, "eager", "flex_attention") or "flash" in str(implementation)
+
+
+def _takes_patches(stem: nn.Module) -> bool:
+    """SigLIP 2 with native aspect ratios: cut, flattened and padded patches instead of an image."""
+    return isinstance(getattr(stem, "patch_embedding", None), nn.Linear)
+
+
+def _classifier_pooling(model: nn.Module, stem: nn.Module) -> Pooling:
+    """What a Hugging Face ``...ForImageClassification`` reads, from the parts it is made of."""
+    body: Any = next((part for part in model.children() if stem in list(part.modules())), model)
+    pooler = getattr(body, "pooler", None)
+    head: Any = getattr(model, "classifier", None)
+    width = getattr(body.config, "hidden_size", None) if hasattr(body, "config") else None
+    if _takes_patches(stem):
+        return "other"  # an average weighted by padding
+    if hasattr(body, "post_layernorm"):  # CLIP and SigLIP average the patch tokens
+        return "avg" if hasattr(model.config, "vision_config") else "other"
+    if not hasattr(stem, "cls_token") or (head is not None and not _fits(head, width)):
+        return "other"
+    if pooler is None:
+        return "prefix"
+    if not hasattr(pooler, "layernorm"):
+        return "other"
+    return "prefix" if pooler.layernorm is None else "avg"  # BEiT
+
+
+def _fits(head: nn.Module, width: int | None) -> bool:
+    """Whether a head reads one token's width: DINOv2's reads two, CLS and average."""
+    return isinstance(head, nn.Linear) and head.in_features == width
+
+
+class _Inner(_Host):
+    """A model that is known by attributes, and may be a part of a larger one."""
+
+    attributes: tuple[str, ...] = ()
+
+    def inner(self, model: nn.Module) -> Any:
+        parts = (m for m in model.modules() if all(_has(m, name) for name in self.attributes))
+        return next(parts, None)
+
+    def stem(self, model: nn.Module) -> nn.Module:
+        found = self.inner(model)
+        return model if found is None else found
+
+    def why_not(self, model: nn.Module) -> list[str]:
+        if self.inner(model) is not None:
+            return []
+        return [f"no module has all of {', '.join(self.attributes)}"]
+
+    def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        found = self.inner(model)
+        sides = _sides(getattr(found, "image_size", getattr(found, "input_resolution", None)))
+        return None if sides is None else (1, self.channels(model), *sides)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return getattr(module, name, None) is not None
+
+
+class TorchvisionViT(_Inner):
+    """torchvision's VisionTransformer."""
+
+    name = "torchvision_vit"
+    attributes = ("conv_proj", "class_token", "encoder", "image_size", "patch_size", "heads")
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        side = int(self.inner(model).patch_size)  # of all layers of a convolutional stem
+        return side, side
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        return "prefix" if sole_part(model, self) is self.inner(model) else "other"
+
+
+class ClipViT(_Inner):
+    """The image tower of OpenAI's CLIP and of open_clip."""
+
+    name = "clip_vit"
+    attributes = ("conv1", "class_embedding", "positional_embedding", "transformer", "ln_post")
+
+    def pooling(self, model: nn.Module) -> Pooling:
+        found = self.inner(model)
+        if sole_part(model, self) is not found or getattr(found, "attn_pool", None) is not None:
+            return "other"
+        if getattr(found, "output_tokens", False):
+            return "other"
+        kinds: dict[str, Pooling] = {"tok": "prefix", "avg": "avg"}
+        return kinds.get(getattr(found, "pool_type", "tok"), "other")
