@@ -117,10 +117,7 @@ class TestDropOptions:
             bad("mass must be", "'0.9'", keep="adaptive", mass="0.9"),
             bad("threshold must be", "-1", keep="adaptive", threshold=-1),
             bad("threshold must be", "nan", keep="adaptive", threshold=NAN),
-            bad("threshold must be", "inf", keep="adaptive", threshold=float("inf")),
             bad("threshold must be", "True", keep="adaptive", threshold=True),
-            bad("adaptive", keep="adaptive", score="norm"),
-            bad("adaptive", keep="adaptive", score="random"),
             bad("adaptive", keep=["adaptive", 0.5], layers=[0, 1]),
             bad("seed", seed="x", score="random"),
             bad("seed", seed=None, score="random"),
@@ -145,7 +142,6 @@ class TestMergeOptions:
         [
             bad("r=33", "64 patch tokens", "half", r=33),
             bad("r=64", r=64),
-            bad("r=30", "34", r=30),
             bad("one value per", "2", "3", r=[1, 2, 3]),
             bad("one value per", r=[]),
             bad("method must be one of", "'tome'", "'dpc'", method="dpc"),
@@ -217,7 +213,7 @@ class TestFamilies:
 
 
 def _dense_host(kind: str) -> nn.Module:
-    options: dict[str, Any] = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    options: dict[str, Any] = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3}
     if kind == "features_only":
         return timm.create_model("deit_tiny_patch16_224", features_only=True, **options).eval()
     name = {"eva": "eva02_tiny_patch14_224", "beit": "beit_base_patch16_224"}.get(
