@@ -165,6 +165,7 @@ class TestEveryFamily:
             for mine, theirs in zip([g for g in late if g is not None], direct, strict=True):
                 torch.testing.assert_close(mine, theirs)
 
+    @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
     def test_dtypes(self, family: str, spec: str) -> None:
         model = zoo.build(family)
         x = zoo.images(model)
@@ -278,6 +279,9 @@ class TestCompiler:
         with torch.no_grad(), patched(model, spec):
             exact = model(x)
             torch.compiler.reset()
+            inside = torch.compile(lambda x: model(x), fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(inside(x), exact, rtol=1e-4, atol=1e-5)
+            torch.compiler.reset()
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -302,6 +306,30 @@ class TestCompiler:
             for mine, theirs in zip(gradients(compiled, wanted, x), direct, strict=True):
                 torch.testing.assert_close(mine, theirs)
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("spec", FEW)
+def test_checkpointing_below_the_first_reduction(spec: str, train: bool, reentrant: bool) -> None:
+    """Blocks before the first reduction run again last, and must not see what came after them."""
+    model = zoo._vit(depth=4).train(train)
+    x = zoo.images(model).requires_grad_()
+    run = torch.utils.checkpoint.checkpoint
+    with patched(model, spec, **({"r": 9} if spec == "tome" else {}), layers=[1, 2]):
+        grads = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            model.zero_grad()
+            model(x).square().sum().backward()
+            grads.append(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
+            for block in model.blocks:
+                whole = type(block).forward.__get__(block)
+                block.forward = lambda y, w=whole, **k: run(w, y, use_reentrant=reentrant, **k)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
 @contextmanager
