@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch._dynamo
 import zoo
@@ -311,11 +312,14 @@ class TestCompiler:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("spec", FEW)
-def test_checkpointing_below_the_first_reduction(spec: str, train: bool, reentrant: bool) -> None:
+def test_checkpointing_below_the_first_reduction(
+    spec: str, train: bool, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks before the first reduction run again last, and must not see what came after them."""
     model = zoo._vit(depth=4).train(train)
     x = zoo.images(model).requires_grad_()
-    run = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(timm.layers.config, "_USE_REENTRANT_CKPT", reentrant)
+    assert timm.layers.use_reentrant_ckpt() == reentrant
     with patched(model, spec, **({"r": 9} if spec == "tome" else {}), layers=[1, 2]):
         grads = []
         for _ in range(2):
@@ -325,9 +329,7 @@ def test_checkpointing_below_the_first_reduction(spec: str, train: bool, reentra
             grads.append(
                 {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             )
-            for block in model.blocks:
-                whole = type(block).forward.__get__(block)
-                block.forward = lambda y, w=whole, **k: run(w, y, use_reentrant=reentrant, **k)
+            model.set_grad_checkpointing(True)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
