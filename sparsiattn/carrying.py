@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.blocks import Block, first_tensor
-from sparsiattn.errors import ModelChanged
+from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.interception import THREAD
 from sparsiattn.layout import patch_grid
 from sparsiattn.ragged import Packed, pack, unpack
@@ -73,6 +73,7 @@ class BlockRuntime:
             return stream
         noted = self.entered.get(x.data_ptr())
         if noted is not None and noted[0]() is not None:
+            refuse_lost_policy(self, noted[1])
             return noted[1]
         if stream is not None:
             return stream
@@ -93,15 +94,22 @@ class BlockRuntime:
 
     def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
+        remembers = self.owner.remembers()
         if isinstance(stream, Packed):
-            parts = [
-                self._reduce(one, part, attention)
-                for one, part, attention in stream.parts(x, THREAD.asked)
-            ]
-            return pack(parts)
-        if self.strategy is not None and self.strategy.ragged():
-            return self._reduce_ragged(stream, x)
-        return self._reduce(stream, x, THREAD.asked)
+            return pack(
+                [
+                    apply(self.plan(one, part, attention), one, part, remembers)
+                    for one, part, attention in stream.parts(x, THREAD.asked)
+                ]
+            )
+        reduction = self.plan(stream, x, THREAD.asked)
+        if reduction is None or reduction.mask is None:
+            return apply(reduction, stream, x, remembers)
+        parts = [
+            apply(part, stream, x[i : i + 1], remembers)
+            for i, part in enumerate(by_image(reduction))
+        ]
+        return pack(parts) if parts else (stream, x)  # an empty batch has nothing to pack
 
     def plan(self, stream: Stream, x: Tensor, attention: Any) -> Reduction | None:
         assert self.planner is not None
@@ -112,24 +120,15 @@ class BlockRuntime:
         )  # fmt: skip
         return self.planner(inputs)
 
-    def _reduce(self, stream: Stream, x: Tensor, attention: Any) -> tuple[Stream, Tensor]:
-        return apply(self.plan(stream, x, attention), stream, x, self.owner.remembers())
 
-    def _reduce_ragged(self, stream: Stream, x: Tensor) -> tuple[Carried, Tensor]:
-        """From one tensor for the batch to images with as many tokens as each needs."""
-        reduction = self.plan(stream, x, THREAD.asked)
-        if reduction is None or reduction.mask is None:
-            return apply(reduction, stream, x, self.owner.remembers())
-        one = [
-            Reduction(mask=mask[None], fuse=None if reduction.fuse is None else fuse[None])
-            for mask, fuse in zip(
-                reduction.mask,
-                reduction.mask if reduction.fuse is None else reduction.fuse,
-                strict=True,
-            )
-        ]
-        remembers = self.owner.remembers()
-        return pack([apply(part, stream, x[i : i + 1], remembers) for i, part in enumerate(one)])
+def by_image(reduction: Reduction) -> list[Reduction]:
+    """A mask ``[B, n]`` as one reduction for each image."""
+    assert reduction.mask is not None
+    fuse = [None] * len(reduction.mask) if reduction.fuse is None else list(reduction.fuse)
+    return [
+        Reduction(mask=mask[None], fuse=None if weights is None else weights[None])
+        for mask, weights in zip(reduction.mask, fuse, strict=True)
+    ]
 
 
 def apply(
@@ -185,7 +184,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
     b, n, c = x.shape
     base = torch.arange(b, device=x.device)[:, None] * n
-    return x.reshape(b * n, c).index_select(0, (index + base).flatten()).view(b, -1, c)
+    return x.reshape(b * n, c).index_select(0, (index + base).flatten()).view(b, index.shape[1], c)
 
 
 class EnterBlock:
@@ -324,6 +323,16 @@ class LeaveBlock:
         return out
 
 
+def refuse_lost_policy(runtime: BlockRuntime, stream: Carried) -> None:
+    """A policy drawn in a reentrant checkpoint reaches later blocks without its gradient."""
+    policy = stream.policy if isinstance(stream, Stream) else None
+    if policy is not None and torch.is_grad_enabled() and not policy.requires_grad:
+        raise ModelChanged(
+            f"block {runtime.block.name!r} is checkpointed with use_reentrant=True, which would "
+            "lose the gradient of learned token scores: checkpoint with use_reentrant=False"
+        )
+
+
 def refuse_reentrant(runtime: BlockRuntime, host: Tensor, short: Tensor) -> None:
     """Tokens that leave a reentrant checkpoint past its output would get no gradient."""
     if torch.is_grad_enabled() and host.requires_grad and not short.requires_grad:
@@ -378,6 +387,11 @@ class EnterBypass:
             reduction = runtime.plan(stream, kept, None)
             if reduction is not None and reduction.policy is not None:
                 stream = replace(stream, policy=reduction.policy)
+            elif reduction is not None and reduction.index is None:
+                raise InvalidOption(
+                    f"block {runtime.block.name!r} must keep its grid, so every image has to spare "
+                    "the same number of tokens: use a fixed keep, e.g. keep=0.7"
+                )
             elif reduction is not None:
                 index = _index(reduction, x.device)
                 stream = stream.advance(Step(index, None, kept.shape[1]))

@@ -16,6 +16,7 @@ from sparsiattn.features import unwatch, watch
 from sparsiattn.handle import Patch, feature_modules, hook_up
 from sparsiattn.interception import THREAD
 from sparsiattn.probe import DryInputs, run_dry, skeleton
+from sparsiattn.ragged import Packed
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
@@ -31,11 +32,13 @@ def mac_counter() -> Any:
 @dataclass
 class DryRun:
     """inputs: each site's, at the tokens that reach it. counts: patch tokens before each reduction.
+    ragged: whether images keep different numbers of tokens, so that counts are not known.
     macs: of the whole model with dense attention; planning: of the reductions alone. output:
     shapes of what the model returned."""
 
     inputs: dict[str, AttentionInputs] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
+    ragged: bool = False
     macs: int = 0
     planning: int = 0
     output: list[torch.Size] = field(default_factory=list)
@@ -49,9 +52,25 @@ class _DryBlock(BlockRuntime):
     def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         self.run.counts[self.index] = x.shape[1] - stream.prefix
         with mac_counter() as counter:
-            out = super().reduce(stream, x)
+            out = self._reduced(stream, x)
+        self.run.ragged |= isinstance(out[0], Packed)
         self.run.planning += int(counter.get_total_flops()) // 2
         return out
+
+    def _reduced(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
+        try:
+            with torch.device("meta"):  # tensors a strategy makes without saying where
+                return super().reduce(stream, x)
+        except SparsiattnError:
+            raise
+        except Exception as error:
+            name = "" if self.strategy is None else type(self.strategy).__name__
+            raise InvalidOption(
+                f"block {self.block.name!r}: {name} failed on tensors without data, by which "
+                f"counts are found before a model is touched: {type(error).__name__}: {error}. "
+                "Shapes must not depend on values: return Reduction.top(scores, keep), or "
+                "Reduction.where(mask) where they do"
+            ) from error
 
 
 def dry_inputs(handle: Patch) -> DryInputs:
@@ -119,18 +138,28 @@ def settle(handle: Patch) -> None:
     try:
         run = dry_run(handle)
         needs_all = run.output != dense
-    except ProbeFailed:  # something behind the blocks takes all tokens, or nothing helps
+    except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
         if bypass or handle.tokens.restore is None:
-            raise
-        needs_all = True
+            raise _cannot(handle, error) from error
+        run, needs_all = DryRun(ragged=handle.tokens.ragged()), True
     if not bypass:
-        handle.restores_last = _restores_last(handle, needs_all)
+        handle.restores_last = _restores_last(handle, needs_all, run.ragged)
     if handle.restores_last:
-        run = dry_run(handle)
+        try:
+            run = dry_run(handle)
+        except ProbeFailed as error:
+            raise _cannot(handle, error) from error
     _check_counts(handle, run)
 
 
-def _restores_last(handle: Patch, needs_all: bool) -> bool:
+def _cannot(handle: Patch, error: ProbeFailed) -> InvalidOption:
+    return InvalidOption(
+        f"{type(handle.model).__name__} cannot carry fewer tokens through these blocks ({error}); "
+        "use an attention strategy such as 'connectivity', or other layers="
+    )
+
+
+def _restores_last(handle: Patch, needs_all: bool, ragged: bool) -> bool:
     """Whether original positions come back after the last block: for features, and where plain
     pooling would weigh merged (or padded) tokens wrongly."""
     tokens = handle.tokens
@@ -143,7 +172,7 @@ def _restores_last(handle: Patch, needs_all: bool) -> bool:
             )
         return False
     pooling = REGISTRY.get("backbones", handle.backbone).pooling(handle.model)
-    uneven = (tokens.merges() or tokens.ragged()) and pooling != "prefix"
+    uneven = (tokens.merges() or ragged) and pooling != "prefix"
     return needs_all or uneven or tokens.restore != "auto"
 
 

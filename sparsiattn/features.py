@@ -25,9 +25,9 @@ class Watched:
     """Mixin of the swapped classes: pickles and copies as (its host's class, its state)."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made, _, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         host = type(self).__mro__[2]
-        return (_empty, (host,), *rest)
+        return (_empty, (host,), *reduced[2:])
 
 
 def _empty(host: type) -> Any:
@@ -36,7 +36,7 @@ def _empty(host: type) -> Any:
 
 
 @cache
-def watched_class(host: type) -> Any:
+def watched_class(host: Any) -> Any:
     """A subclass of the host's class, of the same name, that notes how it is called."""
     methods: dict[str, Any] = {"forward": _forward(host)}
     methods |= {name: _features(host, name) for name in METHODS if hasattr(host, name)}
@@ -45,14 +45,16 @@ def watched_class(host: type) -> Any:
 
 def watch(module: nn.Module, owner: Any) -> None:
     vars(module)[OWNER] = owner
-    module.__class__ = watched_class(type(module))
+    kind: Any = type(module)
+    module.__class__ = watched_class(kind)
 
 
 def unwatch(module: nn.Module) -> None:
     """Give a module its own class back."""
     vars(module).pop(OWNER, None)
-    if isinstance(module, Watched):
-        setattr(module, "__class__", type(module).__mro__[2])  # noqa: B010
+    kind = type(module)
+    if issubclass(kind, Watched):
+        setattr(module, "__class__", kind.__mro__[2])  # noqa: B010
 
 
 def _forward(host: Any) -> Callable[..., Any]:
@@ -118,7 +120,7 @@ def features_for(owner: Any, what: str) -> tuple[int, ...]:
             f"{what} returns one feature for each patch, and the patch was made with restore=None, "
             "which never puts tokens back: use restore='auto'"
         )
-    return THREAD.features + (owner.key,)  # type: ignore[no-any-return]  # noqa: RUF005
+    return THREAD.features + (owner.key,)  # noqa: RUF005
 
 
 def _hidden_states(module: nn.Module, kwargs: dict[str, Any]) -> bool:

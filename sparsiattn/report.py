@@ -130,7 +130,7 @@ def report(handle: Patch) -> Report:
     other: int | None = total - mhsa_dense
     if run is not None:
         other = run.macs - run.planning - sum(_macs_at(r.site, run) for r in handle.runtimes)
-    counted = len(known) == len(rows) and not _ragged(handle)
+    counted = len(known) == len(rows) and not (run is not None and run.ragged)
     return Report(
         model=type(handle.model).__name__,
         backbone=handle.backbone,
@@ -146,10 +146,6 @@ def report(handle: Patch) -> Report:
         other_macs=other if counted else None,
         reductions=_reductions(handle, run),
     )
-
-
-def _ragged(handle: Patch) -> bool:
-    return handle.tokens is not None and handle.tokens.ragged()
 
 
 def _macs_at(site: Site, run: DryRun) -> int:
@@ -187,7 +183,7 @@ def _reductions(handle: Patch, run: DryRun | None) -> tuple[str, ...]:
         count = run.counts.get(block.index)
         tokens = "" if count is None else f"{count} patch tokens, "
         lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.place]}")
-    if handle.tokens.ragged():
+    if run.ragged:
         lines.append("counts adapt to each image: MACs are known only after a forward pass")
     if handle.restores_last:
         lines.append("original positions come back after the last block")

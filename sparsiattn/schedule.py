@@ -53,6 +53,8 @@ def token_budgets(
             index = blocks.index(name)
         if index is None or index >= len(blocks):
             raise unknown("block in schedule:", name, blocks)
+        if index in found:
+            raise InvalidOption(f"block {blocks[index]!r} has two budgets in the schedule")
         found[index] = budget
     layers = sorted(found)
     changes: dict[str, Any] = {"layers": layers, kind: [found[layer] for layer in layers]}

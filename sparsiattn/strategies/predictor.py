@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,18 @@ class KeepPredictor(nn.Module):
 
     In eval mode the tokens with the best keep probability stay (hard). In training none leaves:
     straight-through Gumbel-softmax draws a policy of ones and zeros whose gradient reaches these
-    weights through the attention of all later blocks.
+    weights through the attention of all later blocks; `sparsiattn.training.keep_ratio_loss` holds
+    it to the share that will be kept.
 
-    width: of the tokens. select: turns keep probabilities ``[B, n]`` into a `Reduction`.
+    width: of the tokens. select: turns keep probabilities ``[B, n]`` into a `Reduction`. keep: the
+    budget. share: ``[B]``, what the last training forward kept of all tokens, with gradient.
     """
 
-    def __init__(self, select: Callable[[Tensor], Reduction | None], width: int, name: str) -> None:
+    def __init__(
+        self, select: Callable[[Tensor], Reduction | None], width: int, name: str, keep: Any
+    ) -> None:
         super().__init__()
-        self.select = select
+        self.select, self.keep = select, keep
         half, quarter = max(1, width // 2), max(1, width // 4)
         with torch.random.fork_rng(devices=[]):  # the caller's random state is not involved
             self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
@@ -47,7 +52,7 @@ class KeepPredictor(nn.Module):
             return self.select(log_keep[..., 0].float().exp())
         drawn = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
         policy = drawn if before is None else drawn * before
-        self.share = policy.mean()
+        self.share = policy.mean(1)
         return Reduction(policy=policy)
 
     def log_probabilities(self, x: Tensor, policy: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ class TokenDrop(TokenStrategy):
             )
         keeps = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
         for keep in keeps:
-            if keep != ADAPTIVE and not callable(keep):
+            if self.keep != ADAPTIVE and not callable(keep):
                 check_budget(keep, "keep")
+        if type(self.seed) is not int:
+            raise InvalidType(f"seed must be an int, got {self.seed!r}")
         self._check_adaptive()
 
     def _check_adaptive(self) -> None:
@@ -98,7 +101,7 @@ class TokenDrop(TokenStrategy):
     def at(self, site: Site, position: int, count: int) -> TokenDrop:
         one = super().at(site, position, count)
         assert isinstance(one, TokenDrop)
-        if one.keep != ADAPTIVE:
+        if self.keep != ADAPTIVE:
             check_budget(one.keep, "keep")
         return one
 
@@ -108,7 +111,9 @@ class TokenDrop(TokenStrategy):
 
     def planner(self, site: Site, width: int) -> TokenPlanner:
         if self.score == "learned":
-            return KeepPredictor(self.reduce_scored, width, site.name)
+            return KeepPredictor(self.reduce_scored, width, site.name, self.keep)
+        if self.score == "random":
+            return partial(self.reduce_drawn, zlib.crc32(f"{self.seed}/{site.name}".encode()))
         return super().planner(site, width)
 
     def reduce(self, tokens: TokenInputs) -> Reduction | None:
@@ -127,12 +132,14 @@ class TokenDrop(TokenStrategy):
             return tokens.class_attention()
         if self.score == "mean_query":
             return tokens.mean_attention()
-        if self.score == "norm":
-            norms: Tensor = torch.linalg.vector_norm(tokens.x.float(), dim=-1)
-            return norms
-        key = zlib.crc32(f"{self.seed}/{tokens.site.name}/{tokens.count}".encode())
+        norms: Tensor = torch.linalg.vector_norm(tokens.x.float(), dim=-1)
+        return norms
+
+    def reduce_drawn(self, key: int, tokens: TokenInputs) -> Reduction | None:
+        """By the draw of a site (``key`` stands for its name and the seed), one for all images."""
+        key = (key + tokens.count) * 0x9E3779B1 & 0xFFFFFFFF
         draws = geometry.table(hashed, key, 1, 1, tokens.count, device=tokens.x.device)
-        return draws[0, 0].expand(tokens.x.shape[0], -1)
+        return self.reduce_scored(draws[0, 0].expand(tokens.x.shape[0], -1))
 
     def enough(self, scores: Tensor) -> Tensor:
         """``[B, n]``: which tokens an image needs by its own scores; always at least one."""

@@ -28,14 +28,14 @@ class TokenMerge(TokenStrategy):
     """Merges the ``r`` most similar pairs of patch tokens in every block.
 
     r: tokens fewer after each block: an int, a list with one per layer, a function of the `Site`,
-    or ``(r, inflect)`` with a float for a rate that falls (inflect > 0) or grows linearly with the
-    same total (ToMe, appendix). At most half of the tokens can go at once. ratio: keep this share
-    in every layer instead, ``r = floor(n - ratio * n)``, as PiToMe does. method: ``"tome"`` pairs
-    alternate tokens by the cosine of their keys; ``"pitome"`` merges those of high energy, i.e.
-    with many alike, and protects the rest. bsm: in which half of the layers ``"pitome"`` splits all
-    tokens instead of its 2 r most redundant ones (``"first"`` as published for DeiT, ``"last"``
-    for MAE, None). proportional: a merged token weighs as a key by the patches in it. layers: all
-    blocks where None.
+    or ``(r, inflect)`` with a float in [-1, 1] for a rate that grows (inflect > 0) or falls
+    linearly with the same total (ToMe, appendix). At most half of the tokens can go at once.
+    ratio: keep this share in every layer instead, ``r = floor(n - ratio * n)``, as PiToMe does.
+    method: ``"tome"`` pairs alternate tokens by the cosine of their keys; ``"pitome"`` merges
+    those of high energy, i.e. with many alike, and protects the rest. bsm: in which half of the
+    layers ``"pitome"`` splits all tokens instead of its 2 r most redundant ones (``"first"`` as
+    published for DeiT, ``"last"`` for MAE, None). proportional: a merged token weighs as a key by
+    the patches in it. layers: all blocks where None.
 
     >>> TokenMerge(r=(8, 0.5)).rates(4)
     [4, 6, 9, 12]
@@ -74,6 +74,8 @@ class TokenMerge(TokenStrategy):
         pair = isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float)
         if pair and isinstance(r, (list, tuple)):
             _check_rate(r[0])
+            if not -1.0 <= r[1] <= 1.0:
+                raise InvalidOption(f"inflect in r=(r, inflect) must be within [-1, 1], got {r!r}")
         return pair
 
     def rates(self, count: int) -> list[int]:
