@@ -22,7 +22,7 @@ from sparsiattn.layout import patch_grid
 from sparsiattn.ragged import Packed, pack, unpack
 from sparsiattn.runtime import image_of
 from sparsiattn.site import Site
-from sparsiattn.stream import Step, Stream
+from sparsiattn.stream import Step, Stream, take
 from sparsiattn.tokens import Reduction, TokenInputs, TokenPlanner, TokenStrategy
 
 Carried = Stream | Packed
@@ -147,8 +147,15 @@ def apply(
         stream = stream.advance(Step(index, reduction.assign, before), reduction.size)
         return stream, torch.cat([x[:, :prefix], reduction.values], dim=1)
     short = take(x, with_prefix(index, prefix))
+    if reduction.added is not None:
+        into, rows = reduction.added
+        into = (into + prefix)[..., None].expand_as(rows)
+        # in place: `short` was made just now, and nothing needs its former values for gradients
+        short = short.scatter_add_(1, into, rows.to(short.dtype))
+        step = Step(index, reduction.assign, before)
+        return stream.advance(step, reduction.size), short
     if reduction.fuse is None or index.shape[1] == before:
-        return stream.advance(Step(index, reduction.assign, before)), short
+        return stream.advance(Step(index, reduction.assign, before), reduction.size), short
     step, extra = fused(index, reduction.fuse, x[:, prefix:])
     return stream.advance(step), torch.cat([short, extra], dim=1)
 
@@ -178,13 +185,6 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     """Rows of the sequence for these patch tokens and all prefix tokens, ``[B, P + m]``."""
     lead = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
     return torch.cat([lead, index + prefix], dim=1)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
-    b, n, c = x.shape
-    base = torch.arange(b, device=x.device)[:, None] * n
-    return x.reshape(b * n, c).index_select(0, (index + base).flatten()).view(b, index.shape[1], c)
 
 
 class EnterBlock:

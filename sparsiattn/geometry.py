@@ -56,6 +56,8 @@ def _elements(*tables: object) -> int:
 
 def _parts(found: object) -> list[Tensor]:
     parts = vars(found).values() if isinstance(found, Tiles) else (found,)
+    if isinstance(found, tuple):
+        parts = found
     return [part for part in parts if isinstance(part, Tensor)]
 
 

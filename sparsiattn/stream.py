@@ -186,3 +186,12 @@ class Stream:
 def unsigned(index: Tensor) -> Tensor:
     """Indices with the mark of fused tokens taken off."""
     return torch.where(index < 0, -1 - index, index)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
+    if x.shape[0] == 1:
+        return x[0].index_select(0, index[0])[None]
+    b, n, c = x.shape
+    base = torch.arange(b, device=x.device)[:, None] * n
+    return x.reshape(b * n, c).index_select(0, (index + base).flatten()).view(b, index.shape[1], c)

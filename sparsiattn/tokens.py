@@ -88,7 +88,9 @@ class Reduction:
     earlier token goes, -1 if dropped; None where ``index`` tells. size: ``[B, m]``, patches merged
     into each. mask: ``[B, n]`` instead of ``index`` where every image keeps its own number. fuse:
     ``[B, n]``, weights with which dropped tokens add up to one more token at the end (EViT, 3.2).
-    policy: ``[B, n]``, in training: nothing is dropped, but keys weigh as much as this says.
+    added: ``([B, r], [B, r, C])``, new tokens by number and what is added to each (merging few
+    into many without computing all means). policy: ``[B, n]``, in training: nothing is dropped, but
+    keys weigh as much as this says.
     """
 
     index: Tensor | None = None
@@ -98,6 +100,7 @@ class Reduction:
     mask: Tensor | None = None
     fuse: Tensor | None = None
     policy: Tensor | None = None
+    added: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def keep(index: Tensor) -> Reduction:

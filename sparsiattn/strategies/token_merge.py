@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn import geometry
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.site import Site
+from sparsiattn.stream import take
 from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")
@@ -121,10 +123,13 @@ class TokenMerge(TokenStrategy):
             return None
         inputs = tokens.attention
         assert inputs is not None
-        keys = F.normalize(inputs.k[..., inputs.prefix :, :].mean(1), dim=-1)
+        # the direction of the mean over heads is that of their sum
+        keys = F.normalize(inputs.k.sum(1)[:, inputs.prefix :], dim=-1)
         if self.method == "tome":
-            first, second = alternate(tokens.count, inputs.prefix, keys.device)
-            return merge_pairs(tokens, keys, first[None], second[None], r)
+            odd = inputs.prefix % 2
+            sides = geometry.table(alternate, tokens.count, odd, device=keys.device)
+            likeness = keys[:, odd::2] @ keys[:, 1 - odd :: 2].mT
+            return merge_pairs(tokens, likeness, sides[0], sides[1], r)
         return self._by_energy(tokens, keys, r)
 
     def _by_energy(self, tokens: TokenInputs, keys: Tensor, r: int) -> Reduction:
@@ -135,16 +140,19 @@ class TokenMerge(TokenStrategy):
         half = math.ceil(tokens.depth / 2)
         early = tokens.layer < half
         split_all = self.bsm is not None and early == (self.bsm == "first")
-        if split_all:
-            return merge_pairs(tokens, keys, order[:, ::2], order[:, 1::2], r)
-        first, second = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2]
-        return merge_pairs(tokens, keys, first, second, r, order[:, 2 * r :])
+        end = None if split_all else 2 * r
+        first, second = order[:, :end:2], order[:, 1:end:2]
+        likeness = take(keys, first) @ take(keys, second).mT
+        return merge_pairs(
+            tokens, likeness, first, second, r, None if end is None else order[:, end:]
+        )
 
 
-def alternate(count: int, prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every second token of the whole sequence, prefix tokens counted but left out (ToMe, 3.1)."""
-    at = torch.arange(count, device=device)
-    return at[prefix % 2 :: 2], at[1 - prefix % 2 :: 2]
+def alternate(count: int, odd: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every second token of the whole sequence, ``[1, a]`` and ``[1, b]``; ``odd`` is 1 where the
+    prefix tokens before them are odd in number (ToMe, section 3.1)."""
+    at = torch.arange(count, device=device)[None]
+    return at[:, odd::2].contiguous(), at[:, 1 - odd :: 2].contiguous()
 
 
 def energy(keys: Tensor, layer: int, depth: int) -> Tensor:
@@ -155,40 +163,39 @@ def energy(keys: Tensor, layer: int, depth: int) -> Tensor:
 
 
 def merge_pairs(
-    tokens: TokenInputs, keys: Tensor, first: Tensor, second: Tensor, r: int,
+    tokens: TokenInputs, likeness: Tensor, first: Tensor, second: Tensor, r: int,
     protected: Tensor | None = None,
 ) -> Reduction:  # fmt: skip
     """Merge the ``r`` best edges from ``first`` ``[B|1, a]`` to their nearest of ``second``.
 
-    keys: ``[B, n, d]``, of unit length. The new order is: protected tokens, those of ``first`` that
-    stay, in order, then ``second``; values are means weighted by size.
+    likeness: ``[B, a, b]``. The new order is: protected tokens, those of ``first`` that stay, in
+    order, then ``second``; values are means weighted by size.
     """
-    batch = keys.shape[0]
-    first, second = (side.expand(batch, -1) for side in (first, second))
-    best = (rows(keys, first) @ rows(keys, second).mT).max(-1)
+    batch, x = len(likeness), tokens.x
+    first, second = first.expand(batch, -1), second.expand(batch, -1)
+    best = likeness.max(-1)
     ranked = best.values.argsort(dim=1, descending=True, stable=True)
     source, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
     target = best.indices.gather(1, source)
     moved, kept = first.gather(1, source), first.gather(1, rest)
     if protected is not None:
         kept = torch.cat([protected, kept], dim=1)
+    into, index = target + kept.shape[1], torch.cat([kept, second], dim=1)
     size = tokens.size
-    ones = torch.ones((), dtype=torch.float, device=keys.device).expand(keys.shape[:2])
-    weight = ones if size is None else size
-    x = tokens.x
-    grown = weight.gather(1, second).scatter_add(1, target, weight.gather(1, moved))
-    into = rows(x, second)
-    added = rows(x, moved)
-    if size is not None:
-        into = into * weight.gather(1, second)[..., None].to(x.dtype)
-        added = added * weight.gather(1, moved)[..., None].to(x.dtype)
-    total = into.scatter_add(1, target[..., None].expand_as(added), added)
-    values = torch.cat([rows(x, kept), total / grown[..., None].to(x.dtype)], dim=1)
+    if size is None:
+        weight, grown = torch.ones_like(best.values[:, :r]), torch.ones_like(best.values[:1, :1])
+        grown = grown.expand(index.shape).scatter_add(1, into, weight)
+    else:
+        weight = size.gather(1, moved)
+        grown = size.gather(1, index).scatter_add(1, into, weight)
+    # mean = x_b + sum over a of (s_a / s) (x_a - x_b): only the tokens that move are touched
+    share = (weight / grown.gather(1, into))[..., None].to(x.dtype)
+    shift = (take(x, moved) - take(x, second.gather(1, target))) * share
     return Reduction(
-        index=torch.cat([kept, second], dim=1),
-        values=values,
+        index=index,
+        added=(into, shift),
         assign=partial(assignment, kept, second, moved, target),
-        size=torch.cat([weight.gather(1, kept), grown], dim=1),
+        size=grown,
     )
 
 
@@ -198,11 +205,6 @@ def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> T
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
     new = stay.new_zeros(stay.shape[0], stay.shape[1] + moved.shape[1]).scatter(1, stay, place)
     return new.scatter(1, moved, target + kept.shape[1])
-
-
-def rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``[B, m]`` of ``[B, n, C]``."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _check_rate(r: object) -> None:
