@@ -85,12 +85,36 @@ def dense_top1() -> str:
     return f"Dense: {found['dense_top1']:.2f} % of {found['images']:,} images."
 
 
+def tokens() -> str:
+    found = read("tokens-cpu")["speedup"]
+    rows = []
+    for name, row in found["batch 8"].items():
+        macs = "" if row["macs_ratio"] is None else f"{row['macs_ratio']:.2f}x"
+        one = found["batch 1"][name]
+        rows.append([name, macs, f"{row['speedup']:.2f}x", f"{one['speedup']:.2f}x"])
+    return table(["schedule", "fewer MACs", "batch 8", "batch 1"], rows)
+
+
+def token_quality() -> str:
+    found = read("token-quality-cifar")
+    rows = [["dense", f"{found['dense_top1']:.2f}", "64", ""]]
+    for name, row in found["rows"].items():
+        saved = row["macs_saved"]
+        saved = "" if saved is None else f"{100 * saved:.0f} %"
+        rows.append([name, f"{row['top1']:.2f}", f"{row['tokens_left']:g}", saved])
+    return table(["schedule", "top-1", "patch tokens left", "MACs saved"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "mass": mass,
     "background": background,
     "dense-top1": dense_top1,
     "kernels": kernels,
     "overhead": overhead,
+    "tokens": tokens,
+    "token-quality": token_quality,
+    "source tokens-cpu": lambda: source("tokens-cpu"),
+    "source token-quality-cifar": lambda: source("token-quality-cifar"),
     "source quality-cifar": lambda: source("quality-cifar"),
     "source kernels-cpu": lambda: source("kernels-cpu"),
     "source overhead-cpu": lambda: source("overhead-cpu"),

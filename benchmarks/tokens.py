@@ -15,6 +15,11 @@ import sparsiattn
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "token_drop keep=0.7": {"strategy": "token_drop", "keep": 0.7},
+    # the same counts as r=13 without any search for them: what merging could reach at best
+    "token_drop random, counts of r=13": {
+        "strategy": "token_drop", "score": "random", "layers": list(range(12)),
+        "keep": [196 - 13 * (i + 1) for i in range(12)],
+    },
     "token_drop keep=0.7, fused": {"strategy": "token_drop", "keep": 0.7, "fuse": True},
     "token_drop keep=0.5": {"strategy": "token_drop", "keep": 0.5},
     "token_drop adaptive, mass=0.6": {"strategy": "token_drop", "keep": "adaptive", "mass": 0.6},

@@ -3,10 +3,11 @@
     python examples/demo.py                                  # scikit-learn's scanned digits
     python examples/demo.py --model deit_small_patch16_224 --pretrained --images DIR
 
-Without ``--model`` it trains a timm ViT on 1,797 scanned digits, patches it with each strategy at
-k = 0.5, 0.25 and 0.1 and fits the predictor of `connectivity` for a moment. With ``--model`` it
-patches that timm model and measures how often its top-1 agrees with the dense model on a folder of
-images. Both write a picture of the keys some query patches attend to.
+Without ``--model`` it trains a timm ViT on 1,797 scanned digits, patches it with each attention
+strategy at k = 0.5, 0.25 and 0.1, fits the predictor of `connectivity` for a moment, then drops,
+fuses and merges tokens. With ``--model`` it patches that timm model and measures how often its
+top-1 agrees with the dense model on a folder of images. Both write a picture of the keys some query
+patches attend to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +36,14 @@ from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
 
 BUDGETS = (0.5, 0.25, 0.1)
+TOKENS: dict[str, dict[str, Any]] = {
+    "token_drop keep=0.7": {"strategy": "token_drop", "keep": 0.7},
+    "token_drop keep=0.5": {"strategy": "token_drop", "keep": 0.5},
+    "token_drop keep=0.5, fused": {"strategy": "token_drop", "keep": 0.5, "fuse": True},
+    "token_drop adaptive": {"strategy": "token_drop", "keep": "adaptive"},
+    "token_merge, r = an 18th": {"strategy": "token_merge", "r": lambda site: site.tokens // 18},
+    "hybrid k=0.25 keep=0.5": {"strategy": "hybrid", "k": 0.25, "keep": 0.5},
+}
 console = Console(width=None if sys.stdout.isatty() else 100)
 
 
@@ -54,8 +64,8 @@ class Row:
     strategy: str
     k: float | None
     score: float
-    mhsa_macs: int
-    macs: int
+    mhsa_macs: int | None
+    macs: int | None
     rate: float
     ratio: float
 
@@ -177,12 +187,9 @@ def timed(model: nn.Module, images: Tensor) -> float:
 def measure(live: sparsiattn.Patch, data: Data, dense: Tensor, name: str, rounds: int) -> Row:
     report = live.report()
     rate, ratio = speed(live, data.test[:64], rounds)
-    assert report.mhsa_macs is not None
-    assert report.macs is not None
-    return Row(
-        name, getattr(live.strategy, "k", None), score(live.model, data, dense),
-        report.mhsa_macs + report.predictor_macs, report.macs, rate, ratio,
-    )  # fmt: skip
+    k = None if live.tokens is not None else getattr(live.strategy, "k", None)
+    mhsa = None if report.mhsa_macs is None else report.mhsa_macs + report.predictor_macs
+    return Row(name, k, score(live.model, data, dense), mhsa, report.macs, rate, ratio)
 
 
 def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterator[Row]:
@@ -190,13 +197,26 @@ def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterat
     dense = predict(model, data.test)
     with sparsiattn.patch(model, "dense", input=data.test[:1]) as live:
         yield measure(live, data, dense, "dense", rounds)
-    for name in sparsiattn.strategies():
-        for k in BUDGETS if name != "dense" else ():
+    for name in attention_strategies():
+        for k in BUDGETS:
             with sparsiattn.patch(model, name, k=k, input=data.test[:1]) as live:
                 yield measure(live, data, dense, name, rounds)
                 if live.learns:
                     fit(live, data, fit_steps)
                     yield measure(live, data, dense, f"{name}, fitted", rounds)
+
+
+def attention_strategies() -> list[str]:
+    found = sparsiattn.strategies().items()
+    return [name for name, info in found if info.kind == "attention" and name != "dense"]
+
+
+def compare_tokens(model: nn.Module, data: Data, rounds: int) -> Iterator[Row]:
+    """Schedules that carry fewer tokens."""
+    dense = predict(model, data.test)
+    for name, schedule in TOKENS.items():
+        with sparsiattn.patch(model, input=data.test[:1], **schedule) as live:
+            yield measure(live, data, dense, name, rounds)
 
 
 def fit(live: sparsiattn.Patch, data: Data, steps: int) -> None:
@@ -214,14 +234,19 @@ def show(rows: list[Row], labelled: bool) -> None:
     for row in rows:
         table.add_row(
             row.strategy, "" if row.k is None else f"{row.k}", f"{row.score:.1f}",
-            f"{row.mhsa_macs / 1e6:.2f} M", f"{row.macs / 1e6:.1f} M", f"{row.rate:.0f}",
+            millions(row.mhsa_macs, 2), millions(row.macs, 1), f"{row.rate:.0f}",
             f"{row.ratio:.2f}",
         )  # fmt: skip
     console.print(table)
     console.print(
-        "MHSA MACs count QK^T, AV and what choosing the keys costs. With so few tokens and one\n"
-        "key list per query little is saved, and no time; it takes many tokens and shared lists:"
+        "MHSA MACs count QK^T, AV and what choosing costs; where every image keeps its own number\n"
+        "of tokens they are not known beforehand. With so few tokens and one key list per query\n"
+        "sparse attention saves little, and no time; it takes many tokens and shared lists:"
     )
+
+
+def millions(macs: int | None, digits: int) -> str:
+    return "by image" if macs is None else f"{macs / 1e6:.{digits}f} M"
 
 
 def high_resolution(rounds: int) -> None:
@@ -334,9 +359,12 @@ def main() -> None:
             console.print("random weights (no --pretrained): agreement says nothing about accuracy")
     rows: list[Row] = []
     with progress() as bar:
-        total = 1 + len(BUDGETS) * (len(sparsiattn.strategies()) - 1)
+        total = 1 + len(BUDGETS) * len(attention_strategies()) + len(TOKENS)
         task = bar.add_task("measuring", total=total, note="")
-        for row in compare(model, data, steps, options.rounds):
+        sources = (
+            compare(model, data, steps, options.rounds), compare_tokens(model, data, options.rounds)
+        )  # fmt: skip
+        for row in chain(*sources):
             rows.append(row)
             bar.update(task, advance=float("fitted" not in row.strategy), note=row.strategy)
     show(rows, data.test_labels is not None)

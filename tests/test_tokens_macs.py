@@ -13,6 +13,8 @@ from torch import nn
 import sparsiattn
 
 WIDTH = {"tiny": 192, "small": 384, "base": 768}
+# the small one by default: it is the one with published figures
+SIZES = [pytest.param(s, marks=[] if s == "small" else [pytest.mark.slow]) for s in WIDTH]
 LAYERS = 12
 
 
@@ -76,7 +78,7 @@ def test_evit_on_deit_s(keep: float, mhsa: float | None, giga: float) -> None:
     assert 0 <= report.predictor_macs < 0.01 * macs
 
 
-@pytest.mark.parametrize("size", WIDTH)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("keep", [0.7, 0.5])
 def test_evit_with_fused_token(size: str, keep: float) -> None:
     with sparsiattn.patch(deit(size), "token_drop", keep=keep, fuse=True) as live:
@@ -87,7 +89,7 @@ def test_evit_with_fused_token(size: str, keep: float) -> None:
     ("r", "giga", "final"),
     [(5, 3.85, 137), (8, 3.42, 101), (10, 3.13, 77), (13, 2.70, 41), (16, 2.29, 11)],
 )
-@pytest.mark.parametrize("size", WIDTH)
+@pytest.mark.parametrize("size", SIZES)
 def test_tome(size: str, r: int, giga: float, final: int) -> None:
     counts = tokens(lambda i, n: n - min(r, n // 2))
     with sparsiattn.patch(deit(size), "token_merge", r=r) as live:
@@ -100,7 +102,7 @@ PITOME = {0.9: (2.60, 9.97, 60), 0.9125: (2.76, 10.62, 69), 0.925: (2.99, 11.49,
           0.95: (3.44, 13.19, 111), 0.975: (4.01, 15.34, 151)}  # fmt: skip
 
 
-@pytest.mark.parametrize("size", WIDTH)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("ratio", PITOME)
 def test_pitome(size: str, ratio: float) -> None:
     small, base, final = PITOME[ratio]
