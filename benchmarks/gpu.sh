@@ -7,4 +7,6 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="${PYTHONPATH:-.:backbones}"
 python3 -m pytest -m gpu -p no:cacheprovider
 python3 benchmarks/kernels.py --device cuda --dtype bfloat16 --batch 8 --rounds 30
+python3 benchmarks/proportional.py --device cuda --dtype bfloat16
+python3 benchmarks/tokens.py --device cuda --dtype bfloat16 --rounds 12
 if [ $# -gt 0 ]; then cp benchmarks/results/*cuda*.json "$1"; fi

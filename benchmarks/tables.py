@@ -95,6 +95,17 @@ def tokens() -> str:
     return table(["schedule", "fewer MACs", "batch 8", "batch 1"], rows)
 
 
+def proportional() -> str:
+    rows = read("proportional-cpu")["time_over_plain_attention"]
+    return table(
+        ["batch", "tokens", "log size as a mask", "as one more channel"],
+        [
+            [str(r["batch"]), str(r["tokens"]), f"{r['mask']:.2f}x", f"{r['channel']:.2f}x"]
+            for r in rows
+        ],
+    )
+
+
 def token_quality() -> str:
     found = read("token-quality-cifar")
     rows = [["dense", f"{found['dense_top1']:.2f}", "64", ""]]
@@ -113,6 +124,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "tokens": tokens,
     "token-quality": token_quality,
+    "proportional": proportional,
+    "source proportional-cpu": lambda: source("proportional-cpu"),
     "source tokens-cpu": lambda: source("tokens-cpu"),
     "source token-quality-cifar": lambda: source("token-quality-cifar"),
     "source quality-cifar": lambda: source("quality-cifar"),

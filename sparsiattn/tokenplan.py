@@ -132,7 +132,6 @@ def _trim(handle: Any, plain: bool) -> None:
     """Hooks are needed from the first reduction on; in a hierarchy, to the end of its stage."""
     blocks: list[BlockRuntime] = handle.blocks
     start = next(i for i, runtime in enumerate(blocks) if runtime.place)
-    handle.all_blocks = [runtime.block for runtime in blocks]
     blocks[start].first = True
     blocks[-1].last = True
     del blocks[:start]

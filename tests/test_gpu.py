@@ -10,6 +10,7 @@ import sparsiattn
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.varlen import Varlen, XFormers
 from sparsiattn.testing import KernelSuite
 
 pytestmark = [
@@ -34,6 +35,47 @@ class TestMaskedSDPAOnCuda(_OnCuda):
 
 class TestGatherOnCuda(_OnCuda):
     kernel = Gather()
+
+
+class TestXFormersOnCuda(_OnCuda):
+    kernel = XFormers()
+
+
+class TestVarlenOnCuda(_OnCuda):
+    kernel = Varlen()
+    dtypes = (torch.bfloat16, torch.float16)
+
+
+TOKENS = {
+    "drop": {"strategy": "token_drop", "keep": 0.5, "layers": [0], "fuse": True},
+    "merge": {"strategy": "token_merge", "r": 9},
+    "adaptive": {"strategy": "token_drop", "keep": "adaptive", "mass": 0.7, "layers": [0]},
+    "hybrid": {"strategy": "hybrid", "keep": 0.5, "layers": [0], "only_if_faster": False},
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("family", ["vit", "vit_registers", "eva_rope", "beit"])
+def test_token_strategies_move_to_the_gpu(family: str, name: str) -> None:
+    model = zoo.build(family).double()
+    x = zoo.images(model).double()
+    if (family, name) == ("eva_rope", "adaptive"):
+        pytest.skip("refused: blocks that take position tables")
+    with torch.no_grad(), sparsiattn.patch(model, **TOKENS[name]):
+        here = model(x)
+        there = model.cuda()(x.cuda())
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=1e-8)
+
+
+def test_packed_images_take_a_ragged_kernel_and_train() -> None:
+    model = zoo.build("vit").cuda().train()
+    x = torch.randn(4, 3, 32, 32, device="cuda")
+    options = {"keep": "adaptive", "mass": 0.7, "layers": [0]}
+    with sparsiattn.patch(model, "token_drop", **options):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("tile", [1, (2, 2)])
