@@ -71,26 +71,43 @@ class BlockRuntime:
             stream = None
         if stream is not None and (torch.compiler.is_compiling() or stream.given is x):
             return stream
-        noted = self.entered.get(x.data_ptr())
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        noted = None if wrapped else self.entered.get(x.data_ptr())
         if noted is not None and noted[0]() is not None:
             refuse_lost_policy(self, noted[1])
             return noted[1]
         if stream is not None:
-            return stream
+            return self._changed(stream, x)
         raise ModelChanged(
             f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
             f"is only known after block {self.index - 1}; run the whole model, or unpatch() first"
         )
+
+    def _changed(self, stream: Carried, x: Tensor) -> Carried:
+        """The stream where something between two blocks handed on another tensor than was given."""
+        if stream.short is None:
+            return stream
+        if isinstance(stream, Packed):
+            raise ModelChanged(
+                f"the input of block {self.block.name!r} was changed between blocks, while images "
+                "with their own numbers of tokens are packed and features were asked for: use a "
+                "fixed keep"
+            )
+        return replace(stream, short=take(x, stream.tokens()))
 
     def note(self, x: Tensor, stream: Carried, inside: bool = False) -> None:
         """Keep the stream for a backward pass that runs this block, or only what is inside its
         forward, again from the same input."""
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
             return
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # checkpoints do not mix with those
+            return
         table = self.inside if inside else self.entered
         for key in [key for key, (alive, _) in table.items() if alive() is None]:
             del table[key]
-        table[x.data_ptr()] = (ref(x), stream)
+        # nothing kept may be ``x`` itself, or it would live as long as the table
+        kept = replace(stream, given=None, short=None if inside else stream.short)
+        table[x.data_ptr()] = (ref(x), kept)
 
     def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
@@ -110,6 +127,20 @@ class BlockRuntime:
             for i, part in enumerate(by_image(reduction))
         ]
         return pack(parts) if parts else (stream, x)  # an empty batch has nothing to pack
+
+    def spare(self, stream: Stream, kept: Tensor) -> Stream:
+        """The stream after it was decided which of these tokens ``[B, n, C]`` skip the MLP."""
+        reduction = self.plan(stream, kept, None)
+        if reduction is None:
+            return stream
+        if reduction.policy is not None:
+            return replace(stream, policy=reduction.policy)
+        if reduction.index is None:
+            raise InvalidOption(
+                f"block {self.block.name!r} must keep its grid, so every image has to spare the "
+                "same number of tokens: use a fixed keep, e.g. keep=0.7"
+            )
+        return stream.advance(Step(reduction.index, None, kept.shape[1]))
 
     def plan(self, stream: Stream, x: Tensor, attention: Any) -> Reduction | None:
         assert self.planner is not None
@@ -308,8 +339,9 @@ class LeaveBlock:
         stream = replace(stream, layer=runtime.index + 1, short=short, given=given)
         THREAD.stream = None if runtime.last else stream
         if not torch.compiler.is_compiling():
-            runtime.owner.carried = replace(stream, short=None, given=None, last=None)
-        return None if given is host else _with_first(output, host, given)
+            bare = replace(stream, short=None, given=None, last=None)
+            runtime.owner.carried = (bare, out.shape[0])
+        return None if given is host else with_first(output, host, given)
 
     def _given(self, stream: Carried, out: Tensor) -> Tensor:
         """What the host gets: original positions for dense consumers, else the short sequence."""
@@ -343,112 +375,8 @@ def refuse_reentrant(runtime: BlockRuntime, host: Tensor, short: Tensor) -> None
         )
 
 
-def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
+def with_first(output: Any, old: Tensor, new: Tensor) -> Any:
     """A block's output (a tensor, or a tuple that starts with one) with that tensor exchanged."""
     if isinstance(output, Tensor):
         return new
     return type(output)(new if item is old else item for item in output)
-
-
-class EnterSpared:
-    """Forward pre-hook of a block where the grid must stay: which tokens skip its MLP."""
-
-    def __init__(self, runtime: BlockRuntime) -> None:
-        self.runtime = runtime
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        runtime = self.runtime
-        THREAD.pending = THREAD.branch = None
-        if runtime.idle():
-            THREAD.spared = None
-            return
-        x = first_tensor(args) if args else first_tensor(kwargs)
-        assert x is not None
-        stream = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.spared)
-        runtime.note(x, stream)
-        runtime.note(x, stream, inside=True)
-        THREAD.spared = stream
-
-
-class EnterBypass:
-    """Forward pre-hook of the MLP branch where the grid must stay: only kept tokens take it."""
-
-    def __init__(self, runtime: BlockRuntime) -> None:
-        self.runtime = runtime
-
-    def __call__(self, module: nn.Module, args: Any) -> Any:
-        runtime, stream = self.runtime, THREAD.spared
-        if runtime.idle() or stream is None or stream.owner != runtime.owner.key:
-            return None
-        x = args[0]
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        if runtime.planner is not None:
-            kept = take(tokens, stream.ids) if stream.reduced else tokens
-            reduction = runtime.plan(stream, kept, None)
-            if reduction is not None and reduction.policy is not None:
-                stream = replace(stream, policy=reduction.policy)
-            elif reduction is not None and reduction.index is None:
-                raise InvalidOption(
-                    f"block {runtime.block.name!r} must keep its grid, so every image has to spare "
-                    "the same number of tokens: use a fixed keep, e.g. keep=0.7"
-                )
-            elif reduction is not None:
-                index = _index(reduction, x.device)
-                stream = stream.advance(Step(index, None, kept.shape[1]))
-            THREAD.spared = stream
-        if stream.policy is None and not stream.reduced:
-            return None
-        short = take(tokens, stream.ids) if stream.reduced else x
-        THREAD.pending = (stream, short)
-        return (short, *args[1:])
-
-
-class LeaveBypass:
-    """Forward hook of the block: adds the MLP's result to the tokens that took it."""
-
-    def __init__(self, runtime: BlockRuntime) -> None:
-        self.runtime = runtime
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        runtime, stream = self.runtime, THREAD.spared
-        if runtime.idle() or stream is None or stream.owner != runtime.owner.key:
-            return None
-        host = first_tensor(output)
-        assert host is not None
-        if THREAD.pending is None:
-            THREAD.spared = replace(stream, layer=runtime.index + 1, given=host)
-            return None
-        (stream, short), branch = THREAD.pending, THREAD.branch
-        THREAD.pending = THREAD.branch = None
-        refuse_reentrant(runtime, host, short)
-        flat = host.reshape(host.shape[0], -1, host.shape[-1])
-        if stream.policy is not None:
-            branch = branch.reshape(flat.shape) * stream.policy[..., None].to(branch.dtype)
-            out = flat + branch
-        else:
-            index = stream.ids[..., None].expand(-1, -1, flat.shape[-1])
-            out = flat.scatter_add(1, index, branch.to(flat.dtype))
-        out = out.view(host.shape)
-        THREAD.spared = replace(stream, layer=runtime.index + 1, given=out)
-        return _with_first(output, host, out)
-
-
-def hook_block(model: nn.Module, runtime: BlockRuntime) -> list[Any]:
-    """The hooks of one block. They come first, so that others see the sequence as it goes on."""
-    module, tail = model.get_submodule(runtime.block.name), runtime.block.tail
-    bypass = runtime.place == "bypass"
-    begin = EnterSpared(runtime) if bypass else EnterBlock(runtime)
-    leave = LeaveBypass(runtime) if bypass else LeaveBlock(runtime)
-    hooks = [
-        module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
-        module.register_forward_hook(leave, prepend=True),
-    ]
-    if runtime.block.head is not None:
-        head = model.get_submodule(runtime.block.head)
-        hooks.append(head.register_forward_pre_hook(ReopenBlock(runtime)))
-    if tail is not None and runtime.place in ("middle", "bypass"):
-        enter = EnterBypass(runtime) if bypass else EnterTail(runtime)
-        entry, last = model.get_submodule(tail.entry), model.get_submodule(tail.exit)
-        hooks.append(entry.register_forward_pre_hook(enter))
-        hooks.append(last.register_forward_hook(LeaveTail()))
-    return hooks

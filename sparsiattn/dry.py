@@ -4,8 +4,9 @@ and says how many reach each block, what that costs, and whether the model can d
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
+from sparsiattn.stream import Stream
+
+T = TypeVar("T")
 
 
 def mac_counter() -> Any:
@@ -51,16 +55,20 @@ class _DryBlock(BlockRuntime):
 
     def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         self.run.counts[self.index] = x.shape[1] - stream.prefix
-        with mac_counter() as counter:
-            out = self._reduced(stream, x)
+        out = self._counted(lambda: super(_DryBlock, self).reduce(stream, x))
         self.run.ragged |= isinstance(out[0], Packed)
-        self.run.planning += int(counter.get_total_flops()) // 2
         return out
 
-    def _reduced(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
+    def spare(self, stream: Stream, kept: Tensor) -> Stream:
+        self.run.counts[self.index] = kept.shape[1]
+        return self._counted(lambda: super(_DryBlock, self).spare(stream, kept))
+
+    def _counted(self, call: Callable[[], T]) -> T:
+        """What a reduction returns, its MACs noted."""
         try:
-            with torch.device("meta"):  # tensors a strategy makes without saying where
-                return super().reduce(stream, x)
+            # the device is for tensors a strategy makes without saying where
+            with mac_counter() as counter, torch.device("meta"):
+                out = call()
         except SparsiattnError:
             raise
         except Exception as error:
@@ -71,6 +79,8 @@ class _DryBlock(BlockRuntime):
                 "Shapes must not depend on values: return Reduction.top(scores, keep), or "
                 "Reduction.where(mask) where they do"
             ) from error
+        self.run.planning += int(counter.get_total_flops()) // 2
+        return out
 
 
 def dry_inputs(handle: Patch) -> DryInputs:
@@ -164,15 +174,20 @@ def _restores_last(handle: Patch, needs_all: bool, ragged: bool) -> bool:
     pooling would weigh merged (or padded) tokens wrongly."""
     tokens = handle.tokens
     assert tokens is not None
-    if tokens.restore is None:
-        if needs_all:
-            raise InvalidOption(
-                f"{type(handle.model).__name__} returns (or reads) one feature for each patch, and "
-                "restore=None never puts tokens back: use restore='auto'"
-            )
-        return False
     pooling = REGISTRY.get("backbones", handle.backbone).pooling(handle.model)
     uneven = (tokens.merges() or ragged) and pooling != "prefix"
+    if tokens.restore is None:
+        if needs_all or uneven:
+            reads = (
+                "one feature for each patch"
+                if needs_all
+                else ("the mean of patches, to which merged (or fewer) tokens would count wrongly")
+            )
+            raise InvalidOption(
+                f"{type(handle.model).__name__} returns (or reads) {reads}, and restore=None never "
+                "puts tokens back: use restore='auto'"
+            )
+        return False
     return needs_all or uneven or tokens.restore != "auto"
 
 

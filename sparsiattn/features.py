@@ -1,8 +1,9 @@
 """Who asks for original positions: methods and arguments of the host that return features.
 
 While a model carries fewer tokens its class is swapped for one that notes which of its methods was
-called. Unlike attributes of the instance, a class survives deepcopy, pickle and `nn.DataParallel`;
-unlike hooks, its methods are part of what torch.compile traces.
+called. Unlike attributes of the instance, a class survives deepcopy and pickle; unlike hooks, its
+methods are part of what torch.compile traces. Hooks of the model note the same where it runs
+eagerly, also if something else replaced its ``forward``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sparsiattn.errors import InvalidOption
 from sparsiattn.interception import THREAD, install
 
 METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
-OWNER = "_sparsiattn_owner"
+OWNER, ROOT, HOST = "_sparsiattn_owner", "_sparsiattn_root", "_sparsiattn_host"
 
 
 class Watched:
@@ -26,8 +27,8 @@ class Watched:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        host = type(self).__mro__[2]
-        return (_empty, (host,), *reduced[2:])
+        host = vars(type(self)).get(HOST)
+        return reduced if host is None else (_empty, (host,), *reduced[2:])
 
 
 def _empty(host: type) -> Any:
@@ -40,21 +41,25 @@ def watched_class(host: Any) -> Any:
     """A subclass of the host's class, of the same name, that notes how it is called."""
     methods: dict[str, Any] = {"forward": _forward(host)}
     methods |= {name: _features(host, name) for name in METHODS if hasattr(host, name)}
-    return type(host.__name__, (Watched, host), {**methods, "__module__": host.__module__})
+    return type(
+        host.__name__, (Watched, host), {**methods, "__module__": host.__module__, HOST: host}
+    )
 
 
 def watch(module: nn.Module, owner: Any) -> None:
-    vars(module)[OWNER] = owner
+    vars(module)[OWNER], vars(module)[ROOT] = owner, module is owner.model
     kind: Any = type(module)
     module.__class__ = watched_class(kind)
 
 
 def unwatch(module: nn.Module) -> None:
-    """Give a module its own class back."""
-    vars(module).pop(OWNER, None)
-    kind = type(module)
-    if issubclass(kind, Watched):
-        setattr(module, "__class__", kind.__mro__[2])  # noqa: B010
+    """Give a module its own class back. Where something derived another one from ours meanwhile
+    (parametrizations do), that one stays and does what the host's would."""
+    for name in (OWNER, ROOT):
+        vars(module).pop(name, None)
+    host = vars(type(module)).get(HOST)
+    if host is not None:
+        setattr(module, "__class__", host)  # noqa: B010
 
 
 def _forward(host: Any) -> Callable[..., Any]:
@@ -63,16 +68,18 @@ def _forward(host: Any) -> Callable[..., Any]:
     @wraps(host.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         owner = vars(self).get(OWNER)
-        if owner is None or owner.model is not self or owner.key in THREAD.inside:
+        if owner is None or owner.key in THREAD.inside:
             return host.forward(self, *args, **kwargs)
         inside, features = THREAD.inside, THREAD.features
-        THREAD.inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
+        if vars(self).get(ROOT):
+            THREAD.inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
         if owner.key not in THREAD.disabled and _hidden_states(self, kwargs):
             THREAD.features = features_for(owner, "output_hidden_states=True")
         try:
             return host.forward(self, *args, **kwargs)
         finally:
             THREAD.inside, THREAD.features = inside, features
+            THREAD.forget()
 
     return forward
 
@@ -96,21 +103,45 @@ def _features(host: Any, name: str) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         finally:
             THREAD.inside, THREAD.features = inside, before
+            THREAD.forget()
 
     return features
 
 
 class EnterModel:
-    """Forward pre-hook of the model: refuses to run if a patched site was replaced or deleted."""
+    """Forward pre-hook of the model: refuses to run if a patched site was replaced or deleted, and
+    notes that what runs now runs inside the model's own forward."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        owner = self.owner
+        if torch.compiler.is_compiling():
+            return
+        THREAD.top = None  # an interrupt (no Exception) may have left a scope open
+        THREAD.forget()
+        install()  # somebody may have put the original function back
+        owner.before_forward()
+        owner.carried = None
+        if owner.blocks and owner.key not in THREAD.inside:
+            THREAD.inside = (*THREAD.inside, owner.key)
+            if owner.key not in THREAD.disabled and _hidden_states(module, kwargs):
+                THREAD.features = features_for(owner, "output_hidden_states=True")
+
+
+class LeaveModel:
+    """Forward hook of the model, called also when it raised."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            THREAD.top = None  # an interrupt (no Exception) may have left a scope open
-            install()  # somebody may have put the original function back
-            self.owner.before_forward()
+            key = self.owner.key
+            THREAD.inside = tuple(other for other in THREAD.inside if other != key)
+            THREAD.features = tuple(other for other in THREAD.features if other != key)
+            THREAD.forget()
 
 
 def features_for(owner: Any, what: str) -> tuple[int, ...]:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from sparsiattn.backbone import Backbone, Edit
-from sparsiattn.carrying import BlockRuntime, hook_block
+from sparsiattn.carrying import BlockRuntime
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
-from sparsiattn.features import METHODS, EnterModel, unwatch, watch
+from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
 from sparsiattn.interception import THREAD, install
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.registry import REGISTRY
@@ -31,6 +31,7 @@ from sparsiattn.runtime import (
     WatchImage,
 )
 from sparsiattn.site import Site
+from sparsiattn.sparing import hook_block
 from sparsiattn.strategy import LearnedPlanner
 from sparsiattn.tokens import TokenStrategy
 
@@ -112,7 +113,7 @@ class Patch:
         )
 
     def source(self) -> torch.Tensor:
-        """Where every original token is in the final sequence of the last forward pass.
+        """Where every original token is in the final sequence of the last eager forward pass.
 
         Returns ``[B, N]`` (prefix tokens first, then patches in raster order) with positions in
         the final sequence: a merged or fused token has that of its cluster, a dropped one -1.
@@ -120,14 +121,17 @@ class Patch:
         from sparsiattn.ragged import source
 
         self._require_active("source")
-        if not self.blocks:
-            raise InvalidOption("source() needs a token strategy; this patch keeps every token")
+        if not self.blocks or self.blocks[0].place == "bypass":
+            raise InvalidOption(
+                "source() needs a token strategy that makes the sequence shorter; here every token "
+                "stays in its place"
+            )
         if self.carried is None:
             raise InvalidOption(
-                "source() speaks of the last forward pass: run the model first (eagerly: compiled "
-                "graphs and copies keep no record)"
+                "source() speaks of the last forward pass: run the model first (eagerly, and not "
+                "disabled: compiled graphs and copies keep no record)"
             )
-        return source(self.carried)
+        return source(*self.carried)
 
     def check_sites(self) -> None:
         """Raise `ModelChanged` if a patched module or one that holds it is gone or another."""
@@ -293,7 +297,9 @@ def hook_up(handle: Patch, adapter: Backbone) -> None:
     hooks = handle._handles
     hooks.append(image.register_forward_pre_hook(WatchImage(handle), with_kwargs=True))
     # before the sites': the model itself may be one
-    hooks.append(model.register_forward_pre_hook(EnterModel(handle)))
+    hooks.append(model.register_forward_pre_hook(EnterModel(handle), with_kwargs=True))
+    if handle.blocks:
+        hooks.append(model.register_forward_hook(LeaveModel(handle), always_call=True))
     for runtime in handle.runtimes:
         _hook_site(handle, runtime)
     for block in handle.blocks:
@@ -311,7 +317,9 @@ def feature_modules(handle: Patch) -> list[nn.Module]:
     return [
         module
         for module in handle.model.modules()
-        if module is handle.model or any(hasattr(type(module), name) for name in METHODS)
+        if module is handle.model
+        or any(hasattr(type(module), name) for name in METHODS)
+        or hasattr(type(module), "main_input_name")  # a transformers model inside another
     ]
 
 
@@ -353,7 +361,8 @@ def _remove(handle: Patch) -> None:
         handle._handles, handle._places = [], []
         handle.model.__dict__.pop(MARK, None)
         handle.alive = False
-        THREAD.top = THREAD.stream = None
+        THREAD.top = None
+        THREAD.forget()
 
 
 def _forget_compiled() -> None:

@@ -42,6 +42,10 @@ class _Thread(threading.local):
         self.inside: tuple[int, ...] = ()
         self.features: tuple[int, ...] = ()
 
+    def forget(self) -> None:
+        """Drop what hooks of one forward pass hand each other."""
+        self.stream = self.spared = self.asked = self.pending = self.branch = None
+
 
 THREAD = _Thread()
 _INSTALL = threading.Lock()

@@ -18,7 +18,7 @@ from sparsiattn.layout import Layout
 from sparsiattn.probe import probe, skeleton
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
-from sparsiattn.schedule import apply_schedule, read_schedule
+from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.selection import Sites, select
 from sparsiattn.site import Site
 from sparsiattn.strategies.dense import DenseStrategy
@@ -43,12 +43,13 @@ def patch(
     """Make a Vision Transformer attend sparsely, in place; the returned handle undoes it.
 
     model: any module whose attention calls scaled dot product attention. strategy: a registered
-    name or a `Strategy` object. k: share (float in (0, 1]) or count (int) of keys per query, a list
-    with one per site, or a function of the `Site`. sites: glob, regular expression, list of globs,
-    or predicate on `Site`. kernel: ``"auto"`` or a name, which then never falls back.
-    only_if_faster: leave a site dense where the sparse kernel is not expected to win. schedule:
-    ``{"k": {site: budget}}`` or a JSON file of it. input: image shape or example tensor, needed
-    only where the model does not say. options: the strategy's own.
+    name, or a `Strategy`, `TokenStrategy` or `Hybrid` object. k: share (float in (0, 1]) or count
+    (int) of keys per query, a list with one per site, or a function of the `Site`. sites: glob,
+    regular expression, list of globs, or predicate on `Site`. kernel: ``"auto"`` or a name, which
+    then never falls back. only_if_faster: leave a site dense where the sparse kernel is not
+    expected to win; None means so for `Hybrid`. schedule: ``{"k": {site: budget}}``, ``{"keep":
+    {block: budget}}``, both, or a JSON file. input: image shape or example tensor, needed only
+    where the model does not say. options: the strategy's own.
 
     Raises a `SparsiattnError` that names the fault, with the model untouched.
 
@@ -64,11 +65,8 @@ def patch(
     """
     model = unwrap(model)
     base = _resolve(strategy, k, options)
-    attention, tokens = parts_of(base)
-    kernels = _kernels(kernel)
-    if only_if_faster is None:
-        only_if_faster = isinstance(base, Hybrid)
-    if not isinstance(only_if_faster, bool):
+    faster = isinstance(base, Hybrid) if only_if_faster is None else only_if_faster
+    if not isinstance(faster, bool):
         raise InvalidType(f"only_if_faster must be True, False or None, got {only_if_faster!r}")
     if isinstance(base, TokenStrategy) and sites != "*":
         raise InvalidOption(
@@ -76,8 +74,20 @@ def patch(
             f"(block indices) instead of sites={sites!r}"
         )
     _refuse_second(model)
+    handle = _prepared(model, base, sites, kernel, schedule, input)
+    _check(handle, faster)
+    attach(handle)
+    return handle
+
+
+def _prepared(
+    model: nn.Module, base: Config, sites: Sites, kernel: str, schedule: Schedule, example: Any
+) -> Patch:
+    """A handle that knows what to do at every site and block; the model is not touched yet."""
+    attention, tokens = parts_of(base)
+    kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
-    bones, handle, found = _find(model, base, kernel, input)
+    bones, handle, found = _find(model, base, kernel, example)
     chosen = select([site for site, _ in found], sites)
     resolved = _budgets(attention, chosen, budgets.get("k", {}))
     if tokens is not None:
@@ -87,8 +97,6 @@ def patch(
         handle.runtimes.append(_runtime(handle, site, layouts[site], config, kernels, kernel))
     if tokens is not None:
         _complete(handle, layouts, kernels)
-    _check(handle, only_if_faster)
-    attach(handle)
     return handle
 
 

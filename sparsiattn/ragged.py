@@ -82,13 +82,13 @@ def unpack(x: Tensor, packed: Packed) -> Tensor:
     return torch.cat(rows)
 
 
-def source(carried: Stream | Packed) -> Tensor:
+def source(carried: Stream | Packed, batch: int) -> Tensor:
     """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
     if isinstance(carried, Packed):
-        return torch.cat([source(one) for one in carried.streams])
+        return torch.cat([source(one, 1) for one in carried.streams])
     if not carried.steps:
         whole = carried.prefix + carried.whole
-        return torch.arange(whole)[None]
+        return torch.arange(whole).expand(batch, -1)
     patches = carried.source()
     prefix = torch.arange(carried.prefix, device=patches.device).expand(len(patches), -1)
     moved = torch.where(patches >= 0, patches + carried.prefix, -1)

@@ -11,6 +11,7 @@ from sparsiattn.kernel import choose
 from sparsiattn.layout import canonical
 from sparsiattn.patterns import Lengths
 from sparsiattn.ragged import Packed
+from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import Operands, Options, SiteRuntime
 from sparsiattn.site import AttentionInputs
 from sparsiattn.strategy import Planner
@@ -30,7 +31,7 @@ def attention(
     q, k, v, mask = operands
     mask = with_size(stream, None if mask is None else stream.fit_mask(mask), q, runtime)
     if stream.policy is not None:
-        return _by_policy(runtime, stream, (q, k, v, mask), options)
+        return _by_policy(runtime, planner, stream, (q, k, v, mask), options)
     out = runtime.serve(planner, stream, (q, k, v, mask), options)
     if out is not None:
         return out
@@ -53,7 +54,7 @@ def with_size(
 
 
 def _by_policy(
-    runtime: SiteRuntime, stream: Stream, operands: Operands, options: Options
+    runtime: SiteRuntime, planner: Planner, stream: Stream, operands: Operands, options: Options
 ) -> Tensor:
     """Softmax whose keys weigh as much as a differentiable policy says (DynamicViT, 3.3).
 
@@ -62,15 +63,13 @@ def _by_policy(
     """
     q, k, v, mask = operands
     dropout, causal, scale, gqa = options
-    if THREAD.asks and THREAD.asked is None:
-        THREAD.asked = canonical(
-            runtime.site, runtime.layout, *operands, None, scale=scale, stream=stream
-        )
     assert stream.policy is not None
     weight = torch.nn.functional.pad(stream.policy, (stream.prefix, 0), value=1.0)
     weight = weight[:, None, :, None].to(v.dtype).expand(*v.shape[:-1], 1)
     weighed = torch.cat([v * weight, weight], dim=-1)
-    out = dense_attention(q, k, weighed, mask, dropout, causal, scale=scale, gqa=gqa)
+    out = runtime.serve(planner, stream, (q, k, weighed, mask), options)
+    if out is None:
+        out = dense_attention(q, k, weighed, mask, dropout, causal, scale=scale, gqa=gqa)
     return out[..., :-1] / out[..., -1:].clamp_min(1e-6)
 
 
@@ -84,8 +83,8 @@ def _packed(
     """Every image for itself: in one call of a ragged kernel where nothing else is to be done."""
     q, k, v, mask = operands
     parts = [
-        (one, (q[..., where, :], k[..., where, :], v[..., where, :], mask))
-        for one, where in zip(stream.streams, stream.slices(), strict=True)
+        (one, (q[..., where, :], k[..., where, :], v[..., where, :], _of_image(mask, i)))
+        for i, (one, where) in enumerate(zip(stream.streams, stream.slices(), strict=True))
     ]
     if THREAD.asks and THREAD.asked is None:
         THREAD.asked = [_inputs(runtime, one, part, options) for one, part in parts]
@@ -93,9 +92,20 @@ def _packed(
     if plain and runtime.idle(max(stream.lengths)):
         inputs = _inputs(runtime, None, operands, options)
         pattern = Lengths(q.shape[-2], k.shape[-2], stream.lengths)
-        choice = choose(runtime.kernels, inputs, pattern, explicit=False)
+        # which keys to see was not asked of a kernel by name, so any may keep images apart
+        kernels = runtime.kernels
+        if kernels[0].why_not(inputs, pattern):
+            kernels = tuple(REGISTRY.all("kernels").values())
+        choice = choose(kernels, inputs, pattern, explicit=False)
         return runtime.layout.unfold(choice.kernel(inputs, pattern), q)
     return torch.cat([attention(runtime, planner, *part, options) for part in parts], dim=-2)
+
+
+def _of_image(mask: Tensor | None, i: int) -> Tensor | None:
+    """One image's part of a host mask that has a batch axis."""
+    if mask is None or mask.dim() < 4 or mask.shape[0] == 1:
+        return mask
+    return mask[i : i + 1]
 
 
 def _inputs(
