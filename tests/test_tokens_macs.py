@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 import sparsiattn
+from sparsiattn.strategies.connectivity import Connectivity
 
 WIDTH = {"tiny": 192, "small": 384, "base": 768}
 # the small one by default: it is the one with published figures
@@ -125,6 +126,18 @@ def test_sparsifiner_evit_counts_kept_pairs() -> None:
     assert [site.tokens for site in report.sites] == entering
     expected = sum(2 * 384 * (n + (n - 1) * math.ceil(0.25 * n)) for n in entering)
     assert report.mhsa_macs == expected
+
+
+@pytest.mark.parametrize(
+    ("keep", "pairs", "predictor"), [(0.7, 49_958_400, 88_230_144), (0.5, 38_475_264, 68_517_888)]
+)
+def test_sparsifiner_evit_as_in_the_docs(keep: float, pairs: int, predictor: int) -> None:
+    """The paper prints 113.3 M and 86.6 M for the two together; no constant is fitted to them."""
+    paper = Connectivity(k=0.25, background=None, salience=False, basis=32)
+    options: dict[str, Any] = {"attention": paper, "keep": keep, "only_if_faster": False}
+    with sparsiattn.patch(deit("small"), "hybrid", **options) as live:
+        report = live.report()
+    assert (report.mhsa_macs, report.predictor_macs) == (pairs, predictor)
 
 
 def test_adaptive_counts_are_unknown_until_images_come() -> None:
