@@ -41,8 +41,16 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("host", PLAIN)
+def crossed(names: list[str], specs: list[str]) -> list[Any]:
+    """Every host with every spec; all but dropping and merging is slow, except on one host."""
+    return [
+        pytest.param(h, s, marks=[] if h == "vit" or s in ("drop", "merge") else pytest.mark.slow)
+        for h in names
+        for s in specs
+    ]
+
+
+@pytest.mark.parametrize(("host", "spec"), crossed(PLAIN, list(SPECS)))
 def test_identity_change_undo_and_copies(host: str, spec: str) -> None:
     options, full = SPECS[spec]
     model, x = hosts.build(host), hosts.images()
@@ -65,8 +73,10 @@ def test_identity_change_undo_and_copies(host: str, spec: str) -> None:
         assert type(model) is kind
 
 
-@pytest.mark.parametrize("spec", ["drop", "fuse", "merge"])
-@pytest.mark.parametrize("host", [name for name in PLAIN if name != "torchvision"])
+HF = [name for name in PLAIN if name != "torchvision"]
+
+
+@pytest.mark.parametrize(("host", "spec"), crossed(HF, ["drop", "fuse", "merge"]))
 def test_checkpointing_of_a_blocks_forward_alone(host: str, spec: str) -> None:
     """transformers checkpoints ``forward``, so the block's own hooks do not run again."""
     model, x = hosts.build(host).train(), hosts.images()
@@ -99,8 +109,9 @@ def test_reentrant_checkpoints_around_a_forward_are_refused() -> None:
             model(x)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("host", ["vit", "dinov2", "clip", "siglip", "dinov3"])
+@pytest.mark.parametrize(
+    ("host", "spec"), crossed(["vit", "dinov2", "clip", "siglip", "dinov3"], list(SPECS))
+)
 def test_hidden_states_have_every_position(host: str, spec: str) -> None:
     model, x = hosts.build(host), hosts.images()
     with torch.no_grad():

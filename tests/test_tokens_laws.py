@@ -109,7 +109,7 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize(("family", "spec"), crossed(PLAIN, list(SPECS), ["vit", "eva_rope"]))
+@pytest.mark.parametrize(("family", "spec"), crossed(PLAIN, list(SPECS), ["vit"]))
 class TestEveryFamily:
     def test_identity_change_and_undo(self, family: str, spec: str) -> None:
         model = zoo.build(family)
@@ -282,7 +282,7 @@ COMPILED = [spec for spec in SPECS if spec not in ("mean", "plain")]
 
 
 @pytest.mark.parametrize(
-    ("family", "spec"), crossed(["vit", "eva_rope", "vit_relpos"], COMPILED, ["vit"])
+    ("family", "spec"), crossed(["vit", "eva_rope", "vit_relpos"], COMPILED, [])
 )
 class TestCompiler:
     def test_one_graph_and_export(self, family: str, spec: str) -> None:
