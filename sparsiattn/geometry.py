@@ -131,11 +131,15 @@ class Tiles:
     order: token of every slot, ``[T, t]``; a tile smaller than ``t`` repeats its last token.
     slot: where each token stands in the flattened tiles, ``[n]``.
     weight: ``[T, t]``, zero on repeated slots, each row summing to one; averages over a tile.
+    smallest: tokens of the smallest tile. parts: tiles in each direction. columns: of the grid.
     """
 
     order: Tensor
     slot: Tensor
     weight: Tensor
+    smallest: int
+    parts: Grid
+    columns: int
 
     @property
     def size(self) -> int:
@@ -145,6 +149,26 @@ class Tiles:
     def count(self) -> int:
         return self.order.shape[0]
 
+    @property
+    def even(self) -> bool:
+        """Whether all tiles are of one size, so that no slot repeats a token."""
+        return self.order.numel() == self.slot.numel()
+
+    def view(self, x: Tensor) -> Tensor:
+        """``[..., n, D]`` as ``[..., R, C, r, c, D]``, R x C tiles of r x c tokens, without a copy;
+        for even tiles."""
+        rows, columns = self.parts
+        inner = self.columns // columns
+        sides = (rows, self.size // inner, columns, inner)
+        split: Tensor = x.unflatten(-2, sides)
+        return split.transpose(-4, -3)
+
+    def split(self, x: Tensor) -> Tensor:
+        """``[..., T, t, D]`` as ``[..., R, C, r, c, D]``, without a copy; for even tiles."""
+        inner = self.columns // self.parts[1]
+        split: Tensor = x.unflatten(-3, self.parts).unflatten(-2, (self.size // inner, inner))
+        return split
+
     def gather(self, x: Tensor) -> Tensor:
         """``[..., n, D]`` to ``[..., T, t, D]``."""
         rows = x.index_select(-2, self.order.flatten())
@@ -152,6 +176,8 @@ class Tiles:
 
     def mean(self, x: Tensor) -> Tensor:
         """``[..., n, D]`` to the mean over every tile, ``[..., T, D]``."""
+        if self.even:
+            return self.gather(x).mean(-2)
         return (self.gather(x) * self.weight.to(x.dtype).unsqueeze(-1)).sum(-2)
 
     def scatter(self, x: Tensor) -> Tensor:
@@ -191,4 +217,7 @@ def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
         order=order[pick.flatten()].view(count, size),
         slot=ids * size + rank,
         weight=inside / lengths[:, None].float() if n else inside.float(),
+        smallest=(grid[0] // parts[0]) * (grid[1] // parts[1]),
+        parts=parts,
+        columns=grid[1],
     )

@@ -129,6 +129,7 @@ def canonical(
     dropout: float = 0.0,
     causal: bool = False,
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
+    block_for: Callable[[int], Tile] = lambda keys: 1,
     window: object = None,
     stream: Stream | None = None,
 ) -> AttentionInputs:
@@ -156,5 +157,6 @@ def canonical(
         grid=grid,
         key_grid=key_grid,
         tile=tile_for(tokens),
+        block=block_for(heads_k.shape[-2]),
         stream=stream,
     )

@@ -1,9 +1,9 @@
 """Patterns: which (query, key) pairs survive, as tensors.
 
 A planner returns `Dense`, `Mask`, `KeyIndex` or `Ranked`. The last one is a wish (scores and a
-budget) that the core turns into a `KeyIndex` once prefix tokens, tiles and the host's masks are
-taken into account; the others are what kernels compute, and so is `Lengths`, the pattern of images
-with different numbers of tokens.
+budget) that the core turns into a `KeyIndex` or `KeyBlocks` once prefix tokens, tiles and the
+host's masks are taken into account; the others are what kernels compute, and so is `Lengths`, the
+pattern of images with different numbers of tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.geometry import Tiles
+from sparsiattn.summary import Summary
 
 Budget = int | float
 
@@ -43,44 +44,6 @@ def count_of(k: Budget, n: int) -> int:
     (20, 20, 197)
     """
     return min(k, n) if isinstance(k, int) else max(1, min(n, math.ceil(k * n)))
-
-
-@dataclass(frozen=True, eq=False)
-class Summary:
-    """Pooled keys that stand for what a pattern dropped (design: `background`).
-
-    cells: cell of every key, ``[Nk]``; prefix keys carry the id ``count`` and belong to none.
-    count: number of cells G. bias: logit of each pooled key, ``[B|1, H|1, R, G]`` for R pattern
-    rows or patch queries: log of how many of the cell's keys were not selected, minus infinity if
-    all were. allowed: keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``; None means all.
-    """
-
-    cells: Tensor
-    count: int
-    bias: Tensor
-    allowed: Tensor | None = None
-
-    @property
-    def per_query(self) -> bool:
-        """Whether the means differ between queries, as under a shifted window's mask."""
-        return self.allowed is not None and self.allowed.shape[-2] > 1
-
-    def members(self, dtype: torch.dtype) -> Tensor:
-        """One-hot cell membership, ``[Nk, G]``."""
-        ids = torch.arange(self.count, device=self.cells.device)
-        return (self.cells[:, None] == ids).to(dtype)
-
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """Averages keys over each cell: ``[..., Nq|1, G, Nk]``, empty cells all zero."""
-        member = self.members(dtype).mT
-        if self.allowed is not None:
-            member = member * self.allowed.unsqueeze(-2).to(dtype)
-        return member / member.sum(-1, keepdim=True).clamp_min(1.0)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Means over cells, ``[B, H, Nk, D]`` to ``[B, H, G, D]``; not for `per_query` means."""
-        weights = self.weights(x.dtype)
-        return (weights if self.allowed is None else weights.squeeze(-3)) @ x
 
 
 class Pattern:
@@ -209,20 +172,21 @@ class Mask(Pattern):
         return float(self.keep.float().mean()) * self.n_queries * self.n_keys + extra
 
 
-@dataclass(frozen=True, eq=False)
-class KeyIndex(Pattern):
+class KeyLists(Pattern):
     """A list of keys for every tile of queries; prefix queries see every key.
 
-    index: ``[B|1, H|1, T, K]``, ids of keys. tiles: how patch queries are grouped; None where
-    every patch query has its own list. dense_rows: number of leading prefix queries.
+    tiles: how patch queries are grouped; None where every patch query has its own list.
+    dense_rows: number of leading prefix queries. index: ``[B|1, H|1, T, K]``, ids of the keys.
     """
 
-    n_queries: int
-    n_keys: int
     index: Tensor
-    tiles: Tiles | None = None
-    dense_rows: int = 0
-    summary: Summary | None = None
+    tiles: Tiles | None
+    dense_rows: int
+
+    @property
+    def width(self) -> int:
+        """Keys of every list, K; summary keys not counted."""
+        return self.index.shape[-1]
 
     def to_mask(self) -> Tensor:
         rows = scatter_true(self.index, self.n_keys)
@@ -234,7 +198,7 @@ class KeyIndex(Pattern):
         return torch.cat([full, rows], dim=-2)
 
     def pairs(self) -> float:
-        keys = self.index.shape[-1] + (self.summary.count if self.summary else 0)
+        keys = self.width + (self.summary.count if self.summary else 0)
         patches = self.n_queries - self.dense_rows
         return float(self.dense_rows * self.n_keys + patches * keys)
 
@@ -249,6 +213,57 @@ class KeyIndex(Pattern):
         # prefix queries see every key, so nothing stands for what they dropped
         none = bias.new_full((*bias.shape[:2], self.dense_rows, bias.shape[-1]), float("-inf"))
         return torch.cat([none, bias], dim=-2)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyIndex(KeyLists):
+    """Lists of single keys. index: ``[B|1, H|1, T, K]``; see `KeyLists`."""
+
+    n_queries: int
+    n_keys: int
+    index: Tensor
+    tiles: Tiles | None = None
+    dense_rows: int = 0
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBlocks(KeyLists):
+    """Lists of key blocks, the layout of block-sparse kernels; see `KeyLists`.
+
+    chosen: ``[B|1, H|1, T, C]``, ids of blocks, best first. blocks: the patch keys of every block,
+    as compact tiles of their grid. keys: length of every list; it begins with the ``prefix``
+    leading keys, and the last block that it reaches gives only as many keys as are still missing.
+    """
+
+    n_queries: int
+    n_keys: int
+    chosen: Tensor
+    blocks: Tiles
+    keys: int
+    prefix: int = 0
+    tiles: Tiles | None = None
+    dense_rows: int = 0
+    summary: Summary | None = None
+
+    @property
+    def width(self) -> int:
+        return self.keys
+
+    @property
+    def index(self) -> Tensor:  # type: ignore[override]
+        """Ids of the keys, ``[B|1, H|1, T, K]``: the prefix, then block by block."""
+        keys = self.blocks.order[self.chosen].flatten(-2) + self.prefix
+        if not self.blocks.even:
+            keys = keys.gather(-1, self._present())
+        keys = keys[..., : self.keys - self.prefix]
+        first = torch.arange(self.prefix, device=keys.device).expand(*keys.shape[:-1], -1)
+        return torch.cat([first, keys], dim=-1) if self.prefix else keys
+
+    def _present(self) -> Tensor:
+        """Places of the slots that hold a token, in order, before those that repeat one."""
+        absent = (self.blocks.weight == 0)[self.chosen].flatten(-2)
+        return absent.to(torch.uint8).argsort(dim=-1, stable=True)
 
 
 def scatter_true(index: Tensor, n_keys: int) -> Tensor:

@@ -9,8 +9,19 @@ from torch import Tensor
 
 from sparsiattn import geometry
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.patterns import Dense, KeyIndex, Mask, Pattern, Ranked, Summary, count_of
+from sparsiattn.geometry import Tiles
+from sparsiattn.patterns import (
+    Dense,
+    KeyBlocks,
+    KeyIndex,
+    KeyLists,
+    Mask,
+    Pattern,
+    Ranked,
+    count_of,
+)
 from sparsiattn.site import AttentionInputs
+from sparsiattn.summary import Summary
 
 
 def finish(
@@ -46,7 +57,10 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
         rows.add(inputs.n_queries - inputs.prefix)
         if inputs.tiles is not None:
             rows.add(inputs.tiles.count)
-    if pattern.n_keys != inputs.n_keys or pattern.n_queries not in rows:
+    columns, blocks = {inputs.n_keys}, inputs.blocks
+    if isinstance(pattern, Ranked) and blocks is not None:
+        columns.add(blocks.count)
+    if pattern.n_keys not in columns or pattern.n_queries not in rows:
         raise InvalidOption(
             f"site {inputs.site.name!r} needs a pattern of {sorted(rows)} rows over "
             f"{inputs.n_keys} keys, got {pattern.n_queries} rows over {pattern.n_keys}; "
@@ -59,6 +73,9 @@ def _rank(pattern: Ranked, inputs: AttentionInputs, prefix_keys: bool) -> Patter
     if count_of(pattern.k, inputs.n_keys) == inputs.n_keys:
         return Pattern.dense(inputs.n_queries, inputs.n_keys)
     scores = _row_scores(pattern.scores, inputs)
+    keys = count_of(pattern.k, inputs.n_keys)
+    if inputs.blocks is not None and (keys > inputs.prefix):
+        return _rank_blocks(scores, keys, inputs, inputs.blocks)
     allowed = _row_allowed(inputs)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -67,6 +84,24 @@ def _rank(pattern: Ranked, inputs: AttentionInputs, prefix_keys: bool) -> Patter
         scores = scores.masked_fill(first, float("inf"))
     index = Ranked(scores.shape[-2], inputs.n_keys, scores, pattern.k).select()
     return KeyIndex(inputs.n_queries, inputs.n_keys, index, inputs.tiles, inputs.prefix)
+
+
+def _rank_blocks(scores: Tensor, keys: int, inputs: AttentionInputs, blocks: Tiles) -> KeyBlocks:
+    """The best-scored blocks, as many as the budget reaches into."""
+    if scores.shape[-1] == inputs.n_keys:
+        scores = blocks.mean(scores[..., inputs.prefix :].mT).mT
+    count = min(blocks.count, -(-(keys - inputs.prefix) // blocks.smallest))
+    chosen = scores.topk(count, dim=-1, sorted=True).indices
+    return KeyBlocks(
+        inputs.n_queries,
+        inputs.n_keys,
+        chosen,
+        blocks,
+        keys,
+        inputs.prefix,
+        inputs.tiles,
+        inputs.prefix,
+    )
 
 
 def _row_scores(scores: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -102,13 +137,15 @@ def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     cells, count = _cells(inputs, g)
     allowed = inputs.allowed()
-    if isinstance(pattern, KeyIndex) and inputs.bias is None:
+    if isinstance(pattern, KeyBlocks) and inputs.bias is None:
+        bias = _log_counts(_count_by_block(pattern, cells, count))
+    elif isinstance(pattern, KeyLists) and inputs.bias is None:
         bias = _log_counts(_count_by_index(pattern.index, cells, count))
     else:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
-        if isinstance(pattern, KeyIndex):
+        if isinstance(pattern, KeyLists):
             bias = bias[..., inputs.prefix :, :]
-    assert isinstance(pattern, (KeyIndex, Mask))
+    assert isinstance(pattern, (KeyIndex, KeyBlocks, Mask))
     return replace(pattern, summary=Summary(cells, count, bias, allowed))
 
 
@@ -136,6 +173,21 @@ def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
     picked = torch.zeros(*index.shape[:-1], count + 1, dtype=torch.float, device=index.device)
     picked = picked.scatter_add(-1, cells[index], torch.ones_like(index, dtype=torch.float))
     return (total - picked)[..., :count]
+
+
+def _count_by_block(pattern: KeyBlocks, cells: Tensor, count: int) -> Tensor:
+    """As `_count_by_index`, from tables of how many keys of each cell a block holds."""
+    if not pattern.blocks.even:
+        return _count_by_index(pattern.index, cells, count)
+    size = pattern.blocks.size
+    whole, rest = divmod(pattern.keys - pattern.prefix, size)
+    members = cells[pattern.prefix :][pattern.blocks.order]
+    first = members.unsqueeze(-1) == torch.arange(count, device=cells.device)
+    picked = first.float().sum(1)[pattern.chosen[..., :whole]].sum(-2)
+    if rest:
+        picked = picked + first[:, :rest].float().sum(1)[pattern.chosen[..., whole]]
+    total = first.float().sum((0, 1))
+    return total - picked
 
 
 def _log_counts(counts: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
 from sparsiattn.kernel import Choice, choose
-from sparsiattn.patterns import Dense, KeyIndex, Pattern
+from sparsiattn.patterns import Dense, KeyLists, Pattern
 from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
@@ -246,7 +246,7 @@ def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
 
 def pattern_keys(pattern: Pattern) -> float:
     """Keys per patch query of a list pattern; without end for others."""
-    return pattern.index.shape[-1] if isinstance(pattern, KeyIndex) else float("inf")
+    return pattern.width if isinstance(pattern, KeyLists) else float("inf")
 
 
 def _density(pattern: Pattern) -> float | None:
@@ -284,7 +284,11 @@ def _dry_plan(runtime: SiteRuntime, run: DryRun | None) -> tuple[Pattern, int, C
         if run is None or runtime.site.name not in run.inputs
         else (run.inputs[runtime.site.name].stream)
     )
-    inputs = inputs.replace(tile=runtime.strategy.tile_for(inputs.n_queries), stream=stream)
+    inputs = inputs.replace(
+        tile=runtime.strategy.tile_for(inputs.n_queries),
+        block=runtime.strategy.block_for(inputs.n_keys),
+        stream=stream,
+    )
     with torch.no_grad(), mac_counter() as counter:
         if runtime.strategy.keeps_all(inputs.n_keys):
             pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)

@@ -101,7 +101,8 @@ class SiteRuntime:
         inputs = canonical(
             self.site, self.layout, *operands, image_of(self.owner),
             scale=scale, dropout=dropout, causal=causal, tile_for=self.strategy.tile_for,
-            window=getattr(self.module, "window_size", None), stream=stream,
+            block_for=self.strategy.block_for, window=getattr(self.module, "window_size", None),
+            stream=stream,
         )  # fmt: skip
         if asks:
             THREAD.asked = inputs

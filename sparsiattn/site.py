@@ -89,7 +89,8 @@ class AttentionInputs:
     ``B``, shared key heads are expanded. scale: factor of QK^T. bias: additive float mask or
     boolean mask (True attends) that broadcasts to ``[B, H, Nq, Nk]``. grid, key_grid: of the patch
     tokens at this call's resolution; taken from ``site`` when None. tile: queries that share keys.
-    stream: which original patches the tokens are, where some were dropped or merged; None before.
+    block: keys that are kept or dropped together. stream: which original patches the tokens are,
+    where some were dropped or merged; None before.
     """
 
     q: Tensor
@@ -102,6 +103,7 @@ class AttentionInputs:
     grid: Grid | None = None
     key_grid: Grid | None = None
     tile: Tile = 1
+    block: Tile = 1
     stream: Stream | None = None
 
     @property
@@ -145,6 +147,14 @@ class AttentionInputs:
         if self.tile == 1 or isinstance(self.tile, int):
             return None
         return geometry.table(geometry.tiles, self.query_grid, self.tile, device=self.q.device)
+
+    @property
+    def blocks(self) -> Tiles | None:
+        """The blocks in which patch keys are chosen, None if each is chosen by itself (as under a
+        host mask that forbids some)."""
+        if isinstance(self.block, int) or isinstance(self.tile, int) or self.allowed() is not None:
+            return None
+        return geometry.table(geometry.tiles, self.keys_grid, self.block, device=self.k.device)
 
     @property
     def patch_queries(self) -> Tensor:

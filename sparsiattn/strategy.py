@@ -38,8 +38,10 @@ class Strategy(Config):
     background are the core's work.
 
     tile: queries that share one key set, 1, ``(rows, columns)`` of patches, or ``"auto"``: 1 below
-    1,024 tokens, else ``(8, 8)``. background: pool dropped keys into g x g summary keys, or None.
-    prefix_keys: CLS and register columns are always kept, within the budget.
+    1,024 tokens, else ``(8, 8)``. block: patch keys that are kept or dropped together in tile
+    mode, 1, ``(rows, columns)``, or ``"auto"``, more of them for larger budgets; under a host's
+    mask that forbids keys each is chosen by itself. background: pool dropped keys into g x g
+    summary keys, or None. prefix_keys: CLS and register columns are always kept, within the budget.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Pattern, Strategy
@@ -56,11 +58,13 @@ class Strategy(Config):
     kind = "attention"
 
     tile: Tile | str = field(default="auto", kw_only=True)
+    block: Tile | str = field(default=1, kw_only=True)
     background: int | None = field(default=None, kw_only=True)
     prefix_keys: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tile", _check_tile(self.tile))
+        for name in ("tile", "block"):
+            object.__setattr__(self, name, _check_tile(getattr(self, name), name))
         _check_background(self.background)
         if not isinstance(self.prefix_keys, bool):
             raise InvalidType(f"prefix_keys must be True or False, got {self.prefix_keys!r}")
@@ -89,6 +93,18 @@ class Strategy(Config):
             return AUTO_TILE if tokens >= TILE_FROM else 1
         assert not isinstance(self.tile, str)
         return 1 if self.tile == (1, 1) else self.tile
+
+    def block_for(self, keys: int) -> Tile:
+        """The block at this many keys, with ``"auto"`` resolved; 1 where queries choose alone or
+        prefix keys have to compete."""
+        if self.tile_for(keys) == 1 or not self.prefix_keys or self.block in (1, (1, 1)):
+            return 1
+        if self.block != "auto":
+            assert not isinstance(self.block, str)
+            return self.block
+        k = getattr(self, "k", None)
+        kept = count_of(k, keys) if isinstance(k, (int, float)) else 0
+        return (4, 4) if kept >= 128 else (2, 2) if kept >= 32 else 1
 
     def at(self, site: Site, position: int, count: int) -> Strategy:
         """This config with a list or function of budgets resolved for one of ``count`` sites."""
@@ -139,14 +155,14 @@ def keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         state.update(own)
 
 
-def _check_tile(tile: object) -> Tile | str:
+def _check_tile(tile: object, name: str) -> Tile | str:
     if tile == "auto" or (tile == 1 and not isinstance(tile, bool)):
         return tile
     sides = tuple(tile) if isinstance(tile, (tuple, list)) else ()
     if len(sides) == 2 and all(type(s) is int and s >= 1 for s in sides):
         return sides
     raise InvalidOption(
-        f"tile must be 1, (rows, columns) of patches, each >= 1, or 'auto'; got {tile!r}"
+        f"{name} must be 1, (rows, columns) of patches, each >= 1, or 'auto'; got {tile!r}"
     )
 
 

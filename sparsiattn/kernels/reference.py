@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.kernel import Kernel
-from sparsiattn.patterns import Pattern, Summary
+from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
+from sparsiattn.summary import Summary
 
 
 class Reference(Kernel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparsiattn import geometry
 from sparsiattn.errors import InvalidOption
-from sparsiattn.geometry import Grid
+from sparsiattn.geometry import Grid, Tile, Tiles
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
@@ -27,13 +27,14 @@ class Connectivity(Strategy):
     bilinear interpolation back, so the score starts as attention at low resolution.
 
     reduce: patch tokens per basis vector, so about n / reduce of them; None is 6 as in the paper
-    below 1,024 tokens and 16 from there on. basis: their exact number instead. channels: width to
-    which queries and keys are projected first (the authors use half the head dim), None for no
-    projection. basis_threshold: entries of abs(W_up) up to this are zero. basis_coef_topk:
-    coefficients kept per query, None for all. head_scale: divide logits by the root of the head
-    *count*, as the authors' code does, instead of the head dim. salience: multiply scores by what
-    the mean query sees beyond low resolution; ours, not in the paper, next to free, and most of
-    what an untrained predictor lacks (docs: What it keeps).
+    below 1,024 tokens and 16 from there on. block: in tile mode keys are chosen in blocks of 4 x 4
+    (2 x 2 below 128 kept keys) and the tables have one row per block; 1 for single keys. basis:
+    the exact number of basis vectors instead. channels: width to which queries and keys are projected first (the
+    authors use half the head dim), None for no projection. basis_threshold: entries of abs(W_up) up
+    to this are zero. basis_coef_topk: coefficients kept per query, None for all. head_scale: divide
+    logits by the root of the head *count*, as the authors' code does, instead of the head dim.
+    salience: multiply scores by what the mean query sees beyond low resolution; ours, not in the
+    paper, next to free, and most of what an untrained predictor lacks (docs: What it keeps).
 
     >>> Connectivity(k=0.1).to_dict()["name"]
     'connectivity'
@@ -42,6 +43,7 @@ class Connectivity(Strategy):
     name = "connectivity"
 
     k: Budgets = 0.25
+    block: Tile | str = field(default="auto", kw_only=True)
     reduce: float | None = None
     basis: int | None = None
     channels: int | None = None
@@ -73,15 +75,17 @@ def _number_from(value: object, least: float) -> bool:
 class ConnectivityPlanner(LearnedPlanner):
     """The mask predictor of one site; its weights are shared by all heads.
 
-    down, up: ``[Nk, K]`` for ``Nk`` keys (prefix first) and ``K`` basis vectors. project_q,
-    project_k: ``[c, D]`` channel maps, absent when ``channels`` is None.
+    down, up: ``[U, K]`` for ``U`` units, the keys or key blocks (prefix keys first), and ``K``
+    basis vectors. project_q, project_k: ``[c, D]`` channel maps, absent when ``channels`` is None.
     """
 
     def __init__(self, strategy: Connectivity, site: Site) -> None:
         super().__init__()
         self.strategy = strategy
-        self.grid, self.prefix = site.key_grid, site.prefix_tokens
-        down, up = _initial_tables(site, basis_cells(strategy, site.key_grid), strategy.basis)
+        self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys))
+        self.prefix = site.prefix_tokens
+        cells = basis_cells(strategy, site.key_grid)
+        down, up = _initial_tables(self.grid, self.prefix, cells, strategy.basis)
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
         self.project_q: nn.Linear | None = None
@@ -108,26 +112,34 @@ class ConnectivityPlanner(LearnedPlanner):
         return Pattern.top(self.scores(inputs), self.strategy.k)  # type: ignore[arg-type]
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """Predicted connectivity, ``[B, H, R, Nk]``, one row per patch query or tile."""
-        down, up = self._tables(inputs)
-        coefficients = self._keep_top(self.coefficients(inputs, down))
-        scores = coefficients @ _for_heads(self._basis(up)).mT.to(coefficients.dtype)
+        """Predicted connectivity, ``[B, H, R, n]``: one row per patch query or tile, one column
+        per key, or per block of patch keys."""
+        blocks, down, up = inputs.blocks, *self._tables(inputs)
+        units = inputs.k if blocks is None else _pooled(inputs.k, blocks, self.prefix)
+        coefficients = self._keep_top(self.coefficients(inputs, units, down))
+        basis = up if blocks is None else up[..., self.prefix :, :]
+        scores = coefficients @ _for_heads(self._basis(basis)).mT.to(coefficients.dtype)
         if not self.strategy.salience:
             return scores
+        return scores.float() * self._salience(inputs, units, down, up)
+
+    def _salience(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """How much more the mean patch query sees of each key than low resolution says, ``[B, H, 1,
+        n]``, or of each block: which keys of a cell stand out, whoever asks."""
+        mean = inputs.patch_queries.mean(-2, keepdim=True) * inputs.scale
+        seen = mean @ units.mT
+        down, up = (_for_heads(table).to(seen.dtype) for table in (down, up))
+        low, blocks = seen @ down @ up.mT, inputs.blocks
         # exponents in single precision and bounded: half precision ends at e^11
-        return scores.float() * self._salience(inputs, down, up).float().clamp_max(30.0).exp()
+        if blocks is None:
+            return (seen - low).float().clamp_max(30.0).exp()
+        low = blocks.spread(low[..., self.prefix :].mT).mT
+        logits = mean @ inputs.k[..., self.prefix :, :].mT
+        return blocks.mean((logits - low).float().clamp_max(30.0).exp().mT).mT
 
-    def _salience(self, inputs: AttentionInputs, down: Tensor, up: Tensor) -> Tensor:
-        """Logits of the mean patch query minus their low-resolution part, ``[B, H, 1, Nk]``: which
-        keys of a cell stand out, whoever asks."""
-        mean = inputs.patch_queries.mean(-2, keepdim=True)
-        logits = mean @ inputs.k.mT * inputs.scale
-        down, up = (_for_heads(table).to(logits.dtype) for table in (down, up))
-        return logits - logits @ down @ up.mT
-
-    def coefficients(self, inputs: AttentionInputs, down: Tensor) -> Tensor:
+    def coefficients(self, inputs: AttentionInputs, units: Tensor, down: Tensor) -> Tensor:
         """Softmax over the basis of every row, ``[B, H, R, K]``."""
-        q, k = inputs.row_queries, inputs.k
+        q, k = inputs.row_queries, units
         if self.project_q is not None and self.project_k is not None:
             q, k = self.project_q(q), self.project_k(k)
         reduced = _for_heads(down).to(k.dtype).mT @ k
@@ -150,17 +162,28 @@ class ConnectivityPlanner(LearnedPlanner):
         """Squared error between scores, scaled to sum to one, and the rows of the exact attention;
         summed over keys, averaged over rows (after the paper's reconstruction loss)."""
         exact = inputs.logits().softmax(-1).nan_to_num(0.0)[..., inputs.prefix :, :]
-        tiles = inputs.tiles
+        tiles, blocks = inputs.tiles, inputs.blocks
         target = exact if tiles is None else tiles.mean(exact)
+        if blocks is not None:
+            target = blocks.mean(target[..., self.prefix :].mT).mT
+            target = target / target.sum(-1, keepdim=True).clamp_min(1e-6)
         scores = self.scores(inputs)
         shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-6)
         return (shares - target.detach()).square().sum(-1).mean()
 
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """W_down and W_up at this call's resolution, ``[Nk, K]``; where tokens were dropped or
-        merged, those of the ones that are left, ``[B, Nk, K]``."""
-        down, up = self._whole_tables(inputs.whole_grid)
-        return inputs.follow(down), inputs.follow(up)
+        """W_down and W_up at this call's resolution, ``[U, K]``; where tokens were dropped or
+        merged, those of the ones that are left, ``[B, U, K]``."""
+        grid, blocks = inputs.whole_grid, inputs.blocks
+        if blocks is not None and grid == inputs.keys_grid:
+            return self._whole_tables(unit_grid(grid, inputs.block))
+        down, up = (inputs.follow(table) for table in self._whole_tables(grid))
+        if blocks is None:
+            return down, up
+        return (
+            _pooled(down, blocks, self.prefix, total=True),
+            _pooled(up, blocks, self.prefix),
+        )
 
     def _whole_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
         if grid == self.grid:
@@ -184,6 +207,20 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.where(patches, down * ratio, down), resize_table(
             self.up, self.grid, grid, self.prefix
         )
+
+
+def _pooled(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = False) -> Tensor:
+    """Prefix rows as they are, then one row per block: the mean (or the sum) of its tokens'."""
+    rows = blocks.mean(x[..., prefix:, :])
+    if total:
+        sizes = (blocks.weight > 0).sum(-1, keepdim=True)
+        rows = rows * sizes.to(rows.dtype)
+    return torch.cat([x[..., :prefix, :], rows], dim=-2) if prefix else rows
+
+
+def unit_grid(grid: Grid, block: Tile) -> Grid:
+    """The grid of what is chosen at once: patch keys, or blocks of them."""
+    return grid if isinstance(block, int) else geometry.tile_parts(grid, block)
 
 
 def _for_heads(table: Tensor) -> Tensor:
@@ -210,15 +247,18 @@ def basis_cells(strategy: Connectivity, grid: Grid) -> Grid:
     return rows, columns
 
 
-def _initial_tables(site: Site, cells: Grid, basis: int | None) -> tuple[Tensor, Tensor]:
+def _initial_tables(
+    grid: Grid, prefix: int, cells: Grid, basis: int | None
+) -> tuple[Tensor, Tensor]:
     """Average pooling and bilinear interpolation, ``[P + n, K]``; prefix rows are zero."""
+    cells = min(cells[0], grid[0]), min(cells[1], grid[1])
     cpu = torch.device("cpu")
     tables = []
     for build in (geometry.pooling, geometry.interpolation):
-        table = build(site.key_grid, cells, device=cpu)
+        table = build(grid, cells, device=cpu)
         if basis is not None:
             table = F.pad(table, (0, max(0, basis - table.shape[1])))[:, :basis]
-        tables.append(F.pad(table, (0, 0, site.prefix_tokens, 0)).contiguous())
+        tables.append(F.pad(table, (0, 0, prefix, 0)).contiguous())
     return tables[0], tables[1]
 
 

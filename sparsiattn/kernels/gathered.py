@@ -1,0 +1,192 @@
+"""Attention of query tiles over gathered rows, a few tiles at a time.
+
+On the CPU the chunks pass through buffers that are made once: large temporaries made anew cost
+more in page faults than the arithmetic on them. Nothing but the operands and the result is kept
+for the backward pass, which gathers again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.interception import dense_attention
+
+# Gathered keys and values of one chunk of tiles, in elements: on a CPU they should stay in cache,
+# on a GPU a launch should be worth its while; a compiler unrolls the loop.
+CACHED, LAUNCHED = 1 << 19, 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """q: ``[B, H, T, t, D]``. k, v: ``[B, H, U, g, D]`` and ``[..., Dv]``, units of ``g`` keys
+    (``g`` is 1 or the size of a block). index: the units each tile sees, ``[B|1, H|1, T, C]``.
+    bias: added to the logits of the last W of its ``C * g`` keys, ``[B|1, H|1, T, t|1, W]``, or
+    None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: Tensor
+    bias: Tensor | None
+    scale: float
+    dropout: float = 0.0
+
+
+def attend(operands: Operands) -> Tensor:
+    """``[B, H, T, t, Dv]``."""
+    q, scale = operands.q, operands.scale
+    flat = _flatten(operands)
+    if is_lean(q, operands.dropout):
+        out = _Lean.apply(*flat, scale)
+    else:
+        out = _plain(flat, scale, operands.dropout)
+    return out.unflatten(0, q.shape[:3])  # type: ignore[no-any-return]
+
+
+Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""q ``[S, t, D]``, k and v ``[B * H * U, g, D]``, index ``[S, C]`` and bias ``[S, t|1, W]`` for the
+``S = B * H * T`` tiles."""
+
+
+def _flatten(operands: Operands) -> Flat:
+    q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
+    b, h, units = k.shape[:3]
+    index = operands.index
+    if b * h > 1:
+        index = index + torch.arange(b * h, device=k.device).view(b, h, 1, 1) * units
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(*q.shape[:3], -1, -1).flatten(0, 2)
+    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), index.flatten(0, 2), bias
+
+
+def is_lean(q: Tensor, dropout: float) -> bool:
+    """Whether the buffered path may run: eager, on the CPU, in a precision that needs no other."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.float64)
+        and not dropout
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _chunks(flat: Flat) -> list[slice]:
+    """Slices over tiles whose gathered rows fit the budget."""
+    q, k, v, index, _ = flat
+    cached = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
+    step = max(1, (CACHED if cached else LAUNCHED) // size)
+    return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
+
+
+def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
+    """Torch's own attention chunk by chunk: any device, precision, compiler, dropout."""
+    q, k, v, index, bias = flat
+    parts = []
+    for chunk in _chunks(flat):
+        rows = index[chunk].flatten()
+        keys, values = (
+            x.index_select(0, rows).view(-1, 1, index.shape[-1] * x.shape[1], x.shape[2])
+            for x in (k, v)
+        )
+        mask = _padded(bias, chunk, keys.shape[-2])
+        part = dense_attention(q[chunk].unsqueeze(1), keys, values, mask, dropout, scale=scale)
+        parts.append(part.squeeze(1))
+    return torch.cat(parts)
+
+
+def _padded(bias: Tensor | None, chunk: slice, keys: int) -> Tensor | None:
+    """A chunk's bias with zeros for the columns before its last ones, ``[s, 1, t|1, K]``."""
+    if bias is None:
+        return None
+    part = bias[chunk].unsqueeze(1)
+    return torch.nn.functional.pad(part, (keys - part.shape[-1], 0))
+
+
+class _Buffers:
+    """Room for one chunk's gathered rows and attention weights."""
+
+    def __init__(self, flat: Flat, weights: int) -> None:
+        self.q, self.k, self.v, self.index, self.bias = flat
+        self.chunks = _chunks(flat)
+        most = self.chunks[0].stop if self.chunks else 0
+        units, size = self.index.shape[-1], self.k.shape[1]
+        self._k, self._v = (x.new_empty(most * units, *x.shape[1:]) for x in (self.k, self.v))
+        shape = (most, self.q.shape[1], units * size)
+        self._weights = [self.q.new_empty(shape) for _ in range(weights)]
+
+    def gather(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Keys ``[s, K, D]`` and values ``[s, K, Dv]`` of a chunk."""
+        units = self.index[chunk].reshape(-1)
+        found = []
+        for x, room in ((self.k, self._k), (self.v, self._v)):
+            rows = room[: len(units)]
+            torch.index_select(x, 0, units, out=rows)
+            found.append(rows.view(chunk.stop - chunk.start, -1, x.shape[-1]))
+        return found[0], found[1]
+
+    def weights(self, chunk: slice, which: int = 0) -> Tensor:
+        return self._weights[which][: chunk.stop - chunk.start]
+
+    def softmax(self, chunk: slice, k: Tensor, scale: float) -> Tensor:
+        """Attention weights of a chunk, ``[s, t, K]``, in the first buffer."""
+        p = self.weights(chunk)
+        torch.baddbmm(p, self.q[chunk], k.mT, beta=0, alpha=scale, out=p)
+        if self.bias is not None:
+            p[..., p.shape[-1] - self.bias.shape[-1] :] += self.bias[chunk]
+        return torch.softmax(p, dim=-1, out=p)
+
+
+class _Lean(torch.autograd.Function):
+    """The buffered path with a backward pass of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor | None, scale: float
+    ) -> Tensor:
+        room = _Buffers((q, k, v, index, bias), weights=1)
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        for chunk in room.chunks:
+            keys, values = room.gather(chunk)
+            torch.bmm(room.softmax(chunk, keys, scale), values, out=out[chunk])
+        ctx.save_for_backward(q, k, v, index, bias, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, index, bias, out = ctx.saved_tensors
+        grad = grad.contiguous()
+        room = _Buffers((q, k, v, index, bias), weights=2)
+        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        to_bias = torch.empty_like(bias) if ctx.needs_input_grad[4] else None
+        # dS = P (dP - rowsum(dO O)), as in FlashAttention (arXiv 2205.14135, appendix B.2)
+        delta = (grad * out).sum(-1, keepdim=True)
+        for chunk in room.chunks:
+            keys, values = room.gather(chunk)
+            p, ds = room.softmax(chunk, keys, ctx.scale), room.weights(chunk, 1)
+            _scatter(p.mT @ grad[chunk], index[chunk], into=to_v)
+            torch.bmm(grad[chunk], values.mT, out=ds)
+            ds.sub_(delta[chunk]).mul_(p)
+            if to_bias is not None:
+                _add_up(ds, into=to_bias[chunk])
+            ds.mul_(ctx.scale)
+            torch.bmm(ds, keys, out=to_q[chunk])
+            _scatter(ds.mT @ q[chunk], index[chunk], into=to_k)
+        return to_q, to_k, to_v, None, to_bias, None
+
+
+def _scatter(rows: Tensor, index: Tensor, into: Tensor) -> None:
+    """Adds the gradient of gathered keys ``[s, K, D]`` to their units ``[R, g, D]``."""
+    flat, target = rows.reshape(index.numel(), -1), into.flatten(1)
+    target.scatter_add_(0, index.reshape(-1, 1).expand_as(flat), flat)
+
+
+def _add_up(ds: Tensor, into: Tensor) -> None:
+    """The last columns' gradient, summed over queries that share a bias."""
+    last = ds[..., ds.shape[-1] - into.shape[-1] :]
+    into.copy_(last.sum(1, keepdim=True) if into.shape[1] == 1 < ds.shape[1] else last)

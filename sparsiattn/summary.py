@@ -1,0 +1,46 @@
+"""Background: pooled keys that stand for what a pattern dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Pooled keys that stand for what a pattern dropped (design: `background`).
+
+    cells: cell of every key, ``[Nk]``; prefix keys carry the id ``count`` and belong to none.
+    count: number of cells G. bias: logit of each pooled key, ``[B|1, H|1, R, G]`` for R pattern
+    rows or patch queries: log of how many of the cell's keys were not selected, minus infinity if
+    all were. allowed: keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``; None means all.
+    """
+
+    cells: Tensor
+    count: int
+    bias: Tensor
+    allowed: Tensor | None = None
+
+    @property
+    def per_query(self) -> bool:
+        """Whether the means differ between queries, as under a shifted window's mask."""
+        return self.allowed is not None and self.allowed.shape[-2] > 1
+
+    def members(self, dtype: torch.dtype) -> Tensor:
+        """One-hot cell membership, ``[Nk, G]``."""
+        ids = torch.arange(self.count, device=self.cells.device)
+        return (self.cells[:, None] == ids).to(dtype)
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """Averages keys over each cell: ``[..., Nq|1, G, Nk]``, empty cells all zero."""
+        member = self.members(dtype).mT
+        if self.allowed is not None:
+            member = member * self.allowed.unsqueeze(-2).to(dtype)
+        return member / member.sum(-1, keepdim=True).clamp_min(1.0)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Means over cells, ``[B, H, Nk, D]`` to ``[B, H, G, D]``; not for `per_query` means."""
+        weights = self.weights(x.dtype)
+        return (weights if self.allowed is None else weights.squeeze(-3)) @ x
