@@ -27,14 +27,15 @@ class Connectivity(Strategy):
     bilinear interpolation back, so the score starts as attention at low resolution.
 
     reduce: patch tokens per basis vector, so about n / reduce of them; None is 6 as in the paper
-    below 1,024 tokens and 16 from there on. block: in tile mode keys are chosen in blocks of 4 x 4
-    (2 x 2 below 128 kept keys) and the tables have one row per block; 1 for single keys. basis:
-    the exact number of basis vectors instead. channels: width to which queries and keys are projected first (the
-    authors use half the head dim), None for no projection. basis_threshold: entries of abs(W_up) up
-    to this are zero. basis_coef_topk: coefficients kept per query, None for all. head_scale: divide
-    logits by the root of the head *count*, as the authors' code does, instead of the head dim.
-    salience: multiply scores by what the mean query sees beyond low resolution; ours, not in the
-    paper, next to free, and most of what an untrained predictor lacks (docs: What it keeps).
+    below 1,024 tokens and 16 from there on. basis: the number of basis vectors instead. block: in
+    tile mode keys are chosen in blocks of 4 x 4 (2 x 2 below 128 kept keys) and the tables have one
+    row per block; 1 for single keys. channels: width to which queries and keys are projected first
+    (the authors use half the head dim), None for no projection. basis_threshold: entries of
+    abs(W_up) up to this are zero. basis_coef_topk: coefficients kept per query, None for all.
+    head_scale: divide logits by the root of the head *count*, as the authors' code does, instead of
+    the head dim. salience: multiply scores by what the mean query sees beyond low resolution; ours,
+    not in the paper, next to free, and most of what an untrained predictor lacks (docs: What it
+    keeps).
 
     >>> Connectivity(k=0.1).to_dict()["name"]
     'connectivity'
