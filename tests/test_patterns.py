@@ -105,14 +105,21 @@ def host_mask(kind: str, inputs: AttentionInputs) -> AttentionInputs:
     grid=st.tuples(st.integers(1, 4), st.integers(1, 5)),
     prefix=st.integers(0, 2),
     tile=st.sampled_from([1, (2, 2), (1, 3)]),
+    block=st.sampled_from([1, (2, 2), (1, 2)]),
     g=st.sampled_from([None, 1, 2, 3]),
     k=st.floats(0.05, 1.0),
     kind=st.sampled_from(["none", "bias", "padding", "bool", "shift"]),
 )
 def test_every_kernel_equals_plain_loops(
-    grid: tuple[int, int], prefix: int, tile: object, g: int | None, k: float, kind: str
+    grid: tuple[int, int],
+    prefix: int,
+    tile: object,
+    block: object,
+    g: int | None,
+    k: float,
+    kind: str,
 ) -> None:
-    inputs = random_inputs(grid, prefix=prefix, tile=tile, batch=2, heads=2, dim=4)
+    inputs = random_inputs(grid, prefix=prefix, tile=tile, block=block, batch=2, heads=2, dim=4)
     inputs = host_mask(kind, inputs)
     n = inputs.n_keys
     scores = torch.randn(2, 2, n, n, generator=torch.Generator().manual_seed(7))

@@ -37,6 +37,7 @@ def random_inputs(
     value_dim: int | None = None,
     prefix: int = 1,
     tile: int | tuple[int, int] = 1,
+    block: int | tuple[int, int] = 1,
     bias: Tensor | None = None,
     kind: str = "none",
     dtype: torch.dtype = torch.float32,
@@ -51,4 +52,4 @@ def random_inputs(
 
     q, k, v = draw(dim), draw(dim), draw(value_dim or dim)
     site = Site.of(q, k, v, prefix_tokens=prefix, grid=grid, key_grid=grid, bias=kind)
-    return AttentionInputs(q, k, v, dim**-0.5, bias, site, tile=tile)
+    return AttentionInputs(q, k, v, dim**-0.5, bias, site, tile=tile, block=block)

@@ -39,10 +39,25 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[C
                 if tile == 1:
                     drawn = Pattern.mask(scores > 0.5)
                     yield f"mask {name}", inputs, finish(drawn, inputs, background=background)
+    yield from _blocks(dtype, device)
     yield "dense", inputs, Pattern.dense(21, 21)
     for value_dim in (6, 8):
         packed = _on(random_inputs((4, 5), dtype=dtype, value_dim=value_dim), device)
         yield f"lengths v={value_dim}", packed, Lengths(21, 21, (4, 9, 4, 4))
+
+
+def _blocks(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Lists of key blocks: of one size and not, with and without a part of the last block."""
+    for grid in ((4, 6), (4, 5)):
+        for prefix, k in ((1, 9), (0, 8), (2, 13)):
+            for background in (None, 2):
+                inputs = random_inputs(grid, prefix=prefix, tile=(2, 3), block=(2, 2), dtype=dtype)
+                inputs = _on(inputs, device)
+                n = inputs.n_keys
+                scores = torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(6))
+                wish = Pattern.top(scores.to(device), k)
+                name = f"blocks of {grid} prefix={prefix} k={k} background={background}"
+                yield name, inputs, finish(wish, inputs, background=background)
 
 
 def _on(inputs: AttentionInputs, device: str) -> AttentionInputs:
