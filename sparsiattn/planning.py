@@ -135,10 +135,11 @@ def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
 
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
-    cells, count = _cells(inputs, g)
+    parts = _cell_parts(inputs.keys_grid, g)
+    cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
     if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        bias = _log_counts(_count_by_block(pattern, cells, count))
+        bias = _log_counts(_count_by_block(pattern, inputs, parts, cells))
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
         bias = _log_counts(_count_by_index(pattern.index, cells, count))
     else:
@@ -146,16 +147,20 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
         if isinstance(pattern, KeyLists):
             bias = bias[..., inputs.prefix :, :]
     assert isinstance(pattern, (KeyIndex, KeyBlocks, Mask))
-    return replace(pattern, summary=Summary(cells, count, bias, allowed))
+    return replace(pattern, summary=Summary(cells, parts, bias, allowed))
 
 
-def _cells(inputs: AttentionInputs, g: int) -> tuple[Tensor, int]:
+def _cell_parts(grid: geometry.Grid, g: int) -> geometry.Grid:
+    """Rows and columns of cells; a single row of tokens has its g * g cells in a row."""
+    return (min(g, grid[0]), min(g, grid[1])) if grid[0] > 1 else (1, min(g * g, grid[1]))
+
+
+def _cells(inputs: AttentionInputs, parts: geometry.Grid) -> tuple[Tensor, int]:
     """Cell of every key, prefix keys in a cell of their own past the last; number of cells."""
-    grid = inputs.keys_grid
-    parts = (min(g, grid[0]), min(g, grid[1])) if grid[0] > 1 else (1, min(g * g, grid[1]))
-    count = parts[0] * parts[1]
-    ids = geometry.table(_padded_cells, grid, parts, inputs.prefix, device=inputs.k.device)
-    return ids, count
+    ids = geometry.table(
+        _padded_cells, inputs.keys_grid, parts, inputs.prefix, device=inputs.k.device
+    )
+    return ids, parts[0] * parts[1]
 
 
 def _padded_cells(
@@ -175,19 +180,35 @@ def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
     return (total - picked)[..., :count]
 
 
-def _count_by_block(pattern: KeyBlocks, cells: Tensor, count: int) -> Tensor:
+def _count_by_block(
+    pattern: KeyBlocks, inputs: AttentionInputs, parts: geometry.Grid, cells: Tensor
+) -> Tensor:
     """As `_count_by_index`, from tables of how many keys of each cell a block holds."""
     if not pattern.blocks.even:
-        return _count_by_index(pattern.index, cells, count)
+        return _count_by_index(pattern.index, cells, parts[0] * parts[1])
+    device = cells.device
     size = pattern.blocks.size
     whole, rest = divmod(pattern.keys - pattern.prefix, size)
-    members = cells[pattern.prefix :][pattern.blocks.order]
-    first = members.unsqueeze(-1) == torch.arange(count, device=cells.device)
-    picked = first.float().sum(1)[pattern.chosen[..., :whole]].sum(-2)
+    first = geometry.table(_first_members, inputs.keys_grid, inputs.block, parts, device=device)
+    lists = pattern.chosen[..., :whole]
+    picked = (
+        first[size].index_select(0, lists.flatten()).view(*lists.shape, parts[0] * parts[1]).sum(-2)
+    )
     if rest:
-        picked = picked + first[:, :rest].float().sum(1)[pattern.chosen[..., whole]]
-    total = first.float().sum((0, 1))
-    return total - picked
+        picked = picked + first[rest][pattern.chosen[..., whole]]
+    return first[size].sum(0) - picked
+
+
+def _first_members(
+    grid: geometry.Grid, block: geometry.Tile, parts: geometry.Grid, *, device: torch.device
+) -> Tensor:
+    """How many of the first i keys of a block lie in each cell, ``[size + 1, blocks, cells]``."""
+    assert not isinstance(block, int)
+    cells = geometry.cell_ids(grid, parts, device=device)
+    order = geometry.tiles(grid, block, device=device).order
+    ids = torch.arange(parts[0] * parts[1], device=device)
+    member = (cells[order].mT.unsqueeze(-1) == ids).float()
+    return torch.cat([torch.zeros_like(member[:1]), member.cumsum(0)])
 
 
 def _log_counts(counts: Tensor) -> Tensor:

@@ -7,21 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsiattn.geometry import Grid
+
 
 @dataclass(frozen=True, eq=False)
 class Summary:
     """Pooled keys that stand for what a pattern dropped (design: `background`).
 
     cells: cell of every key, ``[Nk]``; prefix keys carry the id ``count`` and belong to none.
-    count: number of cells G. bias: logit of each pooled key, ``[B|1, H|1, R, G]`` for R pattern
-    rows or patch queries: log of how many of the cell's keys were not selected, minus infinity if
-    all were. allowed: keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``; None means all.
+    parts: rows and columns of cells, G in all. bias: logit of each pooled key, ``[B|1, H|1, R,
+    G]`` for R pattern rows or patch queries: log of how many of the cell's keys were not selected,
+    minus infinity if all were. allowed: keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``;
+    None means all.
     """
 
     cells: Tensor
-    count: int
+    parts: Grid
     bias: Tensor
     allowed: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.parts[0] * self.parts[1]
 
     @property
     def per_query(self) -> bool:

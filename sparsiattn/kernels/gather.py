@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsiattn import geometry
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel
-from sparsiattn.kernels.gathered import Operands, attend, is_lean
+from sparsiattn.kernels.gathered import Operands, attend, attend_in_scratch, is_lean
 from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
+from sparsiattn.scratch import SCRATCH
 from sparsiattn.site import AttentionInputs
 from sparsiattn.summary import Summary
 
@@ -48,7 +51,10 @@ class Gather(Kernel):
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
         if _needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
-            patches = _attend(inputs, pattern)
+            operands, dead = _operands(inputs, pattern)
+            patches = attend(operands)
+            if dead is not None:
+                patches = patches.masked_fill(dead, 0.0)
             patches = (
                 patches.squeeze(-2) if pattern.tiles is None else pattern.tiles.scatter(patches)
             )
@@ -58,22 +64,41 @@ class Gather(Kernel):
         b, h, n, _ = inputs.q.shape
         # laid out as torch's own attention does, so that the host's reshape copies nothing
         out = inputs.q.new_empty(b, n, h, inputs.v.shape[-1]).transpose(1, 2)
-        for part in _parts(inputs):
+        parts = _parts(inputs)
+        if len(parts) == 1:
+            _fill(out, inputs, pattern)
+            return out
+        for part in parts:
             _fill(out[part], _part_of(inputs, part), _part_of(pattern, part))
         return out
 
 
 def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
     """Writes the result of some images and heads, ``[B, H, Nq, Dv]``."""
-    tiles, first = _attend(inputs, pattern), pattern.dense_rows
+    first = pattern.dense_rows
+    operands, dead = _operands(inputs, pattern, SCRATCH.room)
+    tiles = attend_in_scratch(operands)
+    if dead is not None:
+        tiles.masked_fill_(dead, 0.0)
     if first:
-        out[..., :first, :] = _dense_rows(inputs, first)
+        out[..., :first, :] = _dense_rows(_packed_inputs(inputs, pattern, operands), first)
     if pattern.tiles is None:
         out[..., first:, :] = tiles.squeeze(-2)
     elif pattern.tiles.even:
         pattern.tiles.view(out[..., first:, :]).copy_(pattern.tiles.split(tiles))
     else:
         out[..., first:, :] = pattern.tiles.scatter(tiles)
+
+
+def _packed_inputs(
+    inputs: AttentionInputs, pattern: KeyLists, operands: Operands
+) -> AttentionInputs:
+    """The same keys and values where they were packed last: to a row that sees all of them their
+    order is nothing, and there they are still in cache."""
+    if operands.k.shape[-2] == 1:
+        return inputs
+    k, v = (x.flatten(2, 3)[:, :, : inputs.n_keys] for x in (operands.k, operands.v))
+    return inputs.replace(k=k, v=v)
 
 
 def _needs_grad(inputs: AttentionInputs) -> bool:
@@ -108,15 +133,25 @@ def _part_of(whole: Any, part: tuple[slice, slice]) -> Any:
     return replace(whole, **changed)
 
 
-def _attend(inputs: AttentionInputs, pattern: KeyLists) -> Tensor:
-    """``[B, H, T, t, Dv]``."""
+Room = Callable[[str, tuple[int, ...], Tensor], Tensor]
+"""`Scratch.room`."""
+
+
+def _operands(
+    inputs: AttentionInputs, pattern: KeyLists, room: Room | None = None
+) -> tuple[Operands, Tensor | None]:
+    """What `attend` takes, and the queries left without a key, ``[B|1, H|1, T, t|1, 1]``."""
     patches, tiles = inputs.q[..., pattern.dense_rows :, :], pattern.tiles
-    q = patches.unsqueeze(-2) if tiles is None else tiles.gather(patches)
+    if tiles is None:
+        q = patches.unsqueeze(-2)
+    elif room is None or not tiles.even:
+        q = tiles.gather(patches)
+    else:
+        q = room("q", (*patches.shape[:2], tiles.count, tiles.size, patches.shape[-1]), patches)
+        tiles.split(q).copy_(tiles.view(patches))
     if isinstance(pattern, KeyBlocks) and pattern.blocks.even and inputs.bias is None:
-        return attend(_by_block(q, inputs, pattern))
-    operands, dead = _by_key(q, inputs, pattern)
-    out = attend(operands)
-    return out if dead is None else out.masked_fill(dead, 0.0)
+        return _by_block(q, inputs, pattern, room), None
+    return _by_key(q, inputs, pattern)
 
 
 def _by_key(
@@ -133,42 +168,90 @@ def _by_key(
     return Operands(q, k, v, index, bias, inputs.scale, inputs.dropout), dead
 
 
-def _by_block(q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks) -> Operands:
+def _by_block(
+    q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks, room: Room | None
+) -> Operands:
     """Rows of whole blocks. Prefix and summary keys fill some more blocks, which every tile sees;
     what is left over in these and in the last block of each list is masked."""
     size, chosen, summary = pattern.blocks.size, pattern.chosen, pattern.summary
     cells = 0 if summary is None else summary.count
-    extra = pattern.prefix + cells
-    more = -(-extra // size)
-    k, v = (_packed(x, pattern, more * size - extra) for x in (inputs.k, inputs.v))
     rest = pattern.keys - pattern.prefix - (chosen.shape[-1] - 1) * size
-    inf = float("-inf")
-    masked = [0.0] * rest + [inf] * (size - rest) + [0.0] * pattern.prefix
-    ends = [q.new_tensor(masked).expand(*chosen.shape[:-1], 1, -1)]
-    if summary is not None:
-        ends.append(_summary_rows(pattern, summary).to(q.dtype))
-    ends.append(q.new_full((more * size - extra,), inf).expand(*chosen.shape[:-1], 1, -1))
-    always = torch.arange(more, device=chosen.device) + pattern.blocks.count
-    index = torch.cat([chosen, always.expand(*chosen.shape[:-1], -1)], dim=-1)
-    lead = torch.broadcast_shapes(*(end.shape[:-1] for end in ends))
-    bias = torch.cat([end.expand(*lead, -1) for end in ends], dim=-1)
+    more = -(-(pattern.prefix + cells) // size)
+    if room is None:
+        k, v = (_packed(x, pattern, more * size) for x in (inputs.k, inputs.v))
+    else:
+        k = _packed_into(room, "k", inputs.k, pattern, more * size)
+        v = _packed_into(room, "v", inputs.v, pattern, more * size)
+    first = geometry.table(
+        _end, size, rest, pattern.prefix, more, pattern.blocks.count, q.dtype, device=q.device
+    )
+    index = torch.cat([chosen, first.units.expand(*chosen.shape[:-1], -1)], dim=-1)
+    if summary is None:
+        bias = first.bias.expand(*chosen.shape[:-1], 1, -1)
+    else:
+        rows = _summary_rows(pattern, summary)
+        lead, start = rows.shape[:-1], size + pattern.prefix
+        parts = first.bias[:start], rows.to(q.dtype), first.bias[start + cells :]
+        bias = torch.cat([part.expand(*lead, -1) for part in parts], dim=-1)
     return Operands(q, k, v, index, bias, inputs.scale, inputs.dropout)
 
 
-def _packed(x: Tensor, pattern: KeyBlocks, unused: int) -> Tensor:
+class _End(NamedTuple):
+    """What all lists of blocks end with. units: the blocks that every tile sees, ``[E]``. bias:
+    over the last block chosen and these, ``[(1 + E) * size]``: minus infinity on unused slots."""
+
+    units: Tensor
+    bias: Tensor
+
+
+def _end(
+    size: int, rest: int, prefix: int, more: int, count: int, dtype: torch.dtype,
+    *, device: torch.device,
+) -> _End:  # fmt: skip
+    bias = torch.full(((1 + more) * size,), float("-inf"), dtype=dtype, device=device)
+    bias[:rest] = 0.0
+    bias[size : size + prefix] = 0.0
+    return _End(torch.arange(count, count + more, device=device), bias)
+
+
+def _packed(x: Tensor, pattern: KeyBlocks, more: int) -> Tensor:
     """``[B, H, N, D]`` block by block, ``[B, H, U, size, D]``: the patches, then prefix and summary
-    keys, with zeros to fill the last block."""
-    blocks, summary, patches = pattern.blocks, pattern.summary, x[..., pattern.prefix :, :]
-    extra = [x[..., : pattern.prefix, :]] + ([] if summary is None else [summary.pool(x)])
-    extra.append(x.new_zeros(*x.shape[:2], unused, x.shape[-1]))
-    last = torch.cat(extra, dim=-2).unflatten(-2, (-1, blocks.size))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.cat([blocks.gather(patches), last], dim=-3)
-    units = blocks.count + last.shape[-3]
-    out = x.new_empty(*x.shape[:2], units, blocks.size, x.shape[-1])
-    blocks.split(out[:, :, : blocks.count]).copy_(blocks.view(patches))
-    out[:, :, blocks.count :] = last
-    return out
+    keys among ``more`` rows, zeros behind them."""
+    blocks, prefix = pattern.blocks, x[..., : pattern.prefix, :]
+    packed = blocks.gather(x[..., pattern.prefix :, :])
+    means = _means(x, packed, pattern)
+    unused = x.new_zeros(*x.shape[:2], more - prefix.shape[-2] - means.shape[-2], x.shape[-1])
+    tail = torch.cat([prefix, means, unused], dim=-2).unflatten(-2, (-1, blocks.size))
+    return torch.cat([packed, tail], dim=-3)
+
+
+def _packed_into(room: Room, name: str, x: Tensor, pattern: KeyBlocks, more: int) -> Tensor:
+    """`_packed` without a gradient and without new memory."""
+    blocks, prefix, patches = pattern.blocks, pattern.prefix, x[..., pattern.prefix :, :]
+    n = patches.shape[-2]
+    flat = room(name, (*x.shape[:2], n + more, x.shape[-1]), x)
+    packed = flat[:, :, :n].unflatten(-2, (blocks.count, blocks.size))
+    blocks.split(packed).copy_(blocks.view(patches))
+    means = _means(x, packed, pattern)
+    used = n + prefix + means.shape[-2]
+    flat[:, :, n : n + prefix] = x[..., :prefix, :]
+    flat[:, :, n + prefix : used] = means
+    flat[:, :, used:] = 0.0
+    return flat.unflatten(-2, (-1, blocks.size))
+
+
+def _means(x: Tensor, packed: Tensor, pattern: KeyBlocks) -> Tensor:
+    """The summary's rows ``[B, H, G, D]``, from packed blocks ``[B, H, C, size, D]`` where each
+    lies in one cell."""
+    summary, blocks = pattern.summary, pattern.blocks
+    if summary is None:
+        return x[..., :0, :]
+    rows, columns = summary.parts
+    if summary.allowed is not None or blocks.parts[0] % rows or blocks.parts[1] % columns:
+        return summary.pool(x)
+    sides = (rows, blocks.parts[0] // rows, columns, blocks.parts[1] // columns)
+    means: Tensor = packed.mean(-2).unflatten(-2, sides)
+    return means.mean((-4, -2)).flatten(-3, -2)
 
 
 def _bias(inputs: AttentionInputs, pattern: KeyLists) -> tuple[Tensor | None, Tensor | None]:

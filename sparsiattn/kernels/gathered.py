@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sparsiattn.interception import dense_attention
+from sparsiattn.scratch import SCRATCH
 
-# Gathered keys and values of one chunk of tiles, in elements: on a CPU they should stay in cache,
+# Gathered keys, values and logits of a chunk of tiles, in elements: on a CPU they stay in cache,
 # on a GPU a launch should be worth its while; a compiler unrolls the loop.
 CACHED, LAUNCHED = 1 << 19, 1 << 26
 
@@ -34,6 +35,20 @@ class Operands:
     bias: Tensor | None
     scale: float
     dropout: float = 0.0
+
+
+def attend_in_scratch(operands: Operands) -> Tensor:
+    """As `attend` where it is lean and nothing needs a gradient; the result lies in `SCRATCH`."""
+    q, v = operands.q, operands.v
+    out = SCRATCH.room("out", (*q.shape[:4], v.shape[-1]), q)
+    _forward(_Buffers(_flatten(operands), weights=1), operands.scale, out.flatten(0, 2))
+    return out
+
+
+def _forward(room: _Buffers, scale: float, out: Tensor) -> None:
+    for chunk in room.chunks:
+        k, v = room.gather(chunk)
+        torch.bmm(room.softmax(chunk, k, scale), v, out=out[chunk])
 
 
 def attend(operands: Operands) -> Tensor:
@@ -74,11 +89,12 @@ def is_lean(q: Tensor, dropout: float) -> bool:
 
 
 def _chunks(flat: Flat) -> list[slice]:
-    """Slices over tiles whose gathered rows fit the budget."""
+    """Slices over tiles whose gathered rows fit the budget, as many in each as threads can share."""
     q, k, v, index, _ = flat
     cached = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
-    step = max(1, (CACHED if cached else LAUNCHED) // size)
+    size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
+    threads = torch.get_num_threads() if cached else 1
+    step = threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
     return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
 
 
@@ -114,9 +130,12 @@ class _Buffers:
         self.chunks = _chunks(flat)
         most = self.chunks[0].stop if self.chunks else 0
         units, size = self.index.shape[-1], self.k.shape[1]
-        self._k, self._v = (x.new_empty(most * units, *x.shape[1:]) for x in (self.k, self.v))
+        self._k, self._v = (
+            SCRATCH.room(name, (most * units, *x.shape[1:]), x)
+            for name, x in (("keys", self.k), ("values", self.v))
+        )
         shape = (most, self.q.shape[1], units * size)
-        self._weights = [self.q.new_empty(shape) for _ in range(weights)]
+        self._weights = [SCRATCH.room(f"weights {i}", shape, self.q) for i in range(weights)]
 
     def gather(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """Keys ``[s, K, D]`` and values ``[s, K, Dv]`` of a chunk."""
@@ -147,11 +166,8 @@ class _Lean(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
-        room = _Buffers((q, k, v, index, bias), weights=1)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for chunk in room.chunks:
-            keys, values = room.gather(chunk)
-            torch.bmm(room.softmax(chunk, keys, scale), values, out=out[chunk])
+        _forward(_Buffers((q, k, v, index, bias), weights=1), scale, out)
         ctx.save_for_backward(q, k, v, index, bias, out)
         ctx.scale = scale
         return out

@@ -117,30 +117,34 @@ class ConnectivityPlanner(LearnedPlanner):
         per key, or per block of patch keys."""
         blocks, down, up = inputs.blocks, *self._tables(inputs)
         units = inputs.k if blocks is None else _pooled(inputs.k, blocks, self.prefix)
-        coefficients = self._keep_top(self.coefficients(inputs, units, down))
+        rows = inputs.row_queries
+        coefficients = self._keep_top(self.coefficients(inputs, rows, units, down))
         basis = up if blocks is None else up[..., self.prefix :, :]
         scores = coefficients @ _for_heads(self._basis(basis)).mT.to(coefficients.dtype)
         if not self.strategy.salience:
             return scores
-        return scores.float() * self._salience(inputs, units, down, up)
+        return scores.float() * self._salience(inputs, rows, units, down, up)
 
-    def _salience(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def _salience(
+        self, inputs: AttentionInputs, rows: Tensor, units: Tensor, down: Tensor, up: Tensor
+    ) -> Tensor:
         """How much more the mean patch query sees of each key than low resolution says, ``[B, H, 1,
         n]``, or of each block: which keys of a cell stand out, whoever asks."""
-        mean = inputs.patch_queries.mean(-2, keepdim=True) * inputs.scale
+        mean = rows.mean(-2, keepdim=True) * inputs.scale
         seen = mean @ units.mT
         down, up = (_for_heads(table).to(seen.dtype) for table in (down, up))
-        low, blocks = seen @ down @ up.mT, inputs.blocks
-        # exponents in single precision and bounded: half precision ends at e^11
+        low, blocks = (seen @ down @ up.mT).float(), inputs.blocks
         if blocks is None:
-            return (seen - low).float().clamp_max(30.0).exp()
-        low = blocks.spread(low[..., self.prefix :].mT).mT
-        logits = mean @ inputs.k[..., self.prefix :, :].mT
-        return blocks.mean((logits - low).float().clamp_max(30.0).exp().mT).mT
+            return _bounded_exp(seen.float() - low)
+        logits = (mean @ inputs.k[..., self.prefix :, :].mT).float()
+        above = blocks.gather(logits.mT).squeeze(-1) - low[..., self.prefix :].mT
+        return blocks.weigh(_bounded_exp(above)).unsqueeze(-2)
 
-    def coefficients(self, inputs: AttentionInputs, units: Tensor, down: Tensor) -> Tensor:
+    def coefficients(
+        self, inputs: AttentionInputs, rows: Tensor, units: Tensor, down: Tensor
+    ) -> Tensor:
         """Softmax over the basis of every row, ``[B, H, R, K]``."""
-        q, k = inputs.row_queries, units
+        q, k = rows, units
         if self.project_q is not None and self.project_k is not None:
             q, k = self.project_q(q), self.project_k(k)
         reduced = _for_heads(down).to(k.dtype).mT @ k
@@ -157,6 +161,8 @@ class ConnectivityPlanner(LearnedPlanner):
     def _basis(self, up: Tensor) -> Tensor:
         """abs(W_up) without its small entries (the authors' inference rule)."""
         size = up.abs()
+        if not self.strategy.basis_threshold:
+            return size
         return torch.where(size > self.strategy.basis_threshold, size, 0.0)
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
@@ -208,6 +214,11 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.where(patches, down * ratio, down), resize_table(
             self.up, self.grid, grid, self.prefix
         )
+
+
+def _bounded_exp(x: Tensor) -> Tensor:
+    """In single precision and bounded: half precision ends at e^11."""
+    return x.clamp_max(30.0).exp()
 
 
 def _pooled(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = False) -> Tensor:
