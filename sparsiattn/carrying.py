@@ -15,6 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from sparsiattn import geometry
 from sparsiattn.blocks import Block, first_tensor
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.interception import THREAD
@@ -22,6 +23,7 @@ from sparsiattn.layout import patch_grid
 from sparsiattn.ragged import Packed, pack, unpack
 from sparsiattn.runtime import image_of
 from sparsiattn.site import Site
+from sparsiattn.strategy import AUTO_BLOCK, AUTO_TILE, TILE_FROM
 from sparsiattn.stream import Step, Stream, take
 from sparsiattn.tokens import Reduction, TokenInputs, TokenPlanner, TokenStrategy
 
@@ -173,6 +175,8 @@ def apply(
     if remembers:
         stream = stream.remember(x[:, stream.prefix :])
     index, prefix = _index(reduction, x.device), stream.prefix
+    if reduction.assign is None and not stream.reduced:
+        index = _by_tiles(index, stream)
     before = x.shape[1] - prefix
     if reduction.values is not None:
         stream = stream.advance(Step(index, reduction.assign, before), reduction.size)
@@ -199,6 +203,17 @@ def _index(reduction: Reduction, device: torch.device) -> Tensor:
     if device.type == "meta":  # a dry run cannot know: all of them
         return torch.arange(reduction.mask.shape[1], device=device)[None]
     return reduction.mask[0].nonzero().flatten()[None]
+
+
+def _by_tiles(index: Tensor, stream: Stream) -> Tensor:
+    """The tokens that stay, tile by tile where there are enough for attention in tiles: runs of the
+    sequence are its tiles from here on, and later reductions keep the order."""
+    if stream.whole < TILE_FROM:
+        return index
+    rank = geometry.table(
+        geometry.nested_rank, stream.grid, AUTO_TILE, AUTO_BLOCK, device=index.device
+    )
+    return index.gather(1, rank[index].argsort(dim=1))
 
 
 def fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[Step, Tensor]:

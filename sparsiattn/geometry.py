@@ -124,6 +124,21 @@ def _tent(size: int, parts: int, device: torch.device) -> Tensor:
     return (1 - distance).clamp_min(0.0)
 
 
+def nested_rank(grid: Grid, outer: Grid, inner: Grid, *, device: torch.device) -> Tensor:
+    """Place of every token, ``[n]``, when tokens stand tile by tile of ``outer`` patches and block
+    by block of ``inner`` within: a run of tokens is then compact in the image.
+
+    >>> nested_rank((2, 4), (2, 2), (1, 2), device=torch.device("cpu")).tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    n = grid[0] * grid[1]
+    large, small = (
+        cell_ids(grid, tile_parts(grid, sides), device=device) for sides in (outer, inner)
+    )
+    order = torch.argsort((large * n + small) * n + torch.arange(n, device=device))
+    return torch.argsort(order)
+
+
 @dataclass(frozen=True, eq=False)
 class Tiles:
     """Queries grouped into compact 2-D tiles.

@@ -36,9 +36,11 @@ def finish(
     prefix_keys: keep every prefix column (within the budget where there is one). background: pool
     the dropped keys of each cell of a g x g grid into one summary key.
     """
-    _check_size(pattern, inputs)
+    # prefix keys that compete with the others compete one by one
+    blocks = inputs.blocks if prefix_keys or not inputs.prefix else None
+    _check_size(pattern, inputs, blocks)
     if isinstance(pattern, Ranked):
-        pattern = _rank(pattern, inputs, prefix_keys)
+        pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask):
         pattern = _keep_prefix(pattern, inputs.prefix, prefix_keys)
     if background is None or isinstance(pattern, Dense):
@@ -46,7 +48,7 @@ def finish(
     return _with_summary(pattern, inputs, background)
 
 
-def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
+def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None) -> None:
     if not isinstance(pattern, Pattern):
         raise InvalidType(
             f"a plan must be a sparsiattn.Pattern (Pattern.top, Pattern.mask or Pattern.dense), "
@@ -57,7 +59,7 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
         rows.add(inputs.n_queries - inputs.prefix)
         if inputs.tiles is not None:
             rows.add(inputs.tiles.count)
-    columns, blocks = {inputs.n_keys}, inputs.blocks
+    columns = {inputs.n_keys}
     if isinstance(pattern, Ranked) and blocks is not None:
         columns.add(blocks.count)
     if pattern.n_keys not in columns or pattern.n_queries not in rows:
@@ -68,14 +70,18 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs) -> None:
         )
 
 
-def _rank(pattern: Ranked, inputs: AttentionInputs, prefix_keys: bool) -> Pattern:
+def _rank(
+    pattern: Ranked, inputs: AttentionInputs, prefix_keys: bool, blocks: Tiles | None
+) -> Pattern:
     """Top-k lists per tile or patch query; forbidden keys last, prefix keys first."""
     if count_of(pattern.k, inputs.n_keys) == inputs.n_keys:
         return Pattern.dense(inputs.n_queries, inputs.n_keys)
     scores = _row_scores(pattern.scores, inputs)
     keys = count_of(pattern.k, inputs.n_keys)
-    if inputs.blocks is not None and (keys > inputs.prefix):
-        return _rank_blocks(scores, keys, inputs, inputs.blocks)
+    if blocks is not None and keys > inputs.prefix:
+        return _rank_blocks(scores, keys, inputs, blocks)
+    if scores.shape[-1] != inputs.n_keys:  # blocks, but prefix keys use up the budget
+        scores = scores.new_zeros(*scores.shape[:-1], inputs.n_keys)
     allowed = _row_allowed(inputs)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))

@@ -18,6 +18,8 @@ from sparsiattn.site import AttentionInputs, Site
 # From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
 TILE_FROM = 1024
 AUTO_TILE = (8, 8)
+# The largest blocks that "auto" chooses keys in.
+AUTO_BLOCK = (4, 4)
 
 Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
 
@@ -104,7 +106,7 @@ class Strategy(Config):
             return self.block
         k = getattr(self, "k", None)
         kept = count_of(k, keys) if isinstance(k, (int, float)) else 0
-        return (4, 4) if kept >= 128 else (2, 2) if kept >= 32 else 1
+        return AUTO_BLOCK if kept >= 128 else (2, 2) if kept >= 32 else 1
 
     def at(self, site: Site, position: int, count: int) -> Strategy:
         """This config with a list or function of budgets resolved for one of ``count`` sites."""

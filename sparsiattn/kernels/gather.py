@@ -250,7 +250,7 @@ def _means(x: Tensor, packed: Tensor, pattern: KeyBlocks) -> Tensor:
     if summary.allowed is not None or blocks.parts[0] % rows or blocks.parts[1] % columns:
         return summary.pool(x)
     sides = (rows, blocks.parts[0] // rows, columns, blocks.parts[1] // columns)
-    means: Tensor = packed.mean(-2).unflatten(-2, sides)
+    means = packed.mean(-2).reshape(*x.shape[:2], *sides, x.shape[-1])
     return means.mean((-4, -2)).flatten(-3, -2)
 
 

@@ -89,7 +89,7 @@ def is_lean(q: Tensor, dropout: float) -> bool:
 
 
 def _chunks(flat: Flat) -> list[slice]:
-    """Slices over tiles whose gathered rows fit the budget, as many in each as threads can share."""
+    """Slices over tiles whose gathered rows fit the budget, for all threads to share."""
     q, k, v, index, _ = flat
     cached = q.device.type == "cpu" and not torch.compiler.is_compiling()
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
