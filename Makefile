@@ -23,7 +23,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or census"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or census"
 
 census: $(READY)
 	$(BIN)/python -m pytest -m census

@@ -234,7 +234,7 @@ def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
     count, n = parts[0] * parts[1], grid[0] * grid[1]
     size = math.ceil(grid[0] / parts[0]) * math.ceil(grid[1] / parts[1])
     order = torch.argsort(ids, stable=True)
-    lengths = (ids[:, None] == torch.arange(count, device=device)).sum(0)
+    lengths = torch.zeros_like(ids[:1]).expand(count).scatter_add(0, ids, torch.ones_like(ids))
     starts = lengths.cumsum(0) - lengths
     place = torch.arange(size, device=device)
     inside = place < lengths[:, None]

@@ -20,7 +20,7 @@ from sparsiattn.summary import Summary
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.
-PACKED = 1 << 22
+PACKED = 1 << 21
 
 
 class Gather(Kernel):
@@ -113,8 +113,9 @@ def _parts(inputs: AttentionInputs) -> list[tuple[slice, slice]]:
     if step >= heads:
         whole = step // heads
         return [(slice(b, b + whole), slice(None)) for b in range(0, batch, whole)]
+    even = -(-heads // -(-heads // step))
     return [
-        (slice(b, b + 1), slice(h, h + step)) for b in range(batch) for h in range(0, heads, step)
+        (slice(b, b + 1), slice(h, h + even)) for b in range(batch) for h in range(0, heads, even)
     ]
 
 
@@ -237,7 +238,8 @@ def _packed_into(room: Room, name: str, x: Tensor, pattern: KeyBlocks, more: int
     flat[:, :, n : n + prefix] = x[..., :prefix, :]
     flat[:, :, n + prefix : used] = means
     flat[:, :, used:] = 0.0
-    return flat.unflatten(-2, (-1, blocks.size))
+    units: Tensor = flat.unflatten(-2, (-1, blocks.size))
+    return units
 
 
 def _means(x: Tensor, packed: Tensor, pattern: KeyBlocks) -> Tensor:
@@ -251,7 +253,8 @@ def _means(x: Tensor, packed: Tensor, pattern: KeyBlocks) -> Tensor:
         return summary.pool(x)
     sides = (rows, blocks.parts[0] // rows, columns, blocks.parts[1] // columns)
     means = packed.mean(-2).reshape(*x.shape[:2], *sides, x.shape[-1])
-    return means.mean((-4, -2)).flatten(-3, -2)
+    pooled: Tensor = means.mean((-4, -2)).flatten(-3, -2)
+    return pooled
 
 
 def _bias(inputs: AttentionInputs, pattern: KeyLists) -> tuple[Tensor | None, Tensor | None]:
