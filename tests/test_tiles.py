@@ -10,9 +10,10 @@ from timm.models import VisionTransformer
 
 import sparsiattn
 from sparsiattn import carrying, geometry
-from sparsiattn.patterns import KeyBlocks, Pattern
+from sparsiattn.patterns import KeyBlocks, Pattern, Ranked
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.local import Local
 from sparsiattn.testing.hosts import random_inputs
 
 CPU = torch.device("cpu")
@@ -154,3 +155,25 @@ def test_blocks_by_default_grow_with_the_budget() -> None:
     assert Connectivity(k=8).block_for(4097) == 1
     with pytest.raises(sparsiattn.InvalidOption, match="block must be 1"):
         Connectivity(block=(4,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7)])
+def test_local_tiles_take_the_keys_nearest_to_all_their_queries(grid: tuple[int, int]) -> None:
+    """What is chosen from a tile's middle is what the mean distance of its queries chooses."""
+    inputs = random_inputs(grid, tile=(3, 2))
+    wish = Local(k=9).plan(inputs)
+    tiles = inputs.tiles
+    assert isinstance(wish, Ranked)
+    assert tiles is not None
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()
+    mean = tiles.mean(-torch.cdist(places, places).square())
+    order = wish.scores[0, 0, :, 1:]
+    found, wanted = (x - x.amax(-1, keepdim=True) for x in (order, mean))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_local_makes_no_table_of_all_pairs() -> None:
+    inputs = random_inputs((64, 64), heads=1, batch=1, tile=(8, 8))
+    wish = Local(k=0.1).plan(inputs)
+    assert isinstance(wish, Ranked)
+    assert wish.scores.numel() == 64 * 4097

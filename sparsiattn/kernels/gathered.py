@@ -38,8 +38,8 @@ class Operands:
 
 
 def attend_in_scratch(operands: Operands) -> Tensor:
-    """As `attend` where it is lean and nothing needs a gradient; the result lies in `SCRATCH`, where
-    it takes the place of the queries if it has their shape and they were put there."""
+    """As `attend` where it is lean and nothing needs a gradient; the result lies in `SCRATCH`, in
+    the place of the queries if it has their shape and they were put there."""
     q, v = operands.q, operands.v
     name = "q" if v.shape[-1] == q.shape[-1] else "out"  # a chunk's queries are read before it
     out = SCRATCH.room(name, (*q.shape[:4], v.shape[-1]), q)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import geometry
-from sparsiattn.geometry import Grid
+from sparsiattn.geometry import Grid, Tile
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
 from sparsiattn.strategy import Budgets, Strategy
@@ -31,18 +31,27 @@ class Local(Strategy):
         stream = inputs.stream
         if stream is not None and stream.reduced:
             places = inputs.follow(_padded_positions(stream.grid, inputs.prefix, inputs.k.device))
-            return Pattern.top(_between(places, inputs.prefix), self.k)  # type: ignore[arg-type]
+            return Pattern.top(_between(places, inputs), self.k)  # type: ignore[arg-type]
         scores = geometry.table(
-            nearness, inputs.query_grid, inputs.keys_grid, inputs.prefix, device=inputs.k.device
+            nearness,
+            inputs.query_grid,
+            inputs.keys_grid,
+            inputs.prefix,
+            inputs.tile,
+            device=inputs.k.device,
         )
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
 
 
-def nearness(queries: Grid, keys: Grid, prefix: int, *, device: torch.device) -> Tensor:
-    """Minus the squared distance in units of key patches, ``[1, 1, n, prefix + m]``; prefix keys
-    come after every patch (the core keeps them where asked to)."""
+def nearness(queries: Grid, keys: Grid, prefix: int, tile: Tile, *, device: torch.device) -> Tensor:
+    """Minus the squared distance in units of key patches, ``[1, 1, R, prefix + m]``, from every
+    patch query, or from the middle of every tile: the mean distance from a tile's queries differs
+    from that by a constant, so both name the same keys. Prefix keys come after every patch (the
+    core keeps them where asked to)."""
     size = torch.tensor(keys, device=device, dtype=torch.float)
     q, k = (geometry.positions(grid, device=device) * size for grid in (queries, keys))
+    if not isinstance(tile, int):
+        q = geometry.tiles(queries, tile, device=device).mean(q)
     score = -(q[:, None] - k[None]).square().sum(-1)
     last = score.new_full((score.shape[0], prefix), float(-(keys[0] ** 2 + keys[1] ** 2 + 1)))
     return torch.cat([last, score], dim=-1)[None, None]
@@ -55,9 +64,10 @@ def _padded_positions(grid: Grid, prefix: int, device: torch.device) -> Tensor:
     return torch.nn.functional.pad(places, (0, 0, prefix, 0))
 
 
-def _between(places: Tensor, prefix: int) -> Tensor:
-    """`nearness` of the tokens that are left, ``[B, 1, n, P + n]``."""
-    patches = places[:, prefix:]
-    score = -(patches[:, :, None] - patches[:, None]).square().sum(-1)
-    last = score.amin((1, 2), keepdim=True).expand(-1, score.shape[1], prefix) - 1
+def _between(places: Tensor, inputs: AttentionInputs) -> Tensor:
+    """`nearness` of the tokens that are left, ``[B, 1, R, P + n]``."""
+    patches = places[:, inputs.prefix :]
+    rows = patches if inputs.tiles is None else inputs.tiles.mean(patches)
+    score = -(rows[:, :, None] - patches[:, None]).square().sum(-1)
+    last = score.amin((1, 2), keepdim=True).expand(-1, score.shape[1], inputs.prefix) - 1
     return torch.cat([last, score], dim=-1).unsqueeze(1)
