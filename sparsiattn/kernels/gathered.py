@@ -73,12 +73,17 @@ def is_lean(q: Tensor, dropout: float) -> bool:
     )
 
 
+def tiles_at_once(device: torch.device, size: int) -> int:
+    """How many tiles go into one chunk if each gathers ``size`` elements."""
+    cached = device.type == "cpu" and not torch.compiler.is_compiling()
+    return (CACHED if cached else LAUNCHED) // size
+
+
 def _chunks(flat: Flat) -> list[slice]:
     """Slices over tiles whose gathered rows fit the budget."""
     q, k, v, index, _ = flat
-    cached = q.device.type == "cpu" and not torch.compiler.is_compiling()
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
-    step = max(1, (CACHED if cached else LAUNCHED) // size)
+    step = max(1, tiles_at_once(q.device, size))
     return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
 
 
