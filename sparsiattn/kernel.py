@@ -20,7 +20,8 @@ class Kernel:
     """One way to compute a pattern. Kernels hold no state; one instance serves every site.
 
     `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
-    must work. ``auto`` takes the usable kernel with the highest `speed`. Both may look at the site,
+    must work. ``auto`` takes the usable kernel with the highest `speed`, and one that is a
+    ``last_resort`` only where no other works. Both may look at the site,
     the options, and the shapes, strides, dtypes and devices of tensors, at grad mode, autocast and
     inference mode, but never at values: answers are kept for calls that agree in all of these.
     """
@@ -28,6 +29,7 @@ class Kernel:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     differentiable: ClassVar[bool] = True
+    last_resort: ClassVar[bool] = False
 
     def unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""
@@ -91,11 +93,15 @@ def choose(
             refusals.append((kernel.name, tuple(reasons)))
             continue
         speed = kernel.speed(inputs, pattern)
-        if best is None or speed > fastest:
+        if best is None or _beats(kernel, speed, best, fastest):
             best, fastest = kernel, speed
     if best is None:
         raise KernelRefused(_refused(inputs, pattern, refusals, explicit))
     return Choice(best, tuple(refusals), fastest, call=Call.of(inputs))
+
+
+def _beats(kernel: Kernel, speed: float, best: Kernel, fastest: float) -> bool:
+    return best.last_resort if kernel.last_resort != best.last_resort else speed > fastest
 
 
 def _refused(

@@ -104,7 +104,7 @@ class Report:
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
             lines.append(
-                f"{len(slow)} sites save MACs, not time: planning and kernel are not expected to "
+                f"{_sites(len(slow))} MACs, not time: planning and kernel are not expected to "
                 "beat dense attention (larger tile= or more tokens would change that, and "
                 "only_if_faster=True leaves such sites dense)"
             )
@@ -113,6 +113,10 @@ class Report:
         if self.untouched:
             lines.append(f"not selected, dense: {', '.join(self.untouched)}")
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.left]
+
+
+def _sites(count: int) -> str:
+    return "1 site saves" if count == 1 else f"{count} sites save"
 
 
 def _g(macs: int | None) -> str:

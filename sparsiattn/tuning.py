@@ -210,7 +210,7 @@ def _prepared(
     site = Site.of(q, k, v, prefix_tokens=1)
     strategy = Connectivity(k=case.k, tile=case.tile)
     inputs = AttentionInputs(
-        q, k, v, case.dim**-0.5, None, site, tile=case.tile, block=strategy.block_for(case.tokens)
+        q, k, v, case.dim**-0.5, None, site, tile=case.tile, block=strategy.block_for(site.keys)
     )
     planner = strategy.planner(site).to(device, dtype)
     work = planning_work(planner, inputs)

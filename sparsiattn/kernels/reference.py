@@ -17,6 +17,7 @@ class Reference(Kernel):
     """Exact, differentiable and readable, for every pattern on every device."""
 
     name = "reference"
+    last_resort = True  # its memory, too, is that of whole matrices of logits
     summary = "the specification: all logits, then the pattern (slow)"
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
