@@ -59,7 +59,8 @@ def read(device: str) -> tuple[list[Row], dict[str, float] | None, str]:
             roof = found.get("roof", roof)
             card = found["machine"]
             where = card.get("gpu") if device == "cuda" else None
-            where = where or f"{card['processor']}, {card['threads']} threads"
+            cores = "1 thread" if card["threads"] == 1 else f"{card['threads']} threads"
+            where = where or f"{card['processor']}, {cores}"
             cards.add(f"{where}, {found['dtype']}, torch {card['torch']}")
     return rows, roof, "; ".join(sorted(cards))
 
@@ -102,8 +103,8 @@ def speed_lines(
         alone = [r["kernel_only"]["ratio"] for r in rows]
         axes.plot(at, alone, color=COLOURS[i % 6], linewidth=1, linestyle=(0, (4, 3)))
     axes.axhline(1.0, color="#444444", linewidth=1)
-    axes.annotate("dense", (1, 1), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                  textcoords="offset points", ha="right", color="#444444")  # fmt: skip
+    axes.annotate("dense", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, -13),
+                  textcoords="offset points", color="#444444")  # fmt: skip
     axes.plot([], [], color="#777777", linewidth=1, linestyle=(0, (4, 3)), label="kernel alone")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")

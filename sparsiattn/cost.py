@@ -17,24 +17,29 @@ from sparsiattn.site import AttentionInputs
 # Names under which dense attention and planning are priced, beside those of the kernels.
 DENSE, PLANNING = "dense", "planning"
 
+# The batch by which kernels are compared while a compiler traces.
+TRACED_IMAGES = 8
+
 
 @dataclass(frozen=True)
 class Work:
     """calls: operations started, each with its overhead. macs: multiply-accumulates of QK^T and AV,
     padding included. logits: softmax entries (for planning: scores to choose from). bytes: copied
-    or written besides the operands and the result."""
+    or written besides the operands and the result. rows: queries of all heads, read and written."""
 
     calls: float = 0.0
     macs: float = 0.0
     logits: float = 0.0
     bytes: float = 0.0
+    rows: float = 0.0
 
     def times(self, factor: float) -> Work:
         """The same operations on ``factor`` times as much."""
-        return Work(self.calls, self.macs * factor, self.logits * factor, self.bytes * factor)
+        grown = (amount * factor for amount in (self.macs, self.logits, self.bytes, self.rows))
+        return Work(self.calls, *grown)
 
-    def features(self) -> tuple[float, float, float, float]:
-        return self.calls, self.macs, self.logits, self.bytes
+    def features(self) -> tuple[float, ...]:
+        return self.calls, self.macs, self.logits, self.bytes, self.rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Prices:
     mac: float
     logit: float
     byte: float
+    row: float = 1e-10
 
     def of(self, work: Work) -> float:
         """Expected seconds."""
@@ -69,6 +75,7 @@ class Prices:
             + self.mac * work.macs
             + self.logit * work.logits
             + self.byte * work.bytes
+            + self.row * work.rows
         )
 
 
@@ -89,14 +96,17 @@ class Call:
     def of(cls, inputs: AttentionInputs) -> Call:
         q, k, v = inputs.q, inputs.k, inputs.v
         batch, heads, queries, dim = q.shape
+        if torch.compiler.is_compiling():  # the program must fit any batch, so none may decide
+            batch = TRACED_IMAGES * inputs.site.windows
         return cls(
             batch, heads, queries, k.shape[-2], dim, v.shape[-1], q.dtype, inputs.device
         )  # fmt: skip
 
     def attending(self, pairs: float, *, calls: float = 1.0, moved: float = 0.0) -> Work:
         """Attention over that many (query, key) pairs of every image and head."""
-        logits = self.batch * self.heads * pairs
-        return Work(calls, logits * (self.dim + self.value_dim), logits, moved)
+        each = self.batch * self.heads
+        macs = each * pairs * (self.dim + self.value_dim)
+        return Work(calls, macs, each * pairs, moved, each * self.queries)
 
     def rows_bytes(self, rows: float) -> float:
         """Bytes of that many keys and their values in every image and head."""
@@ -108,17 +118,17 @@ class Call:
         return self.attending(self.queries * self.keys)
 
 
-# Fitted by `tune` to fp32 on two cores of a Xeon server (torch 2.15); half precision is taken to
-# cost the same there.
+# Fitted to fp32 on one and two cores of a Xeon server (torch 2.15); half precision is taken to cost
+# the same there.
 _CPU = {
-    DENSE: Prices(2.7e-4, 1.13e-11, 3.9e-10, 1e-10),
-    PLANNING: Prices(2.2e-5, 9.4e-12, 9.9e-9, 3.9e-10),
-    "reference": Prices(7e-6, 7e-12, 3e-9, 2.2e-10),
-    "sdpa": Prices(4.3e-5, 7.3e-12, 1.4e-9, 2.1e-10),
-    "gather": Prices(2.6e-5, 5.2e-12, 3.4e-9, 1.6e-11),
-    "flex": Prices(2e-4, 1.13e-11, 1e-9, 1e-10),
+    DENSE: Prices(1.5e-4, 1.12e-11, 2.3e-10, 1e-10, 1.56e-7),
+    PLANNING: Prices(8.7e-6, 2.8e-12, 1.14e-8, 3.3e-11, 2.4e-7),
+    "reference": Prices(5.5e-6, 6e-12, 2e-9, 2.4e-10, 1e-8),
+    "sdpa": Prices(4.5e-5, 7.1e-12, 1.3e-9, 2.1e-10, 1.1e-8),
+    "gather": Prices(1.94e-5, 1.01e-11, 1.11e-9, 1.15e-11, 5.6e-7),
+    "flex": Prices(2e-4, 1.13e-11, 1e-9, 1e-10, 1.56e-7),
     # the interpreter, for tests
-    "triton": Prices(1e-2, 1e-8, 1e-7, 1e-8),
+    "triton": Prices(1e-2, 1e-8, 1e-7, 1e-8, 1e-6),
 }
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {
@@ -133,7 +143,7 @@ _CUDA_HALF = {
     "varlen": Prices(1.5e-5, 5e-15, 1e-14, 5e-13),
 }
 _CUDA_SINGLE = {
-    name: Prices(price.call, price.mac * 8, price.logit * 2, price.byte)
+    name: Prices(price.call, price.mac * 8, price.logit * 2, price.byte, price.row)
     for name, price in _CUDA_HALF.items()
 }
 _TUNED: dict[tuple[torch.device, torch.dtype], dict[str, Prices]] = {}
@@ -175,7 +185,8 @@ def planning(macs: int, scores: int, call: Call) -> Planning:
     operands = call.batch * call.heads * (call.queries + call.keys) * call.dim
     # a predictor reads queries and keys; a table is only looked up and sorted
     read = operands * call.dtype.itemsize if macs else 0
-    return Planning(Work(60.0 if macs else 15.0, macs, scores, read), call.batch)
+    rows = call.batch * call.heads * call.queries if macs else 0
+    return Planning(Work(60.0 if macs else 15.0, macs, scores, read, rows), call.batch)
 
 
 def ready(device: torch.device) -> None:

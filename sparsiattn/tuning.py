@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -280,9 +280,8 @@ def fit(known: Sequence[tuple[Work, float]], start: Prices, ridge: float = 0.01)
     ones. ``ridge`` holds a price that the works cannot tell where it started."""
     x = torch.tensor([work.features() for work, _ in known], dtype=torch.float64)
     y = torch.tensor([took for _, took in known], dtype=torch.float64).log()
-    begin = torch.tensor(
-        [start.call, start.mac, start.logit, start.byte], dtype=torch.float64
-    ).log()  # fmt: skip
+    begin = torch.tensor(astuple(start), dtype=torch.float64).log()
+    one = torch.eye(len(begin), dtype=torch.float64)
 
     def error(at: Tensor) -> float:
         return float((((x @ at.exp()).log() - y) ** 2).sum() + ridge * ((at - begin) ** 2).sum())
@@ -292,9 +291,9 @@ def fit(known: Sequence[tuple[Work, float]], start: Prices, ridge: float = 0.01)
         paid = x * at.exp()
         slope = paid / paid.sum(1, keepdim=True)
         off = paid.sum(1).log() - y
-        normal = slope.mT @ slope + ridge * torch.eye(4, dtype=torch.float64)
+        normal = slope.mT @ slope + ridge * one
         pull = slope.mT @ off + ridge * (at - begin)
-        step = torch.linalg.solve(normal + damping * torch.eye(4, dtype=torch.float64), pull)
+        step = torch.linalg.solve(normal + damping * one, pull)
         better = error(at - step) < error(at)
         at, damping = (at - step, damping / 3) if better else (at, damping * 3)
     return Prices(*at.exp().tolist())

@@ -22,7 +22,7 @@ import torch
 
 FORMAT = 1
 NAME = "tuning.json"
-PRICE = ("call", "mac", "logit", "byte")
+PRICE = ("call", "mac", "logit", "byte", "row")
 
 
 class TuningIgnored(UserWarning):

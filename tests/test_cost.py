@@ -40,7 +40,7 @@ def call_of(tokens: int, **fields: Any) -> tuple[AttentionInputs, Pattern]:
 
 def test_work_of_dense_attention_by_hand() -> None:
     inputs, _ = call_of(1024)
-    assert Call.of(inputs).dense == Work(1.0, 6 * 1024**2 * 128, 6 * 1024**2, 0.0)
+    assert Call.of(inputs).dense == Work(1.0, 6 * 1024**2 * 128, 6 * 1024**2, 0.0, 6 * 1024)
 
 
 def test_gather_pays_for_kept_pairs_and_sdpa_for_all() -> None:
@@ -161,13 +161,14 @@ def test_planning_is_part_of_what_is_expected() -> None:
 
 
 def test_planning_grows_with_the_batch_unless_it_reads_a_table() -> None:
-    predicts, reads = Work(10.0, 100.0, 20.0, 30.0), Work(10.0, 0.0, 20.0, 30.0)
-    assert Planning(predicts, 2).at(8) == Work(10.0, 400.0, 80.0, 120.0)
+    predicts, reads = Work(10.0, 100.0, 20.0, 30.0, 5.0), Work(10.0, 0.0, 20.0)
+    assert Planning(predicts, 2).at(8) == Work(10.0, 400.0, 80.0, 120.0, 20.0)
     assert Planning(reads, 2).at(8) == reads
 
 
 def test_prices_add_up() -> None:
-    assert Prices(1.0, 2.0, 3.0, 4.0).of(Work(5.0, 6.0, 7.0, 8.0)) == 5 + 12 + 21 + 32
+    work = Work(5.0, 6.0, 7.0, 8.0, 9.0)
+    assert Prices(1.0, 2.0, 3.0, 4.0, 10.0).of(work) == 5 + 12 + 21 + 32 + 90
 
 
 # -- choices that are kept --------------------------------------------------------------------
@@ -337,6 +338,17 @@ class TestInAModel:
             assert [len(runtime.choices) for runtime in live.runtimes] == [0, 0]
             torch.testing.assert_close(live.model(x), compiled)
         torch.compiler.reset()
+
+    @pytest.mark.parametrize("tile", [1, (4, 4)])
+    def test_an_exported_program_takes_any_batch(self, tile: Any) -> None:
+        """Prices that depended on the batch would tie the program to some of them."""
+        live = sparsiattn.patch(zoo.build("vit"), "connectivity", k=0.25, tile=tile)
+        x = zoo.images(live.model)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        with torch.no_grad():
+            program = torch.export.export(live.model, (x,), dynamic_shapes=({0: batch},)).module()
+            for more in (x, x.repeat(4, 1, 1, 1)):
+                torch.testing.assert_close(program(more), live.model(more), rtol=1e-4, atol=1e-5)
 
     def test_every_kernel_of_the_registry_has_a_speed(self) -> None:
         inputs, pattern = call_of(256)

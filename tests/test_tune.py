@@ -192,7 +192,7 @@ def test_whole_matrices_are_not_measured_where_they_are_huge() -> None:
 
 
 def entry(**changed: Any) -> dict[str, Any]:
-    price = {"call": 1e-5, "mac": 1e-11, "logit": 1e-9, "byte": 1e-10}
+    price = {"call": 1e-5, "mac": 1e-11, "logit": 1e-9, "byte": 1e-10, "row": 1e-9}
     return {
         "date": "2026-01-01",
         "prices": {"dense": price, "gather": price},
@@ -223,7 +223,7 @@ BROKEN = {
         "entries": {"x": entry(prices={"dense": dict.fromkeys(tuningfile.PRICE, 0)})},
     },
     "a price that is no number": '{"format": 1, "entries": {"x": {"rows": [], "prices": '
-    '{"dense": {"call": NaN, "mac": 1, "logit": 1, "byte": 1}}}}}',
+    '{"dense": {"call": NaN, "mac": 1, "logit": 1, "byte": 1, "row": 1}}}}}',
     "no rows": {"format": 1, "entries": {"x": entry(rows=7)}},
 }  # fmt: skip
 

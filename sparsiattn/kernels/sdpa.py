@@ -31,7 +31,7 @@ class MaskedSDPA(Kernel):
         pairs = call.queries * keys
         if isinstance(pattern, Dense):
             return call.attending(pairs)
-        masks = 1 if isinstance(pattern, Lengths) else _masks(pattern)
+        masks = 1 if isinstance(pattern, Lengths) else _masks(call, pattern)
         # a boolean mask, spread over tiles, then one of logits
         moved = masks * pairs * (2 + 3 * call.dtype.itemsize)
         return call.attending(pairs, calls=20.0, moved=moved)
@@ -52,7 +52,7 @@ class MaskedSDPA(Kernel):
         return out if dead is None else out.masked_fill(dead, 0.0)
 
 
-def _masks(pattern: Pattern) -> int:
+def _masks(call: Call, pattern: Pattern) -> int:
     """Over how many images and heads the pattern's mask differs."""
     if isinstance(pattern, KeyBlocks):
         lead = pattern.chosen.shape[:2]
@@ -60,7 +60,7 @@ def _masks(pattern: Pattern) -> int:
         lead = pattern.index.shape[:2]
     else:
         lead = pattern.keep.shape[:2] if isinstance(pattern, Mask) else torch.Size((1, 1))
-    return lead[0] * lead[1]
+    return (1 if lead[0] == 1 else call.batch) * lead[1]
 
 
 def lengths_work(call: Call, pattern: Lengths, calls: float) -> Work:
