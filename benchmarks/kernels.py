@@ -1,6 +1,7 @@
 """Attention with and without sparsity, planning included, as ratios to dense SDPA of the same run.
 
-``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU.
+``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU. ``--sweep``
+for the shapes that `benchmarks/plots.py` draws; it says what each field is.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import argparse
 from typing import Any
 
 import torch
-from common import paired, write
+from common import paired, roof, write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
+from sparsiattn.cost import Call
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
@@ -25,6 +27,8 @@ CASES = [
     (4096, 0.25, (8, 8)),
 ]
 
+SWEEP = [(n * n, k, (8, 8)) for n in (16, 24, 32, 48, 64) for k in (0.05, 0.1, 0.25, 0.5)]
+
 
 def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int) -> Any:
     """``n`` patch tokens and a CLS token, 6 heads of 64; `connectivity` with its background."""
@@ -32,17 +36,27 @@ def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, round
     site = Site.of(q, key, v, prefix_tokens=1)
     strategy = Connectivity(k=k, tile=tile)
     planner = strategy.planner(site).to(device, dtype)
-    inputs = AttentionInputs(q, key, v, 0.125, None, site, tile=tile)
+    block = strategy.block_for(site.keys)
+    inputs = AttentionInputs(q, key, v, 0.125, None, site, tile=tile, block=block)
 
     def plan() -> Any:
         return finish(planner(inputs), inputs, background=strategy.background)
 
     pattern, kernel = plan(), Gather()
+    shape, work = Call.of(inputs), kernel.work(inputs, pattern)
     return {
         "tokens": n,
+        "heads": shape.heads,
+        "dim": shape.dim,
         "k": k,
+        "density": round((pattern.pairs() or 0.0) / (n + 1) ** 2, 4),
         "tile": tile,
         "batch": batch,
+        "macs": {"dense": shape.dense.macs, "sparse": work.macs},
+        "bytes": {
+            "dense": shape.rows_bytes(shape.queries + shape.keys),
+            "sparse": shape.rows_bytes(shape.queries) + work.bytes,
+        },
         "with_planning": paired(
             lambda: kernel(inputs, plan()),
             lambda: F.scaled_dot_product_attention(q, key, v),
@@ -53,6 +67,7 @@ def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, round
             lambda: F.scaled_dot_product_attention(q, key, v),
             rounds,
         ),
+        "planning": paired(plan, lambda: F.scaled_dot_product_attention(q, key, v), rounds),
         "expected": round(kernel.speed(inputs, pattern), 2),
     }
 
@@ -63,17 +78,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     rows = []
     with torch.inference_mode():
-        for n, k, tile in CASES:
+        for n, k, tile in SWEEP if options.sweep else CASES:
             row = case(n, k, tile, options.batch, options.device, dtype, options.rounds)
             print(row)
             rows.append(row)
-    name = f"kernels-{options.device}"
-    write(name, {"device": options.device, "dtype": options.dtype, "speedup": rows})
+        found = {
+            "device": options.device,
+            "dtype": options.dtype,
+            "roof": roof(options.device, dtype),
+        }
+    name = f"kernels{'-sweep' if options.sweep else ''}-{options.device}"
+    write(name, {**found, "speedup": rows})
 
 
 if __name__ == "__main__":

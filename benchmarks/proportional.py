@@ -45,7 +45,7 @@ def main() -> None:
                     ("channel", lambda: by_channel(q, k, v, log)),  # noqa: B023
                 ):
                     plain = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: B023, E731
-                    row[name] = paired(plain, call, options.rounds)["ratio"]  # type: ignore[assignment]
+                    row[name] = paired(plain, call, options.rounds)["ratio"]
                 rows.append(row)
                 print(row, flush=True)
     kind = "cpu" if options.device == "cpu" else "cuda"

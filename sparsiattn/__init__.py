@@ -9,6 +9,7 @@ from importlib import metadata as _metadata
 import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
 from sparsiattn.backbone import Backbone
+from sparsiattn.benchmark import Bench, bench
 from sparsiattn.errors import (
     AlreadyPatched,
     InvalidOption,
@@ -25,6 +26,7 @@ from sparsiattn.errors import (
 from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
+from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch
 from sparsiattn.patterns import Pattern
@@ -35,6 +37,7 @@ from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
 from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import calibrate
+from sparsiattn.tuning import Tuning, tune
 
 try:
     __version__ = _metadata.version("sparsiattn")
@@ -45,6 +48,7 @@ __all__ = [
     "AlreadyPatched",
     "AttentionInputs",
     "Backbone",
+    "Bench",
     "InvalidOption",
     "InvalidType",
     "Kernel",
@@ -65,16 +69,20 @@ __all__ = [
     "Strategy",
     "TokenInputs",
     "TokenStrategy",
+    "Tuning",
     "UnknownName",
     "backbones",
+    "bench",
     "calibrate",
     "hookimpl",
     "kernels",
     "load",
     "load_sparsifiner",
+    "measure_sites",
     "patch",
     "patch_of",
     "plugins",
     "strategies",
+    "tune",
     "unpatch",
 ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sparsiattn import cost
 from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.carrying import BlockRuntime
 from sparsiattn.config import Config
@@ -274,6 +275,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def attach(handle: Patch) -> None:
     """Change the model; a fault on the way is undone before it is raised."""
     install()
+    for device in {parameter.device for parameter in handle.model.parameters()}:
+        cost.ready(device)
     try:
         handle.model.__dict__[MARK] = handle
         adapter = REGISTRY.get("backbones", handle.backbone)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sparsiattn import cost
+from sparsiattn.cost import Call, Planning, Work
 from sparsiattn.errors import KernelRefused
 from sparsiattn.patterns import Mask, Pattern
 from sparsiattn.site import AttentionInputs
@@ -18,12 +20,16 @@ class Kernel:
     """One way to compute a pattern. Kernels hold no state; one instance serves every site.
 
     `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
-    must work. ``auto`` takes the usable kernel with the highest `speed`.
+    must work. ``auto`` takes the usable kernel with the highest `speed`, and one that is a
+    ``last_resort`` only where no other works. Both may look at the site,
+    the options, and the shapes, strides, dtypes and devices of tensors, at grad mode, autocast and
+    inference mode, but never at values: answers are kept for calls that agree in all of these.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     differentiable: ClassVar[bool] = True
+    last_resort: ClassVar[bool] = False
 
     def unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""
@@ -33,9 +39,17 @@ class Kernel:
         """Every reason why this call is refused; empty if it works. Never raises."""
         raise NotImplementedError
 
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work | None:
+        """What the call does, counted from shapes: enough for a kernel that lets the prices that
+        `tune` measures say its `speed`. None where `speed` is overridden."""
+        return None
+
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        """Expected speed relative to dense attention (1.0), from shapes alone."""
-        raise NotImplementedError
+        """Expected speed relative to dense attention (1.0), from shapes alone; planning apart."""
+        work = self.work(inputs, pattern)
+        if work is None:
+            raise NotImplementedError(f"{type(self).__name__} must override work() or speed()")
+        return cost.speed(self.name, work, Call.of(inputs))
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         """Attention over the pattern's pairs, ``[B, H, Nq, Dv]``; a row without a key is zero."""
@@ -44,11 +58,26 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel taken for one call and what the others said."""
+    """The kernel taken for one call and what the others said.
+
+    speed: its own, relative to dense attention. planning: expected time of choosing the keys, as a
+    share of dense attention's; 0 until `after`. call: the shape it was chosen for.
+    """
 
     kernel: Kernel
     refusals: tuple[tuple[str, tuple[str, ...]], ...]
-    expected: float
+    speed: float
+    planning: float = 0.0
+    call: Call | None = None
+
+    @property
+    def expected(self) -> float:
+        """Expected speed relative to dense attention with planning paid."""
+        return 0.0 if self.speed <= 0 else 1.0 / (1.0 / self.speed + self.planning)
+
+    def after(self, planning: Planning) -> Choice:
+        """The same choice with the time of planning counted."""
+        return self if self.call is None else replace(self, planning=planning.share(self.call))
 
 
 def choose(
@@ -57,18 +86,22 @@ def choose(
     """The fastest kernel that takes this call. An explicit request has one entry and never falls
     back; if nothing is left, the error carries every kernel's reasons."""
     refusals = []
-    best, expected = None, 0.0
+    best, fastest = None, 0.0
     for kernel in kernels:  # a loop, not max(key=...), which older compilers cannot trace
         reasons = kernel.unavailable() or kernel.why_not(inputs, pattern)
         if reasons:
             refusals.append((kernel.name, tuple(reasons)))
             continue
         speed = kernel.speed(inputs, pattern)
-        if best is None or speed > expected:
-            best, expected = kernel, speed
+        if best is None or _beats(kernel, speed, best, fastest):
+            best, fastest = kernel, speed
     if best is None:
         raise KernelRefused(_refused(inputs, pattern, refusals, explicit))
-    return Choice(best, tuple(refusals), expected)
+    return Choice(best, tuple(refusals), fastest, call=Call.of(inputs))
+
+
+def _beats(kernel: Kernel, speed: float, best: Kernel, fastest: float) -> bool:
+    return best.last_resort if kernel.last_resort != best.last_resort else speed > fastest
 
 
 def _refused(

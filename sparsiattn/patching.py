@@ -148,7 +148,7 @@ def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel,
 def _check(handle: Patch, only_if_faster: bool) -> None:
     """What only a dry run of the patched model can tell, before the model is touched."""
     from sparsiattn.dry import settle
-    from sparsiattn.report import leave_slow_sites_dense, refuse_early
+    from sparsiattn.expect import leave_slow_sites_dense, refuse_early
 
     if handle.blocks:
         settle(handle)

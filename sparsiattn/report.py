@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from sparsiattn import cost, tuningfile
 from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
-from sparsiattn.kernel import Choice, choose
+from sparsiattn.expect import Expected, expect, site_at
+from sparsiattn.kernel import Choice
 from sparsiattn.patterns import Dense, KeyLists, Pattern
 from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.site import Site
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One patched site. MACs are per image; ``density`` is kept pairs over all, without summary
-    keys; ``expected`` the attention's speed relative to dense by the kernel's own estimate."""
+    """One patched site. MACs are per image; density: kept pairs over all, without summary keys.
+
+    expected: speed relative to dense attention by the kernel's own estimate, with the time of
+    planning, which is the share ``planning`` of dense attention's. measured: the same, measured by
+    `Patch.warmup`, `measure_sites`, or a `tune` that covers the shape; None where it was not.
+    """
 
     name: str
     strategy: str
@@ -38,6 +43,13 @@ class SiteReport:
     tokens: int = 0
     note: str = ""
     refusals: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    planning: float = 0.0
+    measured: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """The best known speed relative to dense attention: measured, else expected."""
+        return self.expected if self.measured is None else self.measured
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class Report:
     """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
 
     mhsa_macs counts QK^T and AV only (FLOPs are twice the MACs); predictor_macs what planning
-    adds; macs the whole model. A figure is None where only a real input can tell.
+    adds; macs the whole model. A figure is None where only a real input can tell. basis: by whose
+    prices speeds are expected.
     """
 
     model: str
@@ -61,6 +74,7 @@ class Report:
     predictor_macs: int
     other_macs: int | None = None
     reductions: tuple[str, ...] = ()
+    basis: str = ""
 
     @property
     def macs(self) -> int | None:
@@ -87,15 +101,22 @@ class Report:
     def _tail(self) -> list[str]:
         lines = list(self.reductions)
         lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
-        slow = [row for row in self.sites if row.expected < 1 and row.kernel != "dense"]
+        slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
             lines.append(
-                f"{len(slow)} sites save MACs, not time: their kernel is not expected to beat "
-                "dense attention (larger tile= or more tokens would change that)"
+                f"{_sites(len(slow))} MACs, not time: planning and kernel are not expected to "
+                "beat dense attention (larger tile= or more tokens would change that, and "
+                "only_if_faster=True leaves such sites dense)"
             )
+        if self.basis:
+            lines.append(self.basis)
         if self.untouched:
             lines.append(f"not selected, dense: {', '.join(self.untouched)}")
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.left]
+
+
+def _sites(count: int) -> str:
+    return "1 site saves" if count == 1 else f"{count} sites save"
 
 
 def _g(macs: int | None) -> str:
@@ -105,14 +126,17 @@ def _g(macs: int | None) -> str:
 
 
 def _table(rows: tuple[SiteReport, ...]) -> list[str]:
-    cells = [("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected")]
+    cells = [("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected",
+              "measured")]  # fmt: skip
     for row in rows:
         tile = "x".join(map(str, row.tile)) if isinstance(row.tile, tuple) else str(row.tile)
         density = "?" if row.density is None else f"{row.density:.3f}"
         change = f"{_g(row.macs_dense)} -> {_g(row.macs)}"
         k = "-" if row.k is None else str(row.k)
-        expected = f"{row.expected:.1f}x"
-        cells.append((row.name, str(row.tokens), k, tile, row.kernel, density, change, expected))
+        expected = f"{row.expected:.2f}x"
+        measured = "-" if row.measured is None else f"{row.measured:.2f}x"
+        line = (row.name, str(row.tokens), k, tile, row.kernel, density, change, expected, measured)
+        cells.append(line)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -145,23 +169,13 @@ def report(handle: Patch) -> Report:
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
         other_macs=other if counted else None,
         reductions=_reductions(handle, run),
+        basis=_basis(rows, handle),
     )
 
 
 def _macs_at(site: Site, run: DryRun) -> int:
     """Dense QK^T and AV of a site at the tokens that reach it."""
-    return _site_at(site, run).macs
-
-
-def _site_at(site: Site, run: DryRun | None) -> Site:
-    """The site with the tokens that reach it."""
-    if run is None or site.windows > 1 or site.name not in run.inputs:
-        return site
-    inputs = run.inputs[site.name]
-    if inputs.n_queries == site.tokens:
-        return site
-    grid = (1, inputs.n_queries - site.prefix_tokens)
-    return replace(site, tokens=inputs.n_queries, keys=inputs.n_keys, grid=grid, key_grid=grid)
+    return site_at(site, run).macs
 
 
 _PLACES = {
@@ -197,35 +211,29 @@ def dense_macs(model: torch.nn.Module, inputs: DryInputs) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def leave_slow_sites_dense(handle: Patch) -> None:
-    """Mark the sites whose best kernel is not expected to beat dense attention."""
-    run = dry_run(handle) if handle.blocks else None
-    for runtime in handle.runtimes:
-        runtime.dense = _dry_plan(runtime, run)[2].expected < 1.0
-
-
-def refuse_early(handle: Patch) -> None:
-    """Raise `KernelRefused` now if the kernel asked for by name cannot serve one of the sites."""
-    run = dry_run(handle) if handle.blocks else None
-    for runtime in handle.runtimes:
-        _dry_plan(runtime, run)
+def _basis(rows: tuple[SiteReport, ...], handle: Patch) -> str:
+    """By whose prices the speeds of sparse sites are expected, or why a tuning file is ignored."""
+    fault = tuningfile.fault()
+    if fault is not None:
+        return f"tuning file {fault}"
+    if all(row.kernel == "dense" and not row.note for row in rows):
+        return ""
+    like = next(handle.model.parameters(), None)
+    if like is not None and cost.is_tuned(like.device, like.dtype):
+        return "expected speeds: by what `sparsiattn tune` measured on this machine"
+    return (
+        "expected speeds: by shipped figures of other machines; `sparsiattn tune` measures this one"
+    )
 
 
 def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
-    site, strategy = _site_at(runtime.site, run), runtime.strategy
-    pattern, predictor, choice, note = *_dry_plan(runtime, run), ""
+    site, strategy = site_at(runtime.site, run), runtime.strategy
+    found = expect(runtime, run)
+    pattern, choice = found.pattern, found.choice
     dense = runtime.dense or isinstance(pattern, Dense)
-    if runtime.dense:
-        note = f"left dense: {choice.kernel.name} would run at {choice.expected:.1f}x of dense"
-    elif dense:
-        note = "the budget keeps every key: dense" if strategy.name != "dense" else ""
-    elif runtime.last is not None:
-        choice = runtime.last
+    if not dense and runtime.last is not None:
+        choice = runtime.last.after(found.planning)
     k = getattr(strategy, "k", None)
-    if not dense and strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
-        note = f"the budget of {pattern_keys(pattern)} keys is spent on prefix tokens alone"
-    if isinstance(k, int) and k > site.keys:
-        note = f"k={k} is more than the {site.keys} keys there are: all are kept"
     return SiteReport(
         name=site.name,
         strategy=strategy.name,
@@ -235,13 +243,40 @@ def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
         density=1.0 if dense else _density(pattern),
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
-        predictor_macs=0 if dense else predictor,
+        predictor_macs=0 if dense else found.macs,
         expected=1.0 if dense else choice.expected,
         ran=runtime.last is not None,
         tokens=site.tokens,
-        note=note,
+        note=_note(runtime, site, found),
         refusals=choice.refusals,
+        planning=0.0 if dense else choice.planning,
+        measured=None if dense else _measured(runtime, site, choice),
     )
+
+
+def _measured(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
+    from sparsiattn.covered import tuned_ratio
+
+    return tuned_ratio(runtime, site, choice) if runtime.measured is None else runtime.measured
+
+
+def _note(runtime: SiteRuntime, site: Site, found: Expected) -> str:
+    """What is unusual about a site, in words."""
+    strategy, pattern, choice = runtime.strategy, found.pattern, found.choice
+    dense, k = isinstance(pattern, Dense), getattr(strategy, "k", None)
+    if isinstance(k, int) and k > site.keys:
+        return f"k={k} is more than the {site.keys} keys there are: all are kept"
+    if runtime.dense and not dense:
+        figure = (
+            f"{choice.kernel.name}, planning paid, would run at {choice.expected:.2f}x of dense"
+        )
+        when = "" if choice.expected < 1 else ", decided elsewhere or before tuning"
+        return f"left dense{when}: {figure}"
+    if dense:
+        return "the budget keeps every key: dense" if strategy.name != "dense" else ""
+    if strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
+        return f"the budget of {pattern_keys(pattern)} keys is spent on prefix tokens alone"
+    return ""
 
 
 def pattern_keys(pattern: Pattern) -> float:
@@ -270,43 +305,3 @@ def _macs(site: Site, pattern: Pattern) -> int | None:
     pooled = pattern.summary.count * site.keys if pattern.summary is not None else 0
     per_head = (pairs + pooled) * (site.head_dim + site.value_dim)
     return round(per_head * site.heads * site.windows * site.calls)
-
-
-def _dry_plan(runtime: SiteRuntime, run: DryRun | None) -> tuple[Pattern, int, Choice]:
-    """The pattern at patch-time shapes without data, the planner's MACs, and the kernel."""
-    planner, dtype = runtime.planner, torch.float32
-    if isinstance(planner, torch.nn.Module):
-        dtype = next((p.dtype for p in planner.parameters()), dtype)
-        planner = skeleton(planner)
-    inputs = _dry_inputs(_site_at(runtime.site, run), dtype)
-    stream = (
-        None
-        if run is None or runtime.site.name not in run.inputs
-        else (run.inputs[runtime.site.name].stream)
-    )
-    inputs = inputs.replace(
-        tile=runtime.strategy.tile_for(inputs.n_queries),
-        block=runtime.strategy.block_for(inputs.n_keys),
-        stream=stream,
-    )
-    with torch.no_grad(), mac_counter() as counter:
-        if runtime.strategy.keeps_all(inputs.n_keys):
-            pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
-        else:
-            pattern = runtime.finish(planner(inputs), inputs)
-    macs = int(counter.get_total_flops()) // 2
-    if isinstance(pattern, Dense):
-        return pattern, macs, Choice(runtime.kernels[0], (), 1.0)
-    return pattern, macs, choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
-
-
-def _dry_inputs(site: Site, dtype: torch.dtype) -> AttentionInputs:
-    def empty(rows: int, width: int) -> Tensor:
-        return torch.empty(site.windows, site.heads, rows, width, device="meta", dtype=dtype)
-
-    bias = None if site.bias == "none" else empty(site.tokens, site.keys)
-    q, k = empty(site.tokens, site.head_dim), empty(site.keys, site.head_dim)
-    v = empty(site.keys, site.value_dim)
-    return AttentionInputs(
-        q, k, v, site.head_dim**-0.5, bias, site, grid=site.grid, key_grid=site.key_grid
-    )

@@ -13,6 +13,7 @@ from sparsiattn import planning
 from sparsiattn.errors import ModelChanged
 from sparsiattn.geometry import Grid
 from sparsiattn.interception import THREAD, Route, dense_attention, install, pop, push
+from sparsiattn.kept import Choices
 from sparsiattn.kernel import Choice, Kernel, choose
 from sparsiattn.layout import Layout, canonical
 from sparsiattn.patterns import Dense, Pattern
@@ -64,6 +65,12 @@ class SiteRuntime:
         self.dense, self.selected = False, True
         self.block: int | None = None  # of the block it stands in, where tokens may be fewer
         self.last: Choice | None = None
+        self.measured: float | None = None  # speed relative to dense attention, planning included
+        self.choices = Choices()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what was measured holds for this machine, and a copy chooses for itself
+        return {**self.__dict__, "measured": None, "choices": Choices()}
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call; both calls of a differential attention share theirs."""
@@ -119,10 +126,19 @@ class SiteRuntime:
         pattern = self.plan(planner, inputs)
         if isinstance(pattern, Dense):
             return None
-        choice = choose(self.kernels, inputs, pattern, explicit=self.explicit)
-        if not torch.compiler.is_compiling():
-            self.last = choice
-        return choice.kernel(inputs, pattern)
+        return self.choose(inputs, pattern).kernel(inputs, pattern)
+
+    def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:
+        """The kernel for one call: asked of all kernels once for calls alike."""
+        if torch.compiler.is_compiling():  # a traced program may not write, and asks only once
+            return choose(self.kernels, inputs, pattern, explicit=self.explicit)
+        key = self.choices.key(inputs, pattern)
+        found = self.choices.get(key)
+        if found is None:
+            found = choose(self.kernels, inputs, pattern, explicit=self.explicit)
+            self.choices.keep(key, found)
+        self.last = found
+        return found
 
 
 def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:

@@ -90,7 +90,8 @@ class AttentionInputs:
     boolean mask (True attends) that broadcasts to ``[B, H, Nq, Nk]``. grid, key_grid: of the patch
     tokens at this call's resolution; taken from ``site`` when None. tile: queries that share keys.
     block: keys that are kept or dropped together. stream: which original patches the tokens are,
-    where some were dropped or merged; None before.
+    where some were dropped or merged; None before. runs_on: the device that a dry run's tensors,
+    which hold no data, stand for.
     """
 
     q: Tensor
@@ -105,6 +106,12 @@ class AttentionInputs:
     tile: Tile = 1
     block: Tile = 1
     stream: Stream | None = None
+    runs_on: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call runs; in a dry run, where it would."""
+        return self.q.device if self.runs_on is None else self.runs_on
 
     @property
     def prefix(self) -> int:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
+from sparsiattn import cost, tuning, tuningfile
 from sparsiattn.cli import app
+from sparsiattn.tuning import Case
 
 
 def test_list_as_json_is_one_document() -> None:
@@ -31,3 +35,63 @@ def test_list_as_tables_and_as_a_module() -> None:
 def test_no_command_shows_help_and_a_wrong_one_is_a_usage_error() -> None:
     assert "list" in CliRunner().invoke(app, []).output
     assert CliRunner().invoke(app, ["no-such-command"]).exit_code == 2
+
+
+def test_tune_prints_expected_beside_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "QUICK", (Case(16, 0.25, heads=2, dim=8),))
+    monkeypatch.setenv("SPARSIATTN_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "160")
+    try:
+        result = CliRunner().invoke(app, ["tune", "--device", "cpu", "--dtype", "float32"])
+        assert result.exit_code == 0, result.output
+        for word in ("measured", "expected", "gather", "planning", "tuning.json"):
+            assert word in result.output
+        assert (tmp_path / "tuning.json").is_file()
+        again = CliRunner().invoke(app, ["tune", "--device", "cpu", "--json"])
+        assert json.loads(again.stdout)["path"] == str(tmp_path / "tuning.json")
+    finally:
+        monkeypatch.undo()
+        tuningfile.forget()
+        cost.reload()
+
+
+def test_bench_prints_tables_and_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bench.json"
+    arguments = ["bench", "test_vit", "--strategy", "local", "--k", "20", "--rounds", "1"]
+    options = ["--batch-size", "2", "--dtype", "float32", "--device", "cpu", "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    for word in ("dense / patched", "quartiles", "measured", "blocks.0.attn"):
+        assert word in result.output
+    document = json.loads(out.read_text())
+    assert document["name"] == "test_vit"
+    assert document["input_shape"] == [2, 3, 160, 160]
+    assert document["report"]["sites"][0]["k"] == 20
+    assert document["ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["bench", "no_such_model"], 1, "no_such_model"),
+        (["bench", "test_vit", "--strategy", "no_such"], 1, "no_such"),
+        (["bench", "test_vit", "--k", "many"], 2, "many"),
+        (["bench", "test_vit", "--dtype", "int8"], 2, "int8"),
+        (["bench", "test_vit", "--image-size", "7"], 1, "(1, 3, 7, 7)"),
+        (["bench", "resnet18", "--image-size", "64"], 1, "img_size"),
+        (["tune", "--device", "mps"], 1, "mps"),
+    ],
+)
+def test_faults_are_one_line(arguments: list[str], code: int, says: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_command_line_imports_lazily() -> None:
+    code = "import sys; import sparsiattn.cli; print({'timm', 'rich.table'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

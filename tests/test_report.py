@@ -11,6 +11,9 @@ import torch
 import zoo
 
 import sparsiattn
+from sparsiattn import cost
+from sparsiattn.expect import dry_site
+from sparsiattn.kernels.gather import Gather
 from sparsiattn.strategies.connectivity import basis_cells
 
 
@@ -84,6 +87,76 @@ def test_everything_left_dense_is_named() -> None:
     slow = sparsiattn.patch(model, "topk", k=0.5, only_if_faster=True).report()
     assert all(row.kernel == "dense" and "left dense" in row.note for row in slow.sites)
     assert slow.macs == slow.macs_dense
+
+
+def test_what_only_if_faster_leaves_dense_is_named_with_its_figure() -> None:
+    model = zoo.build("vit")
+    with sparsiattn.patch(model, k=0.25) as live:
+        forced = live.report()
+    with sparsiattn.patch(model, k=0.25, only_if_faster=True) as live:
+        left = live.report()
+        live.runtimes[0].measured = 3.0  # of no interest while the site is dense
+        assert live.report().sites[0].measured is None
+    for before, after in zip(forced.sites, left.sites, strict=True):
+        assert before.expected < 1
+        figure = f"{before.kernel}, planning paid, would run at {before.expected:.2f}x of dense"
+        assert after.note == f"left dense: {figure}"
+        assert f"{after.name}: {after.note}" in str(left)
+        assert (after.kernel, after.expected, after.planning) == ("dense", 1.0, 0.0)
+
+
+def test_a_site_left_dense_elsewhere_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = sparsiattn.patch(zoo.build("vit"), "local", k=0.25, only_if_faster=True)
+    monkeypatch.setattr(Gather, "speed", lambda *_: 50.0)
+    monkeypatch.setattr(cost.Planning, "share", lambda *_: 0.0)
+    note = "left dense, decided elsewhere or before tuning: gather, planning paid, would run at 50"
+    assert live.report().sites[0].note.startswith(note)
+
+
+def test_planning_is_part_of_the_expected_speed() -> None:
+    model = zoo.build("vit")
+    rows = {}
+    for strategy in ("connectivity", "topk", "local"):
+        with sparsiattn.patch(model, strategy, k=0.25, background=None) as live, torch.no_grad():
+            before = live.report().sites[0]
+            model(zoo.images(model))
+            assert live.runtimes[0].last is not None
+            rows[strategy] = live.report().sites[0]
+            assert before.planning > 0
+            assert rows[strategy].planning > 0
+            assert rows[strategy].expected < live.runtimes[0].last.speed
+    assert rows["local"].planning < rows["topk"].planning
+    # an expected speed includes choosing keys: the same lists, found at another price
+    assert rows["local"].expected > rows["topk"].expected
+
+
+def test_the_report_says_whose_figures_it_judges_by() -> None:
+    model = zoo.build("vit")
+    with sparsiattn.patch(model, k=0.25) as live:
+        assert "by shipped figures of other machines" in str(live.report())
+        assert json.loads(json.dumps(live.report().to_dict()))["basis"]
+    with sparsiattn.patch(model, "dense") as live:
+        assert live.report().basis == ""
+
+
+def test_measured_speed_counts_more_than_expected() -> None:
+    live = sparsiattn.patch(zoo.build("vit"), k=0.25)
+    assert "2 sites save MACs, not time" in str(live.report())
+    live.runtimes[0].measured, live.runtimes[1].measured = 1.25, 0.75
+    report = live.report()
+    assert [row.speed for row in report.sites] == [1.25, 0.75]
+    assert "1 site saves MACs, not time" in str(report)
+    assert "1.25x" in str(report)
+    assert [row["measured"] for row in report.to_dict()["sites"]] == [1.25, 0.75]
+
+
+def test_a_dry_run_judges_by_the_models_own_device_and_dtype() -> None:
+    model = zoo.build("vit").to(torch.bfloat16)
+    for strategy in ("connectivity", "local"):
+        with sparsiattn.patch(model, strategy, k=0.25) as live:
+            inputs = dry_site(live.runtimes[0], None)
+            assert (inputs.q.dtype, inputs.q.device.type) == (torch.bfloat16, "meta")
+            assert inputs.device == torch.device("cpu")
 
 
 def test_only_if_faster_keeps_the_host_path_bit_for_bit() -> None:

@@ -24,6 +24,7 @@ from sparsiattn import (
     Patch,
     Pattern,
     SparsiattnError,
+    cost,
     load,
     patch,
 )
@@ -177,10 +178,12 @@ def test_sites_left_dense_stay_dense(
     twin = copy.deepcopy(model)
     with monkeypatch.context() as context, torch.no_grad():
         context.setattr(Gather, "speed", _few_keys_win)
+        context.setattr(cost.Planning, "share", lambda *_: 0.0)
         live = patch(model, strategy, k=[0.1, 0.9], only_if_faster=True)
         assert [runtime.dense for runtime in live.runtimes] == [False, True]
         sparse = features(model)
         live.save(tmp_path)
+    cost.reload()  # choices made by other speeds are not kept
     again = load(twin, tmp_path)
     assert [runtime.dense for runtime in again.runtimes] == [False, True]
     with torch.no_grad():

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from sparsiattn import geometry
+from sparsiattn.cost import Call, Work
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel
-from sparsiattn.kernels.gathered import Operands, attend, attend_in_scratch, is_lean
+from sparsiattn.kernels.gathered import (
+    Operands,
+    attend,
+    attend_in_scratch,
+    is_lean,
+    tiles_at_once,
+)
 from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.scratch import SCRATCH
 from sparsiattn.site import AttentionInputs
@@ -21,6 +28,9 @@ from sparsiattn.summary import Summary
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.
 PACKED = 1 << 21
+
+# Tensor operations of a call, and those of each chunk of tiles on top.
+FIXED_CALLS, CHUNK_CALLS = 40.0, 6.0
 
 
 class Gather(Kernel):
@@ -40,13 +50,19 @@ class Gather(Kernel):
             return ["background keys differ between queries under this host mask"]
         return []
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        # fitted to the rows with planning of benchmarks/results/kernels-cpu.json
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyLists)
-        if pattern.tiles is None or pattern.tiles.size < 16:
-            return 0.2
+        call, tiles = Call.of(inputs), pattern.tiles
+        rows = tiles.count if tiles is not None else pattern.n_queries - pattern.dense_rows
+        size = 1 if tiles is None else tiles.size
         keys = pattern.width + (pattern.summary.count if pattern.summary else 0)
-        return 0.38 * inputs.n_keys / (keys + 300)
+        lists = call.batch * call.heads * rows
+        chunks = lists / tiles_at_once(inputs.device, keys * (call.dim + call.value_dim + size))
+        pairs = rows * size * keys + pattern.dense_rows * call.keys
+        moved = call.rows_bytes(rows * keys + call.keys)
+        return call.attending(
+            pairs, calls=FIXED_CALLS + CHUNK_CALLS * max(1.0, chunks), moved=moved
+        )
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)

@@ -90,13 +90,21 @@ def is_lean(q: Tensor, dropout: float) -> bool:
     )
 
 
+def tiles_at_once(device: torch.device, size: int) -> int:
+    """How many tiles go into one chunk if each needs room for ``size`` elements; threads share
+    them evenly."""
+    cached = device.type == "cpu" and not torch.compiler.is_compiling()
+    threads = torch.get_num_threads() if cached else 1
+    return threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
+
+
 def _chunks(flat: Flat) -> list[slice]:
     """Slices over tiles whose gathered rows fit the budget, for all threads to share."""
     q, k, v, index, _ = flat
-    cached = q.device.type == "cpu" and not torch.compiler.is_compiling()
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
-    threads = torch.get_num_threads() if cached else 1
-    step = threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
+    step = tiles_at_once(q.device, size)
+    if torch.compiler.is_compiling() and q.shape[0] <= step:
+        return [slice(None)]  # counting tiles would tie the traced program to this batch
     return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
 
 

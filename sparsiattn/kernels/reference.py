@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.cost import Call, Work
 from sparsiattn.kernel import Kernel
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
@@ -16,13 +17,18 @@ class Reference(Kernel):
     """Exact, differentiable and readable, for every pattern on every device."""
 
     name = "reference"
+    last_resort = True  # its memory, too, is that of whole matrices of logits
     summary = "the specification: all logits, then the pattern (slow)"
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         return []
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        return 0.1
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        call = Call.of(inputs)
+        pairs = call.queries * call.keys
+        # every step writes a matrix of logits
+        moved = call.batch * call.heads * pairs * 4 * (14 if pattern.summary else 8)
+        return call.attending(pairs, calls=30.0, moved=moved)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         dtype = inputs.q.dtype

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.cost import Call, Work
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel, attention_mask
-from sparsiattn.patterns import Dense, Lengths, Pattern
+from sparsiattn.patterns import Dense, KeyBlocks, KeyLists, Lengths, Mask, Pattern
 from sparsiattn.site import AttentionInputs
 
 
@@ -22,9 +23,18 @@ class MaskedSDPA(Kernel):
             return ["background keys differ between queries under this host mask"]
         return []
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        # a mask and its planning cost time and save none: 0.2x to 0.9x was measured
-        return 1.0 if isinstance(pattern, (Dense, Lengths)) else 0.5
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        call = Call.of(inputs)
+        if isinstance(pattern, Lengths) and inputs.bias is None:
+            return lengths_work(call, pattern, calls=6.0 * len(set(pattern.lengths)))
+        keys = call.keys + (pattern.summary.count if pattern.summary else 0)
+        pairs = call.queries * keys
+        if isinstance(pattern, Dense):
+            return call.attending(pairs)
+        masks = 1 if isinstance(pattern, Lengths) else _masks(call, pattern)
+        # a boolean mask, spread over tiles, then one of logits
+        moved = masks * pairs * (2 + 3 * call.dtype.itemsize)
+        return call.attending(pairs, calls=20.0, moved=moved)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, Lengths) and inputs.bias is None:
@@ -40,6 +50,22 @@ class MaskedSDPA(Kernel):
             mask = mask.to(q.dtype)
         out = dense_attention(q, k, v, mask, inputs.dropout, scale=inputs.scale)
         return out if dead is None else out.masked_fill(dead, 0.0)
+
+
+def _masks(call: Call, pattern: Pattern) -> int:
+    """Over how many images and heads the pattern's mask differs."""
+    if isinstance(pattern, KeyBlocks):
+        lead = pattern.chosen.shape[:2]
+    elif isinstance(pattern, KeyLists):
+        lead = pattern.index.shape[:2]
+    else:
+        lead = pattern.keep.shape[:2] if isinstance(pattern, Mask) else torch.Size((1, 1))
+    return (1 if lead[0] == 1 else call.batch) * lead[1]
+
+
+def lengths_work(call: Call, pattern: Lengths, calls: float) -> Work:
+    """Attention of packed images, each for itself."""
+    return call.attending(sum(n * n for n in pattern.lengths), calls=calls)
 
 
 def by_length(inputs: AttentionInputs, lengths: tuple[int, ...]) -> Tensor:

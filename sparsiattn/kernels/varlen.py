@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.cost import Call, Work
 from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.sdpa import lengths_work
 from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.site import AttentionInputs
 
@@ -42,8 +44,9 @@ class XFormers(Kernel):
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         return self.unavailable() + _refusals(inputs, pattern)
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        return 2.0
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        assert isinstance(pattern, Lengths)
+        return lengths_work(Call.of(inputs), pattern, calls=1.0)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, Lengths)
@@ -85,8 +88,9 @@ class Varlen(Kernel):
             found.append("has no dropout")
         return found
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        return 1.9
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        assert isinstance(pattern, Lengths)
+        return lengths_work(Call.of(inputs), pattern, calls=1.0)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, Lengths)

@@ -1,0 +1,217 @@
+"""What attention should cost, from shapes alone: dense, by each kernel, and choosing the keys.
+
+A call is described by a `Work` (operations started, multiply-accumulates, logits, bytes moved) and
+paid by `Prices`, the seconds that each of these takes. Prices are shipped for CPU and CUDA; `tune`
+replaces them with measured ones of this machine, and nothing here ever measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsiattn import tuningfile
+from sparsiattn.site import AttentionInputs
+
+# Names under which dense attention and planning are priced, beside those of the kernels.
+DENSE, PLANNING = "dense", "planning"
+
+# The batch by which kernels are compared while a compiler traces.
+TRACED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """calls: operations started, each with its overhead. macs: multiply-accumulates of QK^T and AV,
+    padding included. logits: softmax entries (for planning: scores to choose from). bytes: copied
+    or written besides the operands and the result. rows: queries of all heads, read and written."""
+
+    calls: float = 0.0
+    macs: float = 0.0
+    logits: float = 0.0
+    bytes: float = 0.0
+    rows: float = 0.0
+
+    def times(self, factor: float) -> Work:
+        """The same operations on ``factor`` times as much."""
+        grown = (amount * factor for amount in (self.macs, self.logits, self.bytes, self.rows))
+        return Work(self.calls, *grown)
+
+    def features(self) -> tuple[float, ...]:
+        return self.calls, self.macs, self.logits, self.bytes, self.rows
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What choosing the keys of ``batch`` images does. Planners that multiply nothing read their
+    keys off a table, the same for every image."""
+
+    work: Work
+    batch: int
+
+    def at(self, batch: int) -> Work:
+        return self.work.times(batch / self.batch) if self.work.macs else self.work
+
+    def share(self, call: Call) -> float:
+        """Expected time as a share of dense attention's."""
+        return prices(PLANNING, call).of(self.at(call.batch)) / dense_seconds(call)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds of one unit of each kind of `Work`."""
+
+    call: float
+    mac: float
+    logit: float
+    byte: float
+    row: float = 1e-10
+
+    def of(self, work: Work) -> float:
+        """Expected seconds."""
+        return (
+            self.call * work.calls
+            + self.mac * work.macs
+            + self.logit * work.logits
+            + self.byte * work.bytes
+            + self.row * work.rows
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """Shape of one attention call: q ``[batch, heads, queries, dim]``, and so on."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs) -> Call:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        batch, heads, queries, dim = q.shape
+        if torch.compiler.is_compiling():  # the program must fit any batch, so none may decide
+            batch = TRACED_IMAGES * inputs.site.windows
+        return cls(
+            batch, heads, queries, k.shape[-2], dim, v.shape[-1], q.dtype, inputs.device
+        )  # fmt: skip
+
+    def attending(self, pairs: float, *, calls: float = 1.0, moved: float = 0.0) -> Work:
+        """Attention over that many (query, key) pairs of every image and head."""
+        each = self.batch * self.heads
+        macs = each * pairs * (self.dim + self.value_dim)
+        return Work(calls, macs, each * pairs, moved, each * self.queries)
+
+    def rows_bytes(self, rows: float) -> float:
+        """Bytes of that many keys and their values in every image and head."""
+        wide = (self.dim + self.value_dim) * self.dtype.itemsize
+        return self.batch * self.heads * rows * wide
+
+    @property
+    def dense(self) -> Work:
+        return self.attending(self.queries * self.keys)
+
+
+# Fitted to fp32 on one and two cores of a Xeon server (torch 2.15); half precision is taken to cost
+# the same there.
+_CPU = {
+    DENSE: Prices(1.5e-4, 1.12e-11, 2.3e-10, 1e-10, 1.56e-7),
+    PLANNING: Prices(8.7e-6, 2.8e-12, 1.14e-8, 3.3e-11, 2.4e-7),
+    "reference": Prices(5.5e-6, 6e-12, 2e-9, 2.4e-10, 1e-8),
+    "sdpa": Prices(4.5e-5, 7.1e-12, 1.3e-9, 2.1e-10, 1.1e-8),
+    "gather": Prices(1.94e-5, 1.01e-11, 1.11e-9, 1.15e-11, 5.6e-7),
+    "flex": Prices(2e-4, 1.13e-11, 1e-9, 1e-10, 1.56e-7),
+    # the interpreter, for tests
+    "triton": Prices(1e-2, 1e-8, 1e-7, 1e-8, 1e-6),
+}
+# Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
+_CUDA_HALF = {
+    DENSE: Prices(1.2e-5, 4.5e-15, 1e-14, 5e-13),
+    PLANNING: Prices(7e-6, 2e-14, 8e-12, 1e-12),
+    "reference": Prices(8e-6, 5e-14, 2e-11, 1e-12),
+    "sdpa": Prices(9e-6, 1.2e-14, 1e-13, 1e-12),
+    "gather": Prices(8e-6, 7e-15, 1e-13, 8e-13),
+    "flex": Prices(4e-5, 9e-15, 2e-14, 5e-13),
+    "triton": Prices(3e-5, 8e-15, 2e-14, 5e-13),
+    "xformers": Prices(2.5e-5, 8e-15, 2e-14, 5e-13),
+    "varlen": Prices(1.5e-5, 5e-15, 1e-14, 5e-13),
+}
+_CUDA_SINGLE = {
+    name: Prices(price.call, price.mac * 8, price.logit * 2, price.byte, price.row)
+    for name, price in _CUDA_HALF.items()
+}
+_TUNED: dict[tuple[torch.device, torch.dtype], dict[str, Prices]] = {}
+_generation = 0
+
+
+def shipped(device: torch.device, dtype: torch.dtype) -> dict[str, Prices]:
+    """Prices for machines that were never tuned."""
+    if device.type != "cuda":
+        return _CPU
+    return _CUDA_HALF if dtype.itemsize == 2 else _CUDA_SINGLE
+
+
+def prices(kernel: str, call: Call) -> Prices:
+    """What a kernel's work costs at this call: as tuned, as shipped, or those of `gather` where a
+    kernel is new."""
+    tuned = _TUNED.get((call.device, call.dtype))
+    if tuned is None and not torch.compiler.is_compiling():
+        ready(call.device)
+        tuned = _TUNED.get((call.device, call.dtype))
+    if tuned is not None and kernel in tuned:
+        return tuned[kernel]
+    usual = shipped(call.device, call.dtype)
+    return usual[kernel] if kernel in usual else usual["gather"]
+
+
+def dense_seconds(call: Call) -> float:
+    """Expected time of dense attention without a mask."""
+    return prices(DENSE, call).of(call.dense)
+
+
+def speed(kernel: str, work: Work, call: Call) -> float:
+    """Expected speed of a kernel relative to dense attention."""
+    return dense_seconds(call) / prices(kernel, call).of(work)
+
+
+def planning(macs: int, scores: int, call: Call) -> Planning:
+    """Planning that multiplies that often and chooses among that many scores."""
+    operands = call.batch * call.heads * (call.queries + call.keys) * call.dim
+    # a predictor reads queries and keys; a table is only looked up and sorted
+    read = operands * call.dtype.itemsize if macs else 0
+    rows = call.batch * call.heads * call.queries if macs else 0
+    return Planning(Work(60.0 if macs else 15.0, macs, scores, read, rows), call.batch)
+
+
+def ready(device: torch.device) -> None:
+    """Read the tuning file once per device, before a compiler traces what needs it."""
+    if device.type == "meta" or (device, torch.float32) in _TUNED:
+        return
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
+        entry = tuningfile.find(device, dtype)
+        found = {} if entry is None else entry["prices"]
+        _TUNED[device, dtype] = {name: Prices(**price) for name, price in found.items()}
+
+
+def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether prices measured on this machine apply."""
+    ready(device)
+    return bool(_TUNED.get((device, dtype)))
+
+
+def reload() -> None:
+    """Look prices up again, as after `tune`; live patches choose anew."""
+    global _generation
+    _TUNED.clear()
+    _generation += 1
+
+
+def generation() -> int:
+    """How often prices have changed in this process."""
+    return _generation

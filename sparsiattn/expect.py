@@ -1,0 +1,103 @@
+"""What every site is expected to do, from a dry run: its pattern, its kernel, and at what speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsiattn import cost
+from sparsiattn.cost import Call, Planning, Work
+from sparsiattn.dry import DryRun, dry_run, mac_counter
+from sparsiattn.kernel import Choice, choose
+from sparsiattn.patterns import Dense, Pattern, Ranked
+from sparsiattn.probe import skeleton
+from sparsiattn.runtime import SiteRuntime
+from sparsiattn.site import AttentionInputs, Site
+
+if TYPE_CHECKING:
+    from sparsiattn.handle import Patch
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """One image at one site: its pattern without data, the planner's MACs, what planning does, and
+    the kernel with planning counted in its expected speed."""
+
+    pattern: Pattern
+    macs: int
+    planning: Planning
+    choice: Choice
+
+
+def leave_slow_sites_dense(handle: Patch) -> None:
+    """Mark the sites whose best kernel, planning paid, is not expected to beat dense attention."""
+    run = dry_run(handle) if handle.blocks else None
+    for runtime in handle.runtimes:
+        runtime.dense = expect(runtime, run).choice.expected < 1.0
+
+
+def refuse_early(handle: Patch) -> None:
+    """Raise `KernelRefused` now if the kernel asked for by name cannot serve one of the sites."""
+    run = dry_run(handle) if handle.blocks else None
+    for runtime in handle.runtimes:
+        expect(runtime, run)
+
+
+def expect(runtime: SiteRuntime, run: DryRun | None) -> Expected:
+    """What a site does at patch-time shapes, found without data."""
+    inputs, planner = dry_site(runtime, run), runtime.planner
+    if isinstance(planner, torch.nn.Module):
+        planner = skeleton(planner)
+    wish: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
+    with torch.no_grad(), mac_counter() as counter:
+        if not runtime.strategy.keeps_all(inputs.n_keys):
+            wish = planner(inputs)
+        pattern = runtime.finish(wish, inputs)
+    macs = int(counter.get_total_flops()) // 2
+    if isinstance(pattern, Dense):
+        return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
+    scores = wish.scores.numel() if isinstance(wish, Ranked) else 0
+    planning = cost.planning(macs, scores, Call.of(inputs))
+    choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
+    return Expected(pattern, macs, planning, choice.after(planning))
+
+
+def site_at(site: Site, run: DryRun | None) -> Site:
+    """The site with the tokens that reach it."""
+    if run is None or site.windows > 1 or site.name not in run.inputs:
+        return site
+    inputs = run.inputs[site.name]
+    if inputs.n_queries == site.tokens:
+        return site
+    grid = (1, inputs.n_queries - site.prefix_tokens)
+    return replace(site, tokens=inputs.n_queries, keys=inputs.n_keys, grid=grid, key_grid=grid)
+
+
+def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
+    """One image's operands at a site, without data, in the host's dtype and for its device."""
+    site, strategy = site_at(runtime.site, run), runtime.strategy
+    module = runtime.planner if isinstance(runtime.planner, torch.nn.Module) else runtime.module
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    like = next(runtime.module.parameters(), None) if like is None else like
+    dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
+
+    def empty(rows: int, width: int) -> Tensor:
+        return torch.empty(site.windows, site.heads, rows, width, device="meta", dtype=dtype)
+
+    return AttentionInputs(
+        empty(site.tokens, site.head_dim),
+        empty(site.keys, site.head_dim),
+        empty(site.keys, site.value_dim),
+        site.head_dim**-0.5,
+        None if site.bias == "none" else empty(site.tokens, site.keys),
+        site,
+        grid=site.grid,
+        key_grid=site.key_grid,
+        tile=strategy.tile_for(site.tokens),
+        block=strategy.block_for(site.keys),
+        stream=None if run is None or site.name not in run.inputs else run.inputs[site.name].stream,
+        runs_on=None if like is None else like.device,
+    )
