@@ -10,6 +10,7 @@ from sparsiattn.kernels._triton.parts import (
     cell_logits,
     host_logits,
     key_tokens,
+    product,
     query_tokens,
     within,
     work_of,
@@ -21,12 +22,12 @@ def give_back(s, query, grad, key_rows, value_rows, lse, delta, scale, acc):
     """Gradients of logits, keys and values of some keys, and the query's so far (dS = P (dP -
     rowsum(dO O)), FlashAttention, arXiv 2205.14135, appendix B.2)."""
     p = tl.exp2(s - lse[:, None])
-    to_v = tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
-    dp = tl.dot(grad, tl.trans(value_rows), input_precision="ieee")
+    to_v = product(tl.trans(p.to(grad.dtype)), grad)
+    dp = product(grad, tl.trans(value_rows))
     ds = p * (dp - delta[:, None])
     narrow = ds.to(query.dtype)
-    to_k = tl.dot(tl.trans(narrow), query, input_precision="ieee") * scale
-    acc = tl.dot(narrow, key_rows, acc, input_precision="ieee")
+    to_k = product(tl.trans(narrow), query) * scale
+    acc = product(narrow, key_rows, acc)
     return ds, to_k, to_v, acc
 
 
@@ -73,7 +74,7 @@ def backward(
         pairs = live[:, None] & there[None, :]
         key_rows = tl.load(k + at_rows(key, k_n, WIDE), mask=here, other=0.0)
         value_rows = tl.load(v + at_rows(key, v_n, VALUE_WIDE), mask=there_too, other=0.0)
-        s = tl.dot(query, tl.trans(key_rows), input_precision="ieee") * (scale * LOG2E)
+        s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
         if host is not None:
             at = image * host_b + head * host_h + row[:, None] * host_m + key[None, :] * host_n
             s += host_logits(host, at, pairs, BOOLEAN, LOWEST)
@@ -102,7 +103,7 @@ def backward(
             keys_at, values_at = at_rows(cell, DIM, WIDE), at_rows(cell, VALUE_DIM, VALUE_WIDE)
             key_rows = tl.load(pooled_k + keys_at, mask=here, other=0.0)
             value_rows = tl.load(pooled_v + values_at, mask=there_too, other=0.0)
-            s = tl.dot(query, tl.trans(key_rows), input_precision="ieee") * (scale * LOG2E)
+            s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
             at = image * rows_b + head * rows_h + who[:, None] * rows_m + cell[None, :] * rows_g
             s = tl.where(pairs, s + cell_logits(rows, at, pairs), float("-inf"))
             ds, dk, dv, acc = give_back(

@@ -9,6 +9,7 @@ from sparsiattn.kernels._triton.parts import (
     cell_logits,
     host_logits,
     key_tokens,
+    product,
     query_tokens,
     within,
     work_of,
@@ -24,7 +25,7 @@ def take_in(s, v, acc, top, total):
     p = tl.exp2(s - base[:, None])
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    acc = product(p.to(v.dtype), v, acc * fade[:, None])
     return acc, new, total
 
 
@@ -58,7 +59,7 @@ def forward(
         place = start + tl.arange(0, KEYS)
         key, there = key_tokens(place, chosen, held, table, keys, prefix, UNIT)
         key_rows = tl.load(k + at_rows(key, k_n, WIDE), mask=within(there, DIM, WIDE), other=0.0)
-        s = tl.dot(query, tl.trans(key_rows), input_precision="ieee") * (scale * LOG2E)
+        s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
         if host is not None:
             at = image * host_b + head * host_h + row[:, None] * host_m + key[None, :] * host_n
             s += host_logits(host, at, live[:, None] & there[None, :], BOOLEAN, LOWEST)
@@ -77,7 +78,7 @@ def forward(
             key_rows = tl.load(
                 pooled_k + at_rows(cell, DIM, WIDE), mask=within(there, DIM, WIDE), other=0.0
             )
-            s = tl.dot(query, tl.trans(key_rows), input_precision="ieee") * (scale * LOG2E)
+            s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
             who = tl.where(live, tile, 0) if BY_TILE else token
             at = image * rows_b + head * rows_h + who[:, None] * rows_m + cell[None, :] * rows_g
             s += cell_logits(rows, at, live[:, None] & there[None, :])

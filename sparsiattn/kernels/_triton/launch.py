@@ -88,29 +88,32 @@ class Sizes:
     stages: int
 
 
-def forward_sizes(slots: int, width: int, itemsize: int) -> Sizes:
-    """Fixed by shape alone, for shared memory of 96 KiB: measuring while a model runs would make
-    its results depend on the clock. ``width`` is the larger head dim, padded."""
-    row = width * itemsize  # bytes of one key
-    if itemsize == 4:
-        rows, keys, stages = (64 if row <= 256 else 32), (32 if row <= 512 else 16), 2
+def forward_sizes(call: Call) -> Sizes:
+    """Fixed by shape alone, for 99 KiB of shared memory and without spilled registers in half
+    precision: measuring while a model runs would make its results depend on the clock."""
+    row = _width(call) * call.q.element_size()
+    if call.q.element_size() == 4:
+        most, keys, stages = (64 if row <= 256 else 32), (32 if row <= 512 else 16), 2
     else:
-        rows, keys, stages = (128 if row <= 256 else 64), (64 if row <= 256 else 32), 2
+        most, keys = (128 if row <= 256 else 64), (64 if row <= 256 else 32)
         stages = 3 if row <= 128 else 2
-    rows = _rows(slots, rows)
-    return Sizes(rows, keys, 8 if rows * width > 8192 else 4, stages)
+    if call.host is not None:
+        most, stages = min(most, 64), stages if row <= 256 else 1
+    rows = _rows(call.slots, most)
+    heavy = call.q.element_size() == 4 or call.host is not None or rows * _width(call) > 4096
+    return Sizes(rows, keys, 8 if heavy else 4, stages)
 
 
-def backward_sizes(slots: int, width: int, itemsize: int) -> Sizes:
+def backward_sizes(call: Call) -> Sizes:
     """As `forward_sizes`; the backward pass holds twice as many operands at a time."""
-    row = width * itemsize
-    if itemsize == 4:
-        rows, keys, stages = (64 if row <= 256 else 32 if row <= 512 else 16), 16, 1
+    row = _width(call) * call.q.element_size()
+    if call.q.element_size() == 4:
+        most, keys, stages = (64 if row <= 256 else 32 if row <= 512 else 16), 16, 1
     else:
-        rows, keys, stages = (64 if row <= 256 else 32), (64 if row <= 128 else 32), 1
+        most, keys = (64 if row <= 256 else 32), (64 if row <= 128 else 32)
         stages = 2 if row <= 128 else 1
-    rows = _rows(slots, rows)
-    return Sizes(rows, keys, 8 if rows * width > 4096 else 4, stages)
+    rows = _rows(call.slots, most)
+    return Sizes(rows, keys, 8 if rows * _width(call) > 2048 else 4, stages)
 
 
 def _rows(slots: int, most: int) -> int:
@@ -158,18 +161,19 @@ GRADIENTS = ("q", "k", "v", "pooled_k", "pooled_v", "host", "rows")
 
 
 def _launch(kernel: Any, call: Call, sizes: Any, arguments: dict[str, Any]) -> Launch:
-    size = sizes(call.slots, _width(call), call.q.element_size())
+    size = sizes(call)
     programs = call.q.shape[0] * call.q.shape[1] * call.chosen.shape[-2] * arguments["parts"]
     return Launch(kernel, programs, arguments, size.warps, size.stages)
 
 
 def _width(call: Call) -> int:
+    """The larger head dim, padded."""
     return max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
 
 
 def _shared(call: Call, sizes: Any, out: Tensor, lse: Tensor) -> dict[str, Any]:
     """Arguments that both kernels take."""
-    size = sizes(call.slots, _width(call), call.q.element_size())
+    size = sizes(call)
     dim, value_dim = call.q.shape[-1], call.v.shape[-1]
     cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
     boolean = call.host is not None and call.host.dtype == torch.bool

@@ -146,9 +146,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, .
         return (None,) * 17
     *tensors, out, lse = ctx.saved_tensors
     first, needs = ctx.numbers[0], ctx.needs_input_grad
-    found = key_list_attention_backward(
-        grad, out, lse, *tensors, *ctx.numbers, needs[5], needs[6]
-    )
+    found = key_list_attention_backward(grad, out, lse, *tensors, *ctx.numbers, needs[5], needs[6])
     wanted = (x if need else None for x, need in zip(found, needs[:7], strict=True))
     to_dense = grad[..., :first, :] if needs[12] else None
     return (*wanted, None, None, None, None, None, to_dense, None, None, None, None)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+# triton's interpreter keeps bfloat16 as the bits of an integer, and would multiply those
+WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 """Logits are kept in units of log 2, because exp2 is what the hardware computes."""
 
@@ -83,3 +85,11 @@ def host_logits(host, at, pairs, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr):
 def cell_logits(rows, at, pairs):
     """Logits of summary keys; minus infinity where a cell has none to stand for."""
     return tl.load(rows + at, mask=pairs, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def product(a, b, acc=None):
+    """``a @ b + acc`` in single precision at least, never in TF32."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
