@@ -102,6 +102,10 @@ CASES = {
 }
 
 
+# relative error of a whole gradient
+ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
 def check(case: Case) -> None:
     """Forward and backward against the reference."""
     inputs = case.inputs()
@@ -114,12 +118,9 @@ def check(case: Case) -> None:
     wanted, *theirs = _with_gradients(EXACT, exact, pattern)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.float(), wanted, **TOLERANCE[case.dtype])
-    single = case.dtype == torch.float32
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if single else {"rtol": 5e-2, "atol": 5e-2}
     for name, mine, other in zip(("q", "k", "v", "bias"), ours, theirs, strict=False):
-        torch.testing.assert_close(
-            mine.float(), other, msg=f"gradient of {name}: {{}}".format, **tolerance
-        )
+        error = float((mine.float() - other).norm() / other.norm().clamp_min(1e-2))
+        assert error < ROUNDING[case.dtype], f"gradient of {name}: {error}"
 
 
 def _with_gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[Tensor]:
@@ -134,7 +135,19 @@ def _with_gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
-@pytest.mark.parametrize("name", CASES)
+LATER = (
+    "a list per image and head",
+    "one uneven block",
+    "more summary keys than one step",
+    "blocks under a bias",
+    "window mask",
+    "float16",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in CASES]
+)
 def test_equals_the_reference(name: str) -> None:
     check(CASES[name])
 
@@ -155,7 +168,7 @@ ANY = st.builds(
 )
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, phases=UNSHRUNK)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(case=ANY)
 def test_equals_the_reference_on_any_shape(case: Case) -> None:
     check(case)
@@ -188,7 +201,7 @@ class TestTritonKernel(KernelSuite):
 
 def test_operands_are_read_where_they_stand() -> None:
     """Slices of one packed qkv, keys and values of another layout, a transposed gradient."""
-    case = Case(block=(2, 2), background=2)
+    case = Case((2, 4), block=(2, 2), k=5, background=2)
     inputs = case.inputs()
     packed = torch.stack([inputs.q, inputs.k, inputs.v], 2).permute(0, 3, 2, 1, 4).contiguous()
     q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -205,7 +218,7 @@ def test_operands_are_read_where_they_stand() -> None:
 
 def test_the_background_carries_gradients_of_the_bias() -> None:
     """The mean bias of dropped keys is a logit of the background's, so it has a gradient."""
-    case = Case(host="bias", background=2)
+    case = Case((2, 4), host="bias", k=4, background=2)
     inputs = case.inputs()
     found = []
     for kernel in (KERNEL, EXACT):
@@ -218,7 +231,7 @@ def test_the_background_carries_gradients_of_the_bias() -> None:
 
 
 def test_a_row_without_a_key_is_zero_and_so_is_its_gradient() -> None:
-    case = Case(host="bool", prefix=0)
+    case = Case((2, 3), host="bool", prefix=0, k=3)
     inputs = case.inputs()
     inputs = inputs.replace(q=inputs.q.requires_grad_())
     out = KERNEL(inputs, case.pattern(inputs))
@@ -253,7 +266,7 @@ def test_the_operators_keep_torchs_contract() -> None:
 
 def test_a_patched_model_runs_trains_and_compiles() -> None:
     model, x = zoo.build("vit"), torch.randn(1, 3, 32, 32)
-    options: Any = {"k": 0.3, "tile": (4, 4), "background": 2}
+    options: Any = {"k": 0.3, "tile": (8, 8), "background": 2}
     with sparsiattn.patch(model, "local", kernel="reference", **options):
         exact = model(x)
         wanted = torch.autograd.grad(exact.square().sum(), model.patch_embed.proj.weight)[0]

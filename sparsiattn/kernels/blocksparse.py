@@ -72,7 +72,7 @@ class Triton(Kernel):
         assert isinstance(pattern, KeyLists)
         first, tiles, summary = pattern.dense_rows, pattern.tiles, pattern.summary
         pooled = [None if summary is None else summary.pool(x) for x in (inputs.k, inputs.v)]
-        out, _ = key_list_attention(
+        out: Tensor = key_list_attention(
             inputs.q,
             inputs.k,
             inputs.v,
@@ -87,7 +87,7 @@ class Triton(Kernel):
             _places(pattern),
             inputs.scale,
             None if inputs.site.bias == "bias" else MASKED_BELOW,
-        )
+        )[0]
         return out
 
 

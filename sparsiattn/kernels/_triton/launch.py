@@ -68,14 +68,17 @@ class Launch:
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler; what it does by default with sums of products differs by version."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
     def run(self, device: torch.device) -> None:
         if not self.programs:
             return
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:
-            self.kernel[(self.programs,)](
-                **self.arguments, num_warps=self.warps, num_stages=self.stages
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,11 @@ def _call(*operands: Any) -> Any:
     """A `Call` whose rows are contiguous: only the last axis must be, the others have strides."""
     from sparsiattn.kernels._triton.launch import Call
 
-    q, k, v, pooled_k, pooled_v, host, rows, order, weight, chosen, held, table, *numbers = operands
-    q, k, v = (_with_rows(x) for x in (q, k, v))
-    whole = (None if x is None else x.contiguous() for x in (order, weight, chosen, held, table))
-    pooled = (None if x is None else x.contiguous() for x in (pooled_k, pooled_v))
-    return Call(q, k, v, *pooled, host, rows, *whole, *numbers)
+    rows: list[Any] = [_with_rows(x) for x in operands[:3]]
+    whole = [
+        x.contiguous() if isinstance(x, Tensor) else x for x in (*operands[3:5], *operands[7:])
+    ]
+    return Call(*rows, *whole[:2], *operands[5:7], *whole[2:])
 
 
 def _with_rows(x: Tensor) -> Tensor:
