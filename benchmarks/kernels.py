@@ -1,6 +1,7 @@
 """Attention with and without sparsity, planning included, as ratios to dense SDPA of the same run.
 
-``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU.
+``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU, there also
+with ``--kernel triton``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from common import paired, write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels.gather import Gather
 from sparsiattn.planning import finish
+from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 
 CASES = [
@@ -26,7 +27,9 @@ CASES = [
 ]
 
 
-def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int) -> Any:
+def case(
+    n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int, kernel: Any
+) -> Any:
     """``n`` patch tokens and a CLS token, 6 heads of 64; `connectivity` with its background."""
     q, key, v = (torch.randn(batch, 6, n + 1, 64, device=device, dtype=dtype) for _ in range(3))
     site = Site.of(q, key, v, prefix_tokens=1)
@@ -37,7 +40,7 @@ def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, round
     def plan() -> Any:
         return finish(planner(inputs), inputs, background=strategy.background)
 
-    pattern, kernel = plan(), Gather()
+    pattern = plan()
     return {
         "tokens": n,
         "k": k,
@@ -63,17 +66,27 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--kernel", default="gather")
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    rows = []
+    rows, kernel = [], REGISTRY.get("kernels", options.kernel)
     with torch.inference_mode():
         for n, k, tile in CASES:
-            row = case(n, k, tile, options.batch, options.device, dtype, options.rounds)
+            row = case(n, k, tile, options.batch, options.device, dtype, options.rounds, kernel)
             print(row)
             rows.append(row)
-    name = f"kernels-{options.device}"
-    write(name, {"device": options.device, "dtype": options.dtype, "speedup": rows})
+    named = "" if options.kernel == "gather" else f"-{options.kernel}"
+    name = f"kernels{named}-{options.device}"
+    write(
+        name,
+        {
+            "kernel": options.kernel,
+            "device": options.device,
+            "dtype": options.dtype,
+            "speedup": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ class TestCompiles:
     def test_what_is_run_most(self) -> None:
         assert_compiles(call(64, 64, torch.bfloat16, block=16))
 
+    @pytest.mark.slow
     def test_uneven_blocks_under_a_bias(self) -> None:
         assert_compiles(call(72, 49, torch.float16, block=20, even=False, host=torch.float16))
 

@@ -82,7 +82,7 @@ def _under(host: str, inputs: AttentionInputs) -> AttentionInputs:
 
 CASES = {
     "a list per image and head": Case((2, 4), (2, 2), k=3, lists=(2, 2), batch=2),
-    "uneven tiles, broadcast lists": Case((5, 3), (2, 2), background=2, lists=(1, 1)),
+    "uneven tiles, broadcast lists": Case((5, 3), (3, 3), background=2, lists=(1, 1)),
     "a list per image, head dims that differ": Case(
         (2, 3), (2, 3), dim=72, value_dim=24, lists=(2, 1), batch=2
     ),
@@ -94,7 +94,7 @@ CASES = {
     "more summary keys than one step": Case((9, 9), (9, 9), k=5, background=9, lists=(1, 1)),
     "wide heads": Case((2, 2), (2, 1), dim=88, value_dim=256, k=2, lists=(1, 1)),
     "blocks under a bias": Case((4, 4), (2, 2), (2, 2), host="bias", background=1),
-    "key mask": Case(host="keys", background=1, batch=2, lists=(1, 1)),
+    "key mask": Case((2, 3), host="keys", k=3, background=1, batch=2, lists=(1, 1)),
     "query mask": Case((3, 4), host="bool"),
     "window mask": Case((4, 3), host="swin"),
     "bfloat16": Case(dtype=torch.bfloat16, block=(2, 2), background=2),
@@ -102,8 +102,8 @@ CASES = {
 }
 
 
-# relative error of a whole gradient
-ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# error of a whole gradient relative to its norm, or absolute where that is small
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def check(case: Case) -> None:
@@ -119,7 +119,7 @@ def check(case: Case) -> None:
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.float(), wanted, **TOLERANCE[case.dtype])
     for name, mine, other in zip(("q", "k", "v", "bias"), ours, theirs, strict=False):
-        error = float((mine.float() - other).norm() / other.norm().clamp_min(1e-2))
+        error = float((mine.float() - other).norm() / other.norm().clamp_min(1.0))
         assert error < ROUNDING[case.dtype], f"gradient of {name}: {error}"
 
 
@@ -264,6 +264,7 @@ def test_the_operators_keep_torchs_contract() -> None:
     torch.library.opcheck(key_list_attention, (*operands, 0, 3, 0.25, None))
 
 
+@pytest.mark.slow
 def test_a_patched_model_runs_trains_and_compiles() -> None:
     model, x = zoo.build("vit"), torch.randn(1, 3, 32, 32)
     options: Any = {"k": 0.3, "tile": (8, 8), "background": 2}
