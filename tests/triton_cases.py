@@ -117,7 +117,10 @@ def check(case: Case) -> None:
     out, *ours = _with_gradients(KERNEL, inputs, pattern)
     wanted, *theirs = _with_gradients(EXACT, exact, pattern)
     assert out.dtype == case.dtype
-    torch.testing.assert_close(out.float(), wanted, **TOLERANCE[case.dtype])
+    # logits are sums of more products, and as large
+    tolerance = {**TOLERANCE[case.dtype]}
+    tolerance["atol"] *= max(1.0, case.dim / 64)
+    torch.testing.assert_close(out.float(), wanted, **tolerance)
     for name, mine, other in zip(("q", "k", "v", "bias"), ours, theirs, strict=False):
         error = float((mine.float() - other).norm() / other.norm().clamp_min(1.0))
         assert error < ROUNDING[case.dtype], f"gradient of {name}: {error}"
