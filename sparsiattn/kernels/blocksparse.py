@@ -26,7 +26,7 @@ _WIDEST = 256
 _DENSE = {2: 175e12, 4: 12e12}
 _OURS = {2: 80e12, 4: 5e12}
 _CACHE = 5e12
-_STARTS, _START = 60e-6, 10e-6
+_STARTS, _START = 200e-6, 10e-6
 
 
 class Triton(Kernel):
