@@ -1,7 +1,8 @@
 """Attention with and without sparsity, planning included, as ratios to dense SDPA of the same run.
 
-``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU. ``--sweep``
-for the shapes that `benchmarks/plots.py` draws; it says what each field is.
+``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU; ``--kernel
+triton`` (or ``flex``) for another than ``gather``; ``--sweep`` for the shapes that
+`benchmarks/plots.py` draws; it says what each field is.
 """
 
 from __future__ import annotations
@@ -15,22 +16,28 @@ from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.cost import Call
-from sparsiattn.kernels.gather import Gather
 from sparsiattn.planning import finish
+from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 
 CASES = [
     (1024, 0.1, (8, 8)),
+    (1024, 0.1, (16, 16)),
     (1024, 0.25, (8, 8)),
     (4096, 0.1, (8, 8)),
     (4096, 0.1, (16, 8)),
+    (4096, 0.1, (16, 16)),
     (4096, 0.25, (8, 8)),
+    (4096, 0.25, (16, 8)),
 ]
+LONG = [(16384, 0.1, (8, 8)), (16384, 0.1, (16, 8))]
 
 SWEEP = [(n * n, k, (8, 8)) for n in (16, 24, 32, 48, 64) for k in (0.05, 0.1, 0.25, 0.5)]
 
 
-def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int) -> Any:
+def case(
+    n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int, kernel: Any
+) -> Any:
     """``n`` patch tokens and a CLS token, 6 heads of 64; `connectivity` with its background."""
     q, key, v = (torch.randn(batch, 6, n + 1, 64, device=device, dtype=dtype) for _ in range(3))
     site = Site.of(q, key, v, prefix_tokens=1)
@@ -42,7 +49,7 @@ def case(n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, round
     def plan() -> Any:
         return finish(planner(inputs), inputs, background=strategy.background)
 
-    pattern, kernel = plan(), Gather()
+    pattern = plan()
     shape, work = Call.of(inputs), kernel.work(inputs, pattern)
     return {
         "tokens": n,
@@ -79,21 +86,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--kernel", default="gather")
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    rows = []
+    rows, kernel = [], REGISTRY.get("kernels", options.kernel)
     with torch.inference_mode():
-        for n, k, tile in SWEEP if options.sweep else CASES:
-            row = case(n, k, tile, options.batch, options.device, dtype, options.rounds)
+        cases = SWEEP if options.sweep else CASES + (LONG if options.device == "cuda" else [])
+        for n, k, tile in cases:
+            row = case(n, k, tile, options.batch, options.device, dtype, options.rounds, kernel)
             print(row)
             rows.append(row)
         found = {
+            "kernel": options.kernel,
             "device": options.device,
             "dtype": options.dtype,
             "roof": roof(options.device, dtype),
         }
-    name = f"kernels{'-sweep' if options.sweep else ''}-{options.device}"
+    named = "" if options.kernel == "gather" else f"-{options.kernel}"
+    name = f"kernels{named}{'-sweep' if options.sweep else ''}-{options.device}"
     write(name, {**found, "speedup": rows})
 
 

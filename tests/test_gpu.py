@@ -7,11 +7,16 @@ import torch
 import zoo
 
 import sparsiattn
+from sparsiattn import Pattern
+from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Varlen, XFormers
+from sparsiattn.planning import finish
 from sparsiattn.testing import KernelSuite
+from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.testing.kernel import TOLERANCE, _gradients, _on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +42,10 @@ class TestGatherOnCuda(_OnCuda):
     kernel = Gather()
 
 
+class TestTritonOnCuda(_OnCuda):
+    kernel = Triton()
+
+
 class TestXFormersOnCuda(_OnCuda):
     kernel = XFormers()
 
@@ -44,6 +53,43 @@ class TestXFormersOnCuda(_OnCuda):
 class TestVarlenOnCuda(_OnCuda):
     kernel = Varlen()
     dtypes = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 72, 256])
+@pytest.mark.parametrize("block", [1, (4, 4)])
+def test_triton_equals_gather_at_size(block: object, dim: int, dtype: torch.dtype) -> None:
+    """4,097 tokens, 6 heads, tiles of 8 x 8, a tenth of the keys and pooled ones."""
+    inputs = _on(random_inputs((64, 64), heads=6, dim=dim, tile=(8, 8), block=block), "cuda")
+    inputs = inputs.replace(q=inputs.q / 2, k=inputs.k / 2)
+    scores = torch.randn(2, 6, 64, 4097, device="cuda")
+    pattern = finish(Pattern.top(scores, 0.1), inputs, background=2)
+    narrow = inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
+    assert Triton().why_not(narrow, pattern) == []
+    # gather in single precision on operands as rounded as ours
+    exact = inputs.replace(q=narrow.q.float(), k=narrow.k.float(), v=narrow.v.float())
+    out = Triton()(narrow, pattern)
+    torch.testing.assert_close(out.float(), Gather()(exact, pattern), **TOLERANCE[dtype])
+    for mine, theirs in zip(
+        _gradients(Triton(), narrow, pattern), _gradients(Gather(), exact, pattern), strict=True
+    ):
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        error = (mine.float() - theirs).norm() / theirs.norm()
+        assert error < tolerance, error
+
+
+@pytest.mark.parametrize("tile", [(2, 2), (8, 8)])
+def test_triton_trains_and_compiles_in_a_model(tile: tuple[int, int]) -> None:
+    model, x = zoo.build("vit").cuda(), torch.randn(2, 3, 32, 32, device="cuda")
+    weight, found = model.patch_embed.proj.weight, []
+    for kernel, compiled in (("reference", False), ("triton", False), ("triton", True)):
+        with sparsiattn.patch(model, "local", k=0.3, tile=tile, background=2, kernel=kernel):
+            run = torch.compile(model, fullgraph=True) if compiled else model
+            out = run(x)
+            found.append((out, torch.autograd.grad(out.square().sum(), weight)[0]))
+        torch.compiler.reset()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
 
 
 TOKENS = {

@@ -10,6 +10,7 @@ import zoo
 from torch import nn
 
 from sparsiattn import kernels, strategies
+from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
@@ -127,6 +128,10 @@ class TestMaskedSDPAKernel(KernelSuite):
 
 class TestGatherKernel(KernelSuite):
     kernel = Gather()
+
+
+class TestTritonKernel(KernelSuite):
+    kernel = Triton()
 
 
 class TestXFormersKernel(KernelSuite):

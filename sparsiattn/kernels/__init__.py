@@ -1,10 +1,11 @@
-"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves; `xformers` and
-`varlen` serve ragged batches on CUDA."""
+"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` and, on CUDA, `triton` save;
+`xformers` and `varlen` serve ragged batches on CUDA."""
 
 from __future__ import annotations
 
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
@@ -13,4 +14,4 @@ from sparsiattn.kernels.varlen import Varlen, XFormers
 
 @hookimpl
 def sparsiattn_kernels() -> list[Kernel]:
-    return [Reference(), MaskedSDPA(), Gather(), XFormers(), Varlen()]
+    return [Reference(), MaskedSDPA(), Gather(), Triton(), XFormers(), Varlen()]

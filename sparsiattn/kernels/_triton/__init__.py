@@ -1,0 +1,1 @@
+"""Attention over key lists in Triton. Importing this package imports no triton."""
