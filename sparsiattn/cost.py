@@ -206,7 +206,7 @@ def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def reload() -> None:
-    """Look prices up again, as after `tune`; live patches choose anew."""
+    """Look prices up again, as after `tune`; every live patch asks its kernels anew."""
     global _generation
     _TUNED.clear()
     _generation += 1

@@ -21,9 +21,10 @@ class Kernel:
 
     `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
     must work. ``auto`` takes the usable kernel with the highest `speed`, and one that is a
-    ``last_resort`` only where no other works. Both may look at the site,
-    the options, and the shapes, strides, dtypes and devices of tensors, at grad mode, autocast and
-    inference mode, but never at values: answers are kept for calls that agree in all of these.
+    ``last_resort`` only where no other works. Both may look at the site, the options, and the
+    shapes, strides, dtypes and devices of tensors, at grad mode, autocast and inference mode, but
+    never at values: answers are kept for calls that agree in all of these. Whoever changes an
+    answer (compiles a kernel, say) calls `sparsiattn.cost.reload`.
     """
 
     name: ClassVar[str] = ""
