@@ -33,6 +33,17 @@ class Kernel:
         """Every reason why this call is refused; empty if it works. Never raises."""
         raise NotImplementedError
 
+    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        """Reasons why ``auto`` should not take a call that works, such as a minute of compiling.
+
+        Asked after `why_not` was empty; a kernel that was asked for by name runs all the same.
+        """
+        return []
+
+    def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
+        """Do once what makes later calls of this shape ready; called by `Patch.warmup` with calls
+        that `why_not` lets through, with operands that want a gradient if the model trains."""
+
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
         """Expected speed relative to dense attention (1.0), from shapes alone."""
         raise NotImplementedError
@@ -60,6 +71,8 @@ def choose(
     best, expected = None, 0.0
     for kernel in kernels:  # a loop, not max(key=...), which older compilers cannot trace
         reasons = kernel.unavailable() or kernel.why_not(inputs, pattern)
+        if not reasons and not explicit:
+            reasons = kernel.not_ready(inputs, pattern)
         if reasons:
             refusals.append((kernel.name, tuple(reasons)))
             continue

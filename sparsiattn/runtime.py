@@ -119,10 +119,19 @@ class SiteRuntime:
         pattern = self.plan(planner, inputs)
         if isinstance(pattern, Dense):
             return None
+        if THREAD.warming is not None:
+            self.warm(inputs, pattern)
         choice = choose(self.kernels, inputs, pattern, explicit=self.explicit)
         if not torch.compiler.is_compiling():
             self.last = choice
         return choice.kernel(inputs, pattern)
+
+    def warm(self, inputs: AttentionInputs, pattern: Pattern) -> None:
+        """Let the site's kernels get ready for calls like this one, while `Patch.warmup` runs."""
+        from sparsiattn.warmup import warm
+
+        if THREAD.warming == self.owner.key:
+            warm(self.kernels, inputs, pattern, training=self.module.training)
 
 
 def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:

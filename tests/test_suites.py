@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
 import torch
 import zoo
+from flex_calls import flex_call
 from torch import nn
 
 from sparsiattn import kernels, strategies
+from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
@@ -24,6 +27,7 @@ from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
+from sparsiattn.testing.kernel import Case
 
 
 class TestDense(StrategySuite):
@@ -127,6 +131,16 @@ class TestMaskedSDPAKernel(KernelSuite):
 
 class TestGatherKernel(KernelSuite):
     kernel = Gather()
+
+
+class TestFlexKernel(KernelSuite):
+    """One shape, because each compiles for long; tests/test_flex.py has the sweep."""
+
+    kernel = Flex()
+    dtypes = (torch.float32,)
+
+    def cases(self, dtype: torch.dtype) -> Iterator[Case]:
+        yield "blocks", *flex_call(dtype=dtype)
 
 
 class TestXFormersKernel(KernelSuite):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
@@ -13,4 +14,4 @@ from sparsiattn.kernels.varlen import Varlen, XFormers
 
 @hookimpl
 def sparsiattn_kernels() -> list[Kernel]:
-    return [Reference(), MaskedSDPA(), Gather(), XFormers(), Varlen()]
+    return [Reference(), MaskedSDPA(), Gather(), Flex(), XFormers(), Varlen()]

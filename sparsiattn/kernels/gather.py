@@ -47,14 +47,14 @@ class Gather(Kernel):
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
-        if _needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
+        if needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
             patches = _attend(inputs, pattern)
             patches = (
                 patches.squeeze(-2) if pattern.tiles is None else pattern.tiles.scatter(patches)
             )
             if not pattern.dense_rows:
                 return patches
-            return torch.cat([_dense_rows(inputs, pattern.dense_rows), patches], dim=-2)
+            return torch.cat([dense_rows(inputs, pattern.dense_rows), patches], dim=-2)
         b, h, n, _ = inputs.q.shape
         # laid out as torch's own attention does, so that the host's reshape copies nothing
         out = inputs.q.new_empty(b, n, h, inputs.v.shape[-1]).transpose(1, 2)
@@ -67,7 +67,7 @@ def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
     """Writes the result of some images and heads, ``[B, H, Nq, Dv]``."""
     tiles, first = _attend(inputs, pattern), pattern.dense_rows
     if first:
-        out[..., :first, :] = _dense_rows(inputs, first)
+        out[..., :first, :] = dense_rows(inputs, first)
     if pattern.tiles is None:
         out[..., first:, :] = tiles.squeeze(-2)
     elif pattern.tiles.even:
@@ -76,7 +76,8 @@ def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
         out[..., first:, :] = pattern.tiles.scatter(tiles)
 
 
-def _needs_grad(inputs: AttentionInputs) -> bool:
+def needs_grad(inputs: AttentionInputs) -> bool:
+    """Whether a backward pass will follow."""
     operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
@@ -221,7 +222,8 @@ def _hardened(inputs: AttentionInputs) -> Tensor | None:
     return bias.masked_fill(~allowed, float("-inf"))
 
 
-def _dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
+def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
+    """Leading queries over every key, ``[B, H, count, Dv]``."""
     bias = inputs.bias
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., :count, :]
