@@ -13,10 +13,11 @@ from torch import nn
 
 from sparsiattn import kernels, strategies
 from sparsiattn.kernels.flex import Flex
+from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.kernels.varlen import Varlen, XFormers
+from sparsiattn.kernels.varlen import Varlen
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
