@@ -54,9 +54,18 @@ def warm(
         calls.append(_with_gradients(inputs))
     for call in calls:
         with torch.inference_mode(False), torch.set_grad_enabled(call is not inputs):
-            for kernel in kernels:
-                if not (kernel.unavailable() or kernel.why_not(call, pattern)):
-                    kernel.warmup(call, pattern)
+            for kernel in _candidates(kernels, call, pattern):
+                kernel.warmup(call, pattern)
+
+
+def _candidates(
+    kernels: tuple[Kernel, ...], inputs: AttentionInputs, pattern: Pattern
+) -> list[Kernel]:
+    """Those that take the call and, once ready, expect to be the fastest: no other is worth it."""
+    usable = [k for k in kernels if not (k.unavailable() or k.why_not(inputs, pattern))]
+    speeds = {k.name: k.speed(inputs, pattern) for k in usable}
+    ready = [speeds[k.name] for k in usable if not k.not_ready(inputs, pattern)]
+    return [k for k in usable if speeds[k.name] >= max(ready, default=0.0)]
 
 
 def _with_gradients(inputs: AttentionInputs) -> AttentionInputs:

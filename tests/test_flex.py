@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,13 +15,13 @@ import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
 from sparsiattn.kernel import choose
 from sparsiattn.kernels import flexcompile
-from sparsiattn.kernels.flex import Flex, static_of
+from sparsiattn.kernels.flex import Flex, operands_of, static_of
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patterns import KeyBlocks
 from sparsiattn.planning import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
-from sparsiattn.testing.kernel import Case
+from sparsiattn.testing.kernel import Case, cases
 
 FLEX = Flex()
 NOT_YET = ["not compiled yet for this shape: call patch.warmup(images)"]
@@ -160,20 +161,51 @@ def test_auto_takes_it_only_where_it_is_ready() -> None:
         choose([FLEX], *call, explicit=False)
 
 
+def test_the_mask_alone_says_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where compiling is switched off; and every shape, in no time."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    seen = 0
+    for name, inputs, pattern in sweep(torch.float32):
+        if isinstance(pattern, KeyBlocks):
+            tiles = flexcompile.attention(static_of(inputs, pattern))(*operands_of(inputs, pattern))
+            assert pattern.tiles is not None
+            out = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
+            exact = Reference()(inputs, pattern)[..., pattern.dense_rows :, :]
+            torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
+            seen += 1
+    assert seen > 15
+
+
+@HERE
+def test_without_the_compiler_the_result_is_the_same() -> None:
+    call = flex_call(k=12)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this is slow
+        out = FLEX(*call)
+    torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
+
+
+def sweep(dtype: torch.dtype) -> Iterator[Case]:
+    """The suite's own cases and lists that images and heads share."""
+    yield from cases(dtype)
+    for shared in (False, True):
+        for prefix, background in ((0, None), (0, 3), (5, 2)):
+            name = f"shared={shared} prefix={prefix} background={background}"
+            call = flex_call(
+                (9, 8), k=30, prefix=prefix, background=background, shared=shared, dtype=dtype
+            )
+            yield name, *call
+
+
 @HERE
 @pytest.mark.slow
 class TestEveryShape(KernelSuite):
-    """The suite's own cases and shapes of real models, each compiled."""
+    """Each compiled."""
 
     kernel = FLEX
     dtypes = (torch.float32, torch.bfloat16)
 
     def cases(self, dtype: torch.dtype) -> Iterator[Case]:
-        yield from super().cases(dtype)
-        for shared in (False, True):
-            for prefix, background in ((0, None), (0, 3), (5, 2)):
-                name = f"shared={shared} prefix={prefix} background={background}"
-                call = flex_call(
-                    (9, 8), k=30, prefix=prefix, background=background, shared=shared, dtype=dtype
-                )
-                yield name, *call
+        yield from sweep(dtype)

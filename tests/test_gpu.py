@@ -57,7 +57,7 @@ class TestFlexOnCuda(_OnCuda):
         yield "both", *flex_call(**sizes)
         yield "neither", *flex_call(prefix=0, background=None, k=32, **sizes)
         yield "shared", *flex_call(shared=True, prefix=5, background=3, k=30, **sizes)
-        yield "uneven", *flex_call((9, 9), k=30, **{**sizes, "tile": (5, 4), "block": (8, 8)})
+        yield "uneven", *flex_call((7, 7), k=20, **sizes)
         large = {**sizes, "tile": (8, 8), "block": (8, 8), "dim": 64}
         yield "large", *flex_call((32, 32), k=200, **large)
 

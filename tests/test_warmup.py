@@ -25,6 +25,7 @@ class Slow(Kernel):
 
     def __init__(self) -> None:
         self.warmed: list[tuple[tuple[int, ...], bool]] = []
+        self.expected = 9.0
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         return ["has no dropout"] if inputs.dropout else []
@@ -34,7 +35,7 @@ class Slow(Kernel):
         return [] if tuple(inputs.q.shape) in shapes else ["not ready"]
 
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        return 9.0
+        return self.expected
 
     def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
         assert torch.is_grad_enabled() == inputs.q.requires_grad
@@ -72,6 +73,16 @@ def test_every_site_gets_ready_and_auto_takes_it(slow: Slow) -> None:
         handle.model(tiny_images(2))
         assert kernels(handle) == ["slow", "slow"]
         assert len(slow.warmed) == 2
+
+
+def test_one_that_would_not_be_taken_is_not_warmed_up(slow: Slow) -> None:
+    slow.expected = 0.01
+    with patch(tiny_vit(), "topk", k=0.3) as handle:
+        handle.warmup(tiny_images(2))
+    assert slow.warmed == []
+    with patch(tiny_vit(), "topk", k=0.3, kernel="slow") as handle:
+        handle.warmup(tiny_images(2))
+    assert len(slow.warmed) == 2
 
 
 def test_by_name_it_is_warmed_up_as_well(slow: Slow) -> None:

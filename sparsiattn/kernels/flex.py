@@ -84,7 +84,7 @@ class Flex(Kernel):
             torch.set_grad_enabled(grad),
             torch.autocast(inputs.q.device.type, enabled=False),
         ):
-            tiles = flexcompile.run(static, _operands(inputs, pattern))
+            tiles = flexcompile.run(static, operands_of(inputs, pattern))
             patches = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
         if not pattern.dense_rows:
             return patches
@@ -142,15 +142,14 @@ def static_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Static:
     )
 
 
-def _operands(inputs: AttentionInputs, pattern: KeyBlocks) -> Operands:
+def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Operands:
     """Tokens in the order of tiles and blocks, and the lists: new tensors of one layout each."""
     tiles, dtype = pattern.tiles, _dtype(inputs)
     assert tiles is not None
     q = tiles.gather(inputs.q[..., pattern.dense_rows :, :]).flatten(-3, -2)
     k, v = (_packed(x.to(dtype), pattern) for x in (inputs.k, inputs.v))
     chosen = pattern.chosen.to(torch.int32).contiguous()
-    limit = None if pattern.blocks.even else _limits(pattern)
-    return Operands(q.to(dtype), k, v, chosen, limit, _summary_bias(pattern))
+    return Operands(q.to(dtype), k, v, chosen, _limits(pattern), _summary_bias(pattern))
 
 
 def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 class Operands(NamedTuple):
     """q: ``[B, H, T * t, D]``. k, v: ``[B, H, U * size, D]`` and ``[..., Dv]``, the last blocks of
     prefix and summary keys included. chosen: ``[B|1, H|1, T, C]``, int32. limit: keys that each
-    block gives, ``[B|1, H|1, T, U']``, where blocks are uneven. bias: of the summary keys, ``[B|1,
-    H|1, T or T * t, G]``."""
+    block gives, none if it was not chosen, ``[B|1, H|1, T, U']``. bias: of the summary keys,
+    ``[B|1, H|1, T or T * t, G]``."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     chosen: Tensor
-    limit: Tensor | None
+    limit: Tensor
     bias: Tensor | None
 
 
@@ -88,7 +88,11 @@ def _program(static: Static) -> tuple[Callable[..., Tensor], Any]:
 
 
 def attention(static: Static) -> Callable[..., Tensor]:
-    """The function to compile. Everything but tensors is a constant in it."""
+    """The function to compile. Everything but tensors is a constant in it.
+
+    Its mask alone says the whole pattern, because only compiled FlexAttention heeds the lists:
+    where compiling is switched off the function is slow but right.
+    """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tile, size, even, scale, grad = static.tile, static.size, static.even, static.scale, static.grad
@@ -97,7 +101,6 @@ def attention(static: Static) -> Callable[..., Tensor]:
     more = -(-extra // size)
     base, units = blocks * size, blocks + more
     whole = count - 1 if even else 0
-    rest = static.keys - (count - 1) * size
     rows = 1 if static.bias is None or static.bias[2] != static.shape[2] else tile
 
     def columns(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,14 +108,11 @@ def attention(static: Static) -> Callable[..., Tensor]:
         return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
 
     def program(
-        q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, limit: Tensor | None, bias: Tensor | None
+        q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, limit: Tensor, bias: Tensor | None
     ) -> Tensor:
         def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            if limit is None:
-                inside = j % size < rest
-            else:
-                b, h = b % limit.shape[0], h % limit.shape[1]
-                inside = j % size < limit[b, h, i // tile, (j // size).clamp(max=blocks - 1)]
+            b, h = b % limit.shape[0], h % limit.shape[1]
+            inside = j % size < limit[b, h, i // tile, (j // size).clamp(max=blocks - 1)]
             return torch.where(j >= base, j < base + extra, inside)
 
         def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
