@@ -152,6 +152,16 @@ def test_a_compiled_model_does_not_take_it() -> None:
         assert handle.runtimes[0].last is not None
 
 
+@HERE
+def test_no_image_at_all() -> None:
+    inputs, pattern = flex_call(shared=True, background=None)
+    none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
+    before = graphs()
+    assert FLEX.why_not(none, pattern) == []
+    assert FLEX(none, pattern).shape == (0, 3, 65, 16)
+    assert graphs() == before
+
+
 def test_auto_takes_it_only_where_it_is_ready() -> None:
     call = flex_call(k=30)  # a shape that nothing compiles
     assert FLEX.why_not(*call) == []

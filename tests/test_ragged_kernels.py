@@ -280,6 +280,12 @@ class TestXFormers:
         out = XFormers()(*call)
         torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
 
+    def test_no_image_at_all(self, biases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        inputs, pattern = flex_call(block=(4, 4), shared=True, background=None)
+        none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
+        assert XFormers()(none, pattern).shape == (0, 3, 65, 16)
+
     def test_refusals_of_key_blocks_are_exact(self) -> None:
         start = XFormers().unavailable()
         single = "needs half precision, got torch.float32"

@@ -76,6 +76,8 @@ class Flex(Kernel):
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyBlocks)
         assert pattern.tiles is not None
+        if not inputs.q.numel():  # no image: nothing to compile for
+            return inputs.q.new_zeros(*inputs.q.shape[:-1], inputs.v.shape[-1])
         static = static_of(inputs, pattern)
         # what is compiled holds for one autocast and one gradient mode; inference tensors count too
         grad = torch.is_grad_enabled() and static.grad

@@ -86,6 +86,8 @@ def attend(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> Tensor:
     """``[B, H, Nq, Dv]``."""
     tiles = pattern.tiles
     assert tiles is not None
+    if not inputs.q.numel():
+        return torch.zeros_like(inputs.q)
     q = tiles.gather(inputs.q[..., pattern.dense_rows :, :])
     out, lse = _over_pages(ops, q, inputs, pattern)
     if pattern.prefix or pattern.summary is not None:
