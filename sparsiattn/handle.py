@@ -207,6 +207,27 @@ class Patch:
         self._require_active("report")
         return report(self)
 
+    def warmup(self, input: Any) -> Patch:
+        """Run the model once so that kernels that compile do so now, not in a later forward pass.
+
+        input: what the model takes: images ``[B, C, H, W]``, a dict of keyword arguments or a tuple
+        of positional ones, of the shape, type and device (and under the autocast) of later calls.
+        The model runs in the mode it is in, without gradients; while it trains on a GPU, backward
+        passes of the kernels are compiled as well. Weights, buffers, planners and random numbers
+        stay as they are. Returns the patch.
+
+        >>> import torch, sparsiattn
+        >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+        >>> with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as patch:
+        ...     patch.warmup(tiny_images(2)) is patch
+        True
+        """
+        from sparsiattn.warmup import warmup
+
+        self._require_active("warmup")
+        warmup(self, input)
+        return self
+
     def save(self, directory: str | PathLike[str]) -> Path:
         """Write the delta only: a JSON config and the planners' weights as safetensors."""
         from sparsiattn.saving import save

@@ -30,6 +30,7 @@ class _Thread(threading.local):
         self.image: tuple[int, int, int] | None = None
         self.shared: Any = None
         self.observer: tuple[int, Any] | None = None
+        self.warming: int | None = None  # the patch whose kernels get ready in this forward pass
         self.routed: set[int] = set()
         # what `carrying` keeps between the hooks of one block
         self.stream: Any = None

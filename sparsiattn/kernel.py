@@ -45,6 +45,17 @@ class Kernel:
         `tune` measures say its `speed`. None where `speed` is overridden."""
         return None
 
+    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        """Reasons why ``auto`` should not take a call that works, such as a minute of compiling.
+
+        Asked after `why_not` was empty; a kernel that was asked for by name runs all the same.
+        """
+        return []
+
+    def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
+        """Do once what makes later calls of this shape ready; called by `Patch.warmup` with calls
+        that `why_not` lets through, with operands that want a gradient if the model trains."""
+
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
         """Expected speed relative to dense attention (1.0), from shapes alone; planning apart."""
         work = self.work(inputs, pattern)
@@ -90,6 +101,8 @@ def choose(
     best, fastest = None, 0.0
     for kernel in kernels:  # a loop, not max(key=...), which older compilers cannot trace
         reasons = kernel.unavailable() or kernel.why_not(inputs, pattern)
+        if not reasons and not explicit:
+            reasons = kernel.not_ready(inputs, pattern)
         if reasons:
             refusals.append((kernel.name, tuple(reasons)))
             continue

@@ -126,6 +126,8 @@ class SiteRuntime:
         pattern = self.plan(planner, inputs)
         if isinstance(pattern, Dense):
             return None
+        if THREAD.warming is not None:
+            self.warm(inputs, pattern)
         return self.choose(inputs, pattern).kernel(inputs, pattern)
 
     def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:
@@ -139,6 +141,13 @@ class SiteRuntime:
             self.choices.keep(key, found)
         self.last = found
         return found
+
+    def warm(self, inputs: AttentionInputs, pattern: Pattern) -> None:
+        """Let the site's kernels get ready for calls like this one, while `Patch.warmup` runs."""
+        from sparsiattn.warmup import warm
+
+        if THREAD.warming == self.owner.key:
+            warm(self.kernels, inputs, pattern, training=self.module.training)
 
 
 def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
 import torch
 import zoo
+from flex_calls import flex_call
 from torch import nn
 
 from sparsiattn import kernels, strategies
 from sparsiattn.kernels.blocksparse import Triton
+from sparsiattn.kernels.flex import Flex
+from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.kernels.varlen import Varlen, XFormers
+from sparsiattn.kernels.varlen import Varlen
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
@@ -25,6 +29,7 @@ from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
+from sparsiattn.testing.kernel import Case
 
 
 class TestDense(StrategySuite):
@@ -132,6 +137,16 @@ class TestGatherKernel(KernelSuite):
 
 class TestTritonKernel(KernelSuite):
     kernel = Triton()
+
+
+class TestFlexKernel(KernelSuite):
+    """One shape, because each compiles for long; tests/test_flex.py has the sweep."""
+
+    kernel = Flex()
+    dtypes = (torch.float32,)
+
+    def cases(self, dtype: torch.dtype) -> Iterator[Case]:
+        yield "blocks", *flex_call(dtype=dtype)
 
 
 class TestXFormersKernel(KernelSuite):

@@ -6,12 +6,14 @@ from __future__ import annotations
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels.blocksparse import Triton
+from sparsiattn.kernels.flex import Flex
+from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.kernels.varlen import Varlen, XFormers
+from sparsiattn.kernels.varlen import Varlen
 
 
 @hookimpl
 def sparsiattn_kernels() -> list[Kernel]:
-    return [Reference(), MaskedSDPA(), Gather(), Triton(), XFormers(), Varlen()]
+    return [Reference(), MaskedSDPA(), Gather(), Flex(), Triton(), XFormers(), Varlen()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels._triton.ops import key_list_attention
-from sparsiattn.kernels.gather import _dense_rows, _needs_grad
+from sparsiattn.kernels.gather import dense_rows, needs_grad
 from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.site import MASKED_BELOW, AttentionInputs
 
@@ -82,7 +82,7 @@ class Triton(Kernel):
             None if tiles is None else tiles.order,
             None if tiles is None or tiles.even else tiles.weight,
             *_lists(pattern),
-            _dense_rows(inputs, first) if first else None,
+            dense_rows(inputs, first) if first else None,
             pattern.prefix if isinstance(pattern, KeyBlocks) else 0,
             _places(pattern),
             inputs.scale,
@@ -107,7 +107,7 @@ def _unfit(inputs: AttentionInputs) -> list[str]:
         found.append(f"needs head dims up to {_WIDEST}, got {q.shape[-1]} and {v.shape[-1]}")
     if inputs.dropout:
         found.append("has no dropout")
-    if _needs_grad(inputs) and torch.are_deterministic_algorithms_enabled():
+    if needs_grad(inputs) and torch.are_deterministic_algorithms_enabled():
         found.append("adds gradients of keys atomically, and torch is asked to be deterministic")
     return found
 

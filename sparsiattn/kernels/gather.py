@@ -66,7 +66,7 @@ class Gather(Kernel):
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
-        if _needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
+        if needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
             operands, dead = _operands(inputs, pattern)
             patches = attend(operands)
             if dead is not None:
@@ -76,7 +76,7 @@ class Gather(Kernel):
             )
             if not pattern.dense_rows:
                 return patches
-            return torch.cat([_dense_rows(inputs, pattern.dense_rows), patches], dim=-2)
+            return torch.cat([dense_rows(inputs, pattern.dense_rows), patches], dim=-2)
         b, h, n, _ = inputs.q.shape
         # laid out as torch's own attention does, so that the host's reshape copies nothing
         out = inputs.q.new_empty(b, n, h, inputs.v.shape[-1]).transpose(1, 2)
@@ -97,7 +97,7 @@ def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
     if dead is not None:
         tiles.masked_fill_(dead, 0.0)
     if first:
-        out[..., :first, :] = _dense_rows(_packed_inputs(inputs, pattern, operands), first)
+        out[..., :first, :] = dense_rows(_packed_inputs(inputs, pattern, operands), first)
     if pattern.tiles is None:
         out[..., first:, :] = tiles.squeeze(-2)
     elif pattern.tiles.even:
@@ -117,7 +117,8 @@ def _packed_inputs(
     return inputs.replace(k=k, v=v)
 
 
-def _needs_grad(inputs: AttentionInputs) -> bool:
+def needs_grad(inputs: AttentionInputs) -> bool:
+    """Whether a backward pass will follow."""
     operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
@@ -323,7 +324,8 @@ def _hardened(inputs: AttentionInputs) -> Tensor | None:
     return bias.masked_fill(~allowed, float("-inf"))
 
 
-def _dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
+def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
+    """Leading queries over every key, ``[B, H, count, Dv]``."""
     bias = inputs.bias
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., :count, :]

@@ -1,7 +1,9 @@
-"""Ragged batches on CUDA without padding: xformers' block-diagonal mask, torch's `varlen_attn`."""
+"""Ragged batches on CUDA without padding through torch's own `varlen_attn`."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,12 +17,16 @@ from sparsiattn.kernels.sdpa import lengths_work
 from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.site import AttentionInputs
 
+HALF = (torch.float16, torch.bfloat16)
 
-def _refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-    """What both kernels refuse."""
+
+def ragged_refusals(
+    inputs: AttentionInputs, pattern: Pattern, needs: str = "images packed by length"
+) -> list[str]:
+    """What every kernel for ragged batches refuses."""
     found = []
     if not isinstance(pattern, Lengths):
-        found.append(f"needs images packed by length, got a {type(pattern).__name__} pattern")
+        found.append(f"needs {needs}, got a {type(pattern).__name__} pattern")
     if inputs.q.device.type != "cuda":
         found.append(f"needs CUDA tensors, got {inputs.q.device.type}")
     if inputs.bias is not None:
@@ -30,47 +36,8 @@ def _refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
     return found
 
 
-class XFormers(Kernel):
-    """Packed images through xformers' memory-efficient attention (`BlockDiagonalMask`)."""
-
-    name = "xformers"
-    summary = "ragged batches without padding on CUDA (xformers' block-diagonal mask)"
-
-    def unavailable(self) -> list[str]:
-        if not torch.cuda.is_available():
-            return ["needs a CUDA device"]
-        return [] if _xformers() is not None else ["xformers is not installed"]
-
-    def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        return self.unavailable() + _refusals(inputs, pattern)
-
-    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
-        assert isinstance(pattern, Lengths)
-        return lengths_work(Call.of(inputs), pattern, calls=1.0)
-
-    def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
-        assert isinstance(pattern, Lengths)
-        ops = _xformers()
-        mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(list(pattern.lengths))
-        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
-        out: Tensor = ops.memory_efficient_attention(
-            q, k, v, attn_bias=mask, p=inputs.dropout, scale=inputs.scale
-        )
-        return out.transpose(1, 2)
-
-
-@cache
-def _xformers() -> Any:
-    """xformers.ops, or None where it cannot be imported (absent, or built for another torch)."""
-    try:
-        import xformers.ops
-    except (ImportError, OSError):
-        return None
-    return xformers.ops
-
-
 class Varlen(Kernel):
-    """Packed images through torch's own `varlen_attn`."""
+    """Packed images through torch's own `varlen_attn`; differentiable."""
 
     name = "varlen"
     summary = "ragged batches without padding on CUDA (torch's varlen_attn)"
@@ -78,14 +45,18 @@ class Varlen(Kernel):
     def unavailable(self) -> list[str]:
         if not torch.cuda.is_available():
             return ["needs a CUDA device"]
-        return [] if _varlen_attn() is not None else ["this torch has no varlen_attn"]
+        if torch.compiler.is_compiling():
+            return ["cannot be traced by torch.compile"]
+        return [] if shim() is not None else ["this torch has no varlen_attn"]
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.unavailable() + _refusals(inputs, pattern)
-        if inputs.q.dtype not in (torch.float16, torch.bfloat16):
+        found = self.unavailable() + ragged_refusals(inputs, pattern)
+        if inputs.q.dtype not in HALF:
             found.append(f"needs half precision, got {inputs.q.dtype}")
         if inputs.dropout:
             found.append("has no dropout")
+        if not inputs.scale > 0:
+            found.append(f"needs a positive scale, got {inputs.scale}")
         return found
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
@@ -96,18 +67,40 @@ class Varlen(Kernel):
         assert isinstance(pattern, Lengths)
         lengths = torch.tensor(pattern.lengths, dtype=torch.int32, device=inputs.q.device)
         ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        # older versions have no scale argument, so the query carries it
-        scaled = inputs.q * (inputs.scale * inputs.q.shape[-1] ** 0.5)
-        q, k, v = (x[0].transpose(0, 1) for x in (scaled, inputs.k, inputs.v))
-        longest = max(pattern.lengths)
-        out: Tensor = _varlen_attn()(q, k, v, ends, ends, longest, longest)
+        q, k, v = (x[0].transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v))
+        attend = shim()
+        assert attend is not None
+        out = attend(q, k, v, ends, max(pattern.lengths), inputs.scale)
         return out.transpose(0, 1)[None]
 
 
+class Shim:
+    """One version of `varlen_attn`, called without any mask.
+
+    The tensors' names and order have stayed, the keywords have not: ``is_causal`` gave way to
+    ``window_size``, and ``scale`` came later. Left out they all mean no mask, so only ``scale`` is
+    passed on, and where a version has none the queries carry it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function: Callable[..., Tensor] = function
+        self.takes_scale = "scale" in inspect.signature(function).parameters
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float
+    ) -> Tensor:
+        """Attention of packed images ``[N, H, D]`` that end at ``ends``."""
+        if self.takes_scale:
+            return self.function(q, k, v, ends, ends, longest, longest, scale=scale)
+        carried = q * (scale * q.shape[-1] ** 0.5)
+        return self.function(carried, k, v, ends, ends, longest, longest)
+
+
 @cache
-def _varlen_attn() -> Any:
+def shim() -> Shim | None:
+    """That of the installed torch; its module takes seconds to import, so not before it is used."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    return Shim(varlen_attn)

@@ -1,0 +1,187 @@
+"""Key blocks through FlexAttention, compiled once per shape and kept.
+
+The block lists of a pattern go into a `BlockMask` as they are. Prefix and summary keys fill some
+more blocks at the end, as in `sparsiattn.kernels.gather`; what is left over there and in the last
+block of each list is masked. FlexAttention: arXiv 2412.05496.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsiattn.kernel import Kernel
+from sparsiattn.kernels import flexcompile
+from sparsiattn.kernels.flexcompile import Operands, Static
+from sparsiattn.kernels.gather import dense_rows, needs_grad
+from sparsiattn.patterns import KeyBlocks, Pattern
+from sparsiattn.site import AttentionInputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST = 16
+"""Rows of the smallest matrix product of a GPU."""
+
+
+class Flex(Kernel):
+    """Key blocks through compiled FlexAttention; new lists of one shape compile nothing.
+
+    CUDA forward and backward, CPU forward. The first call of a shape compiles for about half a
+    minute, so ``auto`` takes this kernel only for shapes that `Patch.warmup` has seen.
+    """
+
+    name = "flex"
+    summary = "key blocks through compiled FlexAttention (after warmup; on the CPU no gradients)"
+
+    def unavailable(self) -> list[str]:
+        if torch.compiler.is_compiling() or torch.cuda.is_available():
+            return []
+        return flexcompile.cpu_refusals()
+
+    def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        if torch.compiler.is_compiling():
+            return ["compiles by itself, so not as a part of a compiled model"]
+        found = []
+        if not isinstance(pattern, KeyBlocks):
+            found.append(f"needs key blocks, got a {type(pattern).__name__} pattern")
+        elif pattern.tiles is None:
+            found.append("needs query tiles, every query is alone")
+        if inputs.bias is not None:
+            found.append("takes no mask of the host")
+        if inputs.dropout:
+            found.append("has no dropout")
+        dtype = _dtype(inputs)
+        if dtype not in DTYPES:
+            found.append(f"needs float32, bfloat16 or float16, got {dtype}")
+        return found + _device_refusals(inputs, pattern)
+
+    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        assert isinstance(pattern, KeyBlocks)
+        if inputs.q.device.type != "meta" and flexcompile.is_compiled(static_of(inputs, pattern)):
+            return []
+        return ["not compiled yet for this shape: call patch.warmup(images)"]
+
+    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+        assert isinstance(pattern, KeyBlocks)
+        keys = pattern.pairs() / inputs.n_queries
+        if inputs.q.device.type == "cpu":
+            return 0.37 * inputs.n_keys / (keys + 480)  # measured, in 2 threads
+        return 0.6 * inputs.n_keys / (keys + 100)  # an estimate: not measured yet
+
+    def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
+        out = self(inputs, pattern)
+        if out.requires_grad:
+            leaves = [x for x in (inputs.q, inputs.k, inputs.v) if x.requires_grad]
+            torch.autograd.grad(out.sum(), leaves)
+
+    def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        assert isinstance(pattern, KeyBlocks)
+        assert pattern.tiles is not None
+        if not inputs.q.numel():  # no image: nothing to compile for
+            return inputs.q.new_zeros(*inputs.q.shape[:-1], inputs.v.shape[-1])
+        static = static_of(inputs, pattern)
+        # what is compiled holds for one autocast and one gradient mode; inference tensors count too
+        grad = torch.is_grad_enabled() and static.grad
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+            torch.autocast(inputs.q.device.type, enabled=False),
+        ):
+            tiles = flexcompile.run(static, operands_of(inputs, pattern))
+            patches = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
+        if not pattern.dense_rows:
+            return patches
+        return torch.cat([dense_rows(inputs, pattern.dense_rows).to(patches), patches], dim=-2)
+
+
+def _dtype(inputs: AttentionInputs) -> torch.dtype:
+    """The type in which torch's own attention would compute."""
+    device = inputs.q.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return inputs.q.dtype
+
+
+def _device_refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+    device = inputs.q.device.type
+    if device == "cpu":
+        found = flexcompile.cpu_refusals()
+        return [*found, "has no backward pass on the CPU"] if needs_grad(inputs) else found
+    if device == "meta":  # a dry run: the device is known when the model runs
+        return []
+    if device != "cuda":
+        return [f"needs CPU or CUDA tensors, got {device}"]
+    found, dims = [], (inputs.q.shape[-1], inputs.v.shape[-1])
+    if min(dims) < SMALLEST:
+        found.append(f"needs head dims of at least {SMALLEST} on CUDA, got {dims}")
+    if isinstance(pattern, KeyBlocks) and pattern.tiles is not None:
+        for what, size in (("tiles", pattern.tiles.size), ("blocks", pattern.blocks.size)):
+            if size < SMALLEST or size & (size - 1):
+                found.append(f"needs {what} of 16, 32, 64, ... patches on CUDA, got {size}")
+    return found
+
+
+def static_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Static:
+    """All that the compiled program depends on."""
+    q, tiles, blocks, summary = inputs.q, pattern.tiles, pattern.blocks, pattern.summary
+    assert tiles is not None
+    cells = 0 if summary is None else summary.count
+    grad = torch.is_grad_enabled()
+    return Static(
+        device=q.device,
+        dtype=_dtype(inputs),
+        shape=(*q.shape[:2], tiles.count, blocks.count, pattern.chosen.shape[-1]),
+        dims=(q.shape[-1], inputs.v.shape[-1]),
+        lists=tuple(pattern.chosen.shape[:2]),
+        bias=None if summary is None else tuple(summary.bias.shape[:3]),
+        tile=tiles.size,
+        size=blocks.size,
+        even=blocks.even,
+        keys=pattern.keys - pattern.prefix,
+        prefix=pattern.prefix,
+        cells=cells,
+        scale=inputs.scale,
+        needs=tuple(grad and x.requires_grad for x in (q, inputs.k, inputs.v)),
+    )
+
+
+def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Operands:
+    """Tokens in the order of tiles and blocks, and the lists: new tensors of one layout each."""
+    tiles, dtype = pattern.tiles, _dtype(inputs)
+    assert tiles is not None
+    q = tiles.gather(inputs.q[..., pattern.dense_rows :, :]).flatten(-3, -2)
+    k, v = (_packed(x.to(dtype), pattern) for x in (inputs.k, inputs.v))
+    chosen = pattern.chosen.to(torch.int32).contiguous()
+    return Operands(q.to(dtype), k, v, chosen, _limits(pattern), _summary_bias(pattern))
+
+
+def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:
+    """``[B, H, N, D]`` to ``[B, H, U * size, D]``: the blocks, then prefix and summary keys."""
+    blocks, summary, prefix = pattern.blocks, pattern.summary, pattern.prefix
+    parts = [blocks.gather(x[..., prefix:, :]).flatten(-3, -2), x[..., :prefix, :]]
+    if summary is not None:
+        parts.append(summary.pool(x))
+    filled = sum(part.shape[-2] for part in parts)
+    parts.append(x.new_zeros(*x.shape[:2], -filled % blocks.size, x.shape[-1]))
+    return torch.cat(parts, dim=-2)
+
+
+def _limits(pattern: KeyBlocks) -> Tensor:
+    """How many keys each block gives to each tile, ``[B|1, H|1, T, U]``: blocks of unequal size are
+    padded at their end, and the list ends where the budget does."""
+    blocks, chosen = pattern.blocks, pattern.chosen
+    lengths = (blocks.weight > 0).sum(1)[chosen]
+    before = lengths.cumsum(-1) - lengths
+    given = (pattern.keys - pattern.prefix - before).clamp_min(0).minimum(lengths)
+    none = given.new_zeros(*chosen.shape[:-1], blocks.count)
+    return none.scatter(-1, chosen, given).to(torch.int32)
+
+
+def _summary_bias(pattern: KeyBlocks) -> Tensor | None:
+    """``[B|1, H|1, T or T * t, G]``: a row for every tile, or for every slot of the tiles."""
+    summary, tiles = pattern.summary, pattern.tiles
+    if summary is None or tiles is None:
+        return None
+    bias = summary.bias
+    if bias.shape[-2] != tiles.count:
+        bias = tiles.gather(bias).flatten(-3, -2)
+    return bias.to(torch.float32, copy=True).contiguous()

@@ -1,0 +1,137 @@
+"""xformers' memory-efficient attention, or that of its successor mslk: ragged batches by a
+block-diagonal mask, key blocks by a paged one."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsiattn.kernel import Kernel
+from sparsiattn.kernels import paged
+from sparsiattn.kernels.varlen import ragged_refusals
+from sparsiattn.patterns import KeyBlocks, Lengths, Pattern
+from sparsiattn.site import AttentionInputs
+
+HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
+
+
+class XFormers(Kernel):
+    """Packed images through xformers' memory-efficient attention (`BlockDiagonalMask`), and key
+    blocks, forward only, as the pages of a paged cache (`PagedBlockDiagonalPaddedKeysMask`)."""
+
+    name = "xformers"
+    summary = "on CUDA: ragged batches without padding, key blocks without gradients (xformers)"
+
+    def unavailable(self) -> list[str]:
+        if not torch.cuda.is_available():
+            return ["needs a CUDA device"]
+        if torch.compiler.is_compiling():
+            return ["cannot be traced by torch.compile"]
+        found = probe()
+        return [] if found.ops is not None else [found.reason]
+
+    def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        found = self.unavailable()
+        if isinstance(pattern, KeyBlocks):
+            ops = None if found else probe().ops
+            return found + paged.refusals(ops, inputs, pattern)
+        return found + ragged_refusals(inputs, pattern, "images packed by length or key blocks")
+
+    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        if inputs.q.device.type == "meta":
+            return ["a dry run cannot tell whether it gets half precision on a GPU"]
+        return []
+
+    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+        if isinstance(pattern, KeyBlocks):
+            # not measured on a GPU yet: `auto` takes others first
+            return 0.3 * inputs.n_keys / (pattern.pairs() / inputs.n_queries + 300)
+        return 2.0
+
+    def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        ops = probe().ops
+        if isinstance(pattern, KeyBlocks):
+            return paged.attend(ops, inputs, pattern)
+        assert isinstance(pattern, Lengths)
+        mask = ops.attn_bias.BlockDiagonalMask.from_seqlens(
+            list(pattern.lengths), device=inputs.q.device
+        )
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        out: Tensor = ops.memory_efficient_attention(
+            q, k, v, attn_bias=mask, p=inputs.dropout, scale=inputs.scale
+        )
+        return out.transpose(1, 2)
+
+
+class Found(NamedTuple):
+    """The module with the operators, or None and why."""
+
+    ops: Any
+    reason: str
+
+
+@cache
+def probe() -> Found:
+    """The first of xformers and mslk that works here; asked once, and not before it is needed."""
+    reasons = []
+    for home in HOMES:
+        found = _load(home)
+        if found.ops is not None:
+            return found
+        reasons.append(found.reason)
+    return Found(None, "; ".join(reasons))
+
+
+def _load(home: str) -> Found:
+    """Import one of them without a word on stderr. A wheel for another CUDA or torch may fail in
+    any way while it loads, or load without its operators."""
+    name = home.partition(".")[0]
+    try:
+        with _silence(name):
+            ops = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        missing = "" if error.name == name else f" without {error.name}"
+        return Found(None, f"{name} is not installed" if not missing else f"{name} fails{missing}")
+    except Exception as error:
+        return Found(None, f"{name} cannot be imported ({_first_line(error)})")
+    fault = _extension_fault(name)
+    return Found(None, fault) if fault else Found(ops, "")
+
+
+@contextmanager
+def _silence(name: str) -> Iterator[None]:
+    loggers = [logging.getLogger(each) for each in (name, f"{name}_fmha")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
+
+
+def _extension_fault(name: str) -> str:
+    """xformers imports without its CUDA extension, and its operators refuse later."""
+    if name != "xformers":
+        return ""
+    library = importlib.import_module("xformers._cpp_lib")
+    error = getattr(library, "_cpp_library_load_exception", None)
+    if error is None:
+        return ""
+    return f"xformers cannot load its CUDA extension ({_first_line(error.__cause__ or error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
