@@ -26,7 +26,7 @@ class SiteReport:
 
     expected: speed relative to dense attention by the kernel's own estimate, with the time of
     planning, which is the share ``planning`` of dense attention's. measured: the same, measured by
-    `Patch.warmup`, `measure_sites`, or a `tune` that covers the shape; None where it was not.
+    `measure_sites`, or a `tune` that covers the shape; None where it was not.
     """
 
     name: str

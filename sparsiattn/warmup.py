@@ -13,7 +13,6 @@ from sparsiattn.cost import reload
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.interception import THREAD
 from sparsiattn.kernel import Kernel
-from sparsiattn.measure import measure_sites
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
 
@@ -31,9 +30,6 @@ def warmup(handle: Patch, inputs: Any) -> None:
     args, kwargs = _arguments(inputs)
     with torch.no_grad(), _unchanged(handle), _warming(handle.key):
         handle.model(*args, **kwargs)
-    reload()  # kernels that are ready now may be taken where others were
-    with _unchanged(handle):
-        measure_sites(handle, inputs, rounds=3)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -61,6 +57,7 @@ def warm(
         with torch.inference_mode(False), torch.set_grad_enabled(call is not inputs):
             for kernel in _candidates(kernels, call, pattern):
                 kernel.warmup(call, pattern)
+    reload()  # kernels that are ready now may be taken where others were
 
 
 def _candidates(

@@ -152,6 +152,29 @@ def test_a_compiled_model_does_not_take_it() -> None:
         assert handle.runtimes[0].last is not None
 
 
+@pytest.mark.parametrize("version", ["2.10.0", "2.14.1+cu130", "2.15.0+cu132", "3.0.0a1"])
+def test_tiles_of_older_versions_divide_the_blocks(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    here = static_of(*flex_call())
+    assert flexcompile.kernel_options(here) is None
+    for tile in (16, 32, 64, 128):
+        for size in (16, 32, 64, 256):
+            there = replace(here, device=torch.device("cuda"), tile=tile, size=size)
+            options = flexcompile.kernel_options(there)
+            if version.startswith(("2.15", "3")):
+                assert options is None
+                continue
+            assert options is not None
+            rows = [options[name] for name in ("fwd_BLOCK_M", "bwd_BLOCK_M1", "bwd_BLOCK_M2")]
+            keys = [options[name] for name in ("fwd_BLOCK_N", "bwd_BLOCK_N1", "bwd_BLOCK_N2")]
+            assert all(step >= 16 and tile % step == 0 for step in rows)
+            assert all(step >= 16 and size % step == 0 for step in keys)
+            assert keys[1] % rows[1] == 0
+            assert rows[2] % keys[2] == 0
+
+
 @HERE
 def test_no_image_at_all() -> None:
     inputs, pattern = flex_call(shared=True, background=None)

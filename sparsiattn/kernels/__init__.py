@@ -1,5 +1,5 @@
-"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` and, on CUDA, `triton` save;
-`xformers` and `varlen` serve ragged batches on CUDA."""
+"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` and, on CUDA, `triton` save,
+`flex` compiles; `xformers` and `varlen` serve ragged batches on CUDA, the former key blocks too."""
 
 from __future__ import annotations
 

@@ -87,6 +87,18 @@ def _program(static: Static) -> tuple[Callable[..., Tensor], Any]:
     return torch.compile(fresh, fullgraph=True, dynamic=False), own
 
 
+def kernel_options(static: Static) -> dict[str, Any] | None:
+    """Sizes of a GPU kernel's own tiles where torch would choose some that divide no small block:
+    only from 2.15 on does it make them fit."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if static.device.type != "cuda" or version >= (2, 15):
+        return None
+    m, n = min(static.tile, 64), min(static.size, 64)
+    b = min(m, n, 32)
+    backward = {f"bwd_BLOCK_{name}": b for name in ("M1", "N1", "M2", "N2")}
+    return {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n, **backward}
+
+
 def attention(static: Static) -> Callable[..., Tensor]:
     """The function to compile. Everything but tensors is a constant in it.
 
@@ -97,6 +109,7 @@ def attention(static: Static) -> Callable[..., Tensor]:
 
     tile, size, even, scale, grad = static.tile, static.size, static.even, static.scale, static.grad
     blocks, count = static.shape[3:]
+    options: Any = kernel_options(static)
     extra, prefix, cells = static.prefix + static.cells, static.prefix, static.cells
     more = -(-extra // size)
     base, units = blocks * size, blocks + more
@@ -131,7 +144,9 @@ def attention(static: Static) -> Callable[..., Tensor]:
             seq_lengths=(q.shape[-2], k.shape[-2]), compute_q_blocks=grad,
         )  # fmt: skip
         mod = None if bias is None else score
-        out: Tensor = flex_attention(q, k, v, score_mod=mod, block_mask=lists, scale=scale)
+        out: Tensor = flex_attention(
+            q, k, v, score_mod=mod, block_mask=lists, scale=scale, kernel_options=options
+        )
         return out
 
     return program
