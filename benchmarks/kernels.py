@@ -39,7 +39,8 @@ def case(
     n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int, kernel: Any
 ) -> Any:
     """``n`` patch tokens and a CLS token, 6 heads of 64; `connectivity` with its background."""
-    q, key, v = (torch.randn(batch, 6, n + 1, 64, device=device, dtype=dtype) for _ in range(3))
+    packed = torch.randn(batch, n + 1, 3, 6, 64, device=device, dtype=dtype)
+    q, key, v = packed.permute(2, 0, 3, 1, 4)  # laid out as hosts hand them over
     site = Site.of(q, key, v, prefix_tokens=1)
     strategy = Connectivity(k=k, tile=tile)
     planner = strategy.planner(site).to(device, dtype)
