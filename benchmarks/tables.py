@@ -116,6 +116,17 @@ def token_quality() -> str:
     return table(["schedule", "top-1", "patch tokens left", "MACs saved"], rows)
 
 
+def memory() -> str:
+    rows = read("memory-cpu")["rows"]
+    return table(
+        ["tokens", "dense", "sparse", "ratio"],
+        [
+            [f"{r['tokens']:,}", f"{r['dense_mb']} MB", f"{r['sparse_mb']} MB", f"{r['ratio']:.2f}"]
+            for r in rows
+        ],
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "mass": mass,
     "background": background,
@@ -125,6 +136,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tokens": tokens,
     "token-quality": token_quality,
     "proportional": proportional,
+    "memory": memory,
+    "source memory-cpu": lambda: source("memory-cpu"),
     "source proportional-cpu": lambda: source("proportional-cpu"),
     "source tokens-cpu": lambda: source("tokens-cpu"),
     "source token-quality-cifar": lambda: source("token-quality-cifar"),
