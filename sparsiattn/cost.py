@@ -126,9 +126,6 @@ _CPU = {
     "reference": Prices(5.5e-6, 6e-12, 2e-9, 2.4e-10, 1e-8),
     "sdpa": Prices(4.5e-5, 7.1e-12, 1.3e-9, 2.1e-10, 1.1e-8),
     "gather": Prices(1.94e-5, 1.01e-11, 1.11e-9, 1.15e-11, 5.6e-7),
-    "flex": Prices(2e-4, 1.13e-11, 1e-9, 1e-10, 1.56e-7),
-    # the interpreter, for tests
-    "triton": Prices(1e-2, 1e-8, 1e-7, 1e-8, 1e-6),
 }
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {
@@ -137,9 +134,6 @@ _CUDA_HALF = {
     "reference": Prices(8e-6, 5e-14, 2e-11, 1e-12),
     "sdpa": Prices(9e-6, 1.2e-14, 1e-13, 1e-12),
     "gather": Prices(8e-6, 7e-15, 1e-13, 8e-13),
-    "flex": Prices(4e-5, 9e-15, 2e-14, 5e-13),
-    "triton": Prices(3e-5, 8e-15, 2e-14, 5e-13),
-    "xformers": Prices(2.5e-5, 8e-15, 2e-14, 5e-13),
     "varlen": Prices(1.5e-5, 5e-15, 1e-14, 5e-13),
 }
 _CUDA_SINGLE = {

@@ -85,8 +85,9 @@ class Pattern:
         """The ``ceil(k * Nk)`` (or, as a count, ``k``) best-scored keys of every row.
 
         scores: ``[B|1, H|1, R, Nk]`` with one row per query, per patch query (prefix left out), or
-        per query tile. Inside a model the core adds what users asked for: prefix columns, tiles
-        (rows are averaged where scores came per query), background.
+        per query tile; where ``inputs.blocks`` is not None there may be one column per block of
+        patch keys instead of one per key. Inside a model the core adds what users asked for:
+        prefix columns, tiles (rows are averaged where scores came per query), background.
 
         >>> scores = torch.tensor([[[[3.0, 1.0, 2.0]]]])
         >>> Pattern.top(scores, 2).to_mask().tolist()
