@@ -13,10 +13,19 @@ from sparsiattn import geometry
 from sparsiattn.geometry import Grid
 from sparsiattn.layout import Layout
 from sparsiattn.multihead import why_not_reached
+from sparsiattn.nontokens import over_channels, pools
 from sparsiattn.probe import Call, DryInputs, image_inputs
 from sparsiattn.site import Site
 
 Pooling = Literal["prefix", "avg", "max", "other"]
+
+BIAS_TABLES = (
+    *("relative_position_bias_table", "relative_position_index", "rel_pos", "rel_pos_bias"),
+    *("attention_biases", "cpb_mlp", "meta_mlp"),
+)
+"""Relative positions, one table for all windows of an image."""
+QUERY_TABLES = ("rel_pos_h", "height_rel")
+"""Relative positions that each query weighs for itself."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Backbone:
         fused = [
             Edit(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
-            if getattr(module, "fused_attn", None) is False and not over_channels(module)
+            if getattr(module, "fused_attn", None) is False and not _has_temperature(module)
         ]
         # nn.TransformerEncoder with padding: only its fused layers can take nested tensors
         nested = [
@@ -91,9 +100,13 @@ class Backbone:
         return found if isinstance(found, nn.Module) else model
 
     def prefix_tokens(self, call: Call) -> int:
-        """CLS, distillation and register tokens at the head of this call's sequence."""
+        """CLS, distillation and register tokens at the head of this call's sequence. Models that do
+        not count them have those class tokens without which the others make the better grid."""
         count = call.nearest("num_prefix_tokens")
-        return count if isinstance(count, int) else 0
+        if isinstance(count, int):
+            return count
+        most = next(filter(None, map(_class_rows, reversed(call.parents))), 0)
+        return min((0, most), key=lambda p: geometry.skew(call.q[-2] - p, call.aspect))
 
     def class_tokens(self, model: nn.Module) -> int:
         """How many of the leading prefix tokens are class tokens (CLS, then distillation): they
@@ -133,14 +146,26 @@ class Backbone:
         """Whether the host's mask can forbid keys. When in doubt it can: right, only slower."""
         if call.mask is None:
             return "none"
-        return "mask"
+        if call.mask_dtype == torch.bool:
+            return "mask"
+        if any(_relates(call, name) for name in QUERY_TABLES):
+            return "bias"
+        whole = len(call.mask) < len(call.q) or call.mask[0] == 1  # alike in all windows
+        return "bias" if whole and any(_relates(call, name) for name in BIAS_TABLES) else "mask"
+
+    def margin(self, call: Call) -> int:
+        """By how many patches the keys of a window reach beyond its queries on every side."""
+        halo = getattr(call.module, "halo_size", 0)
+        return halo if isinstance(halo, int) else 0
 
     def why_leave(self, call: Call) -> str | None:
         """Why this call should stay dense although it could be reached; None if it is a site."""
         if call.q[-2] == 1:
-            return "a single query (pooling head): nothing to save"
-        if over_channels(call.module):
+            return "a single query (class attention or a pooling head): nothing to save"
+        if over_channels(call):
             return "attention over channels, not over tokens"
+        if pools(call):
+            return "a pooling head that returns one vector for the image: nothing to save"
         if call.weights == "read":
             return "the model reads its attention weights (need_weights=True)"
         unreached = why_not_reached(call.module)
@@ -156,6 +181,7 @@ class Backbone:
         """Sites with their layouts, and ``(name, reason)`` of every call left alone."""
         found, left = [], []
         for call in calls:
+            call = replace(call, aspect=aspect)
             layout = Layout.of(call.q, _heads_per_call(call))
             reason = self.why_leave(call)
             if reason is None and layout is None:
@@ -191,12 +217,27 @@ class Backbone:
             calls=call.count,
             shared=self.shares_keys(call),
             bias=self.bias(call),
+            margin=self.margin(call),
         )
 
 
-def over_channels(module: nn.Module) -> bool:
-    """Cross-covariance attention (XCiT): the module has a temperature per head."""
+def _has_temperature(module: nn.Module) -> bool:
+    """Cross-covariance attention (XCiT), which is no attention between tokens however computed."""
     return isinstance(getattr(module, "temperature", None), nn.Parameter)
+
+
+def _relates(call: Call, name: str) -> bool:
+    """Whether the module, a part of it or a parent holds this table of relative positions."""
+    parts = (getattr(part, name, None) for part in call.module.children())
+    return call.nearest(name) is not None or any(part is not None for part in parts)
+
+
+def _class_rows(module: nn.Module) -> int:
+    """Class tokens held by this module itself, also if several are in one parameter (PiT) or each
+    branch has its own (CrossViT)."""
+    kinds = ("cls_token", "class_token", "cls_token_0")
+    held = (getattr(module, name, None) for name in kinds)
+    return next((t.shape[1] for t in held if isinstance(t, torch.Tensor) and t.dim() == 3), 0)
 
 
 def count_class_tokens(module: nn.Module) -> int:

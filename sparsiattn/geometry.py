@@ -83,6 +83,16 @@ def infer_grid(n: int, aspect: float = 1.0) -> Grid:
     return best, n // best
 
 
+def skew(n: int, aspect: float = 1.0) -> float:
+    """How far the best grid of ``n`` tokens is from the aspect; 0 if it has just that.
+
+    >>> skew(196) < skew(195) < skew(197)
+    True
+    """
+    rows, columns = infer_grid(n, aspect)
+    return abs(math.log(rows / columns / aspect))
+
+
 def positions(grid: Grid, *, device: torch.device) -> Tensor:
     """Centre of every token in unit coordinates (row, column), ``[n, 2]``, both in (0, 1)."""
     rows, columns = (torch.arange(size, device=device) for size in grid)

@@ -14,12 +14,17 @@ from sparsiattn.geometry import Grid, Tile
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.stream import Stream
 
+# Stands for the shape of an image that the host was given as cut and padded patches: tokens are a
+# plain sequence then, whatever the grid was at patch time.
+NO_IMAGE: Grid = (0, 0)
+
 # How hosts lay out a query, in einops' notation: w counts windows, which join the batch.
 FORMS = {
     "b h n d": "b h n d",
     "(b h) n d": "b h n d",
     "b w h n d": "(b w) h n d",
     "b h w n d": "(b w) h n d",
+    "(b h) w n d": "(b w) h n d",
 }
 
 
@@ -34,7 +39,9 @@ class Layout:
     def of(cls, shape: torch.Size, heads: int | None) -> Layout | None:
         """The layout of a query of this shape, given the module's head count; None if unknown."""
         if len(shape) == 4:
-            return cls("b h n d", shape[1])
+            # one image: a first dimension of all heads beside another second one is folded heads
+            folded = heads is not None and shape[0] == heads > 1 and shape[1] != heads
+            return cls("(b h) w n d", shape[0]) if folded else cls("b h n d", shape[1])
         if len(shape) == 3:
             heads = heads or 1
             return cls("(b h) n d", heads) if shape[0] % heads == 0 else None
@@ -46,14 +53,15 @@ class Layout:
         """To ``[B, H, N, D]``."""
         if self.form == "b h n d":
             return x
-        sizes = {"h": self.heads} if self.form == "(b h) n d" else {}
+        sizes = {"h": self.heads} if self.form.startswith("(b h)") else {}
         return rearrange(x, f"{self.form} -> {FORMS[self.form]}", **sizes)
 
     def unfold(self, x: Tensor, like: Tensor) -> Tensor:
         """``[B, H, N, D]`` back to the form of the host's query."""
         if self.form == "b h n d":
             return x
-        sizes = {} if self.form == "(b h) n d" else {"b": like.shape[0]}
+        folded = self.form.startswith("(b h)")
+        sizes = {"b": like.shape[0] // self.heads if folded else like.shape[0]}
         return rearrange(x, f"{FORMS[self.form]} -> {self.form}", **sizes)
 
     def fold_mask(self, mask: Tensor, q: Tensor) -> Tensor:
@@ -108,7 +116,7 @@ def grids(
 
 def patch_grid(known: Grid, n: int, site: Site, image: Grid | None) -> Grid:
     """The grid of ``n`` patch tokens: the one known from patch time, else by the image's aspect."""
-    if not site.raster:
+    if not site.raster or image == NO_IMAGE:
         return 1, n
     shape = known if image is None or site.windows > 1 else image
     if known[0] * known[1] == n and known[0] * shape[1] == known[1] * shape[0]:

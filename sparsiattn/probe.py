@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,8 @@ class Call:
     name, module: the innermost module running when attention was called (of the copy). parents:
     from the root down to its parent. q, k, v, mask: shapes. count: calls in one forward. weights:
     what became of the attention weights that `nn.MultiheadAttention` also returns. lifted: whether
-    the module writes its attention out, see `lifting`.
+    the module writes its attention out, see `lifting`. given, returned: shapes of the first tensor
+    that the module took and returned. aspect: height over width of the image, in patches.
     """
 
     name: str
@@ -47,6 +48,9 @@ class Call:
     uniform: bool = True
     weights: Weights = "unasked"
     lifted: bool = False
+    given: torch.Size | None = None
+    returned: torch.Size | None = None
+    aspect: float = 1.0
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
@@ -81,7 +85,8 @@ def skeleton(model: nn.Module) -> Any:
         ) from error
     for module in copied.modules():
         drop(module)
-    return copied.eval()
+    copied.eval()  # some hosts' own train() returns nothing
+    return copied
 
 
 _PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor, nn.Module)
@@ -127,13 +132,16 @@ class _Recorder:
         self.calls: OrderedDict[str, Call] = OrderedDict()
         self.trial = Trial()
         self.watched: dict[str, WatchWeights] = {}
+        self.given: dict[str, torch.Size] = {}
+        self.returned: dict[str, torch.Size] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 self.watched[name] = WatchWeights(module)
             parents = tuple(_chain(model, name))
             key = -1 - id(module)
-            module.register_forward_pre_hook(self._opener(name, module, parents, key))
-            module.register_forward_hook(self._closer(key), always_call=True)
+            opener = self._opener(name, module, parents, key)
+            module.register_forward_pre_hook(opener, with_kwargs=True)
+            module.register_forward_hook(self._closer(name, key), always_call=True)
             self.trial.names[key] = _home_name(name, module)
 
     def clear(self) -> None:
@@ -158,15 +166,26 @@ class _Recorder:
             )  # fmt: skip
             return dense_attention(q, k, v, mask, p, causal, scale=scale, gqa=gqa)
 
-        return lambda *_: push(record, key)
+        def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
+            _note(self.given, name, (*args, *kwargs.values()))
+            push(record, key)
 
-    @staticmethod
-    def _closer(key: int) -> Any:
+        return open_scope
+
+    def _closer(self, name: str, key: int) -> Any:
         def close(module: nn.Module, args: Any, output: Any) -> Any:
             pop(key)
-            return without_scores(output, home=key)
+            output = without_scores(output, home=key)
+            _note(self.returned, name, output if isinstance(output, (tuple, list)) else (output,))
+            return output
 
         return close
+
+
+def _note(shapes: dict[str, torch.Size], name: str, values: Iterable[Any]) -> None:
+    tensor = next((value for value in values if isinstance(value, Tensor)), None)
+    if tensor is not None:
+        shapes[name] = tensor.shape
 
 
 def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -198,7 +217,15 @@ def probe(model: nn.Module, inputs: DryInputs) -> Probe:
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     del output  # was held until here: see `WatchWeights.verdict`
     calls = recorder.calls.values()
-    found = [replace(call, weights=weights.get(call.name, "unasked")) for call in calls]
+    found = [
+        replace(
+            call,
+            weights=weights.get(call.name, "unasked"),
+            given=recorder.given.get(call.name),
+            returned=recorder.returned.get(call.name),
+        )
+        for call in calls
+    ]
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
     return Probe(found, others)

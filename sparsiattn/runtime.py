@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from sparsiattn.geometry import Grid
 from sparsiattn.interception import THREAD, Route, dense_attention, install, pop, push
 from sparsiattn.kept import Choices
 from sparsiattn.kernel import Choice, Kernel, choose
-from sparsiattn.layout import Layout, canonical
+from sparsiattn.layout import NO_IMAGE, Layout, canonical
 from sparsiattn.patterns import Dense, Pattern
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner, Strategy
@@ -252,9 +252,13 @@ class WatchImage:
             rows, columns = self.owner.patch_size
             # height and width in patches, up to a common factor
             size = (image.shape[-2] * columns, image.shape[-1] * rows)
-            THREAD.image = (self.owner.key, *size)
-            if not torch.compiler.is_compiling():  # for a backward pass in another thread
-                self.owner.image = size
+        elif isinstance(image, Mapping):
+            size = NO_IMAGE
+        else:
+            return
+        THREAD.image = (self.owner.key, *size)
+        if not torch.compiler.is_compiling():  # for a backward pass in another thread
+            self.owner.image = size
 
 
 def image_of(owner: Any) -> Grid | None:

@@ -27,7 +27,8 @@ class Site:
     tokens, ``(1, n)`` where their order is not a raster. prefix_tokens: leading CLS, distillation
     and register tokens. windows: windows per image. calls: attention calls in one forward; shared:
     if they must agree on their keys. bias: whether the host adds a mask, and if that mask can
-    forbid keys (``"mask"``) or only favours some (``"bias"``).
+    forbid keys (``"mask"``) or only favours some (``"bias"``). margin: by how many patches the keys
+    reach beyond the queries on every side (halo attention).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Site:
     calls: int = 1
     shared: bool = False
     bias: Literal["none", "bias", "mask"] = "none"
+    margin: int = 0
 
     @property
     def macs(self) -> int:

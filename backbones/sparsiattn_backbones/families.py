@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -10,15 +10,6 @@ from sparsiattn import Backbone
 from sparsiattn.backbone import Pooling
 from sparsiattn.geometry import Grid
 from sparsiattn.probe import Call
-
-BIAS_TABLES = (
-    "relative_position_bias_table",
-    "relative_position_index",
-    "rel_pos",
-    "rel_pos_h",
-    "rel_pos_bias",
-)
-
 
 POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
 
@@ -41,12 +32,13 @@ def _lacks(model: nn.Module, *attributes: str) -> list[str]:
 
 
 class TimmViT(Backbone):
-    """Plain ViTs of timm: ViT, DeiT, EVA, BEiT, DINOv2, DINOv3, rel-pos and hybrid ones."""
+    """Plain ViTs of timm: ViT, DeiT, EVA, BEiT, DINOv2, DINOv3, NaFlex, rel-pos and hybrid ones."""
 
     name = "timm_vit"
 
     def why_not(self, model: nn.Module) -> list[str]:
-        return _lacks(model, "blocks", "patch_embed", "num_prefix_tokens")
+        embed = "embeds" if hasattr(model, "embeds") else "patch_embed"  # NaFlexViT
+        return _lacks(model, "blocks", embed, "num_prefix_tokens")
 
     def class_tokens(self, model: nn.Module) -> int:
         return 0 if _adds_class_late(model) else super().class_tokens(model)
@@ -56,26 +48,25 @@ class TimmViT(Backbone):
         if attending or getattr(model, "pool_include_prefix", False):
             return "other"
         kind = getattr(model, "global_pool", "")
+        if not getattr(model, "num_prefix_tokens", 0) and kind not in ("avg", "max"):
+            return "other"  # Gemma's and Qwen's own kinds
         if kind not in ("", "avg") and not hasattr(model, "pool"):
             return "prefix"  # BEiT and relative positions: average or first token
         return POOLS.get(kind, "other")
 
-    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
-        # relative position tables only favour keys; nothing else in these models masks by float
-        if call.mask is not None and any(call.nearest(name) is not None for name in BIAS_TABLES):
-            return "bias"
-        return super().bias(call)
-
 
 class Swin(Backbone):
-    """Swin: attention in windows of a fixed grid, every second block shifted under a mask."""
+    """Swin, v2 and v2-CR: attention in windows of a fixed grid, every second block shifted under a
+    mask."""
 
     name = "timm_swin"
 
     def why_not(self, model: nn.Module) -> list[str]:
-        if any(hasattr(m, "relative_position_bias_table") for m in model.modules()):
-            return _lacks(model, "layers", "patch_embed")
-        return ["no module has a relative_position_bias_table"]
+        tables = ("relative_position_bias_table", "cpb_mlp", "meta_mlp")
+        if any(hasattr(m, name) for m in model.modules() for name in tables):
+            stages = "stages" if hasattr(model, "stages") else "layers"
+            return _lacks(model, stages, "patch_embed")
+        return ["no module has relative positions of windows (" + ", ".join(tables) + ")"]
 
     def prefix_tokens(self, call: Call) -> int:
         return 0
@@ -90,10 +81,6 @@ class Swin(Backbone):
         window: Any = call.module.window_size
         rows, columns = window
         return (rows, columns) if rows * columns == n else super().grid(call, n, aspect)
-
-    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
-        shifted = call.mask is not None and call.mask[0] != 1
-        return "mask" if shifted else super().bias(call) if call.mask is None else "bias"
 
 
 class Sam(Backbone):
@@ -111,9 +98,6 @@ class Sam(Backbone):
 
     def class_tokens(self, model: nn.Module) -> int:
         return 0
-
-    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
-        return "none" if call.mask is None else "bias"
 
 
 class Hiera(Backbone):

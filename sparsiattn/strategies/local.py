@@ -38,18 +38,22 @@ class Local(Strategy):
             inputs.keys_grid,
             inputs.prefix,
             inputs.tile,
+            inputs.site.margin,
             device=inputs.k.device,
         )
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
 
 
-def nearness(queries: Grid, keys: Grid, prefix: int, tile: Tile, *, device: torch.device) -> Tensor:
+def nearness(
+    queries: Grid, keys: Grid, prefix: int, tile: Tile, margin: int, *, device: torch.device
+) -> Tensor:
     """Minus the squared distance in units of key patches, ``[1, 1, R, prefix + m]``, from every
     patch query, or from the middle of every tile: the mean distance from a tile's queries differs
-    from that by a constant, so both name the same keys. Prefix keys come after every patch (the
-    core keeps them where asked to)."""
+    from that by a constant, so both name the same keys. Queries lie over the keys but for a margin
+    of key patches. Prefix keys come after every patch (the core keeps them where asked to)."""
     size = torch.tensor(keys, device=device, dtype=torch.float)
-    q, k = (geometry.positions(grid, device=device) * size for grid in (queries, keys))
+    q = geometry.positions(queries, device=device) * (size - 2 * margin) + margin
+    k = geometry.positions(keys, device=device) * size
     if not isinstance(tile, int):
         q = geometry.tiles(queries, tile, device=device).mean(q)
     score = -(q[:, None] - k[None]).square().sum(-1)
