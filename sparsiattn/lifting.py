@@ -334,8 +334,10 @@ def _unsqueeze(scores: Any, dim: int) -> Any:
 
 
 def _squeeze(scores: Any, dim: int | None = None) -> Any:
-    if dim is None or dim < 0 or dim > scores.dim() - 3 or scores.shape[dim] != 1:
+    if dim is None or dim < 0 or dim > scores.dim() - 3:
         return NotImplemented
+    if scores.shape[dim] != 1:
+        return scores
     return _view(scores, [*scores.shape[:dim], *scores.shape[dim + 1 :]])
 
 
