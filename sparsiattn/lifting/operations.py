@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsiattn.lifting.equations import equation, is_average
 from sparsiattn.lifting.scores import Scores, flip, operation
@@ -198,8 +197,5 @@ def _setitem(scores: Any, key: Any, value: Any) -> Any:
     whole = value.shape == (*scores.shape[:-2], scores.shape[-2] - i, scores.shape[-1] - j)
     if not same or not whole or value.factor != scores.factor or value.softmaxed:
         return NotImplemented
-    bias = value.bias()
-    if bias is not None:
-        padded = F.pad(bias.expand(value.shape), (j, 0, i, 0))
-        scores.terms = (*scores.terms, (padded, scores.shape))
+    scores.add_part(value.bias(), (i, j))
     return None

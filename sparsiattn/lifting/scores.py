@@ -113,6 +113,13 @@ class Scores:
             found = fitted if found is None else found + fitted
         return found
 
+    def add_part(self, bias: Tensor | None, starts: tuple[int, int]) -> None:
+        """Adds in place to the scores ``[..., i:, j:]``."""
+        if bias is not None:
+            i, j = starts
+            whole = bias.expand(*self.shape[:-2], self.shape[-2] - i, self.shape[-1] - j)
+            self.terms = (*self.terms, (F.pad(whole, (j, 0, i, 0)), self.shape))
+
     def attend(self, v: Tensor) -> Tensor:
         """``[..., Nq, Dv]``, by scaled dot product attention."""
         shape = flip(self.shape) if self.flipped else self.shape
@@ -163,12 +170,23 @@ def _in_place(name: str) -> bool:
 def _replace(scores: Scores, result: Scores) -> Scores:
     """An operation in place: whoever holds the scores, or what they are a view of, sees it."""
     if scores.part_of is not None:
-        raise NotImplementedError("an operation in place on a part of attention scores")
+        _put_back(scores, result)
     held: Scores | None = scores
     while held is not None:
         held.q, held.factor, held.terms = result.q, result.factor, result.terms
         held = held.view_of
     return scores
+
+
+def _put_back(part: Scores, result: Scores) -> None:
+    """What was added in place to a part of scores is added to these."""
+    assert part.part_of is not None
+    origin, starts = part.part_of
+    if result.q is not part.q or result.factor != part.factor:
+        raise NotImplementedError("a factor in place on a part of attention scores")
+    fresh = part.but(terms=result.terms[len(part.terms) :], view_of=None)
+    shape = (*origin.shape[:-2], *(n - s for n, s in zip(origin.shape[-2:], starts, strict=True)))
+    origin.add_part(fresh.but(shape=torch.Size(shape)).bias(), starts)
 
 
 def _apply(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
