@@ -23,7 +23,10 @@ from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text
 from sparsiattn.runtime import PLANNER
 from sparsiattn.site import Site
 
-NO_SITES = "no module of the model calls scaled dot product attention in a way that can be served"
+NO_SITES = (
+    "no module of the model calls scaled dot product attention (or writes it out) in a way that "
+    "can be served"
+)
 # Options that say how much a strategy leaves, by the names in use.
 BUDGETS = ("k", "keep", "r", "ratio")
 
