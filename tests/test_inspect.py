@@ -182,6 +182,16 @@ def test_a_patched_model_is_described_without_its_patch(
     assert {**found.to_dict(), "patched": ""} == bare.to_dict()
 
 
+def test_attention_written_by_hand_is_described_alike_with_and_without_a_patch() -> None:
+    model = timm.create_model("levit_128s")
+    bare = sparsiattn.inspect(model, strategies="local")
+    assert bare.sites[0].name == "stages.0.blocks.0.attn"
+    sparsiattn.patch(model, "local")
+    assert_untouched(model, strategies="local")
+    found = sparsiattn.inspect(model, strategies="local")
+    assert {**found.to_dict(), "patched": ""} == bare.to_dict()
+
+
 def test_what_a_patch_was_told_need_not_be_told_again() -> None:
     model = hosts.build("encoder")
     with pytest.raises(sparsiattn.InvalidOption, match="does not say its input size"):
