@@ -155,6 +155,8 @@ def _meet(weights: Scores, values: Any, flipped: bool) -> bool:
         return False
     shape = flip(weights.shape) if flipped else weights.shape
     plain = weights.softmaxed and weights.flipped == flipped and weights.part_of is None
+    if shape != weights.made_as and weights.q.shape[:-2] != weights.kt.shape[:-2]:
+        return False  # operands that broadcast cannot follow a view
     return plain and shape[-2:] == weights.made_as[-2:] and values.shape[:-2] == shape[:-2]
 
 
