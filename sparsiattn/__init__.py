@@ -25,6 +25,7 @@ from sparsiattn.errors import (
 )
 from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hookspecs import hookimpl
+from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernel import Kernel
 from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
@@ -49,6 +50,7 @@ __all__ = [
     "AttentionInputs",
     "Backbone",
     "Bench",
+    "Inspection",
     "InvalidOption",
     "InvalidType",
     "Kernel",
@@ -75,6 +77,7 @@ __all__ = [
     "bench",
     "calibrate",
     "hookimpl",
+    "inspect",
     "kernels",
     "load",
     "load_sparsifiner",

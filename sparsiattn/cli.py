@@ -1,4 +1,4 @@
-"""The command line: ``sparsiattn list``, ``sparsiattn tune``, ``sparsiattn bench``."""
+"""The command line: ``sparsiattn list``, ``inspect``, ``tune``, ``bench``."""
 
 from __future__ import annotations
 
@@ -68,6 +68,68 @@ def contents() -> dict[str, list[dict[str, Any]]]:
         for plugin in registry.plugins()
     ]
     return listing
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="A timm model, e.g. deit_small_patch16_224.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels, square.")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="A strategy to try, all if none; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Attention of a timm model: what can be patched, and what that could save. No weights needed.
+
+    Example: sparsiattn inspect swin_tiny_patch4_window7_224 --strategy local
+    """
+    import torch
+    from rich.console import Console
+
+    from sparsiattn.inspection import inspect
+
+    console = Console(stderr=as_json)
+    with console.status(f"inspecting {model}"), _readable():
+        with torch.device("meta"):
+            host = _timm(model, image_size)
+        shape = None if image_size is None else _image_shape(host, image_size)
+        found = inspect(host, shape, strategies=strategy or None)
+    if as_json:
+        print(json.dumps({**found.to_dict(), "name": model}, indent=2))
+        return
+    for line in found.head():
+        _say(console, line)
+    if found.sites:
+        _print_whole(console, _cells(found.table()))
+    for line in found.tail():
+        _say(console, line)
+
+
+def _cells(rows: list[tuple[str, ...]]) -> Table:
+    """The first row is the heading; all but the first column are figures."""
+    from rich.table import Table
+
+    heading, *body = rows
+    table = Table(heading[0])
+    for title in heading[1:]:
+        table.add_column(title, justify="right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def _print_whole(console: Any, table: Table) -> None:
+    """With no cell cut short, also where the screen is small: `patch` takes a site's whole name."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    unlimited = console.options.update(width=10_000)
+    needed = Measurement.get(console, unlimited, table).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
+def _say(console: Any, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command("tune")
@@ -160,7 +222,7 @@ def bench_model(
     console = Console()
     console.print(_benched(model, found))
     for line in str(found.report).splitlines():
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        _say(console, line)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         content = {**found.to_dict(), "name": model}
@@ -188,23 +250,31 @@ def _host(
     name: str, size: int | None, batch: int, device: str, dtype: Any, pretrained: bool
 ) -> tuple[Any, Any]:
     """The timm model and a batch of noise of the size it takes."""
-    import timm
     import torch
+
+    model = _timm(name, size, pretrained).eval().to(device, dtype)
+    torch.manual_seed(0)
+    return model, torch.randn(batch, *_image_shape(model, size)[1:]).to(device, dtype)
+
+
+def _timm(name: str, size: int | None, pretrained: bool = False) -> Any:
+    import timm
 
     from sparsiattn.errors import InvalidOption
 
     extra = {} if size is None else {"img_size": size}
     try:
-        model = timm.create_model(name, pretrained=pretrained, **extra)
+        return timm.create_model(name, pretrained=pretrained, **extra)
     except (RuntimeError, TypeError) as error:
         raise InvalidOption(
             f"timm cannot make {name!r}{f' with {extra}' if extra else ''}: {error}"
         ) from error
-    model = model.eval().to(device, dtype)
+
+
+def _image_shape(model: Any, size: int | None) -> tuple[int, ...]:
+    """Of one image: the pixels asked for, else those the model was trained on."""
     channels, rows, columns = model.pretrained_cfg["input_size"]
-    torch.manual_seed(0)
-    shape = (batch, channels, size or rows, size or columns)
-    return model, torch.randn(shape).to(device, dtype)
+    return 1, channels, size or rows, size or columns
 
 
 def _budget(k: str | None) -> int | float | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, Nothin
 from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernel import Kernel
 from sparsiattn.layout import Layout
-from sparsiattn.probe import probe, skeleton
+from sparsiattn.probe import Call, probe, skeleton
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
@@ -80,14 +80,22 @@ def patch(
     return handle
 
 
+def planned(model: nn.Module, base: Config, example: Any, seen: Survey) -> Patch:
+    """The patch that a strategy would be, never attached; refused as `patch` would refuse it."""
+    handle = _prepared(model, base, "*", "auto", None, example, seen)
+    _check(handle, only_if_faster=False)
+    return handle
+
+
 def _prepared(
-    model: nn.Module, base: Config, sites: Sites, kernel: str, schedule: Schedule, example: Any
-) -> Patch:
+    model: nn.Module, base: Config, sites: Sites, kernel: str, schedule: Schedule, example: Any,
+    seen: Survey | None = None,
+) -> Patch:  # fmt: skip
     """A handle that knows what to do at every site and block; the model is not touched yet."""
     attention, tokens = parts_of(base)
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
-    bones, handle, found = _find(model, base, kernel, example)
+    bones, handle, found = _find(model, base, kernel, example, seen)
     chosen = select([site for site, _ in found], sites)
     resolved = _budgets(attention, chosen, budgets.get("k", {}))
     if tokens is not None:
@@ -159,13 +167,20 @@ def _check(handle: Patch, only_if_faster: bool) -> None:
 
 
 def _refuse_second(model: nn.Module) -> None:
+    for module, live in live_patches(model):
+        where = "this model" if module is model else f"a part of it, a {type(module).__name__},"
+        raise AlreadyPatched(f"{where} carries {live!r}; call unpatch() on it first")
+
+
+def live_patches(model: nn.Module) -> Iterator[tuple[nn.Module, Patch]]:
+    """Patches of the model, of its parts, and of a model that it is a part of, each with a module
+    that carries it."""
     for module in model.modules():
         hooks = module._forward_pre_hooks.values()
         owners = [hook.runtime.owner for hook in hooks if isinstance(hook, OpenScope)]
         live = vars(module).get(MARK) or next(iter(owners), None)
         if live is not None:
-            where = "this model" if module is model else f"a part of it, a {type(module).__name__},"
-            raise AlreadyPatched(f"{where} carries {live!r}; call unpatch() on it first")
+            yield module, live
 
 
 def _resolve(strategy: str | Config, k: Budgets | None, options: dict[str, Any]) -> Config:
@@ -192,10 +207,20 @@ def _kernels(name: str) -> tuple[Kernel, ...]:
     return (REGISTRY.get("kernels", name),)
 
 
-def _find(
-    model: nn.Module, strategy: Config, kernel: str, example: Any
-) -> tuple[nn.Module, Patch, list[tuple[Site, Layout]]]:
-    """A copy without data, an empty handle and the model's sites, from a dry run of the copy."""
+class Survey(NamedTuple):
+    """What a dry run of a copy without data says about a model: its adapter, the shape of one
+    image, the copy, every call of attention, the sites, and ``(name, reason)`` of what is left."""
+
+    backbone: Backbone
+    shape: tuple[int, ...]
+    bones: nn.Module
+    calls: list[Call]
+    found: list[tuple[Site, Layout]]
+    left: list[tuple[str, str]]
+
+
+def survey(model: nn.Module, example: Any) -> Survey:
+    """Look for attention in a copy of the model; finding none is no error here."""
     backbone = _backbone(model)
     shape = _input_shape(model, backbone, example)
     bones = skeleton(model)
@@ -204,7 +229,14 @@ def _find(
     seen = probe(bones, backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
     found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows))
-    left += seen.softmaxes
+    return Survey(backbone, shape, bones, seen.calls, found, left + seen.softmaxes)
+
+
+def _find(
+    model: nn.Module, strategy: Config, kernel: str, example: Any, seen: Survey | None = None
+) -> tuple[nn.Module, Patch, list[tuple[Site, Layout]]]:
+    """A copy without data, an empty handle and the model's sites, from a dry run of the copy."""
+    backbone, shape, bones, calls, found, left = seen or survey(model, example)
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise NothingToPatch(
@@ -214,8 +246,8 @@ def _find(
     handle = Patch(model, strategy, kernel, backbone, shape, left)
     handle.follows_model = example is None
     handle.found = tuple(site for site, _ in found)
-    handle.unread = frozenset(call.name for call in seen.calls if call.weights == "ignored")
-    handle.lifted = frozenset(call.name for call in seen.calls if call.lifted)
+    handle.unread = frozenset(call.name for call in calls if call.weights == "ignored")
+    handle.lifted = frozenset(call.name for call in calls if call.lifted)
     return bones, handle, found
 
 

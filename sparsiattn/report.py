@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +94,10 @@ class Report:
         return [
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
             f"input {'x'.join(map(str, self.input_shape))}",
-            f"model MACs {_g(self.macs_dense)} -> {_g(self.macs)}, MHSA {_g(self.mhsa_macs_dense)} "
-            f"-> {_g(self.mhsa_macs)}, predictor {_g(self.predictor_macs)} (MHSA is {share:.1f} % "
-            "of the dense model)",
+            f"model MACs {macs_text(self.macs_dense)} -> {macs_text(self.macs)}, "
+            f"MHSA {macs_text(self.mhsa_macs_dense)} -> {macs_text(self.mhsa_macs)}, "
+            f"predictor {macs_text(self.predictor_macs)} "
+            f"(MHSA is {share:.1f} % of the dense model)",
         ]
 
     def _tail(self) -> list[str]:
@@ -119,7 +121,8 @@ def _sites(count: int) -> str:
     return "1 site saves" if count == 1 else f"{count} sites save"
 
 
-def _g(macs: int | None) -> str:
+def macs_text(macs: int | None) -> str:
+    """MACs in millions or thousands of millions."""
     if macs is None:
         return "unknown"
     return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
@@ -131,25 +134,31 @@ def _table(rows: tuple[SiteReport, ...]) -> list[str]:
     for row in rows:
         tile = "x".join(map(str, row.tile)) if isinstance(row.tile, tuple) else str(row.tile)
         density = "?" if row.density is None else f"{row.density:.3f}"
-        change = f"{_g(row.macs_dense)} -> {_g(row.macs)}"
+        change = f"{macs_text(row.macs_dense)} -> {macs_text(row.macs)}"
         k = "-" if row.k is None else str(row.k)
         expected = f"{row.expected:.2f}x"
         measured = "-" if row.measured is None else f"{row.measured:.2f}x"
         line = (row.name, str(row.tokens), k, tile, row.kernel, density, change, expected, measured)
         cells.append(line)
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines of text."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     ]
 
 
-def report(handle: Patch) -> Report:
-    """The report of a live patch; see `Patch.report`."""
+def report(handle: Patch, total: int | None = None) -> Report:
+    """The report of a patch; see `Patch.report`. total: the dense model's MACs, where known."""
     run = dry_run(handle) if handle.blocks else None
     rows = tuple(_site_report(runtime, run) for runtime in handle.runtimes)
     idle = [site for site in handle.found if site not in handle.sites]
     known = [row.macs for row in rows if row.macs is not None]
-    total = dense_macs(handle.model, dry_inputs(handle))
+    if total is None:
+        total = dense_macs(handle.model, dry_inputs(handle))
     mhsa_dense = sum(site.macs for site in handle.found)
     other: int | None = total - mhsa_dense
     if run is not None:
