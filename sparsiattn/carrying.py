@@ -131,7 +131,7 @@ class BlockRuntime:
         return pack(parts) if parts else (stream, x)  # an empty batch has nothing to pack
 
     def spare(self, stream: Stream, kept: Tensor) -> Stream:
-        """The stream after it was decided which of these tokens ``[B, n, C]`` skip the MLP."""
+        """The stream after it was decided which of these tokens ``[B, P + n, C]`` skip the MLP."""
         reduction = self.plan(stream, kept, None)
         if reduction is None:
             return stream
@@ -142,7 +142,7 @@ class BlockRuntime:
                 f"block {self.block.name!r} must keep its grid, so every image has to spare the "
                 "same number of tokens: use a fixed keep, e.g. keep=0.7"
             )
-        return stream.advance(Step(reduction.index, None, kept.shape[1]))
+        return stream.advance(Step(reduction.index, None, kept.shape[1] - stream.prefix))
 
     def plan(self, stream: Stream, x: Tensor, attention: Any) -> Reduction | None:
         assert self.planner is not None

@@ -60,7 +60,7 @@ class _DryBlock(BlockRuntime):
         return out
 
     def spare(self, stream: Stream, kept: Tensor) -> Stream:
-        self.run.counts[self.index] = kept.shape[1]
+        self.run.counts[self.index] = kept.shape[1] - stream.prefix
         return self._counted(lambda: super(_DryBlock, self).spare(stream, kept))
 
     def _counted(self, call: Callable[[], T]) -> T:

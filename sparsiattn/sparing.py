@@ -56,11 +56,11 @@ class EnterBypass:
         x = args[0]
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if runtime.planner is not None:
-            kept = take(tokens, stream.ids) if stream.reduced else tokens
+            kept = take(tokens, stream.tokens()) if stream.reduced else tokens
             stream = THREAD.spared = runtime.spare(stream, kept)
         if stream.policy is None and not stream.reduced:
             return None
-        short = take(tokens, stream.ids) if stream.reduced else x
+        short = take(tokens, stream.tokens()) if stream.reduced else x
         THREAD.pending = (stream, short)
         return (short, *args[1:])
 
@@ -85,10 +85,10 @@ class LeaveBypass:
         refuse_reentrant(runtime, host, short)
         flat = host.reshape(host.shape[0], -1, host.shape[-1])
         if stream.policy is not None:
-            branch = branch.reshape(flat.shape) * stream.policy[..., None].to(branch.dtype)
-            out = flat + branch
+            policy = nn.functional.pad(stream.policy, (stream.prefix, 0), value=1.0)
+            out = flat + branch.reshape(flat.shape) * policy[..., None].to(branch.dtype)
         else:
-            index = stream.ids[..., None].expand(-1, -1, flat.shape[-1])
+            index = stream.tokens()[..., None].expand(-1, -1, flat.shape[-1])
             out = flat.scatter_add(1, index, branch.to(flat.dtype))
         out = out.view(host.shape)
         THREAD.spared = replace(stream, layer=runtime.index + 1, given=out)

@@ -312,6 +312,29 @@ def test_swin_skips_tokens(family: str) -> None:
         assert torch.equal(model(x), dense)
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "patches"),
+    [("mvitv2", "stages.0.blocks.0", 256), ("crossvit", "blocks.0.blocks.0.0", 64)],
+)
+def test_class_tokens_never_skip_the_mlp(family: str, block: str, patches: int) -> None:
+    model, x = zoo.build(family), torch.randn(2, 3, 64, 64)
+    taken: list[Tensor] = []
+    live = patched(model, family, "token_drop", keep=0.25, score="norm", layers=[0])
+    norm = model.get_submodule(block).norm2
+    hook = norm.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    with torch.no_grad():
+        model(x)
+        with live.disabled():
+            model(x)
+    hook.remove()
+    short, full = taken
+    assert full.shape[1] == 1 + patches
+    assert short.shape[1] == 1 + patches // 4
+    torch.testing.assert_close(short[:, 0], full[:, 0])
+    largest = full[:, 1:].norm(dim=-1).topk(patches // 4).values
+    torch.testing.assert_close(short[:, 1:].norm(dim=-1).sort(-1, True).values, largest)
+
+
 def test_queries_lie_in_the_middle_of_a_margin() -> None:
     """One query block of 2 x 2 with one more key on every side: each finds itself first."""
     q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 16, 8)
