@@ -28,7 +28,7 @@ from sparsiattn import AttentionInputs, Pattern, SparsiattnError, Strategy
 from sparsiattn.probe import skeleton
 from sparsiattn.registry import REGISTRY
 
-TOO_MANY_PAIRS = 2_500_000  # elements of one attention matrix from which on the image is made smaller
+MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller
 SIZES = (64, 96, 112, 128, 160, 192, 224, 256, 336, 384, 448, 512)
 Shape = tuple[int, ...]
 
@@ -130,19 +130,19 @@ def look(entry: Entry, model: nn.Module, shape: Shape) -> list[Found]:
     return attention_of(real, lambda: entry.call(real, torch.randn(shape)))
 
 
-def prepare(entry: Entry) -> Specimen:
+def prepare(entry: Entry, most_pairs: int = MOST_PAIRS) -> Specimen:
     """The model with runs of equal blocks cut and a small image, as far as it still runs."""
     model = small.build_light(entry.make)
     shape = shape_of(model, entry)
     specimen = _shortened(entry, model, shape)
-    if specimen.pairs <= TOO_MANY_PAIRS:
+    if specimen.pairs <= most_pairs:
         return specimen
     for side in SIZES:
         if side >= max(shape[-2:]):
             break
         with suppress(Exception):
             smaller = _resized(entry, specimen, side)
-            if 0 < smaller.pairs <= TOO_MANY_PAIRS and _alike(smaller, specimen):
+            if 0 < smaller.pairs <= most_pairs and _alike(smaller, specimen):
                 return smaller
     return specimen
 
@@ -233,7 +233,7 @@ def _laws(specimen: Specimen, faults: list[str]) -> dict[str, Any]:
 
     def forward() -> Tensor:
         torch.manual_seed(4)  # masked autoencoders draw what they leave out
-        return _flat(specimen.entry.call(model, image))
+        return flat(specimen.entry.call(model, image))
 
     keys, seen = list(model.state_dict()), {}
     with torch.no_grad():
@@ -245,7 +245,7 @@ def _laws(specimen: Specimen, faults: list[str]) -> dict[str, Any]:
         for name, strategy in _steps().items():
             with sparsiattn.patch(model, strategy, input=specimen.shape) as live:
                 out = forward()
-                seen[name] = _relative(out, dense)
+                seen[name] = relative(out, dense)
                 faults += _patched_faults(name, seen[name], live, keys)
             if not torch.equal(forward(), dense):
                 faults.append(f"{name}: unpatched output differs")
@@ -292,11 +292,11 @@ def _saves(runtime: Any) -> bool:
     return not runtime.idle(runtime.site.keys)
 
 
-def _relative(out: Tensor, dense: Tensor) -> float:
+def relative(out: Tensor, dense: Tensor) -> float:
     return float((out - dense).abs().max() / dense.abs().max())
 
 
-def _flat(output: Any) -> Tensor:
+def flat(output: Any) -> Tensor:
     """Every float tensor a model returned, in one row."""
     return torch.cat([x.flatten().float() for x in _floats(output)])
 

@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         "depths": [1, 1, 1], "key_dim": [16, 16, 16],
     }),
     "cvt": ("CvtForImageClassification", "CvtConfig", {
-        "embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2],
+        "embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3],
         "cls_token": [False, False, True],
     }, (1, 3, 64, 64)),
     "mobilevit": ("MobileViTForImageClassification", "MobileViTConfig", {

@@ -7,7 +7,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -47,25 +46,44 @@ def build_light(make: Callable[[], nn.Module]) -> nn.Module:
 
 def _signature(module: nn.Module) -> Any:
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    return type(module), tuple(type(m) for m in module.modules()), shapes
+    # what has no parameters may stand for a place in the forward (an activation, an identity)
+    return (type(module), tuple(type(m) for m in module.modules()), shapes) if shapes else module
+
+
+def _kept(signatures: list[Any]) -> list[int]:
+    """Places that stay: of a repeated pattern of up to four blocks one turn, of a repeated block
+    two (a shifted window follows one that is not)."""
+    places = list(range(len(signatures)))
+    for period in (1, 2, 3, 4):
+        stay: list[int] = []
+        for place in places:
+            seen = [signatures[i] for i in (*stay, place)]
+            turns = KEPT if period == 1 else 1
+            tail, turn = seen[-period:], period * (turns + 1)
+            if len(seen) < turn or seen[-turn:] != tail * (turns + 1):
+                stay.append(place)
+                continue
+            del stay[len(stay) - period + 1 :]  # the turn that this block completes
+        places = stay
+    return places
 
 
 def shorten(model: nn.Module) -> dict[nn.Module, OrderedDict[str, Any]]:
-    """Cut every run of equal successive blocks to its first two (a shifted window follows one
-    that is not); returns what the containers held, for `restore`."""
+    """Cut runs of equal blocks; returns what the containers held, for `restore`."""
     before = {}
     for parent in list(model.modules()):
         if not isinstance(parent, (nn.Sequential, nn.ModuleList)):
             continue
-        runs = [list(run) for _, run in groupby(parent, key=_signature)]
-        if not any(len(run) > KEPT and any(True for _ in run[0].parameters()) for run in runs):
+        names, children = list(parent._modules), list(parent)
+        places = _kept([_signature(child) for child in children])
+        if len(places) == len(children):
             continue
-        kept = [child for run in runs for child in run[:KEPT]]
         before[parent] = OrderedDict(parent._modules)
-        names = [name for name, child in parent._modules.items() if child in kept]
-        if all(name.isdigit() for name in names):
-            names = [str(i) for i in range(len(kept))]
-        parent._modules = OrderedDict(zip(names, kept, strict=True))
+        numbered = all(name.isdigit() for name in names)
+        parent._modules = OrderedDict(
+            (str(i) if numbered else names[place], children[place])
+            for i, place in enumerate(places)
+        )
     return before
 
 

@@ -1,0 +1,139 @@
+"""The cells of the support matrix: a small model of a family, patched with every strategy and
+computed by every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import census
+import small
+import torch
+from torch import Tensor, nn
+
+import sparsiattn
+from sparsiattn import SparsiattnError
+
+FEW_PAIRS = 200_000
+BUDGETS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "topk": {"k": 0.25},
+    "random": {"k": 0.25},
+    "local": {"k": 0.25},
+    "connectivity": {"k": 0.25},
+    "token_drop": {"keep": 0.5},
+    "token_merge": {"r": 4},
+    "hybrid": {"k": 0.25, "keep": 0.5},
+}
+FULL: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "topk": {"k": 1.0},
+    "random": {"k": 1.0},
+    "local": {"k": 1.0},
+    "connectivity": {"k": 1.0},
+    "token_drop": {"keep": 1.0},
+    "token_merge": {"r": 0},
+    "hybrid": {"k": 1.0, "keep": 1.0},
+}
+COMPILES = {"flex"}  # for half a minute a shape: asked, not run
+WORKS = "works"
+
+
+@dataclass
+class Subject:
+    """A small model with values, what it takes, and what it gives unpatched."""
+
+    specimen: census.Specimen
+    model: nn.Module
+    images: Tensor
+    dense: Tensor
+
+    def forward(self) -> Tensor:
+        torch.manual_seed(4)
+        with torch.no_grad():
+            return census.flat(self.specimen.entry.call(self.model, self.images))
+
+    def patch(self, strategy: str, options: dict[str, Any], kernel: str) -> sparsiattn.Patch:
+        extra = {"only_if_faster": False} if strategy == "hybrid" else {}
+        return sparsiattn.patch(
+            self.model, strategy, kernel=kernel, input=self.specimen.shape, **options, **extra
+        )
+
+
+def subject(entry: census.Entry, batch: int = 2) -> Subject:
+    specimen = census.prepare(entry, FEW_PAIRS)
+    model = small.materialise(specimen.model)
+    small.redraw_small(model)
+    size = (batch, *specimen.shape[1:])
+    images = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    made = Subject(specimen, model, images, torch.empty(0))
+    made.dense = made.forward()
+    return made
+
+
+def kernels() -> dict[str, str]:
+    """Kernels that can run here, ``""``, and those that cannot, with the reason."""
+    return {
+        name: "" if info.usable else f"refused: {'; '.join(info.reasons)}"
+        for name, info in sparsiattn.kernels().items()
+    }
+
+
+def cells(subject: Subject, strategy: str, names: Sequence[str]) -> dict[str, str]:
+    """Outcome by kernel, ``"auto"`` first: ``"works"``, ``"refused: ..."`` with the library's own
+    words, or ``"fails: ..."``, which no cell should say."""
+    outcome = {"auto": _auto(subject, strategy)}
+    if outcome["auto"] != WORKS:
+        return outcome
+    exact = None
+    for name in names:
+        found, out = _by_kernel(subject, strategy, name)
+        if name == "reference":
+            exact = out
+        if out is not None and exact is not None and not census.relative(out, exact) <= 1e-4:
+            found = f"fails: {census.relative(out, exact):.1e} from the reference kernel"
+        outcome[name] = found
+    return outcome
+
+
+def _auto(subject: Subject, strategy: str) -> str:
+    try:
+        return _laws(subject, strategy)
+    except SparsiattnError as error:
+        return f"refused: {error}"
+    except Exception as error:
+        sparsiattn.unpatch(subject.model)
+        return f"fails: {type(error).__name__}: {error}"
+
+
+def _laws(subject: Subject, strategy: str) -> str:
+    exact = not sparsiattn.strategies()[strategy].inexact
+    with subject.patch(strategy, FULL[strategy], "auto"):
+        change = census.relative(subject.forward(), subject.dense)
+    if exact and not change <= 1e-5:
+        return f"fails: relative error {change:.1e} at full budget"
+    with subject.patch(strategy, BUDGETS[strategy], "auto"):
+        out = subject.forward()
+    if strategy != "dense" and _same(out, subject.dense):
+        return "fails: no change at a smaller budget"
+    if not torch.equal(subject.forward(), subject.dense):
+        return "fails: unpatched output differs"
+    return WORKS
+
+
+def _same(out: Tensor, dense: Tensor) -> bool:
+    return out.shape == dense.shape and not census.relative(out, dense) > 1e-5
+
+
+def _by_kernel(subject: Subject, strategy: str, kernel: str) -> tuple[str, Tensor | None]:
+    try:
+        with subject.patch(strategy, BUDGETS[strategy], kernel):
+            if kernel in COMPILES:
+                return "takes it (not run: it compiles)", None
+            return WORKS, subject.forward()
+    except SparsiattnError as error:
+        return f"refused: {error}", None
+    except Exception as error:
+        sparsiattn.unpatch(subject.model)
+        return f"fails: {type(error).__name__}: {error}", None
