@@ -127,6 +127,18 @@ def memory() -> str:
     )
 
 
+def resolution() -> str:
+    rows = read("resolution-cpu")["speedup"]
+    head = ["schedule", "whole model", "quartiles"]
+    return table(
+        head,
+        [
+            [name, f"{r['ratio']:.2f}x", " to ".join(f"{q:.2f}x" for q in r["ratio_quartiles"])]
+            for name, r in rows.items()
+        ],
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "mass": mass,
     "background": background,
@@ -137,6 +149,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "token-quality": token_quality,
     "proportional": proportional,
     "memory": memory,
+    "resolution": resolution,
+    "source resolution-cpu": lambda: source("resolution-cpu"),
     "source memory-cpu": lambda: source("memory-cpu"),
     "source proportional-cpu": lambda: source("proportional-cpu"),
     "source tokens-cpu": lambda: source("tokens-cpu"),

@@ -156,7 +156,7 @@ class Backbone:
         """Sites with their layouts, and ``(name, reason)`` of every call left alone."""
         found, left = [], []
         for call in calls:
-            layout = Layout.of(call.q, head_count(call.module))
+            layout = Layout.of(call.q, _heads_per_call(call))
             reason = self.why_leave(call)
             if reason is None and layout is None:
                 reason = f"a query of shape {tuple(call.q)} and no head count to read it by"
@@ -207,6 +207,12 @@ def count_class_tokens(module: nn.Module) -> int:
 
 def _is_tensor(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module, name, None), torch.Tensor)
+
+
+def _heads_per_call(call: Call) -> int | None:
+    """Heads folded into the batch of one call; a module that calls once for each has one."""
+    heads = head_count(call.module)
+    return 1 if len(call.q) == 3 and call.count == heads else heads
 
 
 def head_count(module: nn.Module) -> int | None:

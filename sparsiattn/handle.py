@@ -21,6 +21,7 @@ from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
 from sparsiattn.interception import THREAD, install
+from sparsiattn.lifted import drop, lift
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import (
@@ -58,6 +59,7 @@ class Patch:
         self.backbone, self.input_shape, self.left = backbone.name, input_shape, tuple(left)
         self.found: tuple[Site, ...] = ()
         self.unread: frozenset[str] = frozenset()  # sites whose attention weights nothing reads
+        self.lifted: frozenset[str] = frozenset()  # sites that write their softmax by hand
         self.runtimes: list[SiteRuntime] = []
         self.edits: list[Edit] = []
         self.image: tuple[int, int] | None = None
@@ -363,6 +365,8 @@ def _hook_site(handle: Patch, runtime: SiteRuntime) -> None:
     if swap(module) and name not in handle.unread:
         refuse = RefuseWeights(handle, name)
         handle._handles.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
+    if name in handle.lifted:
+        lift(module)
     opener = OpenScope(runtime)
     handle._handles.append(module.register_forward_pre_hook(opener))
     closer = CloseScope(opener)
@@ -373,6 +377,8 @@ def _remove(handle: Patch) -> None:
     with _SWITCHING:
         for hook in handle._handles:
             hook.remove()
+        for runtime in handle.runtimes:
+            drop(runtime.module)
         for module in feature_modules(handle):
             unwatch(module)
         for runtime in handle.runtimes:

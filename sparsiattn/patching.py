@@ -201,19 +201,21 @@ def _find(
     bones = skeleton(model)
     for edit in backbone.edits(bones):
         edit.apply()
-    calls = probe(bones, backbone.dry_inputs(bones, shape))
+    seen = probe(bones, backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
-    found, left = backbone.sites(calls, shape[-2] * columns / (shape[-1] * rows))
+    found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows))
+    left += seen.softmaxes
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise NothingToPatch(
             f"{type(model).__name__} has no attention to patch: no module of it calls scaled dot "
-            f"product attention in a way that can be served{reasons or ''}"
+            f"product attention (or writes it out) in a way that can be served{reasons or ''}"
         )
     handle = Patch(model, strategy, kernel, backbone, shape, left)
     handle.follows_model = example is None
     handle.found = tuple(site for site, _ in found)
-    handle.unread = frozenset(call.name for call in calls if call.weights == "ignored")
+    handle.unread = frozenset(call.name for call in seen.calls if call.weights == "ignored")
+    handle.lifted = frozenset(call.name for call in seen.calls if call.lifted)
     return bones, handle, found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import ProbeFailed, SparsiattnError
 from sparsiattn.interception import dense_attention, install, pop, push
+from sparsiattn.lifted import Trial, drop, without_scores
 from sparsiattn.multihead import WatchWeights, Weights
 
 DryInputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,7 +30,8 @@ class Call:
 
     name, module: the innermost module running when attention was called (of the copy). parents:
     from the root down to its parent. q, k, v, mask: shapes. count: calls in one forward. weights:
-    what became of the attention weights that `nn.MultiheadAttention` also returns.
+    what became of the attention weights that `nn.MultiheadAttention` also returns. lifted: whether
+    the module writes its attention out, see `lifting`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Call:
     count: int = 1
     uniform: bool = True
     weights: Weights = "unasked"
+    lifted: bool = False
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
@@ -76,6 +79,8 @@ def skeleton(model: nn.Module) -> Any:
         raise ProbeFailed(
             f"{type(model).__name__} cannot be copied for the dry run: {error}"
         ) from error
+    for module in copied.modules():
+        drop(module)
     return copied.eval()
 
 
@@ -110,22 +115,30 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
+def _home_name(name: str, module: nn.Module) -> str:
+    """The module whose attention this is: an `nn.Softmax` belongs to the one that holds it."""
+    return name.rpartition(".")[0] if isinstance(module, nn.Softmax) else name
+
+
 class _Recorder:
     """Hooks on every module of the skeleton that tell which one is innermost."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: OrderedDict[str, Call] = OrderedDict()
+        self.trial = Trial()
         self.watched: dict[str, WatchWeights] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 self.watched[name] = WatchWeights(module)
             parents = tuple(_chain(model, name))
-            key = -1 - len(self.calls) - id(module)
+            key = -1 - id(module)
             module.register_forward_pre_hook(self._opener(name, module, parents, key))
-            module.register_forward_hook(lambda *_, key=key: pop(key), always_call=True)
+            module.register_forward_hook(self._closer(key), always_call=True)
+            self.trial.names[key] = _home_name(name, module)
 
     def clear(self) -> None:
         self.calls.clear()
+        self.trial.clear()
         for watched in self.watched.values():
             watched.clear()
 
@@ -141,10 +154,19 @@ class _Recorder:
                 name, module, parents, q.shape, k.shape, v.shape,
                 None if mask is None else mask.shape, None if mask is None else mask.dtype,
                 causal, before.count + 1 if before else 1, uniform,
+                lifted=self.trial.attending or (before is not None and before.lifted),
             )  # fmt: skip
             return dense_attention(q, k, v, mask, p, causal, scale=scale, gqa=gqa)
 
         return lambda *_: push(record, key)
+
+    @staticmethod
+    def _closer(key: int) -> Any:
+        def close(module: nn.Module, args: Any, output: Any) -> Any:
+            pop(key)
+            return without_scores(output, home=key)
+
+        return close
 
 
 def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -154,15 +176,32 @@ def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
         module = getattr(module, part)
 
 
-def probe(model: nn.Module, inputs: DryInputs) -> list[Call]:
-    """Every attention call of a `skeleton` for these inputs, in order."""
+@dataclass(frozen=True)
+class Probe:
+    """What a dry run saw: attention calls in order, and ``(module name, what it is)`` of every
+    other softmax."""
+
+    calls: list[Call]
+    softmaxes: list[tuple[str, str]]
+
+
+def probe(model: nn.Module, inputs: DryInputs) -> Probe:
+    """Every attention call of a `skeleton` for these inputs, those written by hand included."""
     install()
     recorder = _Recorder(model)
-    output = run_dry(model, inputs, recorder.clear)
+    try:
+        with recorder.trial:
+            output = run_dry(model, inputs, recorder.clear)
+    except ProbeFailed:  # a host that takes nothing but tensors for its scores
+        recorder.clear()
+        output = run_dry(model, inputs, recorder.clear)
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     del output  # was held until here: see `WatchWeights.verdict`
     calls = recorder.calls.values()
-    return [replace(call, weights=weights.get(call.name, "unasked")) for call in calls]
+    found = [replace(call, weights=weights.get(call.name, "unasked")) for call in calls]
+    softmaxes = recorder.trial.softmaxes.items()
+    others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
+    return Probe(found, others)
 
 
 def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
