@@ -21,7 +21,7 @@ from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
 from sparsiattn.interception import THREAD, install
-from sparsiattn.lifted import drop, lift
+from sparsiattn.lifting import drop, lift
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import (

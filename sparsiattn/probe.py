@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import ProbeFailed, SparsiattnError
 from sparsiattn.interception import dense_attention, install, pop, push
-from sparsiattn.lifted import Trial, drop, without_scores
+from sparsiattn.lifting import Trial, drop, without_scores
 from sparsiattn.multihead import WatchWeights, Weights
 
 DryInputs = tuple[tuple[Any, ...], dict[str, Any]]

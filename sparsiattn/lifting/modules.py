@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cache, wraps
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsiattn.errors import ModelChanged
 from sparsiattn.interception import THREAD
-from sparsiattn.lifting import Lift, Scores, Tally
+from sparsiattn.lifting.mode import Lift, Tally
+from sparsiattn.lifting.scores import Scores
 
 HOST = "_sparsiattn_lifted"
 
@@ -66,52 +67,6 @@ def _unless_weights(value: Any, home: int) -> Any:
     if not isinstance(value, Scores) or value.home != home:
         return value
     return None if value.softmaxed else value.tensor("return")
-
-
-class Trial(Lift):
-    """The dry run's: puts scores off in every module, and notes what becomes of each softmax."""
-
-    def __init__(self) -> None:
-        super().__init__(Tally())
-        self.names: dict[int, str] = {}
-        self.clear()
-
-    def clear(self) -> None:
-        self.attending = False
-        self.softmaxes: dict[str, str] = {}
-        self._computed: dict[str, str] = {}
-
-    def attend(self, *operands: Any, **options: Any) -> Tensor:
-        self.attending = True
-        try:
-            return super().attend(*operands, **options)
-        finally:
-            self.attending = False
-
-    def home(self) -> int:
-        return 0 if THREAD.top is None else THREAD.top[1]
-
-    def refuse(self, scores: Scores, because: str) -> None:
-        name = self.names.get(scores.home, "")
-        self._computed.setdefault(name, because)
-        if scores.softmaxed:
-            self.softmaxes[name] = self._reason(name)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
-        if func.__name__.strip("_") == "softmax" and not isinstance(result, Scores):
-            name = self.names.get(self.home(), "")
-            self.softmaxes.setdefault(name, self._reason(name))
-        return result
-
-    def _reason(self, name: str) -> str:
-        because = self._computed.get(name)
-        if because is None:
-            return "its softmax is not attention between tokens"
-        return (
-            f"hand-written attention whose scores go through {because.strip('_')}(), which is no "
-            "part of scaled dot product attention (talking heads, gates, attention over channels)"
-        )
 
 
 def lift(module: nn.Module) -> None:

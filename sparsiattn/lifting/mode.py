@@ -1,0 +1,70 @@
+"""The mode under which products of queries and keys are put off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sparsiattn.lifting import operations as operations  # registers itself
+from sparsiattn.lifting.equations import equation, is_product
+from sparsiattn.lifting.scores import Scores
+
+
+class Tally:
+    """How many products became a call of scaled dot product attention."""
+
+    def __init__(self) -> None:
+        self.attended = 0
+
+
+class Lift(TorchFunctionMode):
+    """While active, products of two computed operands are put off."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self.idle = False
+        self.tally = tally  # Dynamo loses sight of a mode's own attributes once it is left
+
+    def attend(self, *operands: Any, **options: Any) -> Tensor:
+        self.tally.attended += 1
+        return F.scaled_dot_product_attention(*operands, **options)
+
+    def home(self) -> int:
+        """Tells where scores are made: they must meet their values in the same module."""
+        return 0
+
+    def refuse(self, scores: Scores, because: str) -> None:
+        """Told when scores have to be computed, by the name of the operation that needs them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.strip("_")
+        if name in PRODUCTS and not kwargs and not self.idle:
+            operands = factors(name, args)
+            if operands is not None:
+                return Scores(self, *operands)
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = ("matmul", "bmm", "einsum")
+
+
+def factors(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """``[..., Nq, D]`` and ``[..., D, Nk]`` if these arguments ask for a product of two computed
+    tensors of at least three dimensions; parameters are weights, not keys."""
+    if name == "einsum":
+        found = equation(args)
+        if found is None or not is_product(found[0]):
+            return None
+        left, right = found[1], found[2]
+    else:
+        left, right = args
+    for x in (left, right):
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or x.dim() < 3:
+            return None
+    if left.dim() != right.dim():
+        return None
+    return left, right.transpose(-2, -1) if name == "einsum" else right

@@ -1,0 +1,191 @@
+"""A product of queries and keys that was put off, in the place of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from sparsiattn.lifting.mode import Lift
+
+Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
+"""What was added to the scores, with the shape they had at that time."""
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {}
+"""What hosts do to scores that need not be computed for it, by torch's name for it."""
+
+
+def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what an operation of these names makes of scores; it returns NotImplemented where
+    only their values can tell."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATIONS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Scores:
+    """A product ``q @ kt`` that was put off, and what was done to it since. Stands in for the
+    tensor ``[..., Nq, Nk]`` in the host's own code."""
+
+    def __init__(self, lift: Lift, q: Tensor, kt: Tensor) -> None:
+        self.lift, self.home, self.q, self.kt = lift, lift.home(), q, kt
+        lead = torch.broadcast_shapes(q.shape[:-2], kt.shape[:-2])
+        self.shape = self.made_as = torch.Size((*lead, q.shape[-2], kt.shape[-1]))
+        self.dtype, self.device = q.dtype, q.device
+        self.factor: float = 1.0
+        self.terms: Terms = ()
+        self.softmaxed, self.dropout, self.flipped = False, 0.0, False
+        self.part_of: tuple[Scores, tuple[int, int]] | None = None
+        self.view_of: Scores | None = None
+        self.value: Tensor | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.strip("_")
+        result = _apply(name, args, kwargs or {})
+        if result is not NotImplemented:
+            return result
+        args, kwargs = computed(name, args), computed(name, kwargs or {})
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.strip("_") in OPERATIONS:
+            return partial(_method, name, self)
+        return getattr(self.tensor(name), name)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def mT(self) -> Any:
+        return self.transpose(-2, -1)
+
+    def but(self, **fields: Any) -> Scores:
+        """The same scores with other fields."""
+        other = Scores.__new__(Scores)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update(fields)
+        return other
+
+    def tensor(self, because: str = "") -> Tensor:
+        """The scores (or weights) themselves, computed as the host would have."""
+        if self.value is None:
+            self.lift.refuse(self, because)
+            self.lift.idle = True
+            try:
+                self.value = self._compute()
+            finally:
+                self.lift.idle = False
+        return self.value
+
+    def _compute(self) -> Tensor:
+        x = (self.q @ self.kt) * self.factor
+        x = x.reshape(self.shape if not self.flipped else flip(self.shape))
+        bias = self.bias()
+        if bias is not None:
+            x = x + bias
+        if self.softmaxed:
+            x = F.dropout(x.softmax(-1), self.dropout)
+        return x.transpose(-2, -1) if self.flipped else x
+
+    def bias(self) -> Tensor | None:
+        """What was added to the scores, broadcastable to their present shape."""
+        shape = flip(self.shape) if self.flipped else self.shape
+        found = None
+        for term, then in self.terms:
+            fitted = term if then == shape else term.expand(then).reshape(shape)
+            found = fitted if found is None else found + fitted
+        return found
+
+    def attend(self, v: Tensor) -> Tensor:
+        """``[..., Nq, Dv]``, by scaled dot product attention."""
+        shape = flip(self.shape) if self.flipped else self.shape
+        q, k, mask = self.q, self.kt.transpose(-2, -1), self.bias()
+        if shape != self.made_as:
+            q, k = (x.reshape(*shape[:-2], *x.shape[-2:]) for x in (q, k))
+        if mask is not None:
+            mask = mask[(None,) * (len(shape) - mask.dim())].to(v.dtype)
+        return self.lift.attend(
+            q.to(v.dtype), k.to(v.dtype), v, mask, self.dropout, scale=self.factor
+        )
+
+
+def flip(shape: tuple[int, ...]) -> torch.Size:
+    return torch.Size((*shape[:-2], shape[-1], shape[-2]))
+
+
+def computed(name: str, values: Any) -> Any:
+    """Arguments with scores replaced by their values."""
+    if isinstance(values, Scores):
+        return values.tensor(name)
+    if isinstance(values, dict):
+        return {key: computed(name, value) for key, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(computed(name, value) for value in values)
+    return values
+
+
+def _method(name: str, scores: Scores, *args: Any, **kwargs: Any) -> Any:
+    """A method of the host's supposed tensor."""
+    result = _apply(name.strip("_"), (scores, *args), kwargs)
+    if result is NotImplemented:
+        args, kwargs = computed(name, args), computed(name, kwargs)
+        result = getattr(scores.tensor(name), name)(*args, **kwargs)
+    elif isinstance(result, Scores) and _in_place(name):
+        return _replace(scores, result)
+    return result
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda scores, *args: _method(name, scores, *args)
+
+
+def _in_place(name: str) -> bool:
+    return name.startswith("__i") if name.startswith("__") else name.endswith("_")
+
+
+def _replace(scores: Scores, result: Scores) -> Scores:
+    """An operation in place: whoever holds the scores, or what they are a view of, sees it."""
+    if scores.part_of is not None:
+        raise NotImplementedError("an operation in place on a part of attention scores")
+    held: Scores | None = scores
+    while held is not None:
+        held.q, held.factor, held.terms = result.q, result.factor, result.terms
+        held = held.view_of
+    return scores
+
+
+def _apply(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What the host's operation makes of scores that are still put off, NotImplemented if only
+    their values can tell."""
+    operation = OPERATIONS.get(name)
+    first = next((x for x in args if isinstance(x, Scores)), None)
+    if operation is None or (first is not None and first.value is not None):
+        return NotImplemented
+    return operation(*args, **kwargs)
+
+
+_OPERATORS = (
+    *("mul", "rmul", "imul", "truediv", "itruediv", "rtruediv", "add", "radd", "iadd", "sub"),
+    *("rsub", "isub", "matmul", "rmatmul", "getitem", "setitem", "neg", "pow", "rpow", "abs"),
+    *("lt", "le", "gt", "ge", "len", "iter", "bool", "float"),
+)
+for _name in _OPERATORS:
+    # operators are looked up on the class, past `__getattr__`
+    setattr(Scores, f"__{_name}__", _operator(f"__{_name}__"))
