@@ -8,6 +8,7 @@ on two cores; ``--matrix``, ``--census timm`` and ``--part 0/2`` run parts of it
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib
 import json
 import sys
@@ -24,14 +25,14 @@ ROWS = RESULTS / "census"
 LISTS = ("timm", "torchvision", "transformers")
 
 
-def run_matrix(part: tuple[int, int]) -> None:
+def run_matrix(only: str, part: tuple[int, int]) -> None:
     """Append the cells of every family that has none yet."""
     families, matrix = (importlib.import_module(name) for name in ("families", "matrix"))
     census = importlib.import_module("census")
     path = ROWS / "matrix.jsonl"
     usable = [name for name, reason in matrix.kernels().items() if not reason]
     made = families.families()
-    for family in list(made)[part[0] :: part[1]]:
+    for family in fnmatch.filter(made, only)[part[0] :: part[1]]:
         if family in census.read(path):
             continue
         start = time.perf_counter()
@@ -45,10 +46,10 @@ def run_matrix(part: tuple[int, int]) -> None:
               flush=True)  # fmt: skip
 
 
-def run_census(name: str, part: tuple[int, int]) -> None:
+def run_census(name: str, only: str, part: tuple[int, int]) -> None:
     census = importlib.import_module("census")
-    entries = list(census.LISTS[name]())[part[0] :: part[1]]
-    census.run(iter(entries), ROWS / f"{name}.jsonl")
+    entries = [e for e in census.LISTS[name]() if fnmatch.fnmatch(e.name, only)]
+    census.run(iter(entries[part[0] :: part[1]]), ROWS / f"{name}.jsonl")
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--census", choices=LISTS, action="append", help="run this list alone")
     parser.add_argument("--matrix", action="store_true", help="run the matrix alone")
     parser.add_argument("--summarise", action="store_true", help="run nothing")
+    parser.add_argument("--only", default="*", help="glob over names of models or families")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row from the i-th on")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -95,9 +97,9 @@ def main() -> None:
     first, step = map(int, given.part.split("/"))
     everything = not (given.matrix or given.census or given.summarise)
     for name in LISTS if everything else given.census or []:
-        run_census(name, (first, step))
+        run_census(name, given.only, (first, step))
     if given.matrix or everything:
-        run_matrix((first, step))
+        run_matrix(given.only, (first, step))
     if step == 1:
         summarise()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKS = "works"
-ASKED_ONLY = "takes it"
 
 
 def _read() -> dict[str, Any]:
@@ -87,9 +86,7 @@ def _cell(cell: dict[str, str], numbers: dict[str, int]) -> str:
     if cell["auto"] != WORKS:
         return f"no {_number(cell['auto'], numbers)}"
     missing = [
-        f"{name} {_number(outcome, numbers)}"
-        for name, outcome in cell.items()
-        if outcome != WORKS and not outcome.startswith(ASKED_ONLY) and name != "flex"
+        f"{name} {_number(outcome, numbers)}" for name, outcome in cell.items() if outcome != WORKS
     ]
     return "yes" if not missing else f"yes, not {', '.join(missing)}"
 
@@ -109,7 +106,7 @@ def reasons() -> str:
 
 def kernels() -> str:
     """What each kernel says of the machine that made the page."""
-    rows = [[f"`{name}`", plain(reason) if reason else "runs, or is asked per call"]
+    rows = [[f"`{name}`", plain(reason) if reason else "runs in the cells above"]
             for name, reason in _read()["kernels"].items()]  # fmt: skip
     return _table(["kernel", "here"], rows)
 

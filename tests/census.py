@@ -1,10 +1,8 @@
 """Every model by name: does it compute softmax attention between tokens, does it patch, and do the
-laws hold there? ``python tests/census.py timm --out timm.jsonl`` appends one line per model and
-goes on where a killed run stopped."""
+laws hold there? ``python benchmarks/support.py`` runs it and keeps the rows."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import json
@@ -14,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +46,8 @@ class Everything(Strategy):
 @dataclass(frozen=True)
 class Entry:
     """A model to examine: ``make(**options)`` builds it without downloads, and takes ``img_size``
-    where ``resizes``. shape: of one image, None where the model says it. inputs: what the model takes
-    instead of an image, made of one."""
+    where ``resizes``. shape: of one image, None where the model says it. inputs: what the model
+    takes instead of an image, made of one."""
 
     name: str
     family: str
@@ -288,9 +285,7 @@ def _steps() -> dict[str, Strategy]:
 IDENTITIES = ("topk k=1", "everything")
 
 
-def _patched_faults(
-    name: str, change: float, live: sparsiattn.Patch, keys: list[str]
-) -> list[str]:
+def _patched_faults(name: str, change: float, live: sparsiattn.Patch, keys: list[str]) -> list[str]:
     faults = []
     if name in IDENTITIES and not change <= 1e-5:
         faults.append(f"{name}: relative error {change:.1e}")
@@ -365,21 +360,3 @@ def run(entries: Iterator[Entry], path: Path, *, values: bool = True) -> None:
 def _append(path: Path, row: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("list", choices=LISTS)
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    parser.add_argument("--only", default="*", help="glob over names")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th name from the i-th on")
-    parser.add_argument("--without-values", action="store_true", help="only what patching finds")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    first, step = map(int, given.part.split("/"))
-    names = [e for e in LISTS[given.list]() if fnmatch(e.name, given.only)][first::step]
-    run(iter(names), given.out, values=not given.without_values)
-
-
-if __name__ == "__main__":
-    main()

@@ -69,6 +69,13 @@ TORCHVISION = {
     "video.mvit": "mvit_v2_s",
     "video.swin_transformer": "swin3d_t",
 }
+# over two seconds each: wide layers, many sites or sizes to try
+HEAVY = {
+    "byoanet", "byobnet", "crossvit", "deepseek_vit", "fastvit", "maxxvit", "mobilenetv3",
+    "mobilenetv5", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "csatv2",
+    "davit", "tiny_vit", "mvitv2", "volo", "detr", "gemma4_vit", "nextvit", "twins", "mobilevit",
+    "pvt_v2", "vision_transformer_sam", "vitamin", "efficientvit_msra",
+}  # fmt: skip
 NO_ATTENTION = {"mobilevitv2", "swiftformer", "poolformer", "convnextv2", "focalnet"}
 
 

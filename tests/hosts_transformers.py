@@ -88,7 +88,8 @@ CASES: dict[str, tuple[Any, ...]] = {
                         {**PLAIN, "use_relative_position_bias": True}),
     "yolos": ("YolosModel", "YolosConfig",
               {**PLAIN, "image_size": [32, 32], "num_detection_tokens": 5}),
-    "vitpose_backbone": ("VitPoseBackbone", "VitPoseBackboneConfig", {**SIZED, "patch_size": [16, 16], "image_size": [64, 64]}),
+    "vitpose_backbone": ("VitPoseBackbone", "VitPoseBackboneConfig",
+                         {**PLAIN, "patch_size": [16, 16], "image_size": [64, 64]}),
     "vitdet": ("VitDetModel", "VitDetConfig", {
         **PLAIN, "mlp_ratio": 2, "window_block_indices": [0], "window_size": 4,
         "use_relative_position_embeddings": True, "pretrain_image_size": 32,

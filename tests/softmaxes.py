@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
@@ -28,8 +28,8 @@ _MATMULS = {
     "matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm", "mm", "tensordot",
 }  # fmt: skip
 _SOFTMAXES = {"softmax", "_softmax"}
-# a linear layer mixes heads of scores (talking heads) but ends what else the marks may follow
-_ENDS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "normalize", "linear", "conv2d"}
+# what an attention module does to scores on their way: talking heads mix them by a linear layer
+_ENDS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "normalize"}
 
 
 @dataclass(frozen=True)
@@ -48,51 +48,78 @@ class Found:
         return self.kind != "other" and self.owner not in NOT_TOKENS
 
 
+@dataclass(frozen=True)
+class Running:
+    """A module that is running. call: tells its calls apart. bare: without layers of its own, such
+    as a softmax."""
+
+    name: str
+    owner: str
+    call: int
+    bare: bool
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a tensor was made of, during which call of a module: scores meet their values there."""
+
+    kind: str
+    call: int
+
+
 class Watch(TorchFunctionMode):
     """Marks products, and the softmaxes of products, and notes where they meet a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stack: list[tuple[str, str]] = []
+        self.stack: list[Running] = []
         self.found: list[Found] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         operands = [*_tensors(args), *_tensors(kwargs.values())]
-        marks = {getattr(x, "_softmax_mark", None) for x in operands}
-        mark = next((m for m in (WEIGHTS, PRODUCT, OTHER) if m in marks), None)
-        if name == "scaled_dot_product_attention" or func is F.scaled_dot_product_attention:
-            q, k = operands[0].shape, operands[1].shape
-            self.note("sdpa", q[:-1].numel() * k[-2])
-            mark = None
-        elif func is F.multi_head_attention_forward:
-            self.note("mha", None)
-            mark = None
-        elif name in _SOFTMAXES:
-            mark = WEIGHTS if mark in (PRODUCT, WEIGHTS) else OTHER
-        elif name in _MATMULS:
-            if mark in (WEIGHTS, OTHER):
-                weights = [x for x in operands if getattr(x, "_softmax_mark", None) == mark]
-                self.note("written" if mark == WEIGHTS else "other", weights[0].numel())
-                mark = None
-            else:
-                mark = PRODUCT if _activations(operands) else None
-        elif name in _ENDS and mark not in (PRODUCT, WEIGHTS):
-            mark = None
-        elif name in _ENDS and name not in ("linear", "conv2d"):
-            mark = None
+        name = getattr(func, "__name__", "")
+        known = [m for x in operands if (m := self.mark(x))]
+        mark = self.marked(name, operands, {m.kind for m in known})
+        home = min((m.call for m in known), default=self.home())  # a layer inside may mix scores
         for tensor in _tensors([out]):
             if mark is not None or hasattr(tensor, "_softmax_mark"):
-                tensor._softmax_mark = mark  # type: ignore[attr-defined]
+                made = None if mark is None else Mark(mark, home)
+                tensor._softmax_mark = made  # type: ignore[attr-defined]
         return out
 
+    def marked(self, name: str, operands: list[Tensor], marks: set[str]) -> str | None:
+        """What becomes of the marks of an operation's operands; attention is noted."""
+        mark = next((m for m in (WEIGHTS, PRODUCT, OTHER) if m in marks), None)
+        if name == "scaled_dot_product_attention":
+            self.note("sdpa", operands[0].shape[:-1].numel() * operands[1].shape[-2])
+            return None
+        if name == "multi_head_attention_forward":
+            self.note("mha", None)
+            return None
+        if name in _SOFTMAXES:
+            return WEIGHTS if mark in (PRODUCT, WEIGHTS) else OTHER
+        if name not in _MATMULS:
+            return None if name in _ENDS else mark
+        if mark in (WEIGHTS, OTHER):
+            weights = next(x for x in operands if (m := self.mark(x)) and m.kind == mark)
+            self.note("written" if mark == WEIGHTS else "other", weights.numel())
+            return None
+        return PRODUCT if _activations(operands) else None
+
+    def mark(self, tensor: Tensor) -> Mark | None:
+        """The tensor's mark, while the module that made it runs."""
+        found: Mark | None = getattr(tensor, "_softmax_mark", None)
+        alive = found is not None and any(r.call == found.call for r in self.stack)
+        return found if alive else None
+
+    def home(self) -> int:
+        return next((r.call for r in reversed(self.stack) if not r.bare), 0)
+
     def note(self, kind: str, pairs: int | None) -> None:
-        module, owner = self.stack[-1] if self.stack else ("", "")
-        self.found.append(Found(module, owner, kind, pairs))
+        top = self.stack[-1]
+        self.found.append(Found(top.name, top.owner, kind, pairs))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -108,12 +135,15 @@ def _activations(operands: list[Tensor]) -> bool:
 
 
 @contextmanager
-def _names(model: nn.Module, stack: list[tuple[str, str]]) -> Iterator[None]:
-    """Keep the path and class of the innermost running module on top of the stack."""
+def _names(model: nn.Module, stack: list[Running]) -> Iterator[None]:
+    """Keep the innermost running module on top of the stack."""
     names = {module: name for name, module in model.named_modules()}
+    calls = count(1)
 
     def enter(module: nn.Module, args: Any) -> None:
-        stack.append((names.get(module, ""), type(module).__name__))
+        bare = not any(True for _ in module.children()) and not module._parameters
+        name = names.get(module, "")
+        stack.append(Running(name, type(module).__name__, next(calls), bare))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
