@@ -27,6 +27,7 @@ from sparsiattn.probe import skeleton
 from sparsiattn.registry import REGISTRY
 
 MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller
+FEW_KEYS = 16  # in smaller windows than these, summaries of dropped keys are the keys themselves
 SIZES = (64, 112, 128, 192, 224, 256, 384, 448, 512)
 Shape = tuple[int, ...]
 
@@ -118,6 +119,10 @@ class Specimen:
         return model
 
     @property
+    def fewest_keys(self) -> int:
+        return min((f.keys for f in self.found if f.keys and f.between_tokens), default=0)
+
+    @property
     def pairs(self) -> int:
         return max((f.pairs or 0 for f in self.found), default=0)
 
@@ -148,7 +153,8 @@ def prepare(entry: Entry, most_pairs: int = MOST_PAIRS) -> Specimen:
             break
         with suppress(Exception):
             smaller = _resized(entry, specimen, side)
-            if 0 < smaller.pairs <= most_pairs and _alike(smaller, specimen):
+            fits = smaller.fewest_keys >= min(FEW_KEYS, specimen.fewest_keys)
+            if fits and 0 < smaller.pairs <= most_pairs and _alike(smaller, specimen):
                 return smaller
     return specimen
 

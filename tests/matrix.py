@@ -34,6 +34,9 @@ COLUMNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 COMPILES = {"flex"}  # for half a minute a shape: not run here
 WHATEVER = {"dense", "token_drop", "token_merge"}  # attention is the host's own by every kernel
 WORKS = "works"
+NOISE = 2e-6  # of equal sums in another order; some branches are damped to little more
+# keys are chosen by scores, where rounding in one layer may choose others in the next
+BY_SCORE = {"topk", "connectivity", "hybrid"}
 
 
 @dataclass
@@ -87,12 +90,12 @@ def cells(subject: Subject, column: str, names: Sequence[str]) -> dict[str, str]
     outcome = {"auto": _auto(subject, column)}
     if outcome["auto"] != WORKS or COLUMNS[column][0] in WHATEVER:
         return outcome
-    exact = None
+    exact, bound = None, 0.1 if COLUMNS[column][0] in BY_SCORE else 1e-4
     for name in names:
         found, out = _by_kernel(subject, column, name)
         if name == "reference":
             exact = out
-        if out is not None and exact is not None and not census.relative(out, exact) <= 1e-4:
+        if out is not None and exact is not None and not census.relative(out, exact) <= bound:
             found = f"fails: {census.relative(out, exact):.1e} from the reference kernel"
         outcome[name] = found
     return outcome
@@ -125,7 +128,7 @@ def _laws(subject: Subject, column: str) -> str:
 
 
 def _same(out: Tensor, dense: Tensor) -> bool:
-    return out.shape == dense.shape and not census.relative(out, dense) > 1e-5
+    return out.shape == dense.shape and not census.relative(out, dense) > NOISE
 
 
 def _by_kernel(subject: Subject, column: str, kernel: str) -> tuple[str, Tensor | None]:

@@ -36,12 +36,13 @@ _ENDS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "normalize"}
 class Found:
     """One call of attention. kind: ``"sdpa"``, ``"mha"`` (`nn.MultiheadAttention`), ``"written"``
     (softmax of QK^T, times V), or ``"other"``: a softmax of something else, times a matrix.
-    pairs: elements of the attention matrix, None for ``"mha"``."""
+    pairs: elements of the attention matrix, keys: its columns; None for ``"mha"``."""
 
     module: str
     owner: str
     kind: str
     pairs: int | None
+    keys: int | None
 
     @property
     def between_tokens(self) -> bool:
@@ -93,10 +94,11 @@ class Watch(TorchFunctionMode):
         """What becomes of the marks of an operation's operands; attention is noted."""
         mark = next((m for m in (WEIGHTS, PRODUCT, OTHER) if m in marks), None)
         if name == "scaled_dot_product_attention":
-            self.note("sdpa", operands[0].shape[:-1].numel() * operands[1].shape[-2])
+            keys = operands[1].shape[-2]
+            self.note("sdpa", operands[0].shape[:-1].numel() * keys, keys)
             return None
         if name == "multi_head_attention_forward":
-            self.note("mha", None)
+            self.note("mha", None, None)
             return None
         if name in _SOFTMAXES:
             return WEIGHTS if mark in (PRODUCT, WEIGHTS) else OTHER
@@ -104,7 +106,8 @@ class Watch(TorchFunctionMode):
             return None if name in _ENDS else mark
         if mark in (WEIGHTS, OTHER):
             weights = next(x for x in operands if (m := self.mark(x)) and m.kind == mark)
-            self.note("written" if mark == WEIGHTS else "other", weights.numel())
+            kind = "written" if mark == WEIGHTS else "other"
+            self.note(kind, weights.numel(), weights.shape[-1])
             return None
         return PRODUCT if _activations(operands) else None
 
@@ -117,9 +120,9 @@ class Watch(TorchFunctionMode):
     def home(self) -> int:
         return next((r.call for r in reversed(self.stack) if not r.bare), 0)
 
-    def note(self, kind: str, pairs: int | None) -> None:
+    def note(self, kind: str, pairs: int | None, keys: int | None) -> None:
         top = self.stack[-1]
-        self.found.append(Found(top.name, top.owner, kind, pairs))
+        self.found.append(Found(top.name, top.owner, kind, pairs, keys))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
