@@ -193,6 +193,7 @@ def examine(entry: Entry, *, values: bool = True) -> dict[str, Any]:
     specimen = prepare(entry)
     between = [f for f in specimen.found if f.between_tokens]
     row: dict[str, Any] = {"status": "none", "attention": len(between), "input": specimen.shape[1:]}
+    row["queries"] = max((f.queries or 2 for f in between), default=0)
     row["shortened"] = specimen.shortened
     row["kinds"] = sorted({f"{f.owner} {f.kind}" for f in between})
     row["not_tokens"] = sorted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 from census import LISTS, Entry
 
@@ -98,9 +99,9 @@ def families() -> dict[str, Callable[[], Entry]]:
     for family, name in TIMM.items():
         if timm.is_model(name):  # the oldest supported timm lacks some
             found[f"timm/{family}"] = partial(_timm, name)
-    for family, name in TORCHVISION.items():
+    for family, name in TORCHVISION.items() if find_spec("torchvision") else ():
         found[f"torchvision/{family}"] = partial(_listed, "torchvision", name)
-    for name in hosts_transformers.CASES:
+    for name in hosts_transformers.CASES if find_spec("transformers") else ():
         if name not in NO_ATTENTION:
             found[f"transformers/{name}"] = partial(_listed, "transformers", name)
     return found

@@ -3,7 +3,8 @@ what the census compares the sites of a patch with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -36,13 +37,15 @@ _ENDS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "normalize"}
 class Found:
     """One call of attention. kind: ``"sdpa"``, ``"mha"`` (`nn.MultiheadAttention`), ``"written"``
     (softmax of QK^T, times V), or ``"other"``: a softmax of something else, times a matrix.
-    pairs: elements of the attention matrix, keys: its columns; None for ``"mha"``."""
+    pairs: elements of the attention matrix, keys: its columns, queries: its
+    rows; None for ``"mha"``."""
 
     module: str
     owner: str
     kind: str
     pairs: int | None
     keys: int | None
+    queries: int | None
 
     @property
     def between_tokens(self) -> bool:
@@ -94,11 +97,10 @@ class Watch(TorchFunctionMode):
         """What becomes of the marks of an operation's operands; attention is noted."""
         mark = next((m for m in (WEIGHTS, PRODUCT, OTHER) if m in marks), None)
         if name == "scaled_dot_product_attention":
-            keys = operands[1].shape[-2]
-            self.note("sdpa", operands[0].shape[:-1].numel() * keys, keys)
+            self.note("sdpa", (*operands[0].shape[:-1], operands[1].shape[-2]))
             return None
         if name == "multi_head_attention_forward":
-            self.note("mha", None, None)
+            self.note("mha", None)
             return None
         if name in _SOFTMAXES:
             return WEIGHTS if mark in (PRODUCT, WEIGHTS) else OTHER
@@ -107,7 +109,7 @@ class Watch(TorchFunctionMode):
         if mark in (WEIGHTS, OTHER):
             weights = next(x for x in operands if (m := self.mark(x)) and m.kind == mark)
             kind = "written" if mark == WEIGHTS else "other"
-            self.note(kind, weights.numel(), weights.shape[-1])
+            self.note(kind, weights.shape)
             return None
         return PRODUCT if _activations(operands) else None
 
@@ -120,9 +122,11 @@ class Watch(TorchFunctionMode):
     def home(self) -> int:
         return next((r.call for r in reversed(self.stack) if not r.bare), 0)
 
-    def note(self, kind: str, pairs: int | None, keys: int | None) -> None:
+    def note(self, kind: str, shape: Sequence[int] | None) -> None:
+        """An attention matrix of this shape, met in the innermost module."""
         top = self.stack[-1]
-        self.found.append(Found(top.name, top.owner, kind, pairs, keys))
+        sizes = (None, None, None) if shape is None else (math.prod(shape), shape[-1], shape[-2])
+        self.found.append(Found(top.name, top.owner, kind, *sizes))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def totals(library: str) -> dict[str, Any]:
 
 
 def _entries(library: str) -> list[Any]:
+    if find_spec(library) is None:
+        return []
     return [pytest.param(entry, id=entry.name) for entry in census.LISTS[library]()]
 
 
@@ -62,14 +65,13 @@ def test_transformers(entry: census.Entry) -> None:
     keeps_the_laws("transformers", entry)
 
 
-@pytest.mark.parametrize("library", ["timm"])
-def test_nearly_all_with_attention_patch(library: str) -> None:
+def test_nearly_all_of_timm_with_attention_patch() -> None:
     """By the figures on the support page."""
-    found = totals(library)
-    assert found["models"] == len(timm.list_models())
+    found = totals("timm")
+    assert found["models"] >= 1371
     assert found["with_attention"] >= 661
     assert found["status"].get("failed", 0) == 0
-    assert found["status"]["patched"] >= 0.97 * 661
+    assert found["status"]["patched"] >= 0.97 * found["with_queries"]
 
 
 @pytest.mark.census
