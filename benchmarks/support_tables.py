@@ -21,6 +21,18 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+# what differs from model to model, and what to say instead
+PLAIN = (
+    (r"^[A-Z]\w+(?= (?:has|attends|does|cannot|hands|with|keeps|reads)|:)", "the model"),
+    (r"a dry run of \w+", "a dry run"),
+    (r" with an input of shape \([\d, ]+\)", ""),
+    (r"\(a dry run failed: .*?accepts\)", "in a dry run"),
+    (r" Pass input=.*?accepts", ""),
+    (r"block '[^']*'", "a block"),
+    (r" \((?:for one image: \[[\d, ]+\]|[\w.]+)\)", ""),
+)
+
+
 def plain(reason: str) -> str:
     """A refusal without what differs from model to model: the class's name, shapes, paths.
 
@@ -31,10 +43,8 @@ def plain(reason: str) -> str:
     text = kernel[1] if kernel else reason
     text = re.sub(r"^(?:refused|fails|[A-Z]\w*(?:Patch|Failed|Option|Refused)): ", "", text)
     text = re.sub(r"^(?:refused|fails): ", "", text.split("\n")[0])
-    text = re.sub(r"^(?:a dry run of )?[A-Z]\w+(?= (?:has|attends|does|with|keeps|reads))",
-                  lambda m: "a dry run of the model" if m[0].startswith("a dry") else "the model",
-                  text)  # fmt: skip
-    text = re.sub(r" with an input of shape \([\d, ]+\)", "", text)
+    for pattern, put in PLAIN:
+        text = re.sub(pattern, put, text)
     return text.replace("|", "\\|")
 
 

@@ -70,12 +70,20 @@ TORCHVISION = {
     "video.mvit": "mvit_v2_s",
     "video.swin_transformer": "swin3d_t",
 }
-# over two seconds each: wide layers, many sites or sizes to try
+# over a second and a half each: wide layers, many sites, or many sizes to try
 HEAVY = {
-    "byoanet", "byobnet", "crossvit", "deepseek_vit", "fastvit", "maxxvit", "mobilenetv3",
-    "mobilenetv5", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "csatv2",
-    "davit", "tiny_vit", "mvitv2", "volo", "detr", "gemma4_vit", "nextvit", "twins", "mobilevit",
-    "pvt_v2", "vision_transformer_sam", "vitamin", "efficientvit_msra",
+    "byoanet", "byobnet", "crossvit", "csatv2", "davit", "deepseek_vit", "detr",
+    "efficientformer_v2", "efficientvit_msra", "fastvit", "gcvit", "gemma4_vit", "hieradet_sam2",
+    "lowformer", "maxxvit", "mobilenetv3", "mobilenetv5", "mobilevit", "mvitv2", "nest", "nextvit",
+    "perceiver", "pvt_v2", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr",
+    "tiny_vit", "tnt", "twins", "vision_transformer_sam", "vitamin", "vjepa2", "volo", "yolos",
+}  # fmt: skip
+# made of the same layers as another family
+TWINS = {
+    "altclip", "blip_2", "chinese_clip", "clip (vision)", "clipseg", "deit (teacher)",
+    "dinov2 (backbone)", "git", "idefics3", "instructblip", "internvl", "janus", "kosmos-2",
+    "metaclip_2", "mlcd", "owlv2", "owlvit", "sam_hq", "siglip (vision)", "smolvlm",
+    "swin (backbone)", "vit_msn",
 }  # fmt: skip
 NO_ATTENTION = {"mobilevitv2", "swiftformer", "poolformer", "convnextv2", "focalnet"}
 

@@ -12,11 +12,11 @@ import matrix
 import pytest
 
 FAMILIES = families.families()
-# half a minute each in the full run: many sites, wide layers, or videos
 SLOW = {
-    name for name in FAMILIES
-    if name.startswith("torchvision/") or name.split("/")[1] in families.HEAVY
-}  # fmt: skip
+    name
+    for name in FAMILIES
+    if name.startswith("torchvision/") or name.split("/")[1] in families.HEAVY | families.TWINS
+}
 STORED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "support.json"
 
 
