@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import support_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -158,6 +160,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "source quality-cifar": lambda: source("quality-cifar"),
     "source kernels-cpu": lambda: source("kernels-cpu"),
     "source overhead-cpu": lambda: source("overhead-cpu"),
+    "source support": lambda: source("support"),
+    **support_tables.BLOCKS,
 }
 
 

@@ -1,7 +1,17 @@
-"""Every timm model of the supported families: ``pytest -m census`` (a few minutes)."""
+"""Every model by name: ``pytest -m census`` (an hour or two on two cores).
+
+What a run found is kept under ``benchmarks/results/census`` and on the support page of the docs.
+"""
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import census
 import pytest
 import timm
 import torch
@@ -10,6 +20,58 @@ import sparsiattn
 
 GLOBS = ("vit_*", "deit*", "eva*", "beit*", "samvit_*", "hiera_*", "swin_*")
 NAMES = sorted({name for glob in GLOBS for name in timm.list_models(glob)})
+
+
+ROOT = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+@cache
+def totals(library: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "support.json").read_text())["census"]
+    return found[library]  # type: ignore[no-any-return]
+
+
+def _entries(library: str) -> list[Any]:
+    if find_spec(library) is None:
+        return []
+    return [pytest.param(entry, id=entry.name) for entry in census.LISTS[library]()]
+
+
+def keeps_the_laws(library: str, entry: census.Entry) -> None:
+    """Patches by the laws, or is refused for a reason that the support page lists."""
+    row = census.row_of(entry, values=True)
+    assert row["status"] != "failed", row["faults"]
+    assert not row.get("missed"), f"attention stays dense and is not named: {row['missed']}"
+    if row["status"] == "refused":
+        listed = [name for names in totals(library)["refused"].values() for name in names]
+        assert entry.name in listed, row["reason"]
+
+
+@pytest.mark.census
+@pytest.mark.parametrize("entry", _entries("timm"))
+def test_timm(entry: census.Entry) -> None:
+    keeps_the_laws("timm", entry)
+
+
+@pytest.mark.census
+@pytest.mark.parametrize("entry", _entries("torchvision"))
+def test_torchvision(entry: census.Entry) -> None:
+    keeps_the_laws("torchvision", entry)
+
+
+@pytest.mark.census
+@pytest.mark.parametrize("entry", _entries("transformers"))
+def test_transformers(entry: census.Entry) -> None:
+    keeps_the_laws("transformers", entry)
+
+
+def test_nearly_all_of_timm_with_attention_patch() -> None:
+    """By the figures on the support page."""
+    found = totals("timm")
+    assert found["models"] >= 1371
+    assert found["with_attention"] >= 661
+    assert found["status"].get("failed", 0) == 0
+    assert found["status"]["patched"] >= 0.97 * found["with_queries"]
 
 
 @pytest.mark.census

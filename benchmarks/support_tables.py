@@ -1,0 +1,135 @@
+"""The tables of docs/support.md, made from ``results/support.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WORKS = "works"
+
+
+def _read() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "support.json").read_text())
+    return found
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# what differs from model to model, and what to say instead
+PLAIN = (
+    (r"^[A-Z]\w+(?= (?:has|attends|does|cannot|hands|with|keeps|reads)|:)", "the model"),
+    (r"a dry run of \w+", "a dry run"),
+    (r" with an input of shape \([\d, ]+\)", ""),
+    (r"\(a dry run failed: .*?accepts\)", "in a dry run"),
+    (r" Pass input=.*?accepts", ""),
+    (r"block '[^']*'", "a block"),
+    (r" \((?:for one image: \[[\d, ]+\]|[\w.]+)\)", ""),
+)
+
+
+def plain(reason: str) -> str:
+    """A refusal without what differs from model to model: the class's name, shapes, paths.
+
+    >>> plain("NothingToPatch: ViT has no attention to patch: x\\n  blocks.0: y")
+    'the model has no attention to patch: x'
+    """
+    kernel = re.search(r"no kernel computes .*?\n +(\w+: .*)", reason, re.DOTALL)
+    text = kernel[1] if kernel else reason
+    text = re.sub(r"^(?:refused|fails|[A-Z]\w*(?:Patch|Failed|Option|Refused)): ", "", text)
+    text = re.sub(r"^(?:refused|fails): ", "", text.split("\n")[0])
+    for pattern, put in PLAIN:
+        text = re.sub(pattern, put, text)
+    return text.replace("|", "\\|")
+
+
+def census() -> str:
+    """One row a list: how many names, how many with attention, what became of them."""
+    rows = []
+    for name, found in _read()["census"].items():
+        status, many = found["status"], found["with_queries"]
+        patched = status.get("patched", 0)
+        share = f" ({100 * patched / many:.1f} %)" if many else ""
+        counts = [found["models"], found["with_attention"], many, f"{patched}{share}"]
+        counts += [status.get("refused", 0), status.get("failed", 0)]
+        rows.append([name, *map(str, counts)])
+    head = ["list", "models", "with softmax attention between tokens", "from more than one query"]
+    head += ["patched", "refused"]
+    return _table([*head, "failed"], rows)
+
+
+def _grouped(key: str) -> str:
+    """Reasons of one kind over all lists, with the names behind each."""
+    names: dict[str, list[str]] = {}
+    for found in _read()["census"].values():
+        for reason, models in found[key].items():
+            names.setdefault(plain(reason), []).extend(models)
+    if not names:
+        return "None."
+    most = sorted(names.items(), key=lambda item: (-len(item[1]), item[0]))
+    rows = [[reason, str(len(models)), _some(models)] for reason, models in most]
+    return _table(["reason", "models", "names"], rows)
+
+
+def _some(models: list[str], most: int = 12) -> str:
+    shown = ", ".join(f"`{name}`" for name in models[:most])
+    return shown + (f" and {len(models) - most} more" if len(models) > most else "")
+
+
+def matrix() -> str:
+    """Families by strategies; numbers refer to `reasons`."""
+    found = _read()["matrix"]
+    numbers: dict[str, int] = {}
+    columns = list(next(iter(found.values()))["cells"]) if found else []
+    rows = []
+    for family, row in found.items():
+        cells = [_cell(row["cells"][column], numbers) for column in columns]
+        rows.append([f"{family}: `{row['model']}`", *cells])
+    return _table(["family: model", *columns], rows)
+
+
+def _cell(cell: dict[str, str], numbers: dict[str, int]) -> str:
+    if cell["auto"] != WORKS:
+        return f"no {_number(cell['auto'], numbers)}"
+    missing = [
+        f"{name} {_number(outcome, numbers)}" for name, outcome in cell.items() if outcome != WORKS
+    ]
+    return "yes" if not missing else f"yes, not {', '.join(missing)}"
+
+
+def _number(reason: str, numbers: dict[str, int]) -> str:
+    return f"[{numbers.setdefault(plain(reason), len(numbers) + 1)}]"
+
+
+def reasons() -> str:
+    """What the numbers of `matrix` mean, in its order."""
+    numbers: dict[str, int] = {}
+    for row in _read()["matrix"].values():
+        for cell in row["cells"].values():
+            _cell(cell, numbers)
+    return "\n".join(f"{number}. {text}" for text, number in numbers.items()) or "None."
+
+
+def kernels() -> str:
+    """What each kernel says of the machine that made the page."""
+    rows = [[f"`{name}`", plain(reason) if reason else "runs in the cells above"]
+            for name, reason in _read()["kernels"].items()]  # fmt: skip
+    return _table(["kernel", "here"], rows)
+
+
+BLOCKS = {
+    "support census": census,
+    "support refused": lambda: _grouped("refused"),
+    "support failed": lambda: _grouped("failed"),
+    "support left": lambda: _grouped("left"),
+    "support missed": lambda: _grouped("missed"),
+    "support not-tokens": lambda: _grouped("not_tokens"),
+    "support matrix": matrix,
+    "support reasons": reasons,
+    "support kernels": kernels,
+}
