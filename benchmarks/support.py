@@ -58,8 +58,8 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "models": len(rows),
         "with_attention": len(attending),
-        # the rest attends from one class token alone, where there is nothing to save
-        "with_queries": sum(row.get("queries", 2) > 1 for row in attending),
+        # they attend from one class token alone, which is left dense unless its site is named
+        "named": sum(row.get("named", False) for row in attending),
         "status": dict(Counter(row["status"] for row in rows)),
         "refused": _by(attending, lambda row: [row["reason"]] if "reason" in row else []),
         "failed": _by(rows, lambda row: row.get("faults", [])),

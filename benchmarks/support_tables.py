@@ -52,15 +52,14 @@ def census() -> str:
     """One row a list: how many names, how many with attention, what became of them."""
     rows = []
     for name, found in _read()["census"].items():
-        status, many = found["status"], found["with_queries"]
+        status, many = found["status"], found["with_attention"]
         patched = status.get("patched", 0)
         share = f" ({100 * patched / many:.1f} %)" if many else ""
-        counts = [found["models"], found["with_attention"], many, f"{patched}{share}"]
+        counts = [found["models"], many, f"{patched}{share}", found["named"]]
         counts += [status.get("refused", 0), status.get("failed", 0)]
         rows.append([name, *map(str, counts)])
-    head = ["list", "models", "with softmax attention between tokens", "from more than one query"]
-    head += ["patched", "refused"]
-    return _table([*head, "failed"], rows)
+    head = ["list", "models", "with softmax attention between tokens", "patched"]
+    return _table([*head, "of them by naming sites", "refused", "failed"], rows)
 
 
 def _grouped(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,10 @@ BIAS_TABLES = (
     *("attention_biases", "cpb_mlp", "meta_mlp"),
 )
 """Relative positions, one table for all windows of an image."""
+SINGLE = (
+    "a single query (class attention or a pooling head): nothing to save, so only sites= with this "
+    "name patches it"
+)
 QUERY_TABLES = ("rel_pos_h", "height_rel")
 """Relative positions that each query weighs for itself."""
 
@@ -160,8 +164,6 @@ class Backbone:
 
     def why_leave(self, call: Call) -> str | None:
         """Why this call should stay dense although it could be reached; None if it is a site."""
-        if call.q[-2] == 1:
-            return "a single query (class attention or a pooling head): nothing to save"
         if over_channels(call):
             return "attention over channels, not over tokens"
         if pools(call):
@@ -176,14 +178,16 @@ class Backbone:
         return None
 
     def sites(
-        self, calls: Iterable[Call], aspect: float
+        self, calls: Iterable[Call], aspect: float, named: Collection[str] = ()
     ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
-        """Sites with their layouts, and ``(name, reason)`` of every call left alone."""
+        """Sites with their layouts, and ``(name, reason)`` of every call left alone. Calls of a
+        single query are left alone unless the user named them."""
         found, left = [], []
         for call in calls:
             call = replace(call, aspect=aspect)
             layout = Layout.of(call.q, _heads_per_call(call))
-            reason = self.why_leave(call)
+            alone = call.q[-2] == 1 and call.name not in named
+            reason = SINGLE if alone else self.why_leave(call)
             if reason is None and layout is None:
                 reason = f"a query of shape {tuple(call.q)} and no head count to read it by"
             if reason is not None or layout is None:
@@ -199,7 +203,7 @@ class Backbone:
     def _site(self, call: Call, layout: Layout, aspect: float) -> Site:
         shapes = (call.q, call.k, call.v)
         q, k, v = (layout.fold(torch.empty(shape, device="meta")).shape for shape in shapes)
-        prefix = self.prefix_tokens(call) if q[0] == 1 else 0
+        prefix = self.prefix_tokens(call) if q[0] == 1 < q[2] else 0
         return Site(
             name=call.name,
             index=0,

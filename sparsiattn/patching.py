@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from sparsiattn.probe import Call, probe, skeleton
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
-from sparsiattn.selection import Sites, select
+from sparsiattn.selection import Sites, named, select
 from sparsiattn.site import Site
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.hybrid import Hybrid
@@ -95,6 +95,7 @@ def _prepared(
     attention, tokens = parts_of(base)
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
+    seen = seen or survey(model, example, named(sites))
     bones, handle, found = _find(model, base, kernel, example, seen)
     chosen = select([site for site, _ in found], sites)
     resolved = _budgets(attention, chosen, budgets.get("k", {}))
@@ -219,8 +220,9 @@ class Survey(NamedTuple):
     left: list[tuple[str, str]]
 
 
-def survey(model: nn.Module, example: Any) -> Survey:
-    """Look for attention in a copy of the model; finding none is no error here."""
+def survey(model: nn.Module, example: Any, names: Collection[str] = ()) -> Survey:
+    """Look for attention in a copy of the model; finding none is no error here. names: of sites
+    that are wanted even where nothing can be saved."""
     backbone = _backbone(model)
     shape = _input_shape(model, backbone, example)
     bones = skeleton(model)
@@ -228,15 +230,15 @@ def survey(model: nn.Module, example: Any) -> Survey:
         edit.apply()
     seen = probe(bones, backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
-    found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows))
+    found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows), names)
     return Survey(backbone, shape, bones, seen.calls, found, left + seen.softmaxes)
 
 
 def _find(
-    model: nn.Module, strategy: Config, kernel: str, example: Any, seen: Survey | None = None
+    model: nn.Module, strategy: Config, kernel: str, example: Any, seen: Survey
 ) -> tuple[nn.Module, Patch, list[tuple[Site, Layout]]]:
     """A copy without data, an empty handle and the model's sites, from a dry run of the copy."""
-    backbone, shape, bones, calls, found, left = seen or survey(model, example)
+    backbone, shape, bones, calls, found, left = seen
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise NothingToPatch(
@@ -257,7 +259,8 @@ def refresh(handle: Patch) -> None:
     backbone = REGISTRY.get("backbones", handle.backbone)
     if not handle.follows_model or backbone.input_shape(model) == handle.input_shape:
         return
-    _, fresh, found = _find(model, handle.strategy, handle.kernel, None)
+    seen = survey(model, None, {site.name for site in handle.sites})
+    _, fresh, found = _find(model, handle.strategy, handle.kernel, None, seen)
     handle.input_shape, handle.left, handle.found = fresh.input_shape, fresh.left, fresh.found
     by_name = {site.name: (site, layout) for site, layout in found}
     for runtime in handle.runtimes:

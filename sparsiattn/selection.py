@@ -41,6 +41,13 @@ def select(sites: list[Site], wanted: Sites) -> list[Site]:
     return [s for s in sites if s.name in matched]
 
 
+def named(wanted: Sites) -> frozenset[str]:
+    """The names among what `select` was given."""
+    if isinstance(wanted, str):
+        return frozenset([wanted])
+    return frozenset(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else frozenset()
+
+
 def _nonempty(found: list[Site], wanted: object, sites: list[Site]) -> list[Site]:
     if not found:
         raise unknown("site", wanted, (site.name for site in sites))

@@ -22,7 +22,7 @@ from softmaxes import NOT_TOKENS, Found, attention_of
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn import AttentionInputs, Pattern, SparsiattnError, Strategy
+from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
 from sparsiattn.probe import skeleton
 from sparsiattn.registry import REGISTRY
 
@@ -201,12 +201,12 @@ def examine(entry: Entry, *, values: bool = True) -> dict[str, Any]:
          for f in specimen.found if not f.between_tokens}
     )  # fmt: skip
     try:
-        live = sparsiattn.patch(specimen.model, "topk", k=0.25, input=specimen.shape)
+        live, sites = _patched(specimen, between)
     except SparsiattnError as error:
         if between:
             row |= {"status": "refused", "reason": f"{type(error).__name__}: {error}"}
         return row
-    row["status"] = "patched"
+    row |= {"status": "patched", "named": sites != "*"}
     row |= _found(live, between)
     live.unpatch()
     row["faults"] = []
@@ -214,13 +214,28 @@ def examine(entry: Entry, *, values: bool = True) -> dict[str, Any]:
         row |= {"status": "failed", "faults": ["sites where the census saw no attention"]}
         return row
     if values:
-        row |= _laws(specimen, small.materialise(specimen.model), row["faults"])
+        row |= _laws(specimen, small.materialise(specimen.model), row["faults"], sites)
         if row["faults"]:  # our values may grow without end in a model with nothing but batch norms
             row |= {"values": "the library's own", "faults": []}
-            row |= _laws(specimen, specimen.as_made(), row["faults"])
+            row |= _laws(specimen, specimen.as_made(), row["faults"], sites)
     if row["faults"]:
         row["status"] = "failed"
     return row
+
+
+def _patched(specimen: Specimen, between: list[Found]) -> tuple[sparsiattn.Patch, Any]:
+    """The patch, and the sites that had to be named: where a model attends from one query alone."""
+    model, shape = specimen.model, specimen.shape
+    try:
+        return sparsiattn.patch(model, "topk", k=0.25, input=shape), "*"
+    except NothingToPatch:
+        names = [found.module for found in between if found.queries == 1]
+        if not names:
+            raise
+    try:
+        return sparsiattn.patch(model, "topk", k=0.25, input=shape, sites=names), names
+    except SparsiattnError:  # the reason to list is the one without names
+        return sparsiattn.patch(model, "topk", k=0.25, input=shape), "*"
 
 
 def _found(live: sparsiattn.Patch, between: list[Found]) -> dict[str, Any]:
@@ -245,7 +260,7 @@ def _found(live: sparsiattn.Patch, between: list[Found]) -> dict[str, Any]:
     }
 
 
-def _laws(specimen: Specimen, model: nn.Module, faults: list[str]) -> dict[str, Any]:
+def _laws(specimen: Specimen, model: nn.Module, faults: list[str], sites: Any) -> dict[str, Any]:
     """Budget one is identity, a smaller one is not, and undoing leaves nothing behind."""
     small.redraw_small(model)
     image = torch.randn(specimen.shape, generator=torch.Generator().manual_seed(2))
@@ -262,7 +277,7 @@ def _laws(specimen: Specimen, model: nn.Module, faults: list[str]) -> dict[str, 
             faults.append("the unpatched model's output is not finite, or all zero")
             return {}
         for name, strategy in _steps().items():
-            with sparsiattn.patch(model, strategy, input=specimen.shape) as live:
+            with sparsiattn.patch(model, strategy, input=specimen.shape, sites=sites) as live:
                 out = forward()
                 seen[name] = relative(out, dense)
                 faults += _patched_faults(name, seen[name], live, keys)

@@ -342,3 +342,23 @@ def test_queries_lie_in_the_middle_of_a_margin() -> None:
     inputs = sparsiattn.AttentionInputs(q, k, k, 1.0, None, site)
     pattern = Local(k=1).plan(inputs)
     assert pattern.scores.argmax(-1).flatten().tolist() == [5, 6, 9, 10]
+
+
+@pytest.mark.parametrize("strategy", ["topk", "connectivity", "random"])
+def test_class_attention_is_a_site_where_it_is_named(strategy: str) -> None:
+    """A single query saves next to nothing: only who names it gets it."""
+    torch.manual_seed(1)
+    model = timm.models.Xcit(img_size=64, embed_dim=32, depth=1, num_heads=2, num_classes=5).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    name, x = "cls_attn_blocks.0.attn", torch.randn(2, 3, 64, 64)
+    with pytest.raises(NothingToPatch, match="only sites= with this name"):
+        sparsiattn.patch(model, strategy, sites="*")
+    with torch.no_grad():
+        dense = model(x)
+        with sparsiattn.patch(model, strategy, k=1.0, sites=name, input=x):
+            assert relative(model(x), dense) <= 1e-5
+        with sparsiattn.patch(model, strategy, k=0.25, sites=[name], input=x) as live:
+            assert [(s.name, s.tokens, s.keys) for s in live.sites] == [(name, 1, 17)]
+            assert not torch.allclose(model(x), dense)
+        assert torch.equal(model(x), dense)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy, handle
+from sparsiattn.backbone import SINGLE
 from sparsiattn.cli import app
 from sparsiattn.inspection import percent
 from sparsiattn.testing import temporary_plugin
@@ -239,7 +240,7 @@ def test_no_attention_is_no_error() -> None:
 
 def test_what_is_left_alone_has_its_reason() -> None:
     found = sparsiattn.inspect(zoo.build("vit_map_pool"), strategies=[])
-    assert found.left == (("attn_pool", "a single query (pooling head): nothing to save"),)
+    assert found.left == (("attn_pool", SINGLE),)
     assert "left alone: attn_pool: a single query" in str(found)
     assert len(found.sites) == 2
 
