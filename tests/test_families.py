@@ -362,3 +362,35 @@ def test_class_attention_is_a_site_where_it_is_named(strategy: str) -> None:
             assert [(s.name, s.tokens, s.keys) for s in live.sites] == [(name, 1, 17)]
             assert not torch.allclose(model(x), dense)
         assert torch.equal(model(x), dense)
+
+
+SWINS = {
+    "swin_tiny": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+    "swin_base": lambda: timm.create_model("swin_base_patch4_window7_224"),
+    "swinv2_tiny": lambda: timm.create_model("swinv2_tiny_window8_256"),
+}
+BUDGETS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("connectivity", {"k": 1.0}, {"k": 0.25}),
+    ("topk", {"k": 1.0}, {"k": 0.25}),
+    ("local", {"k": 1.0}, {"k": 0.25}),
+    ("token_drop", {"keep": 1.0, "score": "norm"}, {"keep": 0.5, "score": "norm"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWINS)
+def test_real_swins(name: str) -> None:
+    torch.manual_seed(1)
+    model = SWINS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().max() < 1e-3:
+                parameter.normal_(std=0.1 if parameter.dim() < 2 else 0.02)
+        x = torch.randn(1, *model.pretrained_cfg["input_size"])
+        dense = model(x)
+        for strategy, whole, part in BUDGETS:
+            with sparsiattn.patch(model, strategy, **whole):
+                assert relative(model(x), dense) <= 1e-5
+            with sparsiattn.patch(model, strategy, **part):
+                assert relative(model(x), dense) > 1e-3
+            assert torch.equal(model(x), dense)
