@@ -172,9 +172,37 @@ class AttentionInputs:
 
     @property
     def row_queries(self) -> Tensor:
-        """One query per row of a pattern: the patch queries, or their mean over each tile."""
-        tiles = self.tiles
-        return self.patch_queries if tiles is None else tiles.mean(self.patch_queries)
+        """One query per row of a pattern: the patch queries, or their mean over each tile, without
+        padding."""
+        tiles, weight = self.tiles, self._unpadded
+        if tiles is None:
+            return self.patch_queries
+        if weight is None:
+            return tiles.mean(self.patch_queries)
+        return tiles.mean(self.patch_queries * weight) / tiles.mean(weight).clamp_min(1e-6)
+
+    @property
+    def mean_query(self) -> Tensor:
+        """``[B, H, 1, D]``: of all rows, without padding."""
+        weight = self._unpadded
+        if weight is None:
+            return self.row_queries.mean(-2, keepdim=True)
+        total = (self.patch_queries * weight).sum(-2, keepdim=True)
+        return total / weight.sum(-2, keepdim=True).clamp_min(1.0)
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Keys that any query may see, ``[B|1, H|1, Nk]``; None means all. Padding is not seen."""
+        allowed = self.allowed()
+        if allowed is None:
+            return None
+        return allowed.expand(*allowed.shape[:-1], self.n_keys).any(-2)
+
+    @property
+    def _unpadded(self) -> Tensor | None:
+        """One for every patch query that is seen as a key, ``[B|1, H|1, n, 1]``; None means all."""
+        seen = self.seen if self.n_queries == self.n_keys else None
+        return None if seen is None else seen[..., self.prefix :, None].to(self.q.dtype)
 
     def logits(self) -> Tensor:
         """Scaled QK^T with the host's bias, ``[B, H, Nq, Nk]``; forbidden keys at -inf."""

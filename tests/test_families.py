@@ -281,14 +281,15 @@ def _padded(model: nn.Module, filler: float) -> dict[str, Tensor]:
     return {"patches": patches, "patch_coord": coord, "patch_valid": valid}
 
 
-@pytest.mark.parametrize("strategy", ["topk", "local"])
-def test_padding_of_cut_patches_is_respected(strategy: str) -> None:
+@pytest.mark.parametrize("tile", [1, (2, 2)])
+@pytest.mark.parametrize("strategy", ["topk", "local", "connectivity"])
+def test_padding_of_cut_patches_is_respected(strategy: str, tile: Any) -> None:
     model = zoo.build("naflexvit")
     with torch.no_grad():
         dense = model(_padded(model, 0.0))
-        with patched(model, "naflexvit", strategy, k=1.0):
+        with patched(model, "naflexvit", strategy, k=1.0, tile=tile):
             assert relative(model(_padded(model, 0.0)), dense) <= 1e-5
-        with patched(model, "naflexvit", strategy, k=0.5):
+        with patched(model, "naflexvit", strategy, k=0.5, tile=tile):
             sparse = model(_padded(model, 0.0))
             assert relative(sparse, dense) > 1e-5
             torch.testing.assert_close(model(_padded(model, 9.0)), sparse)

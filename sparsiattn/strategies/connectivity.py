@@ -117,20 +117,18 @@ class ConnectivityPlanner(LearnedPlanner):
         per key, or per block of patch keys."""
         blocks, down, up = inputs.blocks, *self._tables(inputs)
         units = inputs.k if blocks is None else _pooled(inputs.k, blocks, self.prefix)
-        rows = inputs.row_queries
+        rows, down = inputs.row_queries, _of_seen(down, inputs)
         coefficients = self._keep_top(self.coefficients(inputs, rows, units, down))
         basis = up if blocks is None else up[..., self.prefix :, :]
         scores = coefficients @ _for_heads(self._basis(basis)).mT.to(coefficients.dtype)
         if not self.strategy.salience:
             return scores
-        return scores.float() * self._salience(inputs, rows, units, down, up)
+        return scores.float() * self._salience(inputs, units, down, up)
 
-    def _salience(
-        self, inputs: AttentionInputs, rows: Tensor, units: Tensor, down: Tensor, up: Tensor
-    ) -> Tensor:
+    def _salience(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """How much more the mean patch query sees of each key than low resolution says, ``[B, H, 1,
         n]``, or of each block: which keys of a cell stand out, whoever asks."""
-        mean = rows.mean(-2, keepdim=True) * inputs.scale
+        mean = inputs.mean_query * inputs.scale
         seen = mean @ units.mT
         down, up = (_for_heads(table).to(seen.dtype) for table in (down, up))
         low, blocks = (seen @ down @ up.mT).float(), inputs.blocks
@@ -236,8 +234,19 @@ def unit_grid(grid: Grid, block: Tile) -> Grid:
 
 
 def _for_heads(table: Tensor) -> Tensor:
-    """``[Nk, K]`` as it is, ``[B, Nk, K]`` with an axis for heads."""
-    return table if table.dim() == 2 else table.unsqueeze(1)
+    """``[B, Nk, K]`` with an axis for heads, others as they are."""
+    return table.unsqueeze(1) if table.dim() == 3 else table
+
+
+def _of_seen(down: Tensor, inputs: AttentionInputs) -> Tensor:
+    """W_down without keys that no query sees (padding), the others making up for them."""
+    seen = inputs.seen
+    if seen is None:
+        return down
+    whole = _for_heads(down)
+    part = whole * seen.unsqueeze(-1)
+    lost = whole.abs().sum(-2, keepdim=True) / part.abs().sum(-2, keepdim=True).clamp_min(1e-6)
+    return part * lost
 
 
 def _identity(table: Tensor) -> tuple[object, ...]:
