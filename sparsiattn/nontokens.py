@@ -36,10 +36,10 @@ def _grow_longer(call: Call, axis: int) -> bool:
 
 
 def pools(call: Call) -> bool:
-    """Whether the module makes one vector of the image's tokens (the attention head of CLIP's
-    ResNets): of all its rows only the first is used."""
+    """Whether the module makes one vector of the image's tokens and one more of its own (the
+    attention head of CLIP's ResNets): of all its rows only that one's is used."""
     given, returned = call.given, call.returned
     if given is None or returned is None or len(returned) != 2 or returned[0] != 1:
         return False
     counts = [given.numel() // given[axis] for axis in (1, -1)] if len(given) > 2 else []
-    return any(0 <= call.q[-2] - count <= 1 for count in counts)
+    return any(call.q[-2] == count + 1 for count in counts)
