@@ -30,21 +30,29 @@ WRITTEN = ["donut-swin", "swinv2", "vitdet", "pvt", "hiera", "timesformer"]
 """Hand-written attention that returns its weights when asked."""
 
 
-FAINT = {"levit", "mobilevit"}
-"""With normalisation by untrained statistics, signals die out under transformers' small weights."""
 SLOW = {"detr", "perceiver"}
 
 
-def drawn(model: nn.Module, faint: bool = False) -> nn.Module:
-    """In eval mode, with parameters that start at next to nothing drawn again; where signals would
-    be ``faint``, with all weights such that they keep their size."""
+def drawn(model: nn.Module) -> nn.Module:
+    """In eval mode, with parameters that start at next to nothing drawn again."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if faint and parameter.dim() > 1:
-                parameter.normal_(std=2 * parameter[0].numel() ** -0.5)  # SiLU halves
-            elif parameter.numel() and parameter.abs().max() < 1e-3:
+            if parameter.numel() and parameter.abs().max() < 1e-3:
                 parameter.normal_(std=0.02 if parameter.dim() > 1 else 0.1)
     return model.eval()
+
+
+def take_statistics(model: nn.Module, images: Tensor) -> None:
+    """Batch normalisation by these images: by statistics never taken, LeViT's and MobileViT's
+    signals die out."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None
+    if norms:
+        with torch.no_grad():
+            model(images)
+    model.eval()
 
 
 def marked(names: Any) -> list[Any]:
@@ -55,9 +63,10 @@ def built(name: str) -> tuple[nn.Module, dict[str, Any], Any]:
     """The model, what to call it with, and the shape of one image."""
     make, shape = ENTRIES[name]
     torch.manual_seed(0)
-    model = drawn(make(), name in FAINT)
+    model = drawn(make())
     assert shape is not None
     images = torch.randn(2, *shape[1:])
+    take_statistics(model, images)
     takes = hosts_transformers.INPUTS.get(name)
     if takes is not None:
         return model, takes(images), shape
