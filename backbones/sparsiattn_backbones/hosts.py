@@ -7,84 +7,71 @@ is a part of a larger one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sparsiattn import Backbone
-from sparsiattn.backbone import Edit, Pooling, count_class_tokens
+from sparsiattn.backbone import Edit, Pooling
 from sparsiattn.geometry import Grid
+from sparsiattn.layout import Layout
 from sparsiattn.probe import Call, DryInputs, image_inputs
+from sparsiattn.site import Site
 from sparsiattn_backbones.families import sole_part
+from sparsiattn_backbones.stems import (
+    along_time,
+    class_rows,
+    convolution,
+    cubes,
+    frames,
+    in_raster_order,
+    patcher,
+    per_frame,
+    prefix_rows,
+    stem_of,
+    stems,
+    steps,
+    takes_patches,
+)
 
-EMBEDDINGS = ("patch_embeddings", "patch_embedding")
-PATCHERS = (*EMBEDDINGS, "conv_proj", "conv1")
-"""Names of the layer that makes tokens of an image."""
-REGISTERS = ("register_tokens", "reg_token")
-BIAS_TABLES = ("relative_position_bias", "shared_position_bias", "relative_position_bias_table")
-
-
-def _is_stem(module: nn.Module) -> bool:
-    """Whether this module puts class tokens in front of patches, or at least makes the patches."""
-    made = any(isinstance(getattr(module, name, None), nn.Module) for name in EMBEDDINGS)
-    return made or count_class_tokens(module) > 0
-
-
-def _stems(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if _is_stem(module))
-
-
-def _stem_of(call: Call) -> nn.Module | None:
-    """The stem of the tower that a call is in: of its closest parent that is or holds one."""
-    for parent in reversed(call.parents):
-        for module in (parent, *parent.children()):
-            if _is_stem(module) or hasattr(module, "token_embedding"):  # of text
-                return module
-    return None
-
-
-def _registers(stem: nn.Module) -> int:
-    found = (getattr(stem, name, None) for name in REGISTERS)
-    return sum(tokens.shape[-2] for tokens in found if isinstance(tokens, torch.Tensor))
+BIAS_TABLES = (
+    *("relative_position_bias", "shared_position_bias", "relative_position_bias_table"),
+    "continuous_position_bias_mlp",
+)
+"""Relative positions by Hugging Face's names, one table for all windows of an image."""
 
 
 class _Host(Backbone):
     """What the families of this module share: their tokens are made in a stem."""
 
     def stem(self, model: nn.Module) -> nn.Module:
-        return next(_stems(model), model)
+        return next(stems(model), model)
 
     def image_module(self, model: nn.Module) -> nn.Module:
         # it takes the image as its first argument, whatever the caller's keywords are
-        patcher = _patcher(self.stem(model))
-        return model if _convolution(patcher) is None else patcher
+        layer = patcher(self.stem(model))
+        return model if convolution(layer) is None else layer
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        layer = _convolution(_patcher(self.stem(model)))
-        return (1, 1) if layer is None else (layer.stride[0], layer.stride[1])
+        found = patcher(self.stem(model))
+        layer = cubes(found) or convolution(found)
+        return (1, 1) if layer is None else (layer.stride[-2], layer.stride[-1])
 
     def channels(self, model: nn.Module) -> int:
-        layer = _convolution(_patcher(self.stem(model)))
+        found = patcher(self.stem(model))
+        layer = cubes(found) or convolution(found)
         return 3 if layer is None else layer.in_channels
 
     def prefix_tokens(self, call: Call) -> int:
-        stem = _stem_of(call)
-        return 0 if stem is None else count_class_tokens(stem) + _registers(stem)
+        stem = stem_of(call)
+        return 0 if stem is None else prefix_rows(stem)
 
     def class_tokens(self, model: nn.Module) -> int:
-        return count_class_tokens(self.stem(model))
-
-
-def _patcher(stem: nn.Module) -> nn.Module:
-    """The layer of a stem that makes tokens of the image; the stem itself if it has none."""
-    layers = (getattr(stem, name, None) for name in PATCHERS)
-    return next((layer for layer in layers if isinstance(layer, nn.Module)), stem)
-
-
-def _convolution(module: nn.Module) -> nn.Conv2d | None:
-    return next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+        return class_rows(self.stem(model))
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
@@ -108,10 +95,12 @@ class HuggingFace(_Host):
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
         for config in _configs(model):
-            sides = _sides(getattr(config, "image_size", None))
+            sides = _sides(getattr(config, "image_size", getattr(config, "crop_size", None)))
             if sides is not None:
-                return (1, getattr(config, "num_channels", 3), *sides)
-        if _takes_patches(self.stem(model)):
+                count = frames(self.stem(model), config)
+                time = () if count is None else (count,)
+                return (1, *time, getattr(config, "num_channels", self.channels(model)), *sides)
+        if takes_patches(self.stem(model)):
             stem: Any = self.stem(model)
             return (1, self.channels(model), *2 * (stem.position_embedding_size * stem.patch_size,))
         return super().input_shape(model)
@@ -124,8 +113,9 @@ class HuggingFace(_Host):
 
     def dry_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
         stem: Any = self.stem(model)
-        if not _takes_patches(stem) or len(shape) != 4:
-            return image_inputs(model, shape)
+        if not takes_patches(stem) or len(shape) != 4:
+            args, kwargs = image_inputs(model, shape)
+            return args, {**kwargs, "skip_predictor": True} if _predicts(model) else kwargs
         grid = shape[-2] // stem.patch_size, shape[-1] // stem.patch_size
         (patches,), _ = image_inputs(model, (1, math.prod(grid), stem.patch_embedding.in_features))
         sizes = torch.tensor([grid], device="cpu")  # read by the model's Python code
@@ -133,30 +123,45 @@ class HuggingFace(_Host):
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
         stem: Any = self.stem(model)
-        return (stem.patch_size,) * 2 if _takes_patches(stem) else super().patch_size(model)
+        return (stem.patch_size,) * 2 if takes_patches(stem) else super().patch_size(model)
 
     def channels(self, model: nn.Module) -> int:
         stem: Any = self.stem(model)
-        if not _takes_patches(stem):
+        if not takes_patches(stem):
             return super().channels(model)
         return int(stem.patch_embedding.in_features // stem.patch_size**2)
 
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
-        return super().grid(call, n, aspect) if self.raster(call) else (1, n)
+        stem = stem_of(call)
+        if not self.raster(call) or along_time(call):
+            return 1, n
+        time = 1 if stem is None else steps(stem, call.nearest("config"))
+        rows, columns = super().grid(call, n // time, aspect)
+        return rows * time, columns  # the frames of a video one below the other
 
     def raster(self, call: Call) -> bool:
-        stem = _stem_of(call)
-        if stem is None:
-            return True
-        # YOLOS appends tokens, masked autoencoders shuffle theirs
-        appended = hasattr(stem, "detection_tokens")
-        shuffled = getattr(getattr(stem, "config", None), "mask_ratio", 0) > 0
-        return not (appended or shuffled or _takes_patches(stem))
+        return in_raster_order(call, stem_of(call))
 
     def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
-        if call.mask is None or call.mask[0] != 1:  # Swin's shifted windows forbid keys
-            return super().bias(call)
-        return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else "mask"
+        found = super().bias(call)
+        if call.mask is None or call.mask[0] != 1 or call.mask_dtype == torch.bool:
+            return found  # Swin's shifted windows forbid keys
+        return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else found
+
+    def sites(
+        self, calls: Iterable[Call], aspect: float, named: Collection[str] = ()
+    ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
+        seen = list(calls)
+        found, left = super().sites(seen, aspect, named)
+        return found, left + [(name, UNSEEN) for name in _unseen(seen)]
+
+    def _site(self, call: Call, layout: Layout, aspect: float) -> Site:
+        site, stem = super()._site(call, layout, aspect), stem_of(call)
+        if stem is None or not per_frame(call, stem, site.windows):
+            return site
+        prefix, patches = prefix_rows(stem), site.tokens - prefix_rows(stem)
+        grid = self.grid(call, patches, aspect)
+        return replace(site, prefix_tokens=prefix, grid=grid, key_grid=grid)
 
     def pooling(self, model: nn.Module) -> Pooling:
         model = sole_part(model, self)
@@ -181,14 +186,26 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _predicts(model: nn.Module) -> bool:
+    """V-JEPA 2 runs a predictor behind the encoder, unless it is told not to."""
+    return "skip_predictor" in signature(model.forward).parameters
+
+
+UNSEEN = "part of a predictor that reads the values of its masks, which a dry run does not have"
+
+
+def _unseen(calls: list[Call]) -> list[str]:
+    """Attention modules of a predictor that the dry run skips."""
+    root = calls[0].parents[0] if calls and calls[0].parents else None
+    if root is None or not _predicts(root):
+        return []
+    kinds, seen = {type(call.module) for call in calls}, {call.name for call in calls}
+    return [name for name, m in root.named_modules() if type(m) in kinds and name not in seen]
+
+
 def _unfused(implementation: str | None) -> bool:
     """Implementations that do not call scaled dot product attention; others are the user's own."""
     return implementation in (None, "eager", "flex_attention") or "flash" in str(implementation)
-
-
-def _takes_patches(stem: nn.Module) -> bool:
-    """SigLIP 2 with native aspect ratios: cut, flattened and padded patches instead of an image."""
-    return isinstance(getattr(stem, "patch_embedding", None), nn.Linear)
 
 
 def _classifier_pooling(model: nn.Module, stem: nn.Module) -> Pooling:
@@ -197,7 +214,7 @@ def _classifier_pooling(model: nn.Module, stem: nn.Module) -> Pooling:
     pooler = getattr(body, "pooler", None)
     head: Any = getattr(model, "classifier", None)
     width = getattr(body.config, "hidden_size", None) if hasattr(body, "config") else None
-    if _takes_patches(stem):
+    if takes_patches(stem):
         return "other"  # an average weighted by padding
     if hasattr(body, "post_layernorm"):  # CLIP and SigLIP average the patch tokens
         return "avg" if hasattr(model.config, "vision_config") else "other"
