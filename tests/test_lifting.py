@@ -89,6 +89,21 @@ def decomposed_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def decomposed_onto_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.3
+    scores[:, :, 1:, 2:] += BIAS[:, 1:, 2:]  # a part, added to in place, and put back
+    return scores.softmax(-1) @ v
+
+
+def decomposed_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.3
+    part = scores[:, :, 3:, 5:]
+    part += BIAS[:, 3:, 5:]
+    part.view(B, -1, 2, 6, 2, 5).add_(ROWS[:, :, :2, :1, :2])
+    scores[:, :, 3:, 5:] = part + BIAS[:, :12, :10]
+    return scores.softmax(-1) @ v
+
+
 def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT).masked_fill(FORBIDDEN, float("-inf")).float()
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
@@ -100,7 +115,7 @@ def fewer_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 SPELLINGS = (
     plain, modules, cosine_in_windows, in_place, columns, scaled_after, einsum, folded, decomposed,
-    decomposed_in_place, masked, fewer_keys,
+    decomposed_in_place, decomposed_onto_itself, decomposed_twice, masked, fewer_keys,
 )  # fmt: skip
 
 

@@ -199,5 +199,6 @@ def _setitem(scores: Any, key: Any, value: Any) -> Any:
     whole = value.shape == (*scores.shape[:-2], scores.shape[-2] - i, scores.shape[-1] - j)
     if not same or not whole or value.factor != scores.factor or value.softmaxed:
         return NotImplemented
-    scores.add_part(value.bias(), (i, j))
+    fresh = value.but(terms=value.terms[value.returned :])  # `part += x` has put x back already
+    scores.add_part(fresh.bias(), (i, j))
     return None

@@ -45,6 +45,7 @@ class Scores:
         self.terms: Terms = ()
         self.softmaxed, self.dropout, self.flipped = False, 0.0, False
         self.part_of: tuple[Scores, tuple[int, int]] | None = None
+        self.returned = 0  # terms of a part that are already in what it is a part of
         self.view_of: Scores | None = None
         self.value: Tensor | None = None
 
@@ -174,6 +175,7 @@ def _replace(scores: Scores, result: Scores) -> Scores:
     held: Scores | None = scores
     while held is not None:
         held.q, held.factor, held.terms = result.q, result.factor, result.terms
+        held.returned = len(held.terms) if held.part_of is not None else 0
         held = held.view_of
     return scores
 
@@ -184,9 +186,9 @@ def _put_back(part: Scores, result: Scores) -> None:
     origin, starts = part.part_of
     if result.q is not part.q or result.factor != part.factor:
         raise NotImplementedError("a factor in place on a part of attention scores")
-    fresh = part.but(terms=result.terms[len(part.terms) :], view_of=None)
     shape = (*origin.shape[:-2], *(n - s for n, s in zip(origin.shape[-2:], starts, strict=True)))
-    origin.add_part(fresh.but(shape=torch.Size(shape)).bias(), starts)
+    fresh = result.but(terms=result.terms[part.returned :], view_of=None, shape=torch.Size(shape))
+    origin.add_part(fresh.bias(), starts)
 
 
 def _apply(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
