@@ -141,7 +141,7 @@ def look(entry: Entry, model: nn.Module, shape: Shape) -> list[Found]:
     return attention_of(real, lambda: entry.call(real, torch.randn(shape)))
 
 
-def prepare(entry: Entry, most_pairs: float = MOST_PAIRS) -> Specimen:
+def prepare(entry: Entry, most_pairs: int = MOST_PAIRS) -> Specimen:
     """The model with runs of equal blocks cut and a small image, as far as it still runs."""
     model = small.build_light(entry.make)
     shape = shape_of(model, entry)
@@ -154,9 +154,18 @@ def prepare(entry: Entry, most_pairs: float = MOST_PAIRS) -> Specimen:
         with suppress(Exception):
             smaller = _resized(entry, specimen, side)
             fits = smaller.fewest_keys >= min(FEW_KEYS, specimen.fewest_keys)
-            if fits and 0 < smaller.pairs <= most_pairs and _alike(smaller, specimen):
+            fits = fits and 0 < smaller.pairs <= most_pairs and _alike(smaller, specimen)
+            if fits and _runs(smaller):
                 return smaller
     return specimen
+
+
+def _runs(specimen: Specimen) -> bool:
+    """With data, which is where indices are checked: raises otherwise."""
+    model = small.materialise(copy.deepcopy(specimen.model))
+    with torch.no_grad():
+        specimen.entry.call(model, torch.zeros(specimen.shape))
+    return True
 
 
 def _alike(one: Specimen, other: Specimen) -> bool:
@@ -186,13 +195,11 @@ def _shortened(
     return Specimen(entry, make, model, shape, look(entry, model, shape))
 
 
-def examine(
-    entry: Entry, *, values: bool = True, most_pairs: float = MOST_PAIRS
-) -> dict[str, Any]:
+def examine(entry: Entry, *, values: bool = True) -> dict[str, Any]:
     """One row of the census. ``status``: ``none`` (no softmax attention between tokens),
     ``refused`` (by the library, with its reason), ``patched``, or ``failed`` with its faults.
     Without ``values`` nothing is computed: only what patching finds is told."""
-    specimen = prepare(entry, most_pairs)
+    specimen = prepare(entry)
     between = [f for f in specimen.found if f.between_tokens]
     row: dict[str, Any] = {"status": "none", "attention": len(between), "input": specimen.shape[1:]}
     row["queries"] = max((f.queries or 2 for f in between), default=0)
@@ -351,10 +358,7 @@ def row_of(entry: Entry, *, values: bool) -> dict[str, Any]:
     """`examine`, with whatever it raises as a fault of the row."""
     start = time.perf_counter()
     try:
-        try:
-            row = examine(entry, values=values)
-        except Exception:  # a smaller image may run on no data alone, where no index is checked
-            row = examine(entry, values=values, most_pairs=float("inf"))
+        row = examine(entry, values=values)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
