@@ -204,14 +204,20 @@ class AttentionInputs:
         seen = self.seen if self.n_queries == self.n_keys else None
         return None if seen is None else seen[..., self.prefix :, None].to(self.q.dtype)
 
-    def logits(self) -> Tensor:
-        """Scaled QK^T with the host's bias, ``[B, H, Nq, Nk]``; forbidden keys at -inf."""
-        logits = self.q @ self.k.mT * self.scale
-        if self.bias is None:
+    def logits(self, rows: Tensor | None = None) -> Tensor:
+        """Scaled QK^T with the host's bias, ``[B, H, Nq, Nk]``; forbidden keys at -inf. rows:
+        indices of the queries to compute, all if None."""
+        q, bias = self.q, self.bias
+        if rows is not None:
+            q = q.index_select(-2, rows)
+            if bias is not None and bias.shape[-2] > 1:
+                bias = bias.index_select(-2, rows)
+        logits = q @ self.k.mT * self.scale
+        if bias is None:
             return logits
-        if self.bias.dtype == torch.bool:
-            return logits.masked_fill(~self.bias, float("-inf"))
-        return logits + self.bias.to(logits.dtype)
+        if bias.dtype == torch.bool:
+            return logits.masked_fill(~bias, float("-inf"))
+        return logits + bias.to(logits.dtype)
 
     def allowed(self) -> Tensor | None:
         """Keys the host lets a query see, broadcastable to ``[B, H, Nq, Nk]``; None means all."""

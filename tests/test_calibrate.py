@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
+from sparsiattn.strategies import connectivity
+from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 
@@ -57,3 +63,70 @@ def test_nothing_to_fit_is_an_error(strategy: str | None) -> None:
         sparsiattn.patch(model, strategy)
     with pytest.raises(sparsiattn.InvalidOption, match="fits learned planners"):
         sparsiattn.calibrate(model, [tiny_images()])
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.seen = max(self.seen, tensor.numel())
+        return out
+
+
+def at_site(tile: Any, block: Any) -> tuple[Any, sparsiattn.AttentionInputs]:
+    """A planner of 16 x 16 patches and a CLS token, and operands for it."""
+    site = sparsiattn.Site(
+        name="site", index=0, depth=1, tokens=257, keys=257, heads=2, head_dim=8, value_dim=8,
+        grid=(16, 16), key_grid=(16, 16), prefix_tokens=1,
+    )  # fmt: skip
+    planner = Connectivity(k=0.1, tile=tile, block=block).planner(site)
+    q, k, v = torch.randn(3, 3, 2, 257, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
+    return planner, sparsiattn.AttentionInputs(q, k, v, 0.4, None, site, tile=tile, block=block)
+
+
+@pytest.mark.parametrize(
+    ("tile", "block"), [(1, 1), ((4, 4), 1), ((4, 4), (2, 2)), ((3, 5), (4, 3))]
+)
+@pytest.mark.parametrize("most", [1, 50_000, 1 << 24])
+def test_the_target_is_exact_attention_averaged(
+    tile: Any, block: Any, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connectivity, "MOST_ROWS", most)
+    planner, inputs = at_site(tile, block)
+    exact = (inputs.q @ inputs.k.mT * inputs.scale).softmax(-1)[..., 1:, :]
+    rows = cells(tile)
+    expected = torch.stack([exact[..., row, :].mean(-2) for row in rows], dim=-2)
+    if block != 1:
+        expected = torch.stack([expected[..., 1:][..., c].mean(-1) for c in cells(block)], dim=-1)
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(planner._target(inputs), expected)
+
+
+def cells(size: Any) -> list[list[int]]:
+    """Patches of every tile of a 16 x 16 grid, row by row; sides that do not divide it are cut as
+    evenly as they can be."""
+    if size == 1:
+        return [[i] for i in range(256)]
+    counts = [math.ceil(16 / side) for side in size]
+    rows, columns = ([[i for i in range(16) if i * n // 16 == p] for p in range(n)] for n in counts)
+    return [[16 * y + x for y in ys for x in xs] for ys in rows for xs in columns]
+
+
+def test_fitting_tiles_makes_no_tensor_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connectivity, "MOST_ROWS", 1)
+    planner, inputs = at_site((8, 8), (4, 4))
+    for weight in planner.parameters():
+        weight.requires_grad_(True)
+    with Largest() as largest:
+        planner.loss(inputs).backward()
+    pairs = 3 * 2 * 257 * 257
+    assert largest.seen <= pairs // 4  # one tile of queries against all keys
+    assert planner.up.grad is not None
+    assert planner.up.grad.any()

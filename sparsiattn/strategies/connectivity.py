@@ -18,6 +18,8 @@ from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
 
+MOST_ROWS = 1 << 24  # elements of exact attention that calibration holds at once
+
 
 @dataclass(frozen=True)
 class Connectivity(Strategy):
@@ -166,15 +168,32 @@ class ConnectivityPlanner(LearnedPlanner):
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Squared error between scores, scaled to sum to one, and the rows of the exact attention;
         summed over keys, averaged over rows (after the paper's reconstruction loss)."""
-        exact = inputs.logits().softmax(-1).nan_to_num(0.0)[..., inputs.prefix :, :]
-        tiles, blocks = inputs.tiles, inputs.blocks
-        target = exact if tiles is None else tiles.mean(exact)
-        if blocks is not None:
-            target = blocks.mean(target[..., self.prefix :].mT).mT
-            target = target / target.sum(-1, keepdim=True).clamp_min(1e-6)
         scores = self.scores(inputs)
         shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-6)
-        return (shares - target.detach()).square().sum(-1).mean()
+        return (shares - self._target(inputs)).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def _target(self, inputs: AttentionInputs) -> Tensor:
+        """The exact attention of every row, ``[B, H, R, n]``, or its share in every block; from a
+        few rows at a time, so that no ``N x N`` tensor is made where tiles share their keys."""
+        tiles = inputs.tiles
+        if tiles is None:
+            alone = torch.arange(inputs.n_queries - inputs.prefix, device=inputs.q.device)
+            rows, weight = alone.unsqueeze(-1), torch.ones_like(alone.unsqueeze(-1))
+        else:
+            rows, weight = tiles.order, tiles.weight
+        per_row = inputs.q.shape[:-2].numel() * rows.shape[1] * inputs.n_keys
+        at_once = max(1, MOST_ROWS // per_row)
+        parts = zip(rows.split(at_once), weight.split(at_once), strict=True)
+        return torch.cat([self._target_part(inputs, *part) for part in parts], dim=-2)
+
+    def _target_part(self, inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
+        exact = inputs.logits(rows.flatten() + inputs.prefix).softmax(-1).nan_to_num(0.0)
+        target: Tensor = (exact.unflatten(-2, rows.shape) * weight.to(exact.dtype).unsqueeze(-1)).sum(-2)
+        if inputs.blocks is None:
+            return target
+        shares = inputs.blocks.mean(target[..., self.prefix :].mT).mT
+        return shares / shares.sum(-1, keepdim=True).clamp_min(1e-6)
 
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """W_down and W_up at this call's resolution, ``[U, K]``; where tokens were dropped or
