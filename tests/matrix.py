@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "token_merge": ("token_merge", {"r": 4}, {"r": 0}),
     "hybrid": ("hybrid", {"k": 0.25, "keep": 0.5}, {"k": 1.0, "keep": 1.0}),
 }  # fmt: skip
+SUMMARISE = {"local", "connectivity", "hybrid"}  # dropped keys, by default in four cells
 COMPILES = {"flex"}  # for half a minute a shape: not run here
 WHATEVER = {"dense", "token_drop", "token_merge"}  # attention is the host's own by every kernel
 WORKS = "works"
@@ -54,23 +55,40 @@ class Subject:
             return census.flat(self.specimen.entry.call(self.model, self.images))
 
     def patch(self, strategy: str, options: dict[str, Any], kernel: str) -> sparsiattn.Patch:
-        extra = {"only_if_faster": False} if strategy == "hybrid" else {}
+        extra: dict[str, Any] = {"only_if_faster": False} if strategy == "hybrid" else {}
+        if strategy in SUMMARISE and self.specimen.fewest_keys < census.FEW_KEYS:
+            extra["background"] = None  # of a few keys, the summaries are the keys themselves
         return sparsiattn.patch(
             self.model, strategy, kernel=kernel, input=self.specimen.shape, **options, **extra
         )
 
 
-def subject(entry: census.Entry, batch: int = 2) -> Subject:
+def subject(entry: census.Entry) -> Subject:
+    """With values among which attention matters."""
     specimen = census.prepare(entry, FEW_PAIRS)
+    if not any(isinstance(m, _BatchNorm) for m in specimen.model.modules()):
+        return _subject(specimen, small.materialise(specimen.model))
     # batch norms keep nothing in bounds in a model that never trained: its library's values do
-    unbounded = any(isinstance(m, _BatchNorm) for m in specimen.model.modules())
-    model = specimen.as_made() if unbounded else small.materialise(specimen.model)
+    made = _subject(specimen, specimen.as_made())
+    return made if _attends(made) else _subject(specimen, small.materialise(specimen.model))
+
+
+def _subject(specimen: census.Specimen, model: nn.Module, batch: int = 2) -> Subject:
     small.redraw_small(model)
     size = (batch, *specimen.shape[1:])
     images = torch.randn(size, generator=torch.Generator().manual_seed(2))
     made = Subject(specimen, model, images, torch.empty(0))
     made.dense = made.forward()
     return made
+
+
+def _attends(made: Subject) -> bool:
+    """Whether fewer keys change the output; True as well where that cannot be tried."""
+    try:
+        with made.patch("topk", {"k": 0.25}, "reference"):
+            return not _same(made.forward(), made.dense)
+    except SparsiattnError:
+        return True
 
 
 def kernels() -> dict[str, str]:
