@@ -189,7 +189,8 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _target_part(self, inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
         exact = inputs.logits(rows.flatten() + inputs.prefix).softmax(-1).nan_to_num(0.0)
-        target: Tensor = (exact.unflatten(-2, rows.shape) * weight.to(exact.dtype).unsqueeze(-1)).sum(-2)
+        share = weight.to(exact.dtype).unsqueeze(-1)
+        target: Tensor = (exact.unflatten(-2, rows.shape) * share).sum(-2)
         if inputs.blocks is None:
             return target
         shares = inputs.blocks.mean(target[..., self.prefix :].mT).mT
