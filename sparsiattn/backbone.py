@@ -122,6 +122,10 @@ class Backbone:
                 return min(prefix, next(filter(None, found), 0))
         return 0
 
+    def packs(self, model: nn.Module) -> bool:
+        """Whether the images of a batch are laid end to end in one sequence (Pixtral)."""
+        return False
+
     def pooling(self, model: nn.Module) -> Pooling:
         """What the model's head reads of the final token sequence: ``"prefix"`` tokens only, the
         ``"avg"`` or ``"max"`` of the patch tokens, or ``"other"``: both, all tokens (no head),

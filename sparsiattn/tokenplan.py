@@ -31,6 +31,11 @@ def carry(handle: Any, bones: nn.Module, tokens: TokenStrategy, schedule: dict[s
             f"{model} has no blocks that tokens could skip: token strategies need modules that "
             "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
+    if backbone.packs(handle.model):
+        raise InvalidOption(
+            f"{model} lays the images of a batch end to end in one sequence, where tokens of one "
+            "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
+        )
     plain = is_plain(blocks, sites)
     class_tokens = backbone.class_tokens(handle.model) if plain else 0
     tokens = tokens.adapted(class_tokens, not plain, model)

@@ -342,3 +342,13 @@ class TestSchedules:
                 assert torch.equal(model(x), sparse)
                 again.save(tmp_path / "twice")
         assert (tmp_path / "twice" / "sparsiattn.json").read_text() == text
+
+
+@pytest.mark.parametrize("strategy", ["token_drop", "token_merge", "hybrid"])
+def test_images_that_share_a_sequence_keep_their_tokens(strategy: str) -> None:
+    hosts_transformers = pytest.importorskip("hosts_transformers")
+    pytest.importorskip("transformers")
+    model = next(make for name, make, _ in hosts_transformers.entries() if name == "pixtral")()
+    with pytest.raises(InvalidOption, match="end to end in one sequence"):
+        sparsiattn.patch(model, strategy, input=(1, 3, 32, 32))
+    assert sparsiattn.patch_of(model) is None

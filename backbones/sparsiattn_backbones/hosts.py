@@ -29,6 +29,7 @@ from sparsiattn_backbones.stems import (
     cubes,
     frames,
     in_raster_order,
+    packs,
     patcher,
     per_frame,
     prefix_rows,
@@ -72,6 +73,9 @@ class _Host(Backbone):
 
     def class_tokens(self, model: nn.Module) -> int:
         return class_rows(self.stem(model))
+
+    def packs(self, model: nn.Module) -> bool:
+        return packs(self.stem(model))
 
 
 def _sides(size: Any) -> tuple[int, int] | None:

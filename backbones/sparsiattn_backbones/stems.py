@@ -108,6 +108,11 @@ def takes_patches(stem: nn.Module) -> bool:
     return isinstance(getattr(stem, "patch_embedding", None), nn.Linear)
 
 
+def packs(stem: nn.Module) -> bool:
+    """Pixtral: patches of all images in one sequence, turned by tables of rotary positions."""
+    return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
+
+
 def in_raster_order(call: Call, stem: nn.Module | None) -> bool:
     """Whether nothing but the patches of the image, in their order, follows the prefix."""
     if any(call.nearest(name) is not None for name in UNORDERED):
