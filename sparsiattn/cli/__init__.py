@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from sparsiattn.cli.bench import bench_model
+from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
 from sparsiattn.cli.tune import tune_here
@@ -21,3 +22,4 @@ app.command("list")(list_all)
 app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
+app.command("eval")(evaluate_model)

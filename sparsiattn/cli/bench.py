@@ -10,27 +10,36 @@ import typer
 
 from sparsiattn.cli.console import readable, say
 from sparsiattn.cli.models import with_noise
-from sparsiattn.cli.options import budget, dtype_of
+from sparsiattn.cli.options import (
+    ImageSize,
+    K,
+    Keep,
+    Kernel,
+    ModelName,
+    Strategy,
+    StrategyOptions,
+    dtype_of,
+    patch_options,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def bench_model(
-    model: Annotated[str, typer.Argument(help="A timm model, e.g. deit_small_patch16_224.")],
-    strategy: Annotated[str, typer.Option(help="As sparsiattn.patch takes it.")] = "connectivity",
-    k: Annotated[str | None, typer.Option(help="0.1 is a share of the keys, 20 a count.")] = None,
-    keep: Annotated[
-        float | None, typer.Option(help="Share of tokens token strategies keep.")
-    ] = None,
-    kernel: Annotated[str, typer.Option(help="auto, or a kernel's name.")] = "auto",
+    model: ModelName,
+    strategy: Strategy = "connectivity",
+    k: K = None,
+    keep: Keep = None,
+    kernel: Kernel = None,
+    option: StrategyOptions = None,
     only_if_faster: Annotated[
         bool | None, typer.Option(help="Leave sites dense where sparse attention should lose.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels, square.")] = None,
+    image_size: ImageSize = None,
     rounds: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 10,
     pretrained: Annotated[bool, typer.Option(help="Download weights (they cost no time).")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write everything as JSON.")] = None,
@@ -43,13 +52,14 @@ def bench_model(
 
     from sparsiattn.benchmark import bench
 
-    options: dict[str, Any] = {"k": budget(k), "keep": keep, "only_if_faster": only_if_faster}
-    given = {name: value for name, value in options.items() if value is not None}
+    given = patch_options(strategy, k, keep, kernel, option) or {}
+    if only_if_faster is not None:
+        given["only_if_faster"] = only_if_faster
     with readable():
         host, images = with_noise(
             model, image_size, batch_size, device, dtype_of(dtype), pretrained
         )
-        found = bench(host, images, strategy=strategy, rounds=rounds, kernel=kernel, **given)
+        found = bench(host, images, rounds=rounds, **given)
     console = Console()
     console.print(_benched(model, found))
     for line in str(found.report).splitlines():

@@ -9,12 +9,12 @@ import typer
 
 from sparsiattn.cli.console import cells, print_whole, readable, say
 from sparsiattn.cli.models import create, image_shape
-from sparsiattn.cli.options import AsJson
+from sparsiattn.cli.options import AsJson, ImageSize, ModelName
 
 
 def inspect_model(
-    model: Annotated[str, typer.Argument(help="A timm model, e.g. deit_small_patch16_224.")],
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels, square.")] = None,
+    model: ModelName,
+    image_size: ImageSize = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="A strategy to try, all if none; may be repeated.")
     ] = None,

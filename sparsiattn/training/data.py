@@ -162,7 +162,9 @@ class Loader(DataLoader[Any]):
             else:
                 yield from _some(super().__iter__(), self.most)
         except DataError as error:
-            raise DataError(_own_words(str(error))) from error
+            # its frames would keep the worker processes waiting until they are collected
+            cause = error.with_traceback(None) if self.num_workers else error
+            raise DataError(_own_words(str(error))) from cause
 
 
 class Batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -43,6 +44,7 @@ class Files(Dataset[Any]):
 
     def __init__(self, reader: Any, mode: str, where: str) -> None:
         self.reader, self.mode, self.where = reader, mode, where
+        weakref.finalize(self, _close_tars, reader)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -60,6 +62,17 @@ class Files(Dataset[Any]):
                 return image.convert(self.mode), label
         except Exception as error:  # PIL's plug-ins raise whatever a broken file makes them raise
             raise DataError(f"{self.name(index)} cannot be read as an image: {error}") from error
+
+
+def _close_tars(reader: Any) -> None:
+    """timm's tar reader leaves the files that it opened to the garbage collector."""
+    states = getattr(reader, "tar_state", {})
+    states = list(states.values()) if isinstance(states, dict) else [states]
+    while states:
+        state = states.pop()
+        states.extend(state.children.values())
+        if state.tf is not None:
+            state.tf.close()
 
 
 def open_source(source: Any, split: str, channels: int, training: bool, seed: int) -> Source:
@@ -108,7 +121,7 @@ def _create(text: str, split: str, channels: int, training: bool, seed: int) -> 
     try:
         made = create_dataset(name, root or None, split, is_training=training, seed=seed, **extra)
     except Exception as error:  # every reader has its own errors, bare assertions among them
-        reason = error if str(error) else type(error).__name__
+        reason = ": ".join(filter(None, [type(error).__name__, str(error)]))
         raise DataError(f"no images can be read from {text!r}: {reason}") from error
     if not match and Path(text).is_dir() and Path(made.reader.root) == Path(text):
         _refuse_other_splits(Path(text), split)
