@@ -73,7 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Top-1, top-5, agreement and speed of a patched model beside its own dense path.
 
-    data: whatever `sparsiattn.training.loader` takes, ready batches (images ``[B, C, H, W]``,
+    data: whatever `sparsiattn.training.data.loader` takes, ready batches (images ``[B, C, H, W]``,
     labels ``[B]`` int64) among it; batch_size, split, limit, workers, image_size and augment (``{
     "mean": ..., "std": ...}``) go there. Every batch runs through both sides, which take turns in
     going first. progress: called with images done and their number, None if unknown. device: where
@@ -118,7 +118,6 @@ def evaluate(
 def _own(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as they come; labels cut to those images that do not merely fill up the share."""
     own, done = getattr(batches, "own", None), 0
-    total = own if own is not None else getattr(batches, "limit", None)
     for images, labels in batches:
         if not isinstance(labels, Tensor) or labels.shape != (len(images),):
             raise DataError(
@@ -129,7 +128,7 @@ def _own(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tens
         yield images, counted
         done += len(counted)
         if progress is not None:
-            progress(done, total)
+            progress(done, own)
 
 
 @dataclass

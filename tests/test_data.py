@@ -387,6 +387,28 @@ def test_accelerate_prepares_it_and_epochs_stay_the_same() -> None:
         assert torch.equal(one, other)
 
 
+def test_accelerate_deals_out_whole_epochs() -> None:
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.PartialState(cpu=True)
+
+    def dealt(rank: int) -> torch.Tensor:
+        plain = loader(
+            Pictures(12), tiny_vit(), batch_size=3, training=True, augment={"color_jitter": None}
+        )
+        one = data_loader.prepare_data_loader(plain, num_processes=2, process_index=rank)
+        one.set_epoch(2)
+        return everything(one)[0]
+
+    whole = loader(
+        Pictures(12), tiny_vit(), batch_size=3, training=True, augment={"color_jitter": None}
+    )
+    whole.set_epoch(2)
+    expected = everything(whole)[0].unflatten(0, (4, 3))
+    for rank in range(2):  # every second batch
+        assert torch.equal(dealt(rank), expected[rank::2].flatten(0, 1))
+
+
 def test_nothing_heavy_is_imported_with_the_package() -> None:
     code = (
         "import sparsiattn, sparsiattn.evaluation, sparsiattn.training.data, sys;"

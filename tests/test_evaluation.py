@@ -23,11 +23,25 @@ from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import launched
 
 
+def varied(**options: Any) -> nn.Module:
+    """A model whose answers differ from image to image, and sparse ones from dense ones."""
+    model = tiny_vit(global_pool="avg", **options)
+    generator = torch.Generator().manual_seed(4)  # numbers of its own, whatever timm's version
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # or one class wins for all images
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+    return model
+
+
 def batches(*sizes: int, classes: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Noise on a colour of its own for every image."""
     generator = torch.Generator().manual_seed(3)
     return [
         (
-            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randn(size, 3, 32, 32, generator=generator)
+            + 2 * torch.randn(size, 3, 1, 1, generator=generator),
             torch.randint(0, classes, (size,), generator=generator),
         )
         for size in sizes
@@ -56,7 +70,7 @@ def share(hits: list[bool]) -> float:
 
 
 def test_counts_are_those_of_an_oracle() -> None:
-    model = tiny_vit(num_classes=11, global_pool="avg")
+    model = varied(num_classes=11)
     data = batches(7, 7, 3, classes=11)
     dense = oracle(model, data)
     with sparsiattn.patch(model, "local", k=1, background=None) as live:
@@ -225,7 +239,7 @@ def test_shares_add_up_to_every_image_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data: Any = folder(tmp_path / "x", each=5) if kind == "folder" else batches(4, 4, 4, 1)
-    model = tiny_vit(global_pool="avg")
+    model = varied()
     sparsiattn.patch(model, "local", k=1, background=None)
     whole = evaluate(model, data, batch_size=4)
     parts = []
