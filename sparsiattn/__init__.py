@@ -12,6 +12,7 @@ from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
 from sparsiattn.errors import (
     AlreadyPatched,
+    DataError,
     InvalidOption,
     InvalidType,
     KernelRefused,
@@ -23,6 +24,7 @@ from sparsiattn.errors import (
     SparsiattnError,
     UnknownName,
 )
+from sparsiattn.evaluation import Evaluation, evaluate
 from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hookspecs import hookimpl
 from sparsiattn.inspection import Inspection, inspect
@@ -50,6 +52,8 @@ __all__ = [
     "AttentionInputs",
     "Backbone",
     "Bench",
+    "DataError",
+    "Evaluation",
     "Inspection",
     "InvalidOption",
     "InvalidType",
@@ -76,6 +80,7 @@ __all__ = [
     "backbones",
     "bench",
     "calibrate",
+    "evaluate",
     "hookimpl",
     "inspect",
     "kernels",

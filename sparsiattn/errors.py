@@ -49,6 +49,10 @@ class MismatchedPatch(SparsiattnError, ValueError):
     """A saved patch does not belong to this model or to this version."""
 
 
+class DataError(SparsiattnError, ValueError):
+    """Images or labels cannot be read, or do not fit the model."""
+
+
 class PluginError(SparsiattnError, RuntimeError):
     """A plug-in returned something that cannot be registered."""
 

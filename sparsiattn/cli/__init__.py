@@ -1,0 +1,25 @@
+"""The command line: ``sparsiattn list``, ``inspect``, ``tune``, ``bench``, ``eval``."""
+
+from __future__ import annotations
+
+import typer
+
+from sparsiattn.cli.bench import bench_model
+from sparsiattn.cli.evaluate import evaluate_model
+from sparsiattn.cli.inspecting import inspect_model
+from sparsiattn.cli.listing import list_all
+from sparsiattn.cli.tune import tune_here
+
+app = typer.Typer(no_args_is_help=True, help="Sparse attention for any Vision Transformer.")
+
+
+@app.callback()
+def main() -> None:
+    """Sparse attention for any Vision Transformer."""
+
+
+app.command("list")(list_all)
+app.command("inspect")(inspect_model)
+app.command("tune")(tune_here)
+app.command("bench")(bench_model)
+app.command("eval")(evaluate_model)

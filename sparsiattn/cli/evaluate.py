@@ -1,0 +1,156 @@
+"""``sparsiattn eval``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsiattn.cli.console import readable
+from sparsiattn.cli.models import create, load_weights, planners_in
+from sparsiattn.cli.options import (
+    AsJson,
+    Checkpoint,
+    ImageSize,
+    K,
+    Keep,
+    Kernel,
+    ModelName,
+    ModelOptions,
+    Planners,
+    Pretrained,
+    Strategy,
+    StrategyOptions,
+    dtype_of,
+    pairs,
+    patch_options,
+)
+
+if TYPE_CHECKING:
+    from sparsiattn.evaluation import Progress
+
+
+def evaluate_model(
+    model: ModelName,
+    data: Annotated[
+        str, typer.Option(help="Folder or .tar of images, or READER/NAME[@FOLDER] of timm.")
+    ],
+    split: Annotated[str, typer.Option(help="train, validation, test ...")] = "validation",
+    strategy: Strategy = None,
+    k: K = None,
+    keep: Keep = None,
+    kernel: Kernel = None,
+    option: StrategyOptions = None,
+    planners: Planners = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    model_option: ModelOptions = None,
+    image_size: ImageSize = None,
+    data_option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE: mean, std, crop_pct, interpolation; may be repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many images, spread over the split.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy and images/s of a model, dense and patched in one pass, and how often they agree.
+
+    Under torchrun every process takes its share. Weights are random without --pretrained or
+    --checkpoint. Example: sparsiattn eval deit_small_patch16_224 --pretrained --data imagenet
+    --strategy connectivity --k 0.25
+    """
+    import torch
+
+    from sparsiattn.evaluation import evaluate
+    from sparsiattn.training.launched import leave
+
+    given = patch_options(strategy, k, keep, kernel, option, planners)
+    options, reading = pairs(model_option, "--model-option"), pairs(data_option, "--data-option")
+    kind = dtype_of(dtype)
+    with readable():
+        torch.manual_seed(0)  # random weights must be the same in every process
+        host = create(model, image_size, pretrained, **options)
+        live = prepare(host, given, planners, checkpoint)
+        if not pretrained and checkpoint is None and _first():
+            typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
+        with _bar() as progress:
+            found = evaluate(
+                host.to(dtype=kind), data, batch_size=batch_size, split=split, limit=limit,
+                workers=workers, image_size=image_size, augment=reading, progress=progress,
+                device=device or _device(),
+            )  # fmt: skip
+    strategy_used = None if live is None else live.strategy.to_dict()
+    about = {"name": model, "data": data, "split": split, "dtype": dtype, "strategy": strategy_used}
+    if _first():
+        print(json.dumps({**about, **found.to_dict()}, indent=2) if as_json else found)
+    leave()
+
+
+def prepare(
+    host: Any, given: dict[str, Any] | None, planners: Path | None, checkpoint: Path | None
+) -> Any:
+    """Weights and patch of a new model; gives the `Patch`, None where none is asked for.
+
+    Planners that look at the weights must find them there, and those of the checkpoint have their
+    place only after patching. A saved patch's own planners win.
+    """
+    import sparsiattn
+
+    if checkpoint is not None:
+        load_weights(host, checkpoint)
+    if planners is not None:
+        return sparsiattn.load(host, planners)
+    learned = [] if checkpoint is None else planners_in(checkpoint)
+    if given is None:
+        if learned:
+            raise sparsiattn.InvalidOption(
+                f"{checkpoint} is of a patched model (it has {learned[0]!r}): say with which "
+                "--strategy and options, or give --planners"
+            )
+        return None
+    live = sparsiattn.patch(host, **given)
+    if learned and checkpoint is not None:
+        load_weights(host, checkpoint)
+    return live
+
+
+def _device() -> str | None:
+    """The GPU where there is one; of launched processes each has its own, which is found later."""
+    import torch
+
+    from sparsiattn.training.launched import waiting
+
+    return "cuda" if torch.cuda.is_available() and not waiting() else None
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _bar() -> Iterator[Progress | None]:
+    """A progress bar on stderr, where that is a terminal, of the first process."""
+    if not sys.stderr.isatty() or not _first():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,46 @@
+"""``sparsiattn inspect``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sparsiattn.cli.console import cells, print_whole, readable, say
+from sparsiattn.cli.models import create, image_shape
+from sparsiattn.cli.options import AsJson, ImageSize, ModelName
+
+
+def inspect_model(
+    model: ModelName,
+    image_size: ImageSize = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="A strategy to try, all if none; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attention of a timm model: what can be patched, and what that could save. No weights needed.
+
+    Example: sparsiattn inspect swin_tiny_patch4_window7_224 --strategy local
+    """
+    import torch
+    from rich.console import Console
+
+    from sparsiattn.inspection import inspect
+
+    console = Console(stderr=as_json)
+    with console.status(f"inspecting {model}"), readable():
+        with torch.device("meta"):
+            host = create(model, image_size)
+        shape = None if image_size is None else image_shape(host, image_size)
+        found = inspect(host, shape, strategies=strategy or None)
+    if as_json:
+        print(json.dumps({**found.to_dict(), "name": model}, indent=2))
+        return
+    for line in found.head():
+        say(console, line)
+    if found.sites:
+        print_whole(console, cells(found.table()))
+    for line in found.tail():
+        say(console, line)

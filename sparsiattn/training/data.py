@@ -1,0 +1,279 @@
+"""Batches of images and labels for a model: from folders, tars, timm's readers and datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.training.preprocess import (
+    check_options,
+    data_config,
+    drawing,
+    head_size,
+    mixing,
+    transform,
+)
+from sparsiattn.training.samples import Finish, Samples, Stream
+from sparsiattn.training.source import Source, is_path, open_source
+
+Share = tuple[int, int]
+
+
+def loader(
+    source: Any,
+    model: nn.Module,
+    *,
+    batch_size: int = 64,
+    split: str = "validation",
+    training: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    limit: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    augment: Mapping[str, Any] | None = None,
+    share: Share = (0, 1),
+) -> Loader | Batches:
+    """Batches ``(images [B, C, H, W] normalised float32, labels [B] int64)`` for a model.
+
+    source: a folder or ``.tar`` with one folder of images a class, below ``train/``,
+    ``validation/`` and so on or not; ``READER/NAME`` or ``READER/NAME@FOLDER`` for timm's readers
+    (``hfds/cifar10``, ``wds/FOLDER``, ``torch/cifar10@FOLDER``); a `torch.utils.data.Dataset` of
+    (PIL image, uint8 tensor or finished float tensor ``[C, H, W]``, label); or an iterable of ready
+    batches, used as they are. training: shuffled, augmented, the last partial batch left out.
+    seed: order and augmentation of an epoch depend on it, on ``set_epoch`` and on the image
+    alone, so on neither workers nor processes nor what ran before. limit: so many images, spread
+    evenly over the split (of streams and batches: the first). image_size: pixels, else what the
+    model was built for. augment: options of timm's `create_transform` and `Mixup` by their names
+    (``mean``, ``std``, ``crop_pct``, ``auto_augment``, ``re_prob``, ``mixup_alpha`` ...); outside
+    training only those that say how an image is read count. With mixup or cutmix labels are
+    ``[B, classes]`` float32. share: ``(rank, world)``, every world-th image from rank on; shares
+    of unequal length are filled up with the first image, `Loader.own` says how many count.
+
+    Statistics and sizes come from the model's data config (see `data_config`); transformers and
+    torchvision models name none and get ImageNet's: pass ``mean`` and ``std`` where others hold.
+
+    Raises `DataError` for data that is missing, empty, broken or of other classes than the head's,
+    `UnknownName` and `InvalidOption` for wrong options.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> data = TensorDataset(tiny_images(3), torch.tensor([0, 4, 2]))
+    >>> [(tuple(x.shape), y.tolist()) for x, y in loader(data, tiny_vit(), batch_size=2)]
+    [((2, 3, 32, 32), [0, 4]), ((1, 3, 32, 32), [2])]
+    """
+    options = dict(augment or {})
+    check_options(options)
+    _check_numbers(batch_size, seed, workers, limit, share)
+    classes = head_size(model)
+    if not is_path(source) and not isinstance(source, torch.utils.data.Dataset):
+        return Batches(source, limit, share)
+    config = data_config(model, image_size, options)
+    found = open_source(source, split, config["input_size"][0], training, seed)
+    _check_classes(found, source, classes)
+    mix = mixing(options, classes) if training else None
+    if mix is not None and batch_size % 2:
+        raise InvalidOption(f"mixup and cutmix pair images: batch_size must be even, {batch_size=}")
+    change = transform(config, training, options)
+    finish = Finish(change, config["input_size"][0], classes, seed, training)
+    return Loader(found, finish, mix, batch_size, training, seed, workers, limit, share)
+
+
+class Order(Sampler[tuple[int, int]]):
+    """``(epoch, index)`` of every image of a share; the epoch goes along so that worker processes
+    know it."""
+
+    def __init__(self, indices: tuple[int, ...], seed: int, shuffle: bool, share: Share) -> None:
+        self.indices, self.seed, self.shuffle, self.share = indices, seed, shuffle, share
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def own(self) -> int:
+        return len(range(self.share[0], len(self.indices), self.share[1]))
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.share[1])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = list(self.indices)
+        if self.shuffle:
+            with drawing(self.seed, self.epoch):
+                order = [order[i] for i in torch.randperm(len(order)).tolist()]
+        mine = order[self.share[0] :: self.share[1]]
+        mine += order[: len(self) - len(mine)]
+        return iter([(self.epoch, index) for index in mine])
+
+
+class Loader(DataLoader[Any]):
+    """A `torch.utils.data.DataLoader` whose epochs depend on (seed, epoch) alone; `set_epoch` as
+    distributed samplers have it. It can be given to ``accelerate``'s ``prepare``."""
+
+    def __init__(
+        self, source: Source, finish: Finish, mix: Any, batch_size: int, training: bool, seed: int,
+        workers: int, limit: int | None, share: Share,
+    ) -> None:  # fmt: skip
+        self.most = None if limit is None else len(range(share[0], limit, share[1]))
+        self.classes = source.classes
+        own_rng = torch.Generator().manual_seed(seed)  # else every epoch draws from the global one
+        common: dict[str, Any] = {
+            "batch_size": batch_size, "num_workers": workers, "drop_last": training,
+            "collate_fn": Collate(mix, seed), "generator": own_rng,
+        }  # fmt: skip
+        if source.streams:
+            self.order = None
+            super().__init__(Stream(source.items, finish, share, workers), **common)
+            return
+        indices = spread(source.indices, limit)
+        if training and len(indices) < batch_size:
+            raise DataError(
+                f"{len(indices)} images are fewer than {batch_size=}, and training leaves the "
+                "last partial batch out: not one step would be made"
+            )
+        self.order = Order(indices, seed, training, share)
+        super().__init__(Samples(source, finish), sampler=self.order, **common)
+
+    @property
+    def own(self) -> int | None:
+        """Images of this share, without those that fill it up; None for streams."""
+        return None if self.order is None else self.order.own
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order and augmentation come next."""
+        (self.dataset if self.order is None else self.order).set_epoch(epoch)  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        count = super().__len__()
+        if self.order is not None or self.most is None:
+            return count
+        assert self.batch_size is not None
+        return min(count, -(-self.most // self.batch_size))
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            if self.order is not None:
+                yield from super().__iter__()
+            else:
+                yield from _some(super().__iter__(), self.most)
+        except DataError as error:
+            # its frames would keep the worker processes waiting until they are collected
+            cause = error.with_traceback(None) if self.num_workers else error
+            raise DataError(_own_words(str(error))) from cause
+
+
+class Batches:
+    """Ready batches, cut off after so many images; of several processes each takes its own."""
+
+    def __init__(self, source: Iterable[Any], limit: int | None, share: Share) -> None:
+        if not isinstance(source, Iterable):
+            raise DataError(
+                "data must be a path, a timm reader's name, a Dataset or an iterable of batches "
+                f"(images, labels), got {type(source).__name__}"
+            )
+        self.source, self.limit, self.share = source, limit, share
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on, where the source knows epochs."""
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        if self.limit is not None:
+            raise TypeError("how many batches make up the limit is not known beforehand")
+        return len(range(self.share[0], len(self.source), self.share[1]))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(_some(self.source, self.limit)):
+            if index % self.share[1] == self.share[0]:
+                yield batch
+
+
+class Collate:
+    """A batch of samples, mixed up where asked."""
+
+    def __init__(self, mix: Any, seed: int) -> None:
+        self.mix, self.seed = mix, seed
+
+    def __call__(self, samples: list[tuple[Tensor, int, tuple[int, ...]]]) -> Any:
+        images = torch.stack([image for image, _, _ in samples])
+        labels = torch.tensor([label for _, label, _ in samples])
+        if self.mix is None:
+            return images, labels
+        with drawing(self.seed, len(samples), *samples[0][2]):
+            return self.mix(images, labels)
+
+
+def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
+    """So many of the indices, evenly spaced: a split sorted by class keeps all its classes.
+
+    >>> spread((0, 1, 2, 3, 4, 5), 3)
+    (0, 2, 4)
+    """
+    count = len(indices)
+    if limit is None or limit >= count:
+        return indices
+    return tuple(indices[i * count // limit] for i in range(limit))
+
+
+def _some(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
+    """Batches up to so many images, the last one cut."""
+    left = most
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not _is_images(batch[0]):
+            raise DataError(
+                "every batch must be (images [B, C, H, W], labels [B], ...), got "
+                f"{_described(batch)}"
+            )
+        images, labels = batch[:2]
+        if left is not None:
+            images, labels = images[:left], labels[:left]
+            left -= len(images)
+        yield images, labels
+        if left == 0:
+            return
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, (tuple, list)):
+        return f"({', '.join(_described(part) for part in batch)})"
+    return type(batch).__name__
+
+
+def _own_words(text: str) -> str:
+    """Of an error that a worker process raised: torch wraps it in that process's traceback."""
+    return text.rstrip().rsplit("DataError: ", 1)[-1] if text.startswith("Caught ") else text
+
+
+def _check_classes(found: Source, source: Any, classes: int | None) -> None:
+    if not found.streams and not found.indices:
+        raise DataError(f"{source!r} has no images")
+    if None not in (classes, found.classes) and classes != found.classes:
+        where = repr(str(source)) if is_path(source) else type(source).__name__
+        raise DataError(
+            f"{where} has {found.classes} classes, the model's head {classes}: make a model with "
+            f"such a head, timm.create_model(..., num_classes={found.classes}) (on the command "
+            f"line --model-option num_classes={found.classes}), or give the data it was made for"
+        )
+
+
+def _check_numbers(batch_size: Any, seed: Any, workers: Any, limit: Any, share: Any) -> None:
+    least = {"batch_size": (batch_size, 1), "seed": (seed, 0), "workers": (workers, 0)}
+    least["limit"] = (1 if limit is None else limit, 1)
+    for name, (value, low) in least.items():
+        if type(value) is not int or value < low:
+            raise InvalidOption(f"{name} must be an int >= {low}, got {value!r}")
+    rank, world = share
+    if not 0 <= rank < world:
+        raise InvalidOption(f"share must be (rank, world) with 0 <= rank < world, got {share!r}")

@@ -1,0 +1,79 @@
+"""The processes that torchrun or ``accelerate launch`` started, if they did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from sparsiattn.errors import InvalidOption
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of many, or the only one. device: its own, None where nobody gave it one."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Element by element, over all processes."""
+        return self._reduced(values, distributed.ReduceOp.SUM)
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        return self._reduced(values, distributed.ReduceOp.MAX)
+
+    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        distributed.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+
+def waiting() -> bool:
+    """Whether a launcher started several processes that nobody has connected yet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not connected()
+
+
+def connected() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def world(device: str | torch.device | None = None) -> World:
+    """This process among those launched together; accelerate connects them if nobody has yet.
+
+    device: of the model, where the caller wants a certain one.
+    """
+    if not waiting():
+        return World(*_place()) if connected() else World()
+    state = _connect(device)
+    return World(*_place(), state.device if device is None else None)
+
+
+def leave() -> None:
+    """Disconnect, at the end of a program; nothing where nobody was connected."""
+    if connected():
+        distributed.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _connect(device: str | torch.device | None) -> Any:
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InvalidOption(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate, which connects "
+            "them, is missing: pip install 'sparsiattn[train]' (or run one process)"
+        ) from error
+    on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
+    return PartialState(cpu=on_cpu)
