@@ -9,6 +9,7 @@ from typing import Any
 import hosts
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -125,7 +126,9 @@ def _checkpointed(module: nn.Module) -> None:
     module.__class__ = Recomputed
 
 
-@pytest.mark.parametrize("name", ["vit", "beit", "torchvision", "clip_tower", "encoder"])
+@pytest.mark.parametrize(
+    "name", zoo.slow_but(("vit", "clip_tower"), "beit", "torchvision", "encoder")
+)
 def test_compiles_to_one_graph(name: str) -> None:
     model, x = hosts.OneTensor(hosts.build(name)), hosts.images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

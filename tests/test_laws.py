@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import sparsiattn
 
 SPARSE = [name for name in zoo.ATTENTION if name != "dense"]
+OTHERS = [name for name in SPARSE if name != "connectivity"]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -96,7 +97,7 @@ class TestHostState:
 
 
 @pytest.mark.parametrize("tile", [1, (2, 2)])
-@pytest.mark.parametrize("strategy", SPARSE)
+@pytest.mark.parametrize("strategy", zoo.slow_but(("connectivity",), *OTHERS))
 def test_compile_and_export(strategy: str, tile: object) -> None:
     """Law 6: one graph, same numbers, also with gradient checkpointing."""
     model, x = zoo.build("vit"), torch.randn(2, 3, 32, 32)
@@ -110,7 +111,7 @@ def test_compile_and_export(strategy: str, tile: object) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("strategy", SPARSE)
+@pytest.mark.parametrize("strategy", zoo.slow_but(("connectivity",), *OTHERS))
 def test_compile_with_gradient_checkpointing(strategy: str) -> None:
     """Before torch 2.15 Dynamo refuses state that hooks write inside a checkpoint, unless told that
     the backward pass need not see it (tried on 2.10)."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
+from typing import Any
 
+import pytest
 import timm
 import torch
 from timm import models
@@ -215,3 +217,10 @@ def images(model: nn.Module, batch: int = 2) -> Tensor:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     rows, columns = size or (64, 64)
     return torch.randn(batch, 3, rows, columns, generator=torch.Generator().manual_seed(2))
+
+
+def slow_but(usual: Sequence[Any], *others: Any) -> list[Any]:
+    """Parameters of a test of which only the first ones run by default: what it compiles for each
+    takes seconds."""
+    rows = (x if isinstance(x, tuple) else (x,) for x in others)
+    return [*usual, *(pytest.param(*row, marks=pytest.mark.slow) for row in rows)]
