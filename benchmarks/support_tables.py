@@ -55,11 +55,11 @@ def census() -> str:
         status, many = found["status"], found["with_attention"]
         patched = status.get("patched", 0)
         share = f" ({100 * patched / many:.1f} %)" if many else ""
-        counts = [found["models"], many, f"{patched}{share}", found["named"]]
+        named = f", {found['named']} of them by name" if found["named"] else ""
+        counts = [found["models"], many, f"{patched}{share}{named}"]
         counts += [status.get("refused", 0), status.get("failed", 0)]
         rows.append([name, *map(str, counts)])
-    head = ["list", "models", "with softmax attention between tokens", "patched"]
-    return _table([*head, "of them by naming sites", "refused", "failed"], rows)
+    return _table(["list", "models", "attending", "patched", "refused", "failed"], rows)
 
 
 def _grouped(key: str) -> str:
