@@ -79,7 +79,7 @@ def write(place: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        if not _is_write_fault(error):
+        if not is_write_fault(error):
             raise
         raise CheckpointNotWritten(
             f"{place} cannot be written: {error}. Training stopped; checkpoints written before are "
@@ -87,7 +87,7 @@ def write(place: Path, fill: Callable[[Path], None]) -> None:
         ) from error
 
 
-def _is_write_fault(error: Exception) -> bool:
+def is_write_fault(error: Exception) -> bool:
     """safetensors and torch wrap the system's error in ones of their own."""
     wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
     return isinstance(error, OSError) or wrapped
@@ -122,9 +122,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error
 
 
-def save_state(folder: Path, progress: Progress, about: dict[str, Any]) -> None:
+def save_state(folder: Path, progress: Progress, about: dict[str, Any], name: str = STATE) -> None:
     content = {"format": FORMAT, **about, "progress": asdict(progress)}
-    (folder / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_state(folder: Path, about: dict[str, Any]) -> Progress:

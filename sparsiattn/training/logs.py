@@ -74,7 +74,7 @@ def _row(line: str) -> Row | None:
 
 def _flat(row: Row) -> dict[str, float]:
     """Numbers of a row, of its parts too."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
             found |= {f"{name}/{part}": number for part, number in value.items()}

@@ -58,6 +58,11 @@ class Objective(nn.Module):
             parts["keep_ratio"] = keep_ratio_loss(self.model)
         if self.stage.distils:
             taught, targets = self._teach(live, images)
+            if taught.shape != logits.shape:
+                raise InvalidOption(
+                    f"the teacher gives logits {tuple(taught.shape)}, the model "
+                    f"{tuple(logits.shape)}: they must tell the same classes apart"
+                )
             parts["kl"] = kl_loss(logits, taught, self.stage.temperature)
             if watched is not None:
                 parts["token_mse"] = token_loss(live, tokens[0], targets[0])

@@ -204,7 +204,8 @@ def _changed(recipe: Recipe, name: str, value: Any) -> Recipe:
         stages = [replace(stage, **_length({name: value})) for stage in recipe.stages]
         return replace(recipe, stages=tuple(stages))
     if head in ("options", "augment") and rest:
-        return replace(recipe, **{head: {**getattr(recipe, head), rest: value}})
+        change: dict[str, Any] = {head: {**getattr(recipe, head), rest: value}}
+        return replace(recipe, **change)
     places = {key for i, stage in enumerate(recipe.stages) for key in (str(i), stage.name)}
     if not dot or head not in places:
         known = [*_RECIPE, *_STAGE, *(f"{place}.FIELD" for place in (*places, "options"))]
@@ -281,7 +282,7 @@ Check = tuple[Callable[[Any], bool], str]
 def _number(low: float, high: float = float("inf"), *, open_low: bool = False) -> Check:
     def fits(value: Any) -> bool:
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return plain and (low < value if open_low else low <= value) and value <= high
+        return plain and bool(low < value if open_low else low <= value) and bool(value <= high)
 
     bound = "" if high == float("inf") else f" and <= {high:g}"
     return fits, f"a number {'>' if open_low else '>='} {low:g}{bound}"

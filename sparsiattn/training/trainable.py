@@ -129,8 +129,9 @@ def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for module, value in before:
             setattr(module, SWITCH, value)
-        if hasattr(model, "gradient_checkpointing_disable"):
-            model.gradient_checkpointing_disable()
+        disable: Any = getattr(model, "gradient_checkpointing_disable", None)
+        if disable is not None:
+            disable()
 
 
 def _switch(model: Any) -> None:
