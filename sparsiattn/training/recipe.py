@@ -281,8 +281,9 @@ Check = tuple[Callable[[Any], bool], str]
 
 def _number(low: float, high: float = float("inf"), *, open_low: bool = False) -> Check:
     def fits(value: Any) -> bool:
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return plain and bool(low < value if open_low else low <= value) and bool(value <= high)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        return bool((low < value if open_low else low <= value) and value <= high)
 
     bound = "" if high == float("inf") else f" and <= {high:g}"
     return fits, f"a number {'>' if open_low else '>='} {low:g}{bound}"

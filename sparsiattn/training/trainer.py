@@ -186,8 +186,8 @@ class Trainer:
         if at.update == before:
             raise DataError(
                 f"epoch {at.epoch} of stage {stage.name!r} gave fewer than "
-                f"{self.recipe.accumulation} batches: not one update could be made. Batches must be a list or something else "
-                "that can be gone through again, not a generator"
+                f"{self.recipe.accumulation} batches: not one update could be made. Batches must "
+                "be a list or something else that can be gone through again, not a generator"
             )
         self._end_epoch(stage, run)
 
