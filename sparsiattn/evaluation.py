@@ -220,8 +220,7 @@ def logits_of(out: Any, model: nn.Module) -> Tensor:
     if not isinstance(out, Tensor) or out.dim() != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise DataError(
-            f"a classifier is needed, with logits [B, classes], but {type(model).__name__} "
-            f"gave {got}"
+            f"this needs a classifier: logits [B, classes], but {type(model).__name__} gave {got}"
         )
     return out
 

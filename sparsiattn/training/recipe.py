@@ -260,7 +260,7 @@ def _said(stage: Stage) -> dict[str, Any]:
 
 
 def _differs(stage: Stage, one: Any) -> bool:
-    return one.name == "name" or getattr(stage, one.name) != one.default
+    return bool(one.name == "name" or getattr(stage, one.name) != one.default)
 
 
 def _known(content: Any, known: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def _number(low: float, high: float = float("inf"), *, open_low: bool = False) -
     def fits(value: Any) -> bool:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return False
-        return bool((low < value if open_low else low <= value) and value <= high)
+        return (low < value if open_low else low <= value) and value <= high
 
     bound = "" if high == float("inf") else f" and <= {high:g}"
     return fits, f"a number {'>' if open_low else '>='} {low:g}{bound}"
