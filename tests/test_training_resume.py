@@ -73,6 +73,13 @@ def test_the_curve_is_the_same_bit_for_bit(data: Any, steps: list[int], tmp_path
     assert [json.loads(line) for line in lines] == whole.history
 
 
+def test_rows_from_before_the_first_checkpoint_are_made_again(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(patched(), batches(), recipe=one_stage(), out=tmp_path, on_log=kill_at(3))
+    result = train(patched(), batches(), recipe=one_stage(), out=tmp_path)
+    assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_a_finished_run_only_gives_its_weights(tmp_path: Path) -> None:
     models = patched(), patched()
     plan = one_stage(ema_decay=0.5)
@@ -168,9 +175,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert train(patched(), batches(2), recipe=plan, out=tmp_path).history == whole.history
 
 
-def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_log_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(row: dict[str, Any]) -> None:
+        real = Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda p, *a, **k: full() if p.name == "log.jsonl" else real(p, *a, **k)
+        )
+
+    with pytest.raises(CheckpointNotWritten, match=r"log\.jsonl cannot be written.*No space left"):
+        train(patched(), batches(2), recipe=one_stage(), out=tmp_path, on_log=fill)
+
+
+def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(CheckpointNotWritten, match=r"log\.jsonl cannot be written"):
+    with pytest.raises(CheckpointNotWritten, match=r"log\.jsonl cannot be read"):
         train(patched(), batches(2), recipe=one_stage(), out=tmp_path)
 
 

@@ -127,6 +127,18 @@ def save_state(folder: Path, progress: Progress, about: dict[str, Any], name: st
     (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def finish(folder: Path, progress: Progress, about: dict[str, Any]) -> None:
+    """Make the averaged weights those of a finished checkpoint; a kill on the way does no harm."""
+    try:
+        if (folder / EMA).exists():
+            shutil.copyfile(folder / EMA, folder / f"{MODEL}.new")
+            (folder / f"{MODEL}.new").replace(folder / MODEL)
+        save_state(folder, progress, about, f"{STATE}.new")
+        (folder / f"{STATE}.new").replace(folder / STATE)
+    except OSError as error:
+        raise CheckpointNotWritten(f"{folder} cannot be written: {error}") from error
+
+
 def load_state(folder: Path, about: dict[str, Any]) -> Progress:
     """Progress of the checkpoint. Raises `MismatchedCheckpoint` where it is of another model,
     strategy or recipe than ``about`` says."""

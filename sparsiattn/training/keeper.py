@@ -108,17 +108,7 @@ class Keeper:
         """Note in ``last`` that the run is complete; its weights become the averaged ones."""
         if self.out is None:
             return
-        last = self.last
-
-        def done() -> None:
-            averaged = last / saved.EMA
-            if averaged.exists():
-                averaged.replace(last / saved.MODEL)
-            fresh = last / f"{saved.STATE}.new"
-            saved.save_state(last, at, self.about, fresh.name)
-            fresh.replace(last / saved.STATE)
-
-        self._on_main(done)
+        self._on_main(lambda: saved.finish(self.last, at, self.about))
 
     def weights(self, model: nn.Module) -> None:
         saved.load_weights(model, self.last / saved.MODEL)

@@ -23,13 +23,16 @@ class Log:
         """Keep the rows up to a step: those after it will be made again."""
         if self.path is None or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise CheckpointNotWritten(f"{self.path} cannot be read: {error}") from error
         rows = [row for row in map(_row, lines) if row is not None]
         self.rows = [row for row in rows if row["step"] <= step]
         self._write("w", "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def start_board(self, folder: Path | None) -> None:
-        """Write TensorBoard events as well."""
+    def start_board(self, folder: Path | None, step: int) -> None:
+        """Write TensorBoard events as well; those after ``step`` will be made again."""
         if folder is None:
             raise InvalidOption("tensorboard needs out=, a folder for its event files")
         try:
@@ -38,7 +41,7 @@ class Log:
             raise InvalidOption(f"tensorboard is missing: {error}; pip install tensorboard") from (
                 error
             )
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.rows))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)

@@ -114,38 +114,41 @@ def set_modes(model: nn.Module, stage: Stage) -> None:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+def checkpointing(model: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing by the model's own switch inside the block.
 
     Raises `InvalidOption` for a model that has none.
     """
-    if not on:
+    if not on or getattr(model, "is_gradient_checkpointing", False):
         yield
-        return
-    before = [(m, vars(m)[SWITCH]) for m in model.modules() if SWITCH in vars(m)]
-    try:
-        _switch(model)
-        yield
-    finally:
-        for module, value in before:
-            setattr(module, SWITCH, value)
-        disable: Any = getattr(model, "gradient_checkpointing_disable", None)
-        if disable is not None:
-            disable()
-
-
-def _switch(model: Any) -> None:
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(True)
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        # the reentrant kind would lose the gradient of reduced tokens
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(model, "set_grad_checkpointing"):
+        before = [(m, vars(m)[SWITCH]) for m in model.modules() if SWITCH in vars(m)]
+        try:
+            model.set_grad_checkpointing(True)
+            yield
+        finally:
+            for module, value in before:
+                setattr(module, SWITCH, value)
     else:
-        raise InvalidOption(
-            f"{type(model).__name__} has no gradient checkpointing (neither timm's "
-            "set_grad_checkpointing nor transformers' gradient_checkpointing_enable): leave "
-            "grad_checkpointing out"
-        )
+        kind = _transformers_switch(model)
+        try:
+            yield
+        finally:
+            getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _transformers_switch(model: Any) -> str:
+    """Switch it on; gives what this version of transformers calls it."""
+    for kind in ("activation", "gradient"):
+        enable = getattr(model, f"{kind}_checkpointing_enable", None)
+        if enable is not None and getattr(model, "supports_gradient_checkpointing", True):
+            # the reentrant kind would lose the gradient of reduced tokens
+            enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+            return kind
+    raise InvalidOption(
+        f"{type(model).__name__} has no gradient checkpointing (neither timm's "
+        "set_grad_checkpointing nor transformers'): leave grad_checkpointing out"
+    )
 
 
 @contextmanager

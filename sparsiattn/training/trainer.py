@@ -55,9 +55,9 @@ class Trainer:
             self._get_teacher(found is not None)
             if found is not None:
                 self.progress = found
-                self.log.resume(found.step)
+            self.log.resume(self.progress.step)
             if self.recipe.tensorboard and self.accelerator.is_main_process:
-                self.log.start_board(self.out)
+                self.log.start_board(self.out, self.progress.step)
             self._stages(found)
         return TrainResult(self.log.rows, self.progress.best, self.progress.last, self.out)
 
