@@ -119,7 +119,7 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
 
     Raises `InvalidOption` for a model that has none.
     """
-    if not on or getattr(model, "is_gradient_checkpointing", False):
+    if not on or _checkpoints_already(model):
         yield
     elif hasattr(model, "set_grad_checkpointing"):
         before = [(m, vars(m)[SWITCH]) for m in model.modules() if SWITCH in vars(m)]
@@ -135,6 +135,13 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
             yield
         finally:
             getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _checkpoints_already(model: Any) -> bool:
+    """Whether the user switched a transformers model's on; its name changed in version 5."""
+    kinds = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    name = next((kind for kind in kinds if hasattr(type(model), kind)), None)
+    return name is not None and bool(getattr(model, name))
 
 
 def _transformers_switch(model: Any) -> str:
