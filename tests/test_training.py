@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from pictures import Pictures
 from training_help import (
     DISTIL,
     batches,
@@ -24,6 +25,7 @@ from sparsiattn import InvalidOption
 from sparsiattn.handle import unpatch
 from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
+from sparsiattn.training import losses as losses_module
 
 
 def test_both_stages_learn_and_each_moves_its_own_weights() -> None:
@@ -234,3 +236,21 @@ def test_other_hosts(build: Any) -> None:
     result = train(model, batches(2), recipe=two_stages(), epochs=1, **checkpointed)
     assert changed(model, before) == {"planners", "backbone"}
     assert result.last["epoch_loss"] < 4
+
+
+def test_mixed_up_labels_are_smoothed_before_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    real = losses_module.label_loss
+
+    def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+        seen.append(labels)
+        return real(logits, labels, smoothing)
+
+    monkeypatch.setattr(losses_module, "label_loss", label_loss)
+    recipe = one_stage(label_smoothing=0.2).changed({"augment.mixup_alpha": 1.0, "batch_size": 4})
+    train(patched(), Pictures(8), recipe=recipe)
+    assert len(seen) == 2
+    for labels in seen:
+        assert labels.shape == (4, 5)
+        assert labels.min().item() == pytest.approx(0.2 / 5)
+        torch.testing.assert_close(labels.sum(1), torch.ones(4))
