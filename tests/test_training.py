@@ -127,8 +127,6 @@ def test_averaged_weights_are_the_ones_that_come_back() -> None:
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("token_drop", {"keep": 0.5, "fuse": True}),
-        ("token_merge", {"r": 8}),
         ("hybrid", {"k": 0.3, "keep": 0.5, "only_if_faster": False}),
         ("token_drop", {"keep": "adaptive"}),
     ],
@@ -254,3 +252,16 @@ def test_mixed_up_labels_are_smoothed_before_the_loss(monkeypatch: pytest.Monkey
         assert labels.shape == (4, 5)
         assert labels.min().item() == pytest.approx(0.2 / 5)
         torch.testing.assert_close(labels.sum(1), torch.ones(4))
+
+
+def test_a_hybrid_trains_its_predictors_and_then_its_backbone() -> None:
+    model = patched("hybrid", k=0.3, keep=0.5, only_if_faster=False)
+    before, rows = state(model), list[set[str]]()
+
+    def look(row: dict[str, Any]) -> None:
+        if "epoch_loss" in row:
+            rows.append(changed(model, before))
+
+    result = train(model, batches(3), recipe=two_stages(), epochs=1, on_log=look)
+    assert rows == [{"planners"}, {"planners", "backbone"}]
+    assert losses(result)[2] < losses(result)[0]

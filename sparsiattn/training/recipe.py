@@ -28,7 +28,8 @@ class Stage:
     average of the weights, with which the stage is evaluated and ends. grad_checkpointing:
     recompute instead of keeping activations. keep_epochs: ``(start, end)``: token strategies keep
     everything before epoch ``start`` and what was asked for from ``end`` on, on a cosine between
-    (EViT, arXiv 2202.07800, section 4).
+    (EViT, arXiv 2202.07800, section 4). For that the model is patched anew between epochs, so ask
+    `sparsiattn.patch_of` for its `Patch` afterwards.
 
     Weights of the losses: reconstruction (planners against the model's own dense attention), ce
     (labels, with label_smoothing), kl (logits against the dense model, at a temperature), token_mse
