@@ -12,16 +12,19 @@ from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
 from sparsiattn.errors import (
     AlreadyPatched,
+    CheckpointNotWritten,
     DataError,
     InvalidOption,
     InvalidType,
     KernelRefused,
+    MismatchedCheckpoint,
     MismatchedPatch,
     ModelChanged,
     NothingToPatch,
     PluginError,
     ProbeFailed,
     SparsiattnError,
+    TrainingDiverged,
     UnknownName,
 )
 from sparsiattn.evaluation import Evaluation, evaluate
@@ -39,7 +42,7 @@ from sparsiattn.saving import load
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
 from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
-from sparsiattn.training import calibrate
+from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.tuning import Tuning, tune
 
 try:
@@ -52,6 +55,7 @@ __all__ = [
     "AttentionInputs",
     "Backbone",
     "Bench",
+    "CheckpointNotWritten",
     "DataError",
     "Evaluation",
     "Inspection",
@@ -60,6 +64,7 @@ __all__ = [
     "Kernel",
     "KernelRefused",
     "LearnedPlanner",
+    "MismatchedCheckpoint",
     "MismatchedPatch",
     "ModelChanged",
     "NothingToPatch",
@@ -68,6 +73,7 @@ __all__ = [
     "Planner",
     "PluginError",
     "ProbeFailed",
+    "Recipe",
     "Reduction",
     "Report",
     "Site",
@@ -75,6 +81,8 @@ __all__ = [
     "Strategy",
     "TokenInputs",
     "TokenStrategy",
+    "TrainResult",
+    "TrainingDiverged",
     "Tuning",
     "UnknownName",
     "backbones",
@@ -91,6 +99,7 @@ __all__ = [
     "patch_of",
     "plugins",
     "strategies",
+    "train",
     "tune",
     "unpatch",
 ]

@@ -53,6 +53,18 @@ class DataError(SparsiattnError, ValueError):
     """Images or labels cannot be read, or do not fit the model."""
 
 
+class MismatchedCheckpoint(SparsiattnError, ValueError):
+    """A checkpoint of training belongs to another run, or cannot be read."""
+
+
+class CheckpointNotWritten(SparsiattnError, OSError):
+    """A checkpoint or log cannot be written; those that were there before are whole."""
+
+
+class TrainingDiverged(SparsiattnError, FloatingPointError):
+    """A loss became NaN or infinite."""
+
+
 class PluginError(SparsiattnError, RuntimeError):
     """A plug-in returned something that cannot be registered."""
 

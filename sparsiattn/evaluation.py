@@ -207,10 +207,11 @@ def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
     start = time.perf_counter()
     out = model(images)
     wait()
-    return _logits(out, model), time.perf_counter() - start
+    return logits_of(out, model), time.perf_counter() - start
 
 
-def _logits(out: Any, model: nn.Module) -> Tensor:
+def logits_of(out: Any, model: nn.Module) -> Tensor:
+    """Logits ``[B, classes]`` in whatever a classifier returns."""
     if isinstance(out, Mapping) and "logits" in out:
         out = out["logits"]
     out = getattr(out, "logits", out)
@@ -219,8 +220,7 @@ def _logits(out: Any, model: nn.Module) -> Tensor:
     if not isinstance(out, Tensor) or out.dim() != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise DataError(
-            f"evaluate() needs a classifier: logits [B, classes], but {type(model).__name__} gave "
-            f"{got}"
+            f"this needs a classifier: logits [B, classes], but {type(model).__name__} gave {got}"
         )
     return out
 

@@ -1,4 +1,4 @@
-"""The command line: ``sparsiattn list``, ``inspect``, ``tune``, ``bench``, ``eval``."""
+"""The command line: ``sparsiattn list``, ``inspect``, ``tune``, ``bench``, ``eval``, ``train``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sparsiattn.cli.bench import bench_model
 from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
+from sparsiattn.cli.training import train_model
 from sparsiattn.cli.tune import tune_here
 
 app = typer.Typer(no_args_is_help=True, help="Sparse attention for any Vision Transformer.")
@@ -23,3 +24,4 @@ app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
 app.command("eval")(evaluate_model)
+app.command("train")(train_model)

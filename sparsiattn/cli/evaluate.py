@@ -85,7 +85,7 @@ def evaluate_model(
         torch.manual_seed(0)  # random weights must be the same in every process
         host = create(model, image_size, pretrained, **options)
         live = prepare(host, given, planners, checkpoint)
-        if not pretrained and checkpoint is None and _first():
+        if not pretrained and checkpoint is None and is_first():
             typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
         with _bar() as progress:
             found = evaluate(
@@ -95,7 +95,7 @@ def evaluate_model(
             )  # fmt: skip
     strategy_used = None if live is None else live.strategy.to_dict()
     about = {"name": model, "data": data, "split": split, "dtype": dtype, "strategy": strategy_used}
-    if _first():
+    if is_first():
         print(json.dumps({**about, **found.to_dict()}, indent=2) if as_json else found)
     leave()
 
@@ -137,14 +137,15 @@ def _device() -> str | None:
     return "cuda" if torch.cuda.is_available() and not waiting() else None
 
 
-def _first() -> bool:
+def is_first() -> bool:
+    """Whether this is the first of the processes that were launched."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def _bar() -> Iterator[Progress | None]:
     """A progress bar on stderr, where that is a terminal, of the first process."""
-    if not sys.stderr.isatty() or not _first():
+    if not sys.stderr.isatty() or not is_first():
         yield None
         return
     from rich.console import Console

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch, patch_of
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import AttentionInputs, Site
-from sparsiattn.strategy import LearnedPlanner, Planner
+from sparsiattn.strategy import LearnedPlanner
+from sparsiattn.training.reconstruction import site_losses
 
 
 def calibrate(
@@ -67,7 +67,7 @@ def _fit(
             break
         if steps:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        parts = _site_losses(live, batch[0] if isinstance(batch, (tuple, list)) else batch)
+        parts = site_losses(live, batch[0] if isinstance(batch, (tuple, list)) else batch)
         loss = torch.stack(parts).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -77,24 +77,4 @@ def _fit(
             on_step(step, losses[-1])
     if not losses:
         raise InvalidOption("calibrate() got no images: pass at least one batch [B, C, H, W]")
-    return losses
-
-
-def _site_losses(live: Patch, images: Tensor) -> list[Tensor]:
-    """One loss per learned site for one batch; the host itself runs without gradients."""
-    losses: list[Tensor] = []
-
-    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
-        if isinstance(planner, LearnedPlanner):
-            with torch.enable_grad():
-                losses.append(planner.loss(inputs))
-
-    modes = [(module, module.training) for module in live.model.modules()]
-    live.model.eval()
-    try:
-        with live.observing(observe), torch.no_grad():
-            live.model(images)
-    finally:
-        for module, training in modes:
-            module.training = training
     return losses

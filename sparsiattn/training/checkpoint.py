@@ -1,0 +1,211 @@
+"""Checkpoints of training: directories that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
+from sparsiattn.handle import Patch
+from sparsiattn.saving import fingerprint
+from sparsiattn.training.recipe import Recipe
+
+FORMAT = 1
+STATE, MODEL, EMA, OPTIMIZER = "state.json", "model.safetensors", "ema.safetensors", "optimizer.pt"
+LAST, BEST, LOG, TEACHER = "last", "best", "log.jsonl", "teacher.safetensors"
+_FREE = ("workers", "tensorboard", "checkpoint_steps", "summary", "model", "published")
+"""Fields of a recipe that change nothing of what is computed."""
+
+
+@dataclass
+class Progress:
+    """How far training is. stage: its number; epoch, update: within the stage; batch: within the
+    epoch; seen_epochs, step: over all stages. loss_sum, loss_count: of the epoch so far."""
+
+    stage: int = 0
+    epoch: int = 0
+    update: int = 0
+    batch: int = 0
+    seen_epochs: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    done: bool = False
+
+    @property
+    def middle(self) -> bool:
+        """Whether an epoch is under way."""
+        return self.batch > 0
+
+
+def identity(live: Patch, recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it."""
+    plain = {name: value for name, value in recipe.to_dict().items() if name not in _FREE}
+    strategy = json.loads(json.dumps(live.strategy.to_dict(), default=str))
+    return {"model": fingerprint(live.model), "strategy": strategy, "recipe": plain}
+
+
+def write(place: Path, fill: Callable[[Path], None]) -> None:
+    """A directory with what ``fill`` writes into it, in the place of the one that was there.
+
+    Raises `CheckpointNotWritten`; the one that was there is whole then.
+    """
+    fresh, old = place.with_name(f"{place.name}.new"), place.with_name(f"{place.name}.old")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        recover(place)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        fill(fresh)
+        for file in (*fresh.iterdir(), fresh):
+            _sync(file)
+        if place.exists():
+            place.rename(old)
+        fresh.rename(place)
+        _sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not is_write_fault(error):
+            raise
+        raise CheckpointNotWritten(
+            f"{place} cannot be written: {error}. Training stopped; checkpoints written before are "
+            "whole: make room and run the same command again to go on from there"
+        ) from error
+
+
+def is_write_fault(error: Exception) -> bool:
+    """safetensors and torch wrap the system's error in ones of their own."""
+    wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+    return isinstance(error, OSError) or wrapped
+
+
+def recover(place: Path) -> None:
+    """Put the old directory back where a kill came between the two renames."""
+    old = place.with_name(f"{place.name}.old")
+    if old.exists() and not place.exists():
+        old.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """As safetensors; tied weights are written twice, which that format wants."""
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in state.items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Into the same model. Raises `MismatchedCheckpoint`."""
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors' and the system's own, or weights that do not fit
+        raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error
+
+
+def save_state(folder: Path, progress: Progress, about: dict[str, Any], name: str = STATE) -> None:
+    content = {"format": FORMAT, **about, "progress": asdict(progress)}
+    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def finish(folder: Path, progress: Progress, about: dict[str, Any]) -> None:
+    """Make the averaged weights those of a finished checkpoint; a kill on the way does no harm."""
+    try:
+        if (folder / EMA).exists():
+            shutil.copyfile(folder / EMA, folder / f"{MODEL}.new")
+            (folder / f"{MODEL}.new").replace(folder / MODEL)
+        save_state(folder, progress, about, f"{STATE}.new")
+        (folder / f"{STATE}.new").replace(folder / STATE)
+    except OSError as error:
+        raise CheckpointNotWritten(f"{folder} cannot be written: {error}") from error
+
+
+def load_state(folder: Path, about: dict[str, Any]) -> Progress:
+    """Progress of the checkpoint. Raises `MismatchedCheckpoint` where it is of another model,
+    strategy or recipe than ``about`` says."""
+    path = folder / STATE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: content[name] for name in ("format", *about)}
+        progress = Progress(**content["progress"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MismatchedCheckpoint(f"{path} cannot be read as a checkpoint: {error!r}") from error
+    if found["format"] != FORMAT:
+        raise MismatchedCheckpoint(
+            f"{path} has format {found['format']!r}, this version reads {FORMAT}"
+        )
+    for name, wanted in about.items():
+        if found[name] != wanted:
+            raise MismatchedCheckpoint(
+                f"the checkpoint in {folder} is of another {name}: "
+                f"{'; '.join(differences(found[name], wanted))}. Go on with what it was made with, "
+                "or give another out= (on the command line --out)"
+            )
+    return progress
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Where two pieces of plain data differ.
+
+    >>> differences({"k": 0.1, "seed": 1}, {"k": 0.2, "seed": 1})
+    ['k 0.1 there, 0.2 here']
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted({*there, *here})
+        return [
+            line
+            for key in keys
+            for line in differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))
+        ]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{name}[{i}]")]
+    return [] if there == here else [f"{name} {there!r} there, {here!r} here".strip()]
+
+
+def rng_state() -> dict[str, Any]:
+    """Of Python, numpy, torch and every GPU; plain enough to be read without pickle's dangers."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote, tensors and plain data only."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and the system each have their own
+        raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error

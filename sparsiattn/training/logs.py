@@ -1,0 +1,86 @@
+"""The log of a run: one JSON object a line, and TensorBoard where asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsiattn.errors import CheckpointNotWritten, InvalidOption
+
+Row = dict[str, Any]
+
+
+class Log:
+    """Rows of one run, in memory and in ``log.jsonl``; only the first process has a file."""
+
+    def __init__(self, path: Path | None, on_row: Callable[[Row], Any] | None) -> None:
+        self.path, self.on_row, self.rows = path, on_row, list[Row]()
+        self.board: Any = None
+
+    def resume(self, step: int) -> None:
+        """Keep the rows up to a step: those after it will be made again."""
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise CheckpointNotWritten(f"{self.path} cannot be read: {error}") from error
+        rows = [row for row in map(_row, lines) if row is not None]
+        self.rows = [row for row in rows if row["step"] <= step]
+        self._write("w", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def start_board(self, folder: Path | None, step: int) -> None:
+        """Write TensorBoard events as well; those after ``step`` will be made again."""
+        if folder is None:
+            raise InvalidOption("tensorboard needs out=, a folder for its event files")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InvalidOption(f"tensorboard is missing: {error}; pip install tensorboard") from (
+                error
+            )
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._write("a", json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in _flat(row).items():
+                self.board.add_scalar(f"{row['stage']}/{name}", value, row["step"])
+        if self.on_row is not None:
+            self.on_row(row)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, mode: str, text: str) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise CheckpointNotWritten(f"{self.path} cannot be written: {error}") from error
+
+
+def _row(line: str) -> Row | None:
+    """None for a line that a kill cut short."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "step" in found else None
+
+
+def _flat(row: Row) -> dict[str, float]:
+    """Numbers of a row, of its parts too."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{part}": number for part, number in value.items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+            found[name] = float(value)
+    return found
