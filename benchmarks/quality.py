@@ -34,7 +34,11 @@ MASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-PLAIN = {"connectivity, untrained, without salience": ("connectivity", {"salience": False})}
+PLAIN = {
+    "connectivity, untrained, without salience": ("connectivity", {"salience": False}),
+    "connectivity, untrained, without own keys": ("connectivity", {"own": None}),
+    "connectivity, untrained, without either": ("connectivity", {"salience": False, "own": None}),
+}
 
 
 @torch.inference_mode()

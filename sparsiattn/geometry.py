@@ -237,6 +237,23 @@ def tile_parts(grid: Grid, tile: tuple[int, int]) -> Grid:
     return math.ceil(grid[0] / tile[0]), math.ceil(grid[1] / tile[1])
 
 
+def own_shares(
+    grid: Grid, tile: tuple[int, int], block: int | tuple[int, int], *, device: torch.device
+) -> Tensor:
+    """``[T, n]``, or ``[T, blocks]``: the share of a tile's queries that each key or block is.
+
+    >>> own_shares((1, 4), (1, 2), 1, device=torch.device("cpu"))
+    tensor([[0.5000, 0.5000, 0.0000, 0.0000],
+            [0.0000, 0.0000, 0.5000, 0.5000]])
+    """
+    parts = tile_parts(grid, tile)
+    units = grid if isinstance(block, int) else tile_parts(grid, block)
+    rows, columns = (cell_ids(grid, cells, device=device) for cells in (parts, units))
+    counts = torch.zeros(math.prod(parts), math.prod(units), device=device)
+    counts.index_put_((rows, columns), torch.ones(len(rows), device=device), accumulate=True)
+    return counts / counts.sum(1, keepdim=True)
+
+
 def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
     """The tiles of a grid, at most ``tile`` (rows, columns) large, as equal as they can be."""
     parts = tile_parts(grid, tile)

@@ -53,6 +53,7 @@ def load_sparsifiner(
         basis_coef_topk=basis_coef_topk,
         head_scale=True,
         salience=False,
+        own=None,
         tile=1,
         background=None,
         prefix_keys=False,

@@ -85,12 +85,16 @@ def test_scores_of_keys_are_averaged_over_blocks() -> None:
 
 
 @pytest.mark.parametrize("channels", [None, 4])
-@pytest.mark.parametrize("salience", [False, True])
-def test_planning_in_blocks_follows_the_formula(salience: bool, channels: int | None) -> None:
+@pytest.mark.parametrize(("salience", "own"), [(False, None), (True, None), (True, 0.3)])
+def test_planning_in_blocks_follows_the_formula(
+    salience: bool, own: float | None, channels: int | None
+) -> None:
     """softmax(q (down^T k)^T) |up|^T over blocks, times the mean of exp(logit above low resolution)
-    of the mean query; one block at a time."""
+    of the mean query, one block at a time; and to a tile's own blocks a share of the sum."""
     inputs = random_inputs((8, 8), tile=(4, 4), block=(2, 2), dim=8)
-    strategy = Connectivity(k=20, tile=(4, 4), block=(2, 2), salience=salience, channels=channels)
+    strategy = Connectivity(
+        k=20, tile=(4, 4), block=(2, 2), salience=salience, channels=channels, own=own
+    )
     planner = strategy.planner(inputs.site)
     with torch.no_grad():
         planner.down.add_(0.05 * torch.randn_like(planner.down))
@@ -115,6 +119,9 @@ def test_planning_in_blocks_follows_the_formula(salience: bool, channels: int | 
         above = [(logits[..., order] - low[..., [1 + i]]).exp().mean(-1)
                  for i, order in enumerate(blocks.order)]  # fmt: skip
         wanted = wanted * torch.stack(above, dim=-1)
+    if own is not None:
+        inside = [[set(b.tolist()) <= set(t.tolist()) for b in blocks.order] for t in tiles.order]
+        wanted = wanted + own * wanted.sum(-1, keepdim=True) * torch.tensor(inside).float() / 4
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -37,7 +37,9 @@ class Connectivity(Strategy):
     head_scale: divide logits by the root of the head *count*, as the authors' code does, instead of
     the head dim. salience: multiply scores by what the mean query sees beyond low resolution; ours,
     not in the paper, next to free, and most of what an untrained predictor lacks (docs: What it
-    keeps).
+    keeps). own: the share of its attention that a query gives to its own key beyond what low
+    resolution sees, before calibration; None for the paper's rule. Ours, too: low resolution cannot
+    tell the key of the one that asks from others of its cell.
 
     >>> Connectivity(k=0.1).to_dict()["name"]
     'connectivity'
@@ -54,12 +56,15 @@ class Connectivity(Strategy):
     basis_coef_topk: int | None = None
     head_scale: bool = False
     salience: bool = True
+    own: float | None = 0.1
     background: int | None = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reduce is not None and not _number_from(self.reduce, 1):
             raise InvalidOption(f"reduce must be None or a number >= 1, got {self.reduce!r}")
+        if self.own is not None and not _number_from(self.own, 0):
+            raise InvalidOption(f"own must be None or a number >= 0, got {self.own!r}")
         if not _number_from(self.basis_threshold, 0):
             raise InvalidOption(f"basis_threshold must be >= 0, got {self.basis_threshold!r}")
         for name in ("basis", "channels", "basis_coef_topk"):
@@ -80,6 +85,7 @@ class ConnectivityPlanner(LearnedPlanner):
 
     down, up: ``[U, K]`` for ``U`` units, the keys or key blocks (prefix keys first), and ``K``
     basis vectors. project_q, project_k: ``[c, D]`` channel maps, absent when ``channels`` is None.
+    own: a scalar, absent when the strategy's is None or queries and keys are not the same tokens.
     """
 
     def __init__(self, strategy: Connectivity, site: Site) -> None:
@@ -91,6 +97,9 @@ class ConnectivityPlanner(LearnedPlanner):
         down, up = _initial_tables(self.grid, self.prefix, cells, strategy.basis)
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
+        self.own: nn.Parameter | None = None
+        if strategy.own is not None and site.key_grid == site.grid and site.keys == site.tokens:
+            self.own = nn.Parameter(torch.tensor(float(strategy.own)), requires_grad=False)
         self.project_q: nn.Linear | None = None
         self.project_k: nn.Linear | None = None
         if strategy.channels is not None:
@@ -123,9 +132,23 @@ class ConnectivityPlanner(LearnedPlanner):
         coefficients = self._keep_top(self.coefficients(inputs, rows, units, down))
         basis = up if blocks is None else up[..., self.prefix :, :]
         scores = coefficients @ _for_heads(self._basis(basis)).mT.to(coefficients.dtype)
-        if not self.strategy.salience:
+        if self.strategy.salience:
+            scores = scores.float() * self._salience(inputs, units, down, up)
+        same = inputs.n_queries == inputs.n_keys
+        return self._add_own(scores, inputs) if self.own is not None and same else scores
+
+    def _add_own(self, scores: Tensor, inputs: AttentionInputs) -> Tensor:
+        """A share of every row's score more for the row's own key; of a tile, for its queries'."""
+        assert self.own is not None
+        extra = self.own.to(scores.dtype) * scores.sum(-1, keepdim=True)
+        if inputs.tiles is None:
+            scores.diagonal(self.prefix, -2, -1).add_(extra.squeeze(-1))
             return scores
-        return scores.float() * self._salience(inputs, units, down, up)
+        block = 1 if inputs.blocks is None else inputs.block
+        shares = geometry.table(
+            geometry.own_shares, inputs.query_grid, inputs.tile, block, device=scores.device
+        ).to(scores.dtype)
+        return torch.addcmul(scores, extra, F.pad(shares, (scores.shape[-1] - shares.shape[1], 0)))
 
     def _salience(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """How much more the mean patch query sees of each key than low resolution says, ``[B, H, 1,
