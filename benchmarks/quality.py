@@ -34,7 +34,7 @@ MASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-PLAIN = {
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "connectivity, untrained, without salience": ("connectivity", {"salience": False}),
     "connectivity, untrained, without own keys": ("connectivity", {"own": None}),
     "connectivity, untrained, without either": ("connectivity", {"salience": False, "own": None}),

@@ -150,6 +150,10 @@ class LearnedPlanner(nn.Module):
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
+    def start(self, inputs: AttentionInputs) -> None:
+        """Set weights in closed form from a first batch, where that is known to be a better start;
+        `calibrate` keeps them only if they lower the loss. By default nothing changes."""
+
 
 def keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     own = {prefix + name: value for name, value in module.state_dict().items()}

@@ -130,3 +130,156 @@ def test_fitting_tiles_makes_no_tensor_of_all_pairs(monkeypatch: pytest.MonkeyPa
     assert largest.seen <= pairs // 4  # one tile of queries against all keys
     assert planner.up.grad is not None
     assert planner.up.grad.any()
+
+
+def planners(live: Any) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in live.model.state_dict().items() if ".sparsiattn." in n}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [4, 5, 6])
+@pytest.mark.parametrize("options", [{}, {"channels": 4}, {"tile": (2, 2)}])
+def test_it_goes_on_exactly_where_it_was_killed(
+    killed_at: int, options: dict[str, Any], tmp_path: Any
+) -> None:
+    data = batches(3)
+
+    def run(out: Any, stop: int | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        def on_step(step: int, loss: float) -> None:
+            if step + 1 == stop:
+                raise Killed
+
+        with sparsiattn.patch(tiny_vit(), k=0.2, **options) as live:
+            losses = sparsiattn.calibrate(
+                live.model, data, steps=8, out=out, checkpoint_steps=2, on_step=on_step
+            )
+            return losses, planners(live)
+
+    whole = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, stop=killed_at)
+    losses, weights = run(tmp_path)
+    assert losses == whole[0]
+    assert len(losses) == 8
+    for name, wanted in whole[1].items():
+        assert torch.equal(weights[name], wanted), name
+    again = run(tmp_path)  # finished: nothing is left to do, and nothing changes
+    assert again[0] == losses
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "where"),
+    [({"k": 0.3}, {}, "strategy"), ({}, {"lr": 0.5}, "calibration"), ({}, {"steps": 9}, "steps")],
+)
+def test_another_calibrations_checkpoint_is_refused(
+    options: dict[str, Any], arguments: dict[str, Any], where: str, tmp_path: Any
+) -> None:
+    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+        sparsiattn.calibrate(live.model, batches(2), steps=2, out=tmp_path)
+    with sparsiattn.patch(tiny_vit(), **{"k": 0.2, **options}) as live:
+        before = planners(live)
+        with pytest.raises(sparsiattn.MismatchedCheckpoint, match=where):
+            sparsiattn.calibrate(live.model, batches(2), **{"steps": 2, **arguments}, out=tmp_path)
+        assert all(torch.equal(before[name], t) for name, t in planners(live).items())
+
+
+@pytest.mark.parametrize("channels", [2, 4, 12])
+def test_channel_maps_start_at_the_best_of_their_rank(channels: int) -> None:
+    """No map of the same rank has products nearer to q k^T, in the mean over all queries and all
+    centred basis keys: here against the truncated SVD of all pairs' products at once."""
+    site = sparsiattn.Site(
+        name="site", index=0, depth=1, tokens=64, keys=64, heads=2, head_dim=8, value_dim=8,
+        grid=(8, 8), key_grid=(8, 8), prefix_tokens=0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 3, 2, 64, 8, generator=generator).unbind(0)
+    q = q * torch.linspace(0.1, 3, 8)
+    planner: Any = Connectivity(k=0.1, channels=channels).planner(site)
+    inputs = sparsiattn.AttentionInputs(q, k, v, 0.4, None, site)
+    planner.start(inputs)
+    keys = planner.down.mT @ k
+    keys = keys - keys.mean(-2, keepdim=True)
+    with torch.no_grad():
+        products = planner.project_q(q).flatten(0, -2) @ planner.project_k(keys).flatten(0, -2).mT
+    whole = q.flatten(0, -2) @ keys.flatten(0, -2).mT
+    u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+    best = u[:, :channels] * s[:channels] @ vh[:channels]
+    torch.testing.assert_close(products, best, rtol=1e-3, atol=1e-3)
+
+
+def test_the_closed_form_start_is_taken_only_where_it_helps() -> None:
+    with sparsiattn.patch(tiny_vit(), k=0.2, channels=4) as live:
+        first = planners(live)
+        sparsiattn.calibrate(live.model, batches(1), closed_form=False, lr=1e-9)
+        for name, value in planners(live).items():
+            torch.testing.assert_close(value, first[name])
+    with sparsiattn.patch(tiny_vit(), k=0.2, channels=4) as live:
+        plain = sparsiattn.calibrate(live.model, batches(1), closed_form=False)
+    with sparsiattn.patch(tiny_vit(), k=0.2, channels=4) as live:
+        closed = sparsiattn.calibrate(live.model, batches(1))
+    assert closed[0] <= plain[0]
+
+
+def test_images_are_gone_through_again() -> None:
+    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+        assert len(sparsiattn.calibrate(live.model, batches(2), steps=5)) == 5
+        assert len(sparsiattn.calibrate(live.model, iter(batches(2)), steps=5)) == 2
+        assert len(sparsiattn.calibrate(live.model, batches(2))) == 2
+
+
+def test_the_order_of_a_dataset_depends_on_the_seed_alone() -> None:
+    """Labels do not matter: this dataset has none, and one more class than the head."""
+    data = torch.utils.data.TensorDataset(torch.cat(batches(4)))
+
+    def run(seed: int) -> list[float]:
+        with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+            return sparsiattn.calibrate(live.model, data, steps=6, batch_size=4, seed=seed)
+
+    first = run(0)
+    torch.rand(3)
+    assert run(0) == first
+    assert run(1) != first
+
+
+def test_folders_need_no_labels(tmp_path: Any) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for i in range(4):
+        image.new("RGB", (40, 36), (60 * i, 10, 200 - 50 * i)).save(tmp_path / f"{i}.png")
+    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+        losses = sparsiattn.calibrate(live.model, tmp_path, steps=3, batch_size=2)
+    assert len(losses) == 3
+    with sparsiattn.patch(tiny_vit(), k=0.2) as live, pytest.raises(sparsiattn.DataError):
+        sparsiattn.calibrate(live.model, tmp_path / "nowhere", steps=3)
+
+
+def test_bad_numbers_stop_it_before_a_step() -> None:
+    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+        sparsiattn.calibrate(live.model, batches(1))
+        before = planners(live)
+        bad = batches(1)[0]
+        bad[0, 0, 0, 0] = math.nan
+        with pytest.raises(sparsiattn.TrainingDiverged, match="step 0"):
+            sparsiattn.calibrate(live.model, [bad])
+        assert all(torch.equal(before[name], t) for name, t in planners(live).items())
+
+
+@pytest.mark.parametrize("arguments", [{"steps": 0}, {"lr": 0.0}, {"checkpoint_steps": 0}])
+def test_wrong_numbers_are_errors(arguments: dict[str, Any]) -> None:
+    with (
+        sparsiattn.patch(tiny_vit(), k=0.2) as live,
+        pytest.raises(sparsiattn.InvalidOption, match=next(iter(arguments))),
+    ):
+        sparsiattn.calibrate(live.model, batches(1), **arguments)
+
+
+def test_a_bar_is_shown_on_stderr_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+        sparsiattn.calibrate(live.model, batches(1), steps=2)
+        assert capsys.readouterr() == ("", "")
+        sparsiattn.calibrate(live.model, batches(1), steps=2, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -31,9 +29,7 @@ from sparsiattn.cli.options import (
     pairs,
     patch_options,
 )
-
-if TYPE_CHECKING:
-    from sparsiattn.evaluation import Progress
+from sparsiattn.progress import bar
 
 
 def evaluate_model(
@@ -87,7 +83,7 @@ def evaluate_model(
         live = prepare(host, given, planners, checkpoint)
         if not pretrained and checkpoint is None and is_first():
             typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
-        with _bar() as progress:
+        with bar("images", shown=sys.stderr.isatty() and is_first()) as progress:
             found = evaluate(
                 host.to(dtype=kind), data, batch_size=batch_size, split=split, limit=limit,
                 workers=workers, image_size=image_size, augment=reading, progress=progress,
@@ -140,18 +136,3 @@ def _device() -> str | None:
 def is_first() -> bool:
     """Whether this is the first of the processes that were launched."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _bar() -> Iterator[Progress | None]:
-    """A progress bar on stderr, where that is a terminal, of the first process."""
-    if not sys.stderr.isatty() or not is_first():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

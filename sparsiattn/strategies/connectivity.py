@@ -171,8 +171,10 @@ class ConnectivityPlanner(LearnedPlanner):
         if self.project_q is not None and self.project_k is not None:
             q, k = self.project_q(q), self.project_k(k)
         reduced = _for_heads(down).to(k.dtype).mT @ k
-        scale = inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
-        return (q @ reduced.mT * scale).softmax(-1)
+        return (q @ reduced.mT * self._scale(inputs)).softmax(-1)
+
+    def _scale(self, inputs: AttentionInputs) -> float:
+        return inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
 
     def _keep_top(self, coefficients: Tensor) -> Tensor:
         top = self.strategy.basis_coef_topk
@@ -189,11 +191,34 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.where(size > self.strategy.basis_threshold, size, 0.0)
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Squared error between scores, scaled to sum to one, and the rows of the exact attention;
-        summed over keys, averaged over rows (after the paper's reconstruction loss)."""
-        scores = self.scores(inputs)
+        """Kullback-Leibler divergence of the scores, scaled to sum to one, from the rows of the
+        exact attention; mean over rows. (The paper's is the squared error, which says little of
+        rows without a peak.)"""
+        scores = self.scores(inputs).float()
         shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-6)
-        return (shares - self._target(inputs)).square().sum(-1).mean()
+        target = self._target(inputs).float()
+        return F.kl_div(shares.clamp_min(1e-8).log(), target, reduction="none").sum(-1).mean()
+
+    @torch.no_grad()
+    def start(self, inputs: AttentionInputs) -> None:
+        """Channel maps whose products are the best of their rank to the whole ones, in the mean
+        over queries and basis keys: from the singular vectors of ``Cq^(1/2) Ck^(1/2)`` for second
+        moments ``Cq`` and ``Ck``. Keys count from their mean, which softmax does not see."""
+        if self.project_q is None or self.project_k is None:
+            return
+        blocks, down = inputs.blocks, _of_seen(self._tables(inputs)[0], inputs)
+        units = inputs.k if blocks is None else _pooled(inputs.k, blocks, self.prefix)
+        keys = _for_heads(down).to(units.dtype).mT @ units
+        roots = [_root(x) for x in (inputs.row_queries, keys - keys.mean(-2, keepdim=True))]
+        u, s, vh = torch.linalg.svd(roots[0][0] @ roots[1][0])
+        scale = inputs.scale / self._scale(inputs)
+        for linear, inverse, side, gain in (
+            (self.project_q, roots[0][1], u, scale), (self.project_k, roots[1][1], vh.mT, 1.0),
+        ):  # fmt: skip
+            rank = linear.out_features
+            best = (inverse @ side[:, :rank] * s[:rank].sqrt()).mT * gain
+            linear.weight.copy_(F.pad(best, (0, 0, 0, rank - len(best))))
+            linear.bias.zero_()
 
     @torch.no_grad()
     def _target(self, inputs: AttentionInputs) -> Tensor:
@@ -255,6 +280,14 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.where(patches, down * ratio, down), resize_table(
             self.up, self.grid, grid, self.prefix
         )
+
+
+def _root(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Root of the second moment of rows ``[..., D]`` and its inverse, ``[D, D]`` float64."""
+    rows = x.flatten(0, -2).double()
+    values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
+    roots = values.clamp_min(values[-1] * 1e-6 + 1e-12).sqrt()
+    return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
 
 
 def _bounded_exp(x: Tensor) -> Tensor:

@@ -54,8 +54,13 @@ class Progress:
 def identity(live: Patch, recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that goes on from it."""
     plain = {name: value for name, value in recipe.to_dict().items() if name not in _FREE}
+    return {**identity_of(live), "recipe": plain}
+
+
+def identity_of(live: Patch) -> dict[str, Any]:
+    """What tells one patched model from others, as plain data."""
     strategy = json.loads(json.dumps(live.strategy.to_dict(), default=str))
-    return {"model": fingerprint(live.model), "strategy": strategy, "recipe": plain}
+    return {"model": fingerprint(live.model), "strategy": strategy}
 
 
 def write(place: Path, fill: Callable[[Path], None]) -> None:

@@ -37,6 +37,7 @@ def loader(
     image_size: int | tuple[int, int] | None = None,
     augment: Mapping[str, Any] | None = None,
     share: Share = (0, 1),
+    labels: bool = True,
 ) -> Loader | Batches:
     """Batches ``(images [B, C, H, W] normalised float32, labels [B] int64)`` for a model.
 
@@ -52,7 +53,8 @@ def loader(
     (``mean``, ``std``, ``crop_pct``, ``auto_augment``, ``re_prob``, ``mixup_alpha`` ...); outside
     training only those that say how an image is read count. With mixup or cutmix labels are
     ``[B, classes]`` float32. share: ``(rank, world)``, every world-th image from rank on; shares
-    of unequal length are filled up with the first image, `Loader.own` says how many count.
+    of unequal length are filled up with the first image, `Loader.own` says how many count. labels:
+    False where they do not matter: none is looked at or needed, all are 0.
 
     Statistics and sizes come from the model's data config (see `data_config`); transformers and
     torchvision models name none and get ImageNet's: pass ``mean`` and ``std`` where others hold.
@@ -69,7 +71,7 @@ def loader(
     options = dict(augment or {})
     check_options(options)
     _check_numbers(batch_size, seed, workers, limit, share)
-    classes = head_size(model)
+    classes = head_size(model) if labels else None
     if not is_path(source) and not isinstance(source, torch.utils.data.Dataset):
         return Batches(source, limit, share)
     config = data_config(model, image_size, options)
@@ -79,7 +81,7 @@ def loader(
     if mix is not None and batch_size % 2:
         raise InvalidOption(f"mixup and cutmix pair images: batch_size must be even, {batch_size=}")
     change = transform(config, training, options)
-    finish = Finish(change, config["input_size"][0], classes, seed, training)
+    finish = Finish(change, config["input_size"][0], classes, seed, training, labels)
     return Loader(found, finish, mix, batch_size, training, seed, workers, limit, share)
 
 

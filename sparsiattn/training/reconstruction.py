@@ -27,6 +27,24 @@ def site_losses(live: Patch, images: Tensor) -> list[Tensor]:
     return losses
 
 
+def start_planners(live: Patch, images: Tensor) -> None:
+    """Every learned planner's closed-form start from one batch, where that lowers its loss."""
+
+    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
+        if not isinstance(planner, LearnedPlanner):
+            return
+        before = {name: value.clone() for name, value in planner.state_dict().items()}
+        loss = planner.loss(inputs)
+        if not loss.isfinite():
+            return
+        planner.start(inputs)
+        if not planner.loss(inputs) < loss:
+            planner.load_state_dict(before)
+
+    with resting(live.model), live.observing(observe), torch.no_grad():
+        live.model(images)
+
+
 @contextmanager
 def resting(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode inside the block; every module's own mode again afterwards."""

@@ -19,19 +19,22 @@ Sample = tuple[Tensor, int, tuple[int, ...]]  # image, label, where it was: (epo
 
 
 class Finish:
-    """Transforms an image and checks its label."""
+    """Transforms an image and checks its label; without ``labels`` every label is 0."""
 
     def __init__(
         self, change: Callable[[Any], Tensor], channels: int, classes: int | None, seed: int,
-        training: bool,
+        training: bool, labels: bool = True,
     ) -> None:  # fmt: skip
         self.change, self.channels, self.classes = change, channels, classes
-        self.seed, self.training = seed, training
+        self.seed, self.training, self.labels = seed, training, labels
 
     def drawing(self, where: tuple[int, ...]) -> Any:
         return drawing(self.seed, *where) if self.training else nullcontext()
 
     def __call__(self, item: Any, name: str, where: tuple[int, ...]) -> Sample:
+        if not self.labels:
+            image = item[0] if isinstance(item, (tuple, list)) else item
+            return self._image(image, name).float(), 0, where
         if not isinstance(item, (tuple, list)) or len(item) < 2:
             raise DataError(f"{name}: (image, label) is needed, got {type(item).__name__}")
         label = self._label(item[1], name)
