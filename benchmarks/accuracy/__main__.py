@@ -12,6 +12,7 @@ import argparse
 import fnmatch
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def measure(bench: Bench, protocol: Protocol, only: str) -> None:
         if method.name in done or not fnmatch.fnmatch(method.name, only):
             continue
         with bench.patched(method) as model:
-            row = {"name": method.name, **protocol.measure(model)}
+            row = {"name": method.name, **asdict(method), **protocol.measure(model)}
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(method.name, row["top1"], row["agreement"], flush=True)
