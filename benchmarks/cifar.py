@@ -1,8 +1,13 @@
-"""A small timm ViT trained on CIFAR-10: the "real trained weights" of the accuracy benchmarks.
+"""A small plain timm ViT trained on CIFAR-10: the real trained weights of the accuracy benchmarks.
 
 Run ``python benchmarks/cifar.py --data DIR --out cifar-vit.safetensors`` where ``DIR`` holds
-``cifar10-train.tar`` and ``cifar10-test.tar`` (JPEGs in one folder a class). About an hour on two
-cores; a checkpoint is written after every epoch and picked up again by the same command.
+``cifar10-train.tar`` and ``cifar10-test.tar`` (JPEGs in one folder a class). Hours on two cores; a
+checkpoint is written after every epoch and picked up again by the same command.
+
+What makes a ViT learn from 50,000 small images in few epochs: attention that starts as that of
+trained models does (mimetic initialisation, Trockman and Kolter, ICML 2023, arXiv 2305.09828) over
+sine and cosine positions, the Muon optimiser for the blocks' matrices, and crops of 24 pixels (36
+patches of 64) for the first two thirds of the epochs, which halve what they cost.
 """
 
 from __future__ import annotations
@@ -13,17 +18,21 @@ import json
 import math
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+SIDE, CROP, CROPPED = 32, 24, 2 / 3  # pixels; share of the epochs that see crops
 
 
 def build(**options: object) -> nn.Module:
@@ -32,6 +41,34 @@ def build(**options: object) -> nn.Module:
         img_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=10, **options
     )
     return model
+
+
+@torch.no_grad()
+def begin_like_trained(model: Any, generator: torch.Generator) -> None:
+    """Mimetic initialisation (its section 4): products of queries and keys near the identity, of
+    values and the projection near minus the identity, both with noise."""
+    width = model.embed_dim
+    grid = build_sincos2d_pos_embed(model.patch_embed.grid_size, width)
+    model.pos_embed[:, 1:] = grid
+    for block in model.blocks:
+        attention = block.attn
+        q, k, v = attention.qkv.weight.view(3, attention.num_heads, attention.head_dim, width)
+        for head in range(attention.num_heads):
+            left, right = _factors(0.7, 0.7, width, attention.head_dim, generator)
+            q[head], k[head] = left, right
+        left, right = _factors(0.4, -0.4, width, width, generator)
+        v.copy_(left.view_as(v))
+        attention.proj.weight.copy_(right.T)
+
+
+def _factors(
+    noise: float, identity: float, width: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``[rank, width]`` twice, whose product is the best one to ``noise Z + identity I``."""
+    whole = noise * torch.randn(width, width, generator=generator) / math.sqrt(width)
+    u, s, vh = torch.linalg.svd(whole + identity * torch.eye(width))
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).T, vh[:rank] * root[:, None]
 
 
 def read(tar: Path) -> tuple[Tensor, Tensor]:
@@ -54,14 +91,14 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flips and 4-pixel shifts, one per image."""
+def augment(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Random flips and, of images padded by 4 pixels, crops ``[N, 3, side, side]``."""
     flip = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
     padded = F.pad(images, (4, 4, 4, 4))
-    shift = torch.randint(0, 9, (2, len(images)), generator=generator)
-    rows = shift[0].view(-1, 1, 1) + torch.arange(32).view(1, -1, 1)
-    columns = shift[1].view(-1, 1, 1) + torch.arange(32).view(1, 1, -1)
+    start = torch.randint(0, SIDE + 9 - side, (2, len(images)), generator=generator)
+    rows = start[0].view(-1, 1, 1) + torch.arange(side).view(1, -1, 1)
+    columns = start[1].view(-1, 1, 1) + torch.arange(side).view(1, 1, -1)
     return padded[torch.arange(len(images)).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
 
 
@@ -77,68 +114,90 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 250)
 
 
 def one_cycle(done: float) -> float:
-    """Learning rate factor: up over the first 30 %, down to zero along a cosine."""
-    if done < 0.3:
-        return 0.04 + 0.96 * done / 0.3
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.3) / 0.7)))
+    """Learning rate factor: up over the first tenth, down to zero along a cosine."""
+    if done < 0.1:
+        return 0.04 + 0.96 * done / 0.1
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.1) / 0.9)))
 
 
-def epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    data: tuple[Tensor, Tensor],
-    generator: torch.Generator,
-    batch: int,
-) -> float:
-    model.train()
-    images, labels = data
-    order = torch.randperm(len(labels), generator=generator)
-    for step in range(len(labels) // batch):
-        pick = order[step * batch : (step + 1) * batch]
-        logits = model(augment(normalise(images[pick]), generator))
-        loss = F.cross_entropy(logits, labels[pick], label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-    return float(loss.detach())
+@dataclass
+class Run:
+    """A training run: where it is, and what it needs to go on."""
+
+    model: Any
+    optimizers: list[torch.optim.Optimizer]
+    epochs: int
+    batch: int
+    index: int = 0
+
+    @classmethod
+    def fresh(cls, epochs: int, batch: int, lr: float) -> Run:
+        torch.manual_seed(0)
+        model: Any = build(dynamic_img_size=True)
+        begin_like_trained(model, torch.Generator().manual_seed(0))
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        known = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in known]
+        muon = torch.optim.Muon(matrices, lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        adam = torch.optim.AdamW(others, lr, weight_decay=0.0)
+        for optimizer in (muon, adam):
+            optimizer.param_groups[0]["initial_lr"] = lr
+        return cls(model, [muon, adam], epochs, batch)
+
+    @property
+    def side(self) -> int:
+        return CROP if self.index < round(CROPPED * self.epochs) else SIDE
+
+    def state(self) -> dict[str, Any]:
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"model": self.model.state_dict(), "optimizers": states, "epoch": self.index}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.index = saved["epoch"]
+
+    def set_lr(self, done: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * one_cycle(done)
+
+    def epoch(self, images: Tensor, labels: Tensor) -> float:
+        """Mean loss of one pass over the data; order and crops follow from the epoch's number."""
+        self.model.train()
+        generator, losses = torch.Generator().manual_seed(self.index), []
+        order = torch.randperm(len(labels), generator=generator)
+        steps = len(labels) // self.batch
+        for step in range(steps):
+            pick = order[step * self.batch : (step + 1) * self.batch]
+            self.set_lr((self.index + step / steps) / self.epochs)
+            inputs = augment(normalise(images[pick]), self.side, generator)
+            loss = F.cross_entropy(self.model(inputs), labels[pick], label_smoothing=0.1)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            losses.append(loss.item())
+        self.index += 1
+        return sum(losses) / len(losses)
 
 
-def train(data: Path, out: Path, epochs: int, batch: int) -> None:
-    torch.manual_seed(0)
+def train(data: Path, out: Path, epochs: int, batch: int, lr: float) -> None:
     train_set, test_set = read(data / "cifar10-train.tar"), read(data / "cifar10-test.tar")
-    model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    per_epoch = len(train_set[1]) // batch
-    state, start = out.with_suffix(".checkpoint"), 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["epoch"]
-    for group in optimizer.param_groups:
-        group["initial_lr"] = 1e-3
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: one_cycle(step / (epochs * per_epoch)), start * per_epoch - 1
-    )
-    for index in range(start, epochs):
+    run, checkpoint = Run.fresh(epochs, batch, lr), out.with_suffix(".checkpoint")
+    if checkpoint.exists():
+        run.resume(torch.load(checkpoint, weights_only=True))
+    while run.index < epochs:
         began = time.time()
-        generator = torch.Generator().manual_seed(index)
-        loss = epoch(model, optimizer, scheduler, train_set, generator, batch)
-        top1 = accuracy(model, *test_set)
-        record = {"epoch": index + 1, "loss": loss, "top1": top1, "s": time.time() - began}
+        record: dict[str, Any] = {"epoch": run.index + 1, "side": run.side}
+        record["loss"] = round(run.epoch(*train_set), 4)
+        record |= {"top1": accuracy(run.model, *test_set), "s": round(time.time() - began)}
         print(json.dumps(record), flush=True)
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epoch": index + 1,
-            },
-            state,
-        )
-    save_file(model.state_dict(), out)
+        torch.save(run.state(), checkpoint)
+    save_file(run.model.state_dict(), out)
 
 
 def load(path: Path) -> nn.Module:
@@ -151,7 +210,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("cifar-vit.safetensors"))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--batch", type=int, default=128)
-    arguments = parser.parse_args()
-    train(arguments.data, arguments.out, arguments.epochs, arguments.batch)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    given = parser.parse_args()
+    train(given.data, given.out, given.epochs, given.batch, given.lr)

@@ -1,0 +1,89 @@
+"""What is compared: every method at every budget, as rows of one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+BUDGETS = (0.5, 0.25, 0.1, 0.05)
+KEEPS = (0.9, 0.7, 0.5)
+LAYERS = [2, 4]  # a third and two thirds of six blocks
+SEEDS = (0, 1, 2)
+TILES: tuple[Any, ...] = (1, (2, 2))
+BACKGROUNDS = (None, 1, 2, 4)
+TRAINED = (0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: a strategy with its options, and what was fitted before it was measured.
+
+    fit: ``"none"``, ``"calibrated"`` (planners alone, no labels) or ``"trained"`` (two stages).
+    """
+
+    strategy: str
+    options: dict[str, Any] = field(default_factory=dict)
+    fit: str = "none"
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        said = [f"{key}={_text(value)}" for key, value in self.options.items() if key != "layers"]
+        fit = [] if self.fit == "none" else [self.fit]
+        seed = [] if self.seed is None else [f"seed={self.seed}"]
+        return " ".join([self.strategy, *fit, *said, *seed])
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def methods() -> Iterator[Method]:
+    """From what costs seconds to what costs hours."""
+    yield Method("dense")
+    yield from _plain()
+    yield from _tokens()
+    for tile in TILES:
+        for background in BACKGROUNDS:
+            for k in BUDGETS:
+                yield Method("connectivity", _connect(k, tile, background))
+    for seed in SEEDS:
+        for tile in TILES:
+            for background in BACKGROUNDS if seed == 0 else (None, 2):
+                for k in BUDGETS:
+                    yield Method("connectivity", _connect(k, tile, background), "calibrated", seed)
+    yield from _trained()
+
+
+def _plain() -> Iterator[Method]:
+    for strategy in ("random", "local", "topk"):
+        for background in (None, 2):
+            for k in BUDGETS:
+                yield Method(strategy, {"k": k, "background": background})
+
+
+def _tokens() -> Iterator[Method]:
+    for keep in KEEPS:
+        yield Method("token_drop", {"keep": keep, "layers": LAYERS})
+        yield Method("token_drop", {"keep": keep, "layers": LAYERS, "fuse": True})
+        yield Method("token_merge", {"ratio": keep})
+        yield Method("hybrid", _hybrid(keep, 0.25))
+        yield Method("hybrid", _hybrid(keep, 0.1))
+
+
+def _trained() -> Iterator[Method]:
+    for seed in SEEDS:
+        for k in TRAINED:
+            for tile in TILES:
+                yield Method("connectivity", _connect(k, tile, 2), "trained", seed)
+        yield Method("token_drop", {"keep": 0.7, "layers": LAYERS}, "trained", seed)
+        yield Method("hybrid", _hybrid(0.7, 0.25), "trained", seed)
+
+
+def _connect(k: float, tile: Any, background: int | None) -> dict[str, Any]:
+    return {"k": k, "tile": tile, "background": background}
+
+
+def _hybrid(keep: float, k: float) -> dict[str, Any]:
+    return {"k": k, "keep": keep, "layers": LAYERS, "only_if_faster": False}
