@@ -16,8 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparsiattn
+from sparsiattn import Recipe
+from sparsiattn.training import Stage
 
-STEPS, BATCH = 200, 64
+STEPS, BATCH, LR = 300, 64, 1e-2
+TRAINED = Stage(
+    name="backbone", trainable="backbone", steps=120, lr=8e-5, min_lr=2e-6, weight_decay=0.05,
+    ce=1.0, label_smoothing=0.1, kl=0.5, token_mse=0.5,
+)  # fmt: skip
 
 
 @dataclass
@@ -33,32 +39,61 @@ class Bench:
     def patched(self, method: Method) -> Iterator[nn.Module]:
         """The model of a row, ready to be measured."""
         model = cifar.load(self.weights)
-        if method.strategy == "dense":
+        if method.strategy == "dense" and method.fit == "none":
             yield model
             return
-        if method.fit == "trained":
-            self._train(model, method)
         with sparsiattn.patch(model, method.strategy, **method.options) as live:
-            if method.fit == "calibrated":
+            if method.fit != "none" and live.learns:
                 self._calibrate(live, method)
+            if method.fit == "trained":
+                self._train(live, method)
             yield model
 
     def _calibrate(self, live: sparsiattn.Patch, method: Method) -> None:
-        """Planners know neither budget nor background: one fit serves all rows of a tile."""
-        tile = str(method.options["tile"])
+        """Planners know neither budget nor background: one fit serves all rows of a tile. A hybrid
+        takes that of all tokens, and chooses keys among those that are left."""
+        tile = str(method.options.get("tile", 1))
         path = self.work / f"calibrated-{tile}-{method.seed}.safetensors"
         if not path.exists():
-            sparsiattn.calibrate(live.model, self._batches(method.seed or 0), steps=STEPS)
+            assert method.strategy == "connectivity"
+            images = Batches(self.images, self.labels, method.seed or 0)
+            sparsiattn.calibrate(live.model, images, steps=STEPS, lr=LR)
             save_file(_planners(live.model), path)
-        live.model.load_state_dict(load_file(path), strict=False)
+        found = live.model.load_state_dict(load_file(path), strict=False)
+        assert not found.unexpected_keys, found.unexpected_keys
 
-    def _batches(self, seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        for pick in torch.randperm(len(self.images), generator=generator).split(BATCH):
-            yield cifar.normalise(self.images[pick])
+    def _train(self, live: sparsiattn.Patch, method: Method) -> None:
+        """The second stage of Sparsifiner's recipe, shortened: the first was the calibration."""
+        path = self.work / f"{method.name}.safetensors"
+        if not path.exists():
+            recipe = Recipe(stages=(TRAINED,), batch_size=BATCH, seed=method.seed or 0)
+            data = Batches(self.images, self.labels, method.seed or 0)
+            sparsiattn.train(live.model, data, recipe=recipe)
+            save_file(live.model.state_dict(), path)
+        live.model.load_state_dict(load_file(path))
 
-    def _train(self, model: nn.Module, method: Method) -> None:
-        raise NotImplementedError
+
+@dataclass
+class Batches:
+    """Augmented training batches; the order of an epoch depends on the seed and the epoch alone."""
+
+    images: Tensor
+    labels: Tensor
+    seed: int
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels) // BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        for pick in order[: len(self) * BATCH].view(-1, BATCH):
+            images = cifar.augment(self.images[pick], cifar.SIDE, generator)
+            yield cifar.normalise(images), self.labels[pick]
 
 
 def _planners(model: nn.Module) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def methods() -> Iterator[Method]:
                 yield Method("connectivity", _connect(k, tile, background))
     for seed in SEEDS:
         for tile in TILES:
-            for background in BACKGROUNDS if seed == 0 else (None, 2):
-                for k in BUDGETS:
+            for background in BACKGROUNDS if seed == 0 else (2,):
+                for k in BUDGETS if seed == 0 else TRAINED:
                     yield Method("connectivity", _connect(k, tile, background), "calibrated", seed)
     yield from _trained()
 
@@ -74,6 +74,7 @@ def _tokens() -> Iterator[Method]:
 
 def _trained() -> Iterator[Method]:
     for seed in SEEDS:
+        yield Method("dense", {}, "trained", seed)
         for k in TRAINED:
             for tile in TILES:
                 yield Method("connectivity", _connect(k, tile, 2), "trained", seed)
