@@ -1,8 +1,9 @@
 """A small plain timm ViT trained on CIFAR-10: the real trained weights of the accuracy benchmarks.
 
-Run ``python benchmarks/cifar.py --data DIR --out cifar-vit.safetensors`` where ``DIR`` holds
-``cifar10-train.tar`` and ``cifar10-test.tar`` (JPEGs in one folder a class). Hours on two cores; a
-checkpoint is written after every epoch and picked up again by the same command.
+Run ``python benchmarks/cifar.py --data DIR --out FILE`` where ``DIR`` holds ``cifar10-train.tar``
+and ``cifar10-test.tar`` (JPEGs in one folder a class); without ``--out`` it makes the weights anew
+that come along. Hours on two cores; a checkpoint is written after every epoch and picked up again
+by the same command.
 
 What makes a ViT learn from 50,000 small images in few epochs: attention that starts as that of
 trained models does (mimetic initialisation, Trockman and Kolter, ICML 2023, arXiv 2305.09828) over
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "cifar-vit.safetensors"
 SIDE, CROP, CROPPED = 32, 24, 2 / 3  # pixels; share of the epochs that see crops
 
 
@@ -209,7 +211,7 @@ def load(path: Path) -> nn.Module:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("cifar-vit.safetensors"))
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accuracy_tables
 import support_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,16 +47,6 @@ def mass() -> str:
     )
 
 
-def background() -> str:
-    rows = read("quality-cifar")["top1_by_background"]
-    head = ["mask"]
-    head += [f"k = {k}, {g}" for k in ("0.25", "0.1") for g in ("none", "1", "2 x 2", "4 x 4")]
-    keys = [(k, g) for k in ("0.25", "0.1") for g in ("None", "1", "2", "4")]
-    return table(
-        head, [[name, *(f"{row[k][g]:.2f}" for k, g in keys)] for name, row in rows.items()]
-    )
-
-
 def kernels() -> str:
     rows = read("kernels-cpu")["speedup"]
     return table(
@@ -80,11 +71,6 @@ def overhead() -> str:
             for name, r in forward.items()]  # fmt: skip
     rows += [[f"`patch` on {name}", f"{s:.2f} s"] for name, s in seconds.items()]
     return table(["what", "cost"], rows)
-
-
-def dense_top1() -> str:
-    found = read("quality-cifar")
-    return f"Dense: {found['dense_top1']:.2f} % of {found['images']:,} images."
 
 
 def tokens() -> str:
@@ -143,8 +129,6 @@ def resolution() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "mass": mass,
-    "background": background,
-    "dense-top1": dense_top1,
     "kernels": kernels,
     "overhead": overhead,
     "tokens": tokens,
@@ -161,7 +145,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "source kernels-cpu": lambda: source("kernels-cpu"),
     "source overhead-cpu": lambda: source("overhead-cpu"),
     "source support": lambda: source("support"),
+    "source accuracy-cifar": lambda: source("accuracy-cifar"),
     **support_tables.BLOCKS,
+    **accuracy_tables.BLOCKS,
 }
 
 

@@ -1,7 +1,7 @@
 """Top-1 of a ViT trained on CIFAR-10 (`benchmarks/cifar.py`) when it carries fewer tokens, without
 any further training.
 
-``python benchmarks/token_quality.py --data DIR --weights cifar-vit.safetensors``
+``python benchmarks/token_quality.py --data DIR``
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def mean_tokens(model: nn.Module, images: Tensor, live: sparsiattn.Patch) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, default=cifar.WEIGHTS)
     parser.add_argument("--images", type=int, default=5000)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -29,7 +29,6 @@ from measure import Protocol  # noqa: E402
 from methods import Method, methods  # noqa: E402
 from summary import claims, over_seeds  # noqa: E402
 
-WEIGHTS = HERE.parent / "weights" / "cifar-vit.safetensors"
 ROWS, SPEEDS = "rows.jsonl", "speeds.jsonl"
 
 
@@ -68,7 +67,7 @@ def summarise(work: Path, images: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--weights", type=Path, default=cifar.WEIGHTS)
     parser.add_argument("--work", type=Path, default=Path("accuracy-work"), help="of rows and fits")
     parser.add_argument("--images", type=int, default=5_000)
     parser.add_argument("--only", default="*")

@@ -1,10 +1,11 @@
-"""The command line: ``sparsiattn list``, ``inspect``, ``tune``, ``bench``, ``eval``, ``train``."""
+"""The command line: ``sparsiattn list``, ``inspect``, ``bench``, ``calibrate`` and more."""
 
 from __future__ import annotations
 
 import typer
 
 from sparsiattn.cli.bench import bench_model
+from sparsiattn.cli.calibrating import calibrate_model
 from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
@@ -23,5 +24,6 @@ app.command("list")(list_all)
 app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
+app.command("calibrate")(calibrate_model)
 app.command("eval")(evaluate_model)
 app.command("train")(train_model)
