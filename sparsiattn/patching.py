@@ -64,7 +64,7 @@ def patch(
     (True, True)
     """
     model = unwrap(model)
-    base = _resolve(strategy, k, options)
+    base = resolve(strategy, k, options)
     faster = isinstance(base, Hybrid) if only_if_faster is None else only_if_faster
     if not isinstance(faster, bool):
         raise InvalidType(f"only_if_faster must be True, False or None, got {only_if_faster!r}")
@@ -184,7 +184,8 @@ def live_patches(model: nn.Module) -> Iterator[tuple[nn.Module, Patch]]:
             yield module, live
 
 
-def _resolve(strategy: str | Config, k: Budgets | None, options: dict[str, Any]) -> Config:
+def resolve(strategy: str | Config, k: Budgets | None, options: dict[str, Any]) -> Config:
+    """The strategy that `patch` is asked for."""
     given = dict(options) if k is None else {"k": k, **options}
     if isinstance(strategy, Config):
         if given:

@@ -62,7 +62,8 @@ def token_budgets(
 
 
 def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """``{"k": {site: budget}}``, ``{"keep": {block: budget}}`` or both, checked for its form."""
+    """``{"k": {site: budget}}``, ``{"keep": {block: budget}}`` or both, checked for its form; what
+    stands under ``about`` (as `search` writes it) is for people."""
     read: object = schedule
     if schedule is None:
         return {}
@@ -71,6 +72,8 @@ def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping
             read = json.loads(Path(schedule).read_text())
         except (OSError, ValueError, TypeError) as error:
             raise InvalidOption(f"schedule {schedule!r} cannot be read as JSON: {error}") from error
+    if isinstance(read, Mapping):
+        read = {key: value for key, value in read.items() if key != "about"}
     fits = (
         isinstance(read, Mapping)
         and read
