@@ -33,6 +33,8 @@ from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch
 from sparsiattn.patterns import Pattern
+from sparsiattn.profiled import Profile
+from sparsiattn.profiling import profile
 from sparsiattn.registry import backbones, kernels, plugins, strategies
 from sparsiattn.report import Report
 from sparsiattn.saving import load
@@ -68,6 +70,7 @@ __all__ = [
     "Planner",
     "PluginError",
     "ProbeFailed",
+    "Profile",
     "Reduction",
     "Report",
     "Site",
@@ -90,6 +93,7 @@ __all__ = [
     "patch",
     "patch_of",
     "plugins",
+    "profile",
     "strategies",
     "tune",
     "unpatch",
