@@ -47,9 +47,10 @@ class Account:
         return {**self._own(name), "mhsa": ran}
 
     def _paper(self, name: str) -> Share:
-        calls, strategy = self.calls[name], self.runtimes[name].strategy
+        calls, runtime = self.calls[name], self.runtimes[name]
         each = self.patched.spent[PREDICTOR, name] / len(calls)
-        both = [paper_macs(call, strategy, each) for call in calls]
+        keys = runtime.site.keys
+        both = [paper_macs(call, runtime.strategy, keys, each) for call in calls]
         return {"mhsa": sum(a for a, _ in both), "predictor": sum(b for _, b in both)}
 
     def _shares(self, meter: Meter, seen: dict[str, Share]) -> dict[str, Share]:

@@ -1,4 +1,4 @@
-"""The command line: ``sparsiattn list``, ``inspect``, ``tune``, ``bench``, ``eval``."""
+"""The command line: ``list``, ``inspect``, ``tune``, ``bench``, ``profile``, ``eval``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sparsiattn.cli.bench import bench_model
 from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
+from sparsiattn.cli.profiling import profile_model
 from sparsiattn.cli.tune import tune_here
 
 app = typer.Typer(no_args_is_help=True, help="Sparse attention for any Vision Transformer.")
@@ -22,4 +23,5 @@ app.command("list")(list_all)
 app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
+app.command("profile")(profile_model)
 app.command("eval")(evaluate_model)
