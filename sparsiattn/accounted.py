@@ -103,6 +103,7 @@ class Account:
             own=own,
             computed=computed,
             paper=paper,
+            left_dense=runtime is not None and runtime.dense,
             expected=chosen[-1].expected if chosen else None,
             measured=measured,
         )

@@ -16,6 +16,7 @@ from sparsiattn.inspection import bare
 from sparsiattn.meter import ATTENTION, MLP, Section
 from sparsiattn.patching import Survey, survey
 from sparsiattn.probe import DryInputs
+from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -43,7 +44,7 @@ class Anatomy:
 
 def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> Anatomy:
     """From a dry run of a copy without patches, at the shapes of this input."""
-    wanted = {site.name for patch in live for site in patch.sites}
+    wanted = set(patched_sites(model, live))
     seen, inputs = _survey(bare(model, live), _example(model, live, given), wanted, given)
     names = [site.name for site, _ in seen.found]
     blocks: dict[str, str] = {}
@@ -58,6 +59,14 @@ def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> Anatomy:
     attention |= {name: (name,) for name in names if name not in inside}
     sites = tuple(site for site, _ in seen.found)
     return Anatomy(seen.backbone.name, sites, tuple(seen.left), attention, blocks)
+
+
+def patched_sites(model: nn.Module, live: list[Patch]) -> dict[str, SiteRuntime]:
+    """Sites that patches of the model, of its parts or of what it is a part of hold, by their path
+    in it."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    runtimes = [runtime for patch in live for runtime in patch.runtimes]
+    return {paths[id(one.module)]: one for one in runtimes if id(one.module) in paths}
 
 
 def _survey(

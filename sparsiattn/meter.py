@@ -63,11 +63,11 @@ class Attended:
 
 
 class Meter:
-    """The sections of one forward pass in one thread. prefixes: of every patch's key, what to put
-    before the names of its sites."""
+    """The sections of one forward pass in one thread. names: by a patch's key and its own name of a
+    site, the path in the model that runs."""
 
-    def __init__(self, prefixes: dict[int, str]) -> None:
-        self.prefixes = prefixes
+    def __init__(self, names: dict[tuple[int, str], str]) -> None:
+        self.names = names
         self.spent: defaultdict[Section, int] = defaultdict(int)
         self.attended: list[Attended] = []
         self._counter = mac_counter()
@@ -118,7 +118,7 @@ class Meter:
         return out, self.spent[section] - before
 
     def name(self, runtime: SiteRuntime | BlockRuntime) -> str:
-        return self.prefixes.get(runtime.owner.key, "") + runtime.site.name
+        return self.names[runtime.owner.key, runtime.site.name]
 
     def choosing(self, block: BlockRuntime) -> AbstractContextManager[None]:
         """The section of a block that chooses tokens."""

@@ -208,6 +208,9 @@ def _kernels(name: str) -> tuple[Kernel, ...]:
     return (REGISTRY.get("kernels", name),)
 
 
+_SQUARE = (1, 3, 1, 1)
+
+
 class Survey(NamedTuple):
     """What a dry run of a copy without data says about a model: its adapter, the shape of one
     image, the copy, every call of attention, the sites, and ``(name, reason)`` of what is left."""
@@ -224,10 +227,13 @@ def survey(
     model: nn.Module, example: Any, names: Collection[str] = (), inputs: DryInputs | None = None
 ) -> Survey:
     """Look for attention in a copy of the model; finding none is no error here. names: of sites
-    that are wanted even where nothing can be saved. inputs: what to call the copy with, where it is
-    more than an image."""
+    that are wanted even where nothing can be saved. inputs: what to call the copy with, where that
+    is not, or not only, an image; then the model need not say how large its images are."""
     backbone = _backbone(model)
-    shape = _input_shape(model, backbone, example)
+    if inputs is None or example is not None:
+        shape = _input_shape(model, backbone, example)
+    else:
+        shape = backbone.input_shape(model) or _SQUARE
     bones = skeleton(model)
     for edit in backbone.edits(bones):
         edit.apply()

@@ -32,6 +32,7 @@ class SiteProfile:
     own, computed, paper: MACs for one image, see `Profile`; where several sites share a block or
     its projections, the first has them. expected, measured: speed relative to dense attention with
     planning paid, as in `Report`; None where attention stays the host's own, or was not measured.
+    left_dense: whether that is so because the sparse kernel should lose (`only_if_faster`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class SiteProfile:
     own: Parts
     computed: Parts
     paper: Parts
+    left_dense: bool = False
     expected: float | None = None
     measured: float | None = None
 

@@ -107,6 +107,12 @@ def notes(found: Profile) -> Profile:
     slow = sum(site.speed is not None and site.speed < 1 for site in sparse)
     if slow:
         lines.append(not_faster(slow))
+    left = sum(site.left_dense for site in found.sites)
+    if left:
+        lines.append(
+            f"{_count(left)} left dense, where the sparse kernel should lose: "
+            "only_if_faster=False forces (and counts) the pattern everywhere"
+        )
     lines += _total(found)
     if found.latency is not None and found.latency.ratio is not None:
         lines += _time(found, found.latency.ratio)

@@ -13,7 +13,7 @@ from torch import nn
 from sparsiattn import timing
 from sparsiattn.accounted import Account
 from sparsiattn.accounting import ACCOUNTINGS, Accounting
-from sparsiattn.anatomy import Anatomy, anatomy, batch_of
+from sparsiattn.anatomy import Anatomy, anatomy, batch_of, patched_sites
 from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.interception import THREAD
@@ -114,17 +114,7 @@ class Run:
     @property
     def runtimes(self) -> dict[str, SiteRuntime]:
         """Patched sites by their path in this model."""
-        return {
-            self.prefixes[patch.key] + runtime.site.name: runtime
-            for patch in self.live
-            for runtime in patch.runtimes
-        }
-
-    @property
-    def prefixes(self) -> dict[int, str]:
-        """What comes before a patch's own names, where it is one of a part of the model."""
-        paths = {id(module): f"{name}." for name, module in self.model.named_modules() if name}
-        return {patch.key: paths.get(id(patch.model), "") for patch in self.live}
+        return patched_sites(self.model, self.live)
 
     def call(self, off: bool = False) -> Any:
         args, kwargs = self.given
@@ -135,7 +125,8 @@ class Run:
 
     def count(self, off: bool = False) -> Meter:
         """One forward pass under a meter; off: as if unpatched."""
-        meter = Meter(self.prefixes)
+        names = {(one.owner.key, one.site.name): path for path, one in self.runtimes.items()}
+        meter = Meter(names)
         hooks: list[Any] = []
         try:
             for path, section in self.anatomy.sections():

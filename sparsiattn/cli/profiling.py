@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -85,6 +86,7 @@ def profile_model(
             host, noise, accounting=counted, memory=memory, latency=latency,
             rounds=rounds,
         )  # fmt: skip
+    found = replace(found, model=model)
     if as_json:
         print(json.dumps({**found.to_dict(), "name": model}, indent=2))
         return
