@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsiattn
-from sparsiattn import InvalidOption, InvalidType, Profile, profile
+from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
 from sparsiattn.interception import THREAD
+from sparsiattn.patterns import Lengths
+from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.testing.hosts import random_inputs
 
 WIDTH = {"tiny": 192, "small": 384, "base": 768}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [
@@ -328,6 +331,36 @@ def test_a_kernel_of_unknown_operators_is_counted_by_its_work(
         monkeypatch.setattr(Gather, "speed", lambda *_: 2.0)
         found = profile(model, zoo.images(model))
         assert found.computed.mhsa == found.own.mhsa
+
+
+def test_what_opaque_kernels_compute_by_hand() -> None:
+    """Four tiles of 16 queries; a prefix key, 8 blocks of 4 keys, and 4 summary keys."""
+    from sparsiattn.kernels.blocksparse import Triton
+    from sparsiattn.kernels.flex import Flex
+    from sparsiattn.kernels.fmha import XFormers
+
+    inputs = random_inputs((8, 8), tile=(4, 4), block=(2, 2))
+    pattern = finish(Pattern.top(inputs.logits(), 33), inputs, background=2)
+    alone = (65 + 4 * 65) * 16  # the prefix query's row, and pooling
+    # prefix and summary keys fill two more blocks
+    assert Flex().hidden_macs(inputs, pattern) == 6 * (64 * 10 * 4 * 16 + alone)
+    assert XFormers().hidden_macs(inputs, pattern) == 6 * (64 * (32 + 5) * 16 + alone)
+    # head dims of 8 are computed as 16
+    assert Triton().hidden_macs(inputs, pattern) == 6 * (64 * (33 + 4) * 32 + alone)
+    packed = random_inputs((2, 5), batch=1, prefix=0)
+    macs = XFormers().hidden_macs(packed, Lengths(10, 10, (4, 6)))
+    assert macs == 3 * (4 * 4 + 6 * 6) * 16
+
+
+@pytest.mark.slow
+def test_a_compiled_kernel_runs_as_it_would_uncounted() -> None:
+    model = zoo.build("vit")
+    x = zoo.images(model, 1)
+    with sparsiattn.patch(model, k=33, kernel="flex", tile=(4, 4), block=(2, 2)) as live:
+        if live.runtimes[0].kernels[0].unavailable():
+            pytest.skip("no compiler for FlexAttention here")
+        found = profile(live.warmup(x).model, x)
+    assert found.sites[0].computed.mhsa == 2 * 48 * (64 * 10 * 4 + 65 + 4 * 65)
 
 
 # -- words --
