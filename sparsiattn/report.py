@@ -254,7 +254,8 @@ def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
         density=1.0 if dense else _density(pattern),
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
-        predictor_macs=0 if dense else found.macs,
+        # calls that must agree on their keys plan once
+        predictor_macs=0 if dense else found.macs * (1 if site.shared else site.calls),
         expected=1.0 if dense else choice.expected,
         ran=runtime.last is not None,
         tokens=site.tokens,
