@@ -36,6 +36,8 @@ from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch
 from sparsiattn.patterns import Pattern
+from sparsiattn.profiled import Profile
+from sparsiattn.profiling import profile
 from sparsiattn.registry import backbones, kernels, plugins, strategies
 from sparsiattn.report import Report
 from sparsiattn.saving import load
@@ -74,6 +76,7 @@ __all__ = [
     "Planner",
     "PluginError",
     "ProbeFailed",
+    "Profile",
     "Recipe",
     "Reduction",
     "Report",
@@ -100,6 +103,7 @@ __all__ = [
     "patch",
     "patch_of",
     "plugins",
+    "profile",
     "search",
     "strategies",
     "train",

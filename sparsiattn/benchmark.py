@@ -73,28 +73,22 @@ def bench(
     that shares all weights (of a compiled or parallel model: the same under `Patch.disabled`).
     sites: also measure every site's attention alone, for the report.
     """
-    from sparsiattn.measure import arguments, measure_sites
+    from sparsiattn.measure import arguments, evaluating, measure_sites
 
     if type(rounds) is not int or rounds < 1:
         raise InvalidOption(f"rounds must be an int >= 1, got {rounds!r}")
-    args, kwargs = arguments(input)
-    with _patched(model, strategy, options) as live:
-        modes = [(module, module.training) for module in live.model.modules()]
-        live.model.eval()
-        try:
-            dense = _dense(model, live)
-            calls = {
-                "dense": lambda: dense(*args, **kwargs),
-                "sparse": lambda: model(*args, **kwargs),
-            }
-            with torch.inference_mode():
-                times = timing.alternate(calls, rounds)
-            if sites:
-                measure_sites(live, input)
-            return _result(live, (args, kwargs), times)
-        finally:
-            for module, training in modes:
-                module.training = training
+    args, kwargs = arguments(input, "bench")
+    with _patched(model, strategy, options) as live, evaluating(live.model):
+        dense = _dense(model, live)
+        calls = {
+            "dense": lambda: dense(*args, **kwargs),
+            "sparse": lambda: model(*args, **kwargs),
+        }
+        with torch.inference_mode():
+            times = timing.alternate(calls, rounds)
+        if sites:
+            measure_sites(live, input)
+        return _result(live, (args, kwargs), times)
 
 
 @contextmanager

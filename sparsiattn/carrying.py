@@ -21,7 +21,7 @@ from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.interception import THREAD
 from sparsiattn.layout import patch_grid
 from sparsiattn.ragged import Packed, pack, unpack
-from sparsiattn.runtime import image_of
+from sparsiattn.runtime import image_of, metered
 from sparsiattn.site import Site
 from sparsiattn.strategy import AUTO_BLOCK, AUTO_TILE, TILE_FROM
 from sparsiattn.stream import Step, Stream, take
@@ -111,6 +111,7 @@ class BlockRuntime:
         kept = replace(stream, given=None, short=None if inside else stream.short)
         table[x.data_ptr()] = (ref(x), kept)
 
+    @metered
     def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
         remembers = self.owner.remembers()
@@ -130,6 +131,7 @@ class BlockRuntime:
         ]
         return pack(parts) if parts else (stream, x)  # an empty batch has nothing to pack
 
+    @metered
     def spare(self, stream: Stream, kept: Tensor) -> Stream:
         """The stream after it was decided which of these tokens ``[B, P + n, C]`` skip the MLP."""
         reduction = self.plan(stream, kept, None)

@@ -27,10 +27,26 @@ from sparsiattn.stream import Stream
 T = TypeVar("T")
 
 
+class _Untracked:
+    """In the place of torch's tracker of modules, of which only totals are wanted: it hooks every
+    module's tensors, and fails on views of parameters made without gradients."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
 def mac_counter() -> Any:
+    """Torch's counter of FLOPs, two for each multiply-accumulate."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when asked
 
-    return FlopCounterMode(display=False)
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _Untracked()
+    return counter
 
 
 @dataclass

@@ -59,10 +59,15 @@ def expect(runtime: SiteRuntime, run: DryRun | None) -> Expected:
     macs = int(counter.get_total_flops()) // 2
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
-    scores = wish.scores.numel() if isinstance(wish, Ranked) else 0
-    planning = cost.planning(macs, scores, Call.of(inputs))
+    planning = planning_of(wish, macs, inputs)
     choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
     return Expected(pattern, macs, planning, choice.after(planning))
+
+
+def planning_of(wish: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
+    """What choosing the keys of one call does, if a planner answered so after that many MACs."""
+    scores = wish.scores.numel() if isinstance(wish, Ranked) else 0
+    return cost.planning(macs, scores, Call.of(inputs))
 
 
 def site_at(site: Site, run: DryRun | None) -> Site:

@@ -178,7 +178,7 @@ def inspect(
     kinds = _kinds(strategies)
     model = unwrap(model)
     live = list({id(one): one for _, one in live_patches(model)}.values())
-    bones = _bare(model, live)
+    bones = bare(model, live)
     example = _example(model, input, live)
     # a plug-in's planner may draw its first weights from the global generator
     with torch.random.fork_rng(devices=[]):
@@ -209,7 +209,7 @@ def _kinds(names: str | Iterable[str] | None) -> list[type[Config]]:
     return [REGISTRY.get("strategies", name) for name in given]
 
 
-def _bare(model: nn.Module, live: list[Patch]) -> nn.Module:
+def bare(model: nn.Module, live: list[Patch]) -> nn.Module:
     """A copy without data that carries no patch."""
     planners = {id(runtime.planner) for patch in live for runtime in patch.runtimes}
     bones: nn.Module = skeleton(model)

@@ -31,6 +31,7 @@ class _Thread(threading.local):
         self.shared: Any = None
         self.observer: tuple[int, Any] | None = None
         self.warming: int | None = None  # the patch whose kernels get ready in this forward pass
+        self.meter: Any = None  # the `Meter` that counts this forward pass
         self.routed: set[int] = set()
         # what `carrying` keeps between the hooks of one block
         self.stream: Any = None

@@ -45,6 +45,11 @@ class Kernel:
         `tune` measures say its `speed`. None where `speed` is overridden."""
         return None
 
+    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int | None:
+        """What the call computes, padding included, where `torch.utils.flop_counter` cannot see it
+        or must not look on (custom and compiled operators); None where it counts every product."""
+        return None
+
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         """Reasons why ``auto`` should not take a call that works, such as a minute of compiling.
 

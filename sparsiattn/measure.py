@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsiattn import timing
+from sparsiattn.errors import InvalidType
 from sparsiattn.handle import Patch
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import choose
@@ -41,26 +43,40 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
             before = spent.get(site.name, (0.0, 0.0))
             spent[site.name] = (before[0] + took[0], before[1] + took[1])
 
-    args, kwargs = arguments(input)
-    modes = [(module, module.training) for module in patch.model.modules()]
-    patch.model.eval()
-    try:
-        with patch.observing(observe), torch.no_grad():
-            patch.model(*args, **kwargs)
-    finally:
-        for module, training in modes:
-            module.training = training
+    args, kwargs = arguments(input, "measure_sites")
+    with evaluating(patch.model), patch.observing(observe), torch.no_grad():
+        patch.model(*args, **kwargs)
     ratios = {name: dense / sparse for name, (dense, sparse) in spent.items()}
     for name, ratio in ratios.items():
         by_name[name].measured = ratio
     return ratios
 
 
-def arguments(input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An image batch, or a tuple or dict of arguments, as arguments and keyword arguments."""
-    if isinstance(input, dict):
-        return (), input
-    return (input if isinstance(input, tuple) else (input,)), {}
+def arguments(input: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An image batch, a mapping of keyword arguments or a sequence of positional ones, as arguments
+    and keyword arguments."""
+    if isinstance(input, Tensor):
+        return (input,), {}
+    if isinstance(input, Mapping):
+        return (), dict(input)
+    if isinstance(input, (tuple, list)):
+        return tuple(input), {}
+    raise InvalidType(
+        f"{caller} needs what the model takes: an image tensor [B, C, H, W], a dict of keyword "
+        f"arguments, or a tuple of positional ones; got {type(input).__name__}"
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def tensors_of(given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:

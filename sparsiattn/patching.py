@@ -15,7 +15,7 @@ from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, Nothin
 from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernel import Kernel
 from sparsiattn.layout import Layout
-from sparsiattn.probe import Call, probe, skeleton
+from sparsiattn.probe import Call, DryInputs, probe, skeleton
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
@@ -209,6 +209,9 @@ def _kernels(name: str) -> tuple[Kernel, ...]:
     return (REGISTRY.get("kernels", name),)
 
 
+_SQUARE = (1, 3, 1, 1)
+
+
 class Survey(NamedTuple):
     """What a dry run of a copy without data says about a model: its adapter, the shape of one
     image, the copy, every call of attention, the sites, and ``(name, reason)`` of what is left."""
@@ -221,15 +224,21 @@ class Survey(NamedTuple):
     left: list[tuple[str, str]]
 
 
-def survey(model: nn.Module, example: Any, names: Collection[str] = ()) -> Survey:
+def survey(
+    model: nn.Module, example: Any, names: Collection[str] = (), inputs: DryInputs | None = None
+) -> Survey:
     """Look for attention in a copy of the model; finding none is no error here. names: of sites
-    that are wanted even where nothing can be saved."""
+    that are wanted even where nothing can be saved. inputs: what to call the copy with, where that
+    is not, or not only, an image; then the model need not say how large its images are."""
     backbone = _backbone(model)
-    shape = _input_shape(model, backbone, example)
+    if inputs is None or example is not None:
+        shape = _input_shape(model, backbone, example)
+    else:
+        shape = backbone.input_shape(model) or _SQUARE
     bones = skeleton(model)
     for edit in backbone.edits(bones):
         edit.apply()
-    seen = probe(bones, backbone.dry_inputs(bones, shape))
+    seen = probe(bones, inputs or backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
     found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows), names)
     return Survey(backbone, shape, bones, seen.calls, found, left + seen.softmaxes)

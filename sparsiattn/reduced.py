@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsiattn.interception import THREAD, dense_attention
+from sparsiattn.interception import THREAD
 from sparsiattn.kernel import choose
 from sparsiattn.layout import canonical
 from sparsiattn.patterns import Lengths
@@ -33,10 +33,7 @@ def attention(
     if stream.policy is not None:
         return _by_policy(runtime, planner, stream, (q, k, v, mask), options)
     out = runtime.serve(planner, stream, (q, k, v, mask), options)
-    if out is not None:
-        return out
-    dropout, causal, scale, gqa = options
-    return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
+    return runtime.host((q, k, v, mask), options) if out is None else out
 
 
 def with_size(
@@ -62,14 +59,13 @@ def _by_policy(
     that sums it up. The published code also lets a dropped query see itself; nobody reads its row.
     """
     q, k, v, mask = operands
-    dropout, causal, scale, gqa = options
     assert stream.policy is not None
     weight = torch.nn.functional.pad(stream.policy, (stream.prefix, 0), value=1.0)
     weight = weight[:, None, :, None].to(v.dtype).expand(*v.shape[:-1], 1)
     weighed = torch.cat([v * weight, weight], dim=-1)
     out = runtime.serve(planner, stream, (q, k, weighed, mask), options)
     if out is None:
-        out = dense_attention(q, k, weighed, mask, dropout, causal, scale=scale, gqa=gqa)
+        out = runtime.host((q, k, weighed, mask), options)
     return out[..., :-1] / out[..., -1:].clamp_min(1e-6)
 
 
@@ -97,7 +93,7 @@ def _packed(
         if kernels[0].why_not(inputs, pattern):
             kernels = tuple(REGISTRY.all("kernels").values())
         choice = choose(kernels, inputs, pattern, explicit=False)
-        return runtime.layout.unfold(choice.kernel(inputs, pattern), q)
+        return runtime.layout.unfold(runtime.compute(choice, inputs, pattern), q)
     return torch.cat([attention(runtime, planner, *part, options) for part in parts], dim=-2)
 
 

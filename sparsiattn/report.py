@@ -105,11 +105,7 @@ class Report:
         lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
-            lines.append(
-                f"{_sites(len(slow))} MACs, not time: planning and kernel are not expected to "
-                "beat dense attention (larger tile= or more tokens would change that, and "
-                "only_if_faster=True leaves such sites dense)"
-            )
+            lines.append(not_faster(len(slow)))
         if self.basis:
             lines.append(self.basis)
         if self.untouched:
@@ -117,8 +113,14 @@ class Report:
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.left]
 
 
-def _sites(count: int) -> str:
-    return "1 site saves" if count == 1 else f"{count} sites save"
+def not_faster(sites: int) -> str:
+    """What to say of that many sites whose best known speed is below that of dense attention."""
+    saves = "1 site saves" if sites == 1 else f"{sites} sites save"
+    return (
+        f"{saves} MACs, not time: planning and kernel are not expected to beat dense attention "
+        "(larger tile= or more tokens would change that, and only_if_faster=True leaves such sites "
+        "dense)"
+    )
 
 
 def macs_text(macs: int | None) -> str:
@@ -252,18 +254,20 @@ def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
         density=1.0 if dense else _density(pattern),
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
-        predictor_macs=0 if dense else found.macs,
+        # calls that must agree on their keys plan once
+        predictor_macs=0 if dense else found.macs * (1 if site.shared else site.calls),
         expected=1.0 if dense else choice.expected,
         ran=runtime.last is not None,
         tokens=site.tokens,
         note=_note(runtime, site, found),
         refusals=choice.refusals,
         planning=0.0 if dense else choice.planning,
-        measured=None if dense else _measured(runtime, site, choice),
+        measured=None if dense else measured_speed(runtime, site, choice),
     )
 
 
-def _measured(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
+def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
+    """What `measure_sites`, else `tune`, found for a site; None if neither did."""
     from sparsiattn.covered import tuned_ratio
 
     return tuned_ratio(runtime, site, choice) if runtime.measured is None else runtime.measured
@@ -297,20 +301,26 @@ def _density(pattern: Pattern) -> float | None:
     pairs = pattern.pairs()
     if pairs is None:
         return None
-    extra = 0 if pattern.summary is None else _summary_pairs(pattern)
-    return (pairs - extra) / (pattern.n_queries * pattern.n_keys)
+    return (pairs - summary_pairs(pattern)) / (pattern.n_queries * pattern.n_keys)
 
 
-def _summary_pairs(pattern: Pattern) -> int:
-    assert pattern.summary is not None
+def summary_pairs(pattern: Pattern) -> int:
+    """Of a pattern's pairs, those with keys that stand for others."""
+    if pattern.summary is None:
+        return 0
     return (pattern.n_queries - getattr(pattern, "dense_rows", 0)) * pattern.summary.count
 
 
-def _macs(site: Site, pattern: Pattern) -> int | None:
-    """QK^T and AV over the kept pairs, plus pooling of the summary keys."""
+def pair_macs(pattern: Pattern, width: int) -> float | None:
+    """QK^T and AV of one head over the kept pairs, plus pooling of the summary keys; width: of a
+    key and its value. None where only values tell."""
     pairs = pattern.pairs()
     if pairs is None:
         return None
-    pooled = pattern.summary.count * site.keys if pattern.summary is not None else 0
-    per_head = (pairs + pooled) * (site.head_dim + site.value_dim)
-    return round(per_head * site.heads * site.windows * site.calls)
+    pooled = 0 if pattern.summary is None else pattern.summary.count * pattern.n_keys
+    return (pairs + pooled) * width
+
+
+def _macs(site: Site, pattern: Pattern) -> int | None:
+    per_head = pair_macs(pattern, site.head_dim + site.value_dim)
+    return None if per_head is None else round(per_head * site.heads * site.windows * site.calls)

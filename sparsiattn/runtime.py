@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ Options = tuple[float, bool, float | None, bool]
 """Its dropout, causal, scale and grouped-query arguments."""
 
 Observer = Callable[[Site, Planner, AttentionInputs], None]
+T = TypeVar("T")
 
 
 class PlannerHome(nn.Module):
@@ -123,12 +125,30 @@ class SiteRuntime:
 
     def attend(self, planner: Planner, inputs: AttentionInputs) -> Tensor | None:
         """Sparse attention ``[B, H, Nq, Dv]``, or None where the host's own should run."""
-        pattern = self.plan(planner, inputs)
+        meter = THREAD.meter
+        plan = self.plan if meter is None else partial(meter.plan, self)
+        pattern = plan(planner, inputs)
         if isinstance(pattern, Dense):
             return None
         if THREAD.warming is not None:
             self.warm(inputs, pattern)
-        return self.choose(inputs, pattern).kernel(inputs, pattern)
+        return self.compute(self.choose(inputs, pattern), inputs, pattern)
+
+    def compute(self, choice: Choice, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        """What the chosen kernel returns."""
+        meter = THREAD.meter
+        if meter is None:
+            return choice.kernel(inputs, pattern)
+        return meter.compute(self, choice, inputs, pattern)  # type: ignore[no-any-return]
+
+    def host(self, operands: Operands, options: Options) -> Tensor:
+        """What the host's own attention returns."""
+        (q, k, v, mask), (dropout, causal, scale, gqa) = operands, options
+        meter = THREAD.meter
+        if meter is None:
+            return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
+        call = partial(dense_attention, q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
+        return meter.dense(self, operands, call)  # type: ignore[no-any-return]
 
     def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:
         """The kernel for one call: asked of all kernels once for calls alike."""
@@ -174,10 +194,9 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
             return carried_attention(
                 runtime, planner, stream, (q, k, v, mask), (dropout, causal, scale, gqa)
             )
-        out = runtime.serve(planner, None, (q, k, v, mask), (dropout, causal, scale, gqa))
-        if out is not None:
-            return out
-        return dense_attention(q, k, v, mask, dropout, causal, scale=scale, gqa=gqa)
+        operands, options = (q, k, v, mask), (dropout, causal, scale, gqa)
+        out = runtime.serve(planner, None, operands, options)
+        return runtime.host(operands, options) if out is None else out
 
     return route
 
@@ -189,6 +208,20 @@ def carried_attention(
     from sparsiattn.reduced import attention
 
     return attention(runtime, planner, stream, operands, options)
+
+
+def metered(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of a block that chooses tokens; a `Meter` that counts puts it down to planning."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any) -> T:
+        meter = THREAD.meter
+        if meter is None:
+            return method(self, *args)
+        with meter.choosing(self):
+            return method(self, *args)
+
+    return call
 
 
 class OpenScope:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sparsiattn.cost import reload
-from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.errors import InvalidOption
 from sparsiattn.interception import THREAD
 from sparsiattn.kernel import Kernel
+from sparsiattn.measure import arguments
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
 
@@ -27,23 +27,9 @@ def warmup(handle: Patch, inputs: Any) -> None:
             "warmup() inside disabled() or observing() would run dense attention and warm up "
             "nothing; leave that block first"
         )
-    args, kwargs = _arguments(inputs)
-    with torch.no_grad(), _unchanged(handle), _warming(handle.key):
+    args, kwargs = arguments(inputs, "warmup")
+    with torch.no_grad(), unchanged(handle), _warming(handle.key):
         handle.model(*args, **kwargs)
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a mapping of keyword arguments, or a sequence of positional ones."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    raise InvalidType(
-        "warmup needs what the model takes: an image tensor [B, C, H, W], a dict of keyword "
-        f"arguments, or a tuple of positional ones; got {type(inputs).__name__}"
-    )
 
 
 def warm(
@@ -87,7 +73,7 @@ def _warming(key: int) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(handle: Patch) -> Iterator[None]:
+def unchanged(handle: Patch) -> Iterator[None]:
     """Buffers (a training model counts batches), random numbers and what `Patch.source` tells of
     the last real forward pass are afterwards what they were."""
     training = handle.model.training

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.gather import dense_rows, needs_grad
+from sparsiattn.kernels.slots import slot_macs, summary_count
 from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.site import MASKED_BELOW, AttentionInputs
 
@@ -67,6 +68,13 @@ class Triton(Kernel):
         dense = size * inputs.n_keys / _DENSE[itemsize] + _START
         ours = size * keys * (empty / _OURS[itemsize] + itemsize / tile / _CACHE) + _STARTS
         return dense / ours
+
+    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+        assert isinstance(pattern, KeyLists)
+        tile = _padded(1 if pattern.tiles is None else pattern.tiles.size)
+        width = _padded(inputs.q.shape[-1]) + _padded(inputs.v.shape[-1])
+        slots = _places(pattern) + summary_count(pattern)
+        return slot_macs(inputs, pattern, slots, tile=tile, width=width)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)

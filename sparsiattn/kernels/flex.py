@@ -14,6 +14,7 @@ from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import flexcompile
 from sparsiattn.kernels.flexcompile import Operands, Static
 from sparsiattn.kernels.gather import dense_rows, needs_grad
+from sparsiattn.kernels.slots import slot_macs, summary_count
 from sparsiattn.patterns import KeyBlocks, Pattern
 from sparsiattn.site import AttentionInputs
 
@@ -66,6 +67,12 @@ class Flex(Kernel):
         if inputs.q.device.type == "cpu":
             return 0.37 * inputs.n_keys / (keys + 480)  # measured, in 2 threads
         return 0.6 * inputs.n_keys / (keys + 100)  # an estimate: not measured yet
+
+    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+        assert isinstance(pattern, KeyBlocks)
+        size = pattern.blocks.size
+        shared = -(-(pattern.prefix + summary_count(pattern)) // size)
+        return slot_macs(inputs, pattern, (pattern.chosen.shape[-1] + shared) * size)
 
     def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
         out = self(inputs, pattern)

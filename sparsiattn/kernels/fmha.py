@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsiattn.cost import Call
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import paged
+from sparsiattn.kernels.sdpa import lengths_work
+from sparsiattn.kernels.slots import slot_macs, summary_count
 from sparsiattn.kernels.varlen import ragged_refusals
 from sparsiattn.patterns import KeyBlocks, Lengths, Pattern
 from sparsiattn.site import AttentionInputs
@@ -55,6 +58,13 @@ class XFormers(Kernel):
             # not measured on a GPU yet: `auto` takes others first
             return 0.3 * inputs.n_keys / (pattern.pairs() / inputs.n_queries + 300)
         return 2.0
+
+    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+        if isinstance(pattern, KeyBlocks):
+            slots = pattern.chosen.shape[-1] * pattern.blocks.size + pattern.prefix
+            return slot_macs(inputs, pattern, slots + summary_count(pattern))
+        assert isinstance(pattern, Lengths)
+        return int(lengths_work(Call.of(inputs), pattern, calls=1.0).macs)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         ops = probe().ops
