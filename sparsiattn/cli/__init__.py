@@ -10,6 +10,7 @@ from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
 from sparsiattn.cli.profiling import profile_model
+from sparsiattn.cli.searching import search_model
 from sparsiattn.cli.training import train_model
 from sparsiattn.cli.tune import tune_here
 
@@ -27,5 +28,6 @@ app.command("tune")(tune_here)
 app.command("bench")(bench_model)
 app.command("calibrate")(calibrate_model)
 app.command("profile")(profile_model)
+app.command("search")(search_model)
 app.command("eval")(evaluate_model)
 app.command("train")(train_model)

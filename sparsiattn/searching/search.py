@@ -145,8 +145,7 @@ class Search:
                 choice = (*self.space.dense[:i], share, *self.space.dense[i + 1 :])
                 found = self.run(choice)
                 self.model.harm[i, share] = found.divergence
-                if gene.kind == "k":
-                    self.model.saved[i, share] = float(self.space.macs - found.macs)
+                self.model.saved[i, share] = float(self.space.macs - found.macs)
 
     def solve(self, kind: str, bound: float) -> Trial:
         if kind == "macs":

@@ -8,8 +8,8 @@ from sparsiattn.searching.space import Choice, Space
 
 
 class Model:
-    """Sums of measured single changes. harm: divergence of each gene's share by itself; saved:
-    MACs that each share of keys saves by itself."""
+    """Sums of measured single changes. harm: divergence of each gene's share by itself; saved: the
+    MACs that it saves by itself."""
 
     def __init__(
         self, space: Space, harm: dict[tuple[int, float], float],
@@ -18,7 +18,14 @@ class Model:
         self.space, self.harm, self.saved = space, harm, saved
 
     def macs(self, choice: Choice) -> float:
-        return self.space.estimate(choice, self.saved)
+        """What tokens that are gone cannot save again is left out: savings further on shrink with
+        the tokens that are left, those of keys with their square."""
+        total, left = float(self.space.macs), 1.0
+        for i, (gene, share) in enumerate(zip(self.space.genes, choice, strict=True)):
+            saved = self.saved.get((i, share), 0.0)
+            total -= saved * (left**2 if gene.kind == "k" else left)
+            left *= 1.0 if gene.kind == "k" else share
+        return total
 
     def divergence(self, choice: Choice) -> float:
         return sum(self.harm.get((i, share), 0.0) for i, share in enumerate(choice))

@@ -34,17 +34,10 @@ Choice = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Space:
-    """The genes of one patched model, and the MACs of its parts, dense.
-
-    macs: of the whole model; others: per block, what is not attention between tokens, which grows
-    with the tokens there; sites: per site, QK^T and AV. depth: of blocks and sites, by their place.
-    """
+    """The genes of one patched model in the order of execution, and its MACs, dense, per image."""
 
     genes: tuple[Gene, ...]
     macs: int
-    fixed: float
-    others: tuple[tuple[float, float], ...]
-    sites: tuple[tuple[str, float, float], ...]
 
     @property
     def dense(self) -> Choice:
@@ -67,31 +60,6 @@ class Space:
             found.setdefault(gene.kind, {gene.name: 1.0})
         return found
 
-    def estimate(self, choice: Choice, saved: dict[tuple[int, float], float]) -> float:
-        """MACs of a choice. saved: what each share at each gene of keys saves by itself, planning
-        paid for; tokens that are gone save their part of all that comes after them."""
-        drops = [
-            (gene.depth, share)
-            for gene, share in zip(self.genes, choice, strict=True)
-            if gene.kind != "k"
-        ]
-        keys = {
-            gene.name: saved.get((i, choice[i]), 0.0)
-            for i, gene in enumerate(self.genes)
-            if gene.kind == "k"
-        }
-
-        def left(depth: float) -> float:
-            kept = 1.0
-            for place, share in drops:
-                kept *= share if place < depth else 1.0
-            return kept
-
-        total = self.fixed + sum(cost * left(depth) for depth, cost in self.others)
-        for name, depth, cost in self.sites:
-            total += (cost - keys.get(name, 0.0)) * left(depth) ** 2
-        return total
-
 
 def space_of(live: Patch, keys: tuple[float, ...], tokens: tuple[float, ...]) -> Space:
     """The space of a live patch that reduces tokens, if it does, at its first block."""
@@ -108,20 +76,11 @@ def space_of(live: Patch, keys: tuple[float, ...], tokens: tuple[float, ...]) ->
     genes = [Gene(name, "k", places[name], keys) for name in names if "k" in kinds]
     genes += [
         # between attention and MLP
-        Gene(b.block.name, "keep", b.index + 0.1, tokens)
+        Gene(b.block.name, "keep", b.index + 0.5, tokens)
         for b in live.blocks
         if "keep" in kinds
     ]
-    dense = {row.name: float(row.macs_dense) for row in report.sites}
-    others = report.macs_dense - report.mhsa_macs_dense
-    count = max(1, len(live.blocks) or len(names))
-    return Space(
-        genes=tuple(genes),
-        macs=report.macs_dense,
-        fixed=float(report.mhsa_macs_dense - sum(dense.values())),
-        others=tuple((i + 0.2, others / count) for i in range(count)),
-        sites=tuple((name, places[name], dense.get(name, 0.0)) for name in names),
-    )
+    return Space(tuple(sorted(genes, key=lambda gene: gene.depth)), report.macs_dense)
 
 
 def kinds_of(strategy: Config) -> list[str]:
