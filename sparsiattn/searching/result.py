@@ -19,8 +19,8 @@ class SearchResult:
 
     schedule: ``{"k": {site: share}, "keep": {block: share}}``, for `patch` with ``strategy``
     (JSON form). found: how it did on the images; uniform: the best schedule of equal shares within
-    the same budget, for comparison, None where none meets it; uniform_shares: which. macs_dense:
-    of the dense model, per image. trials: how many schedules ran.
+    the same budget, for comparison, with its shares and schedule, None where none meets it.
+    macs_dense: of the dense model, per image. trials: how many schedules ran.
     """
 
     strategy: Mapping[str, Any]
@@ -29,6 +29,7 @@ class SearchResult:
     found: Trial
     uniform: Trial | None
     uniform_shares: dict[str, float] | None
+    uniform_schedule: dict[str, dict[str, float]] | None
     macs_dense: int
     images: int
     trials: int

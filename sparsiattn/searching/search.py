@@ -80,8 +80,9 @@ def search(
         shares, uniform = job.best_uniform(kinds, kind, bound)
     return SearchResult(
         strategy=base.to_dict(), budget={kind: bound}, schedule=space.schedule(found.choice),
-        found=found, uniform=uniform, uniform_shares=shares, macs_dense=space.macs,
-        images=sum(len(x) for x in runner.images), trials=len(runner.seen),
+        found=found, uniform=uniform, uniform_shares=shares,
+        uniform_schedule=None if uniform is None else space.schedule(uniform.choice),
+        macs_dense=space.macs, images=sum(len(x) for x in runner.images), trials=len(runner.seen),
     )  # fmt: skip
 
 
