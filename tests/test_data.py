@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +258,17 @@ def test_webdataset(tmp_path: Path) -> None:
     assert parts == [[0, 2, 4], [1, 3, 0]]
 
 
-def test_accelerate_prepares_it_and_epochs_stay_the_same() -> None:
-    accelerate = pytest.importorskip("accelerate")
+@pytest.fixture
+def accelerate() -> Iterator[Any]:
+    """The library, whose settings of a whole process are forgotten afterwards."""
+    found = pytest.importorskip("accelerate")
+    yield found
+    for state in (found.state.AcceleratorState, found.state.GradientState):
+        state._reset_state()
+    found.state.PartialState._reset_state()
+
+
+def test_accelerate_prepares_it_and_epochs_stay_the_same(accelerate: Any) -> None:
     own = training()
     prepared = accelerate.Accelerator(cpu=True).prepare(training())
     for batches in (own, prepared):
@@ -267,9 +277,8 @@ def test_accelerate_prepares_it_and_epochs_stay_the_same() -> None:
         assert torch.equal(one, other)
 
 
-def test_accelerate_deals_out_whole_epochs() -> None:
-    data_loader = pytest.importorskip("accelerate.data_loader")
-    accelerate = pytest.importorskip("accelerate")
+def test_accelerate_deals_out_whole_epochs(accelerate: Any) -> None:
+    data_loader = accelerate.data_loader
     accelerate.PartialState(cpu=True)
 
     def dealt(rank: int) -> torch.Tensor:

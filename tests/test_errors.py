@@ -608,4 +608,5 @@ class TestFaultyStrategies:
 @pytest.mark.parametrize("leaf", SparsiattnError.__subclasses__(), ids=lambda leaf: leaf.__name__)
 def test_every_leaf_is_exported_and_is_a_builtin_error_too(leaf: type[SparsiattnError]) -> None:
     assert getattr(sparsiattn, leaf.__name__) is leaf
-    assert issubclass(leaf, (LookupError, ValueError, TypeError, RuntimeError))
+    builtin = (LookupError, ValueError, TypeError, RuntimeError, OSError, ArithmeticError)
+    assert issubclass(leaf, builtin)
