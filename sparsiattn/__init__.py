@@ -10,6 +10,7 @@ import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
 from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
+from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
     AlreadyPatched,
     CheckpointNotWritten,
@@ -60,6 +61,7 @@ __all__ = [
     "Bench",
     "CheckpointNotWritten",
     "DataError",
+    "Diagnosis",
     "Evaluation",
     "Inspection",
     "InvalidOption",
@@ -93,6 +95,7 @@ __all__ = [
     "backbones",
     "bench",
     "calibrate",
+    "doctor",
     "evaluate",
     "hookimpl",
     "inspect",

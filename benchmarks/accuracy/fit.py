@@ -21,7 +21,7 @@ from sparsiattn.training import Stage
 
 STEPS, BATCH, LR = 300, 64, 1e-2
 TRAINED = Stage(
-    name="backbone", trainable="backbone", steps=250, warmup_steps=20, lr=5e-4, min_lr=5e-6,
+    name="backbone", trainable="backbone", steps=250, warmup_steps=20, lr=1e-4, min_lr=2e-6,
     weight_decay=0.05, clip=1.0, ce=1.0, label_smoothing=0.1, kl=0.5, token_mse=0.5,
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import typer
 
 from sparsiattn.cli.bench import bench_model
 from sparsiattn.cli.calibrating import calibrate_model
+from sparsiattn.cli.doctoring import diagnose
 from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
@@ -23,6 +24,7 @@ def main() -> None:
 
 
 app.command("list")(list_all)
+app.command("doctor")(diagnose)
 app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
