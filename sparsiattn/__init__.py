@@ -39,6 +39,7 @@ from sparsiattn.patterns import Pattern
 from sparsiattn.registry import backbones, kernels, plugins, strategies
 from sparsiattn.report import Report
 from sparsiattn.saving import load
+from sparsiattn.showing import Shown, show
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
 from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
@@ -76,6 +77,7 @@ __all__ = [
     "Recipe",
     "Reduction",
     "Report",
+    "Shown",
     "Site",
     "SparsiattnError",
     "Strategy",
@@ -98,6 +100,7 @@ __all__ = [
     "patch",
     "patch_of",
     "plugins",
+    "show",
     "strategies",
     "train",
     "tune",
