@@ -9,6 +9,7 @@ from sparsiattn.cli.calibrating import calibrate_model
 from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
+from sparsiattn.cli.showing import show_model
 from sparsiattn.cli.training import train_model
 from sparsiattn.cli.tune import tune_here
 
@@ -24,6 +25,7 @@ app.command("list")(list_all)
 app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
+app.command("show")(show_model)
 app.command("calibrate")(calibrate_model)
 app.command("eval")(evaluate_model)
 app.command("train")(train_model)
