@@ -75,19 +75,19 @@ class Window:
         sides, whole, name = inputs.query_grid, self.map, inputs.site.name
         if whole is None or inputs.prefix or inputs.n_queries != inputs.n_keys:
             return Placing(why=f"how {name} cuts the image into windows is not known")
-        padded = tuple(-(-size // side) * side for size, side in zip(whole, sides, strict=True))
+        padded = (-(-whole[0] // sides[0]) * sides[0], -(-whole[1] // sides[1]) * sides[1])
         if padded[0] * padded[1] != inputs.q.shape[0] * inputs.n_queries:
             return Placing(why=f"how {name} cuts the image into windows is not known")
         shift = _pair(getattr(self.module, "shift_size", 0))
         # where one window spans the map there is nothing to shift
-        shift = tuple(0 if p <= s else n for p, s, n in zip(padded, sides, shift, strict=True))
+        shift = (shift[0] if padded[0] > sides[0] else 0, shift[1] if padded[1] > sides[1] else 0)
         if any(shift) and padded != whole:
             return Placing(why=f"the windows of {name} are shifted over a padded map")
         place = torch.roll(_windows(padded, sides), shift, (0, 1))[: whole[0], : whole[1]]
         return Placing(place, place)
 
 
-def _windows(size: Any, sides: Grid) -> Tensor:
+def _windows(size: Grid, sides: Grid) -> Tensor:
     """``[rows, columns]``: number of the token at every place of an unshifted map."""
     parts = size[0] // sides[0], size[1] // sides[1]
     tokens = torch.arange(size[0] * size[1]).view(*parts, *sides)

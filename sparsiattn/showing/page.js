@@ -1,0 +1,404 @@
+"use strict";
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const MEANING = {
+  exact: "Exact: the softmax over all keys, as dense attention computes it.",
+  pattern: "Pattern: the softmax over the keys that the pattern keeps.",
+  kept: "Kept: the keys whose attention is computed; for the mean of heads, the share of heads.",
+};
+// Stops of a perceptual map from black over violet and orange to pale yellow.
+const STOPS = [[0, 0, 4], [43, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66],
+  [245, 125, 21], [250, 193, 39], [252, 255, 164]];
+const KINDS = { lookup: Int32Array, keyIndex: Int32Array, keyWindow: Int32Array,
+  queryWindow: Int32Array, codes: Uint8Array, top: Float32Array, kept: Uint8Array,
+  mass: Float32Array, background: Float32Array };
+const state = { site: 0, head: -1, mode: "pattern", y: 0.5, x: 0.5, prefix: -1, pinned: false };
+const photo = new Image();
+let bytes = null;
+
+async function inflate(text) {
+  const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).arrayBuffer();
+}
+
+function array(site, name) {
+  const key = "_" + name;
+  if (!site[key]) site[key] = new KINDS[name](bytes, ...site.at[name]);
+  return site[key];
+}
+
+function colour(a) {
+  const t = Math.max(0, Math.min(1, a)) * (STOPS.length - 1), i = Math.min(STOPS.length - 2, Math.floor(t));
+  return STOPS[i].map((low, c) => low + (t - i) * (STOPS[i + 1][c] - low));
+}
+
+// Patches per key token, to share a merged token's attention among them.
+function sizes(site) {
+  if (site._sizes) return site._sizes;
+  const index = array(site, "keyIndex"), window = array(site, "keyWindow"), count = new Map();
+  for (let p = 0; p < index.length; p++) {
+    const key = window[p] * site.keys + index[p];
+    if (index[p] >= 0) count.set(key, (count.get(key) || 0) + 1);
+  }
+  site._sizes = Float32Array.from(index, (k, p) => (k < 0 ? 1 : count.get(window[p] * site.keys + k)));
+  return site._sizes;
+}
+
+function patchAt(site, y = state.y, x = state.x) {
+  const [rows, columns] = site.grid;
+  return [Math.min(rows - 1, Math.floor(y * rows)), Math.min(columns - 1, Math.floor(x * columns))];
+}
+
+// Number of the query asked for among those of a site, -1 if it is not there any more.
+function queryOf(site) {
+  if (!site.at) return -1;
+  if (state.prefix >= 0 && state.prefix < site.prefix_tokens) return state.prefix;
+  const [row, column] = patchAt(site);
+  return array(site, "lookup")[row * site.grid[1] + column];
+}
+
+// Shares of one query: by patch, on prefix tokens, kept mass, background, number of kept keys.
+function attention(site, head, query, mode) {
+  const index = array(site, "keyIndex"), window = array(site, "keyWindow");
+  const size = mode === "kept" ? null : sizes(site);
+  const codes = array(site, "codes"), top = array(site, "top"), bits = array(site, "kept");
+  const masses = array(site, "mass"), backgrounds = array(site, "background");
+  const n = site.keys, wide = Math.ceil(n / 8), own = array(site, "queryWindow")[query];
+  const heads = head < 0 ? site.heads.map((_, h) => h) : [head];
+  const found = { patches: new Float32Array(index.length), prefix: 0, mass: 0, background: 0, kept: 0 };
+  const row = new Float32Array(n);
+  for (const h of heads) {
+    const at = h * site.queries + query, mass = masses[at], background = backgrounds[at];
+    const factor = mode === "exact" ? 1 : mass > 0 ? (1 - background) / mass : 0;
+    for (let j = 0; j < n; j++) {
+      const kept = (bits[at * wide + (j >> 3)] >> (7 - (j & 7))) & 1, code = codes[at * n + j] / 255;
+      found.kept += kept / heads.length;
+      const value = mode === "kept" ? kept : top[at] * code * code * (mode === "exact" ? 1 : kept * factor);
+      row[j] += value / heads.length;
+    }
+    found.mass += mass / heads.length;
+    found.background += background / heads.length;
+  }
+  for (let j = 0; j < site.prefix_tokens; j++) found.prefix += row[j];
+  for (let p = 0; p < index.length; p++) {
+    if (index[p] >= 0 && window[p] === own) found.patches[p] = row[index[p]] / (size ? size[p] : 1);
+  }
+  return found;
+}
+
+// Colours of every patch; opaque for thumbnails, else a veil over the photo.
+function paint(site, values, most, opaque) {
+  const index = array(site, "keyIndex"), picture = new ImageData(site.keyGrid[1], site.keyGrid[0]);
+  for (let p = 0; p < values.length; p++) {
+    const a = most > 0 ? values[p] / most : 0, shade = state.mode === "kept" ? a : Math.sqrt(a);
+    const [r, g, b] = index[p] < 0 ? [60, 60, 66] : state.mode === "kept" ? [255 * a, 150 * a, 40 * a] : colour(shade);
+    const alpha = state.mode === "kept" ? 0.68 - 0.3 * a : 0.66 - 0.04 * shade;
+    picture.data.set([r, g, b, opaque ? 255 : 255 * (index[p] < 0 ? 0.9 : alpha)], 4 * p);
+  }
+  return picture;
+}
+
+function small(picture) {
+  const canvas = document.createElement("canvas");
+  canvas.width = picture.width;
+  canvas.height = picture.height;
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+  return canvas;
+}
+
+function drawPhoto(site, query, found) {
+  const canvas = $("photo"), context = canvas.getContext("2d"), { width, height } = canvas;
+  context.imageSmoothingEnabled = !DATA.small;
+  context.drawImage(photo, 0, 0, width, height);
+  if (!site.at) return;
+  if (found) {
+    const most = state.mode === "kept" ? 1 : Math.max(...found.patches);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(small(paint(site, found.patches, most, false)), 0, 0, width, height);
+  }
+  if (query >= 0 && query < site.prefix_tokens) return;
+  outline(context, site, width, height);
+}
+
+// The query's patch, and all patches merged into its token.
+function outline(context, site, width, height) {
+  const [rows, columns] = site.grid, [row, column] = patchAt(site), lookup = array(site, "lookup");
+  const mine = lookup[row * columns + column], merged = DATA.tokens.length > 0 && mine >= 0;
+  const w = width / columns, h = height / rows;
+  for (const [line, style] of [[7, "#000b"], [3.5, mine < 0 ? "#9aa" : "#3be0ff"]]) {
+    context.lineWidth = line;
+    context.strokeStyle = style;
+    for (let p = 0; p < lookup.length; p++) {
+      const here = merged ? lookup[p] === mine : p === row * columns + column;
+      if (here) context.strokeRect((p % columns) * w, Math.floor(p / columns) * h, w, h);
+    }
+  }
+}
+
+const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %";
+
+function readout(site, query, found) {
+  const said = [];
+  if (found) {
+    said.push(["Keys kept", `${found.kept.toFixed(found.kept % 1 ? 1 : 0)} of ${site.keys}`]);
+    said.push(["Exact mass kept", percent(found.mass)]);
+    if (site.prefix_tokens) said.push([state.mode === "kept" ? "Prefix kept" : "On prefix tokens",
+      state.mode === "kept" ? `${Math.round(found.prefix)} of ${site.prefix_tokens}` : percent(found.prefix)]);
+    if (state.mode === "pattern") said.push(["Background", percent(found.background)]);
+  }
+  $("readout").replaceChildren(...said.map(([name, value]) => {
+    const item = document.createElement("div"), dt = document.createElement("dt"), dd = document.createElement("dd");
+    dt.textContent = name;
+    dd.textContent = value;
+    item.append(dt, dd);
+    return item;
+  }));
+  const head = state.head < 0 ? "mean of heads" : `head ${site.heads[state.head]}`;
+  let text = `${site.name}, ${head}`;
+  if (!site.at) text += `: ${site.note}`;
+  else if (query >= 0 && query < site.prefix_tokens) text += `, prefix token ${query}`;
+  else text += `, patch (${patchAt(site).join(", ")}) of ${site.grid.join(" x ")}` + (query < 0 ? ": gone before this layer" : "");
+  if (site.dense) text += "; dense attention runs here";
+  if (site.windows > 1) text += `; ${site.windows} windows`;
+  $("where").textContent = text;
+}
+
+function draw() {
+  const site = DATA.sites[state.site], query = queryOf(site);
+  const found = query < 0 ? null : attention(site, state.head, query, state.mode);
+  drawPhoto(site, query, found);
+  readout(site, query, found);
+  $("most").textContent = state.mode === "kept" ? "all heads" : found ? percent(Math.max(...found.patches)) : "";
+  for (const cell of document.querySelectorAll("#layers canvas, #heads canvas")) thumbnail(cell);
+}
+
+function thumbnail(canvas) {
+  const site = DATA.sites[+canvas.dataset.site];
+  if (!site.at) return;
+  let head = canvas.dataset.head === undefined ? state.head : +canvas.dataset.head;
+  if (head >= site.heads.length) head = -1;
+  const query = queryOf(site);
+  canvas.width = site.keyGrid[1];
+  canvas.height = site.keyGrid[0];
+  if (query < 0) return canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+  const values = attention(site, head, query, state.mode).patches;
+  const most = state.mode === "kept" ? 1 : Math.max(...values);
+  canvas.getContext("2d").putImageData(paint(site, values, most, true), 0, 0);
+}
+
+function cell(site, head, text, pressed, choose) {
+  const figure = document.createElement("figure"), button = document.createElement("button");
+  const canvas = document.createElement("canvas"), caption = document.createElement("figcaption");
+  canvas.dataset.site = site;
+  canvas.width = canvas.height = 14;
+  if (head !== null) canvas.dataset.head = head;
+  button.type = "button";
+  button.setAttribute("aria-pressed", pressed);
+  button.setAttribute("aria-label", text);
+  button.title = text;
+  button.append(canvas);
+  button.onclick = choose;
+  caption.textContent = text.split("|").pop();
+  button.title = text.split("|")[0];
+  figure.append(button, caption);
+  return figure;
+}
+
+function strips() {
+  const site = DATA.sites[state.site];
+  $("layers").replaceChildren(...DATA.sites.map((one, i) =>
+    cell(i, null, `${one.name}|${one.index}`, i === state.site, () => choose({ site: i }))));
+  $("heads").replaceChildren(...[-1, ...site.heads.keys()].map((h) =>
+    cell(state.site, h, h < 0 ? "mean of heads|mean" : `head ${site.heads[h]}|${site.heads[h]}`, h === state.head, () => choose({ head: h }))));
+  const names = [["-1", "mean of heads"], ...site.heads.map((h, i) => [String(i), `head ${h}`])];
+  fill($("head"), names, state.head);
+  fill($("layer"), DATA.sites.map((one, i) => [String(i), one.name]), state.site);
+  const prefix = Array.from({ length: site.prefix_tokens }, (_, i) => [String(i), `prefix token ${i}`]);
+  fill($("query"), [["-1", "patch pointed at"], ...prefix], state.prefix);
+  $("whichquery").hidden = !site.prefix_tokens || !site.at;
+  for (const one of document.querySelectorAll("[data-mode]")) {
+    one.setAttribute("aria-checked", one.dataset.mode === state.mode);
+    one.tabIndex = one.dataset.mode === state.mode ? 0 : -1;
+  }
+  for (const one of document.querySelectorAll("#table button")) {
+    one.setAttribute("aria-pressed", +one.dataset.site === state.site && +one.dataset.head === state.head);
+  }
+  $("meaning").textContent = MEANING[state.mode];
+}
+
+function fill(select, options, value) {
+  select.replaceChildren(...options.map(([key, text]) => new Option(text, key)));
+  select.value = String(value);
+}
+
+function choose(change) {
+  Object.assign(state, change);
+  const site = DATA.sites[state.site];
+  if (state.head >= site.heads.length) state.head = -1;
+  if (state.prefix >= site.prefix_tokens) state.prefix = -1;
+  const focused = document.activeElement && document.activeElement.id;
+  strips();
+  draw();
+  if (focused) $(focused).focus({ preventScroll: true });
+}
+
+function table() {
+  const heads = Math.max(...DATA.sites.map((site) => site.heads.length));
+  const first = DATA.sites.find((site) => site.heads.length === heads);
+  const names = ["", "mean", ...first.heads.map((h) => `head ${h}`), "pairs"];
+  const heading = $("table").createTHead().insertRow();
+  for (const name of names) heading.append(Object.assign(document.createElement("th"), { textContent: name, scope: "col" }));
+  const body = $("table").createTBody(), mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+  DATA.sites.forEach((site, i) => {
+    const line = body.insertRow();
+    line.append(Object.assign(document.createElement("th"), { textContent: site.name, scope: "row" }));
+    for (let h = -1; h < heads; h++) {
+      const place = line.insertCell();
+      if (h < site.heads.length) place.append(massCell(i, h, h < 0 ? mean(site.mass) : site.mass[h]));
+    }
+    const last = line.insertCell();
+    last.className = "plain";
+    last.textContent = site.dense ? "dense" : percent(mean(site.density));
+  });
+}
+
+function massCell(site, head, mass) {
+  const button = document.createElement("button"), strength = Math.round(100 * mass);
+  button.type = "button";
+  button.textContent = (100 * mass).toFixed(mass < 0.9995 ? 1 : 0);
+  button.style.background = `color-mix(in srgb, var(--heat) ${Math.round(0.62 * strength)}%, var(--card))`;
+  Object.assign(button.dataset, { site, head });
+  button.onclick = () => choose({ site, head });
+  return button;
+}
+
+// What became of the tokens: dropped patches go dark, merged ones take their mean colour.
+function tokenPicture(block) {
+  const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+  const [rows, columns] = block.grid, side = 12, place = new Int32Array(bytes, ...block.place);
+  canvas.width = columns * side;
+  canvas.height = rows * side;
+  const cells = document.createElement("canvas"), tiny = cells.getContext("2d");
+  cells.width = columns;
+  cells.height = rows;
+  tiny.imageSmoothingQuality = "high";
+  tiny.drawImage(photo, 0, 0, columns, rows);
+  const pixels = tiny.getImageData(0, 0, columns, rows).data, groups = new Map();
+  place.forEach((token, p) => groups.set(token, [...(groups.get(token) || []), p]));
+  context.drawImage(photo, 0, 0, canvas.width, canvas.height);
+  for (const [token, patches] of groups) {
+    const gone = token < 0 || block.fused.includes(token);
+    if (!gone && patches.length === 1) continue;
+    const mean = [0, 1, 2].map((c) => patches.reduce((sum, p) => sum + pixels[4 * p + c], 0) / patches.length);
+    context.fillStyle = gone ? "rgba(14, 14, 17, 0.86)" : `rgb(${mean.map(Math.round).join()})`;
+    for (const p of patches) context.fillRect((p % columns) * side, Math.floor(p / columns) * side, side, side);
+  }
+  borders(context, place, block, side);
+  return canvas;
+}
+
+function borders(context, place, block, side) {
+  const [rows, columns] = block.grid, count = new Map();
+  for (const token of place) count.set(token, (count.get(token) || 0) + 1);
+  const merged = (token) => token >= 0 && !block.fused.includes(token) && count.get(token) > 1;
+  context.fillStyle = "#fffc";
+  for (let p = 0; p < place.length; p++) {
+    const x = (p % columns) * side, y = Math.floor(p / columns) * side;
+    const right = p % columns + 1 < columns ? p + 1 : -1, below = p + columns < rows * columns ? p + columns : -1;
+    const parts = (other) => other >= 0 && place[p] !== place[other] && (merged(place[p]) || merged(place[other]));
+    if (parts(right)) context.fillRect(x + side - 0.7, y, 1.4, side);
+    if (parts(below)) context.fillRect(x, y + side - 0.7, side, 1.4);
+  }
+}
+
+function tokens() {
+  if (!DATA.tokens.length) return;
+  $("tokensection").hidden = false;
+  if (DATA.tokens[0].mlp_only) $("tokentitle").textContent = "Tokens that take each block's MLP";
+  $("tokenhint").textContent = "Dark patches were dropped" + (DATA.tokens.some((b) => b.fused.length) ? " (fused into one token)" : "")
+    + "; merged patches show their mean colour, with a line around each group.";
+  $("tokens").replaceChildren(...DATA.tokens.map((block) => {
+    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+    caption.textContent = `${block.name}: ${block.tokens} of ${block.grid[0] * block.grid[1]}`;
+    figure.append(tokenPicture(block), caption);
+    return figure;
+  }));
+}
+
+function point(event) {
+  const box = $("photo").getBoundingClientRect(), clip = (t) => Math.max(0, Math.min(0.9999, t));
+  Object.assign(state, { y: clip((event.clientY - box.top) / box.height), x: clip((event.clientX - box.left) / box.width) });
+  if (state.prefix >= 0) choose({ prefix: -1 });
+  else draw();
+}
+
+function move(rows, columns) {
+  const site = DATA.sites[state.site];
+  if (!site.at) return;
+  const at = patchAt(site).map((t, i) => Math.max(0, Math.min(site.grid[i] - 1, t + [rows, columns][i])));
+  Object.assign(state, { y: (at[0] + 0.5) / site.grid[0], x: (at[1] + 0.5) / site.grid[1], prefix: -1 });
+  choose({});
+}
+
+function listen() {
+  const canvas = $("photo"), steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  canvas.addEventListener("pointermove", (event) => { if (!state.pinned || event.buttons) point(event); });
+  canvas.addEventListener("pointerdown", (event) => {
+    state.pinned = event.pointerType === "mouse" && !state.pinned;
+    point(event);
+  });
+  canvas.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") state.pinned = false;
+    const turn = { PageUp: -1, PageDown: 1 }[event.key];
+    if (steps[event.key]) { state.pinned = true; move(...steps[event.key]); }
+    else if (turn) choose({ site: Math.max(0, Math.min(DATA.sites.length - 1, state.site + turn)) });
+    else return;
+    event.preventDefault();
+  });
+  $("layer").onchange = (event) => choose({ site: +event.target.value });
+  $("head").onchange = (event) => choose({ head: +event.target.value });
+  $("query").onchange = (event) => choose({ prefix: +event.target.value });
+  const modes = [...document.querySelectorAll("[data-mode]")];
+  modes.forEach((one, i) => {
+    one.onclick = () => choose({ mode: one.dataset.mode });
+    one.onkeydown = (event) => {
+      const next = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: 2, ArrowUp: 2 }[event.key];
+      if (next) { modes[(i + next) % 3].focus(); modes[(i + next) % 3].click(); event.preventDefault(); }
+    };
+  });
+  const root = document.documentElement;
+  $("theme").onclick = () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; };
+}
+
+// #layer=3&head=1&mode=exact&at=0.4,0.6&theme=dark
+function fromHash() {
+  const asked = new URLSearchParams(location.hash.slice(1)), dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = asked.get("theme") || (dark ? "dark" : "light");
+  const layer = DATA.sites.findIndex((site) => String(site.index) === asked.get("layer"));
+  const start = DATA.sites.map((site) => Boolean(site.at)), middle = Math.floor(start.length / 2);
+  state.site = layer >= 0 ? layer : start[middle] ? middle : Math.max(0, start.indexOf(true));
+  if (asked.has("head")) state.head = DATA.sites[state.site].heads.indexOf(+asked.get("head"));
+  if (asked.get("mode") in MEANING) state.mode = asked.get("mode");
+  const [y, x] = asked.has("at") ? asked.get("at").split(",").map(Number) : DATA.points[0];
+  if (y >= 0 && y < 1 && x >= 0 && x < 1) Object.assign(state, { y, x });
+}
+
+async function start() {
+  bytes = await inflate($("blob").textContent);
+  photo.src = DATA.image;
+  await photo.decode();
+  const side = Math.max(720, Math.max(...DATA.size)), most = Math.max(...DATA.size), canvas = $("photo");
+  canvas.height = Math.round((side * DATA.size[0]) / most);
+  canvas.width = Math.round((side * DATA.size[1]) / most);
+  const bar = $("scale").getContext("2d");
+  for (let i = 0; i < 256; i++) { bar.fillStyle = `rgb(${colour(Math.sqrt(i / 255)).join()})`; bar.fillRect(i, 0, 1, 1); }
+  fromHash();
+  listen();
+  table();
+  tokens();
+  choose({});
+  document.documentElement.dataset.ready = "yes";
+}
+
+start();
