@@ -9,7 +9,7 @@ const MEANING = {
 // Stops of a perceptual map from black over violet and orange to pale yellow.
 const STOPS = [[0, 0, 4], [43, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66],
   [245, 125, 21], [250, 193, 39], [252, 255, 164]];
-const KINDS = { lookup: Int32Array, keyIndex: Int32Array, keyWindow: Int32Array,
+const KINDS = { lookup: Int32Array, place: Int32Array, keyIndex: Int32Array, keyWindow: Int32Array,
   queryWindow: Int32Array, codes: Uint8Array, top: Float32Array, kept: Uint8Array,
   mass: Float32Array, background: Float32Array };
 const state = { site: 0, head: -1, mode: "pattern", y: 0.5, x: 0.5, prefix: -1, pinned: false };
@@ -32,6 +32,10 @@ function colour(a) {
   const t = Math.max(0, Math.min(1, a)) * (STOPS.length - 1), i = Math.min(STOPS.length - 2, Math.floor(t));
   return STOPS[i].map((low, c) => low + (t - i) * (STOPS[i + 1][c] - low));
 }
+
+// The colour of a share of the most: by its square root, so that weak attention differs from none.
+const shade = (a) => (state.mode === "kept" ? [255 * a, 150 * a, 40 * a] : colour(Math.sqrt(a)));
+const veil = (a) => (state.mode === "kept" ? 0.7 - 0.3 * a : 0.66);
 
 // Patches per key token, to share a merged token's attention among them.
 function sizes(site) {
@@ -66,7 +70,7 @@ function attention(site, head, query, mode) {
   const masses = array(site, "mass"), backgrounds = array(site, "background");
   const n = site.keys, wide = Math.ceil(n / 8), own = array(site, "queryWindow")[query];
   const heads = head < 0 ? site.heads.map((_, h) => h) : [head];
-  const found = { patches: new Float32Array(index.length), prefix: 0, mass: 0, background: 0, kept: 0 };
+  const found = { patches: new Float32Array(index.length), prefix: 0, fused: 0, mass: 0, background: 0, kept: 0 };
   const row = new Float32Array(n);
   for (const h of heads) {
     const at = h * site.queries + query, mass = masses[at], background = backgrounds[at];
@@ -81,6 +85,7 @@ function attention(site, head, query, mode) {
     found.background += background / heads.length;
   }
   for (let j = 0; j < site.prefix_tokens; j++) found.prefix += row[j];
+  for (const j of site.fused) found.fused += row[j];
   for (let p = 0; p < index.length; p++) {
     if (index[p] >= 0 && window[p] === own) found.patches[p] = row[index[p]] / (size ? size[p] : 1);
   }
@@ -91,10 +96,8 @@ function attention(site, head, query, mode) {
 function paint(site, values, most, opaque) {
   const index = array(site, "keyIndex"), picture = new ImageData(site.keyGrid[1], site.keyGrid[0]);
   for (let p = 0; p < values.length; p++) {
-    const a = most > 0 ? values[p] / most : 0, shade = state.mode === "kept" ? a : Math.sqrt(a);
-    const [r, g, b] = index[p] < 0 ? [60, 60, 66] : state.mode === "kept" ? [255 * a, 150 * a, 40 * a] : colour(shade);
-    const alpha = state.mode === "kept" ? 0.68 - 0.3 * a : 0.66 - 0.04 * shade;
-    picture.data.set([r, g, b, opaque ? 255 : 255 * (index[p] < 0 ? 0.9 : alpha)], 4 * p);
+    const a = most > 0 ? values[p] / most : 0, [r, g, b] = index[p] < 0 ? [60, 60, 66] : shade(a);
+    picture.data.set([r, g, b, opaque ? 255 : 255 * (index[p] < 0 ? 0.9 : veil(a))], 4 * p);
   }
   return picture;
 }
@@ -121,18 +124,27 @@ function drawPhoto(site, query, found) {
   outline(context, site, width, height);
 }
 
-// The query's patch, and all patches merged into its token.
+// Around the query's patch, and all patches merged into its token.
 function outline(context, site, width, height) {
-  const [rows, columns] = site.grid, [row, column] = patchAt(site), lookup = array(site, "lookup");
-  const mine = lookup[row * columns + column], merged = DATA.tokens.length > 0 && mine >= 0;
-  const w = width / columns, h = height / rows;
-  for (const [line, style] of [[7, "#000b"], [3.5, mine < 0 ? "#9aa" : "#3be0ff"]]) {
-    context.lineWidth = line;
-    context.strokeStyle = style;
-    for (let p = 0; p < lookup.length; p++) {
-      const here = merged ? lookup[p] === mine : p === row * columns + column;
-      if (here) context.strokeRect((p % columns) * w, Math.floor(p / columns) * h, w, h);
+  const [rows, columns] = site.grid, [row, column] = patchAt(site), place = array(site, "place");
+  const at = row * columns + column, mine = place[at], w = width / columns, h = height / rows;
+  const inside = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns
+    && (mine < 0 ? r * columns + c === at : place[r * columns + c] === mine);
+  const sides = [[-1, 0, 0, 0, 1, 0], [1, 0, 0, 1, 1, 1], [0, -1, 0, 0, 0, 1], [0, 1, 1, 0, 1, 1]];
+  context.beginPath();
+  for (let p = 0; p < place.length; p++) {
+    const r = Math.floor(p / columns), c = p % columns;
+    if (!inside(r, c)) continue;
+    for (const [dr, dc, x0, y0, x1, y1] of sides) {
+      if (inside(r + dr, c + dc)) continue;
+      context.moveTo((c + x0) * w, (r + y0) * h);
+      context.lineTo((c + x1) * w, (r + y1) * h);
     }
+  }
+  context.lineCap = "square";
+  for (const [line, style] of [[8, "#000c"], [4, mine < 0 ? "#a9b4ba" : "#3be0ff"]]) {
+    Object.assign(context, { lineWidth: line, strokeStyle: style });
+    context.stroke();
   }
 }
 
@@ -141,11 +153,12 @@ const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %";
 function readout(site, query, found) {
   const said = [];
   if (found) {
-    said.push(["Keys kept", `${found.kept.toFixed(found.kept % 1 ? 1 : 0)} of ${site.keys}`]);
+    said.push(["Keys kept", `${+found.kept.toFixed(1)} of ${site.keys}`]);
     said.push(["Exact mass kept", percent(found.mass)]);
     if (site.prefix_tokens) said.push([state.mode === "kept" ? "Prefix kept" : "On prefix tokens",
       state.mode === "kept" ? `${Math.round(found.prefix)} of ${site.prefix_tokens}` : percent(found.prefix)]);
-    if (state.mode === "pattern") said.push(["Background", percent(found.background)]);
+    if (site.fused.length && state.mode !== "kept") said.push(["On fused tokens", percent(found.fused)]);
+    if (state.mode === "pattern" && site.background) said.push(["Background", percent(found.background)]);
   }
   $("readout").replaceChildren(...said.map(([name, value]) => {
     const item = document.createElement("div"), dt = document.createElement("dt"), dd = document.createElement("dd");
@@ -158,7 +171,7 @@ function readout(site, query, found) {
   let text = `${site.name}, ${head}`;
   if (!site.at) text += `: ${site.note}`;
   else if (query >= 0 && query < site.prefix_tokens) text += `, prefix token ${query}`;
-  else text += `, patch (${patchAt(site).join(", ")}) of ${site.grid.join(" x ")}` + (query < 0 ? ": gone before this layer" : "");
+  else text += `, patch (${patchAt(site).join(", ")}) of ${site.grid.join(" x ")}` + (query < 0 ? ": dropped before this layer" : "");
   if (site.dense) text += "; dense attention runs here";
   if (site.windows > 1) text += `; ${site.windows} windows`;
   $("where").textContent = text;
@@ -170,6 +183,11 @@ function draw() {
   drawPhoto(site, query, found);
   readout(site, query, found);
   $("most").textContent = state.mode === "kept" ? "all heads" : found ? percent(Math.max(...found.patches)) : "";
+  const bar = $("scale").getContext("2d");
+  for (let i = 0; i < 256; i++) {
+    bar.fillStyle = `rgb(${shade(i / 255).join()})`;
+    bar.fillRect(i, 0, 1, 1);
+  }
   for (const cell of document.querySelectorAll("#layers canvas, #heads canvas")) thumbnail(cell);
 }
 
@@ -187,7 +205,7 @@ function thumbnail(canvas) {
   canvas.getContext("2d").putImageData(paint(site, values, most, true), 0, 0);
 }
 
-function cell(site, head, text, pressed, choose) {
+function cell(site, head, text, short, pressed, choose) {
   const figure = document.createElement("figure"), button = document.createElement("button");
   const canvas = document.createElement("canvas"), caption = document.createElement("figcaption");
   canvas.dataset.site = site;
@@ -196,11 +214,10 @@ function cell(site, head, text, pressed, choose) {
   button.type = "button";
   button.setAttribute("aria-pressed", pressed);
   button.setAttribute("aria-label", text);
-  button.title = text;
   button.append(canvas);
   button.onclick = choose;
-  caption.textContent = text.split("|").pop();
-  button.title = text.split("|")[0];
+  button.title = text;
+  caption.textContent = short;
   figure.append(button, caption);
   return figure;
 }
@@ -208,9 +225,10 @@ function cell(site, head, text, pressed, choose) {
 function strips() {
   const site = DATA.sites[state.site];
   $("layers").replaceChildren(...DATA.sites.map((one, i) =>
-    cell(i, null, `${one.name}|${one.index}`, i === state.site, () => choose({ site: i }))));
+    cell(i, null, one.name, one.index, i === state.site, () => choose({ site: i }))));
   $("heads").replaceChildren(...[-1, ...site.heads.keys()].map((h) =>
-    cell(state.site, h, h < 0 ? "mean of heads|mean" : `head ${site.heads[h]}|${site.heads[h]}`, h === state.head, () => choose({ head: h }))));
+    cell(state.site, h, h < 0 ? "mean of heads" : `head ${site.heads[h]}`, h < 0 ? "mean" : site.heads[h],
+      h === state.head, () => choose({ head: h }))));
   const names = [["-1", "mean of heads"], ...site.heads.map((h, i) => [String(i), `head ${h}`])];
   fill($("head"), names, state.head);
   fill($("layer"), DATA.sites.map((one, i) => [String(i), one.name]), state.site);
@@ -244,6 +262,7 @@ function choose(change) {
 }
 
 function table() {
+  $("tablesection").hidden = DATA.sites.every((site) => site.dense);
   const heads = Math.max(...DATA.sites.map((site) => site.heads.length));
   const first = DATA.sites.find((site) => site.heads.length === heads);
   const names = ["", "mean", ...first.heads.map((h) => `head ${h}`), "pairs"];
@@ -379,6 +398,7 @@ function fromHash() {
   const start = DATA.sites.map((site) => Boolean(site.at)), middle = Math.floor(start.length / 2);
   state.site = layer >= 0 ? layer : start[middle] ? middle : Math.max(0, start.indexOf(true));
   if (asked.has("head")) state.head = DATA.sites[state.site].heads.indexOf(+asked.get("head"));
+  if (DATA.sites.every((site) => site.dense)) state.mode = "exact";
   if (asked.get("mode") in MEANING) state.mode = asked.get("mode");
   const [y, x] = asked.has("at") ? asked.get("at").split(",").map(Number) : DATA.points[0];
   if (y >= 0 && y < 1 && x >= 0 && x < 1) Object.assign(state, { y, x });
@@ -391,8 +411,6 @@ async function start() {
   const side = Math.max(720, Math.max(...DATA.size)), most = Math.max(...DATA.size), canvas = $("photo");
   canvas.height = Math.round((side * DATA.size[0]) / most);
   canvas.width = Math.round((side * DATA.size[1]) / most);
-  const bar = $("scale").getContext("2d");
-  for (let i = 0; i < 256; i++) { bar.fillStyle = `rgb(${colour(Math.sqrt(i / 255)).join()})`; bar.fillRect(i, 0, 1, 1); }
   fromHash();
   listen();
   table();

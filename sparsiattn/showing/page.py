@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsiattn.showing.shown import Shown, SiteShown
+from sparsiattn.showing.shown import BlockTokens, Shown, SiteShown
 
 SMALL = 96  # pixels: below it an image is stored without loss and drawn in squares
 
@@ -52,11 +52,8 @@ def page(shown: Shown) -> str:
         "step": shown.step,
         "points": [list(point) for point in shown.points],
         "sites": [_site(site, blob) for site in shown.sites],
-        "tokens": [
-            {**block.to_dict(), "grid": list(block.place.shape), "place": blob.add(block.place, "<i4")}
-            for block in shown.tokens
-        ],
-    }  # fmt: skip
+        "tokens": [_tokens(block, blob) for block in shown.tokens],
+    }
     parts = {
         "TITLE": escape(shown.title),
         "STYLE": _file("page.css"),
@@ -89,9 +86,11 @@ def _site(site: SiteShown, blob: Blob) -> dict[str, Any]:
     codes = (site.exact / top.clamp_min(1e-30)[..., None]).sqrt() * 255
     return {
         **about,
+        "background": bool(site.background.any()),
         "keyGrid": list(site.key_place.shape),
         "at": {
             "lookup": blob.add(site.lookup(), "<i4"),
+            "place": blob.add(site.place, "<i4"),
             "keyIndex": blob.add(local, "<i4"),
             "keyWindow": blob.add(window, "<i4"),
             "queryWindow": blob.add(site.queries // site.tokens, "<i4"),
@@ -102,6 +101,11 @@ def _site(site: SiteShown, blob: Blob) -> dict[str, Any]:
             "background": blob.add(site.background, "<f4"),
         },
     }
+
+
+def _tokens(block: BlockTokens, blob: Blob) -> dict[str, Any]:
+    where = blob.add(block.place, "<i4")
+    return {**block.to_dict(), "grid": list(block.place.shape), "place": where}
 
 
 def _bits(kept: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsiattn.geometry import Grid
 from sparsiattn.site import AttentionInputs
+from sparsiattn.stream import Stream
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
 """Modules whose blocks cut windows in raster order and never shift them."""
@@ -20,12 +21,14 @@ class Placing:
     """Tokens by patch. Tokens are numbered window after window, prefix tokens included.
 
     queries, keys: ``[rows, columns]``, the number of the token that holds each patch, -1 where it
-    is gone; None where that is not known, and ``why`` says so.
+    is gone; None where that is not known, and ``why`` says so. fused: tokens that hold the sum of
+    dropped ones, which have no place.
     """
 
     queries: Tensor | None = None
     keys: Tensor | None = None
     why: str = ""
+    fused: tuple[int, ...] = ()
 
 
 def placing(inputs: AttentionInputs, window: Window | None) -> Placing:
@@ -36,8 +39,7 @@ def placing(inputs: AttentionInputs, window: Window | None) -> Placing:
     if inputs.q.shape[0] > 1:
         return Placing(why=f"how {site.name} cuts the image into windows is not known")
     if inputs.stream is not None and inputs.stream.reduced:
-        place = stream_place(inputs.stream) + inputs.prefix
-        return Placing(place, place)
+        return _carried(inputs.stream, inputs.prefix)
     if not site.raster or 1 in inputs.query_grid:
         return Placing(why=f"the tokens of {site.name} are in no raster order")
     queries, keys = (
@@ -47,7 +49,20 @@ def placing(inputs: AttentionInputs, window: Window | None) -> Placing:
     return Placing(queries, keys)
 
 
-def stream_place(stream: Any) -> Tensor:
+def _carried(stream: Stream, prefix: int) -> Placing:
+    """Of a sequence that is shorter than it was."""
+    place, fused = stream_place(stream), fused_tokens(stream)
+    gone = (place < 0) | torch.isin(place, torch.tensor(fused, dtype=torch.long))
+    place = torch.where(gone, -1, place + prefix)
+    return Placing(place, place, fused=tuple(token + prefix for token in fused))
+
+
+def fused_tokens(stream: Stream) -> tuple[int, ...]:
+    """The present patch tokens that are sums of dropped ones."""
+    return () if stream.ids is None else tuple((stream.ids[0] < 0).nonzero().flatten().tolist())
+
+
+def stream_place(stream: Stream) -> Tensor:
     """``[rows, columns]``: the present patch token of every original patch, -1 where it is gone."""
     place = stream.source() if stream.steps else torch.arange(stream.whole)[None]
     return place[0].cpu().view(stream.grid)

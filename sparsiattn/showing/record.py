@@ -17,7 +17,14 @@ from sparsiattn.interception import THREAD
 from sparsiattn.patterns import Dense
 from sparsiattn.showing import rows as attention
 from sparsiattn.showing.photo import photo
-from sparsiattn.showing.placing import Placing, Window, placing, stream_place, window_of
+from sparsiattn.showing.placing import (
+    Placing,
+    Window,
+    fused_tokens,
+    placing,
+    stream_place,
+    window_of,
+)
 from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
@@ -287,6 +294,7 @@ def _summed(
         place=place.queries, key_place=place.keys, why=place.why, queries=sample, exact=exact,
         kept=kept, pattern=weights, background=background, mass=totals[0] / count,
         density=totals[1] / totals[2].clamp_min(1.0), dense=isinstance(pattern, Dense),
+        fused=place.fused,
     )  # fmt: skip
 
 
@@ -325,7 +333,5 @@ def _tokens(recorder: Recorder) -> tuple[BlockTokens, ...]:
 
 def _block(name: str, index: int, stream: Any, bypass: bool) -> BlockTokens:
     place = stream_place(stream)
-    signed = stream.ids[0].cpu() if stream.ids is not None else None
-    fused = () if signed is None else tuple((signed < 0).nonzero().flatten().tolist())
-    count = stream.whole if signed is None else len(signed)
-    return BlockTokens(name, index, count, place, fused, bypass)
+    count = stream.whole if stream.ids is None else stream.ids.shape[1]
+    return BlockTokens(name, index, count, place, fused_tokens(stream), bypass)

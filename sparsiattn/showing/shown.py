@@ -45,7 +45,8 @@ class SiteShown:
     token that holds each patch as query and as key, -1 where it is gone; None where that is not
     known, and ``why`` says so. mass: ``[H]``, share of exact attention on kept keys; density:
     ``[H]``, share of pairs kept: both means over all patch queries. block: index of its block where
-    tokens are dropped or merged. dense: the host's own attention runs here.
+    tokens are dropped or merged. dense: the host's own attention runs here. fused: tokens that hold
+    the sum of dropped ones, at no place.
     """
 
     name: str
@@ -67,6 +68,7 @@ class SiteShown:
     mass: Tensor
     density: Tensor
     dense: bool
+    fused: tuple[int, ...] = ()
 
     @property
     def grid(self) -> Grid | None:
@@ -134,6 +136,7 @@ class SiteShown:
             "name": self.name, "index": self.index, "heads": list(self.heads), "grid": self.grid,
             "tokens": self.tokens, "keys": self.keys, "windows": self.windows,
             "prefix_tokens": self.prefix, "queries": len(self.queries), "dense": self.dense,
+            "fused": list(self.fused),
             "density": _listed(self.density), "mass": _listed(self.mass), "note": self.why,
         }  # fmt: skip
         if rows:
