@@ -12,8 +12,7 @@ Array = NDArray[Any]
 
 SIDE = 224  # pixels: smaller photos are enlarged to it, patch by patch
 
-# Colours of attention, from none to most: those of matplotlib's "inferno" at equal steps, by Nathaniel
-# J. Smith and Stefan van der Walt (CC0).
+# Colours of attention, from none to most: the colour map "inferno" (CC0) at equal steps.
 STOPS = (
     (0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21),
     (250, 193, 39), (252, 255, 164),
@@ -58,10 +57,10 @@ def heat(pixels: Array, values: Array, top: float) -> Array:
 
 
 def spotlight(pixels: Array, share: Array) -> Array:
-    """The photo in its colours where keys are kept (by a share of the heads), faded elsewhere."""
+    """The photo in its colours where keys are kept (by a share of the heads), dark elsewhere."""
     photo = enlarged(pixels)
     cover = spread(share, photo.shape[:2])[..., None]
-    faded = 0.82 * 255 + 0.18 * _grey(photo)
+    faded = 0.2 * _grey(photo)
     return _bytes(faded * (1 - cover) + photo * cover)
 
 
@@ -72,10 +71,12 @@ def tokens(pixels: Array, place: Array, fused: Sequence[int] = ()) -> Array:
     place = np.where(np.isin(place, list(fused)), -1, place)
     group = spread(place, photo.shape[:2])
     sizes = np.bincount(place[place >= 0], minlength=int(place.max(initial=0)) + 1)
+    # a token is tinted by its first patch, so that it keeps its colour while tokens before it go
+    first = {token: at for at, token in reversed(list(enumerate(place.flatten().tolist())))}
     out = photo.copy()
     for token in np.flatnonzero(sizes > 1):
         inside = group == token
-        out[inside] = 0.72 * photo[inside].mean(0) + 0.28 * np.array(hue(int(token)))
+        out[inside] = 0.72 * photo[inside].mean(0) + 0.28 * np.array(hue(first[int(token)]))
     merged = (group >= 0) & (sizes[np.maximum(group, 0)] > 1)
     out[_borders(group) & (merged | _borders_of(merged))] = 255
     out[group < 0] = 0.16 * _grey(photo)[group < 0]

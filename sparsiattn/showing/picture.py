@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.showing import paint
 from sparsiattn.showing.paint import Array
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
 
 QUERY = "#22b8ff"
 SMALL, LARGE = 8.5, 11
+MOST = 24  # layers or heads in one picture; of more, some are taken at equal steps
 
 
 def figure(shown: Shown, view: str, site: str | int | None = None) -> Any:
@@ -26,8 +29,10 @@ def figure(shown: Shown, view: str, site: str | int | None = None) -> Any:
     draw = {
         "overview": _overview, "layers": _layers, "heads": _heads, "tokens": _tokens,
         "density": _density,
-    }[view]  # fmt: skip
-    return draw(shown, _site(shown, site))
+    }  # fmt: skip
+    if view == "overview" and shown.tokens and all(one.dense for one in shown.sites):
+        view = "tokens"  # there is no pattern to compare with
+    return draw[view](shown, _site(shown, site))
 
 
 def write(drawn: Any, path: Path) -> None:
@@ -51,9 +56,12 @@ def _blank(width: float, height: float, title: str, note: str) -> Any:
             "pictures need matplotlib, which is not here: pip install 'sparsiattn[viz]' (or save "
             "an .html page, which needs nothing)"
         ) from error
+    lines = textwrap.wrap(note, int(15 * width))
     drawn = Figure(figsize=(width, height), layout="constrained")
-    drawn.suptitle(f"{title}\n", fontsize=LARGE + 1, x=0.01, ha="left", weight="bold")
-    drawn.text(0.01, 1 - 0.36 / height, note, fontsize=SMALL, color="#555555", va="top")
+    space = "\n" * len(lines)
+    drawn.suptitle(f"{title}{space}", fontsize=LARGE + 1, x=0.01, ha="left", weight="bold")
+    text = "\n".join(lines)
+    drawn.text(0.01, 1 - 0.36 / height, text, fontsize=SMALL, color="#555555", va="top")
     return drawn
 
 
@@ -63,15 +71,19 @@ def _overview(shown: Shown, site: SiteShown) -> Any:
         f"{site.name}, mean of {len(site.heads)} heads. Bright: much attention (square-root scale, "
         "one for each row). Blue square: the query."
     )
-    drawn = _blank(11.6, 0.9 + 2.45 * max(1, len(points)), shown.title, note)
-    left, right = drawn.subfigures(1, 2, width_ratios=(4, 1.25))
-    axes = left.subplots(len(points), 4, squeeze=False)
     titles = ("photo", "exact attention", "what the pattern leaves", "keys kept")
+    titles = titles[: 2 if site.dense else 4]
+    kept = any(not one.dense for one in shown.sites)
+    width = 2.25 * len(titles) + (2.6 if kept else 0.0)
+    drawn = _blank(width, 0.9 + 2.45 * len(points), shown.title, note)
+    left, right = drawn.subfigures(1, 2, width_ratios=(width - 2.6, 2.6)) if kept else (drawn, None)
+    axes = left.subplots(len(points), len(titles), squeeze=False)
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=LARGE)
     for line, point in zip(axes, points, strict=True):
         _compare(line, shown, site, point)
-    _matrix(right.subplots(), shown, "mass", "exact attention kept, %")
+    if right is not None:
+        _matrix(right.subplots(), shown, "mass", "exact attention kept, %")
     return drawn
 
 
@@ -89,15 +101,21 @@ def _compare(line: Sequence[Any], shown: Shown, site: SiteShown, point: Point) -
         paint.enlarged(pixels), paint.heat(pixels, exact, top), paint.heat(pixels, pattern, top),
         paint.spotlight(pixels, share),
     )  # fmt: skip
-    for axis, picture in zip(line, pictures, strict=True):
+    for axis, picture in zip(line, pictures, strict=False):
         _place(axis, picture)
         _mark(axis, picture, grid, (row, column))
-    query = site.query(row, column)
-    if query is not None:
-        kept = float((site.exact[:, query] * site.kept[:, query]).sum(-1).mean())
-        keys = float(site.kept[:, query].float().sum(-1).mean())
-        text = f"{keys:.0f} of {site.keys} keys, {100 * kept:.0f} % of the attention"
-        line[3].set_xlabel(text, fontsize=SMALL)
+    line[-1].set_xlabel(_figures(site, site.query(row, column)), fontsize=SMALL)
+
+
+def _figures(site: SiteShown, query: int | None) -> str:
+    """What the pattern keeps for one query, in words."""
+    if query is None:
+        return "dropped before"
+    if site.dense:
+        return f"all of {site.keys} keys"
+    kept = float((site.exact[:, query] * site.kept[:, query]).sum(-1).mean())
+    keys = float(site.kept[:, query].float().sum(-1).mean())
+    return f"{keys:.0f} of {site.keys} keys, {100 * kept:.0f} % of the attention"
 
 
 def _alive(shown: Shown, site: SiteShown) -> list[Point]:
@@ -112,13 +130,13 @@ def _layers(shown: Shown, site: SiteShown) -> Any:
     sites = [one for one in shown.sites if one.grid is not None]
     if not sites:
         raise InvalidOption(f"no site has a picture: {site.why}; try view='density'")
-    named = f"query in the blue square, mean of heads: above exact attention, below the pattern's. {_SCALE}"
+    note = f"Mean of heads: above exact attention, below the pattern's. {_SCALE}"
     cells = []
-    for one in sites:
+    for one in _some(sites, MOST):
         row, column = shown.points[0].on(one.grid or (1, 1))
         pair = [one.attention(row, column, of).mean(0).numpy() for of in ("exact", "pattern")]
         cells.append((f"{one.name}\nkeeps {100 * float(one.mass.mean()):.0f} %", one, pair))
-    return _pairs(shown, cells, named)
+    return _pairs(shown, cells, note)
 
 
 def _heads(shown: Shown, site: SiteShown) -> Any:
@@ -126,13 +144,17 @@ def _heads(shown: Shown, site: SiteShown) -> Any:
     row, column = point.on(site.grid or (1, 1))
     pairs = [site.attention(row, column, of).numpy() for of in ("exact", "pattern")]
     cells = []
-    for place, head in enumerate(site.heads):
+    for place, head in _some(list(enumerate(site.heads)), MOST):
         name = f"head {head}\nkeeps {100 * float(site.mass[place]):.0f} %"
         cells.append((name, site, [pairs[0][place], pairs[1][place]]))
-    return _pairs(shown, cells, f"{site.name}: above exact attention, below the pattern's. {_SCALE}")
+    return _pairs(
+        shown, cells, f"{site.name}: above exact attention, below the pattern's. {_SCALE}"
+    )
 
 
-_SCALE = "Brightness: square root of attention, each column to its own maximum."
+_SCALE = (
+    "Brightness: square root of attention, each pair to its own maximum. Blue square: the query."
+)
 
 
 def _pairs(shown: Shown, cells: list[tuple[str, SiteShown, list[Array]]], note: str) -> Any:
@@ -166,7 +188,7 @@ def _tokens(shown: Shown, site: SiteShown) -> Any:
     columns = min(4, len(steps) + 1)
     lines = math.ceil((len(steps) + 1) / columns)
     note = (
-        "Dark patches were dropped; patches in one outline were merged into one token and have the "
+        "Dark patches were dropped. Patches of one tint were merged into one token, and have the "
         "mean of their colours."
     )
     drawn = _blank(max(7.5, 2.6 * columns), 0.8 + 2.75 * lines, shown.title, note)
@@ -186,10 +208,18 @@ def _tokens(shown: Shown, site: SiteShown) -> Any:
 def _changes(tokens: Sequence[BlockTokens], most: int = 7) -> list[BlockTokens]:
     """The blocks after which there are fewer tokens than before, at most so many of them."""
     found = [one for i, one in enumerate(tokens) if not i or one.count != tokens[i - 1].count]
-    if len(found) <= most:
-        return found
-    picked = np.linspace(0, len(found) - 1, most).round().astype(int)
-    return [found[i] for i in picked]
+    return _some(found, most)
+
+
+def _some(items: list[T], most: int) -> list[T]:
+    """At most so many of them, first and last included, at equal steps.
+
+    >>> _some([1, 2, 3, 4, 5], 3)
+    [1, 3, 5]
+    """
+    if len(items) <= most:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def _density(shown: Shown, site: SiteShown) -> Any:
@@ -208,9 +238,12 @@ def _matrix(axis: Any, shown: Shown, name: str, title: str) -> None:
     for row, site in enumerate(shown.sites):
         values[row, : len(site.heads)] = 100 * getattr(site, name).numpy()
     axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    axis.set_title(title, fontsize=LARGE - 1)
-    axis.set_yticks(range(len(shown.sites)), [site.name for site in shown.sites], fontsize=SMALL - 1)
-    axis.set_xticks(range(heads), [str(head) for head in range(heads)], fontsize=SMALL - 1)
+    axis.set_title(title, fontsize=LARGE - 1, loc="right")
+    axis.set_yticks(
+        range(len(shown.sites)), [site.name for site in shown.sites], fontsize=SMALL - 1
+    )
+    ticks = range(0, heads, -(-heads // 12))
+    axis.set_xticks(ticks, [str(head) for head in ticks], fontsize=SMALL - 1)
     axis.set_xlabel("head", fontsize=SMALL)
     axis.tick_params(length=0)
     if heads > 16:
@@ -219,9 +252,7 @@ def _matrix(axis: Any, shown: Shown, name: str, title: str) -> None:
         if math.isfinite(value):
             colour = "black" if value > 60 else "white"
             text = f"{value:.0f}"
-            axis.text(
-                column, row, text, ha="center", va="center", fontsize=SMALL - 2, color=colour
-            )
+            axis.text(column, row, text, ha="center", va="center", fontsize=SMALL - 2, color=colour)
 
 
 def _place(axis: Any, picture: Array) -> None:
