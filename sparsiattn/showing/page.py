@@ -57,7 +57,7 @@ def page(shown: Shown) -> str:
     parts = {
         "TITLE": escape(shown.title),
         "STYLE": _file("page.css"),
-        "DATA": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "BLOB": blob.text(),
         "SCRIPT": _file("page.js"),
     }
@@ -89,7 +89,7 @@ def _site(site: SiteShown, blob: Blob) -> dict[str, Any]:
         "background": bool(site.background.any()),
         "keyGrid": list(site.key_place.shape),
         "at": {
-            "lookup": blob.add(site.lookup(), "<i4"),
+            "lookup": blob.add(site.lookup, "<i4"),
             "place": blob.add(site.place, "<i4"),
             "keyIndex": blob.add(local, "<i4"),
             "keyWindow": blob.add(window, "<i4"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -186,12 +186,13 @@ def _untouched(patch: Patch) -> Iterator[None]:
     were before."""
     modes = [(module, module.training) for module in patch.model.modules()]
     image, carried, seen = patch.image, patch.carried, THREAD.image
-    with ExitStack() as after:
-        for module, training in modes:
-            after.callback(setattr, module, "training", training)
-        patch.model.eval()
+    patch.model.eval()
+    try:
         yield
-    patch.image, patch.carried, THREAD.image = image, carried, seen
+    finally:
+        for module, training in modes:
+            module.training = training
+        patch.image, patch.carried, THREAD.image = image, carried, seen
 
 
 def _points(queries: Any, calls: dict[Site, Call]) -> tuple[Point, ...]:
@@ -303,7 +304,7 @@ def _totals(part: attention.Rows, inputs: AttentionInputs, rows: Tensor) -> Tens
     allows."""
     real = rows >= inputs.prefix
     allowed = inputs.allowed()
-    pairs = torch.full(part.mass.shape, float(inputs.n_keys))
+    pairs = torch.full_like(part.mass, float(inputs.n_keys))
     if allowed is not None:
         allowed = allowed if allowed.shape[-2] == 1 else allowed.index_select(-2, rows)
         allowed = allowed.expand(*allowed.shape[:-1], inputs.n_keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -80,9 +81,10 @@ class SiteShown:
         patch was dropped before."""
         if self.place is None:
             raise InvalidOption(f"{self.name} has no picture: {self.why}")
-        found = int(self.lookup()[row, column])
+        found = int(self.lookup[row, column])
         return None if found < 0 else found
 
+    @cached_property
     def lookup(self) -> Tensor:
         """``[rows, columns]``: the query of each patch, or that of the nearest patch that has one;
         -1 where the patch is gone. Empty where there is no grid."""
@@ -91,13 +93,12 @@ class SiteShown:
         where = torch.full((self.tokens * self.windows + 1,), -1)
         where[self.queries] = torch.arange(len(self.queries))
         own = where[self.place]  # place -1 reads the spare last entry
-        known = (own >= 0).nonzero()
-        if not len(known):
-            return own
-        all_of_them = torch.ones_like(own, dtype=torch.bool).nonzero()
-        nearest = torch.cdist(all_of_them.float(), known.float()).argmin(1)
-        filled = own[tuple(known[nearest].T)].view_as(own)
-        return torch.where(self.place < 0, -1, torch.where(own >= 0, own, filled))
+        known, wanted = (own >= 0).nonzero(), ((own < 0) & (self.place >= 0)).nonzero()
+        if len(known) and len(wanted):
+            # a quarter of a patch more, so that of an even number of patches each takes its own
+            nearest = torch.cdist(wanted + 0.25, known.float()).argmin(1)
+            own[tuple(wanted.T)] = own[tuple(known[nearest].T)]
+        return own
 
     def by_patch(self, values: Tensor, query: int) -> Tensor:
         """``[..., Nk]`` of one query as ``[..., rows, columns]`` of key patches. A merged token's
