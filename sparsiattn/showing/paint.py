@@ -34,7 +34,8 @@ def spread(values: Array, shape: tuple[int, ...]) -> Array:
     rows, columns = (
         np.arange(size) * count // size for size, count in zip(shape, values.shape, strict=False)
     )
-    return values[rows[:, None], columns[None]]
+    out: Array = values[rows[:, None], columns[None]]
+    return out
 
 
 def ramp(share: Array) -> Array:
@@ -43,7 +44,8 @@ def ramp(share: Array) -> Array:
     at = np.clip(share, 0, 1) * (len(stops) - 1)
     low = np.minimum(at.astype(int), len(stops) - 2)
     part = (at - low)[..., None]
-    return stops[low] * (1 - part) + stops[low + 1] * part
+    out: Array = stops[low] * (1 - part) + stops[low + 1] * part
+    return out
 
 
 def heat(pixels: Array, values: Array, top: float) -> Array:
@@ -109,7 +111,8 @@ def _borders_of(merged: Array) -> Array:
 
 def _grey(photo: Array) -> Array:
     weights = np.array([0.299, 0.587, 0.114])
-    return (photo @ weights)[..., None].repeat(3, -1)
+    out: Array = (photo @ weights)[..., None].repeat(3, -1)
+    return out
 
 
 def _bytes(colours: Array) -> Array:

@@ -71,7 +71,7 @@ def _overview(shown: Shown, site: SiteShown) -> Any:
         f"{site.name}, mean of {len(site.heads)} heads. Bright: much attention (square-root scale, "
         "one for each row). Blue square: the query."
     )
-    titles = ("photo", "exact attention", "what the pattern leaves", "keys kept")
+    titles = ["photo", "exact attention", "what the pattern leaves", "keys kept"]
     titles = titles[: 2 if site.dense else 4]
     kept = any(not one.dense for one in shown.sites)
     width = 2.25 * len(titles) + (2.6 if kept else 0.0)
