@@ -118,6 +118,15 @@ def test_wrong_choices_say_what_is_there(options: dict[str, Any], says: str) -> 
     assert says in str(error.value)
 
 
+def test_progress_counts_sites_and_a_disabled_patch_is_refused() -> None:
+    model, told = tiny_vit(), []
+    live = sparsiattn.patch(model, "topk", k=0.2)
+    sparsiattn.show(model, tiny_images(1), progress=lambda *done: told.append(done))
+    assert told == [(1, 2), (1, 2)]
+    with live.disabled(), pytest.raises(sparsiattn.InvalidOption, match="disabled"):
+        sparsiattn.show(model, tiny_images(1))
+
+
 def test_an_unpatched_model_is_told_to_be_patched() -> None:
     with pytest.raises(sparsiattn.InvalidOption, match=r"sparsiattn\.patch"):
         sparsiattn.show(tiny_vit(), tiny_images(1))

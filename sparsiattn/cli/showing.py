@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from sparsiattn.cli.options import (
     pairs,
     patch_options,
 )
+from sparsiattn.progress import bar
 
 
 def show_model(
@@ -83,7 +85,11 @@ def show_model(
         live = prepare(host, given, planners, checkpoint)
         if not pretrained and checkpoint is None:
             typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
-        found = show(host, image, layers=layers, heads=head, queries=queries, image_size=image_size)
+        with bar("sites", shown=sys.stderr.isatty()) as progress:
+            found = show(
+                host, image, layers=layers, heads=head, queries=queries, image_size=image_size,
+                progress=progress,
+            )  # fmt: skip
         written = [found.save(path, view) for path in out or [Path("show.html")]]
     if as_json:
         about = {"name": model, "photo": str(image), "out": [str(path) for path in written]}

@@ -10,7 +10,7 @@ const MEANING = {
 const STOPS = [[0, 0, 4], [43, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66],
   [245, 125, 21], [250, 193, 39], [252, 255, 164]];
 const KINDS = { lookup: Int32Array, place: Int32Array, keyIndex: Int32Array, keyWindow: Int32Array,
-  queryWindow: Int32Array, codes: Uint8Array, top: Float32Array, kept: Uint8Array,
+  queryToken: Int32Array, codes: Uint8Array, top: Float32Array, kept: Uint8Array,
   mass: Float32Array, background: Float32Array };
 const state = { site: 0, head: -1, mode: "pattern", y: 0.5, x: 0.5, prefix: -1, pinned: false };
 const photo = new Image();
@@ -62,13 +62,20 @@ function queryOf(site) {
   return array(site, "lookup")[row * site.grid[1] + column];
 }
 
+// Index of the patch whose query is shown: the one pointed at, or the nearest that has a query.
+function spot(site) {
+  const [row, column] = patchAt(site), at = row * site.grid[1] + column, place = array(site, "place");
+  const query = array(site, "lookup")[at], token = query < 0 ? place[at] : array(site, "queryToken")[query];
+  return place[at] === token ? at : place.indexOf(token);
+}
+
 // Shares of one query: by patch, on prefix tokens, kept mass, background, number of kept keys.
 function attention(site, head, query, mode) {
   const index = array(site, "keyIndex"), window = array(site, "keyWindow");
   const size = mode === "kept" ? null : sizes(site);
   const codes = array(site, "codes"), top = array(site, "top"), bits = array(site, "kept");
   const masses = array(site, "mass"), backgrounds = array(site, "background");
-  const n = site.keys, wide = Math.ceil(n / 8), own = array(site, "queryWindow")[query];
+  const n = site.keys, wide = Math.ceil(n / 8), own = Math.floor(array(site, "queryToken")[query] / site.tokens);
   const heads = head < 0 ? site.heads.map((_, h) => h) : [head];
   const found = { patches: new Float32Array(index.length), prefix: 0, fused: 0, mass: 0, background: 0, kept: 0 };
   const row = new Float32Array(n);
@@ -126,8 +133,8 @@ function drawPhoto(site, query, found) {
 
 // Around the query's patch, and all patches merged into its token.
 function outline(context, site, width, height) {
-  const [rows, columns] = site.grid, [row, column] = patchAt(site), place = array(site, "place");
-  const at = row * columns + column, mine = place[at], w = width / columns, h = height / rows;
+  const [rows, columns] = site.grid, place = array(site, "place"), at = spot(site);
+  const mine = place[at], w = width / columns, h = height / rows;
   const inside = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns
     && (mine < 0 ? r * columns + c === at : place[r * columns + c] === mine);
   const sides = [[-1, 0, 0, 0, 1, 0], [1, 0, 0, 1, 1, 1], [0, -1, 0, 0, 0, 1], [0, 1, 1, 0, 1, 1]];
@@ -148,7 +155,7 @@ function outline(context, site, width, height) {
   }
 }
 
-const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %";
+const percent = (x) => (x > 0 && x < 0.001 ? (100 * x).toPrecision(1) : (100 * x).toFixed(x < 0.0995 ? 1 : 0)) + " %";
 
 function readout(site, query, found) {
   const said = [];
@@ -171,8 +178,9 @@ function readout(site, query, found) {
   let text = `${site.name}, ${head}`;
   if (!site.at) text += `: ${site.note}`;
   else if (query >= 0 && query < site.prefix_tokens) text += `, prefix token ${query}`;
-  else text += `, patch (${patchAt(site).join(", ")}) of ${site.grid.join(" x ")}` + (query < 0 ? ": dropped before this layer" : "");
+  else text += `, patch (${Math.floor(spot(site) / site.grid[1])}, ${spot(site) % site.grid[1]}) of ${site.grid.join(" x ")}` + (query < 0 ? ": dropped before this layer" : "");
   if (site.dense) text += "; dense attention runs here";
+  if (DATA.step > 1 && site.at) text += `; a query every ${DATA.step} patches, the nearest is shown`;
   if (site.windows > 1) text += `; ${site.windows} windows`;
   $("where").textContent = text;
 }
@@ -292,59 +300,6 @@ function massCell(site, head, mass) {
   return button;
 }
 
-// What became of the tokens: dropped patches go dark, merged ones take their mean colour.
-function tokenPicture(block) {
-  const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
-  const [rows, columns] = block.grid, side = 12, place = new Int32Array(bytes, ...block.place);
-  canvas.width = columns * side;
-  canvas.height = rows * side;
-  const cells = document.createElement("canvas"), tiny = cells.getContext("2d");
-  cells.width = columns;
-  cells.height = rows;
-  tiny.imageSmoothingQuality = "high";
-  tiny.drawImage(photo, 0, 0, columns, rows);
-  const pixels = tiny.getImageData(0, 0, columns, rows).data, groups = new Map();
-  place.forEach((token, p) => groups.set(token, [...(groups.get(token) || []), p]));
-  context.drawImage(photo, 0, 0, canvas.width, canvas.height);
-  for (const [token, patches] of groups) {
-    const gone = token < 0 || block.fused.includes(token);
-    if (!gone && patches.length === 1) continue;
-    const mean = [0, 1, 2].map((c) => patches.reduce((sum, p) => sum + pixels[4 * p + c], 0) / patches.length);
-    context.fillStyle = gone ? "rgba(14, 14, 17, 0.86)" : `rgb(${mean.map(Math.round).join()})`;
-    for (const p of patches) context.fillRect((p % columns) * side, Math.floor(p / columns) * side, side, side);
-  }
-  borders(context, place, block, side);
-  return canvas;
-}
-
-function borders(context, place, block, side) {
-  const [rows, columns] = block.grid, count = new Map();
-  for (const token of place) count.set(token, (count.get(token) || 0) + 1);
-  const merged = (token) => token >= 0 && !block.fused.includes(token) && count.get(token) > 1;
-  context.fillStyle = "#fffc";
-  for (let p = 0; p < place.length; p++) {
-    const x = (p % columns) * side, y = Math.floor(p / columns) * side;
-    const right = p % columns + 1 < columns ? p + 1 : -1, below = p + columns < rows * columns ? p + columns : -1;
-    const parts = (other) => other >= 0 && place[p] !== place[other] && (merged(place[p]) || merged(place[other]));
-    if (parts(right)) context.fillRect(x + side - 0.7, y, 1.4, side);
-    if (parts(below)) context.fillRect(x, y + side - 0.7, side, 1.4);
-  }
-}
-
-function tokens() {
-  if (!DATA.tokens.length) return;
-  $("tokensection").hidden = false;
-  if (DATA.tokens[0].mlp_only) $("tokentitle").textContent = "Tokens that take each block's MLP";
-  $("tokenhint").textContent = "Dark patches were dropped" + (DATA.tokens.some((b) => b.fused.length) ? " (fused into one token)" : "")
-    + "; merged patches show their mean colour, with a line around each group.";
-  $("tokens").replaceChildren(...DATA.tokens.map((block) => {
-    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
-    caption.textContent = `${block.name}: ${block.tokens} of ${block.grid[0] * block.grid[1]}`;
-    figure.append(tokenPicture(block), caption);
-    return figure;
-  }));
-}
-
 function point(event) {
   const box = $("photo").getBoundingClientRect(), clip = (t) => Math.max(0, Math.min(0.9999, t));
   Object.assign(state, { y: clip((event.clientY - box.top) / box.height), x: clip((event.clientX - box.left) / box.width) });
@@ -355,7 +310,7 @@ function point(event) {
 function move(rows, columns) {
   const site = DATA.sites[state.site];
   if (!site.at) return;
-  const at = patchAt(site).map((t, i) => Math.max(0, Math.min(site.grid[i] - 1, t + [rows, columns][i])));
+  const at = patchAt(site).map((t, i) => Math.max(0, Math.min(site.grid[i] - 1, t + DATA.step * [rows, columns][i])));
   Object.assign(state, { y: (at[0] + 0.5) / site.grid[0], x: (at[1] + 0.5) / site.grid[1], prefix: -1 });
   choose({});
 }
@@ -390,6 +345,15 @@ function listen() {
   $("theme").onclick = () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; };
 }
 
+// Where to look at first: a point whose patch is still there, else the first such patch.
+function opening(site) {
+  if (!site.at) return DATA.points[0];
+  const lookup = array(site, "lookup"), [rows, columns] = site.grid;
+  const alive = ([y, x]) => { const [r, c] = patchAt(site, y, x); return lookup[r * columns + c] >= 0; };
+  const first = Math.max(0, lookup.findIndex((query) => query >= 0));
+  return DATA.points.find(alive) || [(Math.floor(first / columns) + 0.5) / rows, ((first % columns) + 0.5) / columns];
+}
+
 // #layer=3&head=1&mode=exact&at=0.4,0.6&theme=dark
 function fromHash() {
   const asked = new URLSearchParams(location.hash.slice(1)), dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -400,7 +364,7 @@ function fromHash() {
   if (asked.has("head")) state.head = DATA.sites[state.site].heads.indexOf(+asked.get("head"));
   if (DATA.sites.every((site) => site.dense)) state.mode = "exact";
   if (asked.get("mode") in MEANING) state.mode = asked.get("mode");
-  const [y, x] = asked.has("at") ? asked.get("at").split(",").map(Number) : DATA.points[0];
+  const [y, x] = asked.has("at") ? asked.get("at").split(",").map(Number) : opening(DATA.sites[state.site]);
   if (y >= 0 && y < 1 && x >= 0 && x < 1) Object.assign(state, { y, x });
 }
 

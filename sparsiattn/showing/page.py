@@ -59,7 +59,7 @@ def page(shown: Shown) -> str:
         "STYLE": _file("page.css"),
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "BLOB": blob.text(),
-        "SCRIPT": _file("page.js"),
+        "SCRIPT": _file("tokens.js") + _file("page.js"),
     }
     # one pass, so that nothing inside the data is taken for a mark
     return re.sub(r"@@([A-Z]+)@@", lambda mark: parts[mark[1]], _file("page.html"))
@@ -93,7 +93,7 @@ def _site(site: SiteShown, blob: Blob) -> dict[str, Any]:
             "place": blob.add(site.place, "<i4"),
             "keyIndex": blob.add(local, "<i4"),
             "keyWindow": blob.add(window, "<i4"),
-            "queryWindow": blob.add(site.queries // site.tokens, "<i4"),
+            "queryToken": blob.add(site.queries, "<i4"),
             "codes": blob.add(codes.round().clamp(0, 255), "<u1"),
             "top": blob.add(top, "<f4"),
             "kept": blob.add(_bits(site.kept), "<u1"),

@@ -15,6 +15,7 @@ from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
 from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.interception import THREAD
 from sparsiattn.patterns import Dense
+from sparsiattn.progress import Advance
 from sparsiattn.showing import rows as attention
 from sparsiattn.showing.photo import photo
 from sparsiattn.showing.placing import (
@@ -93,6 +94,7 @@ def show(
     heads: Sequence[int] | int | None = None,
     queries: Sequence[tuple[int, int]] | None = None,
     image_size: int | tuple[int, int] | None = None,
+    progress: Advance | None = None,
 ) -> Shown:
     """What a patched model attends to in one image: which keys each query keeps, how much of exact
     attention that is, and which tokens are dropped or merged.
@@ -103,7 +105,8 @@ def show(
     end), names or globs of them; all if None. heads: indices; all if None. queries: ``(row,
     column)`` of patches, counted on the grid of the first site shown; if None all of them, or,
     where that would be more than 6 million attention values, every second, third ... of each row
-    and column. image_size: pixels, where the model does not say.
+    and column. image_size: pixels, where the model does not say. progress: called with 1 and the
+    number of sites after each site.
 
     Attention is computed anew from the queries and keys that reach each site, so it may run fused.
     In that run attention is dense everywhere: every site is shown on exact inputs, and what is
@@ -132,13 +135,18 @@ def show(
         tokens = _tokens(recorder)
     calls = {site: recorder.calls[site.name] for site in wanted if site.name in recorder.calls}
     if not calls:
-        raise InvalidOption(f"none of {[site.name for site in wanted]} ran on this image")
+        raise InvalidOption(
+            f"none of {[site.name for site in wanted]} was observed on this image: show() cannot "
+            "run inside Patch.disabled()"
+        )
     points = _points(queries, calls)
     step = 1 if queries is not None else _step(calls, heads)
-    sites = []
+    sites, count = [], len(calls)
     with torch.no_grad():
         for site in list(calls):
             sites.append(_shown(patch, site, calls.pop(site), heads, points, queries, step))
+            if progress is not None:
+                progress(1, count)
     return Shown(
         model=type(patch.model).__name__, strategy=patch.strategy.to_dict(), pixels=look,
         sites=tuple(sites), tokens=tokens, points=points, step=step,
