@@ -43,6 +43,7 @@ from sparsiattn.registry import backbones, kernels, plugins, strategies
 from sparsiattn.report import Report
 from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search
+from sparsiattn.showing import Shown, show
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
 from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
@@ -83,6 +84,7 @@ __all__ = [
     "Reduction",
     "Report",
     "SearchResult",
+    "Shown",
     "Site",
     "SparsiattnError",
     "Strategy",
@@ -108,6 +110,7 @@ __all__ = [
     "plugins",
     "profile",
     "search",
+    "show",
     "strategies",
     "train",
     "tune",

@@ -12,6 +12,7 @@ from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
 from sparsiattn.cli.profiling import profile_model
 from sparsiattn.cli.searching import search_model
+from sparsiattn.cli.showing import show_model
 from sparsiattn.cli.training import train_model
 from sparsiattn.cli.tune import tune_here
 
@@ -28,6 +29,7 @@ app.command("doctor")(diagnose)
 app.command("inspect")(inspect_model)
 app.command("tune")(tune_here)
 app.command("bench")(bench_model)
+app.command("show")(show_model)
 app.command("calibrate")(calibrate_model)
 app.command("profile")(profile_model)
 app.command("search")(search_model)

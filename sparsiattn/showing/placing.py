@@ -1,0 +1,129 @@
+"""Where the tokens of an attention call are in the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.geometry import Grid
+from sparsiattn.site import AttentionInputs
+from sparsiattn.stream import Stream
+
+_PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
+"""Modules whose blocks cut windows in raster order and never shift them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placing:
+    """Tokens by patch. Tokens are numbered window after window, prefix tokens included.
+
+    queries, keys: ``[rows, columns]``, the number of the token that holds each patch, -1 where it
+    is gone; None where that is not known, and ``why`` says so. fused: tokens that hold the sum of
+    dropped ones, which have no place.
+    """
+
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    why: str = ""
+    fused: tuple[int, ...] = ()
+
+
+def placing(inputs: AttentionInputs, window: Window | None) -> Placing:
+    """Where the tokens of one call are; ``window``: of the block that cut them, if one did."""
+    site = inputs.site
+    if window is not None:
+        return window.placing(inputs)
+    if inputs.q.shape[0] > 1:
+        return Placing(why=f"how {site.name} cuts the image into windows is not known")
+    if inputs.stream is not None and inputs.stream.reduced:
+        return _carried(inputs.stream, inputs.prefix)
+    if not site.raster or 1 in inputs.query_grid:
+        return Placing(why=f"the tokens of {site.name} are in no raster order")
+    queries, keys = (
+        torch.arange(grid[0] * grid[1]).view(grid) + inputs.prefix
+        for grid in (inputs.query_grid, inputs.keys_grid)
+    )
+    return Placing(queries, keys)
+
+
+def _carried(stream: Stream, prefix: int) -> Placing:
+    """Of a sequence that is shorter than it was."""
+    place, fused = stream_place(stream), fused_tokens(stream)
+    gone = (place < 0) | torch.isin(place, torch.tensor(fused, dtype=torch.long))
+    place = torch.where(gone, -1, place + prefix)
+    return Placing(place, place, fused=tuple(token + prefix for token in fused))
+
+
+def fused_tokens(stream: Stream) -> tuple[int, ...]:
+    """The present patch tokens that are sums of dropped ones."""
+    return () if stream.ids is None else tuple((stream.ids[0] < 0).nonzero().flatten().tolist())
+
+
+def stream_place(stream: Stream) -> Tensor:
+    """``[rows, columns]``: the present patch token of every original patch, -1 where it is gone."""
+    place = stream.source() if stream.steps else torch.arange(stream.whole)[None]
+    return place[0].cpu().view(stream.grid)
+
+
+class Window:
+    """A block that cuts its map into windows (Swin's, and those that never shift), and the size of
+    the map that it last took."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.map: Grid | None = None
+
+    def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of the block."""
+        values = [*args, *kwargs.values()]
+        first = next((x for x in values if isinstance(x, Tensor)), None)
+        if first is not None and first.dim() == 4:
+            self.map = (first.shape[1], first.shape[2])
+            return
+        sizes = next((x for x in values if isinstance(x, (tuple, list)) and len(x) == 2), None)
+        self.map = None if sizes is None else (int(sizes[0]), int(sizes[1]))
+
+    def placing(self, inputs: AttentionInputs) -> Placing:
+        sides, whole, name = inputs.query_grid, self.map, inputs.site.name
+        if whole is None or inputs.prefix or inputs.n_queries != inputs.n_keys:
+            return Placing(why=f"how {name} cuts the image into windows is not known")
+        padded = (-(-whole[0] // sides[0]) * sides[0], -(-whole[1] // sides[1]) * sides[1])
+        if padded[0] * padded[1] != inputs.q.shape[0] * inputs.n_queries:
+            return Placing(why=f"how {name} cuts the image into windows is not known")
+        shift = _pair(getattr(self.module, "shift_size", 0))
+        # where one window spans the map there is nothing to shift
+        shift = (shift[0] if padded[0] > sides[0] else 0, shift[1] if padded[1] > sides[1] else 0)
+        if any(shift) and padded != whole:
+            return Placing(why=f"the windows of {name} are shifted over a padded map")
+        place = torch.roll(_windows(padded, sides), shift, (0, 1))[: whole[0], : whole[1]]
+        return Placing(place, place)
+
+
+def _windows(size: Grid, sides: Grid) -> Tensor:
+    """``[rows, columns]``: number of the token at every place of an unshifted map."""
+    parts = size[0] // sides[0], size[1] // sides[1]
+    tokens = torch.arange(size[0] * size[1]).view(*parts, *sides)
+    return tokens.permute(0, 2, 1, 3).reshape(size)
+
+
+def _pair(value: Any) -> Grid:
+    rows, columns = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(rows), int(columns)
+
+
+def window_of(model: nn.Module, site: str) -> Window | None:
+    """The block that cuts the windows of a site: its own module, or one of those around it."""
+    names = site.split(".")
+    for end in range(len(names), max(0, len(names) - 3), -1):
+        module = model.get_submodule(".".join(names[:end]))
+        size = getattr(module, "window_size", None)
+        if size is None:
+            continue
+        if hasattr(module, "shift_size"):
+            return Window(module)
+        if type(module).__module__ in _PLAIN_WINDOWS and size:
+            return Window(module)
+    return None
