@@ -50,10 +50,11 @@ class Bench:
             yield model
 
     def _calibrate(self, live: sparsiattn.Patch, method: Method) -> None:
-        """Planners know neither budget nor background: one fit serves all rows of a tile. A hybrid
+        """Planners know neither budget nor background: one fit serves all rows of a shape. A hybrid
         takes that of all tokens, and chooses keys among those that are left."""
-        tile = str(method.options.get("tile", 1))
-        path = self.work / f"calibrated-{tile}-{method.seed}.safetensors"
+        shape = [str(method.options[name]) for name in ("tile", "reduce") if name in method.options]
+        name = "-".join(["calibrated", *(shape or ["1"]), str(method.seed)])
+        path = self.work / f"{name}.safetensors"
         if not path.exists():
             assert method.strategy == "connectivity"
             images = Batches(self.images, self.labels, method.seed or 0)

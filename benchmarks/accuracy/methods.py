@@ -12,7 +12,7 @@ LAYERS = [2, 4]  # a third and two thirds of six blocks
 SEEDS = (0, 1, 2)
 TILES: tuple[Any, ...] = (1, (2, 2))
 BACKGROUNDS = (None, 1, 2, 4)
-TRAINED = (0.25, 0.1)
+TRAINED = FINE = (0.25, 0.1)
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ def methods() -> Iterator[Method]:
         for background in BACKGROUNDS:
             for k in BUDGETS:
                 yield Method("connectivity", _connect(k, tile, background))
+    for k in BUDGETS:
+        yield Method("connectivity", {**_connect(k, 1, 2), "own": None})
+    for fit, seed in (("none", None), ("calibrated", 0)):
+        for background in (2, 4):
+            for k in FINE:
+                finer = {**_connect(k, 1, background), "reduce": 2}
+                yield Method("connectivity", finer, fit, seed)
     for seed in SEEDS:
         for tile in TILES:
             for background in BACKGROUNDS if seed == 0 else (2,):
