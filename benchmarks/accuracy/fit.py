@@ -11,7 +11,7 @@ from typing import Any
 
 import cifar
 import torch
-from methods import Method
+from methods import Method, text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,11 +50,12 @@ class Bench:
             yield model
 
     def _calibrate(self, live: sparsiattn.Patch, method: Method) -> None:
-        """Planners know neither budget nor background: one fit serves all rows of a shape. A hybrid
-        takes that of all tokens, and chooses keys among those that are left."""
-        shape = [str(method.options[name]) for name in ("tile", "reduce") if name in method.options]
-        name = "-".join(["calibrated", *(shape or ["1"]), str(method.seed)])
-        path = self.work / f"{name}.safetensors"
+        """Planners know neither budget nor background: one fit serves all rows of a tile whose
+        planners have one shape. A hybrid takes that of all tokens, and chooses among those left."""
+        planners = _planners(live.model)
+        rows, basis = next(t.shape for n, t in planners.items() if n.endswith(".down"))
+        tile = text(method.options.get("tile", 1))
+        path = self.work / f"calibrated {tile} {rows}x{basis} seed={method.seed}.safetensors"
         if not path.exists():
             assert method.strategy == "connectivity"
             images = Batches(self.images, self.labels, method.seed or 0)

@@ -29,13 +29,14 @@ class Method:
 
     @property
     def name(self) -> str:
-        said = [f"{key}={_text(value)}" for key, value in self.options.items() if key != "layers"]
+        said = [f"{key}={text(value)}" for key, value in self.options.items() if key != "layers"]
         fit = [] if self.fit == "none" else [self.fit]
         seed = [] if self.seed is None else [f"seed={self.seed}"]
         return " ".join([self.strategy, *fit, *said, *seed])
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value as names have it."""
     return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
