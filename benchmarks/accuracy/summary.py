@@ -38,6 +38,13 @@ def claims(rows: Rows) -> list[dict[str, Any]]:
         )
         for g in ((2, 4) if fit == "calibrated" else (2,))
     ]  # fmt: skip
+    found += [
+        _claim(f"{fit} k={k}, reduce=2, background {g}, against dense", dense, rows,
+               f"{_fit(fit, k, g=g)} reduce=2".replace(" untrained", ""), most)
+        for fit in ("untrained", "calibrated")
+        for k, most in ((0.25, 0.2), (0.1, 1.0))
+        for g in (2, 4)
+    ]  # fmt: skip
     drop = rows.get("token_drop trained keep=0.7", {}).get("top1")
     hybrid = "hybrid trained k=0.25 keep=0.7 only_if_faster=False"
     found.append(_claim("hybrid (.7, .25) against the drop alone", drop, rows, hybrid, 0.3))
