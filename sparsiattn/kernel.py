@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsiattn import cost
 from sparsiattn.cost import Call, Planning, Work
+from sparsiattn.derived import Derived
 from sparsiattn.errors import KernelRefused
 from sparsiattn.patterns import Mask, Pattern
 from sparsiattn.site import AttentionInputs
@@ -25,12 +26,29 @@ class Kernel:
     shapes, strides, dtypes and devices of tensors, at grad mode, autocast and inference mode, but
     never at values: answers are kept for calls that agree in all of these. Whoever changes an
     answer (compiles a kernel, say) calls `sparsiattn.cost.reload`.
+
+    >>> from sparsiattn.testing.kernel import cases
+    >>> class Plain(Kernel):
+    ...     name = "plain"
+    ...     def why_not(self, inputs, pattern):
+    ...         return [] if inputs.bias is None else ["takes no mask of the host"]
+    ...     def speed(self, inputs, pattern):
+    ...         return 0.5  # half as fast as dense attention
+    ...     def __call__(self, inputs, pattern):
+    ...         logits = inputs.scale * inputs.q @ inputs.k.mT
+    ...         kept = logits.masked_fill(~pattern.to_mask(), float("-inf"))
+    ...         return kept.softmax(-1) @ inputs.v
+    >>> _, inputs, pattern = next(cases())
+    >>> Plain().why_not(inputs, pattern), Plain()(inputs, pattern).shape
+    ([], torch.Size([2, 3, 21, 6]))
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     differentiable: ClassVar[bool] = True
     last_resort: ClassVar[bool] = False
+    computes_derived: ClassVar[bool] = False
+    """Whether it knows plans that choose no keys (`sparsiattn.derived`); others are not asked."""
 
     def unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""
@@ -97,26 +115,61 @@ class Choice:
         return self if self.call is None else replace(self, planning=planning.share(self.call))
 
 
+def reasons_of(kernel: Kernel) -> list[str]:
+    """Why a kernel cannot run on this machine; that it does not know is a reason too."""
+    try:
+        return kernel.unavailable()
+    except Exception as error:
+        return [f"unavailable() raised {type(error).__name__}: {error}"]
+
+
+def refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+    """Everything a kernel says against a call. It should not raise; where a plug-in's kernel does,
+    that speaks against it too."""
+    return _asked(kernel, inputs, pattern, auto=False, trusted=False)[0]
+
+
+def _asked(
+    kernel: Kernel, inputs: AttentionInputs, pattern: Pattern, *, auto: bool, trusted: bool
+) -> tuple[list[str], float]:
+    """A kernel's refusals and, if there are none, its speed. The fault of one that was asked for by
+    name (``trusted``) is the caller's answer."""
+    try:
+        reasons = kernel.unavailable() or _unknown(kernel, pattern)
+        reasons = reasons or kernel.why_not(inputs, pattern)
+        if not reasons and auto:
+            reasons = kernel.not_ready(inputs, pattern)
+        return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
+    except Exception as error:
+        if trusted:
+            raise
+        return [f"asked what it takes, it raised {type(error).__name__}: {error}"], 0.0
+
+
+def _unknown(kernel: Kernel, pattern: Pattern) -> list[str]:
+    """Plans that choose no keys are only shown to kernels that know such."""
+    if isinstance(pattern, Derived) and not kernel.computes_derived:
+        return [f"attends to chosen keys only, got a {type(pattern).__name__} plan"]
+    return []
+
+
 def choose(
     kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern, *, explicit: bool
 ) -> Choice:
     """The fastest kernel that takes this call. An explicit request has one entry and never falls
     back; if nothing is left, the error carries every kernel's reasons."""
-    refusals = []
+    refused = []
     best, fastest = None, 0.0
     for kernel in kernels:  # a loop, not max(key=...), which older compilers cannot trace
-        reasons = kernel.unavailable() or kernel.why_not(inputs, pattern)
-        if not reasons and not explicit:
-            reasons = kernel.not_ready(inputs, pattern)
+        reasons, speed = _asked(kernel, inputs, pattern, auto=not explicit, trusted=explicit)
         if reasons:
-            refusals.append((kernel.name, tuple(reasons)))
+            refused.append((kernel.name, tuple(reasons)))
             continue
-        speed = kernel.speed(inputs, pattern)
         if best is None or _beats(kernel, speed, best, fastest):
             best, fastest = kernel, speed
     if best is None:
-        raise KernelRefused(_refused(inputs, pattern, refusals, explicit))
-    return Choice(best, tuple(refusals), fastest, call=Call.of(inputs))
+        raise KernelRefused(_refused(inputs, pattern, refused, explicit))
+    return Choice(best, tuple(refused), fastest, call=Call.of(inputs))
 
 
 def _beats(kernel: Kernel, speed: float, best: Kernel, fastest: float) -> bool:

@@ -3,13 +3,15 @@
 A planner returns `Dense`, `Mask`, `KeyIndex` or `Ranked`. The last one is a wish (scores and a
 budget) that the core turns into a `KeyIndex` or `KeyBlocks` once prefix tokens, tiles and the
 host's masks are taken into account; the others are what kernels compute, and so is `Lengths`, the
-pattern of images with different numbers of tokens.
+pattern of images with different numbers of tokens. Plans that choose no keys are in
+`sparsiattn.derived`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +20,15 @@ from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.geometry import Tiles
 from sparsiattn.summary import Summary
 
+if TYPE_CHECKING:
+    from sparsiattn.site import AttentionInputs
+
 Budget = int | float
 
 
 def check_budget(k: object, name: str = "k") -> Budget:
-    """``k`` itself if it is a share in (0, 1] or a count >= 1, else an error that says so.
+    """``k`` itself if it is a share in (0, 1] or a count >= 1, else an error that calls it
+    ``name``.
 
     >>> check_budget(0.1), check_budget(20)
     (0.1, 20)
@@ -46,8 +52,23 @@ def count_of(k: Budget, n: int) -> int:
     return min(k, n) if isinstance(k, int) else max(1, min(n, math.ceil(k * n)))
 
 
+def blocks_within(k: Budget, n_keys: int, prefix: int, blocks: Tiles) -> int:
+    """Blocks of patch keys that a list of ``count_of(k, n_keys)`` keys reaches into after its
+    ``prefix`` leading ones; 0 where those use the list up, and where it holds every key."""
+    keys = count_of(k, n_keys)
+    if keys <= prefix or keys == n_keys:
+        return 0
+    return min(blocks.count, -(-(keys - prefix) // blocks.smallest))
+
+
 class Pattern:
-    """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others."""
+    """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
+
+    Planners make one with `dense`, `mask`, `index`, `top`, and those of `sparsiattn.derived`.
+
+    >>> Pattern.top(torch.tensor([[[[0.1, 0.7, 0.2]]]]), 2).to_mask().tolist()
+    [[[[False, True, True]]]]
+    """
 
     n_queries: int
     n_keys: int
@@ -60,6 +81,14 @@ class Pattern:
     def pairs(self) -> float | None:
         """Logits computed per head, summary included; None if only the values tell."""
         raise NotImplementedError
+
+    def macs(self, dim: int, value_dim: int) -> float | None:
+        """QK^T and AV of one head, pooling of the summary keys included; None as in `pairs`."""
+        pairs = self.pairs()
+        if pairs is None:
+            return None
+        pooled = 0 if self.summary is None else self.summary.count * self.n_keys
+        return (pairs + pooled) * (dim + value_dim)
 
     def summary_rows(self) -> Tensor | None:
         """The summary's logit for every query, ``[B|1, H|1, Nq, G]``; None without a summary."""
@@ -99,6 +128,49 @@ class Pattern:
             )
         return Ranked(scores.shape[-2], scores.shape[-1], scores, check_budget(k))
 
+    @staticmethod
+    def over(
+        inputs: AttentionInputs,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Pattern:
+        """Patch queries attend to computed keys, and to nothing else; prefix queries stay dense.
+
+        k: ``[B, H, M, D']``; v: ``[B, H, M, Dv]``; q: ``[B, H, n, D']`` in place of the n patch
+        queries, where their width changes; bias: float or boolean, ``[B|1, H|1, n|1, M]``, in
+        place of the host's. `AttentionInputs.scale` applies as ever. Set ``chooses = False`` on
+        the strategy. Raises `InvalidOption` for shapes that do not fit.
+
+        >>> from sparsiattn.testing.hosts import random_inputs
+        >>> inputs = random_inputs((4, 4), prefix=1, dim=8)
+        >>> mean = inputs.k.mean(-2, keepdim=True), inputs.v.mean(-2, keepdim=True)
+        >>> Pattern.over(inputs, *mean).pairs()  # the prefix row sees 17 keys, 16 rows one
+        33.0
+        """
+        from sparsiattn.derived import over
+
+        return over(inputs, k, v, q, bias)
+
+    @staticmethod
+    def logits(inputs: AttentionInputs, logits: Tensor) -> Pattern:
+        """Attention by logits ``[B|1, H|1, Nq, Nk]`` that are known without QK^T; the host's bias
+        is added to them. Set ``chooses = False`` on the strategy. Raises `InvalidOption` for
+        shapes that do not fit."""
+        from sparsiattn.derived import by_logits
+
+        return by_logits(inputs, logits)
+
+    @staticmethod
+    def output(inputs: AttentionInputs, value: Tensor) -> Pattern:
+        """``value`` ``[B, H, Nq, Dv]`` in place of attention, of which nothing runs. Set ``chooses
+        = False`` on the strategy. Raises `InvalidOption` for a shape that does not fit."""
+        from sparsiattn.derived import output
+
+        return output(inputs, value)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Pattern):
@@ -136,12 +208,17 @@ class Lengths(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Ranked(Pattern):
-    """Scores ``[B|1, H|1, R, Nk]`` and how many of the best to keep."""
+    """Scores ``[B|1, H|1, R, Nk]`` and how many of the best to keep.
+
+    best: where columns are blocks and the planner ranked them already, the places of the best of
+    every row, best first, ``[B|1, H|1, R, C]``.
+    """
 
     n_queries: int
     n_keys: int
     scores: Tensor
     k: Budget
+    best: Tensor | None = None
 
     def select(self) -> Tensor:
         """Indices of the kept keys, ``[B|1, H|1, R, K]``, in no order."""

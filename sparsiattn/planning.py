@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsiattn import geometry
+from sparsiattn.blockmask import BlockMask, with_prefix
+from sparsiattn.derived import Derived
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.geometry import Tiles
+from sparsiattn.kernels.native import planning as native
 from sparsiattn.patterns import (
     Dense,
     KeyBlocks,
@@ -18,10 +23,11 @@ from sparsiattn.patterns import (
     Mask,
     Pattern,
     Ranked,
+    blocks_within,
     count_of,
 )
 from sparsiattn.site import AttentionInputs
-from sparsiattn.summary import Summary
+from sparsiattn.summary import CountedSummary, Summary
 
 
 def finish(
@@ -38,12 +44,14 @@ def finish(
     """
     # prefix keys that compete with the others compete one by one
     blocks = inputs.blocks if prefix_keys or not inputs.prefix else None
-    _check_size(pattern, inputs, blocks)
+    ranked = isinstance(pattern, Ranked) and pattern.best is not None  # then made for these inputs
+    if not ranked:
+        _check_size(pattern, inputs, blocks)
     if isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask):
         pattern = _keep_prefix(pattern, inputs.prefix, prefix_keys)
-    if background is None or isinstance(pattern, Dense):
+    if background is None or isinstance(pattern, (Dense, Derived)):
         return pattern
     return _with_summary(pattern, inputs, background)
 
@@ -79,7 +87,7 @@ def _rank(
     scores = _row_scores(pattern.scores, inputs)
     keys = count_of(pattern.k, inputs.n_keys)
     if blocks is not None and keys > inputs.prefix:
-        return _rank_blocks(scores, keys, inputs, blocks)
+        return _rank_blocks(pattern, scores, inputs, blocks)
     if scores.shape[-1] != inputs.n_keys:  # blocks, but prefix keys use up the budget
         scores = scores.new_zeros(*scores.shape[:-1], inputs.n_keys)
     allowed = _row_allowed(inputs)
@@ -92,18 +100,21 @@ def _rank(
     return KeyIndex(inputs.n_queries, inputs.n_keys, index, inputs.tiles, inputs.prefix)
 
 
-def _rank_blocks(scores: Tensor, keys: int, inputs: AttentionInputs, blocks: Tiles) -> KeyBlocks:
+def _rank_blocks(
+    pattern: Ranked, scores: Tensor, inputs: AttentionInputs, blocks: Tiles
+) -> KeyBlocks:
     """The best-scored blocks, as many as the budget reaches into."""
-    if scores.shape[-1] == inputs.n_keys:
-        scores = blocks.mean(scores[..., inputs.prefix :].mT).mT
-    count = min(blocks.count, -(-(keys - inputs.prefix) // blocks.smallest))
-    chosen = scores.topk(count, dim=-1, sorted=True).indices
+    count, chosen = blocks_within(pattern.k, inputs.n_keys, inputs.prefix, blocks), pattern.best
+    if chosen is None or chosen.shape[-1] != count:
+        if scores.shape[-1] == inputs.n_keys:
+            scores = blocks.mean(scores[..., inputs.prefix :].mT).mT
+        chosen = native.top(scores, count)
     return KeyBlocks(
         inputs.n_queries,
         inputs.n_keys,
         chosen,
         blocks,
-        keys,
+        count_of(pattern.k, inputs.n_keys),
         inputs.prefix,
         inputs.tiles,
         inputs.prefix,
@@ -134,6 +145,8 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
     if not prefix:
         return pattern
+    if isinstance(pattern, BlockMask):
+        return with_prefix(pattern, prefix, keys=prefix_keys)
     keep = pattern.keep
     row = torch.arange(keep.shape[-2], device=keep.device)[:, None] < prefix
     column = torch.arange(keep.shape[-1], device=keep.device) < (prefix if prefix_keys else 0)
@@ -145,7 +158,10 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
     if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        bias = _log_counts(_count_by_block(pattern, inputs, parts, cells))
+        count_bias = partial(_bias_by_block, pattern, inputs.keys_grid, inputs.block, parts, cells)
+        if native.counts(inputs.q, count):
+            return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
+        bias = count_bias()
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
         bias = _log_counts(_count_by_index(pattern.index, cells, count))
     else:
@@ -186,8 +202,16 @@ def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
     return (total - picked)[..., :count]
 
 
+def _bias_by_block(pattern: KeyBlocks, *grids: Any) -> Tensor:
+    return _log_counts(_count_by_block(pattern, *grids))
+
+
 def _count_by_block(
-    pattern: KeyBlocks, inputs: AttentionInputs, parts: geometry.Grid, cells: Tensor
+    pattern: KeyBlocks,
+    grid: geometry.Grid,
+    block: geometry.Tile,
+    parts: geometry.Grid,
+    cells: Tensor,
 ) -> Tensor:
     """As `_count_by_index`, from tables of how many keys of each cell a block holds."""
     if not pattern.blocks.even:
@@ -195,7 +219,7 @@ def _count_by_block(
     device = cells.device
     size = pattern.blocks.size
     whole, rest = divmod(pattern.keys - pattern.prefix, size)
-    first = geometry.table(_first_members, inputs.keys_grid, inputs.block, parts, device=device)
+    first = geometry.table(_first_members, grid, block, parts, device=device)
     lists = pattern.chosen[..., :whole]
     picked = (
         first[size].index_select(0, lists.flatten()).view(*lists.shape, parts[0] * parts[1]).sum(-2)

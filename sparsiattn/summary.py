@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,3 +53,32 @@ class Summary:
         """Means over cells, ``[B, H, Nk, D]`` to ``[B, H, G, D]``; not for `per_query` means."""
         weights = self.weights(x.dtype)
         return (weights if self.allowed is None else weights.squeeze(-3)) @ x
+
+
+class CountedSummary(Summary):
+    """A summary whose bias is the log of how many keys of each cell a list leaves out: counted when
+    a kernel asks for it, since one that walks through the lists can count by itself.
+
+    bias: what makes it, or the bias itself, which then is any.
+    """
+
+    def __init__(
+        self,
+        cells: Tensor,
+        parts: Grid,
+        bias: Tensor | Callable[[], Tensor],
+        allowed: Tensor | None = None,
+    ) -> None:
+        # past the frozen dataclass: only a bias that is given is a field
+        name = "bias" if isinstance(bias, Tensor) else "count_bias"
+        vars(self).update({"cells": cells, "parts": parts, "allowed": allowed, name: bias})
+
+    @property
+    def counted(self) -> bool:
+        """Whether the bias follows from the lists."""
+        return "count_bias" in vars(self)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        found: Tensor = vars(self)["count_bias"]()
+        return found

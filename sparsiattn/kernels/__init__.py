@@ -1,5 +1,6 @@
-"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` and, on CUDA, `triton` save,
-`flex` compiles; `xformers` and `varlen` serve ragged batches on CUDA, the former key blocks too."""
+"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves and, in C on a CPU,
+`native`, in Triton on CUDA, `triton`; `flex` compiles; `xformers` and `varlen` serve ragged batches
+on CUDA, the former key blocks too."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
+from sparsiattn.kernels.native.kernel import Native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Varlen
@@ -16,4 +18,4 @@ from sparsiattn.kernels.varlen import Varlen
 
 @hookimpl
 def sparsiattn_kernels() -> list[Kernel]:
-    return [Reference(), MaskedSDPA(), Gather(), Flex(), Triton(), XFormers(), Varlen()]
+    return [Reference(), MaskedSDPA(), Gather(), Native(), Flex(), Triton(), XFormers(), Varlen()]

@@ -23,6 +23,7 @@ from sparsiattn.kernels.varlen import ragged_refusals
 from sparsiattn.patterns import KeyBlocks, Lengths, Pattern
 from sparsiattn.site import AttentionInputs
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
 
 
@@ -46,7 +47,10 @@ class XFormers(Kernel):
         if isinstance(pattern, KeyBlocks):
             ops = None if found else probe().ops
             return found + paged.refusals(ops, inputs, pattern)
-        return found + ragged_refusals(inputs, pattern, "images packed by length or key blocks")
+        found += ragged_refusals(inputs, pattern, "images packed by length or key blocks")
+        if inputs.q.dtype not in DTYPES:
+            found.append(f"needs float32, bfloat16 or float16, got {inputs.q.dtype}")
+        return found
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if inputs.q.device.type == "meta":

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsiattn import geometry
+from sparsiattn.blockmask import BlockMask
 from sparsiattn.cost import Call, Work
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel
+from sparsiattn.kernels import maskblocks
 from sparsiattn.kernels.gathered import (
     Operands,
     attend,
@@ -44,6 +46,8 @@ class Gather(Kernel):
     summary = "gathers each tile's keys, then dense attention on them (saves time with tiles)"
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        if isinstance(pattern, BlockMask):
+            return maskblocks.refusals(inputs, pattern)
         if not isinstance(pattern, KeyLists):
             return [f"needs key lists, got a {type(pattern).__name__} pattern"]
         if pattern.summary is not None and pattern.summary.per_query:
@@ -51,6 +55,8 @@ class Gather(Kernel):
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        if isinstance(pattern, BlockMask):
+            return maskblocks.work(inputs, pattern)
         assert isinstance(pattern, KeyLists)
         call, tiles = Call.of(inputs), pattern.tiles
         rows = tiles.count if tiles is not None else pattern.n_queries - pattern.dense_rows
@@ -65,6 +71,8 @@ class Gather(Kernel):
         )
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        if isinstance(pattern, BlockMask):
+            return maskblocks.attend_blocks(inputs, pattern)
         assert isinstance(pattern, KeyLists)
         if needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
             operands, dead = _operands(inputs, pattern)
@@ -326,7 +334,7 @@ def _hardened(inputs: AttentionInputs) -> Tensor | None:
 
 def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
     """Leading queries over every key, ``[B, H, count, Dv]``."""
-    bias = inputs.bias
+    bias = _hardened(inputs)
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., :count, :]
     q = inputs.q[..., :count, :]

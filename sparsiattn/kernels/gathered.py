@@ -103,9 +103,11 @@ def _chunks(flat: Flat) -> list[slice]:
     q, k, v, index, _ = flat
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
     step = tiles_at_once(q.device, size)
-    if torch.compiler.is_compiling() and q.shape[0] <= step:
-        return [slice(None)]  # counting tiles would tie the traced program to this batch
-    return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
+    # counting tiles, or comparing their number, would tie the traced program to this batch
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and q.shape[0] <= step):
+        return [slice(None)]
+    # one chunk, if an empty one, also where a batch has no image
+    return [slice(i, min(i + step, len(q))) for i in range(0, max(1, len(q)), step)]
 
 
 def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.cost import Call, Work
+from sparsiattn.derived import Derived
 from sparsiattn.kernel import Kernel
-from sparsiattn.patterns import Pattern
+from sparsiattn.patterns import Dense, Pattern
 from sparsiattn.site import AttentionInputs
 from sparsiattn.summary import Summary
 
@@ -19,6 +20,7 @@ class Reference(Kernel):
     name = "reference"
     last_resort = True  # its memory, too, is that of whole matrices of logits
     summary = "the specification: all logits, then the pattern (slow)"
+    computes_derived = True
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         return []
@@ -26,6 +28,8 @@ class Reference(Kernel):
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         call = Call.of(inputs)
         pairs = call.queries * call.keys
+        if isinstance(pattern, Derived):
+            pairs = round(pattern.pairs() or 0)
         # every step writes a matrix of logits
         moved = call.batch * call.heads * pairs * 4 * (14 if pattern.summary else 8)
         return call.attending(pairs, calls=30.0, moved=moved)
@@ -34,7 +38,12 @@ class Reference(Kernel):
         dtype = inputs.q.dtype
         return self._exact(_at_least_float32(inputs), pattern).to(dtype)
 
+    def _every_key(self, inputs: AttentionInputs) -> Tensor:
+        return self._exact(_at_least_float32(inputs), Dense(inputs.n_queries, inputs.n_keys))
+
     def _exact(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+        if isinstance(pattern, Derived):
+            return pattern.attend(inputs, self._every_key)
         logits = inputs.logits()
         keep = pattern.to_mask().to(logits.device)
         allowed = inputs.allowed()

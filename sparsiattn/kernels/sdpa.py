@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.cost import Call, Work
+from sparsiattn.derived import Derived, Logits
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel, attention_mask
 from sparsiattn.patterns import Dense, KeyBlocks, KeyLists, Lengths, Mask, Pattern
@@ -17,6 +18,7 @@ class MaskedSDPA(Kernel):
 
     name = "sdpa"
     summary = "torch's attention under a mask (trains everywhere, saves no time)"
+    computes_derived = True
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if pattern.summary is not None and pattern.summary.per_query:
@@ -25,6 +27,8 @@ class MaskedSDPA(Kernel):
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         call = Call.of(inputs)
+        if isinstance(pattern, Derived):
+            return derived_work(call, pattern)
         if isinstance(pattern, Lengths) and inputs.bias is None:
             return lengths_work(call, pattern, calls=6.0 * len(set(pattern.lengths)))
         keys = call.keys + (pattern.summary.count if pattern.summary else 0)
@@ -39,8 +43,10 @@ class MaskedSDPA(Kernel):
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, Lengths) and inputs.bias is None:
             return by_length(inputs, pattern.lengths)
+        if isinstance(pattern, Derived):
+            return pattern.attend(inputs, self._every_key)
         q, k, v = inputs.q, inputs.k, inputs.v
-        if isinstance(pattern, Dense):
+        if isinstance(pattern, Dense) and inputs.allowed() is None:
             mask, dead = inputs.bias, None
         else:
             mask, dead = attention_mask(inputs, pattern)
@@ -50,6 +56,9 @@ class MaskedSDPA(Kernel):
             mask = mask.to(q.dtype)
         out = dense_attention(q, k, v, mask, inputs.dropout, scale=inputs.scale)
         return out if dead is None else out.masked_fill(dead, 0.0)
+
+    def _every_key(self, inputs: AttentionInputs) -> Tensor:
+        return self(inputs, Dense(inputs.n_queries, inputs.n_keys))
 
 
 def _masks(call: Call, pattern: Pattern) -> int:
@@ -61,6 +70,16 @@ def _masks(call: Call, pattern: Pattern) -> int:
     else:
         lead = pattern.keep.shape[:2] if isinstance(pattern, Mask) else torch.Size((1, 1))
     return (1 if lead[0] == 1 else call.batch) * lead[1]
+
+
+def derived_work(call: Call, pattern: Derived) -> Work:
+    """Of a plan that chooses no keys: its operands are there, so only attention is left."""
+    each = call.batch * call.heads
+    pairs, macs = pattern.pairs() or 0.0, pattern.macs(call.dim, call.value_dim)
+    by_hand = isinstance(pattern, Logits)  # writes its matrix of weights
+    moved = each * pairs * 4 * 3 if by_hand else 0.0
+    calls = 8.0 if by_hand else 4.0 if pairs else 1.0
+    return Work(calls, each * macs, each * pairs, moved, each * call.queries if pairs else 0.0)
 
 
 def lengths_work(call: Call, pattern: Lengths, calls: float) -> Work:

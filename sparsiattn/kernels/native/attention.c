@@ -1,0 +1,286 @@
+/* Attention of query tiles to lists of keys, float32.
+
+   A work item is one part of a tile: up to SPAN queries that see the same keys. Keys and values are
+   read where they stand, row by row, and each number of theirs meets a whole vector of queries. */
+
+#include <math.h>
+
+#include "chunks.c"
+
+#define FEW 4   /* tiles up to this size are computed query by query */
+#define TEAM 64 /* ranges of work at most */
+
+/* A run of items. Threads begin with one of their own, whose rows then stay in their cache, and help
+   with others' when it is done. */
+typedef struct {
+    int64_t next, end, apart[14];
+} Range;
+
+/* total: keys of every cell. */
+typedef struct {
+    const Call *call;
+    int64_t parts, each, chunk, ranges, joined;
+    Range range[TEAM];
+    const int64_t *total;
+} Job;
+
+enum { UNTOUCHED, BEGUN, PREPARED };
+
+/* One image and head. state: of what all its tiles share. */
+typedef struct {
+    const float *q, *k, *v, *bias;
+    float *out, *pooled_k, *pooled_v;
+    const int64_t *chosen;
+    int64_t *state;
+} Head;
+
+/* Where in a tile's list the next key is. */
+typedef struct {
+    const int64_t *chosen;
+    int64_t done, entry, slot, cell;
+} Cursor;
+
+/* Numbers that one head's summary takes, and its state. */
+INLINE int64_t lead_of(const Call *c) {
+    return (c->cells * (c->dim + c->value_dim) + 15) / 16 * 16 + 16;
+}
+
+static Head head_of(const Call *c, int64_t i) {
+    int64_t b = i / c->heads, h = i % c->heads;
+    float *pooled = c->pooled + i * lead_of(c) + 16;
+    Head x = {
+        c->q + b * c->q_b + h * c->q_h, c->k + b * c->k_b + h * c->k_h,
+        c->v + b * c->v_b + h * c->v_h, c->bias ? c->bias + b * c->bias_b + h * c->bias_h : 0,
+        c->out + b * c->out_b + h * c->out_h, pooled, pooled + c->cells * c->dim,
+        c->chosen + b * c->list_b + h * c->list_h, (int64_t *)(pooled - 16),
+    };
+    return x;
+}
+
+INLINE int64_t key_of(const Call *c, Cursor *at) {
+    if (at->done < c->prefix) return at->done;
+    if (!c->unit) return at->chosen[at->done];
+    int64_t block = at->chosen[at->entry], held = c->held ? c->held[block] : c->unit;
+    int64_t key = c->table[block * c->unit + at->slot] + c->prefix;
+    if (++at->slot >= held) at->slot = 0, at->entry++;
+    return key;
+}
+
+/* Rows of the next listed keys, at most `most`. */
+static int64_t next_listed(const Call *c, const Head *x, Cursor *at, int64_t most, Room *room) {
+    int64_t n = 0;
+    while (n < most && at->done < c->listed) {
+        int64_t key = key_of(c, at);
+        room->k[n] = x->k + key * c->k_n;
+        room->v[n++] = x->v + key * c->v_n;
+        if (c->counted) room->picked[c->cell[key]]++;
+        at->done++;
+        if (at->entry >= c->entries && c->unit) at->done = c->listed;
+    }
+    return n;
+}
+
+/* Rows of the next keys of a list, at most `most`; the summary's come last. */
+static int64_t next_keys(const Job *job, const Head *x, Cursor *at, int64_t most, Room *room) {
+    const Call *c = job->call;
+    int64_t n = next_listed(c, x, at, most, room);
+    if (n == most || at->done < c->listed || at->cell == c->cells) return n;
+    if (!at->cell) {
+        await(x->state, PREPARED); /* by the thread that pools this head's keys */
+        for (int64_t g = 0; g < c->cells && c->counted; g++)
+            room->counted[g] = logf((float)(job->total[g] - room->picked[g]));
+    }
+    for (; n < most && at->cell < c->cells; at->cell++) {
+        room->k[n] = x->pooled_k + at->cell * c->dim;
+        room->v[n++] = x->pooled_v + at->cell * c->value_dim;
+    }
+    return n;
+}
+
+static void begin_list(const Call *c, Room *room) {
+    if (c->counted) memset(room->picked, 0, sizeof room->picked);
+}
+
+/* The token of a slot of a tile, prefix tokens not counted. */
+INLINE int64_t token_of(const Call *c, int64_t tile, int64_t slot) {
+    return c->order ? c->order[tile * c->slots + slot] : tile * c->slots + slot;
+}
+
+INLINE const float *bias_of(const Call *c, const Head *x, int64_t tile, int64_t slot,
+                            const Room *room) {
+    if (c->counted) return room->counted;
+    return x->bias + (c->by_tile ? tile : token_of(c, tile, slot)) * c->cells;
+}
+
+/* Adds the summary's logits to the last `cells` rows of a chunk that ends with cell `end`. */
+static void add_bias(const Call *c, const Head *x, int64_t tile, int64_t slot, int64_t count,
+                     int64_t lanes, int64_t from, int64_t end, const Room *room, float *s) {
+    for (int64_t n = 0; n < lanes; n++) {
+        const float *bias = bias_of(c, x, tile, slot + smaller(n, count - 1), room);
+        for (int64_t g = from; g < end; g++) s[(g - from) * SPAN + n] += bias[g] * LOG2E;
+    }
+}
+
+/* Lets the rows that this part writes be fetched, and those that the next one reads: `q` or none. */
+static void foresee(const Job *job, float *const *to, int64_t count, const float *q, int64_t tile,
+                    int64_t slot, Room *room) {
+    const Call *c = job->call;
+    int64_t chunks = (c->listed + c->cells + job->chunk - 1) / job->chunk, n = 0;
+    for (int64_t i = slot; q && i < smaller(slot + SPAN, c->slots); i++)
+        room->soon[n++] = q + (c->first + token_of(c, tile, i)) * c->q_n;
+    for (int64_t i = 0; i < count; i++) room->soon[n++] = to[i];
+    room->left = n;
+    room->pace = n / (1 + chunks * (c->value_dim / 6)) + 1;
+}
+
+/* One part of a tile. then: the item that this thread takes next, -1 if it is not known. */
+static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot, int64_t then,
+                      Room *room) {
+    const Call *c = job->call;
+    int64_t count = smaller(SPAN, c->slots - slot);
+    int64_t lanes = (count + WIDTH - 1) / WIDTH * WIDTH;
+    const float *from[SPAN];
+    float *to[SPAN];
+    Cursor at = {x->chosen + tile * c->entries, 0, 0, 0, 0};
+    begin_list(c, room);
+    int64_t cell = 0, keys = next_keys(job, x, &at, job->chunk, room);
+    ahead(room->k, 0, smaller(keys, 12), c->dim);
+    for (int64_t n = 0; n < lanes; n++) {
+        int64_t token = c->first + token_of(c, tile, slot + smaller(n, count - 1));
+        from[n] = x->q + token * c->q_n;
+        to[n] = x->out + token * c->out_n;
+    }
+    take_queries(c, from, lanes, room);
+    for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
+    for (int64_t d = 0; d < c->value_dim; d++) clear(room->o + d * SPAN, lanes);
+    int64_t part = then < 0 ? 0 : then % job->each;
+    foresee(job, to, count, then < 0 ? 0 : head_of(c, then / job->each).q, part / job->parts,
+            part % job->parts * SPAN, room);
+    for (; keys > 0; keys = next_keys(job, x, &at, job->chunk, room)) {
+        for (int64_t n = 0; n < lanes; n += MOST * WIDTH)
+            score_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
+        if (at.cell > cell)
+            add_bias(c, x, tile, slot, count, lanes, cell, at.cell, room,
+                     room->s + (keys - (at.cell - cell)) * SPAN);
+        cell = at.cell;
+        weigh_chunk(c, keys, lanes, room);
+    }
+    give_rows(c, to, count, lanes, room);
+}
+
+static void small_tile(const Job *job, const Head *x, int64_t tile, Room *room) {
+    const Call *c = job->call;
+    for (int64_t slot = 0; slot < c->slots; slot++) {
+        int64_t token = c->first + token_of(c, tile, slot), cell = 0, keys;
+        Cursor at = {x->chosen + tile * c->entries, 0, 0, 0, 0};
+        begin_list(c, room);
+        begin_query(c, room);
+        while ((keys = next_keys(job, x, &at, CHUNK, room)) > 0) {
+            const float *bias = c->cells ? bias_of(c, x, tile, slot, room) + cell : 0;
+            one_query(c, x->q + token * c->q_n, keys, at.cell - cell, bias, room);
+            cell = at.cell;
+        }
+        end_query(c, x->out + token * c->out_n, room);
+    }
+}
+
+/* Adds rows of keys to the sums of their cells. */
+static void add_cells(const Call *c, const float *const *rows, const int64_t *cell, int64_t count,
+                      int64_t dim, float *to) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t d = 0;
+        if (cell[i] == c->cells) continue;
+        float *sum = to + cell[i] * dim;
+        for (; d + WIDTH <= dim; d += WIDTH) store(sum + d, load(sum + d) + load(rows[i] + d));
+        for (; d < dim; d++) sum[d] += rows[i][d];
+    }
+}
+
+/* One pass over all keys and values: prefix query `n`, which sees every key and no summary, unless
+   there is none, and the sums of the summary if asked for. */
+static void pass(const Call *c, const Head *x, int64_t n, int sums, Room *room) {
+    if (n < c->first) begin_query(c, room);
+    for (int64_t from = 0; from < c->keys; from += CHUNK) {
+        int64_t count = smaller(CHUNK, c->keys - from);
+        for (int64_t i = 0; i < count; i++) {
+            room->k[i] = x->k + (from + i) * c->k_n;
+            room->v[i] = x->v + (from + i) * c->v_n;
+        }
+        if (n < c->first) {
+            one_query(c, x->q + n * c->q_n, count, 0, 0, room);
+        } else {
+            ahead(room->k, 0, count, c->dim);
+            ahead(room->v, 0, count, c->value_dim);
+        }
+        if (!sums) continue;
+        add_cells(c, room->k, c->cell + from, count, c->dim, x->pooled_k);
+        add_cells(c, room->v, c->cell + from, count, c->value_dim, x->pooled_v);
+    }
+    if (n < c->first) end_query(c, x->out + n * c->out_n, room);
+}
+
+/* What the tiles of a head share, by the thread that comes first: the summary, and the rows of
+   prefix queries; both fetch the keys and values that the others read from. */
+static void prepare(const Job *job, const Head *x, Room *room) {
+    const Call *c = job->call;
+    int64_t untouched = UNTOUCHED, dim = c->dim + c->value_dim;
+    if (!__atomic_compare_exchange_n(x->state, &untouched, BEGUN, 0, __ATOMIC_ACQUIRE,
+                                     __ATOMIC_RELAXED))
+        return;
+    clear(x->pooled_k, c->cells * dim);
+    if (c->cells || c->first) pass(c, x, 0, c->cells > 0, room);
+    for (int64_t g = 0; g < c->cells; g++) {
+        float share = 1.0f / (float)(job->total[g] ? job->total[g] : 1);
+        for (int64_t d = 0; d < c->dim; d++) x->pooled_k[g * c->dim + d] *= share;
+        for (int64_t d = 0; d < c->value_dim; d++) x->pooled_v[g * c->value_dim + d] *= share;
+    }
+    __atomic_store_n(x->state, PREPARED, __ATOMIC_RELEASE);
+    for (int64_t n = 1; n < c->first; n++) pass(c, x, n, 0, room);
+}
+
+static void attend(void *data) {
+    Job *job = data;
+    const Call *c = job->call;
+    Room room;
+    int64_t own = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED), i;
+    for (int64_t n = 0; n < job->ranges; n++) {
+        Range *range = job->range + (own + n) % job->ranges;
+        while ((i = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED)) < range->end) {
+            int64_t at = i % job->each, then = i + 1 < range->end ? i + 1 : -1;
+            Head x = head_of(c, i / job->each);
+            prepare(job, &x, &room);
+            if (c->slots <= FEW && c->tiles)
+                small_tile(job, &x, at, &room);
+            else if (c->tiles)
+                tile_part(job, &x, at / job->parts, at % job->parts * SPAN, then, &room);
+        }
+    }
+}
+
+/* Lists in chunks of like lengths: a short last one costs nearly what a whole one does. */
+static int64_t chunk_of(const Call *c) {
+    int64_t keys = c->listed + c->cells, chunks = (keys + CHUNK - 1) / CHUNK;
+    int64_t each = chunks ? (keys + chunks - 1) / chunks : 1;
+    return smaller(CHUNK, (each + 5) / 6 * 6);
+}
+
+/* Writes out [B, H, P + n, Dv]. */
+void sparsiattn_attend(const Call *c) {
+    int64_t heads = c->batch * c->heads, parts = c->slots <= FEW ? 1 : (c->slots + SPAN - 1) / SPAN;
+    Job job = {.call = c, .parts = parts, .each = c->tiles ? c->tiles * parts : 1, .chunk = chunk_of(c)};
+    int64_t items = heads * job.each;
+    for (int64_t i = 0; i < heads; i++) *head_of(c, i).state = UNTOUCHED;
+    int64_t total[c->cells + 1];
+    memset(total, 0, sizeof total);
+    for (int64_t i = 0; i < c->keys && c->cells; i++) total[c->cell[i]]++;
+    job.total = total;
+    job.ranges = c->parallel ? smaller(smaller(c->threads, TEAM), items) : 1;
+    for (int64_t n = 0; n < job.ranges; n++)
+        job.range[n] = (Range){.next = n * items / job.ranges, .end = (n + 1) * items / job.ranges};
+    if (job.ranges > 1)
+        c->parallel(attend, &job, (unsigned)job.ranges, 0);
+    else
+        attend(&job);
+}
+
+int64_t sparsiattn_call_size(void) { return sizeof(Call); }
