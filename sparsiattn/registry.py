@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,22 +19,29 @@ from typing import Any
 
 import pluggy
 
-from sparsiattn import hookspecs
+from sparsiattn import hookspecs, pluginapi
 from sparsiattn.backbone import Backbone
 from sparsiattn.config import Config
 from sparsiattn.errors import PluginError, unknown
 from sparsiattn.hookspecs import PROJECT
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernel import Kernel, reasons_of
+from sparsiattn.pluginapi import PLUGIN_API, Version
 
-BUILTINS = ("sparsiattn.strategies", "sparsiattn.kernels", "sparsiattn_backbones")
+METHODS = "sparsiattn.methods"
+BUILTINS = (
+    "sparsiattn.strategies", METHODS, "sparsiattn.kernels", "sparsiattn_backbones",
+)  # fmt: skip
 KINDS = ("strategies", "kernels", "backbones")
+# what a plug-in may do without stopping the others: a script as plug-in may call sys.exit()
+ISOLATED = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
 class Info:
     """A registered thing: what it is for, where it comes from, and whether it works here.
 
-    kind: what a strategy makes fewer of (``"attention"``, ``"tokens"``, ``"both"``).
+    kind: what a strategy makes fewer of (``"attention"``, ``"tokens"``, ``"both"``). paper,
+    fidelity: where it was published, and how close to that it is.
     """
 
     name: str
@@ -42,6 +51,8 @@ class Info:
     needs_training: bool = False
     inexact: str = ""
     kind: str = ""
+    paper: str = ""
+    fidelity: str = ""
 
     @property
     def usable(self) -> bool:
@@ -50,12 +61,19 @@ class Info:
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """A plug-in and what it registered, or the error that broke it."""
+    """A plug-in and what it registered, or the error that broke it.
+
+    api: the `PLUGIN_API` it was written for. deprecation: what its author should know about that,
+    mostly nothing. module: what its entry point names.
+    """
 
     name: str
     distribution: str
     provides: tuple[str, ...] = ()
     error: BaseException | None = None
+    api: Version = field(default=PLUGIN_API, compare=False)
+    deprecation: str = field(default="", compare=False)
+    module: str = field(default="", compare=False)
 
     @property
     def broken(self) -> bool:
@@ -78,6 +96,8 @@ class Registry:
         self._lock = threading.RLock()
         self._manager: pluggy.PluginManager | None = None
         self._distributions: dict[str, str] = {}
+        self._modules: dict[str, str] = {}
+        self._apis: dict[str, Version] = {}
         self._failed: list[PluginInfo] = []
         self._contents: _Contents | None = None
 
@@ -96,16 +116,31 @@ class Registry:
 
     def plugins(self) -> list[PluginInfo]:
         contents = self._read()
-        loaded = [
-            PluginInfo(
-                name,
-                self._distributions.get(name, PROJECT),
-                tuple(n for (_, n), plugin in contents.origin.items() if plugin == name),
-                contents.errors.get(name),
-            )
-            for name, _ in self._load().list_name_plugin()
-        ]
+        loaded = [self._described(name, contents) for name, _ in self._load().list_name_plugin()]
         return loaded + self._failed
+
+    def of_package(self, package: str) -> list[PluginInfo]:
+        """The plug-ins of a package, broken ones too, by the name of its distribution, of an entry
+        point or of the module that this names."""
+        return [
+            plugin
+            for plugin in self.plugins()
+            if canonical(plugin.distribution) == canonical(package)
+            or package == plugin.name
+            or plugin.module.partition(".")[0] == package
+        ]
+
+    def _described(self, name: str, contents: _Contents) -> PluginInfo:
+        api = self._apis.get(name, PLUGIN_API)
+        return PluginInfo(
+            name,
+            self._distributions.get(name, PROJECT),
+            tuple(n for (_, n), origin in contents.origin.items() if origin == name),
+            contents.errors.get(name),
+            api,
+            pluginapi.deprecation(api),
+            self._modules.get(name, name),
+        )
 
     @contextmanager
     def temporary(self, plugin: object, name: str = "temporary") -> Iterator[None]:
@@ -141,12 +176,17 @@ class Registry:
                     f"plug-in name {entry.name!r} of {distribution} is taken by {other}"
                 )
             plugin = entry.load()
+            # first: a hook that came later would be taken for a misspelt one
+            api = _accepted_version(plugin, entry.name)
             manager.register(plugin, entry.name)
             _refuse_mistakes(manager, plugin, entry.name)
-        except (Exception, SystemExit) as error:  # a script as plug-in may call sys.exit()
-            self._failed.append(PluginInfo(entry.name, distribution, error=error))
+        except ISOLATED as error:
+            failed = PluginInfo(entry.name, distribution, error=error, module=entry.module)
+            self._failed.append(failed)
         else:
             self._distributions[entry.name] = distribution
+            self._modules[entry.name] = entry.module
+            self._apis[entry.name] = api
 
     def _read(self) -> _Contents:
         with self._lock:
@@ -156,6 +196,12 @@ class Registry:
                 for name, plugin in manager.list_name_plugin():
                     for kind in KINDS:
                         self._collect(manager, name, plugin, kind, contents)
+                # the generic adapter takes every model: those of plug-ins are asked before it
+                mine = sorted(
+                    contents.things["backbones"].items(),
+                    key=lambda item: contents.origin["backbones", item[0]] in BUILTINS,
+                )
+                contents.things["backbones"] = dict(mine)
                 self._contents = contents
             return self._contents
 
@@ -170,7 +216,7 @@ class Registry:
                 if implementation.plugin is plugin:
                     for thing in _listed(implementation.function(), hook, name):
                         self._add(thing, name, kind, into)
-        except Exception as error:
+        except ISOLATED as error:
             into.errors.setdefault(name, error)
 
     def _add(self, thing: Any, plugin: str, kind: str, into: _Contents) -> None:
@@ -191,7 +237,7 @@ def _entry_points() -> list[metadata.EntryPoint]:
 
     Unset: all. Empty: none. ``a,b``: only these. ``-a``: all but a.
     """
-    found = sorted(metadata.entry_points(group=PROJECT), key=lambda entry: entry.name)
+    found = sorted(_installed(), key=lambda entry: entry.name)
     wanted = os.environ.get("SPARSIATTN_PLUGINS")
     if wanted is None:
         return found
@@ -199,6 +245,52 @@ def _entry_points() -> list[metadata.EntryPoint]:
     if names and all(name.startswith("-") for name in names):
         return [entry for entry in found if f"-{entry.name}" not in names]
     return [entry for entry in found if entry.name in names]
+
+
+def _installed() -> list[metadata.EntryPoint]:
+    """Entry points of the group; distributions whose list cannot be read have none."""
+    try:
+        return list(metadata.entry_points(group=PROJECT))
+    except Exception:  # one file that does not parse, of whatever project, hides all the others
+        return [entry for dist in _distributions() for entry in _readable(dist)]
+
+
+def _distributions() -> list[metadata.Distribution]:
+    """One for each name: the first on the path hides the others, as at import."""
+    found: dict[str, metadata.Distribution] = {}
+    for dist in metadata.distributions():
+        found.setdefault(canonical(dist.metadata["Name"] or ""), dist)
+    return list(found.values())
+
+
+def _readable(dist: metadata.Distribution) -> list[metadata.EntryPoint]:
+    try:
+        return list(dist.entry_points.select(group=PROJECT))
+    except Exception as error:
+        warnings.warn(
+            f"entry points of {dist.metadata['Name']} cannot be read ({error}); reinstall it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return []
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as package indices compare it.
+
+    >>> canonical("My_Package.X")
+    'my-package-x'
+    """
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _accepted_version(plugin: Any, name: str) -> Version:
+    """The plug-in API that a plug-in was written for; raises where it cannot work with this one."""
+    api = pluginapi.stated(plugin)
+    reason = pluginapi.refusal(api)
+    if reason:
+        raise PluginError(f"plug-in {name!r} {reason}")
+    return api
 
 
 def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
@@ -211,7 +303,7 @@ def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> N
                 f"plug-in {name!r} implements no hook: mark one of {hooks} with "
                 "@sparsiattn.hookimpl"
             )
-    except Exception:
+    except ISOLATED:
         manager.unregister(plugin)
         raise
 
@@ -244,8 +336,8 @@ REGISTRY = Registry()
 
 
 def _info(kind: str, name: str, thing: Any) -> Info:
-    summary = getattr(thing, "summary", "") or (thing.__doc__ or "").strip().split("\n")[0]
-    reasons = tuple(thing.unavailable()) if kind == "kernels" else ()
+    summary = getattr(thing, "summary", "") or _first_sentence(thing.__doc__ or "")
+    reasons = tuple(reasons_of(thing)) if kind == "kernels" else ()
     return Info(
         name,
         summary,
@@ -254,7 +346,17 @@ def _info(kind: str, name: str, thing: Any) -> Info:
         getattr(thing, "needs_training", False),
         getattr(thing, "inexact", ""),
         getattr(thing, "kind", ""),
+        getattr(thing, "paper", ""),
+        getattr(thing, "fidelity", ""),
     )
+
+
+def _first_sentence(doc: str) -> str:
+    """Of a docstring, on one line."""
+    paragraph = " ".join(doc.strip().split("\n\n")[0].split())
+    # not after abbreviations
+    first = re.split(r"(?<!\beq)(?<!i\.e)(?<!e\.g)(?<!arXiv)\. ", paragraph)[0]
+    return first.rstrip(".") + "." if first else ""
 
 
 def _infos(kind: str) -> dict[str, Info]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,19 @@ Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
 
 @runtime_checkable
 class Planner(Protocol):
-    """What a strategy makes for one site: called with `AttentionInputs`, returns a `Pattern`."""
+    """What a strategy makes for one site: called with `AttentionInputs`, returns a `Pattern`.
+
+    One that also has a method ``after(inputs, output)`` is told what attention then returned at its
+    site, ``[B, H, Nq, Dv]``.
+
+    >>> x = torch.randn(1, 2, 16, 8)
+    >>> def first_keys(inputs: AttentionInputs) -> Pattern:
+    ...     first = torch.arange(inputs.n_keys) < 4
+    ...     return Pattern.mask(first.expand(1, 1, inputs.n_queries, -1))
+    >>> inputs = AttentionInputs(x, x, x, 1.0, None, Site.of(x, x, x))
+    >>> first_keys(inputs).to_mask().shape
+    torch.Size([1, 1, 16, 16])
+    """
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern: ...
 
@@ -58,6 +70,11 @@ class Strategy(Config):
     """
 
     kind = "attention"
+    chooses: ClassVar[bool] = True
+    """Whether plans choose among the host's keys; not so those of `Pattern.over`, `logits` and
+    `output`, which ``background`` cannot complete."""
+    carries: ClassVar[bool] = False
+    """Whether planners use `AttentionInputs.keep` and `recall`."""
 
     tile: Tile | str = field(default="auto", kw_only=True)
     block: Tile | str = field(default=1, kw_only=True)
@@ -68,6 +85,11 @@ class Strategy(Config):
         for name in ("tile", "block"):
             object.__setattr__(self, name, _check_tile(getattr(self, name), name))
         _check_background(self.background)
+        if self.background is not None and not self.chooses:
+            raise InvalidOption(
+                f"background stands for keys that were dropped, and {self.name!r} drops none: "
+                f"background must be None, got {self.background!r}"
+            )
         if not isinstance(self.prefix_keys, bool):
             raise InvalidType(f"prefix_keys must be True or False, got {self.prefix_keys!r}")
         k = getattr(self, "k", None)
@@ -140,7 +162,23 @@ class LearnedPlanner(nn.Module):
     A checkpoint of the dense model still loads strictly: planner weights it lacks keep their
     values. Weights are frozen at first: a hard choice of keys passes them no gradient, so an
     optimiser or DDP that waits for one would fail; `calibrate` unfreezes them while it fits.
+    Override ``forward(inputs)``, from `AttentionInputs` to a `Pattern`.
+
+    >>> class Mixed(LearnedPlanner):
+    ...     def __init__(self, heads):
+    ...         super().__init__()
+    ...         self.gain = torch.nn.Parameter(torch.ones(heads, 1, 1))
+    ...     def forward(self, inputs):
+    ...         return Pattern.top(self.gain * (inputs.q @ inputs.k.mT), 4)
+    >>> x = torch.randn(1, 2, 16, 8)
+    >>> site = Site.of(x, x, x)
+    >>> Mixed(heads=2)(AttentionInputs(x, x, x, 1.0, None, site)).to_mask().sum().item()
+    128
     """
+
+    differentiable: ClassVar[bool] = False
+    """Whether losses of the model reach the weights (plans that do not choose), so that `train`
+    fits them also without reconstruction."""
 
     def __init__(self) -> None:
         super().__init__()

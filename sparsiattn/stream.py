@@ -11,18 +11,21 @@ from torch import Tensor
 from sparsiattn.geometry import Grid
 
 Assign = Tensor | Callable[[], Tensor] | None
+Unfold = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One reduction. index: ``[B, m]``, the token of the step before that each token stands for;
     a fused one is written ``-1 - index``. assign: ``[B, n]``, where each earlier token went, -1 if
-    dropped; None where ``index`` tells. before: n. fused: whether the last token is a fused one."""
+    dropped; None where ``index`` tells. before: n. fused: whether any token is a fused one.
+    unfold: ``[B, m, C]`` to ``[B, n, C]``, where a token is not simply given that of ``assign``."""
 
     index: Tensor
     assign: Assign
     before: int
     fused: bool = False
+    unfold: Unfold | None = None
 
     def targets(self) -> Tensor:
         """``[B, n]``: the new place of every earlier token, -1 where it is gone."""
@@ -31,6 +34,13 @@ class Step:
         place = torch.arange(self.index.shape[1], device=self.index.device)
         gone = self.index.new_full((self.index.shape[0], self.before), -1)
         return gone.scatter(1, self.index, place.expand_as(self.index))
+
+    def unfolded(self, x: Tensor) -> Tensor:
+        """``[B, n, C]``: what every earlier token gets of ``x`` ``[B, m, C]``; dropped ones get
+        any."""
+        if self.unfold is not None:
+            return self.unfold(x)
+        return x.gather(1, self.targets().clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +76,11 @@ class Stream:
     @property
     def reduced(self) -> bool:
         return bool(self.steps)
+
+    def bare(self) -> Stream:
+        """Without the activations: enough to say what became of every token."""
+        steps = tuple(replace(step, unfold=None) for step in self.steps)
+        return replace(self, short=None, given=None, last=None, steps=steps)
 
     def advance(self, step: Step, size: Tensor | None = None) -> Stream:
         """The stream after a reduction; ``size`` ``[B, m]`` where that changed sizes."""
@@ -131,7 +146,7 @@ class Stream:
             return table[positions][:, None]
         table = table if table.dim() == 4 else table[None]
         index = positions[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
-        return table.expand(len(positions), -1, -1, -1).gather(2, index)
+        return table.expand(positions.shape[0], -1, -1, -1).gather(2, index)
 
     def is_side(self, table: Tensor) -> bool:
         """Whether a block's argument is a table with one row for each original patch."""
@@ -149,7 +164,7 @@ class Stream:
         """``[B, N]``: original places of the present sequence, prefix included."""
         positions = self.positions()
         prefix = torch.arange(self.prefix, device=positions.device)
-        return torch.cat([prefix.expand(len(positions), -1), positions + self.prefix], dim=1)
+        return torch.cat([prefix.expand(positions.shape[0], -1), positions + self.prefix], dim=1)
 
     def log_size(self, dtype: torch.dtype) -> Tensor | None:
         """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; prefix tokens zero
@@ -166,8 +181,9 @@ class Stream:
     def whole_of(self, x: Tensor, how: str) -> Tensor:
         """``[B, n0, C]``: every original position with its token from ``x`` ``[B, n, C]``.
 
-        how: ``"unfold"`` gives a merged or fused patch its cluster's token, ``"scatter"`` only
-        writes tokens that stand for themselves; either leaves the last value where nothing is.
+        how: ``"unfold"`` gives a merged or fused patch its cluster's token (or what the strategy
+        makes of all of them, see `Reduction`), ``"scatter"`` only writes tokens that stand for
+        themselves; either leaves the last value where nothing is.
         """
         if not self.steps or self.ids is None:
             return x
@@ -176,11 +192,17 @@ class Stream:
             own = self.ids.gather(1, place.clamp_min(0))
             itself = torch.arange(self.whole, device=place.device)
             place = torch.where(own == itself, place, -1)
-        wide = place.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1])
-        found = x.gather(1, wide)
+        found = self._unfolded(x, place, how)
         if self.last is None:
             return torch.where(place[..., None] >= 0, found, 0.0)
         return torch.where(place[..., None] >= 0, found, self.last.to(x.dtype))
+
+    def _unfolded(self, x: Tensor, place: Tensor, how: str) -> Tensor:
+        if how == "unfold" and any(step.unfold for step in self.steps):
+            for step in reversed(self.steps):
+                x = step.unfolded(x)
+            return x
+        return x.gather(1, place.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def unsigned(index: Tensor) -> Tensor:

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.geometry import Grid
 from sparsiattn.patterns import Budget, count_of
 from sparsiattn.site import AttentionInputs, Site
-from sparsiattn.stream import Assign
+from sparsiattn.strategy import keep_missing
+from sparsiattn.stream import Assign, Unfold, unsigned
 
 RESTORE = ("auto", "unfold", "scatter", None)
-Place = Literal["entry", "middle"]
+Place = Literal["entry", "middle", "exit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,9 @@ class TokenInputs:
     attention: its `AttentionInputs` (prefix included), None where the strategy reduces at the
     block's entry or did not ask. layer, depth: block index and count. class_tokens: how many of
     the prefix tokens are CLS or distillation tokens. size: ``[B, n]``, patches merged into each
-    token so far, None if one each. policy: ``[B, n]``, see `Reduction`.
+    token so far, None if one each. policy: ``[B, n]``, see `Reduction`. training: whether the model
+    is in training mode. grid: rows and columns of
+    all patches. ids: which of them each token stands for, see `positions`.
     """
 
     x: Tensor
@@ -39,11 +43,20 @@ class TokenInputs:
     size: Tensor | None = None
     policy: Tensor | None = None
     training: bool = False
+    grid: Grid = (0, 0)
+    ids: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Patch tokens per image."""
         return self.x.shape[1]
+
+    def positions(self) -> Tensor:
+        """``[B, n]`` (``[1, n]`` while every patch is there): the number, in raster order on
+        ``grid``, of the patch whose position each token has."""
+        if self.ids is None:
+            return torch.arange(self.count, device=self.x.device)[None]
+        return unsigned(self.ids)
 
     def class_attention(self) -> Tensor:
         """``[B, n]``: attention of the class tokens to every patch, mean over heads (EViT, 3.1).
@@ -65,6 +78,18 @@ class TokenInputs:
             bias = bias.any(-2, keepdim=True)
         return self._attention(inputs.patch_queries.mean(-2, keepdim=True), bias)
 
+    def received_attention(self) -> Tensor:
+        """``[B, n]``: attention that every patch receives, mean over all queries and heads. The
+        whole matrix is computed, one head at a time, so that memory is ``[B, N, N]``."""
+        inputs = self._need("attention received")
+        total = inputs.q.new_zeros(self.x.shape[0], self.count, dtype=torch.float)
+        for head in range(inputs.q.shape[1]):
+            one, bias = slice(head, head + 1), inputs.bias
+            bias = bias[:, one] if bias is not None and bias.shape[1] > 1 else bias
+            part = inputs.replace(q=inputs.q[:, one], k=inputs.k[:, one], bias=bias).logits()
+            total = total + part.float().softmax(-1)[:, 0, :, inputs.prefix :].mean(1)
+        return total / inputs.q.shape[1]
+
     def _attention(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         inputs = self._need("attention")
         logits = inputs.replace(q=rows, bias=bias).logits()
@@ -81,7 +106,8 @@ class TokenInputs:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """What becomes of ``n`` patch tokens. Make one with `keep`, `top`, `where` or `merge`.
+    """What becomes of ``n`` patch tokens. Make one with `keep`, `top`, `where`, `merge`
+    or `mix`.
 
     index: ``[B, m]``, the earlier token that each new one stands for. values: ``[B, m, C]``, None
     for the kept tokens as they are. assign: ``[B, n]`` (or a function that returns it), where each
@@ -90,7 +116,13 @@ class Reduction:
     ``[B, n]``, weights with which dropped tokens add up to one more token at the end (EViT, 3.2).
     added: ``([B, r], [B, r, C])``, new tokens by number and what is added to each (merging few
     into many without computing all means). policy: ``[B, n]``, in training: nothing is dropped, but
-    keys weigh as much as this says.
+    keys weigh as much as this says. unfold: where original positions are asked for, a function from
+    the new tokens' later values ``[B, m, C]`` to those of the earlier tokens ``[B, n, C]``; None
+    gives each the value of the token it went to. mixed: whether the new tokens are weighted means
+    that stand for no patch alone.
+
+    >>> Reduction.keep(torch.tensor([[0, 2]])).index.tolist()
+    [[0, 2]]
     """
 
     index: Tensor | None = None
@@ -101,6 +133,8 @@ class Reduction:
     fuse: Tensor | None = None
     policy: Tensor | None = None
     added: tuple[Tensor, Tensor] | None = None
+    unfold: Unfold | None = None
+    mixed: bool = False
 
     @staticmethod
     def keep(index: Tensor) -> Reduction:
@@ -144,11 +178,71 @@ class Reduction:
         values = total / sizes[..., None].to(x.dtype)
         return Reduction(index=index, values=values, assign=assign, size=sizes)
 
+    @staticmethod
+    def mix(x: Tensor, weights: Tensor) -> Reduction:
+        """Soft merging: each new token is a weighted sum ``weights @ x`` of all, by ``[B, m, n]``
+        with entries >= 0. It has the position of its heaviest token; whoever asks for original
+        positions gets the transposed weights times the new tokens, rows scaled to sum to one.
+
+        >>> x = torch.tensor([[[1.0], [3.0], [5.0]]])
+        >>> Reduction.mix(x, torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])).values.flatten()
+        tensor([2., 5.])
+        """
+        if weights.dim() != 3 or weights.shape[::2] != x.shape[:2]:
+            raise InvalidType(
+                f"Reduction.mix needs weights [B, m, n] for tokens of shape {tuple(x.shape)} = "
+                f"[B, n, C], got {tuple(weights.shape)}; one row for each new token"
+            )
+        back = weights.float().mT
+        whole = back.sum(-1, keepdim=True)
+        shares = back / torch.where(whole > 0, whole, 1.0)
+        return Reduction(
+            index=weights.argmax(-1),
+            values=weights.to(x.dtype) @ x,
+            assign=torch.where(whole[..., 0] > 0, weights.argmax(1), -1),
+            unfold=lambda later: shares.to(later.dtype) @ later,
+            mixed=True,
+        )
+
+    def by_image(self) -> list[Reduction]:
+        """A mask ``[B, n]`` as one reduction for each image."""
+        assert self.mask is not None
+        fuse = [None] * len(self.mask) if self.fuse is None else list(self.fuse)
+        return [
+            Reduction(mask=mask[None], fuse=None if weights is None else weights[None])
+            for mask, weights in zip(self.mask, fuse, strict=True)
+        ]
+
 
 class TokenPlanner(Protocol):
     """What a token strategy makes for one block; an `nn.Module` if it learns."""
 
     def __call__(self, tokens: TokenInputs, /) -> Reduction | None: ...
+
+
+class LearnedTokens(nn.Module):
+    """Base of token planners with weights; they become ``<site>.sparsiattn.*`` in the model.
+
+    A checkpoint of the dense model still loads strictly: weights it lacks keep their values.
+    Override ``forward(tokens)``, from `TokenInputs` to a `Reduction` or None. Weights must be drawn
+    from a private generator, so that patching leaves the global random state alone.
+
+    >>> class Scored(LearnedTokens):
+    ...     def __init__(self, width):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.ones(width))
+    ...     def forward(self, tokens):
+    ...         return Reduction.top(tokens.x @ self.weight, 0.5)
+    >>> sorted(Scored(8).state_dict())
+    ['weight']
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
+
+    def forward(self, tokens: TokenInputs) -> Reduction | None:
+        raise NotImplementedError(f"{type(self).__name__} must override forward(tokens)")
 
 
 @dataclass(frozen=True)
@@ -178,7 +272,7 @@ class TokenStrategy(Config):
     per_layer: ClassVar[tuple[str, ...]] = ("keep",)
     """Options that may be a list with one value per layer, or a function of the `Site`."""
     place: ClassVar[Place] = "middle"
-    """Between attention and MLP, or at the block's ``"entry"``."""
+    """Between attention and MLP, or at the block's ``"entry"`` or ``"exit"``."""
     needs_attention: ClassVar[bool] = False
     """Whether `reduce` reads ``tokens.attention``."""
 

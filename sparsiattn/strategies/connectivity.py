@@ -1,5 +1,4 @@
-"""Learned connectivity (Sparsifiner, CVPR 2023, arXiv 2303.13755): a low-rank predictor says, per
-image, which keys matter to each query; attention runs only there."""
+"""Learned connectivity (Sparsifiner, CVPR 2023, arXiv 2303.13755): predicted keys, per image."""
 
 from __future__ import annotations
 
@@ -14,10 +13,13 @@ from torch.nn import functional as F
 from sparsiattn import geometry
 from sparsiattn.errors import InvalidOption
 from sparsiattn.geometry import Grid, Tile, Tiles
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.kernels.native import planning as native
+from sparsiattn.patterns import Budget, Pattern, Ranked, blocks_within
+from sparsiattn.site import AttentionInputs, Site, products
+from sparsiattn.strategies.tables import channel_maps, initial_tables, resize_table
 from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
 
+MOST_COLUMNS = 65_536  # of a predictor; more is a slip
 MOST_ROWS = 1 << 24  # elements of exact attention that calibration holds at once
 
 
@@ -46,6 +48,11 @@ class Connectivity(Strategy):
     """
 
     name = "connectivity"
+    paper = "https://arxiv.org/abs/2303.13755"
+    fidelity = (
+        "as published with tile=1, background=None, own=None (see load_sparsifiner); tiles,"
+        " summary keys and the start without training are this library's"
+    )
 
     k: Budgets = 0.25
     block: Tile | str = field(default="auto", kw_only=True)
@@ -69,15 +76,18 @@ class Connectivity(Strategy):
             raise InvalidOption(f"basis_threshold must be >= 0, got {self.basis_threshold!r}")
         for name in ("basis", "channels", "basis_coef_topk"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise InvalidOption(f"{name} must be None or an int >= 1, got {value!r}")
+            if value is not None and (type(value) is not int or not 1 <= value <= MOST_COLUMNS):
+                raise InvalidOption(
+                    f"{name} must be None or an int in 1..{MOST_COLUMNS}, got {value!r}"
+                )
 
     def planner(self, site: Site) -> ConnectivityPlanner:
         return ConnectivityPlanner(self, site)
 
 
 def _number_from(value: object, least: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and least <= value < 1e18  # type: ignore[operator]  # torch takes 64 bits
 
 
 class ConnectivityPlanner(LearnedPlanner):
@@ -85,7 +95,7 @@ class ConnectivityPlanner(LearnedPlanner):
 
     down, up: ``[U, K]`` for ``U`` units, the keys or key blocks (prefix keys first), and ``K``
     basis vectors. project_q, project_k: ``[c, D]`` channel maps, absent when ``channels`` is None.
-    own: a scalar, absent when the strategy's is None or queries and keys are not the same tokens.
+    own: ``[1]``, absent when the strategy's is None or queries and keys are not the same tokens.
     """
 
     def __init__(self, strategy: Connectivity, site: Site) -> None:
@@ -94,12 +104,13 @@ class ConnectivityPlanner(LearnedPlanner):
         self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys))
         self.prefix = site.prefix_tokens
         cells = basis_cells(strategy, site.key_grid)
-        down, up = _initial_tables(self.grid, self.prefix, cells, strategy.basis)
+        down, up = initial_tables(self.grid, self.prefix, cells, strategy.basis)
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
         self.own: nn.Parameter | None = None
         if strategy.own is not None and site.key_grid == site.grid and site.keys == site.tokens:
-            self.own = nn.Parameter(torch.tensor(float(strategy.own)), requires_grad=False)
+            # one element, not a scalar: FSDP shards no scalars
+            self.own = nn.Parameter(torch.tensor([float(strategy.own)]), requires_grad=False)
         self.project_q: nn.Linear | None = None
         self.project_k: nn.Linear | None = None
         if strategy.channels is not None:
@@ -108,24 +119,29 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _add_channel_maps(self, site: Site, channels: int) -> None:
         """The same semi-orthogonal map for q and k: their products are kept as well as c can."""
-        weight = torch.empty(channels, site.head_dim)
-        nn.init.orthogonal_(weight, generator=spawn(zlib.crc32(site.name.encode())))
-        gain = max(1.0, math.sqrt(site.head_dim / channels))
-        for name in ("project_q", "project_k"):
-            linear = nn.utils.skip_init(nn.Linear, site.head_dim, channels)
-            linear.weight = nn.Parameter(weight * math.sqrt(gain), requires_grad=False)
-            linear.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
-            setattr(self, name, linear)
+        generator = spawn(zlib.crc32(site.name.encode()))
+        self.project_q, self.project_k = channel_maps(site.head_dim, channels, generator)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_resized": None}
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        return Pattern.top(self.scores(inputs), self.strategy.k)  # type: ignore[arg-type]
+        k: Budget = self.strategy.k  # type: ignore[assignment]
+        count, blocks = 0, inputs.blocks
+        if blocks is not None:
+            count = blocks_within(k, inputs.n_keys, inputs.prefix, blocks)
+        compiled = self._compiled(inputs, count)
+        if compiled is None:
+            return Pattern.top(self.scores(inputs), k)
+        scores, best = compiled
+        return Ranked(scores.shape[-2], scores.shape[-1], scores, k, best if count else None)
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``: one row per patch query or tile, one column
         per key, or per block of patch keys."""
+        compiled = self._compiled(inputs, 0)
+        if compiled is not None:
+            return compiled[0]
         blocks, down, up = inputs.blocks, *self._tables(inputs)
         units = inputs.k if blocks is None else _pooled(inputs.k, blocks, self.prefix)
         rows, down = inputs.row_queries, _of_seen(down, inputs)
@@ -137,17 +153,44 @@ class ConnectivityPlanner(LearnedPlanner):
         same = inputs.n_queries == inputs.n_keys
         return self._add_own(scores, inputs) if self.own is not None and same else scores
 
+    def _compiled(self, inputs: AttentionInputs, count: int) -> tuple[Tensor, Tensor] | None:
+        """Scores of blocks and the places of the ``count`` best from compiled code, where there is
+        some that knows this call: no option beside `own` and `salience`, no mask, no token dropped
+        or merged, no gradient."""
+        tiles, blocks, strategy = inputs.tiles, inputs.blocks, self.strategy
+        if tiles is None or blocks is None or inputs.bias is not None or self.project_q is not None:
+            return None
+        (down, up), top = self._tables(inputs), strategy.basis_coef_topk
+        own = self.own if inputs.n_queries == inputs.n_keys else None
+        if down.dim() != 2 or (top is not None and top < down.shape[-1]):
+            return None
+        if not native.serves(inputs.q, inputs.k, down, up, *(() if own is None else (own,))):
+            return None
+        shares = None if own is None else self._own_shares(inputs, inputs.block)
+        return native.block_scores(
+            inputs.q, inputs.k, tiles, blocks, (down, up), own, shares, self.prefix,
+            (inputs.scale, self._scale(inputs)), strategy.basis_threshold, strategy.salience, count,
+        )  # fmt: skip
+
+    def _own_shares(self, inputs: AttentionInputs, block: Tile) -> Tensor:
+        """The share of each tile's queries that each key or block is, ``[T, U]``."""
+        return geometry.table(
+            geometry.own_shares, inputs.query_grid, inputs.tile, block, device=inputs.q.device
+        )
+
     def _add_own(self, scores: Tensor, inputs: AttentionInputs) -> Tensor:
         """A share of every row's score more for the row's own key; of a tile, for its queries'."""
         assert self.own is not None
         extra = self.own.to(scores.dtype) * scores.sum(-1, keepdim=True)
         if inputs.tiles is None:
+            if torch.compiler.is_compiling():  # ONNX has no view to write through
+                shape = scores.shape[-2:]
+                here = geometry.table(own_keys, *shape, self.prefix, device=scores.device)
+                return torch.addcmul(scores, extra, here.to(scores.dtype))
             scores.diagonal(self.prefix, -2, -1).add_(extra.squeeze(-1))
             return scores
         block = 1 if inputs.blocks is None else inputs.block
-        shares = geometry.table(
-            geometry.own_shares, inputs.query_grid, inputs.tile, block, device=scores.device
-        ).to(scores.dtype)
+        shares = self._own_shares(inputs, block).to(scores.dtype)
         return torch.addcmul(scores, extra, F.pad(shares, (scores.shape[-1] - shares.shape[1], 0)))
 
     def _salience(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -171,7 +214,7 @@ class ConnectivityPlanner(LearnedPlanner):
         if self.project_q is not None and self.project_k is not None:
             q, k = self.project_q(q), self.project_k(k)
         reduced = _for_heads(down).to(k.dtype).mT @ k
-        return (q @ reduced.mT * self._scale(inputs)).softmax(-1)
+        return products(q, reduced, self._scale(inputs)).softmax(-1).to(q.dtype)
 
     def _scale(self, inputs: AttentionInputs) -> float:
         return inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
@@ -309,6 +352,16 @@ def unit_grid(grid: Grid, block: Tile) -> Grid:
     return grid if isinstance(block, int) else geometry.tile_parts(grid, block)
 
 
+def own_keys(rows: int, keys: int, prefix: int, *, device: torch.device) -> Tensor:
+    """``[rows, keys]``: one where a row's query is that key, after the prefix's columns.
+
+    >>> own_keys(2, 3, 1, device=torch.device("cpu")).int().tolist()
+    [[0, 1, 0], [0, 0, 1]]
+    """
+    places = torch.arange(keys, device=device) - prefix
+    return places == torch.arange(rows, device=device)[:, None]
+
+
 def _for_heads(table: Tensor) -> Tensor:
     """``[B, Nk, K]`` with an axis for heads, others as they are."""
     return table.unsqueeze(1) if table.dim() == 3 else table
@@ -342,26 +395,3 @@ def basis_cells(strategy: Connectivity, grid: Grid) -> Grid:
     sizes = (1.0, grid[1] / reduce) if grid[0] == 1 else (grid[0] / side, grid[1] / side)
     rows, columns = (max(1, math.floor(s) if exact else math.ceil(s)) for s in sizes)
     return rows, columns
-
-
-def _initial_tables(
-    grid: Grid, prefix: int, cells: Grid, basis: int | None
-) -> tuple[Tensor, Tensor]:
-    """Average pooling and bilinear interpolation, ``[P + n, K]``; prefix rows are zero."""
-    cells = min(cells[0], grid[0]), min(cells[1], grid[1])
-    cpu = torch.device("cpu")
-    tables = []
-    for build in (geometry.pooling, geometry.interpolation):
-        table = build(grid, cells, device=cpu)
-        if basis is not None:
-            table = F.pad(table, (0, max(0, basis - table.shape[1])))[:, :basis]
-        tables.append(F.pad(table, (0, 0, prefix, 0)).contiguous())
-    return tables[0], tables[1]
-
-
-def resize_table(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
-    """Bilinear interpolation of the patch rows of ``[P + n, K]`` to another grid; prefix rows
-    stay as they are."""
-    image = table[prefix:].mT.reshape(1, -1, *old)
-    resized = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
-    return torch.cat([table[:prefix], resized[0].flatten(1).mT.to(table.dtype)])

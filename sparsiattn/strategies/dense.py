@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
@@ -14,6 +15,7 @@ class DenseStrategy(Strategy):
     """Every pair: the host's own attention, reached through the patch."""
 
     name = "dense"
+    suite = MappingProxyType({"changes": False})
 
     def keeps_all(self, n_keys: int) -> bool:
         return True

@@ -23,9 +23,10 @@ class Hybrid(Config):
     """An attention strategy and a token strategy together; by default connectivity and class-token
     drop, i.e. the paper's Sparsifiner-EViT (CVPR 2023, table 2).
 
-    attention, tokens: names, or strategy objects for options beyond the ones here. k, tile,
-    background, prefix_keys go to the first, keep, layers, restore to the second; None leaves the
-    default (or what the object says). Predictor tables, windows and tiles follow the tokens that
+    attention, tokens: names, or strategy objects for options beyond the ones here. k: share or
+    count of the keys. tile, background, prefix_keys: of `Strategy`, as k is. keep: share or count
+    of the tokens. layers, restore: of `TokenStrategy`, as keep is. None leaves the default (or what
+    the object says). Predictor tables, windows and tiles follow the tokens that
     are left. Sites where the sparse kernel would lose stay dense unless ``only_if_faster=False``.
 
     >>> hybrid = Hybrid(k=0.25, keep=0.5)
@@ -34,6 +35,8 @@ class Hybrid(Config):
     """
 
     name = "hybrid"
+    paper = "https://arxiv.org/abs/2303.13755"
+    fidelity = "as published: a token drop and connectivity together; here any pair of strategies"
     kind = "both"
 
     k: Budgets | None = None

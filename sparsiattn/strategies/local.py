@@ -23,6 +23,8 @@ class Local(Strategy):
     """
 
     name = "local"
+    paper = "https://arxiv.org/abs/2204.07143"
+    fidelity = "inspired by neighbourhood attention: the k nearest keys on the grid, any share"
 
     k: Budgets = 0.25
     background: int | None = 2

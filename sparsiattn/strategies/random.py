@@ -18,11 +18,13 @@ from sparsiattn.strategy import Budgets, Strategy
 class Random(Strategy):
     """Keys drawn at random per query (or tile) and head, the same for every image.
 
-    The generator is private and counter-based: seeded by ``seed``, the site's name and its number
-    of keys, it touches no global state and draws the same keys on every device.
+    seed: of a private, counter-based generator, with the site's name and its number of keys: it
+    touches no global state and draws the same keys on every device.
     """
 
     name = "random"
+    paper = "https://arxiv.org/abs/2007.14062"
+    fidelity = "inspired by BigBird's random keys; a control, one mask for all images"
 
     k: Budgets = 0.25
     seed: int = 0

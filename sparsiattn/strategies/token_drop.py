@@ -35,16 +35,20 @@ class TokenDrop(TokenStrategy):
     score: ``"cls"`` (attention of the class tokens, mean over heads; ``"mean_query"`` where there
     is none), ``"mean_query"`` (attention of the mean patch query), ``"learned"`` (DynamicViT's
     predictor, at the block's entry; needs training), ``"norm"`` (Euclidean norm of the token),
-    ``"random"`` (the same for every image, by ``seed``). fuse: what is dropped lives on as one
-    token, its sum weighted by score. For ``keep="adaptive"``: mass: keep the fewest tokens that
-    hold this share of the score (0.9 if nothing is said); threshold: keep those that score at least
-    so many times the mean.
+    ``"random"`` (the same for every image). seed: of ``"random"``. fuse: what is dropped lives on
+    as one token, its sum weighted by score. For ``keep="adaptive"``: mass: keep the fewest tokens
+    that hold this share of the score (0.9 if nothing is said); threshold: keep those that score at
+    least so many times the mean.
 
     >>> TokenDrop(keep=[0.7, 0.5], layers=[3, 6]).layers_in(12)
     (3, 6)
     """
 
     name = "token_drop"
+    paper = "https://arxiv.org/abs/2202.07800"
+    fidelity = (
+        'as published code with score="cls" (EViT); score="learned" is DynamicViT, arXiv 2106.02034'
+    )
 
     keep: Keep = 0.7
     score: str = "cls"

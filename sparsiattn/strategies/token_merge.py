@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ class TokenMerge(TokenStrategy):
     """
 
     name = "token_merge"
+    paper = "https://arxiv.org/abs/2210.09461"
+    fidelity = "as published (ToMe), written from its formulas"
     per_layer = ("r",)
     needs_attention = True
+    suite = MappingProxyType({"ordered": True})  # alternate tokens are paired
 
     r: Rate = 8
     ratio: float | None = None
@@ -171,7 +175,7 @@ def merge_pairs(
     likeness: ``[B, a, b]``. The new order is: protected tokens, those of ``first`` that stay, in
     order, then ``second``; values are means weighted by size.
     """
-    batch, x = len(likeness), tokens.x
+    batch, x = likeness.shape[0], tokens.x  # len() would tie an exported program to this batch
     first, second = first.expand(batch, -1), second.expand(batch, -1)
     best = likeness.max(-1)
     ranked = best.values.argsort(dim=1, descending=True, stable=True)

@@ -18,6 +18,11 @@ class TopK(Strategy):
     """
 
     name = "topk"
+    paper = "https://arxiv.org/abs/2106.00515"
+    fidelity = (
+        "as published (k-NN attention), which trains with it; tiles and summary keys are "
+        "this library's"
+    )
 
     k: Budgets = 0.25
 

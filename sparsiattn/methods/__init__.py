@@ -1,0 +1,63 @@
+"""Published methods as plug-ins: each one file, written against the public names alone.
+
+They register through the same hooks as a third party's, and import nothing from the library that
+is not in ``sparsiattn.__all__`` (a test reads their imports).
+"""
+
+from __future__ import annotations
+
+from sparsiattn import Strategy, TokenStrategy, hookimpl
+from sparsiattn.methods.ailurus import AiluRus
+from sparsiattn.methods.atc import ATC
+from sparsiattn.methods.atrous import Atrous
+from sparsiattn.methods.ats import ATS
+from sparsiattn.methods.attention_reuse import AttentionReuse
+from sparsiattn.methods.bigbird import BigBird
+from sparsiattn.methods.bilevel import BiLevel
+from sparsiattn.methods.binary_topk import BinaryTopK
+from sparsiattn.methods.diffrate import DiffRate
+from sparsiattn.methods.dpc_knn import DPCKNN
+from sparsiattn.methods.expedit import Expedit
+from sparsiattn.methods.fibottention import Fibottention
+from sparsiattn.methods.hypergraph import Hypergraph
+from sparsiattn.methods.kmedoids import KMedoids
+from sparsiattn.methods.linformer import Linformer
+from sparsiattn.methods.longformer import Longformer
+from sparsiattn.methods.lowrank import LowRank
+from sparsiattn.methods.patch_merger import PatchMerger
+from sparsiattn.methods.sd_filter import SDFilter
+from sparsiattn.methods.sinkhorn import Sinkhorn
+from sparsiattn.methods.sit import SiT
+from sparsiattn.methods.skipat import SkipAt
+
+ATTENTION: list[type[Strategy]] = [
+    Linformer,
+    LowRank,
+    Hypergraph,
+    AttentionReuse,
+    SkipAt,
+    BiLevel,
+    BinaryTopK,
+    SDFilter,
+    Fibottention,
+    Longformer,
+    BigBird,
+    Atrous,
+]
+TOKENS: list[type[TokenStrategy]] = [
+    ATC,
+    AiluRus,
+    Expedit,
+    KMedoids,
+    DPCKNN,
+    ATS,
+    SiT,
+    PatchMerger,
+    Sinkhorn,
+    DiffRate,
+]
+
+
+@hookimpl
+def sparsiattn_strategies() -> list[type[Strategy] | type[TokenStrategy]]:
+    return [*ATTENTION, *TOKENS]

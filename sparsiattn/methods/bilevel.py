@@ -1,0 +1,113 @@
+"""Bi-level routing attention (BiFormer): regions first, then tokens within those that were kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn import AttentionInputs, InvalidOption, Pattern, Site, Strategy
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BiLevel(Strategy):
+    """Queries of a region attend to the tokens of the k best-matching regions (section 3.2).
+
+    ``A_r = q_r k_r^T`` for the mean query and mean key of every region of an S x S partition (eqs.
+    3 and 4); the best regions of every row are kept, and token attention runs within (eqs. 5 and
+    6). A region is a ``tile`` of queries and a ``block`` of keys, so kernels read whole blocks.
+
+    k: keys per query, as a share of all or a count, prefix keys included; the last region kept
+    gives as many keys as the budget still allows. To keep m whole regions of p patches pass the
+    count ``prefix + m * p`` (topk of the paper is m). regions: S, or (rows, columns); a region has
+    at least 2 x 2 patches, since smaller ones would be chosen at the price of all logits, so small
+    windows have fewer. Grids that S does not divide get regions of ceil(side / S) patches or
+    nearly so. shared: one choice for all heads, by the sum of their affinities, as published; else
+    each head chooses. tile, block: ``"auto"`` is the regions; anything else groups queries or keys
+    in another way. Predictor MACs: ``R^2 D`` per head for R regions.
+
+    >>> from sparsiattn.testing.hosts import random_inputs
+    >>> inputs = random_inputs((4, 4), prefix=1)
+    >>> strategy = BiLevel(k=1 + 2 * 4, regions=2)  # the CLS token and two regions of four
+    >>> strategy.plan(inputs).to_mask()[0, 0].sum(-1).unique().tolist()
+    [9]
+    """
+
+    name = "bilevel"
+    paper = "https://arxiv.org/abs/2303.08810"
+    fidelity = (
+        "as published code without LePE (a convolution on the values): regions are tiles and key "
+        "blocks of the core, padding does not enter their means, the last region kept may be "
+        "partial, and pretrained models keep their own scale"
+    )
+
+    k: float = 0.25
+    regions: int | tuple[int, int] = 7
+    shared: bool = True
+    block: int | tuple[int, int] | str = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = (self.regions,) * 2 if type(self.regions) is int else self.regions
+        sides = tuple(given) if isinstance(given, (tuple, list)) else ()
+        if len(sides) != 2 or not all(type(s) is int and s >= 1 for s in sides):
+            raise InvalidOption(
+                "regions must be an int >= 1 or (rows, columns) of regions, each >= 1; "
+                f"got {self.regions!r}"
+            )
+        if type(self.regions) is not int:
+            object.__setattr__(self, "regions", sides)
+        if not isinstance(self.shared, bool):
+            raise InvalidOption(f"shared must be True or False, got {self.shared!r}")
+
+    def at(self, site: Site, position: int, count: int) -> Strategy:
+        """Regions of this site as the core's tiles and blocks."""
+        one = super().at(site, position, count)
+        regions = {"tile": self.region(site.grid), "block": self.region(site.key_grid)}
+        taken: dict[str, Any] = {n: r for n, r in regions.items() if getattr(self, n) == "auto"}
+        return replace(one, **taken)
+
+    def region(self, grid: Grid) -> Grid:
+        """Rows and columns of patches in a region of that grid.
+
+        >>> BiLevel().region((14, 14)), BiLevel(regions=(2, 4)).region((8, 12))
+        ((2, 2), (4, 3))
+        """
+        rows, columns = (self.regions,) * 2 if isinstance(self.regions, int) else self.regions
+        if grid[0] == 1:  # the order of these tokens is not a raster: runs of them
+            return 1, min(grid[1], max(4, math.ceil(grid[1] / (rows * columns))))
+        return (
+            min(grid[0], max(2, math.ceil(grid[0] / rows))),
+            min(grid[1], max(2, math.ceil(grid[1] / columns))),
+        )
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        tile = self.region(inputs.query_grid) if isinstance(inputs.tile, int) else inputs.tile
+        block = self.region(inputs.keys_grid) if isinstance(inputs.block, int) else inputs.block
+        cut = inputs.replace(tile=tile, block=block)
+        # without the host's mask there are blocks also where the core chooses key by key
+        tiles, blocks = cut.tiles, cut.replace(bias=None).blocks
+        assert tiles is not None
+        assert blocks is not None
+        keys, prefix = inputs.k[..., inputs.prefix :, :], inputs.k[..., : inputs.prefix, :]
+        seen = inputs.seen
+        if seen is None:
+            means = blocks.mean(keys)
+        else:
+            weight = seen[..., inputs.prefix :, None].to(keys.dtype)
+            means = blocks.mean(keys * weight) / blocks.mean(weight).clamp_min(1e-6)
+        scores = self._affinity(cut.row_queries, means)
+        if inputs.blocks is None:
+            own = self._affinity(cut.row_queries, prefix)
+            scores = torch.cat([own, blocks.spread(scores.mT).mT], dim=-1)
+        return Pattern.top(tiles.spread(scores) if inputs.tiles is None else scores, self.k)
+
+    def _affinity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """``[B, H, R, D]`` and ``[B, H, M, D]`` to ``[B, H, R, M]``, or ``[B, 1, R, M]``."""
+        affinity = queries @ keys.mT
+        return affinity.sum(1, keepdim=True) if self.shared else affinity

@@ -1,0 +1,75 @@
+"""Binary scoring (after BiT): one bit per channel chooses the keys, full precision attends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsiattn import AttentionInputs, InvalidOption, Pattern, Strategy
+
+
+@dataclass(frozen=True)
+class BinaryTopK(Strategy):
+    """Keys with the most sign bits in common with the query; attention on them is exact.
+
+    ``s_ij = sign(q_i) . sign(k_j) = D - 2 popcount(bits(q_i) xor bits(k_j))`` for head dim D, with
+    sign(0) = 1. BiT's scale per tensor (its section 3.1) changes no ranking and is left out. Only D
+    + 1 values occur, so the longer key wins among equals.
+
+    k: keys per query, as a share of all or a count, prefix keys included. center: take signs of
+    keys from their mean, which softmax does not see (q . c is the same for all keys): channels
+    where all keys agree then tell them apart. Queries keep their own zero, since theirs would
+    change logits. In tile mode a tile's query is the mean of its queries, and its sign bits.
+
+    What the report counts: the scores as the ``Nq Nk D`` MACs per head that they run as, a matmul
+    of plus and minus ones. On hardware with a popcount they are as many binary operations, which
+    the literature sets at 1/64 each; there is no such kernel here and no speed is claimed for it.
+
+    >>> import torch
+    >>> hamming(torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[3.0, 1.0, 1.0]])).tolist()
+    [[1.0]]
+    """
+
+    name = "binary_topk"
+    paper = "https://arxiv.org/abs/2205.13016"
+    fidelity = (
+        "inspired by: BiT binarises all of a model and trains it; here only the scores that choose "
+        "keys are binary, and nothing is trained"
+    )
+
+    k: float = 0.25
+    center: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.center, bool):
+            raise InvalidOption(f"center must be True or False, got {self.center!r}")
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        keys = inputs.k - _mean_key(inputs) if self.center else inputs.k
+        scores = hamming(inputs.row_queries, keys).float()
+        # scores differ by 2 or more, so lengths within [0, 1] decide only among equals
+        length = keys.float().norm(dim=-1).unsqueeze(-2)
+        return Pattern.top(scores + length / length.amax(-1, keepdim=True).clamp_min(1e-6), self.k)
+
+
+def signs(x: Tensor) -> Tensor:
+    """1 where ``x >= 0`` and -1 elsewhere, in its dtype; no gradient."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def hamming(q: Tensor, k: Tensor) -> Tensor:
+    """``[..., Nq, D]`` and ``[..., Nk, D]`` to ``[..., Nq, Nk]``: channels of the same sign, less
+    the others. Exact in half precision up to D = 256 (bfloat16) or 2,048 (float16)."""
+    return signs(q) @ signs(k).mT
+
+
+def _mean_key(inputs: AttentionInputs) -> Tensor:
+    """``[B, H, 1, D]``: of the patch keys that any query sees."""
+    keys, seen = inputs.k[..., inputs.prefix :, :], inputs.seen
+    if seen is None:
+        return keys.mean(-2, keepdim=True)
+    weight = seen[..., inputs.prefix :, None].to(keys.dtype)
+    return (keys * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1.0)

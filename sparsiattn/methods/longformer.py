@@ -1,0 +1,47 @@
+"""Longformer: a window around every patch, and tokens that see all and that all see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsiattn import AttentionInputs, Pattern, Strategy
+from sparsiattn.methods._fixed import check_count, check_odd, laid, local_and_global
+
+
+@dataclass(frozen=True)
+class Longformer(Strategy):
+    """Sliding window with global tokens (section 3.1 of the paper), on the 2-D grid of patches.
+
+    A patch sees those at most ``window // 2`` steps away in both directions, cut off at the border,
+    one step being ``dilation`` patches. Prefix tokens are global: they see all, and all see them.
+
+    window: side of the window in patches, odd. dilation: patches between its keys.
+    global_patches: g for g x g patches, spread evenly, that are global too, for hosts without CLS.
+    Raises `InvalidOption` for an even window. One more than twice the grid's longer side, at
+    dilation 1, reaches every key.
+
+    >>> Longformer(window=5).to_dict()["options"]["dilation"]
+    1
+    """
+
+    name = "longformer"
+    paper = "https://arxiv.org/abs/2004.05150"
+    fidelity = (
+        "inspired by: the window is square on the image instead of a run of tokens, as in Vision "
+        "Longformer, and global tokens have no projections of their own"
+    )
+    needs_training = True
+
+    window: int = 7
+    dilation: int = 1
+    global_patches: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_odd("window", self.window)
+        check_count("dilation", self.dilation, 1)
+        check_count("global_patches", self.global_patches, 0)
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        sizes = self.window, self.dilation, self.global_patches
+        return laid(inputs.table(local_and_global, inputs.whole_grid, *sizes), inputs)

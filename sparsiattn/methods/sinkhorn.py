@@ -1,0 +1,74 @@
+"""Sinkhorn token merging, as compared in "Which Tokens to Use?" (ICCVW 2023, arXiv 2308.04657)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsiattn import InvalidOption, Site
+from sparsiattn.methods._soft import SoftMerger, SoftPlanner, generator
+
+
+@dataclass(frozen=True)
+class Sinkhorn(SoftMerger):
+    """Tokens are moved to learned centres by entropic optimal transport, each centre taking an
+    equal share; a new token is the mean of what its centre took.
+
+    keep: tokens after each layer, see `SoftMerger`. epsilon: strength of the entropy term.
+    iterations: of Sinkhorn's algorithm, in the log domain.
+
+    >>> Sinkhorn(keep=16, iterations=5).iterations
+    5
+    """
+
+    name = "sinkhorn"
+    paper = "https://arxiv.org/abs/2308.04657"
+    fidelity = (
+        "inspired by: transport as in the published code, but a new token is the mean of tokens "
+        "as they are, not the sum of unit tokens, which a pretrained block could not take"
+    )
+
+    epsilon: float = 1.0
+    iterations: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
+        if not number or not 1e-6 <= self.epsilon <= 1e6:  # cosines over less overflow
+            raise InvalidOption(f"epsilon must be a number in [1e-6, 1e6], got {self.epsilon!r}")
+        if type(self.iterations) is not int or self.iterations < 1:
+            raise InvalidOption(f"iterations must be an int >= 1, got {self.iterations!r}")
+
+    def planner(self, site: Site, width: int) -> Transport:
+        return Transport(self.count(), width, site.name, self.epsilon, self.iterations)
+
+
+class Transport(SoftPlanner):
+    """The plan between tokens and unit-norm centres, by cosine."""
+
+    def __init__(self, count: int, width: int, name: str, epsilon: float, iterations: int) -> None:
+        super().__init__()
+        self.epsilon, self.iterations = epsilon, iterations
+        drawn = torch.randn(count, width, generator=generator(name))
+        self.centres = nn.Parameter(F.normalize(drawn, dim=-1))
+
+    def weights(self, x: Tensor) -> Tensor:
+        centres = F.normalize(self.centres.float(), dim=-1)
+        cosine = centres @ F.normalize(x.float(), dim=-1).mT
+        plan = sinkhorn(cosine / self.epsilon, self.iterations).exp()
+        return plan / plan.sum(-1, keepdim=True)
+
+
+def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """``[B, m, n]``: log of the plan; rows first, then columns, so that each token's shares sum to
+    one at the end.
+
+    >>> sinkhorn(torch.zeros(1, 2, 4), 1).exp().sum(1)
+    tensor([[1., 1., 1., 1.]])
+    """
+    for _ in range(iterations):
+        logits = logits.log_softmax(dim=-1).log_softmax(dim=-2)
+    return logits

@@ -1,0 +1,193 @@
+"""How a model was made, as plain data: what lets a saved patch bring its host along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsiattn.errors import InvalidOption
+
+MARK = "_sparsiattn_origin"
+"""Attribute of a model that `create_model` made; others are recognised, where that is possible."""
+
+Origin = dict[str, Any]
+"""``{"library": "timm", "name", "options"}``, the same of ``"torchvision"``, or ``{"library":
+"transformers", "class", "config"}``."""
+
+_SWITCHES = ("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing")
+"""Attributes that change while a model is used, and say nothing of how it was made."""
+
+
+_READS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"}
+"""Options of constructors that read other files, which a file from elsewhere must not ask for."""
+
+
+def mark(model: nn.Module, origin: Origin) -> nn.Module:
+    """Note how a model was made, where that can be written as JSON."""
+    try:
+        plain = json.loads(json.dumps(origin))
+    except (TypeError, ValueError):  # options that only Python can say
+        return model
+    if check_origin(plain):
+        vars(model)[MARK] = plain
+    return model
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """How to make this model again, None where that is not known.
+
+    What is noted or guessed counts only if a model made that way, without memory for its weights,
+    has the same parts, the same names and shapes of weights and the same plain attributes.
+    """
+    for origin in _candidates(model):
+        try:
+            twin = _without_memory(origin)
+        except Exception:  # a guess may fail in any way
+            continue
+        if _same(model, twin):
+            return origin
+    return None
+
+
+def build(origin: Origin, pretrained: bool = False) -> nn.Module:
+    """The model, with random weights unless ``pretrained``. Raises `InvalidOption` where it cannot
+    be made."""
+    if pretrained and origin["library"] == "transformers":
+        raise InvalidOption(
+            "a transformers configuration does not say where weights are: use hf:ORG/NAME, or load "
+            "them in Python and use sparsiattn.load(model, folder)"
+        )
+    try:
+        return mark(_build(origin, pretrained), origin)
+    except Exception as error:  # whatever the library's own constructor raises
+        made = origin.get("name", origin.get("class"))
+        raise InvalidOption(
+            f"{origin.get('library')} cannot make {made!r} here: {error}; install the version it "
+            "was saved with, or build the model in Python and use sparsiattn.load(model, folder)"
+        ) from error
+
+
+def check_origin(origin: Any) -> bool:
+    """Whether plain data has the form of an `Origin`, and does no more than make a model."""
+    if not isinstance(origin, Mapping):
+        return False
+    options = origin.get("options")
+    if isinstance(options, Mapping) and set(options) & _READS:
+        return False
+    form = {"class": str, "config": dict} if origin.get("library") == "transformers" else None
+    form = form or {"name": str, "options": dict}
+    known = origin.get("library") in ("timm", "torchvision", "transformers")
+    return known and all(isinstance(origin.get(key), kind) for key, kind in form.items())
+
+
+def _build(origin: Origin, pretrained: bool = False) -> nn.Module:
+    library = origin["library"]
+    if library == "timm":
+        import timm
+
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in origin["options"].items()}
+        return timm.create_model(origin["name"], pretrained=pretrained, **options)  # type: ignore[no-any-return]
+    if library == "torchvision":
+        import torchvision
+
+        weights = "DEFAULT" if pretrained else None
+        return torchvision.models.get_model(origin["name"], weights=weights, **origin["options"])  # type: ignore[no-any-return]
+    import transformers
+
+    saved = dict(origin["config"])
+    config = transformers.AutoConfig.for_model(saved.pop("model_type"), **saved)
+    found = getattr(transformers, origin["class"])
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InvalidOption(f"{origin['class']!r} is no model of transformers")
+    return found(config)  # type: ignore[no-any-return]
+
+
+def _without_memory(origin: Origin) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return _build(origin)
+    except (RuntimeError, NotImplementedError):  # constructors that look at values
+        with torch.random.fork_rng(devices=[]):
+            return _build(origin)
+
+
+def _candidates(model: nn.Module) -> Iterator[Origin]:
+    noted = vars(model).get(MARK)
+    if noted is not None:
+        yield noted
+    module = type(model).__module__.partition(".")[0]
+    if module == "timm":
+        yield from _timm(model)
+    elif module == "torchvision":
+        yield from _torchvision(model)
+    elif module == "transformers":
+        config: Any = model.config
+        plain = json.loads(config.to_json_string(use_diff=True))
+        plain.setdefault("model_type", config.model_type)
+        yield {"library": "transformers", "class": type(model).__name__, "config": plain}
+
+
+def _timm(model: Any) -> Iterator[Origin]:
+    given = getattr(model, "pretrained_cfg", None)
+    card: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    name = card.get("architecture")
+    if not name:
+        return
+    name = f"{name}.{card['tag']}" if card.get("tag") else name
+    found: dict[str, Any] = {}
+    classes = getattr(model, "num_classes", None)
+    if classes is not None and classes != card.get("num_classes"):
+        found["num_classes"] = classes
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built is not None and tuple(built) != tuple(card.get("input_size", ()))[1:]:
+        found["img_size"] = list(built)
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if stem is not None and stem.in_channels != 3:
+        found["in_chans"] = stem.in_channels
+    yield {"library": "timm", "name": name, "options": found}
+    if "img_size" not in found and built is not None:
+        yield {"library": "timm", "name": name, "options": {**found, "img_size": list(built)}}
+
+
+def _torchvision(model: Any) -> Iterator[Origin]:
+    from torchvision.models import get_model_builder, list_models
+
+    options = {} if (n := getattr(model, "num_classes", None)) is None else {"num_classes": n}
+    if (side := getattr(model, "image_size", None)) is not None:
+        options["image_size"] = side
+    if not options and isinstance(head := getattr(model, "head", None), nn.Linear):
+        options["num_classes"] = head.out_features
+    for name in list_models():
+        if get_model_builder(name).__module__ == type(model).__module__:
+            yield {"library": "torchvision", "name": name, "options": options}
+
+
+def _same(model: nn.Module, twin: nn.Module) -> bool:
+    from sparsiattn.savedfile import fingerprint
+
+    if type(model).__name__ != type(twin).__name__ or fingerprint(model) != fingerprint(twin):
+        return False
+    return _plain(model) == _plain(twin)
+
+
+def _plain(model: nn.Module) -> dict[str, Any]:
+    """Attributes of all modules but planners that are numbers, text or tuples of these."""
+    from sparsiattn.runtime import PLANNER
+
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        if PLANNER not in path.split(".")
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in _SWITCHES and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
