@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -16,6 +18,7 @@ from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
+from sparsiattn.kernels.native.kernel import Native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Varlen
@@ -31,9 +34,12 @@ from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
 from sparsiattn.testing.kernel import Case
 
+HERE = Path(__file__).parent
+
 
 class TestDense(StrategySuite):
     strategy = DenseStrategy()
+    changes = False
 
 
 class TestTopK(StrategySuite):
@@ -64,18 +70,22 @@ class TestTokenDrop(TokenStrategySuite):
     strategy = TokenDrop(keep=0.7)
 
 
+@pytest.mark.slow
 class TestTokenDropFuse(TokenStrategySuite):
     strategy = TokenDrop(keep=[0.8, 0.5], layers=[0, 2], fuse=True)
 
 
+@pytest.mark.slow
 class TestTokenDropMeanQuery(TokenStrategySuite):
     strategy = TokenDrop(keep=20, score="mean_query", restore="scatter")
 
 
+@pytest.mark.slow
 class TestTokenDropNorm(TokenStrategySuite):
     strategy = TokenDrop(keep=0.6, score="norm", restore="unfold")
 
 
+@pytest.mark.slow
 class TestTokenDropRandom(TokenStrategySuite):
     strategy = TokenDrop(keep=0.6, score="random")
 
@@ -92,6 +102,7 @@ class TestTokenDropAdaptive(TokenStrategySuite):
     identity: ClassVar = {"mass": 1.0}
 
 
+@pytest.mark.slow
 class TestTokenDropThresholdFuse(TokenStrategySuite):
     strategy = TokenDrop(keep="adaptive", threshold=0.9, fuse=True)
     identity: ClassVar = {"threshold": 1e-9}
@@ -105,6 +116,7 @@ class TestTokenMerge(TokenStrategySuite):
         return True
 
 
+@pytest.mark.slow
 class TestPiToMe(TokenStrategySuite):
     strategy = TokenMerge(method="pitome", ratio=0.9, proportional=False)
     identity: ClassVar = {"ratio": 1.0}
@@ -115,6 +127,7 @@ class TestHybrid(TokenStrategySuite):
     identity: ClassVar = {"k": 1.0, "keep": 1.0}
 
 
+@pytest.mark.slow
 class TestHybridOfOthers(TokenStrategySuite):
     strategy = Hybrid(k=0.3, attention="local", tokens=TokenMerge(r=6), tile=(2, 2))
     identity: ClassVar = {"k": 1.0, "tokens": TokenMerge(r=0)}
@@ -133,6 +146,11 @@ class TestMaskedSDPAKernel(KernelSuite):
 
 class TestGatherKernel(KernelSuite):
     kernel = Gather()
+
+
+@pytest.mark.usefixtures("compiled_native")
+class TestNativeKernel(KernelSuite):
+    kernel = Native()
 
 
 class TestTritonKernel(KernelSuite):
@@ -204,13 +222,20 @@ class _TokensFromPixels(nn.Module):
 
 @pytest.mark.parametrize("kind", ["strategies", "kernels"])
 def test_no_builtin_is_left_out(kind: str) -> None:
-    suites = [thing for thing in globals().values() if isinstance(thing, type)]
+    suites = _suites()
     if kind == "strategies":
         tested = {s.strategy.name for s in suites if hasattr(s, "strategy")}
         assert tested == {name for name in strategies() if _builtin(kind, name)}
     else:
         tested = {s.kernel.name for s in suites if hasattr(s, "kernel")}
         assert tested == {name for name in kernels() if _builtin(kind, name)}
+
+
+def _suites() -> list[type]:
+    """Those of this file, and of the files that test published methods."""
+    files = sorted(Path(__file__).parent.glob("test_methods*.py"))
+    spaces = [globals(), *(vars(importlib.import_module(file.stem)) for file in files)]
+    return [thing for space in spaces for thing in space.values() if isinstance(thing, type)]
 
 
 def _builtin(kind: str, name: str) -> bool:

@@ -6,8 +6,9 @@ class TestMine(StrategySuite):
 
 from sparsiattn.testing.backbone import BackboneSuite
 from sparsiattn.testing.kernel import KernelSuite
+from sparsiattn.testing.laws import PatchSuite
 from sparsiattn.testing.plugin import temporary_plugin
-from sparsiattn.testing.strategy import PatchSuite, StrategySuite
+from sparsiattn.testing.strategy import StrategySuite
 from sparsiattn.testing.tokens import TokenStrategySuite
 
 __all__ = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,10 +13,16 @@ from sparsiattn.strategies.topk import TopK
 
 
 class BackboneSuite:
-    """Subclass it, set ``backbone`` and return a small model from ``model()``, and run pytest."""
+    """Subclass it, set ``backbone`` and return a small model from ``model()``, and run pytest.
+
+    ``least_sites``: attention calls that must be found. ``tolerance``: of the identity at full
+    budget; ``batch_tolerance``: between an image alone and in a batch.
+    """
 
     backbone: Backbone
     least_sites = 1
+    tolerance: ClassVar[dict[str, Any]] = {"rtol": 1e-5, "atol": 1e-5}
+    batch_tolerance: ClassVar[dict[str, Any]] = {"rtol": 1e-3, "atol": 1e-4}
 
     def model(self) -> nn.Module:
         raise NotImplementedError
@@ -39,10 +47,35 @@ class BackboneSuite:
             with patch(model, TopK(k=1.0), input=x) as live:
                 assert live.backbone == self.backbone.name
                 assert len(live.sites) >= self.least_sites
-                torch.testing.assert_close(model(x), dense, rtol=1e-5, atol=1e-5)
-            with patch(model, TopK(k=0.25), input=x):
+                torch.testing.assert_close(model(x), dense, **self.tolerance)
+            with patch(model, TopK(k=0.25), input=x) as live:
                 assert not torch.equal(model(x), dense)
+                with live.disabled():
+                    assert torch.equal(model(x), dense)
             assert torch.equal(model(x), dense)
+
+    def test_nothing_of_the_patch_stays(self) -> None:
+        """Modules, hooks, keys, and what `Backbone.edits` switched."""
+        model = self.model().eval()
+        x = self.images(model)
+        modules, keys = dict(model.named_modules()), list(model.state_dict())
+        edits = self.backbone.edits(model)
+        with torch.no_grad(), patch(model, TopK(k=0.25), input=x):
+            model(x)
+            assert set(model.state_dict()) == set(keys)
+        after = dict(model.named_modules())
+        assert list(after) == list(modules)
+        assert all(after[name] is module for name, module in modules.items())
+        assert list(model.state_dict()) == keys
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        for edit in edits:
+            assert getattr(edit.module, edit.attribute) == edit.before, edit.attribute
+
+    def test_images_do_not_influence_each_other(self) -> None:
+        model = self.model().eval()
+        x = self.images(model)
+        with torch.no_grad(), patch(model, TopK(k=0.25), input=x):
+            torch.testing.assert_close(model(x)[:1], model(x[:1]), **self.batch_tolerance)
 
     def test_sites_describe_their_tokens(self) -> None:
         model = self.model().eval()

@@ -23,6 +23,62 @@ def tiny_vit(**options: object) -> nn.Module:
     return cast(nn.Module, model.eval())
 
 
+def windowed_vit() -> nn.Module:
+    """Two blocks of a Swin, the second with shifted windows of 4 x 4 tokens, in eval mode."""
+    from timm.models import SwinTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = SwinTransformer(
+            img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2,), num_heads=(2,),
+            num_classes=5,
+        )  # fmt: skip
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3 if parameter.dim() == 1 else 0.15)
+    return cast(nn.Module, model.eval())
+
+
+class _OwnBlock(nn.Module):
+    """Pre-norm attention and MLP, 16 wide with 2 heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(seen.transpose(1, 2).flatten(2))
+        return cast(Tensor, x + self.mlp(self.norm2(x)))
+
+
+class _OwnViT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, 32, 32)}
+        self.embed = nn.Conv2d(3, 16, 8, 8)
+        self.blocks = nn.Sequential(_OwnBlock(), _OwnBlock())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        return cast(Tensor, self.head(self.blocks(tokens).mean(1)))
+
+
+def own_vit() -> nn.Module:
+    """A ViT of nobody's family: 16 patches, two blocks, no class token, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return _OwnViT().eval()
+
+
+def windowed_images(batch: int = 2) -> Tensor:
+    """Fixed random images ``[B, 3, 32, 32]`` for `windowed_vit`."""
+    return tiny_images(batch)
+
+
 def tiny_images(batch: int = 3) -> Tensor:
     """Fixed random images ``[B, 3, 32, 32]``."""
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))

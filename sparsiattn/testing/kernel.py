@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsiattn.kernel import Kernel
+from sparsiattn.derived import Derived
+from sparsiattn.errors import KernelRefused
+from sparsiattn.handle import unpatch
+from sparsiattn.kernel import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
+from sparsiattn.patching import patch
 from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.planning import finish
+from sparsiattn.registry import REGISTRY
 from sparsiattn.site import AttentionInputs
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.strategies.topk import TopK
+from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.testing.plugin import temporary_plugin
 
 Case = tuple[str, AttentionInputs, Pattern]
 
@@ -41,6 +49,7 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[C
                     yield f"mask {name}", inputs, finish(drawn, inputs, background=background)
     yield from _blocks(dtype, device)
     yield "dense", inputs, Pattern.dense(21, 21)
+    yield from _derived(dtype, device)
     for value_dim in (6, 8):
         packed = _on(random_inputs((4, 5), dtype=dtype, value_dim=value_dim), device)
         yield f"lengths v={value_dim}", packed, Lengths(21, 21, (4, 9, 4, 4))
@@ -58,6 +67,19 @@ def _blocks(dtype: torch.dtype, device: str) -> Iterator[Case]:
                 wish = Pattern.top(scores.to(device), k)
                 name = f"blocks of {grid} prefix={prefix} k={k} background={background}"
                 yield name, inputs, finish(wish, inputs, background=background)
+
+
+def _derived(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Plans that choose no keys: computed ones, given logits, a given output."""
+    for host in ("none", "bias", "mask"):
+        inputs = _on(_with_host(random_inputs((4, 5), dtype=dtype, value_dim=6), host), device)
+        k, v, logits = inputs.k[..., ::4, :], inputs.v[..., ::4, :], inputs.k @ inputs.q.mT
+        few = inputs.biased(logits)[..., 1:, ::4]
+        yield f"computed host={host}", inputs, Pattern.over(inputs, k, v, bias=few)
+        narrow = inputs.patch_queries[..., :3]
+        yield f"narrow host={host}", inputs, Pattern.over(inputs, k[..., :3], v, q=narrow)
+        yield f"logits host={host}", inputs, Pattern.logits(inputs, logits)
+        yield f"output host={host}", inputs, Pattern.output(inputs, inputs.v)
 
 
 def _on(inputs: AttentionInputs, device: str) -> AttentionInputs:
@@ -81,29 +103,105 @@ def _with_host(inputs: AttentionInputs, host: str) -> AttentionInputs:
 
 
 class KernelSuite:
-    """Subclass it, set ``kernel`` (and ``dtypes``, ``device``), and run pytest."""
+    """Subclass it, set ``kernel`` (and ``dtypes``, ``device``), and run pytest.
+
+    ``tolerance``: per dtype, against the reference in float32. ``unready``: how many calls to try
+    of those that the kernel takes but calls not ready, because it would compile for each.
+    """
 
     kernel: Kernel
     device = "cpu"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    tolerance: dict[torch.dtype, dict[str, Any]] = TOLERANCE
+    unready: int = 1
 
     def cases(self, dtype: torch.dtype) -> Iterator[Case]:
         """The calls to try; override it for a kernel of other shapes, or one slow at first."""
         yield from cases(dtype, self.device)
 
     def _runnable(self, dtype: torch.dtype) -> Iterator[Case]:
+        """The cases that the kernel takes; of those it has to compile for first, `unready`."""
+        unready = self.unready
         for name, inputs, pattern in self.cases(dtype):
-            if not self.kernel.why_not(inputs, pattern):
-                yield name, inputs, pattern
+            if refusals(self.kernel, inputs, pattern):
+                continue
+            if self.kernel.not_ready(inputs, pattern):
+                unready -= 1
+                if unready < 0:
+                    continue
+            yield name, inputs, pattern
 
     def test_runs_something(self) -> None:
         assert self.kernel.unavailable() or any(True for _ in self._runnable(self.dtypes[0]))
 
     def test_refusals_are_reasons(self) -> None:
         for name, inputs, pattern in cases(device=self.device):
+            if isinstance(pattern, Derived) and not self.kernel.computes_derived:
+                continue  # it is never shown these
             reasons = self.kernel.why_not(inputs, pattern)
             assert isinstance(reasons, list), name
             assert all(isinstance(reason, str) and reason for reason in reasons), name
+
+    def test_why_not_never_raises(self) -> None:
+        """Law 3, for calls that few kernels expect: an answer, whatever it is."""
+        for name, inputs, pattern in _odd(self.device):
+            assert isinstance(self.kernel.why_not(inputs, pattern), list), name
+
+    def test_says_what_it_is(self) -> None:
+        described = self.kernel.summary or (type(self.kernel).__doc__ or "").strip()
+        assert self.kernel.name
+        assert described, "give it a summary"
+        assert all(isinstance(reason, str) and reason for reason in self.kernel.unavailable())
+
+    def test_speed_is_a_figure(self) -> None:
+        """From shapes alone: values that are not there must not matter."""
+        for name, inputs, pattern in self._runnable(self.dtypes[0]):
+            speed = self.kernel.speed(inputs, pattern)
+            assert isinstance(speed, float), name
+            assert 0 <= speed < float("inf"), name
+            macs = self.kernel.hidden_macs(inputs, pattern)
+            assert macs is None or macs >= 0, name
+
+    def test_operands_stay_as_they_are(self) -> None:
+        """Nothing is written in place, and views of one tensor serve as well as tensors."""
+        for name, inputs, pattern in self._runnable(self.dtypes[0]):
+            call = _as_views(inputs)
+            if refusals(self.kernel, call, pattern):
+                continue
+            before = [x.clone() for x in (call.q, call.k, call.v)]
+            out = self.kernel(call, pattern)
+            close = self.tolerance[self.dtypes[0]]
+            torch.testing.assert_close(
+                out, self.kernel(inputs, pattern), msg=f"{name}: {{}}".format, **close
+            )
+            for x, old in zip((call.q, call.k, call.v), before, strict=True):
+                assert torch.equal(x, old), name
+
+    def test_in_a_model_it_runs_or_says_why_not(self) -> None:
+        """Asked for by name there is no other: its output is the reference's, or it is refused."""
+        model, x = tiny_vit().to(self.device), tiny_images().to(self.device)
+        outputs = []
+        with torch.no_grad():
+            for name in ("reference", self.kernel.name):
+                with self._registered():
+                    try:
+                        live = patch(model, TopK(k=0.25, tile=(2, 2)), kernel=name)
+                        outputs.append(model(x))
+                    except KernelRefused as refused:
+                        assert name in str(refused)  # noqa: PT017 - a refusal is one of two answers
+                        unpatch(model)
+                        return
+                    assert {row.kernel for row in live.report().sites} == {name}
+                    live.unpatch()
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
+
+    @contextmanager
+    def _registered(self) -> Iterator[None]:
+        if self.kernel.name in REGISTRY.all("kernels"):
+            yield
+        else:
+            with temporary_plugin(kernels=[self.kernel], name="under-test"):
+                yield
 
     def test_equals_the_reference(self) -> None:
         for dtype in self.dtypes:
@@ -113,13 +211,13 @@ class KernelSuite:
                 out = self.kernel(inputs, pattern)
                 assert out.dtype == dtype, name
                 message = f"{name}, {dtype}: {{}}".format
-                torch.testing.assert_close(out.float(), exact, msg=message, **TOLERANCE[dtype])
+                torch.testing.assert_close(out.float(), exact, msg=message, **self.tolerance[dtype])
 
     def test_gradients_equal_the_reference(self) -> None:
         if not self.kernel.differentiable:
             return
         for name, inputs, pattern in self._runnable(torch.float32):
-            if self.kernel.why_not(_with_leaves(inputs), pattern):
+            if refusals(self.kernel, _with_leaves(inputs), pattern):
                 continue  # forward only here, as the kernel says
             ours, exact = (
                 _gradients(kernel, inputs, pattern) for kernel in (self.kernel, Reference())
@@ -134,10 +232,35 @@ class KernelSuite:
         keep = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(5)) > 0.5
         keep[..., 3, :] = False
         pattern = Pattern.mask(keep.to(self.device))
-        if not self.kernel.why_not(inputs, pattern):
+        if not refusals(self.kernel, inputs, pattern):
             out = self.kernel(inputs, pattern)
             assert (out[..., 3, :] == 0).all()
             assert torch.isfinite(out).all()
+
+
+def _odd(device: str) -> Iterator[Case]:
+    """Calls that are legal and rare."""
+    inputs = _on(random_inputs((4, 4)), device)
+    scores = torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(7)).to(device)
+    pattern = finish(Pattern.top(scores, 5), inputs)
+    for dtype in (torch.float64, torch.float16):
+        cast = inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
+        yield str(dtype), cast, pattern
+    yield "dropout", inputs.replace(dropout=0.1), pattern
+    meta = inputs.replace(q=inputs.q.to("meta"), k=inputs.k.to("meta"), v=inputs.v.to("meta"))
+    yield "meta tensors", meta, pattern
+    none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
+    yield "no image", none, Pattern.dense(17, 17)
+    fewer = inputs.replace(k=inputs.k[:, :, :9], v=inputs.v[:, :, :9])
+    yield "fewer keys than queries", fewer, Pattern.dense(17, 9)
+
+
+def _as_views(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call with operands laid out ``[B, N, H, D]``, as hosts have them."""
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)
+    )
+    return inputs.replace(q=q, k=k, v=v)
 
 
 def _with_leaves(inputs: AttentionInputs) -> AttentionInputs:
@@ -155,4 +278,7 @@ def _gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tup
     weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     operands = (call.q, call.k, call.v, call.bias)
     leaves = [x for x in operands if x is not None and x.requires_grad]
-    return torch.autograd.grad((out * weight).sum(), leaves)
+    if not out.requires_grad:  # the plan gave the output
+        return ()
+    total = (out * weight).sum()
+    return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)

@@ -1,0 +1,25 @@
+"""Which keys each query keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsiattn import AttentionInputs, Pattern, Strategy
+from torch.nn.functional import normalize
+
+
+@dataclass(frozen=True)
+class NearestKeys(Strategy):
+    """Each query attends to the keys that are nearest to it by cosine.
+
+    k: keys kept per query, a share in (0, 1] or a count. Prefix tokens, tiles, background and the
+    full budget are the library's work.
+    """
+
+    name = "nearest_keys"
+
+    k: float = 0.25
+
+    def plan(self, inputs: AttentionInputs) -> Pattern:
+        scores = normalize(inputs.q, dim=-1) @ normalize(inputs.k, dim=-1).mT
+        return Pattern.top(scores, self.k)

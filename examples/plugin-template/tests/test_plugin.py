@@ -1,0 +1,17 @@
+"""The package is installed, found and whole."""
+
+from __future__ import annotations
+
+import sparsiattn
+
+
+def test_plugin_is_installed() -> None:
+    (plugin,) = [p for p in sparsiattn.plugins() if p.name == "nearest_keys"]
+    assert plugin.error is None
+    assert plugin.distribution == "nearest-keys"
+    assert set(plugin.provides) == {"nearest_keys", "nearest_keys_softmax"}
+
+
+def test_both_are_usable() -> None:
+    assert sparsiattn.strategies()["nearest_keys"].usable
+    assert sparsiattn.kernels()["nearest_keys_softmax"].usable

@@ -1,0 +1,200 @@
+"""`create_model`: from one name to a model of timm, transformers or torchvision, or a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsiattn.errors import InvalidOption, UnknownName
+from sparsiattn.origin import mark
+
+_MORE = "local-dir:", "hf-hub:", "hf_hub:"
+"""Prefixes that timm itself understands."""
+
+
+def create_model(
+    name: str, *, image_size: int | None = None, pretrained: bool = False, **options: Any
+) -> nn.Module:
+    """A Vision Transformer by name, as every command takes it.
+
+    name: a timm model (``deit_small_patch16_224``); ``hf:ORG/NAME`` or ``hf:FOLDER``, the
+    configuration of a transformers model, made as an image classifier where there is one;
+    ``tv:NAME`` of torchvision; or a folder that `Patch.save` or `Patch.merge_and_export` wrote,
+    which gives the host alone (`from_pretrained` gives both). image_size: side of its images in
+    pixels. pretrained: download weights; they are random else, save those of a folder that
+    has them.
+    options: of ``timm.create_model``, of the transformers configuration, or of the torchvision
+    builder.
+
+    Raises `UnknownName` with close matches, and `InvalidOption` where the model cannot be made.
+
+    >>> model = create_model("test_vit", num_classes=5)
+    >>> type(model).__name__, model.num_classes
+    ('VisionTransformer', 5)
+    """
+    if is_saved(name):
+        from sparsiattn.hub import host_of
+
+        if options or image_size is not None:
+            raise InvalidOption(
+                f"{name} is a saved patch and says how its host was made: it takes neither an "
+                "image size nor options; give the model's own name for that"
+            )
+        return host_of(name, pretrained=pretrained)
+    space, _, rest = name.partition(":")
+    makers: dict[str, Callable[..., nn.Module]] = {"hf": _transformers, "tv": _torchvision}
+    if rest and space in makers:
+        return makers[space](rest, image_size, pretrained, options)
+    return _timm(name, image_size, pretrained, options)
+
+
+def is_saved(name: str) -> bool:
+    """Whether a name is a folder with a saved patch, or with what is left of one.
+
+    >>> is_saved("vit_base_patch16_224")
+    False
+    """
+    from sparsiattn.savedfile import CONFIG, NEW
+
+    return any((Path(name) / f"{CONFIG}{end}").is_file() for end in ("", NEW))
+
+
+def _timm(name: str, size: int | None, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not name.startswith(_MORE) and not timm.is_model(name):
+        raise unknown_model(name)
+    extra = options if size is None else {"img_size": size, **options}
+    try:
+        made = timm.create_model(name, pretrained=pretrained, **extra)
+    except Exception as error:  # constructors, the network and the Hub each have their own
+        raise InvalidOption(
+            f"timm cannot make {name!r}{f' with {extra}' if extra else ''}: {error}"
+        ) from error
+    return mark(made, {"library": "timm", "name": name, "options": extra})
+
+
+def unknown_model(name: str) -> UnknownName:
+    """The error for a name that no library has, with close matches in each.
+
+    >>> print(str(unknown_model("vit_b_17"))[:40])
+    no model 'vit_b_17' in timm. Did you mea
+    """
+    where = "in timm"
+    if Path(name).is_dir():
+        where = "in timm, and that folder holds no saved patch (hf:FOLDER is one of transformers)"
+    close = _close(name)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return UnknownName(
+        f"no model {name!r} {where}.{hint} MODEL is a timm name, hf:ORG/NAME, tv:NAME, or a folder "
+        "that patch.save wrote"
+    )
+
+
+def _close(name: str) -> list[str]:
+    """Up to three names of each space, without looking at the network."""
+    import timm
+
+    _, _, bare = name.rpartition(":")
+    found = get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
+    spaces = (("tv", _torchvision_names()), ("hf", cached_repositories()))
+    for prefix, names in spaces:
+        wanted = bare if prefix == "tv" or "/" in bare else f"/{bare}"
+        near = get_close_matches(wanted, names, n=3, cutoff=0.6)
+        found += [f"{prefix}:{one}" for one in near]
+    return found
+
+
+def _torchvision_names() -> list[str]:
+    try:
+        from torchvision.models import list_models
+    except ImportError:
+        return []
+    return list(list_models())
+
+
+def cached_repositories() -> list[str]:
+    """Names ``ORG/NAME`` of models in the Hugging Face cache of this machine."""
+    from huggingface_hub import constants
+
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*")
+    return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+
+
+def _torchvision(
+    name: str, size: int | None, pretrained: bool, options: dict[str, Any]
+) -> nn.Module:
+    _need("torchvision", "tv:", "train")
+    from torchvision import models
+
+    if name not in models.list_models():
+        close = get_close_matches(name, models.list_models(), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(f'tv:{one}' for one in close)}?" if close else ""
+        raise UnknownName(f"torchvision has no model {name!r}.{hint}")
+    builder = models.get_model_builder(name)
+    # only its ViT is built for one size; the others take images of any
+    fixed = builder.__module__ == "torchvision.models.vision_transformer"
+    extra = {"image_size": size, **options} if size is not None and fixed else options
+    try:
+        made = builder(weights="DEFAULT" if pretrained else None, **extra)
+    except Exception as error:  # constructors and the network each have their own
+        raise InvalidOption(
+            f"torchvision cannot make {name!r}{f' with {extra}' if extra else ''}: {error}"
+        ) from error
+    return mark(made, {"library": "torchvision", "name": name, "options": extra})
+
+
+def _transformers(
+    name: str, size: int | None, pretrained: bool, options: dict[str, Any]
+) -> nn.Module:
+    _need("transformers", "hf:", "hf")
+    import transformers
+
+    extra = options if size is None else {"image_size": size, **options}
+    config = _config(name, extra)
+    classifiers = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    known = type(config) in classifiers.keys()  # noqa: SIM118
+    auto = transformers.AutoModelForImageClassification if known else transformers.AutoModel
+    try:
+        if pretrained:
+            return auto.from_pretrained(name, config=config)  # type: ignore[no-any-return]
+        return auto.from_config(config)  # type: ignore[no-any-return]
+    except Exception as error:  # constructors, the network and the Hub each have their own
+        raise InvalidOption(f"transformers cannot make {name!r}: {_first(error)}") from error
+
+
+def _config(name: str, extra: dict[str, Any]) -> Any:
+    """The model's configuration, from a folder, the cache or the network."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(name, **extra)
+    except OSError as error:
+        close = get_close_matches(name, cached_repositories(), n=3, cutoff=0.5)
+        hint = f" In the cache: {', '.join(f'hf:{one}' for one in close)}." if close else ""
+        raise UnknownName(
+            f"no configuration of a model at {name!r}: {_first(error)}.{hint} It must be a folder "
+            "with config.json, a repository in the cache, or one that the network reaches"
+        ) from error
+    except Exception as error:  # unknown types, remote code, wrong options
+        raise InvalidOption(f"transformers cannot read {name!r}: {_first(error)}") from error
+
+
+def _need(package: str, prefix: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise InvalidOption(
+            f"{prefix} names need {package}, which is not installed: "
+            f"pip install 'sparsiattn[{extra}]'"
+        )
+
+
+def _first(error: Exception) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

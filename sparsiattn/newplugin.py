@@ -1,0 +1,90 @@
+"""Writes the package that a plug-in starts from: a strategy, a kernel, their tests, a README."""
+
+from __future__ import annotations
+
+import keyword
+import re
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from sparsiattn.errors import InvalidOption
+from sparsiattn.pluginapi import PLUGIN_API
+
+if sys.version_info >= (3, 11):
+    from importlib.resources.abc import Traversable
+else:
+    from importlib.abc import Traversable
+
+# files end in it, so that no tool takes them for Python, and none of them is imported by mistake
+SUFFIX = ".txt"
+NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+TAKEN = frozenset(
+    ("sparsiattn", "sparsiattn_backbones", "sparsiattn_pytest", "torch", "timm", "test")
+)
+
+
+def new_plugin(name: str, directory: Path | str = ".") -> Path:
+    """Write a plug-in package called ``name`` into a new folder of that name; returns the folder.
+
+    name: of the distribution, lower-case words joined by ``-`` or ``_``; the import package, the
+    entry point and the strategy have it with ``_``. Raises `InvalidOption` for another name, one
+    that is taken, or where the folder exists.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in new_plugin("far-keys", folder).iterdir())
+    ['README.md', 'pyproject.toml', 'src', 'tests']
+    """
+    _check_name(name)
+    target = Path(directory) / name
+    if target.exists():
+        raise InvalidOption(f"{target} exists: give another name, or --directory")
+    for path, text in rendered(name).items():
+        file = target / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return target
+
+
+def rendered(name: str) -> dict[str, str]:
+    """The text of every file by its path below the package's folder."""
+    words = re.split("[-_]", name)
+    package = "_".join(words)
+    values = {
+        "distribution": name,
+        "package": package,
+        "Class": "".join(word.capitalize() for word in words),
+        "api": repr(PLUGIN_API),
+    }
+    found = {}
+    for path, text in _templates(resources.files("sparsiattn") / "plugin_template", ""):
+        for key, value in values.items():
+            text = text.replace("{{" + key + "}}", value)
+        found[path.removesuffix(SUFFIX).replace("PACKAGE", package)] = text
+    return found
+
+
+def _templates(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _templates(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(SUFFIX):
+            yield prefix + entry.name, entry.read_text(encoding="utf-8")
+
+
+def _check_name(name: str) -> None:
+    from sparsiattn.registry import REGISTRY
+
+    package = name.replace("-", "_")
+    if not NAME.fullmatch(name) or keyword.iskeyword(package):
+        raise InvalidOption(
+            f"a plug-in's name must be lower-case words joined by '-' or '_', such as far-keys; "
+            f"got {name!r}"
+        )
+    if package in TAKEN or package in sys.stdlib_module_names:
+        raise InvalidOption(f"{name!r} is the name of another module; choose another")
+    if package in REGISTRY.all("strategies"):
+        plugin = REGISTRY.plugin_of("strategies", package)
+        raise InvalidOption(f"a strategy {package!r} is registered by {plugin!r}; choose another")
