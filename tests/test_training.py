@@ -156,6 +156,7 @@ def test_learned_scores_alone_leave_running_statistics_alone() -> None:
     assert changed(model, before) == {"planners"}
 
 
+@pytest.mark.slow
 def test_keep_rates_shrink_between_epochs() -> None:
     model, seen = tiny_vit(), []
     recipe = Recipe(
@@ -169,6 +170,55 @@ def test_keep_rates_shrink_between_epochs() -> None:
 
     train(model, batches(1), recipe=recipe, on_log=look)
     assert seen == [1.0, 1.0, 0.75, 0.5]
+
+
+def test_a_backbone_may_learn_more_slowly_than_its_predictors() -> None:
+    options = {"keep": 0.5, "score": "learned", "layers": [1]}
+    recipe = one_stage(trainable="both", keep_ratio=2.0, optimizer="sgd", weight_decay=0.0, lr=0.1)
+    moves = []
+    for scale in (1.0, 0.01):
+        model = patched("token_drop", **options)
+        before = state(model)
+        result = train(model, batches(1), recipe=recipe, backbone_lr_scale=scale, warmup_steps=0)
+        assert result.history[0]["lr"] == 0.1
+        moves.append({name: t - before[name] for name, t in model.state_dict().items()})
+    for name, whole in moves[0].items():
+        expected = whole if ".sparsiattn." in name else whole * 0.01
+        torch.testing.assert_close(moves[1][name], expected, rtol=1e-3, atol=1e-6)
+    assert any(t.any() for name, t in moves[1].items() if ".sparsiattn." not in name)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("token_drop", {"keep": 0.5, "score": "learned", "layers": [0, 1]}),
+        pytest.param(
+            "hybrid", {"k": 0.3, "keep": 0.5, "only_if_faster": False}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_planners_keep_their_weights_where_keep_rates_shrink(
+    strategy: str, options: dict[str, Any]
+) -> None:
+    """The rate is so small that weights that were drawn anew would show."""
+    model, keeps = patched(strategy, **options), []
+    before = state(model)
+
+    def look(row: dict[str, Any]) -> None:
+        live = sparsiattn.patch_of(model)
+        assert live is not None
+        keeps.append((live.tokens.keep, [runtime.dense for runtime in live.runtimes]))  # type: ignore[union-attr]
+
+    learned = strategy == "token_drop"
+    loss = {"ce": 1.0, "keep_ratio": 2.0} if learned else {"ce": 1.0, "reconstruction": 1.0}
+    recipe = one_stage(
+        trainable="both", optimizer="adamw", lr=1e-6, epochs=3, keep_epochs=(0, 2), **loss
+    )
+    train(model, batches(1), recipe=recipe, on_log=look)
+    assert [keep for keep, _ in keeps[::2]] == [1.0, 0.75, 0.5]
+    assert changed(model, before) == {"planners", "backbone"}
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=2e-5)
 
 
 def test_gradient_checkpointing_changes_no_number() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.training import checkpoint as saved
+from sparsiattn.training import sharding
 from sparsiattn.training.recipe import Recipe
 
 
@@ -19,7 +20,7 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
     and go on afterwards as if it had not been."""
     try:
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, GradientState
+        from accelerate.state import AcceleratorState, GradientState, PartialState
         from accelerate.utils import set_seed
     except ImportError as error:
         raise InvalidOption(
@@ -27,9 +28,12 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
         ) from error
     others = AcceleratorState._shared_state != {}
     before = saved.rng_state()
+    # FSDP writes itself over it there, and the next run could not tell what it is on
+    state = PartialState(**_place())
+    kind = state.distributed_type
     try:
         accelerator = _make(Accelerator, recipe)
-        _refuse_sharded(accelerator)
+        sharding.set_up(accelerator, recipe)
         set_seed(recipe.seed, device_specific=True)
         yield accelerator
     finally:
@@ -38,24 +42,19 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
             # accelerate keeps its precision for the whole process, and a later run may want another
             AcceleratorState._reset_state()
             GradientState._reset_state()
+            state.distributed_type = kind
+
+
+def _place() -> dict[str, bool]:
+    return {} if torch.accelerator.is_available() else {"cpu": True}
 
 
 def _make(kind: Any, recipe: Recipe) -> Any:
-    options: dict[str, Any] = {"cpu": True} if not torch.accelerator.is_available() else {}
     try:
         return kind(
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_steps=recipe.accumulation,
-            step_scheduler_with_optimizer=False, **options,
+            step_scheduler_with_optimizer=False, **_place(),
         )  # fmt: skip
     except (ValueError, RuntimeError, ImportError) as error:
         raise InvalidOption(f"accelerate cannot be set up: {error}") from error
-
-
-def _refuse_sharded(accelerator: Any) -> None:
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise InvalidOption(
-            f"train() runs in one process or by DistributedDataParallel, accelerate is set up for "
-            f"{kind}: sharded checkpoints are not written yet"
-        )

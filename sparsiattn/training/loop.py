@@ -81,7 +81,9 @@ def train(
 
     The model keeps its device and comes back patched, with the trained weights (their moving
     average where the last stage has one), in the mode and with the ``requires_grad`` it had.
-    Several processes (torchrun, ``accelerate launch``) train together, by DistributedDataParallel.
+    Several processes (torchrun, ``accelerate launch``) train together, by DistributedDataParallel
+    or, where accelerate is told so, sharded (FSDP2); then the model has the trained weights at the
+    ends of epochs, at checkpoints and when this returns.
 
     Raises `InvalidOption` for a recipe that does not fit, `DataError` for data that does not,
     `TrainingDiverged` at the first loss that is not finite, before it can do harm,

@@ -13,6 +13,7 @@ from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.evaluation import logits_of
 from sparsiattn.handle import Patch, patch_of
 from sparsiattn.training.keep import keep_ratio_loss
+from sparsiattn.training.penalties import Listener, is_dense
 from sparsiattn.training.recipe import Stage
 from sparsiattn.training.reconstruction import resting, site_losses
 from sparsiattn.training.samples import check_label
@@ -49,9 +50,14 @@ class Objective(nn.Module):
     def _student(self, live: Patch, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         wanted = self.stage.losses
         watched = final_norm(self.model) if "token_mse" in wanted else None
+        parts: dict[str, Tensor] = {}
+        if self.stage.penalties and not is_dense(live):
+            parts |= self._penalties(live, images)[1]
         with captured(watched) as tokens:
-            logits = logits_of(self.model(images), self.model)
-        parts = {}
+            if self.stage.penalties and is_dense(live):
+                logits, parts = self._penalties(live, images)
+            else:
+                logits = logits_of(self.model(images), self.model)
         if "ce" in wanted:
             parts["ce"] = label_loss(logits, labels, self.stage.label_smoothing)
         if "keep_ratio" in wanted:
@@ -67,6 +73,13 @@ class Objective(nn.Module):
             if watched is not None:
                 parts["token_mse"] = token_loss(live, tokens[0], targets[0])
         return parts
+
+    def _penalties(self, live: Patch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of the model with dense attention, and the penalties on its weights."""
+        listener = Listener(self.stage.penalties)
+        with live.observing(listener):
+            logits = logits_of(self.model(images), self.model)
+        return logits, listener.parts(self.stage.attention_layers)
 
     @torch.no_grad()
     def _teach(self, live: Patch, images: Tensor) -> tuple[Tensor, list[Tensor]]:

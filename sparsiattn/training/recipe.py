@@ -13,7 +13,8 @@ from sparsiattn.errors import InvalidOption, unknown
 
 TRAINABLE = ("planners", "backbone", "both")
 PRECISIONS = ("no", "bf16", "fp16")
-LOSSES = ("reconstruction", "ce", "kl", "token_mse", "keep_ratio")
+PENALTIES = ("attention_log", "attention_entropy")
+LOSSES = ("reconstruction", "ce", "kl", "token_mse", "keep_ratio", *PENALTIES)
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -23,17 +24,26 @@ class Stage:
 
     trainable: ``"planners"``, ``"backbone"`` or ``"both"``. epochs, steps: its length, in passes
     over the data or in updates; one of the two. optimizer: a name of `timm.optim`. lr, min_lr,
-    warmup_lr: at the end of the warm-up, at the end, at the start. warmup_epochs, warmup_steps: how
-    long it warms up, one of the two. clip: largest norm of the gradient. ema_decay: of the moving
-    average of the weights, with which the stage is evaluated and ends. grad_checkpointing:
-    recompute instead of keeping activations. keep_epochs: ``(start, end)``: token strategies keep
-    everything before epoch ``start`` and what was asked for from ``end`` on, on a cosine between
-    (EViT, arXiv 2202.07800, section 4). For that the model is patched anew between epochs, so ask
-    `sparsiattn.patch_of` for its `Patch` afterwards.
+    warmup_lr: at the end of the warm-up, at the end, at the start. backbone_lr_scale: with
+    trainable ``"both"``, the backbone's rate as a share of the planners', at all times.
+    warmup_epochs, warmup_steps: how long it warms up, one of the two. clip: largest norm of the
+    gradient. ema_decay: of the moving average of the weights, with which the stage is evaluated and
+    ends. grad_checkpointing: recompute instead of keeping activations. keep_epochs: ``(start,
+    end)``: token strategies and hybrids keep everything before epoch ``start`` and what was asked
+    for from ``end`` on, on a cosine between (EViT, arXiv 2202.07800, section 4). For that the model
+    is patched anew between epochs, planners keep their weights; ask `sparsiattn.patch_of` for its
+    `Patch` afterwards.
+
+    prune: share of the model's weights, the smallest ones, that is zero from the first update of
+    the stage to its last (`sparsiattn.training.pruning`: zeros save no time). prune_norms: gains of
+    normalisation layers among them.
 
     Weights of the losses: reconstruction (planners against the model's own dense attention), ce
     (labels, with label_smoothing), kl (logits against the dense model, at a temperature), token_mse
-    (patch tokens of the last layer against the dense model's), keep_ratio (DynamicViT's).
+    (patch tokens of the last layer against the dense model's), keep_ratio (DynamicViT's),
+    attention_log and attention_entropy (`sparsiattn.training.penalties`, on the model's dense
+    attention, in attention_layers: ``"all"`` or ``"last"``; they need all of its weights in memory,
+    and where the strategy is not ``dense`` a forward pass more).
 
     >>> Stage(name="predictor", trainable="planners", epochs=5, lr=3e-4, reconstruction=1.0).losses
     {'reconstruction': 1.0}
@@ -47,6 +57,7 @@ class Stage:
     lr: float = 1e-4
     min_lr: float = 0.0
     warmup_lr: float = 0.0
+    backbone_lr_scale: float = 1.0
     warmup_epochs: float | None = None
     warmup_steps: int | None = None
     weight_decay: float = 0.05
@@ -58,6 +69,11 @@ class Stage:
     temperature: float = 1.0
     token_mse: float = 0.0
     keep_ratio: float = 0.0
+    attention_log: float = 0.0
+    attention_entropy: float = 0.0
+    attention_layers: str = "all"
+    prune: float = 0.0
+    prune_norms: bool = True
     ema_decay: float | None = None
     grad_checkpointing: bool = False
     keep_epochs: tuple[int, int] | None = None
@@ -72,6 +88,16 @@ class Stage:
             raise InvalidOption(f"{where} needs epochs or steps: how long it lasts")
         if self.min_lr > self.lr:
             raise InvalidOption(f"{where}: min_lr={self.min_lr} is above lr={self.lr}")
+        if self.backbone_lr_scale != 1.0 and self.trainable != "both":
+            raise InvalidOption(
+                f"{where}: backbone_lr_scale={self.backbone_lr_scale} sets backbone and planners "
+                f"apart, which needs trainable: both, got {self.trainable!r}: set lr instead"
+            )
+        if self.grad_checkpointing and self.penalties:
+            raise InvalidOption(
+                f"{where}: {' and '.join(self.penalties)} read attention weights that "
+                "grad_checkpointing would not keep: leave one of the two out"
+            )
         if not self.losses:
             raise InvalidOption(
                 f"{where} has nothing to minimise: give one of {', '.join(LOSSES)} a weight above 0"
@@ -88,6 +114,11 @@ class Stage:
         return bool({"kl", "token_mse"} & set(self.losses))
 
     @property
+    def penalties(self) -> list[str]:
+        """Those on attention weights that count."""
+        return [name for name in self.losses if name in PENALTIES]
+
+    @property
     def runs_student(self) -> bool:
         """Whether the sparse model itself runs, not only its dense attention."""
         return set(self.losses) != {"reconstruction"}
@@ -100,11 +131,11 @@ class Recipe:
     strategy, options: what `sparsiattn.patch` takes; None for whatever the model is patched with.
     batch_size: images in one forward pass, over all processes; an update sees ``batch_size *
     accumulation`` images, on however many. mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
-    augment: options of the loader's training images by timm's names. image_size: in pixels.
-    seed: of order, augmentation and dropout. workers: processes that read images.
-    checkpoint_steps: updates between checkpoints; None for one an epoch. tensorboard: write event
-    files beside the JSON-lines log. model: the timm model it was written for; published: what its
-    authors report, for comparison.
+    augment: options of the loader's training images by timm's names. image_size: in pixels. seed:
+    of order, augmentation and dropout. workers: processes that read images. checkpoint_steps:
+    updates between checkpoints; None for one an epoch. tensorboard: write event files beside the
+    JSON-lines log. summary: a line about it. model: the timm model it was written for; published:
+    what its authors report, for comparison.
 
     >>> recipe = Recipe("connectivity", {"k": 0.1}, stages=[Stage(epochs=1, ce=1.0)])
     >>> Recipe.from_dict(recipe.to_dict()) == recipe
@@ -323,11 +354,13 @@ _STAGE: dict[str, Check] = {
     "name": (lambda name: isinstance(name, str) and name.isidentifier(), "a name without dots"),
     "trainable": _one_of(*TRAINABLE), "epochs": _or_none(_count(1)), "steps": _or_none(_count(1)),
     "optimizer": _TEXT, "lr": _number(0, open_low=True), "min_lr": _WEIGHT, "warmup_lr": _WEIGHT,
+    "backbone_lr_scale": _number(0, open_low=True),
     "warmup_epochs": _or_none(_WEIGHT), "warmup_steps": _or_none(_count(0)),
     "weight_decay": _WEIGHT, "clip": _or_none(_number(0, open_low=True)),
     **dict.fromkeys(LOSSES, _WEIGHT), "label_smoothing": _SHARE,
     "temperature": _number(0, open_low=True), "ema_decay": _or_none(_SHARE),
     "grad_checkpointing": _YES,
+    "attention_layers": _one_of("all", "last"), "prune": _SHARE, "prune_norms": _YES,
     "keep_epochs": _or_none((_is_span, "(start, end), epochs with 0 <= start < end")),
 }  # fmt: skip
 _RECIPE: dict[str, Check] = {

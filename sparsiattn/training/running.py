@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import Patch, patch_of
-from sparsiattn.training import warmdown
+from sparsiattn.training import sharding
 from sparsiattn.training.losses import Objective
+from sparsiattn.training.pruning import Pruned
 from sparsiattn.training.recipe import Stage
+from sparsiattn.training.trainable import is_planner
 
 
 class Running:
@@ -20,16 +23,26 @@ class Running:
 
     def __init__(
         self, model: nn.Module, stage: Stage, teacher: nn.Module | None,
-        weights: list[nn.Parameter], accelerator: Any, per_epoch: int | None,
+        accelerator: Any, per_epoch: int | None,
     ) -> None:  # fmt: skip
-        self.stage, self.weights, self.accelerator = stage, weights, accelerator
+        self.stage, self.accelerator, self.given = stage, accelerator, model
         self.total, warmup = lengths(stage, per_epoch)
-        model.to(accelerator.device)
-        optimizer = make_optimizer(model, stage)
+        self.sharded = sharding.is_sharded(accelerator)
+        self.model = sharding.copy_of(model) if self.sharded else model.to(accelerator.device)
+        self.pruned = Pruned(self.model, stage)
+        optimizer = make_optimizer(self.model, stage)
+        self.scalars = sharding.scalars(model, self.model, optimizer) if self.sharded else set()
         self.schedule = make_schedule(optimizer, stage, self.total, warmup)
-        self.ema = make_average(model, stage)
-        objective = Objective(model, stage, teacher)
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.ema = make_average(self.model, stage)
+        objective = Objective(self.model, stage, teacher)
+        self.objective, self.optimizer = self._prepared(objective, optimizer)
+        self.weights = [weight for weight in self.objective.parameters() if weight.requires_grad]
+
+    def _prepared(self, objective: Objective, optimizer: Any) -> tuple[Any, Any]:
+        if not self.sharded:
+            return self.accelerator.prepare(objective, optimizer)  # type: ignore[no-any-return]
+        whole = self.stage.trainable != "backbone"
+        return sharding.prepare(self.accelerator, objective, optimizer, whole)
 
     @property
     def averaged(self) -> nn.Module | None:
@@ -45,8 +58,13 @@ class Running:
         device = self.accelerator.device
         if self.stage.losses.get("ce") and not labels.is_floating_point():
             self._check_labels(labels)
-        found: dict[str, Tensor] = self.objective(images.to(device), labels.to(device))
+        with self._precision():
+            found: dict[str, Tensor] = self.objective(images.to(device), labels.to(device))
         return found
+
+    def _precision(self) -> Any:
+        # accelerate puts it around models that it does not shard
+        return self.accelerator.autocast() if self.sharded else nullcontext()
 
     def _check_labels(self, labels: Tensor) -> None:
         """While they are still on the CPU: on a GPU a wrong one ends the process."""
@@ -60,34 +78,54 @@ class Running:
     def clip(self) -> dict[str, float]:
         """Clip the gradient where asked; gives its norm, of which one bad number makes NaN."""
         most = math.inf if self.stage.clip is None else self.stage.clip
-        norm = float(self.accelerator.clip_grad_norm_(self.weights, most))
+        norm = float(sharding.whole_of(self.accelerator.clip_grad_norm_(self.weights, most)))
         scales = self.accelerator.scaler is not None  # it skips such steps and lowers its scale
         return {} if scales else {"the norm of the gradient": norm}
 
-    def end(self, model: nn.Module) -> None:
+    def end(self) -> None:
+        """After an update."""
+        self.pruned.hold()
         if self.ema is not None:
-            self.ema.update(model)
+            self.ema.update(self.model)
 
-    def settle(self, model: nn.Module) -> None:
+    def gather(self) -> None:
+        """The user's model has the weights of the last update; all processes must call."""
+        if self.sharded:
+            sharding.gather(self.objective, self.given)
+
+    def settle(self) -> None:
         """The stage ends with its averaged weights."""
+        self.gather()
+        self.pruned.end()
         if self.ema is not None:
-            model.load_state_dict(self.ema.module.state_dict())
+            self.given.load_state_dict(self.ema.module.state_dict())
 
-    def follow(self, live: Patch) -> None:
-        """Give the averaged model the patch that the model has got."""
-        own = None if self.ema is None else patch_of(self.ema.module)
-        if own is not None:
-            warmdown.apply(own, live.strategy)
+    def go_on_from(self, before: Running) -> Running:
+        """Take the place of the same stage with another patch of the same model."""
+        self.optimizer.load_state_dict(before.optimizer.state_dict())
+        self.pruned.load_state(before.pruned.state())
+        before.pruned.end()
+        if self.ema is not None:
+            self.ema.module.load_state_dict(before.ema.module.state_dict())
+        return self
 
     def state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
+        """For a checkpoint, whole in the first process; all processes must call."""
+        scaler, state = self.accelerator.scaler, self.optimizer.state_dict()
+        if self.sharded:
+            state = sharding.gathered(state, self.scalars, self.accelerator.is_main_process)
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "pruned": self.pruned.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        if self.sharded:
+            optimizer = sharding.scattered(optimizer, self.scalars, self.optimizer)
+        self.optimizer.load_state_dict(optimizer)
+        self.pruned.load_state(state.get("pruned", {}))
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -114,15 +152,34 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """timm's, without weight decay for biases and norms."""
     from timm.optim import create_optimizer_v2
 
+    split = stage.backbone_lr_scale != 1.0
     try:
         made = create_optimizer_v2(
-            model, opt=stage.optimizer, lr=stage.lr, weight_decay=stage.weight_decay
-        )
+            model, opt=stage.optimizer, lr=stage.lr, weight_decay=stage.weight_decay,
+            param_group_fn=partial(_two_rates, stage=stage) if split else None,
+        )  # fmt: skip
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise InvalidOption(
             f"timm cannot make the optimizer {stage.optimizer!r} of stage {stage.name!r}: {error}"
         ) from error
     return made  # type: ignore[no-any-return]
+
+
+def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
+    """timm's groups, each parted into planners and backbone; its schedules heed ``lr_scale``.
+    Planners come first, for their rate is the one that the log names."""
+    from timm.optim import param_groups_weight_decay
+
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=spared)
+    planners = {id(weight) for name, weight in model.named_parameters() if is_planner(name)}
+    found = []
+    for scale, ours in ((1.0, True), (stage.backbone_lr_scale, False)):
+        for group in groups:
+            weights = [one for one in group["params"] if (id(one) in planners) == ours]
+            if weights:
+                found.append({**group, "params": weights, "lr_scale": scale})
+    return found
 
 
 def make_schedule(optimizer: Any, stage: Stage, total: int, warmup: int) -> Any:

@@ -50,18 +50,17 @@ def choose(live: Patch, stage: Stage, host: set[str]) -> list[nn.Parameter]:
 
 def _planners(live: Patch, stage: Stage) -> set[str]:
     """Planner weights that a loss of this stage reaches: those that choose keys learn by
-    reconstruction alone (a hard choice has no gradient), token scores by all other losses."""
-    wanted = {
-        id(weight)
-        for module in live.model.modules()
-        if isinstance(module, LearnedPlanner)
-        for weight in module.parameters()
-    }
-    reconstructs = "reconstruction" in stage.losses
+    reconstruction alone (a hard choice has no gradient), token scores by all other losses, and
+    differentiable planners by either."""
+    learned = [module for module in live.model.modules() if isinstance(module, LearnedPlanner)]
+    every = {id(weight) for module in learned for weight in module.parameters()}
+    hard = {id(w) for module in learned if not module.differentiable for w in module.parameters()}
+    reached: set[int] = every if "reconstruction" in stage.losses else set()
     return {
         name
         for name, weight in live.model.named_parameters()
-        if is_planner(name) and (reconstructs if id(weight) in wanted else stage.runs_student)
+        if is_planner(name)
+        and (id(weight) in reached or (stage.runs_student and id(weight) not in hard))
     }
 
 

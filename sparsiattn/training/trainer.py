@@ -17,7 +17,7 @@ from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
 from sparsiattn.evaluation import evaluate
 from sparsiattn.handle import Patch, unpatch
 from sparsiattn.training import checkpoint as saved
-from sparsiattn.training import warmdown
+from sparsiattn.training import sharding, warmdown
 from sparsiattn.training.data import Loader, loader
 from sparsiattn.training.keeper import Keeper
 from sparsiattn.training.launch import accelerated
@@ -83,6 +83,8 @@ class Trainer:
             choose(self.live, stage, self.host)
             if stage.keep_epochs is not None:
                 warmdown.check(self.live)
+            if sharding.is_sharded(self.accelerator):
+                sharding.check(self.live, stage)
 
     def _get_teacher(self, resumed: bool) -> None:
         """The given one; else a copy of the weights as they were before any stage moved them, kept
@@ -111,22 +113,25 @@ class Trainer:
     def _stage(self, stage: Stage, resumed: bool) -> None:
         if resumed:
             self.keeper.weights(self.model)
-        weights = choose(self.live, stage, self.host)
         batches = self._loader()
         per_epoch = self._per_epoch(batches)
         for one in self.recipe.stages[self.progress.stage :]:
             lengths(one, per_epoch)  # what is wrong with a later stage is said now
-        run = Running(
-            self.model, stage, self._teacher_for(stage), weights, self.accelerator,
-            per_epoch,
-        )  # fmt: skip
+        run = self._running(stage, per_epoch)
         if resumed:
             self.keeper.restore(run)
         while self.progress.update < run.total:
-            self._keep_rates(stage, run)
+            if self._keep_rates(stage, run):
+                run = self._running(stage, per_epoch).go_on_from(run)
             self._epoch(stage, run, batches)
-        run.settle(self.model)
+        run.settle()
         self.accelerator.free_memory()
+
+    def _running(self, stage: Stage, per_epoch: int | None) -> Running:
+        choose(self.live, stage, self.host)
+        self.accelerator.free_memory()
+        teacher = self._teacher_for(stage)
+        return Running(self.model, stage, teacher, self.accelerator, per_epoch)
 
     def _teacher_for(self, stage: Stage) -> nn.Module | None:
         """None: the model itself is its teacher, which it can be while its backbone rests as it
@@ -161,17 +166,21 @@ class Trainer:
             )
         return count // self.recipe.accumulation
 
-    def _keep_rates(self, stage: Stage, run: Running) -> None:
+    def _keep_rates(self, stage: Stage, run: Running) -> bool:
+        """Patch the model anew where this epoch keeps another share; says whether that was so."""
         if stage.keep_epochs is None:
-            return
+            return False
         strategy = warmdown.shrunk(self.target, self.progress.epoch, stage.keep_epochs)
+        if strategy == self.live.strategy:
+            return False
+        run.gather()
         self.live = warmdown.apply(self.live, strategy)
-        run.follow(self.live)
+        return True
 
     def _epoch(self, stage: Stage, run: Running, batches: Any) -> None:
         """The rest of an epoch, up to the end of the stage."""
         at, before = self.progress, self.progress.update
-        set_modes(self.model, stage)
+        set_modes(run.model, stage)
         for group in self._groups(batches):
             row = self._update(stage, run, group)
             at.batch += len(group)
@@ -182,6 +191,7 @@ class Trainer:
                 break
             every = self.recipe.checkpoint_steps
             if every is not None and at.step % every == 0:
+                run.gather()
                 self.keeper.keep(at, self.live, run)
         if at.update == before:
             raise DataError(
@@ -230,13 +240,13 @@ class Trainer:
                 found = run.losses(images, labels)
                 parts.append(torch.stack([value.detach().float() for value in found.values()]))
                 values = self._reduced(parts) if accelerator.sync_gradients else {}
-                self._check_finite(values, stage)
+                self._check_finite(values, run)
                 accelerator.backward(_total(found, stage))
                 if accelerator.sync_gradients:
-                    self._check_finite(run.clip(), stage)
+                    self._check_finite(run.clip(), run)
                 run.optimizer.step()
                 run.optimizer.zero_grad()
-        run.end(self.model)
+        run.end()
         loss = sum(stage.losses[name] * value for name, value in values.items())
         place = {"stage": stage.name, "epoch": at.epoch, "step": at.step + 1}
         return {**place, "lr": lr, "loss": loss, "parts": values}
@@ -247,21 +257,24 @@ class Trainer:
         names = self.recipe.stages[self.progress.stage].losses
         return dict(zip(names, mean.tolist(), strict=True))
 
-    def _check_finite(self, values: dict[str, float], stage: Stage) -> None:
+    def _check_finite(self, values: dict[str, float], run: Running) -> None:
+        """The same in all processes, so that all of them stop."""
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not bad:
             return
+        run.gather()
         kept = self.keeper.words()
         raise TrainingDiverged(
-            f"step {self.progress.step + 1} (stage {stage.name!r}, epoch {self.progress.epoch}): "
-            f"{', '.join(bad)}. Training stopped before that step; {kept}. Try a lower lr, a "
-            "longer warm-up, clip, or mixed_precision='bf16' instead of 'fp16'"
+            f"step {self.progress.step + 1} (stage {run.stage.name!r}, epoch "
+            f"{self.progress.epoch}): {', '.join(bad)}. Training stopped before that step; {kept}. "
+            "Try a lower lr, a longer warm-up, clip, or mixed_precision='bf16' instead of 'fp16'"
         )
 
     def _end_epoch(self, stage: Stage, run: Running) -> None:
         at = self.progress
         row: dict[str, Any] = {"stage": stage.name, "epoch": at.epoch, "step": at.step}
         row["epoch_loss"] = at.loss_sum / at.loss_count
+        run.gather()
         if self.eval_data is not None:
             row |= self._evaluated(run.averaged or self.model)
         at.epoch, at.seen_epochs, at.batch = at.epoch + 1, at.seen_epochs + 1, 0
@@ -274,10 +287,13 @@ class Trainer:
 
     def _evaluated(self, model: nn.Module) -> dict[str, Any]:
         recipe = self.recipe
+        place = next((weight.device for weight in model.parameters()), self.accelerator.device)
+        model.to(self.accelerator.device)  # of sharded training it waits elsewhere
         found = evaluate(
             model, self.eval_data, batch_size=recipe.batch_size // self.accelerator.num_processes,
             workers=recipe.workers, image_size=recipe.image_size, augment=recipe.augment,
         )  # fmt: skip
+        model.to(place)
         wanted = ("top1", "top5", "dense_top1", "agreement")
         return {name: getattr(found, name) for name in wanted}
 

@@ -9,8 +9,9 @@ from typing import Any
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch
 from sparsiattn.patching import patch
+from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.tokens import TokenStrategy
-from sparsiattn.training.trainable import has_planners
+from sparsiattn.training.trainable import is_planner
 
 
 def share(epoch: int, span: tuple[int, int]) -> float:
@@ -26,10 +27,10 @@ def share(epoch: int, span: tuple[int, int]) -> float:
 def check(live: Patch) -> None:
     """Raise `InvalidOption` for a strategy whose keep rates cannot shrink."""
     strategy = live.strategy
-    if not isinstance(strategy, TokenStrategy) or has_planners(live.model):
+    if not isinstance(strategy, (TokenStrategy, Hybrid)):
         raise InvalidOption(
-            f"keep_epochs re-patches between epochs, which only token strategies without learned "
-            f"weights survive, and this model carries {strategy.name!r}: leave keep_epochs out"
+            f"keep_epochs lowers the share of tokens that stay, which only token strategies have, "
+            f"and this model carries {strategy.name!r}: leave keep_epochs out"
         )
     if not all(isinstance(keep, float) for keep in _keeps(strategy)):
         raise InvalidOption(
@@ -51,9 +52,17 @@ def shrunk(target: Any, epoch: int, span: tuple[int, int]) -> Any:
 
 
 def apply(live: Patch, strategy: Any) -> Patch:
-    """The model patched with another strategy of its kind."""
-    if live.strategy == strategy:
-        return live
+    """The model patched with another strategy of its kind, its planners' weights as they were."""
     example = None if live.follows_model else live.input_shape
+    before = {name: value for name, value in live.model.state_dict().items() if is_planner(name)}
+    dense = {runtime.site.name: runtime.dense for runtime in live.runtimes}
+    chosen = [runtime.site.name for runtime in live.runtimes if runtime.selected]
     live.unpatch()
-    return patch(live.model, strategy, kernel=live.kernel, input=example)
+    fresh = patch(
+        live.model, strategy, kernel=live.kernel, input=example, only_if_faster=False,
+        sites=chosen if isinstance(strategy, Hybrid) else "*",
+    )  # fmt: skip
+    for runtime in fresh.runtimes:  # where sparse attention was too slow it is not asked again
+        runtime.dense = dense.get(runtime.site.name, False)
+    live.model.load_state_dict(before, strict=False)
+    return fresh

@@ -1,0 +1,70 @@
+"""Penalties on attention weights, for training that is to make attention sparse or peaked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsiattn.handle import Patch
+from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.strategy import Planner
+
+
+def log_penalty(weights: Tensor) -> Tensor:
+    """Mean of ``log(1 + a^2)`` over attention weights ``[B, H, Nq, Nk]`` (Sparse then Prune, arXiv
+    2307.11988).
+
+    A row adds up to 1 and the function is convex there: it is least for an even row and greatest
+    for one that sees a single key. So it spreads attention; `entropy` gathers it.
+
+    >>> even, single = torch.full((1, 1, 1, 4), 0.25), torch.eye(4)[None, None, :1]
+    >>> bool(log_penalty(even) < log_penalty(single))
+    True
+    """
+    return weights.square().log1p().mean()
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Mean entropy of the rows of ``[B, H, Nq, Nk]``, in nats: from 0 (a single key) to log Nk.
+
+    >>> entropy(torch.eye(4)[None, None]).item()
+    0.0
+    """
+    rows: Tensor = torch.special.entr(weights).sum(-1)
+    return rows.mean()
+
+
+PENALTIES = {"attention_log": log_penalty, "attention_entropy": entropy}
+
+
+class Listener:
+    """An observer for `Patch.observing` that keeps the penalties of every site it hears of."""
+
+    def __init__(self, wanted: list[str]) -> None:
+        self.wanted = wanted
+        self.heard: list[Tensor] = []
+
+    def __call__(self, site: Site, planner: Planner, inputs: AttentionInputs) -> None:
+        weights = weights_of(inputs)
+        self.heard.append(torch.stack([PENALTIES[name](weights) for name in self.wanted]))
+
+    def parts(self, layers: str) -> dict[str, Tensor]:
+        """By name: the mean over all sites, or that of the last one (as the authors' code)."""
+        every = torch.stack(self.heard)
+        values = every[-1] if layers == "last" else every.mean(0)
+        return dict(zip(self.wanted, values, strict=True))
+
+
+def weights_of(inputs: AttentionInputs) -> Tensor:
+    """The host's own attention weights ``[B, H, Nq, Nk]``, in single precision at least: no fused
+    kernel hands them out."""
+    q, k = inputs.q, inputs.k
+    if q.dtype in (torch.float16, torch.bfloat16):
+        q, k = q.float(), k.float()
+    with torch.autocast(q.device.type, enabled=False):
+        return inputs.biased(inputs.scale * q @ k.mT).softmax(-1)
+
+
+def is_dense(live: Patch) -> bool:
+    """Whether the patch leaves all attention as it is, so that listening changes nothing."""
+    return live.strategy.name == "dense"

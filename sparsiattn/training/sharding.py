@@ -1,0 +1,237 @@
+"""Fully sharded training (FSDP2): every process holds pieces of a copy, the user's model gets the
+whole weights where they are looked at.
+
+Sharding a module changes its class and its parameters, and no public function undoes that. So a
+copy is sharded, anew for each stage; accelerate does that and gives its optimizer the pieces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.errors import InvalidOption
+from sparsiattn.handle import Patch
+from sparsiattn.training.recipe import Recipe, Stage
+
+_PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+
+def kind_of(accelerator: Any) -> str:
+    """``"NO"``, ``"MULTI_GPU"``, ``"FSDP"``, ..."""
+    kind = accelerator.distributed_type
+    return str(getattr(kind, "value", kind))
+
+
+def is_sharded(accelerator: Any) -> bool:
+    return kind_of(accelerator) == "FSDP"
+
+
+def set_up(accelerator: Any, recipe: Recipe) -> None:
+    """Make accelerate's choice ours: FSDP2 where it was asked for, else nothing.
+
+    Raises `InvalidOption` for ways to train that are not supported, before anything starts.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if kind_of(accelerator) == "MULTI_CPU" and wanted:
+        _shard_on_cpu(accelerator)
+    kind = kind_of(accelerator)
+    if kind in _PLAIN:
+        return
+    if kind != "FSDP":
+        raise InvalidOption(
+            f"train() runs in one process, by DistributedDataParallel or by FSDP2, and accelerate "
+            f"is set up for {kind}, which keeps weights and optimizer in engines and checkpoints "
+            "of its own: for sharded training set ACCELERATE_USE_FSDP=true and FSDP_VERSION=2 "
+            "(accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    _check(plugin, recipe)
+    # every process has the whole model already: there is nothing to send it
+    plugin.cpu_ram_efficient_loading = False
+    plugin.mixed_precision_policy = _precision(recipe)
+
+
+def _shard_on_cpu(accelerator: Any) -> None:
+    """accelerate shards on the CPU as well, but its state only says so for accelerators: for
+    MULTI_CPU it leaves the plugin out and would train by DistributedDataParallel."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    # the one is copied over the other whenever somebody asks
+    PartialState().distributed_type = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def _check(plugin: Any, recipe: Recipe) -> None:
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise InvalidOption(
+            "FSDP in version 1 flattens weights of a block into one, in which those that a stage "
+            "trains cannot be told from those that rest: set FSDP_VERSION=2 (accelerate launch "
+            "--fsdp_version 2; accelerate 1.6 and up)"
+        )
+    policy = plugin.auto_wrap_policy
+    if "size_based" in getattr(getattr(policy, "func", policy), "__name__", ""):
+        raise InvalidOption(
+            "FSDP by size may part planners from their attention: set FSDP_AUTO_WRAP_POLICY to "
+            "TRANSFORMER_BASED_WRAP, and FSDP_TRANSFORMER_CLS_TO_WRAP to the class of the model's "
+            "blocks (timm: Block)"
+        )
+    if plugin.activation_checkpointing:
+        raise InvalidOption(
+            "FSDP_ACTIVATION_CHECKPOINTING puts other modules in the place of patched blocks: "
+            "leave it out and set grad_checkpointing: true in the recipe"
+        )
+    if recipe.mixed_precision == "fp16":
+        raise InvalidOption("mixed_precision='fp16' is not for sharded training: take 'bf16'")
+    averaged = [stage.name for stage in recipe.stages if stage.ema_decay is not None]
+    if averaged:
+        raise InvalidOption(
+            f"stages {averaged} average weights (ema_decay) after every update, for which sharded "
+            "training would gather the whole model each time: leave ema_decay out, or train "
+            "without FSDP"
+        )
+
+
+def check(live: Patch, stage: Stage) -> None:
+    """Raise `InvalidOption` for what this patch or stage cannot do in shards."""
+    if stage.prune or stage.penalties:
+        asked = ["prune"] if stage.prune else stage.penalties
+        raise InvalidOption(
+            f"stage {stage.name!r}: {' and '.join(asked)} would need whole weights or attention in "
+            "every process: train without FSDP"
+        )
+    if stage.grad_checkpointing and live.blocks:
+        raise InvalidOption(
+            f"stage {stage.name!r}: blocks that carry fewer tokens know their input again by its "
+            "address when grad_checkpointing runs them once more, and sharding hands them another: "
+            "leave grad_checkpointing out, or train without FSDP"
+        )
+
+
+def _precision(recipe: Recipe) -> Any:
+    """Weights travel in half precision; gradients are added up in full, as without sharding."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if recipe.mixed_precision == "no":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """What will be sharded; the model itself waits on the CPU, so that it takes no room.
+
+    FSDP cannot shard scalars: in the copy they are vectors of one element.
+    """
+    copy = deepcopy(model.to("cpu"))
+    longer: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    for module in copy.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.dim() == 0:
+                vector = nn.Parameter(weight.detach().reshape(1), weight.requires_grad)
+                module._parameters[name] = longer.setdefault(id(weight), vector)
+    return copy
+
+
+def scalars(model: nn.Module, copy: nn.Module, optimizer: Any) -> set[int]:
+    """Numbers of the weights in an optimizer of the copy that are scalars in the model."""
+    names = {name for name, weight in model.named_parameters() if weight.dim() == 0}
+    found = {id(weight) for name, weight in copy.named_parameters() if name in names}
+    return {index for index, weight in enumerate(_weights(optimizer)) if id(weight) in found}
+
+
+def _weights(optimizer: Any) -> list[Any]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def prepare(accelerator: Any, objective: nn.Module, optimizer: Any, whole: bool) -> tuple[Any, Any]:
+    """The objective sharded, and the optimizer of its pieces.
+
+    whole: weights that were gathered for a forward pass stay so up to the backward pass. Planners
+    need that: their losses are computed inside blocks that themselves run without gradients, and
+    whose weights would be gone when the backward pass comes to the planners.
+    """
+    inner: Any = objective.model
+    objective._no_split_modules = getattr(inner, "_no_split_modules", None)  # type: ignore[assignment]
+    try:
+        sharded, optimizer = accelerator.prepare(objective, optimizer)
+    except ValueError as error:
+        raise InvalidOption(f"accelerate cannot shard {type(inner).__name__}: {error}") from error
+    if whole:
+        sharded.set_reshard_after_forward(False)
+    return sharded, optimizer
+
+
+@torch.no_grad()
+def gather(objective: nn.Module, model: nn.Module) -> None:
+    """Copy the whole weights of a sharded objective into the user's model, in every process.
+
+    One weight at a time, so that no device ever holds all of them.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a step that was given up leaves weights gathered, and rounded
+    inner: Any = objective.model
+    own = model.state_dict()
+    for name, value in inner.state_dict().items():
+        own[name].copy_(whole_of(value).reshape(own[name].shape))
+
+
+def gathered(state: dict[str, Any], scalars: set[int], keep: bool) -> dict[str, Any]:
+    """An optimizer's state with whole tensors on the CPU, as one process would have it. keep:
+    where it is wanted; all processes must call."""
+
+    def whole(index: int, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        found = whole_of(value)
+        if not keep:
+            return None
+        return found.cpu().reshape(() if index in scalars and found.numel() == 1 else found.shape)
+
+    return _mapped(state, whole)
+
+
+def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[str, Any]:
+    """Such a state with this process's pieces, cut as the weights are that they belong to."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    weights = _weights(optimizer)
+
+    def piece(index: int, name: str, value: Any) -> Any:
+        weight = weights[index]
+        if not isinstance(value, Tensor) or not isinstance(weight, DTensor):
+            return value
+        if index in scalars and name != "step":  # torch's count of updates, of no weight's shape
+            value = value.reshape(weight.shape)
+        if value.shape != weight.shape:
+            return value
+        mesh = weight.device_mesh
+        whole = value.to(mesh.device_type)
+        return distribute_tensor(whole, mesh, weight.placements, src_data_rank=None)
+
+    return _mapped(state, piece)
+
+
+def _mapped(state: dict[str, Any], change: Callable[[int, str, Any], Any]) -> dict[str, Any]:
+    """The state with all that is kept for weights changed."""
+    kept = {
+        index: {name: change(index, name, value) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": kept}
+
+
+def whole_of(value: Any) -> Any:
+    """A tensor that was cut into pieces, put together in every process; others as they are."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
