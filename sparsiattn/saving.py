@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
@@ -15,28 +13,36 @@ from torch import Tensor, nn
 
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, MismatchedPatch
+from sparsiattn.origin import origin_of
 from sparsiattn.registry import REGISTRY
+from sparsiattn.savedfile import CONFIG, FORMAT, HOST, WEIGHTS, Saved, fingerprint, read, write
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.tokens import TokenStrategy
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch
 
-FORMAT = 1
-CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"
+__all__ = ["CONFIG", "FORMAT", "HOST", "WEIGHTS", "fingerprint", "load", "save"]
 
 
-def save(handle: Patch, directory: Path) -> Path:
-    """Write ``sparsiattn.json`` and ``planners.safetensors``; see `Patch.save`."""
+def save(handle: Patch, directory: Path, *, whole: bool = False) -> Path:
+    """Write ``sparsiattn.json`` and ``planners.safetensors``, with ``model.safetensors`` if
+    ``whole``; see `Patch.save` and `Patch.merge_and_export`. A kill at any moment leaves what was
+    there before or what is saved now, never a mixture."""
+    from sparsiattn import __version__
+
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise InvalidOption(f"save() needs a directory, {directory} is a file") from error
     config = {
         "format": FORMAT,
+        "sparsiattn": __version__,
         "host": fingerprint(handle.model),
+        "origin": origin_of(handle.model),
         # budgets that differ between sites stand with the sites
         "strategy": resolved(handle).to_dict(),
+        "schedule": schedule_of(handle),
         "kernel": handle.kernel,
         "input_shape": list(handle.input_shape),
         "sites": {
@@ -51,8 +57,10 @@ def save(handle: Patch, directory: Path) -> Path:
             for runtime in handle.runtimes
         },
     }
-    safetensors.torch.save_file(planner_tensors(handle), directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {WEIGHTS: planner_tensors(handle)}
+    if whole:
+        tensors[HOST] = host_tensors(handle.model)
+    write(directory, config, tensors)
     return directory
 
 
@@ -72,6 +80,24 @@ def _cleared(attention: Config, tokens: Config | None) -> dict[str, Any]:
     return {**both, **values}
 
 
+def schedule_of(handle: Patch) -> dict[str, Any]:
+    """Every resolved budget, in the form that ``patch(schedule=...)`` takes."""
+    budgets = {
+        runtime.site.name: k
+        for runtime in handle.runtimes
+        if runtime.selected and (k := getattr(runtime.strategy, "k", None)) is not None
+    }
+    found: dict[str, Any] = {"k": budgets} if budgets else {}
+    tokens = handle.tokens
+    layers = getattr(tokens, "layers", None)
+    for kind in () if tokens is None else tokens.per_layer:
+        values = getattr(tokens, kind, None)
+        if isinstance(layers, (list, tuple)) and isinstance(values, (list, tuple)):
+            pairs = zip(layers, values, strict=False)
+            found[kind] = {str(layer): value for layer, value in pairs}
+    return found
+
+
 def planner_tensors(handle: Patch) -> dict[str, Tensor]:
     """``<site>.<name>`` to weight, for every learned planner."""
     return {
@@ -82,22 +108,20 @@ def planner_tensors(handle: Patch) -> dict[str, Tensor]:
     }
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a saved patch must find again: the class, and the names and shapes of all weights but
-    the planners' own."""
+def host_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without planners; tied weights are written twice, which the format wants."""
     from sparsiattn.runtime import PLANNER
 
-    own = [
-        f"{name}:{tuple(tensor.shape)}"
+    return {
+        name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
         if f".{PLANNER}." not in f".{name}"
-    ]
-    digest = hashlib.sha256("\n".join(own).encode()).hexdigest()
-    return {"class": type(model).__name__, "weights": len(own), "sha256": digest}
+    }
 
 
 def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
-    """Apply a saved patch again. Every mismatch is one `MismatchedPatch`, the model untouched.
+    """Apply a saved patch again, as `Patch.save` wrote it to ``directory``. Every mismatch is one
+    `MismatchedPatch`, the model untouched.
 
     >>> import tempfile, timm, sparsiattn
     >>> model = timm.create_model("test_vit")
@@ -107,14 +131,18 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
     ...     sparsiattn.load(model, folder)
     <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
     """
+    return apply(model, read(Path(directory)))
+
+
+def apply(model: nn.Module, saved: Saved) -> Patch:
+    """A patch that was read, put on a model."""
     from sparsiattn.handle import unwrap
     from sparsiattn.patching import patch
 
-    model, folder = unwrap(model), Path(directory)
-    config = _read_config(folder)
+    model, config = unwrap(model), saved.config
     _check_host(model, config)
     strategy, budgets = _strategy(config)
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(saved.files[WEIGHTS])
     handle = patch(
         model,
         strategy,
@@ -135,50 +163,6 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
 def _selected(config: dict[str, Any]) -> Any:
     names = {name for name, site in config["sites"].items() if site["selected"]}
     return lambda site: site.name in names
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise MismatchedPatch(f"no saved patch in {folder}: {error}") from error
-    except ValueError as error:
-        raise MismatchedPatch(f"{path} is not JSON: {error}") from error
-    if isinstance(config, dict) and config.get("format", FORMAT) != FORMAT:
-        raise MismatchedPatch(
-            f"{path} has format {config['format']!r}, this version reads format {FORMAT}; "
-            "update sparsiattn"
-        )
-    _expect(config, _FILE, str(path))
-    _expect(config["host"], _HOST, f"{path}: host")
-    _expect(config["strategy"], _STRATEGY, f"{path}: strategy")
-    for name, site in config["sites"].items():
-        _expect(site, _SITE, f"{path}: site {name!r}")
-    return config  # type: ignore[no-any-return]
-
-
-_FILE: dict[str, Any] = {
-    "format": int, "host": dict, "strategy": dict, "kernel": str, "input_shape": list,
-    "sites": dict,
-}  # fmt: skip
-_HOST: dict[str, Any] = {"class": str, "weights": int, "sha256": str}
-_STRATEGY: dict[str, Any] = {"name": str, "version": int, "options": dict}
-_SITE: dict[str, Any] = {
-    "k": object, "tokens": int, "heads": int, "head_dim": int, "dense": bool,
-    "selected": bool,
-}  # fmt: skip
-
-
-def _expect(found: Any, wanted: dict[str, Any], where: str) -> None:
-    """Raise unless ``found`` is a mapping with these keys and types of values."""
-    if not isinstance(found, dict):
-        raise MismatchedPatch(f"{where} must be a mapping with {sorted(wanted)}, got {found!r}")
-    for key, kind in wanted.items():
-        if key not in found:
-            raise MismatchedPatch(f"{where} lacks {key!r}: not a saved patch, or an edited one")
-        if not isinstance(found[key], kind):
-            raise MismatchedPatch(f"{where}: {key!r} must be a {kind.__name__}, got {found[key]!r}")
 
 
 def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
@@ -205,12 +189,26 @@ def _strategy(config: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     return found.build(saved["options"]), budgets
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise MismatchedPatch(f"{path} cannot be read: {error}") from error
+
+
+def load_host(model: nn.Module, saved: Saved) -> None:
+    """The weights of `Patch.merge_and_export` into the model; nothing is loaded unless all fit."""
+    path = saved.files[HOST]
+    try:
+        tensors = _read_tensors(path)
+        own = model.state_dict()
+        wrong = sorted(set(own) ^ set(tensors))
+        wrong += [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
+        if wrong:
+            raise MismatchedPatch(f"{path} does not fit {type(model).__name__}: {wrong[:3]} differ")
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise MismatchedPatch(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
 def _restore_sites(handle: Patch, config: dict[str, Any]) -> None:

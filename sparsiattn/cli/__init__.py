@@ -8,8 +8,10 @@ from sparsiattn.cli.bench import bench_model
 from sparsiattn.cli.calibrating import calibrate_model
 from sparsiattn.cli.doctoring import diagnose
 from sparsiattn.cli.evaluate import evaluate_model
+from sparsiattn.cli.exporting import export_model
 from sparsiattn.cli.inspecting import inspect_model
 from sparsiattn.cli.listing import list_all
+from sparsiattn.cli.plugins import write_plugin
 from sparsiattn.cli.profiling import profile_model
 from sparsiattn.cli.searching import search_model
 from sparsiattn.cli.showing import show_model
@@ -35,3 +37,5 @@ app.command("profile")(profile_model)
 app.command("search")(search_model)
 app.command("eval")(evaluate_model)
 app.command("train")(train_model)
+app.command("export")(export_model)
+app.command("new-plugin")(write_plugin)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsiattn.cli.console import readable, say
-from sparsiattn.cli.models import with_noise
+from sparsiattn.cli.models import fresh, noise, prepare, saved_in
 from sparsiattn.cli.options import (
+    AsJson,
+    Checkpoint,
     ImageSize,
     K,
     Keep,
     Kernel,
     ModelName,
+    ModelOptions,
+    Planners,
+    Pretrained,
     Strategy,
     StrategyOptions,
     dtype_of,
+    pairs,
     patch_options,
 )
+from sparsiattn.progress import bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
 
 def bench_model(
     model: ModelName,
-    strategy: Strategy = "connectivity",
+    strategy: Strategy = None,
     k: K = None,
     keep: Keep = None,
     kernel: Kernel = None,
@@ -41,33 +49,49 @@ def bench_model(
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     image_size: ImageSize = None,
     rounds: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 10,
-    pretrained: Annotated[bool, typer.Option(help="Download weights (they cost no time).")] = False,
+    planners: Planners = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    model_option: ModelOptions = None,
     out: Annotated[Path | None, typer.Option(help="Also write everything as JSON.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Time a timm model dense and patched, in paired runs, and its attention site by site.
+    """Time a model dense and patched, in paired runs, and its attention site by site.
 
+    The strategy is connectivity unless another is named; weights cost no time.
     Example: sparsiattn bench vit_small_patch16_384 --k 0.25 --image-size 1024
     """
     from rich.console import Console
 
     from sparsiattn.benchmark import bench
 
-    given = patch_options(strategy, k, keep, kernel, option) or {}
+    planners = saved_in(model, planners, strategy)
+    name = strategy if planners else strategy or "connectivity"
+    given = patch_options(name, k, keep, kernel, option, planners)
+    options, kind = pairs(model_option, "--model-option"), dtype_of(dtype)
     if only_if_faster is not None:
+        if given is None:
+            raise typer.BadParameter("a saved patch has decided", param_hint="--only-if-faster")
         given["only_if_faster"] = only_if_faster
     with readable():
-        host, images = with_noise(
-            model, image_size, batch_size, device, dtype_of(dtype), pretrained
-        )
-        found = bench(host, images, rounds=rounds, **given)
+        host = fresh(model, image_size, pretrained, checkpoint, **options)
+        prepare(host, given, planners, checkpoint)
+        host = host.eval().to(device, kind)
+        images = noise(host, image_size, batch_size)
+        with bar("rounds", rounds, shown=sys.stderr.isatty()) as progress:
+            found = bench(host, images, rounds=rounds, progress=progress)
+    document = {**found.to_dict(), "name": model}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
     console = Console()
     console.print(_benched(model, found))
     for line in str(found.report).splitlines():
         say(console, line)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        content = {**found.to_dict(), "name": model}
-        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         console.print(f"wrote {out}", soft_wrap=True)
 
 

@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsiattn.cli.console import readable
-from sparsiattn.cli.evaluate import prepare
-from sparsiattn.cli.models import create
+from sparsiattn.cli.models import fresh, prepare, saved_in
 from sparsiattn.cli.options import (
     AsJson,
     Checkpoint,
@@ -38,7 +37,7 @@ def calibrate_model(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: float = 1e-2,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
-    strategy: Strategy = "connectivity",
+    strategy: Strategy = None,
     k: K = None,
     keep: Keep = None,
     kernel: Kernel = None,
@@ -55,18 +54,15 @@ def calibrate_model(
     The folder is what eval --planners and sparsiattn.load read. Example: sparsiattn calibrate
     deit_small_patch16_224 --pretrained --data photos --k 0.1 --out deit_s.sparse
     """
-    import torch
-
     import sparsiattn
 
-    given = patch_options(None if planners else strategy, k, keep, kernel, option, planners)
+    planners = saved_in(model, planners, strategy)
+    name = strategy if planners else strategy or "connectivity"
+    given = patch_options(name, k, keep, kernel, option, planners)
     options = pairs(model_option, "--model-option")
     with readable():
-        torch.manual_seed(0)
-        host = create(model, image_size, pretrained, **options)
+        host = fresh(model, image_size, pretrained, checkpoint, **options)
         live = prepare(host, given, planners, checkpoint)
-        if not pretrained and checkpoint is None:
-            typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
         losses = sparsiattn.calibrate(
             host, data, steps=steps, lr=lr, batch_size=batch_size, seed=seed, out=out / "fit",
             progress=sys.stderr.isatty(),

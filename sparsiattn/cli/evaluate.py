@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sparsiattn.cli.console import readable
-from sparsiattn.cli.models import create, load_weights, planners_in
+from sparsiattn.cli.models import fresh, is_first, prepare, saved_in
 from sparsiattn.cli.options import (
     AsJson,
     Checkpoint,
@@ -69,20 +67,17 @@ def evaluate_model(
     --checkpoint. Example: sparsiattn eval deit_small_patch16_224 --pretrained --data imagenet
     --strategy connectivity --k 0.25
     """
-    import torch
 
     from sparsiattn.evaluation import evaluate
     from sparsiattn.training.launched import leave
 
+    planners = saved_in(model, planners, strategy)
     given = patch_options(strategy, k, keep, kernel, option, planners)
     options, reading = pairs(model_option, "--model-option"), pairs(data_option, "--data-option")
     kind = dtype_of(dtype)
     with readable():
-        torch.manual_seed(0)  # random weights must be the same in every process
-        host = create(model, image_size, pretrained, **options)
+        host = fresh(model, image_size, pretrained, checkpoint, **options)
         live = prepare(host, given, planners, checkpoint)
-        if not pretrained and checkpoint is None and is_first():
-            typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
         with bar("images", shown=sys.stderr.isatty() and is_first()) as progress:
             found = evaluate(
                 host.to(dtype=kind), data, batch_size=batch_size, split=split, limit=limit,
@@ -96,34 +91,6 @@ def evaluate_model(
     leave()
 
 
-def prepare(
-    host: Any, given: dict[str, Any] | None, planners: Path | None, checkpoint: Path | None
-) -> Any:
-    """Weights and patch of a new model; gives the `Patch`, None where none is asked for.
-
-    Planners that look at the weights must find them there, and those of the checkpoint have their
-    place only after patching. A saved patch's own planners win.
-    """
-    import sparsiattn
-
-    if checkpoint is not None:
-        load_weights(host, checkpoint)
-    if planners is not None:
-        return sparsiattn.load(host, planners)
-    learned = [] if checkpoint is None else planners_in(checkpoint)
-    if given is None:
-        if learned:
-            raise sparsiattn.InvalidOption(
-                f"{checkpoint} is of a patched model (it has {learned[0]!r}): say with which "
-                "--strategy and options, or give --planners"
-            )
-        return None
-    live = sparsiattn.patch(host, **given)
-    if learned and checkpoint is not None:
-        load_weights(host, checkpoint)
-    return live
-
-
 def _device() -> str | None:
     """The GPU where there is one; of launched processes each has its own, which is found later."""
     import torch
@@ -131,8 +98,3 @@ def _device() -> str | None:
     from sparsiattn.training.launched import waiting
 
     return "cuda" if torch.cuda.is_available() and not waiting() else None
-
-
-def is_first() -> bool:
-    """Whether this is the first of the processes that were launched."""
-    return os.environ.get("RANK", "0") == "0"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsiattn.cli.console import cells, print_whole, readable, say
-from sparsiattn.cli.models import create, image_shape
+from sparsiattn.cli.models import image_shape
 from sparsiattn.cli.options import AsJson, ImageSize, ModelName
 
 
@@ -20,19 +20,23 @@ def inspect_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attention of a timm model: what can be patched, and what that could save. No weights needed.
+    """Attention of a model: what can be patched, and what that could save. No weights needed.
 
     Example: sparsiattn inspect swin_tiny_patch4_window7_224 --strategy local
     """
     import torch
     from rich.console import Console
 
+    from sparsiattn.creating import create_model, is_saved
+    from sparsiattn.hub import origin_in
     from sparsiattn.inspection import inspect
 
     console = Console(stderr=as_json)
     with console.status(f"inspecting {model}"), readable():
         with torch.device("meta"):
-            host = create(model, image_size)
+            host = (
+                origin_in(model) if is_saved(model) else create_model(model, image_size=image_size)
+            )
         shape = None if image_size is None else image_shape(host, image_size)
         found = inspect(host, shape, strategies=strategy or None)
     if as_json:

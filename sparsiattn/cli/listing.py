@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsiattn.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from sparsiattn.registry import PluginInfo
 
 
 def list_all(
@@ -51,8 +54,17 @@ def contents() -> dict[str, list[dict[str, Any]]]:
         {
             "name": plugin.name,
             "summary": f"{plugin.distribution}: {', '.join(plugin.provides) or 'nothing'}",
-            "status": f"broken: {plugin.error}" if plugin.broken else "working",
+            "status": f"broken: {_fault(plugin.error)}" if plugin.error else _working(plugin),
         }
         for plugin in registry.plugins()
     ]
     return listing
+
+
+def _fault(error: BaseException) -> str:
+    """The error in words, also where all it has is its type."""
+    return str(error) or type(error).__name__
+
+
+def _working(plugin: PluginInfo) -> str:
+    return f"working; {plugin.deprecation}" if plugin.deprecation else "working"

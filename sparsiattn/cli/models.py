@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+import os
 from pathlib import Path
 from typing import Any
 
-from sparsiattn.errors import DataError, InvalidOption, UnknownName
+import typer
+
+from sparsiattn.errors import DataError, InvalidOption
 
 
-def create(
-    name: str, size: int | None = None, pretrained: bool = False, **options: Any
+def fresh(
+    name: str, size: int | None, pretrained: bool, checkpoint: Path | None, **options: Any
 ) -> Any:  # fmt: skip
-    """A timm model by name; size: of its images in pixels, options: of `timm.create_model`."""
-    import timm
+    """`create_model`; weights that stay random are the same in every process and every call, and a
+    line on stderr says that they are."""
+    import torch
 
-    if ":" not in name and not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UnknownName(f"timm has no model {name!r}.{hint}")
-    extra = options if size is None else {"img_size": size, **options}
-    try:
-        return timm.create_model(name, pretrained=pretrained, **extra)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise InvalidOption(
-            f"timm cannot make {name!r}{f' with {extra}' if extra else ''}: {error}"
-        ) from error
+    from sparsiattn.creating import create_model, is_saved
+    from sparsiattn.hub import has_weights
+
+    torch.manual_seed(0)
+    model = create_model(name, image_size=size, pretrained=pretrained, **options)
+    own = is_saved(name) and has_weights(name)
+    if not (pretrained or own) and checkpoint is None and is_first():
+        typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
+    return model
+
+
+def saved_in(model: str, planners: Path | None, strategy: str | None = None) -> Path | None:
+    """The folder of the saved patch to apply: ``--planners``, or MODEL where that is one."""
+    from sparsiattn.creating import is_saved
+
+    if not is_saved(model):
+        return planners
+    if planners is not None:
+        raise typer.BadParameter("MODEL is a saved patch already", param_hint="--planners")
+    if strategy is not None:
+        raise typer.BadParameter(
+            "MODEL is a saved patch with its own strategy", param_hint="--strategy"
+        )
+    return Path(model)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that were launched."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def prepare(
+    host: Any, given: dict[str, Any] | None, planners: Path | None, checkpoint: Path | None
+) -> Any:
+    """Weights and patch of a new model; gives the `Patch`, None where none is asked for.
+
+    Planners that look at the weights must find them there, and those of the checkpoint have their
+    place only after patching. A saved patch's own planners win.
+    """
+    import sparsiattn
+
+    if checkpoint is not None:
+        load_weights(host, checkpoint)
+    if planners is not None:
+        return sparsiattn.load(host, planners)
+    learned = [] if checkpoint is None else planners_in(checkpoint)
+    if given is None:
+        if learned:
+            raise sparsiattn.InvalidOption(
+                f"{checkpoint} is of a patched model (it has {learned[0]!r}): say with which "
+                "--strategy and options, or give --planners"
+            )
+        return None
+    live = sparsiattn.patch(host, **given)
+    if learned and checkpoint is not None:
+        load_weights(host, checkpoint)
+    return live
 
 
 def load_weights(model: Any, path: Path) -> None:
@@ -66,18 +115,25 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read as weights: {error}") from error
 
 
-def with_noise(
-    name: str, size: int | None, batch: int, device: str, dtype: Any, pretrained: bool
-) -> tuple[Any, Any]:
-    """The timm model and a batch of noise of the size it takes."""
+def noise(model: Any, size: int | None, batch: int) -> Any:
+    """A batch of noise of the size the model takes, of its own precision and device."""
     import torch
 
-    model = create(name, size, pretrained).eval().to(device, dtype)
-    torch.manual_seed(0)
-    return model, torch.randn(batch, *image_shape(model, size)[1:]).to(device, dtype)
+    like = next(model.parameters())
+    drawn = torch.randn(
+        batch, *image_shape(model, size)[1:], generator=torch.Generator().manual_seed(0)
+    )
+    return drawn.to(like.device, like.dtype)
 
 
 def image_shape(model: Any, size: int | None) -> tuple[int, ...]:
-    """Of one image: the pixels asked for, else those the model was trained on."""
-    channels, rows, columns = model.pretrained_cfg["input_size"]
-    return 1, channels, size or rows, size or columns
+    """Of one image: the pixels asked for, else those the model is built for."""
+    from sparsiattn.patching import backbone_of
+
+    shape = backbone_of(model).input_shape(model)
+    if shape is None and size is None:
+        raise InvalidOption(
+            f"{type(model).__name__} does not say its image size: give --image-size"
+        )
+    whole = shape or (1, 3, 0, 0)
+    return whole if size is None else (*whole[:-2], size, size)

@@ -9,7 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-ModelName = Annotated[str, typer.Argument(help="A timm model, e.g. deit_small_patch16_224.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="A timm model (deit_small_patch16_224), hf:ORG/NAME or hf:FOLDER of transformers, "
+        "tv:NAME of torchvision, or a folder that patch.save wrote."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Pixels, square.")]
 ModelOptions = Annotated[
@@ -17,7 +23,7 @@ ModelOptions = Annotated[
     typer.Option(
         "--model-option",
         "--model-kwargs",
-        help="NAME=VALUE for timm's create_model, e.g. img_size=32; may be repeated.",
+        help="NAME=VALUE for what makes the model, e.g. img_size=32 of timm; may be repeated.",
     ),
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download weights.")]

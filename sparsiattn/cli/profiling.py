@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsiattn.cli.console import cells, print_whole, readable, say
-from sparsiattn.cli.evaluate import prepare
-from sparsiattn.cli.models import create, image_shape
+from sparsiattn.cli.models import fresh, noise, prepare, saved_in
 from sparsiattn.cli.options import (
     AsJson,
     Checkpoint,
@@ -68,6 +67,7 @@ def profile_model(
 
     from sparsiattn.profiling import profile
 
+    planners = saved_in(model, planners, strategy)
     given = patch_options(strategy, k, keep, kernel, option, planners)
     if only_if_faster is not None:
         if given is None:
@@ -77,14 +77,12 @@ def profile_model(
     counted = _accounting(accounting)
     console = Console(stderr=as_json)
     with console.status(f"profiling {model}"), readable():
-        host = create(model, image_size, pretrained, **options)
+        host = fresh(model, image_size, pretrained, checkpoint, **options)
         prepare(host, given, planners, checkpoint)
         host = host.eval().to(device, kind)
-        size = image_size or options.get("img_size")
-        noise = _noise(image_shape(host, size), batch_size).to(device, kind)
         found = profile(
-            host, noise, accounting=counted, memory=memory, latency=latency,
-            rounds=rounds,
+            host, noise(host, image_size, batch_size), accounting=counted, memory=memory,
+            latency=latency, rounds=rounds,
         )  # fmt: skip
     found = replace(found, model=model)
     if as_json:
@@ -101,12 +99,6 @@ def _accounting(name: str) -> Any:
             f"one of {', '.join(ACCOUNTINGS)} is needed, got {name!r}", param_hint="--accounting"
         )
     return name
-
-
-def _noise(shape: tuple[int, ...], batch: int) -> Any:
-    import torch
-
-    return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(0))
 
 
 def _print(console: Any, found: Any) -> None:

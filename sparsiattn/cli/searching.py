@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsiattn.cli.console import readable
-from sparsiattn.cli.evaluate import prepare
-from sparsiattn.cli.models import create
+from sparsiattn.cli.models import fresh, prepare, saved_in
 from sparsiattn.cli.options import (
     AsJson,
     Checkpoint,
@@ -58,23 +57,19 @@ def search_model(
     Use what it writes with -o schedule=FILE. Example: sparsiattn search deit_small_patch16_224
     --pretrained --data photos --strategy hybrid --macs 0.7 --out schedule.json
     """
-    import torch
-
     import sparsiattn
 
     wanted = {"macs": budget(macs), "latency": latency, "agreement": agreement}
     given = {name: value for name, value in wanted.items() if value is not None}
     if len(given) != 1:
         raise typer.BadParameter("give one of --macs, --latency and --agreement")
-    options = pairs(option, "--option")
+    options, shape = pairs(option, "--option"), pairs(model_option, "--model-option")
+    planners = saved_in(model, planners, strategy)
     if planners is not None and (strategy is not None or options):
         raise typer.BadParameter("a saved patch has its own strategy", param_hint="--planners")
     with readable():
-        torch.manual_seed(0)
-        host = create(model, image_size, pretrained, **pairs(model_option, "--model-option"))
+        host = fresh(model, image_size, pretrained, checkpoint, **shape)
         prepare(host, None, planners, checkpoint)
-        if not pretrained and checkpoint is None:
-            typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
         found = sparsiattn.search(
             host, _images(data, host, images, batch_size, image_size), given, trials=trials,
             seed=seed, progress=sys.stderr.isatty(),

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsiattn.cli.console import readable
-from sparsiattn.cli.evaluate import prepare
-from sparsiattn.cli.models import create
+from sparsiattn.cli.models import fresh, prepare, saved_in
 from sparsiattn.cli.options import (
     AsJson,
     Checkpoint,
@@ -70,34 +69,27 @@ def show_model(
     is named; dense shows plain attention. Weights are random without --pretrained or --checkpoint.
     Example: sparsiattn show deit_small_patch16_224 photo.jpg --pretrained --k 0.25 --out page.html
     """
-    import torch
-
     from sparsiattn.showing import show
 
+    planners = saved_in(model, planners, strategy)
     if strategy is None and planners is None:
         strategy = "connectivity"
     given = patch_options(strategy, k, keep, kernel, option, planners)
     options, queries = pairs(model_option, "--model-option"), places(query)
     layers = None if layer is None else [int(x) if _is_int(x) else x for x in layer]
     with readable():
-        torch.manual_seed(0)
-        host = create(model, image_size, pretrained, **options)
+        host = fresh(model, image_size, pretrained, checkpoint, **options)
         live = prepare(host, given, planners, checkpoint)
-        if not pretrained and checkpoint is None:
-            typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
         with bar("sites", shown=sys.stderr.isatty()) as progress:
             found = show(
                 host, image, layers=layers, heads=head, queries=queries, image_size=image_size,
                 progress=progress,
             )  # fmt: skip
         written = [found.save(path, view) for path in out or [Path("show.html")]]
-    if as_json:
-        about = {"name": model, "photo": str(image), "out": [str(path) for path in written]}
-        print(json.dumps({**about, **found.to_dict(), "strategy": live.strategy.to_dict()}))
-        return
-    print(found)
-    for path in written:
-        print(f"wrote {path}")
+    about = {"name": model, "photo": str(image), "out": [str(path) for path in written]}
+    document = {**about, **found.to_dict(), "strategy": live.strategy.to_dict()}
+    lines = [str(found), *(f"wrote {path}" for path in written)]
+    print(json.dumps(document) if as_json else "\n".join(lines))
 
 
 def places(texts: list[str] | None) -> list[tuple[int, int]] | None:

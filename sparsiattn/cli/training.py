@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsiattn.cli.console import readable
-from sparsiattn.cli.evaluate import is_first
-from sparsiattn.cli.models import create, load_weights
+from sparsiattn.cli.models import fresh, is_first, load_weights, saved_in
 from sparsiattn.cli.options import (
     AsJson,
     Checkpoint,
@@ -22,6 +22,7 @@ from sparsiattn.cli.options import (
     pairs,
     value_of,
 )
+from sparsiattn.progress import Advance, bar
 
 
 def train_model(
@@ -61,24 +62,24 @@ def train_model(
     Under torchrun or accelerate launch all processes train together. Example: sparsiattn train
     deit_small_patch16_224 --pretrained --data imagenet --eval --out run --set options.k=0.1
     """
-    import torch
-
+    import sparsiattn
     from sparsiattn.training import Recipe, train
     from sparsiattn.training.launched import leave
 
     options = pairs(model_option, "--model-option")
     with readable():
         plan = Recipe.load(recipe).changed(changes(change))
-        torch.manual_seed(0)  # random weights must be the same in every process
-        host = create(model, image_size, pretrained, **options)
+        host = fresh(model, image_size, pretrained, checkpoint, **options)
         if checkpoint is not None:
             load_weights(host, checkpoint)
-        elif not pretrained and is_first():
-            typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
-        found = train(
-            host, data, recipe=plan, eval_data=eval_data or (data if evaluates else None), out=out,
-            resume="auto" if resume is None else resume, on_log=_say,
-        )  # fmt: skip
+        if (folder := saved_in(model, None)) is not None:
+            sparsiattn.load(host, folder)
+        with bar("updates", shown=sys.stderr.isatty() and is_first()) as advance:
+            found = train(
+                host, data, recipe=plan, eval_data=eval_data or (data if evaluates else None),
+                out=out, resume="auto" if resume is None else resume,
+                on_log=lambda row: _say(row, advance),
+            )  # fmt: skip
     if is_first():
         about = {"name": model, "data": data, "recipe": plan.to_dict()}
         print(json.dumps({**about, **found.to_dict()}, indent=2) if as_json else found)
@@ -100,8 +101,10 @@ def changes(texts: Iterable[str] | None) -> dict[str, Any]:
     return found
 
 
-def _say(row: dict[str, Any]) -> None:
+def _say(row: dict[str, Any], advance: Advance) -> None:
     """Epochs on stderr; every update is in the log."""
+    if "step" in row:
+        advance(row["step"])
     if "epoch_loss" in row:
         top1 = f", top-1 {row['top1']:.2f} %" if "top1" in row else ""
         line = f"{row['stage']} epoch {row['epoch']}: loss {row['epoch_loss']:.4f}{top1}"

@@ -1,0 +1,95 @@
+"""A patched model as one program of plain operators, for any batch size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.errors import ExportFailed, InvalidOption
+from sparsiattn.exporting.folding import fold
+from sparsiattn.handle import Patch, patch_of, unwrap
+from sparsiattn.kernel import Kernel
+from sparsiattn.registry import REGISTRY
+
+KERNELS = ("gather", "sdpa", "reference")
+"""Kernels of plain operators, which every runtime has; the fastest that takes a call is exported.
+The others compile or launch code of their own."""
+
+
+def twin_of(model: nn.Module, kernel: str | None) -> nn.Module:
+    """A copy that shares all weights, in eval mode, its patch set to kernels that can be exported:
+    the model itself stays as it is, also for other threads."""
+    host = unwrap(model)
+    _refuse_adaptive(patch_of(host))
+    weights = [*host.parameters(), *host.buffers()]
+    twin = copy.deepcopy(host, {id(tensor): tensor for tensor in weights})
+    live = patch_of(twin)
+    if live is not None:
+        kernels = _kernels(live, kernel)
+        for runtime in live.runtimes:
+            runtime.kernels, runtime.explicit = kernels, len(kernels) == 1
+    elif kernel is not None:
+        raise InvalidOption(f"kernel={kernel!r} is for patched models, and this one is not patched")
+    return twin.eval()
+
+
+def _refuse_adaptive(live: Patch | None) -> None:
+    if live is not None and live.tokens is not None and live.tokens.ragged():
+        raise InvalidOption(
+            f"{live.tokens.name!r} with these options keeps another number of tokens for every "
+            "image, and an exported program has shapes that values cannot change: use a fixed "
+            "budget instead, e.g. keep=0.7"
+        )
+
+
+def _kernels(live: Patch, kernel: str | None) -> tuple[Kernel, ...]:
+    named = kernel or (None if live.kernel == "auto" else live.kernel)
+    if named is None:
+        return tuple(REGISTRY.get("kernels", name) for name in KERNELS)
+    found: Kernel = REGISTRY.get("kernels", named)
+    if named not in KERNELS:
+        raise InvalidOption(
+            f"kernel {named!r} cannot be exported: it runs code of its own. Give export() "
+            f"kernel= one of {', '.join(KERNELS)}, or None for the fastest of them"
+        )
+    return (found,)
+
+
+def traced(model: nn.Module, images: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
+    """The program of a model from `twin_of`, functional, its tables folded."""
+    shapes: Any = ({0: torch.export.Dim("batch", min=1, max=65536)},) if dynamic else None
+    with _readable(model), torch.no_grad():
+        first = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        module = first.run_decompositions({}).module(check_guards=False)
+        fold(module)
+        return torch.export.export(module, (images,), dynamic_shapes=shapes)
+
+
+@contextmanager
+def _readable(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch.export has many, of all kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExportFailed(
+            f"torch.export cannot trace this {type(model).__name__}: "
+            f"{' '.join(lines[:3]) or type(error).__name__}"
+        ) from error
+
+
+def kernels_used(live: Patch | None, images: Tensor, model: nn.Module) -> dict[str, int]:
+    """How many sites each kernel serves, from a run."""
+    if live is None:
+        return {}
+    with torch.no_grad():
+        model(images)
+    found: dict[str, int] = {}
+    for runtime in live.runtimes:
+        name = "dense" if runtime.last is None else runtime.last.kernel.name
+        found[name] = found.get(name, 0) + 1
+    return found
