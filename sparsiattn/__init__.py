@@ -10,11 +10,14 @@ import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
 from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
+from sparsiattn.blockmask import block_mask
+from sparsiattn.creating import create_model
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
     AlreadyPatched,
     CheckpointNotWritten,
     DataError,
+    ExportFailed,
     InvalidOption,
     InvalidType,
     KernelRefused,
@@ -29,14 +32,17 @@ from sparsiattn.errors import (
     UnknownName,
 )
 from sparsiattn.evaluation import Evaluation, evaluate
+from sparsiattn.exporting import Exported, export
 from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hookspecs import hookimpl
+from sparsiattn.hub import from_pretrained
 from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernel import Kernel
 from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch
-from sparsiattn.patterns import Pattern
+from sparsiattn.patterns import Pattern, check_budget, count_of
+from sparsiattn.pluginapi import PLUGIN_API
 from sparsiattn.profiled import Profile
 from sparsiattn.profiling import profile
 from sparsiattn.registry import backbones, kernels, plugins, strategies
@@ -46,7 +52,7 @@ from sparsiattn.searching import SearchResult, search
 from sparsiattn.showing import Shown, show
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
-from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
+from sparsiattn.tokens import LearnedTokens, Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.tuning import Tuning, tune
 
@@ -56,6 +62,7 @@ except _metadata.PackageNotFoundError:  # run from a source tree that is not ins
     __version__ = "0+unknown"
 
 __all__ = [
+    "PLUGIN_API",
     "AlreadyPatched",
     "AttentionInputs",
     "Backbone",
@@ -64,12 +71,15 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "Evaluation",
+    "ExportFailed",
+    "Exported",
     "Inspection",
     "InvalidOption",
     "InvalidType",
     "Kernel",
     "KernelRefused",
     "LearnedPlanner",
+    "LearnedTokens",
     "MismatchedCheckpoint",
     "MismatchedPatch",
     "ModelChanged",
@@ -96,9 +106,15 @@ __all__ = [
     "UnknownName",
     "backbones",
     "bench",
+    "block_mask",
     "calibrate",
+    "check_budget",
+    "count_of",
+    "create_model",
     "doctor",
     "evaluate",
+    "export",
+    "from_pretrained",
     "hookimpl",
     "inspect",
     "kernels",

@@ -54,6 +54,13 @@ class Backbone:
     attention; families override the questions they know a better answer to.
 
     Answers come from structure (attributes a module has), not from class names or versions.
+
+    >>> class Mine(Backbone):
+    ...     name = "mine"
+    ...     def matches(self, model):
+    ...         return hasattr(model, "my_blocks")
+    >>> Mine().matches(torch.nn.Identity())
+    False
     """
 
     name: ClassVar[str] = ""

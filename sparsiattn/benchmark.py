@@ -22,8 +22,9 @@ from sparsiattn.report import Report
 @dataclass(frozen=True)
 class Bench:
     """Paired timings of one model. ratio: dense time over patched time, the median over rounds
-    (more is faster), with its quartiles; times are medians in milliseconds per forward pass.
-    report: of the patch, after the runs. machine: versions and hardware.
+    (more is faster), ratio_quartiles: its quartiles. dense_ms, sparse_ms: medians in milliseconds
+    per forward pass, dense_quartiles, sparse_quartiles: theirs. strategy, input_shape, dtype,
+    device: what was timed. report: of the patch, after the runs. machine: versions and hardware.
 
     ``print`` it, or take `to_dict`.
     """
@@ -63,6 +64,7 @@ def bench(
     strategy: str | Config | None = None,
     rounds: int = 10,
     sites: bool = True,
+    progress: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> Bench:
     """Time a model dense and patched, alternately, under `torch.inference_mode`.
@@ -71,7 +73,13 @@ def bench(
     measured with the patch it carries; one without is patched for the time being, with
     ``strategy`` and ``options`` as `patch` takes them. The dense side is a copy without any hook
     that shares all weights (of a compiled or parallel model: the same under `Patch.disabled`).
-    sites: also measure every site's attention alone, for the report.
+    sites: also measure every site's attention alone, for the report. progress: called with the
+    rounds done.
+
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> found = bench(tiny_vit(), tiny_images(), strategy="topk", k=0.25, rounds=2)
+    >>> found.ratio > 0, found.input_shape
+    (True, (3, 3, 32, 32))
     """
     from sparsiattn.measure import arguments, evaluating, measure_sites
 
@@ -85,7 +93,7 @@ def bench(
             "sparse": lambda: model(*args, **kwargs),
         }
         with torch.inference_mode():
-            times = timing.alternate(calls, rounds)
+            times = timing.alternate(calls, rounds, progress)
         if sites:
             measure_sites(live, input)
         return _result(live, (args, kwargs), times)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsiattn.probe import DryInputs, run_dry
+from sparsiattn.recalled import recalling
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -53,7 +54,7 @@ def find_blocks(model: nn.Module, sites: Iterable[str], inputs: DryInputs) -> li
     """The blocks around these attention modules of a `skeleton`, in the order they run."""
     names = list(sites)
     trace = _Trace(model, names)
-    with trace.recording():
+    with recalling(), trace.recording():
         run_dry(model, inputs)
     homes: dict[str, list[str]] = {}
     for name in names:

@@ -33,7 +33,7 @@ Carried = Stream | Packed
 class BlockRuntime:
     """One block of a model that carries fewer tokens: plain state that copies and pickles.
 
-    place: where this block reduces (``"entry"``, ``"middle"``, at its ``"exit"`` where it has no
+    place: where this block reduces (``"entry"``, ``"middle"``, its ``"exit"``, also where it has no
     tail, ``"bypass"`` where the grid must stay and only the MLP is spared), None if it does not.
     """
 
@@ -127,7 +127,7 @@ class BlockRuntime:
             return apply(reduction, stream, x, remembers)
         parts = [
             apply(part, stream, x[i : i + 1], remembers)
-            for i, part in enumerate(by_image(reduction))
+            for i, part in enumerate(reduction.by_image())
         ]
         return pack(parts) if parts else (stream, x)  # an empty batch has nothing to pack
 
@@ -151,19 +151,9 @@ class BlockRuntime:
         patches = x[:, stream.prefix :]
         inputs = TokenInputs(
             patches, self.site, attention, self.index, self.depth, self.class_tokens, stream.size,
-            stream.policy, self.owner.training,
+            stream.policy, self.owner.training, stream.grid, stream.ids,
         )  # fmt: skip
         return self.planner(inputs)
-
-
-def by_image(reduction: Reduction) -> list[Reduction]:
-    """A mask ``[B, n]`` as one reduction for each image."""
-    assert reduction.mask is not None
-    fuse = [None] * len(reduction.mask) if reduction.fuse is None else list(reduction.fuse)
-    return [
-        Reduction(mask=mask[None], fuse=None if weights is None else weights[None])
-        for mask, weights in zip(reduction.mask, fuse, strict=True)
-    ]
 
 
 def apply(
@@ -180,8 +170,11 @@ def apply(
     if reduction.assign is None and not stream.reduced:
         index = _by_tiles(index, stream)
     before = x.shape[1] - prefix
+    # a mixed token stands for no patch alone, so it is written as a fused one
+    at = -1 - index if reduction.mixed else index
+    step = Step(at, reduction.assign, before, reduction.mixed, reduction.unfold)
     if reduction.values is not None:
-        stream = stream.advance(Step(index, reduction.assign, before), reduction.size)
+        stream = stream.advance(step, reduction.size)
         return stream, torch.cat([x[:, :prefix], reduction.values], dim=1)
     short = take(x, with_prefix(index, prefix))
     if reduction.added is not None:
@@ -189,10 +182,9 @@ def apply(
         into = (into + prefix)[..., None].expand_as(rows)
         # in place: `short` was made just now, and nothing needs its former values for gradients
         short = short.scatter_add_(1, into, rows.to(short.dtype))
-        step = Step(index, reduction.assign, before)
         return stream.advance(step, reduction.size), short
     if reduction.fuse is None or index.shape[1] == before:
-        return stream.advance(Step(index, reduction.assign, before), reduction.size), short
+        return stream.advance(step, reduction.size), short
     step, extra = fused(index, reduction.fuse, x[:, prefix:])
     return stream.advance(step), torch.cat([short, extra], dim=1)
 
@@ -356,8 +348,7 @@ class LeaveBlock:
         stream = replace(stream, layer=runtime.index + 1, short=short, given=given)
         THREAD.stream = None if runtime.last else stream
         if not torch.compiler.is_compiling():
-            bare = replace(stream, short=None, given=None, last=None)
-            runtime.owner.carried = (bare, out.shape[0])
+            runtime.owner.carried = (stream.bare(), out.shape[0])
         return None if given is host else with_first(output, host, given)
 
     def _given(self, stream: Carried, out: Tensor) -> Tensor:

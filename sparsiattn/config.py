@@ -23,6 +23,11 @@ class Config:
     needs_training: ClassVar[bool] = False
     kind: ClassVar[str] = ""
     """What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``."""
+    paper: ClassVar[str] = ""
+    """Address of the publication, if there is one."""
+    fidelity: ClassVar[str] = ""
+    """How close to it this is: ``"as published"``, ``"as published code"`` or ``"inspired by"``,
+    then what differs."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"name", "version", "options"}``."""

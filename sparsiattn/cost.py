@@ -126,6 +126,7 @@ _CPU = {
     "reference": Prices(5.5e-6, 6e-12, 2e-9, 2.4e-10, 1e-8),
     "sdpa": Prices(4.5e-5, 7.1e-12, 1.3e-9, 2.1e-10, 1.1e-8),
     "gather": Prices(1.94e-5, 1.01e-11, 1.11e-9, 1.15e-11, 5.6e-7),
+    "native": Prices(5e-6, 1.15e-11, 1e-10, 5e-12, 1e-7),
 }
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {

@@ -15,10 +15,21 @@ from sparsiattn import registry
 from sparsiattn.kernels import fmha
 from sparsiattn.report import aligned
 
-CORE = ("torch", "timm", "pluggy", "einops", "safetensors", "numpy", "typer", "rich")
+CORE = (
+    "torch",
+    "timm",
+    "pluggy",
+    "einops",
+    "safetensors",
+    "numpy",
+    "typer",
+    "rich",
+    "huggingface_hub",
+)
 EXTRAS = {
     "train": ("accelerate", "torchvision", "yaml"),
     "hf": ("transformers",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
     "viz": ("matplotlib", "sklearn"),
     "xformers": ("xformers",),
 }
@@ -40,7 +51,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found; ``works`` says whether the core can run."""
+    """What `doctor` found. works: whether the core can run. findings: a `Finding` each for what
+    was looked at, good and bad."""
 
     works: bool
     findings: tuple[Finding, ...]
@@ -120,7 +132,8 @@ def _problem(action: Callable[[], Any]) -> str | None:
 
 def _plugin(plugin: Any) -> Finding:
     if not plugin.broken:
-        return Finding("plug-ins", plugin.name, "ok", plugin.distribution)
+        said = "; ".join(filter(None, (plugin.distribution, plugin.deprecation)))
+        return Finding("plug-ins", plugin.name, "ok", said)
     fix = f"pip install -U {plugin.distribution}" if plugin.distribution else ""
     return Finding("plug-ins", plugin.name, "broken", str(plugin.error), fix)
 

@@ -4,7 +4,8 @@ and says how many reach each block, what that costs, and whether the model can d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,8 +17,9 @@ from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
 from sparsiattn.features import unwatch, watch
 from sparsiattn.handle import Patch, feature_modules, hook_up
 from sparsiattn.interception import THREAD
-from sparsiattn.probe import DryInputs, run_dry, skeleton
+from sparsiattn.probe import DryInputs, run_dry, shapes, skeleton
 from sparsiattn.ragged import Packed
+from sparsiattn.recalled import recalling
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
@@ -40,22 +42,42 @@ class _Untracked:
         return None
 
 
-def mac_counter() -> Any:
-    """Torch's counter of FLOPs, two for each multiply-accumulate."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when asked
+def flop_counter() -> Any:
+    """Torch's counter of FLOPs, two for each multiply-accumulate, without its tracker."""
+    from torch.utils import flop_counter as torchs  # imports triton: only when asked
 
-    counter: Any = FlopCounterMode(display=False)
+    from sparsiattn.kernels.native.ops import FLOP_FORMULAS
+
+    formulas: dict[Any, Any] = dict(FLOP_FORMULAS)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if fused not in torchs.flop_registry:  # before torch 2.11
+        formulas[fused] = _attention_flops
+    counter: Any = torchs.FlopCounterMode(display=False, custom_mapping=formulas)
     counter.mod_tracker = _Untracked()
     return counter
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    return sdpa_flop_count(q, k, v)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def mac_counter() -> Iterator[Any]:
+    """A `flop_counter` at work, for tensors that are most often without data."""
+    with recalling(), flop_counter() as counter:
+        yield counter
 
 
 @dataclass
 class DryRun:
     """inputs: each site's, at the tokens that reach it. counts: patch tokens before each reduction.
     ragged: whether images keep different numbers of tokens, so that counts are not known.
-    macs: of the whole model with dense attention; planning: of the reductions alone. output:
-    shapes of what the model returned."""
+    macs: of the whole model with dense attention; planning: of the reductions alone; both 0 unless
+    they are counted, which takes as long as the rest. output: shapes of what the model returned."""
 
+    counted: bool = True
     inputs: dict[str, AttentionInputs] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
     ragged: bool = False
@@ -83,7 +105,7 @@ class _DryBlock(BlockRuntime):
         """What a reduction returns, its MACs noted."""
         try:
             # the device is for tensors a strategy makes without saying where
-            with mac_counter() as counter, torch.device("meta"):
+            with _counter(self.run) as counter, torch.device("meta"):
                 out = call()
         except SparsiattnError:
             raise
@@ -95,7 +117,7 @@ class _DryBlock(BlockRuntime):
                 "Shapes must not depend on values: return Reduction.top(scores, keep), or "
                 "Reduction.where(mask) where they do"
             ) from error
-        self.run.planning += int(counter.get_total_flops()) // 2
+        self.run.planning += _macs(counter)
         return out
 
 
@@ -105,9 +127,18 @@ def dry_inputs(handle: Patch) -> DryInputs:
     return adapter.dry_inputs(handle.model, handle.input_shape)  # type: ignore[no-any-return]
 
 
-def dry_run(handle: Patch) -> DryRun:
-    """One forward pass of a copy without data, patched like the handle's model."""
-    run = DryRun()
+def _counter(run: DryRun) -> AbstractContextManager[Any]:
+    return mac_counter() if run.counted else nullcontext()
+
+
+def _macs(counter: Any) -> int:
+    return 0 if counter is None else int(counter.get_total_flops()) // 2
+
+
+def dry_run(handle: Patch, counted: bool = True) -> DryRun:
+    """One forward pass of a copy without data, patched like the handle's model. counted: whether
+    MACs are wanted."""
+    run = DryRun(counted)
     shadow, bones = _shadow(handle, run)
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
@@ -116,11 +147,11 @@ def dry_run(handle: Patch) -> DryRun:
     before = THREAD.observer
     THREAD.observer = (shadow.key, observe)
     try:
-        with mac_counter() as counter:
+        with _counter(run) as counter:
             run.output = shapes(run_dry(bones, dry_inputs(handle)))
     finally:
         THREAD.observer = before
-    run.macs = int(counter.get_total_flops()) // 2
+    run.macs = _macs(counter)
     return run
 
 
@@ -155,14 +186,14 @@ def _dry_block(runtime: BlockRuntime, shadow: Patch, run: DryRun) -> _DryBlock:
     return block
 
 
-def settle(handle: Patch) -> None:
-    """Check that the model can carry fewer tokens, and find out what its caller must get."""
-    dense = shapes(run_dry(skeleton(handle.model), dry_inputs(handle)))
+def settle(handle: Patch, dense: list[torch.Size]) -> None:
+    """Check that the model can carry fewer tokens, and find out what its caller must get. dense:
+    shapes of what the model returns without a patch."""
     assert handle.tokens is not None
     bypass = handle.blocks[0].place == "bypass"
     needs_all = False
     try:
-        run = dry_run(handle)
+        run = dry_run(handle, counted=False)
         needs_all = run.output != dense
     except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
         if bypass or handle.tokens.restore is None:
@@ -172,7 +203,7 @@ def settle(handle: Patch) -> None:
         handle.restores_last = _restores_last(handle, needs_all, run.ragged)
     if handle.restores_last:
         try:
-            run = dry_run(handle)
+            run = dry_run(handle, counted=False)
         except ProbeFailed as error:
             raise _cannot(handle, error) from error
     _check_counts(handle, run)
@@ -215,14 +246,3 @@ def _check_counts(handle: Patch, run: DryRun) -> None:
             runtime.strategy.check(count, first=i == 0)
         except SparsiattnError as error:
             raise type(error)(f"block {runtime.block.name!r}: {error}") from None
-
-
-def shapes(output: Any) -> list[torch.Size]:
-    """Shapes of all tensors in a model's output."""
-    if isinstance(output, Tensor):
-        return [output.shape]
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return [shape for item in output for shape in shapes(item)]
-    return []

@@ -49,6 +49,10 @@ class MismatchedPatch(SparsiattnError, ValueError):
     """A saved patch does not belong to this model or to this version."""
 
 
+class ExportFailed(SparsiattnError, RuntimeError):
+    """A model cannot be exported, or what was exported answers otherwise than the model."""
+
+
 class DataError(SparsiattnError, ValueError):
     """Images or labels cannot be read, or do not fit the model."""
 

@@ -24,11 +24,12 @@ Progress = Callable[[int, int | None], Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. Accuracies in per cent; ``top5`` is None below five classes.
+    """What `evaluate` found.
 
+    top1, top5, dense_top1, dense_top5: accuracies in per cent; top 5 is None below five classes.
     agreement: images for which the patched model's first choice is the dense one's, in per cent.
-    images_per_second: of the patched model alone (no reading of images), the median over batches,
-    summed over processes. What speaks of a patch is None where there is none.
+    images_per_second, dense_images_per_second: of the model alone (no reading of images), the
+    median over batches, summed over processes. What speaks of a patch is None where there is none.
     """
 
     images: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,10 @@ from sparsiattn import cost
 from sparsiattn.cost import Call, Planning, Work
 from sparsiattn.dry import DryRun, dry_run, mac_counter
 from sparsiattn.kernel import Choice, choose
+from sparsiattn.notes import Notes
 from sparsiattn.patterns import Dense, Pattern, Ranked
 from sparsiattn.probe import skeleton
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime import SiteRuntime, tell
 from sparsiattn.site import AttentionInputs, Site
 
 if TYPE_CHECKING:
@@ -34,21 +36,35 @@ class Expected:
 
 def leave_slow_sites_dense(handle: Patch) -> None:
     """Mark the sites whose best kernel, planning paid, is not expected to beat dense attention."""
-    run = dry_run(handle) if handle.blocks else None
-    for runtime in handle.runtimes:
-        runtime.dense = expect(runtime, run).choice.expected < 1.0
+    run = dry_run(handle, counted=False) if handle.blocks else None
+    for runtime, found in expect_all(handle, run):
+        runtime.dense = found.choice.expected < 1.0
 
 
 def refuse_early(handle: Patch) -> None:
     """Raise `KernelRefused` now if the kernel asked for by name cannot serve one of the sites."""
-    run = dry_run(handle) if handle.blocks else None
+    run = dry_run(handle, counted=False) if handle.blocks else None
+    for _ in expect_all(handle, run):
+        continue
+
+
+def expect_all(handle: Patch, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:
+    """What each site does, in the order in which they leave each other notes; one that is marked
+    dense meanwhile leaves none."""
+    notes = Notes(handle.key)
     for runtime in handle.runtimes:
-        expect(runtime, run)
+        given = notes.copy()
+        given.forgets = runtime.site.calls > 1
+        yield runtime, expect(runtime, run, given)
+        if not (runtime.dense or given.forgets):
+            notes = given
 
 
-def expect(runtime: SiteRuntime, run: DryRun | None) -> Expected:
-    """What a site does at patch-time shapes, found without data."""
+def expect(runtime: SiteRuntime, run: DryRun | None, notes: Notes | None = None) -> Expected:
+    """What a site does at patch-time shapes, found without data. notes: those of earlier sites."""
     inputs, planner = dry_site(runtime, run), runtime.planner
+    if runtime.strategy.carries:
+        inputs = inputs.replace(notes=Notes() if notes is None else notes)
     if isinstance(planner, torch.nn.Module):
         planner = skeleton(planner)
     wish: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
@@ -56,6 +72,7 @@ def expect(runtime: SiteRuntime, run: DryRun | None) -> Expected:
         if not runtime.strategy.keeps_all(inputs.n_keys):
             wish = planner(inputs)
         pattern = runtime.finish(wish, inputs)
+        tell(planner, inputs, inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1]))
     macs = int(counter.get_total_flops()) // 2
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))

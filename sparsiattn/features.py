@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.interception import THREAD, install
+from sparsiattn.interception import THREAD, abandoned, forget_caller, install, note_caller
 
 METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
 OWNER, ROOT, HOST = "_sparsiattn_owner", "_sparsiattn_root", "_sparsiattn_host"
@@ -68,7 +68,7 @@ def _forward(host: Any) -> Callable[..., Any]:
     @wraps(host.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         owner = vars(self).get(OWNER)
-        if owner is None or owner.key in THREAD.inside:
+        if owner is None or is_inside(owner):
             return host.forward(self, *args, **kwargs)
         inside, features = THREAD.inside, THREAD.features
         if vars(self).get(ROOT):
@@ -94,7 +94,7 @@ def _features(host: Any, name: str) -> Callable[..., Any]:
         owner = vars(self).get(OWNER)
         if owner is None or owner.key in THREAD.disabled:
             return method(self, *args, **kwargs)
-        if name == "forward_features" and owner.key in THREAD.inside:
+        if is_inside(owner) and name == "forward_features":
             return method(self, *args, **kwargs)
         inside, before = THREAD.inside, THREAD.features
         THREAD.features = features_for(owner, f"{name}()")
@@ -121,11 +121,13 @@ class EnterModel:
             return
         THREAD.top = None  # an interrupt (no Exception) may have left a scope open
         THREAD.forget()
+        inside = is_inside(owner)
         install()  # somebody may have put the original function back
         owner.before_forward()
         owner.carried = None
-        if owner.blocks and owner.key not in THREAD.inside:
+        if owner.blocks and not inside:
             THREAD.inside = (*THREAD.inside, owner.key)
+            note_caller(-owner.key)
             if owner.key not in THREAD.disabled and _hidden_states(module, kwargs):
                 THREAD.features = features_for(owner, "output_hidden_states=True")
 
@@ -138,10 +140,25 @@ class LeaveModel:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            key = self.owner.key
-            THREAD.inside = tuple(other for other in THREAD.inside if other != key)
-            THREAD.features = tuple(other for other in THREAD.features if other != key)
-            THREAD.forget()
+            leave_model(self.owner.key)
+
+
+def leave_model(key: int) -> None:
+    """The model of that patch runs no more."""
+    forget_caller(-key)
+    THREAD.inside = tuple(other for other in THREAD.inside if other != key)
+    THREAD.features = tuple(other for other in THREAD.features if other != key)
+    THREAD.forget()
+
+
+def is_inside(owner: Any) -> bool:
+    """Whether the patched model runs, and was not interrupted."""
+    if owner.key not in THREAD.inside:
+        return False
+    if torch.compiler.is_compiling() or not abandoned(-owner.key):
+        return True
+    leave_model(owner.key)
+    return False
 
 
 def features_for(owner: Any, what: str) -> tuple[int, ...]:

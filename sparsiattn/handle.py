@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +17,10 @@ from sparsiattn.carrying import BlockRuntime
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
-from sparsiattn.interception import THREAD, install
+from sparsiattn.interception import THREAD, forget_compiled, install
 from sparsiattn.lifting import drop, lift
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
+from sparsiattn.notes import NoteEntry, enclosing
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import (
     PLANNER,
@@ -34,6 +32,7 @@ from sparsiattn.runtime import (
 )
 from sparsiattn.site import Site
 from sparsiattn.sparing import hook_block
+from sparsiattn.storing import Storable
 from sparsiattn.strategy import LearnedPlanner
 from sparsiattn.tokens import TokenStrategy
 
@@ -45,10 +44,18 @@ _OWNERS = itertools.count(1)
 _SWITCHING = threading.RLock()
 
 
-class Patch:
+class Patch(Storable):
     """A live patch of one model: made by `patch`, found again by `patch_of`.
 
-    As a context manager it undoes itself on exit.
+    strategy, kernel: as `patch` was told. backbone: the adapter. input_shape: of the dry run. left:
+    ``(name, reason)`` of attention that was not patched. As a context manager it undoes itself on
+    exit.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as patch:
+    ...     patch.report().sites[0].density < 0.3
+    True
     """
 
     def __init__(
@@ -153,7 +160,7 @@ class Patch:
         """Undo everything; the model is bit for bit what it was. Calling it twice is no error."""
         if self.active:
             _remove(self)
-            _forget_compiled()
+            forget_compiled()
         return self.model
 
     def __enter__(self) -> Patch:
@@ -229,13 +236,6 @@ class Patch:
         self._require_active("warmup")
         warmup(self, input)
         return self
-
-    def save(self, directory: str | PathLike[str]) -> Path:
-        """Write the delta only: a JSON config and the planners' weights as safetensors."""
-        from sparsiattn.saving import save
-
-        self._require_active("save")
-        return save(self, Path(directory))
 
     def _require_active(self, what: str) -> None:
         if not self.active:
@@ -314,7 +314,7 @@ def attach(handle: Patch) -> None:
     except BaseException:
         _remove(handle)
         raise
-    _forget_compiled()
+    forget_compiled()
 
 
 def hook_up(handle: Patch, adapter: Backbone) -> None:
@@ -326,6 +326,9 @@ def hook_up(handle: Patch, adapter: Backbone) -> None:
     hooks.append(model.register_forward_pre_hook(EnterModel(handle), with_kwargs=True))
     if handle.blocks:
         hooks.append(model.register_forward_hook(LeaveModel(handle), always_call=True))
+    carrying = [runtime for runtime in handle.runtimes if runtime.strategy.carries]
+    for module in enclosing(model, [runtime.site for runtime in carrying]):
+        hooks.append(module.register_forward_pre_hook(NoteEntry(handle), with_kwargs=True))
     for runtime in handle.runtimes:
         _hook_site(handle, runtime)
     for block in handle.blocks:
@@ -393,9 +396,3 @@ def _remove(handle: Patch) -> None:
         handle.alive = False
         THREAD.top = None
         THREAD.forget()
-
-
-def _forget_compiled() -> None:
-    """Dynamo does not guard hooks: a graph compiled before this change would run on unchanged."""
-    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-        torch.compiler.reset()

@@ -18,7 +18,7 @@ from sparsiattn.handle import MARK, Patch, unwrap
 from sparsiattn.multihead import swap_back
 from sparsiattn.patching import Survey, live_patches, planned, survey
 from sparsiattn.probe import skeleton
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry import METHODS, REGISTRY
 from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.runtime import PLANNER
 from sparsiattn.site import Site
@@ -82,7 +82,8 @@ class StrategySaving:
 class Inspection:
     """The attention of a model, as it is unpatched. ``print`` it, or take `to_dict`.
 
-    sites: what can be patched. left: ``(name, reason)`` of every other call of attention.
+    backbone: the adapter that knows the model. input_shape: of the images it was run with. sites:
+    what can be patched. left: ``(name, reason)`` of every other call of attention.
     strategies: what each would save. macs: of the whole model, one image; patched: the live patch
     in words, empty without one.
     """
@@ -165,7 +166,8 @@ def inspect(
 
     model: any module, also a patched one (described as it is without the patch) or one on the meta
     device. input: image shape or example tensor, needed only where the model does not say.
-    strategies: names of those to try, by default all that are registered, each with its default
+    strategies: names of those to try, by default all that are registered but the collection of
+    published methods (``sparsiattn.methods``, which one may name), each with its default
     options. Figures come from dry runs of a copy without data: weights, hooks and random numbers
     stay as they are. A model without attention to patch is no error: it has no sites.
 
@@ -204,7 +206,8 @@ def inspect(
 
 def _kinds(names: str | Iterable[str] | None) -> list[type[Config]]:
     if names is None:
-        return list(REGISTRY.all("strategies").values())
+        found = REGISTRY.all("strategies").items()
+        return [s for n, s in found if REGISTRY.plugin_of("strategies", n) != METHODS]
     given = [names] if isinstance(names, str) else dict.fromkeys(names)
     return [REGISTRY.get("strategies", name) for name in given]
 

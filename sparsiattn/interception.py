@@ -8,8 +8,10 @@ together with gradient checkpointing can follow.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.top: Frame | None = None
+        # who called the hook that opened a scope, by its key: see `abandoned`
+        self.callers: dict[int, FrameType] = {}
         self.disabled: tuple[int, ...] = ()
         self.image: tuple[int, int, int] | None = None
         self.shared: Any = None
@@ -39,6 +43,7 @@ class _Thread(threading.local):
         self.asks = False
         self.asked: Any = None
         self.pending: Any = None
+        self.notes: Any = None  # what planners keep for later sites
         self.branch: Any = None
         # patches whose model is running, and those whose caller wants original positions
         self.inside: tuple[int, ...] = ()
@@ -47,6 +52,7 @@ class _Thread(threading.local):
     def forget(self) -> None:
         """Drop what hooks of one forward pass hand each other."""
         self.stream = self.spared = self.asked = self.pending = self.branch = None
+        self.notes = None
 
 
 THREAD = _Thread()
@@ -93,6 +99,8 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
         top = THREAD.top
+        if top is not None and not torch.compiler.is_compiling():
+            top = innermost(top)
         route = None if top is None else top[0]
         if top is None or route is None:
             extra: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
@@ -125,6 +133,40 @@ def install() -> None:
         F.scaled_dot_product_attention = _wrapper
 
 
+def note_caller(key: int) -> None:
+    """Remember who calls the hook that calls this, until `pop` or `forget_caller`."""
+    THREAD.callers[key] = sys._getframe(2)
+
+
+def forget_caller(key: int) -> None:
+    THREAD.callers.pop(key, None)
+
+
+def abandoned(key: int) -> bool:
+    """Whether what was opened under this key is no longer running: an interrupt (Control-C, or
+    whatever is no `Exception`) unwinds a forward pass without calling its forward hooks."""
+    noted = THREAD.callers.get(key)
+    if noted is None:
+        return False
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None:
+        if caller is noted:
+            return False
+        caller = caller.f_back
+    return True
+
+
+def innermost(top: Frame) -> Frame | None:
+    """The innermost scope that is still running; those that were abandoned are closed."""
+    found: Frame | None = top
+    while found is not None and abandoned(found[1]):
+        forget_caller(found[1])
+        found = found[2]
+    if found is not top:
+        THREAD.top = found
+    return found
+
+
 def push(route: Route | None, key: int) -> None:
     THREAD.top = (route, key, THREAD.top)
 
@@ -134,3 +176,11 @@ def pop(key: int) -> None:
     top = THREAD.top
     if top is not None and top[1] == key:
         THREAD.top = top[2]
+    if not torch.compiler.is_compiling():
+        forget_caller(key)
+
+
+def forget_compiled() -> None:
+    """Dynamo does not guard hooks: a graph compiled before this change would run on unchanged."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import cost
+from sparsiattn.blockmask import BlockMask, Bucket
+from sparsiattn.derived import Computed, Logits, Output
 from sparsiattn.geometry import Tiles
 from sparsiattn.kernel import Choice
 from sparsiattn.patterns import Dense, KeyBlocks, KeyIndex, Lengths, Mask, Pattern
@@ -16,7 +18,7 @@ from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.summary import Summary
 
 # Patterns whose fields are known to say all there is to know about them.
-_KNOWN = (KeyBlocks, KeyIndex, Mask, Dense, Lengths)
+_KNOWN = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)
 _PLAIN = (Tensor, nn.Parameter)
 _MOST = 64
 
@@ -87,4 +89,6 @@ def _of(value: Any) -> Hashable:
     if kind is Summary:
         allowed = value.allowed
         return value.count, value.bias.shape, allowed if allowed is None else allowed.shape
+    if kind is tuple and value and type(value[0]) is Bucket:
+        return tuple([(b.index.shape, b.bias.shape) for b in value])
     return value  # type: ignore[no-any-return]

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsiattn import cost
-from sparsiattn.dry import mac_counter
+from sparsiattn.derived import Derived
+from sparsiattn.dry import flop_counter
 from sparsiattn.interception import THREAD
 from sparsiattn.kernel import Choice
 from sparsiattn.patterns import Dense, Lengths, Pattern
@@ -43,10 +44,10 @@ class Attended:
     """One call of attention, its figures those of the whole batch.
 
     lists: images, windows and heads, each with its own ``queries`` and ``keys`` of ``dim``, which
-    with their values are ``width`` wide. pairs: (query, key) pairs of each of these that the
-    pattern keeps, of ``all_pairs``; summary keys and their pooling count in ``macs`` alone.
-    computed: MACs that ran, None if nothing could tell. choice: of the kernel, with planning paid;
-    None for the host's own attention.
+    with their values are ``width`` wide (in the mean over pairs). pairs: (query, key) pairs of each
+    of these that the pattern keeps, of ``all_pairs``; summary keys and their pooling count in
+    ``macs`` alone. computed: MACs that ran, None if nothing could tell. choice: of the kernel, with
+    planning paid; None for the host's own attention.
     """
 
     site: str
@@ -54,7 +55,7 @@ class Attended:
     queries: int
     keys: int
     dim: int
-    width: int
+    width: float
     pairs: float
     all_pairs: float
     macs: float
@@ -70,7 +71,7 @@ class Meter:
         self.names = names
         self.spent: defaultdict[Section, int] = defaultdict(int)
         self.attended: list[Attended] = []
-        self._counter = mac_counter()
+        self._counter = flop_counter()
         self._open: list[Section] = [(REST, "")]
         self._seen = 0
         self._planned: dict[str, cost.Planning] = {}
@@ -175,14 +176,17 @@ class Meter:
         self, name: str, operands: tuple[Tensor, Tensor, Tensor], pattern: Pattern,
         computed: int | None, choice: Choice | None,
     ) -> None:  # fmt: skip
-        from sparsiattn.report import pair_macs, summary_pairs
+        from sparsiattn.report import summary_pairs
 
         q, k, v = operands
         lists, queries, keys = q.shape[:-2].numel(), q.shape[-2], k.shape[-2]
-        dim, width = q.shape[-1], q.shape[-1] + v.shape[-1]
+        dim, width = q.shape[-1], float(q.shape[-1] + v.shape[-1])
         pairs = (pattern.pairs() or 0.0) - summary_pairs(pattern)
         every = pairs if isinstance(pattern, Lengths) else float(queries * keys)
-        macs = (pair_macs(pattern, width) or 0.0) * lists
+        each = pattern.macs(dim, v.shape[-1]) or 0.0
+        if isinstance(pattern, Derived) and pairs:
+            width = each / pairs
+        macs = each * lists
         self.attended.append(
             Attended(name, lists, queries, keys, dim, width, pairs, every, macs, computed, choice)
         )

@@ -39,7 +39,13 @@ def load_sparsifiner(
     backbone's weights are loaded into ``model`` and stay there after ``unpatch()``.
 
     Raises `MismatchedPatch` if a weight is missing, unexpected or of another shape; the model is
-    then untouched.
+    then untouched. basis_threshold, basis_coef_topk: of `Connectivity`, at the authors' values.
+
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> model = tiny_vit()
+    >>> load_sparsifiner(model, model.state_dict(), keep=0.25)
+    Traceback (most recent call last):
+    sparsiattn.errors.MismatchedPatch: ...
     """
     host = {name: t for name, t in state_dict.items() if _PREDICTOR not in name}
     predictors = _predictors(state_dict)

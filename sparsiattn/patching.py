@@ -74,22 +74,29 @@ def patch(
             f"(block indices) instead of sites={sites!r}"
         )
     _refuse_second(model)
-    handle = _prepared(model, base, sites, kernel, schedule, input)
-    _check(handle, faster)
+    handle = _prepared(model, base, sites, kernel, schedule, input, faster)
+    attach(handle)
+    return handle
+
+
+def applied(
+    model: nn.Module, base: Config, schedule: Schedule, example: Any, only_if_faster: bool,
+    seen: Survey,
+) -> Patch:  # fmt: skip
+    """`patch` for who patches one model many times and looks for its attention once."""
+    handle = _prepared(model, base, "*", "auto", schedule, example, only_if_faster, seen)
     attach(handle)
     return handle
 
 
 def planned(model: nn.Module, base: Config, example: Any, seen: Survey) -> Patch:
     """The patch that a strategy would be, never attached; refused as `patch` would refuse it."""
-    handle = _prepared(model, base, "*", "auto", None, example, seen)
-    _check(handle, only_if_faster=False)
-    return handle
+    return _prepared(model, base, "*", "auto", None, example, False, seen)
 
 
 def _prepared(
     model: nn.Module, base: Config, sites: Sites, kernel: str, schedule: Schedule, example: Any,
-    seen: Survey | None = None,
+    only_if_faster: bool, seen: Survey | None = None,
 ) -> Patch:  # fmt: skip
     """A handle that knows what to do at every site and block; the model is not touched yet."""
     attention, tokens = parts_of(base)
@@ -106,6 +113,10 @@ def _prepared(
         handle.runtimes.append(_runtime(handle, site, layouts[site], config, kernels, kernel))
     if tokens is not None:
         _complete(handle, layouts, kernels)
+    carrying = [runtime for runtime in handle.runtimes if runtime.strategy.carries]
+    if carrying:
+        carrying[0].opens = carrying[-1].closes = True
+    _check(handle, only_if_faster, seen.returned)
     return handle
 
 
@@ -154,13 +165,13 @@ def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel,
             runtime.planner.add_module("tokens", block.planner)
 
 
-def _check(handle: Patch, only_if_faster: bool) -> None:
+def _check(handle: Patch, only_if_faster: bool, dense: list[torch.Size]) -> None:
     """What only a dry run of the patched model can tell, before the model is touched."""
     from sparsiattn.dry import settle
     from sparsiattn.expect import leave_slow_sites_dense, refuse_early
 
     if handle.blocks:
-        settle(handle)
+        settle(handle, dense)
     if handle.kernel != "auto":
         refuse_early(handle)
     if only_if_faster:
@@ -214,7 +225,8 @@ _SQUARE = (1, 3, 1, 1)
 
 class Survey(NamedTuple):
     """What a dry run of a copy without data says about a model: its adapter, the shape of one
-    image, the copy, every call of attention, the sites, and ``(name, reason)`` of what is left."""
+    image, the copy, every call of attention, the sites, ``(name, reason)`` of what is left, and the
+    shapes of what it returned."""
 
     backbone: Backbone
     shape: tuple[int, ...]
@@ -222,6 +234,7 @@ class Survey(NamedTuple):
     calls: list[Call]
     found: list[tuple[Site, Layout]]
     left: list[tuple[str, str]]
+    returned: list[torch.Size]
 
 
 def survey(
@@ -230,7 +243,7 @@ def survey(
     """Look for attention in a copy of the model; finding none is no error here. names: of sites
     that are wanted even where nothing can be saved. inputs: what to call the copy with, where that
     is not, or not only, an image; then the model need not say how large its images are."""
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     if inputs is None or example is not None:
         shape = _input_shape(model, backbone, example)
     else:
@@ -241,14 +254,14 @@ def survey(
     seen = probe(bones, inputs or backbone.dry_inputs(bones, shape))
     rows, columns = backbone.patch_size(model)
     found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows), names)
-    return Survey(backbone, shape, bones, seen.calls, found, left + seen.softmaxes)
+    return Survey(backbone, shape, bones, seen.calls, found, left + seen.softmaxes, seen.returned)
 
 
 def _find(
     model: nn.Module, strategy: Config, kernel: str, example: Any, seen: Survey
 ) -> tuple[nn.Module, Patch, list[tuple[Site, Layout]]]:
     """A copy without data, an empty handle and the model's sites, from a dry run of the copy."""
-    backbone, shape, bones, calls, found, left = seen
+    backbone, shape, bones, calls, found, left, _ = seen
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise NothingToPatch(
@@ -279,7 +292,8 @@ def refresh(handle: Patch) -> None:
         block.site = by_name[block.site.name][0]
 
 
-def _backbone(model: nn.Module) -> Backbone:
+def backbone_of(model: nn.Module) -> Backbone:
+    """The adapter that serves a model: the first whose family it is of."""
     for backbone in REGISTRY.all("backbones").values():
         if not backbone.why_not(model):
             return backbone  # type: ignore[no-any-return]

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsiattn.errors import ProbeFailed, SparsiattnError
 from sparsiattn.interception import dense_attention, install, pop, push
 from sparsiattn.lifting import Trial, drop, without_scores
 from sparsiattn.multihead import WatchWeights, Weights
+from sparsiattn.recalled import recalling
 
 DryInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""
@@ -117,7 +119,11 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if is_traceable_wrapper_subclass(tensor):
+        # quantised weights and their like know few operations; what matters here is the shape
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    else:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -198,11 +204,12 @@ def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a dry run saw: attention calls in order, and ``(module name, what it is)`` of every
-    other softmax."""
+    """What a dry run saw: attention calls in order, ``(module name, what it is)`` of every other
+    softmax, and the shapes of what the model returned."""
 
     calls: list[Call]
     softmaxes: list[tuple[str, str]]
+    returned: list[torch.Size]
 
 
 def probe(model: nn.Module, inputs: DryInputs) -> Probe:
@@ -216,6 +223,7 @@ def probe(model: nn.Module, inputs: DryInputs) -> Probe:
         recorder.clear()
         output = run_dry(model, inputs, recorder.clear)
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
+    returned = shapes(output)
     del output  # was held until here: see `WatchWeights.verdict`
     calls = recorder.calls.values()
     found = [
@@ -229,7 +237,18 @@ def probe(model: nn.Module, inputs: DryInputs) -> Probe:
     ]
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
-    return Probe(found, others)
+    return Probe(found, others, returned)
+
+
+def shapes(output: Any) -> list[torch.Size]:
+    """Shapes of all tensors in a model's output."""
+    if isinstance(output, Tensor):
+        return [output.shape]
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return [shape for item in output for shape in shapes(item)]
+    return []
 
 
 def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
@@ -247,7 +266,7 @@ def run_dry(
     this model. Only a host that mixes them with its operands runs again with all of them on meta.
     """
     args, kwargs = inputs
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), recalling():
         try:
             return model(*args, **kwargs)
         except SparsiattnError:

@@ -86,8 +86,10 @@ class Profile:
     counts the pairs that patterns keep and all that choosing costs, *computed* also what kernels
     add (padding, pairs computed only to be masked), *paper* follows Sparsifiner's tables, whose
     MHSA includes the predictor. accounting: the one that ``macs``, ``mhsa_macs`` and
-    ``predictor_macs`` speak of. strategy: empty for an unpatched model, whose accountings all
-    agree. images: of the batch that was counted. notes: where a saving in MACs is none in time.
+    ``predictor_macs`` speak of. sites: each alone. latency, memory: as measured, where asked for.
+    backbone, input_shape: what was counted. strategy: empty for an unpatched model, whose
+    accountings all agree. images: of the batch that was counted. notes: where a saving in MACs is
+    none in time.
     """
 
     model: str

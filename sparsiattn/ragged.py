@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class Packed:
     @property
     def reduced(self) -> bool:
         return True
+
+    def bare(self) -> Packed:
+        """Without the activations."""
+        streams = tuple(stream.bare() for stream in self.streams)
+        return replace(self, streams=streams, short=None, given=None, last=None)
 
     def slices(self) -> list[slice]:
         """Where each image lies in the packed sequence."""

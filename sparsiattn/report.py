@@ -10,7 +10,7 @@ import torch
 
 from sparsiattn import cost, tuningfile
 from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
-from sparsiattn.expect import Expected, expect, site_at
+from sparsiattn.expect import Expected, expect_all, site_at
 from sparsiattn.kernel import Choice
 from sparsiattn.patterns import Dense, KeyLists, Pattern
 from sparsiattn.probe import DryInputs, run_dry, skeleton
@@ -57,9 +57,13 @@ class SiteReport:
 class Report:
     """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
 
-    mhsa_macs counts QK^T and AV only (FLOPs are twice the MACs); predictor_macs what planning
-    adds; macs the whole model. A figure is None where only a real input can tell. basis: by whose
-    prices speeds are expected.
+    model, backbone, strategy, input_shape: what was patched, how and for which images. sites: one
+    each. untouched: names of sites that were not selected. left: ``(name,
+    reason)`` of attention that cannot be patched. reductions: what token strategies do at which
+    block. macs_dense, mhsa_macs_dense: of the model unpatched. mhsa_macs counts QK^T and AV only
+    (FLOPs are twice the MACs); predictor_macs what planning adds; other_macs all else; macs the
+    whole model. A figure is None where only a real input can tell. basis: by whose prices speeds
+    are expected.
     """
 
     model: str
@@ -156,7 +160,7 @@ def aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
 def report(handle: Patch, total: int | None = None) -> Report:
     """The report of a patch; see `Patch.report`. total: the dense model's MACs, where known."""
     run = dry_run(handle) if handle.blocks else None
-    rows = tuple(_site_report(runtime, run) for runtime in handle.runtimes)
+    rows = tuple(_site_report(*found, run) for found in expect_all(handle, run))
     idle = [site for site in handle.found if site not in handle.sites]
     known = [row.macs for row in rows if row.macs is not None]
     if total is None:
@@ -237,9 +241,8 @@ def _basis(rows: tuple[SiteReport, ...], handle: Patch) -> str:
     )
 
 
-def _site_report(runtime: SiteRuntime, run: DryRun | None) -> SiteReport:
+def _site_report(runtime: SiteRuntime, found: Expected, run: DryRun | None) -> SiteReport:
     site, strategy = site_at(runtime.site, run), runtime.strategy
-    found = expect(runtime, run)
     pattern, choice = found.pattern, found.choice
     dense = runtime.dense or isinstance(pattern, Dense)
     if not dense and runtime.last is not None:
@@ -286,6 +289,8 @@ def _note(runtime: SiteRuntime, site: Site, found: Expected) -> str:
         when = "" if choice.expected < 1 else ", decided elsewhere or before tuning"
         return f"left dense{when}: {figure}"
     if dense:
+        if not strategy.chooses:
+            return "attends as the host does"
         return "the budget keeps every key: dense" if strategy.name != "dense" else ""
     if strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
         return f"the budget of {pattern_keys(pattern)} keys is spent on prefix tokens alone"
@@ -311,16 +316,6 @@ def summary_pairs(pattern: Pattern) -> int:
     return (pattern.n_queries - getattr(pattern, "dense_rows", 0)) * pattern.summary.count
 
 
-def pair_macs(pattern: Pattern, width: int) -> float | None:
-    """QK^T and AV of one head over the kept pairs, plus pooling of the summary keys; width: of a
-    key and its value. None where only values tell."""
-    pairs = pattern.pairs()
-    if pairs is None:
-        return None
-    pooled = 0 if pattern.summary is None else pattern.summary.count * pattern.n_keys
-    return (pairs + pooled) * width
-
-
 def _macs(site: Site, pattern: Pattern) -> int | None:
-    per_head = pair_macs(pattern, site.head_dim + site.value_dim)
+    per_head = pattern.macs(site.head_dim, site.value_dim)
     return None if per_head is None else round(per_head * site.heads * site.windows * site.calls)

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import planning
+from sparsiattn.derived import Derived
 from sparsiattn.errors import ModelChanged
 from sparsiattn.geometry import Grid
-from sparsiattn.interception import THREAD, Route, dense_attention, install, pop, push
+from sparsiattn.interception import (
+    THREAD,
+    Route,
+    dense_attention,
+    install,
+    note_caller,
+    pop,
+    push,
+)
 from sparsiattn.kept import Choices
 from sparsiattn.kernel import Choice, Kernel, choose
 from sparsiattn.layout import NO_IMAGE, Layout, canonical
+from sparsiattn.notes import leave, notes_at
 from sparsiattn.patterns import Dense, Pattern
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner, Strategy
@@ -65,6 +75,7 @@ class SiteRuntime:
         self.planner, self.kernels, self.explicit, self.owner = planner, kernels, explicit, owner
         self.module = module
         self.dense, self.selected = False, True
+        self.opens = self.closes = False  # first and last of the sites that leave each other notes
         self.block: int | None = None  # of the block it stands in, where tokens may be fewer
         self.last: Choice | None = None
         self.measured: float | None = None  # speed relative to dense attention, planning included
@@ -81,7 +92,7 @@ class SiteRuntime:
             THREAD.shared = None
             return shared  # type: ignore[no-any-return]
         pattern = self.finish(planner(inputs), inputs)
-        if self.site.shared:
+        if self.site.shared and not isinstance(pattern, Derived):
             THREAD.shared = pattern
         return pattern
 
@@ -113,15 +124,28 @@ class SiteRuntime:
             block_for=self.strategy.block_for, window=getattr(self.module, "window_size", None),
             stream=stream,
         )  # fmt: skip
+        if self.strategy.carries:
+            inputs = inputs.replace(notes=notes_at(self))
         if asks:
             THREAD.asked = inputs
         if observer is not None and observed:
             observer[1](self.site, planner, inputs)
+            leave(inputs.notes)
             return None
         if not self.owner.alive or self.idle(inputs.n_keys):
             return None
         out = self.attend(planner, inputs)
-        return None if out is None else self.layout.unfold(out, operands[0])
+        if out is not None:
+            tell(planner, inputs, out)
+            leave(inputs.notes)
+            return self.layout.unfold(out, operands[0])
+        if hasattr(planner, "after"):
+            host = self.host(operands, options)
+            tell(planner, inputs, self.layout.fold(host))
+            leave(inputs.notes)
+            return host
+        leave(inputs.notes)
+        return None
 
     def attend(self, planner: Planner, inputs: AttentionInputs) -> Tensor | None:
         """Sparse attention ``[B, H, Nq, Dv]``, or None where the host's own should run."""
@@ -168,6 +192,13 @@ class SiteRuntime:
 
         if THREAD.warming == self.owner.key:
             warm(self.kernels, inputs, pattern, training=self.module.training)
+
+
+def tell(planner: Planner, inputs: AttentionInputs, output: Tensor) -> None:
+    """Let a planner that wants to know see what attention returned at its site."""
+    after = getattr(planner, "after", None)
+    if after is not None:
+        after(inputs, output)
 
 
 def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
@@ -249,8 +280,11 @@ class OpenScope:
             push(self.route, self.key)
         if self.runtime.site.shared:
             THREAD.shared = None
+        if self.runtime.opens:
+            THREAD.notes = None
         if not torch.compiler.is_compiling():
             THREAD.routed.discard(self.key)
+            note_caller(self.key)
 
 
 class CloseScope:
@@ -262,6 +296,8 @@ class CloseScope:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         key, owner = self.opener.key, self.opener.runtime.owner
         pop(key)
+        if self.opener.runtime.closes:
+            THREAD.notes = None
         if torch.compiler.is_compiling() or output is None or owner.key in THREAD.disabled:
             return
         if key not in THREAD.routed:

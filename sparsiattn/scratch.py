@@ -26,6 +26,11 @@ class Scratch(threading.local):
     def room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised contiguous CPU tensor of ``like``'s type."""
         size = math.prod(shape)
+        return self.numbers(name, size, like)[:size].view(shape)
+
+    def numbers(self, name: str, size: int, like: Tensor) -> Tensor:
+        """At least so many numbers in a row, for code that takes an address: views cost as much as
+        small operations do."""
         found = self._kept.get((name, like.dtype))
         if found is None or found.numel() < size:
             # an inference tensor kept from a warm-up would break a later training step
@@ -33,7 +38,7 @@ class Scratch(threading.local):
                 found = torch.empty(size, dtype=like.dtype)
             if size * like.element_size() <= MOST_KEPT:
                 self._kept[name, like.dtype] = found
-        return found[:size].view(shape)
+        return found
 
     def clear(self) -> None:
         """Gives this thread's buffers back."""

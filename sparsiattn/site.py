@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from sparsiattn import geometry
+from sparsiattn.errors import InvalidOption
 from sparsiattn.geometry import Grid, Tile, Tiles
 
 if TYPE_CHECKING:
+    from sparsiattn.notes import Notes
+    from sparsiattn.patterns import Pattern
     from sparsiattn.stream import Stream
 
 # A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
@@ -23,12 +27,12 @@ class Site:
     """One attention call of one model, as found at patch time. Sizes are those of one window.
 
     name: module path, e.g. ``blocks.3.attn``. index, depth: position among the model's sites.
-    tokens, keys: queries and keys, prefix included. grid, key_grid: rows and columns of the patch
-    tokens, ``(1, n)`` where their order is not a raster. prefix_tokens: leading CLS, distillation
-    and register tokens. windows: windows per image. calls: attention calls in one forward; shared:
-    if they must agree on their keys. bias: whether the host adds a mask, and if that mask can
-    forbid keys (``"mask"``) or only favours some (``"bias"``). margin: by how many patches the keys
-    reach beyond the queries on every side (halo attention).
+    tokens, keys: queries and keys, prefix included. heads, head_dim, value_dim: H, D and Dv. grid,
+    key_grid: rows and columns of the patch tokens, ``(1, n)`` where their order is not a raster.
+    prefix_tokens: leading CLS, distillation and register tokens. windows: windows per image. calls:
+    attention calls in one forward; shared: if they must agree on their keys. bias: whether the host
+    adds a mask, and if that mask can forbid keys (``"mask"``) or only favours some (``"bias"``).
+    margin: by how many patches the keys reach beyond the queries on every side (halo attention).
     """
 
     name: str
@@ -88,12 +92,18 @@ class AttentionInputs:
     """The operands of one attention call, heads and windows in canonical order.
 
     q: ``[B, H, Nq, D]``; k: ``[B, H, Nk, D]``; v: ``[B, H, Nk, Dv]``. Windows are folded into
-    ``B``, shared key heads are expanded. scale: factor of QK^T. bias: additive float mask or
+    ``B``, shared key heads are expanded. scale: factor of QK^T. dropout: of attention weights, 0 in
+    eval mode. bias: additive float mask or
     boolean mask (True attends) that broadcasts to ``[B, H, Nq, Nk]``. grid, key_grid: of the patch
     tokens at this call's resolution; taken from ``site`` when None. tile: queries that share keys.
     block: keys that are kept or dropped together. stream: which original patches the tokens are,
     where some were dropped or merged; None before. runs_on: the device that a dry run's tensors,
-    which hold no data, stand for.
+    which hold no data, stand for. notes: what `keep` and `recall` write to and read from.
+
+    >>> x = torch.zeros(1, 2, 17, 8)
+    >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
+    >>> inputs.n_keys, inputs.query_grid
+    (17, (4, 4))
     """
 
     q: Tensor
@@ -109,6 +119,7 @@ class AttentionInputs:
     block: Tile = 1
     stream: Stream | None = None
     runs_on: torch.device | None = None
+    notes: Notes | None = None
 
     @property
     def device(self) -> torch.device:
@@ -144,11 +155,22 @@ class AttentionInputs:
         if self.stream is None or not self.stream.reduced:
             return table
         rows = self.stream.rows(table[self.prefix :])
-        return torch.cat([table[: self.prefix].expand(len(rows), -1, -1), rows], dim=1)
+        return torch.cat([table[: self.prefix].expand(rows.shape[0], -1, -1), rows], dim=1)
 
     @property
     def keys_grid(self) -> Grid:
         return self.key_grid or self.site.key_grid
+
+    def table(self, build: Callable[..., Tensor], *key: Hashable) -> Tensor:
+        """``build(*key, device=...)`` on the keys' device, kept for later calls with equal
+        arguments: for index tables and masks that follow from shapes and options alone. ``build``
+        must be a function of a module, and nobody may write to what it made.
+
+        >>> from sparsiattn.testing.hosts import random_inputs
+        >>> random_inputs((4, 4)).table(torch.arange, 3).tolist()
+        [0, 1, 2]
+        """
+        return geometry.table(build, *key, device=self.k.device)
 
     @property
     def tiles(self) -> Tiles | None:
@@ -205,19 +227,46 @@ class AttentionInputs:
         return None if seen is None else seen[..., self.prefix :, None].to(self.q.dtype)
 
     def logits(self, rows: Tensor | None = None) -> Tensor:
-        """Scaled QK^T with the host's bias, ``[B, H, Nq, Nk]``; forbidden keys at -inf. rows:
-        indices of the queries to compute, all if None."""
+        """Scaled QK^T with the host's bias, ``[B, H, Nq, Nk]``, float32 for float16 operands;
+        forbidden keys at -inf. rows: indices of the queries to compute, all if None."""
         q, bias = self.q, self.bias
         if rows is not None:
             q = q.index_select(-2, rows)
             if bias is not None and bias.shape[-2] > 1:
                 bias = bias.index_select(-2, rows)
-        logits = q @ self.k.mT * self.scale
-        if bias is None:
-            return logits
-        if bias.dtype == torch.bool:
-            return logits.masked_fill(~bias, float("-inf"))
-        return logits + bias.to(logits.dtype)
+        return _add_bias(products(q, self.k, self.scale), bias)
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """Logits ``[B|1, H|1, Nq, Nk]`` with the host's bias; forbidden keys at -inf."""
+        return _add_bias(logits, self.bias)
+
+    def attention(self, pattern: Pattern | None = None) -> Tensor:
+        """What torch's attention returns by a plan, dense without one: ``[B, H, Nq, Dv]``. For
+        planners' losses."""
+        from sparsiattn.kernels.sdpa import MaskedSDPA
+        from sparsiattn.patterns import Pattern as Plan
+
+        return MaskedSDPA()(self, pattern or Plan.dense(self.n_queries, self.n_keys))
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Leave a tensor for later sites of this forward pass, in place of an earlier one of that
+        name. The strategy must say ``carries = True``, or `InvalidOption` is raised."""
+        self._notes().keep(name, tensor)
+
+    def recall(self, name: str, shape: Sequence[int] | None = None) -> Tensor | None:
+        """What an earlier site of this forward pass left under that name, if it has that shape;
+        None where there is no such thing, as in a block that runs alone, or between images that
+        carry different numbers of tokens."""
+        found = self._notes().recall(name)
+        return None if found is None or (shape and found.shape != tuple(shape)) else found
+
+    def _notes(self) -> Notes:
+        if self.notes is None:
+            raise InvalidOption(
+                f"site {self.site.name!r} has no notes to keep or recall: set carries = True on "
+                "the strategy (outside a model, pass notes=)"
+            )
+        return self.notes
 
     def allowed(self) -> Tensor | None:
         """Keys the host lets a query see, broadcastable to ``[B, H, Nq, Nk]``; None means all."""
@@ -229,3 +278,18 @@ class AttentionInputs:
 
     def replace(self, **fields: Any) -> AttentionInputs:
         return replace(self, **fields)
+
+
+def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """``q @ k.mT * scale``; for float16 in float32, as large logits are beyond float16."""
+    if q.dtype == torch.float16:
+        return (q.float() * scale) @ k.float().mT
+    return q @ k.mT * scale
+
+
+def _add_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return logits
+    if bias.dtype == torch.bool:
+        return logits.masked_fill(~bias, float("-inf"))
+    return logits + bias.to(logits.dtype)

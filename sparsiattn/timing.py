@@ -31,9 +31,14 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    on_round: Callable[[int], Any] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of every call in every round, after one of each to warm up. The order turns each
-    round, so that no call always runs on what the same other one left in the caches."""
+    round, so that no call always runs on what the same other one left in the caches. on_round:
+    called with the rounds done."""
     for call in calls.values():
         call()
     names = list(calls)
@@ -41,6 +46,8 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else names[::-1]:
             found[name].append(seconds(calls[name]))
+        if on_round is not None:
+            on_round(turn + 1)
     return found
 
 

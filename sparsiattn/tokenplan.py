@@ -74,7 +74,7 @@ def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> N
             f"image: {list(blocks[0].taken)}), which token strategies cannot make shorter; use an "
             "attention strategy such as 'connectivity'"
         )
-    if not tokens.reads_attention() and not tokens.ragged():
+    if not (tokens.reads_attention() or tokens.ragged() or tokens.merges()):
         return
     raise InvalidOption(
         f"{model} attends in windows or changes its grid between stages, so every token must stay; "
@@ -115,9 +115,8 @@ def _place(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> str:
                 "attention strategy such as 'connectivity', or other layers="
             )
         return "bypass"
-    if tokens.reduces_at() == "entry":
-        return "entry"
-    return "exit" if block.tail is None else "middle"
+    place = tokens.reduces_at()
+    return "exit" if place == "middle" and block.tail is None else place
 
 
 def _planner(runtime: BlockRuntime, model: nn.Module) -> Any:

@@ -18,7 +18,8 @@ from sparsiattn.cost import DENSE, PLANNING, Call, Prices, Work
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.geometry import Tile
 from sparsiattn.interception import dense_attention
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernel import Kernel, refusals
+from sparsiattn.kernels.native.kernel import compile_native
 from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.site import AttentionInputs, Site
 
@@ -90,8 +91,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` found. path: the file it was written to, None if that failed (then it holds in
-    this process only)."""
+    """What `tune` found. device: where. rows: what was timed. prices: fitted to them. path: the
+    file it was written to, None if that failed (then it holds in this process only)."""
 
     device: str
     rows: tuple[Measured, ...]
@@ -115,8 +116,12 @@ def tune(
     and float32 on a GPU. quick: a small grid of shapes, under a minute on two CPU cores; otherwise
     more of them, and longer. on_case: called with cases done and cases in all. Live patches choose
     anew at their next forward pass.
+
+    >>> print(tune())  # doctest: +SKIP
     """
     where = _device(device)
+    if where.type == "cpu":
+        compile_native()
     kinds = _dtypes(where, dtypes)
     cases = [_sized(case, where) for case in (QUICK if quick else QUICK + MORE)]
     rows: list[Measured] = []
@@ -256,7 +261,7 @@ def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
     found: list[Kernel] = [
         kernel
         for kernel in REGISTRY.all("kernels").values()
-        if not (kernel.unavailable() or kernel.why_not(inputs, pattern))
+        if not refusals(kernel, inputs, pattern)
     ]
     whole = () if small or isinstance(pattern, Lengths) else ("sdpa",)
     return [k for k in found if k.name not in whole and (small or k.name != "reference")]

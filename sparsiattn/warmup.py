@@ -11,7 +11,7 @@ import torch
 from sparsiattn.cost import reload
 from sparsiattn.errors import InvalidOption
 from sparsiattn.interception import THREAD
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernel import Kernel, refusals
 from sparsiattn.measure import arguments
 from sparsiattn.patterns import Pattern
 from sparsiattn.site import AttentionInputs
@@ -50,7 +50,7 @@ def _candidates(
     kernels: tuple[Kernel, ...], inputs: AttentionInputs, pattern: Pattern
 ) -> list[Kernel]:
     """Those that take the call and, once ready, expect to be the fastest: no other is worth it."""
-    usable = [k for k in kernels if not (k.unavailable() or k.why_not(inputs, pattern))]
+    usable = [k for k in kernels if not refusals(k, inputs, pattern)]
     speeds = {k.name: k.speed(inputs, pattern) for k in usable}
     ready = [speeds[k.name] for k in usable if not k.not_ready(inputs, pattern)]
     return [k for k in usable if speeds[k.name] >= max(ready, default=0.0)]

@@ -17,6 +17,7 @@ import sparsiattn
 from sparsiattn.interception import install
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
+from sparsiattn.testing import temporary_plugin
 
 
 class _Interrupted(nn.Module):
@@ -232,3 +233,19 @@ def test_observers_stay_in_their_thread() -> None:
             worker.start()
             worker.join()
     assert torch.equal(seen[0], sparse)
+
+
+def test_backbones_of_plugins_are_asked_before_the_one_that_takes_every_model() -> None:
+    class Mine(sparsiattn.Backbone):
+        name = "mine"
+
+        def why_not(self, model: nn.Module) -> list[str]:
+            return [] if isinstance(model, timm.models.VisionTransformer) else ["not mine"]
+
+    model = zoo.build("vit")
+    with temporary_plugin(backbones=[Mine()]):
+        assert next(iter(sparsiattn.backbones())) == "mine"
+        with sparsiattn.patch(model, "local") as live:
+            assert live.backbone == "mine"
+    with sparsiattn.patch(model, "local") as live:
+        assert live.backbone != "mine"

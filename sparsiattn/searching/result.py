@@ -19,7 +19,8 @@ class SearchResult:
 
     schedule: ``{"k": {site: share}, "keep": {block: share}}``, for `patch` with ``strategy``
     (JSON form). found: how it did on the images; uniform: the best schedule of equal shares within
-    the same budget, for comparison, with its shares and schedule, None where none meets it.
+    the same budget, for comparison, with its shares (uniform_shares) and schedule
+    (uniform_schedule), None where none meets it.
     macs_dense: of the dense model, per image. trials: how many schedules ran.
     """
 

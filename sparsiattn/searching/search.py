@@ -47,6 +47,8 @@ def search(
     ``{"agreement": 0.99}`` (the least share of images where the patched model must predict as the
     dense one does; MACs as few as can be). keys, tokens: shares to choose from. trials: schedules
     to run after every share was run alone at every site and block. rounds: paired runs per timing.
+    seed: of the evolutionary search. input: an image batch or shape, where the model does not say
+    which. progress: show a bar.
 
     First the divergence of the predictions is measured for each change alone; sums of these order
     all schedules (a Lagrangian knapsack, as MACs of blocks multiply with the tokens that are left);

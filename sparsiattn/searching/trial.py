@@ -16,7 +16,8 @@ from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.evaluation import logits_of
 from sparsiattn.handle import Patch, patch_of
-from sparsiattn.patching import patch
+from sparsiattn.patching import applied, survey
+from sparsiattn.report import report
 from sparsiattn.searching.space import Choice, Space
 from sparsiattn.timing import paired
 
@@ -47,16 +48,16 @@ class Trials:
         if copied is not None:
             copied.unpatch()
         self.base, self.images, self.example, self.faster = base, images, example, faster
+        self.survey = survey(self.model, example)
         self.seen: dict[Choice, Trial] = {}
         with torch.inference_mode():
             self.dense = [logits_of(self.model(x), self.model).float() for x in images]
 
     @contextmanager
     def patched(self, schedule: Any, base: Config | None = None) -> Iterator[Patch]:
-        with patch(
-            self.model, base or self.base, schedule=schedule, input=self.example,
-            only_if_faster=self.faster,
-        ) as live:  # fmt: skip
+        with applied(
+            self.model, base or self.base, schedule, self.example, self.faster, self.survey
+        ) as live:
             found = self.model.load_state_dict(self.planners, strict=False)
             if found.unexpected_keys:
                 raise ModelChanged(
@@ -74,7 +75,7 @@ class Trials:
         if choice == space.dense:
             return Trial(choice, 0.0, 1.0, space.macs)
         with self.patched(space.schedule(choice)) as live:
-            macs = live.report().macs
+            macs = report(live, space.macs).macs
             found = [logits_of(self.model(x), self.model).float() for x in self.images]
         if macs is None:
             raise InvalidOption(f"{self.base.name!r} has no fixed cost, so it cannot be searched")
