@@ -9,12 +9,18 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS, KEEPS = (0.5, 0.25, 0.1, 0.05), (0.9, 0.7, 0.5)
+CORE = ["random", "local", "topk", "connectivity", "token_drop", "token_merge", "hybrid"]
+"""Those at many budgets; `method_tables` compares all at one."""
 Row = dict[str, Any]
 
 
 def _read() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / "accuracy-cifar.json").read_text())
     return found
+
+
+def _core() -> list[Row]:
+    return [row for row in _read()["rows"].values() if row["strategy"] in CORE]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -50,7 +56,7 @@ def _score(row: Row | None) -> str:
 
 def attention() -> str:
     """Top-1 and agreement with the dense model of every attention strategy, by budget."""
-    rows = [row for row in _read()["rows"].values() if set(row["options"]) & {"k"}]
+    rows = [row for row in _core() if set(row["options"]) & {"k"}]
     rows = [row for row in rows if "keep" not in row["options"]]
     body = [
         [label, fit, *(_score(found.get(k)) for k in BUDGETS)]
@@ -61,7 +67,7 @@ def attention() -> str:
 
 def tokens() -> str:
     """The same of strategies that make tokens fewer, with what is left of the model's MACs."""
-    rows = [row for row in _read()["rows"].values() if {"keep", "ratio"} & set(row["options"])]
+    rows = [row for row in _core() if {"keep", "ratio"} & set(row["options"])]
     body = []
     for row in rows:
         row["options"]["keep"] = row["options"].pop("ratio", row["options"].get("keep"))

@@ -1,7 +1,7 @@
 """Attention with and without sparsity, planning included, as ratios to dense SDPA of the same run.
 
 ``python benchmarks/kernels.py`` on a CPU, ``--device cuda --dtype bfloat16`` on a GPU; ``--kernel
-triton`` (or ``flex``) for another than ``gather``; ``--sweep`` for the shapes that
+native`` (or ``triton``, ``flex``) for another than ``gather``; ``--sweep`` for the shapes that
 `benchmarks/plots.py` draws; it says what each field is.
 """
 
@@ -51,6 +51,7 @@ def case(
         return finish(planner(inputs), inputs, background=strategy.background)
 
     pattern = plan()
+    kernel.warmup(inputs, pattern)
     shape = Call.of(inputs)
     # kernels that say their speed themselves count no work: at least the pairs are known
     work = kernel.work(inputs, pattern) or shape.attending(pattern.pairs() or 0.0)

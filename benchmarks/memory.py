@@ -1,6 +1,7 @@
-"""Peak memory of one attention call, dense and sparse, each in a process of its own.
+"""Peak memory of one attention call, dense and by sparse kernels, each in a process of its own.
 
 ``python benchmarks/memory.py`` on a CPU (Linux: it reads ``VmHWM``), ``--device cuda`` on a GPU.
+``--kernels`` names other kernels than ``gather`` and, on a CPU, ``native``.
 Operands are counted; what the process holds besides (libraries, the index tables that all layers of
 one resolution share) is not.
 """
@@ -20,8 +21,9 @@ from common import write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels.gather import Gather
 from sparsiattn.planning import finish
+from sparsiattn.registry import REGISTRY
+from sparsiattn.scratch import SCRATCH
 from sparsiattn.strategies.connectivity import Connectivity
 
 HEADS, WIDTH = 6, 64
@@ -34,7 +36,7 @@ def call(n: int, kind: str, device: str, dtype: Any) -> Any:
     if kind == "dense":
         return lambda: F.scaled_dot_product_attention(q, k, v), operands
     site, strategy = Site.of(q, k, v, prefix_tokens=1), Connectivity(k=0.1)
-    planner, kernel = strategy.planner(site).to(device, dtype), Gather()
+    planner, kernel = strategy.planner(site).to(device, dtype), REGISTRY.get("kernels", kind)
     inputs = AttentionInputs(
         q, k, v, WIDTH**-0.5, None, site,
         tile=strategy.tile_for(n + 1), block=strategy.block_for(n + 1),
@@ -44,7 +46,9 @@ def call(n: int, kind: str, device: str, dtype: Any) -> Any:
         return kernel(inputs, finish(planner(inputs), inputs, background=2))
 
     with torch.inference_mode():  # tables of this resolution, which all layers share
+        kernel.warmup(inputs, finish(planner(inputs), inputs, background=2))
         finish(planner(inputs), inputs, background=2)
+        SCRATCH.clear()  # what the kernel keeps from call to call counts
     return run, operands
 
 
@@ -74,17 +78,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernels", nargs="+")
     parser.add_argument("--one", nargs=2, metavar=("TOKENS", "KIND"))
     options = parser.parse_args()
+    kernels = options.kernels or (["gather"] if options.device == "cuda" else ["native", "gather"])
     if options.one:
         n, kind = int(options.one[0]), options.one[1]
         print(peak(n, kind, options.device, getattr(torch, options.dtype)))
         return
     rows = []
     for n in (1024, 4096, 16384):
-        found = {kind: _in_process(n, kind, options) for kind in ("dense", "sparse")}
-        row = {"tokens": n, **{f"{kind}_mb": round(b / 1e6, 1) for kind, b in found.items()}}
-        rows.append({**row, "ratio": round(found["sparse"] / found["dense"], 3)})
+        found = {kind: _in_process(n, kind, options) for kind in ("dense", *kernels)}
+        megabytes = {kind: round(size / 1e6, 1) for kind, size in found.items()}
+        ratios = {kind: round(found[kind] / found["dense"], 3) for kind in kernels}
+        rows.append({"tokens": n, "mb": megabytes, "ratio": ratios})
         print(rows[-1])
     content = {"heads": HEADS, "head_dim": WIDTH, "k": 0.1, "rows": rows}
     write(f"memory-{options.device}", {"dtype": options.dtype, **content})

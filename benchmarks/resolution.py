@@ -44,9 +44,11 @@ def main() -> None:
     with torch.inference_mode():
         base = torch.compile(dense) if options.compile else dense
         for name, case in CASES.items():
-            with sparsiattn.patch(sparse, **case):
+            with sparsiattn.patch(sparse, **case) as handle:
+                handle.warmup(x)
                 run = torch.compile(sparse) if options.compile else sparse
                 rows[name] = paired(lambda f=run: f(x), lambda: base(x), options.rounds)  # type: ignore[misc]
+                rows[name]["kernels"] = sorted({site.kernel for site in handle.report().sites})
             print(name, rows[name])
     settings = {name: getattr(options, name) for name in ("model", "size", "batch", "dtype")}
     write(f"resolution-{where}", {**settings, "compiled": options.compile, "speedup": rows})

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_tables
+import command_line
+import export_tables
+import kernel_features
+import method_tables
+import reliability_tables
+import serving_tables
 import support_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,20 +54,19 @@ def mass() -> str:
 
 
 def kernels() -> str:
-    rows = read("kernels-cpu")["speedup"]
-    return table(
-        ["tokens", "k", "tile", "kernel and planning", "kernel alone"],
+    rows = [
         [
-            [
-                f"{row['tokens']:,}",
-                str(row["k"]),
-                " x ".join(map(str, row["tile"])),
-                f"{row['with_planning']['ratio']:.2f}x",
-                f"{row['kernel_only']['ratio']:.2f}x",
-            ]
-            for row in rows
-        ],
-    )
+            kernel,
+            f"{row['tokens']:,}",
+            str(row["k"]),
+            " x ".join(map(str, row["tile"])),
+            f"{row['with_planning']['ratio']:.2f}x",
+            f"{row['kernel_only']['ratio']:.2f}x",
+        ]
+        for kernel, name in (("`native`", "kernels-native-cpu"), ("`gather`", "kernels-cpu"))
+        for row in read(name)["speedup"]
+    ]
+    return table(["kernel", "tokens", "k", "tile", "kernel and planning", "kernel alone"], rows)
 
 
 def overhead() -> str:
@@ -105,14 +110,15 @@ def token_quality() -> str:
 
 
 def memory() -> str:
-    rows = read("memory-cpu")["rows"]
     return table(
-        ["tokens", "dense", "sparse", "ratio"],
+        ["tokens", "kernel", "dense", "sparse", "ratio"],
         [
-            [f"{r['tokens']:,}", f"{r['dense_mb']} MB", f"{r['sparse_mb']} MB", f"{r['ratio']:.2f}"]
-            for r in rows
+            [f"{r['tokens']:,}", f"`{name}`", f"{r['mb']['dense']} MB", f"{r['mb'][name]} MB",
+             f"{ratio:.2f}"]
+            for r in read("memory-cpu")["rows"]
+            for name, ratio in r["ratio"].items()
         ],
-    )
+    )  # fmt: skip
 
 
 def resolution() -> str:
@@ -127,6 +133,22 @@ def resolution() -> str:
     )
 
 
+def search() -> str:
+    found = read("search-cifar")
+    dense = found["rows"][0]["macs_dense"]
+    rows = [["dense", "", "", f"{found['dense_top1']:.2f}", ""]]
+    for row in found["rows"]:
+        for kind in ("uniform", "searched"):
+            one = row[kind]
+            shares = ", ".join(f"{name} {share:g}" for name, share in row["uniform_shares"].items())
+            what = f"best uniform: {shares}" if kind == "uniform" else "searched"
+            rows.append(
+                [f"`{row['strategy']}`, at most {row['budget']:.0%} of the MACs", what,
+                 f"{one['macs'] / dense:.1%}", f"{one['top1']:.2f}", f"{one['agreement']:.2f}"]
+            )  # fmt: skip
+    return table(["budget", "schedule", "MACs", "top-1", "agreement"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "mass": mass,
     "kernels": kernels,
@@ -136,18 +158,31 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "proportional": proportional,
     "memory": memory,
     "resolution": resolution,
+    "search": search,
+    "command line": command_line.text,
+    "kernel features": lambda: table(*kernel_features.table()),
+    "source search-cifar": lambda: source("search-cifar"),
     "source resolution-cpu": lambda: source("resolution-cpu"),
     "source memory-cpu": lambda: source("memory-cpu"),
     "source proportional-cpu": lambda: source("proportional-cpu"),
     "source tokens-cpu": lambda: source("tokens-cpu"),
     "source token-quality-cifar": lambda: source("token-quality-cifar"),
     "source quality-cifar": lambda: source("quality-cifar"),
+    "source kernels-native-cpu": lambda: source("kernels-native-cpu"),
     "source kernels-cpu": lambda: source("kernels-cpu"),
     "source overhead-cpu": lambda: source("overhead-cpu"),
     "source support": lambda: source("support"),
+    "source serving-cpu": lambda: source("serving-cpu"),
+    "source export-cpu": lambda: source("export-cpu"),
+    "source speed-cpu": lambda: source("speed-cpu"),
     "source accuracy-cifar": lambda: source("accuracy-cifar"),
     **support_tables.BLOCKS,
+    "source reliability-cpu": lambda: source("reliability-cpu"),
     **accuracy_tables.BLOCKS,
+    **reliability_tables.BLOCKS,
+    **method_tables.BLOCKS,
+    **export_tables.BLOCKS,
+    **serving_tables.BLOCKS,
 }
 
 
@@ -162,7 +197,7 @@ def filled(text: str) -> str:
 
 def main() -> int:
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text()
         if filled(text) != text:
             stale.append(path.name)

@@ -21,7 +21,7 @@ from sparsiattn.training import Stage
 
 STEPS, BATCH, LR = 300, 64, 1e-2
 TRAINED = Stage(
-    name="backbone", trainable="backbone", steps=250, warmup_steps=20, lr=1e-4, min_lr=2e-6,
+    name="backbone", trainable="backbone", steps=400, warmup_steps=20, lr=1.5e-4, min_lr=2e-6,
     weight_decay=0.05, clip=1.0, ce=1.0, label_smoothing=0.1, kl=0.5, token_mse=0.5,
 )  # fmt: skip
 
@@ -52,17 +52,22 @@ class Bench:
     def _calibrate(self, live: sparsiattn.Patch, method: Method) -> None:
         """Planners know neither budget nor background: one fit serves all rows of a tile whose
         planners have one shape. A hybrid takes that of all tokens, and chooses among those left."""
-        planners = _planners(live.model)
-        rows, basis = next(t.shape for n, t in planners.items() if n.endswith(".down"))
-        tile = text(method.options.get("tile", 1))
-        path = self.work / f"calibrated {tile} {rows}x{basis} seed={method.seed}.safetensors"
+        path = self.work / f"{self._shared(live, method)} seed={method.seed}.safetensors"
         if not path.exists():
-            assert method.strategy == "connectivity"
+            assert method.strategy != "hybrid"
             images = Batches(self.images, self.labels, method.seed or 0)
             sparsiattn.calibrate(live.model, images, steps=STEPS, lr=LR)
             save_file(_planners(live.model), path)
         found = live.model.load_state_dict(load_file(path), strict=False)
         assert not found.unexpected_keys, found.unexpected_keys
+
+    @staticmethod
+    def _shared(live: sparsiattn.Patch, method: Method) -> str:
+        """What methods have in common whose planners are the same."""
+        if method.strategy not in ("connectivity", "hybrid"):
+            return f"calibrated {method.strategy}"
+        rows, basis = next(t.shape for n, t in _planners(live.model).items() if ".down" in n)
+        return f"calibrated {text(method.options.get('tile', 1))} {rows}x{basis}"
 
     def _train(self, live: sparsiattn.Patch, method: Method) -> None:
         """The second stage of Sparsifiner's recipe, shortened: the first was the calibration."""

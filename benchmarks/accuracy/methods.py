@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import sparsiattn
+from sparsiattn.registry import REGISTRY
+
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 KEEPS = (0.9, 0.7, 0.5)
 LAYERS = [2, 4]  # a third and two thirds of six blocks
 SEEDS = (0, 1, 2)
 TILES: tuple[Any, ...] = (1, (2, 2))
 BACKGROUNDS = (None, 1, 2, 4)
-TRAINED = FINE = (0.25, 0.1)
+FINE = (0.25, 0.1)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def methods() -> Iterator[Method]:
     yield Method("dense")
     yield from _plain()
     yield from _tokens()
+    yield from _published()
     for tile in TILES:
         for background in BACKGROUNDS:
             for k in BUDGETS:
@@ -59,7 +63,7 @@ def methods() -> Iterator[Method]:
     for seed in SEEDS:
         for tile in TILES:
             for background in BACKGROUNDS if seed == 0 else (2,):
-                for k in BUDGETS if seed == 0 else TRAINED:
+                for k in BUDGETS if seed == 0 else FINE:
                     yield Method("connectivity", _connect(k, tile, background), "calibrated", seed)
     yield from _trained()
 
@@ -80,14 +84,32 @@ def _tokens() -> Iterator[Method]:
         yield Method("hybrid", _hybrid(keep, 0.1))
 
 
+def _published() -> Iterator[Method]:
+    """The methods of other papers at one budget, by their own defaults in all else; planners that
+    learn calibrated too."""
+    budgets: dict[str, dict[str, Any]]
+    budgets = {"attention": {"k": 0.25}, "tokens": {"keep": 0.7, "layers": LAYERS}}
+    for name, info in sparsiattn.strategies().items():
+        if info.plugin != "sparsiattn.methods":
+            continue
+        takes = REGISTRY.get("strategies", name).option_names()
+        options = {option: value for option, value in budgets[info.kind].items() if option in takes}
+        if name == "expedit":  # clusters a whole grid, so only once
+            options["layers"] = LAYERS[:1]
+        yield Method(name, options)
+        if info.needs_training and info.kind == "attention":
+            yield Method(name, options, "calibrated", 0)
+
+
 def _trained() -> Iterator[Method]:
     for seed in SEEDS:
         yield Method("dense", {}, "trained", seed)
-        for k in TRAINED:
-            for tile in TILES:
-                yield Method("connectivity", _connect(k, tile, 2), "trained", seed)
+        for tile, background in ((1, 2), ((2, 2), 2), (1, 4)):
+            yield Method("connectivity", _connect(0.1, tile, background), "trained", seed)
         yield Method("token_drop", {"keep": 0.7, "layers": LAYERS}, "trained", seed)
         yield Method("hybrid", _hybrid(0.7, 0.25), "trained", seed)
+    for seed in SEEDS:
+        yield Method("connectivity", _connect(0.25, 1, 2), "trained", seed)
 
 
 def _connect(k: float, tile: Any, background: int | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def claims(rows: Rows) -> list[dict[str, Any]]:
         for fit, k, most in (
             ("calibrated", 0.25, 0.2), ("calibrated", 0.1, 1.0), ("trained", 0.1, 0.4),
         )
-        for g in ((2, 4) if fit == "calibrated" else (2,))
+        for g in (2, 4)
     ]  # fmt: skip
     found += [
         _claim(f"{fit} k={k}, reduce=2, background {g}, against dense", dense, rows,

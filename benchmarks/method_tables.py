@@ -1,0 +1,97 @@
+"""Tables of docs/methods.md: from the registry, ``results/accuracy-cifar.json`` and
+``results/speed-cpu.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sparsiattn
+
+RESULTS = Path(__file__).parent / "results"
+CASES = ("224 px, batch 8", "512 px, batch 1")
+DEFAULTS = {
+    "random": "random k=0.25 background=None",
+    "local": "local k=0.25 background=2",
+    "topk": "topk k=0.25 background=None",
+    "connectivity": "connectivity k=0.25 tile=1 background=2",
+    "token_drop": "token_drop keep=0.7",
+    "token_merge": "token_merge ratio=0.7",
+    "hybrid": "hybrid k=0.25 keep=0.7 only_if_faster=False",
+}
+"""Rows of the accuracy benchmark for the core strategies, which have many."""
+
+
+def _ours(kind: str) -> dict[str, Any]:
+    return {
+        name: info
+        for name, info in sparsiattn.strategies().items()
+        if info.plugin.startswith("sparsiattn") and (info.kind == "attention") == (kind == "keys")
+        if name != "dense"
+    }
+
+
+def _read(name: str) -> dict[str, Any]:
+    rows: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def _matrix(kind: str) -> str:
+    """What each is, where it comes from, how close to that, and whether it has to learn."""
+    rows = []
+    for name, info in _ours(kind).items():
+        paper = f"[{info.paper.rsplit('/', 1)[-1]}]({info.paper})" if info.paper else ""
+        training = "yes" if info.needs_training else "no"
+        exact = "yes" if not info.inexact else f"no: {info.inexact}"
+        rows.append(
+            [f"`{name}`", info.summary.replace("|", "\\|"), paper, info.fidelity, training, exact]
+        )
+    head = ["strategy", "what it does", "paper", "how close", "must learn", "dense at full budget"]
+    return _table(head, rows)
+
+
+def _measured(kind: str) -> str:
+    accuracy, speed = _read("accuracy-cifar"), _read("speed-cpu")
+    rows = []
+    for name in _ours(kind):
+        found = _row(name, "none", accuracy)
+        cells = [_top1(found), _top1(_row(name, "calibrated", accuracy)), _macs(found)]
+        rows.append([f"`{name}`", *cells, *(_speed(speed.get(f"{name}, {c}")) for c in CASES)])
+    head = ["strategy", "top-1", "calibrated", "MACs", *CASES]
+    return _table(head, rows)
+
+
+def _row(name: str, fit: str, rows: dict[str, Any]) -> dict[str, Any] | None:
+    if name in DEFAULTS:
+        fitted = name if fit == "none" else f"{name} {fit}"
+        return rows.get(DEFAULTS[name].replace(name, fitted, 1))
+    return next((r for r in rows.values() if (r["strategy"], r["fit"]) == (name, fit)), None)
+
+
+def _top1(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['top1']:.2f}"
+
+
+def _macs(row: dict[str, Any] | None) -> str:
+    if row is None or not row.get("macs"):
+        return ""
+    return f"{100 * row['macs'] / row['macs_dense']:.0f} %"
+
+
+def _speed(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return "refused" if "refused" in row else f"{row['ratio']:.2f}x"
+
+
+BLOCKS = {
+    "methods keys": lambda: _matrix("keys"),
+    "methods tokens": lambda: _matrix("tokens"),
+    "methods keys measured": lambda: _measured("keys"),
+    "methods tokens measured": lambda: _measured("tokens"),
+}
