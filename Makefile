@@ -3,9 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := xformers,train,viz,hf,docs,dev
+EXTRAS := xformers,train,viz,hf,serve,export,docs,dev
 
-.PHONY: demo test test-slow lint docs census support clean
+# for `make test-oldest`: the oldest Python that is supported
+OLDEST ?= python3.10
+VENV_OLDEST := .venv-oldest
+READY_OLDEST := $(VENV_OLDEST)/.ready
+
+.PHONY: demo test test-slow test-oldest lint wheel plugin-check audit constraints
+.PHONY: docs docs-serve census support reliability clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV) || $(MAKE) venv-without-ensurepip
@@ -30,8 +36,38 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the template and sparsiattn as wheels in a clean environment, torch borrowed from .venv
+plugin-check: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/plugin_check.py
+
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or census"
+
+# warnings are no errors there: old libraries have old ones
+test-oldest: $(READY_OLDEST)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto -o filterwarnings=default
+
+$(READY_OLDEST): pyproject.toml constraints/oldest.txt
+	$(OLDEST) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints/oldest.txt --editable ".[train,viz,hf,serve,export,dev]"
+	touch $(READY_OLDEST)
+
+# sdist, a wheel from it, and that at work in a clean environment; both stay in dist/
+wheel: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel_check.py dist
+
+# known vulnerabilities of what development runs with; asks PyPI
+audit: $(READY)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --requirement constraints/dev.txt --no-deps --disable-pip
+
+# writes constraints/dev.txt from what is installed
+constraints: $(READY)
+	$(BIN)/python tests/pins.py
 
 census: $(READY)
 	$(BIN)/python -m pytest -m census
@@ -44,5 +80,12 @@ support: $(READY)
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
+docs-serve: $(READY)
+	$(BIN)/mkdocs serve
+
+# hours of drawn cases, threads, kills: benchmarks/results/reliability-cpu.json
+reliability: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reliability
+
 clean:
-	rm -rf $(VENV) build dist site demo-output
+	rm -rf $(VENV) $(VENV_OLDEST) build dist site demo-output

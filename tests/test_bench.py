@@ -21,7 +21,9 @@ def took(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Every call named here takes these seconds; each still runs once."""
     given = {"dense": [2.0, 4.0, 6.0], "sparse": [1.0, 1.0, 2.0]}
 
-    def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def alternate(
+        calls: Mapping[str, Callable[[], Any]], rounds: int, progress: object = None
+    ) -> dict[str, list[float]]:
         for call in calls.values():
             call()
         return {name: given[name][:rounds] for name in calls}
@@ -92,7 +94,9 @@ def test_the_dense_side_is_the_host_without_hooks_on_the_same_weights(
     with torch.no_grad():
         dense = model(x)
 
-    def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def alternate(
+        calls: Mapping[str, Callable[[], Any]], rounds: int, progress: object = None
+    ) -> dict[str, list[float]]:
         outputs.update({name: call() for name, call in calls.items()})
         hosts = [c.cell_contents for c in calls["dense"].__closure__]  # type: ignore[attr-defined]
         twin = next(host for host in hosts if isinstance(host, nn.Module))
@@ -171,7 +175,9 @@ def test_what_is_timed_is_dense_attention_and_planning_with_kernel(
     live = sparsiattn.patch(model, "local", k=0.25, sites="blocks.0.*")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def alternate(
+        calls: Mapping[str, Callable[[], Any]], rounds: int, progress: object = None
+    ) -> dict[str, list[float]]:
         seen.append((calls["dense"](), calls["sparse"]()))
         return {"dense": [1.0], "sparse": [0.5]}
 

@@ -140,8 +140,17 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_at", [4, 5, 6])
-@pytest.mark.parametrize("options", [{}, {"channels": 4}, {"tile": (2, 2)}])
+@pytest.mark.parametrize(
+    ("killed_at", "options"),
+    [
+        (5, {}),
+        (4, {"channels": 4}),
+        (6, {"tile": (2, 2)}),
+        *(pytest.param(at, {}, marks=pytest.mark.slow) for at in (4, 6)),
+        *(pytest.param(at, {"channels": 4}, marks=pytest.mark.slow) for at in (5, 6)),
+        *(pytest.param(at, {"tile": (2, 2)}, marks=pytest.mark.slow) for at in (4, 5)),
+    ],
+)
 def test_it_goes_on_exactly_where_it_was_killed(
     killed_at: int, options: dict[str, Any], tmp_path: Any
 ) -> None:

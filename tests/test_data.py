@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SHARED
 from pictures import Flow, Pictures, everything, folder, labels_of, picture, pixels, tar
 from torch.utils.data import Subset, TensorDataset
 
 import sparsiattn
+from conftest import SHARED
 from sparsiattn.errors import DataError
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training.data import Batches, loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 
 import sparsiattn
 from sparsiattn import hookspecs
+from sparsiattn.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -35,9 +37,49 @@ def test_every_hook_is_documented() -> None:
             assert name in text
 
 
-def test_every_public_name_has_a_docstring_and_is_real() -> None:
-    for name in sparsiattn.__all__:
-        assert getattr(sparsiattn, name).__doc__, name
+PUBLIC = {name: getattr(sparsiattn, name) for name in sparsiattn.__all__}
+FAULTS = {n for n, o in PUBLIC.items() if inspect.isclass(o) and issubclass(o, Exception)}
+CALLED = {name for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
+EXTENDED = {"Strategy", "TokenStrategy", "Kernel", "Backbone", "Planner", "LearnedPlanner"}
+EXTENDED |= {"LearnedTokens", "Pattern", "Reduction", "AttentionInputs", "Site", "Patch", "Recipe"}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_is_described(name: str) -> None:
+    assert PUBLIC[name].__doc__
+    if name in CALLED | EXTENDED:
+        text = PUBLIC[name].__doc__ + (getattr(PUBLIC[name], "of", PUBLIC[name]).__doc__ or "")
+        assert ">>>" in text, "an example is missing"
+
+
+def test_every_public_name_is_on_the_reference_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    whole, named = set(), set()
+    for place, members in re.findall(r"::: ([\w.]+)(?:\n.*\n.*members: \[(.*?)\])?", page):
+        whole.add(place) if not members else named.update(re.split(r",\s*", members))
+    for name, thing in PUBLIC.items():
+        home = getattr(thing, "__module__", "")
+        assert name in named or whole & {home, f"{home}.{name}"}, name
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - FAULTS - {"PLUGIN_API", "hookimpl"}))
+def test_every_argument_and_field_is_described(name: str) -> None:
+    for argument in inspect.signature(PUBLIC[name]).parameters:
+        if argument not in ("args", "kwargs"):
+            assert re.search(rf"\b{argument}\b", PUBLIC[name].__doc__), argument
+
+
+@pytest.mark.parametrize("name", sorted(sparsiattn.strategies()))
+def test_every_option_is_described(name: str) -> None:
+    """As ``option:`` or ``option, other:`` in the docstring of the class or of what it extends."""
+    kind = REGISTRY.get("strategies", name)
+    text = " ".join(inspect.cleandoc(base.__doc__ or "") for base in kind.__mro__[:-1])
+    said = {
+        option
+        for listed in re.findall(r"((?:\w+,\s)*\w+):\s", text)
+        for option in re.split(r",\s", listed)
+    }
+    assert set(kind.option_names()) <= said
 
 
 def test_tables_are_those_of_the_results() -> None:

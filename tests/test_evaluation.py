@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
 from pictures import folder
 from torch import Tensor, nn
 
 import sparsiattn
+from conftest import SHARED
 from sparsiattn import evaluate
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.evaluation import Evaluation, _Tally

@@ -139,7 +139,9 @@ class TestEveryHook:
         registry = Registry()
         thing = registry.get(kind_of(hook), "mine")
         assert thing is sys.modules["fake_fine_dist_fine"].mine
-        assert list(registry.all(kind_of(hook)))[-1] == "mine", "built-ins come first"
+        # the generic backbone takes every model, so others are asked before the built-ins
+        place = 0 if kind_of(hook) == "backbones" else -1
+        assert list(registry.all(kind_of(hook)))[place] == "mine"
         assert working(registry, "fine") == PluginInfo("fine", "fine-dist", ("mine",))
         assert registry.plugin_of(kind_of(hook), "mine") == "fine"
         assert broken(registry) == []

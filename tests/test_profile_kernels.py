@@ -163,7 +163,9 @@ def test_sites_left_dense_are_named() -> None:
 def test_measured_time(
     times: tuple[float, float], says: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alternate(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def alternate(
+        calls: dict[str, Callable[[], Any]], rounds: int, progress: object = None
+    ) -> dict[str, list[float]]:
         for call in calls.values():
             call()
         return {name: [times[name != "dense"]] * rounds for name in calls}

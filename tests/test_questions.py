@@ -14,7 +14,7 @@ from timm import models
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.patching import _backbone
+from sparsiattn.patching import backbone_of
 
 CLASSES = {
     "deit_distilled": 2,
@@ -33,11 +33,11 @@ POOLING = {
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_families_of_timm(family: str) -> None:
     model = zoo.build(family)
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     assert backbone.class_tokens(model) == CLASSES.get(family, 1)
     assert backbone.class_tokens(nn.Sequential(nn.Identity(), model)) == CLASSES.get(family, 1)
     for whole in (model, nn.Sequential(nn.Identity(), nn.Sequential(model))):
-        assert _backbone(whole).pooling(whole) == POOLING.get(family, "prefix")
+        assert backbone_of(whole).pooling(whole) == POOLING.get(family, "prefix")
 
 
 @pytest.mark.parametrize(
@@ -58,26 +58,26 @@ def test_pooling_of_a_plain_vit(options: dict[str, Any], expected: str) -> None:
         model = models.VisionTransformer(**zoo.TINY, **options)
     except TypeError:
         pytest.skip("this timm has no such option")
-    assert _backbone(model).pooling(model) == expected
-    assert _backbone(model).class_tokens(model) == int(options.get("class_token", True))
+    assert backbone_of(model).pooling(model) == expected
+    assert backbone_of(model).class_tokens(model) == int(options.get("class_token", True))
 
 
 def test_class_tokens_that_join_late_are_not_leading() -> None:
     for name in ("cait_xxs24_224", "xcit_nano_12_p16_224"):
         model = timm.create_model(name, depth=1)
-        assert _backbone(model).class_tokens(model) == 0
-        assert _backbone(model).pooling(model) == "other"
+        assert backbone_of(model).class_tokens(model) == 0
+        assert backbone_of(model).pooling(model) == "other"
 
 
 def test_feature_extractors_and_wrappers_keep_their_tokens() -> None:
     model = timm.create_model("test_vit", features_only=True)
-    assert _backbone(model).class_tokens(model) == 1
-    assert _backbone(model).pooling(model) == "other"
+    assert backbone_of(model).class_tokens(model) == 1
+    assert backbone_of(model).pooling(model) == "other"
     wrapped = hosts.OneTensor(hosts.build("vit"))
-    assert _backbone(wrapped).class_tokens(wrapped) == 1
-    assert _backbone(wrapped).pooling(wrapped) == "other"
+    assert backbone_of(wrapped).class_tokens(wrapped) == 1
+    assert backbone_of(wrapped).pooling(wrapped) == "other"
     chain = nn.Sequential(nn.Identity(), hosts.build("torchvision"))
-    assert _backbone(chain).pooling(chain) == "prefix"
+    assert backbone_of(chain).pooling(chain) == "prefix"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_class_tokens_stand_first(name: str) -> None:
             if parameter_name.split(".")[-1] in names:
                 parameter.normal_()
         changed = (_entering(model, x) - before).abs().amax(-1) > 0
-    count = _backbone(model).class_tokens(model)
+    count = backbone_of(model).class_tokens(model)
     assert changed.tolist() == [True] * count + [False] * (len(changed) - count)
 
 

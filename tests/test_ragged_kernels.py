@@ -286,6 +286,13 @@ class TestXFormers:
         none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
         assert XFormers()(none, pattern).shape == (0, 3, 65, 16)
 
+    def test_double_precision_is_refused(self) -> None:
+        q = torch.zeros(1, 3, 65, 16, dtype=torch.float64)
+        inputs = flex_call(block=(4, 4))[0].replace(q=q, k=q, v=q)
+        assert XFormers().why_not(inputs, Lengths(65, 65, (40, 25))) == [
+            *XFormers().unavailable(), CPU, "needs float32, bfloat16 or float16, got torch.float64",
+        ]  # fmt: skip
+
     def test_refusals_of_key_blocks_are_exact(self) -> None:
         start = XFormers().unavailable()
         single = "needs half precision, got torch.float32"

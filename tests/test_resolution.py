@@ -10,8 +10,9 @@ from torch import nn
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.planning import finish
-from sparsiattn.strategies.connectivity import Connectivity, resize_table
+from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.local import Local
+from sparsiattn.strategies.tables import resize_table
 from sparsiattn.strategy import Planner
 
 

@@ -282,7 +282,7 @@ COMPILED = [spec for spec in SPECS if spec not in ("mean", "plain", "cls", "tome
 
 
 @pytest.mark.parametrize("family", zoo.slow_but(("vit",), "eva_rope", "vit_relpos"))
-@pytest.mark.parametrize("spec", zoo.slow_but(("cls", "tome"), *COMPILED))
+@pytest.mark.parametrize("spec", zoo.slow_but(("cls",), "tome", *COMPILED))
 class TestCompiler:
     def test_one_graph_and_export(self, family: str, spec: str) -> None:
         model = zoo.build(family)
@@ -402,13 +402,23 @@ CROSSED = [(f, s) for f in HIERARCHICAL for s in ("norm", "random", "learned")]
 @pytest.mark.parametrize(
     ("family", "score"), zoo.slow_but(USUAL, *(pair for pair in CROSSED if pair not in USUAL))
 )
-def test_hierarchies_compile_and_ignore_the_batch(family: str, score: str) -> None:
+def test_hierarchies_ignore_the_batch(family: str, score: str) -> None:
+    model = zoo.build(family)
+    x = zoo.images(model)
+    options = {"score": score, "keep": 0.5, "layers": [0, 1]}
+    with torch.no_grad(), sparsiattn.patch(model, "token_drop", **options):
+        torch.testing.assert_close(model(x[:1]), model(x)[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "score"), zoo.slow_but(USUAL[:1], *(pair for pair in CROSSED if pair != USUAL[0]))
+)
+def test_hierarchies_compile(family: str, score: str) -> None:
     model = zoo.build(family)
     x = zoo.images(model)
     options = {"score": score, "keep": 0.5, "layers": [0, 1]}
     with torch.no_grad(), sparsiattn.patch(model, "token_drop", **options):
         exact = model(x)
-        torch.testing.assert_close(model(x[:1]), exact[:1], rtol=1e-4, atol=1e-5)
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)

@@ -188,8 +188,10 @@ if "attn_layer" not in signature(models.VisionTransformer).parameters:  # timm b
     del FAMILIES["vit_differential"]
 
 
-ATTENTION = [name for name, info in sparsiattn.strategies().items() if info.kind == "attention"]
-TOKENS = [name for name, info in sparsiattn.strategies().items() if info.kind != "attention"]
+# `sparsiattn.methods` have suites of their own: 30 strategies on 14 families would be hours.
+CORE = [n for n, info in sparsiattn.strategies().items() if info.plugin == "sparsiattn.strategies"]
+ATTENTION = [name for name in CORE if sparsiattn.strategies()[name].kind == "attention"]
+TOKENS = [name for name in CORE if name not in ATTENTION]
 
 
 def _unfused(model: nn.Module) -> nn.Module:

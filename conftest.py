@@ -1,0 +1,101 @@
+"""Shared fixtures, of the tests and of the examples in docstrings; tests that need the authors'
+fixtures skip where the folder is absent."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparsiattn import cost
+
+# what someone tuned on this machine must not decide which kernels are tested
+os.environ["SPARSIATTN_CACHE"] = str(Path(__file__).with_name("no-tuning-here"))
+# nor must compiled code, but in the tests of it: without a compiler there is none
+COMPILER = os.environ.get("CC", "")
+os.environ["CC"] = "no-compiler-in-these-tests"
+
+# `torch.manual_seed` notes a traceback for devices that are not there: longer than many a test
+SEED = (
+    torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+)
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+
+
+def pytest_collectstart() -> None:
+    SEED(0)  # for what modules draw when they are imported
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    if fixturedef.scope != "function":  # whichever test of them comes first in this process
+        SEED(0)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    SEED(0)
+    yield
+    _forget_accelerate()
+    assert torch.get_default_dtype() == torch.float32
+    assert callable(F.scaled_dot_product_attention)
+
+
+def _forget_accelerate() -> None:
+    """Its precision is that of the whole process: no later test could train with another."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.AcceleratorState._shared_state:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    folder = SHARED / "fixtures"
+    if not folder.is_dir():
+        pytest.skip("the authors' fixtures are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this run in which the native kernel is compiled once."""
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture
+def compiled_native(native_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The native kernel, compiled; afterwards nobody knows of it."""
+    from sparsiattn.kernels.native import build
+    from sparsiattn.kernels.native.kernel import compile_native
+
+    monkeypatch.setenv("SPARSIATTN_CACHE", str(native_cache))
+    monkeypatch.setenv("CC", COMPILER)
+    build.forget()
+    if build.compiler() is None:
+        pytest.skip("no C compiler")
+    assert compile_native() is None
+    yield
+    build.forget()
+    cost.reload()
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache without compiled code, and a compiler that is quick."""
+    from sparsiattn.kernels.native import build
+
+    monkeypatch.setenv("SPARSIATTN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", COMPILER)
+    build.forget()
+    if build.compiler() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(build, "FLAGS", tuple(x for x in build.FLAGS if x != "-O3"))
+    yield tmp_path
+    build.forget()
+    cost.reload()
