@@ -1,0 +1,48 @@
+"""For the API page: examples in docstrings are code, what is said of arguments is a list."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Class, Extension, Function, Object
+
+EXAMPLE = re.compile(r"^ *>>> (?:.*\S.*\n?)+", re.MULTILINE)
+ARGUMENTS = re.compile(r"(?:^|(?<=[.;] )|(?<=\.\) ))((?:\w+, )*\w+): ")
+
+
+class Docstrings(Extension):
+    """Fences every example, from its first prompt to the next empty line, and takes paragraphs
+    apart where they say ``name: ...`` of arguments or fields."""
+
+    def on_instance(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```\n", obj.docstring.value)
+
+    def on_function_instance(self, *, func: Function, **_: Any) -> None:
+        _list(func, {parameter.name for parameter in func.parameters})
+
+    def on_class_members(self, *, cls: Class, **_: Any) -> None:
+        _list(cls, set(cls.members))
+
+
+def _list(obj: Object, names: set[str]) -> None:
+    if obj.docstring is not None:
+        paragraphs = obj.docstring.value.split("\n\n")
+        obj.docstring.value = "\n\n".join(_listed(text, names) for text in paragraphs)
+
+
+def _listed(paragraph: str, names: set[str]) -> str:
+    """The paragraph, from its first argument on as a list."""
+    if ">>>" in paragraph or "```" in paragraph:
+        return paragraph
+    text = " ".join(paragraph.split())
+    found = [m for m in ARGUMENTS.finditer(text) if names.issuperset(m[1].split(", "))]
+    if not found:
+        return paragraph
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    items = [
+        f"- **{match[1]}**: {text[match.end() : end].strip()}"
+        for match, end in zip(found, ends, strict=True)
+    ]
+    return "\n\n".join(filter(None, [text[: found[0].start()].strip(), "\n".join(items)]))
