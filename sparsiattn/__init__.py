@@ -11,6 +11,7 @@ import sparsiattn.strategies  # noqa: F401
 from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
 from sparsiattn.blockmask import block_mask
+from sparsiattn.catalog import backbones, kernels, plugins, strategies
 from sparsiattn.creating import create_model
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
@@ -45,7 +46,6 @@ from sparsiattn.patterns import Pattern, check_budget, count_of
 from sparsiattn.pluginapi import PLUGIN_API
 from sparsiattn.profiled import Profile
 from sparsiattn.profiling import profile
-from sparsiattn.registry import backbones, kernels, plugins, strategies
 from sparsiattn.report import Report
 from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search

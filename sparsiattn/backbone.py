@@ -35,7 +35,7 @@ QUERY_TABLES = ("rel_pos_h", "height_rel")
 @dataclass(frozen=True)
 class Edit:
     """One attribute of one module (or of its configuration) that patching switches and unpatching
-    switches back."""
+    switches back; ``before`` is ``...`` where there was none."""
 
     module: Any
     attribute: str
@@ -46,7 +46,10 @@ class Edit:
         setattr(self.module, self.attribute, self.value)
 
     def revert(self) -> None:
-        setattr(self.module, self.attribute, self.before)
+        if self.before is ...:
+            vars(self.module).pop(self.attribute, None)
+        else:
+            setattr(self.module, self.attribute, self.before)
 
 
 class Backbone:

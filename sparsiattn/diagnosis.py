@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsiattn import registry
+from sparsiattn import catalog
 from sparsiattn.kernels import fmha
 from sparsiattn.report import aligned
 
@@ -90,9 +90,9 @@ def doctor() -> Diagnosis:
         findings += [_package(f"extra {extra}", name, fix) for name in names]
     findings += [
         Finding("kernels", name, "off" if info.reasons else "ok", "; ".join(info.reasons))
-        for name, info in registry.kernels().items()
+        for name, info in catalog.kernels().items()
     ]
-    findings += [_plugin(plugin) for plugin in registry.plugins()]
+    findings += [_plugin(plugin) for plugin in catalog.plugins().values()]
     trial = _trial()
     return Diagnosis(trial.status == "ok", (*findings, trial))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def origin_of(model: nn.Module) -> Origin | None:
     """
     for origin in _candidates(model):
         try:
-            twin = _without_memory(origin)
+            twin = without_memory(partial(_build, origin))
         except Exception:  # a guess may fail in any way
             continue
         if _same(model, twin):
@@ -106,13 +107,15 @@ def _build(origin: Origin, pretrained: bool = False) -> nn.Module:
     return found(config)  # type: ignore[no-any-return]
 
 
-def _without_memory(origin: Origin) -> nn.Module:
+def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that ``make`` returns, on the meta device; with memory where its constructor looks
+    at values, as timm's did for a long time and copies of it still do."""
     try:
         with torch.device("meta"):
-            return _build(origin)
-    except (RuntimeError, NotImplementedError):  # constructors that look at values
+            return make()
+    except Exception:  # whatever else is wrong with it shows again
         with torch.random.fork_rng(devices=[]):
-            return _build(origin)
+            return make()
 
 
 def _candidates(model: nn.Module) -> Iterator[Origin]:

@@ -283,13 +283,22 @@ def run_dry(
 
 
 class _NothingPadded(TorchFunctionMode):
-    """Hosts that ask whether all of a mask holds, to go on without it, are told so: a dry run has
-    no values, and one image alone needs no padding."""
+    """A dry run has no values, and one image alone needs no padding. Hosts that ask whether all of
+    a mask holds, to go on without it, are told so; those that index with a mask get all there is.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.all and len(args) == 1 and not kwargs and args[0].is_meta:
             return torch.ones((), dtype=torch.bool, device="cpu")
+        if func is Tensor.__getitem__ and _is_mask(args[1]):
+            return args[0].flatten(0, args[1].dim() - 1)
+        if func is Tensor.__setitem__ and _is_mask(args[1]):
+            return None
         return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.is_meta and index.dtype == torch.bool
 
 
 def _failure(model: nn.Module, inputs: DryInputs, error: Exception) -> ProbeFailed:

@@ -75,7 +75,7 @@ class Stream:
 
     @property
     def reduced(self) -> bool:
-        return bool(self.steps)
+        return len(self.steps) > 0  # bool() of a tuple is nothing that Dynamo of torch 2.10 traces
 
     def bare(self) -> Stream:
         """Without the activations: enough to say what became of every token."""

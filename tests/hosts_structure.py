@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import hosts_transformers
 from torch import nn
 
 Grid = tuple[int, int]
@@ -143,6 +144,8 @@ STRUCTURE: dict[str, list[Shape]] = {
     "timesformer": [Shape((1, 4), windows=64), Shape((8, 8), prefix=1, windows=4)] * 2,
 }  # fmt: skip
 
+for newer in set(STRUCTURE) - set(hosts_transformers.CASES):  # in the oldest supported version
+    del STRUCTURE[newer]
 NONE = {
     "mobilevitv2": "not attention between tokens",
     "swiftformer": "not attention between tokens",

@@ -81,6 +81,18 @@ class TestNames:
         found = run("inspect", "tv:vit_b_32", "--strategy", "local", "--json")
         assert len(json.loads(found.stdout)["sites"]) == 12
 
+    def test_constructor_that_looks_at_values(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As timm's ViT did until 1.0.22: it cannot be built without memory."""
+        make = timm.create_model
+
+        def looking(*args: Any, **kwargs: Any) -> Any:
+            torch.linspace(0, 0.1, 2)[0].item()
+            return make(*args, **kwargs)
+
+        monkeypatch.setattr(timm, "create_model", looking)
+        found = run("inspect", "deit_tiny_patch16_224", "--strategy", "local", "--json")
+        assert len(json.loads(found.stdout)["sites"]) == 12
+
     def test_saved_patch(self, saved: Path) -> None:
         found = profiled(saved)
         assert found["strategy"] == "topk"

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import typer
 
 import sparsiattn
 from sparsiattn import hookspecs
+from sparsiattn.cli import app
 from sparsiattn.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +86,9 @@ def test_every_option_is_described(name: str) -> None:
 
 
 def test_tables_are_those_of_the_results() -> None:
+    argument: Any = typer.main.get_command(app).commands["profile"].params[0]  # type: ignore[attr-defined]
+    if getattr(argument, "help", None) is None:
+        pytest.skip("older typer and newer click forget the help of arguments")
     command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

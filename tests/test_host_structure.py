@@ -243,3 +243,22 @@ def test_windows_compile_to_one_graph(name: str) -> None:
             sparse = tensors(model(x))
             torch.testing.assert_close(tensors(compiled(x)), sparse)
     torch.compiler.reset()
+
+
+def test_eager_hosts_that_say_nothing_of_causality_stay_undirected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Chinese-CLIP's in transformers 5.4: "sdpa" takes silence for "causal"."""
+    model, inputs, _ = built("clip (vision)")
+    model.set_attn_implementation("eager")
+    attentions = [m for m in model.modules() if "is_causal" in vars(m)]
+    for attention in attentions:
+        del attention.is_causal
+    with torch.no_grad():
+        dense = tensors(model(**inputs))
+        with sparsiattn.patch(model, "topk", k=1.0) as live:
+            assert error(tensors(model(**inputs)), dense) <= 1e-5
+            with live.disabled():
+                assert all(map(torch.equal, tensors(model(**inputs)), dense))
+    assert attentions
+    assert not any(hasattr(m, "is_causal") for m in attentions)

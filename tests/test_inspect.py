@@ -380,3 +380,28 @@ def test_faults_of_the_command_are_one_line(arguments: list[str], says: str) -> 
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+class Masked(nn.Module):
+    """Writes and reads positions through a mask, as transformers 5.4's Idefics encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = zoo.build("vit")
+        self.table = nn.Embedding(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[0], 8, 8, dtype=torch.bool, device=x.device)
+        ids = torch.zeros_like(mask, dtype=torch.long)
+        ids[mask] = torch.arange(64, device=x.device).expand(x.shape[0], 64)[mask.flatten(1)]
+        out: Tensor = self.vit(x + self.table(ids).mean((1, 2))[..., None, None])
+        return out
+
+
+def test_hosts_that_index_with_masks() -> None:
+    model, x = Masked().eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        dense = model(x)
+        with sparsiattn.patch(model, "topk", k=1.0, input=x) as live:
+            assert live.sites
+            torch.testing.assert_close(model(x), dense)

@@ -77,7 +77,7 @@ class TestVersion:
         install("fine-dist", fine=states((1, 0)))
         registry = Registry()
         assert plugins.working(registry, "fine").deprecation == "(1, 0) goes"
-        monkeypatch.setattr("sparsiattn.registry.REGISTRY", registry)
+        monkeypatch.setattr("sparsiattn.catalog.REGISTRY", registry)
         (row,) = [row for row in contents()["plugins"] if row["name"] == "fine"]
         assert row["status"] == "working; (1, 0) goes"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsiattn
-from sparsiattn import AttentionInputs, Pattern, PluginError, Strategy, hookspecs
+from sparsiattn import AttentionInputs, Pattern, PluginError, Strategy, catalog, hookspecs
 from sparsiattn.registry import PluginInfo, Registry
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import StrategySuite
@@ -216,13 +216,13 @@ class TestEveryHook:
     def test_temporary(self, hook: str) -> None:
         thing = _made(hook, "passing")
         kind = kind_of(hook)
-        before = list(sparsiattn.plugins())
+        before = sparsiattn.plugins()
         with temporary_plugin(**{kind: [thing]}, name="passer"):
             assert getattr(sparsiattn, kind)()["passing"].plugin == "passer"
             assert "reference" in sparsiattn.kernels()
             assert "topk" in sparsiattn.strategies()
             assert "generic" in sparsiattn.backbones()
-            assert [info.name for info in sparsiattn.plugins() if info.broken] == []
+            assert [info.name for info in sparsiattn.plugins().values() if info.broken] == []
         assert "passing" not in getattr(sparsiattn, kind)()
         assert sparsiattn.plugins() == before
 
@@ -361,7 +361,9 @@ class TestStrategyClasses:
 
 
 class TestEntryPointNames:
-    def test_two_distributions_with_one_entry_point_name(self, install: Install) -> None:
+    def test_two_distributions_with_one_entry_point_name(
+        self, install: Install, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         install("one-dist", same=source(STRATEGIES, "mine"))
         install("two-dist", same=source(STRATEGIES, "other"))
         install("good-dist", good=source(STRATEGIES, "good"))
@@ -373,6 +375,8 @@ class TestEntryPointNames:
         for part in ("'same'", "one-dist", "two-dist"):
             assert part in str(both[1].error)
         assert len({"mine", "other"} & set(registry.all("strategies"))) == 1
+        monkeypatch.setattr(catalog, "REGISTRY", registry)
+        assert {"same", f"same ({both[1].distribution})"} <= set(catalog.plugins())
 
     def test_entry_point_named_like_a_builtin(self, install: Install, tmp_path: Path) -> None:
         install("bad-dist", bad=source(STRATEGIES, "mine"))

@@ -15,6 +15,7 @@ import timm
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsiattn
@@ -39,8 +40,10 @@ def image(batch: int = 1, side: int = 224) -> Tensor:
 
 
 def raw_macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """By torch's own counter, with gradients, for which hosts run no fused operator."""
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    """By torch's own counter, with gradients, for which hosts run no fused operator, and without
+    fused attention, which it leaves out on CPU in torch 2.10."""
+    unfused = sdpa_kernel(SDPBackend.MATH)
+    with torch.enable_grad(), unfused, FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops() // 2
 

@@ -186,6 +186,9 @@ if not timm.is_model("vit_small_patch16_dinov3"):  # timm before 1.0.20
     del FAMILIES["dinov3"]
 if "attn_layer" not in signature(models.VisionTransformer).parameters:  # timm before 1.0.23
     del FAMILIES["vit_differential"]
+for newer in ("deepseek_vit_412m", "qwen3_vit_88m", "gemma4_vit_167m"):
+    if not timm.is_model(newer):
+        del HIERARCHIES[newer.split("_")[0]]
 
 
 # `sparsiattn.methods` have suites of their own: 30 strategies on 14 families would be hours.

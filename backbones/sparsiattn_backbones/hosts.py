@@ -113,7 +113,9 @@ class HuggingFace(_Host):
         # one for each distinct configuration; modules look it up in every forward
         switched = [c for c in _configs(model) if _unfused(vars(c)[IMPLEMENTATION])]
         own = [Edit(c, IMPLEMENTATION, "sdpa", vars(c)[IMPLEMENTATION]) for c in switched]
-        return super().edits(model) + own
+        # eager attention has no causal order of its own; "sdpa" takes one where nothing denies it
+        silent = [Edit(m, "is_causal", False, ...) for m in _undirected(model, switched)]
+        return super().edits(model) + own + silent
 
     def dry_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
         stem: Any = self.stem(model)
@@ -188,6 +190,14 @@ def _configs(model: nn.Module) -> list[Any]:
         if IMPLEMENTATION in getattr(config, "__dict__", {}):
             found[id(config)] = config
     return list(found.values())
+
+
+def _undirected(model: nn.Module, configs: list[Any]) -> list[nn.Module]:
+    """Modules of an image encoder with one of these configurations that do not say whether their
+    attention is causal. (Text that is to be causal may rely on "sdpa" taking it for that.)"""
+    images = {id(config) for config in configs if getattr(config, "patch_size", None) is not None}
+    own = (m for m in model.modules() if id(getattr(m, "config", None)) in images)
+    return [m for m in own if not hasattr(m, "is_causal")]
 
 
 def _predicts(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -24,19 +25,20 @@ def inspect_model(
 
     Example: sparsiattn inspect swin_tiny_patch4_window7_224 --strategy local
     """
-    import torch
     from rich.console import Console
 
     from sparsiattn.creating import create_model, is_saved
     from sparsiattn.hub import origin_in
     from sparsiattn.inspection import inspect
+    from sparsiattn.origin import without_memory
 
     console = Console(stderr=as_json)
     with console.status(f"inspecting {model}"), readable():
-        with torch.device("meta"):
-            host = (
-                origin_in(model) if is_saved(model) else create_model(model, image_size=image_size)
-            )
+        host = without_memory(
+            partial(origin_in, model)
+            if is_saved(model)
+            else partial(create_model, model, image_size=image_size)
+        )
         shape = None if image_size is None else image_shape(host, image_size)
         found = inspect(host, shape, strategies=strategy or None)
     if as_json:

@@ -36,12 +36,12 @@ def list_all(
 
 def contents() -> dict[str, list[dict[str, Any]]]:
     """What `list` prints, as plain data."""
-    from sparsiattn import registry
+    from sparsiattn import catalog
 
     kinds = {
-        "strategies": registry.strategies(),
-        "kernels": registry.kernels(),
-        "backbones": registry.backbones(),
+        "strategies": catalog.strategies(),
+        "kernels": catalog.kernels(),
+        "backbones": catalog.backbones(),
     }
     listing: dict[str, list[dict[str, Any]]] = {
         kind: [
@@ -56,7 +56,7 @@ def contents() -> dict[str, list[dict[str, Any]]]:
             "summary": f"{plugin.distribution}: {', '.join(plugin.provides) or 'nothing'}",
             "status": f"broken: {_fault(plugin.error)}" if plugin.error else _working(plugin),
         }
-        for plugin in registry.plugins()
+        for plugin in catalog.plugins().values()
     ]
     return listing
 

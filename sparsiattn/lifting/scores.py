@@ -32,6 +32,13 @@ def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
+FIELDS = (
+    "lift", "home", "q", "kt", "shape", "made_as", "dtype", "device", "factor", "terms",
+    "softmaxed", "dropout", "flipped", "part_of", "returned", "view_of", "value",
+)  # fmt: skip
+"""What `Scores` hold."""
+
+
 class Scores:
     """A product ``q @ kt`` that was put off, and what was done to it since. Stands in for the
     tensor ``[..., Nq, Nk]`` in the host's own code."""
@@ -80,8 +87,8 @@ class Scores:
     def but(self, **fields: Any) -> Scores:
         """The same scores with other fields."""
         other = Scores.__new__(Scores)
-        other.__dict__.update(self.__dict__)
-        other.__dict__.update(fields)
+        for name in FIELDS:  # listed, as Dynamo of torch 2.10 does not trace ``vars(self)``
+            setattr(other, name, fields[name] if name in fields else getattr(self, name))
         return other
 
     def tensor(self, because: str = "") -> Tensor:

@@ -69,7 +69,7 @@ class BackboneSuite:
         assert list(model.state_dict()) == keys
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         for edit in edits:
-            assert getattr(edit.module, edit.attribute) == edit.before, edit.attribute
+            assert getattr(edit.module, edit.attribute, ...) == edit.before, edit.attribute
 
     def test_images_do_not_influence_each_other(self) -> None:
         model = self.model().eval()

@@ -74,7 +74,7 @@ def _check(plugin: Any, recipe: Recipe) -> None:
         raise InvalidOption(
             "FSDP in version 1 flattens weights of a block into one, in which those that a stage "
             "trains cannot be told from those that rest: set FSDP_VERSION=2 (accelerate launch "
-            "--fsdp_version 2; accelerate 1.6 and up)"
+            "--fsdp_version 2; accelerate 1.7 and up)"
         )
     policy = plugin.auto_wrap_policy
     if "size_based" in getattr(getattr(policy, "func", policy), "__name__", ""):

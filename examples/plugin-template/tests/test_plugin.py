@@ -6,7 +6,7 @@ import sparsiattn
 
 
 def test_plugin_is_installed() -> None:
-    (plugin,) = [p for p in sparsiattn.plugins() if p.name == "nearest_keys"]
+    plugin = sparsiattn.plugins()["nearest_keys"]
     assert plugin.error is None
     assert plugin.distribution == "nearest-keys"
     assert set(plugin.provides) == {"nearest_keys", "nearest_keys_softmax"}
