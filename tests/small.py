@@ -39,6 +39,10 @@ def build_light(make: Callable[[], nn.Module]) -> nn.Module:
     compute buffers on the device of their parameters, and are made in full."""
     with suppress(Exception), parameters_on_meta(), torch.no_grad():
         model = make().eval()
+        for module in model.modules():
+            if hasattr(module, "init_non_persistent_buffers"):
+                # timm 1.0.23 fills them where parameters have data alone
+                module.init_non_persistent_buffers()
         if not any(buffer.is_meta for buffer in model.buffers()):
             return model
     return make().eval()

@@ -106,6 +106,7 @@ def _trained() -> Iterator[Method]:
         yield Method("dense", {}, "trained", seed)
         for tile, background in ((1, 2), ((2, 2), 2), (1, 4)):
             yield Method("connectivity", _connect(0.1, tile, background), "trained", seed)
+        yield Method("connectivity", {**_connect(0.1, 1, 4), "reduce": 2}, "trained", seed)
         yield Method("token_drop", {"keep": 0.7, "layers": LAYERS}, "trained", seed)
         yield Method("hybrid", _hybrid(0.7, 0.25), "trained", seed)
     for seed in SEEDS:

@@ -45,6 +45,9 @@ def claims(rows: Rows) -> list[dict[str, Any]]:
         for k, most in ((0.25, 0.2), (0.1, 1.0))
         for g in (2, 4)
     ]  # fmt: skip
+    finest = f"{_fit('trained', 0.1, g=4)} reduce=2"
+    title = "trained k=0.1, reduce=2, background 4, against dense"
+    found.append(_claim(title, dense, rows, finest, 0.4))
     drop = rows.get("token_drop trained keep=0.7", {}).get("top1")
     hybrid = "hybrid trained k=0.25 keep=0.7 only_if_faster=False"
     found.append(_claim("hybrid (.7, .25) against the drop alone", drop, rows, hybrid, 0.3))

@@ -49,7 +49,9 @@ class KeepPredictor(nn.Module):
         before = tokens.policy
         log_keep = self.log_probabilities(tokens.x, before)
         if not self.training:
-            return self.select(log_keep[..., 0].float().exp())
+            # half precision has too few values to rank tokens by, and double is not to lose any
+            precise = torch.promote_types(log_keep.dtype, torch.float32)
+            return self.select(log_keep[..., 0].to(precise).exp())
         drawn = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
         policy = drawn if before is None else drawn * before
         self.share = policy.mean(1)

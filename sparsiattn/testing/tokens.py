@@ -62,12 +62,13 @@ class TokenStrategySuite(PatchSuite):
 
     def test_order_of_patches_does_not_matter(self) -> None:
         """Where the strategy itself has no order (see `ordered`), shuffled patches give the same
-        class token: positions are added before the blocks."""
+        class token: positions are added before the blocks. In double precision, where rounding
+        hardly ever decides between two tokens."""
         if self.ordered():
             return
-        model: Any = self.model()
-        x = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(6))
-        lead = torch.randn(2, 1, 48, generator=torch.Generator().manual_seed(7))
+        model: Any = self.model().double()
+        x = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(6)).double()
+        lead = torch.randn(2, 1, 48, generator=torch.Generator().manual_seed(7)).double()
         shuffle = torch.randperm(64, generator=torch.Generator().manual_seed(8))
         with torch.no_grad(), patch(model, self.strategy):
             straight = model.blocks(torch.cat([lead, x], 1))[:, 0]
