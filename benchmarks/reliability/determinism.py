@@ -1,7 +1,7 @@
 """Same seed, same bits: within a process, in other processes, and how far a batch moves an image.
 
 Processes get hash seeds of their own, so that the order of a set cannot decide anything, and one
-tuning file.
+tuning file that was measured before them: ``auto`` may choose any kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def run(processes: int = 3, strategies: int | None = None) -> dict[str, Any]:
     difference between an image alone and in a batch of `BATCH`."""
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "SPARSIATTN_CACHE": cache}
-        (Path(cache) / "tuning.json").write_text("{}")
+        tune = [sys.executable, "-m", "sparsiattn", "tune"]
+        subprocess.run(tune, env=_paths(env), capture_output=True, check=True)
         found = [_elsewhere(env, seed, strategies) for seed in range(processes)]
     rows = found[0]
     differ = [name for name in rows if any(one[name]["sha256"] != rows[name]["sha256"]
@@ -46,19 +47,18 @@ def run(processes: int = 3, strategies: int | None = None) -> dict[str, Any]:
 
 
 def _elsewhere(env: dict[str, str], seed: int, strategies: int | None) -> dict[str, Any]:
-    here = Path(__file__).resolve().parent.parent
-    path = [str(here), str(here.parent), str(here.parent / "backbones"), env.get("PYTHONPATH", "")]
-    command = [
-        sys.executable,
-        "-m",
-        "reliability.determinism",
-        "--strategies",
-        str(strategies or 0),
-    ]
-    env = {**env, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(path)}
+    shown = ["--strategies", str(strategies or 0)]
+    command = [sys.executable, "-m", "reliability.determinism", *shown]
+    env = {**_paths(env), "PYTHONHASHSEED": str(seed)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _paths(env: dict[str, str]) -> dict[str, str]:
+    here = Path(__file__).resolve().parent.parent
+    path = [str(here), str(here.parent), str(here.parent / "backbones"), env.get("PYTHONPATH", "")]
+    return {**env, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def digests(strategies: int | None) -> dict[str, Any]:

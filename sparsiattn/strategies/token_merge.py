@@ -68,6 +68,11 @@ class TokenMerge(TokenStrategy):
         ratio = self.ratio
         if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
             raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
+        if ratio is not None and self.r != TokenMerge.r:
+            raise InvalidOption(
+                f"r and ratio are two ways to give one rate, got r={self.r!r} and ratio={ratio!r}: "
+                "give one of them"
+            )
         if isinstance(self.r, (list, tuple)) and not self._inflected():
             for r in self.r:
                 _check_rate(r)
