@@ -118,16 +118,18 @@ class Call:
         return self.attending(self.queries * self.keys)
 
 
-# Fitted to fp32 on one and two cores of a Xeon server (torch 2.15); half precision is taken to cost
-# the same there.
+# Fitted to fp32 on one and two cores of a Xeon and of an EPYC server (torch 2.15), the geometric
+# means of both; half precision is taken to cost the same there.
 _CPU = {
-    DENSE: Prices(1.5e-4, 1.12e-11, 2.3e-10, 1e-10, 1.56e-7),
-    PLANNING: Prices(8.7e-6, 2.8e-12, 1.14e-8, 3.3e-11, 2.4e-7),
-    "reference": Prices(5.5e-6, 6e-12, 2e-9, 2.4e-10, 1e-8),
-    "sdpa": Prices(4.5e-5, 7.1e-12, 1.3e-9, 2.1e-10, 1.1e-8),
-    "gather": Prices(1.94e-5, 1.01e-11, 1.11e-9, 1.15e-11, 5.6e-7),
-    "native": Prices(5e-6, 1.15e-11, 1e-10, 5e-12, 1e-7),
+    DENSE: Prices(2.9e-5, 1.44e-11, 2.53e-10, 1e-10, 1.6e-7),
+    PLANNING: Prices(1.4e-5, 5.92e-12, 1.47e-8, 1.5e-11, 1.8e-7),
+    "reference": Prices(1.8e-5, 1.45e-12, 3.62e-10, 2.6e-10, 8.1e-9),
+    "sdpa": Prices(1.9e-5, 2.38e-12, 2.55e-9, 1.5e-10, 1.5e-8),
+    "gather": Prices(7.3e-6, 1.71e-11, 6.81e-10, 2.5e-11, 5.1e-7),
+    "native": Prices(7.9e-7, 5.72e-12, 3.72e-10, 1.4e-11, 2.6e-8),
 }
+# where the code that `native` compiles plans as well
+_CPU_COMPILED = {**_CPU, PLANNING: Prices(3.8e-6, 3.25e-12, 8.79e-9, 6.5e-12, 3.5e-8)}
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {
     DENSE: Prices(1.2e-5, 4.5e-15, 1e-14, 5e-13),
@@ -148,8 +150,14 @@ _generation = 0
 def shipped(device: torch.device, dtype: torch.dtype) -> dict[str, Prices]:
     """Prices for machines that were never tuned."""
     if device.type != "cuda":
-        return _CPU
+        return _CPU_COMPILED if dtype == torch.float32 and _is_compiled() else _CPU
     return _CUDA_HALF if dtype.itemsize == 2 else _CUDA_SINGLE
+
+
+def _is_compiled() -> bool:
+    from sparsiattn.kernels.native import build  # kernels are priced here themselves
+
+    return build.is_loaded()
 
 
 def prices(kernel: str, call: Call) -> Prices:

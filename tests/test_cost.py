@@ -87,7 +87,7 @@ def test_speed_is_a_positive_number_on_every_device(kernel: Kernel, device: str)
 def test_shipped_prices_know_what_was_measured() -> None:
     """Rows of the README: where tiles win, where they lose, and that single queries never pay."""
     gather = Gather()
-    wins, loses = call_of(4096), call_of(1024, k=0.5)
+    wins, loses = call_of(4096), call_of(1024, k=0.75)
     assert gather.speed(*wins) > 2
     assert gather.speed(*loses) < 1
     assert gather.speed(*call_of(196, k=0.25, tile=1)) < 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from sparsiattn.methods.atrous import Atrous
 from sparsiattn.methods.bigbird import BigBird, draw
 from sparsiattn.methods.fibottention import Fibottention, banded, offsets
 from sparsiattn.methods.longformer import Longformer
+from sparsiattn.methods.lowrank import LowRank
+from sparsiattn.methods.sd_filter import SDFilter
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
@@ -125,8 +129,38 @@ class TestAtrousFused(StrategySuite):
 @pytest.mark.parametrize("prefix", [0, 5])
 @pytest.mark.parametrize(("window", "dilation"), [(1, 1), (3, 1), (3, 2), (5, 1)])
 def test_longformer_mask(window, dilation, prefix):
+    _check_longformer_mask(window, dilation, prefix)
+
+
+def test_windows_and_steps_far_beyond_the_grid():
+    most = 2**31 - 1
+    _check_longformer_mask(most, 1, 1)
+    _check_longformer_mask(3, most, 1)
+    far = Atrous(window=most, dilations=(most,), fuse=True)
+    assert torch.equal(mask_of(far, (3, 5), prefix=0)[0], torch.eye(15, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Longformer, dilation=2**31),
+        partial(Longformer, window=2**31 + 1),
+        partial(Atrous, window=10**20),
+        partial(Atrous, dilations=(10**20,)),
+        partial(Fibottention, w_max=10**20),
+        partial(LowRank, guide=10**20),
+        partial(SDFilter, width=10**20),
+    ],
+)
+def test_options_beyond_what_can_be_counted_are_refused(make):
+    with pytest.raises(InvalidOption, match=r"2147483647|below"):
+        make()
+
+
+def _check_longformer_mask(window, dilation, prefix):
     mask = mask_of(Longformer(window=window, dilation=dilation), (3, 5), prefix=prefix)
-    steps = [s * dilation for s in range(-(window // 2), window // 2 + 1)]
+    reach = min(window // 2, 5)
+    steps = [s * dilation for s in range(-reach, reach + 1)]
     for j, k in pairs(3, 5):
         wanted = j[0] - k[0] in steps and j[1] - k[1] in steps
         assert mask[:, j[0] * 5 + j[1], k[0] * 5 + k[1]].tolist() == [wanted] * 3

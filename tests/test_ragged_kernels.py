@@ -17,10 +17,11 @@ from flex_calls import flex_call
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn import Pattern
+from sparsiattn import Kernel, Pattern
 from sparsiattn.kernels import fmha, paged, varlen
 from sparsiattn.kernels.fmha import Found, XFormers
 from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Shim, Varlen
 from sparsiattn.patterns import KeyBlocks, Lengths
 from sparsiattn.testing.hosts import random_inputs
@@ -43,6 +44,19 @@ def by_image(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float | None)
         F.scaled_dot_product_attention(q[:, at], k[:, at], v[:, at], scale=scale) for at in parts
     ]
     return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", [Reference(), MaskedSDPA()], ids=lambda k: k.name)
+def test_nan_stays_in_its_image(kernel: Kernel) -> None:
+    inputs, pattern = packed_call()
+    whole = kernel(inputs, pattern)
+    broken = [x.clone() for x in (inputs.q, inputs.k, inputs.v)]
+    for x in broken:
+        x[..., 4:13, :] = torch.nan
+    found = kernel(inputs.replace(q=broken[0], k=broken[1], v=broken[2]), pattern)
+    assert found[..., 4:13, :].isnan().all()
+    for rows in (slice(4), slice(13, 21)):
+        torch.testing.assert_close(found[..., rows, :], whole[..., rows, :])
 
 
 class TestVarlen:

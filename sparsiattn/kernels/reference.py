@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from sparsiattn.cost import Call, Work
 from sparsiattn.derived import Derived
 from sparsiattn.kernel import Kernel
-from sparsiattn.patterns import Dense, Pattern
+from sparsiattn.patterns import Dense, Lengths, Pattern
 from sparsiattn.site import AttentionInputs
 from sparsiattn.summary import Summary
 
@@ -44,6 +46,10 @@ class Reference(Kernel):
     def _exact(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, Derived):
             return pattern.attend(inputs, self._every_key)
+        if isinstance(pattern, Lengths) and len(pattern.lengths) > 1:
+            # a mask would multiply another image's NaN by zero
+            each = zip(_images(inputs, pattern.lengths), pattern.lengths, strict=True)
+            return torch.cat([self._exact(one, Dense(n, n)) for one, n in each], dim=-2)
         logits = inputs.logits()
         keep = pattern.to_mask().to(logits.device)
         allowed = inputs.allowed()
@@ -62,6 +68,18 @@ class Reference(Kernel):
         on_keys, on_cells = p[..., : inputs.n_keys], p[..., inputs.n_keys :]
         spread = torch.einsum("bhng,bhngm->bhnm", on_cells, _per_query(weights, summary))
         return (on_keys + spread) @ inputs.v
+
+
+def _images(inputs: AttentionInputs, lengths: tuple[int, ...]) -> Iterator[AttentionInputs]:
+    """Packed images of these lengths, one by one."""
+    parts = (x.split(lengths, dim=-2) for x in (inputs.q, inputs.k, inputs.v))
+    bias: list[Tensor | None] = [None] * len(lengths)
+    if inputs.bias is not None:
+        whole = inputs.bias.expand(*inputs.bias.shape[:-2], inputs.n_queries, inputs.n_keys)
+        rows = enumerate(whole.split(lengths, dim=-2))
+        bias = [row.split(lengths, dim=-1)[i] for i, row in rows]
+    for q, k, v, b in zip(*parts, bias, strict=True):
+        yield inputs.replace(q=q, k=k, v=v, bias=b)
 
 
 def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:

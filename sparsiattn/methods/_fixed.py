@@ -97,12 +97,17 @@ def local_and_global(
     return keep.unsqueeze(0)
 
 
+MOST = 2**31 - 1
+"""No option counts further: tables of places are computed in 64 bits."""
+
+
 def check_count(option: str, value: object, least: int) -> None:
     """An int that is at least ``least``, or an error that says so."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidType(f"{option} must be an int >= {least}, got {value!r}")
-    if value < least:
-        raise InvalidOption(f"{option} must be an int >= {least}, got {value!r}")
+    if not least <= value <= MOST:
+        most = "" if value < least else f" and at most {MOST}"
+        raise InvalidOption(f"{option} must be an int >= {least}{most}, got {value!r}")
 
 
 def check_odd(option: str, value: int) -> None:

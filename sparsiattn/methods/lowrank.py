@@ -55,8 +55,10 @@ class LowRank(Strategy):
                 "rank must be a float in (0, 1] (a share of the head dim) or an int >= 1, got "
                 f"{self.rank!r}"
             )
-        if self.guide is not None and (type(self.guide) is not int or self.guide < 1):
-            raise InvalidOption(f"guide must be None or an int >= 1, got {self.guide!r}")
+        if self.guide is not None and (type(self.guide) is not int or not 0 < self.guide < 2**31):
+            raise InvalidOption(
+                f"guide must be None or an int >= 1 (below 2**31), got {self.guide!r}"
+            )
 
     def planner(self, site: Site) -> LowRankPlanner:
         return LowRankPlanner(self, site)

@@ -51,8 +51,8 @@ class SDFilter(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.width) is not int or self.width < 1:
-            raise InvalidOption(f"width must be an int >= 1, got {self.width!r}")
+        if type(self.width) is not int or not 0 < self.width < 2**31:
+            raise InvalidOption(f"width must be an int >= 1 (below 2**31), got {self.width!r}")
         if not isinstance(self.shared, bool):
             raise InvalidOption(f"shared must be True or False, got {self.shared!r}")
 

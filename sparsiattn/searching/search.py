@@ -200,7 +200,8 @@ class Search:
         low, high = 0, len(front) - 1
         while low <= high:
             middle = (low + high) // 2
-            most = self.model.macs(front[middle]) * 1.001 + 1
+            # the model is an estimate: with what it says alone, nothing might fit
+            most = max(self.model.macs(front[middle]), self.run(front[middle]).macs) * 1.001 + 1
             trial = self._timed(self.within(most, self.trials // 6 + 1))
             if trial.latency is not None and trial.latency <= bound:
                 fit.append(trial)

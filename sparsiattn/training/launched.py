@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def world(device: str | torch.device | None = None) -> World:
 def leave() -> None:
     """Disconnect, at the end of a program; nothing where nobody was connected."""
     if connected():
+        distributed.barrier()  # a process that ends first would pull the connection from the others
+        gc.collect()  # models in cycles hold groups, whose threads may not outlive the interpreter
         distributed.destroy_process_group()
 
 

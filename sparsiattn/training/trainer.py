@@ -193,7 +193,7 @@ class Trainer:
             if every is not None and at.step % every == 0:
                 run.gather()
                 self.keeper.keep(at, self.live, run)
-        if at.update == before:
+        if at.update == before and not at.batch:  # else a checkpoint was the last of its epoch
             raise DataError(
                 f"epoch {at.epoch} of stage {stage.name!r} gave fewer than "
                 f"{self.recipe.accumulation} batches: not one update could be made. Batches must "
