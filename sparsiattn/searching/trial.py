@@ -98,7 +98,7 @@ class Trials:
                 with live.disabled():
                     self.model(images)
 
-            found = paired(lambda: self.model(images), dense, rounds)
+            found = paired(dense, lambda: self.model(images), rounds)
         return float(found["ratio"])
 
 
