@@ -59,10 +59,11 @@ def attention() -> str:
     rows = [row for row in _core() if set(row["options"]) & {"k"}]
     rows = [row for row in rows if "keep" not in row["options"]]
     body = [
-        [label, fit, *(_score(found.get(k)) for k in BUDGETS)]
+        [label, fit, *(_score(found.get(k)) for k in BUDGETS), _speed(found.get(0.1))]
         for label, fit, found in _grouped(rows, "k")
     ]
-    return _table(["keys by", "fitted", *(f"k = {k}" for k in BUDGETS)], body)
+    head = ["keys by", "fitted", *(f"k = {k}" for k in BUDGETS), "speed, k = 0.1"]
+    return _table(head, body)
 
 
 def tokens() -> str:
@@ -72,7 +73,8 @@ def tokens() -> str:
     for row in rows:
         row["options"]["keep"] = row["options"].pop("ratio", row["options"].get("keep"))
     for label, fit, found in _grouped(rows, "keep"):
-        cells = [f"{_score(found.get(k))}{_left(found.get(k))}" for k in KEEPS]
+        rows_of = [found.get(k) for k in KEEPS]
+        cells = [", ".join(filter(None, (_score(r), _left(r), _speed(r)))) for r in rows_of]
         body.append([label, fit, *cells])
     return _table(["tokens by", "fitted", *(f"keep = {k}" for k in KEEPS)], body)
 
@@ -80,7 +82,12 @@ def tokens() -> str:
 def _left(row: Row | None) -> str:
     if row is None or row.get("macs") is None:
         return ""
-    return f", {100 * row['macs'] / row['macs_dense']:.0f} %"
+    return f"{100 * row['macs'] / row['macs_dense']:.0f} %"
+
+
+def _speed(row: Row | None) -> str:
+    """Images a second, patched over dense, where that was measured."""
+    return f"{row['speed']['ratio']:.2f}x" if row is not None and "speed" in row else ""
 
 
 def claims() -> str:

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,24 @@ def mass() -> str:
 
 
 def kernels() -> str:
+    """By processor, first with planning, then the kernel alone."""
     rows = [
         [
-            kernel,
-            f"{row['tokens']:,}",
-            str(row["k"]),
-            " x ".join(map(str, row["tile"])),
-            f"{row['with_planning']['ratio']:.2f}x",
-            f"{row['kernel_only']['ratio']:.2f}x",
+            kernel, f"{row['tokens']:,}", str(row["k"]), " x ".join(map(str, row["tile"])),
+            *(f"{one[part]['ratio']:.2f}x" if one else "" for one in (row, other)
+              for part in ("with_planning", "kernel_only")),
         ]
-        for kernel, name in (("`native`", "kernels-native-cpu"), ("`gather`", "kernels-cpu"))
-        for row in read(name)["speedup"]
-    ]
-    return table(["kernel", "tokens", "k", "tile", "kernel and planning", "kernel alone"], rows)
+        for kernel, name, also in (
+            ("`native`", "kernels-native-cpu", "kernels-native-epyc"),
+            ("`gather`", "kernels-cpu", None),
+        )
+        for row, other in zip_longest(
+            read(name)["speedup"], read(also)["speedup"] if also is not None else []
+        )
+    ]  # fmt: skip
+    parts = ["kernel and planning", "kernel alone"]
+    heads = [*(f"Xeon: {part}" for part in parts), *(f"EPYC: {part}" for part in parts)]
+    return table(["kernel", "tokens", "k", "tile", *heads], rows)
 
 
 def overhead() -> str:
@@ -169,6 +175,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "source token-quality-cifar": lambda: source("token-quality-cifar"),
     "source quality-cifar": lambda: source("quality-cifar"),
     "source kernels-native-cpu": lambda: source("kernels-native-cpu"),
+    "source kernels-native-epyc": lambda: source("kernels-native-epyc"),
     "source kernels-cpu": lambda: source("kernels-cpu"),
     "source overhead-cpu": lambda: source("overhead-cpu"),
     "source support": lambda: source("support"),

@@ -126,10 +126,10 @@ _CPU = {
     "reference": Prices(1.8e-5, 1.45e-12, 3.62e-10, 2.6e-10, 8.1e-9),
     "sdpa": Prices(1.9e-5, 2.38e-12, 2.55e-9, 1.5e-10, 1.5e-8),
     "gather": Prices(7.3e-6, 1.71e-11, 6.81e-10, 2.5e-11, 5.1e-7),
-    "native": Prices(7.9e-7, 5.72e-12, 3.72e-10, 1.4e-11, 2.6e-8),
+    "native": Prices(1.1e-06, 7.95e-12, 5.17e-10, 1.9e-11, 3.6e-08),
 }
 # where the code that `native` compiles plans as well
-_CPU_COMPILED = {**_CPU, PLANNING: Prices(3.8e-6, 3.25e-12, 8.79e-9, 6.5e-12, 3.5e-8)}
+_CPU_COMPILED = {**_CPU, PLANNING: Prices(5.6e-06, 4.78e-12, 1.29e-08, 9.6e-12, 5.1e-08)}
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {
     DENSE: Prices(1.2e-5, 4.5e-15, 1e-14, 5e-13),
