@@ -61,7 +61,7 @@ class TestOneShape:
         with patch(model, "topk", **OPTIONS) as handle, torch.no_grad():
             before = graphs()
             exact = model(x)
-            assert ran(handle) == {"sdpa"}
+            assert ran(handle) <= {"sdpa", "gather"}, "whichever is thought faster"
             assert dict(handle.runtimes[0].last.refusals)["flex"] == tuple(NOT_YET)
             assert graphs() == before
             assert handle.warmup(x) is handle
@@ -73,7 +73,7 @@ class TestOneShape:
                 model(tiny_images(2) + 1)
             assert graphs() == ready
             model(tiny_images(1))  # another batch size is another shape
-            assert ran(handle) == {"sdpa"}
+            assert ran(handle) <= {"sdpa", "gather"}, "whichever is thought faster"
             assert graphs() == ready
 
     def test_by_name_it_compiles_at_the_first_forward_and_not_before(self) -> None:
