@@ -119,7 +119,8 @@ class Call:
 
 
 # Fitted to fp32 on one and two cores of a Xeon and of an EPYC server (torch 2.15), the geometric
-# means of both; half precision is taken to cost the same there.
+# means of both (`native` and its planning: fitted to the latter, scaled by the ratios that both
+# measured); half precision is taken to cost the same there.
 _CPU = {
     DENSE: Prices(2.9e-5, 1.44e-11, 2.53e-10, 1e-10, 1.6e-7),
     PLANNING: Prices(1.4e-5, 5.92e-12, 1.47e-8, 1.5e-11, 1.8e-7),
