@@ -16,7 +16,7 @@ from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import flexcompile
 from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.planning import finish
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.site import AttentionInputs
 from sparsiattn.testing.hosts import random_inputs
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.cost import Call
 from sparsiattn.planning import finish
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 
 CASES = [

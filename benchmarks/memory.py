@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.planning import finish
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.scratch import SCRATCH
 from sparsiattn.strategies.connectivity import Connectivity
 

@@ -11,7 +11,6 @@ import sparsiattn.strategies  # noqa: F401
 from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
 from sparsiattn.blockmask import block_mask
-from sparsiattn.catalog import backbones, kernels, plugins, strategies
 from sparsiattn.creating import create_model
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
@@ -35,7 +34,6 @@ from sparsiattn.errors import (
 from sparsiattn.evaluation import Evaluation, evaluate
 from sparsiattn.exporting import Exported, export
 from sparsiattn.handle import Patch, patch_of, unpatch
-from sparsiattn.hookspecs import hookimpl
 from sparsiattn.hub import from_pretrained
 from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernel import Kernel
@@ -43,9 +41,11 @@ from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch
 from sparsiattn.patterns import Pattern, check_budget, count_of
-from sparsiattn.pluginapi import PLUGIN_API
 from sparsiattn.profiled import Profile
 from sparsiattn.profiling import profile
+from sparsiattn.registry.hookspecs import hookimpl
+from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
+from sparsiattn.registry.plugin_api import PLUGIN_API
 from sparsiattn.report import Report
 from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sparsiattn import catalog
 from sparsiattn.kernels import fmha
+from sparsiattn.registry import listing as catalog
 from sparsiattn.report import aligned
 
 CORE = (

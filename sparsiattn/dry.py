@@ -20,7 +20,7 @@ from sparsiattn.interception import THREAD
 from sparsiattn.probe import DryInputs, run_dry, shapes, skeleton
 from sparsiattn.ragged import Packed
 from sparsiattn.recalled import recalling
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner

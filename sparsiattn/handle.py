@@ -21,7 +21,7 @@ from sparsiattn.interception import THREAD, forget_compiled, install
 from sparsiattn.lifting import drop, lift
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.notes import NoteEntry, enclosing
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import (
     PLANNER,
     CloseScope,

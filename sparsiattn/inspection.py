@@ -18,7 +18,7 @@ from sparsiattn.handle import MARK, Patch, unwrap
 from sparsiattn.multihead import swap_back
 from sparsiattn.patching import Survey, live_patches, planned, survey
 from sparsiattn.probe import skeleton
-from sparsiattn.registry import METHODS, REGISTRY
+from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.runtime import PLANNER
 from sparsiattn.site import Site

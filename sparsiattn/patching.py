@@ -16,7 +16,7 @@ from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernel import Kernel
 from sparsiattn.layout import Layout
 from sparsiattn.probe import Call, DryInputs, probe, skeleton
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.selection import Sites, named, select

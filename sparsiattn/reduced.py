@@ -11,7 +11,7 @@ from sparsiattn.kernel import choose
 from sparsiattn.layout import canonical
 from sparsiattn.patterns import Lengths
 from sparsiattn.ragged import Packed
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import Operands, Options, SiteRuntime
 from sparsiattn.site import AttentionInputs
 from sparsiattn.strategy import Planner

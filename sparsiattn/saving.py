@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, MismatchedPatch
 from sparsiattn.origin import origin_of
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.savedfile import CONFIG, FORMAT, HOST, WEIGHTS, Saved, fingerprint, read, write
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.tokens import TokenStrategy

@@ -14,7 +14,7 @@ from torch import nn
 from sparsiattn.blocks import Block, find_blocks
 from sparsiattn.carrying import BlockRuntime
 from sparsiattn.errors import InvalidOption
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.schedule import token_budgets
 from sparsiattn.site import Site
 from sparsiattn.tokens import TokenStrategy

@@ -255,7 +255,7 @@ def _ragged(
 
 
 def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
-    from sparsiattn.registry import REGISTRY
+    from sparsiattn.registry.registry import REGISTRY
 
     small = inputs.q.shape[0] * inputs.q.shape[1] * inputs.n_queries * inputs.n_keys <= MOST_LOGITS
     found: list[Kernel] = [

@@ -18,9 +18,9 @@ from typing import Any
 import typer
 
 import sparsiattn
-from sparsiattn import hookspecs
 from sparsiattn.cli import app
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry import hookspecs
+from sparsiattn.registry.registry import REGISTRY
 
 FILE = Path(__file__).with_name("api.json")
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import sparsiattn
 from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
 from sparsiattn.probe import skeleton
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 
 MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller
 FEW_KEYS = 16  # in smaller windows than these, summaries of dropped keys are the keys themselves

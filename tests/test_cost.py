@@ -22,7 +22,7 @@ from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.patterns import KeyIndex, Lengths
 from sparsiattn.planning import finish
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing.hosts import random_inputs
 
 META = torch.device("meta")

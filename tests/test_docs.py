@@ -14,9 +14,9 @@ import pytest
 import typer
 
 import sparsiattn
-from sparsiattn import hookspecs
 from sparsiattn.cli import app
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry import hookspecs
+from sparsiattn.registry.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

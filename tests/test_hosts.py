@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsiattn
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing import BackboneSuite
 
 GENERIC = {"encoder"}  # says no input size

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sparsiattn import InvalidOption
 from sparsiattn.cli import app
-from sparsiattn.newplugin import new_plugin, rendered
+from sparsiattn.registry.new_plugin import new_plugin, rendered
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "plugin-template"

@@ -14,7 +14,7 @@ from sparsiattn import Kernel, Pattern, PluginError, pluginapi
 from sparsiattn.cli.listing import contents
 from sparsiattn.kernel import choose
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.registry import Registry
+from sparsiattn.registry.registry import Registry
 from sparsiattn.testing import temporary_plugin
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
@@ -77,7 +77,7 @@ class TestVersion:
         install("fine-dist", fine=states((1, 0)))
         registry = Registry()
         assert plugins.working(registry, "fine").deprecation == "(1, 0) goes"
-        monkeypatch.setattr("sparsiattn.catalog.REGISTRY", registry)
+        monkeypatch.setattr("sparsiattn.registry.listing.REGISTRY", registry)
         (row,) = [row for row in contents()["plugins"] if row["name"] == "fine"]
         assert row["status"] == "working; (1, 0) goes"
 
@@ -163,4 +163,4 @@ def test_temporary_plugin_does_not_hide_its_fault() -> None:
 
     with pytest.raises(PluginError, match="is taken by"), temporary_plugin(kernels=[Other()]):
         pytest.fail("the block must not run")
-    assert isinstance(sparsiattn.registry.REGISTRY.get("kernels", "reference"), Reference)
+    assert isinstance(sparsiattn.registry.registry.REGISTRY.get("kernels", "reference"), Reference)

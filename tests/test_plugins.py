@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, PluginError, Strategy, catalog, hookspecs
-from sparsiattn.registry import PluginInfo, Registry
+from sparsiattn.registry.registry import PluginInfo, Registry
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import StrategySuite
 from sparsiattn.testing.hosts import tiny_images, tiny_vit

@@ -30,7 +30,7 @@ from sparsiattn import (
 )
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.patterns import KeyIndex
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.savedfile import checksum, sealed
 
 CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"

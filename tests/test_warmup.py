@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, patch
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from sparsiattn.warmup import warm
 

@@ -22,7 +22,7 @@ IN_WHEEL = (
     "sparsiattn_backbones/py.typed",
     "sparsiattn/recipes/sparsifiner_deit_small.yaml",
     "sparsiattn/kernels/native/attention.c",
-    "sparsiattn/plugin_template/pyproject.toml.txt",
+    "sparsiattn/registry/registry/plugin_template/pyproject.toml.txt",
 )
 NOT_IN_WHEEL = ("tests/", "benchmarks/", "docs/", "examples/")
 USE = """

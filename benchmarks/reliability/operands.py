@@ -17,7 +17,7 @@ from sparsiattn.errors import SparsiattnError
 from sparsiattn.kernel import refusals
 from sparsiattn.patterns import Pattern
 from sparsiattn.planning import finish
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.site import AttentionInputs, Site
 
 SIDES = ((1, 1), (1, 2), (2, 2), (3, 2), (1, 7), (4, 4), (2, 8))

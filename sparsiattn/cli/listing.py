@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparsiattn.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from sparsiattn.registry import PluginInfo
+    from sparsiattn.registry.registry import PluginInfo
 
 
 def list_all(
@@ -36,7 +36,7 @@ def list_all(
 
 def contents() -> dict[str, list[dict[str, Any]]]:
     """What `list` prints, as plain data."""
-    from sparsiattn import catalog
+    from sparsiattn.registry import listing as catalog
 
     kinds = {
         "strategies": catalog.strategies(),

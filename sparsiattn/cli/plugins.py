@@ -21,7 +21,7 @@ def write_plugin(
 
     Example: sparsiattn new-plugin far-keys
     """
-    from sparsiattn.newplugin import new_plugin
+    from sparsiattn.registry.new_plugin import new_plugin
 
     with readable():
         folder = new_plugin(name, directory)

@@ -14,7 +14,7 @@ from sparsiattn.errors import ExportFailed, InvalidOption
 from sparsiattn.exporting.folding import fold
 from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.kernel import Kernel
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 
 KERNELS = ("gather", "sdpa", "reference")
 """Kernels of plain operators, which every runtime has; the fastest that takes a call is exported.

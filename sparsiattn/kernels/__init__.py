@@ -4,7 +4,6 @@ on CUDA, the former key blocks too."""
 
 from __future__ import annotations
 
-from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.flex import Flex
@@ -14,6 +13,7 @@ from sparsiattn.kernels.native.kernel import Native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Varlen
+from sparsiattn.registry.hookspecs import hookimpl
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsiattn.config import Config
-from sparsiattn.hookspecs import hookimpl
+from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.hybrid import Hybrid

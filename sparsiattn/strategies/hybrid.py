@@ -86,7 +86,7 @@ class Hybrid(Config):
 
 def _built(wanted: str | dict[str, Any]) -> Config:
     """A registered strategy by name, or from its JSON form."""
-    from sparsiattn.registry import REGISTRY
+    from sparsiattn.registry.registry import REGISTRY
 
     if isinstance(wanted, str):
         found: type[Config] = REGISTRY.get("strategies", wanted)

@@ -18,7 +18,7 @@ from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching import patch
 from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.planning import finish
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.site import AttentionInputs
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit

@@ -19,7 +19,7 @@ from sparsiattn.errors import SparsiattnError, UnknownName
 from sparsiattn.handle import Patch, patch_of
 from sparsiattn.patching import patch
 from sparsiattn.profiling import profile
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.saving import load
 from sparsiattn.strategy import LearnedPlanner
 from sparsiattn.testing.fresh import HEAVY, imported_by

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from sparsiattn.backbone import Backbone
-from sparsiattn.hookspecs import hookimpl
 from sparsiattn.kernel import Kernel
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.hookspecs import hookimpl
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategy import Strategy
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.patching import patch
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.training.recipe import Recipe, Stage
 from sparsiattn.training.trainable import has_planners, left_as_found
 

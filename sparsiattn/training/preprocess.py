@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, unknown
 from sparsiattn.handle import unwrap
-from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import REGISTRY
 
 SMALL = 96  # pixels: below it the usual crops cost more of the image than they gain
 _OURS = {

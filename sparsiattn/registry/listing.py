@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsiattn.kernel import reasons_of
-from sparsiattn.registry import REGISTRY, PluginInfo
+from sparsiattn.registry.registry import REGISTRY, PluginInfo
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from typing import Any
 
 import pluggy
 
-from sparsiattn import hookspecs, pluginapi
 from sparsiattn.backbone import Backbone
 from sparsiattn.config import Config
 from sparsiattn.errors import PluginError, unknown
-from sparsiattn.hookspecs import PROJECT
 from sparsiattn.kernel import Kernel
-from sparsiattn.pluginapi import PLUGIN_API, Version
+from sparsiattn.registry import hookspecs
+from sparsiattn.registry import plugin_api as pluginapi
+from sparsiattn.registry.hookspecs import PROJECT
+from sparsiattn.registry.plugin_api import PLUGIN_API, Version
 
 METHODS = "sparsiattn.methods"
 BUILTINS = (

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.pluginapi import PLUGIN_API
+from sparsiattn.registry.plugin_api import PLUGIN_API
 
 if sys.version_info >= (3, 11):
     from importlib.resources.abc import Traversable
@@ -75,7 +75,7 @@ def _templates(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_name(name: str) -> None:
-    from sparsiattn.registry import REGISTRY
+    from sparsiattn.registry.registry import REGISTRY
 
     package = name.replace("-", "_")
     if not NAME.fullmatch(name) or keyword.iskeyword(package):
