@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.blockmask import block_mask
+from sparsiattn.attention.block_masks import block_mask
 from sparsiattn.kernels.gather import Gather
 
 

@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsiattn.geometry import Tile
+from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.patterns import Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import flexcompile
-from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.site import AttentionInputs
 from sparsiattn.testing.hosts import random_inputs
 
 Call = tuple[AttentionInputs, Pattern]

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.planning import finish
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
 
 BUDGETS = (0.5, 0.25, 0.1)

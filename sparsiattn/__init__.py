@@ -8,9 +8,11 @@ from importlib import metadata as _metadata
 # become the functions that list what is registered.
 import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
+from sparsiattn.attention.block_masks import block_mask
+from sparsiattn.attention.patterns import Pattern, check_budget, count_of
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
-from sparsiattn.blockmask import block_mask
 from sparsiattn.creating import create_model
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
@@ -40,7 +42,6 @@ from sparsiattn.kernel import Kernel
 from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch
-from sparsiattn.patterns import Pattern, check_budget, count_of
 from sparsiattn.profiled import Profile
 from sparsiattn.profiling import profile
 from sparsiattn.registry.hookspecs import hookimpl
@@ -50,7 +51,6 @@ from sparsiattn.report import Report
 from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search
 from sparsiattn.showing import Shown, show
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
 from sparsiattn.tokens import LearnedTokens, Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import Recipe, TrainResult, calibrate, train

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.site import Site
 from sparsiattn.blocks import find_blocks
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
 from sparsiattn.handle import Patch
@@ -17,7 +18,6 @@ from sparsiattn.meter import ATTENTION, MLP, Section
 from sparsiattn.patching import Survey, survey
 from sparsiattn.probe import DryInputs
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

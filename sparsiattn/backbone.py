@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from sparsiattn import geometry
-from sparsiattn.geometry import Grid
-from sparsiattn.layout import Layout
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.site import Site
 from sparsiattn.multihead import why_not_reached
 from sparsiattn.nontokens import over_channels, pools
 from sparsiattn.probe import Call, DryInputs, image_inputs
-from sparsiattn.site import Site
 
 Pooling = Literal["prefix", "avg", "max", "other"]
 

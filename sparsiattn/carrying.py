@@ -15,16 +15,16 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from sparsiattn import geometry
+from sparsiattn.attention import geometry
+from sparsiattn.attention.layout import patch_grid
+from sparsiattn.attention.packed import Packed, pack, unpack
+from sparsiattn.attention.site import Site
+from sparsiattn.attention.token_state import Step, Stream, take
 from sparsiattn.blocks import Block, first_tensor
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.interception import THREAD
-from sparsiattn.layout import patch_grid
-from sparsiattn.ragged import Packed, pack, unpack
 from sparsiattn.runtime import image_of, metered
-from sparsiattn.site import Site
 from sparsiattn.strategy import AUTO_BLOCK, AUTO_TILE, TILE_FROM
-from sparsiattn.stream import Step, Stream, take
 from sparsiattn.tokens import Reduction, TokenInputs, TokenPlanner, TokenStrategy
 
 Carried = Stream | Packed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsiattn import tuningfile
-from sparsiattn.site import AttentionInputs
+from sparsiattn.attention.site import AttentionInputs
 
 # Names under which dense attention and planning are priced, beside those of the kernels.
 DENSE, PLANNING = "dense", "planning"

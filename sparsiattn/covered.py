@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from sparsiattn import tuningfile
+from sparsiattn.attention.site import Site
 from sparsiattn.cost import PLANNING
 from sparsiattn.kernel import Choice
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import Site
 from sparsiattn.strategies.connectivity import Connectivity
 
 

@@ -12,19 +12,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.packed import Packed
+from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.token_state import Stream
 from sparsiattn.carrying import BlockRuntime, Carried
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
 from sparsiattn.features import unwatch, watch
 from sparsiattn.handle import Patch, feature_modules, hook_up
 from sparsiattn.interception import THREAD
 from sparsiattn.probe import DryInputs, run_dry, shapes, skeleton
-from sparsiattn.ragged import Packed
 from sparsiattn.recalled import recalling
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
-from sparsiattn.stream import Stream
 
 T = TypeVar("T")
 

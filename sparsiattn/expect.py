@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsiattn import cost
+from sparsiattn.attention.patterns import Dense, Pattern, Ranked
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.cost import Call, Planning, Work
 from sparsiattn.dry import DryRun, dry_run, mac_counter
 from sparsiattn.kernel import Choice, choose
 from sparsiattn.notes import Notes
-from sparsiattn.patterns import Dense, Pattern, Ranked
 from sparsiattn.probe import skeleton
 from sparsiattn.runtime import SiteRuntime, tell
-from sparsiattn.site import AttentionInputs, Site
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsiattn import cost
+from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.carrying import BlockRuntime
 from sparsiattn.config import Config
@@ -30,7 +31,6 @@ from sparsiattn.runtime import (
     SiteRuntime,
     WatchImage,
 )
-from sparsiattn.site import Site
 from sparsiattn.sparing import hook_block
 from sparsiattn.storing import Storable
 from sparsiattn.strategy import LearnedPlanner
@@ -128,7 +128,7 @@ class Patch(Storable):
         Returns ``[B, N]`` (prefix tokens first, then patches in raster order) with positions in
         the final sequence: a merged or fused token has that of its cluster, a dropped one -1.
         """
-        from sparsiattn.ragged import source
+        from sparsiattn.attention.packed import source
 
         self._require_active("source")
         if not self.blocks or self.blocks[0].place == "bypass":

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.site import Site
 from sparsiattn.config import Config
 from sparsiattn.errors import SparsiattnError
 from sparsiattn.features import unwatch
-from sparsiattn.geometry import Grid
 from sparsiattn.handle import MARK, Patch, unwrap
 from sparsiattn.multihead import swap_back
 from sparsiattn.patching import Survey, live_patches, planned, survey
@@ -21,7 +22,6 @@ from sparsiattn.probe import skeleton
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.runtime import PLANNER
-from sparsiattn.site import Site
 
 NO_SITES = (
     "no module of the model calls scaled dot product attention (or writes it out) in a way that "

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import cost
-from sparsiattn.blockmask import BlockMask, Bucket
-from sparsiattn.derived import Computed, Logits, Output
-from sparsiattn.geometry import Tiles
+from sparsiattn.attention.background import Summary
+from sparsiattn.attention.block_masks import BlockMask, Bucket
+from sparsiattn.attention.derived import Computed, Logits, Output
+from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.patterns import Dense, KeyBlocks, KeyIndex, Lengths, Mask, Pattern
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.kernel import Choice
-from sparsiattn.patterns import Dense, KeyBlocks, KeyIndex, Lengths, Mask, Pattern
-from sparsiattn.site import AttentionInputs, Site
-from sparsiattn.summary import Summary
 
 # Patterns whose fields are known to say all there is to know about them.
 _KNOWN = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)

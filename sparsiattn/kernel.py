@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsiattn import cost
+from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.patterns import Mask, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Planning, Work
-from sparsiattn.derived import Derived
 from sparsiattn.errors import KernelRefused
-from sparsiattn.patterns import Mask, Pattern
-from sparsiattn.site import AttentionInputs
 
 
 class Kernel:
@@ -48,7 +48,7 @@ class Kernel:
     differentiable: ClassVar[bool] = True
     last_resort: ClassVar[bool] = False
     computes_derived: ClassVar[bool] = False
-    """Whether it knows plans that choose no keys (`sparsiattn.derived`); others are not asked."""
+    """Whether it knows plans that choose no keys (`sparsiattn.attention.derived`); others are not asked."""
 
     def unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import timing
+from sparsiattn.attention.patterns import Dense
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidType
 from sparsiattn.handle import Patch
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import choose
-from sparsiattn.patterns import Dense
 from sparsiattn.runtime import SiteRuntime, tell
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsiattn import cost
-from sparsiattn.derived import Derived
+from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.patterns import Dense, Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.dry import flop_counter
 from sparsiattn.interception import THREAD
 from sparsiattn.kernel import Choice
-from sparsiattn.patterns import Dense, Lengths, Pattern
-from sparsiattn.site import AttentionInputs
 from sparsiattn.strategy import Planner
 
 if TYPE_CHECKING:

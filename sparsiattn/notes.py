@@ -9,10 +9,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.site import Site
 from sparsiattn.blocks import first_tensor
 from sparsiattn.errors import ModelChanged
 from sparsiattn.interception import THREAD
-from sparsiattn.site import Site
 
 
 class Notes:

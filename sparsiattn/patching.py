@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone
 from sparsiattn.config import Config
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
 from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernel import Kernel
-from sparsiattn.layout import Layout
 from sparsiattn.probe import Call, DryInputs, probe, skeleton
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.selection import Sites, named, select
-from sparsiattn.site import Site
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategy import Budgets, Strategy

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn import geometry
-from sparsiattn.blockmask import BlockMask, with_prefix
-from sparsiattn.derived import Derived
-from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.geometry import Tiles
-from sparsiattn.kernels.native import planning as native
-from sparsiattn.patterns import (
+from sparsiattn.attention import geometry
+from sparsiattn.attention.background import CountedSummary, Summary
+from sparsiattn.attention.block_masks import BlockMask, with_prefix
+from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.patterns import (
     Dense,
     KeyBlocks,
     KeyIndex,
@@ -26,8 +25,9 @@ from sparsiattn.patterns import (
     blocks_within,
     count_of,
 )
-from sparsiattn.site import AttentionInputs
-from sparsiattn.summary import CountedSummary, Summary
+from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.kernels.native import planning as native
 
 
 def finish(

@@ -6,16 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.layout import canonical
+from sparsiattn.attention.packed import Packed
+from sparsiattn.attention.patterns import Lengths
+from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.token_state import Stream
 from sparsiattn.interception import THREAD
 from sparsiattn.kernel import choose
-from sparsiattn.layout import canonical
-from sparsiattn.patterns import Lengths
-from sparsiattn.ragged import Packed
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import Operands, Options, SiteRuntime
-from sparsiattn.site import AttentionInputs
 from sparsiattn.strategy import Planner
-from sparsiattn.stream import Stream
 
 
 def attention(

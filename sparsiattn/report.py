@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsiattn import cost, tuningfile
+from sparsiattn.attention.patterns import Dense, KeyLists, Pattern
+from sparsiattn.attention.site import Site
 from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
 from sparsiattn.expect import Expected, expect_all, site_at
 from sparsiattn.kernel import Choice
-from sparsiattn.patterns import Dense, KeyLists, Pattern
 from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import Site
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import planning
-from sparsiattn.derived import Derived
+from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.layout import NO_IMAGE, Layout, canonical
+from sparsiattn.attention.patterns import Dense, Pattern
+from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.token_state import Stream
 from sparsiattn.errors import ModelChanged
-from sparsiattn.geometry import Grid
 from sparsiattn.interception import (
     THREAD,
     Route,
@@ -25,12 +29,8 @@ from sparsiattn.interception import (
 )
 from sparsiattn.kept import Choices
 from sparsiattn.kernel import Choice, Kernel, choose
-from sparsiattn.layout import NO_IMAGE, Layout, canonical
 from sparsiattn.notes import leave, notes_at
-from sparsiattn.patterns import Dense, Pattern
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner, Strategy
-from sparsiattn.stream import Stream
 
 PLANNER = "sparsiattn"
 """Name of the child module that holds a site's learned planner."""

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from sparsiattn.attention.patterns import check_budget
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, unknown
-from sparsiattn.patterns import check_budget
-from sparsiattn.site import Site
 from sparsiattn.strategy import Strategy
 from sparsiattn.tokens import TokenStrategy
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidType, unknown
-from sparsiattn.site import Site
 
 Sites = str | re.Pattern[str] | Iterable[str] | Callable[[Site], bool]
 

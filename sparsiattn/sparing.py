@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsiattn.attention.token_state import take
 from sparsiattn.blocks import first_tensor
 from sparsiattn.carrying import (
     BlockRuntime,
@@ -20,7 +21,6 @@ from sparsiattn.carrying import (
     with_first,
 )
 from sparsiattn.interception import THREAD
-from sparsiattn.stream import take
 
 
 class EnterSpared:

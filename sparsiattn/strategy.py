@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.patterns import Budget, Pattern, check_budget, count_of
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.geometry import Tile
-from sparsiattn.patterns import Budget, Pattern, check_budget, count_of
-from sparsiattn.site import AttentionInputs, Site
 
 # From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
 TILE_FROM = 1024

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn.attention.site import Site
 from sparsiattn.blocks import Block, find_blocks
 from sparsiattn.carrying import BlockRuntime
 from sparsiattn.errors import InvalidOption
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.schedule import token_budgets
-from sparsiattn.site import Site
 from sparsiattn.tokens import TokenStrategy
 
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.patterns import Budget, count_of
+from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.token_state import Assign, Unfold, unsigned
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.geometry import Grid
-from sparsiattn.patterns import Budget, count_of
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import keep_missing
-from sparsiattn.stream import Assign, Unfold, unsigned
 
 RESTORE = ("auto", "unfold", "scatter", None)
 Place = Literal["entry", "middle", "exit"]

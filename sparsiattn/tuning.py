@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from sparsiattn import cost, timing, tuningfile
+from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.patterns import Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.cost import DENSE, PLANNING, Call, Prices, Work
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.geometry import Tile
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel, refusals
 from sparsiattn.kernels.native.kernel import compile_native
-from sparsiattn.patterns import Lengths, Pattern
-from sparsiattn.site import AttentionInputs, Site
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.
 MOST_LOGITS = 8 << 20
@@ -224,8 +224,8 @@ def _prepared(
 
 def planning_work(planner: Callable[[AttentionInputs], Pattern], inputs: AttentionInputs) -> Work:
     """What a planner does for these inputs, its multiplications counted as it runs."""
+    from sparsiattn.attention.patterns import Ranked
     from sparsiattn.dry import mac_counter
-    from sparsiattn.patterns import Ranked
 
     with mac_counter() as counter:
         wish = planner(inputs)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import reload
 from sparsiattn.errors import InvalidOption
 from sparsiattn.interception import THREAD
 from sparsiattn.kernel import Kernel, refusals
 from sparsiattn.measure import arguments
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import Pattern, Strategy
-from sparsiattn.blockmask import BlockMask, block_mask
+from sparsiattn.attention.block_masks import BlockMask, block_mask
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.planning import finish
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 

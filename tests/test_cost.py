@@ -14,13 +14,13 @@ import zoo
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, Site, cost
+from sparsiattn.attention.patterns import KeyIndex, Lengths
 from sparsiattn.cost import Call, Planning, Prices, Work
 from sparsiattn.kept import Choices, describe
 from sparsiattn.kernel import choose
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.patterns import KeyIndex, Lengths
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing.hosts import random_inputs

@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
+from sparsiattn.attention.patterns import KeyBlocks
 from sparsiattn.kernel import choose
 from sparsiattn.kernels import flexcompile
 from sparsiattn.kernels.flex import Flex, operands_of, static_of
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patterns import KeyBlocks
 from sparsiattn.planning import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparsiattn import geometry
+from sparsiattn.attention import geometry
 
 CPU = torch.device("cpu")
 SIDES = st.tuples(st.integers(1, 13), st.integers(1, 13))

@@ -48,9 +48,12 @@ def test_methods_use_public_names_only(file):
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from sparsiattn import Pattern, geometry", ["sparsiattn.geometry"]),
+        ("from sparsiattn import Pattern, geometry", ["sparsiattn.attention.geometry"]),
         ("import sparsiattn.kernels as k", ["sparsiattn.kernels"]),
-        ("def f():\n    from sparsiattn.patterns import Mask", ["sparsiattn.patterns"]),
+        (
+            "def f():\n    from sparsiattn.attention.patterns import Mask",
+            ["sparsiattn.attention.patterns"],
+        ),
         ("from .. import geometry", [".."]),
         ("from ..patterns import Mask", ["..patterns"]),
         ("from sparsiattn.methodsx import a", ["sparsiattn.methodsx"]),

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Strategy
+from sparsiattn.attention.patterns import KeyBlocks
 from sparsiattn.methods.bilevel import BiLevel
 from sparsiattn.methods.binary_topk import BinaryTopK, hamming
 from sparsiattn.methods.sd_filter import SDFilter, received
-from sparsiattn.patterns import KeyBlocks
 from sparsiattn.planning import finish
 from sparsiattn.testing import StrategySuite
 from sparsiattn.testing.hosts import (

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Site
+from sparsiattn.attention.patterns import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels.native import build, planning
 from sparsiattn.kernels.native.kernel import Native, compile_native
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patterns import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit

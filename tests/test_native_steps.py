@@ -10,11 +10,11 @@ import torch
 from test_native import KERNEL, call, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsiattn.attention.background import CountedSummary
+from sparsiattn.attention.patterns import KeyBlocks, Ranked
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patterns import KeyBlocks, Ranked
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.summary import CountedSummary
 
 
 @pytest.mark.usefixtures("compiled_native")

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
+from sparsiattn.attention.patterns import KeyIndex, count_of
 from sparsiattn.kernels import sparsiattn_kernels
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patterns import KeyIndex, count_of
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.testing.hosts import random_inputs

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
+from sparsiattn.attention.patterns import Lengths
 from sparsiattn.interception import THREAD
-from sparsiattn.patterns import Lengths
 from sparsiattn.planning import finish
 from sparsiattn.testing.hosts import random_inputs
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import Kernel, Pattern
+from sparsiattn.attention.patterns import KeyBlocks, Lengths
 from sparsiattn.kernels import fmha, paged, varlen
 from sparsiattn.kernels.fmha import Found, XFormers
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Shim, Varlen
-from sparsiattn.patterns import KeyBlocks, Lengths
 from sparsiattn.testing.hosts import random_inputs
 
 LENGTHS = (4, 9, 4, 4)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 import sparsiattn
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.interception import install
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
 from sparsiattn.testing import temporary_plugin
 

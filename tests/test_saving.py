@@ -28,8 +28,8 @@ from sparsiattn import (
     load,
     patch,
 )
+from sparsiattn.attention.patterns import KeyIndex
 from sparsiattn.kernels.gather import Gather
-from sparsiattn.patterns import KeyIndex
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.savedfile import checksum, sealed
 

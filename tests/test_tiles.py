@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from timm.models import VisionTransformer
 
 import sparsiattn
-from sparsiattn import carrying, geometry
-from sparsiattn.patterns import KeyBlocks, Pattern, Ranked
+from sparsiattn import carrying
+from sparsiattn.attention import geometry
+from sparsiattn.attention.patterns import KeyBlocks, Pattern, Ranked
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.local import Local

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn import dry, kernels
+from sparsiattn.attention.patterns import Lengths
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.patterns import Lengths
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 

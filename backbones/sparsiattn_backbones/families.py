@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from sparsiattn import Backbone
+from sparsiattn.attention.geometry import Grid
 from sparsiattn.backbone import Pooling
-from sparsiattn.geometry import Grid
 from sparsiattn.probe import Call
 
 POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from sparsiattn import Backbone
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Edit, Pooling
-from sparsiattn.geometry import Grid
-from sparsiattn.layout import Layout
 from sparsiattn.probe import Call, DryInputs, image_inputs
-from sparsiattn.site import Site
 from sparsiattn_backbones.families import sole_part
 from sparsiattn_backbones.stems import (
     along_time,

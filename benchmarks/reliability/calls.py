@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from reliability.outcomes import Wrong
+from sparsiattn.attention.patterns import KeyIndex, Pattern, count_of
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernel import Choice
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patterns import KeyIndex, Pattern, count_of
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.site import AttentionInputs
 
 RANKED = ("topk", "random", "local", "connectivity")
 

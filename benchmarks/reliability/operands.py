@@ -13,12 +13,12 @@ from reliability.calls import same_as_reference
 from reliability.drawn import shares
 from reliability.hosts import DTYPES
 from reliability.outcomes import Tally, Wrong
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import SparsiattnError
 from sparsiattn.kernel import refusals
-from sparsiattn.patterns import Pattern
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.site import AttentionInputs, Site
 
 SIDES = ((1, 1), (1, 2), (2, 2), (3, 2), (1, 7), (4, 4), (2, 8))
 BIASES = ("none", "none", "bool", "bool by image", "added", "added with -inf", "masks -100")

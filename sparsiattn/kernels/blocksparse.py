@@ -8,12 +8,12 @@ import os
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
+from sparsiattn.attention.site import MASKED_BELOW, AttentionInputs
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.gather import dense_rows, needs_grad
 from sparsiattn.kernels.slots import slot_macs, summary_count
-from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
-from sparsiattn.site import MASKED_BELOW, AttentionInputs
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # triton, too, reads this once: kernels then run on the CPU, slowly, to be tested

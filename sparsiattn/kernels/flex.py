@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.patterns import KeyBlocks, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import flexcompile
 from sparsiattn.kernels.flexcompile import Operands, Static
 from sparsiattn.kernels.gather import dense_rows, needs_grad
 from sparsiattn.kernels.slots import slot_macs, summary_count
-from sparsiattn.patterns import KeyBlocks, Pattern
-from sparsiattn.site import AttentionInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.patterns import KeyBlocks, Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import paged
 from sparsiattn.kernels.sdpa import lengths_work
 from sparsiattn.kernels.slots import slot_macs, summary_count
 from sparsiattn.kernels.varlen import ragged_refusals
-from sparsiattn.patterns import KeyBlocks, Lengths, Pattern
-from sparsiattn.site import AttentionInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")

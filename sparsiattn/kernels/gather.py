@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsiattn import geometry
-from sparsiattn.blockmask import BlockMask
+from sparsiattn.attention import geometry
+from sparsiattn.attention.background import Summary
+from sparsiattn.attention.block_masks import BlockMask
+from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Work
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel
@@ -22,10 +25,7 @@ from sparsiattn.kernels.gathered import (
     is_lean,
     tiles_at_once,
 )
-from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.scratch import SCRATCH
-from sparsiattn.site import AttentionInputs
-from sparsiattn.summary import Summary
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.

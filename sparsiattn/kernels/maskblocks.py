@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.blockmask import BlockMask
+from sparsiattn.attention.block_masks import BlockMask
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Work
 from sparsiattn.kernels.gathered import Operands, attend
-from sparsiattn.site import AttentionInputs
 
 
 def refusals(inputs: AttentionInputs, pattern: BlockMask) -> list[str]:

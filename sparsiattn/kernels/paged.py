@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.patterns import KeyBlocks
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernels.gather import dense_rows, needs_grad
-from sparsiattn.patterns import KeyBlocks
-from sparsiattn.site import AttentionInputs
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 MOST_TILES = 65_535

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.attention.background import Summary
+from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.patterns import Dense, Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Work
-from sparsiattn.derived import Derived
 from sparsiattn.kernel import Kernel
-from sparsiattn.patterns import Dense, Lengths, Pattern
-from sparsiattn.site import AttentionInputs
-from sparsiattn.summary import Summary
 
 
 class Reference(Kernel):

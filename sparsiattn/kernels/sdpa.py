@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.derived import Derived, Logits
+from sparsiattn.attention.patterns import Dense, KeyBlocks, KeyLists, Lengths, Mask, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Work
-from sparsiattn.derived import Derived, Logits
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernel import Kernel, attention_mask
-from sparsiattn.patterns import Dense, KeyBlocks, KeyLists, Lengths, Mask, Pattern
-from sparsiattn.site import AttentionInputs
 
 
 class MaskedSDPA(Kernel):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsiattn.patterns import KeyLists
-from sparsiattn.site import AttentionInputs
+from sparsiattn.attention.patterns import KeyLists
+from sparsiattn.attention.site import AttentionInputs
 
 
 def slot_macs(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.attention.patterns import Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Work
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels.sdpa import lengths_work
-from sparsiattn.patterns import Lengths, Pattern
-from sparsiattn.site import AttentionInputs
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.geometry import Grid
-from sparsiattn.site import AttentionInputs
-from sparsiattn.stream import Stream
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.token_state import Stream
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
 """Modules whose blocks cut windows in raster order and never shift them."""

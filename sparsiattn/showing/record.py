@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.patterns import Dense
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
 from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.interception import THREAD
-from sparsiattn.patterns import Dense
 from sparsiattn.progress import Advance
 from sparsiattn.showing import rows as attention
 from sparsiattn.showing.photo import photo
@@ -27,7 +28,6 @@ from sparsiattn.showing.placing import (
     window_of,
 )
 from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
 
 MOST = 6_000_000

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn.patterns import Dense, KeyLists, Pattern, scatter_true
-from sparsiattn.site import AttentionInputs
+from sparsiattn.attention.patterns import Dense, KeyLists, Pattern, scatter_true
+from sparsiattn.attention.site import AttentionInputs
 
 CHUNK = 1 << 22
 """Logits computed at a time: 16 MiB of float32."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.geometry import Grid
 from sparsiattn.errors import InvalidOption, unknown
-from sparsiattn.geometry import Grid
 
 VIEWS = ("overview", "layers", "heads", "tokens", "density")
 

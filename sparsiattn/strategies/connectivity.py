@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn import geometry
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid, Tile, Tiles
+from sparsiattn.attention.patterns import Budget, Pattern, Ranked, blocks_within
+from sparsiattn.attention.site import AttentionInputs, Site, products
 from sparsiattn.errors import InvalidOption
-from sparsiattn.geometry import Grid, Tile, Tiles
 from sparsiattn.kernels.native import planning as native
-from sparsiattn.patterns import Budget, Pattern, Ranked, blocks_within
-from sparsiattn.site import AttentionInputs, Site, products
 from sparsiattn.strategies.tables import channel_maps, initial_tables, resize_table
 from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
 

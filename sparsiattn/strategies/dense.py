@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.strategy import Strategy
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.patterns import Budget
+from sparsiattn.attention.site import Site
 from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, MismatchedPatch
-from sparsiattn.geometry import Tile
-from sparsiattn.patterns import Budget
-from sparsiattn.site import Site
 from sparsiattn.strategy import Budgets, Strategy
 from sparsiattn.tokens import TokenStrategy
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn import geometry
-from sparsiattn.geometry import Grid, Tile
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid, Tile
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.strategy import Budgets, Strategy
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn import geometry
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.attention import geometry
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.strategy import Budgets, Strategy
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn import geometry
-from sparsiattn.geometry import Grid
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid
 
 
 def initial_tables(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn import geometry
+from sparsiattn.attention import geometry
+from sparsiattn.attention.patterns import Budget, check_budget
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.patterns import Budget, check_budget
-from sparsiattn.site import Site
 from sparsiattn.strategies.predictor import KeepPredictor
 from sparsiattn.strategies.random import hashed
 from sparsiattn.tokens import Place, Reduction, TokenInputs, TokenPlanner, TokenStrategy

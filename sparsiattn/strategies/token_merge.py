@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn import geometry
+from sparsiattn.attention import geometry
+from sparsiattn.attention.site import Site
+from sparsiattn.attention.token_state import take
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.site import Site
-from sparsiattn.stream import take
 from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")

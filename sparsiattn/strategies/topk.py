@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.strategy import Budgets, Strategy
 
 

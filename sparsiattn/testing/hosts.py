@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.site import AttentionInputs, Site
+from sparsiattn.attention.site import AttentionInputs, Site
 
 
 def tiny_vit(**options: object) -> nn.Module:

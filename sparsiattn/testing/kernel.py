@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.derived import Derived
+from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.patterns import Lengths, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import KernelRefused
 from sparsiattn.handle import unpatch
 from sparsiattn.kernel import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching import patch
-from sparsiattn.patterns import Lengths, Pattern
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.site import AttentionInputs
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.plugin import temporary_plugin

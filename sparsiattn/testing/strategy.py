@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.patterns import Dense, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.notes import Notes
 from sparsiattn.patching import patch
-from sparsiattn.patterns import Dense, Pattern
 from sparsiattn.planning import finish
-from sparsiattn.site import AttentionInputs
 from sparsiattn.strategy import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_vit
 from sparsiattn.testing.laws import PatchSuite

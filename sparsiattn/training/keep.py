@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.patterns import count_of
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import patch_of
-from sparsiattn.patterns import count_of
 from sparsiattn.strategies.predictor import KeepPredictor
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.handle import Patch
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import Planner
 
 

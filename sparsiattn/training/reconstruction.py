@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.handle import Patch
-from sparsiattn.site import AttentionInputs, Site
 from sparsiattn.strategy import LearnedPlanner, Planner
 
 

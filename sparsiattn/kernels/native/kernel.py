@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsiattn import cost
+from sparsiattn.attention.background import CountedSummary, Summary
+from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.cost import Call, Work
 from sparsiattn.kernel import Kernel
 from sparsiattn.kernels.gather import needs_grad
@@ -13,9 +16,6 @@ from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import attention
 from sparsiattn.kernels.native.planning import CELLS, held
 from sparsiattn.kernels.slots import slot_macs, summary_count
-from sparsiattn.patterns import KeyBlocks, KeyLists, Pattern
-from sparsiattn.site import AttentionInputs
-from sparsiattn.summary import CountedSummary, Summary
 
 WIDEST = 256
 # queries of one vector, as attention.c counts them at most; tiles are padded to whole vectors

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsiattn.geometry import Tiles
+from sparsiattn.attention.geometry import Tiles
 from sparsiattn.kernels.native import build, ops
 from sparsiattn.kernels.native.ops import native_top
 

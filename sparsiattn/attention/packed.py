@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.token_state import Stream
 from sparsiattn.errors import InvalidOption
-from sparsiattn.stream import Stream
 
 
 @dataclass(frozen=True, eq=False)

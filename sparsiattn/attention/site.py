@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sparsiattn import geometry
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid, Tile, Tiles
 from sparsiattn.errors import InvalidOption
-from sparsiattn.geometry import Grid, Tile, Tiles
 
 if TYPE_CHECKING:
+    from sparsiattn.attention.patterns import Pattern
+    from sparsiattn.attention.token_state import Stream
     from sparsiattn.notes import Notes
-    from sparsiattn.patterns import Pattern
-    from sparsiattn.stream import Stream
 
 # A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
 MASKED_BELOW = -50.0
@@ -243,8 +243,8 @@ class AttentionInputs:
     def attention(self, pattern: Pattern | None = None) -> Tensor:
         """What torch's attention returns by a plan, dense without one: ``[B, H, Nq, Dv]``. For
         planners' losses."""
+        from sparsiattn.attention.patterns import Pattern as Plan
         from sparsiattn.kernels.sdpa import MaskedSDPA
-        from sparsiattn.patterns import Pattern as Plan
 
         return MaskedSDPA()(self, pattern or Plan.dense(self.n_queries, self.n_keys))
 

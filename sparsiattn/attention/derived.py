@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.attention.patterns import Pattern
+from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patterns import Pattern
-from sparsiattn.site import AttentionInputs
 
 DenseAttention = Callable[[AttentionInputs], Tensor]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsiattn.geometry import Grid
+from sparsiattn.attention.geometry import Grid
 
 Assign = Tensor | Callable[[], Tensor] | None
 Unfold = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparsiattn.geometry import Grid
+from sparsiattn.attention.geometry import Grid
 
 
 @dataclass(frozen=True, eq=False)

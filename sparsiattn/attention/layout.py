@@ -9,10 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sparsiattn import geometry
-from sparsiattn.geometry import Grid, Tile
-from sparsiattn.site import AttentionInputs, Site
-from sparsiattn.stream import Stream
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid, Tile
+from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.token_state import Stream
 
 # Stands for the shape of an image that the host was given as cut and padded patches: tokens are a
 # plain sequence then, whatever the grid was at patch time.

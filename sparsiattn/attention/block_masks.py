@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.attention.patterns import Mask
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.patterns import Mask
 
 
 @dataclass(frozen=True, eq=False)

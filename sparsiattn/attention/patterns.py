@@ -4,7 +4,7 @@ A planner returns `Dense`, `Mask`, `KeyIndex` or `Ranked`. The last one is a wis
 budget) that the core turns into a `KeyIndex` or `KeyBlocks` once prefix tokens, tiles and the
 host's masks are taken into account; the others are what kernels compute, and so is `Lengths`, the
 pattern of images with different numbers of tokens. Plans that choose no keys are in
-`sparsiattn.derived`.
+`sparsiattn.attention.derived`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.background import Summary
+from sparsiattn.attention.geometry import Tiles
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.geometry import Tiles
-from sparsiattn.summary import Summary
 
 if TYPE_CHECKING:
-    from sparsiattn.site import AttentionInputs
+    from sparsiattn.attention.site import AttentionInputs
 
 Budget = int | float
 
@@ -64,7 +64,7 @@ def blocks_within(k: Budget, n_keys: int, prefix: int, blocks: Tiles) -> int:
 class Pattern:
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
 
-    Planners make one with `dense`, `mask`, `index`, `top`, and those of `sparsiattn.derived`.
+    Planners make one with `dense`, `mask`, `index`, `top`, and those of `sparsiattn.attention.derived`.
 
     >>> Pattern.top(torch.tensor([[[[0.1, 0.7, 0.2]]]]), 2).to_mask().tolist()
     [[[[False, True, True]]]]
@@ -150,7 +150,7 @@ class Pattern:
         >>> Pattern.over(inputs, *mean).pairs()  # the prefix row sees 17 keys, 16 rows one
         33.0
         """
-        from sparsiattn.derived import over
+        from sparsiattn.attention.derived import over
 
         return over(inputs, k, v, q, bias)
 
@@ -159,7 +159,7 @@ class Pattern:
         """Attention by logits ``[B|1, H|1, Nq, Nk]`` that are known without QK^T; the host's bias
         is added to them. Set ``chooses = False`` on the strategy. Raises `InvalidOption` for
         shapes that do not fit."""
-        from sparsiattn.derived import by_logits
+        from sparsiattn.attention.derived import by_logits
 
         return by_logits(inputs, logits)
 
@@ -167,7 +167,7 @@ class Pattern:
     def output(inputs: AttentionInputs, value: Tensor) -> Pattern:
         """``value`` ``[B, H, Nq, Dv]`` in place of attention, of which nothing runs. Set ``chooses
         = False`` on the strategy. Raises `InvalidOption` for a shape that does not fit."""
-        from sparsiattn.derived import output
+        from sparsiattn.attention.derived import output
 
         return output(inputs, value)
 
