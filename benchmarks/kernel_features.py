@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.kernel import Kernel
-from sparsiattn.kernels import flexcompile
+from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing.hosts import random_inputs

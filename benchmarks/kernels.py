@@ -15,7 +15,7 @@ from common import paired, roof, write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.cost import Call
+from sparsiattn.kernels.cost import Call
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity

@@ -21,9 +21,9 @@ from common import write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
+from sparsiattn.kernels.workspace import SCRATCH
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.scratch import SCRATCH
 from sparsiattn.strategies.connectivity import Connectivity
 
 HEADS, WIDTH = 6, 64

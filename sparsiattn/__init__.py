@@ -38,7 +38,7 @@ from sparsiattn.exporting import Exported, export
 from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hub import from_pretrained
 from sparsiattn.inspection import Inspection, inspect
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.measure import measure_sites
 from sparsiattn.migrate import load_sparsifiner
 from sparsiattn.patching import patch

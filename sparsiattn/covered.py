@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sparsiattn import tuningfile
 from sparsiattn.attention.site import Site
-from sparsiattn.cost import PLANNING
-from sparsiattn.kernel import Choice
+from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels.base import Choice
+from sparsiattn.kernels.cost import PLANNING
 from sparsiattn.runtime import SiteRuntime
 from sparsiattn.strategies.connectivity import Connectivity
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsiattn.kernels import fmha
+from sparsiattn.kernels import xformers as fmha
 from sparsiattn.registry import listing as catalog
 from sparsiattn.report import aligned
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsiattn import cost
 from sparsiattn.attention.patterns import Dense, Pattern, Ranked
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.cost import Call, Planning, Work
 from sparsiattn.dry import DryRun, dry_run, mac_counter
-from sparsiattn.kernel import Choice, choose
+from sparsiattn.kernels import cost
+from sparsiattn.kernels.base import Choice, choose
+from sparsiattn.kernels.cost import Call, Planning, Work
 from sparsiattn.notes import Notes
 from sparsiattn.probe import skeleton
 from sparsiattn.runtime import SiteRuntime, tell

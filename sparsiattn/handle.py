@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsiattn import cost
 from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.carrying import BlockRuntime
@@ -19,6 +18,7 @@ from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
 from sparsiattn.interception import THREAD, forget_compiled, install
+from sparsiattn.kernels import cost
 from sparsiattn.lifting import drop, lift
 from sparsiattn.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.notes import NoteEntry, enclosing

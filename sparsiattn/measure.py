@@ -16,7 +16,7 @@ from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidType
 from sparsiattn.handle import Patch
 from sparsiattn.interception import dense_attention
-from sparsiattn.kernel import choose
+from sparsiattn.kernels.base import choose
 from sparsiattn.runtime import SiteRuntime, tell
 from sparsiattn.strategy import Planner
 

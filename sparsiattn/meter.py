@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsiattn import cost
 from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.patterns import Dense, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.dry import flop_counter
 from sparsiattn.interception import THREAD
-from sparsiattn.kernel import Choice
+from sparsiattn.kernels import cost
+from sparsiattn.kernels.base import Choice
 from sparsiattn.strategy import Planner
 
 if TYPE_CHECKING:

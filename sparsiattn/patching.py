@@ -15,7 +15,7 @@ from sparsiattn.backbone import Backbone
 from sparsiattn.config import Config
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
 from sparsiattn.handle import MARK, Patch, attach, unwrap
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.probe import Call, DryInputs, probe, skeleton
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime

@@ -27,7 +27,7 @@ from sparsiattn.attention.patterns import (
 )
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.kernels.native import planning as native
+from sparsiattn.kernels.native import scores as native
 
 
 def finish(

@@ -12,7 +12,7 @@ from sparsiattn.attention.patterns import Lengths
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.attention.token_state import Stream
 from sparsiattn.interception import THREAD
-from sparsiattn.kernel import choose
+from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import Operands, Options, SiteRuntime
 from sparsiattn.strategy import Planner

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsiattn import cost, tuningfile
 from sparsiattn.attention.patterns import Dense, KeyLists, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
 from sparsiattn.expect import Expected, expect_all, site_at
-from sparsiattn.kernel import Choice
+from sparsiattn.kernels import cost
+from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels.base import Choice
 from sparsiattn.probe import DryInputs, run_dry, skeleton
 from sparsiattn.runtime import SiteRuntime
 

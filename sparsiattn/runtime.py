@@ -27,8 +27,8 @@ from sparsiattn.interception import (
     pop,
     push,
 )
-from sparsiattn.kept import Choices
-from sparsiattn.kernel import Choice, Kernel, choose
+from sparsiattn.kernels.base import Choice, Kernel, choose
+from sparsiattn.kernels.choice_cache import Choices
 from sparsiattn.notes import leave, notes_at
 from sparsiattn.strategy import Planner, Strategy
 

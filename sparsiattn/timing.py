@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparsiattn.tuningfile import processor
+from sparsiattn.kernels.tuning_cache import processor
 
 
 def seconds(call: Callable[[], Any]) -> float:

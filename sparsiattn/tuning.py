@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn import cost, timing, tuningfile
+from sparsiattn import timing
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.cost import DENSE, PLANNING, Call, Prices, Work
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.interception import dense_attention
-from sparsiattn.kernel import Kernel, refusals
+from sparsiattn.kernels import cost
+from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels.base import Kernel, refusals
+from sparsiattn.kernels.cost import DENSE, PLANNING, Call, Prices, Work
 from sparsiattn.kernels.native.kernel import compile_native
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.

@@ -10,10 +10,10 @@ import torch
 
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import reload
 from sparsiattn.errors import InvalidOption
 from sparsiattn.interception import THREAD
-from sparsiattn.kernel import Kernel, refusals
+from sparsiattn.kernels.base import Kernel, refusals
+from sparsiattn.kernels.cost import reload
 from sparsiattn.measure import arguments
 
 if TYPE_CHECKING:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sparsiattn import cost, tuning, tuningfile
+from sparsiattn import tuning
 from sparsiattn.cli import app
+from sparsiattn.kernels import cost
+from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.tuning import Case
 
 

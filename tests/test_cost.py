@@ -15,9 +15,9 @@ import zoo
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, Site, cost
 from sparsiattn.attention.patterns import KeyIndex, Lengths
-from sparsiattn.cost import Call, Planning, Prices, Work
-from sparsiattn.kept import Choices, describe
-from sparsiattn.kernel import choose
+from sparsiattn.kernels.base import choose
+from sparsiattn.kernels.choice_cache import Choices, describe
+from sparsiattn.kernels.cost import Call, Planning, Prices, Work
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import sparsiattn
 from sparsiattn import diagnosis
 from sparsiattn.cli import app
-from sparsiattn.kernels import fmha
+from sparsiattn.kernels import xformers as fmha
 
 
 def found(group: str, name: str) -> Any:

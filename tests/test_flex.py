@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
 from sparsiattn.attention.patterns import KeyBlocks
-from sparsiattn.kernel import choose
-from sparsiattn.kernels import flexcompile
+from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.flex import Flex, operands_of, static_of
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.planning import finish

@@ -12,14 +12,14 @@ from torch._dynamo.utils import counters
 
 import sparsiattn
 from sparsiattn import Pattern
-from sparsiattn.kernels import fmha
-from sparsiattn.kernels.blocksparse import Triton
+from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.flex import Flex
-from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
+from sparsiattn.kernels.xformers import XFormers
 from sparsiattn.planning import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs

@@ -21,7 +21,8 @@ import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Site
 from sparsiattn.attention.patterns import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.errors import KernelRefused
-from sparsiattn.kernels.native import build, planning
+from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native import scores as planning
 from sparsiattn.kernels.native.kernel import Native, compile_native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.planning import finish

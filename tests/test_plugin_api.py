@@ -12,7 +12,7 @@ from test_plugins import HEAD, STRATEGIES, Install, source
 import sparsiattn
 from sparsiattn import Kernel, Pattern, PluginError, pluginapi
 from sparsiattn.cli.listing import contents
-from sparsiattn.kernel import choose
+from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.registry.registry import Registry
 from sparsiattn.testing import temporary_plugin

@@ -93,9 +93,9 @@ def test_a_kernel_of_unknown_operators_is_counted_by_its_work(
 
 def test_what_opaque_kernels_compute_by_hand() -> None:
     """Four tiles of 16 queries; a prefix key, 8 blocks of 4 keys, and 4 summary keys."""
-    from sparsiattn.kernels.blocksparse import Triton
     from sparsiattn.kernels.flex import Flex
-    from sparsiattn.kernels.fmha import XFormers
+    from sparsiattn.kernels.triton import Triton
+    from sparsiattn.kernels.xformers import XFormers
 
     inputs = random_inputs((8, 8), tile=(4, 4), block=(2, 2))
     pattern = finish(Pattern.top(inputs.logits(), 33), inputs, background=2)

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from sparsiattn import Kernel, Pattern
 from sparsiattn.attention.patterns import KeyBlocks, Lengths
-from sparsiattn.kernels import fmha, paged, varlen
-from sparsiattn.kernels.fmha import Found, XFormers
+from sparsiattn.kernels import paged, varlen
+from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Shim, Varlen
+from sparsiattn.kernels.xformers import Found, XFormers
 from sparsiattn.testing.hosts import random_inputs
 
 LENGTHS = (4, 9, 4, 4)
@@ -137,7 +138,7 @@ class TestProbe:
 
     def test_it_is_quiet_and_says_one_line(self) -> None:
         code = (
-            "from sparsiattn.kernels.fmha import probe; import sys\n"
+            "from sparsiattn.kernels.xformers import probe; import sys\n"
             "assert 'xformers' not in sys.modules and 'triton' not in sys.modules\n"
             "found = probe(); print(found.ops is None, found.reason)"
         )

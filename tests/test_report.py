@@ -11,8 +11,8 @@ import torch
 import zoo
 
 import sparsiattn
-from sparsiattn import cost
 from sparsiattn.expect import dry_site
+from sparsiattn.kernels import cost
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.strategies.connectivity import basis_cells
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import sparsiattn_kernels
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
 

@@ -14,14 +14,14 @@ from flex_calls import flex_call
 from torch import nn
 
 from sparsiattn import kernels, strategies
-from sparsiattn.kernels.blocksparse import Triton
 from sparsiattn.kernels.flex import Flex
-from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.native.kernel import Native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
+from sparsiattn.kernels.xformers import XFormers
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy

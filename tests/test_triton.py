@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import Pattern
-from sparsiattn.kernels.blocksparse import Triton
+from sparsiattn.kernels.triton import Triton
 from sparsiattn.planning import finish
 from sparsiattn.testing.hosts import random_inputs
 

@@ -14,10 +14,12 @@ import torch
 import zoo
 
 import sparsiattn
-from sparsiattn import cost, timing, tuning, tuningfile
-from sparsiattn.cost import Prices, Work
+from sparsiattn import timing, tuning
+from sparsiattn.kernels import cost
+from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels.cost import Prices, Work
+from sparsiattn.kernels.tuning_cache import TuningIgnored
 from sparsiattn.tuning import Case, Measured
-from sparsiattn.tuningfile import TuningIgnored
 
 CPU = torch.device("cpu")
 CASES = (

@@ -17,10 +17,10 @@ from torch import Tensor
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
 from sparsiattn.attention.patterns import Dense, KeyIndex
-from sparsiattn.kernel import Kernel
 from sparsiattn.kernels._triton.ops import key_list_attention
-from sparsiattn.kernels.blocksparse import Triton
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.triton import Triton
 from sparsiattn.planning import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs

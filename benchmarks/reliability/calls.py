@@ -12,7 +12,7 @@ from torch import Tensor
 from reliability.outcomes import Wrong
 from sparsiattn.attention.patterns import KeyIndex, Pattern, count_of
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.kernel import Choice
+from sparsiattn.kernels.base import Choice
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.runtime import SiteRuntime
 

@@ -16,7 +16,7 @@ from reliability.outcomes import Tally, Wrong
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.kernel import refusals
+from sparsiattn.kernels.base import refusals
 from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsiattn.errors import ExportFailed, InvalidOption
 from sparsiattn.exporting.folding import fold
 from sparsiattn.handle import Patch, patch_of, unwrap
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY
 
 KERNELS = ("gather", "sdpa", "reference")

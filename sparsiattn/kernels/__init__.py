@@ -4,15 +4,15 @@ on CUDA, the former key blocks too."""
 
 from __future__ import annotations
 
-from sparsiattn.kernel import Kernel
-from sparsiattn.kernels.blocksparse import Triton
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.flex import Flex
-from sparsiattn.kernels.fmha import XFormers
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.native.kernel import Native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
+from sparsiattn.kernels.xformers import XFormers
 from sparsiattn.registry.hookspecs import hookimpl
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sparsiattn.attention.patterns import KeyBlocks, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.kernel import Kernel
-from sparsiattn.kernels import flexcompile
-from sparsiattn.kernels.flexcompile import Operands, Static
+from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.flex_compile import Operands, Static
 from sparsiattn.kernels.gather import dense_rows, needs_grad
-from sparsiattn.kernels.slots import slot_macs, summary_count
+from sparsiattn.kernels.padding import slot_macs, summary_count
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16

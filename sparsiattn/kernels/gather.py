@@ -14,18 +14,18 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call, Work
 from sparsiattn.interception import dense_attention
-from sparsiattn.kernel import Kernel
-from sparsiattn.kernels import maskblocks
-from sparsiattn.kernels.gathered import (
+from sparsiattn.kernels import masked_tiles as maskblocks
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.gather_ops import (
     Operands,
     attend,
     attend_in_scratch,
     is_lean,
     tiles_at_once,
 )
-from sparsiattn.scratch import SCRATCH
+from sparsiattn.kernels.workspace import SCRATCH
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.

@@ -12,8 +12,8 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.patterns import Dense, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call, Work
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import Call, Work
 
 
 class Reference(Kernel):

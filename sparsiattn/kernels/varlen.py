@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call, Work
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import Call, Work
 from sparsiattn.kernels.sdpa import lengths_work
 
 HALF = (torch.float16, torch.bfloat16)

@@ -8,7 +8,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from sparsiattn.backbone import Backbone
-    from sparsiattn.kernel import Kernel
+    from sparsiattn.kernels.base import Kernel
     from sparsiattn.strategy import Strategy
 
 PROJECT = "sparsiattn"

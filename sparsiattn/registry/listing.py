@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sparsiattn.kernel import reasons_of
+from sparsiattn.kernels.base import reasons_of
 from sparsiattn.registry.registry import REGISTRY, PluginInfo
 
 

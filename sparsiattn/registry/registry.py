@@ -22,7 +22,7 @@ import pluggy
 from sparsiattn.backbone import Backbone
 from sparsiattn.config import Config
 from sparsiattn.errors import PluginError, unknown
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry import hookspecs
 from sparsiattn.registry import plugin_api as pluginapi
 from sparsiattn.registry.hookspecs import PROJECT

@@ -15,7 +15,7 @@ from sparsiattn.attention.geometry import Grid, Tile, Tiles
 from sparsiattn.attention.patterns import Budget, Pattern, Ranked, blocks_within
 from sparsiattn.attention.site import AttentionInputs, Site, products
 from sparsiattn.errors import InvalidOption
-from sparsiattn.kernels.native import planning as native
+from sparsiattn.kernels.native import scores as native
 from sparsiattn.strategies.tables import channel_maps, initial_tables, resize_table
 from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
 

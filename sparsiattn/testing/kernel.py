@@ -15,7 +15,7 @@ from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import KernelRefused
 from sparsiattn.handle import unpatch
-from sparsiattn.kernel import Kernel, refusals
+from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching import patch
 from sparsiattn.planning import finish

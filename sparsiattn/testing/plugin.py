@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from sparsiattn.backbone import Backbone
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategy import Strategy

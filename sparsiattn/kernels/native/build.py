@@ -22,7 +22,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from sparsiattn import tuningfile
+from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.native import launch
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

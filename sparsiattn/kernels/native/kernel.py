@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsiattn import cost
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call, Work
-from sparsiattn.kernel import Kernel
+from sparsiattn.kernels import cost
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import Call, Work
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import attention
-from sparsiattn.kernels.native.planning import CELLS, held
-from sparsiattn.kernels.slots import slot_macs, summary_count
+from sparsiattn.kernels.native.scores import CELLS, held
+from sparsiattn.kernels.padding import slot_macs, summary_count
 
 WIDEST = 256
 # queries of one vector, as attention.c counts them at most; tiles are padded to whole vectors

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsiattn.scratch import SCRATCH
+from sparsiattn.kernels.workspace import SCRATCH
 
 # The orders of `Call` in chunks.c, and of `Plan` and `Top` in plan.c.
 _CALL = struct.Struct("@32q12Pd")

@@ -101,7 +101,7 @@ def _score(
     salience: bool,
 ) -> tuple[Tensor, Tensor]:
     """Scores of `connectivity`, ``[B, H, T, U]``, and the places of the best of each row, as `_top`
-    gives them, ``[B, H, T, count]``; see `sparsiattn.kernels.native.planning`.
+    gives them, ``[B, H, T, count]``; see `sparsiattn.kernels.native.scores`.
 
     q, k: ``[B, H, N, D]`` float32. order, block_order: patch tokens of tiles ``[T, t]`` and blocks
     ``[U, g]``; held, block_held: how many of them count, None means all. down, up: ``[P + U, K]``.

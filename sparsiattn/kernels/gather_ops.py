@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.interception import dense_attention
-from sparsiattn.scratch import SCRATCH
+from sparsiattn.kernels.workspace import SCRATCH
 
 # Gathered keys, values and logits of a chunk of tiles, in elements: on a CPU they stay in cache,
 # on a GPU a launch should be worth its while; a compiler unrolls the loop.

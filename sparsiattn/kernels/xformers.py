@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sparsiattn.attention.patterns import KeyBlocks, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call
-from sparsiattn.kernel import Kernel
 from sparsiattn.kernels import paged
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import Call
+from sparsiattn.kernels.padding import slot_macs, summary_count
 from sparsiattn.kernels.sdpa import lengths_work
-from sparsiattn.kernels.slots import slot_macs, summary_count
 from sparsiattn.kernels.varlen import ragged_refusals
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call, Work
-from sparsiattn.kernels.gathered import Operands, attend
+from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.gather_ops import Operands, attend
 
 
 def refusals(inputs: AttentionInputs, pattern: BlockMask) -> list[str]:

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsiattn import cost
 from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.patterns import Mask, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.cost import Call, Planning, Work
 from sparsiattn.errors import KernelRefused
+from sparsiattn.kernels import cost
+from sparsiattn.kernels.cost import Call, Planning, Work
 
 
 class Kernel:
@@ -25,7 +25,7 @@ class Kernel:
     ``last_resort`` only where no other works. Both may look at the site, the options, and the
     shapes, strides, dtypes and devices of tensors, at grad mode, autocast and inference mode, but
     never at values: answers are kept for calls that agree in all of these. Whoever changes an
-    answer (compiles a kernel, say) calls `sparsiattn.cost.reload`.
+    answer (compiles a kernel, say) calls `sparsiattn.kernels.cost.reload`.
 
     >>> from sparsiattn.testing.kernel import cases
     >>> class Plain(Kernel):

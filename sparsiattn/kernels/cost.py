@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsiattn import tuningfile
 from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.kernels import tuning_cache as tuningfile
 
 # Names under which dense attention and planning are priced, beside those of the kernels.
 DENSE, PLANNING = "dense", "planning"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.attention.site import MASKED_BELOW, AttentionInputs
-from sparsiattn.kernel import Kernel
 from sparsiattn.kernels._triton.ops import key_list_attention
+from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.gather import dense_rows, needs_grad
-from sparsiattn.kernels.slots import slot_macs, summary_count
+from sparsiattn.kernels.padding import slot_macs, summary_count
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # triton, too, reads this once: kernels then run on the CPU, slowly, to be tested

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn import cost
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.block_masks import BlockMask, Bucket
 from sparsiattn.attention.derived import Computed, Logits, Output
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.patterns import Dense, KeyBlocks, KeyIndex, Lengths, Mask, Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.kernel import Choice
+from sparsiattn.kernels import cost
+from sparsiattn.kernels.base import Choice
 
 # Patterns whose fields are known to say all there is to know about them.
 _KNOWN = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)
