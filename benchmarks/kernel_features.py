@@ -16,8 +16,8 @@ from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernels import flex_compile as flexcompile
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
 Call = tuple[AttentionInputs, Pattern]

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.kernels.cost import Call
-from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 
 CASES = [
     (1024, 0.1, (8, 8)),

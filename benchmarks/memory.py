@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.kernels.workspace import SCRATCH
-from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 
 HEADS, WIDTH = 6, 64
 

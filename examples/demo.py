@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.planning import finish
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies.finalize import finish
 
 BUDGETS = (0.5, 0.25, 0.1)
 TOKENS: dict[str, dict[str, Any]] = {

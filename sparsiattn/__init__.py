@@ -51,8 +51,8 @@ from sparsiattn.report import Report
 from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search
 from sparsiattn.showing import Shown, show
-from sparsiattn.strategy import LearnedPlanner, Planner, Strategy
-from sparsiattn.tokens import LearnedTokens, Reduction, TokenInputs, TokenStrategy
+from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
+from sparsiattn.strategies.token_base import LearnedTokens, Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.tuning import Tuning, tune
 

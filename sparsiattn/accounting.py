@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from sparsiattn.meter import Attended
+from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategy import Strategy
 
 Accounting = Literal["own", "computed", "paper"]
 """own: the pairs that a pattern keeps, summary keys and their pooling among them, and all that

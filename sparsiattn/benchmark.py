@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from sparsiattn import timing
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.patching import patch
 from sparsiattn.report import Report
+from sparsiattn.strategies.config import Config
 
 
 @dataclass(frozen=True)

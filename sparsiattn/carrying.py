@@ -24,8 +24,8 @@ from sparsiattn.blocks import Block, first_tensor
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.interception import THREAD
 from sparsiattn.runtime import image_of, metered
-from sparsiattn.strategy import AUTO_BLOCK, AUTO_TILE, TILE_FROM
-from sparsiattn.tokens import Reduction, TokenInputs, TokenPlanner, TokenStrategy
+from sparsiattn.strategies.base import AUTO_BLOCK, AUTO_TILE, TILE_FROM
+from sparsiattn.strategies.token_base import Reduction, TokenInputs, TokenPlanner, TokenStrategy
 
 Carried = Stream | Packed
 

@@ -24,7 +24,7 @@ from sparsiattn.probe import DryInputs, run_dry, shapes, skeleton
 from sparsiattn.recalled import recalling
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import SiteRuntime
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from torch import nn
 from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.carrying import BlockRuntime
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
 from sparsiattn.interception import THREAD, forget_compiled, install
@@ -33,8 +32,9 @@ from sparsiattn.runtime import (
 )
 from sparsiattn.sparing import hook_block
 from sparsiattn.storing import Storable
-from sparsiattn.strategy import LearnedPlanner
-from sparsiattn.tokens import TokenStrategy
+from sparsiattn.strategies.base import LearnedPlanner
+from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.token_base import TokenStrategy
 
 if TYPE_CHECKING:
     from sparsiattn.report import Report

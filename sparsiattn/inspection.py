@@ -12,7 +12,6 @@ from torch import nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import Site
-from sparsiattn.config import Config
 from sparsiattn.errors import SparsiattnError
 from sparsiattn.features import unwatch
 from sparsiattn.handle import MARK, Patch, unwrap
@@ -22,6 +21,7 @@ from sparsiattn.probe import skeleton
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.runtime import PLANNER
+from sparsiattn.strategies.config import Config
 
 NO_SITES = (
     "no module of the model calls scaled dot product attention (or writes it out) in a way that "

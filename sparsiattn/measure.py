@@ -18,7 +18,7 @@ from sparsiattn.handle import Patch
 from sparsiattn.interception import dense_attention
 from sparsiattn.kernels.base import choose
 from sparsiattn.runtime import SiteRuntime, tell
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
 
 
 def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, float]:

@@ -23,7 +23,7 @@ from sparsiattn.dry import flop_counter
 from sparsiattn.interception import THREAD
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
 
 if TYPE_CHECKING:
     from sparsiattn.carrying import BlockRuntime

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sparsiattn.errors import MismatchedPatch
 from sparsiattn.handle import Patch
 from sparsiattn.patching import patch
+from sparsiattn.strategies.base import Budgets
 from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategy import Budgets
 
 _NAMES = {
     "proj_n": "down",

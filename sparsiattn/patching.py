@@ -12,7 +12,6 @@ from torch import nn
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone
-from sparsiattn.config import Config
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
 from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernels.base import Kernel
@@ -21,11 +20,12 @@ from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.selection import Sites, named, select
+from sparsiattn.strategies.base import Budgets, Strategy
+from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.strategy import Budgets, Strategy
+from sparsiattn.strategies.token_base import TokenStrategy
 from sparsiattn.tokenplan import carry
-from sparsiattn.tokens import TokenStrategy
 
 
 def patch(

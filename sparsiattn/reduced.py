@@ -15,7 +15,7 @@ from sparsiattn.interception import THREAD
 from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import Operands, Options, SiteRuntime
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
 
 
 def attention(

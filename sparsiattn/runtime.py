@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sparsiattn import planning
 from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE, Layout, canonical
@@ -30,7 +29,8 @@ from sparsiattn.interception import (
 from sparsiattn.kernels.base import Choice, Kernel, choose
 from sparsiattn.kernels.choice_cache import Choices
 from sparsiattn.notes import leave, notes_at
-from sparsiattn.strategy import Planner, Strategy
+from sparsiattn.strategies import finalize as planning
+from sparsiattn.strategies.base import Planner, Strategy
 
 PLANNER = "sparsiattn"
 """Name of the child module that holds a site's learned planner."""

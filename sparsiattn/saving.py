@@ -11,13 +11,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, MismatchedPatch
 from sparsiattn.origin import origin_of
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.savedfile import CONFIG, FORMAT, HOST, WEIGHTS, Saved, fingerprint, read, write
+from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.tokens import TokenStrategy
+from sparsiattn.strategies.token_base import TokenStrategy
 
 if TYPE_CHECKING:
     from sparsiattn.handle import Patch

@@ -12,8 +12,8 @@ from typing import Any
 from sparsiattn.attention.patterns import check_budget
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, unknown
-from sparsiattn.strategy import Strategy
-from sparsiattn.tokens import TokenStrategy
+from sparsiattn.strategies.base import Strategy
+from sparsiattn.strategies.token_base import TokenStrategy
 
 Schedule = Mapping[str, Any] | str | PathLike[str] | None
 

@@ -17,7 +17,7 @@ from sparsiattn.carrying import BlockRuntime
 from sparsiattn.errors import InvalidOption
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.schedule import token_budgets
-from sparsiattn.tokens import TokenStrategy
+from sparsiattn.strategies.token_base import TokenStrategy
 
 
 def carry(handle: Any, bones: nn.Module, tokens: TokenStrategy, schedule: dict[str, Any]) -> None:

@@ -208,8 +208,8 @@ def _prepared(
     case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Prepared:
     """Random operands, what plans for them, and the work of planning."""
-    from sparsiattn.planning import finish
     from sparsiattn.strategies.connectivity import Connectivity
+    from sparsiattn.strategies.finalize import finish
 
     if case.k is None:
         return _ragged(case, device, dtype, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
 

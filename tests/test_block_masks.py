@@ -21,7 +21,7 @@ from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 

@@ -21,8 +21,8 @@ from sparsiattn.kernels.cost import Call, Planning, Prices, Work
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
 META = torch.device("meta")

@@ -18,7 +18,7 @@ from sparsiattn.kernels import flex_compile as flexcompile
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.flex import Flex, operands_of, static_of
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.kernel import Case, cases

@@ -20,7 +20,7 @@ from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
 from sparsiattn.kernels.xformers import XFormers
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, Case, _gradients, _on

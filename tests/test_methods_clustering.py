@@ -21,9 +21,9 @@ from sparsiattn.methods.clusters import Clustering, published_counts, squared_di
 from sparsiattn.methods.dpc_knn import DPCKNN, density_peaks
 from sparsiattn.methods.expedit import Expedit
 from sparsiattn.methods.kmedoids import KMedoids, weighted_medoids
+from sparsiattn.strategies.token_base import TokenInputs
 from sparsiattn.testing import TokenStrategySuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
-from sparsiattn.tokens import TokenInputs
 
 
 class _OnTwoBlocks(TokenStrategySuite):

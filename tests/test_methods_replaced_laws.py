@@ -20,9 +20,9 @@ from sparsiattn.methods.hypergraph import Hypergraph
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
+from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.strategy import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
 ALL: list[Strategy] = [

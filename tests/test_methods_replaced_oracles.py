@@ -18,7 +18,7 @@ from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
 from sparsiattn.notes import Notes
-from sparsiattn.strategy import Strategy
+from sparsiattn.strategies.base import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
 

@@ -14,7 +14,7 @@ from sparsiattn.attention.patterns import KeyBlocks
 from sparsiattn.methods.bilevel import BiLevel
 from sparsiattn.methods.binary_topk import BinaryTopK, hamming
 from sparsiattn.methods.sd_filter import SDFilter, received
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import StrategySuite
 from sparsiattn.testing.hosts import (
     random_inputs,

@@ -25,8 +25,8 @@ from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native import scores as planning
 from sparsiattn.kernels.native.kernel import Native, compile_native
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
 ROOT = Path(__file__).resolve().parent.parent

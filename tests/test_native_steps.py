@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsiattn.attention.background import CountedSummary
 from sparsiattn.attention.patterns import KeyBlocks, Ranked
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 
 
 @pytest.mark.usefixtures("compiled_native")

@@ -19,8 +19,8 @@ from sparsiattn.attention.patterns import KeyIndex, count_of
 from sparsiattn.kernels import sparsiattn_kernels
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
 # those that compute any mask on any device

@@ -19,7 +19,7 @@ import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
 from sparsiattn.attention.patterns import Lengths
 from sparsiattn.interception import THREAD
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
 # -- what kernels compute --

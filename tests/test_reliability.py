@@ -13,7 +13,7 @@ import sparsiattn
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Site
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
 ROOT = Path(__file__).resolve().parent.parent

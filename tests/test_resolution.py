@@ -9,11 +9,11 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.planning import finish
+from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies.basis import resize_table
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.local import Local
-from sparsiattn.strategies.tables import resize_table
-from sparsiattn.strategy import Planner
 
 
 def dynamic_vit() -> nn.Module:

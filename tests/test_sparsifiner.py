@@ -15,8 +15,8 @@ import sparsiattn
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.kernels import sparsiattn_kernels
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 
 NAMES = {"proj_n": "down", "proj_back_n": "up"}
 NAMES |= {f"proj_c_{x}.{p}": f"project_{x}.{p}" for x in "qk" for p in ("weight", "bias")}

@@ -12,8 +12,8 @@ import sparsiattn
 from sparsiattn import carrying
 from sparsiattn.attention import geometry
 from sparsiattn.attention.patterns import KeyBlocks, Pattern, Ranked
-from sparsiattn.planning import finish
 from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.local import Local
 from sparsiattn.testing.hosts import random_inputs
 

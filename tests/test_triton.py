@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsiattn import Pattern
 from sparsiattn.kernels.triton import Triton
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
 pytestmark = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.triton import Triton
-from sparsiattn.planning import finish
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, _gradients

@@ -17,8 +17,8 @@ from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import SparsiattnError
 from sparsiattn.kernels.base import refusals
-from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.strategies.finalize import finish
 
 SIDES = ((1, 1), (1, 2), (2, 2), (3, 2), (1, 7), (4, 4), (2, 8))
 BIASES = ("none", "none", "bool", "bool by image", "added", "added with -inf", "masks -100")

@@ -9,7 +9,7 @@ import pluggy
 if TYPE_CHECKING:
     from sparsiattn.backbone import Backbone
     from sparsiattn.kernels.base import Kernel
-    from sparsiattn.strategy import Strategy
+    from sparsiattn.strategies.base import Strategy
 
 PROJECT = "sparsiattn"
 

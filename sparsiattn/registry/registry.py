@@ -20,13 +20,13 @@ from typing import Any
 import pluggy
 
 from sparsiattn.backbone import Backbone
-from sparsiattn.config import Config
 from sparsiattn.errors import PluginError, unknown
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry import hookspecs
 from sparsiattn.registry import plugin_api as pluginapi
 from sparsiattn.registry.hookspecs import PROJECT
 from sparsiattn.registry.plugin_api import PLUGIN_API, Version
+from sparsiattn.strategies.config import Config
 
 METHODS = "sparsiattn.methods"
 BUILTINS = (

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import patch_of, unwrap
 from sparsiattn.patching import resolve
@@ -18,6 +17,7 @@ from sparsiattn.searching.result import SearchResult
 from sparsiattn.searching.solve import Model, mutated
 from sparsiattn.searching.space import KEYS, TOKENS, Choice, Space, kinds_of, space_of
 from sparsiattn.searching.trial import Trial, Trials
+from sparsiattn.strategies.config import Config
 
 BUDGETS = ("macs", "latency", "agreement")
 

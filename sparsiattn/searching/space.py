@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch
 from sparsiattn.patching import parts_of
+from sparsiattn.strategies.config import Config
 
 KEYS = (1.0, 0.5, 0.25, 0.1, 0.05)
 TOKENS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.evaluation import logits_of
 from sparsiattn.handle import Patch, patch_of
 from sparsiattn.patching import applied, survey
 from sparsiattn.report import report
 from sparsiattn.searching.space import Choice, Space
+from sparsiattn.strategies.config import Config
 from sparsiattn.timing import paired
 
 

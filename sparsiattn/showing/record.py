@@ -28,7 +28,7 @@ from sparsiattn.showing.placing import (
     window_of,
 )
 from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""

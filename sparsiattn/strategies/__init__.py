@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsiattn.config import Config
 from sparsiattn.registry.hookspecs import hookimpl
+from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.hybrid import Hybrid

@@ -16,8 +16,8 @@ from sparsiattn.attention.patterns import Budget, Pattern, Ranked, blocks_within
 from sparsiattn.attention.site import AttentionInputs, Site, products
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.native import scores as native
-from sparsiattn.strategies.tables import channel_maps, initial_tables, resize_table
-from sparsiattn.strategy import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
+from sparsiattn.strategies.base import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn
+from sparsiattn.strategies.basis import channel_maps, initial_tables, resize_table
 
 MOST_COLUMNS = 65_536  # of a predictor; more is a slip
 MOST_ROWS = 1 << 24  # elements of exact attention that calibration holds at once

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.strategy import Strategy
+from sparsiattn.strategies.base import Strategy
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.patterns import Budget
 from sparsiattn.attention.site import Site
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType, MismatchedPatch
-from sparsiattn.strategy import Budgets, Strategy
-from sparsiattn.tokens import TokenStrategy
+from sparsiattn.strategies.base import Budgets, Strategy
+from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.token_base import TokenStrategy
 
 _ATTENTION = ("k", "tile", "background", "prefix_keys")
 _TOKENS = ("keep", "layers", "restore")

@@ -11,7 +11,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.strategy import Budgets, Strategy
+from sparsiattn.strategies.base import Budgets, Strategy
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.strategy import Budgets, Strategy
+from sparsiattn.strategies.base import Budgets, Strategy
 
 
 @dataclass(frozen=True)

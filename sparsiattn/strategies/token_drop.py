@@ -16,9 +16,15 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.patterns import Budget, check_budget
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.strategies.predictor import KeepPredictor
+from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.strategies.random import hashed
-from sparsiattn.tokens import Place, Reduction, TokenInputs, TokenPlanner, TokenStrategy
+from sparsiattn.strategies.token_base import (
+    Place,
+    Reduction,
+    TokenInputs,
+    TokenPlanner,
+    TokenStrategy,
+)
 
 SCORES = ("cls", "mean_query", "learned", "norm", "random")
 ADAPTIVE = "adaptive"

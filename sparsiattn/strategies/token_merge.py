@@ -18,7 +18,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import take
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.tokens import Reduction, TokenInputs, TokenStrategy
+from sparsiattn.strategies.token_base import Reduction, TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")
 BSM = ("first", "last", None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.strategy import Budgets, Strategy
+from sparsiattn.strategies.base import Budgets, Strategy
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import pytest
 from torch import nn
 
 import sparsiattn_pytest
-from sparsiattn.config import Config
 from sparsiattn.errors import UnknownName, unknown
 from sparsiattn.patching import backbone_of
 from sparsiattn.registry.registry import KINDS, REGISTRY, PluginInfo
+from sparsiattn.strategies.config import Config
 from sparsiattn.testing.backbone import BackboneSuite
 from sparsiattn.testing.hosts import own_vit, tiny_vit, windowed_vit
 from sparsiattn.testing.kernel import KernelSuite

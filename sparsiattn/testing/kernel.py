@@ -18,8 +18,8 @@ from sparsiattn.handle import unpatch
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching import patch
-from sparsiattn.planning import finish
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.plugin import temporary_plugin

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.config import Config
 from sparsiattn.errors import SparsiattnError, UnknownName
 from sparsiattn.handle import Patch, patch_of
 from sparsiattn.patching import patch
 from sparsiattn.profiling import profile
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.saving import load
-from sparsiattn.strategy import LearnedPlanner
+from sparsiattn.strategies.base import LearnedPlanner
+from sparsiattn.strategies.config import Config
 from sparsiattn.testing.fresh import HEAVY, imported_by
 from sparsiattn.testing.hosts import tiny_images, tiny_vit, windowed_images, windowed_vit
 from sparsiattn.testing.plugin import temporary_plugin

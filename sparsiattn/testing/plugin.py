@@ -10,7 +10,7 @@ from sparsiattn.backbone import Backbone
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategy import Strategy
+from sparsiattn.strategies.base import Strategy
 
 
 @contextmanager

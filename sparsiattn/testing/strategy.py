@@ -16,8 +16,8 @@ from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.notes import Notes
 from sparsiattn.patching import patch
-from sparsiattn.planning import finish
-from sparsiattn.strategy import Strategy
+from sparsiattn.strategies.base import Strategy
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_vit
 from sparsiattn.testing.laws import PatchSuite
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparsiattn.attention.patterns import count_of
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import patch_of
-from sparsiattn.strategies.predictor import KeepPredictor
+from sparsiattn.strategies.keep_predictor import KeepPredictor
 
 
 def keep_ratio_loss(model: nn.Module) -> Tensor:

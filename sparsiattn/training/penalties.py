@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.handle import Patch
-from sparsiattn.strategy import Planner
+from sparsiattn.strategies.base import Planner
 
 
 def log_penalty(weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.handle import Patch
-from sparsiattn.strategy import LearnedPlanner, Planner
+from sparsiattn.strategies.base import LearnedPlanner, Planner
 
 
 def site_losses(live: Patch, images: Tensor) -> list[Tensor]:

@@ -12,8 +12,8 @@ from torch import nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch, patch_of
 from sparsiattn.runtime import PLANNER
-from sparsiattn.strategies.predictor import KeepPredictor
-from sparsiattn.strategy import LearnedPlanner
+from sparsiattn.strategies.base import LearnedPlanner
+from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.training.recipe import Stage
 
 SWITCH = "grad_checkpointing"  # of timm's models and their parts

@@ -10,7 +10,7 @@ from sparsiattn.errors import InvalidOption
 from sparsiattn.handle import Patch
 from sparsiattn.patching import patch
 from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.tokens import TokenStrategy
+from sparsiattn.strategies.token_base import TokenStrategy
 from sparsiattn.training.trainable import is_planner
 
 

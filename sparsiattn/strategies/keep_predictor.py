@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn.strategy import keep_missing, spawn
-from sparsiattn.tokens import Reduction, TokenInputs
+from sparsiattn.strategies.base import keep_missing, spawn
+from sparsiattn.strategies.token_base import Reduction, TokenInputs
 
 
 class KeepPredictor(nn.Module):

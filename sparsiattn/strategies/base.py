@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.patterns import Budget, Pattern, check_budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.strategies.config import Config
 
 # From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
 TILE_FROM = 1024

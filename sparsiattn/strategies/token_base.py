@@ -13,9 +13,9 @@ from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.patterns import Budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.attention.token_state import Assign, Unfold, unsigned
-from sparsiattn.config import Config
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.strategy import keep_missing
+from sparsiattn.strategies.base import keep_missing
+from sparsiattn.strategies.config import Config
 
 RESTORE = ("auto", "unfold", "scatter", None)
 Place = Literal["entry", "middle", "exit"]
