@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sparsiattn import timing
-from sparsiattn.timing import fastest_ms, paired
+from sparsiattn.runtime import timing
+from sparsiattn.runtime.timing import fastest_ms, paired
 
 __all__ = ["RESULTS", "fastest_ms", "machine", "paired", "roof", "write"]
 

@@ -35,7 +35,6 @@ from sparsiattn.errors import (
 )
 from sparsiattn.evaluation import Evaluation, evaluate
 from sparsiattn.exporting import Exported, export
-from sparsiattn.handle import Patch, patch_of, unpatch
 from sparsiattn.hub import from_pretrained
 from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernels.base import Kernel
@@ -48,6 +47,7 @@ from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
 from sparsiattn.report import Report
+from sparsiattn.runtime.handle import Patch, patch_of, unpatch
 from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search
 from sparsiattn.showing import Shown, show

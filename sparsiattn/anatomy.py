@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from sparsiattn.attention.site import Site
 from sparsiattn.blocks import find_blocks
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
-from sparsiattn.handle import Patch
 from sparsiattn.inspection import bare
 from sparsiattn.meter import ATTENTION, MLP, Section
 from sparsiattn.patching import Survey, survey
 from sparsiattn.probe import DryInputs
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime.handle import Patch
+from sparsiattn.runtime.site_runtime import SiteRuntime
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsiattn import timing
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.patching import patch
 from sparsiattn.report import Report
+from sparsiattn.runtime import timing
+from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.strategies.config import Config
 
 

@@ -9,7 +9,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Choice
 from sparsiattn.kernels.cost import PLANNING
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.strategies.connectivity import Connectivity
 
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from sparsiattn.attention.packed import Packed
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.attention.token_state import Stream
-from sparsiattn.carrying import BlockRuntime, Carried
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
-from sparsiattn.features import unwatch, watch
-from sparsiattn.handle import Patch, feature_modules, hook_up
-from sparsiattn.interception import THREAD
 from sparsiattn.probe import DryInputs, run_dry, shapes, skeleton
 from sparsiattn.recalled import recalling
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime.block_runtime import BlockRuntime, Carried
+from sparsiattn.runtime.handle import Patch, feature_modules, hook_up
+from sparsiattn.runtime.restore import unwatch, watch
+from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.strategies.base import Planner
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.handle import Patch, patch_of
-from sparsiattn.timing import wait
+from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.runtime.timing import wait
 
 if TYPE_CHECKING:
     from sparsiattn.training.launched import World

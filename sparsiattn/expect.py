@@ -15,12 +15,12 @@ from sparsiattn.dry import DryRun, dry_run, mac_counter
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import Call, Planning, Work
-from sparsiattn.notes import Notes
 from sparsiattn.probe import skeleton
-from sparsiattn.runtime import SiteRuntime, tell
+from sparsiattn.runtime.cross_layer import Notes
+from sparsiattn.runtime.site_runtime import SiteRuntime, tell
 
 if TYPE_CHECKING:
-    from sparsiattn.handle import Patch
+    from sparsiattn.runtime.handle import Patch
 
 
 @dataclass(frozen=True, eq=False)

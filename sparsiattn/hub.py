@@ -15,7 +15,7 @@ from sparsiattn.savedfile import CONFIG, HOST, WEIGHTS, Saved, read
 from sparsiattn.saving import apply, load_host, save
 
 if TYPE_CHECKING:
-    from sparsiattn.handle import Patch
+    from sparsiattn.runtime.handle import Patch
 
 
 def from_pretrained(

@@ -13,14 +13,14 @@ from torch import nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.features import unwatch
-from sparsiattn.handle import MARK, Patch, unwrap
-from sparsiattn.multihead import swap_back
 from sparsiattn.patching import Survey, live_patches, planned, survey
 from sparsiattn.probe import skeleton
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text, report
-from sparsiattn.runtime import PLANNER
+from sparsiattn.runtime.handle import MARK, Patch, unwrap
+from sparsiattn.runtime.multihead import swap_back
+from sparsiattn.runtime.restore import unwatch
+from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.config import Config
 
 NO_SITES = (

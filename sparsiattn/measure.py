@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn import timing
 from sparsiattn.attention.patterns import Dense
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidType
-from sparsiattn.handle import Patch
-from sparsiattn.interception import dense_attention
 from sparsiattn.kernels.base import choose
-from sparsiattn.runtime import SiteRuntime, tell
+from sparsiattn.runtime import timing
+from sparsiattn.runtime.handle import Patch
+from sparsiattn.runtime.sdpa_intercept import dense_attention
+from sparsiattn.runtime.site_runtime import SiteRuntime, tell
 from sparsiattn.strategies.base import Planner
 
 

@@ -20,14 +20,14 @@ from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.patterns import Dense, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.dry import flop_counter
-from sparsiattn.interception import THREAD
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
+from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.base import Planner
 
 if TYPE_CHECKING:
-    from sparsiattn.carrying import BlockRuntime
-    from sparsiattn.runtime import SiteRuntime
+    from sparsiattn.runtime.block_runtime import BlockRuntime
+    from sparsiattn.runtime.site_runtime import SiteRuntime
 
 MHSA, PREDICTOR, TOKENS = "mhsa", "predictor", "tokens"
 ATTENTION, MLP, REST = "attention", "mlp", "rest"

@@ -179,7 +179,7 @@ def _same(model: nn.Module, twin: nn.Module) -> bool:
 
 def _plain(model: nn.Module) -> dict[str, Any]:
     """Attributes of all modules but planners that are numbers, text or tuples of these."""
-    from sparsiattn.runtime import PLANNER
+    from sparsiattn.runtime.site_runtime import PLANNER
 
     return {
         f"{path}.{name}": value

@@ -13,11 +13,11 @@ from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
-from sparsiattn.handle import MARK, Patch, attach, unwrap
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.probe import Call, DryInputs, probe, skeleton
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime import OpenScope, PlannerHome, SiteRuntime
+from sparsiattn.runtime.handle import MARK, Patch, attach, unwrap
+from sparsiattn.runtime.site_runtime import OpenScope, PlannerHome, SiteRuntime
 from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.selection import Sites, named, select
 from sparsiattn.strategies.base import Budgets, Strategy

@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsiattn.errors import ProbeFailed, SparsiattnError
-from sparsiattn.interception import dense_attention, install, pop, push
-from sparsiattn.lifting import Trial, drop, without_scores
-from sparsiattn.multihead import WatchWeights, Weights
 from sparsiattn.recalled import recalling
+from sparsiattn.runtime.lifting import Trial, drop, without_scores
+from sparsiattn.runtime.multihead import WatchWeights, Weights
+from sparsiattn.runtime.sdpa_intercept import dense_attention, install, pop, push
 
 DryInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsiattn import timing
 from sparsiattn.accounted import Account
 from sparsiattn.accounting import ACCOUNTINGS, Accounting
 from sparsiattn.anatomy import Anatomy, anatomy, batch_of, patched_sites
 from sparsiattn.errors import InvalidOption, SparsiattnError
-from sparsiattn.handle import Patch, patch_of, unwrap
-from sparsiattn.interception import THREAD
 from sparsiattn.measure import arguments, evaluating
 from sparsiattn.memory import peak_bytes
 from sparsiattn.meter import EnterSection, LeaveSection, Meter
 from sparsiattn.patching import live_patches
 from sparsiattn.probe import DryInputs
 from sparsiattn.profiled import Latency, Memory, Profile
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime import timing
+from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.warmup import unchanged
 
 

@@ -16,10 +16,10 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Choice
 from sparsiattn.probe import DryInputs, run_dry, skeleton
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime.site_runtime import SiteRuntime
 
 if TYPE_CHECKING:
-    from sparsiattn.handle import Patch
+    from sparsiattn.runtime.handle import Patch
 
 
 @dataclass(frozen=True)

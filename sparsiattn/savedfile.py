@@ -31,7 +31,7 @@ class Saved(NamedTuple):
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What a saved patch must find again: the class, and the names and shapes of all weights but
     the planners' own."""
-    from sparsiattn.runtime import PLANNER
+    from sparsiattn.runtime.site_runtime import PLANNER
 
     own = [
         f"{name}:{tuple(tensor.shape)}"

@@ -20,7 +20,7 @@ from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
 
 if TYPE_CHECKING:
-    from sparsiattn.handle import Patch
+    from sparsiattn.runtime.handle import Patch
 
 __all__ = ["CONFIG", "FORMAT", "HOST", "WEIGHTS", "fingerprint", "load", "save"]
 
@@ -110,7 +110,7 @@ def planner_tensors(handle: Patch) -> dict[str, Tensor]:
 
 def host_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without planners; tied weights are written twice, which the format wants."""
-    from sparsiattn.runtime import PLANNER
+    from sparsiattn.runtime.site_runtime import PLANNER
 
     return {
         name: tensor.detach().cpu().contiguous().clone()
@@ -136,8 +136,8 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
 
 def apply(model: nn.Module, saved: Saved) -> Patch:
     """A patch that was read, put on a model."""
-    from sparsiattn.handle import unwrap
     from sparsiattn.patching import patch
+    from sparsiattn.runtime.handle import unwrap
 
     model, config = unwrap(model), saved.config
     _check_host(model, config)

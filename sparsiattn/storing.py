@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from sparsiattn.handle import Patch
+    from sparsiattn.runtime.handle import Patch
 
 
 class Storable:

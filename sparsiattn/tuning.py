@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn import timing
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.interception import dense_attention
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import DENSE, PLANNING, Call, Prices, Work
 from sparsiattn.kernels.native.kernel import compile_native
+from sparsiattn.runtime import timing
+from sparsiattn.runtime.sdpa_intercept import dense_attention
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.
 MOST_LOGITS = 8 << 20

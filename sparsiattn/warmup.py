@@ -11,13 +11,13 @@ import torch
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
-from sparsiattn.interception import THREAD
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import reload
 from sparsiattn.measure import arguments
+from sparsiattn.runtime.sdpa_intercept import THREAD
 
 if TYPE_CHECKING:
-    from sparsiattn.handle import Patch
+    from sparsiattn.runtime.handle import Patch
 
 
 def warmup(handle: Patch, inputs: Any) -> None:

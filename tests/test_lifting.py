@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
 from sparsiattn.errors import ModelChanged
-from sparsiattn.interception import dense_attention, install, pop, push
-from sparsiattn.lifting import Lift, Tally
+from sparsiattn.runtime.lifting import Lift, Tally
+from sparsiattn.runtime.sdpa_intercept import dense_attention, install, pop, push
 
 B, H, N, D = 4, 2, 15, 8
 

@@ -13,13 +13,13 @@ import zoo
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.interception import THREAD
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.methods.attention_reuse import AttentionReuse
 from sparsiattn.methods.hypergraph import Hypergraph
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
+from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop

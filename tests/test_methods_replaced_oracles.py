@@ -17,7 +17,7 @@ from sparsiattn.methods.hypergraph import Hypergraph, hyperedges
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
-from sparsiattn.notes import Notes
+from sparsiattn.runtime.cross_layer import Notes
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.multihead import SparseMultihead
+from sparsiattn.runtime.multihead import SparseMultihead
 
 FAR = float("-inf")
 

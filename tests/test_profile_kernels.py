@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
 from sparsiattn.attention.patterns import Lengths
-from sparsiattn.interception import THREAD
+from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
@@ -172,7 +172,7 @@ def test_measured_time(
             call()
         return {name: [times[name != "dense"]] * rounds for name in calls}
 
-    monkeypatch.setattr(sparsiattn.timing, "alternate", alternate)
+    monkeypatch.setattr(sparsiattn.runtime.timing, "alternate", alternate)
     model = zoo.build("vit")
     x = zoo.images(model)
     plain = profile(model, x, latency=True, rounds=2)

@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import sparsiattn
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.interception import install
+from sparsiattn.runtime.sdpa_intercept import install
 from sparsiattn.strategies.base import Planner
 from sparsiattn.testing import temporary_plugin
 

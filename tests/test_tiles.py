@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from timm.models import VisionTransformer
 
 import sparsiattn
-from sparsiattn import carrying
 from sparsiattn.attention import geometry
 from sparsiattn.attention.patterns import KeyBlocks, Pattern, Ranked
+from sparsiattn.runtime import block_runtime as carrying
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.local import Local

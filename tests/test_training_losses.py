@@ -10,7 +10,7 @@ from training_help import batches, losses, one_stage, patched, state
 
 import sparsiattn
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.handle import unpatch
+from sparsiattn.runtime.handle import unpatch
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training import Stage, train
 from sparsiattn.training.losses import Objective, final_norm, kl_loss, label_loss, token_loss

@@ -14,7 +14,7 @@ from sparsiattn.attention.patterns import KeyIndex, Pattern, count_of
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernels.base import Choice
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.runtime import SiteRuntime
+from sparsiattn.runtime.site_runtime import SiteRuntime
 
 RANKED = ("topk", "random", "local", "connectivity")
 

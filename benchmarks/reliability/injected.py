@@ -229,7 +229,7 @@ def _patch_points(model: nn.Module, strategy: str) -> Iterator[Point]:
                 )
                 if plain:
                     yield f"{owner.__name__}.{name}", _method(owner, name, False)
-    from sparsiattn import handle
+    from sparsiattn.runtime import handle
 
     for name in ("install", "hook_up", "_hook_site", "_add_planner", "watch", "hook_block"):
         yield f"attach: before {name}", _method(handle, name, False)

@@ -16,7 +16,7 @@ from sparsiattn.errors import InvalidOption
 if TYPE_CHECKING:
     from sparsiattn.attention.patterns import Pattern
     from sparsiattn.attention.token_state import Stream
-    from sparsiattn.notes import Notes
+    from sparsiattn.runtime.cross_layer import Notes
 
 # A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
 MASKED_BELOW = -50.0

@@ -82,7 +82,7 @@ def load_weights(model: Any, path: Path) -> None:
 
     Of a checkpoint with the planners of a patch an unpatched model takes the rest.
     """
-    from sparsiattn.handle import patch_of
+    from sparsiattn.runtime.handle import patch_of
 
     state, patched = _read(path), patch_of(model) is not None
     weights = state if patched else {n: t for n, t in state.items() if not is_planner(n)}
@@ -101,7 +101,7 @@ def planners_in(path: Path) -> list[str]:
 
 
 def is_planner(name: str) -> bool:
-    from sparsiattn.runtime import PLANNER
+    from sparsiattn.runtime.site_runtime import PLANNER
 
     return f".{PLANNER}." in f".{name}"
 

@@ -15,7 +15,7 @@ from sparsiattn.errors import ExportFailed, InvalidOption, InvalidType
 from sparsiattn.exporting.formats import Run, _flat, check, written
 from sparsiattn.exporting.program import kernels_used, traced, twin_of
 from sparsiattn.exporting.result import Exported
-from sparsiattn.handle import patch_of, unwrap
+from sparsiattn.runtime.handle import patch_of, unwrap
 
 __all__ = ["Exported", "export"]
 

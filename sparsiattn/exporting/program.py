@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import ExportFailed, InvalidOption
 from sparsiattn.exporting.folding import fold
-from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 
 KERNELS = ("gather", "sdpa", "reference")
 """Kernels of plain operators, which every runtime has; the fastest that takes a call is exported.

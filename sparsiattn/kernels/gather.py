@@ -14,7 +14,6 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.interception import dense_attention
 from sparsiattn.kernels import masked_tiles as maskblocks
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import Call, Work
@@ -26,6 +25,7 @@ from sparsiattn.kernels.gather_ops import (
     tiles_at_once,
 )
 from sparsiattn.kernels.workspace import SCRATCH
+from sparsiattn.runtime.sdpa_intercept import dense_attention
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.

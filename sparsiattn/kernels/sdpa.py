@@ -8,9 +8,9 @@ from torch import Tensor
 from sparsiattn.attention.derived import Derived, Logits
 from sparsiattn.attention.patterns import Dense, KeyBlocks, KeyLists, Lengths, Mask, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.interception import dense_attention
 from sparsiattn.kernels.base import Kernel, attention_mask
 from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.runtime.sdpa_intercept import dense_attention
 
 
 class MaskedSDPA(Kernel):

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import patch_of, unwrap
 from sparsiattn.patching import resolve
 from sparsiattn.progress import bar
+from sparsiattn.runtime.handle import patch_of, unwrap
 from sparsiattn.searching.result import SearchResult
 from sparsiattn.searching.solve import Model, mutated
 from sparsiattn.searching.space import KEYS, TOKENS, Choice, Space, kinds_of, space_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import Patch
 from sparsiattn.patching import parts_of
+from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.config import Config
 
 KEYS = (1.0, 0.5, 0.25, 0.1, 0.05)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.evaluation import logits_of
-from sparsiattn.handle import Patch, patch_of
 from sparsiattn.patching import applied, survey
 from sparsiattn.report import report
+from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.runtime.timing import paired
 from sparsiattn.searching.space import Choice, Space
 from sparsiattn.strategies.config import Config
-from sparsiattn.timing import paired
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,6 @@ class Trials:
 
 
 def _planners(model: nn.Module) -> dict[str, Tensor]:
-    from sparsiattn.runtime import PLANNER
+    from sparsiattn.runtime.site_runtime import PLANNER
 
     return {n: t.clone() for n, t in model.state_dict().items() if f".{PLANNER}." in f".{n}"}

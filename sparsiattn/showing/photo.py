@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.errors import DataError
-from sparsiattn.handle import Patch
+from sparsiattn.runtime.handle import Patch
 from sparsiattn.training.preprocess import data_config, transform
 from sparsiattn.training.samples import Finish
 from sparsiattn.training.source import mode_of

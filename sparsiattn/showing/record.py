@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sparsiattn.attention.patterns import Dense
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
-from sparsiattn.handle import Patch, patch_of, unwrap
-from sparsiattn.interception import THREAD
 from sparsiattn.progress import Advance
+from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.showing import rows as attention
 from sparsiattn.showing.photo import photo
 from sparsiattn.showing.placing import (

@@ -14,11 +14,11 @@ from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import KernelRefused
-from sparsiattn.handle import unpatch
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching import patch
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.handle import unpatch
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import SparsiattnError, UnknownName
-from sparsiattn.handle import Patch, patch_of
 from sparsiattn.patching import patch
 from sparsiattn.profiling import profile
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.saving import load
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config

@@ -14,8 +14,8 @@ from sparsiattn.attention.patterns import Dense, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.notes import Notes
 from sparsiattn.patching import patch
+from sparsiattn.runtime.cross_layer import Notes
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_vit

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedCheckpoint, TrainingDiverged
-from sparsiattn.handle import Patch, patch_of
 from sparsiattn.progress import bar
+from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.reconstruction import site_losses, start_planners

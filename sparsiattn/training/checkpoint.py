@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
-from sparsiattn.handle import Patch
+from sparsiattn.runtime.handle import Patch
 from sparsiattn.saving import fingerprint
 from sparsiattn.training.recipe import Recipe
 

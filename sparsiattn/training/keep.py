@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.patterns import count_of
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import patch_of
+from sparsiattn.runtime.handle import patch_of
 from sparsiattn.strategies.keep_predictor import KeepPredictor
 
 

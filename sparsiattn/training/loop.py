@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import Patch, patch_of, unwrap
 from sparsiattn.patching import patch
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.training.recipe import Recipe, Stage
 from sparsiattn.training.trainable import has_planners, left_as_found
 

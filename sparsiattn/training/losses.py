@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.evaluation import logits_of
-from sparsiattn.handle import Patch, patch_of
+from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.training.keep import keep_ratio_loss
 from sparsiattn.training.penalties import Listener, is_dense
 from sparsiattn.training.recipe import Stage

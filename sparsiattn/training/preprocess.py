@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, unknown
-from sparsiattn.handle import unwrap
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.handle import unwrap
 
 SMALL = 96  # pixels: below it the usual crops cost more of the image than they gain
 _OURS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.handle import Patch
+from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.base import LearnedPlanner, Planner
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import Patch, patch_of
-from sparsiattn.runtime import PLANNER
+from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.training.recipe import Stage

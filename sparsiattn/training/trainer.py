@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
 from sparsiattn.evaluation import evaluate
-from sparsiattn.handle import Patch, unpatch
+from sparsiattn.runtime.handle import Patch, unpatch
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training import sharding, warmdown
 from sparsiattn.training.data import Loader, loader

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.handle import Patch
 from sparsiattn.patching import patch
+from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
 from sparsiattn.training.trainable import is_planner

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsiattn.interception import THREAD
-from sparsiattn.lifting.mode import Lift, Tally
-from sparsiattn.lifting.scores import Scores
+from sparsiattn.runtime.lifting.mode import Lift, Tally
+from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.sdpa_intercept import THREAD
 
 
 class Trial(Lift):

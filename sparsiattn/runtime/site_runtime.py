@@ -17,7 +17,10 @@ from sparsiattn.attention.patterns import Dense, Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.attention.token_state import Stream
 from sparsiattn.errors import ModelChanged
-from sparsiattn.interception import (
+from sparsiattn.kernels.base import Choice, Kernel, choose
+from sparsiattn.kernels.choice_cache import Choices
+from sparsiattn.runtime.cross_layer import leave, notes_at
+from sparsiattn.runtime.sdpa_intercept import (
     THREAD,
     Route,
     dense_attention,
@@ -26,9 +29,6 @@ from sparsiattn.interception import (
     pop,
     push,
 )
-from sparsiattn.kernels.base import Choice, Kernel, choose
-from sparsiattn.kernels.choice_cache import Choices
-from sparsiattn.notes import leave, notes_at
 from sparsiattn.strategies import finalize as planning
 from sparsiattn.strategies.base import Planner, Strategy
 
@@ -235,8 +235,8 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
 def carried_attention(
     runtime: SiteRuntime, planner: Planner, stream: Any, operands: Operands, options: Options
 ) -> Tensor:
-    """Attention of a call whose sequence was made shorter; see `sparsiattn.reduced`."""
-    from sparsiattn.reduced import attention
+    """Attention of a call whose sequence was made shorter; see `sparsiattn.runtime.reduced_attention`."""
+    from sparsiattn.runtime.reduced_attention import attention
 
     return attention(runtime, planner, stream, operands, options)
 

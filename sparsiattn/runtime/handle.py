@@ -13,16 +13,17 @@ from torch import nn
 
 from sparsiattn.attention.site import Site
 from sparsiattn.backbone import Backbone, Edit
-from sparsiattn.carrying import BlockRuntime
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
-from sparsiattn.features import METHODS, EnterModel, LeaveModel, unwatch, watch
-from sparsiattn.interception import THREAD, forget_compiled, install
 from sparsiattn.kernels import cost
-from sparsiattn.lifting import drop, lift
-from sparsiattn.multihead import RefuseWeights, swap, swap_back
-from sparsiattn.notes import NoteEntry, enclosing
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime import (
+from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.cross_layer import NoteEntry, enclosing
+from sparsiattn.runtime.lifting import drop, lift
+from sparsiattn.runtime.mlp_bypass import hook_block
+from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
+from sparsiattn.runtime.restore import METHODS, EnterModel, LeaveModel, unwatch, watch
+from sparsiattn.runtime.sdpa_intercept import THREAD, forget_compiled, install
+from sparsiattn.runtime.site_runtime import (
     PLANNER,
     CloseScope,
     Observer,
@@ -30,7 +31,6 @@ from sparsiattn.runtime import (
     SiteRuntime,
     WatchImage,
 )
-from sparsiattn.sparing import hook_block
 from sparsiattn.storing import Storable
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsiattn.attention.site import Site
 from sparsiattn.blocks import first_tensor
 from sparsiattn.errors import ModelChanged
-from sparsiattn.interception import THREAD
+from sparsiattn.runtime.sdpa_intercept import THREAD
 
 
 class Notes:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.lifting.equations import equation, is_average
-from sparsiattn.lifting.scores import Scores, flip, operation
+from sparsiattn.runtime.lifting.equations import equation, is_average
+from sparsiattn.runtime.lifting.scores import Scores, flip, operation
 
 # Fills this low leave nothing of a key, whatever its score was.
 FORBIDS = -1e4

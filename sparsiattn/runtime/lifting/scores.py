@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from sparsiattn.lifting.mode import Lift
+    from sparsiattn.runtime.lifting.mode import Lift
 
 Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
 """What was added to the scores, with the shape they had at that time."""

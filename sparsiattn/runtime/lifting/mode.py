@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsiattn.lifting import operations as operations  # registers itself
-from sparsiattn.lifting.equations import equation, is_product
-from sparsiattn.lifting.scores import Scores
+from sparsiattn.runtime.lifting import operations as operations  # registers itself
+from sparsiattn.runtime.lifting.equations import equation, is_product
+from sparsiattn.runtime.lifting.scores import Scores
 
 
 class Tally:

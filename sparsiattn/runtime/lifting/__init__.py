@@ -7,8 +7,8 @@ taken down. If the host does anything else to them they are computed after all, 
 if nothing had happened.
 """
 
-from sparsiattn.lifting.mode import Lift, Tally
-from sparsiattn.lifting.modules import drop, lift, without_scores
-from sparsiattn.lifting.trial import Trial
+from sparsiattn.runtime.lifting.mode import Lift, Tally
+from sparsiattn.runtime.lifting.modules import drop, lift, without_scores
+from sparsiattn.runtime.lifting.trial import Trial
 
 __all__ = ["Lift", "Tally", "Trial", "drop", "lift", "without_scores"]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.interception import THREAD, abandoned, forget_caller, install, note_caller
+from sparsiattn.runtime.sdpa_intercept import THREAD, abandoned, forget_caller, install, note_caller
 
 METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
 OWNER, ROOT, HOST = "_sparsiattn_owner", "_sparsiattn_root", "_sparsiattn_host"

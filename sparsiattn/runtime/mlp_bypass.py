@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsiattn.attention.token_state import take
 from sparsiattn.blocks import first_tensor
-from sparsiattn.carrying import (
+from sparsiattn.runtime.block_runtime import (
     BlockRuntime,
     EnterBlock,
     EnterTail,
@@ -20,7 +20,7 @@ from sparsiattn.carrying import (
     refuse_reentrant,
     with_first,
 )
-from sparsiattn.interception import THREAD
+from sparsiattn.runtime.sdpa_intercept import THREAD
 
 
 class EnterSpared:

@@ -11,10 +11,10 @@ from sparsiattn.attention.packed import Packed
 from sparsiattn.attention.patterns import Lengths
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.attention.token_state import Stream
-from sparsiattn.interception import THREAD
 from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime import Operands, Options, SiteRuntime
+from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.site_runtime import Operands, Options, SiteRuntime
 from sparsiattn.strategies.base import Planner
 
 

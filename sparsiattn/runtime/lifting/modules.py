@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from sparsiattn.errors import ModelChanged
-from sparsiattn.interception import THREAD
-from sparsiattn.lifting.mode import Lift, Tally
-from sparsiattn.lifting.scores import Scores
+from sparsiattn.runtime.lifting.mode import Lift, Tally
+from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.sdpa_intercept import THREAD
 
 HOST = "_sparsiattn_lifted"
 

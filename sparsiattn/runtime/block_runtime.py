@@ -22,8 +22,8 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import Step, Stream, take
 from sparsiattn.blocks import Block, first_tensor
 from sparsiattn.errors import InvalidOption, ModelChanged
-from sparsiattn.interception import THREAD
-from sparsiattn.runtime import image_of, metered
+from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.site_runtime import image_of, metered
 from sparsiattn.strategies.base import AUTO_BLOCK, AUTO_TILE, TILE_FROM
 from sparsiattn.strategies.token_base import Reduction, TokenInputs, TokenPlanner, TokenStrategy
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.errors import ModelChanged
-from sparsiattn.interception import THREAD
+from sparsiattn.runtime.sdpa_intercept import THREAD
 
 Weights = Literal["unasked", "ignored", "read"]
 """Whether a call asked for its attention weights, and if so, whether anything read them."""
