@@ -13,7 +13,6 @@ from sparsiattn.attention.patterns import Pattern, check_budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
-from sparsiattn.creating import create_model
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
     AlreadyPatched,
@@ -34,8 +33,6 @@ from sparsiattn.errors import (
     UnknownName,
 )
 from sparsiattn.evaluation import Evaluation, evaluate
-from sparsiattn.exporting import Exported, export
-from sparsiattn.hub import from_pretrained
 from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.measure import measure_sites
@@ -48,8 +45,11 @@ from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
 from sparsiattn.report import Report
 from sparsiattn.runtime.handle import Patch, patch_of, unpatch
-from sparsiattn.saving import load
 from sparsiattn.searching import SearchResult, search
+from sparsiattn.serialization.creating import create_model
+from sparsiattn.serialization.exporters import Exported, export
+from sparsiattn.serialization.hub import from_pretrained
+from sparsiattn.serialization.saving import load
 from sparsiattn.showing import Shown, show
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
 from sparsiattn.strategies.token_base import LearnedTokens, Reduction, TokenInputs, TokenStrategy

@@ -16,7 +16,7 @@ class Storable:
     def save(self, directory: str | PathLike[str]) -> Path:
         """Write the delta only: a JSON config and the planners' weights as safetensors. A kill
         on the way leaves what was there before, or what is saved now."""
-        from sparsiattn.saving import save
+        from sparsiattn.serialization.saving import save
 
         self._require_active("save")
         return save(cast("Patch", self), Path(directory))
@@ -25,15 +25,15 @@ class Storable:
         """As `save`, and the host's own weights: a whole checkpoint, from which
         `sparsiattn.from_pretrained` makes model and patch. ``model.safetensors`` has the host's own
         names and loads without this library, too."""
-        from sparsiattn.saving import save
+        from sparsiattn.serialization.saving import save
 
         self._require_active("merge_and_export")
         return save(cast("Patch", self), Path(directory), whole=True)
 
     def push_to_hub(self, repo_id: str, *, whole: bool = False, **options: Any) -> str:
         """What `save` writes (``whole``: what `merge_and_export` writes) as a repository of the
-        Hugging Face Hub; gives its address. See `sparsiattn.hub.push` for the options."""
-        from sparsiattn.hub import push
+        Hugging Face Hub; gives its address. See `sparsiattn.serialization.hub.push` for the options."""
+        from sparsiattn.serialization.hub import push
 
         self._require_active("push_to_hub")
         return push(cast("Patch", self), repo_id, whole=whole, **options)

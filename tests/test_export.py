@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import ExportFailed, InvalidOption, exporting
-from sparsiattn.exporting import formats
+from sparsiattn.serialization.exporters import formats
 from sparsiattn.strategies.token_merge import TokenMerge
 
 # name of the case -> arguments of `patch` and of `export`

@@ -31,7 +31,7 @@ from sparsiattn import (
 from sparsiattn.attention.patterns import KeyIndex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.savedfile import checksum, sealed
+from sparsiattn.serialization.files import checksum, sealed
 
 CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"
 SITE = "blocks.0.attn"

@@ -24,8 +24,8 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import MismatchedPatch, SparsiattnError, patch, savedfile
-from sparsiattn.origin import origin_of
-from sparsiattn.savedfile import CONFIG, HOST, WEIGHTS
+from sparsiattn.serialization.files import CONFIG, HOST, WEIGHTS
+from sparsiattn.serialization.origin import origin_of
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2}
 SMALL |= {"embed_dim": 48, "num_heads": 3}

@@ -14,7 +14,7 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import Reduction, SparsiattnError, TokenInputs, TokenStrategy
-from sparsiattn.savedfile import sealed
+from sparsiattn.serialization.files import sealed
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge

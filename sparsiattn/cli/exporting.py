@@ -59,8 +59,8 @@ def export_model(
     """
     from rich.console import Console
 
-    from sparsiattn.exporting import export
-    from sparsiattn.exporting.formats import check
+    from sparsiattn.serialization.exporters import export
+    from sparsiattn.serialization.exporters.formats import check
 
     planners = saved_in(model, planners, strategy)
     given = patch_options(strategy, k, keep, kernel, option, planners)

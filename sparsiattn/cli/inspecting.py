@@ -27,10 +27,10 @@ def inspect_model(
     """
     from rich.console import Console
 
-    from sparsiattn.creating import create_model, is_saved
-    from sparsiattn.hub import origin_in
     from sparsiattn.inspection import inspect
-    from sparsiattn.origin import without_memory
+    from sparsiattn.serialization.creating import create_model, is_saved
+    from sparsiattn.serialization.hub import origin_in
+    from sparsiattn.serialization.origin import without_memory
 
     console = Console(stderr=as_json)
     with console.status(f"inspecting {model}"), readable():

@@ -18,8 +18,8 @@ def fresh(
     line on stderr says that they are."""
     import torch
 
-    from sparsiattn.creating import create_model, is_saved
-    from sparsiattn.hub import has_weights
+    from sparsiattn.serialization.creating import create_model, is_saved
+    from sparsiattn.serialization.hub import has_weights
 
     torch.manual_seed(0)
     model = create_model(name, image_size=size, pretrained=pretrained, **options)
@@ -31,7 +31,7 @@ def fresh(
 
 def saved_in(model: str, planners: Path | None, strategy: str | None = None) -> Path | None:
     """The folder of the saved patch to apply: ``--planners``, or MODEL where that is one."""
-    from sparsiattn.creating import is_saved
+    from sparsiattn.serialization.creating import is_saved
 
     if not is_saved(model):
         return planners

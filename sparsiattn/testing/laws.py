@@ -19,7 +19,7 @@ from sparsiattn.patching import patch
 from sparsiattn.profiling import profile
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import Patch, patch_of
-from sparsiattn.saving import load
+from sparsiattn.serialization.saving import load
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 from sparsiattn.testing.fresh import HEAVY, imported_by

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
 from sparsiattn.runtime.handle import Patch
-from sparsiattn.saving import fingerprint
+from sparsiattn.serialization.saving import fingerprint
 from sparsiattn.training.recipe import Recipe
 
 FORMAT = 1

@@ -170,7 +170,7 @@ def _torchvision(model: Any) -> Iterator[Origin]:
 
 
 def _same(model: nn.Module, twin: nn.Module) -> bool:
-    from sparsiattn.savedfile import fingerprint
+    from sparsiattn.serialization.files import fingerprint
 
     if type(model).__name__ != type(twin).__name__ or fingerprint(model) != fingerprint(twin):
         return False

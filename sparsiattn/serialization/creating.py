@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sparsiattn.errors import InvalidOption, UnknownName
-from sparsiattn.origin import mark
+from sparsiattn.serialization.origin import mark
 
 _MORE = "local-dir:", "hf-hub:", "hf_hub:"
 """Prefixes that timm itself understands."""
@@ -37,7 +37,7 @@ def create_model(
     ('VisionTransformer', 5)
     """
     if is_saved(name):
-        from sparsiattn.hub import host_of
+        from sparsiattn.serialization.hub import host_of
 
         if options or image_size is not None:
             raise InvalidOption(
@@ -58,7 +58,7 @@ def is_saved(name: str) -> bool:
     >>> is_saved("vit_base_patch16_224")
     False
     """
-    from sparsiattn.savedfile import CONFIG, NEW
+    from sparsiattn.serialization.files import CONFIG, NEW
 
     return any((Path(name) / f"{CONFIG}{end}").is_file() for end in ("", NEW))
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsiattn.errors import DataError, InvalidOption, UnknownName
-from sparsiattn.origin import build
-from sparsiattn.savedfile import CONFIG, HOST, WEIGHTS, Saved, read
-from sparsiattn.saving import apply, load_host, save
+from sparsiattn.serialization.files import CONFIG, HOST, WEIGHTS, Saved, read
+from sparsiattn.serialization.origin import build
+from sparsiattn.serialization.saving import apply, load_host, save
 
 if TYPE_CHECKING:
     from sparsiattn.runtime.handle import Patch

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import ExportFailed, InvalidOption, InvalidType
-from sparsiattn.exporting.formats import Run, _flat, check, written
-from sparsiattn.exporting.program import kernels_used, traced, twin_of
-from sparsiattn.exporting.result import Exported
 from sparsiattn.runtime.handle import patch_of, unwrap
+from sparsiattn.serialization.exporters.formats import Run, _flat, check, written
+from sparsiattn.serialization.exporters.program import kernels_used, traced, twin_of
+from sparsiattn.serialization.exporters.result import Exported
 
 __all__ = ["Exported", "export"]
 

@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedPatch
-from sparsiattn.origin import check_origin
+from sparsiattn.serialization.origin import check_origin
 
 FORMAT = 2
 """1 had neither checksums nor the host's origin; it is still read."""

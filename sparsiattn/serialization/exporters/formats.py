@@ -87,7 +87,7 @@ def _read_aoti(path: Path, program: Program) -> Run:
 
 
 def _write_onnx(program: Program, images: Tensor, path: Path) -> None:
-    from sparsiattn.exporting.operators import translations
+    from sparsiattn.serialization.exporters.operators import translations
 
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
     made: Any = torch.onnx.export(

@@ -12,9 +12,18 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedPatch
-from sparsiattn.origin import origin_of
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.savedfile import CONFIG, FORMAT, HOST, WEIGHTS, Saved, fingerprint, read, write
+from sparsiattn.serialization.files import (
+    CONFIG,
+    FORMAT,
+    HOST,
+    WEIGHTS,
+    Saved,
+    fingerprint,
+    read,
+    write,
+)
+from sparsiattn.serialization.origin import origin_of
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy

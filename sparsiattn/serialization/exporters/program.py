@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import ExportFailed, InvalidOption
-from sparsiattn.exporting.folding import fold
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.serialization.exporters.folding import fold
 
 KERNELS = ("gather", "sdpa", "reference")
 """Kernels of plain operators, which every runtime has; the fastest that takes a call is exported.
