@@ -11,7 +11,6 @@ import sparsiattn.strategies  # noqa: F401
 from sparsiattn.attention.block_masks import block_mask
 from sparsiattn.attention.patterns import Pattern, check_budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.backbone import Backbone
 from sparsiattn.benchmark import Bench, bench
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
@@ -36,14 +35,15 @@ from sparsiattn.evaluation import Evaluation, evaluate
 from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.measure import measure_sites
-from sparsiattn.migrate import load_sparsifiner
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
+from sparsiattn.patching.discovery.backbone import Backbone
+from sparsiattn.patching.report import Report
+from sparsiattn.patching.sparsifiner import load_sparsifiner
 from sparsiattn.profiled import Profile
 from sparsiattn.profiling import profile
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
-from sparsiattn.report import Report
 from sparsiattn.runtime.handle import Patch, patch_of, unpatch
 from sparsiattn.searching import SearchResult, search
 from sparsiattn.serialization.creating import create_model

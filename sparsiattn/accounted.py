@@ -10,9 +10,9 @@ from sparsiattn.accounting import Accounting, paper_macs
 from sparsiattn.anatomy import batch_of
 from sparsiattn.attention.site import Site
 from sparsiattn.meter import ATTENTION, MLP, PREDICTOR, REST, TOKENS, Attended, Meter
+from sparsiattn.patching.report import measured_speed
 from sparsiattn.profiled import Latency, Memory, Parts, Profile, SiteProfile
 from sparsiattn.profiletext import notes
-from sparsiattn.report import measured_speed
 
 if TYPE_CHECKING:
     from sparsiattn.profiling import Run

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.site import Site
-from sparsiattn.blocks import find_blocks
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
 from sparsiattn.inspection import bare
 from sparsiattn.meter import ATTENTION, MLP, Section
-from sparsiattn.patching import Survey, survey
-from sparsiattn.probe import DryInputs
+from sparsiattn.patching.apply import Survey, survey
+from sparsiattn.patching.discovery.blocks import find_blocks
+from sparsiattn.patching.discovery.probe import DryInputs
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.runtime.site_runtime import SiteRuntime
 

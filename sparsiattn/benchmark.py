@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import patch
-from sparsiattn.report import Report
+from sparsiattn.patching.apply import patch
+from sparsiattn.patching.report import Report
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.strategies.config import Config

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sparsiattn.kernels import xformers as fmha
+from sparsiattn.patching.report import aligned
 from sparsiattn.registry import listing as catalog
-from sparsiattn.report import aligned
 
 CORE = (
     "torch",
@@ -140,7 +140,7 @@ def _plugin(plugin: Any) -> Finding:
 
 def _trial() -> Finding:
     """A small model, patched, run and restored."""
-    from sparsiattn.patching import patch
+    from sparsiattn.patching.apply import patch
     from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
     def action() -> None:

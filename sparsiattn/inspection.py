@@ -13,10 +13,10 @@ from torch import nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.patching import Survey, live_patches, planned, survey
-from sparsiattn.probe import skeleton
+from sparsiattn.patching.apply import Survey, live_patches, planned, survey
+from sparsiattn.patching.discovery.probe import skeleton
+from sparsiattn.patching.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.registry.registry import METHODS, REGISTRY
-from sparsiattn.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.runtime.handle import MARK, Patch, unwrap
 from sparsiattn.runtime.multihead import swap_back
 from sparsiattn.runtime.restore import unwatch

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsiattn.attention.derived import Derived
 from sparsiattn.attention.patterns import Dense, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.dry import flop_counter
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
+from sparsiattn.patching.dry_run import flop_counter
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.base import Planner
 
@@ -127,7 +127,7 @@ class Meter:
 
     def plan(self, runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call."""
-        from sparsiattn.expect import planning_of
+        from sparsiattn.patching.estimate import planning_of
 
         wishes: list[Pattern] = []
 
@@ -176,7 +176,7 @@ class Meter:
         self, name: str, operands: tuple[Tensor, Tensor, Tensor], pattern: Pattern,
         computed: int | None, choice: Choice | None,
     ) -> None:  # fmt: skip
-        from sparsiattn.report import summary_pairs
+        from sparsiattn.patching.report import summary_pairs
 
         q, k, v = operands
         lists, queries, keys = q.shape[:-2].numel(), q.shape[-2], k.shape[-2]

@@ -17,14 +17,14 @@ from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.measure import arguments, evaluating
 from sparsiattn.memory import peak_bytes
 from sparsiattn.meter import EnterSection, LeaveSection, Meter
-from sparsiattn.patching import live_patches
-from sparsiattn.probe import DryInputs
+from sparsiattn.patching.apply import live_patches
+from sparsiattn.patching.discovery.probe import DryInputs
+from sparsiattn.patching.warmup import unchanged
 from sparsiattn.profiled import Latency, Memory, Profile
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.runtime.site_runtime import SiteRuntime
-from sparsiattn.warmup import unchanged
 
 
 def profile(

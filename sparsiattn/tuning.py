@@ -227,7 +227,7 @@ def _prepared(
 def planning_work(planner: Callable[[AttentionInputs], Pattern], inputs: AttentionInputs) -> Work:
     """What a planner does for these inputs, its multiplications counted as it runs."""
     from sparsiattn.attention.patterns import Ranked
-    from sparsiattn.dry import mac_counter
+    from sparsiattn.patching.dry_run import mac_counter
 
     with mac_counter() as counter:
         wish = planner(inputs)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
-from sparsiattn.probe import skeleton
+from sparsiattn.patching.discovery.probe import skeleton
 from sparsiattn.registry.registry import REGISTRY
 
 MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy, handle
-from sparsiattn.backbone import SINGLE
 from sparsiattn.cli import app
 from sparsiattn.inspection import percent
+from sparsiattn.patching.discovery.backbone import SINGLE
 from sparsiattn.testing import temporary_plugin
 
 EVERY = zoo.CORE

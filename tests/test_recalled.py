@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsiattn.dry import mac_counter
-from sparsiattn.probe import run_dry, skeleton
-from sparsiattn.recalled import recalling
+from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.probe import run_dry, skeleton
+from sparsiattn.patching.dry_run import mac_counter
 from sparsiattn.testing.hosts import tiny_vit
 
 

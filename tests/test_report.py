@@ -11,9 +11,9 @@ import torch
 import zoo
 
 import sparsiattn
-from sparsiattn.expect import dry_site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.gather import Gather
+from sparsiattn.patching.estimate import dry_site
 from sparsiattn.strategies.connectivity import basis_cells
 
 

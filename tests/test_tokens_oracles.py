@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn import dry, kernels
+from sparsiattn import kernels
 from sparsiattn.attention.patterns import Lengths
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.patching import dry_run as dry
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 

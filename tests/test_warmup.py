@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, patch
 from sparsiattn.kernels.reference import Reference
+from sparsiattn.patching.warmup import warm
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
-from sparsiattn.warmup import warm
 
 
 class Slow(Kernel):

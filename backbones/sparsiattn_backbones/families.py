@@ -8,8 +8,8 @@ from torch import nn
 
 from sparsiattn import Backbone
 from sparsiattn.attention.geometry import Grid
-from sparsiattn.backbone import Pooling
-from sparsiattn.probe import Call
+from sparsiattn.patching.discovery.backbone import Pooling
+from sparsiattn.patching.discovery.probe import Call
 
 POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
 

@@ -19,8 +19,8 @@ from sparsiattn import Backbone
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.backbone import Edit, Pooling
-from sparsiattn.probe import Call, DryInputs, image_inputs
+from sparsiattn.patching.discovery.backbone import Edit, Pooling
+from sparsiattn.patching.discovery.probe import Call, DryInputs, image_inputs
 from sparsiattn_backbones.families import sole_part
 from sparsiattn_backbones.stems import (
     along_time,

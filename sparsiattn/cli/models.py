@@ -128,7 +128,7 @@ def noise(model: Any, size: int | None, batch: int) -> Any:
 
 def image_shape(model: Any, size: int | None) -> tuple[int, ...]:
     """Of one image: the pixels asked for, else those the model is built for."""
-    from sparsiattn.patching import backbone_of
+    from sparsiattn.patching.apply import backbone_of
 
     shape = backbone_of(model).input_shape(model)
     if shape is None and size is None:

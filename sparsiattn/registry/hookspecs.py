@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from sparsiattn.backbone import Backbone
     from sparsiattn.kernels.base import Kernel
+    from sparsiattn.patching.discovery.backbone import Backbone
     from sparsiattn.strategies.base import Strategy
 
 PROJECT = "sparsiattn"

@@ -19,9 +19,9 @@ from typing import Any
 
 import pluggy
 
-from sparsiattn.backbone import Backbone
 from sparsiattn.errors import PluginError, unknown
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.registry import hookspecs
 from sparsiattn.registry import plugin_api as pluginapi
 from sparsiattn.registry.hookspecs import PROJECT

@@ -20,8 +20,8 @@ from sparsiattn.attention.layout import patch_grid
 from sparsiattn.attention.packed import Packed, pack, unpack
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import Step, Stream, take
-from sparsiattn.blocks import Block, first_tensor
 from sparsiattn.errors import InvalidOption, ModelChanged
+from sparsiattn.patching.discovery.blocks import Block, first_tensor
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.runtime.site_runtime import image_of, metered
 from sparsiattn.strategies.base import AUTO_BLOCK, AUTO_TILE, TILE_FROM

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.site import Site
-from sparsiattn.blocks import first_tensor
 from sparsiattn.errors import ModelChanged
+from sparsiattn.patching.discovery.blocks import first_tensor
 from sparsiattn.runtime.sdpa_intercept import THREAD
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from sparsiattn.attention.site import Site
-from sparsiattn.backbone import Backbone, Edit
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.kernels import cost
+from sparsiattn.patching.discovery.backbone import Backbone, Edit
+from sparsiattn.patching.storing import Storable
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.cross_layer import NoteEntry, enclosing
@@ -31,13 +32,12 @@ from sparsiattn.runtime.site_runtime import (
     SiteRuntime,
     WatchImage,
 )
-from sparsiattn.storing import Storable
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.token_base import TokenStrategy
 
 if TYPE_CHECKING:
-    from sparsiattn.report import Report
+    from sparsiattn.patching.report import Report
 
 MARK = "_sparsiattn_patch"
 _OWNERS = itertools.count(1)
@@ -211,7 +211,7 @@ class Patch(Storable):
 
     def report(self) -> Report:
         """Sites, kernels, density, MACs before and after, and why anything was left alone."""
-        from sparsiattn.report import report
+        from sparsiattn.patching.report import report
 
         self._require_active("report")
         return report(self)
@@ -231,7 +231,7 @@ class Patch(Storable):
         ...     patch.warmup(tiny_images(2)) is patch
         True
         """
-        from sparsiattn.warmup import warmup
+        from sparsiattn.patching.warmup import warmup
 
         self._require_active("warmup")
         warmup(self, input)
@@ -241,7 +241,7 @@ class Patch(Storable):
         if not self.active:
             raise ModelChanged(f"{what}() needs a live patch, but this one was undone")
         self.check_sites()
-        from sparsiattn.patching import refresh
+        from sparsiattn.patching.apply import refresh
 
         refresh(self)
 

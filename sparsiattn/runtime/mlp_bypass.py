@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sparsiattn.attention.token_state import take
-from sparsiattn.blocks import first_tensor
+from sparsiattn.patching.discovery.blocks import first_tensor
 from sparsiattn.runtime.block_runtime import (
     BlockRuntime,
     EnterBlock,

@@ -188,7 +188,7 @@ class SiteRuntime:
 
     def warm(self, inputs: AttentionInputs, pattern: Pattern) -> None:
         """Let the site's kernels get ready for calls like this one, while `Patch.warmup` runs."""
-        from sparsiattn.warmup import warm
+        from sparsiattn.patching.warmup import warm
 
         if THREAD.warming == self.owner.key:
             warm(self.kernels, inputs, pattern, training=self.module.training)

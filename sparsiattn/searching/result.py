@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparsiattn.report import macs_text
+from sparsiattn.patching.report import macs_text
 from sparsiattn.searching.trial import Trial
 
 

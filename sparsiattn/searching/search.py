@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import resolve
+from sparsiattn.patching.apply import resolve
 from sparsiattn.progress import bar
 from sparsiattn.runtime.handle import patch_of, unwrap
 from sparsiattn.searching.result import SearchResult

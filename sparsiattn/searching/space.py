@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import parts_of
+from sparsiattn.patching.apply import parts_of
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.config import Config
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.evaluation import logits_of
-from sparsiattn.patching import applied, survey
-from sparsiattn.report import report
+from sparsiattn.patching.apply import applied, survey
+from sparsiattn.patching.report import report
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.runtime.timing import paired
 from sparsiattn.searching.space import Choice, Space

@@ -145,7 +145,7 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
 
 def apply(model: nn.Module, saved: Saved) -> Patch:
     """A patch that was read, put on a model."""
-    from sparsiattn.patching import patch
+    from sparsiattn.patching.apply import patch
     from sparsiattn.runtime.handle import unwrap
 
     model, config = unwrap(model), saved.config

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.backbone import Backbone
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
+from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.strategies.topk import TopK
 
 

@@ -16,7 +16,7 @@ from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import unpatch
 from sparsiattn.strategies.finalize import finish

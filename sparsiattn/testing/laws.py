@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import SparsiattnError, UnknownName
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
 from sparsiattn.profiling import profile
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import Patch, patch_of

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from sparsiattn.backbone import Backbone
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.base import Strategy

@@ -14,7 +14,7 @@ from sparsiattn.attention.patterns import Dense, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.reference import Reference
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
 from sparsiattn.runtime.cross_layer import Notes
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.finalize import finish

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.training.recipe import Recipe, Stage

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy

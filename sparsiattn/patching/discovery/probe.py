@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsiattn.errors import ProbeFailed, SparsiattnError
-from sparsiattn.recalled import recalling
+from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.runtime.lifting import Trial, drop, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import dense_attention, install, pop, push

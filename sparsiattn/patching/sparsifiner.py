@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import MismatchedPatch
-from sparsiattn.patching import patch
+from sparsiattn.patching.apply import patch
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.base import Budgets
 from sparsiattn.strategies.connectivity import Connectivity

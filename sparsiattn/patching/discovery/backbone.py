@@ -13,8 +13,8 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.nontokens import over_channels, pools
-from sparsiattn.probe import Call, DryInputs, image_inputs
+from sparsiattn.patching.discovery.exclusions import over_channels, pools
+from sparsiattn.patching.discovery.probe import Call, DryInputs, image_inputs
 from sparsiattn.runtime.multihead import why_not_reached
 
 Pooling = Literal["prefix", "avg", "max", "other"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsiattn.probe import DryInputs, run_dry
-from sparsiattn.recalled import recalling
+from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.probe import DryInputs, run_dry
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -4,7 +4,7 @@ one vector for the image. Shapes of the dry run tell, not names."""
 from __future__ import annotations
 
 from sparsiattn.errors import ProbeFailed
-from sparsiattn.probe import Call, image_inputs, probe, skeleton
+from sparsiattn.patching.discovery.probe import Call, image_inputs, probe, skeleton
 
 
 def over_channels(call: Call) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sparsiattn.attention.patterns import Dense, Pattern, Ranked
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.dry import DryRun, dry_run, mac_counter
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import Call, Planning, Work
-from sparsiattn.probe import skeleton
+from sparsiattn.patching.discovery.probe import skeleton
+from sparsiattn.patching.dry_run import DryRun, dry_run, mac_counter
 from sparsiattn.runtime.cross_layer import Notes
 from sparsiattn.runtime.site_runtime import SiteRuntime, tell
 

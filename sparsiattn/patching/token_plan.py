@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from sparsiattn.attention.site import Site
-from sparsiattn.blocks import Block, find_blocks
 from sparsiattn.errors import InvalidOption
+from sparsiattn.patching.discovery.blocks import Block, find_blocks
+from sparsiattn.patching.schedule import token_budgets
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.block_runtime import BlockRuntime
-from sparsiattn.schedule import token_budgets
 from sparsiattn.strategies.token_base import TokenStrategy
 
 

@@ -11,21 +11,21 @@ from torch import nn
 
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.backbone import Backbone
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.probe import Call, DryInputs, probe, skeleton
+from sparsiattn.patching.discovery.backbone import Backbone
+from sparsiattn.patching.discovery.probe import Call, DryInputs, probe, skeleton
+from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
+from sparsiattn.patching.site_selection import Sites, named, select
+from sparsiattn.patching.token_plan import carry
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import MARK, Patch, attach, unwrap
 from sparsiattn.runtime.site_runtime import OpenScope, PlannerHome, SiteRuntime
-from sparsiattn.schedule import Schedule, apply_schedule, read_schedule
-from sparsiattn.selection import Sites, named, select
 from sparsiattn.strategies.base import Budgets, Strategy
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
-from sparsiattn.tokenplan import carry
 
 
 def patch(
@@ -167,8 +167,8 @@ def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel,
 
 def _check(handle: Patch, only_if_faster: bool, dense: list[torch.Size]) -> None:
     """What only a dry run of the patched model can tell, before the model is touched."""
-    from sparsiattn.dry import settle
-    from sparsiattn.expect import leave_slow_sites_dense, refuse_early
+    from sparsiattn.patching.dry_run import settle
+    from sparsiattn.patching.estimate import leave_slow_sites_dense, refuse_early
 
     if handle.blocks:
         settle(handle, dense)

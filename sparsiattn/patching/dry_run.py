@@ -16,8 +16,8 @@ from sparsiattn.attention.packed import Packed
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.attention.token_state import Stream
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
-from sparsiattn.probe import DryInputs, run_dry, shapes, skeleton
-from sparsiattn.recalled import recalling
+from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.probe import DryInputs, run_dry, shapes, skeleton
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.block_runtime import BlockRuntime, Carried
 from sparsiattn.runtime.handle import Patch, feature_modules, hook_up

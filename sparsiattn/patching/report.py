@@ -10,12 +10,12 @@ import torch
 
 from sparsiattn.attention.patterns import Dense, KeyLists, Pattern
 from sparsiattn.attention.site import Site
-from sparsiattn.dry import DryRun, dry_inputs, dry_run, mac_counter
-from sparsiattn.expect import Expected, expect_all, site_at
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Choice
-from sparsiattn.probe import DryInputs, run_dry, skeleton
+from sparsiattn.patching.discovery.probe import DryInputs, run_dry, skeleton
+from sparsiattn.patching.dry_run import DryRun, dry_inputs, dry_run, mac_counter
+from sparsiattn.patching.estimate import Expected, expect_all, site_at
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _site_report(runtime: SiteRuntime, found: Expected, run: DryRun | None) -> S
 
 def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
     """What `measure_sites`, else `tune`, found for a site; None if neither did."""
-    from sparsiattn.covered import tuned_ratio
+    from sparsiattn.patching.covered import tuned_ratio
 
     return tuned_ratio(runtime, site, choice) if runtime.measured is None else runtime.measured
 
