@@ -31,7 +31,6 @@ from sparsiattn.errors import (
     TrainingDiverged,
     UnknownName,
 )
-from sparsiattn.evaluation import Evaluation, evaluate
 from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.measure import measure_sites
@@ -54,6 +53,7 @@ from sparsiattn.showing import Shown, show
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
 from sparsiattn.strategies.token_base import LearnedTokens, Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
+from sparsiattn.training.evaluation import Evaluation, evaluate
 from sparsiattn.tuning import Tuning, tune
 
 try:

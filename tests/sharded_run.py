@@ -21,7 +21,7 @@ from training_help import DISTIL, changed, losses, one_stage, patched, state, tw
 from sparsiattn import InvalidOption, TrainingDiverged
 from sparsiattn.training import losses as losses_module
 from sparsiattn.training import sharding, train
-from sparsiattn.training.launched import leave
+from sparsiattn.training.processes import leave
 
 PLAN = two_stages(batch_size=8, checkpoint_steps=1).changed({"clip": 0.1})
 WARMDOWN = one_stage(epochs=3, keep_epochs=(0, 2), lr=1e-3, **DISTIL).changed({"batch_size": 8})

@@ -300,7 +300,7 @@ def test_accelerate_deals_out_whole_epochs(accelerate: Any) -> None:
 
 def test_nothing_heavy_is_imported_with_the_package() -> None:
     code = (
-        "import sparsiattn, sparsiattn.evaluation, sparsiattn.training.data, sys;"
+        "import sparsiattn, sparsiattn.training.evaluation, sparsiattn.training.data, sys;"
         "print({'timm', 'torchvision', 'accelerate', 'PIL'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

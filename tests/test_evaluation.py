@@ -18,9 +18,9 @@ import sparsiattn
 from conftest import SHARED
 from sparsiattn import evaluate
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.evaluation import Evaluation, _Tally
 from sparsiattn.testing.hosts import tiny_vit
-from sparsiattn.training import launched
+from sparsiattn.training import processes as launched
+from sparsiattn.training.evaluation import Evaluation, _Tally
 
 
 def varied(**options: Any) -> nn.Module:

@@ -20,7 +20,7 @@ sys.path[:0] = [sys.argv[2]]
 from pictures import Pictures
 from training_help import patched, two_stages
 from sparsiattn.training import train
-from sparsiattn.training.launched import leave
+from sparsiattn.training.processes import leave
 model = patched()
 train(model, Pictures(16), recipe=two_stages(batch_size=8), out=sys.argv[1], eval_data=Pictures(6))
 leave()

@@ -13,7 +13,7 @@ import sparsiattn
 from sparsiattn import InvalidOption
 from sparsiattn.errors import UnknownName
 from sparsiattn.training import Recipe, Stage, recipes
-from sparsiattn.training.running import lengths, make_schedule
+from sparsiattn.training.stage_run import lengths, make_schedule
 
 STAGE = {"name": "one", "epochs": 1, "ce": 1.0}
 

@@ -23,7 +23,7 @@ from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.data import loader
-from sparsiattn.training.keeper import Keeper
+from sparsiattn.training.run_folder import Keeper
 
 
 class Killed(BaseException):

@@ -20,7 +20,7 @@ from plugin_check import ROOT, environment, run, wheel
 IN_WHEEL = (
     "sparsiattn/py.typed",
     "sparsiattn_backbones/py.typed",
-    "sparsiattn/recipes/sparsifiner_deit_small.yaml",
+    "sparsiattn/training/recipes/sparsifiner_deit_small.yaml",
     "sparsiattn/kernels/native/attention.c",
     "sparsiattn/registry/registry/plugin_template/pyproject.toml.txt",
 )

@@ -28,7 +28,7 @@ from sparsiattn.cli.options import (
     pairs,
     patch_options,
 )
-from sparsiattn.progress import bar
+from sparsiattn.training.progress import bar
 
 if TYPE_CHECKING:
     from rich.table import Table

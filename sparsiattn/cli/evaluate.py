@@ -27,7 +27,7 @@ from sparsiattn.cli.options import (
     pairs,
     patch_options,
 )
-from sparsiattn.progress import bar
+from sparsiattn.training.progress import bar
 
 
 def evaluate_model(
@@ -68,8 +68,8 @@ def evaluate_model(
     --strategy connectivity --k 0.25
     """
 
-    from sparsiattn.evaluation import evaluate
-    from sparsiattn.training.launched import leave
+    from sparsiattn.training.evaluation import evaluate
+    from sparsiattn.training.processes import leave
 
     planners = saved_in(model, planners, strategy)
     given = patch_options(strategy, k, keep, kernel, option, planners)
@@ -95,6 +95,6 @@ def _device() -> str | None:
     """The GPU where there is one; of launched processes each has its own, which is found later."""
     import torch
 
-    from sparsiattn.training.launched import waiting
+    from sparsiattn.training.processes import waiting
 
     return "cuda" if torch.cuda.is_available() and not waiting() else None

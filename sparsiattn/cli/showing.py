@@ -27,7 +27,7 @@ from sparsiattn.cli.options import (
     pairs,
     patch_options,
 )
-from sparsiattn.progress import bar
+from sparsiattn.training.progress import bar
 
 
 def show_model(

@@ -22,7 +22,7 @@ from sparsiattn.cli.options import (
     pairs,
     value_of,
 )
-from sparsiattn.progress import Advance, bar
+from sparsiattn.training.progress import Advance, bar
 
 
 def train_model(
@@ -64,7 +64,7 @@ def train_model(
     """
     import sparsiattn
     from sparsiattn.training import Recipe, train
-    from sparsiattn.training.launched import leave
+    from sparsiattn.training.processes import leave
 
     options = pairs(model_option, "--model-option")
     with readable():

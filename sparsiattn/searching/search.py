@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import resolve
-from sparsiattn.progress import bar
 from sparsiattn.runtime.handle import patch_of, unwrap
 from sparsiattn.searching.result import SearchResult
 from sparsiattn.searching.solve import Model, mutated
 from sparsiattn.searching.space import KEYS, TOKENS, Choice, Space, kinds_of, space_of
 from sparsiattn.searching.trial import Trial, Trials
 from sparsiattn.strategies.config import Config
+from sparsiattn.training.progress import bar
 
 BUDGETS = ("macs", "latency", "agreement")
 

@@ -13,7 +13,7 @@ from sparsiattn.errors import DataError
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.training.preprocess import data_config, transform
 from sparsiattn.training.samples import Finish
-from sparsiattn.training.source import mode_of
+from sparsiattn.training.sources import mode_of
 
 
 def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Tensor]:

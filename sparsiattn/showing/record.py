@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sparsiattn.attention.patterns import Dense
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
-from sparsiattn.progress import Advance
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.showing import rows as attention
@@ -29,6 +28,7 @@ from sparsiattn.showing.placing import (
 )
 from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
 from sparsiattn.strategies.base import Planner
+from sparsiattn.training.progress import Advance
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""

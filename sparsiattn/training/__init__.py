@@ -1,6 +1,6 @@
 """Fitting planners and training patched models."""
 
-from sparsiattn.training.calibrate import calibrate
+from sparsiattn.training.calibration import calibrate
 from sparsiattn.training.keep import keep_ratio_loss
 from sparsiattn.training.loop import TrainResult, train
 from sparsiattn.training.recipe import Recipe, Stage, recipes

@@ -19,7 +19,7 @@ from sparsiattn.training.preprocess import (
     transform,
 )
 from sparsiattn.training.samples import Finish, Samples, Stream
-from sparsiattn.training.source import Source, is_path, open_source
+from sparsiattn.training.sources import Source, is_path, open_source
 
 Share = tuple[int, int]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.evaluation import logits_of
 from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.training.evaluation import logits_of
 from sparsiattn.training.keep import keep_ratio_loss
 from sparsiattn.training.penalties import Listener, is_dense
 from sparsiattn.training.recipe import Stage

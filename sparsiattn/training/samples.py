@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from sparsiattn.errors import DataError
 from sparsiattn.training.preprocess import drawing
-from sparsiattn.training.source import Source, mode_of
+from sparsiattn.training.sources import Source, mode_of
 
 Sample = tuple[Tensor, int, tuple[int, ...]]  # image, label, where it was: (epoch, index)
 

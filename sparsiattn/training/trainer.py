@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
-from sparsiattn.evaluation import evaluate
 from sparsiattn.runtime.handle import Patch, unpatch
 from sparsiattn.training import checkpoint as saved
-from sparsiattn.training import sharding, warmdown
+from sparsiattn.training import keep_schedule as warmdown
+from sparsiattn.training import sharding
+from sparsiattn.training.accelerator import accelerated
 from sparsiattn.training.data import Loader, loader
-from sparsiattn.training.keeper import Keeper
-from sparsiattn.training.launch import accelerated
+from sparsiattn.training.evaluation import evaluate
 from sparsiattn.training.logs import Log
 from sparsiattn.training.loop import TrainResult
 from sparsiattn.training.recipe import Recipe, Stage
-from sparsiattn.training.running import Running, lengths
+from sparsiattn.training.run_folder import Keeper
+from sparsiattn.training.stage_run import Running, lengths
 from sparsiattn.training.trainable import checkpointing, choose, is_planner, set_modes
 
 

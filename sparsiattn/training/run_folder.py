@@ -11,7 +11,7 @@ from torch import nn
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.training import checkpoint as saved
-from sparsiattn.training.running import Running
+from sparsiattn.training.stage_run import Running
 
 
 class Keeper:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedCheckpoint, TrainingDiverged
-from sparsiattn.progress import bar
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.training import checkpoint as saved
+from sparsiattn.training.progress import bar
 from sparsiattn.training.reconstruction import site_losses, start_planners
 
 
@@ -94,7 +94,7 @@ def _batches(images: Any, model: nn.Module, batch_size: int, seed: int) -> Itera
     from torch.utils.data import Dataset
 
     from sparsiattn.training.data import loader
-    from sparsiattn.training.source import is_path
+    from sparsiattn.training.sources import is_path
 
     if not is_path(images) and not isinstance(images, Dataset):
         return images  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.runtime.timing import wait
 
 if TYPE_CHECKING:
-    from sparsiattn.training.launched import World
+    from sparsiattn.training.processes import World
 
 Progress = Callable[[int, int | None], Any]
 
@@ -98,7 +98,7 @@ def evaluate(
     (4, 100.0, True)
     """
     from sparsiattn.training.data import loader
-    from sparsiattn.training.launched import world
+    from sparsiattn.training.processes import world
 
     host = _without_ddp(model)
     _refuse_prepared(data)
