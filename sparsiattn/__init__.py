@@ -8,10 +8,17 @@ from importlib import metadata as _metadata
 # become the functions that list what is registered.
 import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
+from sparsiattn.analysis.benchmark.sites import measure_sites
+from sparsiattn.analysis.benchmark.tuning import Tuning, tune
+from sparsiattn.analysis.benchmark.whole_model import Bench, bench
+from sparsiattn.analysis.inspection import Inspection, inspect
+from sparsiattn.analysis.profiling.profiler import profile
+from sparsiattn.analysis.profiling.result import Profile
+from sparsiattn.analysis.schedule_search import SearchResult, search
+from sparsiattn.analysis.visualization import Shown, show
 from sparsiattn.attention.block_masks import block_mask
 from sparsiattn.attention.patterns import Pattern, check_budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.benchmark import Bench, bench
 from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
     AlreadyPatched,
@@ -31,30 +38,23 @@ from sparsiattn.errors import (
     TrainingDiverged,
     UnknownName,
 )
-from sparsiattn.inspection import Inspection, inspect
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.measure import measure_sites
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.patching.report import Report
 from sparsiattn.patching.sparsifiner import load_sparsifiner
-from sparsiattn.profiled import Profile
-from sparsiattn.profiling import profile
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
 from sparsiattn.runtime.handle import Patch, patch_of, unpatch
-from sparsiattn.searching import SearchResult, search
 from sparsiattn.serialization.creating import create_model
 from sparsiattn.serialization.exporters import Exported, export
 from sparsiattn.serialization.hub import from_pretrained
 from sparsiattn.serialization.saving import load
-from sparsiattn.showing import Shown, show
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
 from sparsiattn.strategies.token_base import LearnedTokens, Reduction, TokenInputs, TokenStrategy
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.training.evaluation import Evaluation, evaluate
-from sparsiattn.tuning import Tuning, tune
 
 try:
     __version__ = _metadata.version("sparsiattn")

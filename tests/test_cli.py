@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sparsiattn import tuning
+from sparsiattn.analysis.benchmark import tuning
+from sparsiattn.analysis.benchmark.tuning import Case
 from sparsiattn.cli import app
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
-from sparsiattn.tuning import Case
 
 
 def test_list_as_json_is_one_document() -> None:

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy, handle
+from sparsiattn.analysis.inspection import percent
 from sparsiattn.cli import app
-from sparsiattn.inspection import percent
 from sparsiattn.patching.discovery.backbone import SINGLE
 from sparsiattn.testing import temporary_plugin
 

@@ -190,7 +190,7 @@ def test_measured_time(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of a profiler without the GPU it looks for
 def test_peak_memory() -> None:
-    from sparsiattn.memory import peak_bytes
+    from sparsiattn.analysis.profiling.memory import peak_bytes
 
     def call() -> None:
         held = [torch.ones(1 << 18) for _ in range(3)]

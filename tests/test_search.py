@@ -14,9 +14,9 @@ import zoo
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.searching.search import Trials
-from sparsiattn.searching.solve import Model
-from sparsiattn.searching.space import Space, space_of
+from sparsiattn.analysis.schedule_search.pareto import Model
+from sparsiattn.analysis.schedule_search.search import Trials
+from sparsiattn.analysis.schedule_search.space import Space, space_of
 from sparsiattn.strategies.hybrid import Hybrid
 
 

@@ -18,7 +18,7 @@ import zoo
 from torch import Tensor
 
 import sparsiattn
-from sparsiattn.showing import Shown
+from sparsiattn.analysis.visualization import Shown
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 

@@ -14,8 +14,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 import sparsiattn
-from sparsiattn.showing import Shown, paint
-from sparsiattn.showing.picture import MOST, _some
+from sparsiattn.analysis.visualization import Shown, paint
+from sparsiattn.analysis.visualization.figures import MOST, _some
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 VIEWS = ("overview", "layers", "heads", "density")

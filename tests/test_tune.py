@@ -14,13 +14,13 @@ import torch
 import zoo
 
 import sparsiattn
-from sparsiattn import tuning
+from sparsiattn.analysis.benchmark import tuning
+from sparsiattn.analysis.benchmark.tuning import Case, Measured
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.cost import Prices, Work
 from sparsiattn.kernels.tuning_cache import TuningIgnored
 from sparsiattn.runtime import timing
-from sparsiattn.tuning import Case, Measured
 
 CPU = torch.device("cpu")
 CASES = (

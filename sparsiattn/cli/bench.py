@@ -63,7 +63,7 @@ def bench_model(
     """
     from rich.console import Console
 
-    from sparsiattn.benchmark import bench
+    from sparsiattn.analysis.benchmark.whole_model import bench
 
     planners = saved_in(model, planners, strategy)
     name = strategy if planners else strategy or "connectivity"

@@ -27,7 +27,7 @@ def inspect_model(
     """
     from rich.console import Console
 
-    from sparsiattn.inspection import inspect
+    from sparsiattn.analysis.inspection import inspect
     from sparsiattn.serialization.creating import create_model, is_saved
     from sparsiattn.serialization.hub import origin_in
     from sparsiattn.serialization.origin import without_memory

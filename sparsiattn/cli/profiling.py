@@ -65,7 +65,7 @@ def profile_model(
     """
     from rich.console import Console
 
-    from sparsiattn.profiling import profile
+    from sparsiattn.analysis.profiling.profiler import profile
 
     planners = saved_in(model, planners, strategy)
     given = patch_options(strategy, k, keep, kernel, option, planners)
@@ -92,7 +92,7 @@ def profile_model(
 
 
 def _accounting(name: str) -> Any:
-    from sparsiattn.accounting import ACCOUNTINGS
+    from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS
 
     if name not in ACCOUNTINGS:
         raise typer.BadParameter(
@@ -102,7 +102,7 @@ def _accounting(name: str) -> Any:
 
 
 def _print(console: Any, found: Any) -> None:
-    from sparsiattn import profiletext
+    from sparsiattn.analysis.profiling import text as profiletext
 
     say(console, profiletext.head(found))
     print_whole(console, cells(profiletext.parts_table(found)))

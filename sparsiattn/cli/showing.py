@@ -69,7 +69,7 @@ def show_model(
     is named; dense shows plain attention. Weights are random without --pretrained or --checkpoint.
     Example: sparsiattn show deit_small_patch16_224 photo.jpg --pretrained --k 0.25 --out page.html
     """
-    from sparsiattn.showing import show
+    from sparsiattn.analysis.visualization import show
 
     planners = saved_in(model, planners, strategy)
     if strategy is None and planners is None:

@@ -30,7 +30,7 @@ def tune_here(
     """
     from rich.console import Console
 
-    from sparsiattn.tuning import tune
+    from sparsiattn.analysis.benchmark.tuning import tune
 
     console = Console(stderr=as_json)
     dtypes = None if not dtype else [dtype_of(name) for name in dtype]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.analysis.profiling.profiler import profile
 from sparsiattn.errors import SparsiattnError, UnknownName
 from sparsiattn.patching.apply import patch
-from sparsiattn.profiling import profile
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.serialization.saving import load

@@ -233,7 +233,7 @@ class Shown:
         merged, ``"density"`` the shares kept by layer and head. site: by name or number, by default
         the middle one.
         """
-        from sparsiattn.showing.picture import figure
+        from sparsiattn.analysis.visualization.figures import figure
 
         if view not in VIEWS:
             raise unknown("view", view, VIEWS)
@@ -241,7 +241,7 @@ class Shown:
 
     def html(self) -> str:
         """One page that needs nothing else: hover over a patch to see its keys."""
-        from sparsiattn.showing.page import page
+        from sparsiattn.analysis.visualization.html_page import page
 
         return page(self)
 
@@ -259,7 +259,7 @@ class Shown:
         if kind in (".html", ".htm"):
             path.write_text(self.html(), encoding="utf-8")
         else:
-            from sparsiattn.showing.picture import write
+            from sparsiattn.analysis.visualization.figures import write
 
             write(self.figure(view, site), path)
         return path

@@ -9,13 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsiattn.analysis.schedule_search.evaluation import Trial, Trials
+from sparsiattn.analysis.schedule_search.pareto import Model, mutated
+from sparsiattn.analysis.schedule_search.result import SearchResult
+from sparsiattn.analysis.schedule_search.space import (
+    KEYS,
+    TOKENS,
+    Choice,
+    Space,
+    kinds_of,
+    space_of,
+)
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import resolve
 from sparsiattn.runtime.handle import patch_of, unwrap
-from sparsiattn.searching.result import SearchResult
-from sparsiattn.searching.solve import Model, mutated
-from sparsiattn.searching.space import KEYS, TOKENS, Choice, Space, kinds_of, space_of
-from sparsiattn.searching.trial import Trial, Trials
 from sparsiattn.strategies.config import Config
 from sparsiattn.training.progress import bar
 

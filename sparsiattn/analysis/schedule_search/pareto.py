@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sparsiattn.searching.space import Choice, Space
+from sparsiattn.analysis.schedule_search.space import Choice, Space
 
 
 class Model:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsiattn.showing.shown import BlockTokens, Shown, SiteShown
+from sparsiattn.analysis.visualization.result import BlockTokens, Shown, SiteShown
 
 SMALL = 96  # pixels: below it an image is stored without loss and drawn in squares
 

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.patterns import Dense
-from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
-from sparsiattn.runtime.sdpa_intercept import THREAD
-from sparsiattn.showing import rows as attention
-from sparsiattn.showing.photo import photo
-from sparsiattn.showing.placing import (
+from sparsiattn.analysis.visualization import attention_rows as attention
+from sparsiattn.analysis.visualization.photo import photo
+from sparsiattn.analysis.visualization.result import BlockTokens, Point, Shown, SiteShown
+from sparsiattn.analysis.visualization.token_places import (
     Placing,
     Window,
     fused_tokens,
@@ -26,7 +22,11 @@ from sparsiattn.showing.placing import (
     stream_place,
     window_of,
 )
-from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
+from sparsiattn.attention.patterns import Dense
+from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
+from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.base import Planner
 from sparsiattn.training.progress import Advance
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.patching.apply import applied, survey
 from sparsiattn.patching.report import report
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.runtime.timing import paired
-from sparsiattn.searching.space import Choice, Space
 from sparsiattn.strategies.config import Config
 from sparsiattn.training.evaluation import logits_of
 

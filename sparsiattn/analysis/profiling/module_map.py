@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.analysis.inspection import bare
+from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
-from sparsiattn.inspection import bare
-from sparsiattn.meter import ATTENTION, MLP, Section
 from sparsiattn.patching.apply import Survey, survey
 from sparsiattn.patching.discovery.blocks import find_blocks
 from sparsiattn.patching.discovery.probe import DryInputs

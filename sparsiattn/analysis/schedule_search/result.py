@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from sparsiattn.analysis.schedule_search.evaluation import Trial
 from sparsiattn.patching.report import macs_text
-from sparsiattn.searching.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sparsiattn.accounting import Accounting
+from sparsiattn.analysis.profiling.accounting import Accounting
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,6 @@ class Profile:
         return {**{name: getattr(self, name) for name in names}, **asdict(self)}
 
     def __str__(self) -> str:
-        from sparsiattn.profiletext import text
+        from sparsiattn.analysis.profiling.text import text
 
         return text(self)

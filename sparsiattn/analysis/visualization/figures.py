@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from sparsiattn.analysis.visualization import paint
+from sparsiattn.analysis.visualization.paint import Array
 from sparsiattn.errors import InvalidOption
-from sparsiattn.showing import paint
-from sparsiattn.showing.paint import Array
 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from sparsiattn.showing.shown import BlockTokens, Point, Shown, SiteShown
+    from sparsiattn.analysis.visualization.result import BlockTokens, Point, Shown, SiteShown
 
 QUERY = "#22b8ff"
 SMALL, LARGE = 8.5, 11

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsiattn.accounted import Account
-from sparsiattn.accounting import ACCOUNTINGS, Accounting
-from sparsiattn.anatomy import Anatomy, anatomy, batch_of, patched_sites
+from sparsiattn.analysis.benchmark.sites import arguments, evaluating
+from sparsiattn.analysis.profiling.account import Account
+from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS, Accounting
+from sparsiattn.analysis.profiling.memory import peak_bytes
+from sparsiattn.analysis.profiling.meter import EnterSection, LeaveSection, Meter
+from sparsiattn.analysis.profiling.module_map import Anatomy, anatomy, batch_of, patched_sites
+from sparsiattn.analysis.profiling.result import Latency, Memory, Profile
 from sparsiattn.errors import InvalidOption, SparsiattnError
-from sparsiattn.measure import arguments, evaluating
-from sparsiattn.memory import peak_bytes
-from sparsiattn.meter import EnterSection, LeaveSection, Meter
 from sparsiattn.patching.apply import live_patches
 from sparsiattn.patching.discovery.probe import DryInputs
 from sparsiattn.patching.warmup import unchanged
-from sparsiattn.profiled import Latency, Memory, Profile
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import THREAD
@@ -162,7 +162,7 @@ class Run:
 
 def _timed(model: nn.Module, live: list[Patch], given: DryInputs, rounds: int) -> Latency:
     """Paired runs as `bench` makes them, which also measures the sites of a patch."""
-    from sparsiattn.benchmark import bench
+    from sparsiattn.analysis.benchmark.whole_model import bench
 
     if live and patch_of(model) is None:
         raise InvalidOption(

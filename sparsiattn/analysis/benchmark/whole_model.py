@@ -81,7 +81,7 @@ def bench(
     >>> found.ratio > 0, found.input_shape
     (True, (3, 3, 32, 32))
     """
-    from sparsiattn.measure import arguments, evaluating, measure_sites
+    from sparsiattn.analysis.benchmark.sites import arguments, evaluating, measure_sites
 
     if type(rounds) is not int or rounds < 1:
         raise InvalidOption(f"rounds must be an int >= 1, got {rounds!r}")
@@ -136,7 +136,7 @@ def _dense(model: nn.Module, live: Patch) -> Callable[..., Any]:
 
 
 def _result(live: Patch, given: Any, times: dict[str, list[float]]) -> Bench:
-    from sparsiattn.measure import tensors_of
+    from sparsiattn.analysis.benchmark.sites import tensors_of
 
     first = next(iter(tensors_of(given)), None)
     pair = timing.compared(times["sparse"], times["dense"])

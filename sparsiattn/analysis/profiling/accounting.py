@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sparsiattn.meter import Attended
+from sparsiattn.analysis.profiling.meter import Attended
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.connectivity import Connectivity
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import fields, replace
 
+from sparsiattn.analysis.profiling.result import Parts, Profile, SiteProfile
 from sparsiattn.patching.report import aligned, macs_text, not_faster
-from sparsiattn.profiled import Parts, Profile, SiteProfile
 
 SMALL = 0.15
 """Share of attention in a model below which choosing keys is hardly worth its while."""

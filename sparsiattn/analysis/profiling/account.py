@@ -6,16 +6,24 @@ from collections import defaultdict
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from sparsiattn.accounting import Accounting, paper_macs
-from sparsiattn.anatomy import batch_of
+from sparsiattn.analysis.profiling.accounting import Accounting, paper_macs
+from sparsiattn.analysis.profiling.meter import (
+    ATTENTION,
+    MLP,
+    PREDICTOR,
+    REST,
+    TOKENS,
+    Attended,
+    Meter,
+)
+from sparsiattn.analysis.profiling.module_map import batch_of
+from sparsiattn.analysis.profiling.result import Latency, Memory, Parts, Profile, SiteProfile
+from sparsiattn.analysis.profiling.text import notes
 from sparsiattn.attention.site import Site
-from sparsiattn.meter import ATTENTION, MLP, PREDICTOR, REST, TOKENS, Attended, Meter
 from sparsiattn.patching.report import measured_speed
-from sparsiattn.profiled import Latency, Memory, Parts, Profile, SiteProfile
-from sparsiattn.profiletext import notes
 
 if TYPE_CHECKING:
-    from sparsiattn.profiling import Run
+    from sparsiattn.analysis.profiling.profiler import Run
 
 Share = dict[str, float]
 """MACs of a whole batch by part."""
