@@ -19,7 +19,6 @@ from sparsiattn.analysis.visualization import Shown, show
 from sparsiattn.attention.block_masks import block_mask
 from sparsiattn.attention.patterns import Pattern, check_budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.diagnosis import Diagnosis, doctor
 from sparsiattn.errors import (
     AlreadyPatched,
     CheckpointNotWritten,
@@ -53,6 +52,7 @@ from sparsiattn.serialization.hub import from_pretrained
 from sparsiattn.serialization.saving import load
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
 from sparsiattn.strategies.token_base import LearnedTokens, Reduction, TokenInputs, TokenStrategy
+from sparsiattn.testing.diagnosis import Diagnosis, doctor
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.training.evaluation import Evaluation, evaluate
 

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import sparsiattn
-from sparsiattn import diagnosis
 from sparsiattn.cli import app
 from sparsiattn.kernels import xformers as fmha
+from sparsiattn.testing import diagnosis
 
 
 def found(group: str, name: str) -> Any:

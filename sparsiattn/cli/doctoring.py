@@ -14,7 +14,7 @@ def diagnose(as_json: AsJson = False) -> None:
 
     Exits with 0 unless the core itself cannot run. Example: sparsiattn doctor --json
     """
-    from sparsiattn.diagnosis import doctor
+    from sparsiattn.testing.diagnosis import doctor
 
     found = doctor()
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
