@@ -11,7 +11,7 @@ from test_plugins import HEAD, STRATEGIES, Install, source
 
 import sparsiattn
 from sparsiattn import Kernel, Pattern, PluginError, pluginapi
-from sparsiattn.cli.listing import contents
+from sparsiattn.cli.list import contents
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.registry.registry import Registry

@@ -5,17 +5,17 @@ from __future__ import annotations
 import typer
 
 from sparsiattn.cli.bench import bench_model
-from sparsiattn.cli.calibrating import calibrate_model
-from sparsiattn.cli.doctoring import diagnose
+from sparsiattn.cli.calibrate import calibrate_model
+from sparsiattn.cli.doctor import diagnose
 from sparsiattn.cli.evaluate import evaluate_model
-from sparsiattn.cli.exporting import export_model
-from sparsiattn.cli.inspecting import inspect_model
-from sparsiattn.cli.listing import list_all
-from sparsiattn.cli.plugins import write_plugin
-from sparsiattn.cli.profiling import profile_model
-from sparsiattn.cli.searching import search_model
-from sparsiattn.cli.showing import show_model
-from sparsiattn.cli.training import train_model
+from sparsiattn.cli.export import export_model
+from sparsiattn.cli.inspect import inspect_model
+from sparsiattn.cli.list import list_all
+from sparsiattn.cli.new_plugin import write_plugin
+from sparsiattn.cli.profile import profile_model
+from sparsiattn.cli.search import search_model
+from sparsiattn.cli.show import show_model
+from sparsiattn.cli.train import train_model
 from sparsiattn.cli.tune import tune_here
 
 app = typer.Typer(no_args_is_help=True, help="Sparse attention for any Vision Transformer.")
