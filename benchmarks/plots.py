@@ -12,8 +12,8 @@ It reads the rows of every ``results/kernels*-DEVICE.json`` that have these fiel
     density: computed pairs over all pairs             kernel: its name ("gather" where missing)
     macs: {"dense", "sparse"}, QK^T and AV             bytes: {"dense", "sparse"}, operands, result
                                                        and what the kernel copies besides
-    with_planning, kernel_only, planning: as `sparsiattn.runtime.timing.paired` returns them, first the
-    sparse side (or planning alone), second dense attention: "ratio" with "ratio_quartiles",
+    with_planning, kernel_only, planning: as `sparsiattn.runtime.timing.paired` returns them, first
+    the sparse side (or planning alone), second dense attention: "ratio" with "ratio_quartiles",
     "first_ms", "second_ms"
 
 and ``roof`` of the file: {"gflops", "gbytes"}, the machine's best matrix product and copy.

@@ -64,7 +64,8 @@ def blocks_within(k: Budget, n_keys: int, prefix: int, blocks: Tiles) -> int:
 class Pattern:
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
 
-    Planners make one with `dense`, `mask`, `index`, `top`, and those of `sparsiattn.attention.derived`.
+    Planners make one with `dense`, `mask`, `index`, `top`, and those of
+    `sparsiattn.attention.derived`.
 
     >>> Pattern.top(torch.tensor([[[[0.1, 0.7, 0.2]]]]), 2).to_mask().tolist()
     [[[[False, True, True]]]]

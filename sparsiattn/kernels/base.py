@@ -48,7 +48,8 @@ class Kernel:
     differentiable: ClassVar[bool] = True
     last_resort: ClassVar[bool] = False
     computes_derived: ClassVar[bool] = False
-    """Whether it knows plans that choose no keys (`sparsiattn.attention.derived`); others are not asked."""
+    """Whether it knows plans that choose no keys (`sparsiattn.attention.derived`); others are not
+    asked."""
 
     def unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""

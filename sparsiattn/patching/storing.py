@@ -32,7 +32,7 @@ class Storable:
 
     def push_to_hub(self, repo_id: str, *, whole: bool = False, **options: Any) -> str:
         """What `save` writes (``whole``: what `merge_and_export` writes) as a repository of the
-        Hugging Face Hub; gives its address. See `sparsiattn.serialization.hub.push` for the options."""
+        Hugging Face Hub; gives its address. See `hub.push` for the options."""
         from sparsiattn.serialization.hub import push
 
         self._require_active("push_to_hub")

@@ -59,7 +59,7 @@ def rendered(name: str) -> dict[str, str]:
         "api": repr(PLUGIN_API),
     }
     found = {}
-    for path, text in _templates(resources.files("sparsiattn") / "plugin_template", ""):
+    for path, text in _templates(resources.files("sparsiattn.registry") / "plugin_template", ""):
         for key, value in values.items():
             text = text.replace("{{" + key + "}}", value)
         found[path.removesuffix(SUFFIX).replace("PACKAGE", package)] = text

@@ -235,7 +235,7 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
 def carried_attention(
     runtime: SiteRuntime, planner: Planner, stream: Any, operands: Operands, options: Options
 ) -> Tensor:
-    """Attention of a call whose sequence was made shorter; see `sparsiattn.runtime.reduced_attention`."""
+    """Attention of a call whose sequence was made shorter; see `reduced_attention`."""
     from sparsiattn.runtime.reduced_attention import attention
 
     return attention(runtime, planner, stream, operands, options)

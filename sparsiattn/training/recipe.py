@@ -15,7 +15,7 @@ TRAINABLE = ("planners", "backbone", "both")
 PRECISIONS = ("no", "bf16", "fp16")
 PENALTIES = ("attention_log", "attention_entropy")
 LOSSES = ("reconstruction", "ce", "kl", "token_mse", "keep_ratio", *PENALTIES)
-FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+FOLDER = Path(__file__).resolve().parent / "recipes"
 
 
 @dataclass(frozen=True)
