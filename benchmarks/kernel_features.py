@@ -121,7 +121,7 @@ def _asked() -> dict[str, Kernel]:
     found = {}
     for name, kernel in REGISTRY.all("kernels").items():
         found[name] = copy.copy(kernel)
-        found[name].unavailable = list
+        found[name].why_unavailable = list
     return found
 
 

@@ -47,7 +47,7 @@ def _matrix(kind: str) -> str:
     for name, info in _ours(kind).items():
         paper = f"[{info.paper.rsplit('/', 1)[-1]}]({info.paper})" if info.paper else ""
         training = "yes" if info.needs_training else "no"
-        exact = "yes" if not info.inexact else f"no: {info.inexact}"
+        exact = "yes" if not info.inexact_reason else f"no: {info.inexact_reason}"
         rows.append(
             [f"`{name}`", info.summary.replace("|", "\\|"), paper, info.fidelity, training, exact]
         )

@@ -10,12 +10,12 @@ import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.analysis.benchmark.tuning import Tuning, tune
-from sparsiattn.analysis.benchmark.whole_model import Bench, bench
+from sparsiattn.analysis.benchmark.whole_model import BenchResult, bench
 from sparsiattn.analysis.inspection import Inspection, inspect
 from sparsiattn.analysis.profiling.profiler import profile
 from sparsiattn.analysis.profiling.result import Profile
 from sparsiattn.analysis.schedule_search import SearchResult, search
-from sparsiattn.analysis.visualization import Shown, show
+from sparsiattn.analysis.visualization import AttentionView, show
 from sparsiattn.attention.block_masks import block_mask
 from sparsiattn.attention.patterns import Pattern, check_budget, count_of
 from sparsiattn.attention.site import AttentionInputs, Site
@@ -47,11 +47,16 @@ from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
 from sparsiattn.runtime.handle import Patch, patch_of, unpatch
 from sparsiattn.serialization.creating import create_model
-from sparsiattn.serialization.exporters import Exported, export
+from sparsiattn.serialization.exporters import ExportResult, export
 from sparsiattn.serialization.hub import from_pretrained
 from sparsiattn.serialization.saving import load
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
-from sparsiattn.strategies.token_base import LearnedTokens, Reduction, TokenInputs, TokenStrategy
+from sparsiattn.strategies.token_base import (
+    LearnedTokenPlanner,
+    Reduction,
+    TokenInputs,
+    TokenStrategy,
+)
 from sparsiattn.testing.diagnosis import Diagnosis, doctor
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.training.evaluation import Evaluation, evaluate
@@ -65,21 +70,22 @@ __all__ = [
     "PLUGIN_API",
     "AlreadyPatched",
     "AttentionInputs",
+    "AttentionView",
     "Backbone",
-    "Bench",
+    "BenchResult",
     "CheckpointNotWritten",
     "DataError",
     "Diagnosis",
     "Evaluation",
     "ExportFailed",
-    "Exported",
+    "ExportResult",
     "Inspection",
     "InvalidOption",
     "InvalidType",
     "Kernel",
     "KernelRefused",
     "LearnedPlanner",
-    "LearnedTokens",
+    "LearnedTokenPlanner",
     "MismatchedCheckpoint",
     "MismatchedPatch",
     "ModelChanged",
@@ -94,7 +100,6 @@ __all__ = [
     "Reduction",
     "Report",
     "SearchResult",
-    "Shown",
     "Site",
     "SparsiattnError",
     "Strategy",

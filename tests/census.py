@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
-from sparsiattn.patching.discovery.probe import skeleton
+from sparsiattn.patching.discovery.probe import meta_copy
 from sparsiattn.registry.registry import REGISTRY
 
 MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller
@@ -130,13 +130,13 @@ class Specimen:
 def look(entry: Entry, model: nn.Module, shape: Shape) -> list[Found]:
     """The attention calls of a model for one image: without data, or where the model reads values
     of its tensors, with some."""
-    bones = skeleton(model)
+    meta_model = meta_copy(model)
     image = torch.empty(shape, device="meta")
     try:
-        return attention_of(bones, lambda: entry.call(bones, image))
+        return attention_of(meta_model, lambda: entry.call(meta_model, image))
     except Exception:
         with suppress(Exception), torch.device("meta"):  # makes tensors on the default device
-            return attention_of(bones, lambda: entry.call(bones, image))
+            return attention_of(meta_model, lambda: entry.call(meta_model, image))
     real = small.materialise(copy.deepcopy(model))
     return attention_of(real, lambda: entry.call(real, torch.randn(shape)))
 
@@ -251,8 +251,8 @@ def _found(live: sparsiattn.Patch, between: list[Found]) -> dict[str, Any]:
     """What the patch reached, left and missed, by class of module; and sites whose grid is off."""
     owner = {name: type(module).__name__ for name, module in live.model.named_modules()}
     sites = {site.name for site in live.sites}
-    left = {f"{owner[name]}: {reason}" for name, reason in live.left}
-    known = sites | {name for name, _ in live.left}
+    left = {f"{owner[name]}: {reason}" for name, reason in live.skipped}
+    known = sites | {name for name, _ in live.skipped}
     flat = {
         owner[s.name]
         for s in live.sites

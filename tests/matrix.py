@@ -131,7 +131,7 @@ def _auto(subject: Subject, column: str) -> str:
 
 def _laws(subject: Subject, column: str) -> str:
     strategy, budget, full = COLUMNS[column]
-    exact = not sparsiattn.strategies()[strategy].inexact
+    exact = not sparsiattn.strategies()[strategy].inexact_reason
     with subject.patch(strategy, full, "auto"):
         change = census.relative(subject.forward(), subject.dense)
     if exact and not change <= 1e-5:

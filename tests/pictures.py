@@ -40,7 +40,7 @@ def tar(path: Path, splits: tuple[str, ...] = ("",), classes: int = 5, each: int
                     info = tarfile.TarInfo(
                         "/".join([*filter(None, [split]), f"c{label}", f"{index}.png"])
                     )
-                    info.size = data.tell()
+                    info.size = data.notify_planner()
                     data.seek(0)
                     archive.addfile(info, data)
     return path

@@ -208,7 +208,7 @@ def test_channel_maps_start_at_the_best_of_their_rank(channels: int) -> None:
     q = q * torch.linspace(0.1, 3, 8)
     planner: Any = Connectivity(k=0.1, channels=channels).planner(site)
     inputs = sparsiattn.AttentionInputs(q, k, v, 0.4, None, site)
-    planner.start(inputs)
+    planner.init_from_batch(inputs)
     keys = planner.down.mT @ k
     keys = keys - keys.mean(-2, keepdim=True)
     with torch.no_grad():

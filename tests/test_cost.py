@@ -16,7 +16,7 @@ import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, Site, cost
 from sparsiattn.attention.patterns import KeyIndex, Lengths
 from sparsiattn.kernels.base import choose
-from sparsiattn.kernels.choice_cache import Choices, describe
+from sparsiattn.kernels.choice_cache import ChoiceCache, describe
 from sparsiattn.kernels.cost import Call, Planning, Prices, Work
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
@@ -254,7 +254,7 @@ def test_what_cannot_be_described_is_not_kept(call: Any) -> None:
         __torch_function__ = torch._C._disabled_torch_function_impl
 
     inputs, pattern = call
-    choices = Choices()
+    choices = ChoiceCache()
     mine = Mine(17, 17, pattern.index)
     assert choices.key(inputs, mine) is None
     assert choices.key(inputs.replace(q=inputs.q.as_subclass(Strange)), pattern) is None
@@ -265,7 +265,7 @@ def test_what_cannot_be_described_is_not_kept(call: Any) -> None:
 
 def test_another_site_or_other_prices_start_anew(call: Any) -> None:
     inputs, pattern = call
-    choices = Choices()
+    choices = ChoiceCache()
     choice = choose((Reference(),), inputs, pattern, explicit=False)
     choices.keep(choices.key(inputs, pattern), choice)
     assert choices.get(choices.key(inputs, pattern)) is choice
@@ -278,7 +278,7 @@ def test_another_site_or_other_prices_start_anew(call: Any) -> None:
 
 def test_shapes_that_never_repeat_do_not_pile_up(call: Any) -> None:
     inputs, pattern = call
-    choices = Choices()
+    choices = ChoiceCache()
     choice = choose((Reference(),), inputs, pattern, explicit=False)
     for scale in range(200):
         choices.keep(choices.key(inputs.replace(scale=float(scale)), pattern), choice)

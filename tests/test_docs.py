@@ -44,7 +44,15 @@ PUBLIC = {name: getattr(sparsiattn, name) for name in sparsiattn.__all__}
 FAULTS = {n for n, o in PUBLIC.items() if inspect.isclass(o) and issubclass(o, Exception)}
 CALLED = {name for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
 EXTENDED = {"Strategy", "TokenStrategy", "Kernel", "Backbone", "Planner", "LearnedPlanner"}
-EXTENDED |= {"LearnedTokens", "Pattern", "Reduction", "AttentionInputs", "Site", "Patch", "Recipe"}
+EXTENDED |= {
+    "LearnedTokenPlanner",
+    "Pattern",
+    "Reduction",
+    "AttentionInputs",
+    "Site",
+    "Patch",
+    "Recipe",
+}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

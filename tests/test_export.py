@@ -52,7 +52,7 @@ VARIANTS = {
 QUICK = ["connectivity", "token_drop"]
 
 
-def made(case: str, format: str, folder: Path) -> tuple[sparsiattn.Exported, nn.Module]:
+def made(case: str, format: str, folder: Path) -> tuple[sparsiattn.ExportResult, nn.Module]:
     model = zoo.build("vit")
     options, given = VARIANTS[case]
     sparsiattn.patch(model, **options)

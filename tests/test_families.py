@@ -189,7 +189,7 @@ def test_sites_identity_change_and_undo(family: str) -> None:
         with patched(model, family, k=1.0) as live:
             assert relative(model(x), dense) <= 1e-5
             found = {site.name: site for site in live.found}
-            left = dict(live.left)
+            left = dict(live.skipped)
         live = patched(model, family, k=0.25)
         assert relative(model(x), dense) > 1e-5
         live.unpatch()
@@ -222,7 +222,7 @@ def test_channels_are_told_from_tokens_also_where_shapes_agree(tokens: int) -> N
     names = [site.name for site in live.found if site.name.startswith("stages.0")]
     assert names == ["stages.0.blocks.0.0.attn"]
     assert live.found[0].tokens == tokens**2
-    assert ("stages.0.blocks.0.1.attn", "attention over channels, not over tokens") in live.left
+    assert ("stages.0.blocks.0.1.attn", "attention over channels, not over tokens") in live.skipped
 
 
 def test_one_call_for_each_head_and_one_head_of_keys() -> None:

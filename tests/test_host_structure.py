@@ -113,7 +113,7 @@ def test_transformers(name: str) -> None:
             assert live.backbone == "huggingface"
             assert live.input_shape == shape
             assert rows(live) == expected(hosts_structure.STRUCTURE[name])
-            assert name not in LEFT or any(LEFT[name] in module for module, _ in live.left)
+            assert name not in LEFT or any(LEFT[name] in module for module, _ in live.skipped)
             assert error(tensors(model(**inputs)), dense) <= 1e-5
         with sparsiattn.patch(model, "topk", k=0.25, **size):
             assert error(tensors(model(**inputs)), dense) > 1e-5

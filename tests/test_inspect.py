@@ -42,7 +42,7 @@ def assert_is_what_patches_report(model: nn.Module, names: list[str], **given: A
         assert report.macs is not None
         assert found.macs == report.macs_dense
         assert found.mhsa_macs == report.mhsa_macs_dense
-        assert found.left == report.left
+        assert found.skipped == report.skipped
         assert saving.saves == pytest.approx(1 - report.macs / report.macs_dense, abs=1e-12)
         assert [one.name for one in found.sites] == [site.name for site in sites]
         for one, site, row in zip(found.sites, sites, report.sites, strict=True):
@@ -231,7 +231,7 @@ def test_no_attention_is_no_error() -> None:
             return self.layer(x)
 
     found = sparsiattn.inspect(Convolution(), (1, 3, 10, 10))
-    assert (found.sites, found.left, found.mhsa_macs) == ((), (), 0)
+    assert (found.sites, found.skipped, found.mhsa_macs) == ((), (), 0)
     assert found.macs == 8 * 8 * 8 * 27
     assert [saving.name for saving in found.strategies] == EVERY
     assert all("no module of the model calls" in saving.reason for saving in found.strategies)
@@ -240,7 +240,7 @@ def test_no_attention_is_no_error() -> None:
 
 def test_what_is_left_alone_has_its_reason() -> None:
     found = sparsiattn.inspect(zoo.build("vit_map_pool"), strategies=[])
-    assert found.left == (("attn_pool", SINGLE),)
+    assert found.skipped == (("attn_pool", SINGLE),)
     assert "left alone: attn_pool: a single query" in str(found)
     assert len(found.sites) == 2
 
@@ -249,7 +249,7 @@ def test_only_a_reason_where_nothing_else_attends() -> None:
     """The pooling head of a model without blocks: a call that is left, and no site."""
     found = sparsiattn.inspect(zoo._vit(class_token=False, global_pool="map", depth=0))
     assert found.sites == ()
-    assert [name for name, _ in found.left] == ["attn_pool"]
+    assert [name for name, _ in found.skipped] == ["attn_pool"]
     assert all(saving.saves is None for saving in found.strategies)
 
 

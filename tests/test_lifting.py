@@ -378,7 +378,7 @@ def test_what_cannot_be_lifted_is_left_with_the_operation(form: Callable[..., Te
     model.blocks[1].form = _gated if form is gated else talking_heads
     with patched(model) as live:
         assert [site.name for site in live.sites] == ["blocks.0"]
-        reasons = dict(live.left)
+        reasons = dict(live.skipped)
         assert ("permute()" if form is talking_heads else "mul()") in reasons["blocks.1"]
         assert "blocks.1" in str(live.report())
 
@@ -391,7 +391,7 @@ def test_a_softmax_that_is_no_attention_is_listed() -> None:
     model = Model()
     model.blocks[1].form = lambda q, k, v: q.softmax(-1) * v
     with patched(model) as live:
-        assert dict(live.left)["blocks.1"] == "its softmax is not attention between tokens"
+        assert dict(live.skipped)["blocks.1"] == "its softmax is not attention between tokens"
 
 
 def test_routes_run_outside_the_lift() -> None:

@@ -300,12 +300,12 @@ def test_tokens_that_are_left_stand_for_their_patch(tokens):
             model(x)
         planner, inputs = seen[-1]
         mask = planner(inputs).to_mask()
-    assert inputs.stream.reduced
+    assert inputs.token_state.reduced
     assert mask.shape == (3, 1, inputs.n_queries, inputs.n_keys)
     assert mask.diagonal(dim1=-2, dim2=-1)[..., 1:].all()  # the core does prefix rows
     if tokens.name == "token_merge":  # merged tokens lie between patches
         return
-    for image, ids in enumerate(inputs.stream.ids):
+    for image, ids in enumerate(inputs.token_state.ids):
         single = (ids >= 0).nonzero().flatten()  # a fused one is written below zero
         assert len(single) >= 31
         row, column = ids[single] // 8, ids[single] % 8

@@ -216,7 +216,10 @@ def test_compile_with_gradient_checkpointing(strategy: Strategy) -> None:
     switch = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
     model, x = tiny_vit(depth=3).train(), tiny_images(2)
     model.set_grad_checkpointing(True)
-    with sparsiattn.patch(model, strategy), switch if strategy.carries else nullcontext():
+    with (
+        sparsiattn.patch(model, strategy),
+        switch if strategy.uses_cross_layer_state else nullcontext(),
+    ):
         direct = gradients(model, x)
         torch.compiler.reset()
         again = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
@@ -269,7 +272,7 @@ class TestRefusals:
 
     def test_plans_of_wrong_shapes_and_notes_of_strategies_without(self) -> None:
         inputs = random_inputs((4, 4), prefix=1)
-        over = sparsiattn.Pattern.over
+        over = sparsiattn.Pattern.computed_keys
         with pytest.raises(sparsiattn.InvalidOption, match=r"k of shape \[2, 3, M, 8\], got"):
             over(inputs, inputs.k[:, :2], inputs.v)
         with pytest.raises(sparsiattn.InvalidOption, match=r"v of shape \[2, 3, 17, 8\]"):
@@ -281,7 +284,7 @@ class TestRefusals:
         with pytest.raises(sparsiattn.InvalidOption, match="value of shape"):
             sparsiattn.Pattern.output(inputs, inputs.v[:1])
         with pytest.raises(sparsiattn.InvalidOption, match="carries = True"):
-            inputs.keep("scores", inputs.q)
+            inputs.store("scores", inputs.q)
 
     def test_a_row_of_given_logits_without_a_key_is_zero(self) -> None:
         keep = torch.ones(1, 1, 16, 16, dtype=torch.bool)

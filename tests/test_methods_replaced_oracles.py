@@ -17,7 +17,7 @@ from sparsiattn.methods.hypergraph import Hypergraph, hyperedges
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
-from sparsiattn.runtime.cross_layer import Notes
+from sparsiattn.runtime.cross_layer import CrossLayerState
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 
@@ -34,7 +34,7 @@ def scramble(planner: Any, seed: int = 0) -> Any:
 def at(inputs: AttentionInputs, index: int, depth: int = 4) -> AttentionInputs:
     """The same call at another site of one forward pass."""
     site = inputs.site.__class__(**{**inputs.site.to_dict(), "index": index, "depth": depth})
-    return inputs.replace(site=site, notes=inputs.notes or Notes())
+    return inputs.replace(site=site, cross_layer=inputs.cross_layer or CrossLayerState())
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -117,7 +117,7 @@ class TestOracles:
     def test_attention_reuse(self, rank: Any) -> None:
         first, second = random_inputs((4, 4), seed=1), random_inputs((4, 4), seed=2)
         first = at(first, 0)
-        second = at(second, 1).replace(notes=first.notes)
+        second = at(second, 1).replace(cross_layer=first.cross_layer)
         strategy = AttentionReuse(layers=[1], rank=rank)
         given = first.attention(strategy.planner(first.site)(first))
         close(given, first.attention())
@@ -133,7 +133,7 @@ class TestOracles:
     def test_skipat(self) -> None:
         first, second = random_inputs((4, 4), seed=1), random_inputs((4, 4), seed=2)
         first = at(first, 0)
-        second = at(second, 1).replace(notes=first.notes)
+        second = at(second, 1).replace(cross_layer=first.cross_layer)
         strategy = SkipAt(layers=[1])
         strategy.planner(first.site).after(first, first.attention())
         planner = strategy.planner(second.site)

@@ -54,7 +54,7 @@ class TestSDFilterShared(StrategySuite):
 
 def planned(strategy: Strategy, inputs: AttentionInputs, **options: Any) -> Pattern:
     """What the core makes of a strategy's plan at its site, tiles and blocks included."""
-    one = strategy.at(inputs.site, 0, 1)
+    one = strategy.resolve_for(inputs.site, 0, 1)
     inputs = inputs.replace(
         tile=one.tile_for(inputs.n_queries), block=one.block_for(inputs.n_keys), **options
     )

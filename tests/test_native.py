@@ -145,7 +145,7 @@ def test_refusals() -> None:
     assert "no backward pass" in why(q=inputs.q.clone().requires_grad_())
     wide = torch.zeros(2, 2, 65, 257)
     assert "up to 256, got 257" in why(q=wide, k=wide)
-    assert "needs CPU tensors, got cuda" in why(runs_on=torch.device("cuda"))
+    assert "needs CPU tensors, got cuda" in why(target_device=torch.device("cuda"))
     with torch.no_grad():
         assert why(q=inputs.q.clone().requires_grad_()) == ""
 
@@ -285,7 +285,7 @@ def test_a_broken_compiler_is_a_reason(bare: Path, monkeypatch: pytest.MonkeyPat
     why = compile_native()
     assert why is not None
     assert "false failed with status 1" in why
-    assert KERNEL.unavailable() == [why]
+    assert KERNEL.why_unavailable() == [why]
     assert why in sparsiattn.kernels()["native"].reasons
     vit, images = model()
     with (
@@ -298,12 +298,12 @@ def test_a_broken_compiler_is_a_reason(bare: Path, monkeypatch: pytest.MonkeyPat
 
 def test_no_compiler_is_a_reason(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert KERNEL.unavailable() == [
+    assert KERNEL.why_unavailable() == [
         "$CC names the C compiler 'no-such-compiler', which is not there"
     ]
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(bare))
-    assert KERNEL.unavailable() == ["no C compiler was found (cc, gcc, clang or $CC)"]
+    assert KERNEL.why_unavailable() == ["no C compiler was found (cc, gcc, clang or $CC)"]
 
 
 def test_a_cache_that_cannot_be_written(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def by_loops(inputs: AttentionInputs, mask: Tensor, g: int | None) -> Tensor:
     elif inputs.bias is not None:
         bias = inputs.bias.double().expand_as(bias)
         allowed = bias > -50 if inputs.site.bias == "mask" else allowed
-    cells = {} if g is None else cells_of(inputs.keys_grid, g, inputs.prefix)
+    cells = {} if g is None else cells_of(inputs.key_grid, g, inputs.prefix)
     out = torch.zeros(batch, heads, n, v.shape[-1], dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):

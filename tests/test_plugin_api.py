@@ -129,7 +129,7 @@ class Faulty(Kernel):
 
     name = "faulty"
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         raise OSError("libnothing.so")
 
 

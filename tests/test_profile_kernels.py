@@ -66,7 +66,7 @@ def test_kernels_that_no_counter_sees_say_what_they_compute(
         return compute(self, inputs, pattern)
 
     monkeypatch.setattr(Gather, "__call__", call)
-    monkeypatch.setattr(Gather, "hidden_macs", lambda *_: 2000)
+    monkeypatch.setattr(Gather, "uncounted_macs", lambda *_: 2000)
     model = zoo.build("vit")
     with sparsiattn.patch(model, "local", k=10, kernel="gather"):
         found = profile(model, zoo.images(model, 2))
@@ -101,12 +101,12 @@ def test_what_opaque_kernels_compute_by_hand() -> None:
     pattern = finish(Pattern.top(inputs.logits(), 33), inputs, background=2)
     alone = (65 + 4 * 65) * 16  # the prefix query's row, and pooling
     # prefix and summary keys fill two more blocks
-    assert Flex().hidden_macs(inputs, pattern) == 6 * (64 * 10 * 4 * 16 + alone)
-    assert XFormers().hidden_macs(inputs, pattern) == 6 * (64 * (32 + 5) * 16 + alone)
+    assert Flex().uncounted_macs(inputs, pattern) == 6 * (64 * 10 * 4 * 16 + alone)
+    assert XFormers().uncounted_macs(inputs, pattern) == 6 * (64 * (32 + 5) * 16 + alone)
     # head dims of 8 are computed as 16
-    assert Triton().hidden_macs(inputs, pattern) == 6 * (64 * (33 + 4) * 32 + alone)
+    assert Triton().uncounted_macs(inputs, pattern) == 6 * (64 * (33 + 4) * 32 + alone)
     packed = random_inputs((2, 5), batch=1, prefix=0)
-    macs = XFormers().hidden_macs(packed, Lengths(10, 10, (4, 6)))
+    macs = XFormers().uncounted_macs(packed, Lengths(10, 10, (4, 6)))
     assert macs == 3 * (4 * 4 + 6 * 6) * 16
 
 
@@ -115,7 +115,7 @@ def test_a_compiled_kernel_runs_as_it_would_uncounted() -> None:
     model = zoo.build("vit")
     x = zoo.images(model, 1)
     with sparsiattn.patch(model, k=33, kernel="flex", tile=(4, 4), block=(2, 2)) as live:
-        if live.runtimes[0].kernels[0].unavailable():
+        if live.runtimes[0].kernels[0].why_unavailable():
             pytest.skip("no compiler for FlexAttention here")
         found = profile(live.warmup(x).model, x)
     assert found.sites[0].computed.mhsa == 2 * 48 * (64 * 10 * 4 + 65 + 4 * 65)

@@ -120,7 +120,7 @@ class TestVarlen:
 
     def test_refusals_are_exact(self) -> None:
         inputs, pattern = packed_call()
-        start = Varlen().unavailable()
+        start = Varlen().why_unavailable()
         assert Varlen().why_not(inputs.replace(dropout=0.1, scale=0.0), pattern) == [
             *start, CPU, "needs half precision, got torch.float32", "has no dropout",
             "needs a positive scale, got 0.0",
@@ -186,7 +186,7 @@ class TestProbe:
         monkeypatch.setattr(fmha, "probe", lambda: Found(None, expected))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         inputs, pattern = packed_call()
-        assert XFormers().unavailable() == [expected]
+        assert XFormers().why_unavailable() == [expected]
         assert XFormers().why_not(inputs, pattern) == [expected, CPU]
 
     def test_the_second_home_is_asked_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,11 +305,11 @@ class TestXFormers:
         q = torch.zeros(1, 3, 65, 16, dtype=torch.float64)
         inputs = flex_call(block=(4, 4))[0].replace(q=q, k=q, v=q)
         assert XFormers().why_not(inputs, Lengths(65, 65, (40, 25))) == [
-            *XFormers().unavailable(), CPU, "needs float32, bfloat16 or float16, got torch.float64",
+            *XFormers().why_unavailable(), CPU, "needs float32, bfloat16 or float16, got torch.float64",
         ]  # fmt: skip
 
     def test_refusals_of_key_blocks_are_exact(self) -> None:
-        start = XFormers().unavailable()
+        start = XFormers().why_unavailable()
         single = "needs half precision, got torch.float32"
         inputs, pattern = flex_call(block=(4, 4))
         assert isinstance(pattern, KeyBlocks)

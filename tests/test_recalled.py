@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsiattn.patching.discovery.meta_cache import recalling
-from sparsiattn.patching.discovery.probe import run_dry, skeleton
+from sparsiattn.patching.discovery.probe import meta_copy, run_dry
 from sparsiattn.patching.dry_run import mac_counter
 from sparsiattn.testing.hosts import tiny_vit
 
@@ -46,14 +46,16 @@ def trace(model: Any, x: torch.Tensor, recalls: bool) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_operator_is_seen_and_answers_as_without_memory(dtype: torch.dtype) -> None:
-    bones = skeleton(tiny_vit().to(dtype))
+    meta_model = meta_copy(tiny_vit().to(dtype))
     x = meta(1, 3, 32, 32, dtype=dtype)
-    plain = trace(bones, x, recalls=False)
+    plain = trace(meta_model, x, recalls=False)
     assert len(plain) > 50
-    assert trace(bones, x, recalls=True) == plain
-    assert trace(bones, x, recalls=True) == plain  # now from memory
+    assert trace(meta_model, x, recalls=True) == plain
+    assert trace(meta_model, x, recalls=True) == plain  # now from memory
     larger = meta(2, 3, 32, 32, dtype=dtype)
-    assert trace(bones, larger, recalls=True) == trace(bones, larger, recalls=False) != plain
+    assert (
+        trace(meta_model, larger, recalls=True) == trace(meta_model, larger, recalls=False) != plain
+    )
 
 
 CALLS = {

@@ -136,7 +136,7 @@ def test_the_report_says_whose_figures_it_judges_by() -> None:
         assert "by shipped figures of other machines" in str(live.report())
         assert json.loads(json.dumps(live.report().to_dict()))["basis"]
     with sparsiattn.patch(model, "dense") as live:
-        assert live.report().basis == ""
+        assert live.report().price_source == ""
 
 
 def test_measured_speed_counts_more_than_expected() -> None:

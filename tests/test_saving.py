@@ -31,7 +31,7 @@ from sparsiattn import (
 from sparsiattn.attention.patterns import KeyIndex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.serialization.files import checksum, sealed
+from sparsiattn.serialization.files import checksum, with_checksum
 
 CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"
 SITE = "blocks.0.attn"
@@ -306,7 +306,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """With a checksum that fits again, so that other checks have their say."""
     config = json.loads((folder / CONFIG).read_text())
     change(config)
-    text = json.dumps(sealed(config) if "seal" in config else config)
+    text = json.dumps(with_checksum(config) if "seal" in config else config)
     (folder / CONFIG).write_text(text)
 
 

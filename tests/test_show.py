@@ -14,11 +14,11 @@ from pictures import picture
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.analysis.visualization import Shown, record
+from sparsiattn.analysis.visualization import AttentionView, record
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 
-def shown(strategy: str = "topk", image: Any = None, **options: Any) -> Shown:
+def shown(strategy: str = "topk", image: Any = None, **options: Any) -> AttentionView:
     model = tiny_vit()
     with sparsiattn.patch(model, strategy, **options):
         return sparsiattn.show(model, tiny_images(1) if image is None else image)

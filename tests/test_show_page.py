@@ -18,11 +18,11 @@ import zoo
 from torch import Tensor
 
 import sparsiattn
-from sparsiattn.analysis.visualization import Shown
+from sparsiattn.analysis.visualization import AttentionView
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 
-def shown(strategy: str, **options: Any) -> Shown:
+def shown(strategy: str, **options: Any) -> AttentionView:
     model = tiny_vit()
     with sparsiattn.patch(model, strategy, **options):
         return sparsiattn.show(model, tiny_images(1))
@@ -53,7 +53,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 def test_names_from_outside_stay_text() -> None:
     found = shown("topk", k=0.2)
-    odd = Shown(
+    odd = AttentionView(
         "</script><b>@@BLOB@@", {"name": "x"}, found.pixels, found.sites, (), found.points
     )  # fmt: skip
     page = odd.html()

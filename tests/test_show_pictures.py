@@ -14,14 +14,14 @@ from matplotlib.text import Text
 from PIL import Image
 
 import sparsiattn
-from sparsiattn.analysis.visualization import Shown, paint
+from sparsiattn.analysis.visualization import AttentionView, paint
 from sparsiattn.analysis.visualization.figures import MOST, _some
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 VIEWS = ("overview", "layers", "heads", "density")
 
 
-def shown(strategy: str = "topk", model: Any = None, **options: Any) -> Shown:
+def shown(strategy: str = "topk", model: Any = None, **options: Any) -> AttentionView:
     model = tiny_vit() if model is None else model
     with sparsiattn.patch(model, strategy, **options):
         return sparsiattn.show(model, tiny_images(1))

@@ -175,7 +175,7 @@ class TestDamage:
         config = json.loads((saved / CONFIG).read_text())
         if "files" in change:
             change["files"][WEIGHTS] = config["files"][WEIGHTS]
-        text = json.dumps(savedfile.sealed({**config, **change}))
+        text = json.dumps(savedfile.with_checksum({**config, **change}))
         (saved / CONFIG).write_text(text)
         with pytest.raises(MismatchedPatch):
             sparsiattn.from_pretrained(saved)

@@ -143,7 +143,7 @@ def test_what_is_left_stands_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> No
     x, seen = torch.randn(2, 3, 32, 32), []
     with torch.no_grad(), sparsiattn.patch(model, "token_drop", keep=0.3, layers=[0]) as live:
         compact = model(x)
-        with live.observing(lambda site, planner, inputs: seen.append(inputs.stream)):
+        with live.observing(lambda site, planner, inputs: seen.append(inputs.token_state)):
             model(x)
         source = live.source()
         monkeypatch.setattr(carrying, "TILE_FROM", 10**9)

@@ -14,7 +14,7 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import Reduction, SparsiattnError, TokenInputs, TokenStrategy
-from sparsiattn.serialization.files import sealed
+from sparsiattn.serialization.files import with_checksum
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
@@ -98,7 +98,7 @@ def test_edited_files_are_refused(at: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "sparsiattn.json"
     config = json.loads(path.read_text())
     config["strategy"]["options"][at] = value
-    path.write_text(json.dumps(sealed(config)))
+    path.write_text(json.dumps(with_checksum(config)))
     if (at, value) == ("layers", None):
         sparsiattn.load(model, tmp_path).unpatch()
         return

@@ -166,10 +166,10 @@ def test_without_a_gpu_it_says_so() -> None:
     pattern = finish(Pattern.top(torch.randn(1, 1, 17, 17), 5), inputs)
     kernel = Triton()
     if torch.cuda.is_available():
-        assert kernel.unavailable() == []
+        assert kernel.why_unavailable() == []
         assert kernel.why_not(inputs, pattern) == ["needs CUDA tensors, got cpu"]
     elif os.environ.get("TRITON_INTERPRET") != "1":
-        assert kernel.unavailable() == ["needs a CUDA device"]
+        assert kernel.why_unavailable() == ["needs a CUDA device"]
         assert kernel.why_not(inputs, pattern) == [
             "needs a CUDA device", "needs CUDA tensors, got cpu",
         ]  # fmt: skip

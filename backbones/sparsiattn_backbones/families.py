@@ -126,7 +126,7 @@ class Hiera(Backbone):
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
         return 1, n
 
-    def raster(self, call: Call) -> bool:
+    def is_raster_order(self, call: Call) -> bool:
         return False
 
 

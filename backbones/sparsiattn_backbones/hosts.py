@@ -19,7 +19,7 @@ from sparsiattn import Backbone
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.patching.discovery.backbone import Edit, Pooling
+from sparsiattn.patching.discovery.backbone import AttributeOverride, Pooling
 from sparsiattn.patching.discovery.probe import Call, DryInputs, image_inputs
 from sparsiattn_backbones.families import sole_part
 from sparsiattn_backbones.stems import (
@@ -74,7 +74,7 @@ class _Host(Backbone):
     def class_tokens(self, model: nn.Module) -> int:
         return class_rows(self.stem(model))
 
-    def packs(self, model: nn.Module) -> bool:
+    def packs_batch(self, model: nn.Module) -> bool:
         return packs(self.stem(model))
 
 
@@ -109,15 +109,19 @@ class HuggingFace(_Host):
             return (1, self.channels(model), *2 * (stem.position_embedding_size * stem.patch_size,))
         return super().input_shape(model)
 
-    def edits(self, model: nn.Module) -> list[Edit]:
+    def attribute_overrides(self, model: nn.Module) -> list[AttributeOverride]:
         # one for each distinct configuration; modules look it up in every forward
         switched = [c for c in _configs(model) if _unfused(vars(c)[IMPLEMENTATION])]
-        own = [Edit(c, IMPLEMENTATION, "sdpa", vars(c)[IMPLEMENTATION]) for c in switched]
+        own = [
+            AttributeOverride(c, IMPLEMENTATION, "sdpa", vars(c)[IMPLEMENTATION]) for c in switched
+        ]
         # eager attention has no causal order of its own; "sdpa" takes one where nothing denies it
-        silent = [Edit(m, "is_causal", False, ...) for m in _undirected(model, switched)]
-        return super().edits(model) + own + silent
+        silent = [
+            AttributeOverride(m, "is_causal", False, ...) for m in _undirected(model, switched)
+        ]
+        return super().attribute_overrides(model) + own + silent
 
-    def dry_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+    def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
         stem: Any = self.stem(model)
         if not takes_patches(stem) or len(shape) != 4:
             args, kwargs = image_inputs(model, shape)
@@ -139,13 +143,13 @@ class HuggingFace(_Host):
 
     def grid(self, call: Call, n: int, aspect: float) -> Grid:
         stem = stem_of(call)
-        if not self.raster(call) or along_time(call):
+        if not self.is_raster_order(call) or along_time(call):
             return 1, n
         time = 1 if stem is None else steps(stem, call.nearest("config"))
         rows, columns = super().grid(call, n // time, aspect)
         return rows * time, columns  # the frames of a video one below the other
 
-    def raster(self, call: Call) -> bool:
+    def is_raster_order(self, call: Call) -> bool:
         return in_raster_order(call, stem_of(call))
 
     def bias(self, call: Call) -> Literal["none", "bias", "mask"]:

@@ -24,7 +24,7 @@ sys.path += [str(HERE), str(HERE.parent)]
 import cifar  # noqa: E402
 import torch  # noqa: E402
 from common import write  # noqa: E402
-from fit import Bench  # noqa: E402
+from fit import BenchResult  # noqa: E402
 from measure import Protocol  # noqa: E402
 from methods import Method, methods  # noqa: E402
 from summary import claims, over_seeds  # noqa: E402
@@ -37,7 +37,7 @@ def so_far(path: Path) -> dict[str, dict[str, Any]]:
     return {row.pop("name"): row for row in map(json.loads, lines)}
 
 
-def measure(bench: Bench, protocol: Protocol, chosen: list[Method], speed: bool) -> None:
+def measure(bench: BenchResult, protocol: Protocol, chosen: list[Method], speed: bool) -> None:
     """A line for every method that has none yet."""
     path = bench.work / (SPEEDS if speed else ROWS)
     done = so_far(path)
@@ -82,7 +82,7 @@ def main() -> None:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     pick = order[: given.images]
     protocol = Protocol.of(cifar.load(given.weights), images[pick], labels[pick])
-    bench = Bench(given.weights, *cifar.read(given.data / "cifar10-train.tar"), given.work)
+    bench = BenchResult(given.weights, *cifar.read(given.data / "cifar10-train.tar"), given.work)
     measure(bench, protocol, choose(given.only, given.without, given.speed), given.speed)
     summarise(given.work, len(pick))
 

@@ -27,7 +27,7 @@ TRAINED = Stage(
 
 
 @dataclass
-class Bench:
+class BenchResult:
     """Where weights lie, the training images, and where fits are kept."""
 
     weights: Path

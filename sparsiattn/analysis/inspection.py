@@ -13,8 +13,8 @@ from torch import nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.patching.apply import Survey, live_patches, planned, survey
-from sparsiattn.patching.discovery.probe import skeleton
+from sparsiattn.patching.apply import ModelSurvey, live_patches, planned, survey
+from sparsiattn.patching.discovery.probe import meta_copy
 from sparsiattn.patching.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.runtime.handle import MARK, Patch, unwrap
@@ -93,7 +93,7 @@ class Inspection:
     input_shape: tuple[int, ...]
     macs: int
     sites: tuple[SiteInspection, ...]
-    left: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
     strategies: tuple[StrategySaving, ...]
     patched: str = ""
 
@@ -145,7 +145,7 @@ class Inspection:
 
     def tail(self) -> list[str]:
         """Lines below the table of sites."""
-        lines = [f"left alone: {name}: {reason}" for name, reason in self.left]
+        lines = [f"left alone: {name}: {reason}" for name, reason in self.skipped]
         if not self.sites:
             return [*lines, f"no strategy: {NO_SITES}"]
         if self.strategies:
@@ -180,13 +180,13 @@ def inspect(
     kinds = _kinds(strategies)
     model = unwrap(model)
     live = list({id(one): one for _, one in live_patches(model)}.values())
-    bones = bare(model, live)
+    meta_model = bare(model, live)
     example = _example(model, input, live)
     # a plug-in's planner may draw its first weights from the global generator
     with torch.random.fork_rng(devices=[]):
-        seen = survey(bones, example)
-        total = dense_macs(bones, seen.backbone.dry_inputs(bones, seen.shape))
-        tried = {kind.name: _tried(kind, bones, example, seen, total) for kind in kinds}
+        seen = survey(meta_model, example)
+        total = dense_macs(meta_model, seen.backbone.meta_inputs(meta_model, seen.shape))
+        tried = {kind.name: _tried(kind, meta_model, example, seen, total) for kind in kinds}
     by_site = {
         kind.name: {row.name: _share(_saved(row), total) for row in outcome.sites}
         for kind in kinds
@@ -198,7 +198,7 @@ def inspect(
         input_shape=seen.shape,
         macs=total,
         sites=tuple(_site(site, total, by_site) for site, _ in seen.found),
-        left=tuple(seen.left),
+        skipped=tuple(seen.skipped),
         strategies=tuple(_saving(kind, tried[kind.name], total) for kind in kinds),
         patched=", ".join(map(repr, live)),
     )
@@ -215,14 +215,14 @@ def _kinds(names: str | Iterable[str] | None) -> list[type[Config]]:
 def bare(model: nn.Module, live: list[Patch]) -> nn.Module:
     """A copy without data that carries no patch."""
     planners = {id(runtime.planner) for patch in live for runtime in patch.runtimes}
-    bones: nn.Module = skeleton(model)
-    for module, twin in zip(model.modules(), list(bones.modules()), strict=True):
+    meta_model: nn.Module = meta_copy(model)
+    for module, twin in zip(model.modules(), list(meta_model.modules()), strict=True):
         if id(module._modules.get(PLANNER)) in planners:
             del twin._modules[PLANNER]
         unwatch(twin)
         swap_back(twin)
         vars(twin).pop(MARK, None)
-    return bones
+    return meta_model
 
 
 def _example(model: nn.Module, given: Any, live: list[Patch]) -> Any:
@@ -232,13 +232,13 @@ def _example(model: nn.Module, given: Any, live: list[Patch]) -> Any:
 
 
 def _tried(
-    kind: type[Config], bones: nn.Module, example: Any, seen: Survey, total: int
+    kind: type[Config], meta_model: nn.Module, example: Any, seen: ModelSurvey, total: int
 ) -> Report | str:
     """The report of a patch that is never attached, or why there can be none."""
     if not seen.found:
         return NO_SITES
     try:
-        return report(planned(bones, kind.build({}), example, seen), total)
+        return report(planned(meta_model, kind.build({}), example, seen), total)
     except SparsiattnError as error:
         return str(error)
     except Exception as error:  # of a plug-in: its fault must not hide what the others could do

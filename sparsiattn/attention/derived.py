@@ -1,7 +1,7 @@
 """Plans that choose no keys: attention to computed ones, by given logits, or a given output.
 
-`Pattern.over`, `Pattern.logits` and `Pattern.output` make them. No pair is dropped, so masks are
-full; what is saved is in `Derived.macs`.
+`Pattern.computed_keys`, `Pattern.logits` and `Pattern.output` make them. No pair is dropped, so masks are
+full; what is saved is in `ComputedPattern.macs`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsiattn.errors import InvalidOption
 DenseAttention = Callable[[AttentionInputs], Tensor]
 
 
-class Derived(Pattern):
+class ComputedPattern(Pattern):
     """What attention gives other than the host's own weights over the host's own keys."""
 
     def to_mask(self) -> Tensor:
@@ -36,7 +36,7 @@ class Derived(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class Computed(Derived):
+class Computed(ComputedPattern):
     """Patch queries attend to computed keys and values, prefix queries to the host's own.
 
     k: ``[B, H, M, D']``; v: ``[B, H, M, Dv]``; q: ``[B, H, n, D']``, None for the host's; bias:
@@ -73,7 +73,7 @@ class Computed(Derived):
 
 
 @dataclass(frozen=True, eq=False)
-class Logits(Derived):
+class Logits(ComputedPattern):
     """Weights from logits that planning gave, ``[B|1, H|1, Nq, Nk]``, on the host's values."""
 
     n_queries: int
@@ -97,7 +97,7 @@ class Logits(Derived):
 
 
 @dataclass(frozen=True, eq=False)
-class Output(Derived):
+class Output(ComputedPattern):
     """What attention would return, ``[B, H, Nq, Dv]``, known without it."""
 
     n_queries: int
@@ -114,10 +114,10 @@ class Output(Derived):
         return self.value.to(inputs.q.dtype)
 
 
-def over(
+def computed_keys(
     inputs: AttentionInputs, k: Tensor, v: Tensor, q: Tensor | None, bias: Tensor | None
 ) -> Computed:
-    """See `Pattern.over`."""
+    """See `Pattern.computed_keys`."""
     lead, rows = inputs.q.shape[:2], inputs.n_queries - inputs.prefix
     dim = (inputs.q if q is None else q).shape[-1]
     _check(inputs, "k", k, (*lead, "M", dim))

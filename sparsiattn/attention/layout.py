@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.attention.token_state import Stream
+from sparsiattn.attention.token_state import TokenState
 
 # Stands for the shape of an image that the host was given as cut and padded patches: tokens are a
 # plain sequence then, whatever the grid was at patch time.
@@ -139,7 +139,7 @@ def canonical(
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
     block_for: Callable[[int], Tile] = lambda keys: 1,
     window: object = None,
-    stream: Stream | None = None,
+    token_state: TokenState | None = None,
 ) -> AttentionInputs:
     """The host's arguments of one attention call as `AttentionInputs`."""
     dtype = autocast_dtype(q)
@@ -150,7 +150,7 @@ def canonical(
         mask = causal_mask(mask, q, k)
     bias = None if mask is None else layout.fold_mask(mask, q)
     tokens = heads_q.shape[-2]
-    if stream is None or not stream.reduced:
+    if token_state is None or not token_state.reduced:
         grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
     else:  # what is left of the grid is a run of tokens
         grid = key_grid = (1, tokens - site.prefix_tokens)
@@ -166,5 +166,5 @@ def canonical(
         key_grid=key_grid,
         tile=tile_for(tokens),
         block=block_for(heads_k.shape[-2]),
-        stream=stream,
+        token_state=token_state,
     )

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.token_state import Stream
+from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """A batch as one sequence ``[1, sum N_i, C]``, one `Stream` for each image.
+class PackedTokens:
+    """A batch as one sequence ``[1, sum N_i, C]``, one `TokenState` for each image.
 
     lengths: tokens of each image, prefix included.
     """
 
-    streams: tuple[Stream, ...]
+    streams: tuple[TokenState, ...]
     lengths: tuple[int, ...]
     layer: int = 0
     short: Tensor | None = None
@@ -39,9 +39,9 @@ class Packed:
     def reduced(self) -> bool:
         return True
 
-    def bare(self) -> Packed:
+    def bare(self) -> PackedTokens:
         """Without the activations."""
-        streams = tuple(stream.bare() for stream in self.streams)
+        streams = tuple(token_state.bare() for token_state in self.streams)
         return replace(self, streams=streams, short=None, given=None, last=None)
 
     def slices(self) -> list[slice]:
@@ -49,10 +49,10 @@ class Packed:
         ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
         return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
 
-    def parts(self, x: Tensor, attention: Any) -> Iterator[tuple[Stream, Tensor, Any]]:
+    def parts(self, x: Tensor, attention: Any) -> Iterator[tuple[TokenState, Tensor, Any]]:
         """Each image's stream, tokens ``[1, N_i, C]`` and `AttentionInputs`."""
-        for i, (stream, where) in enumerate(zip(self.streams, self.slices(), strict=True)):
-            yield stream, x[:, where], None if attention is None else attention[i]
+        for i, (token_state, where) in enumerate(zip(self.streams, self.slices(), strict=True)):
+            yield token_state, x[:, where], None if attention is None else attention[i]
 
     def fit_side(self, table: Tensor) -> Tensor:
         """Nothing to cut, or an error: hosts split the prefix off once, not once for each image,
@@ -70,14 +70,14 @@ class Packed:
         return torch.cat(rows)
 
 
-def pack(parts: Sequence[tuple[Stream, Tensor]]) -> tuple[Packed, Tensor]:
+def pack(parts: Sequence[tuple[TokenState, Tensor]]) -> tuple[PackedTokens, Tensor]:
     """Images ``[1, N_i, C]`` one after the other."""
-    streams = tuple(stream for stream, _ in parts)
+    streams = tuple(token_state for token_state, _ in parts)
     lengths = tuple(x.shape[1] for _, x in parts)
-    return Packed(streams, lengths), torch.cat([x for _, x in parts], dim=1)
+    return PackedTokens(streams, lengths), torch.cat([x for _, x in parts], dim=1)
 
 
-def unpack(x: Tensor, packed: Packed) -> Tensor:
+def unpack(x: Tensor, packed: PackedTokens) -> Tensor:
     """``[B, max N_i, C]``; shorter images repeat their last token, so that maxima stay right."""
     longest = max(packed.lengths)
     rows = []
@@ -87,9 +87,9 @@ def unpack(x: Tensor, packed: Packed) -> Tensor:
     return torch.cat(rows)
 
 
-def source(carried: Stream | Packed, batch: int) -> Tensor:
+def source(carried: TokenState | PackedTokens, batch: int) -> Tensor:
     """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
-    if isinstance(carried, Packed):
+    if isinstance(carried, PackedTokens):
         return torch.cat([source(one, 1) for one in carried.streams])
     if not carried.steps:
         whole = carried.prefix + carried.whole

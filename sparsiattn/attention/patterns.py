@@ -130,7 +130,7 @@ class Pattern:
         return Ranked(scores.shape[-2], scores.shape[-1], scores, check_budget(k))
 
     @staticmethod
-    def over(
+    def computed_keys(
         inputs: AttentionInputs,
         k: Tensor,
         v: Tensor,
@@ -148,7 +148,7 @@ class Pattern:
         >>> from sparsiattn.testing.hosts import random_inputs
         >>> inputs = random_inputs((4, 4), prefix=1, dim=8)
         >>> mean = inputs.k.mean(-2, keepdim=True), inputs.v.mean(-2, keepdim=True)
-        >>> Pattern.over(inputs, *mean).pairs()  # the prefix row sees 17 keys, 16 rows one
+        >>> Pattern.computed_keys(inputs, *mean).pairs()  # the prefix row sees 17 keys, 16 rows one
         33.0
         """
         from sparsiattn.attention.derived import over

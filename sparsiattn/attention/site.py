@@ -15,8 +15,8 @@ from sparsiattn.errors import InvalidOption
 
 if TYPE_CHECKING:
     from sparsiattn.attention.patterns import Pattern
-    from sparsiattn.attention.token_state import Stream
-    from sparsiattn.runtime.cross_layer import Notes
+    from sparsiattn.attention.token_state import TokenState
+    from sparsiattn.runtime.cross_layer import CrossLayerState
 
 # A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
 MASKED_BELOW = -50.0
@@ -32,7 +32,7 @@ class Site:
     prefix_tokens: leading CLS, distillation and register tokens. windows: windows per image. calls:
     attention calls in one forward; shared: if they must agree on their keys. bias: whether the host
     adds a mask, and if that mask can forbid keys (``"mask"``) or only favours some (``"bias"``).
-    margin: by how many patches the keys reach beyond the queries on every side (halo attention).
+    halo: by how many patches the keys reach beyond the queries on every side (halo attention).
     """
 
     name: str
@@ -51,7 +51,7 @@ class Site:
     calls: int = 1
     shared: bool = False
     bias: Literal["none", "bias", "mask"] = "none"
-    margin: int = 0
+    halo: int = 0
 
     @property
     def macs(self) -> int:
@@ -117,14 +117,14 @@ class AttentionInputs:
     key_grid: Grid | None = None
     tile: Tile = 1
     block: Tile = 1
-    stream: Stream | None = None
-    runs_on: torch.device | None = None
-    notes: Notes | None = None
+    token_state: TokenState | None = None
+    target_device: torch.device | None = None
+    notes: CrossLayerState | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the call runs; in a dry run, where it would."""
-        return self.q.device if self.runs_on is None else self.runs_on
+        return self.q.device if self.target_device is None else self.target_device
 
     @property
     def prefix(self) -> int:
@@ -144,21 +144,21 @@ class AttentionInputs:
         return self.grid or self.site.grid
 
     @property
-    def whole_grid(self) -> Grid:
+    def image_grid(self) -> Grid:
         """Of all patch tokens of the image, those that were dropped or merged included."""
-        reduced = self.stream is not None and self.stream.reduced
-        return self.stream.grid if reduced and self.stream is not None else self.keys_grid
+        reduced = self.token_state is not None and self.token_state.reduced
+        return self.token_state.grid if reduced and self.token_state is not None else self.key_grid
 
-    def follow(self, table: Tensor) -> Tensor:
+    def gather_rows(self, table: Tensor) -> Tensor:
         """Rows of a table ``[P + n0, K]`` over the whole grid for the tokens that are left: ``[B,
         P + n, K]``; the table itself, ``[P + n0, K]``, while all are."""
-        if self.stream is None or not self.stream.reduced:
+        if self.token_state is None or not self.token_state.reduced:
             return table
-        rows = self.stream.rows(table[self.prefix :])
+        rows = self.token_state.rows(table[self.prefix :])
         return torch.cat([table[: self.prefix].expand(rows.shape[0], -1, -1), rows], dim=1)
 
     @property
-    def keys_grid(self) -> Grid:
+    def key_grid(self) -> Grid:
         return self.key_grid or self.site.key_grid
 
     def table(self, build: Callable[..., Tensor], *key: Hashable) -> Tensor:
@@ -185,7 +185,7 @@ class AttentionInputs:
         host mask that forbids some)."""
         if isinstance(self.block, int) or isinstance(self.tile, int) or self.allowed() is not None:
             return None
-        return geometry.table(geometry.tiles, self.keys_grid, self.block, device=self.k.device)
+        return geometry.table(geometry.tiles, self.key_grid, self.block, device=self.k.device)
 
     @property
     def patch_queries(self) -> Tensor:
@@ -260,11 +260,11 @@ class AttentionInputs:
         found = self._notes().recall(name)
         return None if found is None or (shape and found.shape != tuple(shape)) else found
 
-    def _notes(self) -> Notes:
+    def _notes(self) -> CrossLayerState:
         if self.notes is None:
             raise InvalidOption(
                 f"site {self.site.name!r} has no notes to keep or recall: set carries = True on "
-                "the strategy (outside a model, pass notes=)"
+                "the strategy (outside a model, pass cross_layer=)"
             )
         return self.notes
 

@@ -15,7 +15,7 @@ Unfold = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class ReductionStep:
     """One reduction. index: ``[B, m]``, the token of the step before that each token stands for;
     a fused one is written ``-1 - index``. assign: ``[B, n]``, where each earlier token went, -1 if
     dropped; None where ``index`` tells. before: n. fused: whether any token is a fused one.
@@ -44,7 +44,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class TokenState:
     """The patch tokens of one forward pass; prefix tokens come before them and are not counted.
 
     owner: key of the patch. prefix: number of prefix tokens. grid: of all patch tokens at this
@@ -62,7 +62,7 @@ class Stream:
     layer: int = 0
     ids: Tensor | None = None
     size: Tensor | None = None
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ReductionStep, ...] = ()
     policy: Tensor | None = None
     last: Tensor | None = None
     short: Tensor | None = None
@@ -77,12 +77,12 @@ class Stream:
     def reduced(self) -> bool:
         return len(self.steps) > 0  # bool() of a tuple is nothing that Dynamo of torch 2.10 traces
 
-    def bare(self) -> Stream:
+    def bare(self) -> TokenState:
         """Without the activations: enough to say what became of every token."""
         steps = tuple(replace(step, unfold=None) for step in self.steps)
         return replace(self, short=None, given=None, last=None, steps=steps)
 
-    def advance(self, step: Step, size: Tensor | None = None) -> Stream:
+    def advance(self, step: ReductionStep, size: Tensor | None = None) -> TokenState:
         """The stream after a reduction; ``size`` ``[B, m]`` where that changed sizes."""
         index = unsigned(step.index) if step.fused else step.index
         ids = index if self.ids is None else self.ids.gather(1, index)
@@ -174,7 +174,7 @@ class Stream:
         log = self.size.log().to(dtype)
         return torch.nn.functional.pad(log, (self.prefix, 0))[:, None, None, :]
 
-    def remember(self, x: Tensor) -> Stream:
+    def remember(self, x: Tensor) -> TokenState:
         """With the present patch tokens ``[B, n, C]`` noted as the last value of each original."""
         return replace(self, last=self.whole_of(x, "scatter"))
 

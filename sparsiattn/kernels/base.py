@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.patterns import Mask, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import KernelRefused
@@ -47,11 +47,11 @@ class Kernel:
     summary: ClassVar[str] = ""
     differentiable: ClassVar[bool] = True
     last_resort: ClassVar[bool] = False
-    computes_derived: ClassVar[bool] = False
+    supports_computed: ClassVar[bool] = False
     """Whether it knows plans that choose no keys (`sparsiattn.attention.derived`); others are not
     asked."""
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""
         return []
 
@@ -64,7 +64,7 @@ class Kernel:
         `tune` measures say its `speed`. None where `speed` is overridden."""
         return None
 
-    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int | None:
+    def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int | None:
         """What the call computes, padding included, where `torch.utils.flop_counter` cannot see it
         or must not look on (custom and compiled operators); None where it counts every product."""
         return None
@@ -119,9 +119,9 @@ class Choice:
 def reasons_of(kernel: Kernel) -> list[str]:
     """Why a kernel cannot run on this machine; that it does not know is a reason too."""
     try:
-        return kernel.unavailable()
+        return kernel.why_unavailable()
     except Exception as error:
-        return [f"unavailable() raised {type(error).__name__}: {error}"]
+        return [f"why_unavailable() raised {type(error).__name__}: {error}"]
 
 
 def refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
@@ -136,7 +136,7 @@ def _asked(
     """A kernel's refusals and, if there are none, its speed. The fault of one that was asked for by
     name (``trusted``) is the caller's answer."""
     try:
-        reasons = kernel.unavailable() or _unknown(kernel, pattern)
+        reasons = kernel.why_unavailable() or _unknown(kernel, pattern)
         reasons = reasons or kernel.why_not(inputs, pattern)
         if not reasons and auto:
             reasons = kernel.not_ready(inputs, pattern)
@@ -149,7 +149,7 @@ def _asked(
 
 def _unknown(kernel: Kernel, pattern: Pattern) -> list[str]:
     """Plans that choose no keys are only shown to kernels that know such."""
-    if isinstance(pattern, Derived) and not kernel.computes_derived:
+    if isinstance(pattern, ComputedPattern) and not kernel.supports_computed:
         return [f"attends to chosen keys only, got a {type(pattern).__name__} plan"]
     return []
 

@@ -23,7 +23,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _MOST = 64
 
 
-class Choices:
+class ChoiceCache:
     """A few choices by everything that a kernel may look at; see `Kernel`. Reads and writes are
     single steps on a dict, so threads share it: at worst two of them ask the kernels at once."""
 
@@ -61,7 +61,7 @@ _priced = cost.generation
 def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
     """Everything but values that a kernel may look at besides the site; kept short, since every
     call of every site pays for it."""
-    q, k, v, bias, stream = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.stream
+    q, k, v, bias, token_state = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.token_state
     kind = q.device.type
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
@@ -70,7 +70,7 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
         bias if bias is None
         else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad),
         inputs.scale, inputs.dropout, inputs.grid, inputs.key_grid, inputs.tile, inputs.block,
-        stream if stream is None else stream.reduced,
+        token_state if token_state is None else token_state.reduced,
         type(pattern), tuple([_of(value) for value in vars(pattern).values()]),
         torch.is_inference_mode_enabled(), q.is_inference(),
         kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),

@@ -33,7 +33,7 @@ class Flex(Kernel):
     name = "flex"
     summary = "key blocks through compiled FlexAttention (after warmup; on the CPU no gradients)"
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         if torch.compiler.is_compiling() or torch.cuda.is_available():
             return []
         return flexcompile.cpu_refusals()
@@ -68,7 +68,7 @@ class Flex(Kernel):
             return 0.37 * inputs.n_keys / (keys + 480)  # measured, in 2 threads
         return 0.6 * inputs.n_keys / (keys + 100)  # an estimate: not measured yet
 
-    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+    def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyBlocks)
         size = pattern.blocks.size
         shared = -(-(pattern.prefix + summary_count(pattern)) // size)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.background import Summary
-from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.patterns import Dense, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernels.base import Kernel
@@ -22,7 +22,7 @@ class Reference(Kernel):
     name = "reference"
     last_resort = True  # its memory, too, is that of whole matrices of logits
     summary = "the specification: all logits, then the pattern (slow)"
-    computes_derived = True
+    supports_computed = True
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         return []
@@ -30,7 +30,7 @@ class Reference(Kernel):
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         call = Call.of(inputs)
         pairs = call.queries * call.keys
-        if isinstance(pattern, Derived):
+        if isinstance(pattern, ComputedPattern):
             pairs = round(pattern.pairs() or 0)
         # every step writes a matrix of logits
         moved = call.batch * call.heads * pairs * 4 * (14 if pattern.summary else 8)
@@ -44,7 +44,7 @@ class Reference(Kernel):
         return self._exact(_at_least_float32(inputs), Dense(inputs.n_queries, inputs.n_keys))
 
     def _exact(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
-        if isinstance(pattern, Derived):
+        if isinstance(pattern, ComputedPattern):
             return pattern.attend(inputs, self._every_key)
         if isinstance(pattern, Lengths) and len(pattern.lengths) > 1:
             # a mask would multiply another image's NaN by zero

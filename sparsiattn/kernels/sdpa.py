@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derived import Derived, Logits
+from sparsiattn.attention.derived import ComputedPattern, Logits
 from sparsiattn.attention.patterns import Dense, KeyBlocks, KeyLists, Lengths, Mask, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernels.base import Kernel, attention_mask
@@ -18,7 +18,7 @@ class MaskedSDPA(Kernel):
 
     name = "sdpa"
     summary = "torch's attention under a mask (trains everywhere, saves no time)"
-    computes_derived = True
+    supports_computed = True
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if pattern.summary is not None and pattern.summary.per_query:
@@ -27,7 +27,7 @@ class MaskedSDPA(Kernel):
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         call = Call.of(inputs)
-        if isinstance(pattern, Derived):
+        if isinstance(pattern, ComputedPattern):
             return derived_work(call, pattern)
         if isinstance(pattern, Lengths) and inputs.bias is None:
             return lengths_work(call, pattern, calls=6.0 * len(set(pattern.lengths)))
@@ -43,7 +43,7 @@ class MaskedSDPA(Kernel):
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, Lengths) and inputs.bias is None:
             return by_length(inputs, pattern.lengths)
-        if isinstance(pattern, Derived):
+        if isinstance(pattern, ComputedPattern):
             return pattern.attend(inputs, self._every_key)
         q, k, v = inputs.q, inputs.k, inputs.v
         if isinstance(pattern, Dense) and inputs.allowed() is None:
@@ -72,7 +72,7 @@ def _masks(call: Call, pattern: Pattern) -> int:
     return (1 if lead[0] == 1 else call.batch) * lead[1]
 
 
-def derived_work(call: Call, pattern: Derived) -> Work:
+def derived_work(call: Call, pattern: ComputedPattern) -> Work:
     """Of a plan that chooses no keys: its operands are there, so only attention is left."""
     each = call.batch * call.heads
     pairs, macs = pattern.pairs() or 0.0, pattern.macs(call.dim, call.value_dim)

@@ -42,7 +42,7 @@ class Triton(Kernel):
     name = "triton"
     summary = "key lists and blocks on a GPU, read in place (Triton, saves time and memory)"
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         if not _INSTALLED:
             return ["triton is not installed"]
         if not _INTERPRETED and not torch.cuda.is_available():
@@ -50,7 +50,7 @@ class Triton(Kernel):
         return []
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.unavailable()
+        found = self.why_unavailable()
         if not isinstance(pattern, KeyLists):
             found.append(f"needs key lists, got a {type(pattern).__name__} pattern")
         if pattern.summary is not None and pattern.summary.per_query:
@@ -69,7 +69,7 @@ class Triton(Kernel):
         ours = size * keys * (empty / _OURS[itemsize] + itemsize / tile / _CACHE) + _STARTS
         return dense / ours
 
-    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+    def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyLists)
         tile = _padded(1 if pattern.tiles is None else pattern.tiles.size)
         width = _padded(inputs.q.shape[-1]) + _padded(inputs.v.shape[-1])

@@ -42,7 +42,7 @@ class Varlen(Kernel):
     name = "varlen"
     summary = "ragged batches without padding on CUDA (torch's varlen_attn)"
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         if not torch.cuda.is_available():
             return ["needs a CUDA device"]
         if torch.compiler.is_compiling():
@@ -50,7 +50,7 @@ class Varlen(Kernel):
         return [] if shim() is not None else ["this torch has no varlen_attn"]
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.unavailable() + ragged_refusals(inputs, pattern)
+        found = self.why_unavailable() + ragged_refusals(inputs, pattern)
         if inputs.q.dtype not in HALF:
             found.append(f"needs half precision, got {inputs.q.dtype}")
         if inputs.dropout:

@@ -34,7 +34,7 @@ class XFormers(Kernel):
     name = "xformers"
     summary = "on CUDA: ragged batches without padding, key blocks without gradients (xformers)"
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         if not torch.cuda.is_available():
             return ["needs a CUDA device"]
         if torch.compiler.is_compiling():
@@ -43,7 +43,7 @@ class XFormers(Kernel):
         return [] if found.ops is not None else [found.reason]
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.unavailable()
+        found = self.why_unavailable()
         if isinstance(pattern, KeyBlocks):
             ops = None if found else probe().ops
             return found + paged.refusals(ops, inputs, pattern)
@@ -63,7 +63,7 @@ class XFormers(Kernel):
             return 0.3 * inputs.n_keys / (pattern.pairs() / inputs.n_queries + 300)
         return 2.0
 
-    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+    def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         if isinstance(pattern, KeyBlocks):
             slots = pattern.chosen.shape[-1] * pattern.blocks.size + pattern.prefix
             return slot_macs(inputs, pattern, slots + summary_count(pattern))

@@ -18,17 +18,17 @@ def places(grid: Grid, *, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def laid(keep: Tensor, inputs: AttentionInputs) -> Pattern:
-    """The plan of a boolean ``[H|1, n, n]`` among the patches of `AttentionInputs.whole_grid`.
+    """The plan of a boolean ``[H|1, n, n]`` among the patches of `AttentionInputs.image_grid`.
 
     Where queries lie on another grid than keys, or tokens were dropped or merged, each one stands
     for the patch that it is nearest to. Rows and columns of prefix tokens are left to the core.
     """
-    stream = inputs.stream
-    if stream is not None and stream.reduced:
+    token_state = inputs.token_state
+    if token_state is not None and token_state.reduced:
         ids = _left(inputs)
         mask = keep[:, ids[:, :, None], ids[:, None, :]].transpose(0, 1)
-    elif inputs.query_grid != inputs.keys_grid or inputs.site.margin:
-        ids = inputs.table(_nearest, inputs.query_grid, inputs.keys_grid, inputs.site.margin)
+    elif inputs.query_grid != inputs.key_grid or inputs.site.halo:
+        ids = inputs.table(_nearest, inputs.query_grid, inputs.key_grid, inputs.site.halo)
         mask = keep.index_select(-2, ids).unsqueeze(0)
     else:
         mask = keep.unsqueeze(0)
@@ -38,9 +38,9 @@ def laid(keep: Tensor, inputs: AttentionInputs) -> Pattern:
 
 def _left(inputs: AttentionInputs) -> Tensor:
     """The patch nearest to each token that is left, ``[B, n]``."""
-    grid, prefix = inputs.whole_grid, inputs.prefix
+    grid, prefix = inputs.image_grid, inputs.prefix
     known = F.pad(torch.stack(places(grid, device=inputs.k.device), -1).float(), (0, 0, prefix, 0))
-    at = inputs.follow(known)[:, prefix:].round().long()
+    at = inputs.gather_rows(known)[:, prefix:].round().long()
     return at[..., 0] * grid[1] + at[..., 1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsiattn import (
     InvalidOption,
-    LearnedTokens,
+    LearnedTokenPlanner,
     Reduction,
     Site,
     TokenInputs,
@@ -34,7 +34,7 @@ class SoftMerger(TokenStrategy):
 
     place = "entry"
     exact_at_full = False
-    inexact = "every new token is a learned mix of all tokens, at any budget"
+    inexact_reason = "every new token is a learned mix of all tokens, at any budget"
     needs_training = True
 
     keep: Keep = 0.7
@@ -48,7 +48,7 @@ class SoftMerger(TokenStrategy):
     def merges(self) -> bool:
         return True
 
-    def at(self, site: Site, position: int, count: int) -> SoftMerger:
+    def resolve_for(self, site: Site, position: int, count: int) -> SoftMerger:
         """This config with ``keep`` as the count of tokens after layer ``position``."""
         if callable(self.keep):
             found = self.keep(site)
@@ -74,7 +74,7 @@ class SoftMerger(TokenStrategy):
         return self.keep
 
 
-class SoftPlanner(LearnedTokens):
+class SoftPlanner(LearnedTokenPlanner):
     """Mixes by the weights ``[B, m, n]`` that `weights` finds, whose rows sum to one."""
 
     def weights(self, x: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class AtrousPlanner:
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
         own = self.strategy
-        key = inputs.whole_grid, own.window, self.rates, own.fuse
+        key = inputs.image_grid, own.window, self.rates, own.fuse
         return laid(inputs.table(regions, *key), inputs)
 
 

@@ -32,14 +32,14 @@ class ATS(TokenStrategy):
     one token; needed by `torch.compile` and export. Models without class tokens are scored by
     the attention of the mean query.
 
-    >>> ATS(keep=0.5, static=True).ragged()
+    >>> ATS(keep=0.5, static=True).is_ragged()
     False
     """
 
     name = "ats"
     needs_attention = True
     exact_at_full = False
-    inexact = "significant tokens are hit by several levels, so fewer than the budget stay"
+    inexact_reason = "significant tokens are hit by several levels, so fewer than the budget stay"
     paper = "https://arxiv.org/abs/2111.15667"
     fidelity = (
         "as published code: scores sorted ascending, norm of the joined heads' values; sampling "
@@ -62,7 +62,7 @@ class ATS(TokenStrategy):
         """From a quarter of the depth to the end: blocks 3 to 11 of 12, as published."""
         return tuple(range(depth // 4, depth))
 
-    def ragged(self) -> bool:
+    def is_ragged(self) -> bool:
         return not self.static
 
     def check(self, tokens: int, first: bool) -> None:

@@ -46,9 +46,9 @@ class AttentionReuse(Strategy):
         "Theta and Psi start as the identity, low-rank by choice"
     )
     exact_at_full = False
-    inexact = "there is no budget: the listed layers never make their own scores"
-    chooses = False
-    carries = True
+    inexact_reason = "there is no budget: the listed layers never make their own scores"
+    selects_keys = False
+    uses_cross_layer_state = True
 
     layers: tuple[int, ...] | list[int] | None = None
     rank: int | str | None = None
@@ -88,13 +88,13 @@ class Role:
         elif change is not None:
             logits = change.transform(logits, inputs)
         if self.keeps:
-            inputs.keep(LOGITS, logits)
+            inputs.store(LOGITS, logits)
         return Pattern.logits(inputs, logits)
 
     def reused(self, inputs: AttentionInputs) -> Tensor | None:
         """The scores of the site before, ``[B, H, Nq, Nk]``, if they are to be used and fit."""
         shape = (*inputs.q.shape[:3], inputs.n_keys)
-        return inputs.recall(LOGITS, shape) if self.reads else None
+        return inputs.load(LOGITS, shape) if self.reads else None
 
 
 class ReusePlanner(LearnedPlanner):
@@ -125,7 +125,7 @@ class ReusePlanner(LearnedPlanner):
     def transform(self, logits: Tensor, inputs: AttentionInputs) -> Tensor:
         """``Theta A Psi^T``."""
         rows = self._change("theta", logits, inputs.query_grid)
-        return self._change("psi", rows.mT, inputs.keys_grid).mT
+        return self._change("psi", rows.mT, inputs.key_grid).mT
 
     def _change(self, name: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(I + T) x`` with T laid over the present grid."""
@@ -143,11 +143,11 @@ class ReusePlanner(LearnedPlanner):
         found, own = self.role.reused(inputs), own_scores(inputs).detach()
         if found is None:
             if self.role.keeps:
-                inputs.keep(LOGITS, own)
+                inputs.store(LOGITS, own)
             return own.new_zeros(())
         changed = self.transform(found, inputs)
         if self.role.keeps:
-            inputs.keep(LOGITS, changed)
+            inputs.store(LOGITS, changed)
         ours = inputs.biased(changed.float()).log_softmax(-1).clamp_min(-1e4)
         exact = inputs.biased(own.float()).softmax(-1)
         apart: Tensor = torch.special.xlogy(exact, exact) - exact * ours

@@ -64,7 +64,7 @@ class BigBirdPlanner:
     heads: int
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        grid, own = inputs.whole_grid, self.strategy
+        grid, own = inputs.image_grid, self.strategy
         keep = inputs.table(local_and_global, grid, own.window, 1, own.global_patches)
         if not own.random:
             return laid(keep, inputs)

@@ -65,9 +65,9 @@ class BiLevel(Strategy):
         if not isinstance(self.shared, bool):
             raise InvalidOption(f"shared must be True or False, got {self.shared!r}")
 
-    def at(self, site: Site, position: int, count: int) -> Strategy:
+    def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """Regions of this site as the core's tiles and blocks."""
-        one = super().at(site, position, count)
+        one = super().resolve_for(site, position, count)
         regions = {"tile": self.region(site.grid), "block": self.region(site.key_grid)}
         taken: dict[str, Any] = {n: r for n, r in regions.items() if getattr(self, n) == "auto"}
         return replace(one, **taken)
@@ -88,14 +88,14 @@ class BiLevel(Strategy):
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         tile = self.region(inputs.query_grid) if isinstance(inputs.tile, int) else inputs.tile
-        block = self.region(inputs.keys_grid) if isinstance(inputs.block, int) else inputs.block
+        block = self.region(inputs.key_grid) if isinstance(inputs.block, int) else inputs.block
         cut = inputs.replace(tile=tile, block=block)
         # without the host's mask there are blocks also where the core chooses key by key
         tiles, blocks = cut.tiles, cut.replace(bias=None).blocks
         assert tiles is not None
         assert blocks is not None
         keys, prefix = inputs.k[..., inputs.prefix :, :], inputs.k[..., : inputs.prefix, :]
-        seen = inputs.seen
+        seen = inputs.visible_keys
         if seen is None:
             means = blocks.mean(keys)
         else:

@@ -68,7 +68,7 @@ def hamming(q: Tensor, k: Tensor) -> Tensor:
 
 def _mean_key(inputs: AttentionInputs) -> Tensor:
     """``[B, H, 1, D]``: of the patch keys that any query sees."""
-    keys, seen = inputs.k[..., inputs.prefix :, :], inputs.seen
+    keys, seen = inputs.k[..., inputs.prefix :, :], inputs.visible_keys
     if seen is None:
         return keys.mean(-2, keepdim=True)
     weight = seen[..., inputs.prefix :, None].to(keys.dtype)

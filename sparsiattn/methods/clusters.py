@@ -42,8 +42,8 @@ class Clustering(TokenStrategy):
     def merges(self) -> bool:
         return True
 
-    def at(self, site: Site, position: int, count: int) -> TokenStrategy:
-        one = super().at(site, position, count)
+    def resolve_for(self, site: Site, position: int, count: int) -> TokenStrategy:
+        one = super().resolve_for(site, position, count)
         assert isinstance(one, Clustering)
         check_budget(one.keep, "keep")
         return one

@@ -43,7 +43,7 @@ class Fibottention(Strategy):
     )
     needs_training = True
     exact_at_full = False
-    inexact = "offsets grow like Fibonacci numbers: no option keeps every key"
+    inexact_reason = "offsets grow like Fibonacci numbers: no option keeps every key"
 
     w_min: int = 5
     w_max: int | None = None
@@ -77,7 +77,7 @@ class FibonacciPlanner:
     order: tuple[int, ...]
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        grid, own = inputs.whole_grid, self.strategy
+        grid, own = inputs.image_grid, self.strategy
         n = grid[0] * grid[1]
         lists = offsets(len(self.order), n, own.w_min, own.w_max, own.modified)
         if not (inputs.prefix and own.prefix_keys):

@@ -42,7 +42,7 @@ class Hypergraph(Strategy):
         "learned mixture that starts at one half, and incidence a learned logit"
     )
     needs_training = True
-    chooses = False
+    selects_keys = False
 
     k: float = 0.25
     members: int = 8
@@ -88,7 +88,7 @@ class HypergraphPlanner(LearnedPlanner):
         edge_v = share * (mean @ self.values.to(mean.dtype)) + (1 - share) * seen
         k = torch.cat([inputs.k[..., :own, :], edge_k], dim=-2)
         v = torch.cat([inputs.v[..., :own, :], edge_v], dim=-2)
-        return Pattern.over(inputs, k, v, bias=self._bias(inputs, nodes))
+        return Pattern.computed_keys(inputs, k, v, bias=self._bias(inputs, nodes))
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Relative error of the output against dense attention."""

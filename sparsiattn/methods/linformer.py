@@ -33,7 +33,7 @@ class Linformer(Strategy):
         "average pooling, and logits carry log sizes (mass=False: none)"
     )
     needs_training = True
-    chooses = False
+    selects_keys = False
 
     k: float = 0.25
     shared: bool = False
@@ -72,7 +72,7 @@ class LinformerPlanner(LearnedPlanner):
         if self.own:
             k = torch.cat([inputs.k[..., : self.own, :], k], dim=-2)
             v = torch.cat([inputs.v[..., : self.own, :], v], dim=-2)
-        return Pattern.over(inputs, k, v, bias=self._bias(inputs, e, left))
+        return Pattern.computed_keys(inputs, k, v, bias=self._bias(inputs, e, left))
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Relative error of the output against dense attention."""
@@ -81,10 +81,10 @@ class LinformerPlanner(LearnedPlanner):
     def _present(self, table: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """A table's rows for the tokens that are there, ``[B, 1, N, r]`` or ``[N, r]``, scaled so
         that columns weigh what they weighed; and the share of every cell that is left."""
-        grid = inputs.whole_grid
+        grid = inputs.image_grid
         ratio = self.grid[0] * self.grid[1] / (grid[0] * grid[1])
         whole = tables.resized(table, self.grid, grid, self.prefix)
-        rows = tables.for_heads(inputs.follow(whole))
+        rows = tables.for_heads(inputs.gather_rows(whole))
         weight = rows.abs().sum(-2, keepdim=True)
         left = weight / whole.abs().sum(-2).clamp_min(1e-6)
         before = table.abs().sum(-2)

@@ -44,4 +44,4 @@ class Longformer(Strategy):
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         sizes = self.window, self.dilation, self.global_patches
-        return laid(inputs.table(local_and_global, inputs.whole_grid, *sizes), inputs)
+        return laid(inputs.table(local_and_global, inputs.image_grid, *sizes), inputs)

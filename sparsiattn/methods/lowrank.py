@@ -42,7 +42,7 @@ class LowRank(Strategy):
         "QK^T costs r channels, AV all"
     )
     needs_training = True
-    chooses = False
+    selects_keys = False
 
     rank: float = 0.25
     guide: int | None = 16
@@ -90,7 +90,7 @@ class LowRankPlanner(LearnedPlanner):
     def forward(self, inputs: AttentionInputs) -> Pattern:
         q = inputs.patch_queries @ self.map_q.to(inputs.q.dtype)
         k = inputs.k @ self.map_k.to(inputs.k.dtype)
-        return Pattern.over(
+        return Pattern.computed_keys(
             inputs, k, inputs.v, q=q * self.guide(inputs), bias=tables.host_bias(inputs)
         )
 
@@ -108,7 +108,7 @@ class LowRankPlanner(LearnedPlanner):
         return tables.output_loss(self(inputs), inputs)
 
     @torch.no_grad()
-    def start(self, inputs: AttentionInputs) -> None:
+    def init_from_batch(self, inputs: AttentionInputs) -> None:
         """The maps whose products are the best of their rank to the whole ones, in the mean over
         the queries and keys of each head; keys count from their mean, which softmax ignores."""
         rank = self.map_q.shape[-1]

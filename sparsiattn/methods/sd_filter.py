@@ -56,9 +56,9 @@ class SDFilter(Strategy):
         if not isinstance(self.shared, bool):
             raise InvalidOption(f"shared must be True or False, got {self.shared!r}")
 
-    def at(self, site: Site, position: int, count: int) -> Strategy:
+    def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """One tile as large as the site's grid, where every query may see every key."""
-        one = super().at(site, position, count)
+        one = super().resolve_for(site, position, count)
         if self.tile != "auto":
             return one
         return replace(one, tile=1 if site.bias == "mask" else site.grid)
@@ -105,7 +105,7 @@ class SDFilterPlanner(LearnedPlanner):
     def log_shares(self, inputs: AttentionInputs) -> Tensor:
         """Predicted log share of every key, ``[B, H, Nk]`` float32; keys that no query sees get
         next to nothing."""
-        scores, seen = self.scores(inputs).float(), inputs.seen
+        scores, seen = self.scores(inputs).float(), inputs.visible_keys
         return (scores if seen is None else scores.masked_fill(~seen, -1e4)).log_softmax(-1)
 
 
@@ -113,7 +113,7 @@ class SDFilterPlanner(LearnedPlanner):
 def received(inputs: AttentionInputs) -> Tensor:
     """The mass that every key receives from the patch queries in dense attention, their mean,
     ``[B, H, Nk]`` float32; queries that are padding do not count."""
-    seen = inputs.seen if inputs.n_queries == inputs.n_keys else None
+    seen = inputs.visible_keys if inputs.n_queries == inputs.n_keys else None
     total = inputs.q.new_zeros((*inputs.q.shape[:2], inputs.n_keys), dtype=torch.float)
     for rows in torch.arange(inputs.prefix, inputs.n_queries, device=inputs.q.device).split(ROWS):
         part = inputs.logits(rows).float().softmax(-1).nan_to_num(0.0)

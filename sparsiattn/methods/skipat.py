@@ -51,9 +51,9 @@ class SkipAt(Strategy):
     )
     needs_training = True
     exact_at_full = False
-    inexact = "there is no budget: the listed layers never attend"
-    chooses = False
-    carries = True
+    inexact_reason = "there is no budget: the listed layers never attend"
+    selects_keys = False
+    uses_cross_layer_state = True
 
     layers: tuple[int, ...] | list[int] | None = None
     parametric: bool = True
@@ -96,11 +96,11 @@ class Skip(Attend):
     def found(self, inputs: AttentionInputs) -> Tensor | None:
         """The output of the site before, ``[B, H, Nq, Dv]``, if it is to be used and fits."""
         shape = (*inputs.q.shape[:3], inputs.v.shape[-1])
-        return inputs.recall(OUTPUT, shape) if self.reads else None
+        return inputs.load(OUTPUT, shape) if self.reads else None
 
     def after(self, inputs: AttentionInputs, output: Tensor) -> None:
         if self.keeps:
-            inputs.keep(OUTPUT, output)
+            inputs.store(OUTPUT, output)
 
 
 class SkipPlanner(LearnedPlanner):

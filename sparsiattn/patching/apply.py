@@ -14,7 +14,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, NothingToPatch
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.discovery.backbone import Backbone
-from sparsiattn.patching.discovery.probe import Call, DryInputs, probe, skeleton
+from sparsiattn.patching.discovery.probe import Call, DryInputs, meta_copy, probe
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.token_plan import carry
@@ -81,7 +81,7 @@ def patch(
 
 def applied(
     model: nn.Module, base: Config, schedule: Schedule, example: Any, only_if_faster: bool,
-    seen: Survey,
+    seen: ModelSurvey,
 ) -> Patch:  # fmt: skip
     """`patch` for who patches one model many times and looks for its attention once."""
     handle = _prepared(model, base, "*", "auto", schedule, example, only_if_faster, seen)
@@ -89,31 +89,31 @@ def applied(
     return handle
 
 
-def planned(model: nn.Module, base: Config, example: Any, seen: Survey) -> Patch:
+def planned(model: nn.Module, base: Config, example: Any, seen: ModelSurvey) -> Patch:
     """The patch that a strategy would be, never attached; refused as `patch` would refuse it."""
     return _prepared(model, base, "*", "auto", None, example, False, seen)
 
 
 def _prepared(
     model: nn.Module, base: Config, sites: Sites, kernel: str, schedule: Schedule, example: Any,
-    only_if_faster: bool, seen: Survey | None = None,
+    only_if_faster: bool, seen: ModelSurvey | None = None,
 ) -> Patch:  # fmt: skip
     """A handle that knows what to do at every site and block; the model is not touched yet."""
     attention, tokens = parts_of(base)
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
     seen = seen or survey(model, example, named(sites))
-    bones, handle, found = _find(model, base, kernel, example, seen)
+    meta_model, handle, found = _find(model, base, kernel, example, seen)
     chosen = select([site for site, _ in found], sites)
     resolved = _budgets(attention, chosen, budgets.get("k", {}))
     if tokens is not None:
-        carry(handle, bones, tokens, budgets)
+        carry(handle, meta_model, tokens, budgets)
     layouts = dict(found)
     for site, config in zip(chosen, resolved, strict=True):
         handle.runtimes.append(_runtime(handle, site, layouts[site], config, kernels, kernel))
     if tokens is not None:
         _complete(handle, layouts, kernels)
-    carrying = [runtime for runtime in handle.runtimes if runtime.strategy.carries]
+    carrying = [runtime for runtime in handle.runtimes if runtime.strategy.uses_cross_layer_state]
     if carrying:
         carrying[0].opens = carrying[-1].closes = True
     _check(handle, only_if_faster, seen.returned)
@@ -167,11 +167,11 @@ def _complete(handle: Patch, layouts: dict[Site, Layout], kernels: tuple[Kernel,
 
 def _check(handle: Patch, only_if_faster: bool, dense: list[torch.Size]) -> None:
     """What only a dry run of the patched model can tell, before the model is touched."""
-    from sparsiattn.patching.dry_run import settle
+    from sparsiattn.patching.dry_run import validate_token_plan
     from sparsiattn.patching.estimate import leave_slow_sites_dense, refuse_early
 
     if handle.blocks:
-        settle(handle, dense)
+        validate_token_plan(handle, dense)
     if handle.kernel != "auto":
         refuse_early(handle)
     if only_if_faster:
@@ -223,23 +223,23 @@ def _kernels(name: str) -> tuple[Kernel, ...]:
 _SQUARE = (1, 3, 1, 1)
 
 
-class Survey(NamedTuple):
+class ModelSurvey(NamedTuple):
     """What a dry run of a copy without data says about a model: its adapter, the shape of one
     image, the copy, every call of attention, the sites, ``(name, reason)`` of what is left, and the
     shapes of what it returned."""
 
     backbone: Backbone
     shape: tuple[int, ...]
-    bones: nn.Module
+    meta_model: nn.Module
     calls: list[Call]
     found: list[tuple[Site, Layout]]
-    left: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
     returned: list[torch.Size]
 
 
 def survey(
     model: nn.Module, example: Any, names: Collection[str] = (), inputs: DryInputs | None = None
-) -> Survey:
+) -> ModelSurvey:
     """Look for attention in a copy of the model; finding none is no error here. names: of sites
     that are wanted even where nothing can be saved. inputs: what to call the copy with, where that
     is not, or not only, an image; then the model need not say how large its images are."""
@@ -248,20 +248,22 @@ def survey(
         shape = _input_shape(model, backbone, example)
     else:
         shape = backbone.input_shape(model) or _SQUARE
-    bones = skeleton(model)
-    for edit in backbone.edits(bones):
+    meta_model = meta_copy(model)
+    for edit in backbone.attribute_overrides(meta_model):
         edit.apply()
-    seen = probe(bones, inputs or backbone.dry_inputs(bones, shape))
+    seen = probe(meta_model, inputs or backbone.meta_inputs(meta_model, shape))
     rows, columns = backbone.patch_size(model)
     found, left = backbone.sites(seen.calls, shape[-2] * columns / (shape[-1] * rows), names)
-    return Survey(backbone, shape, bones, seen.calls, found, left + seen.softmaxes, seen.returned)
+    return ModelSurvey(
+        backbone, shape, meta_model, seen.calls, found, left + seen.softmaxes, seen.returned
+    )
 
 
 def _find(
-    model: nn.Module, strategy: Config, kernel: str, example: Any, seen: Survey
+    model: nn.Module, strategy: Config, kernel: str, example: Any, seen: ModelSurvey
 ) -> tuple[nn.Module, Patch, list[tuple[Site, Layout]]]:
     """A copy without data, an empty handle and the model's sites, from a dry run of the copy."""
-    backbone, shape, bones, calls, found, left, _ = seen
+    backbone, shape, meta_model, calls, found, left, _ = seen
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise NothingToPatch(
@@ -273,7 +275,7 @@ def _find(
     handle.found = tuple(site for site, _ in found)
     handle.unread = frozenset(call.name for call in calls if call.weights == "ignored")
     handle.lifted = frozenset(call.name for call in calls if call.lifted)
-    return bones, handle, found
+    return meta_model, handle, found
 
 
 def refresh(handle: Patch) -> None:
@@ -284,7 +286,7 @@ def refresh(handle: Patch) -> None:
         return
     seen = survey(model, None, {site.name for site in handle.sites})
     _, fresh, found = _find(model, handle.strategy, handle.kernel, None, seen)
-    handle.input_shape, handle.left, handle.found = fresh.input_shape, fresh.left, fresh.found
+    handle.input_shape, handle.skipped, handle.found = fresh.input_shape, fresh.skipped, fresh.found
     by_name = {site.name: (site, layout) for site, layout in found}
     for runtime in handle.runtimes:
         runtime.site, runtime.layout = by_name[runtime.site.name]
@@ -319,7 +321,7 @@ def _input_shape(model: nn.Module, backbone: Backbone, example: Any) -> tuple[in
 
 
 def _budgets(strategy: Strategy, sites: list[Site], schedule: Mapping[str, Any]) -> list[Strategy]:
-    resolved = [strategy.at(site, i, len(sites)) for i, site in enumerate(sites)]
+    resolved = [strategy.resolve_for(site, i, len(sites)) for i, site in enumerate(sites)]
     return apply_schedule(schedule, sites, resolved)
 
 

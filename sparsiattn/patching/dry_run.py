@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.packed import Packed
+from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.attention.token_state import Stream
+from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.meta_cache import recalling
-from sparsiattn.patching.discovery.probe import DryInputs, run_dry, shapes, skeleton
+from sparsiattn.patching.discovery.probe import DryInputs, meta_copy, run_dry, shapes
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.block_runtime import BlockRuntime, Carried
 from sparsiattn.runtime.handle import Patch, feature_modules, hook_up
@@ -91,15 +91,15 @@ class _DryBlock(BlockRuntime):
 
     run: DryRun
 
-    def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
-        self.run.counts[self.index] = x.shape[1] - stream.prefix
-        out = self._counted(lambda: super(_DryBlock, self).reduce(stream, x))
-        self.run.ragged |= isinstance(out[0], Packed)
+    def reduce(self, token_state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
+        self.run.counts[self.index] = x.shape[1] - token_state.prefix
+        out = self._counted(lambda: super(_DryBlock, self).reduce(token_state, x))
+        self.run.ragged |= isinstance(out[0], PackedTokens)
         return out
 
-    def spare(self, stream: Stream, kept: Tensor) -> Stream:
-        self.run.counts[self.index] = kept.shape[1] - stream.prefix
-        return self._counted(lambda: super(_DryBlock, self).spare(stream, kept))
+    def spare(self, token_state: TokenState, kept: Tensor) -> TokenState:
+        self.run.counts[self.index] = kept.shape[1] - token_state.prefix
+        return self._counted(lambda: super(_DryBlock, self).spare(token_state, kept))
 
     def _counted(self, call: Callable[[], T]) -> T:
         """What a reduction returns, its MACs noted."""
@@ -121,10 +121,10 @@ class _DryBlock(BlockRuntime):
         return out
 
 
-def dry_inputs(handle: Patch) -> DryInputs:
+def meta_inputs(handle: Patch) -> DryInputs:
     """What a dry run of the handle's model takes."""
     adapter = REGISTRY.get("backbones", handle.backbone)
-    return adapter.dry_inputs(handle.model, handle.input_shape)  # type: ignore[no-any-return]
+    return adapter.meta_inputs(handle.model, handle.input_shape)  # type: ignore[no-any-return]
 
 
 def _counter(run: DryRun) -> AbstractContextManager[Any]:
@@ -139,7 +139,7 @@ def dry_run(handle: Patch, counted: bool = True) -> DryRun:
     """One forward pass of a copy without data, patched like the handle's model. counted: whether
     MACs are wanted."""
     run = DryRun(counted)
-    shadow, bones = _shadow(handle, run)
+    shadow, meta_model = _shadow(handle, run)
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         run.inputs[site.name] = inputs
@@ -148,7 +148,7 @@ def dry_run(handle: Patch, counted: bool = True) -> DryRun:
     THREAD.observer = (shadow.key, observe)
     try:
         with _counter(run) as counter:
-            run.output = shapes(run_dry(bones, dry_inputs(handle)))
+            run.output = shapes(run_dry(meta_model, meta_inputs(handle)))
     finally:
         THREAD.observer = before
     run.macs = _macs(counter)
@@ -156,20 +156,20 @@ def dry_run(handle: Patch, counted: bool = True) -> DryRun:
 
 
 def _shadow(handle: Patch, run: DryRun) -> tuple[Patch, nn.Module]:
-    bones = skeleton(handle.model)
+    meta_model = meta_copy(handle.model)
     adapter = REGISTRY.get("backbones", handle.backbone)
-    for edit in adapter.edits(bones):
+    for edit in adapter.attribute_overrides(meta_model):
         edit.apply()
     shadow = copy.copy(handle)
     shadow.__setstate__(dict(vars(handle)))
-    shadow.model, shadow._handles, shadow._places = bones, [], []
+    shadow.model, shadow._handles, shadow._places = meta_model, [], []
     shadow.runtimes = [_dry_site(one, shadow) for one in handle.runtimes]
     shadow.blocks = [_dry_block(one, shadow, run) for one in handle.blocks]
     for module in feature_modules(shadow):
         unwatch(module)
         watch(module, shadow)
     hook_up(shadow, adapter)
-    return shadow, bones
+    return shadow, meta_model
 
 
 def _dry_site(runtime: SiteRuntime, shadow: Patch) -> SiteRuntime:
@@ -182,11 +182,11 @@ def _dry_block(runtime: BlockRuntime, shadow: Patch, run: DryRun) -> _DryBlock:
     block = _DryBlock.__new__(_DryBlock)
     block.__dict__.update(runtime.__getstate__(), owner=shadow, run=run)
     if isinstance(runtime.planner, nn.Module):
-        block.planner = skeleton(runtime.planner)
+        block.planner = meta_copy(runtime.planner)
     return block
 
 
-def settle(handle: Patch, dense: list[torch.Size]) -> None:
+def validate_token_plan(handle: Patch, dense: list[torch.Size]) -> None:
     """Check that the model can carry fewer tokens, and find out what its caller must get. dense:
     shapes of what the model returns without a patch."""
     assert handle.tokens is not None
@@ -198,7 +198,7 @@ def settle(handle: Patch, dense: list[torch.Size]) -> None:
     except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
         if bypass or handle.tokens.restore is None:
             raise _cannot(handle, error) from error
-        run, needs_all = DryRun(ragged=handle.tokens.ragged()), True
+        run, needs_all = DryRun(ragged=handle.tokens.is_ragged()), True
     if not bypass:
         handle.restores_last = _restores_last(handle, needs_all, run.ragged)
     if handle.restores_last:

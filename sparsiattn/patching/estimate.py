@@ -14,10 +14,10 @@ from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import Call, Planning, Work
-from sparsiattn.patching.discovery.probe import skeleton
+from sparsiattn.patching.discovery.probe import meta_copy
 from sparsiattn.patching.dry_run import DryRun, dry_run, mac_counter
-from sparsiattn.runtime.cross_layer import Notes
-from sparsiattn.runtime.site_runtime import SiteRuntime, tell
+from sparsiattn.runtime.cross_layer import CrossLayerState
+from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 
 if TYPE_CHECKING:
     from sparsiattn.runtime.handle import Patch
@@ -51,7 +51,7 @@ def refuse_early(handle: Patch) -> None:
 def expect_all(handle: Patch, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:
     """What each site does, in the order in which they leave each other notes; one that is marked
     dense meanwhile leaves none."""
-    notes = Notes(handle.key)
+    notes = CrossLayerState(handle.key)
     for runtime in handle.runtimes:
         given = notes.copy()
         given.forgets = runtime.site.calls > 1
@@ -60,19 +60,23 @@ def expect_all(handle: Patch, run: DryRun | None) -> Iterator[tuple[SiteRuntime,
             notes = given
 
 
-def expect(runtime: SiteRuntime, run: DryRun | None, notes: Notes | None = None) -> Expected:
+def expect(
+    runtime: SiteRuntime, run: DryRun | None, notes: CrossLayerState | None = None
+) -> Expected:
     """What a site does at patch-time shapes, found without data. notes: those of earlier sites."""
     inputs, planner = dry_site(runtime, run), runtime.planner
-    if runtime.strategy.carries:
-        inputs = inputs.replace(notes=Notes() if notes is None else notes)
+    if runtime.strategy.uses_cross_layer_state:
+        inputs = inputs.replace(cross_layer=CrossLayerState() if notes is None else notes)
     if isinstance(planner, torch.nn.Module):
-        planner = skeleton(planner)
+        planner = meta_copy(planner)
     wish: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
     with torch.no_grad(), mac_counter() as counter:
         if not runtime.strategy.keeps_all(inputs.n_keys):
             wish = planner(inputs)
         pattern = runtime.finish(wish, inputs)
-        tell(planner, inputs, inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1]))
+        notify_planner(
+            planner, inputs, inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
+        )
     macs = int(counter.get_total_flops()) // 2
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
@@ -120,6 +124,6 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         key_grid=site.key_grid,
         tile=strategy.tile_for(site.tokens),
         block=strategy.block_for(site.keys),
-        stream=None if run is None or site.name not in run.inputs else run.inputs[site.name].stream,
-        runs_on=None if like is None else like.device,
+        token_state=None if run is None or site.name not in run.inputs else run.inputs[site.name].token_state,
+        target_device=None if like is None else like.device,
     )

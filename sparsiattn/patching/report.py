@@ -13,8 +13,8 @@ from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Choice
-from sparsiattn.patching.discovery.probe import DryInputs, run_dry, skeleton
-from sparsiattn.patching.dry_run import DryRun, dry_inputs, dry_run, mac_counter
+from sparsiattn.patching.discovery.probe import DryInputs, meta_copy, run_dry
+from sparsiattn.patching.dry_run import DryRun, dry_run, mac_counter, meta_inputs
 from sparsiattn.patching.estimate import Expected, expect_all, site_at
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -59,11 +59,11 @@ class Report:
     """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
 
     model, backbone, strategy, input_shape: what was patched, how and for which images. sites: one
-    each. untouched: names of sites that were not selected. left: ``(name,
+    each. not_selected: names of sites that were not selected. left: ``(name,
     reason)`` of attention that cannot be patched. reductions: what token strategies do at which
     block. macs_dense, mhsa_macs_dense: of the model unpatched. mhsa_macs counts QK^T and AV only
     (FLOPs are twice the MACs); predictor_macs what planning adds; other_macs all else; macs the
-    whole model. A figure is None where only a real input can tell. basis: by whose prices speeds
+    whole model. A figure is None where only a real input can tell. price_source: by whose prices speeds
     are expected.
     """
 
@@ -72,15 +72,15 @@ class Report:
     strategy: str
     input_shape: tuple[int, ...]
     sites: tuple[SiteReport, ...]
-    untouched: tuple[str, ...]
-    left: tuple[tuple[str, str], ...]
+    not_selected: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
     macs_dense: int
     mhsa_macs_dense: int
     mhsa_macs: int | None
     predictor_macs: int
     other_macs: int | None = None
     reductions: tuple[str, ...] = ()
-    basis: str = ""
+    price_source: str = ""
 
     @property
     def macs(self) -> int | None:
@@ -111,11 +111,11 @@ class Report:
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
             lines.append(not_faster(len(slow)))
-        if self.basis:
-            lines.append(self.basis)
-        if self.untouched:
-            lines.append(f"not selected, dense: {', '.join(self.untouched)}")
-        return lines + [f"left alone: {name}: {reason}" for name, reason in self.left]
+        if self.price_source:
+            lines.append(self.price_source)
+        if self.not_selected:
+            lines.append(f"not selected, dense: {', '.join(self.not_selected)}")
+        return lines + [f"left alone: {name}: {reason}" for name, reason in self.skipped]
 
 
 def not_faster(sites: int) -> str:
@@ -165,7 +165,7 @@ def report(handle: Patch, total: int | None = None) -> Report:
     idle = [site for site in handle.found if site not in handle.sites]
     known = [row.macs for row in rows if row.macs is not None]
     if total is None:
-        total = dense_macs(handle.model, dry_inputs(handle))
+        total = dense_macs(handle.model, meta_inputs(handle))
     mhsa_dense = sum(site.macs for site in handle.found)
     other: int | None = total - mhsa_dense
     if run is not None:
@@ -177,15 +177,15 @@ def report(handle: Patch, total: int | None = None) -> Report:
         strategy=handle.strategy.name,
         input_shape=handle.input_shape,
         sites=rows,
-        untouched=tuple(site.name for site in idle),
-        left=handle.left,
+        not_selected=tuple(site.name for site in idle),
+        skipped=handle.skipped,
         macs_dense=total,
         mhsa_macs_dense=mhsa_dense,
         mhsa_macs=sum(site.macs for site in idle) + sum(known) if counted else None,
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
         other_macs=other if counted else None,
         reductions=_reductions(handle, run),
-        basis=_basis(rows, handle),
+        price_source=_basis(rows, handle),
     )
 
 
@@ -223,7 +223,7 @@ def _reductions(handle: Patch, run: DryRun | None) -> tuple[str, ...]:
 def dense_macs(model: torch.nn.Module, inputs: DryInputs) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run executes."""
     with mac_counter() as counter:
-        run_dry(skeleton(model), inputs)
+        run_dry(meta_copy(model), inputs)
     return int(counter.get_total_flops()) // 2
 
 
@@ -290,7 +290,7 @@ def _note(runtime: SiteRuntime, site: Site, found: Expected) -> str:
         when = "" if choice.expected < 1 else ", decided elsewhere or before tuning"
         return f"left dense{when}: {figure}"
     if dense:
-        if not strategy.chooses:
+        if not strategy.selects_keys:
             return "attends as the host does"
         return "the budget keeps every key: dense" if strategy.name != "dense" else ""
     if strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:

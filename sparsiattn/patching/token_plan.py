@@ -20,25 +20,27 @@ from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.strategies.token_base import TokenStrategy
 
 
-def carry(handle: Any, bones: nn.Module, tokens: TokenStrategy, schedule: dict[str, Any]) -> None:
+def carry(
+    handle: Any, meta_model: nn.Module, tokens: TokenStrategy, schedule: dict[str, Any]
+) -> None:
     """Give the handle the blocks of its model and what each of them does."""
     sites = {site.name: site for site in handle.found}
     backbone = REGISTRY.get("backbones", handle.backbone)
-    blocks = find_blocks(bones, sites, backbone.dry_inputs(handle.model, handle.input_shape))
+    blocks = find_blocks(meta_model, sites, backbone.meta_inputs(handle.model, handle.input_shape))
     model = type(handle.model).__name__
     if not blocks:
         raise InvalidOption(
             f"{model} has no blocks that tokens could skip: token strategies need modules that "
             "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
-    if backbone.packs(handle.model):
+    if backbone.packs_batch(handle.model):
         raise InvalidOption(
             f"{model} lays the images of a batch end to end in one sequence, where tokens of one "
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
     plain = is_plain(blocks, sites)
     class_tokens = backbone.class_tokens(handle.model) if plain else 0
-    tokens = tokens.adapted(class_tokens, not plain, model)
+    tokens = tokens.for_model(class_tokens, not plain, model)
     if not plain:
         check_hierarchy(tokens, model, blocks)
     tokens, resolved = _resolve(tokens, blocks, sites, schedule)
@@ -74,7 +76,7 @@ def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> N
             f"image: {list(blocks[0].taken)}), which token strategies cannot make shorter; use an "
             "attention strategy such as 'connectivity'"
         )
-    if not (tokens.reads_attention() or tokens.ragged() or tokens.merges()):
+    if not (tokens.reads_attention() or tokens.is_ragged() or tokens.merges()):
         return
     raise InvalidOption(
         f"{model} attends in windows or changes its grid between stages, so every token must stay; "
@@ -91,7 +93,7 @@ def _resolve(
     tokens = token_budgets(schedule, tokens, [block.name for block in blocks])
     layers = tokens.layers_in(len(blocks))
     one = {
-        layer: tokens.at(sites[blocks[layer].sites[0]], i, len(layers))
+        layer: tokens.resolve_for(sites[blocks[layer].sites[0]], i, len(layers))
         for i, layer in enumerate(layers)
     }
     lists: dict[str, Any] = {
@@ -115,7 +117,7 @@ def _place(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> str:
                 "attention strategy such as 'connectivity', or other layers="
             )
         return "bypass"
-    place = tokens.reduces_at()
+    place = tokens.placement()
     return "exit" if place == "middle" and block.tail is None else place
 
 

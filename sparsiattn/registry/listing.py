@@ -23,7 +23,7 @@ class Info:
     plugin: str
     reasons: tuple[str, ...] = ()
     needs_training: bool = False
-    inexact: str = ""
+    inexact_reason: str = ""
     kind: str = ""
     paper: str = ""
     fidelity: str = ""
@@ -42,7 +42,7 @@ def _info(kind: str, name: str, thing: Any) -> Info:
         REGISTRY.plugin_of(kind, name),
         reasons,
         getattr(thing, "needs_training", False),
-        getattr(thing, "inexact", ""),
+        getattr(thing, "inexact_reason", ""),
         getattr(thing, "kind", ""),
         getattr(thing, "paper", ""),
         getattr(thing, "fidelity", ""),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.layout import patch_grid
-from sparsiattn.attention.packed import Packed, pack, unpack
+from sparsiattn.attention.packed import PackedTokens, pack, unpack
 from sparsiattn.attention.site import Site
-from sparsiattn.attention.token_state import Step, Stream, take
+from sparsiattn.attention.token_state import ReductionStep, TokenState, take
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.patching.discovery.blocks import Block, first_tensor
 from sparsiattn.runtime.sdpa_intercept import THREAD
@@ -27,7 +27,7 @@ from sparsiattn.runtime.site_runtime import image_of, metered
 from sparsiattn.strategies.base import AUTO_BLOCK, AUTO_TILE, TILE_FROM
 from sparsiattn.strategies.token_base import Reduction, TokenInputs, TokenPlanner, TokenStrategy
 
-Carried = Stream | Packed
+Carried = TokenState | PackedTokens
 
 
 class BlockRuntime:
@@ -60,44 +60,44 @@ class BlockRuntime:
     def idle(self) -> bool:
         return self.owner.key in THREAD.disabled or not self.owner.alive
 
-    def begin(self, x: Tensor) -> Stream:
+    def begin(self, x: Tensor) -> TokenState:
         prefix = self.site.prefix_tokens
         n = x.shape[1] - prefix if x.dim() == 3 else x.shape[1:-1].numel()
         grid = patch_grid(self.site.grid, n, self.site, image_of(self.owner))
-        return Stream(self.owner.key, prefix, grid, self.index)
+        return TokenState(self.owner.key, prefix, grid, self.index)
 
-    def recall(self, x: Tensor, stream: Carried | None) -> Carried:
+    def recall(self, x: Tensor, token_state: Carried | None) -> Carried:
         """The stream that belongs to this input: the one at hand, or, when a checkpointed block
         runs again in the backward pass, the one that came with this very tensor."""
-        if stream is not None and (stream.owner, stream.layer) != (self.owner.key, self.index):
-            stream = None
-        if stream is not None and (torch.compiler.is_compiling() or stream.given is x):
-            return stream
+        if token_state is not None and (token_state.owner, token_state.layer) != (self.owner.key, self.index):
+            token_state = None
+        if token_state is not None and (torch.compiler.is_compiling() or token_state.given is x):
+            return token_state
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
         noted = None if wrapped else self.entered.get(x.data_ptr())
         if noted is not None and noted[0]() is not None:
             refuse_lost_policy(self, noted[1])
             return noted[1]
-        if stream is not None:
-            return self._changed(stream, x)
+        if token_state is not None:
+            return self._changed(token_state, x)
         raise ModelChanged(
             f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
             f"is only known after block {self.index - 1}; run the whole model, or unpatch() first"
         )
 
-    def _changed(self, stream: Carried, x: Tensor) -> Carried:
+    def _changed(self, token_state: Carried, x: Tensor) -> Carried:
         """The stream where something between two blocks handed on another tensor than was given."""
-        if stream.short is None:
-            return stream
-        if isinstance(stream, Packed):
+        if token_state.short is None:
+            return token_state
+        if isinstance(token_state, PackedTokens):
             raise ModelChanged(
                 f"the input of block {self.block.name!r} was changed between blocks, while images "
                 "with their own numbers of tokens are packed and features were asked for: use a "
                 "fixed keep"
             )
-        return replace(stream, short=take(x, stream.tokens()))
+        return replace(token_state, short=take(x, token_state.tokens()))
 
-    def note(self, x: Tensor, stream: Carried, inside: bool = False) -> None:
+    def note(self, x: Tensor, token_state: Carried, inside: bool = False) -> None:
         """Keep the stream for a backward pass that runs this block, or only what is inside its
         forward, again from the same input."""
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
@@ -108,85 +108,85 @@ class BlockRuntime:
         for key in [key for key, (alive, _) in table.items() if alive() is None]:
             del table[key]
         # nothing kept may be ``x`` itself, or it would live as long as the table
-        kept = replace(stream, given=None, short=None if inside else stream.short)
+        kept = replace(token_state, given=None, short=None if inside else token_state.short)
         table[x.data_ptr()] = (ref(x), kept)
 
     @metered
-    def reduce(self, stream: Carried, x: Tensor) -> tuple[Carried, Tensor]:
+    def reduce(self, token_state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
         remembers = self.owner.remembers()
-        if isinstance(stream, Packed):
+        if isinstance(token_state, PackedTokens):
             return pack(
                 [
                     apply(self.plan(one, part, attention), one, part, remembers)
-                    for one, part, attention in stream.parts(x, THREAD.asked)
+                    for one, part, attention in token_state.parts(x, THREAD.asked)
                 ]
             )
-        reduction = self.plan(stream, x, THREAD.asked)
+        reduction = self.plan(token_state, x, THREAD.asked)
         if reduction is None or reduction.mask is None:
-            return apply(reduction, stream, x, remembers)
+            return apply(reduction, token_state, x, remembers)
         parts = [
-            apply(part, stream, x[i : i + 1], remembers)
+            apply(part, token_state, x[i : i + 1], remembers)
             for i, part in enumerate(reduction.by_image())
         ]
-        return pack(parts) if parts else (stream, x)  # an empty batch has nothing to pack
+        return pack(parts) if parts else (token_state, x)  # an empty batch has nothing to pack
 
     @metered
-    def spare(self, stream: Stream, kept: Tensor) -> Stream:
+    def spare(self, token_state: TokenState, kept: Tensor) -> TokenState:
         """The stream after it was decided which of these tokens ``[B, P + n, C]`` skip the MLP."""
-        reduction = self.plan(stream, kept, None)
+        reduction = self.plan(token_state, kept, None)
         if reduction is None:
-            return stream
+            return token_state
         if reduction.policy is not None:
-            return replace(stream, policy=reduction.policy)
+            return replace(token_state, policy=reduction.policy)
         if reduction.index is None:
             raise InvalidOption(
                 f"block {self.block.name!r} must keep its grid, so every image has to spare the "
                 "same number of tokens: use a fixed keep, e.g. keep=0.7"
             )
-        return stream.advance(Step(reduction.index, None, kept.shape[1] - stream.prefix))
+        return token_state.advance(ReductionStep(reduction.index, None, kept.shape[1] - token_state.prefix))
 
-    def plan(self, stream: Stream, x: Tensor, attention: Any) -> Reduction | None:
+    def plan(self, token_state: TokenState, x: Tensor, attention: Any) -> Reduction | None:
         assert self.planner is not None
-        patches = x[:, stream.prefix :]
+        patches = x[:, token_state.prefix :]
         inputs = TokenInputs(
-            patches, self.site, attention, self.index, self.depth, self.class_tokens, stream.size,
-            stream.policy, self.owner.training, stream.grid, stream.ids,
+            patches, self.site, attention, self.index, self.depth, self.class_tokens, token_state.size,
+            token_state.policy, self.owner.training, token_state.grid, token_state.ids,
         )  # fmt: skip
         return self.planner(inputs)
 
 
 def apply(
-    reduction: Reduction | None, stream: Stream, x: Tensor, remembers: bool
-) -> tuple[Stream, Tensor]:
+    reduction: Reduction | None, token_state: TokenState, x: Tensor, remembers: bool
+) -> tuple[TokenState, Tensor]:
     """Carry out a reduction on ``x`` ``[B, N, C]``, prefix included."""
     if reduction is None:
-        return stream, x
+        return token_state, x
     if reduction.policy is not None:
-        return replace(stream, policy=reduction.policy), x
+        return replace(token_state, policy=reduction.policy), x
     if remembers:
-        stream = stream.remember(x[:, stream.prefix :])
-    index, prefix = _index(reduction, x.device), stream.prefix
-    if reduction.assign is None and not stream.reduced:
-        index = _by_tiles(index, stream)
+        token_state = token_state.remember(x[:, token_state.prefix :])
+    index, prefix = _index(reduction, x.device), token_state.prefix
+    if reduction.assign is None and not token_state.reduced:
+        index = _by_tiles(index, token_state)
     before = x.shape[1] - prefix
     # a mixed token stands for no patch alone, so it is written as a fused one
     at = -1 - index if reduction.mixed else index
-    step = Step(at, reduction.assign, before, reduction.mixed, reduction.unfold)
+    step = ReductionStep(at, reduction.assign, before, reduction.mixed, reduction.unfold)
     if reduction.values is not None:
-        stream = stream.advance(step, reduction.size)
-        return stream, torch.cat([x[:, :prefix], reduction.values], dim=1)
+        token_state = token_state.advance(step, reduction.size)
+        return token_state, torch.cat([x[:, :prefix], reduction.values], dim=1)
     short = take(x, with_prefix(index, prefix))
     if reduction.added is not None:
         into, rows = reduction.added
         into = (into + prefix)[..., None].expand_as(rows)
         # in place: `short` was made just now, and nothing needs its former values for gradients
         short = short.scatter_add_(1, into, rows.to(short.dtype))
-        return stream.advance(step, reduction.size), short
+        return token_state.advance(step, reduction.size), short
     if reduction.fuse is None or index.shape[1] == before:
-        return stream.advance(step, reduction.size), short
+        return token_state.advance(step, reduction.size), short
     step, extra = fused(index, reduction.fuse, x[:, prefix:])
-    return stream.advance(step), torch.cat([short, extra], dim=1)
+    return token_state.advance(step), torch.cat([short, extra], dim=1)
 
 
 def _index(reduction: Reduction, device: torch.device) -> Tensor:
@@ -199,18 +199,18 @@ def _index(reduction: Reduction, device: torch.device) -> Tensor:
     return reduction.mask[0].nonzero().flatten()[None]
 
 
-def _by_tiles(index: Tensor, stream: Stream) -> Tensor:
+def _by_tiles(index: Tensor, token_state: TokenState) -> Tensor:
     """The tokens that stay, tile by tile where there are enough for attention in tiles: runs of the
     sequence are its tiles from here on, and later reductions keep the order."""
-    if stream.whole < TILE_FROM:
+    if token_state.whole < TILE_FROM:
         return index
     rank = geometry.table(
-        geometry.nested_rank, stream.grid, AUTO_TILE, AUTO_BLOCK, device=index.device
+        geometry.nested_rank, token_state.grid, AUTO_TILE, AUTO_BLOCK, device=index.device
     )
     return index.gather(1, rank[index].argsort(dim=1))
 
 
-def fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[Step, Tensor]:
+def fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[ReductionStep, Tensor]:
     """One more token ``[B, 1, C]``, the weighted sum of those that are dropped, weights as they are
     (EViT, section 3.2); it has the position of the heaviest."""
     left = weights.scatter(1, index, 0.0)
@@ -218,7 +218,7 @@ def fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[Step, Tensor]:
     place = torch.arange(index.shape[1], device=index.device).expand_as(index)
     assign = torch.full_like(left, index.shape[1], dtype=torch.long).scatter(1, index, place)
     signed = torch.cat([index, -1 - left.argmax(1, keepdim=True)], dim=1)
-    return Step(signed, assign, x.shape[1], fused=True), extra
+    return ReductionStep(signed, assign, x.shape[1], fused=True), extra
 
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:
@@ -238,20 +238,20 @@ class EnterBlock:
         THREAD.asked = THREAD.pending = THREAD.branch = None
         THREAD.asks = runtime.asks
         if runtime.idle():
-            THREAD.stream = None
+            THREAD.token_state = None
             return None
         x = first_tensor(args) if args else first_tensor(kwargs)
         assert x is not None
-        stream = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.stream)
-        runtime.note(x, stream)
-        short = x if stream.short is None else stream.short
+        token_state = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.token_state)
+        runtime.note(x, token_state)
+        short = x if token_state.short is None else token_state.short
         if runtime.place == "entry":
-            stream, short = runtime.reduce(stream, short)
-        THREAD.stream = stream
-        runtime.note(short, stream, inside=True)
-        if not stream.reduced:
+            token_state, short = runtime.reduce(token_state, short)
+        THREAD.token_state = token_state
+        runtime.note(short, token_state, inside=True)
+        if not token_state.reduced:
             return None
-        return _replaced(args, kwargs, x, short, stream)
+        return _replaced(args, kwargs, x, short, token_state)
 
 
 class ReopenBlock:
@@ -266,8 +266,8 @@ class ReopenBlock:
         if torch.compiler.is_compiling() or not runtime.inside or runtime.idle():
             return
         slot = "spared" if runtime.place == "bypass" else "stream"
-        stream = getattr(THREAD, slot)
-        if stream is not None and stream.layer == runtime.index:
+        token_state = getattr(THREAD, slot)
+        if token_state is not None and token_state.layer == runtime.index:
             return
         noted = runtime.inside.get(args[0].data_ptr()) if args else None
         if noted is not None and noted[0]() is not None:
@@ -276,14 +276,14 @@ class ReopenBlock:
             THREAD.asks = runtime.asks
 
 
-def _replaced(args: Any, kwargs: Any, x: Tensor, short: Tensor, stream: Carried) -> Any:
+def _replaced(args: Any, kwargs: Any, x: Tensor, short: Tensor, token_state: Carried) -> Any:
     """The block's arguments with its input exchanged and its position tables cut down."""
 
     def fit(value: Any) -> Any:
         if value is x:
             return short
         if isinstance(value, Tensor):
-            return stream.fit_side(value)
+            return token_state.fit_side(value)
         if isinstance(value, tuple):
             return tuple(fit(item) for item in value)
         return value
@@ -298,16 +298,16 @@ class EnterTail:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
-        stream = THREAD.stream
-        if self.runtime.idle() or stream is None or stream.owner != self.runtime.owner.key:
+        token_state = THREAD.token_state
+        if self.runtime.idle() or token_state is None or token_state.owner != self.runtime.owner.key:
             return None
         x = args[0]
-        stream, short = self.runtime.reduce(stream, x)
+        token_state, short = self.runtime.reduce(token_state, x)
         THREAD.asked = None
         if short is x:
-            THREAD.stream = stream
+            THREAD.token_state = token_state
             return None
-        THREAD.pending = (stream, short)
+        THREAD.pending = (token_state, short)
         return (short, *args[1:])
 
 
@@ -329,43 +329,43 @@ class LeaveBlock:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        runtime, stream = self.runtime, THREAD.stream
-        if stream is None or stream.owner != runtime.owner.key or runtime.idle():
+        runtime, token_state = self.runtime, THREAD.token_state
+        if token_state is None or token_state.owner != runtime.owner.key or runtime.idle():
             return None
         host = first_tensor(output)
         assert host is not None
         out = host
         if THREAD.pending is not None:
-            stream, short = THREAD.pending
+            token_state, short = THREAD.pending
             refuse_reentrant(runtime, host, short)
             out = short + THREAD.branch
             THREAD.pending = THREAD.branch = None
         elif runtime.place == "exit":
-            stream, out = runtime.reduce(stream, out)
+            token_state, out = runtime.reduce(token_state, out)
         THREAD.asked = None
-        given = self._given(stream, out)
+        given = self._given(token_state, out)
         short = None if given is out else out
-        stream = replace(stream, layer=runtime.index + 1, short=short, given=given)
-        THREAD.stream = None if runtime.last else stream
+        token_state = replace(token_state, layer=runtime.index + 1, short=short, given=given)
+        THREAD.token_state = None if runtime.last else token_state
         if not torch.compiler.is_compiling():
-            runtime.owner.carried = (stream.bare(), out.shape[0])
+            runtime.owner.carried = (token_state.bare(), out.shape[0])
         return None if given is host else with_first(output, host, given)
 
-    def _given(self, stream: Carried, out: Tensor) -> Tensor:
+    def _given(self, token_state: Carried, out: Tensor) -> Tensor:
         """What the host gets: original positions for dense consumers, else the short sequence."""
         owner, last = self.runtime.owner, self.runtime.last
-        if not stream.reduced:
+        if not token_state.reduced:
             return out
         if owner.restores_at(last):
-            return stream.whole_sequence(out, owner.restore_how)
-        if last and isinstance(stream, Packed):
-            return unpack(out, stream)
+            return token_state.whole_sequence(out, owner.restore_how)
+        if last and isinstance(token_state, PackedTokens):
+            return unpack(out, token_state)
         return out
 
 
-def refuse_lost_policy(runtime: BlockRuntime, stream: Carried) -> None:
+def refuse_lost_policy(runtime: BlockRuntime, token_state: Carried) -> None:
     """A policy drawn in a reentrant checkpoint reaches later blocks without its gradient."""
-    policy = stream.policy if isinstance(stream, Stream) else None
+    policy = token_state.policy if isinstance(token_state, TokenState) else None
     if policy is not None and torch.is_grad_enabled() and not policy.requires_grad:
         raise ModelChanged(
             f"block {runtime.block.name!r} is checkpointed with use_reentrant=True, which would "

@@ -15,7 +15,7 @@ from sparsiattn.patching.discovery.blocks import first_tensor
 from sparsiattn.runtime.sdpa_intercept import THREAD
 
 
-class Notes:
+class CrossLayerState:
     """Tensors by name, of one forward pass in one thread. forgets: keep nothing, where sites could
     not tell whose tensor they find (images of their own lengths, sites called several times)."""
 
@@ -23,8 +23,8 @@ class Notes:
         self.owner, self.forgets = owner, forgets
         self.found: dict[str, tuple[Tensor, bool]] = {}
 
-    def copy(self) -> Notes:
-        twin = Notes(self.owner, self.forgets)
+    def copy(self) -> CrossLayerState:
+        twin = CrossLayerState(self.owner, self.forgets)
         twin.found = dict(self.found)
         return twin
 
@@ -45,15 +45,15 @@ class Notes:
         return tensor
 
 
-def notes_at(runtime: Any) -> Notes:
+def notes_at(runtime: Any) -> CrossLayerState:
     """A copy of the notes of this forward pass for one site to read and write, then to be left by
     `leave`: Dynamo lets no checkpoint change an object from before it."""
     site: Site = runtime.site
     key = runtime.owner.key
-    packed = THREAD.stream is not None and hasattr(THREAD.stream, "streams")
+    packed = THREAD.token_state is not None and hasattr(THREAD.token_state, "streams")
     if site.calls > 1 or packed:
-        return Notes(key, forgets=True)
-    notes: Notes | None = THREAD.notes
+        return CrossLayerState(key, forgets=True)
+    notes: CrossLayerState | None = THREAD.notes
     if notes is not None and notes.owner == key:
         return notes.copy()
     if not (torch.compiler.is_compiling() or runtime.opens) and _in_backward():
@@ -61,10 +61,10 @@ def notes_at(runtime: Any) -> Notes:
             f"site {site.name!r} runs again in a backward pass, and what earlier blocks kept for "
             "it cannot be found: checkpoint whole blocks, or use a strategy that keeps nothing"
         )
-    return Notes(key)
+    return CrossLayerState(key)
 
 
-def leave(notes: Notes | None) -> None:
+def leave(notes: CrossLayerState | None) -> None:
     """Hand a site's notes on to those that follow."""
     if notes is not None and not notes.forgets:
         THREAD.notes = notes
@@ -80,7 +80,7 @@ class NoteEntry:
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
-        self.entered: dict[int, tuple[Any, Notes]] = {}
+        self.entered: dict[int, tuple[Any, CrossLayerState]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "entered": {}}

@@ -14,7 +14,7 @@ from torch import nn
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.kernels import cost
-from sparsiattn.patching.discovery.backbone import Backbone, Edit
+from sparsiattn.patching.discovery.backbone import AttributeOverride, Backbone
 from sparsiattn.patching.storing import Storable
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.block_runtime import BlockRuntime
@@ -63,12 +63,12 @@ class Patch(Storable):
         input_shape: tuple[int, ...], left: Sequence[tuple[str, str]],
     ) -> None:  # fmt: skip
         self.model, self.strategy, self.kernel = model, strategy, kernel
-        self.backbone, self.input_shape, self.left = backbone.name, input_shape, tuple(left)
+        self.backbone, self.input_shape, self.skipped = backbone.name, input_shape, tuple(left)
         self.found: tuple[Site, ...] = ()
         self.unread: frozenset[str] = frozenset()  # sites whose attention weights nothing reads
         self.lifted: frozenset[str] = frozenset()  # sites that write their softmax by hand
         self.runtimes: list[SiteRuntime] = []
-        self.edits: list[Edit] = []
+        self.edits: list[AttributeOverride] = []
         self.image: tuple[int, int] | None = None
         self.patch_size = backbone.patch_size(model)
         self.follows_model = True
@@ -303,7 +303,7 @@ def attach(handle: Patch) -> None:
     try:
         handle.model.__dict__[MARK] = handle
         adapter = REGISTRY.get("backbones", handle.backbone)
-        handle.edits = adapter.edits(handle.model)
+        handle.edits = adapter.attribute_overrides(handle.model)
         for edit in handle.edits:
             edit.apply()
         for runtime in handle.runtimes:
@@ -326,7 +326,7 @@ def hook_up(handle: Patch, adapter: Backbone) -> None:
     hooks.append(model.register_forward_pre_hook(EnterModel(handle), with_kwargs=True))
     if handle.blocks:
         hooks.append(model.register_forward_hook(LeaveModel(handle), always_call=True))
-    carrying = [runtime for runtime in handle.runtimes if runtime.strategy.carries]
+    carrying = [runtime for runtime in handle.runtimes if runtime.strategy.uses_cross_layer_state]
     for module in enclosing(model, [runtime.site for runtime in carrying]):
         hooks.append(module.register_forward_pre_hook(NoteEntry(handle), with_kwargs=True))
     for runtime in handle.runtimes:

@@ -37,10 +37,10 @@ class EnterSpared:
             return
         x = first_tensor(args) if args else first_tensor(kwargs)
         assert x is not None
-        stream = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.spared)
-        runtime.note(x, stream)
-        runtime.note(x, stream, inside=True)
-        THREAD.spared = stream
+        token_state = runtime.begin(x) if runtime.first else runtime.recall(x, THREAD.spared)
+        runtime.note(x, token_state)
+        runtime.note(x, token_state, inside=True)
+        THREAD.spared = token_state
 
 
 class EnterBypass:
@@ -50,18 +50,18 @@ class EnterBypass:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
-        runtime, stream = self.runtime, THREAD.spared
-        if runtime.idle() or stream is None or stream.owner != runtime.owner.key:
+        runtime, token_state = self.runtime, THREAD.spared
+        if runtime.idle() or token_state is None or token_state.owner != runtime.owner.key:
             return None
         x = args[0]
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if runtime.planner is not None:
-            kept = take(tokens, stream.tokens()) if stream.reduced else tokens
-            stream = THREAD.spared = runtime.spare(stream, kept)
-        if stream.policy is None and not stream.reduced:
+            kept = take(tokens, token_state.tokens()) if token_state.reduced else tokens
+            token_state = THREAD.spared = runtime.spare(token_state, kept)
+        if token_state.policy is None and not token_state.reduced:
             return None
-        short = take(tokens, stream.tokens()) if stream.reduced else x
-        THREAD.pending = (stream, short)
+        short = take(tokens, token_state.tokens()) if token_state.reduced else x
+        THREAD.pending = (token_state, short)
         return (short, *args[1:])
 
 
@@ -72,26 +72,26 @@ class LeaveBypass:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        runtime, stream = self.runtime, THREAD.spared
-        if runtime.idle() or stream is None or stream.owner != runtime.owner.key:
+        runtime, token_state = self.runtime, THREAD.spared
+        if runtime.idle() or token_state is None or token_state.owner != runtime.owner.key:
             return None
         host = first_tensor(output)
         assert host is not None
         if THREAD.pending is None:
-            THREAD.spared = replace(stream, layer=runtime.index + 1, given=host)
+            THREAD.spared = replace(token_state, layer=runtime.index + 1, given=host)
             return None
-        (stream, short), branch = THREAD.pending, THREAD.branch
+        (token_state, short), branch = THREAD.pending, THREAD.branch
         THREAD.pending = THREAD.branch = None
         refuse_reentrant(runtime, host, short)
         flat = host.reshape(host.shape[0], -1, host.shape[-1])
-        if stream.policy is not None:
-            policy = nn.functional.pad(stream.policy, (stream.prefix, 0), value=1.0)
+        if token_state.policy is not None:
+            policy = nn.functional.pad(token_state.policy, (token_state.prefix, 0), value=1.0)
             out = flat + branch.reshape(flat.shape) * policy[..., None].to(branch.dtype)
         else:
-            index = stream.tokens()[..., None].expand(-1, -1, flat.shape[-1])
+            index = token_state.tokens()[..., None].expand(-1, -1, flat.shape[-1])
             out = flat.scatter_add(1, index, branch.to(flat.dtype))
         out = out.view(host.shape)
-        THREAD.spared = replace(stream, layer=runtime.index + 1, given=out)
+        THREAD.spared = replace(token_state, layer=runtime.index + 1, given=out)
         return with_first(output, host, out)
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.layout import canonical
-from sparsiattn.attention.packed import Packed
+from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.patterns import Lengths
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.attention.token_state import Stream
+from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.sdpa_intercept import THREAD
@@ -21,26 +21,26 @@ from sparsiattn.strategies.base import Planner
 def attention(
     runtime: SiteRuntime,
     planner: Planner,
-    stream: Stream | Packed,
+    token_state: TokenState | PackedTokens,
     operands: Operands,
     options: Options,
 ) -> Tensor:
     """What stands in for the host's call, in the host's layout."""
-    if isinstance(stream, Packed):
-        return _packed(runtime, planner, stream, operands, options)
+    if isinstance(token_state, PackedTokens):
+        return _packed(runtime, planner, token_state, operands, options)
     q, k, v, mask = operands
-    mask = with_size(stream, None if mask is None else stream.fit_mask(mask), q, runtime)
-    if stream.policy is not None:
-        return _by_policy(runtime, planner, stream, (q, k, v, mask), options)
-    out = runtime.serve(planner, stream, (q, k, v, mask), options)
+    mask = with_size(token_state, None if mask is None else token_state.fit_mask(mask), q, runtime)
+    if token_state.policy is not None:
+        return _by_policy(runtime, planner, token_state, (q, k, v, mask), options)
+    out = runtime.serve(planner, token_state, (q, k, v, mask), options)
     return runtime.host((q, k, v, mask), options) if out is None else out
 
 
 def with_size(
-    stream: Stream, mask: Tensor | None, q: Tensor, runtime: SiteRuntime
+    token_state: TokenState, mask: Tensor | None, q: Tensor, runtime: SiteRuntime
 ) -> Tensor | None:
     """The host's mask plus the log size of every key, where attention is proportional."""
-    log = stream.log_size(q.dtype) if runtime.owner.proportional else None
+    log = token_state.log_size(q.dtype) if runtime.owner.proportional else None
     if log is None:
         return mask
     if mask is None:
@@ -51,7 +51,7 @@ def with_size(
 
 
 def _by_policy(
-    runtime: SiteRuntime, planner: Planner, stream: Stream, operands: Operands, options: Options
+    runtime: SiteRuntime, planner: Planner, token_state: TokenState, operands: Operands, options: Options
 ) -> Tensor:
     """Softmax whose keys weigh as much as a differentiable policy says (DynamicViT, 3.3).
 
@@ -59,11 +59,11 @@ def _by_policy(
     that sums it up. The published code also lets a dropped query see itself; nobody reads its row.
     """
     q, k, v, mask = operands
-    assert stream.policy is not None
-    weight = torch.nn.functional.pad(stream.policy, (stream.prefix, 0), value=1.0)
+    assert token_state.policy is not None
+    weight = torch.nn.functional.pad(token_state.policy, (token_state.prefix, 0), value=1.0)
     weight = weight[:, None, :, None].to(v.dtype).expand(*v.shape[:-1], 1)
     weighed = torch.cat([v * weight, weight], dim=-1)
-    out = runtime.serve(planner, stream, (q, k, weighed, mask), options)
+    out = runtime.serve(planner, token_state, (q, k, weighed, mask), options)
     if out is None:
         out = runtime.host((q, k, weighed, mask), options)
     return out[..., :-1] / out[..., -1:].clamp_min(1e-6)
@@ -72,7 +72,7 @@ def _by_policy(
 def _packed(
     runtime: SiteRuntime,
     planner: Planner,
-    stream: Packed,
+    token_state: PackedTokens,
     operands: Operands,
     options: Options,
 ) -> Tensor:
@@ -80,14 +80,14 @@ def _packed(
     q, k, v, mask = operands
     parts = [
         (one, (q[..., where, :], k[..., where, :], v[..., where, :], _of_image(mask, i)))
-        for i, (one, where) in enumerate(zip(stream.streams, stream.slices(), strict=True))
+        for i, (one, where) in enumerate(zip(token_state.streams, token_state.slices(), strict=True))
     ]
     if THREAD.asks and THREAD.asked is None:
         THREAD.asked = [_inputs(runtime, one, part, options) for one, part in parts]
     plain = mask is None and not runtime.owner.proportional and THREAD.observer is None
-    if plain and runtime.idle(max(stream.lengths)):
+    if plain and runtime.idle(max(token_state.lengths)):
         inputs = _inputs(runtime, None, operands, options)
-        pattern = Lengths(q.shape[-2], k.shape[-2], stream.lengths)
+        pattern = Lengths(q.shape[-2], k.shape[-2], token_state.lengths)
         # which keys to see was not asked of a kernel by name, so any may keep images apart
         kernels = runtime.kernels
         if kernels[0].why_not(inputs, pattern):
@@ -105,12 +105,12 @@ def _of_image(mask: Tensor | None, i: int) -> Tensor | None:
 
 
 def _inputs(
-    runtime: SiteRuntime, stream: Stream | None, operands: Operands, options: Options
+    runtime: SiteRuntime, token_state: TokenState | None, operands: Operands, options: Options
 ) -> AttentionInputs:
     q, k, v, mask = operands
-    if stream is not None:
-        mask = with_size(stream, None if mask is None else stream.fit_mask(mask), q, runtime)
+    if token_state is not None:
+        mask = with_size(token_state, None if mask is None else token_state.fit_mask(mask), q, runtime)
     return canonical(
         runtime.site, runtime.layout, q, k, v, mask, None,
-        dropout=options[0], causal=options[1], scale=options[2], stream=stream,
+        dropout=options[0], causal=options[1], scale=options[2], token_state=token_state,
     )  # fmt: skip

@@ -35,10 +35,10 @@ class _Thread(threading.local):
         self.shared: Any = None
         self.observer: tuple[int, Any] | None = None
         self.warming: int | None = None  # the patch whose kernels get ready in this forward pass
-        self.meter: Any = None  # the `Meter` that counts this forward pass
+        self.meter: Any = None  # the `MacCounter` that counts this forward pass
         self.routed: set[int] = set()
         # what `carrying` keeps between the hooks of one block
-        self.stream: Any = None
+        self.token_state: Any = None
         self.spared: Any = None
         self.asks = False
         self.asked: Any = None
@@ -51,7 +51,7 @@ class _Thread(threading.local):
 
     def forget(self) -> None:
         """Drop what hooks of one forward pass hand each other."""
-        self.stream = self.spared = self.asked = self.pending = self.branch = None
+        self.token_state = self.spared = self.asked = self.pending = self.branch = None
         self.notes = None
 
 

@@ -10,15 +10,15 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE, Layout, canonical
 from sparsiattn.attention.patterns import Dense, Pattern
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.attention.token_state import Stream
+from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import ModelChanged
 from sparsiattn.kernels.base import Choice, Kernel, choose
-from sparsiattn.kernels.choice_cache import Choices
+from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.runtime.cross_layer import leave, notes_at
 from sparsiattn.runtime.sdpa_intercept import (
     THREAD,
@@ -79,11 +79,11 @@ class SiteRuntime:
         self.block: int | None = None  # of the block it stands in, where tokens may be fewer
         self.last: Choice | None = None
         self.measured: float | None = None  # speed relative to dense attention, planning included
-        self.choices = Choices()
+        self.choices = ChoiceCache()
 
     def __getstate__(self) -> dict[str, Any]:
         # what was measured holds for this machine, and a copy chooses for itself
-        return {**self.__dict__, "measured": None, "choices": Choices()}
+        return {**self.__dict__, "measured": None, "choices": ChoiceCache()}
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call; both calls of a differential attention share theirs."""
@@ -92,7 +92,7 @@ class SiteRuntime:
             THREAD.shared = None
             return shared  # type: ignore[no-any-return]
         pattern = self.finish(planner(inputs), inputs)
-        if self.site.shared and not isinstance(pattern, Derived):
+        if self.site.shared and not isinstance(pattern, ComputedPattern):
             THREAD.shared = pattern
         return pattern
 
@@ -108,12 +108,12 @@ class SiteRuntime:
         return self.dense or self.strategy.keeps_all(n_keys)
 
     def serve(
-        self, planner: Planner, stream: Stream | None, operands: Operands, options: Options
+        self, planner: Planner, token_state: TokenState | None, operands: Operands, options: Options
     ) -> Tensor | None:
         """One call in the host's own layout, or None where the host's attention should run."""
         observer = THREAD.observer
         observed = observer is not None and observer[0] == self.owner.key
-        asks = stream is not None and THREAD.asks and THREAD.asked is None
+        asks = token_state is not None and THREAD.asks and THREAD.asked is None
         # an interrupt may leave a scope open after unpatch(): then the handle is not alive
         if not (observed or asks or (self.owner.alive and not self.idle(operands[1].shape[-2]))):
             return None
@@ -122,29 +122,29 @@ class SiteRuntime:
             self.site, self.layout, *operands, image_of(self.owner),
             scale=scale, dropout=dropout, causal=causal, tile_for=self.strategy.tile_for,
             block_for=self.strategy.block_for, window=getattr(self.module, "window_size", None),
-            stream=stream,
+            token_state=token_state,
         )  # fmt: skip
-        if self.strategy.carries:
-            inputs = inputs.replace(notes=notes_at(self))
+        if self.strategy.uses_cross_layer_state:
+            inputs = inputs.replace(cross_layer=notes_at(self))
         if asks:
             THREAD.asked = inputs
         if observer is not None and observed:
             observer[1](self.site, planner, inputs)
-            leave(inputs.notes)
+            leave(inputs.cross_layer)
             return None
         if not self.owner.alive or self.idle(inputs.n_keys):
             return None
         out = self.attend(planner, inputs)
         if out is not None:
-            tell(planner, inputs, out)
-            leave(inputs.notes)
+            notify_planner(planner, inputs, out)
+            leave(inputs.cross_layer)
             return self.layout.unfold(out, operands[0])
         if hasattr(planner, "after"):
             host = self.host(operands, options)
-            tell(planner, inputs, self.layout.fold(host))
-            leave(inputs.notes)
+            notify_planner(planner, inputs, self.layout.fold(host))
+            leave(inputs.cross_layer)
             return host
-        leave(inputs.notes)
+        leave(inputs.cross_layer)
         return None
 
     def attend(self, planner: Planner, inputs: AttentionInputs) -> Tensor | None:
@@ -194,7 +194,7 @@ class SiteRuntime:
             warm(self.kernels, inputs, pattern, training=self.module.training)
 
 
-def tell(planner: Planner, inputs: AttentionInputs, output: Tensor) -> None:
+def notify_planner(planner: Planner, inputs: AttentionInputs, output: Tensor) -> None:
     """Let a planner that wants to know see what attention returned at its site."""
     after = getattr(planner, "after", None)
     if after is not None:
@@ -216,14 +216,14 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         gqa: bool,
     ) -> Tensor:
         planner = runtime.planner if replica is None else cast(Planner, replica)
-        stream = THREAD.stream
+        token_state = THREAD.token_state
         if (
-            stream is not None
-            and stream.owner == runtime.owner.key
-            and stream.layer == runtime.block
+            token_state is not None
+            and token_state.owner == runtime.owner.key
+            and token_state.layer == runtime.block
         ):
             return carried_attention(
-                runtime, planner, stream, (q, k, v, mask), (dropout, causal, scale, gqa)
+                runtime, planner, token_state, (q, k, v, mask), (dropout, causal, scale, gqa)
             )
         operands, options = (q, k, v, mask), (dropout, causal, scale, gqa)
         out = runtime.serve(planner, None, operands, options)
@@ -233,16 +233,16 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
 
 
 def carried_attention(
-    runtime: SiteRuntime, planner: Planner, stream: Any, operands: Operands, options: Options
+    runtime: SiteRuntime, planner: Planner, token_state: Any, operands: Operands, options: Options
 ) -> Tensor:
     """Attention of a call whose sequence was made shorter; see `reduced_attention`."""
     from sparsiattn.runtime.reduced_attention import attention
 
-    return attention(runtime, planner, stream, operands, options)
+    return attention(runtime, planner, token_state, operands, options)
 
 
 def metered(method: Callable[..., T]) -> Callable[..., T]:
-    """A method of a block that chooses tokens; a `Meter` that counts puts it down to planning."""
+    """A method of a block that chooses tokens; a `MacCounter` that counts puts it down to planning."""
 
     @wraps(method)
     def call(self: Any, *args: Any) -> T:

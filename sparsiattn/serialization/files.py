@@ -54,7 +54,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Ten
             safetensors.torch.save_file(content, folder / f"{name}{NEW}")
             _sync(folder / f"{name}{NEW}")
         sums = {name: checksum(folder / f"{name}{NEW}") for name in tensors}
-        text = json.dumps(sealed({**config, "files": sums}), indent=2) + "\n"
+        text = json.dumps(with_checksum({**config, "files": sums}), indent=2) + "\n"
         (folder / f"{CONFIG}{NEW}").write_text(text, encoding="utf-8")
         _sync(folder / f"{CONFIG}{NEW}")
         _sync(folder)
@@ -108,7 +108,7 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sealed(config: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(config: dict[str, Any]) -> dict[str, Any]:
     """A config with the checksum of all that it says."""
     plain = json.loads(json.dumps({key: v for key, v in config.items() if key != "seal"}))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
@@ -147,7 +147,7 @@ def read_config(path: Path, folder: Path) -> Saved:
     _expect(config["files"], {WEIGHTS: str}, f"{path}: files")
     if config["origin"] is not None and not check_origin(config["origin"]):
         raise MismatchedPatch(f"{path}: 'origin' must say how to make the host, or be null")
-    if sealed(config) != config:
+    if with_checksum(config) != config:
         raise MismatchedPatch(
             f"{path} was changed after it was saved (its checksum differs): patch and save again "
             "instead of editing it"

@@ -70,11 +70,11 @@ class Strategy(Config):
     """
 
     kind = "attention"
-    chooses: ClassVar[bool] = True
-    """Whether plans choose among the host's keys; not so those of `Pattern.over`, `logits` and
+    selects_keys: ClassVar[bool] = True
+    """Whether plans choose among the host's keys; not so those of `Pattern.computed_keys`, `logits` and
     `output`, which ``background`` cannot complete."""
-    carries: ClassVar[bool] = False
-    """Whether planners use `AttentionInputs.keep` and `recall`."""
+    uses_cross_layer_state: ClassVar[bool] = False
+    """Whether planners use `AttentionInputs.store` and `recall`."""
 
     tile: Tile | str = field(default="auto", kw_only=True)
     block: Tile | str = field(default=1, kw_only=True)
@@ -85,7 +85,7 @@ class Strategy(Config):
         for name in ("tile", "block"):
             object.__setattr__(self, name, _check_tile(getattr(self, name), name))
         _check_background(self.background)
-        if self.background is not None and not self.chooses:
+        if self.background is not None and not self.selects_keys:
             raise InvalidOption(
                 f"background stands for keys that were dropped, and {self.name!r} drops none: "
                 f"background must be None, got {self.background!r}"
@@ -130,7 +130,7 @@ class Strategy(Config):
         kept = count_of(k, keys) if isinstance(k, (int, float)) else 0
         return AUTO_BLOCK if kept >= 128 else (2, 2) if kept >= 32 else 1
 
-    def at(self, site: Site, position: int, count: int) -> Strategy:
+    def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """This config with a list or function of budgets resolved for one of ``count`` sites."""
         k = getattr(self, "k", None)
         if k is None or isinstance(k, (int, float)):
@@ -188,7 +188,7 @@ class LearnedPlanner(nn.Module):
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
-    def start(self, inputs: AttentionInputs) -> None:
+    def init_from_batch(self, inputs: AttentionInputs) -> None:
         """Set weights in closed form from a first batch, where that is known to be a better start;
         `calibrate` keeps them only if they lower the loss. By default nothing changes."""
 

@@ -18,8 +18,8 @@ class Config:
     version: ClassVar[int] = 1
     exact_at_full: ClassVar[bool] = True
     """Whether the full budget reproduces the dense model; if not, `strategies()` shows
-    ``inexact``."""
-    inexact: ClassVar[str] = ""
+    ``inexact_reason``."""
+    inexact_reason: ClassVar[str] = ""
     needs_training: ClassVar[bool] = False
     kind: ClassVar[str] = ""
     """What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``."""

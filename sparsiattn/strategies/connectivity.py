@@ -243,7 +243,7 @@ class ConnectivityPlanner(LearnedPlanner):
         return F.kl_div(shares.clamp_min(1e-8).log(), target, reduction="none").sum(-1).mean()
 
     @torch.no_grad()
-    def start(self, inputs: AttentionInputs) -> None:
+    def init_from_batch(self, inputs: AttentionInputs) -> None:
         """Channel maps whose products are the best of their rank to the whole ones, in the mean
         over queries and basis keys: from the singular vectors of ``Cq^(1/2) Ck^(1/2)`` for second
         moments ``Cq`` and ``Ck``. Keys count from their mean, which softmax does not see."""
@@ -290,10 +290,10 @@ class ConnectivityPlanner(LearnedPlanner):
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """W_down and W_up at this call's resolution, ``[U, K]``; where tokens were dropped or
         merged, those of the ones that are left, ``[B, U, K]``."""
-        grid, blocks = inputs.whole_grid, inputs.blocks
-        if blocks is not None and grid == inputs.keys_grid:
+        grid, blocks = inputs.image_grid, inputs.blocks
+        if blocks is not None and grid == inputs.key_grid:
             return self._whole_tables(unit_grid(grid, inputs.block))
-        down, up = (inputs.follow(table) for table in self._whole_tables(grid))
+        down, up = (inputs.gather_rows(table) for table in self._whole_tables(grid))
         if blocks is None:
             return down, up
         return (
@@ -369,7 +369,7 @@ def _for_heads(table: Tensor) -> Tensor:
 
 def _of_seen(down: Tensor, inputs: AttentionInputs) -> Tensor:
     """W_down without keys that no query sees (padding), the others making up for them."""
-    seen = inputs.seen
+    seen = inputs.visible_keys
     if seen is None:
         return down
     whole = _for_heads(down)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.block_masks import BlockMask, with_prefix
-from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.patterns import (
     Dense,
@@ -51,7 +51,7 @@ def finish(
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask):
         pattern = _keep_prefix(pattern, inputs.prefix, prefix_keys)
-    if background is None or isinstance(pattern, (Dense, Derived)):
+    if background is None or isinstance(pattern, (Dense, ComputedPattern)):
         return pattern
     return _with_summary(pattern, inputs, background)
 
@@ -154,11 +154,11 @@ def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
 
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
-    parts = _cell_parts(inputs.keys_grid, g)
+    parts = _cell_parts(inputs.key_grid, g)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
     if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        count_bias = partial(_bias_by_block, pattern, inputs.keys_grid, inputs.block, parts, cells)
+        count_bias = partial(_bias_by_block, pattern, inputs.key_grid, inputs.block, parts, cells)
         if native.counts(inputs.q, count):
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
@@ -180,7 +180,7 @@ def _cell_parts(grid: geometry.Grid, g: int) -> geometry.Grid:
 def _cells(inputs: AttentionInputs, parts: geometry.Grid) -> tuple[Tensor, int]:
     """Cell of every key, prefix keys in a cell of their own past the last; number of cells."""
     ids = geometry.table(
-        _padded_cells, inputs.keys_grid, parts, inputs.prefix, device=inputs.k.device
+        _padded_cells, inputs.key_grid, parts, inputs.prefix, device=inputs.k.device
     )
     return ids, parts[0] * parts[1]
 

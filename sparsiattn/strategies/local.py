@@ -30,17 +30,19 @@ class Local(Strategy):
     background: int | None = 2
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
-        stream = inputs.stream
-        if stream is not None and stream.reduced:
-            places = inputs.follow(_padded_positions(stream.grid, inputs.prefix, inputs.k.device))
+        token_state = inputs.token_state
+        if token_state is not None and token_state.reduced:
+            places = inputs.gather_rows(
+                _padded_positions(token_state.grid, inputs.prefix, inputs.k.device)
+            )
             return Pattern.top(_between(places, inputs), self.k)  # type: ignore[arg-type]
         scores = geometry.table(
             nearness,
             inputs.query_grid,
-            inputs.keys_grid,
+            inputs.key_grid,
             inputs.prefix,
             inputs.tile,
-            inputs.site.margin,
+            inputs.site.halo,
             device=inputs.k.device,
         )
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]

@@ -220,14 +220,14 @@ class TokenPlanner(Protocol):
     def __call__(self, tokens: TokenInputs, /) -> Reduction | None: ...
 
 
-class LearnedTokens(nn.Module):
+class LearnedTokenPlanner(nn.Module):
     """Base of token planners with weights; they become ``<site>.sparsiattn.*`` in the model.
 
     A checkpoint of the dense model still loads strictly: weights it lacks keep their values.
     Override ``forward(tokens)``, from `TokenInputs` to a `Reduction` or None. Weights must be drawn
     from a private generator, so that patching leaves the global random state alone.
 
-    >>> class Scored(LearnedTokens):
+    >>> class Scored(LearnedTokenPlanner):
     ...     def __init__(self, width):
     ...         super().__init__()
     ...         self.weight = nn.Parameter(torch.ones(width))
@@ -253,7 +253,7 @@ class TokenStrategy(Config):
     layers: 0-based indices of the blocks where tokens are reduced; None is a quarter, half and
     three quarters of the depth. restore: ``"auto"`` keeps the sequence short for classification
     and gives original positions back to whoever asks for features, ``"unfold"`` and ``"scatter"``
-    always give them back after the last block (see `Stream.whole_of`), None never does.
+    always give them back after the last block (see `TokenState.whole_of`), None never does.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Reduction, TokenStrategy
@@ -298,7 +298,7 @@ class TokenStrategy(Config):
         """What reduces at the block of ``site``, whose tokens are ``width`` wide."""
         return StatelessTokens(self)
 
-    def reduces_at(self) -> Place:
+    def placement(self) -> Place:
         return self.place
 
     def reads_attention(self) -> bool:
@@ -315,12 +315,12 @@ class TokenStrategy(Config):
     def check(self, tokens: int, first: bool) -> None:
         """Raise where the budget is larger than the patch tokens there."""
 
-    def adapted(self, class_tokens: int, windowed: bool, model: str) -> TokenStrategy:
+    def for_model(self, class_tokens: int, windowed: bool, model: str) -> TokenStrategy:
         """This config for a model with so many class tokens, whose attention has windows or not;
         raises what the model cannot honour."""
         return self
 
-    def ragged(self) -> bool:
+    def is_ragged(self) -> bool:
         """Whether every image may keep its own number of tokens."""
         return False
 
@@ -335,7 +335,7 @@ class TokenStrategy(Config):
             raise InvalidOption(f"layers must be block indices in 0..{depth - 1}, got {bad}")
         return layers
 
-    def at(self, site: Site, position: int, count: int) -> TokenStrategy:
+    def resolve_for(self, site: Site, position: int, count: int) -> TokenStrategy:
         """This config with lists and functions resolved for one of ``count`` layers."""
         changes = {name: self._one(name, site, position, count) for name in self.per_layer}
         present = {name: value for name, value in changes.items() if name in self.option_names()}

@@ -94,22 +94,22 @@ class TokenDrop(TokenStrategy):
         if self.threshold is not None and not (_number(self.threshold) and self.threshold > 0):
             raise InvalidOption(f"threshold must be a number > 0, got {self.threshold!r}")
 
-    def ragged(self) -> bool:
+    def is_ragged(self) -> bool:
         return self.keep == ADAPTIVE
 
-    def reduces_at(self) -> Place:
+    def placement(self) -> Place:
         return "entry" if self.score == "learned" else "middle"
 
     def reads_attention(self) -> bool:
         return self.score in ("cls", "mean_query")
 
-    def adapted(self, class_tokens: int, windowed: bool, model: str) -> TokenDrop:
+    def for_model(self, class_tokens: int, windowed: bool, model: str) -> TokenDrop:
         if self.score == "cls" and not class_tokens and not windowed:
             return replace(self, score="mean_query")
         return self
 
-    def at(self, site: Site, position: int, count: int) -> TokenDrop:
-        one = super().at(site, position, count)
+    def resolve_for(self, site: Site, position: int, count: int) -> TokenDrop:
+        one = super().resolve_for(site, position, count)
         assert isinstance(one, TokenDrop)
         if self.keep != ADAPTIVE:
             check_budget(one.keep, "keep")

@@ -55,11 +55,11 @@ class BackboneSuite:
             assert torch.equal(model(x), dense)
 
     def test_nothing_of_the_patch_stays(self) -> None:
-        """Modules, hooks, keys, and what `Backbone.edits` switched."""
+        """Modules, hooks, keys, and what `Backbone.attribute_overrides` switched."""
         model = self.model().eval()
         x = self.images(model)
         modules, keys = dict(model.named_modules()), list(model.state_dict())
-        edits = self.backbone.edits(model)
+        edits = self.backbone.attribute_overrides(model)
         with torch.no_grad(), patch(model, TopK(k=0.25), input=x):
             model(x)
             assert set(model.state_dict()) == set(keys)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.patterns import Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import KernelRefused
@@ -75,9 +75,9 @@ def _derived(dtype: torch.dtype, device: str) -> Iterator[Case]:
         inputs = _on(_with_host(random_inputs((4, 5), dtype=dtype, value_dim=6), host), device)
         k, v, logits = inputs.k[..., ::4, :], inputs.v[..., ::4, :], inputs.k @ inputs.q.mT
         few = inputs.biased(logits)[..., 1:, ::4]
-        yield f"computed host={host}", inputs, Pattern.over(inputs, k, v, bias=few)
+        yield f"computed host={host}", inputs, Pattern.computed_keys(inputs, k, v, bias=few)
         narrow = inputs.patch_queries[..., :3]
-        yield f"narrow host={host}", inputs, Pattern.over(inputs, k[..., :3], v, q=narrow)
+        yield f"narrow host={host}", inputs, Pattern.computed_keys(inputs, k[..., :3], v, q=narrow)
         yield f"logits host={host}", inputs, Pattern.logits(inputs, logits)
         yield f"output host={host}", inputs, Pattern.output(inputs, inputs.v)
 
@@ -132,11 +132,11 @@ class KernelSuite:
             yield name, inputs, pattern
 
     def test_runs_something(self) -> None:
-        assert self.kernel.unavailable() or any(True for _ in self._runnable(self.dtypes[0]))
+        assert self.kernel.why_unavailable() or any(True for _ in self._runnable(self.dtypes[0]))
 
     def test_refusals_are_reasons(self) -> None:
         for name, inputs, pattern in cases(device=self.device):
-            if isinstance(pattern, Derived) and not self.kernel.computes_derived:
+            if isinstance(pattern, ComputedPattern) and not self.kernel.supports_computed:
                 continue  # it is never shown these
             reasons = self.kernel.why_not(inputs, pattern)
             assert isinstance(reasons, list), name
@@ -151,7 +151,7 @@ class KernelSuite:
         described = self.kernel.summary or (type(self.kernel).__doc__ or "").strip()
         assert self.kernel.name
         assert described, "give it a summary"
-        assert all(isinstance(reason, str) and reason for reason in self.kernel.unavailable())
+        assert all(isinstance(reason, str) and reason for reason in self.kernel.why_unavailable())
 
     def test_speed_is_a_figure(self) -> None:
         """From shapes alone: values that are not there must not matter."""
@@ -159,7 +159,7 @@ class KernelSuite:
             speed = self.kernel.speed(inputs, pattern)
             assert isinstance(speed, float), name
             assert 0 <= speed < float("inf"), name
-            macs = self.kernel.hidden_macs(inputs, pattern)
+            macs = self.kernel.uncounted_macs(inputs, pattern)
             assert macs is None or macs >= 0, name
 
     def test_operands_stay_as_they_are(self) -> None:

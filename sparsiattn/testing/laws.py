@@ -79,7 +79,7 @@ class PatchSuite:
         """What `strategies()` shows, and a reason where the full budget is not the dense model."""
         kind = type(self.strategy)
         assert (kind.__doc__ or "").strip(), "the first line of the docstring is its summary"
-        assert kind.exact_at_full or kind.inexact, "say in inexact why it is not exact"
+        assert kind.exact_at_full or kind.inexact_reason, "say in inexact why it is not exact"
 
     def _check_wrong_option(self, listed: str) -> None:
         with pytest.raises(UnknownName, match=rf"'no_such_option'.*{listed}"):

@@ -15,7 +15,7 @@ from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching.apply import patch
-from sparsiattn.runtime.cross_layer import Notes
+from sparsiattn.runtime.cross_layer import CrossLayerState
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_vit
@@ -39,7 +39,7 @@ class StrategySuite(PatchSuite):
     def calls(self, **options: Any) -> AttentionInputs:
         """One call to plan, of two images."""
         given = {"heads": self.heads, "dim": self.dim, **options}
-        return random_inputs(self.grid, **given).replace(notes=Notes())
+        return random_inputs(self.grid, **given).replace(cross_layer=CrossLayerState())
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call."""
@@ -58,7 +58,7 @@ class StrategySuite(PatchSuite):
 
     def test_full_budget_is_the_dense_model(self) -> None:
         if not (self._has_budget() and self.strategy.exact_at_full):
-            assert self.strategy.inexact or not self._has_budget()
+            assert self.strategy.inexact_reason or not self._has_budget()
             return
         self._identity_on(self.model(), self.images(), self._at(k=1.0))
         windowed = self.windowed()

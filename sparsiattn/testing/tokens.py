@@ -33,7 +33,7 @@ class TokenStrategySuite(PatchSuite):
 
     def test_full_budget_is_the_dense_model(self) -> None:
         if not self.strategy.exact_at_full:
-            assert self.strategy.inexact
+            assert self.strategy.inexact_reason
             return
         model, x = self.model(), self.images()
         full = dataclasses.replace(self.strategy, **self.identity)

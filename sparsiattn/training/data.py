@@ -18,7 +18,7 @@ from sparsiattn.training.preprocess import (
     mixing,
     transform,
 )
-from sparsiattn.training.samples import Finish, Samples, Stream
+from sparsiattn.training.samples import Finish, Samples, TokenState
 from sparsiattn.training.sources import Source, is_path, open_source
 
 Share = tuple[int, int]
@@ -130,7 +130,7 @@ class Loader(DataLoader[Any]):
         }  # fmt: skip
         if source.streams:
             self.order = None
-            super().__init__(Stream(source.items, finish, share, workers), **common)
+            super().__init__(TokenState(source.items, finish, share, workers), **common)
             return
         indices = spread(source.indices, limit)
         if training and len(indices) < batch_size:

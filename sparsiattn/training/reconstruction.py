@@ -37,7 +37,7 @@ def start_planners(live: Patch, images: Tensor) -> None:
         loss = planner.loss(inputs)
         if not loss.isfinite():
             return
-        planner.start(inputs)
+        planner.init_from_batch(inputs)
         if not planner.loss(inputs) < loss:
             planner.load_state_dict(before)
 

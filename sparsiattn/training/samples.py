@@ -94,7 +94,7 @@ class Samples(Dataset[Sample]):
             return self.finish(self.source.items[index], self.source.name(index), where)
 
 
-class Stream(IterableDataset[Sample]):
+class TokenState(IterableDataset[Sample]):
     """Samples in the order of the source."""
 
     def __init__(self, inner: Any, finish: Finish, share: tuple[int, int], workers: int) -> None:

@@ -93,7 +93,7 @@ class Running:
         if self.sharded:
             sharding.gather(self.objective, self.given)
 
-    def settle(self) -> None:
+    def validate_token_plan(self) -> None:
         """The stage ends with its averaged weights."""
         self.gather()
         self.pruned.end()

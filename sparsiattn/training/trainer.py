@@ -125,7 +125,7 @@ class Trainer:
             if self._keep_rates(stage, run):
                 run = self._running(stage, per_epoch).go_on_from(run)
             self._epoch(stage, run, batches)
-        run.settle()
+        run.validate_token_plan()
         self.accelerator.free_memory()
 
     def _running(self, stage: Stage, per_epoch: int | None) -> Running:

@@ -17,7 +17,7 @@ from sparsiattn.kernels.base import choose
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.runtime.sdpa_intercept import dense_attention
-from sparsiattn.runtime.site_runtime import SiteRuntime, tell
+from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 from sparsiattn.strategies.base import Planner
 
 
@@ -100,7 +100,9 @@ def _seconds(
     if isinstance(pattern, Dense):
         if hasattr(planner, "after"):
             q, k, v = inputs.q, inputs.k, inputs.v
-            tell(planner, inputs, dense_attention(q, k, v, inputs.bias, scale=inputs.scale))
+            notify_planner(
+                planner, inputs, dense_attention(q, k, v, inputs.bias, scale=inputs.scale)
+            )
         return None
     kernel = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit).kernel
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias

@@ -20,7 +20,7 @@ from sparsiattn.strategies.config import Config
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchResult:
     """Paired timings of one model. ratio: dense time over patched time, the median over rounds
     (more is faster), ratio_quartiles: its quartiles. dense_ms, sparse_ms: medians in milliseconds
     per forward pass, dense_quartiles, sparse_quartiles: theirs. strategy, input_shape, dtype,
@@ -66,7 +66,7 @@ def bench(
     sites: bool = True,
     progress: Callable[[int], Any] | None = None,
     **options: Any,
-) -> Bench:
+) -> BenchResult:
     """Time a model dense and patched, alternately, under `torch.inference_mode`.
 
     input: an image batch, or a tuple or dict of arguments, on the model's device. The model is
@@ -135,14 +135,14 @@ def _dense(model: nn.Module, live: Patch) -> Callable[..., Any]:
     return copied.unpatch()
 
 
-def _result(live: Patch, given: Any, times: dict[str, list[float]]) -> Bench:
+def _result(live: Patch, given: Any, times: dict[str, list[float]]) -> BenchResult:
     from sparsiattn.analysis.benchmark.sites import tensors_of
 
     first = next(iter(tensors_of(given)), None)
     pair = timing.compared(times["sparse"], times["dense"])
     dense, sparse = (timing.quartiles_ms(times[side]) for side in ("dense", "sparse"))
     like = next(live.model.parameters(), first)
-    return Bench(
+    return BenchResult(
         model=type(live.model).__name__,
         strategy=live.strategy.name,
         input_shape=live.input_shape if first is None else tuple(first.shape),

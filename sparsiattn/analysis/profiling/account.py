@@ -14,7 +14,7 @@ from sparsiattn.analysis.profiling.meter import (
     REST,
     TOKENS,
     Attended,
-    Meter,
+    MacCounter,
 )
 from sparsiattn.analysis.profiling.module_map import batch_of
 from sparsiattn.analysis.profiling.result import Latency, Memory, Parts, Profile, SiteProfile
@@ -32,7 +32,7 @@ Share = dict[str, float]
 class Account:
     """Both passes, put down to sites and parts."""
 
-    def __init__(self, run: Run, dense: Meter, patched: Meter) -> None:
+    def __init__(self, run: Run, dense: MacCounter, patched: MacCounter) -> None:
         self.run, self.anatomy, self.runtimes = run, run.anatomy, run.runtimes
         self.images = len(batch_of(run.given))
         self.calls: defaultdict[str, list[Attended]] = defaultdict(list)
@@ -61,7 +61,7 @@ class Account:
         both = [paper_macs(call, runtime.strategy, keys, each) for call in calls]
         return {"mhsa": sum(a for a, _ in both), "predictor": sum(b for _, b in both)}
 
-    def _shares(self, meter: Meter, seen: dict[str, Share]) -> dict[str, Share]:
+    def _shares(self, meter: MacCounter, seen: dict[str, Share]) -> dict[str, Share]:
         """MACs of every site by part. seen: of those whose attention was counted by itself; that
         of others is as dense as their shape says, and lies in what their module spent."""
         closed = {site.name: site.macs * self.images for site in self.anatomy.sites}

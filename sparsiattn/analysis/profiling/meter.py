@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsiattn.attention.derived import Derived
+from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.patterns import Dense, Lengths, Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.kernels import cost
@@ -63,7 +63,7 @@ class Attended:
     choice: Choice | None = None
 
 
-class Meter:
+class MacCounter:
     """The sections of one forward pass in one thread. names: by a patch's key and its own name of a
     site, the path in the model that runs."""
 
@@ -77,7 +77,7 @@ class Meter:
         self._planned: dict[str, cost.Planning] = {}
 
     @contextmanager
-    def counting(self) -> Iterator[Meter]:
+    def counting(self) -> Iterator[MacCounter]:
         """Count what this thread does inside the block."""
         before, THREAD.meter = THREAD.meter, self
         try:
@@ -146,7 +146,7 @@ class Meter:
     ) -> Tensor:
         """What the chosen kernel returns."""
         name, kernel = self.name(runtime), choice.kernel
-        hidden = kernel.hidden_macs(inputs, pattern)
+        hidden = kernel.uncounted_macs(inputs, pattern)
         if hidden is None:
             out, computed = self._spend((MHSA, name), lambda: kernel(inputs, pattern))
             if not computed:  # an operation that torch's counter does not know
@@ -184,7 +184,7 @@ class Meter:
         pairs = (pattern.pairs() or 0.0) - summary_pairs(pattern)
         every = pairs if isinstance(pattern, Lengths) else float(queries * keys)
         each = pattern.macs(dim, v.shape[-1]) or 0.0
-        if isinstance(pattern, Derived) and pairs:
+        if isinstance(pattern, ComputedPattern) and pairs:
             width = each / pairs
         macs = each * lists
         self.attended.append(
@@ -195,7 +195,7 @@ class Meter:
 class EnterSection:
     """Forward pre-hook that opens a section in the thread that counts."""
 
-    def __init__(self, meter: Meter, section: Section) -> None:
+    def __init__(self, meter: MacCounter, section: Section) -> None:
         self.meter, self.section = meter, section
 
     def __call__(self, module: Any, args: Any) -> None:

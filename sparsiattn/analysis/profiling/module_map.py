@@ -13,7 +13,7 @@ from sparsiattn.analysis.inspection import bare
 from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
-from sparsiattn.patching.apply import Survey, survey
+from sparsiattn.patching.apply import ModelSurvey, survey
 from sparsiattn.patching.discovery.blocks import find_blocks
 from sparsiattn.patching.discovery.probe import DryInputs
 from sparsiattn.runtime.handle import Patch
@@ -23,13 +23,13 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModuleMap:
     """sites: in the order they run. attention: by the path of a module that holds attention and its
     projections, the sites in it. blocks: by path, the first site of each block around them."""
 
     backbone: str
     sites: tuple[Site, ...]
-    left: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
     attention: dict[str, tuple[str, ...]]
     blocks: dict[str, str]
 
@@ -42,7 +42,7 @@ class Anatomy:
                 yield path, (MLP, first)
 
 
-def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> Anatomy:
+def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> ModuleMap:
     """From a dry run of a copy without patches, at the shapes of this input."""
     wanted = set(patched_sites(model, live))
     seen, inputs = _survey(bare(model, live), _example(model, live, given), wanted, given)
@@ -50,15 +50,15 @@ def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> Anatomy:
     blocks: dict[str, str] = {}
     attention: dict[str, tuple[str, ...]] = {}
     inside: set[str] = set()
-    for block in find_blocks(seen.bones, names, inputs) if names else ():
+    for block in find_blocks(seen.meta_model, names, inputs) if names else ():
         blocks[block.name] = block.sites[0]
         inside.update(block.sites)
         for name in block.sites:
-            child = _child(seen.bones, block.name, name)
+            child = _child(seen.meta_model, block.name, name)
             attention[child] = (*attention.get(child, ()), name)
     attention |= {name: (name,) for name in names if name not in inside}
     sites = tuple(site for site, _ in seen.found)
-    return Anatomy(seen.backbone.name, sites, tuple(seen.left), attention, blocks)
+    return ModuleMap(seen.backbone.name, sites, tuple(seen.skipped), attention, blocks)
 
 
 def patched_sites(model: nn.Module, live: list[Patch]) -> dict[str, SiteRuntime]:
@@ -70,16 +70,16 @@ def patched_sites(model: nn.Module, live: list[Patch]) -> dict[str, SiteRuntime]
 
 
 def _survey(
-    bones: nn.Module, example: Any, wanted: set[str], given: DryInputs
-) -> tuple[Survey, DryInputs]:
+    meta_model: nn.Module, example: Any, wanted: set[str], given: DryInputs
+) -> tuple[ModelSurvey, DryInputs]:
     """Sites of the model called as it will be, else, where that needs values, as its adapter knows
     to call it."""
     inputs = _dry(given)
     try:
-        return survey(bones, example, wanted, inputs), inputs
+        return survey(meta_model, example, wanted, inputs), inputs
     except ProbeFailed:
-        seen = survey(bones, example, wanted)
-        return seen, seen.backbone.dry_inputs(bones, seen.shape)
+        seen = survey(meta_model, example, wanted)
+        return seen, seen.backbone.meta_inputs(meta_model, seen.shape)
 
 
 def _example(model: nn.Module, live: list[Patch], given: DryInputs) -> Any:

@@ -14,8 +14,8 @@ from sparsiattn.analysis.benchmark.sites import arguments, evaluating
 from sparsiattn.analysis.profiling.account import Account
 from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS, Accounting
 from sparsiattn.analysis.profiling.memory import peak_bytes
-from sparsiattn.analysis.profiling.meter import EnterSection, LeaveSection, Meter
-from sparsiattn.analysis.profiling.module_map import Anatomy, anatomy, batch_of, patched_sites
+from sparsiattn.analysis.profiling.meter import EnterSection, LeaveSection, MacCounter
+from sparsiattn.analysis.profiling.module_map import ModuleMap, anatomy, batch_of, patched_sites
 from sparsiattn.analysis.profiling.result import Latency, Memory, Profile
 from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.patching.apply import live_patches
@@ -108,7 +108,7 @@ class Run:
 
     model: nn.Module
     given: DryInputs
-    anatomy: Anatomy
+    anatomy: ModuleMap
     live: list[Patch]
 
     @property
@@ -123,10 +123,10 @@ class Run:
                 stack.enter_context(patch.disabled())
             return self.model(*args, **kwargs)
 
-    def count(self, off: bool = False) -> Meter:
+    def count(self, off: bool = False) -> MacCounter:
         """One forward pass under a meter; off: as if unpatched."""
         names = {(one.owner.key, one.site.name): path for path, one in self.runtimes.items()}
-        meter = Meter(names)
+        meter = MacCounter(names)
         hooks: list[Any] = []
         try:
             for path, section in self.anatomy.sections():

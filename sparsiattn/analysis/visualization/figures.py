@@ -1,4 +1,4 @@
-"""Pictures of a `Shown`, drawn with matplotlib (the ``viz`` extra)."""
+"""Pictures of a `AttentionView`, drawn with matplotlib (the ``viz`` extra)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from sparsiattn.errors import InvalidOption
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from sparsiattn.analysis.visualization.result import BlockTokens, Point, Shown, SiteShown
+    from sparsiattn.analysis.visualization.result import (
+        AttentionView,
+        BlockTokens,
+        Point,
+        SiteShown,
+    )
 
 QUERY = "#22b8ff"
 SMALL, LARGE = 8.5, 11
 MOST = 24  # layers or heads in one picture; of more, some are taken at equal steps
 
 
-def figure(shown: Shown, view: str, site: str | int | None = None) -> Any:
+def figure(shown: AttentionView, view: str, site: str | int | None = None) -> Any:
     """One of `VIEWS` as a matplotlib figure."""
     draw = {
         "overview": _overview, "layers": _layers, "heads": _heads, "tokens": _tokens,
@@ -39,7 +44,7 @@ def write(drawn: Any, path: Path) -> None:
     drawn.savefig(path, dpi=120, facecolor="white")
 
 
-def _site(shown: Shown, which: str | int | None) -> SiteShown:
+def _site(shown: AttentionView, which: str | int | None) -> SiteShown:
     """The site asked for, or the middle one of those with a picture."""
     if which is not None:
         return shown[which]
@@ -65,7 +70,7 @@ def _blank(width: float, height: float, title: str, note: str) -> Any:
     return drawn
 
 
-def _overview(shown: Shown, site: SiteShown) -> Any:
+def _overview(shown: AttentionView, site: SiteShown) -> Any:
     points = _alive(shown, site)
     note = (
         f"{site.name}, mean of {len(site.heads)} heads. Bright: much attention (square-root scale, "
@@ -87,7 +92,7 @@ def _overview(shown: Shown, site: SiteShown) -> Any:
     return drawn
 
 
-def _compare(line: Sequence[Any], shown: Shown, site: SiteShown, point: Point) -> None:
+def _compare(line: Sequence[Any], shown: AttentionView, site: SiteShown, point: Point) -> None:
     """One query: the photo, exact attention, the pattern's, and the kept keys."""
     grid = site.grid
     assert grid is not None
@@ -118,7 +123,7 @@ def _figures(site: SiteShown, query: int | None) -> str:
     return f"{keys:.0f} of {site.keys} keys, {100 * kept:.0f} % of the attention"
 
 
-def _alive(shown: Shown, site: SiteShown) -> list[Point]:
+def _alive(shown: AttentionView, site: SiteShown) -> list[Point]:
     """The points whose patch still has a token at this site; the first where none has."""
     if site.grid is None:
         raise InvalidOption(f"{site.name} has no picture: {site.why}; try view='density'")
@@ -126,7 +131,7 @@ def _alive(shown: Shown, site: SiteShown) -> list[Point]:
     return found or list(shown.points[:1])
 
 
-def _layers(shown: Shown, site: SiteShown) -> Any:
+def _layers(shown: AttentionView, site: SiteShown) -> Any:
     sites = [one for one in shown.sites if one.grid is not None]
     if not sites:
         raise InvalidOption(f"no site has a picture: {site.why}; try view='density'")
@@ -139,7 +144,7 @@ def _layers(shown: Shown, site: SiteShown) -> Any:
     return _pairs(shown, cells, note)
 
 
-def _heads(shown: Shown, site: SiteShown) -> Any:
+def _heads(shown: AttentionView, site: SiteShown) -> Any:
     point = _alive(shown, site)[0]
     row, column = point.on(site.grid or (1, 1))
     pairs = [site.attention(row, column, of).numpy() for of in ("exact", "pattern")]
@@ -157,7 +162,7 @@ _SCALE = (
 )
 
 
-def _pairs(shown: Shown, cells: list[tuple[str, SiteShown, list[Array]]], note: str) -> Any:
+def _pairs(shown: AttentionView, cells: list[tuple[str, SiteShown, list[Array]]], note: str) -> Any:
     """Columns of two pictures: exact attention, and below it the pattern's."""
     columns = min(6, len(cells))
     lines = math.ceil(len(cells) / columns)
@@ -178,7 +183,7 @@ def _pairs(shown: Shown, cells: list[tuple[str, SiteShown, list[Array]]], note: 
     return drawn
 
 
-def _tokens(shown: Shown, site: SiteShown) -> Any:
+def _tokens(shown: AttentionView, site: SiteShown) -> Any:
     if not shown.tokens:
         raise InvalidOption(
             "view='tokens' needs a token strategy (token_drop, token_merge, hybrid); this patch "
@@ -222,7 +227,7 @@ def _some(items: list[T], most: int) -> list[T]:
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
-def _density(shown: Shown, site: SiteShown) -> Any:
+def _density(shown: AttentionView, site: SiteShown) -> Any:
     note = "By layer (down) and head (across), means over all patch queries."
     drawn = _blank(9.0, max(3.2, 1.3 + 0.34 * len(shown.sites)), shown.title, note)
     left, right = drawn.subplots(1, 2)
@@ -231,7 +236,7 @@ def _density(shown: Shown, site: SiteShown) -> Any:
     return drawn
 
 
-def _matrix(axis: Any, shown: Shown, name: str, title: str) -> None:
+def _matrix(axis: Any, shown: AttentionView, name: str, title: str) -> None:
     """Layers by heads; the figure in each cell where there is room for it."""
     heads = max(len(site.heads) for site in shown.sites)
     values = np.full((len(shown.sites), heads), np.nan)

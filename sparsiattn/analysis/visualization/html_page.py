@@ -1,4 +1,4 @@
-"""The page of a `Shown`: one HTML file with its data inside, no network needed."""
+"""The page of a `AttentionView`: one HTML file with its data inside, no network needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsiattn.analysis.visualization.result import BlockTokens, Shown, SiteShown
+from sparsiattn.analysis.visualization.result import AttentionView, BlockTokens, SiteShown
 
 SMALL = 96  # pixels: below it an image is stored without loss and drawn in squares
 
@@ -41,7 +41,7 @@ class Blob:
         return base64.b64encode(zlib.compress(b"".join(self.parts), 9)).decode("ascii")
 
 
-def page(shown: Shown) -> str:
+def page(shown: AttentionView) -> str:
     """The whole page as text."""
     blob = Blob()
     data = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sparsiattn.analysis.visualization import attention_rows as attention
 from sparsiattn.analysis.visualization.photo import photo
-from sparsiattn.analysis.visualization.result import BlockTokens, Point, Shown, SiteShown
+from sparsiattn.analysis.visualization.result import AttentionView, BlockTokens, Point, SiteShown
 from sparsiattn.analysis.visualization.token_places import (
-    Placing,
+    TokenPlaces,
     Window,
     fused_tokens,
     placing,
@@ -58,8 +58,8 @@ class Recorder:
 
     def __call__(self, site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         block = self.blocks.get(site.name)
-        if block is not None and inputs.stream is not None:
-            self.streams.setdefault(block, inputs.stream)
+        if block is not None and inputs.token_state is not None:
+            self.streams.setdefault(block, inputs.token_state)
         if site.name in self.wanted and site.name not in self.calls:
             self.calls[site.name] = Call(inputs, planner, self.windows[site.name])
 
@@ -95,7 +95,7 @@ def show(
     queries: Sequence[tuple[int, int]] | None = None,
     image_size: int | tuple[int, int] | None = None,
     progress: Advance | None = None,
-) -> Shown:
+) -> AttentionView:
     """What a patched model attends to in one image: which keys each query keeps, how much of exact
     attention that is, and which tokens are dropped or merged.
 
@@ -112,7 +112,7 @@ def show(
     In that run attention is dense everywhere: every site is shown on exact inputs, and what is
     shown is what the pattern would do to them. Token strategies reduce as they always do.
 
-    Returns a `Shown`: tensors by site, `Shown.save` for ``.png``, ``.svg`` and ``.html``. Raises
+    Returns a `AttentionView`: tensors by site, `AttentionView.save` for ``.png``, ``.svg`` and ``.html``. Raises
     `InvalidOption` for a model that is not patched.
 
     >>> import sparsiattn
@@ -147,7 +147,7 @@ def show(
             sites.append(_shown(patch, site, calls.pop(site), heads, points, queries, step))
             if progress is not None:
                 progress(1, count)
-    return Shown(
+    return AttentionView(
         model=type(patch.model).__name__, strategy=patch.strategy.to_dict(), pixels=look,
         sites=tuple(sites), tokens=tokens, points=points, step=step,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def _shown(
 
 
 def _summed(
-    inputs: AttentionInputs, pattern: Any, sample: Tensor, heads: list[int], place: Placing,
+    inputs: AttentionInputs, pattern: Any, sample: Tensor, heads: list[int], place: TokenPlaces,
     block: int | None,
 ) -> SiteShown:  # fmt: skip
     """Attention of the sampled queries, means over all patch queries, a few rows at a time."""
@@ -326,7 +326,7 @@ def _tokens(recorder: Recorder) -> tuple[BlockTokens, ...]:
     blocks = {runtime.index: runtime.block.name for runtime in recorder.patch.blocks}
     if recorder.spared:
         streams = {i: s for i, s in recorder.spared.items() if s is not None}
-        return tuple(_block(blocks[i], i, stream, True) for i, stream in sorted(streams.items()))
+        return tuple(_block(blocks[i], i, token_state, True) for i, token_state in sorted(streams.items()))
     carried = recorder.patch.carried
     if carried is None or not recorder.streams:
         return ()
@@ -340,7 +340,7 @@ def _tokens(recorder: Recorder) -> tuple[BlockTokens, ...]:
     return tuple(found)
 
 
-def _block(name: str, index: int, stream: Any, bypass: bool) -> BlockTokens:
-    place = stream_place(stream)
-    count = stream.whole if stream.ids is None else stream.ids.shape[1]
-    return BlockTokens(name, index, count, place, fused_tokens(stream), bypass)
+def _block(name: str, index: int, token_state: Any, bypass: bool) -> BlockTokens:
+    place = stream_place(token_state)
+    count = token_state.whole if token_state.ids is None else token_state.ids.shape[1]
+    return BlockTokens(name, index, count, place, fused_tokens(token_state), bypass)

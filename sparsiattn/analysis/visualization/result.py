@@ -178,7 +178,7 @@ class BlockTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class AttentionView:
     """A patched model's attention in one image. Index it by a site's name or number.
 
     model: its class. strategy: as the patch's config. pixels: ``[H, W, 3]`` uint8, what the model

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import AttentionInputs
-from sparsiattn.attention.token_state import Stream
+from sparsiattn.attention.token_state import TokenState
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
 """Modules whose blocks cut windows in raster order and never shift them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Placing:
+class TokenPlaces:
     """Tokens by patch. Tokens are numbered window after window, prefix tokens included.
 
     queries, keys: ``[rows, columns]``, the number of the token that holds each patch, -1 where it
@@ -31,41 +31,41 @@ class Placing:
     fused: tuple[int, ...] = ()
 
 
-def placing(inputs: AttentionInputs, window: Window | None) -> Placing:
+def placing(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
     """Where the tokens of one call are; ``window``: of the block that cut them, if one did."""
     site = inputs.site
     if window is not None:
         return window.placing(inputs)
     if inputs.q.shape[0] > 1:
-        return Placing(why=f"how {site.name} cuts the image into windows is not known")
-    if inputs.stream is not None and inputs.stream.reduced:
-        return _carried(inputs.stream, inputs.prefix)
+        return TokenPlaces(why=f"how {site.name} cuts the image into windows is not known")
+    if inputs.token_state is not None and inputs.token_state.reduced:
+        return _carried(inputs.token_state, inputs.prefix)
     if not site.raster or 1 in inputs.query_grid:
-        return Placing(why=f"the tokens of {site.name} are in no raster order")
+        return TokenPlaces(why=f"the tokens of {site.name} are in no raster order")
     queries, keys = (
         torch.arange(grid[0] * grid[1]).view(grid) + inputs.prefix
-        for grid in (inputs.query_grid, inputs.keys_grid)
+        for grid in (inputs.query_grid, inputs.key_grid)
     )
-    return Placing(queries, keys)
+    return TokenPlaces(queries, keys)
 
 
-def _carried(stream: Stream, prefix: int) -> Placing:
+def _carried(token_state: TokenState, prefix: int) -> TokenPlaces:
     """Of a sequence that is shorter than it was."""
-    place, fused = stream_place(stream), fused_tokens(stream)
+    place, fused = stream_place(token_state), fused_tokens(token_state)
     gone = (place < 0) | torch.isin(place, torch.tensor(fused, dtype=torch.long))
     place = torch.where(gone, -1, place + prefix)
-    return Placing(place, place, fused=tuple(token + prefix for token in fused))
+    return TokenPlaces(place, place, fused=tuple(token + prefix for token in fused))
 
 
-def fused_tokens(stream: Stream) -> tuple[int, ...]:
+def fused_tokens(token_state: TokenState) -> tuple[int, ...]:
     """The present patch tokens that are sums of dropped ones."""
-    return () if stream.ids is None else tuple((stream.ids[0] < 0).nonzero().flatten().tolist())
+    return () if token_state.ids is None else tuple((token_state.ids[0] < 0).nonzero().flatten().tolist())
 
 
-def stream_place(stream: Stream) -> Tensor:
+def stream_place(token_state: TokenState) -> Tensor:
     """``[rows, columns]``: the present patch token of every original patch, -1 where it is gone."""
-    place = stream.source() if stream.steps else torch.arange(stream.whole)[None]
-    return place[0].cpu().view(stream.grid)
+    place = token_state.source() if token_state.steps else torch.arange(token_state.whole)[None]
+    return place[0].cpu().view(token_state.grid)
 
 
 class Window:
@@ -86,20 +86,20 @@ class Window:
         sizes = next((x for x in values if isinstance(x, (tuple, list)) and len(x) == 2), None)
         self.map = None if sizes is None else (int(sizes[0]), int(sizes[1]))
 
-    def placing(self, inputs: AttentionInputs) -> Placing:
+    def placing(self, inputs: AttentionInputs) -> TokenPlaces:
         sides, whole, name = inputs.query_grid, self.map, inputs.site.name
         if whole is None or inputs.prefix or inputs.n_queries != inputs.n_keys:
-            return Placing(why=f"how {name} cuts the image into windows is not known")
+            return TokenPlaces(why=f"how {name} cuts the image into windows is not known")
         padded = (-(-whole[0] // sides[0]) * sides[0], -(-whole[1] // sides[1]) * sides[1])
         if padded[0] * padded[1] != inputs.q.shape[0] * inputs.n_queries:
-            return Placing(why=f"how {name} cuts the image into windows is not known")
+            return TokenPlaces(why=f"how {name} cuts the image into windows is not known")
         shift = _pair(getattr(self.module, "shift_size", 0))
         # where one window spans the map there is nothing to shift
         shift = (shift[0] if padded[0] > sides[0] else 0, shift[1] if padded[1] > sides[1] else 0)
         if any(shift) and padded != whole:
-            return Placing(why=f"the windows of {name} are shifted over a padded map")
+            return TokenPlaces(why=f"the windows of {name} are shifted over a padded map")
         place = torch.roll(_windows(padded, sides), shift, (0, 1))[: whole[0], : whole[1]]
-        return Placing(place, place)
+        return TokenPlaces(place, place)
 
 
 def _windows(size: Grid, sides: Grid) -> Tensor:

@@ -35,14 +35,14 @@ class Native(Kernel):
     name = "native"
     summary = "key lists on a CPU in compiled C (saves time and memory; no training)"
 
-    def unavailable(self) -> list[str]:
+    def why_unavailable(self) -> list[str]:
         if torch.compiler.is_compiling():  # a traced program cannot look for files
             return [] if build.is_loaded() else [_NOT_COMPILED]
         found = build.problem()
         return [] if found is None else [found]
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.unavailable()
+        found = self.why_unavailable()
         if not isinstance(pattern, KeyLists):
             found.append(f"needs key lists, got a {type(pattern).__name__} pattern")
         return found + _unfit(inputs)
@@ -65,7 +65,7 @@ class Native(Kernel):
         # every tile reads its rows from a cache that is not its thread's own
         return call.attending(pairs, calls=CALLS, moved=call.rows_bytes(rows * keys + call.keys))
 
-    def hidden_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
+    def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyLists)
         size = 1 if pattern.tiles is None else pattern.tiles.size
         slots = pattern.width + summary_count(pattern)

@@ -33,7 +33,7 @@ QUERY_TABLES = ("rel_pos_h", "height_rel")
 
 
 @dataclass(frozen=True)
-class Edit:
+class AttributeOverride:
     """One attribute of one module (or of its configuration) that patching switches and unpatching
     switches back; ``before`` is ``...`` where there was none."""
 
@@ -89,20 +89,20 @@ class Backbone:
         side = getattr(config, "image_size", None)
         return None if side is None else (1, getattr(config, "num_channels", 3), *_pair(side))
 
-    def dry_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+    def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
         """What to call the model with in a dry run for an image of this shape: meta tensors."""
         return image_inputs(model, shape)
 
-    def edits(self, model: nn.Module) -> list[Edit]:
+    def attribute_overrides(self, model: nn.Module) -> list[AttributeOverride]:
         """Switches that make every attention module call scaled dot product attention."""
         fused = [
-            Edit(module, "fused_attn", True, module.fused_attn)
+            AttributeOverride(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
             if getattr(module, "fused_attn", None) is False and not _has_temperature(module)
         ]
         # nn.TransformerEncoder with padding: only its fused layers can take nested tensors
         nested = [
-            Edit(module, "use_nested_tensor", False, True)
+            AttributeOverride(module, "use_nested_tensor", False, True)
             for module in model.modules()
             if getattr(module, "use_nested_tensor", None) is True
         ]
@@ -132,7 +132,7 @@ class Backbone:
                 return min(prefix, next(filter(None, found), 0))
         return 0
 
-    def packs(self, model: nn.Module) -> bool:
+    def packs_batch(self, model: nn.Module) -> bool:
         """Whether the images of a batch are laid end to end in one sequence (Pixtral)."""
         return False
 
@@ -156,7 +156,7 @@ class Backbone:
         attention, whose difference cancels what both attend to."""
         return call.count > 1 and call.nearest("lambda_q1") is not None
 
-    def raster(self, call: Call) -> bool:
+    def is_raster_order(self, call: Call) -> bool:
         """Whether patch tokens stand in raster order."""
         return True
 
@@ -171,12 +171,12 @@ class Backbone:
         whole = len(call.mask) < len(call.q) or call.mask[0] == 1  # alike in all windows
         return "bias" if whole and any(_relates(call, name) for name in BIAS_TABLES) else "mask"
 
-    def margin(self, call: Call) -> int:
+    def halo(self, call: Call) -> int:
         """By how many patches the keys of a window reach beyond its queries on every side."""
         halo = getattr(call.module, "halo_size", 0)
         return halo if isinstance(halo, int) else 0
 
-    def why_leave(self, call: Call) -> str | None:
+    def why_skip(self, call: Call) -> str | None:
         """Why this call should stay dense although it could be reached; None if it is a site."""
         if over_channels(call):
             return "attention over channels, not over tokens"
@@ -201,7 +201,7 @@ class Backbone:
             call = replace(call, aspect=aspect)
             layout = Layout.of(call.q, _heads_per_call(call))
             alone = call.q[-2] == 1 and call.name not in named
-            reason = SINGLE if alone else self.why_leave(call)
+            reason = SINGLE if alone else self.why_skip(call)
             if reason is None and layout is None:
                 reason = f"a query of shape {tuple(call.q)} and no head count to read it by"
             if reason is not None or layout is None:
@@ -231,11 +231,11 @@ class Backbone:
             key_grid=self.grid(call, k[2] - prefix, aspect),
             prefix_tokens=prefix,
             windows=q[0],
-            raster=self.raster(call),
+            raster=self.is_raster_order(call),
             calls=call.count,
             shared=self.shares_keys(call),
             bias=self.bias(call),
-            margin=self.margin(call),
+            halo=self.halo(call),
         )
 
 

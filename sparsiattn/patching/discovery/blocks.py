@@ -51,7 +51,7 @@ class Block:
 
 
 def find_blocks(model: nn.Module, sites: Iterable[str], inputs: DryInputs) -> list[Block]:
-    """The blocks around these attention modules of a `skeleton`, in the order they run."""
+    """The blocks around these attention modules of a `meta_copy`, in the order they run."""
     names = list(sites)
     trace = _Trace(model, names)
     with recalling(), trace.recording():

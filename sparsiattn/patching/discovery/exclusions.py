@@ -4,7 +4,7 @@ one vector for the image. Shapes of the dry run tell, not names."""
 from __future__ import annotations
 
 from sparsiattn.errors import ProbeFailed
-from sparsiattn.patching.discovery.probe import Call, image_inputs, probe, skeleton
+from sparsiattn.patching.discovery.probe import Call, image_inputs, meta_copy, probe
 
 
 def over_channels(call: Call) -> bool:
@@ -29,7 +29,7 @@ def _grow_longer(call: Call, axis: int) -> bool:
     shape = list(call.given)
     shape[1 if axis == -1 else 2] *= 2
     try:
-        again = probe(skeleton(call.module), image_inputs(call.module, tuple(shape))).calls
+        again = probe(meta_copy(call.module), image_inputs(call.module, tuple(shape))).calls
     except ProbeFailed:
         return False
     return bool(again) and again[0].q[-1] > call.q[-1]

@@ -64,7 +64,7 @@ class Call:
         return None
 
 
-def skeleton(model: nn.Module) -> Any:
+def meta_copy(model: nn.Module) -> Any:
     """A structural copy on the meta device: no data, no hooks, eval mode."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -213,7 +213,7 @@ class Probe:
 
 
 def probe(model: nn.Module, inputs: DryInputs) -> Probe:
-    """Every attention call of a `skeleton` for these inputs, those written by hand included."""
+    """Every attention call of a `meta_copy` for these inputs, those written by hand included."""
     install()
     recorder = _Recorder(model)
     try:
@@ -260,7 +260,7 @@ def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
 def run_dry(
     model: nn.Module, inputs: DryInputs, before_retry: Callable[[], None] = lambda: None
 ) -> Any:
-    """The output of one forward of a `skeleton`; whatever the host raises becomes a `ProbeFailed`.
+    """The output of one forward of a `meta_copy`; whatever the host raises becomes a `ProbeFailed`.
 
     Tensors the model makes on the default device are real at first: a host may cache them beyond
     this model. Only a host that mixes them with its operands runs again with all of them on meta.

@@ -15,9 +15,9 @@ from sparsiattn.errors import ExportFailed, InvalidOption, InvalidType
 from sparsiattn.runtime.handle import patch_of, unwrap
 from sparsiattn.serialization.exporters.formats import Run, _flat, check, written
 from sparsiattn.serialization.exporters.program import kernels_used, traced, twin_of
-from sparsiattn.serialization.exporters.result import Exported
+from sparsiattn.serialization.exporters.result import ExportResult
 
-__all__ = ["Exported", "export"]
+__all__ = ["ExportResult", "export"]
 
 
 def export(
@@ -29,7 +29,7 @@ def export(
     kernel: str | None = None,
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
-) -> Exported:
+) -> ExportResult:
     """Write a model, as it is patched now, as a program that needs neither this library nor the
     model's own, and compare its outputs with the model's before the file is put in place.
 
@@ -71,7 +71,7 @@ def export(
         difference = _compare(run, twin, example, batches, tolerance, format)
         files = _move(Path(folder), place)
     live = patch_of(twin)
-    return Exported(
+    return ExportResult(
         path=place, format=format, model=type(unwrap(model)).__name__,
         strategy=None if live is None else live.strategy.name, kernels=served,
         input_shape=tuple(example.shape), dynamic_batch=dynamic_batch, batches=batches,

@@ -39,7 +39,7 @@ def twin_of(model: nn.Module, kernel: str | None) -> nn.Module:
 
 
 def _refuse_adaptive(live: Patch | None) -> None:
-    if live is not None and live.tokens is not None and live.tokens.ragged():
+    if live is not None and live.tokens is not None and live.tokens.is_ragged():
         raise InvalidOption(
             f"{live.tokens.name!r} with these options keeps another number of tokens for every "
             "image, and an exported program has shapes that values cannot change: use a fixed "

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A program on disk that answered as the model does. ``print`` it, or take `to_dict`.
 
     path: what to load; bytes: its size. format: ``"onnx"``, ``"pt2"`` or ``"aoti"``. strategy: None
