@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsiattn.attention.geometry import Tile
-from sparsiattn.attention.patterns import Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.kernels import flex_compile as flexcompile
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY

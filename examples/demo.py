@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.site import Site
 from sparsiattn.strategies.base import Planner
 from sparsiattn.strategies.finalize import finish
 

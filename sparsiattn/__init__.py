@@ -17,8 +17,10 @@ from sparsiattn.analysis.profiling.result import Profile
 from sparsiattn.analysis.schedule_search import SearchResult, search
 from sparsiattn.analysis.visualization import AttentionView, show
 from sparsiattn.attention.block_masks import block_mask
-from sparsiattn.attention.patterns import Pattern, check_budget, count_of
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.budget import check_budget, count_of
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import (
     AlreadyPatched,
     CheckpointNotWritten,

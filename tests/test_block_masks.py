@@ -15,7 +15,8 @@ from torch import Tensor
 import sparsiattn
 from sparsiattn import Pattern, Strategy
 from sparsiattn.attention.block_masks import BlockMask, block_mask
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather

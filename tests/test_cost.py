@@ -14,7 +14,8 @@ import zoo
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, Site, cost
-from sparsiattn.attention.patterns import KeyIndex, Lengths
+from sparsiattn.attention.key_lists import KeyIndex
+from sparsiattn.attention.pattern import Lengths
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.choice_cache import ChoiceCache, describe
 from sparsiattn.kernels.cost import Call, Planning, Prices, Work

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
-from sparsiattn.attention.patterns import KeyBlocks
+from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.kernels import flex_compile as flexcompile
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.flex import Flex, operands_of, static_of

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
+from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import Lift, Tally
-from sparsiattn.runtime.sdpa_intercept import dense_attention, install, pop, push
+from sparsiattn.runtime.sdpa_intercept import install, pop, push
 
 B, H, N, D = 4, 2, 15, 8
 

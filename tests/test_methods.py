@@ -51,8 +51,8 @@ def test_methods_use_public_names_only(file):
         ("from sparsiattn import Pattern, geometry", ["sparsiattn.attention.geometry"]),
         ("import sparsiattn.kernels as k", ["sparsiattn.kernels"]),
         (
-            "def f():\n    from sparsiattn.attention.patterns import Mask",
-            ["sparsiattn.attention.patterns"],
+            "def f():\n    from sparsiattn.attention.pattern import Mask",
+            ["sparsiattn.attention.pattern"],
         ),
         ("from .. import geometry", [".."]),
         ("from ..patterns import Mask", ["..patterns"]),

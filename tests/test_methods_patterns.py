@@ -316,7 +316,7 @@ def test_tokens_that_are_left_stand_for_their_patch(tokens):
 def test_queries_on_a_coarser_grid_stand_for_the_key_under_them():
     """2 x 2 queries over 4 x 4 keys: each sees the window around the key under its middle."""
     inputs = random_inputs((4, 4), prefix=0)
-    pooled = inputs.replace(q=inputs.q[..., :4, :], grid=(2, 2), key_grid=(4, 4))
+    pooled = inputs.replace(q=inputs.q[..., :4, :], query_grid=(2, 2), key_grid=(4, 4))
     mask = Longformer(window=3).plan(pooled).to_mask()[0, 0].view(4, 4, 4)
     for query, (row, column) in enumerate([(1, 1), (1, 3), (3, 1), (3, 3)]):
         wanted = torch.zeros(4, 4, dtype=torch.bool)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.cross_layer_state import CrossLayerState
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.methods.attention_reuse import AttentionReuse
 from sparsiattn.methods.hypergraph import Hypergraph, hyperedges
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
-from sparsiattn.runtime.cross_layer import CrossLayerState
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Strategy
-from sparsiattn.attention.patterns import KeyBlocks
+from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.methods.bilevel import BiLevel
 from sparsiattn.methods.binary_topk import BinaryTopK, hamming
 from sparsiattn.methods.sd_filter import SDFilter, received

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Site
-from sparsiattn.attention.patterns import KeyBlocks, KeyIndex, KeyLists
+from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native import scores as planning

@@ -11,7 +11,8 @@ from test_native import KERNEL, call, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsiattn.attention.background import CountedSummary
-from sparsiattn.attention.patterns import KeyBlocks, Ranked
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention.pattern import Ranked
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.attention.patterns import KeyIndex, count_of
+from sparsiattn.attention.budget import count_of
+from sparsiattn.attention.key_lists import KeyIndex
 from sparsiattn.kernels import sparsiattn_kernels
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference

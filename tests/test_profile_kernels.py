@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
-from sparsiattn.attention.patterns import Lengths
+from sparsiattn.attention.pattern import Lengths
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs

@@ -150,7 +150,7 @@ class TestHuggingFace:
     def test_another_resolution_by_keyword(self) -> None:
         model, seen = hosts.build("vit_model"), []
         live = sparsiattn.patch(model, "local", k=0.25)
-        with torch.no_grad(), live.observing(lambda *given: seen.append(given[2].grid)):
+        with torch.no_grad(), live.observing(lambda *given: seen.append(given[2].query_grid)):
             model(
                 interpolate_pos_encoding=True,
                 output_hidden_states=True,

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import Kernel, Pattern
-from sparsiattn.attention.patterns import KeyBlocks, Lengths
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention.pattern import Lengths
 from sparsiattn.kernels import paged, varlen
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.reference import Reference
@@ -305,7 +306,8 @@ class TestXFormers:
         q = torch.zeros(1, 3, 65, 16, dtype=torch.float64)
         inputs = flex_call(block=(4, 4))[0].replace(q=q, k=q, v=q)
         assert XFormers().why_not(inputs, Lengths(65, 65, (40, 25))) == [
-            *XFormers().why_unavailable(), CPU, "needs float32, bfloat16 or float16, got torch.float64",
+            *XFormers().why_unavailable(),
+            CPU, "needs float32, bfloat16 or float16, got torch.float64",
         ]  # fmt: skip
 
     def test_refusals_of_key_blocks_are_exact(self) -> None:

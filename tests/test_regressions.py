@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 import sparsiattn
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.site import Site
 from sparsiattn.runtime.sdpa_intercept import install
 from sparsiattn.strategies.base import Planner
 from sparsiattn.testing import temporary_plugin

@@ -28,7 +28,7 @@ from sparsiattn import (
     load,
     patch,
 )
-from sparsiattn.attention.patterns import KeyIndex
+from sparsiattn.attention.key_lists import KeyIndex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.serialization.files import checksum, with_checksum

@@ -10,7 +10,8 @@ from timm.models import VisionTransformer
 
 import sparsiattn
 from sparsiattn.attention import geometry
-from sparsiattn.attention.patterns import KeyBlocks, Pattern, Ranked
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.runtime import block_runtime as carrying
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish

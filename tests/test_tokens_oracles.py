@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn import kernels
-from sparsiattn.attention.patterns import Lengths
+from sparsiattn.attention.pattern import Lengths
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.patching import dry_run as dry

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.attention.patterns import Dense, KeyIndex
+from sparsiattn.attention.key_lists import KeyIndex
+from sparsiattn.attention.pattern import Dense
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.reference import Reference

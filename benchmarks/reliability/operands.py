@@ -13,8 +13,9 @@ from reliability.calls import same_as_reference
 from reliability.drawn import shares
 from reliability.hosts import DTYPES
 from reliability.outcomes import Tally, Wrong
-from sparsiattn.attention.patterns import Pattern
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
 from sparsiattn.kernels.base import refusals
 from sparsiattn.registry.registry import REGISTRY

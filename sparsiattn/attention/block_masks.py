@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.attention.patterns import Mask
+from sparsiattn.attention.pattern import Mask
 from sparsiattn.errors import InvalidOption, InvalidType
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 
 # Stands for the shape of an image that the host was given as cut and padded patches: tokens are a
@@ -151,9 +152,9 @@ def canonical(
     bias = None if mask is None else layout.fold_mask(mask, q)
     tokens = heads_q.shape[-2]
     if token_state is None or not token_state.reduced:
-        grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
+        query_grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
     else:  # what is left of the grid is a run of tokens
-        grid = key_grid = (1, tokens - site.prefix_tokens)
+        query_grid = key_grid = (1, tokens - site.prefix_tokens)
     return AttentionInputs(
         heads_q,
         heads_k,
@@ -162,7 +163,7 @@ def canonical(
         bias,
         site,
         dropout=dropout,
-        grid=grid,
+        query_grid=query_grid,
         key_grid=key_grid,
         tile=tile_for(tokens),
         block=block_for(heads_k.shape[-2]),

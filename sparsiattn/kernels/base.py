@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from sparsiattn.attention.derived import ComputedPattern
-from sparsiattn.attention.patterns import Mask, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import ComputedPattern, Pattern
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.cost import Call, Planning, Work
@@ -48,7 +46,7 @@ class Kernel:
     differentiable: ClassVar[bool] = True
     last_resort: ClassVar[bool] = False
     supports_computed: ClassVar[bool] = False
-    """Whether it knows plans that choose no keys (`sparsiattn.attention.derived`); others are not
+    """Whether it knows plans that choose no keys (`ComputedPattern`); others are not
     asked."""
 
     def why_unavailable(self) -> list[str]:
@@ -194,33 +192,3 @@ def _refused(
             *lines,
         ]
     )
-
-
-def attention_mask(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """The pattern and the host's mask in one, and the rows left without a key.
-
-    Returns a boolean or additive mask ``[B|1, H|1, Nq, Nk (+ G)]`` with the summary's logits in
-    the last G columns, and ``dead`` ``[B|1, H|1, Nq, 1]`` (None if no row can be dead). Dead rows
-    are opened again, so that neither softmax nor its gradient is NaN; callers zero their output.
-    """
-    keep = pattern.to_mask().to(inputs.q.device)
-    allowed, dead = inputs.allowed(), None
-    if allowed is not None:
-        keep = keep & allowed
-    summary_rows = pattern.summary_rows()
-    if allowed is not None or isinstance(pattern, Mask):
-        alive = keep.any(-1, keepdim=True)
-        if summary_rows is not None:
-            alive = alive | (summary_rows > float("-inf")).any(-1, keepdim=True)
-        dead, keep = ~alive, keep | ~alive
-    host = inputs.bias
-    if (host is None or host.dtype == torch.bool) and summary_rows is None:
-        return keep, dead
-    bias = torch.zeros_like(keep, dtype=inputs.q.dtype).masked_fill(~keep, float("-inf"))
-    if host is not None and host.dtype != torch.bool:
-        bias = bias + host.to(bias.dtype)
-    if summary_rows is not None:
-        lead = torch.broadcast_shapes(bias.shape[:-1], summary_rows.shape[:-1])
-        parts = bias.expand(*lead, -1), summary_rows.to(bias.dtype).expand(*lead, -1)
-        bias = torch.cat(parts, dim=-1)
-    return bias, dead

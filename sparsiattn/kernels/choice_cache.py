@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.block_masks import BlockMask, Bucket
-from sparsiattn.attention.derived import Computed, Logits, Output
 from sparsiattn.attention.geometry import Tiles
-from sparsiattn.attention.patterns import Dense, KeyBlocks, KeyIndex, Lengths, Mask, Pattern
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex
+from sparsiattn.attention.pattern import Computed, Dense, Lengths, Logits, Mask, Output, Pattern
+from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
 
@@ -69,7 +70,7 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
         torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
         bias if bias is None
         else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad),
-        inputs.scale, inputs.dropout, inputs.grid, inputs.key_grid, inputs.tile, inputs.block,
+        inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid, inputs.tile, inputs.block,
         token_state if token_state is None else token_state.reduced,
         type(pattern), tuple([_of(value) for value in vars(pattern).values()]),
         torch.is_inference_mode_enabled(), q.is_inference(),

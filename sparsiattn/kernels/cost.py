@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.kernels import tuning_cache as tuningfile
 
 # Names under which dense attention and planning are priced, beside those of the kernels.

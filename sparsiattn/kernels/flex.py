@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.patterns import KeyBlocks, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import flex_compile as flexcompile
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.flex_compile import Operands, Static

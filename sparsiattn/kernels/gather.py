@@ -12,8 +12,10 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.block_masks import BlockMask
-from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.kernels import masked_tiles as maskblocks
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import Call, Work
@@ -25,7 +27,6 @@ from sparsiattn.kernels.gather_ops import (
     tiles_at_once,
 )
 from sparsiattn.kernels.workspace import SCRATCH
-from sparsiattn.runtime.sdpa_intercept import dense_attention
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.kernels.workspace import SCRATCH
-from sparsiattn.runtime.sdpa_intercept import dense_attention
 
 # Gathered keys, values and logits of a chunk of tiles, in elements: on a CPU they stay in cache,
 # on a GPU a launch should be worth its while; a compiler unrolls the loop.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.block_masks import BlockMask
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.kernels.cost import Call, Work
 from sparsiattn.kernels.gather_ops import Operands, attend
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsiattn.attention.patterns import KeyLists
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyLists
 
 
 def slot_macs(

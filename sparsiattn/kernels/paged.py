@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.patterns import KeyBlocks
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.kernels.gather import dense_rows, needs_grad
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)

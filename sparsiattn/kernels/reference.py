@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.background import Summary
-from sparsiattn.attention.derived import ComputedPattern
-from sparsiattn.attention.patterns import Dense, Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import Call, Work
 
@@ -45,7 +44,7 @@ class Reference(Kernel):
 
     def _exact(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, ComputedPattern):
-            return pattern.attend(inputs, self._every_key)
+            return pattern.attend_with(inputs, self._every_key)
         if isinstance(pattern, Lengths) and len(pattern.lengths) > 1:
             # a mask would multiply another image's NaN by zero
             each = zip(_images(inputs, pattern.lengths), pattern.lengths, strict=True)

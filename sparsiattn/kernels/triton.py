@@ -8,8 +8,9 @@ import os
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
-from sparsiattn.attention.site import MASKED_BELOW, AttentionInputs
+from sparsiattn.attention.inputs import MASKED_BELOW, AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.gather import dense_rows, needs_grad

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.attention.patterns import Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import Call, Work
 from sparsiattn.kernels.sdpa import lengths_work

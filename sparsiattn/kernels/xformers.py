@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.patterns import KeyBlocks, Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.kernels import paged
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import Call

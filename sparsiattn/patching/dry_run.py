@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.packed import PackedTokens
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.meta_cache import recalling

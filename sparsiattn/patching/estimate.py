@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.patterns import Dense, Pattern, Ranked
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.cross_layer_state import CrossLayerState
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Dense, Pattern, Ranked
+from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import Call, Planning, Work
 from sparsiattn.patching.discovery.probe import meta_copy
 from sparsiattn.patching.dry_run import DryRun, dry_run, mac_counter
-from sparsiattn.runtime.cross_layer import CrossLayerState
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 
 if TYPE_CHECKING:
@@ -120,10 +121,10 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         site.head_dim**-0.5,
         None if site.bias == "none" else empty(site.tokens, site.keys),
         site,
-        grid=site.grid,
-        key_grid=site.key_grid,
         tile=strategy.tile_for(site.tokens),
         block=strategy.block_for(site.keys),
-        token_state=None if run is None or site.name not in run.inputs else run.inputs[site.name].token_state,
+        token_state=None
+        if run is None or site.name not in run.inputs
+        else run.inputs[site.name].token_state,
         target_device=None if like is None else like.device,
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsiattn.attention.patterns import Dense, KeyLists, Pattern
+from sparsiattn.attention.key_lists import KeyLists
+from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
@@ -63,8 +64,8 @@ class Report:
     reason)`` of attention that cannot be patched. reductions: what token strategies do at which
     block. macs_dense, mhsa_macs_dense: of the model unpatched. mhsa_macs counts QK^T and AV only
     (FLOPs are twice the MACs); predictor_macs what planning adds; other_macs all else; macs the
-    whole model. A figure is None where only a real input can tell. price_source: by whose prices speeds
-    are expected.
+    whole model. A figure is None where only a real input can tell. price_source: by whose prices
+    speeds are expected.
     """
 
     model: str

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparsiattn.attention.patterns import check_budget
+from sparsiattn.attention.budget import check_budget
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, unknown
 from sparsiattn.strategies.base import Strategy

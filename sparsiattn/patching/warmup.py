@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsiattn.analysis.benchmark.sites import arguments
-from sparsiattn.attention.patterns import Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import reload

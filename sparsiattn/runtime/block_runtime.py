@@ -69,7 +69,10 @@ class BlockRuntime:
     def recall(self, x: Tensor, token_state: Carried | None) -> Carried:
         """The stream that belongs to this input: the one at hand, or, when a checkpointed block
         runs again in the backward pass, the one that came with this very tensor."""
-        if token_state is not None and (token_state.owner, token_state.layer) != (self.owner.key, self.index):
+        if token_state is not None and (token_state.owner, token_state.layer) != (
+            self.owner.key,
+            self.index,
+        ):
             token_state = None
         if token_state is not None and (torch.compiler.is_compiling() or token_state.given is x):
             return token_state
@@ -144,7 +147,9 @@ class BlockRuntime:
                 f"block {self.block.name!r} must keep its grid, so every image has to spare the "
                 "same number of tokens: use a fixed keep, e.g. keep=0.7"
             )
-        return token_state.advance(ReductionStep(reduction.index, None, kept.shape[1] - token_state.prefix))
+        return token_state.advance(
+            ReductionStep(reduction.index, None, kept.shape[1] - token_state.prefix)
+        )
 
     def plan(self, token_state: TokenState, x: Tensor, attention: Any) -> Reduction | None:
         assert self.planner is not None
@@ -299,7 +304,11 @@ class EnterTail:
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
         token_state = THREAD.token_state
-        if self.runtime.idle() or token_state is None or token_state.owner != self.runtime.owner.key:
+        if (
+            self.runtime.idle()
+            or token_state is None
+            or token_state.owner != self.runtime.owner.key
+        ):
             return None
         x = args[0]
         token_state, short = self.runtime.reduce(token_state, x)

@@ -9,40 +9,11 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import ModelChanged
 from sparsiattn.patching.discovery.blocks import first_tensor
 from sparsiattn.runtime.sdpa_intercept import THREAD
-
-
-class CrossLayerState:
-    """Tensors by name, of one forward pass in one thread. forgets: keep nothing, where sites could
-    not tell whose tensor they find (images of their own lengths, sites called several times)."""
-
-    def __init__(self, owner: int = 0, forgets: bool = False) -> None:
-        self.owner, self.forgets = owner, forgets
-        self.found: dict[str, tuple[Tensor, bool]] = {}
-
-    def copy(self) -> CrossLayerState:
-        twin = CrossLayerState(self.owner, self.forgets)
-        twin.found = dict(self.found)
-        return twin
-
-    def keep(self, name: str, tensor: Tensor) -> None:
-        if not self.forgets:
-            self.found[name] = (tensor, torch.is_grad_enabled())
-
-    def recall(self, name: str) -> Tensor | None:
-        if name not in self.found:
-            return None
-        tensor, graded = self.found[name]
-        if torch.is_grad_enabled() and not graded:
-            raise ModelChanged(
-                f"{name!r} was kept without gradients and is asked for with them, as in blocks "
-                "checkpointed with use_reentrant=True, which would lose the gradient of what "
-                "passes between blocks: checkpoint with use_reentrant=False"
-            )
-        return tensor
 
 
 def notes_at(runtime: Any) -> CrossLayerState:
@@ -101,7 +72,7 @@ class NoteEntry:
         notes = THREAD.notes
         for key in [key for key, (alive, _) in self.entered.items() if alive() is None]:
             del self.entered[key]
-        if notes is not None and notes.owner == self.owner.key and notes.found:
+        if notes is not None and notes.owner == self.owner.key and notes.tensors:
             self.entered[x.data_ptr()] = (ref(x), notes.copy())
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import canonical
 from sparsiattn.attention.packed import PackedTokens
-from sparsiattn.attention.patterns import Lengths
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.pattern import Lengths
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
@@ -51,7 +51,11 @@ def with_size(
 
 
 def _by_policy(
-    runtime: SiteRuntime, planner: Planner, token_state: TokenState, operands: Operands, options: Options
+    runtime: SiteRuntime,
+    planner: Planner,
+    token_state: TokenState,
+    operands: Operands,
+    options: Options,
 ) -> Tensor:
     """Softmax whose keys weigh as much as a differentiable policy says (DynamicViT, 3.3).
 
@@ -80,7 +84,9 @@ def _packed(
     q, k, v, mask = operands
     parts = [
         (one, (q[..., where, :], k[..., where, :], v[..., where, :], _of_image(mask, i)))
-        for i, (one, where) in enumerate(zip(token_state.streams, token_state.slices(), strict=True))
+        for i, (one, where) in enumerate(
+            zip(token_state.streams, token_state.slices(), strict=True)
+        )
     ]
     if THREAD.asks and THREAD.asked is None:
         THREAD.asked = [_inputs(runtime, one, part, options) for one, part in parts]
@@ -109,7 +115,9 @@ def _inputs(
 ) -> AttentionInputs:
     q, k, v, mask = operands
     if token_state is not None:
-        mask = with_size(token_state, None if mask is None else token_state.fit_mask(mask), q, runtime)
+        mask = with_size(
+            token_state, None if mask is None else token_state.fit_mask(mask), q, runtime
+        )
     return canonical(
         runtime.site, runtime.layout, q, k, v, mask, None,
         dropout=options[0], causal=options[1], scale=options[2], token_state=token_state,

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from sparsiattn.attention.sdpa import set_original_attention
+
 Route = Callable[..., Tensor]
 Frame = tuple[Route | None, int, Any]
 
@@ -57,25 +59,7 @@ class _Thread(threading.local):
 
 THREAD = _Thread()
 _INSTALL = threading.Lock()
-_fallback: Callable[..., Tensor] = F.scaled_dot_product_attention
 _wrapper: Callable[..., Tensor] | None = None
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *,
-    scale: float | None = None,
-    gqa: bool = False,
-) -> Tensor:
-    """The host's own attention: whatever `F.scaled_dot_product_attention` was before us."""
-    if gqa:
-        return _fallback(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=True)
-    return _fallback(q, k, v, mask, dropout, causal, scale=scale)
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -121,12 +105,12 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def install() -> None:
     """Put the wrapper in place, over whatever stands there now; again if someone replaced it."""
-    global _fallback, _wrapper
+    global _wrapper
     with _INSTALL:
         if F.scaled_dot_product_attention is _wrapper:
             return
-        _fallback = F.scaled_dot_product_attention
-        _wrapper = wrap(_fallback)
+        set_original_attention(F.scaled_dot_product_attention)
+        _wrapper = wrap(F.scaled_dot_product_attention)
         register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
         if register is not None:  # or torch.jit.script of any model that calls SDPA fails
             register(_wrapper, "aten::scaled_dot_product_attention")

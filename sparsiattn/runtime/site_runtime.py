@@ -10,25 +10,18 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.derived import ComputedPattern
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import NO_IMAGE, Layout, canonical
-from sparsiattn.attention.patterns import Dense, Pattern
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Pattern
+from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import ModelChanged
 from sparsiattn.kernels.base import Choice, Kernel, choose
 from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.runtime.cross_layer import leave, notes_at
-from sparsiattn.runtime.sdpa_intercept import (
-    THREAD,
-    Route,
-    dense_attention,
-    install,
-    note_caller,
-    pop,
-    push,
-)
+from sparsiattn.runtime.sdpa_intercept import THREAD, Route, install, note_caller, pop, push
 from sparsiattn.strategies import finalize as planning
 from sparsiattn.strategies.base import Planner, Strategy
 

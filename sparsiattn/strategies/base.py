@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.geometry import Tile
-from sparsiattn.attention.patterns import Budget, Pattern, check_budget, count_of
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.strategies.config import Config
 
@@ -71,8 +73,8 @@ class Strategy(Config):
 
     kind = "attention"
     selects_keys: ClassVar[bool] = True
-    """Whether plans choose among the host's keys; not so those of `Pattern.computed_keys`, `logits` and
-    `output`, which ``background`` cannot complete."""
+    """Whether plans choose among the host's keys. Those of `Pattern.computed_keys`, `logits` and
+    `output` do not, and ``background`` cannot complete them."""
     uses_cross_layer_state: ClassVar[bool] = False
     """Whether planners use `AttentionInputs.store` and `recall`."""
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.budget import Budget, blocks_within
 from sparsiattn.attention.geometry import Grid, Tile, Tiles
-from sparsiattn.attention.patterns import Budget, Pattern, Ranked, blocks_within
-from sparsiattn.attention.site import AttentionInputs, Site, products
+from sparsiattn.attention.inputs import AttentionInputs, products
+from sparsiattn.attention.pattern import Pattern, Ranked
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.native import scores as native
 from sparsiattn.strategies.base import TILE_FROM, Budgets, LearnedPlanner, Strategy, spawn

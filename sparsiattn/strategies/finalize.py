@@ -12,20 +12,11 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.block_masks import BlockMask, with_prefix
-from sparsiattn.attention.derived import ComputedPattern
+from sparsiattn.attention.budget import blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
-from sparsiattn.attention.patterns import (
-    Dense,
-    KeyBlocks,
-    KeyIndex,
-    KeyLists,
-    Mask,
-    Pattern,
-    Ranked,
-    blocks_within,
-    count_of,
-)
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels.native import scores as native
 

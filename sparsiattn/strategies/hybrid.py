@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsiattn.attention.budget import Budget
 from sparsiattn.attention.geometry import Tile
-from sparsiattn.attention.patterns import Budget
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, MismatchedPatch
 from sparsiattn.strategies.base import Budgets, Strategy

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
-from sparsiattn.attention.patterns import Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.strategies.base import Budgets, Strategy
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.patterns import Pattern
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.site import Site
 from sparsiattn.strategies.base import Budgets, Strategy
 
 

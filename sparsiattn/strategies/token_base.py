@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.budget import Budget, count_of
 from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.patterns import Budget, count_of
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import Assign, Unfold, unsigned
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.strategies.base import keep_missing

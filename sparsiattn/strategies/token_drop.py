@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.patterns import Budget, check_budget
+from sparsiattn.attention.budget import Budget, check_budget
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.strategies.keep_predictor import KeepPredictor

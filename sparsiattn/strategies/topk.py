@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsiattn.attention.patterns import Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.strategies.base import Budgets, Strategy
 
 

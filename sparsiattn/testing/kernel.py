@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derived import ComputedPattern
-from sparsiattn.attention.patterns import Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import ComputedPattern, Lengths, Pattern
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference

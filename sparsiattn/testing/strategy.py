@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.patterns import Dense, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.cross_layer_state import CrossLayerState
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching.apply import patch
-from sparsiattn.runtime.cross_layer import CrossLayerState
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_vit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.patterns import count_of
+from sparsiattn.attention.budget import count_of
 from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.handle import patch_of
 from sparsiattn.strategies.keep_predictor import KeepPredictor

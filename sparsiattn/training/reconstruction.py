@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.site import Site
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.base import LearnedPlanner, Planner
 

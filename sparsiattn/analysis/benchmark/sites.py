@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.patterns import Dense
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Dense
+from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidType
 from sparsiattn.kernels.base import choose
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch
-from sparsiattn.runtime.sdpa_intercept import dense_attention
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 from sparsiattn.strategies.base import Planner
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.geometry import Tile
-from sparsiattn.attention.patterns import Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Lengths, Pattern
+from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
@@ -23,7 +25,6 @@ from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import DENSE, PLANNING, Call, Prices, Work
 from sparsiattn.kernels.native.kernel import compile_native
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.sdpa_intercept import dense_attention
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.
 MOST_LOGITS = 8 << 20
@@ -226,7 +227,7 @@ def _prepared(
 
 def planning_work(planner: Callable[[AttentionInputs], Pattern], inputs: AttentionInputs) -> Work:
     """What a planner does for these inputs, its multiplications counted as it runs."""
-    from sparsiattn.attention.patterns import Ranked
+    from sparsiattn.attention.pattern import Ranked
     from sparsiattn.patching.dry_run import mac_counter
 
     with mac_counter() as counter:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsiattn.attention.derived import ComputedPattern
-from sparsiattn.attention.patterns import Dense, Lengths, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
 from sparsiattn.patching.dry_run import flop_counter

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.patterns import Dense, KeyLists, Pattern, scatter_true
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyLists
+from sparsiattn.attention.pattern import Dense, Pattern, scatter_true
 
 CHUNK = 1 << 22
 """Logits computed at a time: 16 MiB of float32."""

@@ -22,8 +22,9 @@ from sparsiattn.analysis.visualization.token_places import (
     stream_place,
     window_of,
 )
-from sparsiattn.attention.patterns import Dense
-from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Dense
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import THREAD
@@ -326,7 +327,9 @@ def _tokens(recorder: Recorder) -> tuple[BlockTokens, ...]:
     blocks = {runtime.index: runtime.block.name for runtime in recorder.patch.blocks}
     if recorder.spared:
         streams = {i: s for i, s in recorder.spared.items() if s is not None}
-        return tuple(_block(blocks[i], i, token_state, True) for i, token_state in sorted(streams.items()))
+        return tuple(
+            _block(blocks[i], i, token_state, True) for i, token_state in sorted(streams.items())
+        )
     carried = recorder.patch.carried
     if carried is None or not recorder.streams:
         return ()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.token_state import TokenState
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
@@ -59,7 +59,11 @@ def _carried(token_state: TokenState, prefix: int) -> TokenPlaces:
 
 def fused_tokens(token_state: TokenState) -> tuple[int, ...]:
     """The present patch tokens that are sums of dropped ones."""
-    return () if token_state.ids is None else tuple((token_state.ids[0] < 0).nonzero().flatten().tolist())
+    return (
+        ()
+        if token_state.ids is None
+        else tuple((token_state.ids[0] < 0).nonzero().flatten().tolist())
+    )
 
 
 def stream_place(token_state: TokenState) -> Tensor:

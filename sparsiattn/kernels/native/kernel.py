@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.background import CountedSummary, Summary
-from sparsiattn.attention.patterns import KeyBlocks, KeyLists, Pattern
-from sparsiattn.attention.site import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import Call, Work

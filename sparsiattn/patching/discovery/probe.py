@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.errors import ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.runtime.lifting import Trial, drop, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
-from sparsiattn.runtime.sdpa_intercept import dense_attention, install, pop, push
+from sparsiattn.runtime.sdpa_intercept import install, pop, push
 
 DryInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""

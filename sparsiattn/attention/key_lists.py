@@ -1,0 +1,111 @@
+"""Key lists: the patterns that sparse kernels compute, made of `Ranked` scores by the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.background import Summary
+from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.pattern import Pattern, scatter_true
+
+
+class KeyLists(Pattern):
+    """A list of keys for every tile of queries; prefix queries see every key.
+
+    Attributes:
+        index: ``[B|1, H|1, T, K]``, ids of the keys.
+        tiles: How patch queries are grouped; None where every patch query has its own list.
+        dense_rows: Number of leading prefix queries.
+    """
+
+    index: Tensor
+    tiles: Tiles | None
+    dense_rows: int
+
+    @property
+    def width(self) -> int:
+        """Keys of every list, K; summary keys not counted."""
+        return self.index.shape[-1]
+
+    def to_mask(self) -> Tensor:
+        rows = scatter_true(self.index, self.n_keys)
+        if self.tiles is not None:
+            rows = self.tiles.spread(rows)
+        if not self.dense_rows:
+            return rows
+        full = rows.new_ones(*rows.shape[:2], self.dense_rows, self.n_keys)
+        return torch.cat([full, rows], dim=-2)
+
+    def pairs(self) -> float:
+        keys = self.width + (self.summary.count if self.summary else 0)
+        patches = self.n_queries - self.dense_rows
+        return float(self.dense_rows * self.n_keys + patches * keys)
+
+    def summary_rows(self) -> Tensor | None:
+        if self.summary is None:
+            return None
+        bias = self.summary.bias
+        if self.tiles is not None and bias.shape[-2] != self.n_queries - self.dense_rows:
+            bias = self.tiles.spread(bias)
+        if not self.dense_rows:
+            return bias
+        # prefix queries see every key, so nothing stands for what they dropped
+        none = bias.new_full((*bias.shape[:2], self.dense_rows, bias.shape[-1]), float("-inf"))
+        return torch.cat([none, bias], dim=-2)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyIndex(KeyLists):
+    """Lists of single keys; see `KeyLists`."""
+
+    n_queries: int
+    n_keys: int
+    index: Tensor
+    tiles: Tiles | None = None
+    dense_rows: int = 0
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBlocks(KeyLists):
+    """Lists of key blocks, the layout of block-sparse kernels; see `KeyLists`.
+
+    Attributes:
+        chosen: ``[B|1, H|1, T, C]``, ids of blocks, best first.
+        blocks: The patch keys of every block, as compact tiles of their grid.
+        keys: Length of every list. It begins with the ``prefix`` leading keys, and the last block
+            that it reaches gives only as many keys as are still missing.
+        prefix: Leading keys that are in every list.
+    """
+
+    n_queries: int
+    n_keys: int
+    chosen: Tensor
+    blocks: Tiles
+    keys: int
+    prefix: int = 0
+    tiles: Tiles | None = None
+    dense_rows: int = 0
+    summary: Summary | None = None
+
+    @property
+    def width(self) -> int:
+        return self.keys
+
+    @property
+    def index(self) -> Tensor:  # type: ignore[override]
+        """Ids of the keys, ``[B|1, H|1, T, K]``: the prefix, then block by block."""
+        keys = self.blocks.order[self.chosen].flatten(-2) + self.prefix
+        if not self.blocks.even:
+            keys = keys.gather(-1, self._present())
+        keys = keys[..., : self.keys - self.prefix]
+        first = torch.arange(self.prefix, device=keys.device).expand(*keys.shape[:-1], -1)
+        return torch.cat([first, keys], dim=-1) if self.prefix else keys
+
+    def _present(self) -> Tensor:
+        """Places of the slots that hold a token, in order, before those that repeat one."""
+        absent = (self.blocks.weight == 0)[self.chosen].flatten(-2)
+        return absent.to(torch.uint8).argsort(dim=-1, stable=True)

@@ -1,0 +1,38 @@
+"""Dense attention as the host would run it, whatever stands in its place meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+_original: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+
+def original_attention() -> Callable[..., Tensor]:
+    """`F.scaled_dot_product_attention` as it was before this library replaced it."""
+    return _original
+
+
+def set_original_attention(function: Callable[..., Tensor]) -> None:
+    """Say which function this library's wrapper of SDPA stands in front of."""
+    global _original
+    _original = function
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    gqa: bool = False,
+) -> Tensor:
+    """The host's own attention; arguments as `F.scaled_dot_product_attention` takes them."""
+    # enable_gqa only where it is needed: replacements of SDPA often do not know it
+    extra = {"enable_gqa": True} if gqa else {}
+    return _original(q, k, v, mask, dropout, causal, scale=scale, **extra)
