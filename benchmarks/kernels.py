@@ -15,7 +15,7 @@ from common import paired, roof, write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels.cost import Call
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
@@ -52,7 +52,7 @@ def case(
 
     pattern = plan()
     kernel.warmup(inputs, pattern)
-    shape = Call.of(inputs)
+    shape = CallShape.of(inputs)
     # kernels that say their speed themselves count no work: at least the pairs are known
     work = kernel.work(inputs, pattern) or shape.attending(pattern.pairs() or 0.0)
     return {

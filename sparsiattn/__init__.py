@@ -42,23 +42,19 @@ from sparsiattn.errors import (
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.discovery.backbone import Backbone
+from sparsiattn.patching.handle import Patch, patch_of, unpatch
 from sparsiattn.patching.report import Report
 from sparsiattn.patching.sparsifiner import load_sparsifiner
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
-from sparsiattn.runtime.handle import Patch, patch_of, unpatch
 from sparsiattn.serialization.creating import create_model
 from sparsiattn.serialization.exporters import ExportResult, export
 from sparsiattn.serialization.hub import from_pretrained
-from sparsiattn.serialization.saving import load
+from sparsiattn.serialization.save import load
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
-from sparsiattn.strategies.token_base import (
-    LearnedTokenPlanner,
-    Reduction,
-    TokenInputs,
-    TokenStrategy,
-)
+from sparsiattn.strategies.reduction import Reduction
+from sparsiattn.strategies.token_base import LearnedTokenPlanner, TokenInputs, TokenStrategy
 from sparsiattn.testing.diagnosis import Diagnosis, doctor
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.training.evaluation import Evaluation, evaluate

@@ -5,8 +5,10 @@ Each leaf also inherits the built-in exception a caller expects: ``except ValueE
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class SparsiattnError(Exception):
@@ -83,3 +85,18 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:
     close = get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}")
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Say that a public name has another one now; the old one goes with the next minor version."""
+    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed_property(old: str, new: str) -> Any:
+    """A property that gives the attribute ``new`` under its old name, with a warning."""
+
+    def get(self: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)
+
+    return property(get, doc=f"The old name of ``{new}``.")

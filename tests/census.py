@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
-from sparsiattn.patching.discovery.probe import meta_copy
+from sparsiattn.patching.discovery.meta_model import meta_copy
 from sparsiattn.registry.registry import REGISTRY
 
 MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller
@@ -330,7 +330,7 @@ def _patched_faults(name: str, change: float, live: sparsiattn.Patch, keys: list
 
 
 def _saves(runtime: Any) -> bool:
-    return not runtime.idle(runtime.site.keys)
+    return not runtime.stays_dense(runtime.site.keys)
 
 
 def relative(out: Tensor, dense: Tensor) -> float:

@@ -106,7 +106,7 @@ class TestNames:
         torch.manual_seed(3)
         model = sparsiattn.create_model("vit_tiny_patch16_224", **SMALL)
         with sparsiattn.patch(model, "topk", k=7) as live:
-            live.merge_and_export(tmp_path)
+            live.save(tmp_path, include_model=True)
         again = sparsiattn.create_model(str(tmp_path))
         assert torch.equal(again.head.weight, model.head.weight)
         assert "random weights" not in run("profile", tmp_path, "--json").stderr

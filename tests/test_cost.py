@@ -18,7 +18,7 @@ from sparsiattn.attention.key_lists import KeyIndex
 from sparsiattn.attention.pattern import Lengths
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.choice_cache import ChoiceCache, describe
-from sparsiattn.kernels.cost import Call, Planning, Prices, Work
+from sparsiattn.kernels.cost import CallShape, Planning, Prices, Work
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
@@ -41,16 +41,16 @@ def call_of(tokens: int, **fields: Any) -> tuple[AttentionInputs, Pattern]:
 
 def test_work_of_dense_attention_by_hand() -> None:
     inputs, _ = call_of(1024)
-    assert Call.of(inputs).dense == Work(1.0, 6 * 1024**2 * 128, 6 * 1024**2, 0.0, 6 * 1024)
+    assert CallShape.of(inputs).dense == Work(1.0, 6 * 1024**2 * 128, 6 * 1024**2, 0.0, 6 * 1024)
 
 
 def test_gather_pays_for_kept_pairs_and_sdpa_for_all() -> None:
     inputs, pattern = call_of(4096, k=0.25)
     gather, masked = Gather().work(inputs, pattern), MaskedSDPA().work(inputs, pattern)
-    assert masked.macs == Call.of(inputs).dense.macs
+    assert masked.macs == CallShape.of(inputs).dense.macs
     assert gather.macs == masked.macs / 4
     assert gather.bytes == 6 * (64 * 1024 + 4096) * 128 * 4
-    assert MaskedSDPA().work(inputs, Pattern.dense(4096, 4096)) == Call.of(inputs).dense
+    assert MaskedSDPA().work(inputs, Pattern.dense(4096, 4096)) == CallShape.of(inputs).dense
 
 
 def test_prefix_queries_and_summary_keys_are_paid() -> None:
@@ -76,7 +76,7 @@ def test_ragged_batches_pay_for_each_image() -> None:
 def test_speed_is_a_positive_number_on_every_device(kernel: Kernel, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         inputs, pattern = call_of(1024)
-        shape = replace(Call.of(inputs), dtype=dtype, device=torch.device(device, 0))
+        shape = replace(CallShape.of(inputs), dtype=dtype, device=torch.device(device, 0))
         work = kernel.work(inputs, pattern)
         assert work is not None
         usual = cost.shipped(shape.device, dtype)

@@ -188,7 +188,7 @@ def test_sites_identity_change_and_undo(family: str) -> None:
         dense = model(x)
         with patched(model, family, k=1.0) as live:
             assert relative(model(x), dense) <= 1e-5
-            found = {site.name: site for site in live.found}
+            found = {site.name: site for site in live.model_sites}
             left = dict(live.skipped)
         live = patched(model, family, k=0.25)
         assert relative(model(x), dense) > 1e-5
@@ -219,17 +219,17 @@ def test_channels_are_told_from_tokens_also_where_shapes_agree(tokens: int) -> N
     """16 channels a head, and 9, 16 or 25 tokens: in windows, and over all of them."""
     model = zoo._davit(window_size=tokens).eval()
     live = sparsiattn.patch(model, "topk", input=(1, 3, 4 * tokens, 4 * tokens), sites="stages.0.*")
-    names = [site.name for site in live.found if site.name.startswith("stages.0")]
+    names = [site.name for site in live.model_sites if site.name.startswith("stages.0")]
     assert names == ["stages.0.blocks.0.0.attn"]
-    assert live.found[0].tokens == tokens**2
+    assert live.model_sites[0].tokens == tokens**2
     assert ("stages.0.blocks.0.1.attn", "attention over channels, not over tokens") in live.skipped
 
 
 def test_one_call_for_each_head_and_one_head_of_keys() -> None:
     with patched(zoo.build("efficientvit_msra"), "efficientvit_msra") as live:
-        assert [(site.calls, site.heads) for site in live.found] == [(2, 1), (2, 1)]
+        assert [(site.calls, site.heads) for site in live.model_sites] == [(2, 1), (2, 1)]
     with patched(zoo.build("mobilenetv4"), "mobilenetv4") as live:
-        assert live.found[0].heads == 4
+        assert live.model_sites[0].heads == 4
 
 
 def reached(module: nn.Module, x: Tensor, query: tuple[int, ...], at: tuple[int, ...]) -> bool:

@@ -38,7 +38,7 @@ def assert_is_what_patches_report(model: nn.Module, names: list[str], **given: A
                 sparsiattn.patch(model, saving.name, only_if_faster=False, **given)
             continue
         with sparsiattn.patch(model, saving.name, only_if_faster=False, **given) as live:
-            report, sites = live.report(), live.found
+            report, sites = live.report(), live.model_sites
         assert report.macs is not None
         assert found.macs == report.macs_dense
         assert found.mhsa_macs == report.mhsa_macs_dense

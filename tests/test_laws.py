@@ -40,7 +40,7 @@ class TestEveryFamily:
             assert not torch.equal(model(x), dense)
             with live.disabled():
                 assert torch.equal(model(x), dense)
-            assert all(runtime.last is not None for runtime in live.runtimes)
+            assert all(runtime.last_choice is not None for runtime in live.runtimes)
             live.unpatch()
             assert torch.equal(model(x), dense)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

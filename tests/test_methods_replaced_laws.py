@@ -19,7 +19,7 @@ from sparsiattn.methods.hypergraph import Hypergraph
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.thread_state import MODEL_CALL
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
@@ -134,7 +134,7 @@ class TestForwardPasses:
             dense = model(x)
             live = sparsiattn.patch(model, strategy)
             right = model(x)
-            assert THREAD.notes is None
+            assert MODEL_CALL.cross_layer is None
             broken = model.blocks[1].mlp.register_forward_pre_hook(fail)
             with pytest.raises(ZeroDivisionError):
                 model(x.flip(0))
@@ -203,7 +203,7 @@ def test_compile_and_export(strategy: Strategy) -> None:
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), exact)
-        assert THREAD.notes is None
+        assert MODEL_CALL.cross_layer is None
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), exact)
     torch.compiler.reset()
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
 from sparsiattn.attention.pattern import Lengths
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.thread_state import MODEL_CALL
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
 
@@ -229,7 +229,7 @@ def test_the_model_is_left_as_found(patched: bool) -> None:
     live = sparsiattn.patch(model, "local", k=0.25, input=(1, 3, 32, 32)) if patched else None
     model(x).sum().backward()
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    source = None if live is None else (live.carried, live.image)
+    source = None if live is None else (live.last_pass, live.image)
     before, random = copy.copy(state_of(model)), torch.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(True)
     profile(model, hosts.images(1))
@@ -237,8 +237,8 @@ def test_the_model_is_left_as_found(patched: bool) -> None:
     assert state_of(model) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
-    assert THREAD.meter is None
-    assert live is None or (live.carried, live.image) == source
+    assert MODEL_CALL.meter is None
+    assert live is None or (live.last_pass, live.image) == source
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         assert (grad is None) == (parameter.grad is None)
         assert grad is None or torch.equal(grad, parameter.grad)
@@ -286,7 +286,7 @@ def test_wrong_inputs(given: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         profile(model, given)
     assert state_of(model) == before
-    assert THREAD.meter is None
+    assert MODEL_CALL.meter is None
 
 
 def test_a_fault_in_the_middle_leaves_no_hook() -> None:
@@ -297,7 +297,7 @@ def test_a_fault_in_the_middle_leaves_no_hook() -> None:
         with pytest.raises(InvalidOption, match="no such thing"):
             profile(model, zoo.images(model))
         assert state_of(model) == before
-    assert THREAD.meter is None
+    assert MODEL_CALL.meter is None
 
 
 def test_wrong_options() -> None:

@@ -14,7 +14,7 @@ from timm import models
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.patching.apply import backbone_of
+from sparsiattn.patching.discovery.backbone import backbone_of
 
 CLASSES = {
     "deit_distilled": 2,

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsiattn.patching.discovery.meta_cache import recalling
-from sparsiattn.patching.discovery.probe import meta_copy, run_dry
-from sparsiattn.patching.dry_run import mac_counter
+from sparsiattn.patching.discovery.meta_model import meta_copy, run_dry
+from sparsiattn.patching.flop_counter import mac_counter
 from sparsiattn.testing.hosts import tiny_vit
 
 

@@ -59,12 +59,12 @@ def test_a_kill_at_any_moment(
         folder = tmp_path / str(step)
         if first != "nothing":
             with patch(model, "connectivity", k=3) as live:
-                live.merge_and_export(folder) if first == "whole" else live.save(folder)
+                live.save(folder, include_model=True) if first == "whole" else live.save(folder)
         with patch(model, "connectivity", k=5) as live, monkeypatch.context() as m:
             live.runtimes[0].planner.own.data.add_(1)
             _stop_at(step, m)
             try:
-                live.merge_and_export(folder) if whole else live.save(folder)
+                live.save(folder, include_model=True) if whole else live.save(folder)
                 done = True
             except Killed:
                 done = False
@@ -111,7 +111,7 @@ def test_kill_9_during_saves(tmp_path: Path) -> None:
         "n = 0\n"
         "while True:\n"
         "    n += 1\n"
-        "    live.merge_and_export(sys.argv[1]) if n % 2 else live.save(sys.argv[1])\n"
+        "    live.save(sys.argv[1], include_model=True) if n % 2 else live.save(sys.argv[1])\n"
         "    print(n, flush=True)\n"
     )
     here = Path(__file__).parent
@@ -134,7 +134,7 @@ class TestDamage:
     @pytest.fixture
     def saved(self, model: nn.Module, tmp_path: Path) -> Path:
         with patch(model, "connectivity", k=5) as live:
-            return live.merge_and_export(tmp_path / "saved")
+            return live.save(tmp_path / "saved", include_model=True)
 
     @pytest.mark.parametrize("name", [WEIGHTS, HOST])
     def test_a_flipped_bit(self, model: nn.Module, saved: Path, name: str) -> None:
@@ -234,7 +234,7 @@ def test_a_whole_checkpoint_stands_alone(kind: str, tmp_path: Path) -> None:
     x = torch.randn(2, 1 if kind == "timm" else 3, sides, sides)
     with torch.no_grad(), patch(model, "connectivity", k=0.25) as live:
         wanted = _logits(model(x))
-        live.merge_and_export(tmp_path)
+        live.save(tmp_path, include_model=True)
     again = sparsiattn.from_pretrained(tmp_path)
     assert again.model is not model
     with torch.no_grad():

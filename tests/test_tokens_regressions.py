@@ -103,7 +103,7 @@ def test_hybrid_attends_sparsely_while_learned_scores_train() -> None:
     tokens = {"name": "token_drop", "version": 1, "options": {"score": "learned", "layers": [0]}}
     live = sparsiattn.patch(model, "hybrid", k=0.2, tokens=tokens, only_if_faster=False)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert all(runtime.last is not None for runtime in live.runtimes)
+    assert all(runtime.last_choice is not None for runtime in live.runtimes)
     planner: Any = live.blocks[0].planner
     assert torch.isfinite(planner.decide[0].weight.grad).all()
 

@@ -22,7 +22,7 @@ from training_help import (
 
 import sparsiattn
 from sparsiattn import InvalidOption
-from sparsiattn.runtime.handle import unpatch
+from sparsiattn.patching.handle import unpatch
 from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import losses as losses_module

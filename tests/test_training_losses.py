@@ -10,7 +10,7 @@ from training_help import batches, losses, one_stage, patched, state
 
 import sparsiattn
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.runtime.handle import unpatch
+from sparsiattn.patching.handle import unpatch
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training import Stage, train
 from sparsiattn.training.losses import Objective, final_norm, kl_loss, label_loss, token_loss
@@ -110,7 +110,7 @@ def test_a_policy_counts_only_tokens_that_are_kept() -> None:
     assert live is not None
     model.train()
     model(images)
-    policy = live.carried[0].policy.detach()
+    policy = live.last_pass[0].policy.detach()
     assert 0 < policy.sum() < policy.numel()
     tokens, targets = torch.randn(2, 3, 65, 48).unbind(0)
     errors = (tokens - targets).square().mean(-1)[:, 1:]

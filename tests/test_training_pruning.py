@@ -13,7 +13,7 @@ from training_help import batches, losses, one_stage, patched, state
 
 import sparsiattn
 from sparsiattn import InvalidOption
-from sparsiattn.runtime.handle import unpatch
+from sparsiattn.patching.handle import unpatch
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training.losses import Objective

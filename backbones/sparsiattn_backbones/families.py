@@ -9,7 +9,7 @@ from torch import nn
 from sparsiattn import Backbone
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.patching.discovery.backbone import Pooling
-from sparsiattn.patching.discovery.probe import Call
+from sparsiattn.patching.discovery.probe import AttentionCall
 
 POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
 
@@ -68,7 +68,7 @@ class Swin(Backbone):
             return _lacks(model, stages, "patch_embed")
         return ["no module has relative positions of windows (" + ", ".join(tables) + ")"]
 
-    def prefix_tokens(self, call: Call) -> int:
+    def prefix_tokens(self, call: AttentionCall) -> int:
         return 0
 
     def class_tokens(self, model: nn.Module) -> int:
@@ -77,7 +77,7 @@ class Swin(Backbone):
     def pooling(self, model: nn.Module) -> Pooling:
         return _head_pooling(model)
 
-    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+    def grid(self, call: AttentionCall, n: int, aspect: float) -> Grid:
         window: Any = call.module.window_size
         rows, columns = window
         return (rows, columns) if rows * columns == n else super().grid(call, n, aspect)
@@ -93,7 +93,7 @@ class Sam(Backbone):
             return _lacks(model, "blocks", "patch_embed", "neck")
         return ["no module has a rel_pos_h"]
 
-    def prefix_tokens(self, call: Call) -> int:
+    def prefix_tokens(self, call: AttentionCall) -> int:
         return 0
 
     def class_tokens(self, model: nn.Module) -> int:
@@ -114,7 +114,7 @@ class Hiera(Backbone):
         tokens: Any = model.tokens_spatial_shape
         return (1, proj.in_channels, *(n * s for n, s in zip(tokens, proj.stride, strict=True)))
 
-    def prefix_tokens(self, call: Call) -> int:
+    def prefix_tokens(self, call: AttentionCall) -> int:
         return 0
 
     def class_tokens(self, model: nn.Module) -> int:
@@ -123,10 +123,10 @@ class Hiera(Backbone):
     def pooling(self, model: nn.Module) -> Pooling:
         return _head_pooling(model)
 
-    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+    def grid(self, call: AttentionCall, n: int, aspect: float) -> Grid:
         return 1, n
 
-    def is_raster_order(self, call: Call) -> bool:
+    def is_raster_order(self, call: AttentionCall) -> bool:
         return False
 
 

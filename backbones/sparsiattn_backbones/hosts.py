@@ -19,8 +19,10 @@ from sparsiattn import Backbone
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.patching.discovery.backbone import AttributeOverride, Pooling
-from sparsiattn.patching.discovery.probe import Call, DryInputs, image_inputs
+from sparsiattn.patching.discovery.backbone import Pooling
+from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
+from sparsiattn.patching.discovery.probe import AttentionCall
+from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn_backbones.families import sole_part
 from sparsiattn_backbones.stems import (
     along_time,
@@ -67,7 +69,7 @@ class _Host(Backbone):
         layer = cubes(found) or convolution(found)
         return 3 if layer is None else layer.in_channels
 
-    def prefix_tokens(self, call: Call) -> int:
+    def prefix_tokens(self, call: AttentionCall) -> int:
         stem = stem_of(call)
         return 0 if stem is None else prefix_rows(stem)
 
@@ -121,7 +123,7 @@ class HuggingFace(_Host):
         ]
         return super().attribute_overrides(model) + own + silent
 
-    def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+    def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
         stem: Any = self.stem(model)
         if not takes_patches(stem) or len(shape) != 4:
             args, kwargs = image_inputs(model, shape)
@@ -141,7 +143,7 @@ class HuggingFace(_Host):
             return super().channels(model)
         return int(stem.patch_embedding.in_features // stem.patch_size**2)
 
-    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+    def grid(self, call: AttentionCall, n: int, aspect: float) -> Grid:
         stem = stem_of(call)
         if not self.is_raster_order(call) or along_time(call):
             return 1, n
@@ -149,23 +151,23 @@ class HuggingFace(_Host):
         rows, columns = super().grid(call, n // time, aspect)
         return rows * time, columns  # the frames of a video one below the other
 
-    def is_raster_order(self, call: Call) -> bool:
+    def is_raster_order(self, call: AttentionCall) -> bool:
         return in_raster_order(call, stem_of(call))
 
-    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+    def bias(self, call: AttentionCall) -> Literal["none", "bias", "mask"]:
         found = super().bias(call)
         if call.mask is None or call.mask[0] != 1 or call.mask_dtype == torch.bool:
             return found  # Swin's shifted windows forbid keys
         return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else found
 
     def sites(
-        self, calls: Iterable[Call], aspect: float, named: Collection[str] = ()
+        self, calls: Iterable[AttentionCall], aspect: float, named: Collection[str] = ()
     ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
         seen = list(calls)
         found, left = super().sites(seen, aspect, named)
         return found, left + [(name, UNSEEN) for name in _unseen(seen)]
 
-    def _site(self, call: Call, layout: Layout, aspect: float) -> Site:
+    def _site(self, call: AttentionCall, layout: Layout, aspect: float) -> Site:
         site, stem = super()._site(call, layout, aspect), stem_of(call)
         if stem is None or not per_frame(call, stem, site.windows):
             return site
@@ -212,7 +214,7 @@ def _predicts(model: nn.Module) -> bool:
 UNSEEN = "part of a predictor that reads the values of its masks, which a dry run does not have"
 
 
-def _unseen(calls: list[Call]) -> list[str]:
+def _unseen(calls: list[AttentionCall]) -> list[str]:
     """Attention modules of a predictor that the dry run skips."""
     root = calls[0].parents[0] if calls and calls[0].parents else None
     if root is None or not _predicts(root):

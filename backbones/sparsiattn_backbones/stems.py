@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsiattn.patching.discovery.backbone import count_class_tokens
-from sparsiattn.patching.discovery.probe import Call
+from sparsiattn.patching.discovery.probe import AttentionCall
 
 EMBEDDINGS = ("patch_embeddings", "patch_embedding", "patch_embed")
 PATCHERS = (*EMBEDDINGS, "conv_proj", "conv1")
@@ -45,7 +45,7 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
     return module.children() if isinstance(module, nn.ModuleList) else iter(())
 
 
-def stem_of(call: Call) -> nn.Module | None:
+def stem_of(call: AttentionCall) -> nn.Module | None:
     """The stem of the tower (or stage) that a call is in: of its closest parent that is one or
     holds one."""
     for parent in reversed(call.parents):
@@ -59,7 +59,7 @@ def stem_of(call: Call) -> nn.Module | None:
     return None
 
 
-def _of_stage(stem: nn.Module, call: Call) -> nn.Module:
+def _of_stage(stem: nn.Module, call: AttentionCall) -> nn.Module:
     """The layer that makes the tokens of this call's stage, where a stem has one for each (PVT)."""
     layers: Any = getattr(stem, "patch_embeddings", None)
     if not isinstance(layers, nn.ModuleList):
@@ -113,7 +113,7 @@ def packs(stem: nn.Module) -> bool:
     return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
 
 
-def in_raster_order(call: Call, stem: nn.Module | None) -> bool:
+def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
     """Whether nothing but the patches of the image, in their order, follows the prefix."""
     if any(call.nearest(name) is not None for name in UNORDERED):
         return False
@@ -140,14 +140,14 @@ def steps(stem: nn.Module, config: Any) -> int:
     return 1 if count is None or layer is None else count // layer.stride[0]
 
 
-def along_time(call: Call) -> bool:
+def along_time(call: AttentionCall) -> bool:
     """Whether a sequence is one place in all frames (TimeSformer)."""
     inside = (call.module, *call.parents)
     timed = (getattr(parent, "temporal_attention", None) for parent in call.parents)
     return any(module is found for found in timed if found is not None for module in inside)
 
 
-def per_frame(call: Call, stem: nn.Module, sequences: int) -> bool:
+def per_frame(call: AttentionCall, stem: nn.Module, sequences: int) -> bool:
     """Whether every sequence is one frame with class tokens of its own (TimeSformer)."""
     spatial = call.nearest("temporal_attention") is not None and not along_time(call)
     return spatial and sequences > 1 and sequences == frames(stem, call.nearest("config"))

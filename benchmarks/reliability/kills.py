@@ -118,7 +118,7 @@ def _save_forever(folder: str, pipe: Any) -> None:
     pipe.send("started")
     for turn in range(10**9):
         weight.data.fill_(turn)
-        live.merge_and_export(folder) if turn % 2 else live.save(folder)
+        live.save(folder, include_model=True) if turn % 2 else live.save(folder)
 
 
 def _saving(context: Any, kills: int, draw: random.Random) -> dict[str, Any]:

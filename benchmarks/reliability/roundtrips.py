@@ -53,7 +53,7 @@ def judge(trip: Trip, tally: Tally) -> str:
             return tally.documented(error)
         with live:
             wanted = model(x)
-            live.merge_and_export(folder) if trip.whole else live.save(folder)
+            live.save(folder, include_model=True) if trip.whole else live.save(folder)
         saved = json.loads((Path(folder) / "sparsiattn.json").read_text())["strategy"]
         _damage(Path(folder), trip)
         other = {"other host": Host(depth=1), "other class": Host(family="swin")}

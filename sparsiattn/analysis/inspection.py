@@ -13,12 +13,14 @@ from torch import nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.patching.apply import ModelSurvey, live_patches, planned, survey
-from sparsiattn.patching.discovery.probe import meta_copy
+from sparsiattn.patching.apply import planned
+from sparsiattn.patching.discovery.meta_model import meta_copy
+from sparsiattn.patching.handle import MARK, Patch
 from sparsiattn.patching.report import Report, SiteReport, aligned, dense_macs, macs_text, report
+from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.registry.registry import METHODS, REGISTRY
-from sparsiattn.runtime.handle import MARK, Patch, unwrap
 from sparsiattn.runtime.multihead import swap_back
+from sparsiattn.runtime.patch_state import live_patches, unwrap
 from sparsiattn.runtime.restore import unwatch
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.config import Config
@@ -197,7 +199,7 @@ def inspect(
         backbone=seen.backbone.name,
         input_shape=seen.shape,
         macs=total,
-        sites=tuple(_site(site, total, by_site) for site, _ in seen.found),
+        sites=tuple(_site(site, total, by_site) for site, _ in seen.sites),
         skipped=tuple(seen.skipped),
         strategies=tuple(_saving(kind, tried[kind.name], total) for kind in kinds),
         patched=", ".join(map(repr, live)),
@@ -235,7 +237,7 @@ def _tried(
     kind: type[Config], meta_model: nn.Module, example: Any, seen: ModelSurvey, total: int
 ) -> Report | str:
     """The report of a patch that is never attached, or why there can be none."""
-    if not seen.found:
+    if not seen.sites:
         return NO_SITES
     try:
         return report(planned(meta_model, kind.build({}), example, seen), total)

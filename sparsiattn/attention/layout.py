@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 
@@ -125,47 +126,81 @@ def patch_grid(known: Grid, n: int, site: Site, image: Grid | None) -> Grid:
     return geometry.infer_grid(n, shape[0] / shape[1])
 
 
+@dataclass(frozen=True, eq=False)
+class HostCall:
+    """Arguments of one call of scaled dot product attention, as the host laid them out.
+
+    Attributes:
+        q: Queries, in one of `FORMS`.
+        k: Keys.
+        v: Values.
+        mask: Boolean or additive mask; None without.
+        dropout: Probability of dropping an attention weight.
+        causal: Whether the lower triangle alone is attended to.
+        scale: Factor of QK^T; None for the root of the head dimension.
+        gqa: Whether queries share key heads (``enable_gqa``).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    gqa: bool = False
+
+    def dense(self) -> Tensor:
+        """What the host's own attention returns."""
+        operands = self.q, self.k, self.v, self.mask, self.dropout, self.causal
+        return dense_attention(*operands, scale=self.scale, gqa=self.gqa)
+
+
 def canonical(
     site: Site,
     layout: Layout,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+    call: HostCall,
     image: Grid | None,
     *,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    causal: bool = False,
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
     block_for: Callable[[int], Tile] = lambda keys: 1,
     window: object = None,
     token_state: TokenState | None = None,
 ) -> AttentionInputs:
-    """The host's arguments of one attention call as `AttentionInputs`."""
-    dtype = autocast_dtype(q)
+    """The host's arguments of one attention call as `AttentionInputs`.
+
+    Args:
+        site: The call's site.
+        layout: How its host lays out operands.
+        call: The host's arguments.
+        image: Height and width of the present image in patches, up to a common factor.
+        tile_for: Queries that share their keys, by number of queries.
+        block_for: Keys that are chosen together, by number of keys.
+        window: The host's window at this call's resolution, if it has one.
+        token_state: Which tokens are left.
+    """
+    q, k, mask, dtype = call.q, call.k, call.mask, autocast_dtype(call.q)
     heads_q = autocast_to(layout.fold(q), dtype)
     heads = heads_q.shape[1]
-    heads_k, heads_v = (autocast_to(share_heads(layout.fold(x), heads), dtype) for x in (k, v))
-    if causal:
+    heads_k, heads_v = (autocast_to(share_heads(layout.fold(x), heads), dtype) for x in (k, call.v))
+    if call.causal:
         mask = causal_mask(mask, q, k)
-    bias = None if mask is None else layout.fold_mask(mask, q)
-    tokens = heads_q.shape[-2]
+    tokens, keys = heads_q.shape[-2], heads_k.shape[-2]
     if token_state is None or not token_state.reduced:
-        query_grid, key_grid = grids(site, tokens, heads_k.shape[-2], image, window)
+        query_grid, key_grid = grids(site, tokens, keys, image, window)
     else:  # what is left of the grid is a run of tokens
         query_grid = key_grid = (1, tokens - site.prefix_tokens)
     return AttentionInputs(
         heads_q,
         heads_k,
         heads_v,
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        bias,
+        q.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        None if mask is None else layout.fold_mask(mask, q),
         site,
-        dropout=dropout,
+        dropout=call.dropout,
         query_grid=query_grid,
         key_grid=key_grid,
         tile=tile_for(tokens),
-        block=block_for(heads_k.shape[-2]),
+        block=block_for(keys),
         token_state=token_state,
     )

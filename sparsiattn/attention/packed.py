@@ -15,25 +15,28 @@ from sparsiattn.errors import InvalidOption
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
-    """A batch as one sequence ``[1, sum N_i, C]``, one `TokenState` for each image.
+    """A batch as one sequence ``[1, sum N_i, C]``.
 
-    lengths: tokens of each image, prefix included.
+    Attributes:
+        states: The token state of each image.
+        lengths: Tokens of each image, prefix included.
+        layer: As in `TokenState`, and so are ``sequence``, ``returned`` and ``last``.
     """
 
-    streams: tuple[TokenState, ...]
+    states: tuple[TokenState, ...]
     lengths: tuple[int, ...]
     layer: int = 0
-    short: Tensor | None = None
-    given: Tensor | None = None
+    sequence: Tensor | None = None
+    returned: Tensor | None = None
     last: Tensor | None = None
 
     @property
     def owner(self) -> int:
-        return self.streams[0].owner
+        return self.states[0].owner
 
     @property
     def prefix(self) -> int:
-        return self.streams[0].prefix
+        return self.states[0].prefix
 
     @property
     def reduced(self) -> bool:
@@ -41,8 +44,8 @@ class PackedTokens:
 
     def bare(self) -> PackedTokens:
         """Without the activations."""
-        streams = tuple(token_state.bare() for token_state in self.streams)
-        return replace(self, streams=streams, short=None, given=None, last=None)
+        states = tuple(state.bare() for state in self.states)
+        return replace(self, states=states, sequence=None, returned=None, last=None)
 
     def slices(self) -> list[slice]:
         """Where each image lies in the packed sequence."""
@@ -51,13 +54,13 @@ class PackedTokens:
 
     def parts(self, x: Tensor, attention: Any) -> Iterator[tuple[TokenState, Tensor, Any]]:
         """Each image's stream, tokens ``[1, N_i, C]`` and `AttentionInputs`."""
-        for i, (token_state, where) in enumerate(zip(self.streams, self.slices(), strict=True)):
-            yield token_state, x[:, where], None if attention is None else attention[i]
+        for i, (state, where) in enumerate(zip(self.states, self.slices(), strict=True)):
+            yield state, x[:, where], None if attention is None else attention[i]
 
     def fit_side(self, table: Tensor) -> Tensor:
         """Nothing to cut, or an error: hosts split the prefix off once, not once for each image,
         so a position table cannot be laid over packed images."""
-        if self.streams[0].is_side(table):
+        if self.states[0].is_side(table):
             raise InvalidOption(
                 f"adaptive counts need blocks without position tables, and this model's take one "
                 f"of shape {tuple(table.shape)} (RoPE): use a fixed keep, e.g. keep=0.7"
@@ -66,15 +69,15 @@ class PackedTokens:
 
     def whole_sequence(self, x: Tensor, how: str) -> Tensor:
         """``[B, N0, C]``: every image with its original positions."""
-        rows = [one.whole_sequence(part, how) for one, part, _ in self.parts(x, None)]
+        rows = [state.whole_sequence(part, how) for state, part, _ in self.parts(x, None)]
         return torch.cat(rows)
 
 
 def pack(parts: Sequence[tuple[TokenState, Tensor]]) -> tuple[PackedTokens, Tensor]:
     """Images ``[1, N_i, C]`` one after the other."""
-    streams = tuple(token_state for token_state, _ in parts)
+    states = tuple(state for state, _ in parts)
     lengths = tuple(x.shape[1] for _, x in parts)
-    return PackedTokens(streams, lengths), torch.cat([x for _, x in parts], dim=1)
+    return PackedTokens(states, lengths), torch.cat([x for _, x in parts], dim=1)
 
 
 def unpack(x: Tensor, packed: PackedTokens) -> Tensor:
@@ -90,7 +93,7 @@ def unpack(x: Tensor, packed: PackedTokens) -> Tensor:
 def source(carried: TokenState | PackedTokens, batch: int) -> Tensor:
     """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
     if isinstance(carried, PackedTokens):
-        return torch.cat([source(one, 1) for one in carried.streams])
+        return torch.cat([source(state, 1) for state in carried.states])
     if not carried.steps:
         whole = carried.prefix + carried.whole
         return torch.arange(whole).expand(batch, -1)

@@ -16,10 +16,18 @@ Unfold = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ReductionStep:
-    """One reduction. index: ``[B, m]``, the token of the step before that each token stands for;
-    a fused one is written ``-1 - index``. assign: ``[B, n]``, where each earlier token went, -1 if
-    dropped; None where ``index`` tells. before: n. fused: whether any token is a fused one.
-    unfold: ``[B, m, C]`` to ``[B, n, C]``, where a token is not simply given that of ``assign``."""
+    """The record of one reduction from ``n`` to ``m`` patch tokens.
+
+    Attributes:
+        index: ``[B, m]``, the token of the step before that each token stands for; a fused one is
+            written ``-1 - index``.
+        assign: ``[B, n]``, where each earlier token went, -1 if dropped; None where ``index``
+            tells.
+        before: n.
+        fused: Whether any token is a fused one.
+        unfold: ``[B, m, C]`` to ``[B, n, C]``, where an earlier token does not simply get the
+            value of the token that ``assign`` names.
+    """
 
     index: Tensor
     assign: Assign
@@ -47,13 +55,20 @@ class ReductionStep:
 class TokenState:
     """The patch tokens of one forward pass; prefix tokens come before them and are not counted.
 
-    owner: key of the patch. prefix: number of prefix tokens. grid: of all patch tokens at this
-    resolution. layer: the block that comes next. ids: ``[B, n]``, the original patch each token
-    stands for (a fused one is written ``-1 - id``), None while all are there. size: ``[B, n]``,
-    patches merged into each, None if one each. steps: the reductions so far. policy: ``[B, n]``,
-    tokens kept while a learned score trains (1 or 0, with gradient). last: ``[B, n0, C]``, every
-    original token's last value, kept where original positions will be asked for. short, given: the
-    sequence carried on, and the one with original positions that the host was handed instead.
+    Attributes:
+        owner: Key of the patch.
+        prefix: Number of prefix tokens.
+        grid: Rows and columns of all patch tokens at this resolution.
+        layer: The block that comes next.
+        ids: ``[B, n]``, the original patch each token stands for (a fused one is written
+            ``-1 - id``); None while all are there.
+        size: ``[B, n]``, patches merged into each token; None if one each.
+        steps: The reductions so far.
+        policy: ``[B, n]``, tokens kept while a learned score trains (1 or 0, with gradient).
+        last: ``[B, n0, C]``, every original token's last value, kept where original positions
+            will be needed.
+        sequence: The short sequence that is carried on, where the host was handed another one.
+        returned: What the host was handed after the last block.
     """
 
     owner: int
@@ -65,8 +80,8 @@ class TokenState:
     steps: tuple[ReductionStep, ...] = ()
     policy: Tensor | None = None
     last: Tensor | None = None
-    short: Tensor | None = None
-    given: Tensor | None = None
+    sequence: Tensor | None = None
+    returned: Tensor | None = None
 
     @property
     def whole(self) -> int:
@@ -78,12 +93,12 @@ class TokenState:
         return len(self.steps) > 0  # bool() of a tuple is nothing that Dynamo of torch 2.10 traces
 
     def bare(self) -> TokenState:
-        """Without the activations: enough to say what became of every token."""
+        """The same without activations: enough to say what became of every token."""
         steps = tuple(replace(step, unfold=None) for step in self.steps)
-        return replace(self, short=None, given=None, last=None, steps=steps)
+        return replace(self, sequence=None, returned=None, last=None, steps=steps)
 
     def advance(self, step: ReductionStep, size: Tensor | None = None) -> TokenState:
-        """The stream after a reduction; ``size`` ``[B, m]`` where that changed sizes."""
+        """The state after a reduction; ``size`` ``[B, m]`` where that changed sizes."""
         index = unsigned(step.index) if step.fused else step.index
         ids = index if self.ids is None else self.ids.gather(1, index)
         if step.fused:
@@ -189,13 +204,12 @@ class TokenState:
             return x
         place = self.source()
         if how == "scatter":
-            own = self.ids.gather(1, place.clamp_min(0))
+            stands_for = self.ids.gather(1, place.clamp_min(0))
             itself = torch.arange(self.whole, device=place.device)
-            place = torch.where(own == itself, place, -1)
-        found = self._unfolded(x, place, how)
-        if self.last is None:
-            return torch.where(place[..., None] >= 0, found, 0.0)
-        return torch.where(place[..., None] >= 0, found, self.last.to(x.dtype))
+            place = torch.where(stands_for == itself, place, -1)
+        values = self._unfolded(x, place, how)
+        rest = 0.0 if self.last is None else self.last.to(x.dtype)
+        return torch.where(place[..., None] >= 0, values, rest)
 
     def _unfolded(self, x: Tensor, place: Tensor, how: str) -> Tensor:
         if how == "unfold" and any(step.unfold for step in self.steps):

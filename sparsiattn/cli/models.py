@@ -82,7 +82,7 @@ def load_weights(model: Any, path: Path) -> None:
 
     Of a checkpoint with the planners of a patch an unpatched model takes the rest.
     """
-    from sparsiattn.runtime.handle import patch_of
+    from sparsiattn.patching.handle import patch_of
 
     state, patched = _read(path), patch_of(model) is not None
     weights = state if patched else {n: t for n, t in state.items() if not is_planner(n)}
@@ -128,7 +128,7 @@ def noise(model: Any, size: int | None, batch: int) -> Any:
 
 def image_shape(model: Any, size: int | None) -> tuple[int, ...]:
     """Of one image: the pixels asked for, else those the model is built for."""
-    from sparsiattn.patching.apply import backbone_of
+    from sparsiattn.patching.discovery.backbone import backbone_of
 
     shape = backbone_of(model).input_shape(model)
     if shape is None and size is None:

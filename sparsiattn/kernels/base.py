@@ -12,7 +12,7 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import ComputedPattern, Pattern
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels import cost
-from sparsiattn.kernels.cost import Call, Planning, Work
+from sparsiattn.kernels.cost import CallShape, Planning, Work
 
 
 class Kernel:
@@ -83,7 +83,7 @@ class Kernel:
         work = self.work(inputs, pattern)
         if work is None:
             raise NotImplementedError(f"{type(self).__name__} must override work() or speed()")
-        return cost.speed(self.name, work, Call.of(inputs))
+        return cost.speed(self.name, work, CallShape.of(inputs))
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         """Attention over the pattern's pairs, ``[B, H, Nq, Dv]``; a row without a key is zero."""
@@ -102,7 +102,7 @@ class Choice:
     refusals: tuple[tuple[str, tuple[str, ...]], ...]
     speed: float
     planning: float = 0.0
-    call: Call | None = None
+    call: CallShape | None = None
 
     @property
     def expected(self) -> float:
@@ -168,7 +168,7 @@ def choose(
             best, fastest = kernel, speed
     if best is None:
         raise KernelRefused(_refused(inputs, pattern, refused, explicit))
-    return Choice(best, tuple(refused), fastest, call=Call.of(inputs))
+    return Choice(best, tuple(refused), fastest, call=CallShape.of(inputs))
 
 
 def _beats(kernel: Kernel, speed: float, best: Kernel, fastest: float) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.kernels import tuning_cache as tuningfile
 
 # Names under which dense attention and planning are priced, beside those of the kernels.
@@ -53,7 +54,7 @@ class Planning:
     def at(self, batch: int) -> Work:
         return self.work.times(batch / self.batch) if self.work.macs else self.work
 
-    def share(self, call: Call) -> float:
+    def share(self, call: CallShape) -> float:
         """Expected time as a share of dense attention's."""
         return prices(PLANNING, call).of(self.at(call.batch)) / dense_seconds(call)
 
@@ -80,7 +81,7 @@ class Prices:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallShape:
     """Shape of one attention call: q ``[batch, heads, queries, dim]``, and so on."""
 
     batch: int
@@ -93,7 +94,7 @@ class Call:
     device: torch.device
 
     @classmethod
-    def of(cls, inputs: AttentionInputs) -> Call:
+    def of(cls, inputs: AttentionInputs) -> CallShape:
         q, k, v = inputs.q, inputs.k, inputs.v
         batch, heads, queries, dim = q.shape
         if torch.compiler.is_compiling():  # the program must fit any batch, so none may decide
@@ -161,7 +162,7 @@ def _is_compiled() -> bool:
     return build.is_loaded()
 
 
-def prices(kernel: str, call: Call) -> Prices:
+def prices(kernel: str, call: CallShape) -> Prices:
     """What a kernel's work costs at this call: as tuned, as shipped, or those of `gather` where a
     kernel is new."""
     tuned = _TUNED.get((call.device, call.dtype))
@@ -174,17 +175,17 @@ def prices(kernel: str, call: Call) -> Prices:
     return usual[kernel] if kernel in usual else usual["gather"]
 
 
-def dense_seconds(call: Call) -> float:
+def dense_seconds(call: CallShape) -> float:
     """Expected time of dense attention without a mask."""
     return prices(DENSE, call).of(call.dense)
 
 
-def speed(kernel: str, work: Work, call: Call) -> float:
+def speed(kernel: str, work: Work, call: CallShape) -> float:
     """Expected speed of a kernel relative to dense attention."""
     return dense_seconds(call) / prices(kernel, call).of(work)
 
 
-def planning(macs: int, scores: int, call: Call) -> Planning:
+def planning(macs: int, scores: int, call: CallShape) -> Planning:
     """Planning that multiplies that often and chooses among that many scores."""
     operands = call.batch * call.heads * (call.queries + call.keys) * call.dim
     # a predictor reads queries and keys; a table is only looked up and sorted
@@ -219,3 +220,9 @@ def reload() -> None:
 def generation() -> int:
     """How often prices have changed in this process."""
     return _generation
+
+
+def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
+    """What choosing the keys of one call does, by the planner's pattern and its MACs."""
+    scores = pattern.scores.numel() if isinstance(pattern, Ranked) else 0
+    return planning(macs, scores, CallShape.of(inputs))

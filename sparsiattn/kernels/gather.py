@@ -18,7 +18,7 @@ from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.kernels import masked_tiles as maskblocks
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import (
     Operands,
     attend,
@@ -59,7 +59,7 @@ class Gather(Kernel):
         if isinstance(pattern, BlockMask):
             return maskblocks.work(inputs, pattern)
         assert isinstance(pattern, KeyLists)
-        call, tiles = Call.of(inputs), pattern.tiles
+        call, tiles = CallShape.of(inputs), pattern.tiles
         rows = tiles.count if tiles is not None else pattern.n_queries - pattern.dense_rows
         size = 1 if tiles is None else tiles.size
         keys = pattern.width + (pattern.summary.count if pattern.summary else 0)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import Operands, attend
 
 
@@ -22,7 +22,7 @@ def refusals(inputs: AttentionInputs, pattern: BlockMask) -> list[str]:
 
 
 def work(inputs: AttentionInputs, pattern: BlockMask) -> Work:
-    call = Call.of(inputs)
+    call = CallShape.of(inputs)
     pairs = pattern.computed_macs(1)
     rows = sum(len(b.tiles) * b.index.shape[-1] for b in pattern.buckets) * pattern.block
     biases = call.batch * call.heads * sum(b.bias.shape[-3:].numel() for b in pattern.buckets)

@@ -12,7 +12,7 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.cost import CallShape, Work
 
 
 class Reference(Kernel):
@@ -27,7 +27,7 @@ class Reference(Kernel):
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
-        call = Call.of(inputs)
+        call = CallShape.of(inputs)
         pairs = call.queries * call.keys
         if isinstance(pattern, ComputedPattern):
             pairs = round(pattern.pairs() or 0)

@@ -9,7 +9,7 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Logits, Mask, Pattern
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.cost import CallShape, Work
 
 
 class MaskedSDPA(Kernel):
@@ -25,7 +25,7 @@ class MaskedSDPA(Kernel):
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
-        call = Call.of(inputs)
+        call = CallShape.of(inputs)
         if isinstance(pattern, ComputedPattern):
             return computed_work(call, pattern)
         if isinstance(pattern, Lengths) and inputs.bias is None:
@@ -43,7 +43,7 @@ class MaskedSDPA(Kernel):
         return pattern.attend(inputs)
 
 
-def _masks(call: Call, pattern: Pattern) -> int:
+def _masks(call: CallShape, pattern: Pattern) -> int:
     """Over how many images and heads the pattern's mask differs."""
     if isinstance(pattern, KeyBlocks):
         lead = pattern.chosen.shape[:2]
@@ -54,7 +54,7 @@ def _masks(call: Call, pattern: Pattern) -> int:
     return (1 if lead[0] == 1 else call.batch) * lead[1]
 
 
-def computed_work(call: Call, pattern: ComputedPattern) -> Work:
+def computed_work(call: CallShape, pattern: ComputedPattern) -> Work:
     """Of a pattern that selects no keys: its operands are there, so only attention is left."""
     each = call.batch * call.heads
     pairs, macs = pattern.pairs() or 0.0, pattern.macs(call.dim, call.value_dim)
@@ -64,6 +64,6 @@ def computed_work(call: Call, pattern: ComputedPattern) -> Work:
     return Work(calls, each * macs, each * pairs, moved, each * call.queries if pairs else 0.0)
 
 
-def lengths_work(call: Call, pattern: Lengths, calls: float) -> Work:
+def lengths_work(call: CallShape, pattern: Lengths, calls: float) -> Work:
     """Attention of packed images, each for itself."""
     return call.attending(sum(n * n for n in pattern.lengths), calls=calls)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.sdpa import lengths_work
 
 HALF = (torch.float16, torch.bfloat16)
@@ -61,7 +61,7 @@ class Varlen(Kernel):
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, Lengths)
-        return lengths_work(Call.of(inputs), pattern, calls=1.0)
+        return lengths_work(CallShape.of(inputs), pattern, calls=1.0)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, Lengths)

@@ -19,7 +19,7 @@ from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.kernels import paged
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import Call
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.padding import slot_macs, summary_count
 from sparsiattn.kernels.sdpa import lengths_work
 from sparsiattn.kernels.varlen import ragged_refusals
@@ -69,7 +69,7 @@ class XFormers(Kernel):
             slots = pattern.chosen.shape[-1] * pattern.blocks.size + pattern.prefix
             return slot_macs(inputs, pattern, slots + summary_count(pattern))
         assert isinstance(pattern, Lengths)
-        return int(lengths_work(Call.of(inputs), pattern, calls=1.0).macs)
+        return int(lengths_work(CallShape.of(inputs), pattern, calls=1.0).macs)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         ops = probe().ops

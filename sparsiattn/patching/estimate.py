@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Dense, Pattern, Ranked
+from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
-from sparsiattn.kernels import cost
+from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
-from sparsiattn.kernels.cost import Call, Planning, Work
-from sparsiattn.patching.discovery.probe import meta_copy
-from sparsiattn.patching.dry_run import DryRun, dry_run, mac_counter
+from sparsiattn.kernels.cost import PLANNING, Planning, Work
+from sparsiattn.patching.discovery.meta_model import meta_copy
+from sparsiattn.patching.dry_run import DryRun
+from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
-
-if TYPE_CHECKING:
-    from sparsiattn.runtime.handle import Patch
+from sparsiattn.strategies.connectivity import Connectivity
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """One image at one site: its pattern without data, the planner's MACs, what planning does, and
-    the kernel with planning counted in its expected speed."""
+    """One image at one site.
+
+    Attributes:
+        pattern: Its pattern, without data.
+        macs: The planner's MACs.
+        planning: What choosing the keys does.
+        choice: The kernel, with planning counted in its expected speed.
+    """
 
     pattern: Pattern
     macs: int
@@ -35,61 +41,64 @@ class Expected:
     choice: Choice
 
 
-def leave_slow_sites_dense(handle: Patch) -> None:
-    """Mark the sites whose best kernel, planning paid, is not expected to beat dense attention."""
-    run = dry_run(handle, counted=False) if handle.blocks else None
-    for runtime, found in expect_all(handle, run):
-        runtime.dense = found.choice.expected < 1.0
+def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) -> None:
+    """Ask the kernels for every site before the model is touched.
+
+    Args:
+        state: The patch, not in the model yet.
+        run: The dry run of a patch that carries fewer tokens.
+        only_if_faster: Whether sites stay dense whose best kernel, planning paid, is not expected
+            to beat dense attention.
+
+    Raises:
+        KernelRefused: The kernel asked for by name cannot serve one of the sites.
+    """
+    for runtime, expected in expect_all(state, run):
+        runtime.dense = only_if_faster and expected.choice.expected < 1.0
 
 
-def refuse_early(handle: Patch) -> None:
-    """Raise `KernelRefused` now if the kernel asked for by name cannot serve one of the sites."""
-    run = dry_run(handle, counted=False) if handle.blocks else None
-    for _ in expect_all(handle, run):
-        continue
+def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:
+    """What each site does, in the order in which they store tensors for each other.
 
-
-def expect_all(handle: Patch, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:
-    """What each site does, in the order in which they leave each other notes; one that is marked
-    dense meanwhile leaves none."""
-    notes = CrossLayerState(handle.key)
-    for runtime in handle.runtimes:
-        given = notes.copy()
-        given.forgets = runtime.site.calls > 1
-        yield runtime, expect(runtime, run, given)
-        if not (runtime.dense or given.forgets):
-            notes = given
+    A site that is marked dense meanwhile stores none.
+    """
+    cross_layer = CrossLayerState(state.key)
+    for runtime in state.runtimes:
+        changed = cross_layer.copy()
+        changed.forgets = runtime.site.calls > 1
+        yield runtime, expect(runtime, run, changed)
+        if not (runtime.dense or changed.forgets):
+            cross_layer = changed
 
 
 def expect(
-    runtime: SiteRuntime, run: DryRun | None, notes: CrossLayerState | None = None
+    runtime: SiteRuntime, run: DryRun | None, cross_layer: CrossLayerState | None = None
 ) -> Expected:
-    """What a site does at patch-time shapes, found without data. notes: those of earlier sites."""
+    """What a site does at patch-time shapes, found without data.
+
+    Args:
+        runtime: The site.
+        run: The dry run of a patch that carries fewer tokens.
+        cross_layer: What earlier sites stored.
+    """
     inputs, planner = dry_site(runtime, run), runtime.planner
     if runtime.strategy.uses_cross_layer_state:
-        inputs = inputs.replace(cross_layer=CrossLayerState() if notes is None else notes)
-    if isinstance(planner, torch.nn.Module):
+        inputs = inputs.replace(cross_layer=cross_layer or CrossLayerState())
+    if isinstance(planner, nn.Module):
         planner = meta_copy(planner)
-    wish: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
+    planned: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
     with torch.no_grad(), mac_counter() as counter:
         if not runtime.strategy.keeps_all(inputs.n_keys):
-            wish = planner(inputs)
-        pattern = runtime.finish(wish, inputs)
-        notify_planner(
-            planner, inputs, inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
-        )
-    macs = int(counter.get_total_flops()) // 2
+            planned = planner(inputs)
+        pattern = runtime.finish(planned, inputs)
+        output = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
+        notify_planner(planner, inputs, output)
+    macs = macs_of(counter)
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
-    planning = planning_of(wish, macs, inputs)
+    planning = cost.planning_of(planned, macs, inputs)
     choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
     return Expected(pattern, macs, planning, choice.after(planning))
-
-
-def planning_of(wish: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
-    """What choosing the keys of one call does, if a planner answered so after that many MACs."""
-    scores = wish.scores.numel() if isinstance(wish, Ranked) else 0
-    return cost.planning(macs, scores, Call.of(inputs))
 
 
 def site_at(site: Site, run: DryRun | None) -> Site:
@@ -106,10 +115,11 @@ def site_at(site: Site, run: DryRun | None) -> Site:
 def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
     """One image's operands at a site, without data, in the host's dtype and for its device."""
     site, strategy = site_at(runtime.site, run), runtime.strategy
-    module = runtime.planner if isinstance(runtime.planner, torch.nn.Module) else runtime.module
+    module = runtime.planner if isinstance(runtime.planner, nn.Module) else runtime.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     like = next(runtime.module.parameters(), None) if like is None else like
     dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
+    reached = None if run is None else run.inputs.get(site.name)
 
     def empty(rows: int, width: int) -> Tensor:
         return torch.empty(site.windows, site.heads, rows, width, device="meta", dtype=dtype)
@@ -123,8 +133,42 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         site,
         tile=strategy.tile_for(site.tokens),
         block=strategy.block_for(site.keys),
-        token_state=None
-        if run is None or site.name not in run.inputs
-        else run.inputs[site.name].token_state,
+        token_state=None if reached is None else reached.token_state,
         target_device=None if like is None else like.device,
     )
+
+
+def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
+    """What `measure_sites`, else `tune`, found for a site; None if neither did."""
+    return tuned_ratio(runtime, site, choice) if runtime.measured is None else runtime.measured
+
+
+def tuned_ratio(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
+    """Speed of planning and kernel relative to dense attention as `tune` measured it.
+
+    None if it measured no call of this very shape, budget and tile.
+    """
+    call, strategy = choice.call, runtime.strategy
+    if call is None or not isinstance(strategy, Connectivity) or site.windows > 1:
+        return None
+    if site.prefix_tokens != 1 or site.bias != "none" or call.dim != call.value_dim:
+        return None
+    entry = None if call.device.type == "meta" else tuning_cache.find(call.device, call.dtype)
+    if entry is None:
+        return None
+    plain = replace(strategy, tile=strategy.tile_for(site.tokens))
+    shape = (call.queries - 1, call.keys - 1, call.heads, call.dim, call.batch)
+    rows = (row for row in entry["rows"] if _is_case(row["case"], shape, plain))
+    ratios = {row["kernel"]: row["ratio"] for row in rows}
+    if PLANNING not in ratios or choice.kernel.name not in ratios:
+        return None
+    return 1.0 / (1.0 / ratios[PLANNING] + 1.0 / ratios[choice.kernel.name])  # type: ignore[no-any-return]
+
+
+def _is_case(case: dict[str, Any], shape: tuple[int, ...], strategy: Connectivity) -> bool:
+    if case["k"] is None:
+        return False
+    tokens, tile = case["tokens"], case["tile"]
+    same = (tokens, tokens, case["heads"], case["dim"], case["batch"]) == shape
+    tile = tile if isinstance(tile, int) else tuple(tile)
+    return same and strategy == Connectivity(k=case["k"], tile=tile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,14 +13,12 @@ from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
-from sparsiattn.kernels.base import Choice
-from sparsiattn.patching.discovery.probe import DryInputs, meta_copy, run_dry
-from sparsiattn.patching.dry_run import DryRun, dry_run, mac_counter, meta_inputs
-from sparsiattn.patching.estimate import Expected, expect_all, site_at
+from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_dry
+from sparsiattn.patching.dry_run import DryRun, dry_run, meta_inputs
+from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
+from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
-
-if TYPE_CHECKING:
-    from sparsiattn.runtime.handle import Patch
 
 
 @dataclass(frozen=True)
@@ -159,34 +157,34 @@ def aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def report(handle: Patch, total: int | None = None) -> Report:
+def report(state: PatchState, total: int | None = None) -> Report:
     """The report of a patch; see `Patch.report`. total: the dense model's MACs, where known."""
-    run = dry_run(handle) if handle.blocks else None
-    rows = tuple(_site_report(*found, run) for found in expect_all(handle, run))
-    idle = [site for site in handle.found if site not in handle.sites]
+    run = dry_run(state) if state.blocks else None
+    rows = tuple(_site_report(*found, run) for found in expect_all(state, run))
+    idle = [site for site in state.model_sites if site not in state.sites]
     known = [row.macs for row in rows if row.macs is not None]
     if total is None:
-        total = dense_macs(handle.model, meta_inputs(handle))
-    mhsa_dense = sum(site.macs for site in handle.found)
+        total = dense_macs(state.model, meta_inputs(state))
+    mhsa_dense = sum(site.macs for site in state.model_sites)
     other: int | None = total - mhsa_dense
     if run is not None:
-        other = run.macs - run.planning - sum(_macs_at(r.site, run) for r in handle.runtimes)
+        other = run.macs - run.planning - sum(_macs_at(r.site, run) for r in state.runtimes)
     counted = len(known) == len(rows) and not (run is not None and run.ragged)
     return Report(
-        model=type(handle.model).__name__,
-        backbone=handle.backbone,
-        strategy=handle.strategy.name,
-        input_shape=handle.input_shape,
+        model=type(state.model).__name__,
+        backbone=state.backbone,
+        strategy=state.strategy.name,
+        input_shape=state.input_shape,
         sites=rows,
         not_selected=tuple(site.name for site in idle),
-        skipped=handle.skipped,
+        skipped=state.skipped,
         macs_dense=total,
         mhsa_macs_dense=mhsa_dense,
         mhsa_macs=sum(site.macs for site in idle) + sum(known) if counted else None,
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
         other_macs=other if counted else None,
-        reductions=_reductions(handle, run),
-        price_source=_basis(rows, handle),
+        reductions=_reductions(state, run),
+        price_source=_basis(rows, state),
     )
 
 
@@ -203,39 +201,41 @@ _PLACES = {
 }
 
 
-def _reductions(handle: Patch, run: DryRun | None) -> tuple[str, ...]:
+def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
     """One line for every block that reduces: from how many patch tokens, where in the block."""
-    if run is None or handle.tokens is None:
+    if run is None or state.tokens is None:
         return ()
     lines = []
-    for block in handle.blocks:
-        if block.strategy is None or block.place is None:
+    for block in state.blocks:
+        if block.strategy is None or block.placement is None:
             continue
         count = run.counts.get(block.index)
         tokens = "" if count is None else f"{count} patch tokens, "
-        lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.place]}")
+        lines.append(
+            f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.placement]}"
+        )
     if run.ragged:
         lines.append("counts adapt to each image: MACs are known only after a forward pass")
-    if handle.restores_last:
+    if state.restores_last:
         lines.append("original positions come back after the last block")
     return tuple(lines)
 
 
-def dense_macs(model: torch.nn.Module, inputs: DryInputs) -> int:
+def dense_macs(model: torch.nn.Module, inputs: MetaInputs) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run executes."""
     with mac_counter() as counter:
         run_dry(meta_copy(model), inputs)
-    return int(counter.get_total_flops()) // 2
+    return macs_of(counter)
 
 
-def _basis(rows: tuple[SiteReport, ...], handle: Patch) -> str:
+def _basis(rows: tuple[SiteReport, ...], state: PatchState) -> str:
     """By whose prices the speeds of sparse sites are expected, or why a tuning file is ignored."""
     fault = tuningfile.fault()
     if fault is not None:
         return f"tuning file {fault}"
     if all(row.kernel == "dense" and not row.note for row in rows):
         return ""
-    like = next(handle.model.parameters(), None)
+    like = next(state.model.parameters(), None)
     if like is not None and cost.is_tuned(like.device, like.dtype):
         return "expected speeds: by what `sparsiattn tune` measured on this machine"
     return (
@@ -247,8 +247,8 @@ def _site_report(runtime: SiteRuntime, found: Expected, run: DryRun | None) -> S
     site, strategy = site_at(runtime.site, run), runtime.strategy
     pattern, choice = found.pattern, found.choice
     dense = runtime.dense or isinstance(pattern, Dense)
-    if not dense and runtime.last is not None:
-        choice = runtime.last.after(found.planning)
+    if not dense and runtime.last_choice is not None:
+        choice = runtime.last_choice.after(found.planning)
     k = getattr(strategy, "k", None)
     return SiteReport(
         name=site.name,
@@ -262,20 +262,13 @@ def _site_report(runtime: SiteRuntime, found: Expected, run: DryRun | None) -> S
         # calls that must agree on their keys plan once
         predictor_macs=0 if dense else found.macs * (1 if site.shared else site.calls),
         expected=1.0 if dense else choice.expected,
-        ran=runtime.last is not None,
+        ran=runtime.last_choice is not None,
         tokens=site.tokens,
         note=_note(runtime, site, found),
         refusals=choice.refusals,
         planning=0.0 if dense else choice.planning,
         measured=None if dense else measured_speed(runtime, site, choice),
     )
-
-
-def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
-    """What `measure_sites`, else `tune`, found for a site; None if neither did."""
-    from sparsiattn.patching.covered import tuned_ratio
-
-    return tuned_ratio(runtime, site, choice) if runtime.measured is None else runtime.measured
 
 
 def _note(runtime: SiteRuntime, site: Site, found: Expected) -> str:

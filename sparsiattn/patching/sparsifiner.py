@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import MismatchedPatch
 from sparsiattn.patching.apply import patch
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.strategies.base import Budgets
 from sparsiattn.strategies.connectivity import Connectivity
 

@@ -1,75 +1,90 @@
-"""What a token strategy does to a model, worked out at patch time: which blocks reduce, where in
-the block, and what the model can honour."""
+"""What a token strategy does to a model, worked out at patch time.
+
+Which blocks reduce, where in the block, and what the model can honour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
+from sparsiattn.attention.block import Block
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.discovery.blocks import Block, find_blocks
+from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
+from sparsiattn.patching.discovery.backbone import backbone_named
+from sparsiattn.patching.discovery.blocks import find_blocks
+from sparsiattn.patching.dry_run import DryRun, dry_run
+from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.schedule import token_budgets
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.patching.survey import ModelSurvey
+from sparsiattn.runtime.block_runtime import BlockRuntime, Placement
+from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.strategies.token_base import TokenStrategy
 
 
-def carry(
-    handle: Any, meta_model: nn.Module, tokens: TokenStrategy, schedule: dict[str, Any]
+def plan_tokens(
+    state: PatchState, found: ModelSurvey, tokens: TokenStrategy, schedule: Mapping[str, Any]
 ) -> None:
-    """Give the handle the blocks of its model and what each of them does."""
-    sites = {site.name: site for site in handle.found}
-    backbone = REGISTRY.get("backbones", handle.backbone)
-    blocks = find_blocks(meta_model, sites, backbone.meta_inputs(handle.model, handle.input_shape))
-    model = type(handle.model).__name__
+    """Give the patch the blocks of its model and what each of them does.
+
+    Args:
+        state: The patch, not in the model yet.
+        found: The model's attention.
+        tokens: The token strategy.
+        schedule: Budgets by block.
+    """
+    model, sites = state.model, {site.name: site for site in state.model_sites}
+    name = type(model).__name__
+    inputs = found.backbone.meta_inputs(model, state.input_shape)
+    blocks = find_blocks(found.meta_model, sites, inputs)
     if not blocks:
         raise InvalidOption(
-            f"{model} has no blocks that tokens could skip: token strategies need modules that "
+            f"{name} has no blocks that tokens could skip: token strategies need modules that "
             "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
-    if backbone.packs_batch(handle.model):
+    if found.backbone.packs_batch(model):
         raise InvalidOption(
-            f"{model} lays the images of a batch end to end in one sequence, where tokens of one "
+            f"{name} lays the images of a batch end to end in one sequence, where tokens of one "
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
     plain = is_plain(blocks, sites)
-    class_tokens = backbone.class_tokens(handle.model) if plain else 0
-    tokens = tokens.for_model(class_tokens, not plain, model)
+    class_tokens = found.backbone.class_tokens(model) if plain else 0
+    tokens = tokens.for_model(class_tokens, not plain, name)
     if not plain:
-        check_hierarchy(tokens, model, blocks)
-    tokens, resolved = _resolve(tokens, blocks, sites, schedule)
-    handle.tokens = tokens
-    handle.proportional = tokens.proportional_attention()
+        check_hierarchy(tokens, name, blocks)
+    tokens, configs = _resolve(tokens, blocks, sites, schedule)
+    state.tokens, state.proportional = tokens, tokens.proportional_attention()
+    runtimes = []
     for index, block in enumerate(blocks):
         site = sites[block.sites[0]]
-        runtime = BlockRuntime(block, site, index, len(blocks), handle, class_tokens)
-        if index in resolved:
-            runtime.strategy = resolved[index]
-            runtime.planner = _planner(runtime, handle.model)
-            runtime.place = _place(runtime.strategy, block, plain, model)
-        handle.blocks.append(runtime)
-    _trim(handle, plain)
+        runtime = BlockRuntime(block, site, index, len(blocks), state, class_tokens)
+        if index in configs:
+            _let_reduce(runtime, configs[index], plain)
+        runtimes.append(runtime)
+    state.blocks = _trimmed(runtimes, plain)
 
 
-def is_plain(blocks: Sequence[Block], sites: dict[str, Site]) -> bool:
+def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:
     """Whether one sequence ``[B, N, C]`` runs through all blocks, every token attending to all."""
     shapes = {shape for block in blocks for shape in (block.taken, block.given)}
-    whole = all(
+    everywhere = all(
         site.windows == 1 and site.tokens == site.keys == blocks[0].taken[-2]
         for block in blocks
         for site in (sites[name] for name in block.sites)
     )
-    return len(shapes) == 1 and len(blocks[0].taken) == 3 and whole
+    return len(shapes) == 1 and len(blocks[0].taken) == 3 and everywhere
 
 
 def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> None:
-    """In windows and stages the grid must stay: only the MLP can be spared."""
+    """In windows and stages the grid must stay: tokens can skip the MLP only.
+
+    Raises:
+        InvalidOption: The strategy needs more than that.
+    """
     if blocks[0].taken[0] != 1:
         raise InvalidOption(
             f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
@@ -87,71 +102,133 @@ def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> N
 
 
 def _resolve(
-    tokens: TokenStrategy, blocks: list[Block], sites: dict[str, Site], schedule: dict[str, Any]
+    tokens: TokenStrategy,
+    blocks: list[Block],
+    sites: Mapping[str, Site],
+    schedule: Mapping[str, Any],
 ) -> tuple[TokenStrategy, dict[int, TokenStrategy]]:
     """The config as JSON will hold it, and one for each reducing block."""
     tokens = token_budgets(schedule, tokens, [block.name for block in blocks])
     layers = tokens.layers_in(len(blocks))
-    one = {
+    configs = {
         layer: tokens.resolve_for(sites[blocks[layer].sites[0]], i, len(layers))
         for i, layer in enumerate(layers)
     }
     lists: dict[str, Any] = {
-        name: [getattr(config, name) for config in one.values()]
+        name: [getattr(config, name) for config in configs.values()]
         for name in tokens.per_layer
         if callable(getattr(tokens, name, None))
     }
-    return replace(tokens, layers=layers, **lists), one
+    return replace(tokens, layers=layers, **lists), configs
 
 
-def _place(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> str:
-    if not plain:
-        if block.tail is None or block.tail.mixes:
-            why = (
-                "no MLP branch of its own"
-                if block.tail is None
-                else (f"an MLP that mixes tokens ({block.tail.mixes})")
-            )
-            raise InvalidOption(
-                f"{model}: block {block.name!r} has {why}, so no token can skip it; use an "
-                "attention strategy such as 'connectivity', or other layers="
-            )
-        return "bypass"
-    place = tokens.placement()
-    return "exit" if place == "middle" and block.tail is None else place
+def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> None:
+    """Let a block reduce by this strategy."""
+    model = runtime.owner.model
+    runtime.strategy = strategy
+    runtime.planner = place_planner(
+        lambda: strategy.planner(runtime.site, runtime.block.given[-1]),
+        model.get_submodule(runtime.block.name),
+        training=model.training,
+    )
+    runtime.placement = _placement(strategy, runtime.block, plain, type(model).__name__)
 
 
-def _planner(runtime: BlockRuntime, model: nn.Module) -> Any:
-    assert runtime.strategy is not None
-    with torch.inference_mode(False):
-        planner = runtime.strategy.planner(runtime.site, runtime.block.given[-1])
-        if isinstance(planner, nn.Module):
-            like = next(model.get_submodule(runtime.block.name).parameters(), None)
-            if like is not None:
-                dtype = like.dtype if like.is_floating_point() else None
-                planner.to(device=like.device, dtype=dtype)
-            planner.train(model.training)
-    return planner
+def _placement(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
+    if plain:
+        placement = tokens.placement()
+        return "exit" if placement == "middle" and block.tail is None else placement
+    if block.tail is None or block.tail.mixes:
+        why = "no MLP branch of its own"
+        if block.tail is not None:
+            why = f"an MLP that mixes tokens ({block.tail.mixes})"
+        raise InvalidOption(
+            f"{model}: block {block.name!r} has {why}, so no token can skip it; use an "
+            "attention strategy such as 'connectivity', or other layers="
+        )
+    return "bypass"
 
 
-def _trim(handle: Any, plain: bool) -> None:
+def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
     """Hooks are needed from the first reduction on; in a hierarchy, to the end of its stage."""
-    blocks: list[BlockRuntime] = handle.blocks
-    start = next(i for i, runtime in enumerate(blocks) if runtime.place)
+    start = next(i for i, runtime in enumerate(blocks) if runtime.placement)
     blocks[start].first = True
     blocks[-1].last = True
-    del blocks[:start]
+    blocks = blocks[start:]
     if plain:
-        return
+        return blocks
     for before, runtime in pairwise(blocks):
         block = runtime.block
-        same = block.after and before.block.given == block.taken == block.given
-        if (
-            runtime.place is None
-            and same
-            and before.place
-            and not (block.tail is None or block.tail.mixes)
-        ):
-            runtime.place = "bypass"
-        runtime.first = not same or before.place is None
-    handle.blocks = [runtime for runtime in blocks if runtime.place]
+        same_stage = block.after and before.block.given == block.taken == block.given
+        can_spare = block.tail is not None and not block.tail.mixes
+        if runtime.placement is None and same_stage and before.placement and can_spare:
+            runtime.placement = "bypass"
+        runtime.first = not same_stage or before.placement is None
+    return [runtime for runtime in blocks if runtime.placement]
+
+
+def validate_token_plan(state: PatchState, dense: list[torch.Size]) -> DryRun:
+    """Check that the model can carry fewer tokens, and find out what its caller must get.
+
+    Args:
+        state: The patch, not in the model yet.
+        dense: Shapes of what the model returns without a patch.
+
+    Returns:
+        The dry run of the plan as it is now.
+    """
+    assert state.tokens is not None
+    needs_all = False
+    try:
+        run = dry_run(state, counted=False)
+        needs_all = run.output != dense
+    except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
+        if not state.shortens or state.tokens.restore is None:
+            raise _cannot(state, error) from error
+        run, needs_all = DryRun(ragged=state.tokens.is_ragged()), True
+    if state.shortens:
+        state.restores_last = _restores_last(state, state.tokens, needs_all, run.ragged)
+    if state.restores_last:
+        try:
+            run = dry_run(state, counted=False)
+        except ProbeFailed as error:
+            raise _cannot(state, error) from error
+    _check_counts(state, run)
+    return run
+
+
+def _cannot(state: PatchState, error: ProbeFailed) -> InvalidOption:
+    return InvalidOption(
+        f"{type(state.model).__name__} cannot carry fewer tokens through these blocks ({error}); "
+        "use an attention strategy such as 'connectivity', or other layers="
+    )
+
+
+def _restores_last(state: PatchState, tokens: TokenStrategy, needs_all: bool, ragged: bool) -> bool:
+    """Whether original positions come back after the last block.
+
+    For features, and where plain pooling would weigh merged (or padded) tokens wrongly.
+    """
+    pooling = backbone_named(state.backbone).pooling(state.model)
+    uneven = (tokens.merges() or ragged) and pooling != "prefix"
+    if tokens.restore is None and (needs_all or uneven):
+        reads = "the mean of patches, to which merged (or fewer) tokens would count wrongly"
+        if needs_all:
+            reads = "one feature for each patch"
+        raise InvalidOption(
+            f"{type(state.model).__name__} returns (or reads) {reads}, and restore=None never "
+            "puts tokens back: use restore='auto'"
+        )
+    return needs_all or uneven or tokens.restore not in ("auto", None)
+
+
+def _check_counts(state: PatchState, run: DryRun) -> None:
+    """Let every block's strategy refuse the count of tokens that reaches it."""
+    by_index = {block.index: block for block in state.blocks}
+    for i, (index, count) in enumerate(sorted(run.counts.items())):
+        block = by_index[index]
+        assert block.strategy is not None
+        try:
+            block.strategy.check(count, first=i == 0)
+        except SparsiattnError as error:
+            raise type(error)(f"block {block.block.name!r}: {error}") from None

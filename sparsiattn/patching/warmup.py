@@ -4,87 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from sparsiattn.analysis.benchmark.sites import arguments
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Pattern
 from sparsiattn.errors import InvalidOption
-from sparsiattn.kernels.base import Kernel, refusals
-from sparsiattn.kernels.cost import reload
-from sparsiattn.runtime.sdpa_intercept import THREAD
-
-if TYPE_CHECKING:
-    from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.model_call import arguments
+from sparsiattn.runtime.patch_state import PatchState
+from sparsiattn.runtime.thread_state import MODEL_CALL
 
 
-def warmup(handle: Patch, inputs: Any) -> None:
+def warmup(state: PatchState, inputs: Any) -> None:
     """One forward pass whose patched sites let every kernel get ready; see `Patch.warmup`."""
-    if handle.key in THREAD.disabled or THREAD.observer is not None:
+    if state.disabled_here or MODEL_CALL.observer is not None:
         raise InvalidOption(
             "warmup() inside disabled() or observing() would run dense attention and warm up "
             "nothing; leave that block first"
         )
     args, kwargs = arguments(inputs, "warmup")
-    with torch.no_grad(), unchanged(handle), _warming(handle.key):
-        handle.model(*args, **kwargs)
-
-
-def warm(
-    kernels: tuple[Kernel, ...], inputs: AttentionInputs, pattern: Pattern, *, training: bool
-) -> None:
-    """Let kernels get ready for one call, and for its backward pass where the model trains."""
-    calls = [inputs]
-    if training and inputs.q.device.type != "cpu":
-        calls.append(_with_gradients(inputs))
-    for call in calls:
-        with torch.inference_mode(False), torch.set_grad_enabled(call is not inputs):
-            for kernel in _candidates(kernels, call, pattern):
-                kernel.warmup(call, pattern)
-    reload()  # kernels that are ready now may be taken where others were
-
-
-def _candidates(
-    kernels: tuple[Kernel, ...], inputs: AttentionInputs, pattern: Pattern
-) -> list[Kernel]:
-    """Those that take the call and, once ready, expect to be the fastest: no other is worth it."""
-    usable = [k for k in kernels if not refusals(k, inputs, pattern)]
-    speeds = {k.name: k.speed(inputs, pattern) for k in usable}
-    ready = [speeds[k.name] for k in usable if not k.not_ready(inputs, pattern)]
-    return [k for k in usable if speeds[k.name] >= max(ready, default=0.0)]
-
-
-def _with_gradients(inputs: AttentionInputs) -> AttentionInputs:
-    with torch.inference_mode(False):
-        # copied, because an inference tensor can never want a gradient
-        q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    return inputs.replace(q=q, k=k, v=v)
+    with torch.no_grad(), unchanged(state), _warming(state.key):
+        state.model(*args, **kwargs)
 
 
 @contextmanager
 def _warming(key: int) -> Iterator[None]:
-    before, THREAD.warming = THREAD.warming, key
+    before, MODEL_CALL.warming = MODEL_CALL.warming, key
     try:
         yield
     finally:
-        THREAD.warming = before
+        MODEL_CALL.warming = before
 
 
 @contextmanager
-def unchanged(handle: Patch) -> Iterator[None]:
-    """Buffers (a training model counts batches), random numbers and what `Patch.source` tells of
-    the last real forward pass are afterwards what they were."""
-    training = handle.model.training
-    buffers = [(x, x.clone()) for x in handle.model.buffers()] if training else []
-    carried, image, seen = handle.carried, handle.image, THREAD.image
-    devices = {x.device for x in handle.model.parameters() if x.device.type == "cuda"}
+def unchanged(state: PatchState) -> Iterator[None]:
+    """Buffers, random numbers and the record of the last pass are afterwards what they were.
+
+    Buffers change in a training model, which counts batches.
+    """
+    buffers = [(x, x.clone()) for x in state.model.buffers()] if state.training else []
+    last_pass, image, thread_image = state.last_pass, state.image, MODEL_CALL.image
+    devices = {x.device for x in state.model.parameters() if x.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield
     finally:
         with torch.no_grad():
-            for held, value in buffers:
-                held.copy_(value)
-        handle.carried, handle.image, THREAD.image = carried, image, seen
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        state.last_pass, state.image, MODEL_CALL.image = last_pass, image, thread_image

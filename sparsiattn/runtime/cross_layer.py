@@ -1,89 +1,90 @@
-"""What planners leave for later sites of the same forward pass, and how a checkpointed block that
-runs again in the backward pass finds it."""
+"""How the tensors that planners store reach later sites, and blocks that a checkpoint runs again."""
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
+from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import ModelChanged
-from sparsiattn.patching.discovery.blocks import first_tensor
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch
+from sparsiattn.runtime.patch_owner import PatchOwner
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 
 
-def notes_at(runtime: Any) -> CrossLayerState:
-    """A copy of the notes of this forward pass for one site to read and write, then to be left by
-    `leave`: Dynamo lets no checkpoint change an object from before it."""
-    site: Site = runtime.site
-    key = runtime.owner.key
-    packed = THREAD.token_state is not None and hasattr(THREAD.token_state, "streams")
-    if site.calls > 1 or packed:
-        return CrossLayerState(key, forgets=True)
-    notes: CrossLayerState | None = THREAD.notes
-    if notes is not None and notes.owner == key:
-        return notes.copy()
-    if not (torch.compiler.is_compiling() or runtime.opens) and _in_backward():
+def state_at(site: Site, owner: PatchOwner, opens: bool) -> CrossLayerState:
+    """A copy of this forward pass's state for one site to read and write.
+
+    A copy, because Dynamo lets no checkpoint change an object from before it; `hand_on` makes it
+    the one that later sites see.
+
+    Args:
+        site: The site.
+        owner: Its patch.
+        opens: Whether the site is the first that stores anything.
+    """
+    if site.calls > 1 or isinstance(BLOCK_CALL.token_state, PackedTokens):
+        return CrossLayerState(owner.key, forgets=True)
+    state = MODEL_CALL.cross_layer
+    if state is not None and state.owner == owner.key:
+        return state.copy()
+    if not (torch.compiler.is_compiling() or opens) and _in_backward():
         raise ModelChanged(
             f"site {site.name!r} runs again in a backward pass, and what earlier blocks kept for "
             "it cannot be found: checkpoint whole blocks, or use a strategy that keeps nothing"
         )
-    return CrossLayerState(key)
+    return CrossLayerState(owner.key)
 
 
-def leave(notes: CrossLayerState | None) -> None:
-    """Hand a site's notes on to those that follow."""
-    if notes is not None and not notes.forgets:
-        THREAD.notes = notes
+def hand_on(state: CrossLayerState | None) -> None:
+    """Hand a site's state on to the sites that follow."""
+    if state is not None and not state.forgets:
+        MODEL_CALL.cross_layer = state
 
 
 def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() >= 0)
 
 
-class NoteEntry:
-    """Forward pre-hook of whatever a checkpoint may run again: notes what had been kept when this
-    very tensor came in, and brings it back when it comes again."""
+class RecallCrossLayer:
+    """Forward pre-hook of whatever a checkpoint may run again.
 
-    def __init__(self, owner: Any) -> None:
+    It notes what had been stored when this very tensor came in, and brings it back when the tensor
+    comes again.
+    """
+
+    def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
-        self.entered: dict[int, tuple[Any, CrossLayerState]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entered": {}}
+        self.entered: RecomputeCache[CrossLayerState] = RecomputeCache()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or self.owner.key in THREAD.disabled:
+        if torch.compiler.is_compiling() or self.owner.disabled_here:
             return
-        x = first_tensor(args) if args else first_tensor(kwargs)
-        if x is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = first_argument(args, kwargs)
+        if x is None or is_functorch(x):
             return
-        known = self.entered.get(x.data_ptr())
-        if known is not None and known[0]() is not None:
-            THREAD.notes = known[1].copy()
-        elif torch.is_grad_enabled() or x.requires_grad:
-            self._note(x)
-
-    def _note(self, x: Tensor) -> None:
-        notes = THREAD.notes
-        for key in [key for key, (alive, _) in self.entered.items() if alive() is None]:
-            del self.entered[key]
-        if notes is not None and notes.owner == self.owner.key and notes.tensors:
-            self.entered[x.data_ptr()] = (ref(x), notes.copy())
+        known, state = self.entered.find(x), MODEL_CALL.cross_layer
+        if known is not None:
+            MODEL_CALL.cross_layer = known.copy()
+            return
+        checkpoints = torch.is_grad_enabled() or x.requires_grad
+        if checkpoints and state is not None and state.owner == self.owner.key and state.tensors:
+            self.entered.note(x, state.copy())
 
 
 def enclosing(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
-    """Modules around the sites, each once, and what is called in them: a checkpoint may run a whole
-    block again, or only what is inside its forward."""
-    found: dict[int, nn.Module] = {}
+    """Modules around the sites, each once, and what is called in them.
+
+    A checkpoint may run a whole block again, or only what is inside its forward.
+    """
+    modules: dict[int, nn.Module] = {}
     for site in sites:
         names = site.name.split(".")
         for i in range(1, len(names)):
             around = model.get_submodule(".".join(names[:i]))
-            for module in (around, *around.children()):
-                found[id(module)] = module
-    return list(found.values())
+            modules |= {id(module): module for module in (around, *around.children())}
+    return list(modules.values())

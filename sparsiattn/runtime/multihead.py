@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.errors import ModelChanged
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Weights = Literal["unasked", "ignored", "read"]
 """Whether a call asked for its attention weights, and if so, whether anything read them."""
@@ -39,7 +39,7 @@ class SparseMultihead(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        top = THREAD.top
+        top = SITE_CALLS.top
         if top is None or top[0] is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
@@ -141,7 +141,7 @@ class RefuseWeights:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         asked = args[4] if len(args) > 4 else kwargs.get("need_weights", True)
-        if asked and self.owner.key not in THREAD.disabled:
+        if asked and not self.owner.disabled_here:
             raise ModelChanged(
                 f"site {self.site!r} is asked for its attention weights (need_weights=True), which "
                 "it was not when it was patched; sparse attention has none to give: ask inside "

@@ -9,60 +9,79 @@ eagerly, also if something else replaced its ``forward``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.runtime.sdpa_intercept import THREAD, abandoned, forget_caller, install, note_caller
+from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
+from sparsiattn.runtime.patch_owner import PatchOwner
+from sparsiattn.runtime.patch_state import PatchState
+from sparsiattn.runtime.sdpa_intercept import abandoned, forget_caller, install, note_caller
+from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_pass
 
-METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
-OWNER, ROOT, HOST = "_sparsiattn_owner", "_sparsiattn_root", "_sparsiattn_host"
-
-
-class Watched:
-    """Mixin of the swapped classes: pickles and copies as (its host's class, its state)."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        host = vars(type(self)).get(HOST)
-        return reduced if host is None else (_empty, (host,), *reduced[2:])
+FEATURE_METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
+OWNER, ROOT = "_sparsiattn_owner", "_sparsiattn_root"
 
 
-def _empty(host: type) -> Any:
-    kind = watched_class(host)
-    return kind.__new__(kind)
+class Watched(Swapped):
+    """Mixin of a host's class that notes which of its methods its caller used."""
+
+    @staticmethod
+    def members(host: Any) -> dict[str, Any]:
+        names = [name for name in FEATURE_METHODS if hasattr(host, name)]
+        return {"forward": _watched_forward(host)} | {n: _watched_method(host, n) for n in names}
 
 
-@cache
-def watched_class(host: Any) -> Any:
-    """A subclass of the host's class, of the same name, that notes how it is called."""
-    methods: dict[str, Any] = {"forward": _forward(host)}
-    methods |= {name: _features(host, name) for name in METHODS if hasattr(host, name)}
-    return type(
-        host.__name__, (Watched, host), {**methods, "__module__": host.__module__, HOST: host}
-    )
-
-
-def watch(module: nn.Module, owner: Any) -> None:
+def watch(module: nn.Module, owner: PatchOwner) -> None:
+    """Note how the module is called, for that patch."""
     vars(module)[OWNER], vars(module)[ROOT] = owner, module is owner.model
-    kind: Any = type(module)
-    module.__class__ = watched_class(kind)
+    swap_class(module, Watched)
 
 
 def unwatch(module: nn.Module) -> None:
-    """Give a module its own class back. Where something derived another one from ours meanwhile
-    (parametrizations do), that one stays and does what the host's would."""
+    """Undo `watch`; a module that is not watched stays as it is."""
     for name in (OWNER, ROOT):
         vars(module).pop(name, None)
-    host = vars(type(module)).get(HOST)
-    if host is not None:
-        setattr(module, "__class__", host)  # noqa: B010
+    swap_class_back(module, Watched)
 
 
-def _forward(host: Any) -> Callable[..., Any]:
+def modules_with_features(state: PatchState) -> list[nn.Module]:
+    """The model, and every part of it with methods that return features.
+
+    Empty where no sequence gets shorter.
+    """
+    if not state.shortens:
+        return []
+    return [
+        module
+        for module in state.model.modules()
+        if module is state.model
+        or any(hasattr(type(module), name) for name in FEATURE_METHODS)
+        or hasattr(type(module), "main_input_name")  # a transformers model inside another
+    ]
+
+
+def _call_inside(
+    method: Callable[..., Any],
+    inside: tuple[int, ...],
+    features: tuple[int, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call a method of the host with these records of who runs and who asks for features."""
+    before = MODEL_CALL.inside, MODEL_CALL.features
+    MODEL_CALL.inside, MODEL_CALL.features = inside, features
+    try:
+        return method(*args, **kwargs)
+    finally:
+        MODEL_CALL.inside, MODEL_CALL.features = before
+        forget_pass()
+
+
+def _watched_forward(host: Any) -> Callable[..., Any]:
     """The host's forward, known to be the one that calls whatever runs inside."""
 
     @wraps(host.forward)
@@ -70,72 +89,69 @@ def _forward(host: Any) -> Callable[..., Any]:
         owner = vars(self).get(OWNER)
         if owner is None or is_inside(owner):
             return host.forward(self, *args, **kwargs)
-        inside, features = THREAD.inside, THREAD.features
+        inside, features = MODEL_CALL.inside, MODEL_CALL.features
         if vars(self).get(ROOT):
-            THREAD.inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
-        if owner.key not in THREAD.disabled and _hidden_states(self, kwargs):
-            THREAD.features = features_for(owner, "output_hidden_states=True")
-        try:
-            return host.forward(self, *args, **kwargs)
-        finally:
-            THREAD.inside, THREAD.features = inside, features
-            THREAD.forget()
+            inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
+        if not owner.disabled_here and _wants_hidden_states(self, kwargs):
+            features = _with_features(owner, "output_hidden_states=True")
+        return _call_inside(host.forward, inside, features, self, *args, **kwargs)
 
     return forward
 
 
-def _features(host: Any, name: str) -> Callable[..., Any]:
-    """A method of the host that returns features: outside the model's own forward its caller gets
-    original positions."""
+def _watched_method(host: Any, name: str) -> Callable[..., Any]:
+    """A method of the host that returns features.
+
+    Outside the model's own forward its caller gets original positions.
+    """
     method = getattr(host, name)
 
     @wraps(method)
-    def features(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         owner = vars(self).get(OWNER)
-        if owner is None or owner.key in THREAD.disabled:
+        if owner is None or owner.disabled_here:
             return method(self, *args, **kwargs)
         if is_inside(owner) and name == "forward_features":
             return method(self, *args, **kwargs)
-        inside, before = THREAD.inside, THREAD.features
-        THREAD.features = features_for(owner, f"{name}()")
-        THREAD.inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            THREAD.inside, THREAD.features = inside, before
-            THREAD.forget()
+        features = _with_features(owner, f"{name}()")
+        inside = MODEL_CALL.inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
+        return _call_inside(method, inside, features, self, *args, **kwargs)
 
-    return features
+    return call
 
 
 class EnterModel:
-    """Forward pre-hook of the model: refuses to run if a patched site was replaced or deleted, and
-    notes that what runs now runs inside the model's own forward."""
+    """Forward pre-hook of the model.
 
-    def __init__(self, owner: Any) -> None:
+    Refuses to run if a patched site was replaced or deleted, and notes that what runs now runs
+    inside the model's own forward.
+    """
+
+    def __init__(self, owner: PatchState) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         owner = self.owner
         if torch.compiler.is_compiling():
             return
-        THREAD.top = None  # an interrupt (no Exception) may have left a scope open
-        THREAD.forget()
+        SITE_CALLS.top = None  # an interrupt (no Exception) may have left a scope open
+        forget_pass()
         inside = is_inside(owner)
         install()  # somebody may have put the original function back
-        owner.before_forward()
-        owner.carried = None
+        owner.check_sites()
+        owner.reapply_overrides()
+        owner.last_pass = None
         if owner.blocks and not inside:
-            THREAD.inside = (*THREAD.inside, owner.key)
+            MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
             note_caller(-owner.key)
-            if owner.key not in THREAD.disabled and _hidden_states(module, kwargs):
-                THREAD.features = features_for(owner, "output_hidden_states=True")
+            if not owner.disabled_here and _wants_hidden_states(module, kwargs):
+                MODEL_CALL.features = _with_features(owner, "output_hidden_states=True")
 
 
 class LeaveModel:
     """Forward hook of the model, called also when it raised."""
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -146,14 +162,14 @@ class LeaveModel:
 def leave_model(key: int) -> None:
     """The model of that patch runs no more."""
     forget_caller(-key)
-    THREAD.inside = tuple(other for other in THREAD.inside if other != key)
-    THREAD.features = tuple(other for other in THREAD.features if other != key)
-    THREAD.forget()
+    MODEL_CALL.inside = tuple(other for other in MODEL_CALL.inside if other != key)
+    MODEL_CALL.features = tuple(other for other in MODEL_CALL.features if other != key)
+    forget_pass()
 
 
-def is_inside(owner: Any) -> bool:
+def is_inside(owner: PatchOwner) -> bool:
     """Whether the patched model runs, and was not interrupted."""
-    if owner.key not in THREAD.inside:
+    if owner.key not in MODEL_CALL.inside:
         return False
     if torch.compiler.is_compiling() or not abandoned(-owner.key):
         return True
@@ -161,17 +177,21 @@ def is_inside(owner: Any) -> bool:
     return False
 
 
-def features_for(owner: Any, what: str) -> tuple[int, ...]:
-    """The patches whose caller wants original positions, with this one; raises if it never may."""
+def _with_features(owner: PatchOwner, what: str) -> tuple[int, ...]:
+    """The patches whose caller wants original positions, with this one.
+
+    Raises:
+        InvalidOption: The patch was made never to restore them.
+    """
     if owner.tokens is not None and owner.tokens.restore is None:
         raise InvalidOption(
             f"{what} returns one feature for each patch, and the patch was made with restore=None, "
             "which never puts tokens back: use restore='auto'"
         )
-    return THREAD.features + (owner.key,)  # noqa: RUF005
+    return MODEL_CALL.features + (owner.key,)  # noqa: RUF005
 
 
-def _hidden_states(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+def _wants_hidden_states(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether a transformers model was asked for the states after every block."""
     asked = kwargs.get("output_hidden_states")
     if asked is None:

@@ -20,44 +20,8 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from sparsiattn.attention.sdpa import set_original_attention
+from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
 
-Route = Callable[..., Tensor]
-Frame = tuple[Route | None, int, Any]
-
-
-class _Thread(threading.local):
-    """Per-thread state. Set in ``__init__``: class defaults would trip Dynamo's guards."""
-
-    def __init__(self) -> None:
-        self.top: Frame | None = None
-        # who called the hook that opened a scope, by its key: see `abandoned`
-        self.callers: dict[int, FrameType] = {}
-        self.disabled: tuple[int, ...] = ()
-        self.image: tuple[int, int, int] | None = None
-        self.shared: Any = None
-        self.observer: tuple[int, Any] | None = None
-        self.warming: int | None = None  # the patch whose kernels get ready in this forward pass
-        self.meter: Any = None  # the `MacCounter` that counts this forward pass
-        self.routed: set[int] = set()
-        # what `carrying` keeps between the hooks of one block
-        self.token_state: Any = None
-        self.spared: Any = None
-        self.asks = False
-        self.asked: Any = None
-        self.pending: Any = None
-        self.notes: Any = None  # what planners keep for later sites
-        self.branch: Any = None
-        # patches whose model is running, and those whose caller wants original positions
-        self.inside: tuple[int, ...] = ()
-        self.features: tuple[int, ...] = ()
-
-    def forget(self) -> None:
-        """Drop what hooks of one forward pass hand each other."""
-        self.token_state = self.spared = self.asked = self.pending = self.branch = None
-        self.notes = None
-
-
-THREAD = _Thread()
 _INSTALL = threading.Lock()
 _wrapper: Callable[..., Tensor] | None = None
 
@@ -82,7 +46,7 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 scaled_dot_product_attention, operands, *operands, dropout_p=dropout_p,
                 is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
-        top = THREAD.top
+        top = SITE_CALLS.top
         if top is not None and not torch.compiler.is_compiling():
             top = innermost(top)
         route = None if top is None else top[0]
@@ -92,12 +56,12 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **extra
             )
         if not torch.compiler.is_compiling():
-            THREAD.routed.add(top[1])
-        THREAD.top = None  # a route may call attention itself
+            SITE_CALLS.routed.add(top[1])
+        SITE_CALLS.top = None  # a route may call attention itself
         try:
             return route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         finally:
-            THREAD.top = top
+            SITE_CALLS.top = top
 
     scaled_dot_product_attention.__doc__ = fallback.__doc__
     return scaled_dot_product_attention
@@ -119,47 +83,47 @@ def install() -> None:
 
 def note_caller(key: int) -> None:
     """Remember who calls the hook that calls this, until `pop` or `forget_caller`."""
-    THREAD.callers[key] = sys._getframe(2)
+    SITE_CALLS.callers[key] = sys._getframe(2)
 
 
 def forget_caller(key: int) -> None:
-    THREAD.callers.pop(key, None)
+    SITE_CALLS.callers.pop(key, None)
 
 
 def abandoned(key: int) -> bool:
     """Whether what was opened under this key is no longer running: an interrupt (Control-C, or
     whatever is no `Exception`) unwinds a forward pass without calling its forward hooks."""
-    noted = THREAD.callers.get(key)
-    if noted is None:
+    caller_then = SITE_CALLS.callers.get(key)
+    if caller_then is None:
         return False
     caller: FrameType | None = sys._getframe(1)
     while caller is not None:
-        if caller is noted:
+        if caller is caller_then:
             return False
         caller = caller.f_back
     return True
 
 
-def innermost(top: Frame) -> Frame | None:
+def innermost(top: Scope) -> Scope | None:
     """The innermost scope that is still running; those that were abandoned are closed."""
-    found: Frame | None = top
-    while found is not None and abandoned(found[1]):
-        forget_caller(found[1])
-        found = found[2]
-    if found is not top:
-        THREAD.top = found
-    return found
+    running: Scope | None = top
+    while running is not None and abandoned(running[1]):
+        forget_caller(running[1])
+        running = running[2]
+    if running is not top:
+        SITE_CALLS.top = running
+    return running
 
 
 def push(route: Route | None, key: int) -> None:
-    THREAD.top = (route, key, THREAD.top)
+    SITE_CALLS.top = (route, key, SITE_CALLS.top)
 
 
 def pop(key: int) -> None:
     """Close the scope ``key``; that it never opened (an earlier hook raised) is no error."""
-    top = THREAD.top
+    top = SITE_CALLS.top
     if top is not None and top[1] == key:
-        THREAD.top = top[2]
+        SITE_CALLS.top = top[2]
     if not torch.compiler.is_compiling():
         forget_caller(key)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sparsiattn.errors import InvalidOption, UnknownName
+from sparsiattn.serialization.files import CONFIG, NEW
+from sparsiattn.serialization.host import host_of
 from sparsiattn.serialization.origin import mark
 
 _MORE = "local-dir:", "hf-hub:", "hf_hub:"
@@ -23,7 +26,7 @@ def create_model(
 
     name: a timm model (``deit_small_patch16_224``); ``hf:ORG/NAME`` or ``hf:FOLDER``, the
     configuration of a transformers model, made as an image classifier where there is one;
-    ``tv:NAME`` of torchvision; or a folder that `Patch.save` or `Patch.merge_and_export` wrote,
+    ``tv:NAME`` of torchvision; or a folder that `Patch.save` wrote,
     which gives the host alone (`from_pretrained` gives both). image_size: side of its images in
     pixels. pretrained: download weights; they are random else, save those of a folder that
     has them.
@@ -37,8 +40,6 @@ def create_model(
     ('VisionTransformer', 5)
     """
     if is_saved(name):
-        from sparsiattn.serialization.hub import host_of
-
         if options or image_size is not None:
             raise InvalidOption(
                 f"{name} is a saved patch and says how its host was made: it takes neither an "
@@ -58,8 +59,6 @@ def is_saved(name: str) -> bool:
     >>> is_saved("vit_base_patch16_224")
     False
     """
-    from sparsiattn.serialization.files import CONFIG, NEW
-
     return any((Path(name) / f"{CONFIG}{end}").is_file() for end in ("", NEW))
 
 
@@ -185,8 +184,6 @@ def _config(name: str, extra: dict[str, Any]) -> Any:
 
 
 def _need(package: str, prefix: str, extra: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec(package) is None:
         raise InvalidOption(
             f"{prefix} names need {package}, which is not installed: "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedPatch
 from sparsiattn.serialization.origin import check_origin
@@ -26,20 +26,6 @@ class Saved(NamedTuple):
 
     config: dict[str, Any]
     files: dict[str, Path]
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a saved patch must find again: the class, and the names and shapes of all weights but
-    the planners' own."""
-    from sparsiattn.runtime.site_runtime import PLANNER
-
-    own = [
-        f"{name}:{tuple(tensor.shape)}"
-        for name, tensor in model.state_dict().items()
-        if f".{PLANNER}." not in f".{name}"
-    ]
-    digest = hashlib.sha256("\n".join(own).encode()).hexdigest()
-    return {"class": type(model).__name__, "weights": len(own), "sha256": digest}
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -190,3 +176,11 @@ def _expect(found: Any, wanted: dict[str, Any], where: str) -> None:
             raise MismatchedPatch(f"{where} lacks {key!r}: not a saved patch, or an edited one")
         if not isinstance(found[key], kind):
             raise MismatchedPatch(f"{where}: {key!r} must be a {kind.__name__}, got {found[key]!r}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises `MismatchedPatch` where it cannot be read."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise MismatchedPatch(f"{path} cannot be read: {error}") from error

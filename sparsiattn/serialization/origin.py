@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.site_runtime import PLANNER
+from sparsiattn.serialization.fingerprint import fingerprint
 
-MARK = "_sparsiattn_origin"
-"""Attribute of a model that `create_model` made; others are recognised, where that is possible."""
+ORIGIN_ATTRIBUTE = "_sparsiattn_origin"
+"""Attribute of a model that `create_model` made."""
 
 Origin = dict[str, Any]
 """``{"library": "timm", "name", "options"}``, the same of ``"torchvision"``, or ``{"library":
@@ -34,7 +36,7 @@ def mark(model: nn.Module, origin: Origin) -> nn.Module:
     except (TypeError, ValueError):  # options that only Python can say
         return model
     if check_origin(plain):
-        vars(model)[MARK] = plain
+        vars(model)[ORIGIN_ATTRIBUTE] = plain
     return model
 
 
@@ -119,14 +121,12 @@ def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _candidates(model: nn.Module) -> Iterator[Origin]:
-    noted = vars(model).get(MARK)
+    noted = vars(model).get(ORIGIN_ATTRIBUTE)
     if noted is not None:
         yield noted
     module = type(model).__module__.partition(".")[0]
     if module == "timm":
         yield from _timm(model)
-    elif module == "torchvision":
-        yield from _torchvision(model)
     elif module == "transformers":
         config: Any = model.config
         plain = json.loads(config.to_json_string(use_diff=True))
@@ -156,22 +156,7 @@ def _timm(model: Any) -> Iterator[Origin]:
         yield {"library": "timm", "name": name, "options": {**found, "img_size": list(built)}}
 
 
-def _torchvision(model: Any) -> Iterator[Origin]:
-    from torchvision.models import get_model_builder, list_models
-
-    options = {} if (n := getattr(model, "num_classes", None)) is None else {"num_classes": n}
-    if (side := getattr(model, "image_size", None)) is not None:
-        options["image_size"] = side
-    if not options and isinstance(head := getattr(model, "head", None), nn.Linear):
-        options["num_classes"] = head.out_features
-    for name in list_models():
-        if get_model_builder(name).__module__ == type(model).__module__:
-            yield {"library": "torchvision", "name": name, "options": options}
-
-
 def _same(model: nn.Module, twin: nn.Module) -> bool:
-    from sparsiattn.serialization.files import fingerprint
-
     if type(model).__name__ != type(twin).__name__ or fingerprint(model) != fingerprint(twin):
         return False
     return _plain(model) == _plain(twin)
@@ -179,8 +164,6 @@ def _same(model: nn.Module, twin: nn.Module) -> bool:
 
 def _plain(model: nn.Module) -> dict[str, Any]:
     """Attributes of all modules but planners that are numbers, text or tuples of these."""
-    from sparsiattn.runtime.site_runtime import PLANNER
-
     return {
         f"{path}.{name}": value
         for path, module in model.named_modules()

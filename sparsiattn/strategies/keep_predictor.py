@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.strategies.base import keep_missing, spawn
-from sparsiattn.strategies.token_base import Reduction, TokenInputs
+from sparsiattn.strategies.reduction import Policy, Reduction
+from sparsiattn.strategies.token_base import TokenInputs
 
 
 class KeepPredictor(nn.Module):
@@ -55,7 +56,7 @@ class KeepPredictor(nn.Module):
         drawn = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
         policy = drawn if before is None else drawn * before
         self.share = policy.mean(1)
-        return Reduction(policy=policy)
+        return Policy(policy)
 
     def log_probabilities(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """``[B, n, 2]``: log probability of keeping and of dropping; eq. 3 to 6."""

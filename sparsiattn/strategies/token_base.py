@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.budget import Budget, count_of
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
-from sparsiattn.attention.token_state import Assign, Unfold, unsigned
-from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.attention.token_state import unsigned
+from sparsiattn.errors import InvalidOption
 from sparsiattn.strategies.base import keep_missing
 from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.reduction import Reduction
 
 RESTORE = ("auto", "unfold", "scatter", None)
 Place = Literal["entry", "middle", "exit"]
@@ -103,116 +103,6 @@ class TokenInputs:
                 "place = 'middle' on the strategy"
             )
         return self.attention
-
-
-@dataclass(frozen=True, eq=False)
-class Reduction:
-    """What becomes of ``n`` patch tokens. Make one with `keep`, `top`, `where`, `merge`
-    or `mix`.
-
-    index: ``[B, m]``, the earlier token that each new one stands for. values: ``[B, m, C]``, None
-    for the kept tokens as they are. assign: ``[B, n]`` (or a function that returns it), where each
-    earlier token goes, -1 if dropped; None where ``index`` tells. size: ``[B, m]``, patches merged
-    into each. mask: ``[B, n]`` instead of ``index`` where every image keeps its own number. fuse:
-    ``[B, n]``, weights with which dropped tokens add up to one more token at the end (EViT, 3.2).
-    added: ``([B, r], [B, r, C])``, new tokens by number and what is added to each (merging few
-    into many without computing all means). policy: ``[B, n]``, in training: nothing is dropped, but
-    keys weigh as much as this says. unfold: where original positions are asked for, a function from
-    the new tokens' later values ``[B, m, C]`` to those of the earlier tokens ``[B, n, C]``; None
-    gives each the value of the token it went to. mixed: whether the new tokens are weighted means
-    that stand for no patch alone.
-
-    >>> Reduction.keep(torch.tensor([[0, 2]])).index.tolist()
-    [[0, 2]]
-    """
-
-    index: Tensor | None = None
-    values: Tensor | None = None
-    assign: Assign = None
-    size: Tensor | None = None
-    mask: Tensor | None = None
-    fuse: Tensor | None = None
-    policy: Tensor | None = None
-    added: tuple[Tensor, Tensor] | None = None
-    unfold: Unfold | None = None
-    mixed: bool = False
-
-    @staticmethod
-    def keep(index: Tensor) -> Reduction:
-        """Keep the tokens at ``index`` ``[B, m]``, in that order."""
-        return Reduction(index=index)
-
-    @staticmethod
-    def top(scores: Tensor, keep: Budget, fuse: Tensor | None = None) -> Reduction | None:
-        """Keep the best-scored share or count of ``[B, n]``, in their order; None keeps all.
-
-        >>> Reduction.top(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 0.5).index.tolist()
-        [[1, 3]]
-        """
-        n = scores.shape[1]
-        count = count_of(keep, n)
-        if count == n:
-            return None
-        index = scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-        return Reduction(index=index, fuse=fuse)
-
-    @staticmethod
-    def where(mask: Tensor, fuse: Tensor | None = None) -> Reduction:
-        """Keep the tokens where a boolean ``[B, n]`` is True: each image its own number."""
-        if mask.dtype != torch.bool or mask.dim() != 2:
-            raise InvalidType(
-                f"Reduction.where needs a boolean [B, n] tensor, got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}; compare your scores with a threshold first"
-            )
-        return Reduction(mask=mask, fuse=fuse)
-
-    @staticmethod
-    def merge(x: Tensor, assign: Tensor, index: Tensor, size: Tensor | None = None) -> Reduction:
-        """Clusters: ``assign`` ``[B, n]`` names each token's cluster, ``index`` ``[B, m]`` the
-        token whose position the cluster has; values are means weighted by size ``[B, n]``."""
-        weight = torch.ones_like(assign, dtype=torch.float) if size is None else size
-        into = assign[..., None].expand_as(x)
-        total = x.new_zeros(x.shape[0], index.shape[1], x.shape[2]).scatter_add(
-            1, into, x * weight[..., None].to(x.dtype)
-        )
-        sizes = weight.new_zeros(index.shape).scatter_add(1, assign, weight)
-        values = total / sizes[..., None].to(x.dtype)
-        return Reduction(index=index, values=values, assign=assign, size=sizes)
-
-    @staticmethod
-    def mix(x: Tensor, weights: Tensor) -> Reduction:
-        """Soft merging: each new token is a weighted sum ``weights @ x`` of all, by ``[B, m, n]``
-        with entries >= 0. It has the position of its heaviest token; whoever asks for original
-        positions gets the transposed weights times the new tokens, rows scaled to sum to one.
-
-        >>> x = torch.tensor([[[1.0], [3.0], [5.0]]])
-        >>> Reduction.mix(x, torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])).values.flatten()
-        tensor([2., 5.])
-        """
-        if weights.dim() != 3 or weights.shape[::2] != x.shape[:2]:
-            raise InvalidType(
-                f"Reduction.mix needs weights [B, m, n] for tokens of shape {tuple(x.shape)} = "
-                f"[B, n, C], got {tuple(weights.shape)}; one row for each new token"
-            )
-        back = weights.float().mT
-        whole = back.sum(-1, keepdim=True)
-        shares = back / torch.where(whole > 0, whole, 1.0)
-        return Reduction(
-            index=weights.argmax(-1),
-            values=weights.to(x.dtype) @ x,
-            assign=torch.where(whole[..., 0] > 0, weights.argmax(1), -1),
-            unfold=lambda later: shares.to(later.dtype) @ later,
-            mixed=True,
-        )
-
-    def by_image(self) -> list[Reduction]:
-        """A mask ``[B, n]`` as one reduction for each image."""
-        assert self.mask is not None
-        fuse = [None] * len(self.mask) if self.fuse is None else list(self.fuse)
-        return [
-            Reduction(mask=mask[None], fuse=None if weights is None else weights[None])
-            for mask, weights in zip(self.mask, fuse, strict=True)
-        ]
 
 
 class TokenPlanner(Protocol):

@@ -18,13 +18,8 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.strategies.random import hashed
-from sparsiattn.strategies.token_base import (
-    Place,
-    Reduction,
-    TokenInputs,
-    TokenPlanner,
-    TokenStrategy,
-)
+from sparsiattn.strategies.reduction import Reduction
+from sparsiattn.strategies.token_base import Place, TokenInputs, TokenPlanner, TokenStrategy
 
 SCORES = ("cls", "mean_query", "learned", "norm", "random")
 ADAPTIVE = "adaptive"

@@ -18,7 +18,8 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import take
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.strategies.token_base import Reduction, TokenInputs, TokenStrategy
+from sparsiattn.strategies.reduction import Merge, Reduction
+from sparsiattn.strategies.token_base import TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")
 BSM = ("first", "last", None)
@@ -200,12 +201,8 @@ def merge_pairs(
     # mean = x_b + sum over a of (s_a / s) (x_a - x_b): only the tokens that move are touched
     share = (weight / grown.gather(1, into))[..., None].to(x.dtype)
     shift = (take(x, moved) - take(x, second.gather(1, target))) * share
-    return Reduction(
-        index=index,
-        added=(into, shift),
-        assign=partial(assignment, kept, second, moved, target),
-        size=grown,
-    )
+    assign = partial(assignment, kept, second, moved, target)
+    return Merge(index, assign, size=grown, added=(into, shift))
 
 
 def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:

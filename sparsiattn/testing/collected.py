@@ -13,7 +13,7 @@ from torch import nn
 
 import sparsiattn_pytest
 from sparsiattn.errors import UnknownName, unknown
-from sparsiattn.patching.apply import backbone_of
+from sparsiattn.patching.discovery.backbone import backbone_of
 from sparsiattn.registry.registry import KINDS, REGISTRY, PluginInfo
 from sparsiattn.strategies.config import Config
 from sparsiattn.testing.backbone import BackboneSuite

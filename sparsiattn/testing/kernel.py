@@ -16,8 +16,8 @@ from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching.apply import patch
+from sparsiattn.patching.handle import unpatch
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.handle import unpatch
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedCheckpoint, TrainingDiverged
-from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.progress import bar

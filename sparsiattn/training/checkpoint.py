@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
-from sparsiattn.runtime.handle import Patch
-from sparsiattn.serialization.saving import fingerprint
+from sparsiattn.patching.handle import Patch
+from sparsiattn.serialization.save import fingerprint
 from sparsiattn.training.recipe import Recipe
 
 FORMAT = 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.runtime.timing import wait
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.budget import count_of
 from sparsiattn.errors import InvalidOption
-from sparsiattn.runtime.handle import patch_of
+from sparsiattn.patching.handle import patch_of
 from sparsiattn.strategies.keep_predictor import KeepPredictor
 
 

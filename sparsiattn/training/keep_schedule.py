@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
 from sparsiattn.training.trainable import is_planner

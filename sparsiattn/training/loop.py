@@ -13,8 +13,9 @@ from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.training.recipe import Recipe, Stage
 from sparsiattn.training.trainable import has_planners, left_as_found
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.training.evaluation import logits_of
 from sparsiattn.training.keep import keep_ratio_loss
 from sparsiattn.training.penalties import Listener, is_dense
@@ -87,13 +87,13 @@ class Objective(nn.Module):
         own = self._teacher[0]
         teacher = self.model if own is None else own
         watched = final_norm(teacher) if "token_mse" in self.stage.losses else None
-        carried = live.carried  # the student's, which token_loss asks for
+        carried = live.last_pass  # the student's, which token_loss asks for
         with captured(watched) as tokens:
             if own is not None:
                 return logits_of(own(images), own), tokens
             with live.disabled(), resting(teacher):
                 logits = logits_of(teacher(images), teacher)
-            live.carried = carried
+            live.last_pass = carried
             return logits, tokens
 
 
@@ -131,7 +131,7 @@ def token_loss(live: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
     ``[B, N, C]``, the dense model's. A merged token is compared with all that went into it; a token
     that a policy dropped (DynamicViT in training) counts as little as one that is gone.
     """
-    prefix = live.found[-1].prefix_tokens if live.found else 0
+    prefix = live.model_sites[-1].prefix_tokens if live.model_sites else 0
     tokens, targets = _sequence(tokens).float(), _sequence(targets).float()
     there = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
     if tokens.shape[1] != targets.shape[1]:
@@ -139,7 +139,7 @@ def token_loss(live: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
         there = places >= 0
         at = places.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[-1])
         tokens = tokens.gather(1, at)
-    policy = getattr(live.carried[0], "policy", None) if live.carried is not None else None
+    policy = getattr(live.last_pass[0], "policy", None) if live.last_pass is not None else None
     there = there[:, prefix:]
     if policy is not None:
         there = there & (policy.detach() > 0.5)

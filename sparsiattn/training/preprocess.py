@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, unknown
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.handle import unwrap
+from sparsiattn.runtime.patch_state import unwrap
 
 SMALL = 96  # pixels: below it the usual crops cost more of the image than they gain
 _OURS = {

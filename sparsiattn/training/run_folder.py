@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.stage_run import Running
 
@@ -153,7 +153,7 @@ class Keeper:
 
 def _best(folder: Path, live: Patch, model: nn.Module) -> None:
     """What is needed to use the model: `sparsiattn.load` reads the folder, its weights are here."""
-    from sparsiattn.runtime.handle import patch_of
+    from sparsiattn.patching.handle import patch_of
 
     (patch_of(model) or live).save(folder)
     saved.save_weights(model.state_dict(), folder / saved.MODEL)

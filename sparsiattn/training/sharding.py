@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.training.recipe import Recipe, Stage
 
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.keep_predictor import KeepPredictor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
-from sparsiattn.runtime.handle import Patch, unpatch
+from sparsiattn.patching.handle import Patch, unpatch
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training import keep_schedule as warmdown
 from sparsiattn.training import sharding

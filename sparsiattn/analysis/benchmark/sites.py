@@ -16,8 +16,8 @@ from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidType
 from sparsiattn.kernels.base import choose
+from sparsiattn.patching.handle import Patch
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.handle import Patch
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 from sparsiattn.strategies.base import Planner
 
@@ -44,7 +44,7 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         runtime = by_name[site.name]
-        if runtime.idle(inputs.n_keys):
+        if runtime.stays_dense(inputs.n_keys):
             return
         took = _seconds(runtime, planner, inputs, rounds)
         if took is not None:

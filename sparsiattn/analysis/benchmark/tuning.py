@@ -22,7 +22,7 @@ from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Kernel, refusals
-from sparsiattn.kernels.cost import DENSE, PLANNING, Call, Prices, Work
+from sparsiattn.kernels.cost import DENSE, PLANNING, CallShape, Prices, Work
 from sparsiattn.kernels.native.kernel import compile_native
 from sparsiattn.runtime import timing
 
@@ -187,7 +187,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -
             calls[kernel.name] = partial(kernel, inputs, pattern)
         times = timing.alternate(calls, rounds)
     works = {kernel.name: kernel.work(inputs, pattern) for kernel in kernels}
-    works |= {DENSE: Call.of(inputs).dense, PLANNING: planning}
+    works |= {DENSE: CallShape.of(inputs).dense, PLANNING: planning}
     said = {kernel.name: kernel.speed(inputs, pattern) for kernel in kernels}
     return [
         Measured(
@@ -228,12 +228,12 @@ def _prepared(
 def planning_work(planner: Callable[[AttentionInputs], Pattern], inputs: AttentionInputs) -> Work:
     """What a planner does for these inputs, its multiplications counted as it runs."""
     from sparsiattn.attention.pattern import Ranked
-    from sparsiattn.patching.dry_run import mac_counter
+    from sparsiattn.patching.flop_counter import mac_counter
 
     with mac_counter() as counter:
         wish = planner(inputs)
     scores = wish.scores.numel() if isinstance(wish, Ranked) else 0
-    return cost.planning(int(counter.get_total_flops()) // 2, scores, Call.of(inputs)).work
+    return cost.planning(int(counter.get_total_flops()) // 2, scores, CallShape.of(inputs)).work
 
 
 def _operands(

@@ -13,9 +13,10 @@ from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.report import Report
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.strategies.config import Config
 
 

@@ -20,7 +20,7 @@ from sparsiattn.analysis.profiling.module_map import batch_of
 from sparsiattn.analysis.profiling.result import Latency, Memory, Parts, Profile, SiteProfile
 from sparsiattn.analysis.profiling.text import notes
 from sparsiattn.attention.site import Site
-from sparsiattn.patching.report import measured_speed
+from sparsiattn.patching.estimate import measured_speed
 
 if TYPE_CHECKING:
     from sparsiattn.analysis.profiling.profiler import Run

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
-from sparsiattn.patching.dry_run import flop_counter
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.patching.flop_counter import flop_counter
+from sparsiattn.runtime.thread_state import MODEL_CALL
 from sparsiattn.strategies.base import Planner
 
 if TYPE_CHECKING:
@@ -78,13 +79,13 @@ class MacCounter:
     @contextmanager
     def counting(self) -> Iterator[MacCounter]:
         """Count what this thread does inside the block."""
-        before, THREAD.meter = THREAD.meter, self
+        before, MODEL_CALL.meter = MODEL_CALL.meter, self
         try:
             with self._counter:
                 yield self
                 self._settle()
         finally:
-            THREAD.meter = before
+            MODEL_CALL.meter = before
 
     def enter(self, section: Section) -> None:
         self._settle()
@@ -126,7 +127,6 @@ class MacCounter:
 
     def plan(self, runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call."""
-        from sparsiattn.patching.estimate import planning_of
 
         wishes: list[Pattern] = []
 
@@ -137,7 +137,7 @@ class MacCounter:
         name = self.name(runtime)
         pattern, macs = self._spend((PREDICTOR, name), lambda: runtime.plan(asked, inputs))
         if wishes:
-            self._planned[name] = planning_of(wishes[0], macs, inputs)
+            self._planned[name] = cost.planning_of(wishes[0], macs, inputs)
         return pattern
 
     def compute(
@@ -163,11 +163,11 @@ class MacCounter:
         self._note(name, (inputs.q, inputs.k, inputs.v), pattern, computed or None, choice)
         return out
 
-    def dense(self, runtime: SiteRuntime, operands: Any, call: Callable[[], Tensor]) -> Tensor:
+    def dense(self, runtime: SiteRuntime, call: HostCall) -> Tensor:
         """What the host's own attention at a site returns."""
-        q, k, v, _ = operands
+        q, k, v = call.q, call.k, call.v
         name = self.name(runtime)
-        out, computed = self._spend((MHSA, name), call)
+        out, computed = self._spend((MHSA, name), call.dense)
         self._note(name, (q, k, v), Dense(q.shape[-2], k.shape[-2]), computed, None)
         return out
 
@@ -198,7 +198,7 @@ class EnterSection:
         self.meter, self.section = meter, section
 
     def __call__(self, module: Any, args: Any) -> None:
-        if THREAD.meter is self.meter:
+        if MODEL_CALL.meter is self.meter:
             self.meter.enter(self.section)
 
 
@@ -206,5 +206,5 @@ class LeaveSection(EnterSection):
     """Forward hook that closes it, also when the module raised."""
 
     def __call__(self, module: Any, args: Any, output: Any = None) -> None:
-        if THREAD.meter is self.meter:
+        if MODEL_CALL.meter is self.meter:
             self.meter.leave(self.section)

@@ -13,10 +13,10 @@ from sparsiattn.analysis.inspection import bare
 from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
-from sparsiattn.patching.apply import ModelSurvey, survey
 from sparsiattn.patching.discovery.blocks import find_blocks
-from sparsiattn.patching.discovery.probe import DryInputs
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.discovery.meta_model import MetaInputs
+from sparsiattn.patching.handle import Patch
+from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -42,11 +42,11 @@ class ModuleMap:
                 yield path, (MLP, first)
 
 
-def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> ModuleMap:
+def anatomy(model: nn.Module, live: list[Patch], given: MetaInputs) -> ModuleMap:
     """From a dry run of a copy without patches, at the shapes of this input."""
     wanted = set(patched_sites(model, live))
     seen, inputs = _survey(bare(model, live), _example(model, live, given), wanted, given)
-    names = [site.name for site, _ in seen.found]
+    names = [site.name for site, _ in seen.sites]
     blocks: dict[str, str] = {}
     attention: dict[str, tuple[str, ...]] = {}
     inside: set[str] = set()
@@ -57,7 +57,7 @@ def anatomy(model: nn.Module, live: list[Patch], given: DryInputs) -> ModuleMap:
             child = _child(seen.meta_model, block.name, name)
             attention[child] = (*attention.get(child, ()), name)
     attention |= {name: (name,) for name in names if name not in inside}
-    sites = tuple(site for site, _ in seen.found)
+    sites = tuple(site for site, _ in seen.sites)
     return ModuleMap(seen.backbone.name, sites, tuple(seen.skipped), attention, blocks)
 
 
@@ -70,8 +70,8 @@ def patched_sites(model: nn.Module, live: list[Patch]) -> dict[str, SiteRuntime]
 
 
 def _survey(
-    meta_model: nn.Module, example: Any, wanted: set[str], given: DryInputs
-) -> tuple[ModelSurvey, DryInputs]:
+    meta_model: nn.Module, example: Any, wanted: set[str], given: MetaInputs
+) -> tuple[ModelSurvey, MetaInputs]:
     """Sites of the model called as it will be, else, where that needs values, as its adapter knows
     to call it."""
     inputs = _dry(given)
@@ -82,7 +82,7 @@ def _survey(
         return seen, seen.backbone.meta_inputs(meta_model, seen.shape)
 
 
-def _example(model: nn.Module, live: list[Patch], given: DryInputs) -> Any:
+def _example(model: nn.Module, live: list[Patch], given: MetaInputs) -> Any:
     image = batch_of(given)
     if image.dim() == 4:
         return image
@@ -110,7 +110,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def batch_of(given: DryInputs) -> Tensor:
+def batch_of(given: MetaInputs) -> Tensor:
     """The images among a model's arguments: the first tensor ``[B, C, H, W]``, else the first with
     more than one axis."""
     tensors = [x for x in _tensors(given) if x.dim() > 1]
@@ -128,7 +128,7 @@ def batch_of(given: DryInputs) -> Tensor:
     return found
 
 
-def _dry(given: DryInputs) -> DryInputs:
+def _dry(given: MetaInputs) -> MetaInputs:
     """One image of these arguments, without data."""
     batch = len(batch_of(given))
 

@@ -18,13 +18,13 @@ from sparsiattn.analysis.profiling.meter import EnterSection, LeaveSection, MacC
 from sparsiattn.analysis.profiling.module_map import ModuleMap, anatomy, batch_of, patched_sites
 from sparsiattn.analysis.profiling.result import Latency, Memory, Profile
 from sparsiattn.errors import InvalidOption, SparsiattnError
-from sparsiattn.patching.apply import live_patches
-from sparsiattn.patching.discovery.probe import DryInputs
+from sparsiattn.patching.discovery.meta_model import MetaInputs
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.warmup import unchanged
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.patch_state import live_patches, unwrap
 from sparsiattn.runtime.site_runtime import SiteRuntime
+from sparsiattn.runtime.thread_state import MODEL_CALL
 
 
 def profile(
@@ -77,7 +77,7 @@ def _live(model: nn.Module) -> list[Patch]:
     found = list({id(one): one for _, one in live_patches(model)}.values())
     for patch in found:
         patch._require_active("profile")
-        if patch.key in THREAD.disabled or THREAD.observer is not None:
+        if patch.key in MODEL_CALL.disabled or MODEL_CALL.observer is not None:
             raise InvalidOption(
                 "profile() inside disabled() or observing() would count dense attention twice; "
                 "leave that block first"
@@ -107,7 +107,7 @@ class Run:
     """One input and the model that takes it."""
 
     model: nn.Module
-    given: DryInputs
+    given: MetaInputs
     anatomy: ModuleMap
     live: list[Patch]
 
@@ -160,7 +160,7 @@ class Run:
         return Memory(dense, peak_bytes(self.call, device) if self.live else dense)
 
 
-def _timed(model: nn.Module, live: list[Patch], given: DryInputs, rounds: int) -> Latency:
+def _timed(model: nn.Module, live: list[Patch], given: MetaInputs, rounds: int) -> Latency:
     """Paired runs as `bench` makes them, which also measures the sites of a patch."""
     from sparsiattn.analysis.benchmark.whole_model import bench
 

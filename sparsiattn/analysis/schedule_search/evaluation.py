@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
-from sparsiattn.patching.apply import applied, survey
+from sparsiattn.patching.apply import applied
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.report import report
-from sparsiattn.runtime.handle import Patch, patch_of
+from sparsiattn.patching.survey import survey
 from sparsiattn.runtime.timing import paired
 from sparsiattn.strategies.config import Config
 from sparsiattn.training.evaluation import logits_of

@@ -22,7 +22,8 @@ from sparsiattn.analysis.schedule_search.space import (
 )
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import resolve
-from sparsiattn.runtime.handle import patch_of, unwrap
+from sparsiattn.patching.handle import patch_of
+from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.strategies.config import Config
 from sparsiattn.training.progress import bar
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import parts_of
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.strategies.config import Config
 
 KEYS = (1.0, 0.5, 0.25, 0.1, 0.05)

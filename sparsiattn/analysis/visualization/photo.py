@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.errors import DataError
-from sparsiattn.runtime.handle import Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.training.preprocess import data_config, transform
 from sparsiattn.training.samples import Finish
 from sparsiattn.training.sources import mode_of

@@ -26,8 +26,9 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.runtime.patch_state import unwrap
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 from sparsiattn.strategies.base import Planner
 from sparsiattn.training.progress import Advance
 
@@ -71,7 +72,7 @@ class Recorder:
         for window in filter(None, self.windows.values()):
             hooks.append(window.module.register_forward_pre_hook(window.note, with_kwargs=True))
         for runtime in self.patch.blocks:
-            if runtime.place == "bypass" and runtime.block.tail is not None:
+            if runtime.placement == "bypass" and runtime.block.tail is not None:
                 entry = self.patch.model.get_submodule(runtime.block.tail.entry)
                 hooks.append(entry.register_forward_pre_hook(self._note_spared(runtime.index)))
         try:
@@ -82,7 +83,7 @@ class Recorder:
 
     def _note_spared(self, index: int) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, args: Any) -> None:
-            self.spared[index] = THREAD.spared
+            self.spared[index] = BLOCK_CALL.bypass_state
 
         return note
 
@@ -194,14 +195,14 @@ def _untouched(patch: Patch) -> Iterator[None]:
     """The model in eval mode; its modes, and the patch's record of the last forward pass, as they
     were before."""
     modes = [(module, module.training) for module in patch.model.modules()]
-    image, carried, seen = patch.image, patch.carried, THREAD.image
+    image, carried, seen = patch.image, patch.last_pass, MODEL_CALL.image
     patch.model.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        patch.image, patch.carried, THREAD.image = image, carried, seen
+        patch.image, patch.last_pass, MODEL_CALL.image = image, carried, seen
 
 
 def _points(queries: Any, calls: dict[Site, Call]) -> tuple[Point, ...]:
@@ -266,7 +267,7 @@ def _shown(
     """One site: its pattern is planned here, so that no two sites' are in memory together."""
     inputs = call.inputs
     runtime = next(r for r in patch.runtimes if r.site is site)
-    pattern = Dense(inputs.n_queries, inputs.n_keys) if runtime.idle(inputs.n_keys) else None
+    pattern = Dense(inputs.n_queries, inputs.n_keys) if runtime.stays_dense(inputs.n_keys) else None
     finished = pattern or runtime.finish(call.planner(inputs), inputs)
     bias = inputs.bias
     if bias is not None and bias.is_floating_point():
@@ -330,11 +331,11 @@ def _tokens(recorder: Recorder) -> tuple[BlockTokens, ...]:
         return tuple(
             _block(blocks[i], i, token_state, True) for i, token_state in sorted(streams.items())
         )
-    carried = recorder.patch.carried
+    carried = recorder.patch.last_pass
     if carried is None or not recorder.streams:
         return ()
     last = getattr(carried[0], "streams", (carried[0],))[0]
-    places = {runtime.index: runtime.place for runtime in recorder.patch.blocks}
+    places = {runtime.index: runtime.placement for runtime in recorder.patch.blocks}
     seen, found = recorder.streams, []
     for index in sorted(seen):
         # what attention sees is what a block leaves, unless it reduces after its attention

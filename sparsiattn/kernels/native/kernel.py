@@ -11,7 +11,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import Call, Work
+from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import attention
@@ -58,7 +58,7 @@ class Native(Kernel):
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyLists)
-        call, tiles = Call.of(inputs), pattern.tiles
+        call, tiles = CallShape.of(inputs), pattern.tiles
         rows = pattern.n_queries - pattern.dense_rows if tiles is None else tiles.count
         size = 1 if tiles is None else tiles.size
         keys = pattern.width + summary_count(pattern)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -13,8 +13,12 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
+from sparsiattn.errors import NothingToPatch
 from sparsiattn.patching.discovery.exclusions import over_channels, pools
-from sparsiattn.patching.discovery.probe import Call, DryInputs, image_inputs
+from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
+from sparsiattn.patching.discovery.probe import AttentionCall
+from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.multihead import why_not_reached
 
 Pooling = Literal["prefix", "avg", "max", "other"]
@@ -30,26 +34,6 @@ SINGLE = (
 )
 QUERY_TABLES = ("rel_pos_h", "height_rel")
 """Relative positions that each query weighs for itself."""
-
-
-@dataclass(frozen=True)
-class AttributeOverride:
-    """One attribute of one module (or of its configuration) that patching switches and unpatching
-    switches back; ``before`` is ``...`` where there was none."""
-
-    module: Any
-    attribute: str
-    value: Any
-    before: Any
-
-    def apply(self) -> None:
-        setattr(self.module, self.attribute, self.value)
-
-    def revert(self) -> None:
-        if self.before is ...:
-            vars(self.module).pop(self.attribute, None)
-        else:
-            setattr(self.module, self.attribute, self.before)
 
 
 class Backbone:
@@ -89,7 +73,7 @@ class Backbone:
         side = getattr(config, "image_size", None)
         return None if side is None else (1, getattr(config, "num_channels", 3), *_pair(side))
 
-    def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
+    def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
         """What to call the model with in a dry run for an image of this shape: meta tensors."""
         return image_inputs(model, shape)
 
@@ -113,7 +97,7 @@ class Backbone:
         found = getattr(model, "patch_embed", None)
         return found if isinstance(found, nn.Module) else model
 
-    def prefix_tokens(self, call: Call) -> int:
+    def prefix_tokens(self, call: AttentionCall) -> int:
         """CLS, distillation and register tokens at the head of this call's sequence. Models that do
         not count them have those class tokens without which the others make the better grid."""
         count = call.nearest("num_prefix_tokens")
@@ -142,7 +126,7 @@ class Backbone:
         attention pooling, unknown."""
         return "other"
 
-    def grid(self, call: Call, n: int, aspect: float) -> Grid:
+    def grid(self, call: AttentionCall, n: int, aspect: float) -> Grid:
         """Rows and columns of ``n`` patch tokens (of one window)."""
         return geometry.infer_grid(n, aspect)
 
@@ -151,16 +135,16 @@ class Backbone:
         size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
         return _pair(size) if isinstance(size, (int, tuple, list)) else (1, 1)
 
-    def shares_keys(self, call: Call) -> bool:
+    def shares_keys(self, call: AttentionCall) -> bool:
         """Whether several calls of one module must agree on their keys, as the two of differential
         attention, whose difference cancels what both attend to."""
         return call.count > 1 and call.nearest("lambda_q1") is not None
 
-    def is_raster_order(self, call: Call) -> bool:
+    def is_raster_order(self, call: AttentionCall) -> bool:
         """Whether patch tokens stand in raster order."""
         return True
 
-    def bias(self, call: Call) -> Literal["none", "bias", "mask"]:
+    def bias(self, call: AttentionCall) -> Literal["none", "bias", "mask"]:
         """Whether the host's mask can forbid keys. When in doubt it can: right, only slower."""
         if call.mask is None:
             return "none"
@@ -171,12 +155,12 @@ class Backbone:
         whole = len(call.mask) < len(call.q) or call.mask[0] == 1  # alike in all windows
         return "bias" if whole and any(_relates(call, name) for name in BIAS_TABLES) else "mask"
 
-    def halo(self, call: Call) -> int:
+    def halo(self, call: AttentionCall) -> int:
         """By how many patches the keys of a window reach beyond its queries on every side."""
         halo = getattr(call.module, "halo_size", 0)
         return halo if isinstance(halo, int) else 0
 
-    def why_skip(self, call: Call) -> str | None:
+    def why_skip(self, call: AttentionCall) -> str | None:
         """Why this call should stay dense although it could be reached; None if it is a site."""
         if over_channels(call):
             return "attention over channels, not over tokens"
@@ -192,7 +176,7 @@ class Backbone:
         return None
 
     def sites(
-        self, calls: Iterable[Call], aspect: float, named: Collection[str] = ()
+        self, calls: Iterable[AttentionCall], aspect: float, named: Collection[str] = ()
     ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
         """Sites with their layouts, and ``(name, reason)`` of every call left alone. Calls of a
         single query are left alone unless the user named them."""
@@ -214,7 +198,7 @@ class Backbone:
         ]
         return numbered, left
 
-    def _site(self, call: Call, layout: Layout, aspect: float) -> Site:
+    def _site(self, call: AttentionCall, layout: Layout, aspect: float) -> Site:
         shapes = (call.q, call.k, call.v)
         q, k, v = (layout.fold(torch.empty(shape, device="meta")).shape for shape in shapes)
         prefix = self.prefix_tokens(call) if q[0] == 1 < q[2] else 0
@@ -244,7 +228,7 @@ def _has_temperature(module: nn.Module) -> bool:
     return isinstance(getattr(module, "temperature", None), nn.Parameter)
 
 
-def _relates(call: Call, name: str) -> bool:
+def _relates(call: AttentionCall, name: str) -> bool:
     """Whether the module, a part of it or a parent holds this table of relative positions."""
     parts = (getattr(part, name, None) for part in call.module.children())
     return call.nearest(name) is not None or any(part is not None for part in parts)
@@ -268,7 +252,7 @@ def _is_tensor(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module, name, None), torch.Tensor)
 
 
-def _heads_per_call(call: Call) -> int | None:
+def _heads_per_call(call: AttentionCall) -> int | None:
     """Heads folded into the batch of one call; a module that calls once for each has one."""
     heads = head_count(call.module)
     return 1 if len(call.q) == 3 and call.count == heads else heads
@@ -286,3 +270,16 @@ def head_count(module: nn.Module) -> int | None:
 def _pair(side: int | Iterable[int]) -> tuple[int, int]:
     rows, columns = (side, side) if isinstance(side, int) else side
     return rows, columns
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The adapter that serves a model: the first whose family it is of."""
+    for backbone in REGISTRY.all("backbones").values():
+        if not backbone.why_not(model):
+            return backbone  # type: ignore[no-any-return]
+    raise NothingToPatch(f"no backbone adapter fits {type(model).__name__}")
+
+
+def backbone_named(name: str) -> Backbone:
+    """The adapter of that name."""
+    return REGISTRY.get("backbones", name)  # type: ignore[no-any-return]

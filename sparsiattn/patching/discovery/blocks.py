@@ -9,48 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsiattn.attention.block import Block, Tail
 from sparsiattn.patching.discovery.meta_cache import recalling
-from sparsiattn.patching.discovery.probe import DryInputs, run_dry
+from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
+from sparsiattn.runtime.hook_tools import first_tensor
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The end ``x + f(x)`` of a block: ``entry`` takes x, ``exit`` returns f(x), by module path.
-
-    mixes: a module in between that mixes tokens (a convolution), so that it needs them all.
-    """
-
-    entry: str
-    exit: str
-    mixes: str | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block. taken, given: shapes of its input and output for one image; sites: the paths of
-    the attention modules in it; head: the first module inside that takes the block's input; after:
-    whether its input is the output of the block before."""
-
-    name: str
-    taken: torch.Size
-    given: torch.Size
-    sites: tuple[str, ...]
-    tail: Tail | None
-    head: str | None = None
-    after: bool = True
-
-
-def find_blocks(model: nn.Module, sites: Iterable[str], inputs: DryInputs) -> list[Block]:
+def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> list[Block]:
     """The blocks around these attention modules of a `meta_copy`, in the order they run."""
     names = list(sites)
     trace = _Trace(model, names)
@@ -201,14 +176,3 @@ def _first(events: list[Any], where: range, kind: str, x: Tensor) -> Any:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two live tensors are views of one memory (the trace keeps all of them alive)."""
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-
-
-def first_tensor(values: Any) -> Tensor | None:
-    """The tensor itself, or the first one in a tuple, list or mapping."""
-    if isinstance(values, Tensor):
-        return values
-    if isinstance(values, dict):
-        values = tuple(values.values())
-    if isinstance(values, (tuple, list)):
-        return next((value for value in values if isinstance(value, Tensor)), None)
-    return None

@@ -4,10 +4,11 @@ one vector for the image. Shapes of the dry run tell, not names."""
 from __future__ import annotations
 
 from sparsiattn.errors import ProbeFailed
-from sparsiattn.patching.discovery.probe import Call, image_inputs, meta_copy, probe
+from sparsiattn.patching.discovery.meta_model import image_inputs, meta_copy
+from sparsiattn.patching.discovery.probe import AttentionCall, probe
 
 
-def over_channels(call: Call) -> bool:
+def over_channels(call: AttentionCall) -> bool:
     """Whether the rows of the scores are channels (XCiT, DaViT, EdgeNeXt): as many, times the
     heads, as the module's input is wide, and each as long as that has tokens."""
     given, (rows, length) = call.given, call.q[-2:]
@@ -22,7 +23,7 @@ def over_channels(call: Call) -> bool:
     return False
 
 
-def _grow_longer(call: Call, axis: int) -> bool:
+def _grow_longer(call: AttentionCall, axis: int) -> bool:
     """As many channels a head as tokens, so that shapes fit both readings: whether twice the tokens
     make the rows longer, not more. Modules bound to their count of tokens attend to tokens."""
     assert call.given is not None
@@ -35,7 +36,7 @@ def _grow_longer(call: Call, axis: int) -> bool:
     return bool(again) and again[0].q[-1] > call.q[-1]
 
 
-def pools(call: Call) -> bool:
+def pools(call: AttentionCall) -> bool:
     """Whether the module makes one vector of the image's tokens and one more of its own (the
     attention head of CLIP's ResNets): of all its rows only that one's is used."""
     given, returned = call.given, call.returned

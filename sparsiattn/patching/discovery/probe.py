@@ -1,42 +1,44 @@
-"""The dry run: a copy of the model without data runs once on the meta device and says which
-modules call attention, how often and with which shapes. The user's weights, hooks and random
-state are not involved."""
+"""Which modules of a model call attention, how often and with which shapes: one dry run says it."""
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.errors import ProbeFailed, SparsiattnError
-from sparsiattn.patching.discovery.meta_cache import recalling
-from sparsiattn.runtime.lifting import Trial, drop, without_scores
+from sparsiattn.errors import ProbeFailed
+from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
+from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import install, pop, push
 
-DryInputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and keyword arguments of a dry run."""
-
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
-
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """What a module did in the dry run, with a batch of one image.
 
-    name, module: the innermost module running when attention was called (of the copy). parents:
-    from the root down to its parent. q, k, v, mask: shapes. count: calls in one forward. weights:
-    what became of the attention weights that `nn.MultiheadAttention` also returns. lifted: whether
-    the module writes its attention out, see `lifting`. given, returned: shapes of the first tensor
-    that the module took and returned. aspect: height over width of the image, in patches.
+    Attributes:
+        name: Path of the innermost module running when attention was called.
+        module: That module, of the copy.
+        parents: From the root down to its parent.
+        q: Shape of the query.
+        k: Shape of the key.
+        v: Shape of the value.
+        mask: Shape of the mask; None without.
+        mask_dtype: Its dtype.
+        causal: Whether attention was causal.
+        count: Calls in one forward pass.
+        uniform: Whether all of them had these shapes.
+        weights: What became of the attention weights that `nn.MultiheadAttention` also returns.
+        lifted: Whether the module writes its attention out; see `sparsiattn.runtime.lifting`.
+        given: Shape of the first tensor that the module took.
+        returned: Shape of the first tensor that it returned.
+        aspect: Height over width of the image, in patches.
     """
 
     name: str
@@ -65,79 +67,16 @@ class Call:
         return None
 
 
-def meta_copy(model: nn.Module) -> Any:
-    """A structural copy on the meta device: no data, no hooks, eval mode."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name in _HOOKS:
-            hooks = vars(module).get(name)
-            if hooks is not None:
-                memo[id(hooks)] = OrderedDict()
-        for tensor in _tensors(module):
-            if id(tensor) not in memo:
-                memo[id(tensor)] = _to_meta(tensor)
-        memo.setdefault(id(vars(module).get("_sparsiattn_patch")), None)
-    for module in model.modules():
-        for value in vars(module).values():
-            if id(value) not in memo and not _copies(value):
-                memo[id(value)] = value  # a lock, a handle: shared, the dry run ignores it
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ProbeFailed(
-            f"{type(model).__name__} cannot be copied for the dry run: {error}"
-        ) from error
-    for module in copied.modules():
-        drop(module)
-    copied.eval()  # some hosts' own train() returns nothing
-    return copied
-
-
-_PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor, nn.Module)
-
-
-def _copies(value: object) -> bool:
-    if isinstance(value, _PLAIN):
-        return True
-    try:
-        copy.deepcopy(value)
-    except Exception:
-        return False
-    return True
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors kept as plain attributes, however deep in containers."""
-    waiting: list[Any] = [value for name, value in vars(module).items() if name != "_modules"]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            waiting.extend(value.values())
-        elif isinstance(value, (list, tuple, set)):
-            waiting.extend(value)
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    if is_traceable_wrapper_subclass(tensor):
-        # quantised weights and their like know few operations; what matters here is the shape
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    else:
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
 def _home_name(name: str, module: nn.Module) -> str:
     """The module whose attention this is: an `nn.Softmax` belongs to the one that holds it."""
     return name.rpartition(".")[0] if isinstance(module, nn.Softmax) else name
 
 
 class _Recorder:
-    """Hooks on every module of the skeleton that tell which one is innermost."""
+    """Hooks on every module of a `meta_copy` that tell which one is innermost."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.calls: OrderedDict[str, Call] = OrderedDict()
+        self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
         self.trial = Trial()
         self.watched: dict[str, WatchWeights] = {}
         self.given: dict[str, torch.Size] = {}
@@ -166,7 +105,7 @@ class _Recorder:
             uniform = before is None or (
                 before.uniform and (before.q, before.k, before.v) == shapes
             )
-            self.calls[name] = Call(
+            self.calls[name] = AttentionCall(
                 name, module, parents, q.shape, k.shape, v.shape,
                 None if mask is None else mask.shape, None if mask is None else mask.dtype,
                 causal, before.count + 1 if before else 1, uniform,
@@ -205,15 +144,20 @@ def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a dry run saw: attention calls in order, ``(module name, what it is)`` of every other
-    softmax, and the shapes of what the model returned."""
+    """What a dry run recorded.
 
-    calls: list[Call]
+    Attributes:
+        calls: Attention calls in order.
+        softmaxes: ``(module name, what it is)`` of every other softmax.
+        returned: Shapes of what the model returned.
+    """
+
+    calls: list[AttentionCall]
     softmaxes: list[tuple[str, str]]
     returned: list[torch.Size]
 
 
-def probe(model: nn.Module, inputs: DryInputs) -> Probe:
+def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     """Every attention call of a `meta_copy` for these inputs, those written by hand included."""
     install()
     recorder = _Recorder(model)
@@ -226,87 +170,15 @@ def probe(model: nn.Module, inputs: DryInputs) -> Probe:
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     returned = shapes(output)
     del output  # was held until here: see `WatchWeights.verdict`
-    calls = recorder.calls.values()
-    found = [
+    calls = [
         replace(
             call,
             weights=weights.get(call.name, "unasked"),
             given=recorder.given.get(call.name),
             returned=recorder.returned.get(call.name),
         )
-        for call in calls
+        for call in recorder.calls.values()
     ]
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
-    return Probe(found, others, returned)
-
-
-def shapes(output: Any) -> list[torch.Size]:
-    """Shapes of all tensors in a model's output."""
-    if isinstance(output, Tensor):
-        return [output.shape]
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return [shape for item in output for shape in shapes(item)]
-    return []
-
-
-def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> DryInputs:
-    """A float image of this shape in the model's own dtype, on the meta device."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return (torch.empty(shape, dtype=dtype, device="meta"),), {}
-
-
-def run_dry(
-    model: nn.Module, inputs: DryInputs, before_retry: Callable[[], None] = lambda: None
-) -> Any:
-    """The output of one forward of a `meta_copy`; whatever the host raises becomes a `ProbeFailed`.
-
-    Tensors the model makes on the default device are real at first: a host may cache them beyond
-    this model. Only a host that mixes them with its operands runs again with all of them on meta.
-    """
-    args, kwargs = inputs
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), recalling():
-        try:
-            return model(*args, **kwargs)
-        except SparsiattnError:
-            raise
-        except Exception:
-            before_retry()
-        try:
-            with torch.device("meta"), _NothingPadded():
-                return model(*args, **kwargs)
-        except SparsiattnError:
-            raise
-        except Exception as error:
-            raise _failure(model, inputs, error) from error
-
-
-class _NothingPadded(TorchFunctionMode):
-    """A dry run has no values, and one image alone needs no padding. Hosts that ask whether all of
-    a mask holds, to go on without it, are told so; those that index with a mask get all there is.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.all and len(args) == 1 and not kwargs and args[0].is_meta:
-            return torch.ones((), dtype=torch.bool, device="cpu")
-        if func is Tensor.__getitem__ and _is_mask(args[1]):
-            return args[0].flatten(0, args[1].dim() - 1)
-        if func is Tensor.__setitem__ and _is_mask(args[1]):
-            return None
-        return func(*args, **(kwargs or {}))
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.is_meta and index.dtype == torch.bool
-
-
-def _failure(model: nn.Module, inputs: DryInputs, error: Exception) -> ProbeFailed:
-    given = (*inputs[0], *inputs[1].values())
-    shapes = " and ".join(str(tuple(x.shape)) for x in given if isinstance(x, Tensor))
-    return ProbeFailed(
-        f"a dry run of {type(model).__name__} with an input of shape {shapes} failed: "
-        f"{type(error).__name__}: {error}. Pass input=(1, channels, height, width) (or an "
-        "example tensor) that the model accepts"
-    )
+    return Probe(calls, others, returned)

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 from torch import nn
 
 from sparsiattn.errors import ModelChanged
+from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.scores import Scores
-from sparsiattn.runtime.sdpa_intercept import THREAD
-
-HOST = "_sparsiattn_lifted"
+from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
-class Lifted:
-    """Mixin of the swapped classes: pickles and copies as (its host's class, its state)."""
+class Lifted(Swapped):
+    """Mixin of an attention module's class that lifts its attention while a patch listens."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        host = vars(type(self)).get(HOST)
-        return reduced if host is None else (_empty, (host,), *reduced[2:])
-
-
-def _empty(host: type) -> Any:
-    kind = lifted_class(host)
-    return kind.__new__(kind)
+    @staticmethod
+    def members(host: Any) -> dict[str, Any]:
+        return {"forward": _lifted_forward(host)}
 
 
-@cache
-def lifted_class(host: Any) -> Any:
-    """A subclass of an attention module's class, of the same name, that lifts its attention."""
-
+def _lifted_forward(host: Any) -> Any:
     @wraps(host.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        top = THREAD.top
+        top = SITE_CALLS.top
         if top is None or top[0] is None:
             return host.forward(self, *args, **kwargs)
         tally = Tally()
@@ -48,8 +38,7 @@ def lifted_class(host: Any) -> Any:
             )
         return output
 
-    fields = {"forward": forward, "__module__": host.__module__, HOST: host}
-    return type(host.__name__, (Lifted, host), fields)
+    return forward
 
 
 def without_scores(output: Any, home: int = 0) -> Any:
@@ -70,13 +59,10 @@ def _unless_weights(value: Any, home: int) -> Any:
 
 
 def lift(module: nn.Module) -> None:
-    kind: Any = type(module)
-    if HOST not in vars(kind):
-        module.__class__ = lifted_class(kind)
+    """Lift the hand-written attention of a module while a patch listens."""
+    swap_class(module, Lifted)
 
 
 def drop(module: nn.Module) -> None:
     """Give a lifted module its own class back."""
-    host = vars(type(module)).get(HOST)
-    if host is not None:
-        setattr(module, "__class__", host)  # noqa: B010
+    swap_class_back(module, Lifted)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.scores import Scores
-from sparsiattn.runtime.sdpa_intercept import THREAD
+from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
 class Trial(Lift):
@@ -32,7 +32,7 @@ class Trial(Lift):
             self.attending = False
 
     def home(self) -> int:
-        return 0 if THREAD.top is None else THREAD.top[1]
+        return 0 if SITE_CALLS.top is None else SITE_CALLS.top[1]
 
     def refuse(self, scores: Scores, because: str) -> None:
         name = self.names.get(scores.home, "")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import ExportFailed, InvalidOption, InvalidType
-from sparsiattn.runtime.handle import patch_of, unwrap
+from sparsiattn.runtime.patch_state import state_of, unwrap
 from sparsiattn.serialization.exporters.formats import Run, _flat, check, written
 from sparsiattn.serialization.exporters.program import kernels_used, traced, twin_of
 from sparsiattn.serialization.exporters.result import ExportResult
@@ -62,7 +62,7 @@ def export(
     example = input.detach()
     if dynamic_batch and len(example) < 2:  # a batch of one would be taken for a constant
         example = example.expand(2, *example.shape[1:]).contiguous()
-    served = kernels_used(patch_of(twin), example, twin)
+    served = kernels_used(state_of(twin), example, twin)
     program = traced(twin, example, dynamic_batch)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
@@ -70,7 +70,7 @@ def export(
         batches = tuple(dict.fromkeys((len(example), 1, 3) if dynamic_batch else (len(example),)))
         difference = _compare(run, twin, example, batches, tolerance, format)
         files = _move(Path(folder), place)
-    live = patch_of(twin)
+    live = state_of(twin)
     return ExportResult(
         path=place, format=format, model=type(unwrap(model)).__name__,
         strategy=None if live is None else live.strategy.name, kernels=served,

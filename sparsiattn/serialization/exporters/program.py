@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsiattn.errors import ExportFailed, InvalidOption
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.patch_state import PatchState, state_of, unwrap
 from sparsiattn.serialization.exporters.folding import fold
 
 KERNELS = ("gather", "sdpa", "reference")
@@ -25,10 +25,10 @@ def twin_of(model: nn.Module, kernel: str | None) -> nn.Module:
     """A copy that shares all weights, in eval mode, its patch set to kernels that can be exported:
     the model itself stays as it is, also for other threads."""
     host = unwrap(model)
-    _refuse_adaptive(patch_of(host))
+    _refuse_adaptive(state_of(host))
     weights = [*host.parameters(), *host.buffers()]
     twin = copy.deepcopy(host, {id(tensor): tensor for tensor in weights})
-    live = patch_of(twin)
+    live = state_of(twin)
     if live is not None:
         kernels = _kernels(live, kernel)
         for runtime in live.runtimes:
@@ -38,7 +38,7 @@ def twin_of(model: nn.Module, kernel: str | None) -> nn.Module:
     return twin.eval()
 
 
-def _refuse_adaptive(live: Patch | None) -> None:
+def _refuse_adaptive(live: PatchState | None) -> None:
     if live is not None and live.tokens is not None and live.tokens.is_ragged():
         raise InvalidOption(
             f"{live.tokens.name!r} with these options keeps another number of tokens for every "
@@ -47,7 +47,7 @@ def _refuse_adaptive(live: Patch | None) -> None:
         )
 
 
-def _kernels(live: Patch, kernel: str | None) -> tuple[Kernel, ...]:
+def _kernels(live: PatchState, kernel: str | None) -> tuple[Kernel, ...]:
     named = kernel or (None if live.kernel == "auto" else live.kernel)
     if named is None:
         return tuple(REGISTRY.get("kernels", name) for name in KERNELS)
@@ -82,7 +82,7 @@ def _readable(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def kernels_used(live: Patch | None, images: Tensor, model: nn.Module) -> dict[str, int]:
+def kernels_used(live: PatchState | None, images: Tensor, model: nn.Module) -> dict[str, int]:
     """How many sites each kernel serves, from a run."""
     if live is None:
         return {}
@@ -90,6 +90,6 @@ def kernels_used(live: Patch | None, images: Tensor, model: nn.Module) -> dict[s
         model(images)
     found: dict[str, int] = {}
     for runtime in live.runtimes:
-        name = "dense" if runtime.last is None else runtime.last.kernel.name
+        name = "dense" if runtime.last_choice is None else runtime.last_choice.kernel.name
         found[name] = found.get(name, 0) + 1
     return found

@@ -1,0 +1,45 @@
+"""`Block`: one transformer block, and where its sequence can be made shorter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The end ``x + f(x)`` of a block, by module paths.
+
+    Attributes:
+        entry: The module that takes x.
+        exit: The module that returns f(x).
+        mixes: A module in between that mixes tokens (a convolution), so that it needs them all.
+    """
+
+    entry: str
+    exit: str
+    mixes: str | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model.
+
+    Attributes:
+        name: Module path.
+        taken: Shape of its input for one image.
+        given: Shape of its output for one image.
+        sites: Paths of the attention modules in it.
+        tail: Its MLP branch; None if it has none of its own.
+        head: The first module inside that takes the block's input.
+        after: Whether its input is the output of the block before.
+    """
+
+    name: str
+    taken: torch.Size
+    given: torch.Size
+    sites: tuple[str, ...]
+    tail: Tail | None
+    head: str | None = None
+    after: bool = True

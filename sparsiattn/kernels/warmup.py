@@ -1,0 +1,43 @@
+"""Kernels that compile or measure get ready for one call, before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.kernels.base import Kernel, refusals
+from sparsiattn.kernels.cost import reload
+
+
+def warm_kernels(
+    kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern, *, training: bool
+) -> None:
+    """Let kernels get ready for one call, and for its backward pass where the model trains."""
+    calls = [inputs]
+    if training and inputs.q.device.type != "cpu":
+        calls.append(_with_gradients(inputs))
+    for call in calls:
+        with torch.inference_mode(False), torch.set_grad_enabled(call is not inputs):
+            for kernel in _candidates(kernels, call, pattern):
+                kernel.warmup(call, pattern)
+    reload()  # kernels that are ready now may be taken where others were
+
+
+def _candidates(
+    kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern
+) -> list[Kernel]:
+    """Those that take the call and, once ready, expect to be the fastest: no other is worth it."""
+    usable = [kernel for kernel in kernels if not refusals(kernel, inputs, pattern)]
+    speeds = {kernel.name: kernel.speed(inputs, pattern) for kernel in usable}
+    ready = [speeds[kernel.name] for kernel in usable if not kernel.not_ready(inputs, pattern)]
+    return [kernel for kernel in usable if speeds[kernel.name] >= max(ready, default=0.0)]
+
+
+def _with_gradients(inputs: AttentionInputs) -> AttentionInputs:
+    with torch.inference_mode(False):
+        # copied, because an inference tensor can never want a gradient
+        q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    return inputs.replace(q=q, k=k, v=v)

@@ -1,0 +1,175 @@
+"""`Patch`: the handle that `patch` returns; it reports, saves, and undoes what was changed."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from sparsiattn.attention.packed import source
+from sparsiattn.errors import InvalidOption, ModelChanged, renamed_property, warn_renamed
+from sparsiattn.patching.install import remove
+from sparsiattn.patching.report import Report, report
+from sparsiattn.patching.survey import refresh
+from sparsiattn.patching.warmup import warmup
+from sparsiattn.runtime.patch_state import PatchState, state_of
+from sparsiattn.runtime.sdpa_intercept import forget_compiled
+from sparsiattn.serialization import hub
+from sparsiattn.serialization.save import save
+
+
+class Patch(PatchState):
+    """A live patch of one model: made by `patch`, found again by `patch_of`.
+
+    As a context manager it undoes itself on exit.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as patch:
+    ...     patch.report().sites[0].density < 0.3
+    True
+    """
+
+    def unpatch(self) -> nn.Module:
+        """Undo everything; the model is bit for bit what it was. Calling it twice is no error."""
+        if self.active:
+            remove(self)
+            forget_compiled()
+        return self.model
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+    def report(self) -> Report:
+        """Sites, kernels, density, MACs before and after, and why anything was left alone."""
+        self._ensure_active("report")
+        refresh(self)
+        return report(self)
+
+    def warmup(self, input: Any) -> Patch:
+        """Run the model once so that kernels that compile do so now, not in a later forward pass.
+
+        The model runs in the mode it is in, without gradients; while it trains on a GPU, backward
+        passes of the kernels are compiled as well. Weights, buffers, planners and random numbers
+        stay as they are.
+
+        Args:
+            input: What the model takes: images ``[B, C, H, W]``, a dict of keyword arguments or a
+                tuple of positional ones, of the shape, type and device (and under the autocast) of
+                later calls.
+
+        Returns:
+            The patch.
+
+        >>> import torch, sparsiattn
+        >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+        >>> with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as patch:
+        ...     patch.warmup(tiny_images(2)) is patch
+        True
+        """
+        self._ensure_active("warmup")
+        warmup(self, input)
+        return self
+
+    def source(self) -> torch.Tensor:
+        """Where every original token is in the final sequence of the last eager forward pass.
+
+        Returns:
+            ``[B, N]`` (prefix tokens first, then patches in raster order) with positions in the
+            final sequence: a merged or fused token has that of its cluster, a dropped one -1.
+
+        Raises:
+            InvalidOption: No token strategy shortens the sequence, or the model did not run yet.
+        """
+        self._ensure_active("source")
+        if not self.shortens:
+            raise InvalidOption(
+                "source() needs a token strategy that makes the sequence shorter; here every token "
+                "stays in its place"
+            )
+        if self.last_pass is None:
+            raise InvalidOption(
+                "source() speaks of the last forward pass: run the model first (eagerly, and not "
+                "disabled: compiled graphs and copies keep no record)"
+            )
+        return source(*self.last_pass)
+
+    def save(self, directory: str | PathLike[str], *, include_model: bool = False) -> Path:
+        """Write a JSON config and the planners' weights as safetensors.
+
+        A kill on the way leaves what was there before, or what is saved now.
+
+        Args:
+            directory: Where to.
+            include_model: Also the host's own weights: a whole checkpoint, from which
+                `sparsiattn.from_pretrained` makes model and patch. ``model.safetensors`` has the
+                host's own names and loads without this library, too.
+
+        Returns:
+            The directory.
+        """
+        self._ensure_active("save")
+        refresh(self)
+        return save(self, Path(directory), include_model=include_model)
+
+    def merge_and_export(self, directory: str | PathLike[str]) -> Path:
+        """The old name of ``save(directory, include_model=True)``."""
+        warn_renamed("Patch.merge_and_export(directory)", "save(directory, include_model=True)")
+        return self.save(directory, include_model=True)
+
+    left = renamed_property("left", "skipped")
+    found = renamed_property("found", "model_sites")
+
+    def push_to_hub(self, repo_id: str, *, whole: bool = False, **options: Any) -> str:
+        """Upload what `save` writes as a repository of the Hugging Face Hub.
+
+        Args:
+            repo_id: ``user/name``.
+            whole: With ``include_model=True``.
+            **options: See `sparsiattn.serialization.hub.push`.
+
+        Returns:
+            Its address.
+        """
+        self._ensure_active("push_to_hub")
+        refresh(self)
+        return hub.push(self, repo_id, whole=whole, **options)
+
+    def _ensure_active(self, action: str) -> None:
+        if not self.active:
+            raise ModelChanged(f"{action}() needs a live patch, but this one was undone")
+        self.check_sites()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else " (undone)"
+        return (
+            f"<Patch{state}: {self.strategy.name} on {len(self.runtimes)} sites of "
+            f"{type(self.model).__name__}, kernel={self.kernel!r}>"
+        )
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The live patch of a model (or of its copy, or after unpickling), None if there is none.
+
+    >>> patch_of(torch.nn.Linear(1, 1)) is None
+    True
+    """
+    return cast("Patch | None", state_of(model))
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo the model's patch, if it has one; returns the model.
+
+    >>> unpatch(torch.nn.Linear(1, 1))
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+    patch = patch_of(model)
+    if patch is not None:
+        patch.unpatch()
+    return model

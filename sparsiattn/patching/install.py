@@ -1,0 +1,133 @@
+"""Putting a patch into a model, and taking it out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsiattn.errors import InvalidOption
+from sparsiattn.kernels import cost
+from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
+from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
+from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
+from sparsiattn.runtime.image import WatchImage
+from sparsiattn.runtime.lifting import drop, lift
+from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
+from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
+from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
+from sparsiattn.runtime.restore import (
+    EnterModel,
+    LeaveModel,
+    modules_with_features,
+    unwatch,
+    watch,
+)
+from sparsiattn.runtime.sdpa_intercept import forget_compiled
+from sparsiattn.runtime.sdpa_intercept import install as install_sdpa
+from sparsiattn.runtime.site_hooks import CloseScope, OpenScope
+from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
+from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
+
+
+def attach(state: PatchState) -> None:
+    """Change the model; a fault on the way is undone before it is raised."""
+    install_sdpa()
+    for device in {parameter.device for parameter in state.model.parameters()}:
+        cost.ready(device)
+    try:
+        state.model.__dict__[PATCH_ATTRIBUTE] = state
+        backbone = backbone_named(state.backbone)
+        state.overrides = backbone.attribute_overrides(state.model)
+        for override in state.overrides:
+            override.apply()
+        for runtime in state.runtimes:
+            _add_planner(state, runtime)
+        for module in modules_with_features(state):
+            watch(module, state)
+        hook_up(state, backbone)
+    except BaseException:
+        remove(state)
+        raise
+    forget_compiled()
+
+
+def hook_up(state: PatchState, backbone: Backbone) -> None:
+    """Register every hook. Their order matters: each comment says why."""
+    image, model, hooks = backbone.image_module(state.model), state.model, state.hooks
+    hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
+    # before the sites': the model itself may be one
+    hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
+    if state.blocks:
+        hooks.append(model.register_forward_hook(LeaveModel(state), always_call=True))
+    storing = [r.site for r in state.runtimes if r.strategy.uses_cross_layer_state]
+    for module in enclosing(model, storing):
+        hooks.append(module.register_forward_pre_hook(RecallCrossLayer(state), with_kwargs=True))
+    for runtime in state.runtimes:
+        _hook_site(state, runtime)
+    for block in state.blocks:
+        _hook_block(state, block)
+
+
+def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
+    name, hooks = runtime.site.name, state.hooks
+    module = state.model.get_submodule(name)
+    state.places.append((name, module))
+    if swap(module) and name not in state.attention.unread:
+        refuse = RefuseWeights(state, name)
+        hooks.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
+    if name in state.attention.lifted:
+        lift(module)
+    opener = OpenScope(runtime)
+    hooks.append(module.register_forward_pre_hook(opener))
+    # always: a module that raised must not leave its scope open
+    hooks.append(module.register_forward_hook(CloseScope(opener), always_call=True))
+
+
+def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
+    model, block, hooks = state.model, runtime.block, state.hooks
+    module, bypass = model.get_submodule(block.name), runtime.placement == "bypass"
+    enter = EnterSparedBlock(runtime) if bypass else EnterBlock(runtime)
+    leave = LeaveSparedBlock(runtime) if bypass else LeaveBlock(runtime)
+    # first, so that hooks of others see the sequence as it goes on
+    hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+    hooks.append(module.register_forward_hook(leave, prepend=True))
+    if block.head is not None:
+        head = model.get_submodule(block.head)
+        hooks.append(head.register_forward_pre_hook(ReopenBlock(runtime)))
+    if block.tail is None:
+        return
+    entry, last = (model.get_submodule(name) for name in (block.tail.entry, block.tail.exit))
+    state.places += [(block.tail.entry, entry), (block.tail.exit, last)]
+    if runtime.placement in ("middle", "bypass"):
+        enter_tail = EnterBypass(runtime) if bypass else EnterTail(runtime)
+        hooks.append(entry.register_forward_pre_hook(enter_tail))
+        hooks.append(last.register_forward_hook(LeaveTail()))
+
+
+def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
+    module = state.model.get_submodule(runtime.site.name)
+    if isinstance(runtime.planner, nn.Module):
+        if PLANNER in module._modules or hasattr(module, PLANNER):
+            raise InvalidOption(f"{runtime.site.name} already has a member named {PLANNER!r}")
+        module.add_module(PLANNER, runtime.planner)
+
+
+def remove(state: PatchState) -> None:
+    """Undo everything that `attach` did, or as much of it as it came to."""
+    with SWITCHING:
+        for hook in state.hooks:
+            hook.remove()
+        for runtime in state.runtimes:
+            drop(runtime.module)
+        for module in modules_with_features(state):
+            unwatch(module)
+        for runtime in state.runtimes:
+            if runtime.module._modules.get(PLANNER) is runtime.planner:
+                del runtime.module._modules[PLANNER]
+            swap_back(runtime.module)
+        state.revert_overrides()
+        state.hooks, state.places = [], []
+        state.model.__dict__.pop(PATCH_ATTRIBUTE, None)
+        state.alive = False
+        SITE_CALLS.top = None
+        forget_pass()

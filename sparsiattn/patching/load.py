@@ -1,0 +1,183 @@
+"""A saved patch, put on a model again."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsiattn.errors import InvalidOption, MismatchedPatch
+from sparsiattn.patching.apply import patch
+from sparsiattn.patching.handle import Patch
+from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.patch_state import unwrap
+from sparsiattn.serialization.files import HOST, WEIGHTS, Saved, read, read_tensors
+from sparsiattn.serialization.fingerprint import fingerprint
+from sparsiattn.serialization.host import make_host
+from sparsiattn.serialization.hub import download
+from sparsiattn.serialization.save import planner_tensors
+from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.token_base import TokenStrategy
+
+
+def from_pretrained(
+    name: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    pretrained: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Patch:
+    """A saved patch on its host: ``from_pretrained(name).model`` is ready to run.
+
+    Args:
+        name: A folder that `Patch.save` wrote, or ``ORG/NAME`` on the Hugging Face Hub.
+        model: The host; None to make it as the file says.
+        pretrained: Where the file has no weights of the host, True takes those its library
+            publishes and False random ones; None is an error then.
+        revision: As `huggingface_hub` takes it, and so are the next three.
+        token: Access token.
+        cache_dir: Where downloads are kept.
+        local_files_only: Whether to look at the cache only.
+
+    Raises:
+        UnknownName: Nothing is found.
+        MismatchedPatch: A file is damaged or of another model.
+        InvalidOption: The host cannot be made.
+
+    >>> import tempfile, timm, sparsiattn
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with sparsiattn.patch(timm.create_model("test_vit"), k=0.2) as patch:
+    ...         _ = patch.save(folder, include_model=True)
+    ...     from_pretrained(folder)
+    <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
+    """
+    if model is not None and pretrained is not None:
+        raise InvalidOption("pretrained= is for a host that is made here, and model= was given")
+    saved = read(_folder(name, revision, token, cache_dir, local_files_only))
+    if model is not None:
+        return apply_saved(model, saved)
+    if pretrained is None and HOST not in saved.files:
+        raise InvalidOption(
+            f"{name} holds a patch without weights of its host: give model=, or pretrained=True "
+            "for the published weights, or pretrained=False for random ones"
+        )
+    host = make_host(saved, str(name), bool(pretrained))
+    return apply_saved(host.eval(), saved)
+
+
+def _folder(
+    name: str | PathLike[str], revision: str | None, token: str | bool | None,
+    cache: str | PathLike[str] | None, local: bool,
+) -> Path:  # fmt: skip
+    path = Path(name)
+    if path.exists():
+        return path
+    return download(
+        str(name), revision=revision, token=token, cache_dir=cache, local_files_only=local
+    )
+
+
+def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
+    """Apply a saved patch again, as `Patch.save` wrote it to ``directory``. Every mismatch is one
+    `MismatchedPatch`, the model untouched.
+
+    >>> import tempfile, timm, sparsiattn
+    >>> model = timm.create_model("test_vit")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with sparsiattn.patch(model, k=0.2) as patch:
+    ...         _ = patch.save(folder)
+    ...     sparsiattn.load(model, folder)
+    <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
+    """
+    return apply_saved(model, read(Path(directory)))
+
+
+def apply_saved(model: nn.Module, saved: Saved) -> Patch:
+    """A patch that was read, put on a model."""
+    model, config = unwrap(model), saved.config
+    _check_host(model, config)
+    strategy, budgets = _strategy(config)
+    tensors = read_tensors(saved.files[WEIGHTS])
+    patched = patch(
+        model,
+        strategy,
+        sites="*" if isinstance(strategy, TokenStrategy) else _selected(config),
+        kernel=config["kernel"],
+        schedule={"k": budgets} if budgets else None,
+        input=tuple(config["input_shape"]),
+    )
+    try:
+        _restore_sites(patched, config)
+        _fill(patched, tensors)
+    except BaseException:
+        patched.unpatch()
+        raise
+    return patched
+
+
+def _selected(config: dict[str, Any]) -> Any:
+    names = {name for name, site in config["sites"].items() if site["selected"]}
+    return lambda site: site.name in names
+
+
+def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
+    here, saved = fingerprint(model), config["host"]
+    if here == saved:
+        return
+    differs = [
+        f"{key} {saved.get(key)!r} there, {here[key]!r} here"
+        for key in here
+        if saved.get(key) != here[key]
+    ]
+    raise MismatchedPatch(f"the saved patch belongs to another model: {'; '.join(differs)}")
+
+
+def _strategy(config: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    saved = config["strategy"]
+    kind: type[Config] = REGISTRY.get("strategies", saved["name"])
+    if saved["version"] != kind.version:
+        raise MismatchedPatch(
+            f"strategy {kind.name!r} was saved in version {saved['version']}, this is version "
+            f"{kind.version}"
+        )
+    budgets = {n: s["k"] for n, s in config["sites"].items() if s["k"] is not None}
+    return kind.build(saved["options"]), budgets
+
+
+def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
+    sites = {runtime.site.name: runtime.site for runtime in patched.runtimes}
+    for name, saved in config["sites"].items():
+        site = sites.get(name)
+        if site is None:
+            raise MismatchedPatch(f"the saved patch has a site {name!r} that this model lacks")
+        for key in ("tokens", "heads", "head_dim"):
+            if getattr(site, key) != saved[key]:
+                raise MismatchedPatch(
+                    f"site {name!r} has {key} {getattr(site, key)}, the saved patch {saved[key]}"
+                )
+    for runtime in patched.runtimes:
+        runtime.dense = config["sites"][runtime.site.name]["dense"]
+
+
+def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:
+    present = planner_tensors(patched)
+    if set(present) != set(tensors):
+        missing, extra = sorted(set(present) - set(tensors)), sorted(set(tensors) - set(present))
+        raise MismatchedPatch(f"planner weights differ: missing {missing}, unexpected {extra}")
+    for name, tensor in tensors.items():
+        if present[name].shape != tensor.shape:
+            raise MismatchedPatch(
+                f"planner weight {name!r} has shape {tuple(tensor.shape)} on disk, "
+                f"{tuple(present[name].shape)} here"
+            )
+    for runtime in patched.runtimes:
+        if isinstance(runtime.planner, nn.Module):
+            start = f"{runtime.site.name}."
+            runtime.planner.load_state_dict(
+                {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            )

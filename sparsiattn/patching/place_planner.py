@@ -1,0 +1,22 @@
+"""Planners live where the weights of their host are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def place_planner(make: Callable[[], Any], host: nn.Module, *, training: bool) -> Any:
+    """What ``make`` returns, on the host's device and in its dtype if it is a module."""
+    with torch.inference_mode(False):  # or its weights could never train
+        planner = make()
+        if isinstance(planner, nn.Module):
+            like = next(host.parameters(), None)
+            if like is not None:
+                dtype = like.dtype if like.is_floating_point() else None
+                planner.to(device=like.device, dtype=dtype)
+            planner.train(training)
+    return planner

@@ -1,0 +1,34 @@
+"""`AttributeOverride`: an attribute of the host that patching switches and unpatching restores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AttributeOverride:
+    """One attribute of one module, or of its configuration.
+
+    Attributes:
+        module: What holds the attribute.
+        attribute: Its name.
+        value: What patching sets.
+        before: What unpatching restores; ``...`` where there was none.
+    """
+
+    module: Any
+    attribute: str
+    value: Any
+    before: Any
+
+    def apply(self) -> None:
+        """Set the new value."""
+        setattr(self.module, self.attribute, self.value)
+
+    def revert(self) -> None:
+        """Restore the former value."""
+        if self.before is ...:
+            vars(self.module).pop(self.attribute, None)
+        else:
+            setattr(self.module, self.attribute, self.before)

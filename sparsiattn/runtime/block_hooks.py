@@ -1,0 +1,160 @@
+"""The hooks of a block that carries fewer tokens.
+
+Blocks ``y = x + f(x)`` reduce between attention and MLP: a pre-hook of the first module of ``f``
+passes on the reduced tokens, a hook of its last module keeps the result aside and gives zeros to
+the host's addition, and the block's own hook returns the sum. Position tables among a block's
+arguments are cut down with the tokens; masks are, where attention is intercepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.attention.packed import PackedTokens, unpack
+from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor, replace_first
+from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
+
+
+@dataclass(eq=False)
+class BlockHook:
+    """Base of a block's hooks.
+
+    Attributes:
+        runtime: The block.
+    """
+
+    runtime: BlockRuntime
+
+
+class EnterBlock(BlockHook):
+    """Forward pre-hook of a block: hands it the short sequence and the position tables for it."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        runtime = self.runtime
+        BLOCK_CALL.begin(runtime.wants_attention)
+        if runtime.is_off():
+            BLOCK_CALL.token_state = None
+            return None
+        x = first_argument(args, kwargs)
+        assert x is not None
+        state = runtime.enter(x, BLOCK_CALL.token_state)
+        tokens = x if state.sequence is None else state.sequence
+        if runtime.placement == "entry":
+            state, tokens = runtime.reduce(state, tokens)
+        BLOCK_CALL.token_state = state
+        runtime.note(tokens, state, inside=True)
+        if not state.reduced:
+            return None
+        return _exchanged((args, kwargs), x, tokens, state)
+
+
+def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried) -> Any:
+    """The block's arguments with its input exchanged and its position tables cut down."""
+
+    def fit(value: Any) -> Any:
+        if value is x:
+            return tokens
+        if isinstance(value, Tensor):
+            return state.fit_side(value)
+        if isinstance(value, tuple):
+            return tuple(fit(part) for part in value)
+        return value
+
+    args, kwargs = arguments
+    return tuple(fit(a) for a in args), {name: fit(a) for name, a in kwargs.items()}
+
+
+class ReopenBlock(BlockHook):
+    """Forward pre-hook of the first module in a block.
+
+    Where only the block's forward is checkpointed (transformers), the backward pass runs it again
+    without the block's own hooks.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        runtime = self.runtime
+        if torch.compiler.is_compiling() or not runtime.inside.entries or runtime.is_off():
+            return
+        slot = "bypass_state" if runtime.placement == "bypass" else "token_state"
+        state = getattr(BLOCK_CALL, slot)
+        if state is not None and state.layer == runtime.index:
+            return
+        noted = runtime.inside.find(args[0]) if args else None
+        if noted is not None:
+            setattr(BLOCK_CALL, slot, noted)
+            BLOCK_CALL.begin(runtime.wants_attention)
+
+
+class EnterTail(BlockHook):
+    """Forward pre-hook of the MLP branch's first module: passes on the reduced tokens."""
+
+    def __call__(self, module: nn.Module, args: Any) -> Any:
+        state = BLOCK_CALL.token_state
+        if self.runtime.is_off() or state is None or not self.runtime.owns(state):
+            return None
+        x = args[0]
+        state, reduced = self.runtime.reduce(state, x)
+        BLOCK_CALL.attention = None
+        if reduced is x:
+            BLOCK_CALL.token_state = state
+            return None
+        BLOCK_CALL.mlp_input = (state, reduced)
+        return (reduced, *args[1:])
+
+
+class LeaveTail:
+    """Forward hook of the MLP branch's last module: keeps its result for `LeaveBlock`."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        if BLOCK_CALL.mlp_input is None:
+            return None
+        BLOCK_CALL.mlp_output = output
+        # of one element: it broadcasts to whatever the host adds it to
+        return output.new_zeros((1,) * output.dim())
+
+
+class LeaveBlock(BlockHook):
+    """Forward hook of a block: its output with fewer tokens.
+
+    Where somebody asks for original positions, the host gets those instead.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        runtime, state = self.runtime, BLOCK_CALL.token_state
+        if state is None or not runtime.owns(state) or runtime.is_off():
+            return None
+        host = first_tensor(output)
+        assert host is not None
+        tokens = host
+        if BLOCK_CALL.mlp_input is not None:
+            state, reduced = BLOCK_CALL.mlp_input
+            runtime.refuse_reentrant(host, reduced)
+            assert BLOCK_CALL.mlp_output is not None
+            tokens = reduced + BLOCK_CALL.mlp_output
+            BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
+        elif runtime.placement == "exit":
+            state, tokens = runtime.reduce(state, tokens)
+        BLOCK_CALL.attention = None
+        returned = self._returned(state, tokens)
+        sequence = None if returned is tokens else tokens
+        state = replace(state, layer=runtime.index + 1, sequence=sequence, returned=returned)
+        BLOCK_CALL.token_state = None if runtime.last else state
+        if not torch.compiler.is_compiling():
+            runtime.owner.last_pass = (state.bare(), tokens.shape[0])
+        return None if returned is host else replace_first(output, host, returned)
+
+    def _returned(self, state: Carried, tokens: Tensor) -> Tensor:
+        """What the host gets: original positions for dense consumers, else the short sequence."""
+        owner, last = self.runtime.owner, self.runtime.last
+        if not state.reduced:
+            return tokens
+        if owner.restores_at(last):
+            return state.whole_sequence(tokens, owner.restore_mode)
+        if last and isinstance(state, PackedTokens):
+            return unpack(tokens, state)
+        return tokens

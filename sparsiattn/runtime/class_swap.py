@@ -1,0 +1,54 @@
+"""Another class for one module: unlike a replaced ``forward`` it survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+HOST = "_sparsiattn_host"
+"""Where a swapped class names the host's class."""
+
+
+class Swapped:
+    """Mixin of the swapped classes: pickles and copies as (its host's class, its state)."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        host = vars(type(self)).get(HOST)
+        return reduced if host is None else (_empty, (type(self).__bases__[0], host), *reduced[2:])
+
+    @staticmethod
+    def members(host: Any) -> Mapping[str, Any]:
+        """What the swapped class adds to the host's."""
+        raise NotImplementedError
+
+
+def _empty(mixin: type[Swapped], host: type) -> Any:
+    kind = swapped_class(mixin, host)
+    return kind.__new__(kind)
+
+
+@cache
+def swapped_class(mixin: type[Swapped], host: Any) -> Any:
+    """A subclass of the host's class, of the same name, with the mixin's members."""
+    members = {**mixin.members(host), "__module__": host.__module__, HOST: host}
+    return type(host.__name__, (mixin, host), members)
+
+
+def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Give a module the swapped class, if it does not have it yet."""
+    if mixin not in type(module).__bases__:
+        setattr(module, "__class__", swapped_class(mixin, type(module)))  # noqa: B010
+
+
+def swap_class_back(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Give a module its own class back.
+
+    Where something derived another class from ours meanwhile (parametrizations do), that one
+    stays and does what the host's would.
+    """
+    if mixin in type(module).__bases__:
+        setattr(module, "__class__", vars(type(module))[HOST])  # noqa: B010

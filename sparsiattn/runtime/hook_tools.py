@@ -1,0 +1,67 @@
+"""Small tools of forward hooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The tensor itself, or the first one in a tuple, list or mapping."""
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    if isinstance(values, (tuple, list)):
+        return next((value for value in values if isinstance(value, Tensor)), None)
+    return None
+
+
+def first_argument(args: Any, kwargs: Any) -> Tensor | None:
+    """The first tensor of a call's arguments."""
+    return first_tensor(args) if args else first_tensor(kwargs)
+
+
+def replace_first(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A module's output (a tensor, or a tuple that holds one) with that tensor exchanged."""
+    if isinstance(output, Tensor):
+        return new
+    return type(output)(new if value is old else value for value in output)
+
+
+@dataclass
+class RecomputeCache(Generic[T]):
+    """What belonged to a tensor when it came in, for a checkpoint that runs the code again.
+
+    A checkpoint hands the very same input to the code that it runs again in the backward pass,
+    possibly in another thread. Entries die with their tensor, and copies of the model start empty.
+    """
+
+    entries: dict[int, tuple[ref[Tensor], T]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": {}}
+
+    def find(self, x: Tensor | None) -> T | None:
+        """What was noted for this very tensor, if it is still alive."""
+        if x is None or is_functorch(x):
+            return None
+        entry = self.entries.get(x.data_ptr())
+        return entry[1] if entry is not None and entry[0]() is not None else None
+
+    def note(self, x: Tensor, value: T) -> None:
+        """Note a value; it must not hold ``x``, or both would live as long as this cache."""
+        for key in [key for key, (alive, _) in self.entries.items() if alive() is None]:
+            del self.entries[key]
+        self.entries[x.data_ptr()] = (ref(x), value)
+
+
+def is_functorch(x: Tensor) -> bool:
+    """Whether a transform (``vmap``, ``grad``) wraps the tensor; checkpoints do not mix with it."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -1,0 +1,239 @@
+"""`PatchState`: everything that a patch knows and everything that it changed in the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.site import Site
+from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
+from sparsiattn.runtime.attribute_override import AttributeOverride
+from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.patch_owner import PatchOwner, new_key
+from sparsiattn.runtime.site_hooks import OpenScope
+from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
+from sparsiattn.runtime.thread_state import MODEL_CALL
+from sparsiattn.strategies.config import Config
+
+PATCH_ATTRIBUTE = "_sparsiattn_patch"
+"""Name under which a model's ``__dict__`` holds its patch."""
+
+SWITCHING = threading.RLock()
+"""Held while attribute overrides are turned or hooks are removed."""
+
+
+@dataclass(frozen=True)
+class ModelAttention:
+    """The attention of one model at one input size.
+
+    Attributes:
+        backbone: Name of the adapter.
+        input_shape: Shape of one image.
+        sites: Sites that can be patched, with the layout of their host.
+        skipped: ``(name, reason)`` of attention that cannot be patched.
+        unread: Names of sites whose attention weights nothing reads.
+        lifted: Names of sites that write their softmax by hand.
+    """
+
+    backbone: str
+    input_shape: tuple[int, ...]
+    sites: tuple[tuple[Site, Layout], ...]
+    skipped: tuple[tuple[str, str], ...]
+    unread: frozenset[str] = frozenset()
+    lifted: frozenset[str] = frozenset()
+
+
+class PatchState(PatchOwner):
+    """What a patch knows of its model, decided, and changed.
+
+    Attributes:
+        attention: The model's attention at the input size of patch time, or at a later one.
+        strategy: As `patch` was told.
+        kernel: As `patch` was told.
+        follows_model: Whether the input size is the model's own, so that it may change later.
+        runtimes: One per patched site, in order.
+        blocks: One per block that carries fewer tokens, in order.
+        overrides: Attributes of the host that patching switched.
+        hooks: Handles of every registered hook.
+        places: Module path and module of everything that must stay where it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: ModelAttention,
+        strategy: Config,
+        kernel: str,
+        *,
+        patch_size: Grid,
+        follows_model: bool,
+    ) -> None:
+        super().__init__(model, patch_size)
+        self.attention, self.strategy, self.kernel = attention, strategy, kernel
+        self.follows_model = follows_model
+        self.runtimes: list[SiteRuntime] = []
+        self.blocks: list[BlockRuntime] = []
+        self.overrides: list[AttributeOverride] = []
+        self.hooks: list[Any] = []
+        self.places: list[tuple[str, nn.Module]] = []
+        self._paused = 0
+        self._reapply = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, last_pass=None)
+        self.key = new_key()  # a copy is disabled on its own
+        # made inside disabled(): the host's switches are turned again at the first forward
+        self._reapply, self._paused = bool(self._paused), 0
+
+    @property
+    def active(self) -> bool:
+        """Whether the model still carries this patch."""
+        return vars(self.model).get(PATCH_ATTRIBUTE) is self
+
+    @property
+    def backbone(self) -> str:
+        """Name of the adapter."""
+        return self.attention.backbone
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image, as dry runs take it."""
+        return self.attention.input_shape
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """``(name, reason)`` of attention that was not patched."""
+        return self.attention.skipped
+
+    @property
+    def model_sites(self) -> list[Site]:
+        """All sites of the model, patched or not."""
+        return [site for site, _ in self.attention.sites]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The patched sites."""
+        return [runtime.site for runtime in self.runtimes]
+
+    @property
+    def shortens(self) -> bool:
+        """Whether sequences get shorter on their way through the model."""
+        return bool(self.blocks) and self.blocks[0].placement != "bypass"
+
+    def describe_anew(self, attention: ModelAttention) -> None:
+        """Take the sites of another input size."""
+        self.attention = attention
+        by_name = {site.name: (site, layout) for site, layout in attention.sites}
+        for runtime in self.runtimes:
+            runtime.site, runtime.layout = by_name[runtime.site.name]
+        for block in self.blocks:
+            block.site = by_name[block.site.name][0]
+
+    def check_sites(self) -> None:
+        """Raise `ModelChanged` if a patched module, or one that holds it, is gone or another."""
+        for path, module in self.places:
+            present: nn.Module | None = self.model
+            for name in path.split(".") if path else ():
+                present = None if present is None else present._modules.get(name)
+            if present is not module:
+                raise ModelChanged(
+                    f"site {path!r} is no longer the module that was patched "
+                    f"(a {type(module).__name__} was replaced or deleted); call unpatch() and "
+                    "patch the changed model again"
+                )
+
+    def reapply_overrides(self) -> None:
+        """Turn the host's switches in a copy that was made inside `disabled`."""
+        if self._reapply:
+            for override in self.overrides:
+                override.apply()
+            self._reapply = False
+
+    def revert_overrides(self) -> None:
+        """Turn the host's switches back, unless `disabled` has done so."""
+        for override in reversed(() if self._paused else self.overrides):
+            override.revert()
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
+
+        Switches of the model itself (``fused_attn``) are turned back as well, for all threads. With
+        gradient checkpointing, run the backward pass inside the block too. Only
+        `nn.TransformerEncoderLayer`, which leaves its fused path wherever a hook hangs, can differ
+        by rounding.
+        """
+        before = MODEL_CALL.disabled
+        MODEL_CALL.disabled = (*before, self.key)
+        self._pause(+1)
+        try:
+            yield self.model
+        finally:
+            self._pause(-1)
+            MODEL_CALL.disabled = before
+
+    def _pause(self, step: int) -> None:
+        with SWITCHING:
+            before, self._paused = self._paused, self._paused + step
+            if self.active and bool(before) != bool(self._paused):
+                for override in self.overrides:
+                    override.revert() if self._paused else override.apply()
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[nn.Module]:
+        """Dense attention inside the block, every site's operands handed to a function.
+
+        It is how planners are fitted and attention is measured or drawn although it runs fused.
+
+        Args:
+            observer: Called as ``observer(site, planner, inputs)`` before the host's attention.
+
+        Raises:
+            InvalidOption: This thread is observing already.
+        """
+        if MODEL_CALL.observer is not None:
+            raise InvalidOption("this thread is observing a patch already; leave that block first")
+        MODEL_CALL.observer = (self.key, observer)
+        try:
+            yield self.model
+        finally:
+            MODEL_CALL.observer = None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel or DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"a torch.nn.Module is needed, got {type(model).__name__}")
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        name = "module" if isinstance(model, parallel) else "_orig_mod"
+        inner = model._modules.get(name)
+        if inner is None:
+            return model
+        model = inner
+
+
+def state_of(model: nn.Module) -> PatchState | None:
+    """The live patch of a model (or of its copy), None if there is none."""
+    return vars(unwrap(model)).get(PATCH_ATTRIBUTE)
+
+
+def live_patches(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Patches of the model, of its parts, and of a model that it is a part of.
+
+    Yields:
+        A module that carries the patch, and the patch.
+    """
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        owners = (hook.runtime.owner for hook in hooks if isinstance(hook, OpenScope))
+        patch = vars(module).get(PATCH_ATTRIBUTE) or next(owners, None)
+        if patch is not None:
+            yield module, patch

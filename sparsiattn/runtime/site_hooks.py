@@ -1,0 +1,107 @@
+"""The two hooks of a patched attention module: one opens its scope, one closes it.
+
+While the scope is open, the module's own call of scaled dot product attention goes the site's
+route (`sparsiattn.runtime.sdpa_intercept`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsiattn.attention.layout import HostCall
+from sparsiattn.errors import ModelChanged
+from sparsiattn.runtime.patch_owner import new_key
+from sparsiattn.runtime.reduced_attention import reduced_attention
+from sparsiattn.runtime.sdpa_intercept import install, note_caller, pop, push
+from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS, Route
+from sparsiattn.strategies.base import Planner
+
+
+def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
+    """The function that stands in for the site's call of scaled dot product attention.
+
+    It only refers to ``runtime``, which may still be under construction when a copy is made.
+
+    Args:
+        runtime: The site.
+        replica: The planner of a replica of `nn.DataParallel`, which has weights of its own.
+    """
+
+    def route(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+        gqa: bool,
+    ) -> Tensor:
+        planner = runtime.planner if replica is None else cast(Planner, replica)
+        call = HostCall(q, k, v, mask, dropout, causal, scale, gqa)
+        state = BLOCK_CALL.token_state
+        here = runtime.owner.key, runtime.block
+        if state is not None and (state.owner, state.layer) == here:
+            return reduced_attention(runtime, planner, state, call)
+        return runtime.attention(planner, call)
+
+    return route
+
+
+class OpenScope:
+    """Forward pre-hook of a patched attention module.
+
+    Importable and picklable; its route, a closure, is made again in a copy.
+    """
+
+    def __init__(self, runtime: SiteRuntime) -> None:
+        self.__setstate__({"runtime": runtime})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"runtime": self.runtime}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        install()
+        self.runtime: SiteRuntime = state["runtime"]
+        self.key = new_key()
+        self.route = make_route(self.runtime)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.runtime.owner.disabled_here:
+            push(None, self.key)
+        elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
+            push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
+        else:
+            push(self.route, self.key)
+        if self.runtime.site.shared:
+            SITE_CALLS.shared = None
+        if self.runtime.opens:
+            MODEL_CALL.cross_layer = None
+        if not torch.compiler.is_compiling():
+            SITE_CALLS.routed.discard(self.key)
+            note_caller(self.key)
+
+
+class CloseScope:
+    """Forward hook of a patched attention module, called also when the module raised."""
+
+    def __init__(self, opener: OpenScope) -> None:
+        self.opener = opener
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        key, runtime = self.opener.key, self.opener.runtime
+        pop(key)
+        if runtime.closes:
+            MODEL_CALL.cross_layer = None
+        if torch.compiler.is_compiling() or output is None or runtime.owner.disabled_here:
+            return
+        if key not in SITE_CALLS.routed:
+            raise ModelChanged(
+                f"site {runtime.site.name!r} ran without calling scaled dot product "
+                "attention, so the patch had no effect there: was fused_attn switched off, or "
+                "its forward replaced, after patching? unpatch() and patch again"
+            )

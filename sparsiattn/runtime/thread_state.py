@@ -1,0 +1,110 @@
+"""State of a running forward pass, one record for each life time, in every thread its own.
+
+Dynamo follows attributes that are set on `threading.local` objects, also inside checkpoints; it
+follows neither context variables nor class defaults. So each record is such an object, and its
+dataclass ``__init__`` sets every attribute on the instance in each new thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from sparsiattn.attention.cross_layer_state import CrossLayerState
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.packed import PackedTokens
+from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.token_state import TokenState
+
+Route: TypeAlias = Callable[..., Tensor]
+"""What stands in for a site's call of scaled dot product attention."""
+Scope: TypeAlias = tuple[Route | None, int, Any]
+"""An open site: its route (None for the host's own attention), its key, the scope around it."""
+Carried: TypeAlias = TokenState | PackedTokens
+"""The tokens that blocks hand on, of images alike or each with its own count."""
+
+
+@dataclass(eq=False)
+class SiteCalls(threading.local):
+    """From the entry of an attention module to its exit; owned by the site's two hooks.
+
+    Attributes:
+        top: The innermost open scope, a linked list of functions and numbers only: what
+            torch.compile together with gradient checkpointing can follow.
+        callers: Who called the hook that opened a scope, by its key; see `abandoned`.
+        routed: Keys of the open scopes whose module did call attention.
+        shared: The pattern of the first of two calls that must agree on their keys.
+    """
+
+    top: Scope | None = None
+    callers: dict[int, FrameType] = field(default_factory=dict)
+    routed: set[int] = field(default_factory=set)
+    shared: Pattern | None = None
+
+
+@dataclass(eq=False)
+class BlockCall(threading.local):
+    """From the entry of a block to the entry of the next; owned by the block's hooks.
+
+    Attributes:
+        token_state: Which tokens the sequence still carries.
+        bypass_state: The same where the grid stays and dropped tokens skip the MLP only.
+        wants_attention: Whether the block's reduction reads its queries and keys.
+        attention: Those, once attention ran; one record per image for packed images.
+        mlp_input: The token state and the tokens that the MLP branch took.
+        mlp_output: What the MLP branch returned, kept from the host's own addition.
+    """
+
+    token_state: Carried | None = None
+    bypass_state: TokenState | None = None
+    wants_attention: bool = False
+    attention: AttentionInputs | list[AttentionInputs] | None = None
+    mlp_input: tuple[Carried, Tensor] | None = None
+    mlp_output: Tensor | None = None
+
+    def begin(self, wants_attention: bool) -> None:
+        """Forget the block before."""
+        self.attention = self.mlp_input = self.mlp_output = None
+        self.wants_attention = wants_attention
+
+
+@dataclass(eq=False)
+class ModelCall(threading.local):
+    """From the entry of a patched model to its exit, and blocks of user code around it.
+
+    Attributes:
+        inside: Keys of the patches whose model runs.
+        features: Keys of those whose caller wants the original token positions.
+        image: Key of a patch, and the height and width of its present image in patches.
+        cross_layer: What sites of this forward pass left for later ones.
+        disabled: Keys of the patches inside `Patch.disabled`.
+        observer: Key of a patch inside `Patch.observing`, and the function to call.
+        warming: Key of the patch whose kernels get ready in this forward pass.
+        meter: What counts this forward pass; see `sparsiattn.runtime.metering`.
+    """
+
+    inside: tuple[int, ...] = ()
+    features: tuple[int, ...] = ()
+    image: tuple[int, int, int] | None = None
+    cross_layer: CrossLayerState | None = None
+    disabled: tuple[int, ...] = ()
+    observer: tuple[int, Any] | None = None
+    warming: int | None = None
+    meter: Any = None
+
+
+SITE_CALLS = SiteCalls()
+BLOCK_CALL = BlockCall()
+MODEL_CALL = ModelCall()
+
+
+def forget_pass() -> None:
+    """Drop what hooks of one forward pass hand each other."""
+    BLOCK_CALL.token_state = BLOCK_CALL.bypass_state = None
+    BLOCK_CALL.attention = BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
+    MODEL_CALL.cross_layer = None

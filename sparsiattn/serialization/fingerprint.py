@@ -1,0 +1,21 @@
+"""What tells one model from another: its class, and the names and shapes of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import nn
+
+from sparsiattn.runtime.site_runtime import is_planner_key
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What a saved patch must find again; the planners' own weights do not count."""
+    weights = [
+        f"{name}:{tuple(tensor.shape)}"
+        for name, tensor in model.state_dict().items()
+        if not is_planner_key(name)
+    ]
+    digest = hashlib.sha256("\n".join(weights).encode()).hexdigest()
+    return {"class": type(model).__name__, "weights": len(weights), "sha256": digest}

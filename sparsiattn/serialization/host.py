@@ -1,0 +1,59 @@
+"""The host of a saved patch, made anew."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from sparsiattn.errors import InvalidOption, MismatchedPatch
+from sparsiattn.serialization.files import HOST, Saved, read, read_tensors
+from sparsiattn.serialization.origin import build
+
+
+def host_of(folder: str | PathLike[str], *, pretrained: bool = False) -> nn.Module:
+    """The host of a saved patch, unpatched: with its saved weights where there are any."""
+    return make_host(read(Path(folder)), str(folder), pretrained)
+
+
+def origin_in(folder: str | PathLike[str]) -> nn.Module:
+    """As `host_of` without weights, so that it costs no memory under ``torch.device("meta")``."""
+    saved = read(Path(folder))
+    return make_host(saved._replace(files={}), str(folder), pretrained=False)
+
+
+def has_weights(folder: str | PathLike[str]) -> bool:
+    """Whether a saved patch brings the weights of its host along."""
+    return HOST in read(Path(folder)).files
+
+
+def make_host(saved: Saved, name: str, pretrained: bool) -> nn.Module:
+    origin = saved.config["origin"]
+    if origin is None:
+        raise InvalidOption(
+            f"{name} does not say how to make its {saved.config['host']['class']}: build the model "
+            "in Python and use sparsiattn.load(model, folder). Saved by this version, models of "
+            "timm, transformers and torchvision made by name say it, and those of "
+            "sparsiattn.create_model"
+        )
+    if HOST not in saved.files:
+        return build(origin, pretrained)
+    host = build(origin)
+    load_host(host, saved)
+    return host
+
+
+def load_host(model: nn.Module, saved: Saved) -> None:
+    """The weights of a saved model into the model; nothing is loaded unless all fit."""
+    path = saved.files[HOST]
+    try:
+        tensors = read_tensors(path)
+        present = model.state_dict()
+        wrong = sorted(set(present) ^ set(tensors))
+        wrong += [n for n in present if n in tensors and present[n].shape != tensors[n].shape]
+        if wrong:
+            raise MismatchedPatch(f"{path} does not fit {type(model).__name__}: {wrong[:3]} differ")
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise MismatchedPatch(f"{path} does not fit {type(model).__name__}: {error}") from error

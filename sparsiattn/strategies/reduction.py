@@ -1,0 +1,276 @@
+"""What becomes of patch tokens at one reduction: each kind knows how to carry itself out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention import geometry
+from sparsiattn.attention.budget import Budget, count_of
+from sparsiattn.attention.token_state import Assign, ReductionStep, TokenState, Unfold, take
+from sparsiattn.errors import InvalidType
+from sparsiattn.strategies.base import AUTO_BLOCK, AUTO_TILE, TILE_FROM
+
+Reduced = tuple[TokenState, Tensor]
+"""A token state and the sequence ``[B, N, C]`` that it describes."""
+
+
+class Reduction:
+    """What becomes of ``n`` patch tokens.
+
+    Make one with `keep`, `top`, `where`, `merge`, `cluster`, `mix` or `weigh`.
+
+    >>> Reduction.keep(torch.tensor([[0, 2]])).index.tolist()
+    [[0, 2]]
+    """
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        """Carry the reduction out on ``x`` ``[B, N, C]``, prefix included."""
+        raise NotImplementedError
+
+    @staticmethod
+    def keep(index: Tensor) -> Keep:
+        """Keep the tokens at ``index`` ``[B, m]``, in that order."""
+        return Keep(index)
+
+    @staticmethod
+    def top(scores: Tensor, keep: Budget, fuse: Tensor | None = None) -> Keep | None:
+        """Keep the best-scored share or count of ``[B, n]``, in their order.
+
+        Args:
+            scores: ``[B, n]``.
+            keep: Share or count.
+            fuse: ``[B, n]``, weights with which dropped tokens add up to one more token.
+
+        Returns:
+            The reduction, or None where all tokens stay.
+
+        >>> Reduction.top(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 0.5).index.tolist()
+        [[1, 3]]
+        """
+        n = scores.shape[1]
+        count = count_of(keep, n)
+        if count == n:
+            return None
+        return Keep(scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values, fuse)
+
+    @staticmethod
+    def where(mask: Tensor, fuse: Tensor | None = None) -> KeepRagged:
+        """Keep the tokens where a boolean ``[B, n]`` is True: each image its own number."""
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise InvalidType(
+                f"Reduction.where needs a boolean [B, n] tensor, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}; compare your scores with a threshold first"
+            )
+        return KeepRagged(mask, fuse)
+
+    @staticmethod
+    def merge(x: Tensor, assign: Tensor, index: Tensor, size: Tensor | None = None) -> Merge:
+        """Merge clusters into the means of their tokens.
+
+        Args:
+            x: ``[B, n, C]``, the tokens.
+            assign: ``[B, n]``, each token's cluster.
+            index: ``[B, m]``, the token whose position each cluster has.
+            size: ``[B, n]``, patches in each token so far, which weigh in the mean.
+        """
+        weight = torch.ones_like(assign, dtype=torch.float) if size is None else size
+        into = assign[..., None].expand_as(x)
+        total = x.new_zeros(x.shape[0], index.shape[1], x.shape[2]).scatter_add(
+            1, into, x * weight[..., None].to(x.dtype)
+        )
+        sizes = weight.new_zeros(index.shape).scatter_add(1, assign, weight)
+        return Merge(index, assign, total / sizes[..., None].to(x.dtype), sizes)
+
+    @staticmethod
+    def cluster(
+        index: Tensor,
+        assign: Assign,
+        *,
+        values: Tensor | None = None,
+        size: Tensor | None = None,
+        added: tuple[Tensor, Tensor] | None = None,
+        unfold: Unfold | None = None,
+    ) -> Merge:
+        """Merge clusters whose values the strategy computed itself; see `Merge`."""
+        return Merge(index, assign, values, size, added, unfold)
+
+    @staticmethod
+    def mix(x: Tensor, weights: Tensor) -> Mix:
+        """Soft merging: each new token is a weighted sum ``weights @ x`` of all.
+
+        It has the position of its heaviest token; whoever asks for original positions gets the
+        transposed weights times the new tokens, rows scaled to sum to one.
+
+        Args:
+            x: ``[B, n, C]``, the tokens.
+            weights: ``[B, m, n]`` with entries >= 0.
+
+        >>> x = torch.tensor([[[1.0], [3.0], [5.0]]])
+        >>> Reduction.mix(x, torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])).values.flatten()
+        tensor([2., 5.])
+        """
+        if weights.dim() != 3 or weights.shape[::2] != x.shape[:2]:
+            raise InvalidType(
+                f"Reduction.mix needs weights [B, m, n] for tokens of shape {tuple(x.shape)} = "
+                f"[B, n, C], got {tuple(weights.shape)}; one row for each new token"
+            )
+        back = weights.float().mT
+        total = back.sum(-1, keepdim=True)
+        shares = back / torch.where(total > 0, total, 1.0)
+        return Mix(
+            weights.argmax(-1),
+            torch.where(total[..., 0] > 0, weights.argmax(1), -1),
+            weights.to(x.dtype) @ x,
+            unfold=lambda later: shares.to(later.dtype) @ later,
+        )
+
+    @staticmethod
+    def weigh(policy: Tensor) -> Policy:
+        """Drop nothing, but let keys weigh as much as ``policy`` ``[B, n]`` says."""
+        return Policy(policy)
+
+
+@dataclass(frozen=True, eq=False)
+class Keep(Reduction):
+    """Some tokens stay as they are.
+
+    Attributes:
+        index: ``[B, m]``, the tokens that stay.
+        fuse: ``[B, n]``, weights with which dropped tokens add up to one more token at the end
+            (EViT, section 3.2); None to drop them.
+    """
+
+    index: Tensor
+    fuse: Tensor | None = None
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        index = self.index if state.reduced else _by_tiles(self.index, state)
+        kept, before = take(x, _with_prefix(index, state.prefix)), x.shape[1] - state.prefix
+        if self.fuse is None or index.shape[1] == before:
+            return state.advance(ReductionStep(index, None, before)), kept
+        step, extra = _fused(index, self.fuse, x[:, state.prefix :])
+        return state.advance(step), torch.cat([kept, extra], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class KeepRagged(Reduction):
+    """Every image keeps its own number of tokens.
+
+    Attributes:
+        mask: ``[B, n]``, True where a token stays.
+        fuse: As in `Keep`.
+    """
+
+    mask: Tensor
+    fuse: Tensor | None = None
+
+    def by_image(self) -> list[KeepRagged]:
+        """One reduction for each image."""
+        fuse = [None] * len(self.mask) if self.fuse is None else list(self.fuse[:, None])
+        return [KeepRagged(*part) for part in zip(self.mask[:, None], fuse, strict=True)]
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        if x.device.type == "meta":  # a dry run cannot know: all of them
+            index = torch.arange(self.mask.shape[1], device=x.device)[None]
+        else:
+            index = self.mask[0].nonzero().flatten()[None]
+        return Keep(index, self.fuse).apply(state, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Merge(Reduction):
+    """Clusters of tokens become one token each.
+
+    Attributes:
+        index: ``[B, m]``, the earlier token whose position each new one has.
+        assign: ``[B, n]`` (or a function that returns it), where each earlier token goes, -1 if
+            dropped.
+        values: ``[B, m, C]``; None for the tokens at ``index`` as they are.
+        size: ``[B, m]``, patches merged into each.
+        added: ``([B, r], [B, r, C])``, new tokens by number and what is added to each: for merging
+            few into many without computing all means.
+        unfold: From the new tokens' later values ``[B, m, C]`` to those of the earlier tokens
+            ``[B, n, C]``, where original positions are asked for; None gives each the value of
+            the token it went to.
+    """
+
+    index: Tensor
+    assign: Assign
+    values: Tensor | None = None
+    size: Tensor | None = None
+    added: tuple[Tensor, Tensor] | None = None
+    unfold: Unfold | None = None
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        state = state.advance(self.step(x.shape[1] - state.prefix), self.size)
+        if self.values is not None:
+            return state, torch.cat([x[:, : state.prefix], self.values], dim=1)
+        merged = take(x, _with_prefix(self.index, state.prefix))
+        if self.added is not None:
+            into, rows = self.added
+            into = (into + state.prefix)[..., None].expand_as(rows)
+            # in place: `merged` was made just now, and no gradient needs its former values
+            merged = merged.scatter_add_(1, into, rows.to(merged.dtype))
+        return state, merged
+
+    def step(self, before: int) -> ReductionStep:
+        """The record of this reduction of ``before`` tokens."""
+        return ReductionStep(self.index, self.assign, before, unfold=self.unfold)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix(Merge):
+    """New tokens are weighted sums of all, so they stand for no patch alone; see `Merge`."""
+
+    def step(self, before: int) -> ReductionStep:
+        # written as fused tokens, which are no original token either
+        return ReductionStep(-1 - self.index, self.assign, before, fused=True, unfold=self.unfold)
+
+
+@dataclass(frozen=True, eq=False)
+class Policy(Reduction):
+    """In training: nothing is dropped, but keys weigh as much as a learned score says.
+
+    Attributes:
+        policy: ``[B, n]``, 1 or 0, with a gradient.
+    """
+
+    policy: Tensor
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        return replace(state, policy=self.policy), x
+
+
+def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
+    """The tokens that stay, tile by tile where there are enough for attention in tiles.
+
+    Runs of the sequence are its tiles from here on, and later reductions keep the order.
+    """
+    if state.whole < TILE_FROM:
+        return index
+    rank = geometry.table(
+        geometry.nested_rank, state.grid, AUTO_TILE, AUTO_BLOCK, device=index.device
+    )
+    return index.gather(1, rank[index].argsort(dim=1))
+
+
+def _fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[ReductionStep, Tensor]:
+    """One more token ``[B, 1, C]``, the sum of the dropped ones, weights as they are (EViT, 3.2).
+
+    It has the position of the heaviest.
+    """
+    dropped = weights.scatter(1, index, 0.0)
+    extra = (dropped[:, None].to(x.dtype) @ x).to(x.dtype)
+    place = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    assign = torch.full_like(dropped, index.shape[1], dtype=torch.long).scatter(1, index, place)
+    signed = torch.cat([index, -1 - dropped.argmax(1, keepdim=True)], dim=1)
+    return ReductionStep(signed, assign, x.shape[1], fused=True), extra
+
+
+def _with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Rows of the sequence for these patch tokens and all prefix tokens, ``[B, P + m]``."""
+    lead = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
+    return torch.cat([lead, index + prefix], dim=1)
