@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn import InvalidOption, bench, measure_sites, timing
+from sparsiattn import InvalidOption, bench, measure_sites
+from sparsiattn.runtime import timing
 
 
 @pytest.fixture

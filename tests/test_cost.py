@@ -13,8 +13,9 @@ import torch
 import zoo
 
 import sparsiattn
-from sparsiattn import AttentionInputs, Kernel, Pattern, Site, cost
+from sparsiattn import AttentionInputs, Kernel, Pattern, Site
 from sparsiattn.attention.patterns import KeyIndex, Lengths
+from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.choice_cache import Choices, describe
 from sparsiattn.kernels.cost import Call, Planning, Prices, Work

@@ -14,7 +14,8 @@ import zoo
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn import ExportFailed, InvalidOption, exporting
+from sparsiattn import ExportFailed, InvalidOption
+from sparsiattn.serialization import exporters
 from sparsiattn.serialization.exporters import formats
 from sparsiattn.strategies.token_merge import TokenMerge
 
@@ -125,8 +126,8 @@ def test_tables_are_computed_once() -> None:
     """The keys of `local` depend on no image: nothing is left that ranks them."""
     model = zoo.build("vit")
     sparsiattn.patch(model, "local", k=0.25)
-    twin = exporting.program.twin_of(model, None)
-    program = exporting.program.traced(twin, images(2), dynamic=True)
+    twin = exporters.program.twin_of(model, None)
+    program = exporters.program.traced(twin, images(2), dynamic=True)
     assert "topk" not in str(program.graph)
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import sparsiattn
-from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy, handle
+from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy
 from sparsiattn.analysis.inspection import percent
 from sparsiattn.cli import app
 from sparsiattn.patching.discovery.backbone import SINGLE
+from sparsiattn.runtime import handle
 from sparsiattn.testing import temporary_plugin
 
 EVERY = zoo.CORE

@@ -10,10 +10,11 @@ import torch
 from test_plugins import HEAD, STRATEGIES, Install, source
 
 import sparsiattn
-from sparsiattn import Kernel, Pattern, PluginError, pluginapi
+from sparsiattn import Kernel, Pattern, PluginError
 from sparsiattn.cli.list import contents
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.reference import Reference
+from sparsiattn.registry import plugin_api
 from sparsiattn.registry.registry import Registry
 from sparsiattn.testing import temporary_plugin
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
@@ -29,7 +30,7 @@ def states(api: object) -> str:
 
 
 class TestVersion:
-    @pytest.mark.parametrize("api", [(MAJOR, MINOR), [MAJOR, MINOR], pluginapi.OLDEST])
+    @pytest.mark.parametrize("api", [(MAJOR, MINOR), [MAJOR, MINOR], plugin_api.OLDEST])
     def test_accepted(self, install: Install, api: object) -> None:
         install("fine-dist", fine=states(api))
         info = plugins.working(Registry(), "fine")
@@ -39,7 +40,7 @@ class TestVersion:
 
     def test_none_is_the_oldest(self, install: Install) -> None:
         install("fine-dist", fine=source(STRATEGIES, "mine"))
-        assert plugins.working(Registry(), "fine").api == pluginapi.OLDEST
+        assert plugins.working(Registry(), "fine").api == plugin_api.OLDEST
 
     @pytest.mark.parametrize("api", [(MAJOR, MINOR + 1), (MAJOR + 1, 0)])
     def test_newer_is_refused_and_says_what_to_upgrade(
@@ -73,7 +74,7 @@ class TestVersion:
     def test_earlier_major_version_works_and_is_told(
         self, install: Install, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pluginapi, "deprecation", lambda api: f"{api} goes")
+        monkeypatch.setattr(plugin_api, "deprecation", lambda api: f"{api} goes")
         install("fine-dist", fine=states((1, 0)))
         registry = Registry()
         assert plugins.working(registry, "fine").deprecation == "(1, 0) goes"
@@ -90,7 +91,7 @@ class TestVersion:
 
 def test_policy_is_written_down() -> None:
     page = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
-    for word in (pluginapi.ATTRIBUTE, "PLUGIN_API", "deprecat"):
+    for word in (plugin_api.ATTRIBUTE, "PLUGIN_API", "deprecat"):
         assert word in page.read_text()
 
 

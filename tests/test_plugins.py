@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsiattn
-from sparsiattn import AttentionInputs, Pattern, PluginError, Strategy, catalog, hookspecs
+from sparsiattn import AttentionInputs, Pattern, PluginError, Strategy
+from sparsiattn.registry import hookspecs, listing
 from sparsiattn.registry.registry import PluginInfo, Registry
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import StrategySuite
@@ -375,8 +376,8 @@ class TestEntryPointNames:
         for part in ("'same'", "one-dist", "two-dist"):
             assert part in str(both[1].error)
         assert len({"mine", "other"} & set(registry.all("strategies"))) == 1
-        monkeypatch.setattr(catalog, "REGISTRY", registry)
-        assert {"same", f"same ({both[1].distribution})"} <= set(catalog.plugins())
+        monkeypatch.setattr(listing, "REGISTRY", registry)
+        assert {"same", f"same ({both[1].distribution})"} <= set(listing.plugins())
 
     def test_entry_point_named_like_a_builtin(self, install: Install, tmp_path: Path) -> None:
         install("bad-dist", bad=source(STRATEGIES, "mine"))

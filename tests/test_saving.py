@@ -24,11 +24,11 @@ from sparsiattn import (
     Patch,
     Pattern,
     SparsiattnError,
-    cost,
     load,
     patch,
 )
 from sparsiattn.attention.patterns import KeyIndex
+from sparsiattn.kernels import cost
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.serialization.files import checksum, sealed

@@ -23,7 +23,8 @@ import zoo
 from torch import nn
 
 import sparsiattn
-from sparsiattn import MismatchedPatch, SparsiattnError, patch, savedfile
+from sparsiattn import MismatchedPatch, SparsiattnError, patch
+from sparsiattn.serialization import files
 from sparsiattn.serialization.files import CONFIG, HOST, WEIGHTS
 from sparsiattn.serialization.origin import origin_of
 
@@ -98,7 +99,7 @@ def _stop_at(step: int, m: pytest.MonkeyPatch) -> None:
         return call
 
     save_file = before(safetensors.torch.save_file)
-    m.setattr(savedfile.safetensors.torch, "save_file", save_file)
+    m.setattr(files.safetensors.torch, "save_file", save_file)
     for name in ("write_text", "replace", "unlink"):
         m.setattr(Path, name, before(getattr(Path, name)))
 
@@ -175,7 +176,7 @@ class TestDamage:
         config = json.loads((saved / CONFIG).read_text())
         if "files" in change:
             change["files"][WEIGHTS] = config["files"][WEIGHTS]
-        text = json.dumps(savedfile.sealed({**config, **change}))
+        text = json.dumps(files.sealed({**config, **change}))
         (saved / CONFIG).write_text(text)
         with pytest.raises(MismatchedPatch):
             sparsiattn.from_pretrained(saved)
@@ -194,7 +195,7 @@ class TestDamage:
             raise OSError(28, "No space left on device")
 
         with patch(model, "topk", k=2) as live, monkeypatch.context() as m:
-            m.setattr(savedfile, "_sync", full)
+            m.setattr(files, "_sync", full)
             with pytest.raises(sparsiattn.CheckpointNotWritten, match="No space left"):
                 live.save(saved)
         assert budget(saved) == 5

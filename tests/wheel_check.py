@@ -22,7 +22,7 @@ IN_WHEEL = (
     "sparsiattn_backbones/py.typed",
     "sparsiattn/training/recipes/sparsifiner_deit_small.yaml",
     "sparsiattn/kernels/native/attention.c",
-    "sparsiattn/registry/registry/plugin_template/pyproject.toml.txt",
+    "sparsiattn/registry/plugin_template/pyproject.toml.txt",
 )
 NOT_IN_WHEEL = ("tests/", "benchmarks/", "docs/", "examples/")
 USE = """
