@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import nn
 from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn import InvalidOption, bench, measure_sites
 from sparsiattn.runtime import timing
+from tests.support import zoo
 
 
 @pytest.fixture

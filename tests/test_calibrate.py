@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
 from sparsiattn.strategies import connectivity
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from tests.support import zoo
 
 
 def batches(count: int) -> list[torch.Tensor]:

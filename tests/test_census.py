@@ -8,26 +8,25 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import census
 import pytest
 import timm
 import torch
 
 import sparsiattn
+from tests.support import ROOT, census
 
 GLOBS = ("vit_*", "deit*", "eva*", "beit*", "samvit_*", "hiera_*", "swin_*")
 NAMES = sorted({name for glob in GLOBS for name in timm.list_models(glob)})
 
 
-ROOT = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @cache
 def totals(library: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "support.json").read_text())["census"]
+    found: dict[str, Any] = json.loads((RESULTS / "support.json").read_text())["census"]
     return found[library]  # type: ignore[no-any-return]
 
 
@@ -96,7 +95,7 @@ def test_patches_and_restores(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_inductor_compiles_the_whole_model(batch: int) -> None:
-    import zoo
+    from tests.support import zoo
 
     model, x = zoo.build("vit"), torch.randn(batch, 3, 32, 32)
     with torch.no_grad(), sparsiattn.patch(model, k=0.25, tile=(2, 2)):

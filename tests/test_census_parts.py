@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import census
 import pytest
-import small
 import torch
-import zoo
-from softmaxes import attention_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.support import census, small, zoo
+from tests.support.softmaxes import attention_of
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 import typer
-from pictures import folder
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn.cli import app
 from sparsiattn.cli.options import pairs, patch_options, value_of
+from tests.support.pictures import folder
 
 SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
 SMALL |= {"num_heads": 3}

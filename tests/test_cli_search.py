@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pictures import folder
 from typer.testing import CliRunner
 
 from sparsiattn.cli import app
+from tests.support.pictures import folder
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "embed_dim": 48}
 SMALL |= {"num_heads": 3}

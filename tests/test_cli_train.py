@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from pictures import folder
 from safetensors.torch import load_file, save_file
-from training_help import two_stages
 from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn.cli import app
 from sparsiattn.training import train
+from tests.support.pictures import folder
+from tests.support.training_help import two_stages
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "embed_dim": 48}
 SMALL |= {"num_heads": 3}

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import zoo
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, Site
@@ -25,6 +24,7 @@ from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
+from tests.support import zoo
 
 META = torch.device("meta")
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from pictures import Flow, Pictures, everything, folder, labels_of, picture, pixels, tar
 from torch.utils.data import Subset, TensorDataset
 
 import sparsiattn
@@ -23,6 +22,16 @@ from sparsiattn.errors import DataError
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training.data import Batches, loader
 from sparsiattn.training.preprocess import data_config, drawing
+from tests.support.pictures import (
+    Flow,
+    Pictures,
+    everything,
+    folder,
+    labels_of,
+    picture,
+    pixels,
+    tar,
+)
 
 PLAIN = {"mean": [0.0], "std": [1.0]}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import Pictures, everything, folder, picture
 from torch.utils.data import Subset, TensorDataset
 
 from sparsiattn.errors import DataError, InvalidOption, UnknownName
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training.data import loader
+from tests.support.pictures import Pictures, everything, folder, picture
 
 
 def test_other_classes_than_the_heads_are_refused(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import sparsiattn
 from sparsiattn.cli import app
 from sparsiattn.registry import hookspecs
 from sparsiattn.registry.registry import REGISTRY
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsiattn
 from sparsiattn import Patch
+from tests.support import zoo
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "connectivity": {"k": 0.25},

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
@@ -30,6 +29,7 @@ from sparsiattn import (
 )
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.plugin import temporary_plugin
+from tests.support import zoo
 
 SITES = ("blocks.0.attn", "blocks.1.attn")
 BUDGET = "float in (0, 1]"

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import folder
 from torch import Tensor, nn
 
 import sparsiattn
@@ -21,6 +20,7 @@ from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import processes as launched
 from sparsiattn.training.evaluation import Evaluation, _Tally
+from tests.support.pictures import folder
 
 
 def varied(**options: Any) -> nn.Module:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
@@ -18,6 +17,7 @@ from sparsiattn import ExportFailed, InvalidOption
 from sparsiattn.serialization import exporters
 from sparsiattn.serialization.exporters import formats
 from sparsiattn.strategies.token_merge import TokenMerge
+from tests.support import zoo
 
 # name of the case -> arguments of `patch` and of `export`
 BUILT_IN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

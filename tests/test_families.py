@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import NothingToPatch, Patch
 from sparsiattn.strategies.local import Local
+from tests.support import zoo
 
 # Of some sites: tokens, keys, grid, key grid, prefix tokens, windows, what the host's mask does.
 EXPECTED: dict[str, dict[str, tuple[Any, ...]]] = {

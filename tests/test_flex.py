@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flex_calls import flex_call
 from torch._dynamo.utils import counters
 
 import sparsiattn
@@ -22,6 +21,7 @@ from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.kernel import Case, cases
+from tests.support.flex_calls import flex_call
 
 FLEX = Flex()
 NOT_YET = ["not compiled yet for this shape: call patch.warmup(images)"]

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import zoo
-from flex_calls import flex_call
 from torch._dynamo.utils import counters
 
 import sparsiattn
@@ -24,6 +22,8 @@ from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, Case, _gradients, _on
+from tests.support import zoo
+from tests.support.flex_calls import flex_call
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import hosts_structure
-import hosts_transformers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import InvalidOption, NothingToPatch
+from tests.support import hosts_structure, hosts_transformers
 
 pytest.importorskip("transformers")
 pytest.importorskip("torchvision")

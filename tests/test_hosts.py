@@ -6,16 +6,15 @@ import copy
 import pickle
 from typing import Any
 
-import hosts
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsiattn
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.testing import BackboneSuite
+from tests.support import hosts, zoo
 
 GENERIC = {"encoder"}  # says no input size
 

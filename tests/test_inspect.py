@@ -9,11 +9,9 @@ import re
 from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any
 
-import hosts
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -24,6 +22,7 @@ from sparsiattn.cli import app
 from sparsiattn.patching.discovery.backbone import SINGLE
 from sparsiattn.runtime import handle
 from sparsiattn.testing import temporary_plugin
+from tests.support import hosts, zoo
 
 EVERY = zoo.CORE
 

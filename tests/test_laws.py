@@ -11,11 +11,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
+from tests.support import zoo
 
 SPARSE = [name for name in zoo.ATTENTION if name != "dense"]
 OTHERS = [name for name in SPARSE if name != "connectivity"]

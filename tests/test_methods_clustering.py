@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import zoo
 from test_tokens_macs import check as check_macs
 from test_tokens_macs import deit
 from test_tokens_macs import tokens as counted
@@ -24,6 +23,7 @@ from sparsiattn.methods.kmedoids import KMedoids, weighted_medoids
 from sparsiattn.strategies.token_base import TokenInputs
 from sparsiattn.testing import TokenStrategySuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support import zoo
 
 
 class _OnTwoBlocks(TokenStrategySuite):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
@@ -24,6 +23,7 @@ from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support import zoo
 
 ALL: list[Strategy] = [
     Linformer(k=0.25),

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from training_help import batches, one_stage, patched
 
 from sparsiattn import InvalidOption, InvalidType, Reduction, TokenInputs, patch, search, train
 from sparsiattn.methods._soft import SoftPlanner
@@ -18,6 +17,7 @@ from sparsiattn.methods.sinkhorn import Sinkhorn, Transport
 from sparsiattn.methods.sit import SiT, Slimming
 from sparsiattn.testing import TokenStrategySuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support.training_help import batches, one_stage, patched
 
 
 class TestDiffRate(TokenStrategySuite):

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import hosts
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn.runtime.multihead import SparseMultihead
+from tests.support import hosts
 
 FAR = float("-inf")
 

@@ -28,8 +28,8 @@ from sparsiattn.kernels.reference import Reference
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNEL = Native()
 
 

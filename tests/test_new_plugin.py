@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from sparsiattn import InvalidOption
 from sparsiattn.cli import app
 from sparsiattn.registry.new_plugin import new_plugin, rendered
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "plugin-template"
 KEPT = {".py", ".md", ".toml", ".typed"}
 

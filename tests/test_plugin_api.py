@@ -18,6 +18,7 @@ from sparsiattn.registry import plugin_api
 from sparsiattn.registry.registry import Registry
 from sparsiattn.testing import temporary_plugin
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support import ROOT
 
 install = plugins.install
 
@@ -90,7 +91,7 @@ class TestVersion:
 
 
 def test_policy_is_written_down() -> None:
-    page = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
+    page = ROOT / "docs" / "extend.md"
     for word in (plugin_api.ATTRIBUTE, "PLUGIN_API", "deprecat"):
         assert word in page.read_text()
 

@@ -9,11 +9,9 @@ from dataclasses import astuple
 from functools import cache
 from typing import Any
 
-import hosts
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsiattn
 from sparsiattn import InvalidOption, Profile, profile
 from sparsiattn.strategies.connectivity import Connectivity
+from tests.support import hosts, zoo
 
 WIDTH = {"tiny": 192, "small": 384, "base": 768}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [

@@ -6,11 +6,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import hosts
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +19,7 @@ from sparsiattn.attention.patterns import Lengths
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
+from tests.support import hosts, zoo
 
 # -- what kernels compute --
 

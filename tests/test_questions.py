@@ -5,16 +5,15 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import hosts
 import pytest
 import timm
 import torch
-import zoo
 from timm import models
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn.patching.apply import backbone_of
+from tests.support import hosts, zoo
 
 CLASSES = {
     "deit_distilled": 2,

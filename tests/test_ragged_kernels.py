@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from flex_calls import flex_call
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.varlen import Shim, Varlen
 from sparsiattn.kernels.xformers import Found, XFormers
 from sparsiattn.testing.hosts import random_inputs
+from tests.support.flex_calls import flex_call
 
 LENGTHS = (4, 9, 4, 4)
 CPU = "needs CUDA tensors, got cpu"

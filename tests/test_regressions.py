@@ -8,7 +8,6 @@ import threading
 import pytest
 import timm
 import torch
-import zoo
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -18,6 +17,7 @@ from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.runtime.sdpa_intercept import install
 from sparsiattn.strategies.base import Planner
 from sparsiattn.testing import temporary_plugin
+from tests.support import zoo
 
 
 class _Interrupted(nn.Module):

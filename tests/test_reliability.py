@@ -15,11 +15,11 @@ from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from reliability import (  # noqa: E402
+from reliability import (
     answers,
     cycles,
     determinism,
@@ -29,9 +29,9 @@ from reliability import (  # noqa: E402
     kills,
     threads,
 )
-from reliability.drawn import Case, Given  # noqa: E402
-from reliability.hosts import Host  # noqa: E402
-from reliability.outcomes import Tally, Wrong  # noqa: E402
+from reliability.drawn import Case, Given
+from reliability.hosts import Host
+from reliability.outcomes import Tally, Wrong
 
 
 @pytest.fixture(autouse=True)

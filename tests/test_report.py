@@ -8,13 +8,13 @@ import math
 import pytest
 import timm
 import torch
-import zoo
 
 import sparsiattn
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.patching.estimate import dry_site
 from sparsiattn.strategies.connectivity import basis_cells
+from tests.support import zoo
 
 
 def model_of(name: str) -> torch.nn.Module:

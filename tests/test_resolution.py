@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import timm
 import torch
-import zoo
 from torch import nn
 
 import sparsiattn
@@ -14,6 +13,7 @@ from sparsiattn.strategies.basis import resize_table
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.local import Local
+from tests.support import zoo
 
 
 def dynamic_vit() -> nn.Module:

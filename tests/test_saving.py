@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
@@ -32,6 +31,7 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.serialization.files import checksum, sealed
+from tests.support import zoo
 
 CONFIG, WEIGHTS = "sparsiattn.json", "planners.safetensors"
 SITE = "blocks.0.attn"

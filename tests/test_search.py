@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import zoo
 from torch.nn import functional as F
 
 import sparsiattn
@@ -18,6 +17,7 @@ from sparsiattn.analysis.schedule_search.pareto import Model
 from sparsiattn.analysis.schedule_search.search import Trials
 from sparsiattn.analysis.schedule_search.space import Space, space_of
 from sparsiattn.strategies.hybrid import Hybrid
+from tests.support import zoo
 
 
 def host() -> Any:

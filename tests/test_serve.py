@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sparsiattn
+from tests.support import ROOT
 
 pytest.importorskip("fastapi", reason="needs sparsiattn[serve]")
 httpx = pytest.importorskip("httpx")
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "serve.py"
+SCRIPT = ROOT / "examples" / "serve.py"
 SPEC = importlib.util.spec_from_file_location("serve", SCRIPT)
 assert SPEC is not None
 assert SPEC.loader is not None

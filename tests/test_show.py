@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-import zoo
-from pictures import picture
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn.analysis.visualization import Shown, recording
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from tests.support import zoo
+from tests.support.pictures import picture
 
 
 def shown(strategy: str = "topk", image: Any = None, **options: Any) -> Shown:

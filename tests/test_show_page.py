@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import Tensor
 
 import sparsiattn
 from sparsiattn.analysis.visualization import Shown
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from tests.support import zoo
 
 
 def shown(strategy: str, **options: Any) -> Shown:

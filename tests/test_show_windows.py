@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Planner, Site
+from tests.support import zoo
 
 
 def seen_by(patch: sparsiattn.Patch, images: Tensor) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 import sparsiattn
+from tests.support import ROOT
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("mkdocs", reason="needs sparsiattn[docs]")
 
-ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import zoo
 from torch import nn
 
 import sparsiattn
@@ -27,6 +25,7 @@ from sparsiattn import MismatchedPatch, SparsiattnError, patch
 from sparsiattn.serialization import files
 from sparsiattn.serialization.files import CONFIG, HOST, WEIGHTS
 from sparsiattn.serialization.origin import origin_of
+from tests.support import environment, zoo
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2}
 SMALL |= {"embed_dim": 48, "num_heads": 3}
@@ -107,7 +106,8 @@ def _stop_at(step: int, m: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_kill_9_during_saves(tmp_path: Path) -> None:
     code = (
-        "import sys, zoo, sparsiattn\n"
+        "import sys, sparsiattn\n"
+        "from tests.support import zoo\n"
         "live = sparsiattn.patch(zoo.build('vit'), 'connectivity', k=0.25)\n"
         "n = 0\n"
         "while True:\n"
@@ -115,12 +115,10 @@ def test_kill_9_during_saves(tmp_path: Path) -> None:
         "    live.merge_and_export(sys.argv[1]) if n % 2 else live.save(sys.argv[1])\n"
         "    print(n, flush=True)\n"
     )
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "backbones")))
     for turn in range(5):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
         )  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline()

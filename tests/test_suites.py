@@ -9,8 +9,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import zoo
-from flex_calls import flex_call
 from torch import nn
 
 from sparsiattn import kernels, strategies
@@ -33,6 +31,8 @@ from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
 from sparsiattn.testing.kernel import Case
+from tests.support import zoo
+from tests.support.flex_calls import flex_call
 
 HERE = Path(__file__).parent
 

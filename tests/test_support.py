@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import families
-import matrix
 import pytest
+
+from tests.support import ROOT, families, matrix
 
 FAMILIES = families.families()
 SLOW = {
@@ -17,7 +16,7 @@ SLOW = {
     for name in FAMILIES
     if name.startswith("torchvision/") or name.split("/")[1] in families.HEAVY | families.TWINS
 }
-STORED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "support.json"
+STORED = ROOT / "benchmarks" / "results" / "support.json"
 
 
 @cache

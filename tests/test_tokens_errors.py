@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import zoo
 from torch import nn
 
 import sparsiattn
@@ -21,6 +20,7 @@ from sparsiattn import InvalidOption, SparsiattnError
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
+from tests.support import zoo
 
 
 def marks(model: nn.Module) -> list[Any]:
@@ -347,7 +347,7 @@ class TestSchedules:
 
 @pytest.mark.parametrize("strategy", ["token_drop", "token_merge", "hybrid"])
 def test_images_that_share_a_sequence_keep_their_tokens(strategy: str) -> None:
-    hosts_transformers = pytest.importorskip("hosts_transformers")
+    hosts_transformers = pytest.importorskip("tests.support.hosts_transformers")
     pytest.importorskip("transformers")
     model = next(make for name, make, _ in hosts_transformers.entries() if name == "pixtral")()
     with pytest.raises(InvalidOption, match="end to end in one sequence"):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import hosts
 import pytest
 import timm
 import torch
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
+from tests.support import hosts, zoo
 
 PLAIN = [name for name in hosts.HOSTS if name not in ("clip_tower", "encoder")]
 SPECS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -13,12 +13,12 @@ import pytest
 import timm
 import torch
 import torch._dynamo
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn.strategies.token_merge import TokenMerge
+from tests.support import zoo
 
 HIERARCHICAL = ("swin", "samvit", "hiera")
 PLAIN = [family for family in zoo.FAMILIES if family not in HIERARCHICAL]

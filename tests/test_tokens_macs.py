@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import timm
-import zoo
 from torch import nn
 
 import sparsiattn
 from sparsiattn.strategies.connectivity import Connectivity
+from tests.support import zoo
 
 WIDTH = {"tiny": 192, "small": 384, "base": 768}
 # the small one by default: it is the one with published figures

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.patching import dry_run as dry
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from tests.support import zoo
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import hosts
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
-import zoo
 from torch import Tensor, nn
 
 import sparsiattn
+from tests.support import hosts, zoo
 
 
 def test_training_does_not_hold_on_to_what_blocks_were_given() -> None:

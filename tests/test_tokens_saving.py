@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import nn
 
 import sparsiattn
@@ -19,6 +18,7 @@ from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.testing import TokenStrategySuite, temporary_plugin
+from tests.support import zoo
 
 SAVED: dict[str, Any] = {
     "drop": TokenDrop(keep=0.6, layers=[0]),

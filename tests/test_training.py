@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from pictures import Pictures
-from training_help import (
+
+import sparsiattn
+from sparsiattn import InvalidOption
+from sparsiattn.runtime.handle import unpatch
+from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.training import Recipe, Stage, train
+from sparsiattn.training import losses as losses_module
+from tests.support.pictures import Pictures
+from tests.support.training_help import (
     DISTIL,
     batches,
     changed,
@@ -19,13 +26,6 @@ from training_help import (
     state,
     two_stages,
 )
-
-import sparsiattn
-from sparsiattn import InvalidOption
-from sparsiattn.runtime.handle import unpatch
-from sparsiattn.testing.hosts import tiny_vit
-from sparsiattn.training import Recipe, Stage, train
-from sparsiattn.training import losses as losses_module
 
 
 def test_both_stages_learn_and_each_moves_its_own_weights() -> None:

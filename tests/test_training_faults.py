@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from training_help import batches, changed, one_stage, patched, state, two_stages
 
 import sparsiattn
 from sparsiattn import DataError, InvalidOption, TrainingDiverged
@@ -15,6 +14,7 @@ from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import losses as losses_module
 from sparsiattn.training.checkpoint import load_weights
+from tests.support.training_help import batches, changed, one_stage, patched, state, two_stages
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

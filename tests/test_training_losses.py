@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from training_help import batches, losses, one_stage, patched, state
 
 import sparsiattn
 from sparsiattn.errors import DataError, InvalidOption
@@ -15,6 +14,7 @@ from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training import Stage, train
 from sparsiattn.training.losses import Objective, final_norm, kl_loss, label_loss, token_loss
 from sparsiattn.training.reconstruction import site_losses
+from tests.support.training_help import batches, losses, one_stage, patched, state
 
 
 def test_labels_as_indices_smoothed_and_as_shares() -> None:

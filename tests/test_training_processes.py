@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_help import losses, patched, two_stages
 
 from sparsiattn.training import train
+from tests.support import environment
+from tests.support.training_help import losses, patched, two_stages
 
-HERE = Path(__file__).parent
 CODE = """
 import sys
 import torch
-sys.path[:0] = [sys.argv[2]]
-from pictures import Pictures
-from training_help import patched, two_stages
+from tests.support.pictures import Pictures
+from tests.support.training_help import patched, two_stages
 from sparsiattn.training import train
 from sparsiattn.training.processes import leave
 model = patched()
@@ -29,14 +28,15 @@ leave()
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    from pictures import Pictures
     from safetensors.torch import load_file
+
+    from tests.support.pictures import Pictures
 
     script = tmp_path / "run.py"
     script.write_text(CODE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29583", str(script), str(tmp_path / "two"), str(HERE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command += ["--master_port", "29583", str(script), str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     model = patched()
     one = train(model, Pictures(16), recipe=two_stages(batch_size=8), eval_data=Pictures(6))

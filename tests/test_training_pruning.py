@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training_help import batches, losses, one_stage, patched, state
 
 import sparsiattn
 from sparsiattn import InvalidOption
@@ -19,6 +18,7 @@ from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training.losses import Objective
 from sparsiattn.training.penalties import entropy, log_penalty
 from sparsiattn.training.pruning import candidates
+from tests.support.training_help import batches, losses, one_stage, patched, state
 
 
 class Killed(Exception):

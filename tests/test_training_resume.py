@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import Pictures
-from training_help import DISTIL, batches, changed, losses, one_stage, patched, state, two_stages
 
 import sparsiattn
 from sparsiattn import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
@@ -24,6 +22,18 @@ from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.data import loader
 from sparsiattn.training.run_folder import Keeper
+from tests.support import environment
+from tests.support.pictures import Pictures
+from tests.support.training_help import (
+    DISTIL,
+    batches,
+    changed,
+    losses,
+    one_stage,
+    patched,
+    state,
+    two_stages,
+)
 
 
 class Killed(BaseException):
@@ -257,14 +267,14 @@ def test_skipping_reads_no_image_twice(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path[:0] = [sys.argv[2]]\n"
-        "from training_help import *\n"
+        "import sys\n"
+        "from tests.support.training_help import *\n"
         "from sparsiattn.training import train\n"
         "plan = two_stages(checkpoint_steps=1)\n"
         "train(patched(), batches(8), recipe=plan, out=sys.argv[1])\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(Path(__file__).parent)]
-    process = subprocess.Popen(command)
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=environment())
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 12):
         assert process.poll() is None

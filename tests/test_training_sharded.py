@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import Pictures
-from sharded_run import PLAN, WARMDOWN
-from training_help import losses, one_stage, patched
 
 from sparsiattn import InvalidOption
 from sparsiattn.training import sharding, train
+from tests.support import ROOT, environment
+from tests.support.pictures import Pictures
+from tests.support.sharded_run import PLAN, WARMDOWN
+from tests.support.training_help import losses, one_stage, patched
 
-RUN = Path(__file__).parent / "sharded_run.py"
+RUN = ROOT / "tests" / "support" / "sharded_run.py"
 FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
@@ -59,7 +59,7 @@ def launch(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", "29584", str(RUN), str(folder), how]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=580, env={**os.environ, **FSDP}
+        command, capture_output=True, text=True, timeout=580, env=environment(**FSDP)
     )
 
 

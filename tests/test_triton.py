@@ -18,11 +18,11 @@ from sparsiattn import Pattern
 from sparsiattn.kernels.triton import Triton
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs
+from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
-ROOT = Path(__file__).resolve().parent.parent
 # what a GPU of the consumer's kind gives one program
 SHARED_MEMORY = 99 << 10
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 
 import sparsiattn
 from sparsiattn.analysis.benchmark import tuning
@@ -21,6 +20,7 @@ from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.cost import Prices, Work
 from sparsiattn.kernels.tuning_cache import TuningIgnored
 from sparsiattn.runtime import timing
+from tests.support import zoo
 
 CPU = torch.device("cpu")
 CASES = (

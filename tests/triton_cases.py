@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +24,7 @@ from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing import KernelSuite
 from sparsiattn.testing.hosts import random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, _gradients
+from tests.support import zoo
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs this"

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import small
 import torch
-from softmaxes import NOT_TOKENS, Found, attention_of
 from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
 from sparsiattn.patching.discovery.probe import skeleton
 from sparsiattn.registry.registry import REGISTRY
+from tests.support import small
+from tests.support.softmaxes import NOT_TOKENS, Found, attention_of
 
 MOST_PAIRS = 2_500_000  # elements of an attention matrix beyond which the image is made smaller
 FEW_KEYS = 16  # in smaller windows than these, summaries of dropped keys are the keys themselves
@@ -80,7 +80,7 @@ def torchvision_entries() -> Iterator[Entry]:
 
 
 def transformers_entries() -> Iterator[Entry]:
-    import hosts_transformers
+    from tests.support import hosts_transformers
 
     for name, make, shape in hosts_transformers.entries():
         yield Entry(name, name, make, shape, inputs=hosts_transformers.INPUTS.get(name))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import hosts_transformers
 from torch import nn
+
+from tests.support import hosts_transformers
 
 Grid = tuple[int, int]
 

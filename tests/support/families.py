@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
-from census import LISTS, Entry
+from tests.support.census import LISTS, Entry
 
 # module file of timm -> its smallest model, or the one that shows most
 TIMM = {
@@ -100,8 +100,9 @@ def _listed(library: str, name: str) -> Entry:
 
 def families() -> dict[str, Callable[[], Entry]]:
     """What makes the small model of a family, by ``library/family``."""
-    import hosts_transformers
     import timm
+
+    from tests.support import hosts_transformers
 
     found: dict[str, Callable[[], Entry]] = {}
     for family, name in TIMM.items():

@@ -14,14 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import Pictures
 from torch import distributed
-from training_help import DISTIL, changed, losses, one_stage, patched, state, two_stages
 
 from sparsiattn import InvalidOption, TrainingDiverged
 from sparsiattn.training import losses as losses_module
 from sparsiattn.training import sharding, train
 from sparsiattn.training.processes import leave
+from tests.support.pictures import Pictures
+from tests.support.training_help import (
+    DISTIL,
+    changed,
+    losses,
+    one_stage,
+    patched,
+    state,
+    two_stages,
+)
 
 PLAN = two_stages(batch_size=8, checkpoint_steps=1).changed({"clip": 0.1})
 WARMDOWN = one_stage(epochs=3, keep_epochs=(0, 2), lr=1e-3, **DISTIL).changed({"batch_size": 8})

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import census
-import small
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sparsiattn
 from sparsiattn import SparsiattnError
+from tests.support import census, small
 
 FEW_PAIRS = 200_000
 # column of the matrix -> strategy, its options at a smaller budget, and at the full one
