@@ -124,6 +124,6 @@ class TestOption:
 
 @pytest.mark.slow
 def test_the_example_works_from_wheels() -> None:
-    command = [sys.executable, str(ROOT / "tests" / "plugin_check.py")]
+    command = [sys.executable, str(ROOT / "tools" / "plugin_check.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,7 @@
 
 What `plugin_check` says of environments holds here, too. Needs pip and setuptools >= 77.
 
-    python tests/wheel_check.py [FOLDER]    # keeps sdist and wheel in FOLDER
+    python tools/wheel_check.py [FOLDER]    # keeps sdist and wheel in FOLDER
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IN_WHEEL = (
     "sparsiattn/kernels/native/attention.c",
     "sparsiattn/registry/plugin_template/pyproject.toml.txt",
 )
-NOT_IN_WHEEL = ("tests/", "benchmarks/", "docs/", "examples/")
+NOT_IN_WHEEL = ("tests/", "tools/", "benchmarks/", "docs/", "examples/")
 USE = """
 import timm, torch, sparsiattn
 from sparsiattn.training import recipes

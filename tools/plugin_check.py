@@ -4,7 +4,7 @@ The environment is new and sees no checkout. Torch, timm and the other dependenc
 downloaded again: a .pth file puts the site-packages of the interpreter that runs this behind its
 own, where the wheels are. Needs pip and setuptools >= 77 in that interpreter; no network.
 
-    python tests/plugin_check.py [--slow] [more arguments for pytest]
+    python tools/plugin_check.py [--slow] [more arguments for pytest]
 """
 
 from __future__ import annotations
