@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsiattn
-from sparsiattn import Patch
-from tests.support import zoo
+from tests.support import environment, zoo
+from tests.support.patched_vit import STRATEGIES, images, patched
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "connectivity": {"k": 0.25},
-    "topk": {"k": 0.25, "background": 2},
-    "token_drop": {"keep": 0.5, "layers": [1]},
-    "token_merge": {"r": 4},
-    "hybrid": {"k": 0.25, "keep": 0.5, "layers": [1], "only_if_faster": False},
-}
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 some_strategies = pytest.mark.parametrize("strategy", ["connectivity", "token_merge"])
-
-
-@contextmanager
-def patched(strategy: str, model: nn.Module | None = None) -> Iterator[tuple[Any, Patch]]:
-    model = zoo.build("vit") if model is None else model
-    with sparsiattn.patch(model, strategy, **STRATEGIES[strategy]) as live:
-        yield model, live
-
-
-def images(count: int = 2) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @some_strategies
@@ -190,10 +170,9 @@ def test_lora_on_top_of_a_patch_and_below_it(strategy: str) -> None:
 
 SHARDED = """
 import sys
-sys.path[:0] = [sys.argv[1]]
 import torch
 import torch.distributed as dist
-from test_ecosystem import images, patched
+from tests.support.patched_vit import images, patched
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -208,7 +187,7 @@ for strategy in ("connectivity", "token_merge", "hybrid"):
         gradient = model.get_parameter(name).grad.clone()
         model.zero_grad()
         share = images(4)[2 * dist.get_rank() :][:2]
-        if sys.argv[2] == "fsdp":
+        if sys.argv[1] == "fsdp":
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             run = fully_shard(model, mesh=mesh)
@@ -218,7 +197,7 @@ for strategy in ("connectivity", "token_merge", "hybrid"):
         torch.testing.assert_close(found, expected[2 * dist.get_rank() :][:2])
         found.square().mean().backward()
         mine = model.get_parameter(name).grad
-        mine = mine.full_tensor() if sys.argv[2] == "fsdp" else mine
+        mine = mine.full_tensor() if sys.argv[1] == "fsdp" else mine
         torch.testing.assert_close(mine, gradient, rtol=1e-4, atol=1e-6)
 dist.barrier()
 dist.destroy_process_group()
@@ -232,8 +211,10 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SHARDED)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(script), str(Path(__file__).parent), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command += ["--nproc_per_node", "2", str(script), kind]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -7,10 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_tokens_macs import check as check_macs
-from test_tokens_macs import deit
-from test_tokens_macs import tokens as counted
-from test_tokens_oracles import PlainViT
 from torch import Tensor, nn
 
 import sparsiattn
@@ -24,6 +20,10 @@ from sparsiattn.strategies.token_base import TokenInputs
 from sparsiattn.testing import TokenStrategySuite
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from tests.support import zoo
+from tests.support.plain_vit import PlainViT
+from tests.support.token_macs import check as check_macs
+from tests.support.token_macs import deit
+from tests.support.token_macs import tokens as counted
 
 
 class _OnTwoBlocks(TokenStrategySuite):

@@ -18,44 +18,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn import AttentionInputs, Pattern, Site
+from sparsiattn import Pattern
 from sparsiattn.attention.patterns import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.errors import KernelRefused
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native import scores as planning
-from sparsiattn.kernels.native.kernel import Native, compile_native
-from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.native.kernel import compile_native
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from tests.support import ROOT
-
-KERNEL = Native()
-
-
-def call(
-    grid: tuple[int, int], tile: object, block: object, *, dim: int = 16, value_dim: int = 16,
-    prefix: int = 1, k: float = 0.4, background: int | None = 2, heads: int = 2, seed: int = 0,
-) -> tuple[AttentionInputs, Pattern]:  # fmt: skip
-    """Operands laid out as a host's, and a pattern from random scores."""
-    n = grid[0] * grid[1] + prefix
-    generator = torch.Generator().manual_seed(seed)
-    packed = torch.randn(2, n, heads, 2 * dim + value_dim, generator=generator).transpose(1, 2)
-    q, key, v = packed.split((dim, dim, value_dim), dim=-1)
-    site = Site.of(q, key, v, prefix_tokens=prefix, grid=grid, key_grid=grid)
-    inputs = AttentionInputs(
-        q, key, v, dim**-0.5, None, site, tile=tile, block=block  # type: ignore[arg-type]
-    )  # fmt: skip
-    scores = torch.rand(2, heads, n, n, generator=generator)
-    return inputs, finish(Pattern.top(scores, k), inputs, background=background)
-
-
-def same(inputs: AttentionInputs, pattern: Pattern, rtol: float = 1e-4) -> None:
-    assert KERNEL.why_not(inputs, pattern) == []
-    found, exact = KERNEL(inputs, pattern), Reference()(inputs, pattern)
-    torch.testing.assert_close(found, exact, rtol=rtol, atol=rtol / 10)
-    # the host's reshape to [B, N, H * D] copies nothing
-    assert found.transpose(1, 2).is_contiguous()
+from tests.support.native_calls import KERNEL, call, same
 
 
 @pytest.mark.usefixtures("compiled_native")

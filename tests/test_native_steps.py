@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_native import KERNEL, call, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsiattn.attention.background import CountedSummary
@@ -15,6 +14,7 @@ from sparsiattn.attention.patterns import KeyBlocks, Ranked
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
+from tests.support.native_calls import KERNEL, call, same
 
 
 @pytest.mark.usefixtures("compiled_native")

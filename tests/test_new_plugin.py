@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_plugins import STRATEGIES, source
 from typer.testing import CliRunner
 
 from sparsiattn import InvalidOption
 from sparsiattn.cli import app
 from sparsiattn.registry.new_plugin import new_plugin, rendered
 from tests.support import ROOT
+from tests.support.plugins import STRATEGIES, source
 
 EXAMPLE = ROOT / "examples" / "plugin-template"
 KEPT = {".py", ".md", ".toml", ".typed"}

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import test_plugins as plugins
 import torch
-from test_plugins import HEAD, STRATEGIES, Install, source
 
 import sparsiattn
 from sparsiattn import Kernel, Pattern, PluginError
@@ -18,7 +16,8 @@ from sparsiattn.registry import plugin_api
 from sparsiattn.registry.registry import Registry
 from sparsiattn.testing import temporary_plugin
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
-from tests.support import ROOT
+from tests.support import ROOT, plugins
+from tests.support.plugins import HEAD, STRATEGIES, Install, source
 
 install = plugins.install
 

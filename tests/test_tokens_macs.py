@@ -3,59 +3,21 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import pytest
-import timm
-from torch import nn
 
 import sparsiattn
 from sparsiattn.strategies.connectivity import Connectivity
 from tests.support import zoo
+from tests.support.token_macs import WIDTH, check, deit, tokens
 
-WIDTH = {"tiny": 192, "small": 384, "base": 768}
 # the small one by default: it is the one with published figures
 SIZES = [pytest.param(s, marks=[] if s == "small" else [pytest.mark.slow]) for s in WIDTH]
-LAYERS = 12
-
-
-@cache
-def deit(size: str) -> nn.Module:
-    return timm.create_model(f"deit_{size}_patch16_224").eval()
-
-
-def closed(c: int, entering: list[int], leaving: list[int]) -> int:
-    """Patches, attention at the tokens that enter a block, MLP at those that leave it, head."""
-    total = 196 * 768 * c + 1000 * c
-    for n, m in zip(entering, leaving, strict=True):
-        total += 4 * n * c * c + 2 * n * n * c + 8 * m * c * c
-    return total
-
-
-def tokens(reduce: Any) -> tuple[list[int], list[int]]:
-    entering, leaving, n = [], [], 197
-    for layer in range(LAYERS):
-        entering.append(n)
-        n = 1 + reduce(layer, n - 1)
-        leaving.append(n)
-    return entering, leaving
 
 
 def evit(keep: float, fuse: bool) -> Any:
     return lambda i, n: math.ceil(keep * n) + fuse if i in (3, 6, 9) else n
-
-
-def check(size: str, counts: tuple[list[int], list[int]], report: sparsiattn.Report) -> int:
-    """Exact agreement; returns the model's MACs without what choosing tokens costs."""
-    c, (entering, leaving) = WIDTH[size], counts
-    assert [site.tokens for site in report.sites] == entering
-    assert report.mhsa_macs == sum(2 * n * n * c for n in entering)
-    assert report.macs is not None
-    model = report.macs - report.predictor_macs
-    assert model == closed(c, entering, leaving)
-    assert report.macs_dense == closed(c, [197] * LAYERS, [197] * LAYERS)
-    return model
 
 
 @pytest.mark.parametrize(
