@@ -33,7 +33,7 @@ def interpreted(marker: str) -> None:
     """`triton_cases.py` in a process whose triton interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
     run = subprocess.run(
-        [*command, "tests/triton_cases.py"], cwd=ROOT, capture_output=True, text=True, check=False,
+        [*command, "tests/kernels/triton_cases.py"], cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
