@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -31,10 +30,8 @@ from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
 from sparsiattn.testing.kernel import Case
-from tests.support import zoo
+from tests.support import ROOT, zoo
 from tests.support.flex_calls import flex_call
-
-HERE = Path(__file__).parent
 
 
 class TestDense(StrategySuite):
@@ -158,7 +155,7 @@ class TestTritonKernel(KernelSuite):
 
 
 class TestFlexKernel(KernelSuite):
-    """One shape, because each compiles for long; tests/test_flex.py has the sweep."""
+    """One shape, because each compiles for long; tests/kernels/test_flex.py has the sweep."""
 
     kernel = Flex()
     dtypes = (torch.float32,)
@@ -233,8 +230,11 @@ def test_no_builtin_is_left_out(kind: str) -> None:
 
 def _suites() -> list[type]:
     """Those of this file, and of the files that test published methods."""
-    files = sorted(Path(__file__).parent.glob("test_methods*.py"))
-    spaces = [globals(), *(vars(importlib.import_module(file.stem)) for file in files)]
+    files = sorted((ROOT / "tests" / "methods").glob("test_*.py"))
+    spaces = [
+        globals(),
+        *(vars(importlib.import_module(f"tests.methods.{file.stem}")) for file in files),
+    ]
     return [thing for space in spaces for thing in space.values() if isinstance(thing, type)]
 
 
