@@ -33,9 +33,13 @@ def interpreted(marker: str) -> None:
     """`triton_cases.py` in a process whose triton interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
     run = subprocess.run(
-        [*command, "tests/kernels/triton_cases.py"], cwd=ROOT, capture_output=True, text=True, check=False,
+        [*command, "tests/kernels/triton_cases.py"],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None, run.stdout

@@ -231,10 +231,8 @@ def test_no_builtin_is_left_out(kind: str) -> None:
 def _suites() -> list[type]:
     """Those of this file, and of the files that test published methods."""
     files = sorted((ROOT / "tests" / "methods").glob("test_*.py"))
-    spaces = [
-        globals(),
-        *(vars(importlib.import_module(f"tests.methods.{file.stem}")) for file in files),
-    ]
+    modules = [importlib.import_module(f"tests.methods.{file.stem}") for file in files]
+    spaces = [globals(), *map(vars, modules)]
     return [thing for space in spaces for thing in space.values() if isinstance(thing, type)]
 
 
