@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from api_snapshot import FILE, snapshot
+from tests.project.api_snapshot import FILE, snapshot
 
 ADVICE = (
-    "if that is meant, run `python tests/api_snapshot.py` and say it in CHANGELOG.md: what is gone "
-    "or changed needs a new major version (before 1.0 a minor one), what is new a minor one"
+    "if that is meant, run `python tests/project/api_snapshot.py` and say it in CHANGELOG.md: what "
+    "is gone or changed needs a new major version (before 1.0 a minor one), what is new a minor one"
 )
 
 

@@ -1,6 +1,6 @@
 """The public interface as plain data: names, signatures, options, commands, hooks.
 
-    python tests/api_snapshot.py    # writes tests/api.json again
+    python tests/project/api_snapshot.py    # writes tests/project/api.json again
 
 `test_api.py` compares. Under semantic versioning what is gone or changed needs a new major version
 (before 1.0 a new minor one) and a line in the changelog; what is new needs a new minor one.
