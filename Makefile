@@ -39,7 +39,7 @@ lint: $(READY)
 # the template and sparsiattn as wheels in a clean environment, torch borrowed from .venv
 plugin-check: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
-	OMP_NUM_THREADS=1 $(BIN)/python tests/plugin_check.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/plugin_check.py
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or census"
@@ -57,7 +57,7 @@ $(READY_OLDEST): pyproject.toml constraints/oldest.txt
 # sdist, a wheel from it, and that at work in a clean environment; both stay in dist/
 wheel: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
-	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel_check.py dist
+	OMP_NUM_THREADS=1 $(BIN)/python tools/wheel_check.py dist
 
 # known vulnerabilities of what development runs with; asks PyPI
 audit: $(READY)
@@ -67,7 +67,7 @@ audit: $(READY)
 
 # writes constraints/dev.txt from what is installed
 constraints: $(READY)
-	$(BIN)/python tests/pins.py
+	$(BIN)/python tools/pins.py
 
 census: $(READY)
 	$(BIN)/python -m pytest -m census

@@ -15,20 +15,26 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from common import RESULTS, write
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 ROWS = RESULTS / "census"
 LISTS = ("timm", "torchvision", "transformers")
 
 
+def helper(name: str) -> ModuleType:
+    """A module that the tests share; the tests are not type-checked."""
+    return importlib.import_module(f"tests.support.{name}")
+
+
 def run_matrix(only: str, part: tuple[int, int]) -> None:
     """Append the cells of every family that has none yet."""
-    families, matrix = (importlib.import_module(name) for name in ("families", "matrix"))
-    census = importlib.import_module("census")
+    families, matrix = (helper(name) for name in ("families", "matrix"))
+    census = helper("census")
     path = ROWS / "matrix.jsonl"
     usable = [name for name, reason in matrix.kernels().items() if not reason]
     made = families.families()
@@ -47,7 +53,7 @@ def run_matrix(only: str, part: tuple[int, int]) -> None:
 
 
 def run_census(name: str, only: str, part: tuple[int, int]) -> None:
-    census = importlib.import_module("census")
+    census = helper("census")
     entries = [e for e in census.LISTS[name]() if fnmatch.fnmatch(e.name, only)]
     census.run(iter(entries[part[0] :: part[1]]), ROWS / f"{name}.jsonl")
 
@@ -79,7 +85,7 @@ def _by(rows: list[dict[str, Any]], reasons: Any) -> dict[str, list[str]]:
 
 
 def summarise() -> None:
-    census, matrix = importlib.import_module("census"), importlib.import_module("matrix")
+    census, matrix = helper("census"), helper("matrix")
     counted = {name: totals(list(census.read(ROWS / f"{name}.jsonl").values())) for name in LISTS}
     rows = sorted(census.read(ROWS / "matrix.jsonl").values(), key=lambda row: row["name"])
     cells = {row["name"]: {"model": row["model"], "cells": row["cells"]} for row in rows}

@@ -43,6 +43,7 @@ from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.patching.handle import Patch, patch_of, unpatch
+from sparsiattn.patching.load import from_pretrained, load
 from sparsiattn.patching.report import Report
 from sparsiattn.patching.sparsifiner import load_sparsifiner
 from sparsiattn.registry.hookspecs import hookimpl
@@ -50,8 +51,6 @@ from sparsiattn.registry.listing import backbones, kernels, plugins, strategies
 from sparsiattn.registry.plugin_api import PLUGIN_API
 from sparsiattn.serialization.creating import create_model
 from sparsiattn.serialization.exporters import ExportResult, export
-from sparsiattn.serialization.hub import from_pretrained
-from sparsiattn.serialization.save import load
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
 from sparsiattn.strategies.reduction import Reduction
 from sparsiattn.strategies.token_base import LearnedTokenPlanner, TokenInputs, TokenStrategy

@@ -15,7 +15,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
 from sparsiattn.patching.apply import planned
 from sparsiattn.patching.discovery.meta_model import meta_copy
-from sparsiattn.patching.handle import MARK, Patch
+from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.registry.registry import METHODS, REGISTRY

@@ -29,7 +29,7 @@ def inspect_model(
 
     from sparsiattn.analysis.inspection import inspect
     from sparsiattn.serialization.creating import create_model, is_saved
-    from sparsiattn.serialization.hub import origin_in
+    from sparsiattn.serialization.host import origin_in
     from sparsiattn.serialization.origin import without_memory
 
     console = Console(stderr=as_json)

@@ -19,7 +19,7 @@ def fresh(
     import torch
 
     from sparsiattn.serialization.creating import create_model, is_saved
-    from sparsiattn.serialization.hub import has_weights
+    from sparsiattn.serialization.host import has_weights
 
     torch.manual_seed(0)
     model = create_model(name, image_size=size, pretrained=pretrained, **options)

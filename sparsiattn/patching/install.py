@@ -15,13 +15,7 @@ from sparsiattn.runtime.lifting import drop, lift
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
-from sparsiattn.runtime.restore import (
-    EnterModel,
-    LeaveModel,
-    modules_with_features,
-    unwatch,
-    watch,
-)
+from sparsiattn.runtime.restore import EnterModel, LeaveModel, modules_with_features, unwatch, watch
 from sparsiattn.runtime.sdpa_intercept import forget_compiled
 from sparsiattn.runtime.sdpa_intercept import install as install_sdpa
 from sparsiattn.runtime.site_hooks import CloseScope, OpenScope

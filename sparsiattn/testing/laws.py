@@ -18,8 +18,8 @@ from sparsiattn.analysis.profiling.profiler import profile
 from sparsiattn.errors import SparsiattnError, UnknownName
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.load import load
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.serialization.save import load
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 from sparsiattn.testing.fresh import HEAVY, imported_by

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
 from sparsiattn.patching.handle import Patch
-from sparsiattn.serialization.save import fingerprint
+from sparsiattn.serialization.fingerprint import fingerprint
 from sparsiattn.training.recipe import Recipe
 
 FORMAT = 1

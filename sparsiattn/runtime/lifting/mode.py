@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsiattn.runtime.lifting import operations as operations  # registers itself
+from sparsiattn.runtime.lifting import operations as operations
 from sparsiattn.runtime.lifting.equations import equation, is_product
 from sparsiattn.runtime.lifting.scores import Scores
 

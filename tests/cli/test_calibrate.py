@@ -1,0 +1,70 @@
+"""``sparsiattn calibrate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import sparsiattn
+from sparsiattn.cli import app
+from tests.support.pictures import folder
+
+SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
+SMALL |= {"num_heads": 3}
+MODEL = ["vit_tiny_patch16_224"]
+MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
+
+
+def small() -> Any:
+    torch.manual_seed(7)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(text) for text in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> list[object]:
+    save_file(small().state_dict(), tmp_path / "weights.safetensors")
+    data = folder(tmp_path / "images")
+    fitting = ["--steps", 4, "--batch-size", 2, "--k", "0.3", "--out", tmp_path / "fitted"]
+    weights = ["--checkpoint", tmp_path / "weights.safetensors"]
+    return ["calibrate", *MODEL, "--data", data, *weights, *fitting]
+
+
+def test_it_equals_calibrate_and_eval_reads_it(start: list[object], tmp_path: Path) -> None:
+    found = json.loads(run(*start, "--json").stdout)
+    model = small()
+    with sparsiattn.patch(model, k=0.3):
+        losses = sparsiattn.calibrate(model, tmp_path / "images", steps=4, batch_size=2)
+        fitted = {n: t.clone() for n, t in model.state_dict().items() if ".sparsiattn." in n}
+    assert found["losses"] == losses
+    assert found["strategy"]["options"]["k"] == 0.3
+    sparsiattn.load(model, tmp_path / "fitted")
+    for name, value in fitted.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    again = run(*start)  # finished: the same weights are written once more
+    assert f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in 4 steps" in again.stdout
+    evaluated = run("eval", *MODEL, "--data", tmp_path / "images", "--planners",
+                    tmp_path / "fitted", "--checkpoint", tmp_path / "weights.safetensors",
+                    "--json")  # fmt: skip
+    assert json.loads(evaluated.stdout)["strategy"]["name"] == "connectivity"
+
+
+def test_what_cannot_be_fitted_is_a_failure(start: list[object]) -> None:
+    result = run(*start, "--strategy", "topk", code=1)
+    assert "fits learned planners" in result.stderr
+    assert "nowhere" in run(*start, "--data", "nowhere", code=1).stderr

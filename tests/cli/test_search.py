@@ -1,0 +1,43 @@
+"""``sparsiattn search``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from sparsiattn.cli import app
+from tests.support.pictures import folder
+
+SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "embed_dim": 48}
+SMALL |= {"num_heads": 3}
+MODEL = ["vit_tiny_patch16_224"]
+MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(text) for text in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_file_it_writes_is_a_schedule_that_commands_take(tmp_path: Path) -> None:
+    data, out = folder(tmp_path / "images"), tmp_path / "schedule.json"
+    found = json.loads(
+        run("search", *MODEL, "--data", data, "--strategy", "token_drop", "--macs", "0.9",
+            "--trials", 1, "--images", 4, "--out", out, "--json").stdout
+    )  # fmt: skip
+    assert found["found"]["macs"] <= 0.9 * found["macs_dense"]
+    assert json.loads(out.read_text())["keep"] == found["schedule"]["keep"]
+    profile = json.loads(
+        run("profile", *MODEL, "--strategy", "token_drop", "-o", f"schedule={out}", "--json").stdout
+    )
+    assert profile["macs"] == found["found"]["macs"]
+
+
+def test_one_budget_is_needed(tmp_path: Path) -> None:
+    for budgets in ([], ["--macs", "0.5", "--latency", "0.5"]):
+        result = run("search", *MODEL, "--data", tmp_path, *budgets, code=2)
+        assert "one of --macs, --latency and --agreement" in " ".join(result.stderr.split())

@@ -1,0 +1,244 @@
+"""The flex kernel: compiled once per shape, new lists for nothing, nothing compiled unasked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sparsiattn
+from sparsiattn import AttentionInputs, Pattern, patch
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels.base import choose
+from sparsiattn.kernels.flex import Flex, operands_of, static_of
+from sparsiattn.kernels.reference import Reference
+from sparsiattn.strategies.finalize import finish
+from sparsiattn.testing import KernelSuite
+from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.testing.kernel import Case, cases
+from tests.support.flex_calls import flex_call
+
+FLEX = Flex()
+NOT_YET = ["not compiled yet for this shape: call patch.warmup(images)"]
+OPTIONS = {"k": 18, "tile": (4, 4), "block": (2, 2), "background": 2}
+HERE = pytest.mark.skipif(
+    bool(flexcompile.cpu_refusals()), reason="; ".join(flexcompile.cpu_refusals())
+)
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def ran(handle: sparsiattn.Patch) -> set[str]:
+    """Kernels of the last forward pass, as the report has them."""
+    return {row.kernel for row in handle.report().sites}
+
+
+@HERE
+class TestOneShape:
+    """All of one shape, so that the default run compiles once."""
+
+    def test_new_lists_and_gradient_modes_do_not_recompile(self) -> None:
+        outs, seen = [], []
+        for seed, mode in enumerate((torch.no_grad(), torch.inference_mode(), torch.no_grad())):
+            call = flex_call(seed=seed)
+            with mode:
+                outs.append((FLEX(*call), Reference()(*call)))
+            seen.append(graphs())
+        assert seen[0] == seen[1] == seen[2]
+        for out, exact in outs:
+            torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
+
+    def test_auto_waits_for_warmup(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x = tiny_vit(), tiny_images(2)
+        monkeypatch.setattr(Flex, "speed", lambda *_: 9.0)  # so few tokens would not pay
+        with patch(model, "topk", **OPTIONS) as handle, torch.no_grad():
+            before = graphs()
+            exact = model(x)
+            assert ran(handle) <= {"sdpa", "gather"}, "whichever is thought faster"
+            assert dict(handle.runtimes[0].last.refusals)["flex"] == tuple(NOT_YET)
+            assert graphs() == before
+            assert handle.warmup(x) is handle
+            ready = graphs()
+            assert ready == before + 1  # both sites have one shape
+            torch.testing.assert_close(model(x), exact, rtol=1e-4, atol=1e-5)
+            assert ran(handle) == {"flex"}
+            with torch.inference_mode():
+                model(tiny_images(2) + 1)
+            assert graphs() == ready
+            model(tiny_images(1))  # another batch size is another shape
+            assert ran(handle) <= {"sdpa", "gather"}, "whichever is thought faster"
+            assert graphs() == ready
+
+    def test_by_name_it_compiles_at_the_first_forward_and_not_before(self) -> None:
+        model, x = tiny_vit(), tiny_images(2)
+        with torch.no_grad():
+            before = graphs()
+            with patch(model, "topk", **OPTIONS, kernel="flex") as handle:
+                assert graphs() == before
+                assert {row.kernel for row in handle.report().sites} == {"flex"}
+                assert graphs() == before
+                out = model(x)
+                assert graphs() == before + 1
+            with patch(model, "topk", **OPTIONS, kernel="gather"):
+                torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+
+    def test_autocast_computes_in_its_type(self) -> None:
+        inputs, pattern = flex_call(dtype=torch.bfloat16)
+        wide = inputs.replace(q=inputs.q.float(), k=inputs.k.float())  # as after a norm of q and k
+        with torch.autocast("cpu", dtype=torch.float32, enabled=False), torch.no_grad():
+            assert FLEX.why_not(wide, pattern) == []
+        static = {}
+        for name, call in (("half", inputs), ("mixed", wide)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                static[name] = static_of(call, pattern)
+        assert static["half"] == static["mixed"]
+
+
+def refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+    return FLEX.why_not(inputs, pattern)
+
+
+@HERE
+def test_every_refusal_is_exact() -> None:
+    inputs, pattern = flex_call()
+    assert refusals(inputs, pattern) == []
+    assert isinstance(pattern, KeyBlocks)
+    lone = random_inputs((8, 8), dim=16, tile=(4, 4))
+    scores = torch.randn(2, 3, 65, 65)
+    assert refusals(lone, finish(Pattern.top(scores, 18), lone)) == [
+        "needs key blocks, got a KeyIndex pattern"
+    ]
+    assert refusals(inputs, Pattern.dense(65, 65)) == ["needs key blocks, got a Dense pattern"]
+    assert refusals(inputs, replace(pattern, tiles=None)) == [
+        "needs query tiles, every query is alone"
+    ]
+    masked = inputs.replace(bias=torch.zeros(1, 1, 65, 65), dropout=0.5)
+    assert refusals(masked, pattern) == ["takes no mask of the host", "has no dropout"]
+    double = inputs.replace(q=inputs.q.double(), k=inputs.k.double(), v=inputs.v.double())
+    assert refusals(double, pattern) == ["needs float32, bfloat16 or float16, got torch.float64"]
+    training = inputs.replace(v=inputs.v.clone().requires_grad_())
+    assert refusals(training, pattern) == ["has no backward pass on the CPU"]
+    with torch.no_grad():
+        assert refusals(training, pattern) == []
+
+
+def test_by_name_it_refuses_a_forward_that_trains() -> None:
+    model = tiny_vit()
+    with (
+        patch(model, "topk", **OPTIONS, kernel="flex"),
+        pytest.raises(sparsiattn.KernelRefused, match=r"flex: .*has no backward pass on the CPU"),
+    ):
+        model(tiny_images(2))
+
+
+def test_a_named_kernel_that_cannot_serve_is_refused_at_patch_time() -> None:
+    with pytest.raises(sparsiattn.KernelRefused, match="needs key blocks, got a KeyIndex"):
+        patch(tiny_vit(), "topk", k=18, tile=(4, 4), kernel="flex")
+
+
+def test_a_compiled_model_does_not_take_it() -> None:
+    model, x = tiny_vit(), tiny_images(2)
+    with torch.no_grad(), patch(model, "topk", **OPTIONS) as handle:
+        exact = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)
+        assert handle.runtimes[0].last is not None
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.14.1+cu130", "2.15.0+cu132", "3.0.0a1"])
+def test_tiles_of_older_versions_divide_the_blocks(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    here = static_of(*flex_call())
+    assert flexcompile.kernel_options(here) is None
+    for tile in (16, 32, 64, 128):
+        for size in (16, 32, 64, 256):
+            there = replace(here, device=torch.device("cuda"), tile=tile, size=size)
+            options = flexcompile.kernel_options(there)
+            if version.startswith(("2.15", "3")):
+                assert options is None
+                continue
+            assert options is not None
+            rows = [options[name] for name in ("fwd_BLOCK_M", "bwd_BLOCK_M1", "bwd_BLOCK_M2")]
+            keys = [options[name] for name in ("fwd_BLOCK_N", "bwd_BLOCK_N1", "bwd_BLOCK_N2")]
+            assert all(step >= 16 and tile % step == 0 for step in rows)
+            assert all(step >= 16 and size % step == 0 for step in keys)
+            assert keys[1] % rows[1] == 0
+            assert rows[2] % keys[2] == 0
+
+
+@HERE
+def test_no_image_at_all() -> None:
+    inputs, pattern = flex_call(shared=True, background=None)
+    none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
+    before = graphs()
+    assert FLEX.why_not(none, pattern) == []
+    assert FLEX(none, pattern).shape == (0, 3, 65, 16)
+    assert graphs() == before
+
+
+def test_auto_takes_it_only_where_it_is_ready() -> None:
+    call = flex_call(k=30)  # a shape that nothing compiles
+    assert FLEX.why_not(*call) == []
+    assert FLEX.not_ready(*call) == NOT_YET
+    assert choose([FLEX], *call, explicit=True).kernel is FLEX
+    with pytest.raises(sparsiattn.KernelRefused, match=r"flex: not compiled yet for this shape"):
+        choose([FLEX], *call, explicit=False)
+
+
+def test_the_mask_alone_says_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where compiling is switched off; and every shape, in no time."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    seen = 0
+    for name, inputs, pattern in sweep(torch.float32):
+        if isinstance(pattern, KeyBlocks):
+            tiles = flexcompile.attention(static_of(inputs, pattern))(*operands_of(inputs, pattern))
+            assert pattern.tiles is not None
+            out = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
+            exact = Reference()(inputs, pattern)[..., pattern.dense_rows :, :]
+            torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
+            seen += 1
+    assert seen > 15
+
+
+@HERE
+def test_without_the_compiler_the_result_is_the_same() -> None:
+    call = flex_call(k=12)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this is slow
+        out = FLEX(*call)
+    torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
+
+
+def sweep(dtype: torch.dtype) -> Iterator[Case]:
+    """The suite's own cases and lists that images and heads share."""
+    yield from cases(dtype)
+    for shared in (False, True):
+        for prefix, background in ((0, None), (0, 3), (5, 2)):
+            name = f"shared={shared} prefix={prefix} background={background}"
+            call = flex_call(
+                (9, 8), k=30, prefix=prefix, background=background, shared=shared, dtype=dtype
+            )
+            yield name, *call
+
+
+@HERE
+@pytest.mark.slow
+class TestEveryShape(KernelSuite):
+    """Each compiled."""
+
+    kernel = FLEX
+    dtypes = (torch.float32, torch.bfloat16)
+
+    def cases(self, dtype: torch.dtype) -> Iterator[Case]:
+        yield from sweep(dtype)

@@ -1,0 +1,367 @@
+"""Kernels for ragged batches and paged key blocks, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsiattn import Kernel, Pattern
+from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention.pattern import Lengths
+from sparsiattn.kernels import paged, varlen
+from sparsiattn.kernels import xformers as fmha
+from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.kernels.varlen import Shim, Varlen
+from sparsiattn.kernels.xformers import Found, XFormers
+from sparsiattn.testing.hosts import random_inputs
+from tests.support.flex_calls import flex_call
+
+LENGTHS = (4, 9, 4, 4)
+CPU = "needs CUDA tensors, got cpu"
+
+
+def packed_call() -> tuple[Any, Lengths]:
+    inputs = random_inputs((4, 5), dtype=torch.float32, batch=1)
+    return inputs.replace(scale=0.3), Lengths(21, 21, LENGTHS)
+
+
+def by_image(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float | None) -> Tensor:
+    """What `varlen_attn` computes on ``[N, H, D]``."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    bounds = ends.tolist()
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    outs = [
+        F.scaled_dot_product_attention(q[:, at], k[:, at], v[:, at], scale=scale) for at in parts
+    ]
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", [Reference(), MaskedSDPA()], ids=lambda k: k.name)
+def test_nan_stays_in_its_image(kernel: Kernel) -> None:
+    inputs, pattern = packed_call()
+    whole = kernel(inputs, pattern)
+    broken = [x.clone() for x in (inputs.q, inputs.k, inputs.v)]
+    for x in broken:
+        x[..., 4:13, :] = torch.nan
+    found = kernel(inputs.replace(q=broken[0], k=broken[1], v=broken[2]), pattern)
+    assert found[..., 4:13, :].isnan().all()
+    for rows in (slice(4), slice(13, 21)):
+        torch.testing.assert_close(found[..., rows, :], whole[..., rows, :])
+
+
+class TestVarlen:
+    """torch's function in the forms it has had."""
+
+    @staticmethod
+    def first(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
+        max_q: int, max_k: int, is_causal: bool = False, return_aux: Any = None,
+    ) -> Tensor:  # fmt: skip
+        assert (is_causal, return_aux, max_q, max_k) == (False, None, 9, 9)
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        return by_image(query, key, value, cu_seq_q, None)
+
+    @staticmethod
+    def second(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
+        max_q: int, max_k: int, *, return_aux: Any = None, scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        assert (window_size, return_aux) == ((-1, -1), None)
+        assert scale == 0.3
+        return by_image(query, key, value, cu_seq_q, scale)
+
+    @staticmethod
+    def third(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None,
+        max_q: int, max_k: int, *, scale: float | None = None, block_table: Any = None,
+        **others: Any,
+    ) -> Tensor:  # fmt: skip
+        assert (block_table, others) == (None, {})
+        return by_image(query, key, value, cu_seq_q, scale)
+
+    @pytest.mark.parametrize("form", ["first", "second", "third"])
+    def test_every_form_equals_the_reference(
+        self, form: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        function: Callable[..., Tensor] = getattr(self, form)
+        monkeypatch.setattr(varlen, "shim", lambda: Shim(function))
+        inputs, pattern = packed_call()
+        leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        call = inputs.replace(q=leaves[0], k=leaves[1], v=leaves[2])
+        out, exact = Varlen()(call, pattern), Reference()(call, pattern)
+        torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+        ours, theirs = (torch.autograd.grad((x * weight).sum(), leaves) for x in (out, exact))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    def test_the_installed_form_is_understood(self) -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        found = varlen.shim()
+        assert found is not None
+        assert found.function is varlen_attn
+        inputs, pattern = packed_call()
+        half = inputs.replace(q=inputs.q.half(), k=inputs.k.half(), v=inputs.v.half())
+        # bound to torch's signature, and refused no sooner than where a GPU is needed
+        with pytest.raises((NotImplementedError, RuntimeError), match="flash_attention_forward"):
+            Varlen()(half, pattern)
+
+    def test_refusals_are_exact(self) -> None:
+        inputs, pattern = packed_call()
+        start = Varlen().why_unavailable()
+        assert Varlen().why_not(inputs.replace(dropout=0.1, scale=0.0), pattern) == [
+            *start, CPU, "needs half precision, got torch.float32", "has no dropout",
+            "needs a positive scale, got 0.0",
+        ]  # fmt: skip
+        odd = random_inputs((4, 5), dim=6, dtype=torch.float16)
+        masked = odd.replace(bias=torch.zeros(1, 1, 21, 21))
+        assert Varlen().why_not(masked, Pattern.dense(21, 21)) == [
+            *start, "needs images packed by length, got a Dense pattern", CPU,
+            "takes no mask of the host", "needs head dims that are equal and a multiple of 8",
+        ]  # fmt: skip
+
+
+class TestProbe:
+    """Missing and mismatched wheels are one line each, and nothing on stderr."""
+
+    def test_it_is_quiet_and_says_one_line(self) -> None:
+        code = (
+            "from sparsiattn.kernels.xformers import probe; import sys\n"
+            "assert 'xformers' not in sys.modules and 'triton' not in sys.modules\n"
+            "found = probe(); print(found.ops is None, found.reason)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stderr == ""
+        assert len(done.stdout.splitlines()) == 1
+        if done.stdout.startswith("True"):
+            assert "xformers" in done.stdout
+            assert "mslk" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("source", "reason"),
+        [
+            (None, "fake_fmha is not installed"),
+            ("import fake_fmha_needs_this", "fake_fmha fails without fake_fmha_needs_this"),
+            ("raise OSError('libcudart.so.12: cannot open\\nmore')",
+             "fake_fmha cannot be imported (libcudart.so.12: cannot open)"),
+            ("raise AttributeError", "fake_fmha cannot be imported (AttributeError)"),
+            ("import warnings, logging\nwarnings.warn('old')\n"
+             "logging.getLogger('fake_fmha').warning('built for another torch')", ""),
+        ],
+    )  # fmt: skip
+    def test_every_way_to_fail(
+        self, source: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        if source is not None:
+            (tmp_path / "fake_fmha.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        found = fmha._load("fake_fmha")
+        sys.modules.pop("fake_fmha", None)
+        assert found.reason == reason
+        assert (found.ops is None) == bool(reason)
+        assert caplog.records == []
+
+    def test_a_wheel_without_its_extension_is_unavailable(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken = SimpleNamespace(_cpp_library_load_exception=RuntimeError("built for CUDA 1208\n"))
+        monkeypatch.setitem(sys.modules, "xformers._cpp_lib", broken)
+        expected = "xformers cannot load its CUDA extension (built for CUDA 1208)"
+        assert fmha._extension_fault("xformers") == expected
+        monkeypatch.setattr(fmha, "probe", lambda: Found(None, expected))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        inputs, pattern = packed_call()
+        assert XFormers().why_unavailable() == [expected]
+        assert XFormers().why_not(inputs, pattern) == [expected, CPU]
+
+    def test_the_second_home_is_asked_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ops = SimpleNamespace()
+        answers = {fmha.HOMES[0]: Found(None, "xformers is not installed"),
+                   fmha.HOMES[1]: Found(ops, "")}  # fmt: skip
+        monkeypatch.setattr(fmha, "_load", answers.__getitem__)
+        assert fmha.probe.__wrapped__() == Found(ops, "")
+        answers[fmha.HOMES[1]] = Found(None, "mslk is not installed")
+        both = "xformers is not installed; mslk is not installed"
+        assert fmha.probe.__wrapped__() == Found(None, both)
+
+
+@pytest.fixture(scope="module")
+def biases() -> Any:
+    """xformers' classes of masks: they need no GPU to be looked at."""
+    pytest.importorskip("xformers")
+    with fmha._silence("xformers"):
+        return pytest.importorskip("xformers.ops.fmha").attn_bias
+
+
+def computing(biases: Any) -> SimpleNamespace:
+    """xformers' interface over plain torch, by the masks that it would be given."""
+
+    def logits(q: Tensor, k: Tensor, attn_bias: Any, scale: float) -> Tensor:
+        pages = getattr(attn_bias, "block_tables", None)
+        width = k.shape[1] if pages is None else pages.numel() * attn_bias.page_size
+        mask = attn_bias.materialize((1, 1, q.shape[1], width))
+        # it shows no page after the last that is in use
+        mask = F.pad(mask, (0, k.shape[1] - mask.shape[-1]), value=float("-inf"))
+        return q.transpose(1, 2) @ k.transpose(1, 2).mT * scale + mask
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, p: float, scale: float) -> Tensor:
+        weights = logits(q, k, attn_bias, scale).softmax(-1)
+        return (weights @ v.transpose(1, 2)).transpose(1, 2)
+
+    def partial(
+        q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, scale: float, op: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert attn_bias.page_size % op == 0
+        out = whole(q, k, v, attn_bias, 0.0, scale)
+        return out, logits(q, k, attn_bias, scale).logsumexp(-1)
+
+    operator = SimpleNamespace(get_operator=lambda split, block_n: block_n)
+    return SimpleNamespace(
+        attn_bias=biases, triton_splitk=SimpleNamespace(FwOp=operator),
+        memory_efficient_attention=whole, memory_efficient_attention_partial=partial,
+    )  # fmt: skip
+
+
+PAGED = {
+    "plain": {"prefix": 0, "background": None, "k": 25},
+    "whole blocks": {"prefix": 0, "background": None, "k": 32},
+    "prefix": {"prefix": 3, "background": None},
+    "background": {"prefix": 0},
+    "both": {},
+    "shared": {"shared": True},
+    "uneven tiles": {"grid": (8, 12), "tile": (5, 5), "k": 40},
+    "larger blocks": {"grid": (16, 16), "block": (8, 4), "tile": (8, 8), "k": 100},
+}
+
+
+class TestXFormers:
+    def test_packed_images_equal_the_reference(
+        self, biases: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        inputs, pattern = packed_call()
+        out = XFormers()(inputs, pattern)
+        torch.testing.assert_close(out, Reference()(inputs, pattern), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", PAGED)
+    def test_pages_equal_the_reference(
+        self, name: str, biases: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        call = flex_call(**{"block": (4, 4), **PAGED[name]})
+        out = XFormers()(*call)
+        torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", PAGED)
+    def test_the_page_mask_is_the_patterns(self, name: str, biases: Any) -> None:
+        inputs, pattern = flex_call(**{"block": (4, 4), **PAGED[name]})
+        assert isinstance(pattern, KeyBlocks)
+        tiles, blocks = pattern.tiles, pattern.blocks
+        q = tiles.gather(inputs.q[..., pattern.dense_rows :, :])
+        mask = paged.page_mask(SimpleNamespace(attn_bias=biases), q.shape, pattern)
+        rows, page = q.numel() // q.shape[-1], blocks.size
+        width = mask.block_tables.numel() * page
+        shown = mask.materialize((1, 1, rows, width))[0, 0] == 0
+        keep = pattern.to_mask()[..., pattern.dense_rows :, pattern.prefix :]
+        keep = keep.expand(2, 3, -1, -1)[..., blocks.order.flatten()]
+        keep = tiles.gather(keep).flatten(2, 3).flatten(0, 1)
+        expected = torch.block_diag(*keep.long()).bool()
+        assert torch.equal(F.pad(shown, (0, expected.shape[1] - shown.shape[1])), expected)
+
+    def test_a_tile_that_dropped_nothing_has_no_summary(
+        self, biases: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        inputs, pattern = flex_call(block=(4, 4), prefix=0)
+        assert isinstance(pattern, KeyBlocks)
+        assert pattern.summary is not None
+        never = replace(pattern.summary, bias=torch.full_like(pattern.summary.bias, -torch.inf))
+        call = inputs, replace(pattern, summary=never)
+        out = XFormers()(*call)
+        torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
+
+    def test_no_image_at_all(self, biases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        inputs, pattern = flex_call(block=(4, 4), shared=True, background=None)
+        none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
+        assert XFormers()(none, pattern).shape == (0, 3, 65, 16)
+
+    def test_double_precision_is_refused(self) -> None:
+        q = torch.zeros(1, 3, 65, 16, dtype=torch.float64)
+        inputs = flex_call(block=(4, 4))[0].replace(q=q, k=q, v=q)
+        assert XFormers().why_not(inputs, Lengths(65, 65, (40, 25))) == [
+            *XFormers().why_unavailable(),
+            CPU, "needs float32, bfloat16 or float16, got torch.float64",
+        ]  # fmt: skip
+
+    def test_refusals_of_key_blocks_are_exact(self) -> None:
+        start = XFormers().why_unavailable()
+        single = "needs half precision, got torch.float32"
+        inputs, pattern = flex_call(block=(4, 4))
+        assert isinstance(pattern, KeyBlocks)
+        half = flex_call(block=(4, 4), dtype=torch.float16)[0]
+        assert XFormers().why_not(half, pattern) == [*start, CPU]
+        masked = half.replace(bias=torch.zeros(1, 1, 65, 65), dropout=0.5)
+        assert XFormers().why_not(masked, pattern) == [
+            *start, CPU, "takes no mask of the host", "has no dropout for key blocks",
+        ]  # fmt: skip
+        training = inputs.replace(q=inputs.q.clone().requires_grad_())
+        assert XFormers().why_not(training, pattern) == [
+            *start, CPU, "has no backward pass for key blocks", single,
+        ]  # fmt: skip
+        small = flex_call(dim=24, dtype=torch.bfloat16)
+        assert XFormers().why_not(*small) == [
+            *start, CPU, "needs equal head dims of 16, 32, 64, ... 512, got (24, 24)",
+            "needs blocks of one size, a multiple of 16 keys, got 4",
+        ]  # fmt: skip
+        uneven = flex_call((7, 8), block=(4, 4), dtype=torch.float16)
+        assert XFormers().why_not(*uneven) == [
+            *start, CPU, "needs blocks of one size, a multiple of 16 keys, got 12 to 16",
+        ]  # fmt: skip
+        assert XFormers().why_not(half, replace(pattern, tiles=None)) == [
+            *start, CPU, "needs query tiles, every query is alone",
+        ]  # fmt: skip
+        many = half.replace(q=half.q.expand(2, 3, 65, 16).repeat(4096, 1, 1, 1))
+        assert XFormers().why_not(many, pattern)[-1] == (
+            "takes 65,535 tiles of all images and heads at most, got 98,304"
+        )
+        assert XFormers().why_not(half, Pattern.dense(65, 65)) == [
+            *start, "needs images packed by length or key blocks, got a Dense pattern", CPU,
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("removed", [False, True])
+    def test_operators_that_triton_cannot_run_are_refused(
+        self, removed: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def make_block_ptr(*_: Any, _semantic: Any) -> Any:
+            if removed:
+                raise NotImplementedError("Block pointers have been removed")
+            return _semantic.make_block_ptr()
+
+        language = SimpleNamespace(make_block_ptr=make_block_ptr)
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(language=language))
+        monkeypatch.setitem(sys.modules, "triton.language", language)
+        paged._without_block_pointers.cache_clear()
+        q = flex_call(block=(4, 4))[0].q
+        here = SimpleNamespace(triton_splitk=SimpleNamespace(_fwd_kernel_splitK=object()))
+        gone = "its paged operator uses block pointers, which this triton no longer has"
+        assert paged._operator_refusals(here, q) == ([gone] if removed else [])
+        none = SimpleNamespace(triton_splitk=SimpleNamespace(_fwd_kernel_splitK=None))
+        assert paged._operator_refusals(none, q) == ["its paged operator needs triton"]
+        paged._without_block_pointers.cache_clear()

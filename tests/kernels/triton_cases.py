@@ -1,0 +1,340 @@
+"""What `test_triton.py` runs in a process of its own, where triton interprets its kernels on the
+CPU: its interpreter must be switched on before triton is first imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sparsiattn
+from sparsiattn import AttentionInputs, Pattern
+from sparsiattn.attention.key_lists import KeyIndex
+from sparsiattn.attention.pattern import Dense
+from sparsiattn.kernels._triton.ops import key_list_attention
+from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels.triton import Triton
+from sparsiattn.strategies.finalize import finish
+from sparsiattn.testing import KernelSuite
+from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.testing.kernel import TOLERANCE, _gradients
+from tests.support import zoo
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs this"
+)
+KERNEL, EXACT = Triton(), Reference()
+UNSHRUNK = [Phase.generate]  # the interpreter takes seconds for a call
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: as little of it as shows what the case is for."""
+
+    grid: tuple[int, int] = (4, 4)
+    tile: int | tuple[int, int] = (2, 2)
+    block: int | tuple[int, int] = 1
+    prefix: int = 1
+    k: int = 7
+    dim: int = 16
+    value_dim: int | None = None
+    background: int | None = None
+    host: str = "none"
+    lists: tuple[int, int] = (1, 2)
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self) -> AttentionInputs:
+        inputs = random_inputs(
+            self.grid, batch=self.batch, heads=2, dim=self.dim, value_dim=self.value_dim,
+            prefix=self.prefix, tile=self.tile, block=self.block, dtype=self.dtype,
+        )  # fmt: skip
+        return _under(self.host, inputs)
+
+    def pattern(self, inputs: AttentionInputs) -> Pattern:
+        n = inputs.n_keys
+        scores = torch.randn(*self.lists, n, n, generator=torch.Generator().manual_seed(1))
+        return finish(Pattern.top(scores, self.k), inputs, background=self.background)
+
+
+def _under(host: str, inputs: AttentionInputs) -> AttentionInputs:
+    """Inputs with a host mask of a kind; the last query may see no key at all."""
+    generator, n = torch.Generator().manual_seed(2), inputs.n_keys
+    if host == "none":
+        return inputs
+    if host == "bias":
+        bias, kind = torch.randn(1, 2, n, n, generator=generator), "bias"
+    elif host == "keys":
+        bias, kind = torch.rand(len(inputs.q), 1, 1, n, generator=generator) > 0.4, "mask"
+    else:
+        bias, kind = torch.rand(1, 1, n, n, generator=generator) > 0.4, "mask"
+        bias[..., -1, :] = False
+    if host == "swin":
+        bias = torch.where(bias, 0.3, -100.0)
+    return replace(inputs, bias=bias, site=replace(inputs.site, bias=kind))  # type: ignore[arg-type]
+
+
+CASES = {
+    "a list per image and head": Case((2, 4), (2, 2), k=3, lists=(2, 2), batch=2),
+    "uneven tiles, broadcast lists": Case((5, 3), (3, 3), background=2, lists=(1, 1)),
+    "a list per image, head dims that differ": Case(
+        (2, 3), (2, 3), dim=72, value_dim=24, lists=(2, 1), batch=2
+    ),
+    "a list for every query": Case((2, 3), 1, k=3, prefix=0),
+    "blocks": Case((4, 6), (2, 3), (2, 2), k=10, prefix=2, background=2),
+    "uneven blocks": Case((5, 4), (3, 2), (2, 3), k=9, dim=80, background=2),
+    "one uneven block": Case((3, 3), (2, 2), (2, 2), k=4, prefix=0),
+    "a tile in two parts": Case((16, 8), (16, 8), (4, 4), k=70, prefix=5, lists=(1, 1)),
+    "more summary keys than one step": Case((9, 9), (9, 9), k=5, background=9, lists=(1, 1)),
+    "wide heads": Case((2, 2), (2, 1), dim=88, value_dim=256, k=2, lists=(1, 1)),
+    "blocks under a bias": Case((4, 4), (2, 2), (2, 2), host="bias", background=1),
+    "key mask": Case((2, 3), host="keys", k=3, background=1, batch=2, lists=(1, 1)),
+    "query mask": Case((3, 4), host="bool"),
+    "window mask": Case((4, 3), host="swin"),
+    "bfloat16": Case(dtype=torch.bfloat16, block=(2, 2), background=2),
+    "float16": Case((4, 3), dtype=torch.float16, background=2, host="keys"),
+}
+
+
+# error of a whole gradient relative to its norm, or absolute where that is small: the backward pass
+# takes sums over a row of weights from the rounded result, which shows where they all but cancel
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def check(case: Case) -> None:
+    """Forward and backward against the reference."""
+    inputs = case.inputs()
+    pattern = case.pattern(inputs)
+    if isinstance(pattern, Dense):
+        return
+    assert KERNEL.why_not(inputs, pattern) == []
+    exact = inputs.replace(q=inputs.q.float(), k=inputs.k.float(), v=inputs.v.float())
+    out, *ours = _with_gradients(KERNEL, inputs, pattern)
+    wanted, *theirs = _with_gradients(EXACT, exact, pattern)
+    assert out.dtype == case.dtype
+    # logits are sums of more products, and as large
+    tolerance = {**TOLERANCE[case.dtype]}
+    tolerance["atol"] *= max(1.0, case.dim / 64)
+    torch.testing.assert_close(out.float(), wanted, **tolerance)
+    for name, mine, other in zip(("q", "k", "v", "bias"), ours, theirs, strict=False):
+        error = float((mine.float() - other).norm() / other.norm().clamp_min(2.0))
+        assert error < ROUNDING[case.dtype], f"gradient of {name}: {error}"
+
+
+def _with_gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[Tensor]:
+    """The result, and the gradients of q, k, v and of a bias."""
+    leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    bias = inputs.bias
+    if bias is not None and bias.is_floating_point():
+        bias = bias.clone().requires_grad_()
+        leaves.append(bias)
+    out = kernel(inputs.replace(q=leaves[0], k=leaves[1], v=leaves[2], bias=bias), pattern)
+    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+LATER = (
+    "a list per image and head",
+    "one uneven block",
+    "more summary keys than one step",
+    "blocks under a bias",
+    "window mask",
+    "float16",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in CASES]
+)
+def test_equals_the_reference(name: str) -> None:
+    check(CASES[name])
+
+
+ANY = st.builds(
+    Case,
+    grid=st.tuples(st.integers(1, 6), st.integers(2, 7)),
+    tile=st.sampled_from([(2, 2), (3, 2), (4, 4), (8, 8)]),
+    block=st.sampled_from([1, (2, 2), (1, 3), (4, 4)]),
+    prefix=st.integers(0, 5),
+    k=st.integers(1, 20),
+    dim=st.sampled_from([8, 16, 20, 64]),
+    value_dim=st.sampled_from([None, 6, 32]),
+    background=st.sampled_from([None, 1, 2]),
+    host=st.sampled_from(["none", "none", "bias", "keys"]),
+    lists=st.tuples(st.just(1), st.integers(1, 2)),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, phases=UNSHRUNK)
+@given(case=ANY)
+def test_equals_the_reference_on_any_shape(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, phases=UNSHRUNK)
+@given(case=ANY)
+def test_equals_the_reference_on_many_shapes(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, (2, 2), (4, 4)])
+@pytest.mark.parametrize("tile", [(2, 2), (4, 4), (8, 8), (16, 8)])
+@pytest.mark.parametrize("dim", [16, 72, 80, 88, 256])
+def test_equals_the_reference_on_large_tiles(
+    dim: int, tile: tuple[int, int], block: Any, dtype: torch.dtype
+) -> None:
+    grid = (2 * tile[0] - 1, tile[1])
+    check(Case(grid, tile, block, prefix=1, k=21, dim=dim, background=2, dtype=dtype))
+
+
+@pytest.mark.slow
+class TestTritonKernel(KernelSuite):
+    kernel = Triton()
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_operands_are_read_where_they_stand() -> None:
+    """Slices of one packed qkv, keys and values of another layout, a transposed gradient."""
+    case = Case((2, 4), block=(2, 2), k=5, background=2)
+    inputs = case.inputs()
+    packed = torch.stack([inputs.q, inputs.k, inputs.v], 2).permute(0, 3, 2, 1, 4).contiguous()
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    assert not q.is_contiguous()
+    v = v.mT.contiguous().mT  # the last axis is not contiguous: a copy, not an error
+    strided = inputs.replace(q=q, k=k, v=v)
+    pattern = case.pattern(inputs)
+    torch.testing.assert_close(KERNEL(strided, pattern), KERNEL(inputs, pattern))
+    for mine, theirs in zip(
+        _gradients(KERNEL, strided, pattern), _gradients(EXACT, inputs, pattern), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_background_carries_gradients_of_the_bias() -> None:
+    """The mean bias of dropped keys is a logit of the background's, so it has a gradient."""
+    case = Case((2, 4), host="bias", k=4, background=2)
+    inputs = case.inputs()
+    found = []
+    for kernel in (KERNEL, EXACT):
+        assert inputs.bias is not None
+        bias = inputs.bias.clone().requires_grad_()
+        call = replace(inputs, bias=bias)
+        out = kernel(call, case.pattern(call))
+        found.append(torch.autograd.grad(out.square().sum(), bias)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_without_a_key_is_zero_and_so_is_its_gradient() -> None:
+    case = Case((2, 3), host="bool", prefix=0, k=3)
+    inputs = case.inputs()
+    inputs = inputs.replace(q=inputs.q.requires_grad_())
+    out = KERNEL(inputs, case.pattern(inputs))
+    out.sum().backward()
+    assert inputs.q.grad is not None
+    assert (out[..., -1, :] == 0).all()
+    assert (inputs.q.grad[..., -1, :] == 0).all()
+    assert torch.isfinite(inputs.q.grad).all()
+
+
+def test_no_image_is_no_error() -> None:
+    case = Case(background=2)
+    inputs = case.inputs()
+    pattern = case.pattern(inputs)
+    none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
+    assert KERNEL(none, pattern).shape == (0, 2, 17, 16)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own check
+def test_the_operators_keep_torchs_contract() -> None:
+    """Schema, fake results, autograd and tracing."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    q, k, v, dense = draw(1, 2, 6, 16), draw(1, 2, 9, 16), draw(1, 2, 9, 8), draw(1, 2, 2, 8)
+    pooled, rows = (draw(1, 2, 3, 16), draw(1, 2, 3, 8)), draw(1, 1, 2, 3)
+    order, chosen = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 4, 8], [1, 2, 3]])[None, None]
+    operands = (q, k, v, *pooled, None, rows, order, None, chosen, None, None, dense)
+    torch.library.opcheck(key_list_attention, (*operands, 0, 3, 0.25, None))
+
+
+@pytest.mark.slow
+def test_a_patched_model_runs_trains_and_compiles() -> None:
+    model, x = zoo.build("vit"), torch.randn(1, 3, 32, 32)
+    options: Any = {"k": 0.3, "tile": (8, 8), "background": 2}
+    with sparsiattn.patch(model, "local", kernel="reference", **options):
+        exact = model(x)
+        wanted = torch.autograd.grad(exact.square().sum(), model.patch_embed.proj.weight)[0]
+    with sparsiattn.patch(model, "local", kernel="triton", **options):
+        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            out = run(x)
+            torch.testing.assert_close(out, exact, rtol=1e-3, atol=1e-4)
+            found = torch.autograd.grad(out.square().sum(), model.patch_embed.proj.weight)[0]
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    torch.compiler.reset()
+
+
+def test_every_reason_is_given() -> None:
+    case = Case()
+    inputs = case.inputs()
+    index = case.pattern(inputs)
+    wide = random_inputs(dim=257)
+    refused = {
+        "needs key lists, got a Dense pattern": (inputs, Pattern.dense(17, 17)),
+        "needs q, k and v of one type, float32, float16 or bfloat16, got torch.float32, "
+        "torch.float16 and torch.float32": (inputs.replace(k=inputs.k.half()), index),
+        "needs head dims up to 256, got 257 and 257": (wide, index),
+        "has no dropout": (inputs.replace(dropout=0.1), index),
+    }
+    for reason, (call, pattern) in refused.items():
+        assert KERNEL.why_not(call, pattern) == [reason]
+    everything = inputs.replace(q=inputs.q.double(), dropout=0.1)
+    assert len(KERNEL.why_not(everything, Pattern.dense(17, 17))) == 3
+    shifted = replace(Case(host="swin", background=2), prefix=0).inputs()
+    swin = finish(Pattern.top(torch.randn(1, 1, 16, 16), 5), shifted, background=2)
+    (reason,) = KERNEL.why_not(shifted, swin)
+    assert reason == "background keys differ between queries under this host mask"
+
+
+def test_determinism_is_not_promised_where_it_is_asked_for() -> None:
+    case = Case()
+    inputs = case.inputs()
+    pattern = case.pattern(inputs)
+    training = inputs.replace(q=inputs.q.requires_grad_())
+    torch.use_deterministic_algorithms(True)
+    try:
+        (reason,) = KERNEL.why_not(training, pattern)
+        assert "deterministic" in reason
+        with torch.no_grad():
+            assert KERNEL.why_not(training, pattern) == []
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert KERNEL.why_not(training, pattern) == []
+
+
+def test_speed_follows_shapes() -> None:
+    def of(grid: int, tile: Any, k: float) -> float:
+        x = torch.empty(8, 6, grid * grid + 1, 64, dtype=torch.bfloat16)
+        site = sparsiattn.Site.of(x, x, x, prefix_tokens=1)
+        inputs = AttentionInputs(x, x, x, 0.125, None, site, tile=tile)
+        tiles = inputs.tiles
+        rows = grid * grid if tiles is None else tiles.count
+        index = torch.zeros(1, 1, rows, int(k * grid * grid), dtype=torch.long)
+        return KERNEL.speed(inputs, KeyIndex(x.shape[2], x.shape[2], index, tiles, 1))
+
+    assert of(64, (8, 8), 0.1) > 1.3
+    assert of(14, (8, 8), 0.1) < 1
+    assert of(64, 1, 0.1) < 1
+    assert of(64, (8, 8), 0.1) > of(64, (4, 4), 0.1)
+    assert of(64, (8, 8), 0.1) > of(64, (8, 8), 0.25)

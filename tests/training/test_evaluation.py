@@ -1,0 +1,303 @@
+"""`evaluate`: counts by an oracle, both sides in one pass, state, processes, faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsiattn
+from conftest import SHARED
+from sparsiattn import evaluate
+from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.training import processes as launched
+from sparsiattn.training.evaluation import Evaluation, _Tally
+from tests.support.pictures import folder
+
+
+def varied(**options: Any) -> nn.Module:
+    """A model whose answers differ from image to image, and sparse ones from dense ones."""
+    model = tiny_vit(global_pool="avg", **options)
+    generator = torch.Generator().manual_seed(4)  # numbers of its own, whatever timm's version
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # or one class wins for all images
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+    return model
+
+
+def batches(*sizes: int, classes: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Noise on a colour of its own for every image."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(size, 3, 32, 32, generator=generator)
+            + 2 * torch.randn(size, 3, 1, 1, generator=generator),
+            torch.randint(0, classes, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def rank_of(logits: Tensor, label: int) -> int:
+    """How many classes score higher than the label's."""
+    return sum(1 for score in logits.tolist() if score > logits[label].item())
+
+
+def oracle(model: nn.Module, data: Any) -> list[list[int]]:
+    """Rank of every label, image by image, and the first choice."""
+    found = []
+    with torch.no_grad():
+        for images, labels in data:
+            for image, label in zip(images, labels.tolist(), strict=True):
+                logits = model(image[None])[0]
+                best = max(range(len(logits)), key=logits.tolist().__getitem__)
+                found.append([rank_of(logits, label), best])
+    return found
+
+
+def share(hits: list[bool]) -> float:
+    return 100 * sum(hits) / len(hits)
+
+
+def test_counts_are_those_of_an_oracle() -> None:
+    model = varied(num_classes=11)
+    data = batches(7, 7, 3, classes=11)
+    dense = oracle(model, data)
+    with sparsiattn.patch(model, "local", k=1, background=None) as live:
+        patched = oracle(model, data)
+        found = evaluate(model, data)
+        assert live.active
+    assert found.images == 17
+    assert found.dense_top1 == pytest.approx(share([rank == 0 for rank, _ in dense]))
+    assert found.dense_top5 == pytest.approx(share([rank < 5 for rank, _ in dense]))
+    assert found.top1 == pytest.approx(share([rank == 0 for rank, _ in patched]))
+    assert found.top5 == pytest.approx(share([rank < 5 for rank, _ in patched]))
+    same = [one[1] == other[1] for one, other in zip(dense, patched, strict=True)]
+    assert found.agreement == pytest.approx(share(same))
+    assert 0 < share(same) < 100  # so that the figures above tell the two apart
+    assert found.images_per_second is not None
+    assert found.images_per_second > 0
+    assert found.dense_images_per_second > 0
+
+
+def test_an_unpatched_model_gives_dense_figures_alone() -> None:
+    model, data = tiny_vit(num_classes=4), batches(6, classes=4)
+    found = evaluate(model, data)
+    assert found.dense_top1 == pytest.approx(share([r == 0 for r, _ in oracle(model, data)]))
+    nothing = (found.top1, found.top5, found.agreement, found.images_per_second, found.dense_top5)
+    assert nothing == (None,) * 5  # four classes have no top five
+    assert "patched" not in str(found)
+    assert evaluate(tiny_vit(), batches(2)).dense_top5 == 100.0
+
+
+def test_both_sides_take_turns_and_one_pass_is_enough() -> None:
+    model, seen, passes = tiny_vit(), [], []
+    live = sparsiattn.patch(model, "topk", k=0.5)
+    model.register_forward_pre_hook(lambda *_: seen.append(live._paused > 0))
+
+    def once() -> Any:
+        passes.append(1)
+        yield from batches(2, 2, 2)
+
+    evaluate(model, once())
+    assert seen == [True, False, False, True, True, False]
+    assert passes == [1]
+
+
+def test_speed_is_the_median_of_whole_batches_without_the_first() -> None:
+    tally = _Tally(times={"dense": [(4, 9.0), (4, 2.0), (4, 1.0), (4, 4.0), (1, 0.001)]})
+    assert tally.speed("dense") == 2.0
+    assert _Tally(times={"dense": [(4, 2.0)]}).speed("dense") == 2.0
+    assert _Tally().speed("dense") == 0.0
+
+
+def test_it_reads_as_text_and_as_json() -> None:
+    found = Evaluation(200, 12.5, 60.0, 13.0, 61.0, 99.5, 1234.56, 2000.0)
+    assert json.loads(json.dumps(found.to_dict()))["agreement"] == 99.5
+    for word in ("200 images", "12.50 %", "61.00 %", "99.50 % agree", "1234.6 images/s"):
+        assert word in str(found)
+
+
+def test_modes_device_and_patch_are_as_before_also_after_an_error() -> None:
+    model = tiny_vit().train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    live = sparsiattn.patch(model, "topk", k=0.5)
+    modes_patched = [module.training for module in model.modules()]
+    seen: list[bool] = []
+    hook = model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+
+    def breaks() -> Any:
+        yield batches(2)[0]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        evaluate(model, breaks(), device="cpu")
+    assert [module.training for module in model.modules()] == modes_patched
+    assert seen == [False, False]
+    assert live.active
+    assert live._paused == 0
+    hook.remove()
+    evaluate(model, batches(2))
+    live.unpatch()
+    assert [module.training for module in model.modules()] == modes
+
+
+class Answers(nn.Module):
+    """Gives what it is told, in some wrapping."""
+
+    def __init__(self, wrap: Any, logits: Tensor) -> None:
+        super().__init__()
+        self.wrap, self.weight = wrap, nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.weight[: len(x)])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t, lambda t: (t, "more"), lambda t: {"logits": t},
+        lambda t: SimpleNamespace(logits=t),
+    ],
+)  # fmt: skip
+def test_logits_come_in_several_ways(wrap: Any) -> None:
+    model = Answers(wrap, torch.eye(6))
+    found = evaluate(model, [(torch.zeros(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 0, 0]))])
+    assert found.dense_top1 == 50.0
+
+
+def test_what_is_not_a_number_is_never_right() -> None:
+    model = Answers(lambda t: t, torch.full((2, 6), float("nan")))
+    found = evaluate(model, [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))])
+    assert (found.dense_top1, found.dense_top5) == (0.0, 0.0)
+
+
+def test_transformers_models() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=1, num_attention_heads=3,
+        intermediate_size=48, num_labels=5,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    data = batches(4)
+    with torch.no_grad():
+        right = (model(data[0][0]).logits.argmax(1) == data[0][1]).float().mean()
+    with sparsiattn.patch(model, "topk", k=0.25):
+        assert evaluate(model, data).dense_top1 == pytest.approx(100 * float(right))
+
+
+def test_faults_say_what_is_needed() -> None:
+    model, images = tiny_vit(), torch.zeros(2, 3, 32, 32)
+    for labels, says in (
+        (torch.tensor([0, 5]), "label 5, but the model's head tells 5 classes"),
+        (torch.tensor([0, -1]), "label -1: it is not labelled"),
+        (torch.tensor([0.0, 1.0]), "must be class indices .int64., got torch.float32"),
+        (torch.zeros(2, 5), r"labels must be class indices \[2\], got \(2, 5\)"),
+    ):
+        with pytest.raises(DataError, match=says):
+            evaluate(model, [(images, labels)])
+    with pytest.raises(DataError, match="not one batch"):
+        evaluate(model, [])
+    with pytest.raises(DataError, match=r"needs a classifier: .* gave \(2, 3, 4\)"):
+        evaluate(Answers(lambda t: t, torch.zeros(2, 3, 4)), [(images, torch.tensor([0, 1]))])
+    sampler: Any = torch.utils.data.DistributedSampler(batches(1), num_replicas=2, rank=0)
+    prepared = torch.utils.data.DataLoader(batches(1), sampler=sampler)  # type: ignore[arg-type]
+    with pytest.raises(InvalidOption, match="shares out the data among processes by itself"):
+        evaluate(model, prepared)
+
+
+def test_progress_and_limit(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    found = evaluate(
+        tiny_vit(), folder(tmp_path / "x"), batch_size=4, limit=10,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert found.images == 10
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+class _Alone(launched.World):
+    """One process of several that hears of no other: its sums are its own."""
+
+    def _reduced(self, values: Any, operation: Any) -> list[float]:
+        return list(values)
+
+
+@pytest.mark.parametrize("kind", ["folder", "batches"])
+def test_shares_add_up_to_every_image_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data: Any = folder(tmp_path / "x", each=5) if kind == "folder" else batches(4, 4, 4, 1)
+    model = varied()
+    sparsiattn.patch(model, "local", k=1, background=None)
+    whole = evaluate(model, data, batch_size=4)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(launched, "world", lambda device=None, rank=rank: _Alone(rank, 2))
+        parts.append(evaluate(model, data, batch_size=4))
+    assert sum(part.images for part in parts) == whole.images
+    assert all(part.images for part in parts)
+    for name in ("top1", "dense_top1", "agreement"):
+        hits = [getattr(part, name) * part.images / 100 for part in parts]
+        assert sum(hits) == pytest.approx(getattr(whole, name) * whole.images / 100)
+
+
+def test_launched_without_accelerate_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(InvalidOption, match=r"pip install 'sparsiattn\[train\]'"):
+        evaluate(tiny_vit(), batches(1))
+
+
+SCRIPT = """
+import json, sys, torch, sparsiattn
+from sparsiattn.testing.hosts import tiny_vit
+model = tiny_vit(global_pool="avg")
+sparsiattn.patch(model, "local", k=1, background=None)
+found = sparsiattn.evaluate(model, sys.argv[1], batch_size=4, device="cpu")
+text = json.dumps(found.to_dict())
+open(sys.argv[2] + str(torch.distributed.get_rank()), "w").write(text)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_count_as_one_does(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    data = folder(tmp_path / "x", each=5)  # 25 images: neither 2 processes nor batches of 4 divide
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", "29631", str(script), str(data), str(tmp_path / "found")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    model = tiny_vit(global_pool="avg")
+    sparsiattn.patch(model, "local", k=1, background=None)
+    alone = evaluate(model, data, batch_size=4).to_dict()
+    for rank in range(2):
+        found = json.loads((tmp_path / f"found{rank}").read_text())
+        for name in ("images", "top1", "top5", "dense_top1", "dense_top5", "agreement"):
+            assert found[name] == pytest.approx(alone[name])
+
+
+def test_cifar() -> None:
+    source = SHARED / "data" / "cifar10-test.tar"
+    if not source.is_file():
+        pytest.skip("the CIFAR-10 images are not here")
+    model = tiny_vit(num_classes=10)
+    sparsiattn.patch(model, "connectivity", k=0.25)
+    found = evaluate(model, source, limit=64)
+    assert found.images == 64
+    assert found.agreement is not None
+    assert 0 <= found.agreement <= 100

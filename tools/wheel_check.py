@@ -1,0 +1,92 @@
+"""Builds the sdist, a wheel from it, installs that into a clean environment and uses it there.
+
+What `plugin_check` says of environments holds here, too. Needs pip and setuptools >= 77.
+
+    python tools/wheel_check.py [FOLDER]    # keeps sdist and wheel in FOLDER
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+from plugin_check import ROOT, environment, run, wheel
+
+IN_WHEEL = (
+    "sparsiattn/py.typed",
+    "sparsiattn_backbones/py.typed",
+    "sparsiattn/training/recipes/sparsifiner_deit_small.yaml",
+    "sparsiattn/kernels/native/attention.c",
+    "sparsiattn/registry/plugin_template/pyproject.toml.txt",
+)
+NOT_IN_WHEEL = ("tests/", "tools/", "benchmarks/", "docs/", "examples/")
+USE = """
+import timm, torch, sparsiattn
+from sparsiattn.training import recipes
+assert sparsiattn.__file__.startswith({root!r}), sparsiattn.__file__
+assert not any(plugin.error for plugin in sparsiattn.plugins().values())
+model, x = timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
+with torch.inference_mode():
+    dense = model(x)
+    for name in ("connectivity", "token_drop", "bilevel"):
+        with sparsiattn.patch(model, name) as patch:
+            assert not torch.equal(model(x), dense), name
+            assert patch.report().macs < patch.report().macs_dense, name
+    assert torch.equal(model(x), dense)
+assert recipes()
+print(sparsiattn.__version__, "works")
+"""
+
+
+def sdist(work: Path) -> Path:
+    """The source archive of a copy without what a checkout gathers."""
+    copy = work / "checkout"
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "site")
+    shutil.copytree(ROOT, copy, ignore=skip)
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    run([sys.executable, "-c", code], copy)
+    (found,) = (copy / "dist").glob("*.tar.gz")
+    return found
+
+
+def unpacked(archive: Path, work: Path) -> Path:
+    with tarfile.open(archive) as file:
+        file.extractall(work / "unpacked", filter="data")
+    (folder,) = (work / "unpacked").iterdir()
+    return folder
+
+
+def check_names(built: Path) -> None:
+    names = zipfile.ZipFile(built).namelist()
+    missing = [name for name in IN_WHEEL if name not in names]
+    foreign = [name for name in names if name.startswith(NOT_IN_WHEEL)]
+    if missing or foreign:
+        raise SystemExit(f"{built.name}: missing {missing}, and should not have {foreign}")
+
+
+def main(arguments: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        archive = sdist(work)
+        built = wheel(unpacked(archive, work), work)
+        check_names(built)
+        python = environment(work / "environment")
+        install = ["install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", built]
+        run([sys.executable, "-m", "pip", "--python", python, *install], work)
+        run([python, "-c", USE.format(root=str(work))], work)
+        for command in ("list --json", "doctor --json"):
+            words = [str(python), "-m", "sparsiattn", *command.split()]
+            subprocess.run(words, cwd=work, check=True, stdout=subprocess.DEVNULL)
+        for keep in arguments:
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            for file in (archive, built):
+                shutil.copy(file, keep)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
