@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
-from sparsiattn.patching.apply import applied
+from sparsiattn.patching.apply import apply_strategy
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.report import report
 from sparsiattn.patching.survey import survey
@@ -56,8 +56,13 @@ class Trials:
 
     @contextmanager
     def patched(self, schedule: Any, base: Config | None = None) -> Iterator[Patch]:
-        with applied(
-            self.model, base or self.base, schedule, self.example, self.faster, self.survey
+        with apply_strategy(
+            self.model,
+            base or self.base,
+            schedule=schedule,
+            example=self.example,
+            only_if_faster=self.faster,
+            found=self.survey,
         ) as live:
             found = self.model.load_state_dict(self.planners, strict=False)
             if found.unexpected_keys:

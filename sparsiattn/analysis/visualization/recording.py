@@ -27,6 +27,7 @@ from sparsiattn.attention.pattern import Dense
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 from sparsiattn.strategies.base import Planner
@@ -164,7 +165,8 @@ def _live(model: nn.Module) -> Patch:
         )
     if not patch.runtimes:
         raise ModelChanged("show() found no patched site: unpatch() and patch the model again")
-    patch._require_active("show")
+    patch.ensure_active("show")
+    refresh(patch)
     return patch
 
 
@@ -334,7 +336,7 @@ def _tokens(recorder: Recorder) -> tuple[BlockTokens, ...]:
     carried = recorder.patch.last_pass
     if carried is None or not recorder.streams:
         return ()
-    last = getattr(carried[0], "streams", (carried[0],))[0]
+    last = getattr(carried[0], "states", (carried[0],))[0]
     places = {runtime.index: runtime.placement for runtime in recorder.patch.blocks}
     seen, found = recorder.streams, []
     for index in sorted(seen):
