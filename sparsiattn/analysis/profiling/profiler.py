@@ -20,6 +20,7 @@ from sparsiattn.analysis.profiling.result import Latency, Memory, Profile
 from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import unchanged
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.patch_state import live_patches, unwrap
