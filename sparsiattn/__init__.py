@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import metadata as _metadata
-
 # First, because importing a subpackage binds its name here, and below `kernels` and `strategies`
 # become the functions that list what is registered.
 import sparsiattn.kernels
 import sparsiattn.strategies  # noqa: F401
+from sparsiattn._version import __version__ as __version__
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.analysis.benchmark.tuning import Tuning, tune
 from sparsiattn.analysis.benchmark.whole_model import BenchResult, bench
@@ -57,11 +56,6 @@ from sparsiattn.strategies.token_base import LearnedTokenPlanner, TokenInputs, T
 from sparsiattn.testing.diagnosis import Diagnosis, doctor
 from sparsiattn.training import Recipe, TrainResult, calibrate, train
 from sparsiattn.training.evaluation import Evaluation, evaluate
-
-try:
-    __version__ = _metadata.version("sparsiattn")
-except _metadata.PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "PLUGIN_API",
