@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsiattn.cli.options import AsJson
-
-if TYPE_CHECKING:
-    from sparsiattn.registry.registry import PluginInfo
 
 
 def list_all(
@@ -36,12 +33,12 @@ def list_all(
 
 def contents() -> dict[str, list[dict[str, Any]]]:
     """What `list` prints, as plain data."""
-    from sparsiattn.registry import listing as catalog
+    from sparsiattn.registry import listing as registered
 
     kinds = {
-        "strategies": catalog.strategies(),
-        "kernels": catalog.kernels(),
-        "backbones": catalog.backbones(),
+        "strategies": registered.list_strategies(),
+        "kernels": registered.list_kernels(),
+        "backbones": registered.list_backbones(),
     }
     listing: dict[str, list[dict[str, Any]]] = {
         kind: [
@@ -54,9 +51,9 @@ def contents() -> dict[str, list[dict[str, Any]]]:
         {
             "name": plugin.name,
             "summary": f"{plugin.distribution}: {', '.join(plugin.provides) or 'nothing'}",
-            "status": f"broken: {_fault(plugin.error)}" if plugin.error else _working(plugin),
+            "status": f"broken: {_fault(plugin.error)}" if plugin.error else "working",
         }
-        for plugin in catalog.plugins().values()
+        for plugin in registered.list_plugins().values()
     ]
     return listing
 
@@ -64,7 +61,3 @@ def contents() -> dict[str, list[dict[str, Any]]]:
 def _fault(error: BaseException) -> str:
     """The error in words, also where all it has is its type."""
     return str(error) or type(error).__name__
-
-
-def _working(plugin: PluginInfo) -> str:
-    return f"working; {plugin.deprecation}" if plugin.deprecation else "working"

@@ -42,7 +42,7 @@ def snapshot() -> dict[str, Any]:
 
 def _ours(kind: str) -> list[str]:
     """What comes along; plug-ins of others may be installed."""
-    listed = getattr(sparsiattn, kind)()
+    listed = getattr(sparsiattn, f"list_{kind}")()
     return sorted(name for name, info in listed.items() if info.plugin.startswith("sparsiattn"))
 
 

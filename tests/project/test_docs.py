@@ -80,7 +80,7 @@ def test_every_argument_and_field_is_described(name: str) -> None:
             assert re.search(rf"\b{argument}\b", PUBLIC[name].__doc__), argument
 
 
-@pytest.mark.parametrize("name", sorted(sparsiattn.strategies()))
+@pytest.mark.parametrize("name", sorted(sparsiattn.list_strategies()))
 def test_every_option_is_described(name: str) -> None:
     """As ``option:`` or ``option, other:`` in the docstring of the class or of what it extends."""
     kind = REGISTRY.get("strategies", name)
