@@ -68,14 +68,14 @@ def test_packages_are_reached_from_the_root() -> None:
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_the_command_line_answers_without_torch(option: str) -> None:
-    code = "import sys, sparsiattn.cli as c; c.app([{!r}], standalone_mode=False)"
-    heavy = "print({'torch', 'timm', 'rich.table'} & set(sys.modules))"
-    assert python(f"{code.format('--version')}; {heavy}").splitlines() == [
-        f"sparsiattn {sparsiattn.__version__}",
-        "set()",
-    ]
-    said = python(f"{code.format(option)}; print('torch' in sys.modules)")
-    assert said.splitlines()[-1] == "False"
+    code = (
+        "import sys, sparsiattn.cli as cli\n"
+        f"cli.app([{option!r}], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'timm', 'pluggy') if name in sys.modules])"
+    )
+    lines = python(code).splitlines()
+    assert lines[-1] == "[]"
+    assert option == "--help" or lines[0] == f"sparsiattn {sparsiattn.__version__}"
 
 
 @pytest.mark.parametrize("kind", ["strategies", "kernels", "backbones", "plugins"])

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsiattn.cli.options import AsJson
 
+if TYPE_CHECKING:
+    from sparsiattn.registry.listing import Info
 
-def list_all(
-    as_json: AsJson = False,
-) -> None:
+
+def list_all(as_json: AsJson = False) -> None:
     """Strategies, kernels, backbones and plug-ins: usable here, or why not.
 
     Example: sparsiattn list --json
     """
+    from rich.console import Console
+    from rich.table import Table
+
     listing = contents()
     if as_json:
         print(json.dumps(listing, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
     for kind, rows in listing.items():
         table = Table("name", "summary", "status", title=kind, title_justify="left")
@@ -32,32 +33,31 @@ def list_all(
 
 
 def contents() -> dict[str, list[dict[str, Any]]]:
-    """What `list` prints, as plain data."""
-    from sparsiattn.registry import listing as registered
+    """What `list_all` prints, as plain data."""
+    from sparsiattn import list_backbones, list_kernels, list_plugins, list_strategies
 
-    kinds = {
-        "strategies": registered.list_strategies(),
-        "kernels": registered.list_kernels(),
-        "backbones": registered.list_backbones(),
-    }
-    listing: dict[str, list[dict[str, Any]]] = {
-        kind: [
-            {**asdict(info), "status": "; ".join(info.reasons) or "usable"}
-            for info in infos.values()
-        ]
-        for kind, infos in kinds.items()
-    }
-    listing["plugins"] = [
+    plugins = [
         {
             "name": plugin.name,
             "summary": f"{plugin.distribution}: {', '.join(plugin.provides) or 'nothing'}",
-            "status": f"broken: {_fault(plugin.error)}" if plugin.error else "working",
+            "status": f"broken: {_text(plugin.error)}" if plugin.error else "working",
         }
-        for plugin in registered.list_plugins().values()
+        for plugin in list_plugins().values()
     ]
-    return listing
+    return {
+        "strategies": _rows(list_strategies()),
+        "kernels": _rows(list_kernels()),
+        "backbones": _rows(list_backbones()),
+        "plugins": plugins,
+    }
 
 
-def _fault(error: BaseException) -> str:
+def _rows(infos: dict[str, Info]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(info), "status": "; ".join(info.reasons) or "usable"} for info in infos.values()
+    ]
+
+
+def _text(error: BaseException) -> str:
     """The error in words, also where all it has is its type."""
     return str(error) or type(error).__name__

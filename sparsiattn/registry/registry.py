@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -77,7 +77,7 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._manager: pluggy.PluginManager | None = None
-        self._entries: dict[str, EntryPoint] = {}
+        self._loaded: dict[str, PluginInfo] = {}
         self._failed: list[PluginInfo] = []
         self._contents: _Contents | None = None
 
@@ -107,7 +107,14 @@ class Registry:
     def plugins(self) -> list[PluginInfo]:
         """Every plug-in, the built-in ones first, those that could not be loaded last."""
         contents = self._read()
-        loaded = [self._describe(name, contents) for name, _ in self._load().list_name_plugin()]
+        loaded = [
+            replace(
+                plugin,
+                provides=tuple(n for (_, n), by in contents.origin.items() if by == plugin.name),
+                error=contents.errors.get(plugin.name),
+            )
+            for plugin in self._loaded.values()
+        ]
         return loaded + self._failed
 
     def of_package(self, package: str) -> list[PluginInfo]:
@@ -128,25 +135,15 @@ class Registry:
         """Register a plug-in for the duration of a block (for tests and notebooks)."""
         with self._lock:
             self._load().register(plugin, name)
+            self._loaded[name] = PluginInfo(name, PROJECT, module=name)
             self._contents = None
         try:
             yield
         finally:
             with self._lock:
                 self._load().unregister(plugin)
+                del self._loaded[name]
                 self._contents = None
-
-    def _describe(self, name: str, contents: _Contents) -> PluginInfo:
-        return PluginInfo(
-            name,
-            self._distribution(name),
-            tuple(key for (_, key), plugin in contents.origin.items() if plugin == name),
-            contents.errors.get(name),
-            self._entries[name].module if name in self._entries else name,
-        )
-
-    def _distribution(self, name: str) -> str:
-        return _distribution(self._entries[name]) if name in self._entries else PROJECT
 
     def _load(self) -> pluggy.PluginManager:
         with self._lock:
@@ -155,18 +152,20 @@ class Registry:
                 manager.add_hookspecs(hookspecs)
                 for name in BUILTINS:
                     manager.register(importlib.import_module(name), name)
+                    self._loaded[name] = PluginInfo(name, PROJECT, module=name)
                 for entry in _entry_points():
                     self._load_entry(manager, entry)
                 self._manager = manager
             return self._manager
 
     def _load_entry(self, manager: pluggy.PluginManager, entry: EntryPoint) -> None:
-        distribution = _distribution(entry)
+        distribution = entry.dist.name if entry.dist else "unknown distribution"
+        info = PluginInfo(entry.name, distribution, module=entry.module)
         try:
             if manager.has_plugin(entry.name):
                 raise PluginError(
                     f"plug-in name {entry.name!r} of {distribution} is taken by "
-                    f"{self._distribution(entry.name)}"
+                    f"{self._loaded[entry.name].distribution}"
                 )
             plugin = entry.load()
             # before its hooks: one of a later version would be taken for a misspelt name
@@ -174,10 +173,9 @@ class Registry:
             manager.register(plugin, entry.name)
             _refuse_mistakes(manager, plugin, entry.name)
         except ISOLATED as error:
-            failed = PluginInfo(entry.name, distribution, error=error, module=entry.module)
-            self._failed.append(failed)
+            self._failed.append(replace(info, error=error))
         else:
-            self._entries[entry.name] = entry
+            self._loaded[entry.name] = info
 
     def _read(self) -> _Contents:
         with self._lock:
@@ -217,16 +215,13 @@ class Registry:
         name = _checked_name(kind, plugin, entry)
         taken = contents.origin.get((kind, name))
         if taken is not None:
+            first, second = (self._loaded[key].distribution for key in (taken, plugin))
             raise PluginError(
-                f"{kind}: name {name!r} of plug-in {plugin!r} ({self._distribution(plugin)}) is "
-                f"taken by {taken!r} ({self._distribution(taken)}); choose another name"
+                f"{kind}: name {name!r} of plug-in {plugin!r} ({second}) is taken by {taken!r} "
+                f"({first}); choose another name"
             )
         contents.registered[kind][name] = entry
         contents.origin[kind, name] = plugin
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "unknown distribution"
 
 
 def _entry_points() -> list[EntryPoint]:

@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import typer
 
@@ -47,6 +47,8 @@ def _ours(kind: str) -> list[str]:
 
 
 def _described(thing: Any) -> Any:
+    if get_origin(thing) is not None:  # tuple[int, int] and the like
+        return str(thing)
     if inspect.isclass(thing):
         return {"bases": _bases(thing), "init": _signature(thing), "has": _members(thing)}
     return _signature(thing) if callable(thing) else type(thing).__name__
