@@ -73,8 +73,8 @@ def evaluate_model(
             )
     if is_first_process():
         strategy = None if patch is None else patch.strategy.to_dict()
-        document = {"name": request.model, "data": data, "split": split, "dtype": dtype}
-        document |= {"strategy": strategy, **evaluation.to_dict()}
+        settings = {"name": request.model, "data": data, "split": split, "dtype": dtype}
+        document = {**settings, "strategy": strategy, **evaluation.to_dict()}
         print(json.dumps(document, indent=2) if as_json else evaluation)
     leave()
 

@@ -82,7 +82,18 @@ class Prices:
 
 @dataclass(frozen=True)
 class CallShape:
-    """Shape of one attention call: q ``[batch, heads, queries, dim]``, and so on."""
+    """Shape of one attention call.
+
+    Attributes:
+        batch: images, or windows of them.
+        heads: heads of the queries.
+        queries: q is ``[batch, heads, queries, dim]``.
+        keys: k is ``[batch, heads, keys, dim]``.
+        dim: channels of a head's queries and keys.
+        value_dim: v is ``[batch, heads, keys, value_dim]``.
+        dtype: dtype of the operands.
+        device: where the call runs; in a dry run, where it would.
+    """
 
     batch: int
     heads: int
