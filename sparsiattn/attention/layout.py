@@ -35,8 +35,8 @@ class Layout:
     """How one site's host lays out its operands.
 
     Attributes:
-        form: a key of `FORMS`, such as ``"b h n d"``.
-        heads: number of heads.
+        form: A key of `FORMS`, such as ``"b h n d"``.
+        heads: Number of heads.
     """
 
     form: str

@@ -134,10 +134,10 @@ class ModelRequest:
         """The model, patched as the options say, and its `Patch`, None for a dense model.
 
         Args:
-            default_strategy: the strategy where neither ``--strategy`` nor a saved patch is given.
+            default_strategy: The strategy where neither ``--strategy`` nor a saved patch is given.
 
         Raises:
-            InvalidOption: the checkpoint is of a patched model, and nothing says of which patch.
+            InvalidOption: The checkpoint is of a patched model, and nothing says of which patch.
         """
         import sparsiattn
 
@@ -207,11 +207,11 @@ def load_weights(model: Any, path: Path) -> None:
     Of a checkpoint with the planners of a patch an unpatched model takes the rest.
     """
     from sparsiattn import patch_of
-    from sparsiattn.training.trainable import is_planner
+    from sparsiattn.runtime.site_runtime import is_planner_key
 
     weights = _read_weights(path)
     if patch_of(model) is None:
-        weights = {name: tensor for name, tensor in weights.items() if not is_planner(name)}
+        weights = {name: tensor for name, tensor in weights.items() if not is_planner_key(name)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -223,9 +223,9 @@ def load_weights(model: Any, path: Path) -> None:
 
 def planners_in(path: Path) -> list[str]:
     """Names of the planners' tensors in a checkpoint of a patched model."""
-    from sparsiattn.training.trainable import is_planner
+    from sparsiattn.runtime.site_runtime import is_planner_key
 
-    return [name for name in _read_weights(path) if is_planner(name)]
+    return [name for name in _read_weights(path) if is_planner_key(name)]
 
 
 def _read_weights(path: Path) -> dict[str, Any]:

@@ -85,14 +85,14 @@ class CallShape:
     """Shape of one attention call.
 
     Attributes:
-        batch: images, or windows of them.
-        heads: heads of the queries.
-        queries: q is ``[batch, heads, queries, dim]``.
-        keys: k is ``[batch, heads, keys, dim]``.
-        dim: channels of a head's queries and keys.
-        value_dim: v is ``[batch, heads, keys, value_dim]``.
-        dtype: dtype of the operands.
-        device: where the call runs; in a dry run, where it would.
+        batch: Images, or windows of them.
+        heads: Heads of the queries.
+        queries: Rows of q, ``[batch, heads, queries, dim]``.
+        keys: Rows of k, ``[batch, heads, keys, dim]``.
+        dim: Channels of a head's queries and keys.
+        value_dim: Channels of v, ``[batch, heads, keys, value_dim]``.
+        dtype: Dtype of the operands.
+        device: Where the call runs; in a dry run, where it would.
     """
 
     batch: int

@@ -14,15 +14,15 @@ class Info:
     """A registered strategy, kernel or backbone, and whether it works here.
 
     Attributes:
-        name: the name to ask for.
-        summary: what it does, in one sentence.
-        plugin: the plug-in that registered it.
-        reasons: why it does not work on this machine; empty if it does.
-        needs_training: whether a strategy has planners to fit.
-        inexact_reason: why a strategy's full budget is not the dense model; empty if it is.
-        kind: what a strategy makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
-        paper: address of the publication.
-        fidelity: how close to the publication it is.
+        name: The name to ask for.
+        summary: What it does, in one sentence.
+        plugin: The plug-in that registered it.
+        reasons: Why it does not work on this machine; empty if it does.
+        needs_training: Whether a strategy has planners to fit.
+        inexact_reason: Why a strategy's full budget is not the dense model; empty if it is.
+        kind: What a strategy makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
+        paper: Address of the publication.
+        fidelity: How close to the publication it is.
     """
 
     name: str

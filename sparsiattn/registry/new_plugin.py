@@ -30,15 +30,15 @@ def new_plugin(name: str, directory: Path | str = ".") -> Path:
     """Write a plug-in package called ``name`` into a new folder of that name.
 
     Args:
-        name: name of the distribution, lower-case words joined by ``-`` or ``_``. The import
+        name: Name of the distribution, lower-case words joined by ``-`` or ``_``. The import
             package, the entry point and the strategy have it with ``_``.
-        directory: where the new folder is made.
+        directory: Where the new folder is made.
 
     Returns:
         The new folder.
 
     Raises:
-        InvalidOption: the name is not of that form or is taken, or the folder exists.
+        InvalidOption: The name is not of that form or is taken, or the folder exists.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -41,11 +41,11 @@ class PluginInfo:
     """A plug-in and what it registered, or the error that broke it.
 
     Attributes:
-        name: name of its entry point; of a built-in, its package.
-        distribution: the installed distribution that brings it.
-        provides: names of the strategies, kernels and backbones that it registered.
-        error: what broke it, None if it works.
-        module: the module that its entry point names.
+        name: Name of its entry point; of a built-in, its package.
+        distribution: The installed distribution that brings it.
+        provides: Names of the strategies, kernels and backbones that it registered.
+        error: What broke it, None if it works.
+        module: The module that its entry point names.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Registry:
         """The strategy class, kernel or backbone of that name.
 
         Raises:
-            UnknownName: nothing of that kind has that name.
+            UnknownName: Nothing of that kind has that name.
         """
         registered = self.all(kind)
         if not isinstance(name, str) or name not in registered:
@@ -121,7 +121,7 @@ class Registry:
         """The plug-ins of a package, broken ones too.
 
         Args:
-            package: name of the distribution, of an entry point or of the module that this names.
+            package: Name of the distribution, of an entry point or of the module that this names.
         """
         return [
             plugin
