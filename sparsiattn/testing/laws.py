@@ -76,7 +76,7 @@ class PatchSuite:
         assert type(self.strategy).build(saved["options"]) == self.strategy
 
     def test_says_what_it_is(self) -> None:
-        """What `strategies()` shows, and a reason where the full budget is not the dense model."""
+        """What `list_strategies()` shows, and why the full budget is not the dense model."""
         kind = type(self.strategy)
         assert (kind.__doc__ or "").strip(), "the first line of the docstring is its summary"
         assert kind.exact_at_full or kind.inexact_reason, "say in inexact why it is not exact"
