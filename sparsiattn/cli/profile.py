@@ -102,11 +102,8 @@ def _accounting(name: str) -> Any:
 
 
 def _print(console: Any, found: Any) -> None:
-    from sparsiattn.analysis.profiling import text as profiletext
-
-    say(console, profiletext.head(found))
-    print_whole(console, cells(profiletext.parts_table(found)))
-    if found.sites:
-        print_whole(console, cells(profiletext.site_table(found)))
-    for line in profiletext.tail(found):
-        say(console, line)
+    for part in filter(None, found.layout()):
+        if isinstance(part, str):
+            say(console, part)
+        else:
+            print_whole(console, cells(part))

@@ -13,9 +13,10 @@ from sparsiattn.attention.pattern import Dense
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels.base import choose
+from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.model_call import arguments, eval_mode
+from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.handle import Patch
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 from sparsiattn.runtime.timing import Timing
 from sparsiattn.strategies.base import Planner
@@ -48,13 +49,14 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
     ...     sorted(measure_sites(patch, tiny_images(), rounds=1))
     ['blocks.0.attn', 'blocks.1.attn']
     """
-    patch._require_active("measure_sites")
+    patch.ensure_active("measure_sites")
+    refresh(patch)
     runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
     timings: defaultdict[str, list[Timing]] = defaultdict(list)
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         runtime = runtimes[site.name]
-        if runtime.idle(inputs.n_keys):
+        if runtime.stays_dense(inputs.n_keys):
             return
         call_timing = _time_call(runtime, planner, inputs, rounds)
         if call_timing is not None:

@@ -14,12 +14,13 @@ from torch import nn
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch as patch_model
-from sparsiattn.patching.discovery.probe import DryInputs
+from sparsiattn.patching.discovery.meta_model import MetaInputs
+from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.model_call import arguments, eval_mode, tensors_in
 from sparsiattn.patching.report import Report
 from sparsiattn.patching.text import shape_text, speed_text
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.handle import Patch, patch_of, unwrap
+from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.timing import Timing
 from sparsiattn.strategies.config import Config
 
@@ -121,7 +122,7 @@ def bench(
 def time_model(
     model: nn.Module,
     patch: Patch | None,
-    model_arguments: DryInputs,
+    model_arguments: MetaInputs,
     rounds: int,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, list[float]]:
@@ -171,7 +172,7 @@ def _without_patch(model: nn.Module, patch: Patch) -> Callable[..., Any]:
     return copied_patch.unpatch()
 
 
-def _result(patch: Patch, model_arguments: DryInputs, paired: Timing) -> BenchResult:
+def _result(patch: Patch, model_arguments: MetaInputs, paired: Timing) -> BenchResult:
     image = next(iter(tensors_in(model_arguments)), None)
     like = next(patch.model.parameters(), image)
     dense, sparse, ratio = paired.second.ms(), paired.first.ms(), paired.ratio.rounded(4)
