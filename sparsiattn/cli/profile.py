@@ -70,11 +70,8 @@ def _accounting(name: str) -> Any:
 
 
 def _print(console: Any, result: Profile) -> None:
-    from sparsiattn.analysis.profiling import text
-
-    print(text.head(result))
-    print_uncut(console, table_of(text.parts_table(result)))
-    if result.sites:
-        print_uncut(console, table_of(text.site_table(result)))
-    for line in text.tail(result):
-        print(line)
+    for part in filter(None, result.layout()):
+        if isinstance(part, str):
+            print(part)
+        else:
+            print_uncut(console, table_of(part))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsiattn.kernels import xformers as fmha
-from sparsiattn.patching.report import aligned
+from sparsiattn.patching.text import aligned
 from sparsiattn.registry.listing import list_kernels, list_plugins
 
 CORE = (
