@@ -78,16 +78,13 @@ class Fibottention(Strategy):
             order = torch.randperm(site.heads, generator=torch.Generator().manual_seed(site.index))
         # without prefix tokens, which all see, a patch without neighbours would see nothing
         itself = not (site.prefix_tokens and self.prefix_keys)
-        options = tuple(order.tolist()), self.w_min, self.w_max, self.modified, itself
-        return GridPlanner(offset_pairs, options)
+        return GridPlanner(offset_pairs, (self, tuple(order.tolist()), itself))
 
 
 def offset_pairs(
     grid: Grid,
+    strategy: Fibottention,
     order: tuple[int, ...],
-    w_min: int,
-    w_max: int | None,
-    modified: bool,
     itself: bool,
     *,
     device: torch.device,
@@ -96,10 +93,8 @@ def offset_pairs(
 
     Args:
         grid: Rows and columns of patches.
+        options: The windows, and whether sequences are modified.
         order: Which sequence each head has.
-        w_min: See `Fibottention`.
-        w_max: See `Fibottention`.
-        modified: See `Fibottention`.
         itself: Whether every patch also sees itself.
         device: Where to make the mask.
 
@@ -107,7 +102,7 @@ def offset_pairs(
         ``[H, n, n]``.
     """
     n = grid[0] * grid[1]
-    sequences = offsets(len(order), n, w_min, w_max, modified)
+    sequences = offsets(len(order), n, options.w_min, options.w_max, options.modified)
     own = (0,) if itself else ()
     return banded(tuple((*own, *sequences[head]) for head in order), n, device=device)
 
