@@ -77,9 +77,8 @@ class HuggingFace(_StemFamily):
     name = "huggingface"
 
     def why_not(self, model: nn.Module) -> list[str]:
-        if _configs(model):
-            return []
-        return ["no module has a config with an attention implementation"]
+        reason = "no module has a config with an attention implementation"
+        return [] if _configs(model) else [reason]
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
         stem: Any = self.stem(model)
@@ -252,9 +251,8 @@ class _AttributeFamily(_StemFamily):
         return model if inner is None else inner
 
     def why_not(self, model: nn.Module) -> list[str]:
-        if self.inner(model) is not None:
-            return []
-        return [f"no module has all of {', '.join(self.attributes)}"]
+        reason = f"no module has all of {', '.join(self.attributes)}"
+        return [reason] if self.inner(model) is None else []
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
         inner = self.inner(model)

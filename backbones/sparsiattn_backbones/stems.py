@@ -64,12 +64,13 @@ def _of_stage(stem: nn.Module, call: AttentionCall) -> nn.Module:
     if not isinstance(layers, nn.ModuleList):
         return stem
     above = {id(parent) for parent in call.parents}
-    for stages in stem.children():
-        if isinstance(stages, nn.ModuleList) and len(stages) == len(layers):
-            for layer, stage in zip(layers, stages, strict=True):
-                if id(stage) in above and isinstance(layer, nn.Module):
-                    return layer
-    return stem
+    pairs = (
+        pair
+        for stages in stem.children()
+        if isinstance(stages, nn.ModuleList) and len(stages) == len(layers)
+        for pair in zip(layers, stages, strict=True)
+    )
+    return next((layer for layer, stage in pairs if id(stage) in above), stem)
 
 
 def patch_layer(stem: nn.Module) -> nn.Module:
