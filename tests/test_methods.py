@@ -57,7 +57,7 @@ def test_methods_use_public_names_only(file):
         ("from .. import geometry", [".."]),
         ("from ..patterns import Mask", ["..patterns"]),
         ("from sparsiattn.methodsx import a", ["sparsiattn.methodsx"]),
-        ("import torch\nfrom . import _grid\nfrom sparsiattn.methods._grid import window_pairs", []),
+        ("import torch\nfrom . import _grid\nfrom sparsiattn.methods._grid import resized", []),
     ],
 )
 def test_a_private_import_would_be_found(source, found):

@@ -82,12 +82,7 @@ class Fibottention(Strategy):
 
 
 def offset_pairs(
-    grid: Grid,
-    strategy: Fibottention,
-    order: tuple[int, ...],
-    itself: bool,
-    *,
-    device: torch.device,
+    grid: Grid, options: Fibottention, order: tuple[int, ...], itself: bool, *, device: torch.device
 ) -> Tensor:
     """Pairs of patches that are one of their head's offsets apart.
 
