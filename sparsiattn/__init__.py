@@ -53,6 +53,7 @@ from sparsiattn.serialization.exporters import ExportResult, export
 from sparsiattn.serialization.hub import from_pretrained
 from sparsiattn.serialization.saving import load
 from sparsiattn.strategies.base import LearnedPlanner, Planner, Strategy
+from sparsiattn.strategies.random import hash_integers
 from sparsiattn.strategies.token_base import (
     LearnedTokenPlanner,
     Reduction,
@@ -122,6 +123,7 @@ __all__ = [
     "evaluate",
     "export",
     "from_pretrained",
+    "hash_integers",
     "hookimpl",
     "inspect",
     "kernels",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn import AttentionInputs, Pattern, Planner, Site, Strategy
+from sparsiattn import AttentionInputs, Pattern, Planner, Site, Strategy, hash_integers
 from sparsiattn.methods._grid import local_and_global, patch_pattern
 from sparsiattn.methods._options import check_count, check_odd
 
@@ -103,20 +103,13 @@ def draw(key: int, heads: int, n: int, count: int, *, device: torch.device) -> T
     Returns:
         ``[H, n, count]``.
     """
+    counter = torch.arange(heads * n, device=device)
     drawn: list[Tensor] = []
     for step, last in enumerate(range(n - count, n)):
-        candidate = hashed(key + step * heads * n, heads * n, device=device) % (last + 1)
+        start = (key + step * heads * n) * 0x9E3779B1 & 0xFFFFFFFF
+        candidate = hash_integers((counter + start) & 0xFFFFFFFF) % (last + 1)
         taken = torch.zeros_like(candidate, dtype=torch.bool)
         for earlier in drawn:
             taken = taken | (earlier == candidate)
         drawn.append(torch.where(taken, last, candidate))
     return torch.stack(drawn, -1).view(heads, n, count)
-
-
-def hashed(key: int, count: int, *, device: torch.device) -> Tensor:
-    """Uniform integers below 2^32, ``[count]``, by a counter hash (Murmur3's finaliser)."""
-    start = key * 0x9E3779B1 & 0xFFFFFFFF
-    x = (torch.arange(count, device=device) + start) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x

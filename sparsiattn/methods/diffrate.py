@@ -6,7 +6,7 @@ ICCV 2023, arXiv 2305.17997, written from the paper's description.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,18 +87,10 @@ def merged_into(tokens: TokenInputs, stay: Tensor, moved: Tensor, target: Tensor
         moved: ``[B, r]``, those that are merged.
         target: ``[B, r]``, into which of those that stay.
     """
-    weight = tokens.size
-    if weight is None:
-        weight = torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
-    size = weight.gather(1, stay).scatter_add(1, target, weight.gather(1, moved))
-    weighted = tokens.x * weight[..., None].to(tokens.x.dtype)
-    into = target[..., None].expand(-1, -1, weighted.shape[-1])
-    total = gather_tokens(weighted, stay).scatter_add(1, into, gather_tokens(weighted, moved))
+    members = torch.cat([stay, moved], dim=1)
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
-    dropped = torch.full_like(weight, -1, dtype=torch.long)
-    return Reduction(
-        index=stay,
-        values=total / size[..., None].to(total.dtype),
-        assign=dropped.scatter(1, stay, place).scatter(1, moved, target),
-        size=size,
-    )
+    assign = torch.cat([place, target], dim=1)
+    size = None if tokens.size is None else tokens.size.gather(1, members)
+    merged = Reduction.merge(gather_tokens(tokens.x, members), assign, stay, size)
+    dropped = torch.full_like(tokens.x[..., 0], -1, dtype=torch.long)
+    return replace(merged, assign=dropped.scatter(1, members, assign))
