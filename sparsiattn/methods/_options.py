@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sparsiattn import InvalidOption, InvalidType, SparsiattnError
+from dataclasses import fields
+
+from sparsiattn import InvalidOption, InvalidType, SparsiattnError, Strategy, TokenStrategy
 
 MAX_COUNT = 2**31 - 1
 """The largest count: tables of places multiply two of them in 64 bits."""
@@ -42,6 +44,13 @@ def check_flag(option: str, value: object, error: type[SparsiattnError] = Invali
     """True or False."""
     if not isinstance(value, bool):
         raise error(f"{option} must be True or False, got {value!r}")
+
+
+def check_flags(config: Strategy | TokenStrategy) -> None:
+    """Every option that is True or False by default must be one of these."""
+    for option in fields(config):
+        if isinstance(option.default, bool):
+            check_flag(option.name, getattr(config, option.name))
 
 
 def constants(option: object) -> list[object]:

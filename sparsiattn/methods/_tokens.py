@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import InvalidOption, Site, TokenInputs, TokenStrategy, check_budget, count_of
-from sparsiattn.methods._options import constants
+from sparsiattn.methods._options import check_flags, constants
 
 Keep = int | float | Sequence[int | float] | Callable[[Site], int | float]
 
@@ -35,6 +35,7 @@ class BudgetedTokens(TokenStrategy):
         super().__post_init__()
         for keep in constants(self.keep):
             check_budget(keep, "keep")
+        check_flags(self)
 
     def resolve_for(self, site: Site, position: int, count: int) -> BudgetedTokens:
         resolved = super().resolve_for(site, position, count)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import Reduction, TokenInputs, check_budget, count_of
-from sparsiattn.methods._options import check_count, check_flag, check_number
+from sparsiattn.methods._options import check_count, check_number
 from sparsiattn.methods._tokens import gather_tokens, precise
 from sparsiattn.methods.clusters import Clustering, pairwise_distances, to_nearest
 from sparsiattn.methods.dpc_knn import density_peaks
@@ -62,8 +62,6 @@ class AiluRus(Clustering):
         check_count("k", self.k)
         check_number("alpha", self.alpha, 0, 1)
         check_budget(self.neighbours, "neighbours")
-        check_flag("proportional", self.proportional)
-        check_flag("detail", self.detail)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return (min(max(1, depth // 12), depth - 1),)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import InvalidOption, Reduction, Site, TokenInputs
-from sparsiattn.methods._options import check_count, check_flag, constants
+from sparsiattn.methods._options import check_count, constants
 from sparsiattn.methods._tokens import full_precision, unit_keys
 from sparsiattn.methods.clusters import Clustering
 
@@ -60,7 +60,6 @@ class ATC(Clustering):
         super().__post_init__()
         if self.linkage not in LINKAGES:
             raise InvalidOption(f"linkage must be one of {LINKAGES}, got {self.linkage!r}")
-        check_flag("proportional", self.proportional)
         for r in constants(self.r) if self.r is not None else ():
             check_count("r", r, 0)
 

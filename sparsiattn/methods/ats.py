@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sparsiattn import Reduction, TokenInputs
-from sparsiattn.methods._options import check_flag
 from sparsiattn.methods._tokens import BudgetedTokens, class_or_mean_attention
 
 
@@ -46,10 +45,6 @@ class ATS(BudgetedTokens):
     )
 
     static: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_flag("static", self.static)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """From a quarter of the depth to the end: blocks 3 to 11 of 12, as published."""

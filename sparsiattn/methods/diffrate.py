@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import Reduction, Site, TokenInputs
-from sparsiattn.methods._options import check_flag, check_number, constants
+from sparsiattn.methods._options import check_number, constants
 from sparsiattn.methods._tokens import (
     BudgetedTokens,
     class_or_mean_attention,
@@ -59,7 +59,6 @@ class DiffRate(BudgetedTokens):
         super().__post_init__()
         for drop in constants(self.drop):
             check_number("drop", drop, 0, 1)
-        check_flag("proportional", self.proportional)
 
     def merges(self) -> bool:
         return True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsiattn import Reduction, TokenInputs
-from sparsiattn.methods._options import check_count, check_flag
+from sparsiattn.methods._options import check_count
 from sparsiattn.methods._tokens import precise
 from sparsiattn.methods.clusters import Clustering, pairwise_distances, ranks, to_nearest
 
@@ -45,7 +45,6 @@ class DPCKNN(Clustering):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("k", self.k)
-        check_flag("proportional", self.proportional)
 
     def cluster(self, tokens: TokenInputs, count: int) -> Reduction:
         distances = (pairwise_distances(precise(tokens.x)) / tokens.x.shape[-1]).sqrt()

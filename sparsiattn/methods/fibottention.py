@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsiattn import InvalidOption, Planner, Site, Strategy
 from sparsiattn.methods._grid import Grid, GridPlanner
-from sparsiattn.methods._options import check_count, check_flag
+from sparsiattn.methods._options import check_count, check_flags
 
 Offsets = tuple[int, ...]
 
@@ -69,8 +69,7 @@ class Fibottention(Strategy):
                 raise InvalidOption(
                     f"w_max must be None or at least w_min = {self.w_min}, got {self.w_max}"
                 )
-        check_flag("modified", self.modified)
-        check_flag("shuffle", self.shuffle)
+        check_flags(self)
 
     def planner(self, site: Site) -> Planner:
         order = torch.arange(site.heads)

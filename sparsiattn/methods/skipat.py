@@ -137,7 +137,7 @@ class SkipPlanner(LearnedPlanner):
         kernel, bias = cast(self.kernel, self.kernel_bias)
         image = F.gelu(F.conv2d(image, kernel, bias, padding=2, groups=len(kernel)))
         out = F.linear(image.flatten(2).mT, *cast(self.narrow, self.narrow_bias))
-        gate = F.conv1d(out.mean(1, keepdim=True), *cast(self.gate), padding=1).sigmoid()
+        gate = F.conv1d(out.mean(1, keepdim=True), self.gate.to(x.dtype), padding=1).sigmoid()
         changed = (tokens + out * gate).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
         return torch.cat([x[..., :prefix, :], changed], dim=-2)
 
