@@ -35,7 +35,8 @@ _NAMES = {
     "sparsiattn.kernels.base": "Kernel",
     "sparsiattn.kernels.cost": "CallShape Work",
     "sparsiattn.patching.apply": "patch",
-    "sparsiattn.patching.discovery.backbone": "Backbone",
+    "sparsiattn.patching.discovery.backbone": "Backbone Pooling count_class_tokens",
+    "sparsiattn.patching.discovery.meta_model": "MetaInputs",
     "sparsiattn.patching.discovery.probe": "AttentionCall",
     "sparsiattn.patching.handle": "Patch patch_of unpatch",
     "sparsiattn.patching.load": "from_pretrained load",
@@ -47,6 +48,7 @@ _NAMES = {
     "sparsiattn.serialization.creating": "create_model",
     "sparsiattn.serialization.exporters": "ExportResult export",
     "sparsiattn.strategies.base": "LearnedPlanner Planner Strategy",
+    "sparsiattn.strategies.random": "hash_integers",
     "sparsiattn.strategies.reduction": "Reduction",
     "sparsiattn.strategies.token_base": "LearnedTokenPlanner TokenInputs TokenStrategy",
     "sparsiattn.testing.diagnosis": "Diagnosis doctor",
@@ -109,6 +111,9 @@ if TYPE_CHECKING:
     from sparsiattn.kernels.cost import Work as Work
     from sparsiattn.patching.apply import patch as patch
     from sparsiattn.patching.discovery.backbone import Backbone as Backbone
+    from sparsiattn.patching.discovery.backbone import Pooling as Pooling
+    from sparsiattn.patching.discovery.backbone import count_class_tokens as count_class_tokens
+    from sparsiattn.patching.discovery.meta_model import MetaInputs as MetaInputs
     from sparsiattn.patching.discovery.probe import AttentionCall as AttentionCall
     from sparsiattn.patching.handle import Patch as Patch
     from sparsiattn.patching.handle import patch_of as patch_of
@@ -130,6 +135,7 @@ if TYPE_CHECKING:
     from sparsiattn.strategies.base import LearnedPlanner as LearnedPlanner
     from sparsiattn.strategies.base import Planner as Planner
     from sparsiattn.strategies.base import Strategy as Strategy
+    from sparsiattn.strategies.random import hash_integers as hash_integers
     from sparsiattn.strategies.reduction import Reduction as Reduction
     from sparsiattn.strategies.token_base import LearnedTokenPlanner as LearnedTokenPlanner
     from sparsiattn.strategies.token_base import TokenInputs as TokenInputs
