@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
-from sparsiattn.patching.apply import applied
+from sparsiattn.patching.apply import apply_strategy
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.report import report
 from sparsiattn.patching.survey import survey
-from sparsiattn.runtime.site_runtime import PLANNER
+from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.runtime.timing import paired
 from sparsiattn.strategies.config import Config
 from sparsiattn.training.evaluation import logits_of
@@ -70,7 +70,7 @@ class TrialRunner:
         if patch is not None:
             # kept aside, as they leave the model with the patch
             weights = self.model.state_dict().items()
-            self.planners = {n: w.clone() for n, w in weights if f".{PLANNER}." in f".{n}"}
+            self.planners = {n: w.clone() for n, w in weights if is_planner_key(n)}
             patch.unpatch()
         self.survey = survey(self.model, self.example)
         self.dense = self._logits()
@@ -78,8 +78,14 @@ class TrialRunner:
     @contextmanager
     def patched(self, schedule: Any, strategy: Config | None = None) -> Iterator[Patch]:
         """Inside the block, the copy patched with a schedule, its planners as they were trained."""
-        options = (self.example, self.only_if_faster, self.survey)
-        with applied(self.model, strategy or self.strategy, schedule, *options) as patch:
+        with apply_strategy(
+            self.model,
+            strategy or self.strategy,
+            schedule=schedule,
+            example=self.example,
+            only_if_faster=self.only_if_faster,
+            found=self.survey,
+        ) as patch:
             unexpected = self.model.load_state_dict(self.planners, strict=False).unexpected_keys
             if unexpected:
                 raise ModelChanged(f"the patch has weights that its copy has not: {unexpected[:3]}")

@@ -111,7 +111,7 @@ class Recorder:
         left = {i: state for i, state in self.mlp_states.items() if state is not None}
         if not self.mlp_states and self.patch.last_pass is not None:
             carried = self.patch.last_pass[0]
-            last = getattr(carried, "streams", (carried,))[0]
+            last = getattr(carried, "states", (carried,))[0]
             # what attention sees is what a block leaves, unless it reduces after its attention
             left = {
                 i: self.token_states.get(i + 1, last)
