@@ -202,7 +202,7 @@ def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterat
         for k in BUDGETS:
             with sparsiattn.patch(model, name, k=k, input=data.test[:1]) as live:
                 yield measure(live, data, dense, name, rounds)
-                if live.learns:
+                if live.has_learned_planners:
                     fit(live, data, fit_steps)
                     yield measure(live, data, dense, f"{name}, fitted", rounds)
 

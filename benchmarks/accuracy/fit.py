@@ -43,10 +43,10 @@ class BenchResult:
             yield model
             return
         with sparsiattn.patch(model, method.strategy, **method.options) as live:
-            if method.fit == "calibrated" and not live.learns:
+            if method.fit == "calibrated" and not live.has_learned_planners:
                 yield None
                 return
-            if method.fit != "none" and live.learns:
+            if method.fit != "none" and live.has_learned_planners:
                 self._calibrate(live, method)
             if method.fit == "trained":
                 self._train(live, method)

@@ -13,14 +13,14 @@ from torch import nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.patching.apply import planned
+from sparsiattn.patching.apply import plan_patch
 from sparsiattn.patching.discovery.meta_model import meta_copy
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.report import Report, SiteReport, aligned, dense_macs, macs_text, report
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.runtime.multihead import swap_back
-from sparsiattn.runtime.patch_state import live_patches, unwrap
+from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
 from sparsiattn.runtime.restore import unwatch
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.config import Config
@@ -223,7 +223,7 @@ def bare(model: nn.Module, live: list[Patch]) -> nn.Module:
             del twin._modules[PLANNER]
         unwatch(twin)
         swap_back(twin)
-        vars(twin).pop(MARK, None)
+        vars(twin).pop(PATCH_ATTRIBUTE, None)
     return meta_model
 
 
@@ -240,7 +240,7 @@ def _tried(
     if not seen.sites:
         return NO_SITES
     try:
-        return report(planned(meta_model, kind.build({}), example, seen), total)
+        return report(plan_patch(meta_model, kind.build({}), example=example, found=seen), total)
     except SparsiattnError as error:
         return str(error)
     except Exception as error:  # of a plug-in: its fault must not hide what the others could do

@@ -105,10 +105,10 @@ def gathered(tokens: TokenInputs, stay: Tensor, moved: Tensor, target: Tensor) -
     values = _at(heavy, stay).scatter_add(1, into, _at(heavy, moved))
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
     gone = torch.full_like(weight, -1, dtype=torch.long)
-    return Reduction(
-        index=stay,
+    return Reduction.cluster(
+        stay,
+        gone.scatter(1, stay, place).scatter(1, moved, target),
         values=values / size[..., None].to(values.dtype),
-        assign=gone.scatter(1, stay, place).scatter(1, moved, target),
         size=size,
     )
 

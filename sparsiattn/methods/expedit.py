@@ -105,7 +105,7 @@ class Expedit(Clustering):
         )  # len() would tie an export to this batch
         count = min(self.neighbours, index.shape[1])
         unfold = partial(reconstruct, x, centroids, count, self.temperature)
-        return Reduction(index=index, values=values, assign=assign, unfold=unfold)
+        return Reduction.cluster(index, assign, values=values, unfold=unfold)
 
 
 def adjacent(

@@ -50,7 +50,7 @@ class KMedoids(Clustering):
         distances = between(precise(tokens.x)).sqrt()
         weight = precise(tokens.received_attention()).to(distances.dtype)
         medoids = weighted_medoids(distances, weight, count, self.iterations)
-        return Reduction(index=medoids, assign=to_nearest(distances, medoids))
+        return Reduction.cluster(medoids, to_nearest(distances, medoids))
 
 
 def weighted_medoids(distances: Tensor, weight: Tensor, count: int, iterations: int) -> Tensor:

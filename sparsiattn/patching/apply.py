@@ -85,7 +85,7 @@ def patch(
             f"layers=[...] (block indices) instead of sites={sites!r}"
         )
     _refuse_second(model)
-    planned = plan_patch(
+    return apply_strategy(
         model,
         config,
         sites=sites,
@@ -94,6 +94,11 @@ def patch(
         example=input,
         only_if_faster=only_if_faster,
     )
+
+
+def apply_strategy(model: nn.Module, strategy: Config, **options: Any) -> Patch:
+    """Plan a patch and put it into the model; arguments as `plan_patch` takes them."""
+    planned = plan_patch(model, strategy, **options)
     attach(planned)
     return planned
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsiattn.attention.packed import source
-from sparsiattn.errors import InvalidOption, ModelChanged, renamed_property, warn_renamed
+from sparsiattn.errors import InvalidOption, renamed_property, warn_renamed
 from sparsiattn.patching.install import remove
 from sparsiattn.patching.report import Report, report
 from sparsiattn.patching.survey import refresh
@@ -48,7 +48,7 @@ class Patch(PatchState):
 
     def report(self) -> Report:
         """Sites, kernels, density, MACs before and after, and why anything was left alone."""
-        self._ensure_active("report")
+        self.ensure_active("report")
         refresh(self)
         return report(self)
 
@@ -73,7 +73,7 @@ class Patch(PatchState):
         ...     patch.warmup(tiny_images(2)) is patch
         True
         """
-        self._ensure_active("warmup")
+        self.ensure_active("warmup")
         warmup(self, input)
         return self
 
@@ -87,7 +87,7 @@ class Patch(PatchState):
         Raises:
             InvalidOption: No token strategy shortens the sequence, or the model did not run yet.
         """
-        self._ensure_active("source")
+        self.ensure_active("source")
         if not self.shortens:
             raise InvalidOption(
                 "source() needs a token strategy that makes the sequence shorter; here every token "
@@ -114,7 +114,7 @@ class Patch(PatchState):
         Returns:
             The directory.
         """
-        self._ensure_active("save")
+        self.ensure_active("save")
         refresh(self)
         return save(self, Path(directory), include_model=include_model)
 
@@ -125,6 +125,7 @@ class Patch(PatchState):
 
     left = renamed_property("left", "skipped")
     found = renamed_property("found", "model_sites")
+    learns = renamed_property("learns", "has_learned_planners")
 
     def push_to_hub(self, repo_id: str, *, whole: bool = False, **options: Any) -> str:
         """Upload what `save` writes as a repository of the Hugging Face Hub.
@@ -137,14 +138,9 @@ class Patch(PatchState):
         Returns:
             Its address.
         """
-        self._ensure_active("push_to_hub")
+        self.ensure_active("push_to_hub")
         refresh(self)
         return hub.push(self, repo_id, whole=whole, **options)
-
-    def _ensure_active(self, action: str) -> None:
-        if not self.active:
-            raise ModelChanged(f"{action}() needs a live patch, but this one was undone")
-        self.check_sites()
 
     def __repr__(self) -> str:
         state = "" if self.active else " (undone)"

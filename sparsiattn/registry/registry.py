@@ -20,13 +20,10 @@ from typing import Any
 import pluggy
 
 from sparsiattn.errors import PluginError, unknown
-from sparsiattn.kernels.base import Kernel
-from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.registry import hookspecs
 from sparsiattn.registry import plugin_api as pluginapi
 from sparsiattn.registry.hookspecs import PROJECT
 from sparsiattn.registry.plugin_api import PLUGIN_API, Version
-from sparsiattn.strategies.config import Config
 
 METHODS = "sparsiattn.methods"
 BUILTINS = (
@@ -293,6 +290,10 @@ def _listed(result: Any, hook: str, plugin: str) -> list[Any]:
 
 
 def _checked_name(thing: Any, kind: str, plugin: str) -> str:
+    from sparsiattn.kernels.base import Kernel
+    from sparsiattn.patching.discovery.backbone import Backbone
+    from sparsiattn.strategies.config import Config
+
     if kind == "strategies":
         fits = isinstance(thing, type) and issubclass(thing, Config)
         wanted = "a frozen dataclass derived from sparsiattn.Strategy or sparsiattn.TokenStrategy"

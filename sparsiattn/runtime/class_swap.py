@@ -32,7 +32,7 @@ def _empty(mixin: type[Swapped], host: type) -> Any:
 
 
 @cache
-def swapped_class(mixin: type[Swapped], host: Any) -> Any:
+def swapped_class(mixin: Any, host: Any) -> Any:
     """A subclass of the host's class, of the same name, with the mixin's members."""
     members = {**mixin.members(host), "__module__": host.__module__, HOST: host}
     return type(host.__name__, (mixin, host), members)
@@ -40,8 +40,9 @@ def swapped_class(mixin: type[Swapped], host: Any) -> Any:
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
     """Give a module the swapped class, if it does not have it yet."""
-    if mixin not in type(module).__bases__:
-        setattr(module, "__class__", swapped_class(mixin, type(module)))  # noqa: B010
+    kind: Any = type(module)
+    if mixin not in kind.__bases__:
+        module.__class__ = swapped_class(mixin, kind)
 
 
 def swap_class_back(module: nn.Module, mixin: type[Swapped]) -> None:

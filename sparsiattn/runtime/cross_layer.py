@@ -1,4 +1,4 @@
-"""How the tensors that planners store reach later sites, and blocks that a checkpoint runs again."""
+"""How tensors that planners store reach later sites, and blocks that a checkpoint runs again."""
 
 from __future__ import annotations
 

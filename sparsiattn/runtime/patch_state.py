@@ -20,6 +20,7 @@ from sparsiattn.runtime.patch_owner import PatchOwner, new_key
 from sparsiattn.runtime.site_hooks import OpenScope
 from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
 from sparsiattn.runtime.thread_state import MODEL_CALL
+from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 
 PATCH_ATTRIBUTE = "_sparsiattn_patch"
@@ -123,6 +124,11 @@ class PatchState(PatchOwner):
         return [runtime.site for runtime in self.runtimes]
 
     @property
+    def has_learned_planners(self) -> bool:
+        """Whether `calibrate` has planners to fit here."""
+        return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)
+
+    @property
     def shortens(self) -> bool:
         """Whether sequences get shorter on their way through the model."""
         return bool(self.blocks) and self.blocks[0].placement != "bypass"
@@ -135,6 +141,12 @@ class PatchState(PatchOwner):
             runtime.site, runtime.layout = by_name[runtime.site.name]
         for block in self.blocks:
             block.site = by_name[block.site.name][0]
+
+    def ensure_active(self, action: str) -> None:
+        """Raise `ModelChanged` if the patch was undone or its model changed."""
+        if not self.active:
+            raise ModelChanged(f"{action}() needs a live patch, but this one was undone")
+        self.check_sites()
 
     def check_sites(self) -> None:
         """Raise `ModelChanged` if a patched module, or one that holds it, is gone or another."""

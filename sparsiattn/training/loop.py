@@ -116,7 +116,7 @@ def chosen(recipe: Source | None, live: Patch | None) -> Recipe:
     """The recipe asked for, or one that fits the patch."""
     if recipe is not None:
         return Recipe.load(recipe)
-    if live is None or live.learns:
+    if live is None or live.has_learned_planners:
         found = Recipe.load("sparsifiner_deit_small")
     elif has_planners(live.model):
         found = Recipe.load("dynamicvit_deit_small")

@@ -81,10 +81,12 @@ def _nothing(live: Patch, stage: Stage) -> str:
 
 
 def _check_losses(live: Patch, stage: Stage) -> None:
-    if "reconstruction" in stage.losses and (stage.trainable == "backbone" or not live.learns):
+    if "reconstruction" in stage.losses and (
+        stage.trainable == "backbone" or not live.has_learned_planners
+    ):
         why = (
             f"{live.strategy.name!r} has none"
-            if not live.learns
+            if not live.has_learned_planners
             else "trainable is 'backbone', which leaves them alone"
         )
         raise InvalidOption(

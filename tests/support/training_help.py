@@ -43,7 +43,7 @@ def patched(strategy: str = "connectivity", host: Any = None, **options: Any) ->
     model = tiny_vit(**(host or {}))
     live = sparsiattn.patch(model, strategy, **options or {"k": 0.2})
     generator = torch.Generator().manual_seed(4)
-    for runtime in live.runtimes if live.learns else ():
+    for runtime in live.runtimes if live.has_learned_planners else ():
         up: Any = runtime.planner.up  # type: ignore[attr-defined]
         up.data.copy_(torch.rand(up.shape, generator=generator))
     return model

@@ -17,6 +17,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidType
 from sparsiattn.kernels.base import choose
 from sparsiattn.patching.handle import Patch
+from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 from sparsiattn.strategies.base import Planner
@@ -38,7 +39,8 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
     ...     sorted(measure_sites(patch, tiny_images(), rounds=1))
     ['blocks.0.attn', 'blocks.1.attn']
     """
-    patch._require_active("measure_sites")
+    patch.ensure_active("measure_sites")
+    refresh(patch)
     by_name = {runtime.site.name: runtime for runtime in patch.runtimes}
     spent: dict[str, tuple[float, float]] = {}
 

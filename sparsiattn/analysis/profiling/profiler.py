@@ -76,7 +76,8 @@ def _live(model: nn.Module) -> list[Patch]:
     """Patches of the model and of its parts, each once."""
     found = list({id(one): one for _, one in live_patches(model)}.values())
     for patch in found:
-        patch._require_active("profile")
+        patch.ensure_active("profile")
+        refresh(patch)
         if patch.key in MODEL_CALL.disabled or MODEL_CALL.observer is not None:
             raise InvalidOption(
                 "profile() inside disabled() or observing() would count dense attention twice; "
