@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.analysis.schedule_search.pareto import Model
-from sparsiattn.analysis.schedule_search.search import Trials
+from sparsiattn.analysis.schedule_search.evaluation import TrialRunner
+from sparsiattn.analysis.schedule_search.pareto import CostModel
 from sparsiattn.analysis.schedule_search.space import Space, space_of
 from sparsiattn.strategies.hybrid import Hybrid
 from tests.support import zoo
@@ -94,10 +94,10 @@ def test_agreement_is_kept_with_few_macs() -> None:
 def test_latency_is_kept_with_little_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that says what MACs say, so that a test can know the answer."""
 
-    def latency(self: Trials, space: Space, choice: Any, rounds: int) -> float:
+    def latency(self: TrialRunner, space: Space, choice: Any, rounds: int) -> float:
         return self.run(space, choice).macs / space.macs
 
-    monkeypatch.setattr(Trials, "latency", latency)
+    monkeypatch.setattr(TrialRunner, "latency", latency)
     model, x = host(), images()
     result = sparsiattn.search(model, x, {"latency": 0.7}, strategy="token_drop", **QUICK)
     assert result.found.latency is not None
@@ -142,7 +142,7 @@ def test_a_patched_models_planners_are_searched_with() -> None:
     with sparsiattn.patch(model, k=0.3) as live:
         runs = []
         for _ in range(2):
-            runner = Trials(model, live.strategy, [x], None, faster=False)
+            runner = TrialRunner(model, live.strategy, [x], None, only_if_faster=False)
             with runner.patched(None) as probe:
                 space = space_of(probe, KEYS, TOKENS)
             runs.append(runner.run(space, (0.1,) * len(space.genes)))
@@ -181,7 +181,7 @@ def test_sums_of_macs_are_near_the_truth() -> None:
     """The estimate that orders schedules, against the report of the patch itself."""
     model = host()
     base = Hybrid(keep=0.5, layers=(0,))
-    runner = Trials(model, base, [images(2)], None, faster=False)
+    runner = TrialRunner(model, base, [images(2)], None, only_if_faster=False)
     with runner.patched(None, base) as live:
         space = space_of(live, (1.0, 0.1), (1.0, 0.7, 0.5))
     saved = {}
@@ -189,7 +189,7 @@ def test_sums_of_macs_are_near_the_truth() -> None:
         for share in gene.shares[1:]:
             alone = (*space.dense[:i], share, *space.dense[i + 1 :])
             saved[i, share] = float(space.macs - runner.run(space, alone).macs)
-    estimates = Model(space, {}, saved)
+    estimates = CostModel(space, {}, saved)
     assert estimates.macs(space.dense) == pytest.approx(space.macs, rel=1e-6)
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):

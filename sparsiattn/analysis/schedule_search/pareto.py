@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 
 from sparsiattn.analysis.schedule_search.space import Choice, Space
 
 
-class Model:
-    """Sums of measured single changes. harm: divergence of each gene's share by itself; saved: the
-    MACs that it saves by itself."""
+@dataclass
+class CostModel:
+    """Estimates of any choice: sums of measured single changes.
 
-    def __init__(
-        self, space: Space, harm: dict[tuple[int, float], float],
-        saved: dict[tuple[int, float], float],
-    ) -> None:  # fmt: skip
-        self.space, self.harm, self.saved = space, harm, saved
+    Attributes:
+        space: What there is to choose.
+        harm: Divergence of each gene's share by itself, by number of the gene and share.
+        saved: MACs that it saves by itself.
+    """
+
+    space: Space
+    harm: dict[tuple[int, float], float] = field(default_factory=dict)
+    saved: dict[tuple[int, float], float] = field(default_factory=dict)
 
     def macs(self, choice: Choice) -> float:
-        """What tokens that are gone cannot save again is left out: savings further on shrink with
-        the tokens that are left, those of keys with their square."""
+        """Estimated MACs per image.
+
+        Tokens that are gone cannot save again: savings further on shrink with the share of tokens
+        left, those of keys with its square.
+        """
         total, left = float(self.space.macs), 1.0
         for i, (gene, share) in enumerate(zip(self.space.genes, choice, strict=True)):
             saved = self.saved.get((i, share), 0.0)
@@ -28,40 +36,53 @@ class Model:
         return total
 
     def divergence(self, choice: Choice) -> float:
+        """Estimated divergence from the dense model."""
         return sum(self.harm.get((i, share), 0.0) for i, share in enumerate(choice))
 
     def at_price(self, price: float, start: Choice) -> Choice:
-        """The choice that no change of a single gene betters, where a MAC costs ``price``."""
-        best, changed = start, True
-        worth = self.divergence(best) + price * self.macs(best)
-        while changed:
-            changed = False
+        """The choice that no change of a single gene improves, where a MAC costs ``price``."""
+        best, best_cost = start, self.divergence(start) + price * self.macs(start)
+        improved = True
+        while improved:
+            improved = False
             for i, gene in enumerate(self.space.genes):
                 for share in gene.shares:
-                    other = (*best[:i], share, *best[i + 1 :])
-                    found = self.divergence(other) + price * self.macs(other)
-                    if found < worth - 1e-12:
-                        best, worth, changed = other, found, True
+                    choice = (*best[:i], share, *best[i + 1 :])
+                    cost = self.divergence(choice) + price * self.macs(choice)
+                    if cost < best_cost - 1e-12:
+                        best, best_cost, improved = choice, cost, True
         return best
 
     def front(self, points: int = 48) -> list[Choice]:
-        """Choices from dense to cheap, each the best for some price of a MAC: what a Lagrangian
-        relaxation of the knapsack can reach. They ascend in price, so MACs descend."""
-        prices = [10 ** (-16 + 13 * i / (points - 1)) for i in range(points)]
-        found = [self.space.dense]
-        for price in prices:
-            found.append(self.at_price(price, found[-1]))
-        return list(dict.fromkeys(found))
+        """Choices from dense to cheap, each the best for some price of a MAC.
+
+        What a Lagrangian relaxation of the knapsack can reach; prices ascend, so MACs descend.
+        """
+        choices = [self.space.dense]
+        for i in range(points):
+            choices.append(self.at_price(10 ** (-16 + 13 * i / (points - 1)), choices[-1]))
+        return list(dict.fromkeys(choices))
 
 
-def mutated(model: Model, parent: Choice, budget: float, generator: random.Random) -> Choice | None:
-    """A neighbour of at most ``budget`` MACs, as far as sums can tell, None if luck was bad: one to
-    three genes a step up or down."""
-    genes, child = model.space.genes, list(parent)
+def mutated(
+    costs: CostModel, parent: Choice, budget: float, generator: random.Random
+) -> Choice | None:
+    """A neighbour of a choice: one to three genes a step up or down.
+
+    Args:
+        costs: Estimates the neighbour's MACs.
+        parent: The choice to change.
+        budget: MACs per image that the neighbour may have at most.
+        generator: Draws the genes and steps.
+
+    Returns:
+        None if it drew the parent again, or a neighbour above the budget.
+    """
+    genes, child = costs.space.genes, list(parent)
     for _ in range(generator.choice((1, 2, 2, 3))):
         i = generator.randrange(len(genes))
         shares = genes[i].shares
         step = shares.index(child[i]) + generator.choice((-1, 1))
         child[i] = shares[min(max(step, 0), len(shares) - 1)]
-    found = tuple(child)
-    return found if found != parent and model.macs(found) <= budget else None
+    choice = tuple(child)
+    return choice if choice != parent and costs.macs(choice) <= budget else None

@@ -1,58 +1,59 @@
-"""Pictures of a `AttentionView`, drawn with matplotlib (the ``viz`` extra)."""
+"""Pictures of an `AttentionRecord`, drawn with matplotlib (the ``viz`` extra)."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sparsiattn.analysis.visualization import paint
 from sparsiattn.analysis.visualization.paint import Array
-from sparsiattn.errors import InvalidOption
+from sparsiattn.analysis.visualization.result import (
+    AttentionRecord,
+    Point,
+    SiteAttention,
+)
+from sparsiattn.errors import InvalidOption, unknown
 
 T = TypeVar("T")
-
-if TYPE_CHECKING:
-    from sparsiattn.analysis.visualization.result import (
-        AttentionView,
-        BlockTokens,
-        Point,
-        SiteShown,
-    )
+Cell = tuple[str, SiteAttention, Sequence[Array]]
+"""A title, and exact and pattern's attention of one query of a site."""
 
 QUERY = "#22b8ff"
 SMALL, LARGE = 8.5, 11
 MOST = 24  # layers or heads in one picture; of more, some are taken at equal steps
 
+_SCALE = (
+    "Brightness: square root of attention, each pair to its own maximum. Blue square: the query."
+)
 
-def figure(shown: AttentionView, view: str, site: str | int | None = None) -> Any:
-    """One of `VIEWS` as a matplotlib figure."""
-    draw = {
-        "overview": _overview, "layers": _layers, "heads": _heads, "tokens": _tokens,
-        "density": _density,
-    }  # fmt: skip
-    if view == "overview" and shown.tokens and all(one.dense for one in shown.sites):
+
+def draw(record: AttentionRecord, view: str, site: str | int | None = None) -> Any:
+    """One of `VIEWS` as a matplotlib figure.
+
+    Args:
+        record: What `show` recorded.
+        view: Name of the view.
+        site: Name or number of a site; by default the middle one of those with a picture.
+
+    Raises:
+        UnknownName: No such view or site.
+        InvalidOption: There is nothing to draw in this view, or no matplotlib.
+    """
+    if view not in VIEWS:
+        raise unknown("view", view, VIEWS)
+    if view == "overview" and record.tokens and all(site.dense for site in record.sites):
         view = "tokens"  # there is no pattern to compare with
-    return draw[view](shown, _site(shown, site))
+    if site is not None:
+        return VIEWS[view](record, record[site])
+    sites = [site for site in record.sites if site.grid is not None] or list(record.sites)
+    return VIEWS[view](record, sites[len(sites) // 2])
 
 
-def write(drawn: Any, path: Path) -> None:
-    drawn.savefig(path, dpi=120, facecolor="white")
-
-
-def _site(shown: AttentionView, which: str | int | None) -> SiteShown:
-    """The site asked for, or the middle one of those with a picture."""
-    if which is not None:
-        return shown[which]
-    placed = [site for site in shown.sites if site.grid is not None] or list(shown.sites)
-    return placed[len(placed) // 2]
-
-
-def _blank(width: float, height: float, title: str, note: str) -> Any:
+def _titled(width: float, height: float, title: str, note: str) -> Any:
     """An empty figure with its title and a line below that says how to read it."""
     try:
         from matplotlib.figure import Figure
@@ -62,162 +63,150 @@ def _blank(width: float, height: float, title: str, note: str) -> Any:
             "an .html page, which needs nothing)"
         ) from error
     lines = textwrap.wrap(note, int(15 * width))
-    drawn = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    # constrained layout keeps room for the title only, so the note's lines are counted as its own
     space = "\n" * len(lines)
-    drawn.suptitle(f"{title}{space}", fontsize=LARGE + 1, x=0.01, ha="left", weight="bold")
+    figure.suptitle(f"{title}{space}", fontsize=LARGE + 1, x=0.01, ha="left", weight="bold")
     text = "\n".join(lines)
-    drawn.text(0.01, 1 - 0.36 / height, text, fontsize=SMALL, color="#555555", va="top")
-    return drawn
+    figure.text(0.01, 1 - 0.36 / height, text, fontsize=SMALL, color="#555555", va="top")
+    return figure
 
 
-def _overview(shown: AttentionView, site: SiteShown) -> Any:
-    points = _alive(shown, site)
+def _overview(record: AttentionRecord, site: SiteAttention) -> Any:
+    points = _points_left(record, site)
     note = (
         f"{site.name}, mean of {len(site.heads)} heads. Bright: much attention (square-root scale, "
         "one for each row). Blue square: the query."
     )
     titles = ["photo", "exact attention", "what the pattern leaves", "keys kept"]
     titles = titles[: 2 if site.dense else 4]
-    kept = any(not one.dense for one in shown.sites)
-    width = 2.25 * len(titles) + (2.6 if kept else 0.0)
-    drawn = _blank(width, 0.9 + 2.45 * len(points), shown.title, note)
-    left, right = drawn.subfigures(1, 2, width_ratios=(width - 2.6, 2.6)) if kept else (drawn, None)
+    with_matrix = any(not site.dense for site in record.sites)
+    width = 2.25 * len(titles) + (2.6 if with_matrix else 0.0)
+    figure = left = _titled(width, 0.9 + 2.45 * len(points), record.title, note)
+    if with_matrix:
+        left, right = figure.subfigures(1, 2, width_ratios=(width - 2.6, 2.6))
+        _matrix(right.subplots(), record, "mass", "exact attention kept, %")
     axes = left.subplots(len(points), len(titles), squeeze=False)
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=LARGE)
-    for line, point in zip(axes, points, strict=True):
-        _compare(line, shown, site, point)
-    if right is not None:
-        _matrix(right.subplots(), shown, "mass", "exact attention kept, %")
-    return drawn
+    for row, point in zip(axes, points, strict=True):
+        _compare(row, record, site, point)
+    return figure
 
 
-def _compare(line: Sequence[Any], shown: AttentionView, site: SiteShown, point: Point) -> None:
+def _compare(
+    axes: Sequence[Any], record: AttentionRecord, site: SiteAttention, point: Point
+) -> None:
     """One query: the photo, exact attention, the pattern's, and the kept keys."""
-    grid = site.grid
-    assert grid is not None
-    row, column = point.on(grid)
-    exact = site.attention(row, column).mean(0).numpy()
-    pattern = site.attention(row, column, "pattern").mean(0).numpy()
-    share = site.keys_kept(row, column).float().mean(0).numpy()
+    patch = point.on(site.grid or (1, 1))
+    exact, pattern = (values.mean(0) for values in _attention(site, point))
+    share = site.keys_kept(*patch).float().mean(0).numpy()
     top = max(float(exact.max()), float(pattern.max()))
-    pixels = shown.pixels.numpy()
-    pictures = (
-        paint.enlarged(pixels), paint.heat(pixels, exact, top), paint.heat(pixels, pattern, top),
+    pixels = record.pixels.numpy()
+    pictures = [
+        paint.enlarged(pixels),
+        paint.heat(pixels, exact, top),
+        paint.heat(pixels, pattern, top),
         paint.spotlight(pixels, share),
-    )  # fmt: skip
-    for axis, picture in zip(line, pictures, strict=False):
-        _place(axis, picture)
-        _mark(axis, picture, grid, (row, column))
-    line[-1].set_xlabel(_figures(site, site.query(row, column)), fontsize=SMALL)
+    ]
+    for axis, picture in zip(axes, pictures, strict=False):
+        _show_query(axis, picture, site, point)
+    axes[-1].set_xlabel(_caption(site, site.query(*patch)), fontsize=SMALL)
 
 
-def _figures(site: SiteShown, query: int | None) -> str:
+def _attention(site: SiteAttention, point: Point) -> list[Array]:
+    """``[H, rows, columns]``: exact attention of the query at a point, and the pattern's."""
+    row, column = point.on(site.grid or (1, 1))
+    return [site.attention(row, column, of).numpy() for of in ("exact", "pattern")]
+
+
+def _caption(site: SiteAttention, query: int | None) -> str:
     """What the pattern keeps for one query, in words."""
     if query is None:
         return "dropped before"
     if site.dense:
         return f"all of {site.keys} keys"
-    kept = float((site.exact[:, query] * site.kept[:, query]).sum(-1).mean())
+    mass = float((site.exact[:, query] * site.kept[:, query]).sum(-1).mean())
     keys = float(site.kept[:, query].float().sum(-1).mean())
-    return f"{keys:.0f} of {site.keys} keys, {100 * kept:.0f} % of the attention"
+    return f"{keys:.0f} of {site.keys} keys, {100 * mass:.0f} % of the attention"
 
 
-def _alive(shown: AttentionView, site: SiteShown) -> list[Point]:
+def _points_left(record: AttentionRecord, site: SiteAttention) -> Sequence[Point]:
     """The points whose patch still has a token at this site; the first where none has."""
     if site.grid is None:
         raise InvalidOption(f"{site.name} has no picture: {site.why}; try view='density'")
-    found = [point for point in shown.points if site.query(*point.on(site.grid)) is not None]
-    return found or list(shown.points[:1])
+    grid = site.grid
+    left = [point for point in record.points if site.query(*point.on(grid)) is not None]
+    return left or record.points[:1]
 
 
-def _layers(shown: AttentionView, site: SiteShown) -> Any:
-    sites = [one for one in shown.sites if one.grid is not None]
+def _layers(record: AttentionRecord, site: SiteAttention) -> Any:
+    sites = [site for site in record.sites if site.grid is not None]
     if not sites:
         raise InvalidOption(f"no site has a picture: {site.why}; try view='density'")
-    note = f"Mean of heads: above exact attention, below the pattern's. {_SCALE}"
     cells = []
-    for one in _some(sites, MOST):
-        row, column = shown.points[0].on(one.grid or (1, 1))
-        pair = [one.attention(row, column, of).mean(0).numpy() for of in ("exact", "pattern")]
-        cells.append((f"{one.name}\nkeeps {100 * float(one.mass.mean()):.0f} %", one, pair))
-    return _pairs(shown, cells, note)
+    for layer in _some(sites, MOST):
+        pair = [values.mean(0) for values in _attention(layer, record.points[0])]
+        title = f"{layer.name}\nkeeps {100 * float(layer.mass.mean()):.0f} %"
+        cells.append((title, layer, pair))
+    return _pairs(record, cells, "Mean of heads")
 
 
-def _heads(shown: AttentionView, site: SiteShown) -> Any:
-    point = _alive(shown, site)[0]
-    row, column = point.on(site.grid or (1, 1))
-    pairs = [site.attention(row, column, of).numpy() for of in ("exact", "pattern")]
+def _heads(record: AttentionRecord, site: SiteAttention) -> Any:
+    pair = _attention(site, _points_left(record, site)[0])
     cells = []
     for place, head in _some(list(enumerate(site.heads)), MOST):
-        name = f"head {head}\nkeeps {100 * float(site.mass[place]):.0f} %"
-        cells.append((name, site, [pairs[0][place], pairs[1][place]]))
-    return _pairs(
-        shown, cells, f"{site.name}: above exact attention, below the pattern's. {_SCALE}"
-    )
+        title = f"head {head}\nkeeps {100 * float(site.mass[place]):.0f} %"
+        cells.append((title, site, [values[place] for values in pair]))
+    return _pairs(record, cells, site.name)
 
 
-_SCALE = (
-    "Brightness: square root of attention, each pair to its own maximum. Blue square: the query."
-)
-
-
-def _pairs(shown: AttentionView, cells: list[tuple[str, SiteShown, list[Array]]], note: str) -> Any:
+def _pairs(record: AttentionRecord, cells: Sequence[Cell], what: str) -> Any:
     """Columns of two pictures: exact attention, and below it the pattern's."""
+    note = f"{what}: above exact attention, below the pattern's. {_SCALE}"
     columns = min(6, len(cells))
-    lines = math.ceil(len(cells) / columns)
-    drawn = _blank(max(5.5, 1.9 * columns), 0.8 + 4.3 * lines, shown.title, note)
-    axes = drawn.subplots(2 * lines, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    pixels = shown.pixels.numpy()
-    for number, (name, site, pair) in enumerate(cells):
+    rows = math.ceil(len(cells) / columns)
+    figure = _titled(max(5.5, 1.9 * columns), 0.8 + 4.3 * rows, record.title, note)
+    axes = _empty_axes(figure, 2 * rows, columns)
+    pixels = record.pixels.numpy()
+    for number, (title, site, pair) in enumerate(cells):
+        row, column = 2 * (number // columns), number % columns
         top = max(float(values.max()) for values in pair)
-        for below, values in enumerate(pair):
-            axis = axes[2 * (number // columns) + below, number % columns]
-            picture = paint.heat(pixels, values, top)
-            _place(axis, picture)
-            assert site.grid is not None
-            _mark(axis, picture, site.grid, shown.points[0].on(site.grid))
-        axes[2 * (number // columns), number % columns].set_title(name, fontsize=SMALL)
-    return drawn
+        for axis, values in zip(axes[row : row + 2, column], pair, strict=True):
+            _show_query(axis, paint.heat(pixels, values, top), site, record.points[0])
+        axes[row, column].set_title(title, fontsize=SMALL)
+    return figure
 
 
-def _tokens(shown: AttentionView, site: SiteShown) -> Any:
-    if not shown.tokens:
+def _tokens(record: AttentionRecord, site: SiteAttention) -> Any:
+    if not record.tokens:
         raise InvalidOption(
             "view='tokens' needs a token strategy (token_drop, token_merge, hybrid); this patch "
             "keeps every token"
         )
-    steps = _changes(shown.tokens)
-    columns = min(4, len(steps) + 1)
-    lines = math.ceil((len(steps) + 1) / columns)
+    counts = [None, *(block.count for block in record.tokens)]
+    changed = [block for i, block in enumerate(record.tokens) if block.count != counts[i]]
+    blocks = _some(changed, 7)
+    columns = min(4, len(blocks) + 1)
+    rows = math.ceil((len(blocks) + 1) / columns)
     note = (
         "Dark patches were dropped. Patches of one tint were merged into one token, and have the "
         "mean of their colours."
     )
-    drawn = _blank(max(7.5, 2.6 * columns), 0.8 + 2.75 * lines, shown.title, note)
-    axes = drawn.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.set_axis_off()
-    pixels = shown.pixels.numpy()
-    _place(axes[0], paint.enlarged(pixels))
-    axes[0].set_title(f"photo, {steps[0].place.numel()} patches", fontsize=SMALL + 1)
-    for axis, step in zip(axes[1:], steps, strict=False):
-        _place(axis, paint.tokens(pixels, step.place.numpy(), step.fused))
-        what = "take the MLP" if step.mlp_only else "tokens left"
-        axis.set_title(f"after {step.name}: {step.count} {what}", fontsize=SMALL + 1)
-    return drawn
-
-
-def _changes(tokens: Sequence[BlockTokens], most: int = 7) -> list[BlockTokens]:
-    """The blocks after which there are fewer tokens than before, at most so many of them."""
-    found = [one for i, one in enumerate(tokens) if not i or one.count != tokens[i - 1].count]
-    return _some(found, most)
+    figure = _titled(max(7.5, 2.6 * columns), 0.8 + 2.75 * rows, record.title, note)
+    axes = _empty_axes(figure, rows, columns).flatten()
+    pixels = record.pixels.numpy()
+    _show(axes[0], paint.enlarged(pixels))
+    axes[0].set_title(f"photo, {blocks[0].place.numel()} patches", fontsize=SMALL + 1)
+    for axis, block in zip(axes[1:], blocks, strict=False):
+        _show(axis, paint.tokens(pixels, block.place.numpy(), block.fused))
+        what = "take the MLP" if block.mlp_only else "tokens left"
+        axis.set_title(f"after {block.name}: {block.count} {what}", fontsize=SMALL + 1)
+    return figure
 
 
 def _some(items: list[T], most: int) -> list[T]:
-    """At most so many of them, first and last included, at equal steps.
+    """At most ``most`` of them, first and last included, at equal steps.
 
     >>> _some([1, 2, 3, 4, 5], 3)
     [1, 3, 5]
@@ -227,40 +216,46 @@ def _some(items: list[T], most: int) -> list[T]:
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
-def _density(shown: AttentionView, site: SiteShown) -> Any:
+def _density(record: AttentionRecord, site: SiteAttention) -> Any:
     note = "By layer (down) and head (across), means over all patch queries."
-    drawn = _blank(9.0, max(3.2, 1.3 + 0.34 * len(shown.sites)), shown.title, note)
-    left, right = drawn.subplots(1, 2)
-    _matrix(left, shown, "density", "pairs kept, %")
-    _matrix(right, shown, "mass", "exact attention kept, %")
-    return drawn
+    figure = _titled(9.0, max(3.2, 1.3 + 0.34 * len(record.sites)), record.title, note)
+    left, right = figure.subplots(1, 2)
+    _matrix(left, record, "density", "pairs kept, %")
+    _matrix(right, record, "mass", "exact attention kept, %")
+    return figure
 
 
-def _matrix(axis: Any, shown: AttentionView, name: str, title: str) -> None:
+def _matrix(axis: Any, record: AttentionRecord, name: str, title: str) -> None:
     """Layers by heads; the figure in each cell where there is room for it."""
-    heads = max(len(site.heads) for site in shown.sites)
-    values = np.full((len(shown.sites), heads), np.nan)
-    for row, site in enumerate(shown.sites):
+    heads = max(len(site.heads) for site in record.sites)
+    values = np.full((len(record.sites), heads), np.nan)
+    for row, site in enumerate(record.sites):
         values[row, : len(site.heads)] = 100 * getattr(site, name).numpy()
     axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     axis.set_title(title, fontsize=LARGE - 1, loc="right")
-    axis.set_yticks(
-        range(len(shown.sites)), [site.name for site in shown.sites], fontsize=SMALL - 1
-    )
+    names = [site.name for site in record.sites]
+    axis.set_yticks(range(len(names)), names, fontsize=SMALL - 1)
     ticks = range(0, heads, -(-heads // 12))
     axis.set_xticks(ticks, [str(head) for head in ticks], fontsize=SMALL - 1)
     axis.set_xlabel("head", fontsize=SMALL)
     axis.tick_params(length=0)
     if heads > 16:
         return
+    style = {"ha": "center", "va": "center", "fontsize": SMALL - 2}
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             colour = "black" if value > 60 else "white"
-            text = f"{value:.0f}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=SMALL - 2, color=colour)
+            axis.text(column, row, f"{value:.0f}", color=colour, **style)
 
 
-def _place(axis: Any, picture: Array) -> None:
+def _empty_axes(figure: Any, rows: int, columns: int) -> Any:
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return axes
+
+
+def _show(axis: Any, picture: Array) -> None:
     axis.imshow(picture, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
@@ -268,13 +263,23 @@ def _place(axis: Any, picture: Array) -> None:
         edge.set_visible(False)
 
 
-def _mark(axis: Any, picture: Array, grid: tuple[int, int], query: tuple[int, int]) -> None:
-    """A square around the query's patch, seen on bright and on dark pictures."""
+def _show_query(axis: Any, picture: Array, site: SiteAttention, point: Point) -> None:
+    """A picture with a square around the query's patch, seen on bright and on dark pictures."""
     from matplotlib.patches import Rectangle
 
+    _show(axis, picture)
+    grid = site.grid or (1, 1)
+    row, column = point.on(grid)
     height, width = picture.shape[0] / grid[0], picture.shape[1] / grid[1]
+    corner = (column * width - 0.5, row * height - 0.5)
     for colour, line in (("black", 3.2), (QUERY, 1.8)):
-        corner = (query[1] * width - 0.5, query[0] * height - 0.5)
-        axis.add_patch(
-            Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=line)
-        )
+        axis.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=line))
+
+
+VIEWS: dict[str, Callable[[AttentionRecord, SiteAttention], Any]] = {
+    "overview": _overview,
+    "layers": _layers,
+    "heads": _heads,
+    "tokens": _tokens,
+    "density": _density,
+}

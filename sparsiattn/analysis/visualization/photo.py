@@ -17,11 +17,19 @@ from sparsiattn.training.sources import mode_of
 
 
 def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Tensor]:
-    """``([1, C, H, W]`` for the model, ``[H, W, 3]`` uint8 to look at)``.
+    """The image for the model, and for people: resized and cropped alike.
 
-    image: a path, a PIL image, a uint8 array or tensor, or a finished (normalised) float tensor
-    ``[C, H, W]`` or ``[1, C, H, W]``. What is looked at is what the model sees: resized and
-    cropped.
+    Args:
+        patch: Of the model that takes the image.
+        image: A path, a PIL image, a uint8 array or tensor, or a finished (normalised) float tensor
+            ``[C, H, W]`` or ``[1, C, H, W]``.
+        image_size: Pixels, where the patch does not know the size of its input.
+
+    Returns:
+        ``[1, C, H, W]`` at the model's device and dtype, and ``[H, W, 3]`` uint8.
+
+    Raises:
+        DataError: The image cannot be read, is a batch, or does not fit the model.
     """
     shape = patch.input_shape
     if image_size is None and len(shape) == 4:
@@ -29,21 +37,22 @@ def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Ten
     config = data_config(patch.model, image_size)
     channels = shape[1] if len(shape) == 4 else config["input_size"][0]
     finish = Finish(transform(config, False, {}), channels, None, 0, False, labels=False)
-    given = _read(image, channels)
-    if isinstance(given, Tensor) and given.dim() == 4:
-        if len(given) != 1:
-            raise DataError(f"show() takes one image, got a batch of {len(given)}: pass images[i]")
-        given = given[0]
-    tensor, _, _ = finish(given, "image", ())
+    image = _read(image, channels)
+    if isinstance(image, Tensor) and image.dim() == 4:
+        if len(image) != 1:
+            raise DataError(f"show() takes one image, got a batch of {len(image)}: pass images[i]")
+        image = image[0]
+    tensor, _, _ = finish(image, "image", ())
     if tensor.dim() != 3 or tensor.shape[0] != channels:
         raise DataError(
             f"the model takes images [{channels}, H, W], got a tensor {list(tensor.shape)}"
         )
-    like = next(patch.model.parameters(), torch.empty(0))
-    return tensor[None].to(like.device, like.dtype), pixels(tensor, config)
+    weight = next(patch.model.parameters(), torch.empty(0))
+    return tensor[None].to(weight.device, weight.dtype), pixels(tensor, config)
 
 
 def _read(image: Any, channels: int) -> Any:
+    """The image of a path; anything else as it is."""
     if not isinstance(image, (str, PathLike)):
         return image
     from PIL import Image
@@ -59,8 +68,21 @@ def _read(image: Any, channels: int) -> Any:
 
 
 def pixels(image: Tensor, config: Any) -> Tensor:
-    """A normalised ``[C, H, W]`` as ``[H, W, 3]`` uint8. One that was normalised in another way, so
-    that it leaves the range of colours, is stretched over it."""
+    """A normalised image as people see it.
+
+    One that was normalised in another way, so that it leaves the range of colours, is stretched
+    over that range.
+
+    Args:
+        image: ``[C, H, W]``, normalised.
+        config: The model's data config, with ``mean`` and ``std``.
+
+    Returns:
+        ``[H, W, 3]`` uint8.
+
+    Raises:
+        DataError: The image holds NaN or infinity.
+    """
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     x = image.detach().float().cpu()
     colours = x * std + mean

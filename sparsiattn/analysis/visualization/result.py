@@ -1,13 +1,10 @@
-"""What `show` returns: tensors by site, and the pictures made of them."""
+"""What `show` recorded: tensors by site, tokens by block. `view` draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
-from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +13,9 @@ from torch import Tensor
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.errors import InvalidOption, unknown
 
-VIEWS = ("overview", "layers", "heads", "tokens", "density")
+# what a site's dictionary takes over as it is, and what it lists for every query
+_FACTS = ("name", "index", "heads", "grid", "tokens", "keys", "windows", "dense", "fused")
+_ROWS = ("queries", "exact", "kept", "pattern", "background", "place")
 
 
 class Point(NamedTuple):
@@ -35,19 +34,33 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SiteShown:
-    """Attention of one site. Tokens are numbered window after window (``tokens`` in each), prefix
-    tokens first.
+class SiteAttention:
+    """Attention of one site.
 
-    heads: indices of the heads shown, H of them. queries: ``[Q]``, numbers of the query tokens
-    below. exact: ``[H, Q, Nk]``, dense softmax over the keys of the query's window. kept: the same
-    shape, bool, the pairs that the pattern computes. pattern: its softmax over them. background:
-    ``[H, Q]``, the share of that softmax on pooled keys. place, key_place: ``[rows, columns]``, the
-    token that holds each patch as query and as key, -1 where it is gone; None where that is not
-    known, and ``why`` says so. mass: ``[H]``, share of exact attention on kept keys; density:
-    ``[H]``, share of pairs kept: both means over all patch queries. block: index of its block where
-    tokens are dropped or merged. dense: the host's own attention runs here. fused: tokens that hold
-    the sum of dropped ones, at no place.
+    Tokens are numbered window after window, prefix tokens first in each.
+
+    Attributes:
+        name: Name of the site's module.
+        index: Number of the site in its model.
+        heads: Indices of the H heads shown.
+        tokens: Query tokens in one window.
+        keys: Keys in one window, Nk.
+        windows: Windows that the image was cut into.
+        prefix: Prefix tokens in each window.
+        block: Index of its block where tokens are dropped or merged.
+        place: ``[rows, columns]``, the token that holds each patch as a query, -1 where it is
+            gone; None where that is not known.
+        key_place: The same for keys.
+        why: Why ``place`` is not known.
+        queries: ``[Q]``, numbers of the query tokens below.
+        exact: ``[H, Q, Nk]``, dense softmax over the keys of the query's window.
+        kept: ``[H, Q, Nk]`` bool, the pairs that the pattern computes.
+        pattern: ``[H, Q, Nk]``, softmax over the kept pairs.
+        background: ``[H, Q]``, share of that softmax on pooled keys.
+        mass: ``[H]``, share of exact attention on kept keys, mean over all patch queries.
+        density: ``[H]``, share of pairs kept, mean over all patch queries.
+        dense: Whether the host's own attention runs here.
+        fused: Tokens that hold the sum of dropped ones, at no place.
     """
 
     name: str
@@ -77,12 +90,21 @@ class SiteShown:
         return None if self.place is None else (self.place.shape[0], self.place.shape[1])
 
     def query(self, row: int, column: int) -> int | None:
-        """Which of the Q queries holds a patch, the nearest where not all are there; None where the
-        patch was dropped before."""
+        """Which of the Q queries holds a patch, or the nearest one.
+
+        Returns:
+            An index into ``queries``; None where the patch was dropped before.
+
+        Raises:
+            InvalidOption: The places of the tokens are not known.
+        """
         if self.place is None:
-            raise InvalidOption(f"{self.name} has no picture: {self.why}")
-        found = int(self.lookup[row, column])
-        return None if found < 0 else found
+            raise self._no_picture()
+        query = int(self.lookup[row, column])
+        return None if query < 0 else query
+
+    def _no_picture(self) -> InvalidOption:
+        return InvalidOption(f"{self.name} has no picture: {self.why}")
 
     @cached_property
     def lookup(self) -> Tensor:
@@ -90,32 +112,55 @@ class SiteShown:
         -1 where the patch is gone. Empty where there is no grid."""
         if self.place is None:
             return torch.empty(0, 0, dtype=torch.long)
-        where = torch.full((self.tokens * self.windows + 1,), -1)
-        where[self.queries] = torch.arange(len(self.queries))
-        own = where[self.place]  # place -1 reads the spare last entry
-        known, wanted = (own >= 0).nonzero(), ((own < 0) & (self.place >= 0)).nonzero()
-        if len(known) and len(wanted):
+        query_of_token = torch.full((self.tokens * self.windows + 1,), -1)
+        query_of_token[self.queries] = torch.arange(len(self.queries))
+        lookup = query_of_token[self.place]  # place -1 reads the spare last entry
+        known, unknown = (lookup >= 0).nonzero(), ((lookup < 0) & (self.place >= 0)).nonzero()
+        if len(known) and len(unknown):
             # a quarter of a patch more, so that of an even number of patches each takes its own
-            nearest = torch.cdist(wanted + 0.25, known.float()).argmin(1)
-            own[tuple(wanted.T)] = own[tuple(known[nearest].T)]
-        return own
+            nearest = torch.cdist(unknown + 0.25, known.float()).argmin(1)
+            lookup[tuple(unknown.T)] = lookup[tuple(known[nearest].T)]
+        return lookup
 
     def by_patch(self, values: Tensor, query: int) -> Tensor:
-        """``[..., Nk]`` of one query as ``[..., rows, columns]`` of key patches. A merged token's
-        value is shared among its patches; what lies in other windows, or is gone, is zero."""
+        """Values of keys, laid out over the image.
+
+        A merged token's value is shared among its patches. What lies in other windows, or is gone,
+        is zero.
+
+        Args:
+            values: ``[..., Nk]`` of one query.
+            query: That query, as an index into ``queries``.
+
+        Returns:
+            ``[..., rows, columns]`` of key patches.
+
+        Raises:
+            InvalidOption: The places of the tokens are not known.
+        """
         place = self.key_place
         if place is None:
-            raise InvalidOption(f"{self.name} has no picture: {self.why}")
+            raise self._no_picture()
         window = int(self.queries[query]) // self.tokens
         inside = (place >= 0) & (place // self.keys == window)
-        values = values.float()
-        size = torch.bincount(place[inside] % self.keys, minlength=self.keys).clamp_min(1)
-        found: Tensor = (values / size)[..., (place % self.keys).clamp_min(0)] * inside
-        return found
+        patches = torch.bincount(place[inside] % self.keys, minlength=self.keys).clamp_min(1)
+        shares: Tensor = values.float() / patches
+        return shares[..., (place % self.keys).clamp_min(0)] * inside
 
     def attention(self, row: int, column: int, of: str = "exact") -> Tensor:
-        """``[H, rows, columns]``: attention of a patch's query to every patch; ``of``:
-        ``"exact"`` or ``"pattern"``. All zero where the patch was dropped before."""
+        """Attention of a patch's query to every patch; all zero where the patch was dropped before.
+
+        Args:
+            row: Row of the patch.
+            column: Column of the patch.
+            of: ``"exact"`` or ``"pattern"``.
+
+        Returns:
+            ``[H, rows, columns]``.
+
+        Raises:
+            InvalidOption: Another ``of``, or the places of the tokens are not known.
+        """
         if of not in ("exact", "pattern"):
             raise InvalidOption(f"of must be 'exact' or 'pattern', got {of!r}")
         query = self.query(row, column)
@@ -132,29 +177,28 @@ class SiteShown:
         return self.by_patch(self.kept[:, query], query) > 0
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
-        """Figures by head; with ``rows`` also the attention of every query, as nested lists."""
-        about = {
-            "name": self.name, "index": self.index, "heads": list(self.heads), "grid": self.grid,
-            "tokens": self.tokens, "keys": self.keys, "windows": self.windows,
-            "prefix_tokens": self.prefix, "queries": len(self.queries), "dense": self.dense,
-            "fused": list(self.fused),
-            "density": _listed(self.density), "mass": _listed(self.mass), "note": self.why,
-        }  # fmt: skip
+        """Plain values by head; with ``rows`` also the attention of every query, as lists."""
+        facts = {name: getattr(self, name) for name in _FACTS}
+        facts |= {"heads": list(self.heads), "fused": list(self.fused), "note": self.why}
+        facts |= {"prefix_tokens": self.prefix, "queries": len(self.queries)}
+        facts |= {"density": _listed(self.density), "mass": _listed(self.mass)}
         if rows:
-            about["rows"] = {
-                name: _listed(getattr(self, name))
-                for name in ("queries", "exact", "kept", "pattern", "background", "place")
-            }
-        return about
+            facts["rows"] = {name: _listed(getattr(self, name)) for name in _ROWS}
+        return facts
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTokens:
     """The patch tokens that a block leaves.
 
-    count: how many. place: ``[rows, columns]``, the token that each original patch is in, -1 where
-    it was dropped; patches of one token were merged. fused: tokens into which dropped ones were
-    fused. mlp_only: the grid stays, and these are the tokens that take the block's MLP.
+    Attributes:
+        name: Name of the block.
+        index: Number of the block.
+        count: Patch tokens left.
+        place: ``[rows, columns]``, the token that each original patch is in, -1 where it was
+            dropped; patches of one token were merged.
+        fused: Tokens into which dropped ones were fused.
+        mlp_only: The grid stays, and these are the tokens that take the block's MLP.
     """
 
     name: str
@@ -171,47 +215,51 @@ class BlockTokens:
         return int(((self.place < 0) | torch.isin(self.place, fused)).sum())
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "index": self.index, "tokens": self.count, "dropped": self.dropped,
-            "fused": list(self.fused), "mlp_only": self.mlp_only, "place": self.place.tolist(),
-        }  # fmt: skip
+        """Plain values for JSON."""
+        facts = {"name": self.name, "index": self.index, "tokens": self.count}
+        facts |= {"dropped": self.dropped, "fused": list(self.fused), "mlp_only": self.mlp_only}
+        return {**facts, "place": self.place.tolist()}
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionView:
+class AttentionRecord:
     """A patched model's attention in one image. Index it by a site's name or number.
 
-    model: its class. strategy: as the patch's config. pixels: ``[H, W, 3]`` uint8, what the model
-    saw. sites: every site shown. tokens: by block, where a token strategy is at work. points: where
-    pictures look. step: queries are there for every step-th patch of a row and a column.
+    Attributes:
+        model: Name of the model's class.
+        strategy: The patch's strategy, as `Config.to_dict` gives it.
+        pixels: ``[H, W, 3]`` uint8, what the model saw.
+        sites: Every site shown.
+        tokens: By block, where a token strategy is at work.
+        points: Where pictures look.
+        step: Queries are there for every step-th patch of a row and a column.
     """
 
     model: str
     strategy: dict[str, Any]
     pixels: Tensor
-    sites: tuple[SiteShown, ...]
+    sites: tuple[SiteAttention, ...]
     tokens: tuple[BlockTokens, ...]
     points: tuple[Point, ...]
     step: int = 1
 
-    def __getitem__(self, which: str | int) -> SiteShown:
-        if isinstance(which, int):
-            return self.sites[which]
-        for site in self.sites:
-            if site.name == which:
-                return site
-        raise unknown("site", which, [site.name for site in self.sites])
+    def __getitem__(self, key: str | int) -> SiteAttention:
+        if isinstance(key, int):
+            return self.sites[key]
+        by_name = {site.name: site for site in self.sites}
+        if key not in by_name:
+            raise unknown("site", key, by_name)
+        return by_name[key]
 
     @property
     def title(self) -> str:
         """Model and strategy in words: ``VisionTransformer, connectivity k=0.1``."""
         options = self.strategy.get("options", {})
-        said = [
-            f"{name}={options[name]}"
-            for name in ("k", "keep", "r", "ratio")
-            if options.get(name) is not None and len(str(options[name])) < 40
-        ]
-        return f"{self.model}, {' '.join([str(self.strategy['name']), *said])}"
+        words = [str(self.strategy["name"])]
+        for name in ("k", "keep", "r", "ratio"):
+            if options.get(name) is not None and len(str(options[name])) < 40:
+                words.append(f"{name}={options[name]}")
+        return f"{self.model}, {' '.join(words)}"
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
         """Plain values for JSON; with ``rows`` the attention of every query, which is much."""
@@ -225,65 +273,15 @@ class AttentionView:
             "tokens": [block.to_dict() for block in self.tokens],
         }
 
-    def figure(self, view: str = "overview", site: str | int | None = None) -> Any:
-        """A matplotlib figure (needs the ``viz`` extra).
-
-        view: ``"overview"`` compares exact attention with the pattern, ``"layers"`` and
-        ``"heads"`` show every layer, or every head of ``site``, ``"tokens"`` what is dropped and
-        merged, ``"density"`` the shares kept by layer and head. site: by name or number, by default
-        the middle one.
-        """
-        from sparsiattn.analysis.visualization.figures import figure
-
-        if view not in VIEWS:
-            raise unknown("view", view, VIEWS)
-        return figure(self, view, site)
-
-    def html(self) -> str:
-        """One page that needs nothing else: hover over a patch to see its keys."""
-        from sparsiattn.analysis.visualization.html_page import page
-
-        return page(self)
-
-    def save(
-        self, path: str | PathLike[str], view: str = "overview", site: str | int | None = None
-    ) -> Path:
-        """Write a picture (``.png``, ``.svg``, ``.pdf``; see `figure`) or the page (``.html``)."""
-        path = Path(path)
-        kind = path.suffix.lower()
-        if kind not in (".html", ".htm", ".png", ".svg", ".pdf"):
-            raise InvalidOption(
-                f"show() writes .html, .png, .svg and .pdf, got {path.name!r}: name the file so"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if kind in (".html", ".htm"):
-            path.write_text(self.html(), encoding="utf-8")
-        else:
-            from sparsiattn.analysis.visualization.figures import write
-
-            write(self.figure(view, site), path)
-        return path
-
-    def _repr_html_(self) -> str:
-        """The page in a notebook."""
-        return (
-            '<iframe style="width:100%;height:900px;border:0" sandbox="allow-scripts" '
-            f'srcdoc="{escape(self.html(), quote=True)}"></iframe>'
-        )
-
     def __str__(self) -> str:
         lines = [f"{self.title}, image {self.pixels.shape[0]} x {self.pixels.shape[1]}"]
         for site in self.sites:
-            share, density = float(site.mass.mean()), float(site.density.mean())
-            text = f"{site.name}: keeps {100 * density:.1f} % of the pairs, {100 * share:.1f} % of"
-            text += " exact attention"
-            text = f"{site.name}: dense" if site.dense else text
-            lines.append(text + (f" ({site.why})" if site.why else ""))
-        lines += [f"after {one.name}: {one.count} patch tokens" for one in self.tokens]
+            density, mass = 100 * float(site.density.mean()), 100 * float(site.mass.mean())
+            text = f"keeps {density:.1f} % of the pairs, {mass:.1f} % of exact attention"
+            reason = f" ({site.why})" if site.why else ""
+            lines.append(f"{site.name}: {'dense' if site.dense else text}{reason}")
+        lines += [f"after {block.name}: {block.count} patch tokens" for block in self.tokens]
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"<Shown: {self.title}, {len(self.sites)} sites>"
 
 
 def _listed(values: Tensor | None) -> Any:

@@ -1,0 +1,80 @@
+"""`AttentionView`: what `show` returns, and the pictures made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from sparsiattn.analysis.visualization import figures
+from sparsiattn.analysis.visualization.html_page import page
+from sparsiattn.analysis.visualization.result import AttentionRecord
+from sparsiattn.errors import InvalidOption
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionView(AttentionRecord):
+    """A patched model's attention in one image, and its pictures.
+
+    Index it by a site's name or number.
+    """
+
+    def figure(self, view: str = "overview", site: str | int | None = None) -> Any:
+        """A matplotlib figure (needs the ``viz`` extra).
+
+        Args:
+            view: ``"overview"`` compares exact attention with the pattern, ``"layers"`` and
+                ``"heads"`` show every layer, or every head of ``site``, ``"tokens"`` what is
+                dropped and merged, ``"density"`` the shares kept by layer and head.
+            site: Name or number of a site; by default the middle one.
+
+        Raises:
+            UnknownName: No such view or site.
+            InvalidOption: There is nothing to draw in this view, or no matplotlib.
+        """
+        return figures.draw(self, view, site)
+
+    def html(self) -> str:
+        """One page that needs nothing else: hover over a patch to see its keys."""
+        return page(self)
+
+    def save(
+        self, path: str | PathLike[str], view: str = "overview", site: str | int | None = None
+    ) -> Path:
+        """Write a picture or the page.
+
+        Args:
+            path: Its suffix says what is written: ``.png``, ``.svg``, ``.pdf`` or ``.html``.
+            view: As for `figure`; the page has all views.
+            site: As for `figure`.
+
+        Returns:
+            The path written.
+
+        Raises:
+            InvalidOption: Another suffix, or as for `figure`.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix not in (".html", ".htm", ".png", ".svg", ".pdf"):
+            raise InvalidOption(
+                f"show() writes .html, .png, .svg and .pdf, got {path.name!r}: name the file so"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix in (".html", ".htm"):
+            path.write_text(self.html(), encoding="utf-8")
+        else:
+            self.figure(view, site).savefig(path, dpi=120, facecolor="white")
+        return path
+
+    def _repr_html_(self) -> str:
+        """The page in a notebook."""
+        return (
+            '<iframe style="width:100%;height:900px;border:0" sandbox="allow-scripts" '
+            f'srcdoc="{escape(self.html(), quote=True)}"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        return f"<Shown: {self.title}, {len(self.sites)} sites>"
