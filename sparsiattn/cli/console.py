@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def table_of(rows: list[tuple[str, ...]]) -> Table:
+def table_of(rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first row is the heading; all but the first column are figures."""
     from rich.table import Table
 

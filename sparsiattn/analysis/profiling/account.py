@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sparsiattn.analysis.profiling.accounting import Accounting, paper_macs
 from sparsiattn.analysis.profiling.meter import (
@@ -84,7 +85,7 @@ class Account:
     def _total(self, shares: dict[str, Share]) -> Parts:
         total: Counter[str] = Counter()
         for share in shares.values():
-            total.update(share)  # type: ignore[arg-type]  # counts that are no ints add up as well
+            total.update(share)  # counts that are no ints add up as well
         return self._parts(total)  # type: ignore[arg-type]
 
     def _site(self, site: Site) -> SiteProfile:
@@ -117,6 +118,7 @@ class Account:
         self, accounting: Accounting, latency: Latency | None, memory: Memory | None
     ) -> Profile:
         """The account as users see it."""
+        totals: dict[str, Any] = {n: self._total(shares) for n, shares in self.shares.items()}
         profile = Profile(
             model=type(self.run.model).__name__,
             backbone=self.module_map.backbone,
@@ -124,7 +126,7 @@ class Account:
             input_shape=tuple(self.batch.shape),
             images=len(self.batch),
             accounting=accounting,
-            **{name: self._total(shares) for name, shares in self.shares.items()},
+            **totals,
             sites=tuple(self._site(site) for site in self.module_map.sites),
             latency=latency,
             memory=memory,

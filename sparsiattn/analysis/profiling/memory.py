@@ -26,4 +26,4 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         key=lambda event: event.start_ns(),
     )
     # each event takes bytes or, below zero, gives them back
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    return int(max(accumulate((event.nbytes() for event in events), initial=0)))

@@ -29,6 +29,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.site_selection import select
+from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
@@ -224,7 +225,8 @@ def _active_patch(model: nn.Module) -> Patch:
         )
     if not patch.runtimes:
         raise ModelChanged("show() found no patched site: unpatch() and patch the model again")
-    patch._ensure_active("show")
+    patch.ensure_active("show")
+    refresh(patch)
     return patch
 
 
