@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsiattn.analysis.benchmark.sites import arguments
 from sparsiattn.attention.patterns import Pattern
 from sparsiattn.attention.site import AttentionInputs
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import reload
+from sparsiattn.patching.model_call import arguments
 from sparsiattn.runtime.sdpa_intercept import THREAD
 
 if TYPE_CHECKING:

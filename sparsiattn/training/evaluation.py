@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.patching.model_call import eval_mode, logits_of
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.runtime.timing import wait
 
@@ -211,21 +212,6 @@ def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
     return logits_of(out, model), time.perf_counter() - start
 
 
-def logits_of(out: Any, model: nn.Module) -> Tensor:
-    """Logits ``[B, classes]`` in whatever a classifier returns."""
-    if isinstance(out, Mapping) and "logits" in out:
-        out = out["logits"]
-    out = getattr(out, "logits", out)
-    if isinstance(out, (tuple, list)) and out:
-        out = out[0]
-    if not isinstance(out, Tensor) or out.dim() != 2:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise DataError(
-            f"this needs a classifier: logits [B, classes], but {type(model).__name__} gave {got}"
-        )
-    return out
-
-
 def _check_labels(labels: Tensor, classes: int) -> None:
     from sparsiattn.training.samples import check_label
 
@@ -254,19 +240,16 @@ def _refuse_prepared(data: Any) -> None:
 @contextmanager
 def _evaluating(model: nn.Module, device: Any) -> Iterator[Tensor]:
     """Eval mode on that device inside the block; gives a tensor of the weights' device and type."""
-    modes = [(module, module.training) for module in model.modules()]
     before = _some_weight(model.parameters(), model.buffers())
     moves = device is not None and torch.device(device) != before.device
-    model.eval()
-    try:
-        if moves:
-            model.to(device)
-        yield _some_weight(model.parameters(), model.buffers()) if moves else before
-    finally:
-        if moves:
-            model.to(before.device)
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        try:
+            if moves:
+                model.to(device)
+            yield _some_weight(model.parameters(), model.buffers()) if moves else before
+        finally:
+            if moves:
+                model.to(before.device)
 
 
 def _some_weight(*tensors: Iterable[Tensor]) -> Tensor:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.patching.model_call import eval_mode, logits_of
 from sparsiattn.runtime.handle import Patch, patch_of
-from sparsiattn.training.evaluation import logits_of
 from sparsiattn.training.keep import keep_ratio_loss
 from sparsiattn.training.penalties import Listener, is_dense
 from sparsiattn.training.recipe import Stage
-from sparsiattn.training.reconstruction import resting, site_losses
+from sparsiattn.training.reconstruction import site_losses
 from sparsiattn.training.samples import check_label
 
 _FINAL_NORMS = ("norm", "layernorm", "ln", "layer_norm", "post_layernorm", "ln_post")
@@ -91,7 +91,7 @@ class Objective(nn.Module):
         with captured(watched) as tokens:
             if own is not None:
                 return logits_of(own(images), own), tokens
-            with live.disabled(), resting(teacher):
+            with live.disabled(), eval_mode(teacher):
                 logits = logits_of(teacher(images), teacher)
             live.carried = carried
             return logits, tokens

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn.attention.site import AttentionInputs, Site
+from sparsiattn.patching.model_call import eval_mode
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.base import LearnedPlanner, Planner
 
@@ -22,7 +20,7 @@ def site_losses(live: Patch, images: Tensor) -> list[Tensor]:
             with torch.enable_grad():
                 losses.append(planner.loss(inputs))
 
-    with resting(live.model), live.observing(observe), torch.no_grad():
+    with eval_mode(live.model), live.observing(observe), torch.no_grad():
         live.model(images)
     return losses
 
@@ -41,17 +39,5 @@ def start_planners(live: Patch, images: Tensor) -> None:
         if not planner.loss(inputs) < loss:
             planner.load_state_dict(before)
 
-    with resting(live.model), live.observing(observe), torch.no_grad():
+    with eval_mode(live.model), live.observing(observe), torch.no_grad():
         live.model(images)
-
-
-@contextmanager
-def resting(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode inside the block; every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.patching.model_call import modes_restored
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.base import LearnedPlanner
@@ -161,11 +162,12 @@ def _transformers_switch(model: Any) -> str:
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Modes, requires_grad and device as before; gradients of training are gone. Weights stay as
     they are inside. Planners that are new stay frozen."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = {id(module) for module in model.modules()}
     grads = [(weight, weight.requires_grad) for weight in model.parameters()]
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     try:
-        yield
+        with modes_restored(model):
+            yield
     finally:
         model.to(device)
         live = patch_of(model)
@@ -173,11 +175,9 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             weight.grad = None
             if is_planner(name):
                 weight.requires_grad_(_is_score(live, weight))
-        for module, training in modes:
-            module.training = training
         for weight, wanted in grads:
             weight.requires_grad_(wanted)
-        _new_planners_follow(model, {id(module) for module, _ in modes})
+        _new_planners_follow(model, modules)
 
 
 def _is_score(live: Patch | None, weight: nn.Parameter) -> bool:

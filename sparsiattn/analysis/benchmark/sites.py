@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn.attention.patterns import Dense
 from sparsiattn.attention.site import AttentionInputs, Site
-from sparsiattn.errors import InvalidType
 from sparsiattn.kernels.base import choose
+from sparsiattn.patching.model_call import arguments, eval_mode
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch
 from sparsiattn.runtime.sdpa_intercept import dense_attention
@@ -51,7 +50,7 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
             spent[site.name] = (before[0] + took[0], before[1] + took[1])
 
     args, kwargs = arguments(input, "measure_sites")
-    with evaluating(patch.model), patch.observing(observe), torch.no_grad():
+    with eval_mode(patch.model), patch.observing(observe), torch.no_grad():
         patch.model(*args, **kwargs)
     ratios = {name: dense / sparse for name, (dense, sparse) in spent.items()}
     for name, ratio in ratios.items():
@@ -59,35 +58,8 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
     return ratios
 
 
-def arguments(input: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An image batch, a mapping of keyword arguments or a sequence of positional ones, as arguments
-    and keyword arguments."""
-    if isinstance(input, Tensor):
-        return (input,), {}
-    if isinstance(input, Mapping):
-        return (), dict(input)
-    if isinstance(input, (tuple, list)):
-        return tuple(input), {}
-    raise InvalidType(
-        f"{caller} needs what the model takes: an image tensor [B, C, H, W], a dict of keyword "
-        f"arguments, or a tuple of positional ones; got {type(input).__name__}"
-    )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def tensors_of(given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
-    """Tensors among `arguments`, in order."""
+    """Tensors among `sparsiattn.patching.model_call.arguments`, in order."""
     args, kwargs = given
     return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn.analysis.benchmark.sites import measure_sites, tensors_of
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch
+from sparsiattn.patching.model_call import arguments, eval_mode
 from sparsiattn.patching.report import Report
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
@@ -81,12 +83,10 @@ def bench(
     >>> found.ratio > 0, found.input_shape
     (True, (3, 3, 32, 32))
     """
-    from sparsiattn.analysis.benchmark.sites import arguments, evaluating, measure_sites
-
     if type(rounds) is not int or rounds < 1:
         raise InvalidOption(f"rounds must be an int >= 1, got {rounds!r}")
     args, kwargs = arguments(input, "bench")
-    with _patched(model, strategy, options) as live, evaluating(live.model):
+    with _patched(model, strategy, options) as live, eval_mode(live.model):
         dense = _dense(model, live)
         calls = {
             "dense": lambda: dense(*args, **kwargs),
@@ -136,8 +136,6 @@ def _dense(model: nn.Module, live: Patch) -> Callable[..., Any]:
 
 
 def _result(live: Patch, given: Any, times: dict[str, list[float]]) -> BenchResult:
-    from sparsiattn.analysis.benchmark.sites import tensors_of
-
     first = next(iter(tensors_of(given)), None)
     pair = timing.compared(times["sparse"], times["dense"])
     dense, sparse = (timing.quartiles_ms(times[side]) for side in ("dense", "sparse"))

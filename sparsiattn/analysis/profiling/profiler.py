@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsiattn.analysis.benchmark.sites import arguments, evaluating
 from sparsiattn.analysis.profiling.account import Account
 from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS, Accounting
 from sparsiattn.analysis.profiling.memory import peak_bytes
@@ -20,6 +19,7 @@ from sparsiattn.analysis.profiling.result import Latency, Memory, Profile
 from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.patching.apply import live_patches
 from sparsiattn.patching.discovery.probe import DryInputs
+from sparsiattn.patching.model_call import arguments, eval_mode
 from sparsiattn.patching.warmup import unchanged
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
@@ -94,7 +94,7 @@ def _as_found(model: nn.Module, live: list[Patch]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
-        stack.enter_context(evaluating(model))
+        stack.enter_context(eval_mode(model))
         for patch in live:
             stack.enter_context(unchanged(patch))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
@@ -178,7 +178,7 @@ def _timed(model: nn.Module, live: list[Patch], given: DryInputs, rounds: int) -
         )  # fmt: skip
     if type(rounds) is not int or rounds < 1:
         raise InvalidOption(f"rounds must be an int >= 1, got {rounds!r}")
-    with evaluating(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         call: Callable[[], Any] = lambda: model(*args, **kwargs)  # noqa: E731
         times = timing.alternate({"dense": call}, rounds)["dense"]
     middle = timing.compared(times, times)["first_ms"]

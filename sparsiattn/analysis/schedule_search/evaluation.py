@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.patching.apply import applied, survey
+from sparsiattn.patching.model_call import logits_of
 from sparsiattn.patching.report import report
 from sparsiattn.runtime.handle import Patch, patch_of
 from sparsiattn.runtime.timing import paired
 from sparsiattn.strategies.config import Config
-from sparsiattn.training.evaluation import logits_of
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sparsiattn.analysis.visualization.token_places import (
 from sparsiattn.attention.patterns import Dense
 from sparsiattn.attention.site import AttentionInputs, Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged, unknown
+from sparsiattn.patching.model_call import eval_mode
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.base import Planner
@@ -192,14 +193,11 @@ def _matching(one: object, names: list[str]) -> list[str]:
 def _untouched(patch: Patch) -> Iterator[None]:
     """The model in eval mode; its modes, and the patch's record of the last forward pass, as they
     were before."""
-    modes = [(module, module.training) for module in patch.model.modules()]
     image, carried, seen = patch.image, patch.carried, THREAD.image
-    patch.model.eval()
     try:
-        yield
+        with eval_mode(patch.model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         patch.image, patch.carried, THREAD.image = image, carried, seen
 
 
