@@ -24,7 +24,7 @@ from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.data import loader
-from sparsiattn.training.run_folder import Keeper
+from sparsiattn.training.run_folder import RunFolder
 
 
 class Killed(BaseException):
@@ -82,14 +82,14 @@ def test_a_kill_after_any_checkpoint(
     """One update further each time: also after the last of an epoch, of a stage, of all."""
     plan = two_stages(checkpoint_steps=1, batch_size=4)
     whole = train(patched(), data(), recipe=plan)
-    keep, kills = Keeper.keep, 0
+    keep, kills = RunFolder.save, 0
 
-    def killed(self: Keeper, *args: Any, **kwargs: Any) -> None:
+    def killed(self: RunFolder, *args: Any, **kwargs: Any) -> None:
         keep(self, *args, **kwargs)
         raise Killed
 
     with monkeypatch.context() as during:
-        during.setattr(Keeper, "keep", killed)
+        during.setattr(RunFolder, "save", killed)
         while True:
             try:
                 again = train(patched(), data(), recipe=plan, out=tmp_path)

@@ -22,7 +22,7 @@ from sparsiattn.cli.options import (
     pairs,
     value_of,
 )
-from sparsiattn.training.progress import Advance, bar
+from sparsiattn.training.progress import Progress, bar
 
 
 def train_model(
@@ -101,7 +101,7 @@ def changes(texts: Iterable[str] | None) -> dict[str, Any]:
     return found
 
 
-def _say(row: dict[str, Any], advance: Advance) -> None:
+def _say(row: dict[str, Any], advance: Progress) -> None:
     """Epochs on stderr; every update is in the log."""
     if "step" in row:
         advance(row["step"])

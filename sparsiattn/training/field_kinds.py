@@ -1,9 +1,8 @@
-"""Kinds of dataclass fields, each with what it takes in words and as a check."""
+"""Kinds of fields, each with what it takes in words and as a check."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
 from sparsiattn.errors import InvalidOption
@@ -36,13 +35,19 @@ Stages = Annotated[tuple[Any, ...], "a list", lambda x: isinstance(x, tuple)]
 Span = Annotated[tuple[int, int], "(start, end), epochs with 0 <= start < end", _is_span]
 
 
-def check_fields(instance: Any, where: str) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise `InvalidOption` for a number of things that is no int or too small."""
+    if type(value) is not int or value < least:
+        raise InvalidOption(f"{name} must be an int >= {least}, got {value!r}")
+
+
+def check_fields(instance: object, where: str) -> None:
     """Check all fields of a frozen dataclass; lists become tuples and mappings dicts.
 
     Raises:
         InvalidOption: For the first wrong one, with what it must be and what it is.
     """
-    for name, hint in _hints(type(instance)).items():
+    for name, hint in get_type_hints(type(instance), include_extras=True).items():
         optional = type(None) in get_args(hint)
         _, words, accepts = get_args(get_args(hint)[0] if optional else hint)
         value = _plain(getattr(instance, name), words)
@@ -50,11 +55,6 @@ def check_fields(instance: Any, where: str) -> None:
             words = f"{words}, or None" if optional else words
             raise InvalidOption(f"{where}: {name} must be {words}, got {value!r}")
         object.__setattr__(instance, name, value)
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
 
 
 def _plain(value: Any, words: str) -> Any:

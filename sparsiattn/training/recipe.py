@@ -15,12 +15,7 @@ from sparsiattn.training import field_kinds as kinds
 PENALTIES = ("attention_log", "attention_entropy")
 LOSSES = ("reconstruction", "ce", "kl", "token_mse", "keep_ratio", *PENALTIES)
 FOLDER = Path(__file__).resolve().parent / "recipes"
-_EXCLUSIVE = {
-    "epochs": "steps",
-    "steps": "epochs",
-    "warmup_epochs": "warmup_steps",
-    "warmup_steps": "warmup_epochs",
-}
+_EXCLUSIVE = (("epochs", "steps"), ("warmup_epochs", "warmup_steps"))
 """Two ways to say one length; a stage has one of them."""
 
 
@@ -107,9 +102,9 @@ class Stage:
 
     def _contradiction(self) -> str | None:
         """What is wrong with fields that are right each by itself."""
-        for name, other in _EXCLUSIVE.items():
-            if getattr(self, name) is not None and getattr(self, other) is not None:
-                return f" takes {name} or {other}, got both"
+        for pair in _EXCLUSIVE:
+            if all(getattr(self, name) is not None for name in pair):
+                return f" takes {' or '.join(pair)}, got both"
         if self.epochs is None and self.steps is None:
             return " needs epochs or steps: how long it lasts"
         if self.min_lr > self.lr:
@@ -287,9 +282,8 @@ def _with_change(recipe: Recipe, name: str, value: Any) -> Recipe:
     if not any(chosen) or option not in _names(Stage):
         places = [f"{place}.FIELD" for place in ("options", *(s.name for s in recipe.stages))]
         raise _unknown_field("recipe", name, [*_names(Recipe), *_names(Stage), *places])
-    changes = {option: value}
-    if value is not None and option in _EXCLUSIVE:
-        changes[_EXCLUSIVE[option]] = None
+    withdrawn = next((pair for pair in _EXCLUSIVE if option in pair and value is not None), ())
+    changes = {**dict.fromkeys(withdrawn), option: value}
     stages = [
         replace(stage, **changes) if choose else stage
         for stage, choose in zip(recipe.stages, chosen, strict=True)

@@ -11,21 +11,22 @@ from sparsiattn.runtime.handle import Patch
 from sparsiattn.strategies.base import LearnedPlanner, Planner
 
 
-def site_losses(live: Patch, images: Tensor) -> list[Tensor]:
+def site_losses(patch: Patch, images: Tensor) -> list[Tensor]:
     """One loss per learned site for one batch; the host itself runs without gradients."""
     losses: list[Tensor] = []
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         if isinstance(planner, LearnedPlanner):
+            # a pass without gradients calls this
             with torch.enable_grad():
                 losses.append(planner.loss(inputs))
 
-    with eval_mode(live.model), live.observing(observe), torch.no_grad():
-        live.model(images)
+    with eval_mode(patch.model), patch.observing(observe), torch.no_grad():
+        patch.model(images)
     return losses
 
 
-def start_planners(live: Patch, images: Tensor) -> None:
+def start_planners(patch: Patch, images: Tensor) -> None:
     """Every learned planner's closed-form start from one batch, where that lowers its loss."""
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
@@ -39,5 +40,5 @@ def start_planners(live: Patch, images: Tensor) -> None:
         if not planner.loss(inputs) < loss:
             planner.load_state_dict(before)
 
-    with eval_mode(live.model), live.observing(observe), torch.no_grad():
-        live.model(images)
+    with eval_mode(patch.model), patch.observing(observe), torch.no_grad():
+        patch.model(images)

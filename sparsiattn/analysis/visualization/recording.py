@@ -29,7 +29,7 @@ from sparsiattn.patching.model_call import eval_mode
 from sparsiattn.runtime.handle import Patch, patch_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import THREAD
 from sparsiattn.strategies.base import Planner
-from sparsiattn.training.progress import Advance
+from sparsiattn.training.progress import Progress
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""
@@ -95,7 +95,7 @@ def show(
     heads: Sequence[int] | int | None = None,
     queries: Sequence[tuple[int, int]] | None = None,
     image_size: int | tuple[int, int] | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> AttentionView:
     """What a patched model attends to in one image: which keys each query keeps, how much of exact
     attention that is, and which tokens are dropped or merged.
