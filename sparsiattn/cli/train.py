@@ -20,7 +20,7 @@ from sparsiattn.cli.model_command import (
 from sparsiattn.cli.options import AsJson, LabelledImages, value_of
 
 if TYPE_CHECKING:
-    from sparsiattn.training.progress import Advance
+    from sparsiattn.training.progress import Progress
 
 
 @model_command(*MODEL_OPTIONS)
@@ -96,7 +96,7 @@ def changes(texts: Iterable[str] | None) -> dict[str, Any]:
     return values
 
 
-def _show_progress(row: dict[str, Any], advance: Advance) -> None:
+def _show_progress(row: dict[str, Any], advance: Progress) -> None:
     """Epochs on stderr; every update is in the log."""
     if "step" in row:
         advance(row["step"])

@@ -34,7 +34,7 @@ from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 from sparsiattn.strategies.base import Planner
-from sparsiattn.training.progress import Advance
+from sparsiattn.training.progress import Progress
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""
@@ -141,7 +141,7 @@ def show(
     heads: Sequence[int] | int | None = None,
     queries: Sequence[tuple[int, int]] | None = None,
     image_size: int | tuple[int, int] | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> AttentionView:
     """What a patched model attends to in one image.
 
