@@ -131,7 +131,7 @@ class ReusePlanner(LearnedPlanner):
         return x + square.to(x.dtype) @ x
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Divergence of reused attention from the site's exact_logits; zero where nothing is reused."""
+        """Divergence of reused attention from the site's own; zero where nothing is reused."""
         earlier, exact_logits = self.role.load(inputs, inputs.n_keys), own_logits(inputs).detach()
         reused = exact_logits if earlier is None else self.transform(earlier, inputs)
         self.role.store(inputs, reused)
