@@ -53,9 +53,9 @@ class MixedKeysPlanner(ComputedPlanner):
             v = torch.cat([inputs.v[..., :count, :], v], dim=-2)
         if count and bias is not None:
             host = host_bias(inputs)
-            own = bias.new_zeros(1, 1, 1, count) if host is None else host[..., :count]
-            lead = torch.broadcast_shapes(own.shape[:-1], bias.shape[:-1])
-            bias = torch.cat([x.to(bias.dtype).expand(*lead, -1) for x in (own, bias)], dim=-1)
+            prefix = bias.new_zeros(1, 1, 1, count) if host is None else host[..., :count]
+            lead = torch.broadcast_shapes(prefix.shape[:-1], bias.shape[:-1])
+            bias = torch.cat([x.to(bias.dtype).expand(*lead, -1) for x in (prefix, bias)], dim=-1)
         return Pattern.computed_keys(inputs, k, v, bias=bias)
 
 

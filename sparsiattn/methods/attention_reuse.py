@@ -132,13 +132,13 @@ class ReusePlanner(LearnedPlanner):
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Divergence of reused attention from the site's own; zero where nothing is reused."""
-        earlier, own = self.role.load(inputs, inputs.n_keys), own_logits(inputs).detach()
-        reused = own if earlier is None else self.transform(earlier, inputs)
+        earlier, exact_logits = self.role.load(inputs, inputs.n_keys), own_logits(inputs).detach()
+        reused = exact_logits if earlier is None else self.transform(earlier, inputs)
         self.role.store(inputs, reused)
         if earlier is None:
-            return own.new_zeros(())
+            return exact_logits.new_zeros(())
         log_reused = inputs.biased(reused.float()).log_softmax(-1).clamp_min(-1e4)
-        exact = inputs.biased(own.float()).softmax(-1)
+        exact = inputs.biased(exact_logits.float()).softmax(-1)
         divergence: Tensor = torch.special.xlogy(exact, exact) - exact * log_reused
         return divergence.sum(-1).mean()
 

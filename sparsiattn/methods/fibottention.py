@@ -97,8 +97,8 @@ def offset_pairs(
     """
     n = grid[0] * grid[1]
     sequences = offsets(len(order), n, options.w_min, options.w_max, options.modified)
-    own = (0,) if itself else ()
-    return banded(tuple((*own, *sequences[head]) for head in order), n, device=device)
+    first = (0,) if itself else ()
+    return banded(tuple((*first, *sequences[head]) for head in order), n, device=device)
 
 
 def offsets(
