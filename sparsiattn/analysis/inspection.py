@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.site import Site
-from sparsiattn.errors import SparsiattnError
+from sparsiattn.errors import SparsiattnError, renamed_property
 from sparsiattn.patching.apply import plan_patch
 from sparsiattn.patching.discovery.meta_model import meta_copy
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.report import Report, SiteReport, dense_macs, report
 from sparsiattn.patching.survey import ModelSurvey, survey
-from sparsiattn.patching.text import Row, macs_text, percent, plain, shape_text
+from sparsiattn.patching.text import Row, macs_text, percent, plain, plain_data, shape_text
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.runtime.multihead import swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
@@ -32,11 +31,8 @@ NO_SITES = (
 )
 # Options that say how much a strategy leaves, by the names in use.
 BUDGETS = ("k", "keep", "r", "ratio")
-# What `SiteInspection` takes over from `Site`.
-_SIZES = (
-    *("name", "tokens", "keys", "heads", "head_dim", "grid", "prefix_tokens", "windows", "calls"),
-    "macs",
-)
+# What `SiteInspection` takes over from `Site`, beside its name and MACs.
+_SIZES = ("tokens", "keys", "heads", "head_dim", "grid", "prefix_tokens", "windows", "calls")
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,8 @@ class Inspection:
     strategies: tuple[StrategySaving, ...]
     patched: str = ""
 
+    left = renamed_property("left", "skipped")
+
     @property
     def mhsa_macs(self) -> int:
         """MACs of QK^T and AV at all sites."""
@@ -132,7 +130,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "mhsa_macs": self.mhsa_macs}
+        return {**plain_data(self, skipped="left"), "mhsa_macs": self.mhsa_macs}
 
     def __str__(self) -> str:
         return plain([*self.head(), self.table(), *self.tail()])
@@ -150,18 +148,11 @@ class Inspection:
         """Cells of the sites, a heading first; columns that would say nothing are left out."""
         if not self.sites:
             return []
-        columns = {
-            "site": [site.name for site in self.sites],
-            "tokens": [str(site.tokens) for site in self.sites],
-            "keys": [str(site.keys) for site in self.sites],
-            "heads": [str(site.heads) for site in self.sites],
-            "head_dim": [str(site.head_dim) for site in self.sites],
-            "grid": [shape_text(site.grid) for site in self.sites],
-            "prefix": [str(site.prefix_tokens) for site in self.sites],
-            "windows": [str(site.windows) for site in self.sites],
-            "calls": [str(site.calls) for site in self.sites],
-            "share": [percent(site.share) for site in self.sites],
-        }
+        columns = {"site": [site.name for site in self.sites]}
+        for name in _SIZES:
+            cells = [shape_text(getattr(site, name)) for site in self.sites]
+            columns[name.removesuffix("_tokens")] = cells
+        columns["share"] = [percent(site.share) for site in self.sites]
         if columns["keys"] == columns["tokens"]:
             del columns["keys"]
         if all(site.calls == 1 for site in self.sites):
@@ -227,7 +218,16 @@ def inspect(
         backbone=surveyed.backbone.name,
         input_shape=surveyed.shape,
         macs=total,
-        sites=tuple(_site(site, total, site_savings) for site, _ in surveyed.sites),
+        sites=tuple(
+            SiteInspection(
+                name=site.name,
+                macs=site.macs,
+                share=site.macs / max(1, total),
+                saves={name: shares[site.name] for name, shares in site_savings.items()},
+                **{name: getattr(site, name) for name in _SIZES},
+            )
+            for site, _ in surveyed.sites
+        ),
         skipped=tuple(surveyed.skipped),
         strategies=tuple(_saving(*outcome, total) for outcome in outcomes.items()),
         patched=", ".join(map(repr, patches)),
@@ -305,14 +305,4 @@ def _saving(config: type[Config], outcome: Report | str, total: int) -> Strategy
         budget=", ".join(f"{name}={value}" for name, value in budgets.items() if value is not None),
         saves=_share(None if outcome.macs is None else total - outcome.macs, total),
         notes=tuple(f"{note} (sites: {count})" for note, count in notes.items()),
-    )
-
-
-def _site(
-    site: Site, total: int, site_savings: dict[str, dict[str, float | None]]
-) -> SiteInspection:
-    return SiteInspection(
-        **{name: getattr(site, name) for name in _SIZES},
-        share=site.macs / max(1, total),
-        saves={name: shares[site.name] for name, shares in site_savings.items()},
     )

@@ -1,8 +1,10 @@
-"""Tables and numbers as text, for reports of all kinds."""
+"""Reports of all kinds as text and as JSON: tables, numbers, names of fields."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 Row = tuple[str, ...]
 
@@ -23,6 +25,11 @@ def plain(parts: Iterable[str | Sequence[Row]]) -> str:
     for part in parts:
         lines += [part] if isinstance(part, str) else aligned(part)
     return "\n".join(lines)
+
+
+def plain_data(report: Any, **old_names: str) -> dict[str, Any]:
+    """A dataclass as plain data for JSON, where fields that got a new name keep their old one."""
+    return asdict(report, dict_factory=lambda items: {old_names.get(k, k): v for k, v in items})
 
 
 def macs_text(macs: int | None) -> str:
@@ -47,6 +54,6 @@ def speed_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def shape_text(shape: Iterable[int]) -> str:
-    """The sizes of a tensor, grid or tile: ``(1, 3, 224, 224)`` is ``1x3x224x224``."""
-    return "x".join(map(str, shape))
+def shape_text(shape: object) -> str:
+    """Sizes of a tensor, grid or tile, as ``1x3x224x224``; what is no tuple as it is."""
+    return "x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)

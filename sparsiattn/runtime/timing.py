@@ -43,16 +43,12 @@ class Quartiles(NamedTuple):
         values = list(values)
         return cls(*(quantiles(values, n=4) if len(values) > 1 else values * 3))
 
-    @property
-    def ends(self) -> tuple[float, float]:
-        """First and third quartile."""
-        return self.low, self.high
+    def rounded(self, digits: int, scale: float = 1.0) -> tuple[float, tuple[float, float]]:
+        """Median, and first and third quartile."""
+        low, median, high = (round(scale * value, digits) for value in self)
+        return median, (low, high)
 
-    def rounded(self, digits: int, scale: float = 1.0) -> Quartiles:
-        """All three times ``scale``, rounded."""
-        return Quartiles(*(round(scale * value, digits) for value in self))
-
-    def ms(self) -> Quartiles:
+    def ms(self) -> tuple[float, tuple[float, float]]:
         """Seconds in milliseconds, rounded to microseconds."""
         return self.rounded(3, 1e3)
 
@@ -85,12 +81,12 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         """Rounded figures for JSON."""
-        ratio = self.ratio.rounded(4)
+        ratio, quartiles = self.ratio.rounded(4)
         return {
-            "ratio": ratio.median,
-            "ratio_quartiles": list(ratio.ends),
-            "first_ms": self.first.ms().median,
-            "second_ms": self.second.ms().median,
+            "ratio": ratio,
+            "ratio_quartiles": list(quartiles),
+            "first_ms": self.first.ms()[0],
+            "second_ms": self.second.ms()[0],
             "rounds": self.rounds,
         }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import date
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,22 +19,35 @@ from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.kernels import cost
-from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import DENSE, PLANNING, CallShape, Prices, Work
 from sparsiattn.kernels.native.kernel import compile_native
+from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import timing
+from sparsiattn.runtime.timing import Timing
+from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies.finalize import finish
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.
 MOST_LOGITS = 8 << 20
+# A GPU is not busy with one image.
+GPU_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call to measure: `connectivity` over ``tokens`` patches and a CLS token, or,
-    without ``k``, ``batch`` images of different lengths packed into one sequence."""
+    """One attention call to measure.
+
+    Attributes:
+        tokens: Patches, beside a CLS token.
+        k: Budget of `connectivity`; None for images of different lengths in one packed sequence.
+        tile: Queries that share their keys.
+        heads: Attention heads.
+        dim: Width of a query and a key.
+        batch: Images.
+    """
 
     tokens: int
     k: float | None
@@ -78,8 +91,17 @@ MORE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What one kernel took for one `Case`. ratio: dense time over its time, the median of paired
-    runs; expected: by the prices in force after fitting. ``planning`` counts as a kernel."""
+    """What one kernel took for one `Case`.
+
+    Attributes:
+        case: What was measured.
+        dtype: Data type, as ``"float32"``.
+        kernel: Name of the kernel, ``"dense"`` or ``"planning"``.
+        seconds: Median time.
+        ratio: Dense time over this time, the median of paired runs.
+        work: What the kernel does, where it says so.
+        expected: ``ratio`` by the prices in force after fitting.
+    """
 
     case: Case
     dtype: str
@@ -90,13 +112,21 @@ class Measured:
     expected: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` found. device: where. rows: what was timed. prices: fitted to them. path: the
-    file it was written to, None if that failed (then it holds in this process only)."""
+    """What `tune` found.
+
+    Attributes:
+        device: The machine.
+        rows: What was timed.
+        prices: Fitted to the rows, by data type and kernel.
+        path: The file that holds them; None if it could not be written, and then they hold in this
+            process only.
+    """
 
     device: str
     rows: tuple[Measured, ...]
@@ -104,6 +134,7 @@ class Tuning:
     path: Path | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return {**asdict(self), "path": None if self.path is None else str(self.path)}
 
 
@@ -113,58 +144,77 @@ def tune(
     quick: bool = True,
     on_case: Callable[[int, int], Any] | None = None,
 ) -> Tuning:
-    """Measure dense attention, every kernel that works here, and planning, in paired runs; fit the
-    prices by which ``auto``, ``only_if_faster`` and reports judge, and keep them in a file.
+    """Measure dense attention, every kernel that works here, and planning, in paired runs.
 
-    device: the GPU where there is one, else the CPU. dtypes: float32 on a CPU, bfloat16, float16
-    and float32 on a GPU. quick: a small grid of shapes, under a minute on two CPU cores; otherwise
-    more of them, and longer. on_case: called with cases done and cases in all. Live patches choose
-    anew at their next forward pass.
+    Prices are fitted to the times and kept in a file; ``auto``, ``only_if_faster`` and reports
+    judge by them. Live patches choose anew at their next forward pass.
+
+    Args:
+        device: The GPU where there is one, else the CPU.
+        dtypes: By default float32 on a CPU, and bfloat16, float16 and float32 on a GPU.
+        quick: A small grid of shapes, under a minute on two CPU cores; otherwise more of them.
+        on_case: Called with the number of cases done and of all cases.
+
+    Returns:
+        Times, prices and the file.
+
+    Raises:
+        InvalidOption: The device is not there, or is of another kind.
+        InvalidType: ``dtypes`` holds something that is no floating-point type.
 
     >>> print(tune())  # doctest: +SKIP
     """
-    where = _device(device)
-    if where.type == "cpu":
+    device = _device(device)
+    if device.type == "cpu":
         compile_native()
-    kinds = _dtypes(where, dtypes)
-    cases = [_sized(case, where) for case in (QUICK if quick else QUICK + MORE)]
+    dtypes = _dtypes(device, dtypes)
+    cases = [_sized(case, device) for case in (QUICK if quick else QUICK + MORE)]
     rows: list[Measured] = []
-    for done, (dtype, case) in enumerate((d, c) for d in kinds for c in cases):
-        rows += measure(case, where, dtype, rounds=5 if quick else 11)
+    for done, (dtype, case) in enumerate(product(dtypes, cases), 1):
+        rows += measure(case, device, dtype, rounds=5 if quick else 11)
         if on_case is not None:
-            on_case(done + 1, len(kinds) * len(cases))
-    prices = {_name(d): fit_all([r for r in rows if r.dtype == _name(d)], where, d) for d in kinds}
-    path = tuningfile.write(dict(_entries(rows, prices, where, kinds)))
+            on_case(done, len(dtypes) * len(cases))
+    by_dtype = {dtype: [row for row in rows if row.dtype == _name(dtype)] for dtype in dtypes}
+    prices = {_name(d): fit_all(rows, device, d) for d, rows in by_dtype.items()}
+    judged = {d: tuple(_judged(rows, prices[_name(d)])) for d, rows in by_dtype.items()}
+    entries = {
+        tuning_cache.key(device, dtype): {
+            "date": date.today().isoformat(),
+            "prices": {name: asdict(price) for name, price in prices[_name(dtype)].items()},
+            "rows": [row.to_dict() for row in rows],
+        }
+        for dtype, rows in judged.items()
+    }
+    path = tuning_cache.write(entries)
     cost.reload()
-    return Tuning(tuningfile.device_name(where), tuple(_judged(rows, prices)), prices, path)
+    all_rows = tuple(chain.from_iterable(judged.values()))
+    return Tuning(tuning_cache.device_name(device), all_rows, prices, path)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if found.type not in ("cpu", "cuda"):
-        raise InvalidOption(f"tune() knows 'cpu' and 'cuda' devices, got {device!r}")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOption(f"tune() got device {device!r}, but torch sees no CUDA device here")
-    index = torch.cuda.current_device() if found.type == "cuda" and found.index is None else None
-    return found if index is None else torch.device("cuda", index)
+def _device(name: str | torch.device | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidOption(f"tune() knows 'cpu' and 'cuda' devices, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption(f"tune() got device {name!r}, but torch sees no CUDA device here")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _dtypes(device: torch.device, dtypes: Sequence[torch.dtype] | None) -> list[torch.dtype]:
     if dtypes is None:
         half = [torch.bfloat16, torch.float16] if device.type == "cuda" else []
         return [*half, torch.float32]
-    found = list(dtypes)
     known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if not found or any(dtype not in known for dtype in found):
+    if not dtypes or any(dtype not in known for dtype in dtypes):
         raise InvalidType(f"dtypes must be some of {known}, got {dtypes!r}")
-    return found
+    return list(dtypes)
 
 
 def _sized(case: Case, device: torch.device) -> Case:
-    """A GPU is not busy with one image."""
-    if device.type == "cpu" or case.k is None:
-        return case
-    return Case(case.tokens, case.k, case.tile, case.heads, case.dim, case.batch * 8)
+    grows = device.type != "cpu" and case.k is not None
+    return replace(case, batch=case.batch * GPU_BATCH) if grows else case
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -173,165 +223,118 @@ def _name(dtype: torch.dtype) -> str:
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Measured]:
     """Times of one case: dense, planning, and each kernel that takes it."""
-    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        inputs, plan, planning = _prepared(case, device, dtype, generator)
+        inputs, plan, planning = _prepare(case, device, dtype)
         pattern = plan()
-        kernels = _kernels(inputs, pattern)
-        q, k, v = inputs.q, inputs.k, inputs.v
+        kernels = {kernel.name: kernel for kernel in _kernels(inputs, pattern)}
         calls: dict[str, Callable[[], Any]] = {
-            DENSE: lambda: dense_attention(q, k, v, scale=inputs.scale)
+            DENSE: partial(dense_attention, inputs.q, inputs.k, inputs.v, scale=inputs.scale)
         }
         if planning is not None:
             calls[PLANNING] = plan
-        for kernel in kernels:
-            calls[kernel.name] = partial(kernel, inputs, pattern)
+        calls |= {name: partial(kernel, inputs, pattern) for name, kernel in kernels.items()}
         times = timing.alternate(calls, rounds)
-    works = {kernel.name: kernel.work(inputs, pattern) for kernel in kernels}
-    works |= {DENSE: CallShape.of(inputs).dense, PLANNING: planning}
-    said = {kernel.name: kernel.speed(inputs, pattern) for kernel in kernels}
-    return [
-        Measured(
-            case, _name(dtype), name, median(took), _ratio(times[DENSE], took), works[name],
-            said.get(name),
-        )
-        for name, took in times.items()
-    ]  # fmt: skip
+    works = {DENSE: CallShape.of(inputs).dense, PLANNING: planning}
+    works |= {name: kernel.work(inputs, pattern) for name, kernel in kernels.items()}
+    speeds = {name: kernel.speed(inputs, pattern) for name, kernel in kernels.items()}
+    rows = []
+    for name, seconds in times.items():
+        paired = Timing.of(seconds, times[DENSE])
+        took, ratio = paired.first.median, paired.ratio.median
+        rows.append(Measured(case, _name(dtype), name, took, ratio, works[name], speeds.get(name)))
+    return rows
 
 
-def _ratio(dense: list[float], other: list[float]) -> float:
-    return median(a / b for a, b in zip(dense, other, strict=True))
-
-
-Prepared = tuple[AttentionInputs, Callable[[], Pattern], Work | None]
-
-
-def _prepared(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Prepared:
+def _prepare(
+    case: Case, device: torch.device, dtype: torch.dtype
+) -> tuple[AttentionInputs, Callable[[], Pattern], Work | None]:
     """Random operands, what plans for them, and the work of planning."""
-    from sparsiattn.strategies.connectivity import Connectivity
-    from sparsiattn.strategies.finalize import finish
-
+    lengths = tuple(case.tokens * (8 + i % 8) // 16 for i in range(case.batch))
+    batch, rows = (1, sum(lengths)) if case.k is None else (case.batch, case.tokens + 1)
+    shape = (3, batch, rows, case.heads, case.dim)
+    qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    q, k, v = qkv.transpose(2, 3).unbind(0)  # laid out as a host's are: views of one projection
+    site = Site.of(q, k, v, prefix_tokens=0 if case.k is None else 1)
+    inputs = AttentionInputs(q, k, v, case.dim**-0.5, None, site)
     if case.k is None:
-        return _ragged(case, device, dtype, generator)
-    q, k, v = _operands(case.batch, case.tokens + 1, case, device, dtype, generator)
-    site = Site.of(q, k, v, prefix_tokens=1)
+        packed = Lengths(rows, rows, lengths)
+        return inputs, lambda: packed, None
     strategy = Connectivity(k=case.k, tile=case.tile)
-    inputs = AttentionInputs(
-        q, k, v, case.dim**-0.5, None, site, tile=case.tile, block=strategy.block_for(site.keys)
-    )
+    inputs = inputs.replace(tile=case.tile, block=strategy.block_for(site.keys))
     planner = strategy.planner(site).to(device, dtype)
-    work = planning_work(planner, inputs)
+    with mac_counter() as counter:
+        work = cost.planning_of(planner(inputs), macs_of(counter), inputs).work
     return inputs, lambda: finish(planner(inputs), inputs, background=2), work
 
 
-def planning_work(planner: Callable[[AttentionInputs], Pattern], inputs: AttentionInputs) -> Work:
-    """What a planner does for these inputs, its multiplications counted as it runs."""
-    from sparsiattn.attention.pattern import Ranked
-    from sparsiattn.patching.flop_counter import mac_counter
-
-    with mac_counter() as counter:
-        wish = planner(inputs)
-    scores = wish.scores.numel() if isinstance(wish, Ranked) else 0
-    return cost.planning(int(counter.get_total_flops()) // 2, scores, CallShape.of(inputs)).work
-
-
-def _operands(
-    batch: int, rows: int, case: Case, device: torch.device, dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Laid out as a host's are: views of one projection."""
-    shape = (3, batch, rows, case.heads, case.dim)
-    q, k, v = torch.randn(shape, generator=generator).to(device, dtype).transpose(2, 3).unbind(0)
-    return q, k, v
-
-
-def _ragged(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Prepared:
-    lengths = tuple(case.tokens * (8 + i % 8) // 16 for i in range(case.batch))
-    total = sum(lengths)
-    q, k, v = _operands(1, total, case, device, dtype, generator)
-    inputs = AttentionInputs(q, k, v, case.dim**-0.5, None, Site.of(q, k, v))
-    pattern = Lengths(total, total, lengths)
-    return inputs, lambda: pattern, None
-
-
 def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
-    small = inputs.q.shape[0] * inputs.q.shape[1] * inputs.n_queries * inputs.n_keys <= MOST_LOGITS
-    found: list[Kernel] = [
+    """Kernels that take the call, without those whose matrices of logits would be huge."""
+    logits = inputs.q.shape[:2].numel() * inputs.n_queries * inputs.n_keys
+    skipped: set[str] = {"reference", "sdpa"} if logits > MOST_LOGITS else set()
+    if isinstance(pattern, Lengths):  # here it runs image by image
+        skipped -= {"sdpa"}
+    return [
         kernel
         for kernel in REGISTRY.all("kernels").values()
-        if not refusals(kernel, inputs, pattern)
+        if kernel.name not in skipped and not refusals(kernel, inputs, pattern)
     ]
-    whole = () if small or isinstance(pattern, Lengths) else ("sdpa",)
-    return [k for k in found if k.name not in whole and (small or k.name != "reference")]
 
 
 def fit_all(
     rows: Iterable[Measured], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Prices]:
     """Prices of everything that says what `Work` it does."""
-    usual = cost.shipped(device, dtype)
-    by_kernel: dict[str, list[tuple[Work, float]]] = {}
+    shipped = cost.shipped(device, dtype)
+    works: dict[str, list[tuple[Work, float]]] = {}
     for row in rows:
         if row.work is not None:
-            by_kernel.setdefault(row.kernel, []).append((row.work, row.seconds))
-    return {name: fit(known, usual.get(name, usual["gather"])) for name, known in by_kernel.items()}
+            works.setdefault(row.kernel, []).append((row.work, row.seconds))
+    return {name: fit(known, shipped.get(name, shipped["gather"])) for name, known in works.items()}
 
 
 def fit(known: Sequence[tuple[Work, float]], start: Prices, ridge: float = 0.01) -> Prices:
-    """Prices under which works take about their seconds: least squares of log time over log prices
-    (Levenberg and Marquardt's method), so they are positive and short calls count as much as long
-    ones. ``ridge`` holds a price that the works cannot tell where it started."""
-    x = torch.tensor([work.features() for work, _ in known], dtype=torch.float64)
-    y = torch.tensor([took for _, took in known], dtype=torch.float64).log()
+    """Fit prices under which works take about their seconds.
+
+    Least squares of log time over log prices, by the method of Levenberg and Marquardt: prices are
+    positive, and short calls count as much as long ones.
+
+    Args:
+        known: Works and their seconds.
+        start: Prices to begin with.
+        ridge: Pull to where a price started; it holds those that the works cannot tell.
+    """
+    features = torch.tensor([work.features() for work, _ in known], dtype=torch.float64)
+    log_seconds = torch.tensor([seconds for _, seconds in known], dtype=torch.float64).log()
     begin = torch.tensor(astuple(start), dtype=torch.float64).log()
-    one = torch.eye(len(begin), dtype=torch.float64)
+    identity = torch.eye(len(begin), dtype=torch.float64)
 
-    def error(at: Tensor) -> float:
-        return float((((x @ at.exp()).log() - y) ** 2).sum() + ridge * ((at - begin) ** 2).sum())
+    def loss(log_prices: Tensor) -> float:
+        error = (features @ log_prices.exp()).log() - log_seconds
+        return float((error**2).sum() + ridge * ((log_prices - begin) ** 2).sum())
 
-    at, damping = begin.clone(), 1.0
+    log_prices, damping = begin.clone(), 1.0
     for _ in range(100):
-        paid = x * at.exp()
+        paid = features * log_prices.exp()
         slope = paid / paid.sum(1, keepdim=True)
-        off = paid.sum(1).log() - y
-        normal = slope.mT @ slope + ridge * one
-        pull = slope.mT @ off + ridge * (at - begin)
-        step = torch.linalg.solve(normal + damping * one, pull)
-        better = error(at - step) < error(at)
-        at, damping = (at - step, damping / 3) if better else (at, damping * 3)
-    return Prices(*at.exp().tolist())
+        error = paid.sum(1).log() - log_seconds
+        normal = slope.mT @ slope + ridge * identity
+        gradient = slope.mT @ error + ridge * (log_prices - begin)
+        step = torch.linalg.solve(normal + damping * identity, gradient)
+        if loss(log_prices - step) < loss(log_prices):
+            log_prices, damping = log_prices - step, damping / 3
+        else:
+            damping *= 3
+    return Prices(*log_prices.exp().tolist())
 
 
-def _judged(rows: list[Measured], prices: dict[str, dict[str, Prices]]) -> Iterator[Measured]:
+def _judged(rows: list[Measured], prices: dict[str, Prices]) -> Iterator[Measured]:
     """The rows with what the fitted prices say; kernels with a `speed` of their own keep theirs."""
+    dense_seconds = {
+        row.case: prices[DENSE].of(row.work) for row in rows if row.kernel == DENSE and row.work
+    }
     for row in rows:
-        mine = prices[row.dtype]
         if row.work is None:
             yield row
-            continue
-        base = next(r for r in rows if (r.case, r.dtype, r.kernel) == (row.case, row.dtype, DENSE))
-        assert base.work is not None
-        expected = mine[DENSE].of(base.work) / mine[row.kernel].of(row.work)
-        yield Measured(
-            row.case, row.dtype, row.kernel, row.seconds, row.ratio, row.work, expected
-        )  # fmt: skip
-
-
-def _entries(
-    rows: list[Measured], prices: dict[str, dict[str, Prices]], device: torch.device,
-    dtypes: Sequence[torch.dtype],
-) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
-    for dtype in dtypes:
-        mine = _judged([row for row in rows if row.dtype == _name(dtype)], prices)
-        yield (
-            tuningfile.key(device, dtype),
-            {
-                "date": date.today().isoformat(),
-                "prices": {name: asdict(price) for name, price in prices[_name(dtype)].items()},
-                "rows": [row.to_dict() for row in mine],
-            },
-        )
+        else:
+            expected = dense_seconds[row.case] / prices[row.kernel].of(row.work)
+            yield replace(row, expected=expected)

@@ -175,7 +175,9 @@ def _without_patch(model: nn.Module, patch: Patch) -> Callable[..., Any]:
 def _result(patch: Patch, model_arguments: MetaInputs, paired: Timing) -> BenchResult:
     image = next(iter(tensors_in(model_arguments)), None)
     like = next(patch.model.parameters(), image)
-    dense, sparse, ratio = paired.second.ms(), paired.first.ms(), paired.ratio.rounded(4)
+    dense_ms, dense_quartiles = paired.second.ms()
+    sparse_ms, sparse_quartiles = paired.first.ms()
+    ratio, ratio_quartiles = paired.ratio.rounded(4)
     return BenchResult(
         model=type(patch.model).__name__,
         strategy=patch.strategy.name,
@@ -183,12 +185,12 @@ def _result(patch: Patch, model_arguments: MetaInputs, paired: Timing) -> BenchR
         dtype="unknown" if like is None else str(like.dtype).removeprefix("torch."),
         device="unknown" if like is None else str(like.device),
         rounds=paired.rounds,
-        dense_ms=dense.median,
-        dense_quartiles=dense.ends,
-        sparse_ms=sparse.median,
-        sparse_quartiles=sparse.ends,
-        ratio=ratio.median,
-        ratio_quartiles=ratio.ends,
+        dense_ms=dense_ms,
+        dense_quartiles=dense_quartiles,
+        sparse_ms=sparse_ms,
+        sparse_quartiles=sparse_quartiles,
+        ratio=ratio,
+        ratio_quartiles=ratio_quartiles,
         report=patch.report(),
         machine=timing.machine(),
     )

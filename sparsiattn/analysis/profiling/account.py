@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
 
 from sparsiattn.analysis.profiling.accounting import Accounting, paper_macs
 from sparsiattn.analysis.profiling.meter import (
@@ -79,14 +78,13 @@ class Account:
         shares[""] = {"rest": counter.spent[REST, ""]}
         return shares
 
-    def _parts(self, share: Share) -> Parts:
-        return Parts(**{part: round(macs / len(self.batch)) for part, macs in share.items()})
-
-    def _total(self, shares: dict[str, Share]) -> Parts:
-        total: Counter[str] = Counter()
-        for share in shares.values():
-            total.update(share)  # counts that are no ints add up as well
-        return self._parts(total)  # type: ignore[arg-type]
+    def _parts(self, *shares: Share) -> Parts:
+        """MACs of one image, summed over shares."""
+        totals = {
+            field.name: sum(share.get(field.name, 0.0) for share in shares)
+            for field in fields(Parts)
+        }
+        return Parts(**{part: round(macs / len(self.batch)) for part, macs in totals.items()})
 
     def _site(self, site: Site) -> SiteProfile:
         runtime, calls = self.runtimes.get(site.name), self.calls.get(site.name, [])
@@ -118,7 +116,6 @@ class Account:
         self, accounting: Accounting, latency: Latency | None, memory: Memory | None
     ) -> Profile:
         """The account as users see it."""
-        totals: dict[str, Any] = {n: self._total(shares) for n, shares in self.shares.items()}
         profile = Profile(
             model=type(self.run.model).__name__,
             backbone=self.module_map.backbone,
@@ -126,10 +123,11 @@ class Account:
             input_shape=tuple(self.batch.shape),
             images=len(self.batch),
             accounting=accounting,
-            **totals,
+            **{name: self._parts(*shares.values()) for name, shares in self.shares.items()},
             sites=tuple(self._site(site) for site in self.module_map.sites),
             latency=latency,
             memory=memory,
+            notes=(),
         )
         return replace(profile, notes=notes(profile))
 

@@ -127,9 +127,8 @@ def _latency(
     times = time_model(model, patch, model_arguments, rounds)
     dense = Quartiles.of(times["dense"]).ms()
     if patch is None:
-        return Latency(rounds, dense.median, dense.ends)
+        return Latency(rounds, *dense)
     args, kwargs = model_arguments
     measure_sites(patch, kwargs or args)
     paired = Timing.of(times["sparse"], times["dense"])
-    ms, ratio = paired.first.ms(), paired.ratio.rounded(4)
-    return Latency(rounds, dense.median, dense.ends, ms.median, ms.ends, ratio.median)
+    return Latency(rounds, *dense, *paired.first.ms(), ratio=paired.ratio.rounded(4)[0])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sparsiattn.analysis.profiling.accounting import Accounting
-from sparsiattn.patching.text import Row, macs_text, plain, shape_text, speed_text
+from sparsiattn.errors import renamed_property
+from sparsiattn.patching.text import Row, macs_text, plain, plain_data, shape_text, speed_text
 
 
 @dataclass(frozen=True)
@@ -34,29 +34,12 @@ class Parts:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-PART_NAMES = {
-    "mhsa": "MHSA (QK^T, AV)",
-    "predictor": "predictor",
-    "projections": "projections",
-    "mlp": "MLP",
-    "rest": "rest",
-}
-
-
-class _OwnMacs:
-    """The old name of ``pattern``, for one minor version."""
-
-    pattern: Parts
-
-    @property
-    def own(self) -> Parts:
-        """Deprecated: use ``pattern``."""
-        warnings.warn("own is called pattern now", DeprecationWarning, stacklevel=2)
-        return self.pattern
+LABELS = {"mhsa": "MHSA (QK^T, AV)", "mlp": "MLP"}
+"""What tables call parts, where that is not the name of the field."""
 
 
 @dataclass(frozen=True)
-class SiteProfile(_OwnMacs):
+class SiteProfile:
     """One site. Where several share a block or its projections, the first of them has its MACs.
 
     Attributes:
@@ -92,6 +75,8 @@ class SiteProfile(_OwnMacs):
     left_dense: bool = False
     expected: float | None = None
     measured: float | None = None
+
+    own = renamed_property("own", "pattern")
 
     @property
     def speed(self) -> float | None:
@@ -150,7 +135,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Profile(_OwnMacs):
+class Profile:
     """What one forward pass costs, dense and patched. ``print`` it, or take `to_dict`.
 
     All figures are MACs (multiply-accumulates) for one image; FLOPs are twice that. The patched
@@ -188,12 +173,13 @@ class Profile(_OwnMacs):
     memory: Memory | None = None
     notes: tuple[str, ...] = ()
 
+    own = renamed_property("own", "pattern")
+
     @property
     def chosen(self) -> Parts:
         """The parts by `accounting`."""
-        return {"own": self.pattern, "computed": self.computed, "paper": self.paper}[
-            self.accounting
-        ]
+        name = "pattern" if self.accounting == "own" else self.accounting
+        return getattr(self, name)  # type: ignore[no-any-return]
 
     @property
     def macs_dense(self) -> int:
@@ -241,11 +227,7 @@ class Profile(_OwnMacs):
             *("macs_dense", "macs", "flops_dense", "flops", "mhsa_macs_dense", "mhsa_macs"),
             *("predictor_macs", "tokens"),
         )
-        data = asdict(
-            self,
-            dict_factory=lambda items: {"own" if k == "pattern" else k: v for k, v in items},
-        )
-        return {name: getattr(self, name) for name in names} | data
+        return {name: getattr(self, name) for name in names} | plain_data(self, pattern="own")
 
     def __str__(self) -> str:
         return plain(self.layout())
@@ -270,8 +252,8 @@ class Profile(_OwnMacs):
             columns |= {"own": self.pattern, "computed": self.computed}
             columns |= {"paper": self.paper} if paper else {}
         rows = {
-            label: [getattr(parts, name) for parts in columns.values()]
-            for name, label in PART_NAMES.items()
+            LABELS.get(part.name, part.name): [getattr(x, part.name) for x in columns.values()]
+            for part in fields(Parts)
         }
         if paper:
             both = [parts.mhsa + parts.predictor for parts in columns.values()]
