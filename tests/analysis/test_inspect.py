@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy
-from sparsiattn.analysis.inspection import percent
 from sparsiattn.cli import app
+from sparsiattn.patching import install
 from sparsiattn.patching.discovery.backbone import SINGLE
-from sparsiattn.runtime import handle
+from sparsiattn.patching.text import percent
 from sparsiattn.testing import temporary_plugin
 from tests.support import hosts, zoo
 
@@ -148,7 +148,7 @@ def test_the_model_stays_as_it_was(training: bool) -> None:
 def test_compiled_graphs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attaching a patch has Dynamo forget its graphs; looking at a model must not."""
     calls: list[int] = []
-    monkeypatch.setattr(handle, "forget_compiled", lambda: calls.append(1))
+    monkeypatch.setattr(install, "forget_compiled", lambda: calls.append(1))
     model = zoo.build("vit")
     sparsiattn.inspect(model, strategies=["connectivity", "token_drop"])
     assert calls == []
@@ -327,6 +327,7 @@ def test_text_and_json() -> None:
         assert f"{site.name} " in text
     assert "token_drop: not on this model: Hiera" in text
     content = json.loads(json.dumps(found.to_dict()))
+    assert "left" in content  # files keep the old name of ``skipped``
     assert content["mhsa_macs"] == sum(site["macs"] for site in content["sites"])
     assert {one["name"] for one in content["strategies"]} == {"dense", "local", "token_drop"}
     assert "keys" not in sparsiattn.inspect(zoo.build("vit"), strategies=[]).table()[0]

@@ -165,7 +165,7 @@ def check_all(model: nn.Module, x: Tensor) -> None:
         with live:
             found = check(model, x, macs, live.report())
             patched.append(name)
-        if name != "connectivity" and live.blocks[0].place != "bypass":
+        if name != "connectivity" and live.blocks[0].placement != "bypass":
             assert found.tokens < dense.tokens
     assert patched[0] == "connectivity"
 
@@ -262,3 +262,18 @@ def test_a_patch_on_a_part_of_the_model() -> None:
         assert part.macs_dense == part.mhsa_macs_dense + 12 * 65 * 48**2
         with pytest.raises(InvalidOption, match="latency"):
             profile(whole, x, latency=True)
+
+
+def test_old_names() -> None:
+    """Files keep the key ``own``; the attribute warns."""
+    model = zoo.build("vit")
+    with sparsiattn.patch(model, "local", k=0.25):
+        found = profile(model, zoo.images(model))
+    with pytest.warns(DeprecationWarning, match="pattern"):
+        assert found.own == found.pattern
+    with pytest.warns(DeprecationWarning, match="pattern"):
+        assert found.sites[0].own == found.sites[0].pattern
+    data = found.to_dict()
+    assert data["own"]["mhsa"] == found.pattern.mhsa
+    assert "pattern" not in data
+    assert "pattern" not in data["sites"][0]

@@ -117,8 +117,8 @@ def test_what_was_measured_decides(clock: dict[str, float]) -> None:
         sparsiattn.tune("cpu")
         with sparsiattn.patch(model, "connectivity", k=0.25) as live, torch.no_grad():
             model(zoo.images(model))
-            assert live.runtimes[0].last is not None
-            chosen.append(live.runtimes[0].last.kernel.name)
+            assert live.runtimes[0].last_choice is not None
+            chosen.append(live.runtimes[0].last_choice.kernel.name)
             assert "`sparsiattn tune` measured" in str(live.report())
     assert chosen == ["gather", "sdpa"]
 
@@ -142,8 +142,10 @@ def test_a_live_patch_chooses_anew_after_tune(clock: dict[str, float]) -> None:
             clock |= {"gather": gather, "sdpa": sdpa}
             sparsiattn.tune("cpu")
             model(zoo.images(model))
-            assert live.runtimes[0].last is not None
-            assert live.runtimes[0].last.kernel.name == ("gather" if gather < sdpa else "sdpa")
+            assert live.runtimes[0].last_choice is not None
+            assert live.runtimes[0].last_choice.kernel.name == (
+                "gather" if gather < sdpa else "sdpa"
+            )
 
 
 def test_a_shape_that_tune_covered_is_reported_as_measured(
