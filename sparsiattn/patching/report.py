@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ import torch
 from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
+from sparsiattn.errors import renamed_property
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_dry
 from sparsiattn.patching.dry_run import DryRun, dry_run, meta_inputs
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
-from sparsiattn.patching.text import aligned, macs_text
+from sparsiattn.patching.text import aligned, macs_text, plain_data
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -87,8 +88,14 @@ class Report:
             return None
         return self.other_macs + self.mhsa_macs + self.predictor_macs
 
+    left = renamed_property("left", "skipped")
+    untouched = renamed_property("untouched", "not_selected")
+    basis = renamed_property("basis", "price_source")
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "macs": self.macs}
+        """JSON form, under the names that fields had at first."""
+        names = {"skipped": "left", "not_selected": "untouched", "price_source": "basis"}
+        return {**plain_data(self, **names), "macs": self.macs}
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), *_table(self.sites), *self._tail()])
