@@ -322,7 +322,7 @@ def _patched_faults(name: str, change: float, live: sparsiattn.Patch, keys: list
         faults.append(f"{name}: relative error {change:.1e}")
     if name not in IDENTITIES and not change > 1e-5:
         faults.append(f"{name}: no real change ({change:.1e})")
-    if name not in IDENTITIES and any(r.last is None and _saves(r) for r in live.runtimes):
+    if name not in IDENTITIES and any(r.last_choice is None and _saves(r) for r in live.runtimes):
         faults.append(f"{name}: a site never ran sparsely")
     if [key for key in live.model.state_dict() if ".sparsiattn." not in key] != keys:
         faults.append(f"{name}: other keys in the state dict of the host")
