@@ -224,7 +224,7 @@ def _active_patch(model: nn.Module) -> Patch:
         )
     if not patch.runtimes:
         raise ModelChanged("show() found no patched site: unpatch() and patch the model again")
-    patch._ensure_active("show")
+    patch.ensure_active("show")
     return patch
 
 
