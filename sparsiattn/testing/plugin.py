@@ -23,8 +23,15 @@ def temporary_plugin(
 ) -> Iterator[None]:
     """Register strategies, kernels and backbones for the duration of a block.
 
-    What would make an installed plug-in a broken one is raised here: `PluginError` for a wrong
-    type, a missing name or one that is taken.
+    Args:
+        strategies: Classes.
+        kernels: Instances.
+        backbones: Instances.
+        name: Of the plug-in.
+
+    Raises:
+        PluginError: What would make an installed plug-in a broken one: a wrong type, a missing name
+            or one that is taken.
 
     >>> from dataclasses import dataclass
     >>> import sparsiattn
@@ -40,14 +47,10 @@ def temporary_plugin(
     lists = {"strategies": strategies, "kernels": kernels, "backbones": backbones}
     hooks = {f"sparsiattn_{kind}": _returning(list(things)) for kind, things in lists.items()}
     with REGISTRY.temporary(SimpleNamespace(**hooks), name):
-        _raise_fault(name)
+        for plugin in REGISTRY.plugins():
+            if plugin.name == name and plugin.error is not None:
+                raise plugin.error
         yield
-
-
-def _raise_fault(name: str) -> None:
-    for info in REGISTRY.plugins():
-        if info.name == name and info.error is not None:
-            raise info.error
 
 
 def _returning(things: list[object]) -> object:
