@@ -9,13 +9,5 @@ from sparsiattn_backbones.hosts import ClipViT, HuggingFace, TorchvisionViT
 
 @hookimpl
 def sparsiattn_backbones() -> list[Backbone]:
-    return [
-        Hiera(),
-        Sam(),
-        Swin(),
-        TimmViT(),
-        TorchvisionViT(),
-        ClipViT(),
-        HuggingFace(),
-        Generic(),
-    ]
+    families = (Hiera, Sam, Swin, TimmViT, TorchvisionViT, ClipViT, HuggingFace, Generic)
+    return [family() for family in families]

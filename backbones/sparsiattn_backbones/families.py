@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsiattn import Backbone
-from sparsiattn.attention.geometry import Grid
-from sparsiattn.patching.discovery.backbone import Pooling
-from sparsiattn.patching.discovery.probe import AttentionCall
+from sparsiattn import AttentionCall, Backbone, Grid, Pooling
 
 POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
 
@@ -55,7 +52,17 @@ class TimmViT(Backbone):
         return POOLS.get(kind, "other")
 
 
-class Swin(Backbone):
+class _PatchesOnly(Backbone):
+    """Families whose sequences hold patch tokens alone."""
+
+    def prefix_tokens(self, call: AttentionCall) -> int:
+        return 0
+
+    def class_tokens(self, model: nn.Module) -> int:
+        return 0
+
+
+class Swin(_PatchesOnly):
     """Swin, v2 and v2-CR: attention in windows of a fixed grid, every second block shifted under a
     mask."""
 
@@ -68,12 +75,6 @@ class Swin(Backbone):
             return _lacks(model, stages, "patch_embed")
         return ["no module has relative positions of windows (" + ", ".join(tables) + ")"]
 
-    def prefix_tokens(self, call: AttentionCall) -> int:
-        return 0
-
-    def class_tokens(self, model: nn.Module) -> int:
-        return 0
-
     def pooling(self, model: nn.Module) -> Pooling:
         return _head_pooling(model)
 
@@ -83,7 +84,7 @@ class Swin(Backbone):
         return (rows, columns) if rows * columns == n else super().grid(call, n, aspect)
 
 
-class Sam(Backbone):
+class Sam(_PatchesOnly):
     """SAM's image encoder: windows and global blocks, decomposed relative positions."""
 
     name = "timm_sam"
@@ -93,14 +94,8 @@ class Sam(Backbone):
             return _lacks(model, "blocks", "patch_embed", "neck")
         return ["no module has a rel_pos_h"]
 
-    def prefix_tokens(self, call: AttentionCall) -> int:
-        return 0
 
-    def class_tokens(self, model: nn.Module) -> int:
-        return 0
-
-
-class Hiera(Backbone):
+class Hiera(_PatchesOnly):
     """Hiera: mask units of tokens in unrolled order, queries pooled where stages change."""
 
     name = "timm_hiera"
@@ -108,17 +103,10 @@ class Hiera(Backbone):
     def why_not(self, model: nn.Module) -> list[str]:
         return _lacks(model, "blocks", "unroll", "patch_embed", "tokens_spatial_shape")
 
-    def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        embed: Any = model.patch_embed
-        proj = embed.proj
-        tokens: Any = model.tokens_spatial_shape
-        return (1, proj.in_channels, *(n * s for n, s in zip(tokens, proj.stride, strict=True)))
-
-    def prefix_tokens(self, call: AttentionCall) -> int:
-        return 0
-
-    def class_tokens(self, model: nn.Module) -> int:
-        return 0
+    def input_shape(self, model: Any) -> tuple[int, ...] | None:
+        embed, tokens = model.patch_embed, model.tokens_spatial_shape
+        sides = (n * stride for n, stride in zip(tokens, embed.proj.stride, strict=True))
+        return (1, embed.proj.in_channels, *sides)
 
     def pooling(self, model: nn.Module) -> Pooling:
         return _head_pooling(model)

@@ -15,31 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sparsiattn import Backbone
-from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.layout import Layout
-from sparsiattn.attention.site import Site
-from sparsiattn.patching.discovery.backbone import Pooling
-from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
-from sparsiattn.patching.discovery.probe import AttentionCall
-from sparsiattn.runtime.attribute_override import AttributeOverride
-from sparsiattn_backbones.families import sole_part
-from sparsiattn_backbones.stems import (
-    along_time,
-    class_rows,
-    convolution,
-    cubes,
-    frames,
-    in_raster_order,
-    packs,
-    patcher,
-    per_frame,
-    prefix_rows,
-    stem_of,
-    stems,
-    steps,
-    takes_patches,
+from sparsiattn import (
+    AttentionCall,
+    AttributeOverride,
+    Backbone,
+    Grid,
+    Layout,
+    MetaInputs,
+    Pooling,
+    Site,
 )
+from sparsiattn_backbones import stems
+from sparsiattn_backbones.families import sole_part
 
 BIAS_TABLES = (
     *("relative_position_bias", "shared_position_bias", "relative_position_bias_table"),
@@ -48,36 +35,35 @@ BIAS_TABLES = (
 """Relative positions by Hugging Face's names, one table for all windows of an image."""
 
 
-class _Host(Backbone):
+class _StemFamily(Backbone):
     """What the families of this module share: their tokens are made in a stem."""
 
     def stem(self, model: nn.Module) -> nn.Module:
-        return next(stems(model), model)
+        return next(stems.stems(model), model)
 
     def image_module(self, model: nn.Module) -> nn.Module:
         # it takes the image as its first argument, whatever the caller's keywords are
-        layer = patcher(self.stem(model))
-        return model if convolution(layer) is None else layer
+        layer = stems.patch_layer(self.stem(model))
+        return model if stems.first_of(layer, nn.Conv2d) is None else layer
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        found = patcher(self.stem(model))
-        layer = cubes(found) or convolution(found)
+        layer = stems.convolution(self.stem(model))
         return (1, 1) if layer is None else (layer.stride[-2], layer.stride[-1])
 
     def channels(self, model: nn.Module) -> int:
-        found = patcher(self.stem(model))
-        layer = cubes(found) or convolution(found)
+        """Channels of the image that the model takes."""
+        layer = stems.convolution(self.stem(model))
         return 3 if layer is None else layer.in_channels
 
     def prefix_tokens(self, call: AttentionCall) -> int:
-        stem = stem_of(call)
-        return 0 if stem is None else prefix_rows(stem)
+        stem = stems.stem_of(call)
+        return 0 if stem is None else stems.prefix_rows(stem)
 
     def class_tokens(self, model: nn.Module) -> int:
-        return class_rows(self.stem(model))
+        return stems.class_rows(self.stem(model))
 
     def packs_batch(self, model: nn.Module) -> bool:
-        return packs(self.stem(model))
+        return stems.packs(self.stem(model))
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
@@ -89,90 +75,90 @@ def _sides(size: Any) -> tuple[int, int] | None:
     return None
 
 
-class HuggingFace(_Host):
+class HuggingFace(_StemFamily):
     """Hugging Face's vision models: ViT, DeiT, DINOv2 and v3, CLIP, SigLIP, BEiT and others."""
 
     name = "huggingface"
 
     def why_not(self, model: nn.Module) -> list[str]:
-        if _configs(model):
-            return []
-        return ["no module has a config with an attention implementation"]
+        reason = "no module has a config with an attention implementation"
+        return [] if _configs(model) else [reason]
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        stem: Any = self.stem(model)
         for config in _configs(model):
             sides = _sides(getattr(config, "image_size", getattr(config, "crop_size", None)))
             if sides is not None:
-                count = frames(self.stem(model), config)
+                count = stems.frames(stem, config)
                 time = () if count is None else (count,)
                 return (1, *time, getattr(config, "num_channels", self.channels(model)), *sides)
-        if takes_patches(self.stem(model)):
-            stem: Any = self.stem(model)
+        if stems.takes_patches(stem):
             return (1, self.channels(model), *2 * (stem.position_embedding_size * stem.patch_size,))
         return super().input_shape(model)
 
     def attribute_overrides(self, model: nn.Module) -> list[AttributeOverride]:
         # one for each distinct configuration; modules look it up in every forward
         switched = [c for c in _configs(model) if _unfused(vars(c)[IMPLEMENTATION])]
-        own = [
+        fused = [
             AttributeOverride(c, IMPLEMENTATION, "sdpa", vars(c)[IMPLEMENTATION]) for c in switched
         ]
         # eager attention has no causal order of its own; "sdpa" takes one where nothing denies it
-        silent = [
+        not_causal = [
             AttributeOverride(m, "is_causal", False, ...) for m in _undirected(model, switched)
         ]
-        return super().attribute_overrides(model) + own + silent
+        return super().attribute_overrides(model) + fused + not_causal
 
     def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
         stem: Any = self.stem(model)
-        if not takes_patches(stem) or len(shape) != 4:
-            args, kwargs = image_inputs(model, shape)
+        if not stems.takes_patches(stem) or len(shape) != 4:
+            args, kwargs = super().meta_inputs(model, shape)
             return args, {**kwargs, "skip_predictor": True} if _predicts(model) else kwargs
         grid = shape[-2] // stem.patch_size, shape[-1] // stem.patch_size
-        (patches,), _ = image_inputs(model, (1, math.prod(grid), stem.patch_embedding.in_features))
+        flat = (1, math.prod(grid), stem.patch_embedding.in_features)
+        (patches,), _ = super().meta_inputs(model, flat)
         sizes = torch.tensor([grid], device="cpu")  # read by the model's Python code
         return (), {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": sizes}
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
         stem: Any = self.stem(model)
-        return (stem.patch_size,) * 2 if takes_patches(stem) else super().patch_size(model)
+        return (stem.patch_size,) * 2 if stems.takes_patches(stem) else super().patch_size(model)
 
     def channels(self, model: nn.Module) -> int:
         stem: Any = self.stem(model)
-        if not takes_patches(stem):
+        if not stems.takes_patches(stem):
             return super().channels(model)
         return int(stem.patch_embedding.in_features // stem.patch_size**2)
 
     def grid(self, call: AttentionCall, n: int, aspect: float) -> Grid:
-        stem = stem_of(call)
-        if not self.is_raster_order(call) or along_time(call):
+        stem = stems.stem_of(call)
+        if not self.is_raster_order(call) or stems.along_time(call):
             return 1, n
-        time = 1 if stem is None else steps(stem, call.nearest("config"))
+        time = 1 if stem is None else stems.steps(stem, call.nearest("config"))
         rows, columns = super().grid(call, n // time, aspect)
         return rows * time, columns  # the frames of a video one below the other
 
     def is_raster_order(self, call: AttentionCall) -> bool:
-        return in_raster_order(call, stem_of(call))
+        return stems.in_raster_order(call, stems.stem_of(call))
 
     def bias(self, call: AttentionCall) -> Literal["none", "bias", "mask"]:
-        found = super().bias(call)
+        kind = super().bias(call)
         if call.mask is None or call.mask[0] != 1 or call.mask_dtype == torch.bool:
-            return found  # Swin's shifted windows forbid keys
-        return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else found
+            return kind  # Swin's shifted windows forbid keys
+        return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else kind
 
     def sites(
         self, calls: Iterable[AttentionCall], aspect: float, named: Collection[str] = ()
     ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
-        seen = list(calls)
-        found, left = super().sites(seen, aspect, named)
-        return found, left + [(name, UNSEEN) for name in _unseen(seen)]
+        recorded = list(calls)
+        sites, skipped = super().sites(recorded, aspect, named)
+        return sites, skipped + [(name, PREDICTOR) for name in _predictor_attention(recorded)]
 
     def _site(self, call: AttentionCall, layout: Layout, aspect: float) -> Site:
-        site, stem = super()._site(call, layout, aspect), stem_of(call)
-        if stem is None or not per_frame(call, stem, site.windows):
+        site, stem = super()._site(call, layout, aspect), stems.stem_of(call)
+        if stem is None or not stems.per_frame(call, stem, site.windows):
             return site
-        prefix, patches = prefix_rows(stem), site.tokens - prefix_rows(stem)
-        grid = self.grid(call, patches, aspect)
+        prefix = stems.prefix_rows(stem)
+        grid = self.grid(call, site.tokens - prefix, aspect)
         return replace(site, prefix_tokens=prefix, grid=grid, key_grid=grid)
 
     def pooling(self, model: nn.Module) -> Pooling:
@@ -190,20 +176,18 @@ also overwrite what was chosen for the parts of a composite model."""
 
 def _configs(model: nn.Module) -> list[Any]:
     """Distinct configurations whose attention can be switched, outermost first."""
-    found = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if IMPLEMENTATION in getattr(config, "__dict__", {}):
-            found[id(config)] = config
-    return list(found.values())
+    configs = (getattr(module, "config", None) for module in model.modules())
+    # not a set: configurations are compared by their values, and have no hash
+    switchable = {id(c): c for c in configs if IMPLEMENTATION in getattr(c, "__dict__", {})}
+    return list(switchable.values())
 
 
 def _undirected(model: nn.Module, configs: list[Any]) -> list[nn.Module]:
     """Modules of an image encoder with one of these configurations that do not say whether their
     attention is causal. (Text that is to be causal may rely on "sdpa" taking it for that.)"""
     images = {id(config) for config in configs if getattr(config, "patch_size", None) is not None}
-    own = (m for m in model.modules() if id(getattr(m, "config", None)) in images)
-    return [m for m in own if not hasattr(m, "is_causal")]
+    encoders = (m for m in model.modules() if id(getattr(m, "config", None)) in images)
+    return [m for m in encoders if not hasattr(m, "is_causal")]
 
 
 def _predicts(model: nn.Module) -> bool:
@@ -211,16 +195,16 @@ def _predicts(model: nn.Module) -> bool:
     return "skip_predictor" in signature(model.forward).parameters
 
 
-UNSEEN = "part of a predictor that reads the values of its masks, which a dry run does not have"
+PREDICTOR = "part of a predictor that reads the values of its masks, which a dry run does not have"
 
 
-def _unseen(calls: list[AttentionCall]) -> list[str]:
+def _predictor_attention(calls: list[AttentionCall]) -> list[str]:
     """Attention modules of a predictor that the dry run skips."""
     root = calls[0].parents[0] if calls and calls[0].parents else None
     if root is None or not _predicts(root):
         return []
-    kinds, seen = {type(call.module) for call in calls}, {call.name for call in calls}
-    return [name for name, m in root.named_modules() if type(m) in kinds and name not in seen]
+    kinds, called = {type(call.module) for call in calls}, {call.name for call in calls}
+    return [name for name, m in root.named_modules() if type(m) in kinds and name not in called]
 
 
 def _unfused(implementation: str | None) -> bool:
@@ -234,7 +218,7 @@ def _classifier_pooling(model: nn.Module, stem: nn.Module) -> Pooling:
     pooler = getattr(body, "pooler", None)
     head: Any = getattr(model, "classifier", None)
     width = getattr(body.config, "hidden_size", None) if hasattr(body, "config") else None
-    if takes_patches(stem):
+    if stems.takes_patches(stem):
         return "other"  # an average weighted by padding
     if hasattr(body, "post_layernorm"):  # CLIP and SigLIP average the patch tokens
         return "avg" if hasattr(model.config, "vision_config") else "other"
@@ -252,35 +236,35 @@ def _fits(head: nn.Module, width: int | None) -> bool:
     return isinstance(head, nn.Linear) and head.in_features == width
 
 
-class _Inner(_Host):
+class _AttributeFamily(_StemFamily):
     """A model that is known by attributes, and may be a part of a larger one."""
 
     attributes: tuple[str, ...] = ()
 
     def inner(self, model: nn.Module) -> Any:
-        parts = (m for m in model.modules() if all(_has(m, name) for name in self.attributes))
+        """The part with all the attributes, None if there is none."""
+        parts = (
+            part
+            for part in model.modules()
+            if all(getattr(part, name, None) is not None for name in self.attributes)
+        )
         return next(parts, None)
 
     def stem(self, model: nn.Module) -> nn.Module:
-        found = self.inner(model)
-        return model if found is None else found
+        inner = self.inner(model)
+        return model if inner is None else inner
 
     def why_not(self, model: nn.Module) -> list[str]:
-        if self.inner(model) is not None:
-            return []
-        return [f"no module has all of {', '.join(self.attributes)}"]
+        reason = f"no module has all of {', '.join(self.attributes)}"
+        return [reason] if self.inner(model) is None else []
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        found = self.inner(model)
-        sides = _sides(getattr(found, "image_size", getattr(found, "input_resolution", None)))
+        inner = self.inner(model)
+        sides = _sides(getattr(inner, "image_size", getattr(inner, "input_resolution", None)))
         return None if sides is None else (1, self.channels(model), *sides)
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return getattr(module, name, None) is not None
-
-
-class TorchvisionViT(_Inner):
+class TorchvisionViT(_AttributeFamily):
     """torchvision's VisionTransformer."""
 
     name = "torchvision_vit"
@@ -294,17 +278,17 @@ class TorchvisionViT(_Inner):
         return "prefix" if sole_part(model, self) is self.inner(model) else "other"
 
 
-class ClipViT(_Inner):
+class ClipViT(_AttributeFamily):
     """The image tower of OpenAI's CLIP and of open_clip."""
 
     name = "clip_vit"
     attributes = ("conv1", "class_embedding", "positional_embedding", "transformer", "ln_post")
 
     def pooling(self, model: nn.Module) -> Pooling:
-        found = self.inner(model)
-        if sole_part(model, self) is not found or getattr(found, "attn_pool", None) is not None:
+        inner = self.inner(model)
+        if sole_part(model, self) is not inner or getattr(inner, "attn_pool", None) is not None:
             return "other"
-        if getattr(found, "output_tokens", False):
+        if getattr(inner, "output_tokens", False):
             return "other"
         kinds: dict[str, Pooling] = {"tok": "prefix", "avg": "avg"}
-        return kinds.get(getattr(found, "pool_type", "tok"), "other")
+        return kinds.get(getattr(inner, "pool_type", "tok"), "other")

@@ -6,16 +6,17 @@ None of the libraries is imported; modules are known by the attributes they have
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from sparsiattn.patching.discovery.backbone import count_class_tokens
-from sparsiattn.patching.discovery.probe import AttentionCall
+from sparsiattn import AttentionCall, count_class_tokens
+
+M = TypeVar("M", bound=nn.Module)
 
 EMBEDDINGS = ("patch_embeddings", "patch_embedding", "patch_embed")
-PATCHERS = (*EMBEDDINGS, "conv_proj", "conv1")
+PATCH_LAYERS = (*EMBEDDINGS, "conv_proj", "conv1")
 """Names of the layer that makes tokens of an image."""
 REGISTERS = ("register_tokens", "reg_token")
 FRAMES = ("num_frames", "frames_per_clip")
@@ -31,27 +32,24 @@ mask units (Hiera), of queries that are no patches (DETR's decoder, Perceiver's 
 
 def _is_stem(module: nn.Module) -> bool:
     """Whether this module puts class tokens in front of patches, or at least makes the patches."""
-    made = any(isinstance(getattr(module, name, None), nn.Module) for name in EMBEDDINGS)
-    return made or count_class_tokens(module) > 0
+    embeds = any(isinstance(getattr(module, name, None), nn.Module) for name in EMBEDDINGS)
+    return embeds or count_class_tokens(module) > 0
 
 
 def stems(model: nn.Module) -> Iterator[nn.Module]:
     """The stems of a model's towers; stages that add a class token of their own are none."""
-    listed = {id(m) for parent in model.modules() for m in _elements(parent)}
-    return (m for m in model.modules() if _is_stem(m) and id(m) not in listed)
-
-
-def _elements(module: nn.Module) -> Iterator[nn.Module]:
-    return module.children() if isinstance(module, nn.ModuleList) else iter(())
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    stages = {id(stage) for stage_list in lists for stage in stage_list}
+    return (m for m in model.modules() if _is_stem(m) and id(m) not in stages)
 
 
 def stem_of(call: AttentionCall) -> nn.Module | None:
     """The stem of the tower (or stage) that a call is in: of its closest parent that is one or
     holds one."""
     for parent in reversed(call.parents):
-        listed = isinstance(parent, nn.ModuleList)
-        candidates: list[nn.Module] = [parent, *([] if listed else parent.children())]
-        for module in candidates:
+        # elements of a list are stages, and none of them holds the stem of another
+        children = [] if isinstance(parent, nn.ModuleList) else parent.children()
+        for module in (parent, *children):
             if _is_stem(module):
                 return _of_stage(module, call)
             if hasattr(module, "token_embedding"):  # of text
@@ -65,42 +63,45 @@ def _of_stage(stem: nn.Module, call: AttentionCall) -> nn.Module:
     if not isinstance(layers, nn.ModuleList):
         return stem
     above = {id(parent) for parent in call.parents}
-    for stages in stem.children():
-        if isinstance(stages, nn.ModuleList) and len(stages) == len(layers):
-            for layer, stage in zip(layers, stages, strict=True):
-                if id(stage) in above and isinstance(layer, nn.Module):
-                    return layer
-    return stem
+    pairs = (
+        pair
+        for stages in stem.children()
+        if isinstance(stages, nn.ModuleList) and len(stages) == len(layers)
+        for pair in zip(layers, stages, strict=True)
+    )
+    return next((layer for layer, stage in pairs if id(stage) in above), stem)
 
 
-def patcher(stem: nn.Module) -> nn.Module:
+def patch_layer(stem: nn.Module) -> nn.Module:
     """The layer of a stem that makes tokens of the image; the stem itself if it has none."""
-    layers = (getattr(stem, name, None) for name in PATCHERS)
+    layers = (getattr(stem, name, None) for name in PATCH_LAYERS)
     return next((layer for layer in layers if isinstance(layer, nn.Module)), stem)
 
 
-def convolution(module: nn.Module) -> nn.Conv2d | None:
-    return next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+def first_of(module: nn.Module, kind: type[M]) -> M | None:
+    """The first part of that kind."""
+    return next((part for part in module.modules() if isinstance(part, kind)), None)
 
 
-def cubes(module: nn.Module) -> nn.Conv3d | None:
-    """The convolution that makes tokens of several frames of a video."""
-    return next((layer for layer in module.modules() if isinstance(layer, nn.Conv3d)), None)
+def convolution(stem: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+    """What makes tokens of an image, or of several frames of a video."""
+    layer = patch_layer(stem)
+    return first_of(layer, nn.Conv3d) or first_of(layer, nn.Conv2d)
 
 
 def class_rows(stem: nn.Module) -> int:
     """Class tokens at the head of the sequence; Pixio has several in one parameter."""
     if hasattr(stem, "positional_embedding_vlm"):
         return 0  # Llama 4 appends its own
-    several = getattr(stem, "n_cls_tokens", None)
-    return several if isinstance(several, int) else count_class_tokens(stem)
+    count = getattr(stem, "n_cls_tokens", None)
+    return count if isinstance(count, int) else count_class_tokens(stem)
 
 
 def prefix_rows(stem: nn.Module) -> int:
     """Class tokens and registers at the head of the sequence."""
-    found = (getattr(stem, name, None) for name in REGISTERS)
-    registers = sum(tokens.shape[-2] for tokens in found if isinstance(tokens, torch.Tensor))
-    return class_rows(stem) + registers
+    registers = (getattr(stem, name, None) for name in REGISTERS)
+    rows = sum(tokens.shape[-2] for tokens in registers if isinstance(tokens, torch.Tensor))
+    return class_rows(stem) + rows
 
 
 def takes_patches(stem: nn.Module) -> bool:
@@ -128,23 +129,29 @@ def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
 
 def frames(stem: nn.Module, config: Any) -> int | None:
     """Frames of a video that the stem takes at once; None if it takes images."""
-    found = (getattr(config, name, None) for name in FRAMES)
-    count = next((n for n in found if isinstance(n, int)), None)
-    timed = cubes(patcher(stem)) is not None or hasattr(stem, "attention_type")  # TimeSformer
-    return count if timed else None
+    counts = (getattr(config, name, None) for name in FRAMES)
+    count = next((n for n in counts if isinstance(n, int)), None)
+    # TimeSformer's convolution takes single frames
+    takes_video = _cubes(stem) is not None or hasattr(stem, "attention_type")
+    return count if takes_video else None
+
+
+def _cubes(stem: nn.Module) -> nn.Conv3d | None:
+    """The convolution that makes tokens of several frames of a video."""
+    return first_of(patch_layer(stem), nn.Conv3d)
 
 
 def steps(stem: nn.Module, config: Any) -> int:
     """Steps in time among the tokens of one sequence; 1 for an image, or a frame by itself."""
-    count, layer = frames(stem, config), cubes(patcher(stem))
+    count, layer = frames(stem, config), _cubes(stem)
     return 1 if count is None or layer is None else count // layer.stride[0]
 
 
 def along_time(call: AttentionCall) -> bool:
     """Whether a sequence is one place in all frames (TimeSformer)."""
-    inside = (call.module, *call.parents)
-    timed = (getattr(parent, "temporal_attention", None) for parent in call.parents)
-    return any(module is found for found in timed if found is not None for module in inside)
+    modules = (call.module, *call.parents)
+    temporal = [getattr(parent, "temporal_attention", None) for parent in call.parents]
+    return any(module is attention for attention in temporal for module in modules)
 
 
 def per_frame(call: AttentionCall, stem: nn.Module, sequences: int) -> bool:

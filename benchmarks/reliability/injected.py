@@ -229,11 +229,11 @@ def _patch_points(model: nn.Module, strategy: str) -> Iterator[Point]:
                 )
                 if plain:
                     yield f"{owner.__name__}.{name}", _method(owner, name, False)
-    from sparsiattn.runtime import handle
+    from sparsiattn.patching import install
 
-    for name in ("install", "hook_up", "_hook_site", "_add_planner", "watch", "hook_block"):
-        yield f"attach: before {name}", _method(handle, name, False)
-        yield f"attach: after {name}", _method(handle, name, True)
+    for name in ("install_sdpa", "hook_up", "_hook_site", "_add_planner", "watch", "_hook_block"):
+        yield f"attach: before {name}", _method(install, name, False)
+        yield f"attach: after {name}", _method(install, name, True)
 
 
 def _home(owner: type, name: str) -> type:
@@ -258,4 +258,4 @@ def _registering(seen: Seen) -> None:
             broken = {info.name for info in REGISTRY.plugins() if info.broken}
             seen.raised += 1
             seen.check("raises" in broken, f"a plug-in whose {kind} raise is not listed")
-            seen.check("topk" in sparsiattn.strategies(), "the built-in ones are gone")
+            seen.check("topk" in sparsiattn.list_strategies(), "the built-in ones are gone")

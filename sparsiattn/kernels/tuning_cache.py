@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import threading
 import warnings
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsiattn._version import __version__
+from sparsiattn.kernels.atomic_io import replacing
 
 FORMAT = 1
 NAME = "tuning.json"
@@ -48,7 +49,7 @@ def path() -> Path:
 def key(device: torch.device, dtype: torch.dtype) -> str:
     """What an entry holds for: machine, versions, dtype."""
     return " | ".join(
-        (device_name(device), f"torch {torch.__version__}", f"sparsiattn {_version()}",
+        (device_name(device), f"torch {torch.__version__}", f"sparsiattn {__version__}",
          str(dtype).removeprefix("torch."))
     )  # fmt: skip
 
@@ -77,14 +78,6 @@ def processor() -> str:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-@cache
-def _version() -> str:
-    try:
-        return metadata.version("sparsiattn")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 def find(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -173,19 +166,10 @@ def write(entries: dict[str, Any]) -> Path | None:
         content = {"format": FORMAT, "entries": _read[where]}
         try:
             where.parent.mkdir(parents=True, exist_ok=True)
-            _replace(where, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+            with replacing(where, shared=True) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
             _ignore(where, f"it cannot be written: {type(error).__name__}: {error}")
             return None
     return where
-
-
-def _replace(where: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=f".{NAME}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, where)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,7 +1,7 @@
 """Published methods as plug-ins: each one file, written against the public names alone.
 
 They register through the same hooks as a third party's, and import nothing from the library that
-is not in ``sparsiattn.__all__`` (a test reads their imports).
+is not in ``sparsiattn.__all__`` (a test reads their imports). Nothing in the library imports them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparsiattn.methods.sinkhorn import Sinkhorn
 from sparsiattn.methods.sit import SiT
 from sparsiattn.methods.skipat import SkipAt
 
-ATTENTION: list[type[Strategy]] = [
+METHODS: list[type[Strategy] | type[TokenStrategy]] = [
     Linformer,
     LowRank,
     Hypergraph,
@@ -43,8 +43,6 @@ ATTENTION: list[type[Strategy]] = [
     Longformer,
     BigBird,
     Atrous,
-]
-TOKENS: list[type[TokenStrategy]] = [
     ATC,
     AiluRus,
     Expedit,
@@ -60,4 +58,5 @@ TOKENS: list[type[TokenStrategy]] = [
 
 @hookimpl
 def sparsiattn_strategies() -> list[type[Strategy] | type[TokenStrategy]]:
-    return [*ATTENTION, *TOKENS]
+    """What chooses keys or computes attention, then what drops or merges tokens."""
+    return METHODS

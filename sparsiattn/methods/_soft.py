@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn import (
     InvalidOption,
@@ -16,20 +12,19 @@ from sparsiattn import (
     Reduction,
     Site,
     TokenInputs,
-    TokenStrategy,
     check_budget,
-    count_of,
 )
-
-Keep = int | float | Sequence[int | float] | Callable[[Site], int]
+from sparsiattn.methods._tokens import BudgetedTokens
 
 
 @dataclass(frozen=True)
-class SoftMerger(TokenStrategy):
+class SoftMerger(BudgetedTokens):
     """Base of strategies whose number of new tokens is a size of their weights.
 
-    keep: share of the patch tokens present (``ceil``) or count, one for all layers or a list. As
-    weights are made when a model is patched, a function of the `Site` must return a count.
+    Args:
+        keep: Share of the patch tokens present (``ceil``) or count, one for all layers or a list.
+            As weights are made when a model is patched, a function of the `Site` must return a
+            count.
     """
 
     place = "entry"
@@ -37,63 +32,36 @@ class SoftMerger(TokenStrategy):
     inexact_reason = "every new token is a learned mix of all tokens, at any budget"
     needs_training = True
 
-    keep: Keep = 0.7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for keep in self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]:
-            if not callable(keep):
-                check_budget(keep, "keep")
-
     def merges(self) -> bool:
         return True
 
     def resolve_for(self, site: Site, position: int, count: int) -> SoftMerger:
         """This config with ``keep`` as the count of tokens after layer ``position``."""
         if callable(self.keep):
-            found = self.keep(site)
-            if type(found) is not int:
+            tokens = self.keep(site)
+            if type(tokens) is not int:
                 raise InvalidOption(
                     f"{self.name}: keep as a function of the site must return a count, as weights "
-                    f"are made at patch time; got {found!r}"
+                    f"are made at patch time; got {tokens!r}"
                 )
-            return replace(self, keep=check_budget(found, "keep"))
+            return replace(self, keep=check_budget(tokens, "keep"))
         tokens = site.grid[0] * site.grid[1]
         for earlier in range(position + 1):
-            keep = self._one("keep", site, earlier, count)
-            tokens = count_of(keep, tokens)
+            tokens = super().resolve_for(site, earlier, count).target_count(tokens)
         return replace(self, keep=tokens)
 
-    def check(self, tokens: int, first: bool) -> None:
-        if isinstance(self.keep, int) and self.keep > tokens:
-            raise InvalidOption(f"keep={self.keep} is more than the {tokens} patch tokens there")
-
     def count(self) -> int:
-        """Tokens to make; of a config that `at` resolved."""
+        """Tokens to make; for a config that `resolve_for` returned."""
         assert isinstance(self.keep, int)
         return self.keep
 
 
 class SoftPlanner(LearnedTokenPlanner):
-    """Mixes by the weights ``[B, m, n]`` that `weights` finds, whose rows sum to one."""
+    """Base of planners that mix tokens by weights; override `weights`."""
 
     def weights(self, x: Tensor) -> Tensor:
+        """``[B, m, n]``, whose rows sum to one, for tokens ``[B, n, C]``."""
         raise NotImplementedError(f"{type(self).__name__} must override weights(x)")
 
     def forward(self, tokens: TokenInputs) -> Reduction:
         return Reduction.mix(tokens.x, self.weights(tokens.x))
-
-
-def generator(name: str) -> torch.Generator:
-    """Initial weights are the same for the same site, and no global random state is involved."""
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
-
-
-def linear(inputs: int, outputs: int, draws: torch.Generator) -> nn.Linear:
-    """A linear layer with weights uniform in +-1/sqrt(inputs), no bias at first."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    with torch.no_grad():
-        bound = 1 / math.sqrt(inputs)
-        layer.weight.uniform_(-bound, bound, generator=draws)
-        layer.bias.zero_()
-    return layer

@@ -1,5 +1,7 @@
-"""AiluRus (NeurIPS 2023, arXiv 2311.01197): fewer tokens where an image is uniform, for dense
-prediction."""
+"""AiluRus: fewer tokens where an image is uniform, for dense prediction.
+
+NeurIPS 2023, arXiv 2311.01197.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sparsiattn import InvalidOption, Reduction, TokenInputs, check_budget, count_of
-from sparsiattn.methods.clusters import (
-    Clustering,
-    between,
-    check_count,
-    check_flag,
-    precise,
-    to_nearest,
-)
+from sparsiattn import Reduction, TokenInputs, check_budget, count_of
+from sparsiattn.methods._options import check_count, check_number
+from sparsiattn.methods._tokens import gather_tokens, precise
+from sparsiattn.methods.clusters import Clustering, pairwise_distances, to_nearest
 from sparsiattn.methods.dpc_knn import density_peaks
 
 
@@ -29,11 +26,17 @@ class AiluRus(Clustering):
 
     Representatives are density peaks (see `density_peaks`) under feature distances that grow with
     the distance in the image: times ``alpha + (1 - alpha) rank / neighbours`` for the ``rank``-th
-    nearest token in the image, infinite beyond ``neighbours`` of them. alpha: factor of the nearest
-    one, from 0 to 1. neighbours: share or count of the tokens. k: nearest neighbours that make the
-    density. proportional: a merged token weighs as a key by the patches in it. detail: give every
-    position also what it differed from its cluster by when it was merged (not in the paper).
-    layers: the blocks at whose entry tokens are merged; one, a twelfth into the depth, where None.
+    nearest token in the image, infinite beyond ``neighbours`` of them.
+
+    Args:
+        keep: See `Clustering`.
+        k: Nearest neighbours that make the density.
+        alpha: Factor of the distance to the token nearest in the image, from 0 to 1.
+        neighbours: Share or count of the tokens that may be merged with one.
+        proportional: Whether a merged token weighs as a key by the patches in it.
+        detail: Whether every position also gets what it differed from its cluster by when it was
+            merged (not in the paper).
+        layers: Blocks at whose entry tokens are merged; one, a twelfth into the depth, where None.
 
     >>> AiluRus(keep=0.4).layers_in(24)
     (2,)
@@ -57,22 +60,16 @@ class AiluRus(Clustering):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("k", self.k)
-        if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
-            raise InvalidOption(f"alpha must be a number in [0, 1], got {self.alpha!r}")
+        check_number("alpha", self.alpha, 0, 1)
         check_budget(self.neighbours, "neighbours")
-        check_flag("proportional", self.proportional)
-        check_flag("detail", self.detail)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return (min(max(1, depth // 12), depth - 1),)
 
-    def proportional_attention(self) -> bool:
-        return self.proportional
-
     def cluster(self, tokens: TokenInputs, count: int) -> Reduction:
         near = count_of(self.neighbours, tokens.count)
         order = spatial_order(tokens.positions(), tokens.grid[1])
-        distances = (between(precise(tokens.x)) / tokens.x.shape[-1]).sqrt()
+        distances = (pairwise_distances(precise(tokens.x)) / tokens.x.shape[-1]).sqrt()
         local = spatial_distances(distances, order, near, self.alpha)
         centres = density_peaks(local, count, min(self.k, near))
         assign = to_reachable(local, order, centres)
@@ -80,28 +77,45 @@ class AiluRus(Clustering):
         if not self.detail:
             return merged
         assert merged.values is not None
-        residual = tokens.x - rows_of(merged.values, assign)
+        residual = tokens.x - gather_tokens(merged.values, assign)
         return replace(merged, unfold=partial(with_detail, assign, residual))
 
 
 def spatial_order(positions: Tensor, columns: int) -> Tensor:
-    """``[B|1, n, n]``: integers that sort the tokens ``j`` by their distance in the image from each
-    token ``i``, those equally far by number; from patch numbers ``[B|1, n]``."""
-    row, column = positions // columns, positions % columns
-    squared = (row[:, :, None] - row[:, None]).square()
-    squared = squared + (column[:, :, None] - column[:, None]).square()
+    """Integers that sort tokens by their distance in the image, those equally far by number.
+
+    Args:
+        positions: ``[B|1, n]``, patch numbers in raster order.
+        columns: Of the grid.
+
+    Returns:
+        ``[B|1, n, n]``; row ``i`` sorts the tokens by their distance from token ``i``.
+    """
     n = positions.shape[1]
+    squared = sum(
+        (side[:, :, None] - side[:, None]).square()
+        for side in (positions // columns, positions % columns)
+    )
     return squared * n + torch.arange(n, device=positions.device)
 
 
 def spatial_distances(distances: Tensor, order: Tensor, near: int, alpha: float) -> Tensor:
-    """``[B, n, n]``: distances times ``alpha + (1 - alpha) rank / near``, where ``rank`` is 0 for
-    the token itself; infinite but for the ``near`` first by ``order``."""
+    """Distances that grow with the rank in the image, infinite but for the ``near`` first.
+
+    Args:
+        distances: ``[B, n, n]``, of features.
+        order: ``[B|1, n, n]``, see `spatial_order`.
+        near: Tokens at a finite distance.
+        alpha: The token of rank ``r``, 0 for itself, is ``alpha + (1 - alpha) r / near`` as far.
+
+    Returns:
+        ``[B, n, n]``.
+    """
     first = order.topk(near, dim=2, largest=False, sorted=True).indices
     rank = torch.arange(near, device=order.device, dtype=distances.dtype)
-    factor = (alpha + (1 - alpha) * rank / near).expand(first.shape)
-    nothing = distances.new_full(order.shape, float("inf"))
-    factor = nothing.scatter(2, first, factor)
+    near_factor = (alpha + (1 - alpha) * rank / near).expand(first.shape)
+    factor = distances.new_full(order.shape, float("inf")).scatter(2, first, near_factor)
+    # not the product alone: a distance of zero times infinity is no number
     return torch.where(factor.isinf(), factor, distances * factor)
 
 
@@ -116,9 +130,4 @@ def to_reachable(local: Tensor, order: Tensor, centres: Tensor) -> Tensor:
 
 def with_detail(assign: Tensor, residual: Tensor, x: Tensor) -> Tensor:
     """``[B, n, C]``: the clusters' values ``[B, m, C]`` at every token, with its own residual."""
-    return rows_of(x, assign) + residual
-
-
-def rows_of(x: Tensor, assign: Tensor) -> Tensor:
-    """``[B, n, C]``: of every token's cluster."""
-    return x.gather(1, assign[..., None].expand(-1, -1, x.shape[-1]))
+    return gather_tokens(x, assign) + residual

@@ -1,4 +1,7 @@
-"""Agglomerative Token Clustering (ECCV 2024, arXiv 2409.11923), written from the paper."""
+"""Agglomerative Token Clustering: the closest clusters of tokens merge, pair by pair.
+
+ECCV 2024, arXiv 2409.11923, written from the paper.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsiattn import InvalidOption, Reduction, Site, TokenInputs
-from sparsiattn.methods.clusters import Clustering, check_flag, full_precision, precise
+from sparsiattn.methods._options import check_count, constants
+from sparsiattn.methods._tokens import full_precision, unit_keys
+from sparsiattn.methods.clusters import Clustering
 
 LINKAGES = ("average", "complete", "single")
 
-Rate = int | Sequence[int] | Callable[[Site], int] | None
+MergedTokens = int | Sequence[int] | Callable[[Site], int] | None
 
 
 @dataclass(frozen=True)
 class ATC(Clustering):
     """Merges the closest clusters of tokens, pair by pair, until few enough are left.
 
-    Closeness is the cosine of the block's keys, averaged over heads. linkage: the distance of two
-    clusters is the ``"average"``, ``"complete"`` (largest) or ``"single"`` (smallest) one of their
-    tokens. keep: see `Clustering`; `published_counts` gives those of the paper's tables. r: merge
-    so many tokens at each layer instead (an int, a list, or a function of the `Site`), in all
-    blocks where ``layers`` is None: the paper's setting without training. proportional: a merged
-    token weighs as a key by the patches in it.
+    Closeness is the cosine of the block's keys, averaged over heads.
 
     All images are clustered in lockstep on the device, ``n - m`` steps of one argmin each, in
     memory ``[B, n, n]``. Compiled and exported programs hold the steps as one operator,
     ``sparsiattn::agglomerate``; to load such a program, import `sparsiattn` first.
+
+    Args:
+        keep: See `Clustering`; `published_counts` gives those of the paper's tables.
+        linkage: Whether the distance of two clusters is the ``"average"``, ``"complete"``
+            (largest) or ``"single"`` (smallest) one of their tokens.
+        proportional: Whether a merged token weighs as a key by the patches in it.
+        r: Tokens to merge at each layer instead of ``keep`` (an int, a list, or a function of the
+            `Site`), in all blocks where ``layers`` is None: the paper's setting without training.
 
     >>> ATC(keep=[137, 96, 67], layers=[3, 6, 9], linkage="complete").layers_in(12)
     (3, 6, 9)
@@ -47,22 +54,17 @@ class ATC(Clustering):
 
     linkage: str = "average"
     proportional: bool = True
-    r: Rate = None
+    r: MergedTokens = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.linkage not in LINKAGES:
             raise InvalidOption(f"linkage must be one of {LINKAGES}, got {self.linkage!r}")
-        check_flag("proportional", self.proportional)
-        for r in self.r if isinstance(self.r, (list, tuple)) else [self.r]:
-            if r is not None and not callable(r) and (type(r) is not int or r < 0):
-                raise InvalidOption(f"r must be an int >= 0 (tokens merged per layer), got {r!r}")
+        for r in constants(self.r) if self.r is not None else ():
+            check_count("r", r, 0)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return super().default_layers(depth) if self.r is None else tuple(range(depth))
-
-    def proportional_attention(self) -> bool:
-        return self.proportional
 
     def check(self, tokens: int, first: bool) -> None:
         if self.r is None:
@@ -70,18 +72,14 @@ class ATC(Clustering):
         elif isinstance(self.r, int) and self.r >= tokens:
             raise InvalidOption(f"r={self.r} would leave none of the {tokens} patch tokens there")
 
-    def clusters(self, tokens: int) -> int:
+    def target_count(self, tokens: int) -> int:
         if self.r is None:
-            return super().clusters(tokens)
+            return super().target_count(tokens)
         assert isinstance(self.r, int)
         return max(1, tokens - self.r)
 
     def cluster(self, tokens: TokenInputs, count: int) -> Reduction:
-        inputs = tokens.attention
-        assert inputs is not None
-        # the direction of the mean over heads is that of their sum
-        keys = F.normalize(precise(inputs.k).sum(1)[:, inputs.prefix :], dim=-1)
-        label = agglomerate(cosine_distances(keys), count, self.linkage)
+        label = agglomerate(cosine_distances(unit_keys(tokens)), count, self.linkage)
         index, assign = numbered(label, count)
         return Reduction.merge(tokens.x, assign, index, tokens.size)
 
@@ -102,8 +100,15 @@ def cosine_distances(keys: Tensor) -> Tensor:
 def agglomerate(distances: Tensor, clusters: int, linkage: str) -> Tensor:
     """Agglomerative clustering of a batch by the updates of Lance and Williams (1967).
 
-    distances: ``[B, n, n]``, of which the upper triangle counts. Returns ``[B, n]``, for every
-    token the lowest one of its cluster. Of pairs equally close, the first in raster order merges.
+    Of pairs equally close, the first in raster order merges.
+
+    Args:
+        distances: ``[B, n, n]``, of which the upper triangle counts.
+        clusters: Clusters to leave.
+        linkage: One of `LINKAGES`.
+
+    Returns:
+        ``[B, n]``, for every token the lowest one of its cluster.
 
     >>> points = torch.tensor([0.0, 1.0, 5.0, 5.5, 9.0])
     >>> agglomerate((points - points[:, None]).abs()[None], 3, "average").tolist()
@@ -111,31 +116,31 @@ def agglomerate(distances: Tensor, clusters: int, linkage: str) -> Tensor:
     """
     batch, n, _ = distances.shape
     upper = distances.triu(1)
-    held = upper + upper.mT
-    held.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-    images = torch.arange(batch, device=held.device)
-    label = torch.arange(n, device=held.device).repeat(batch, 1)
-    count = held.new_ones(batch, n)
+    matrix = upper + upper.mT
+    matrix.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    images = torch.arange(batch, device=matrix.device)
+    label = torch.arange(n, device=matrix.device).repeat(batch, 1)
+    size = matrix.new_ones(batch, n)
     for _ in range(n - clusters):
         # the first minimum of a symmetric matrix lies above its diagonal: i < j
-        i = held.amin(2).argmin(1)
-        j = held[images, i].argmin(1)
-        row = _linked(held[images, i], held[images, j], count[images, i], count[images, j], linkage)
+        i = matrix.amin(2).argmin(1)
+        j = matrix[images, i].argmin(1)
+        share = size[images, i] / (size[images, i] + size[images, j])
+        row = _linked(matrix[images, i], matrix[images, j], share[:, None], linkage)
         row[images, i] = row[images, j] = float("inf")
-        held[images, i] = held[images, :, i] = row
-        held[images, j] = held[images, :, j] = float("inf")
-        count[images, i] += count[images, j]
+        matrix[images, i] = matrix[images, :, i] = row
+        matrix[images, j] = matrix[images, :, j] = float("inf")
+        size[images, i] += size[images, j]
         label = torch.where(label == j[:, None], i[:, None], label)
     return label
 
 
-def _linked(a: Tensor, b: Tensor, many: Tensor, others: Tensor, linkage: str) -> Tensor:
-    """``[B, n]``: distances of the union of two clusters, of so many tokens each."""
+def _linked(a: Tensor, b: Tensor, share: Tensor, linkage: str) -> Tensor:
+    """``[B, n]``: distances of the union of two clusters, of whose tokens ``share`` are in a."""
     if linkage == "single":
         return torch.minimum(a, b)
     if linkage == "complete":
         return torch.maximum(a, b)
-    share = (many / (many + others))[:, None]
     return share * a + (1 - share) * b
 
 
@@ -145,9 +150,13 @@ def _(distances: Tensor, clusters: int, linkage: str) -> Tensor:
 
 
 def numbered(label: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """The lowest token of every cluster ``[B, m]``, ascending, and the number of every token's
-    cluster ``[B, n]``, from labels ``[B, n]`` as `agglomerate` gives them."""
-    at = torch.arange(label.shape[1], device=label.device)
-    lowest = label == at
-    index = torch.where(lowest, at, label.shape[1]).sort(1).values[:, :clusters]
+    """Numbers the clusters of labels ``[B, n]`` as `agglomerate` gives them.
+
+    Returns:
+        The lowest token of every cluster ``[B, m]``, ascending, and the number of every token's
+        cluster ``[B, n]``.
+    """
+    token = torch.arange(label.shape[1], device=label.device)
+    lowest = label == token
+    index = torch.where(lowest, token, label.shape[1]).sort(1).values[:, :clusters]
     return index, (lowest.cumsum(1) - 1).gather(1, label)

@@ -1,38 +1,36 @@
-"""Attention scores of an earlier block used again, after LaViT."""
+"""Attention reuse: a layer takes the scores of the layer before it instead of making its own.
+
+After LaViT, arXiv 2406.00427.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsiattn import (
-    AttentionInputs,
-    InvalidOption,
-    LearnedPlanner,
-    Pattern,
-    Planner,
-    Site,
-    Strategy,
-)
-
-from . import _tables as tables
-
-LOGITS = "logits"
+from sparsiattn import AttentionInputs, InvalidOption, LearnedPlanner, Pattern, Planner, Site
+from sparsiattn.methods._computed import ReusingStrategy, Role
+from sparsiattn.methods._grid import Grid, resized
+from sparsiattn.methods._weights import frozen
 
 
 @dataclass(frozen=True)
-class AttentionReuse(Strategy):
+class AttentionReuse(ReusingStrategy):
     """Layers without QK^T: ``A_l = Psi(Theta(A_{l-1})^T)^T``, then ``softmax(A_l) V``.
 
-    layers: indices of the sites that use the scores of the site before them again, every second one
-    if None. rank: of ``Theta = I + U V^T`` and ``Psi``, which start as the identity; ``"full"`` for
-    ``N x N`` tables as in the paper (a loss in MACs beyond small N); None for the identity alone,
-    which learns nothing. A site that finds no scores of its own shape (the first of a stage, fewer
-    tokens) makes its own.
+    A site that finds no scores of its own shape (the first of a stage, fewer tokens) makes its own.
+
+    Args:
+        layers: Indices of the sites that use the scores of the site before them again, every second
+            one if None.
+        rank: Of ``Theta = I + U V^T`` and ``Psi``, which start as the identity; ``"full"`` for ``N
+            x N`` tables as in the paper (a loss in MACs beyond small N); None for the identity
+            alone, which learns nothing.
 
     >>> AttentionReuse(layers=[1, 3]).to_dict()["options"]["layers"]
     [1, 3]
@@ -45,115 +43,106 @@ class AttentionReuse(Strategy):
         "stages are not joined by a residual of scores, and its diagonality loss is left out; "
         "Theta and Psi start as the identity, low-rank by choice"
     )
-    exact_at_full = False
     inexact_reason = "there is no budget: the listed layers never make their own scores"
-    selects_keys = False
-    uses_cross_layer_state = True
 
-    layers: tuple[int, ...] | list[int] | None = None
     rank: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", tables.layer_indices(self.name, self.layers))
         if self.rank not in (None, "full") and (type(self.rank) is not int or self.rank < 1):
             raise InvalidOption(f"rank must be None, 'full' or an int >= 1, got {self.rank!r}")
 
+    def default_layers(self, depth: int) -> Sequence[int]:
+        return range(1, depth, 2)
+
     def planner(self, site: Site) -> Planner:
-        layers = tuple(self.layers or range(1, site.depth, 2))
-        tables.check_depth(self.name, layers, site)
-        role = Role(site.index in layers, site.index + 1 in layers)
-        if self.rank is None or not (role.reads or role.keeps):
+        role = ScoreRole(*self.reads_and_writes(site))
+        if self.rank is None or not (role.reads or role.writes):
             return role
         return ReusePlanner(role, self.rank, site)
 
 
 @dataclass(frozen=True)
-class Role:
-    """A planner with Theta and Psi the identity. reads: whether it uses earlier scores; keeps:
-    whether the next site will use its own."""
+class ScoreRole(Role):
+    """A planner with Theta and Psi the identity."""
 
-    reads: bool
-    keeps: bool
+    tensor_name = "logits"
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        return self.plan(inputs, None)
+        return self.pattern(inputs, lambda logits, inputs: logits)
 
-    def plan(self, inputs: AttentionInputs, change: ReusePlanner | None) -> Pattern:
-        logits = self.reused(inputs)
-        if logits is None and not self.keeps:
-            return Pattern.dense(inputs.n_queries, inputs.n_keys)
-        if logits is None:
-            logits = own_scores(inputs)
-        elif change is not None:
-            logits = change.transform(logits, inputs)
-        if self.keeps:
-            inputs.store(LOGITS, logits)
+    def pattern(
+        self, inputs: AttentionInputs, transform: Callable[[Tensor, AttentionInputs], Tensor]
+    ) -> Pattern:
+        """Attention by the earlier scores after ``transform``, or by the site's own."""
+        earlier = self.load(inputs, inputs.n_keys)
+        if earlier is None and not self.writes:
+            return super().__call__(inputs)
+        logits = own_logits(inputs) if earlier is None else transform(earlier, inputs)
+        self.store(inputs, logits)
         return Pattern.logits(inputs, logits)
-
-    def reused(self, inputs: AttentionInputs) -> Tensor | None:
-        """The scores of the site before, ``[B, H, Nq, Nk]``, if they are to be used and fit."""
-        shape = (*inputs.q.shape[:3], inputs.n_keys)
-        return inputs.load(LOGITS, shape) if self.reads else None
 
 
 class ReusePlanner(LearnedPlanner):
-    """Theta and Psi of one site, less the identity and shared by its heads: ``[P + n, r]`` twice
-    each, or ``[P + n, P + n]``; a site that only leaves its scores has none."""
+    """Theta and Psi of one site, less the identity and shared by its heads.
+
+    A site that only leaves its scores has none.
+
+    Attributes:
+        theta: ``[P + n, r]``, or ``[P + n, P + n]`` of full rank.
+        theta_in: ``[P + n, r]``; absent of full rank.
+        psi: As ``theta``.
+        psi_in: As ``theta_in``.
+    """
 
     differentiable = True
 
-    def __init__(self, role: Role, rank: int | str, site: Site) -> None:
+    def __init__(self, role: ScoreRole, rank: int | str, site: Site) -> None:
         super().__init__()
         self.role, self.prefix = role, site.prefix_tokens
         self.grids = {"theta": site.grid, "psi": site.key_grid}
-        draw = torch.Generator().manual_seed(site.index)
+        random = torch.Generator().manual_seed(site.index)
         for name, grid in self.grids.items() if role.reads else ():
             size = site.prefix_tokens + grid[0] * grid[1]
             width = size if rank == "full" else min(cast(int, rank), size)
-            left = torch.zeros(size, width)
-            setattr(self, name, nn.Parameter(left, requires_grad=False))
-            if (
-                rank != "full"
-            ):  # one factor is zero, so that the other one gets no gradient at first
-                right = torch.randn(size, width, generator=draw) / math.sqrt(size)
-                setattr(self, f"{name}_in", nn.Parameter(right, requires_grad=False))
+            setattr(self, name, frozen(torch.zeros(size, width)))
+            if rank != "full":
+                # only one factor is zero, or neither would get a gradient
+                factor = torch.randn(size, width, generator=random) / math.sqrt(size)
+                setattr(self, f"{name}_in", frozen(factor))
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        return self.role.plan(inputs, self)
+        return self.role.pattern(inputs, self.transform)
 
     def transform(self, logits: Tensor, inputs: AttentionInputs) -> Tensor:
         """``Theta A Psi^T``."""
-        rows = self._change("theta", logits, inputs.query_grid)
-        return self._change("psi", rows.mT, inputs.key_grid).mT
+        rows = self._mix_rows("theta", logits, inputs.query_grid)
+        return self._mix_rows("psi", rows.mT, inputs.key_grid).mT
 
-    def _change(self, name: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _mix_rows(self, name: str, x: Tensor, grid: Grid) -> Tensor:
         """``(I + T) x`` with T laid over the present grid."""
-        old, first = self.grids[name], self.prefix
-        out = tables.resized(getattr(self, name), old, grid, first)
+        old, prefix = self.grids[name], self.prefix
+        out = resized(getattr(self, name), old, grid, prefix)
         ratio = old[0] * old[1] / (grid[0] * grid[1])  # sums over more tokens, or fewer
         if hasattr(self, f"{name}_in"):
-            into = tables.resized(getattr(self, f"{name}_in"), old, grid, first) * ratio
+            into = resized(getattr(self, f"{name}_in"), old, grid, prefix) * ratio
             return x + out.to(x.dtype) @ (into.mT.to(x.dtype) @ x)
-        square = tables.resized(out.mT, old, grid, first).mT * ratio
+        square = resized(out.mT, old, grid, prefix).mT * ratio
         return x + square.to(x.dtype) @ x
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Divergence of reused attention from the site's own; zero where nothing is reused."""
-        found, own = self.role.reused(inputs), own_scores(inputs).detach()
-        if found is None:
-            if self.role.keeps:
-                inputs.store(LOGITS, own)
-            return own.new_zeros(())
-        changed = self.transform(found, inputs)
-        if self.role.keeps:
-            inputs.store(LOGITS, changed)
-        ours = inputs.biased(changed.float()).log_softmax(-1).clamp_min(-1e4)
-        exact = inputs.biased(own.float()).softmax(-1)
-        apart: Tensor = torch.special.xlogy(exact, exact) - exact * ours
-        return apart.sum(-1).mean()
+        earlier, exact_logits = self.role.load(inputs, inputs.n_keys), own_logits(inputs).detach()
+        reused = exact_logits if earlier is None else self.transform(earlier, inputs)
+        self.role.store(inputs, reused)
+        if earlier is None:
+            return exact_logits.new_zeros(())
+        log_reused = inputs.biased(reused.float()).log_softmax(-1).clamp_min(-1e4)
+        exact = inputs.biased(exact_logits.float()).softmax(-1)
+        divergence: Tensor = torch.special.xlogy(exact, exact) - exact * log_reused
+        return divergence.sum(-1).mean()
 
 
-def own_scores(inputs: AttentionInputs) -> Tensor:
+def own_logits(inputs: AttentionInputs) -> Tensor:
     """Scaled QK^T without the host's bias, ``[B, H, Nq, Nk]``."""
     return inputs.replace(bias=None).logits()

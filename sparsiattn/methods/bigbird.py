@@ -1,4 +1,7 @@
-"""BigBird: a window around every patch, random keys, and tokens that see all."""
+"""BigBird: a window around every patch, random keys, and tokens that see all.
+
+Big Bird: Transformers for Longer Sequences, arXiv 2007.14062.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn import AttentionInputs, Pattern, Planner, Site, Strategy
-from sparsiattn.methods._fixed import check_count, check_odd, laid, local_and_global
+from sparsiattn import AttentionInputs, Pattern, Planner, Site, Strategy, hash_integers
+from sparsiattn.methods._grid import local_and_global, patch_pattern
+from sparsiattn.methods._options import check_count, check_odd
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,16 @@ class BigBird(Strategy):
     ``random`` more patches, distinct, drawn among all of them (so that some may lie in the window).
     Prefix tokens are global: they see all, and all see them.
 
-    window: side of the window in patches, odd. random: keys drawn per patch and head. seed: of the
-    draw, together with the site's name; a counter hash, the same on every device, that touches no
-    global state. global_patches: g for g x g patches, spread evenly, that are global too, for hosts
-    without CLS. Raises `InvalidOption` for an even window. As many random keys as patches reach
-    every key.
+    Args:
+        window: Side of the window in patches, odd.
+        random: Keys drawn per patch and head; as many as patches reach every key.
+        seed: Of the draw, together with the site's name; a counter hash, the same on every device,
+            that touches no global state.
+        global_patches: g for g x g patches, spread evenly, that are global too, for hosts without
+            CLS.
+
+    Raises:
+        InvalidOption: For an even window.
 
     >>> BigBird(random=2).to_dict()["options"]["window"]
     3
@@ -46,9 +55,8 @@ class BigBird(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_odd("window", self.window)
-        check_count("random", self.random, 0)
-        check_count("seed", self.seed, 0)
-        check_count("global_patches", self.global_patches, 0)
+        for name in ("random", "seed", "global_patches"):
+            check_count(name, getattr(self, name), 0)
 
     def planner(self, site: Site) -> Planner:
         key = zlib.crc32(f"{self.seed}/{site.name}".encode())
@@ -57,40 +65,51 @@ class BigBird(Strategy):
 
 @dataclass(frozen=True)
 class BigBirdPlanner:
-    """One site. key: stands for its name and the seed."""
+    """Plans for one site.
+
+    Attributes:
+        strategy: The options.
+        key: Stands for the site's name and the seed.
+        heads: Heads of the site.
+    """
 
     strategy: BigBird
     key: int
     heads: int
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        grid, own = inputs.image_grid, self.strategy
-        keep = inputs.table(local_and_global, grid, own.window, 1, own.global_patches)
-        if not own.random:
-            return laid(keep, inputs)
+        grid, options = inputs.image_grid, self.strategy
+        mask = inputs.table(local_and_global, grid, options.window, 1, options.global_patches)
+        if not options.random:
+            return patch_pattern(mask, inputs)
         n = grid[0] * grid[1]
         # lists are kept, H x n x r, and not what they make: H x n x n for every site
-        drawn = inputs.table(draw, self.key, self.heads, n, min(own.random, n))
-        return laid(keep.expand(self.heads, -1, -1).scatter(-1, drawn, True), inputs)
+        keys = inputs.table(draw, self.key, self.heads, n, min(options.random, n))
+        return patch_pattern(mask.expand(self.heads, -1, -1).scatter(-1, keys, True), inputs)
 
 
 def draw(key: int, heads: int, n: int, count: int, *, device: torch.device) -> Tensor:
-    """``count`` distinct keys of n for each of n queries, ``[H, n, count]``, all sets equally
-    likely (Floyd's sampling): no table of H x n x n numbers is needed."""
-    found: list[Tensor] = []
+    """Distinct keys for each of n queries, all sets of them equally likely.
+
+    Floyd's sampling needs no table of H x n x n numbers.
+
+    Args:
+        key: Seed of the draw.
+        heads: Heads, each with keys of its own.
+        n: Patches to draw from.
+        count: Keys of each query.
+        device: Where to draw; the keys are the same everywhere.
+
+    Returns:
+        ``[H, n, count]``.
+    """
+    counter = torch.arange(heads * n, device=device)
+    drawn: list[Tensor] = []
     for step, last in enumerate(range(n - count, n)):
-        one = hashed(key + step * heads * n, heads * n, device=device) % (last + 1)
-        taken = torch.zeros_like(one, dtype=torch.bool)
-        for other in found:
-            taken = taken | (other == one)
-        found.append(torch.where(taken, last, one))
-    return torch.stack(found, -1).view(heads, n, count)
-
-
-def hashed(key: int, count: int, *, device: torch.device) -> Tensor:
-    """Uniform integers below 2^32, ``[count]``, by a counter hash (Murmur3's finaliser)."""
-    start = key * 0x9E3779B1 & 0xFFFFFFFF
-    x = (torch.arange(count, device=device) + start) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x
+        start = (key + step * heads * n) * 0x9E3779B1 & 0xFFFFFFFF
+        candidate = hash_integers((counter + start) & 0xFFFFFFFF) % (last + 1)
+        taken = torch.zeros_like(candidate, dtype=torch.bool)
+        for earlier in drawn:
+            taken = taken | (earlier == candidate)
+        drawn.append(torch.where(taken, last, candidate))
+    return torch.stack(drawn, -1).view(heads, n, count)

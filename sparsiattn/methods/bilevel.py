@@ -1,4 +1,7 @@
-"""Bi-level routing attention (BiFormer): regions first, then tokens within those that were kept."""
+"""Bi-level routing attention: queries choose regions first, then tokens within those.
+
+BiFormer: Vision Transformer with Bi-Level Routing Attention, arXiv 2303.08810.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Site, Strategy
-
-Grid = tuple[int, int]
+from sparsiattn.methods._grid import Grid
+from sparsiattn.methods._options import check_flag
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,19 @@ class BiLevel(Strategy):
     3 and 4); the best regions of every row are kept, and token attention runs within (eqs. 5 and
     6). A region is a ``tile`` of queries and a ``block`` of keys, so kernels read whole blocks.
 
-    k: keys per query, as a share of all or a count, prefix keys included; the last region kept
-    gives as many keys as the budget still allows. To keep m whole regions of p patches pass the
-    count ``prefix + m * p`` (topk of the paper is m). regions: S, or (rows, columns); a region has
-    at least 2 x 2 patches, since smaller ones would be chosen at the price of all logits, so small
-    windows have fewer. Grids that S does not divide get regions of ceil(side / S) patches or
-    nearly so. shared: one choice for all heads, by the sum of their affinities, as published; else
-    each head chooses. tile, block: ``"auto"`` is the regions; anything else groups queries or keys
-    in another way. Predictor MACs: ``R^2 D`` per head for R regions.
+    Predictor MACs: ``R^2 D`` per head for R regions.
+
+    Args:
+        k: Keys per query, as a share of all or a count, prefix keys included; the last region kept
+            gives as many keys as the budget still allows. To keep m whole regions of p patches
+            pass the count ``prefix + m * p`` (topk of the paper is m).
+        regions: S, or (rows, columns). A region has at least 2 x 2 patches, since smaller ones
+            would be chosen at the price of all logits, so small windows have fewer. Grids that S
+            does not divide get regions of ceil(side / S) patches or nearly so.
+        shared: Whether all heads have one choice, by the sum of their affinities, as published;
+            else each head chooses.
+        tile: ``"auto"`` is the regions; anything else groups queries in another way.
+        block: The same for keys.
 
     >>> from sparsiattn.testing.hosts import random_inputs
     >>> inputs = random_inputs((4, 4), prefix=1)
@@ -53,24 +61,27 @@ class BiLevel(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = (self.regions,) * 2 if type(self.regions) is int else self.regions
-        sides = tuple(given) if isinstance(given, (tuple, list)) else ()
-        if len(sides) != 2 or not all(type(s) is int and s >= 1 for s in sides):
+        sides = self._sides()
+        if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
             raise InvalidOption(
                 "regions must be an int >= 1 or (rows, columns) of regions, each >= 1; "
                 f"got {self.regions!r}"
             )
-        if type(self.regions) is not int:
+        if isinstance(self.regions, list):
             object.__setattr__(self, "regions", sides)
-        if not isinstance(self.shared, bool):
-            raise InvalidOption(f"shared must be True or False, got {self.shared!r}")
+        check_flag("shared", self.shared, InvalidOption)
+
+    def _sides(self) -> tuple[int, ...]:
+        """Rows and columns of regions."""
+        sides = self.regions
+        return tuple(sides) if isinstance(sides, (tuple, list)) else (sides, sides)
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """Regions of this site as the core's tiles and blocks."""
-        one = super().resolve_for(site, position, count)
+        resolved = super().resolve_for(site, position, count)
         regions = {"tile": self.region(site.grid), "block": self.region(site.key_grid)}
-        taken: dict[str, Any] = {n: r for n, r in regions.items() if getattr(self, n) == "auto"}
-        return replace(one, **taken)
+        auto: dict[str, Any] = {n: r for n, r in regions.items() if getattr(self, n) == "auto"}
+        return replace(resolved, **auto)
 
     def region(self, grid: Grid) -> Grid:
         """Rows and columns of patches in a region of that grid.
@@ -78,33 +89,35 @@ class BiLevel(Strategy):
         >>> BiLevel().region((14, 14)), BiLevel(regions=(2, 4)).region((8, 12))
         ((2, 2), (4, 3))
         """
-        rows, columns = (self.regions,) * 2 if isinstance(self.regions, int) else self.regions
+        rows, columns = self._sides()
         if grid[0] == 1:  # the order of these tokens is not a raster: runs of them
             return 1, min(grid[1], max(4, math.ceil(grid[1] / (rows * columns))))
-        return (
-            min(grid[0], max(2, math.ceil(grid[0] / rows))),
-            min(grid[1], max(2, math.ceil(grid[1] / columns))),
+        side, other = (
+            min(size, max(2, math.ceil(size / parts)))
+            for size, parts in zip(grid, (rows, columns), strict=True)
         )
+        return side, other
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         tile = self.region(inputs.query_grid) if isinstance(inputs.tile, int) else inputs.tile
         block = self.region(inputs.key_grid) if isinstance(inputs.block, int) else inputs.block
-        cut = inputs.replace(tile=tile, block=block)
+        regional = inputs.replace(tile=tile, block=block)
         # without the host's mask there are blocks also where the core chooses key by key
-        tiles, blocks = cut.tiles, cut.replace(bias=None).blocks
+        tiles, blocks = regional.tiles, regional.replace(bias=None).blocks
         assert tiles is not None
         assert blocks is not None
         keys, prefix = inputs.k[..., inputs.prefix :, :], inputs.k[..., : inputs.prefix, :]
-        seen = inputs.visible_keys
-        if seen is None:
+        visible = inputs.visible_keys
+        if visible is None:
             means = blocks.mean(keys)
         else:
-            weight = seen[..., inputs.prefix :, None].to(keys.dtype)
+            weight = visible[..., inputs.prefix :, None].to(keys.dtype)
             means = blocks.mean(keys * weight) / blocks.mean(weight).clamp_min(1e-6)
-        scores = self._affinity(cut.row_queries, means)
+        queries = regional.row_queries
+        scores = self._affinity(queries, means)
         if inputs.blocks is None:
-            own = self._affinity(cut.row_queries, prefix)
-            scores = torch.cat([own, blocks.spread(scores.mT).mT], dim=-1)
+            key_scores = blocks.spread(scores.mT).mT
+            scores = torch.cat([self._affinity(queries, prefix), key_scores], dim=-1)
         return Pattern.top(tiles.spread(scores) if inputs.tiles is None else scores, self.k)
 
     def _affinity(self, queries: Tensor, keys: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Binary scoring (after BiT): one bit per channel chooses the keys, full precision attends."""
+"""Binary scoring: one bit per channel chooses the keys, full precision attends.
+
+After BiT: Robustly Binarized Multi-distilled Transformer, arXiv 2205.13016.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Strategy
+from sparsiattn.methods._options import check_flag
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,17 @@ class BinaryTopK(Strategy):
     sign(0) = 1. BiT's scale per tensor (its section 3.1) changes no ranking and is left out. Only D
     + 1 values occur, so the longer key wins among equals.
 
-    k: keys per query, as a share of all or a count, prefix keys included. center: take signs of
-    keys from their mean, which softmax does not see (q . c is the same for all keys): channels
-    where all keys agree then tell them apart. Queries keep their own zero, since theirs would
-    change logits. In tile mode a tile's query is the mean of its queries, and its sign bits.
+    In tile mode a tile's query is the mean of its queries, and its sign bits.
 
     What the report counts: the scores as the ``Nq Nk D`` MACs per head that they run as, a matmul
     of plus and minus ones. On hardware with a popcount they are as many binary operations, which
     the literature sets at 1/64 each; there is no such kernel here and no speed is claimed for it.
+
+    Args:
+        k: Keys per query, as a share of all or a count, prefix keys included.
+        center: Whether to take signs of keys from their mean, which softmax does not see (q . c is
+            the same for all keys): channels where all keys agree then tell them apart. Queries keep
+            their own zero, since theirs would change logits.
 
     >>> import torch
     >>> hamming(torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[3.0, 1.0, 1.0]])).tolist()
@@ -44,8 +51,7 @@ class BinaryTopK(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.center, bool):
-            raise InvalidOption(f"center must be True or False, got {self.center!r}")
+        check_flag("center", self.center, InvalidOption)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         keys = inputs.k - _mean_key(inputs) if self.center else inputs.k
@@ -61,15 +67,22 @@ def signs(x: Tensor) -> Tensor:
 
 
 def hamming(q: Tensor, k: Tensor) -> Tensor:
-    """``[..., Nq, D]`` and ``[..., Nk, D]`` to ``[..., Nq, Nk]``: channels of the same sign, less
-    the others. Exact in half precision up to D = 256 (bfloat16) or 2,048 (float16)."""
+    """Channels of the same sign, less the others.
+
+    Args:
+        q: ``[..., Nq, D]``.
+        k: ``[..., Nk, D]``.
+
+    Returns:
+        ``[..., Nq, Nk]``, exact in half precision up to D = 256 (bfloat16) or 2,048 (float16).
+    """
     return signs(q) @ signs(k).mT
 
 
 def _mean_key(inputs: AttentionInputs) -> Tensor:
     """``[B, H, 1, D]``: of the patch keys that any query sees."""
-    keys, seen = inputs.k[..., inputs.prefix :, :], inputs.visible_keys
-    if seen is None:
+    keys, visible = inputs.k[..., inputs.prefix :, :], inputs.visible_keys
+    if visible is None:
         return keys.mean(-2, keepdim=True)
-    weight = seen[..., inputs.prefix :, None].to(keys.dtype)
+    weight = visible[..., inputs.prefix :, None].to(keys.dtype)
     return (keys * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1.0)

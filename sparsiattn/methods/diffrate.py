@@ -1,41 +1,42 @@
-"""Dropping and merging in one step, at rates found per block (DiffRate, ICCV 2023, arXiv
-2305.17997), written from the paper's description."""
+"""DiffRate: dropping and merging in one step, at rates found per block.
+
+ICCV 2023, arXiv 2305.17997, written from the paper's description.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsiattn import (
-    InvalidOption,
-    InvalidType,
-    Reduction,
-    Site,
-    TokenInputs,
-    TokenStrategy,
-    check_budget,
-    count_of,
+from sparsiattn import Reduction, Site, TokenInputs
+from sparsiattn.methods._options import check_number, constants
+from sparsiattn.methods._tokens import (
+    BudgetedTokens,
+    class_or_mean_attention,
+    gather_tokens,
+    unit_keys,
 )
-from sparsiattn.methods.clusters import check_flag, precise
 
-Keep = int | float | Sequence[int | float] | Callable[[Site], int | float]
 Share = float | Sequence[float] | Callable[[Site], float]
 
 
 @dataclass(frozen=True)
-class DiffRate(TokenStrategy):
+class DiffRate(BudgetedTokens):
     """Of the least attended tokens some are dropped and the others merged into the most alike.
 
-    keep: tokens that a layer leaves, share or count, one for all layers, a list, or a function of
-    the `Site`; `sparsiattn.search` finds one for every block from unlabelled images, in place of
-    the paper's differentiable rates. drop: the share of what goes that is dropped, the least
-    attended; the others go to the nearest token that stays, by the cosine of the block's keys. 0
-    only merges, 1 only drops; a list or a function, too. proportional: a merged token weighs as a
-    key by the patches in it. Models without class tokens are scored by the mean query's attention.
+    Models without class tokens are scored by the mean query's attention.
+
+    Args:
+        keep: Tokens that a layer leaves, share or count, one for all layers, a list, or a function
+            of the `Site`; `sparsiattn.search` finds one for every block from unlabelled images, in
+            place of the paper's differentiable rates.
+        drop: Share of the tokens that go that is dropped, the least attended (a list or a
+            function, too); the others merge into the nearest that stays, by the cosine of the
+            block's keys. 0 only merges, 1 only drops.
+        proportional: Whether a merged token weighs as a key by the patches in it.
 
     >>> DiffRate(keep=[0.9, 0.8], layers=[4, 8], drop=0.25).layers_in(12)
     (4, 8)
@@ -49,74 +50,46 @@ class DiffRate(TokenStrategy):
     )
     per_layer = ("keep", "drop")
     needs_attention = True
+    check_first_only = True
 
-    keep: Keep = 0.7
     drop: Share = 0.5
     proportional: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for keep in _each(self.keep):
-            check_budget(keep, "keep")
-        for drop in _each(self.drop):
-            if isinstance(drop, bool) or not isinstance(drop, (int, float)):
-                raise InvalidType(f"drop must be a number from 0 to 1, got {drop!r}")
-            if not 0 <= drop <= 1:
-                raise InvalidOption(f"drop must be a number from 0 to 1, got {drop!r}")
-        check_flag("proportional", self.proportional)
-
-    def proportional_attention(self) -> bool:
-        return self.proportional
+        for drop in constants(self.drop):
+            check_number("drop", drop, 0, 1)
 
     def merges(self) -> bool:
         return True
 
-    def check(self, tokens: int, first: bool) -> None:
-        if isinstance(self.keep, int) and self.keep > tokens and first:
-            raise InvalidOption(f"keep={self.keep} is more than the {tokens} patch tokens there")
-
     def reduce(self, tokens: TokenInputs) -> Reduction | None:
-        inputs, n = tokens.attention, tokens.count
-        assert inputs is not None
-        assert isinstance(self.keep, (int, float))
+        n, count = tokens.count, self.target_count(tokens.count)
         assert isinstance(self.drop, (int, float))
-        count = count_of(self.keep, n)
         if count == n:
             return None
-        seen = tokens.class_attention() if tokens.class_tokens else tokens.mean_attention()
-        order = seen.argsort(dim=1, descending=True, stable=True)
+        attention = class_or_mean_attention(tokens)
+        order = attention.argsort(dim=1, descending=True, stable=True)
         stay = order[:, :count].sort(dim=1).values
         moved = order[:, count : n - round(self.drop * (n - count))]
-        # the direction of the mean over heads is that of their sum
-        keys = F.normalize(precise(inputs.k).sum(1)[:, inputs.prefix :], dim=-1)
-        target = (_at(keys, moved) @ _at(keys, stay).mT).argmax(-1)
-        return gathered(tokens, stay, moved, target)
+        keys = unit_keys(tokens)
+        target = (gather_tokens(keys, moved) @ gather_tokens(keys, stay).mT).argmax(-1)
+        return merged_into(tokens, stay, moved, target)
 
 
-def gathered(tokens: TokenInputs, stay: Tensor, moved: Tensor, target: Tensor) -> Reduction:
-    """Tokens ``stay`` ``[B, m]``, with those of ``moved`` ``[B, r]`` merged into the ``target``-th
-    of them by size; the rest is dropped."""
-    weight = tokens.size
-    if weight is None:
-        weight = torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
-    size = weight.gather(1, stay).scatter_add(1, target, weight.gather(1, moved))
-    heavy = tokens.x * weight[..., None].to(tokens.x.dtype)
-    into = target[..., None].expand(-1, -1, heavy.shape[-1])
-    values = _at(heavy, stay).scatter_add(1, into, _at(heavy, moved))
+def merged_into(tokens: TokenInputs, stay: Tensor, moved: Tensor, target: Tensor) -> Reduction:
+    """Keeps some tokens, merges others into them by size, and drops the rest.
+
+    Args:
+        tokens: All tokens.
+        stay: ``[B, m]``, those that stay.
+        moved: ``[B, r]``, those that are merged.
+        target: ``[B, r]``, into which of those that stay.
+    """
+    members = torch.cat([stay, moved], dim=1)
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
-    gone = torch.full_like(weight, -1, dtype=torch.long)
-    return Reduction.cluster(
-        stay,
-        gone.scatter(1, stay, place).scatter(1, moved, target),
-        values=values / size[..., None].to(values.dtype),
-        size=size,
-    )
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _each(option: object) -> list[object]:
-    several = option if isinstance(option, (list, tuple)) else [option]
-    return [value for value in several if not callable(value)]
+    assign = torch.cat([place, target], dim=1)
+    size = None if tokens.size is None else tokens.size.gather(1, members)
+    merged = Reduction.merge(gather_tokens(tokens.x, members), assign, stay, size)
+    dropped = torch.full_like(tokens.x[..., 0], -1, dtype=torch.long)
+    return replace(merged, assign=dropped.scatter(1, members, assign))

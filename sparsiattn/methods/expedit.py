@@ -1,5 +1,8 @@
-"""Expediting large vision transformers for dense prediction without fine-tuning (NeurIPS 2022,
-arXiv 2210.01035): a clustering layer, and a reconstruction layer at the end."""
+"""Expedit: the later blocks of a model for dense prediction run on soft superpixels, untrained.
+
+Expediting large vision transformers for dense prediction without fine-tuning (NeurIPS 2022, arXiv
+2210.01035): a clustering layer, and a reconstruction layer at the end.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import InvalidOption, Reduction, TokenInputs
-from sparsiattn.methods.clusters import (
-    Clustering,
-    check_count,
-    full_precision,
-    precise,
-    squared_distances,
-)
+from sparsiattn.methods._grid import Grid, grid_pairs, middles
+from sparsiattn.methods._options import check_count, check_number
+from sparsiattn.methods._tokens import full_precision, precise
+from sparsiattn.methods.clusters import Clustering, squared_distances
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ class Expedit(Clustering):
     """Runs the later blocks on a coarse grid of soft superpixels and reconstructs every position
     from the superpixels that it was most alike.
 
-    keep: share (or count) of the patch tokens; the grid of superpixels is the image's, both sides
-    times the root of it, rounded. cells: rows and columns of superpixels, instead of ``keep``.
-    iterations: of the soft assignment. radius: superpixels to each side to which a token may
-    belong. neighbours: superpixels that a position is reconstructed from. temperature: of both the
-    assignment and the reconstruction; weights are ``exp(- temperature x squared distance)``.
-    layers: the one block at whose entry tokens are clustered; at five twelfths of the depth where
-    None.
+    Args:
+        keep: Share (or count) of the patch tokens; the grid of superpixels is the image's, both
+            sides times the root of it, rounded.
+        cells: Rows and columns of superpixels, instead of ``keep``.
+        iterations: Updates of the soft assignment.
+        radius: Superpixels to each side to which a token may belong.
+        neighbours: Superpixels that a position is reconstructed from.
+        temperature: Of both the assignment and the reconstruction; weights are ``exp(- temperature
+            x squared distance)``.
+        layers: The one block at whose entry tokens are clustered; at five twelfths of the depth
+            where None.
 
     >>> Expedit(keep=0.49).grid_of(40, 40), Expedit(keep=0.49).layers_in(24)
     ((28, 28), (10,))
@@ -49,7 +53,7 @@ class Expedit(Clustering):
     place = "entry"
 
     keep: int | float = 0.49
-    cells: tuple[int, int] | None = None
+    cells: Grid | None = None
     iterations: int = 5
     radius: int = 2
     neighbours: int = 20
@@ -59,12 +63,13 @@ class Expedit(Clustering):
         super().__post_init__()
         if isinstance(self.cells, list):
             object.__setattr__(self, "cells", tuple(self.cells))
-        for side in () if self.cells is None else _pair(self.cells):
+        if self.cells is not None and not (isinstance(self.cells, tuple) and len(self.cells) == 2):
+            raise InvalidOption(f"cells must be (rows, columns) or None, got {self.cells!r}")
+        for side in self.cells or ():
             check_count("cells", side)
         for name in ("iterations", "radius", "neighbours"):
             check_count(name, getattr(self, name))
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < 1e18):
-            raise InvalidOption(f"temperature must be a number > 0, got {self.temperature!r}")
+        check_number("temperature", self.temperature, 0, 1e18, above=True)
         if self.restore == "scatter":
             raise InvalidOption(
                 "expedit's superpixels stand for no patch in particular, so restore='scatter' has "
@@ -79,12 +84,12 @@ class Expedit(Clustering):
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return (depth * 5 // 12,)
 
-    def grid_of(self, rows: int, columns: int) -> tuple[int, int]:
+    def grid_of(self, rows: int, columns: int) -> Grid:
         """Rows and columns of superpixels for an image of so many patches."""
         if self.cells is not None:
             return min(self.cells[0], rows), min(self.cells[1], columns)
-        keep = self.keep
-        side = math.sqrt(keep if isinstance(keep, float) else min(1.0, keep / (rows * columns)))
+        keep = self.keep if isinstance(self.keep, float) else min(1.0, self.keep / (rows * columns))
+        side = math.sqrt(keep)
         return max(1, round(rows * side)), max(1, round(columns * side))
 
     def reduce(self, tokens: TokenInputs) -> Reduction | None:
@@ -93,43 +98,64 @@ class Expedit(Clustering):
         cells = self.grid_of(*tokens.grid)
         return None if cells == tokens.grid else self.superpixels(tokens, cells)
 
-    def superpixels(self, tokens: TokenInputs, cells: tuple[int, int]) -> Reduction:
+    def superpixels(self, tokens: TokenInputs, cells: Grid) -> Reduction:
         """The reduction to a grid of ``cells``."""
-        x, near = precise(tokens.x), adjacent(tokens.grid, cells, self.radius, tokens.x.device)
-        affinity = soft_assignment(x, tokens.grid, cells, near, self.iterations, self.temperature)
+        x, device = precise(tokens.x), tokens.x.device
+        near = adjacent(tokens.grid, cells, self.radius, device=device)
+        image = x.mT.unflatten(2, tokens.grid)
+        start = F.adaptive_avg_pool2d(image, cells).flatten(2).mT
+        affinity = soft_assignment(x, start, near, self.iterations, self.temperature)
         values = weighted_means(affinity, tokens.x)
         centroids = precise(values)
-        assign = squared_distances(x, centroids).argmin(2)
-        index = middles(tokens.grid, cells, tokens.x.device).expand(
-            x.shape[0], -1
-        )  # len() would tie an export to this batch
-        count = min(self.neighbours, index.shape[1])
-        unfold = partial(reconstruct, x, centroids, count, self.temperature)
-        return Reduction.cluster(index, assign, values=values, unfold=unfold)
+        row, column = (
+            middles(patches, parts, device=device)
+            for patches, parts in zip(tokens.grid, cells, strict=True)
+        )
+        index = (row[:, None] * tokens.grid[1] + column).reshape(1, -1)
+        return Reduction.cluster(
+            index.expand(x.shape[0], -1),  # len() would tie an export to this batch
+            squared_distances(x, centroids).argmin(2),
+            values=values,
+            unfold=partial(
+                reconstruct, x, centroids, min(self.neighbours, len(near)), self.temperature
+            ),
+        )
 
 
-def adjacent(
-    grid: tuple[int, int], cells: tuple[int, int], radius: int, device: torch.device
-) -> Tensor:
-    """Boolean ``[m, n]``: the superpixels to which a patch may belong, those at most ``radius``
-    rows and columns from the one it lies in."""
+def adjacent(grid: Grid, cells: Grid, radius: int, *, device: torch.device) -> Tensor:
+    """The superpixels to which a patch may belong: those near the one it lies in.
+
+    Args:
+        grid: Rows and columns of patches.
+        cells: Rows and columns of superpixels.
+        radius: Rows and columns to each side that are near.
+
+    Returns:
+        Boolean ``[m, n]``.
+    """
     sides = []
     for patches, parts in zip(grid, cells, strict=True):
         home = torch.arange(patches, device=device) * parts // patches
-        apart = torch.arange(parts, device=device)[:, None] - home
-        sides.append(apart.abs() <= radius)
-    near = sides[0][:, None, :, None] & sides[1][None, :, None, :]
-    return near.reshape(cells[0] * cells[1], grid[0] * grid[1])
+        distance = torch.arange(parts, device=device)[:, None] - home
+        sides.append(distance.abs() <= radius)
+    return grid_pairs(*sides)
 
 
 def soft_assignment(
-    x: Tensor, grid: tuple[int, int], cells: tuple[int, int], near: Tensor,
-    iterations: int, temperature: float,
-) -> Tensor:  # fmt: skip
-    """``[B, m, n]``: how much every token of ``x`` ``[B, n, C]`` belongs to each superpixel, after
-    so many updates of their centroids; sums to one over superpixels (the paper's eq. 2)."""
-    image = x.mT.unflatten(2, grid)
-    centroids = F.adaptive_avg_pool2d(image, cells).flatten(2).mT
+    x: Tensor, centroids: Tensor, near: Tensor, iterations: int, temperature: float
+) -> Tensor:
+    """How much every token belongs to each superpixel (the paper's eq. 2).
+
+    Args:
+        x: Tokens ``[B, n, C]``.
+        centroids: ``[B, m, C]`` at the start.
+        near: Boolean ``[m, n]``, the superpixels to which a token may belong.
+        iterations: Assignments; centroids are updated between them.
+        temperature: Factor of squared distances.
+
+    Returns:
+        ``[B, m, n]``, which sums to one over superpixels.
+    """
     affinity = x.new_empty(0)
     for step in range(iterations):
         if step:
@@ -149,26 +175,20 @@ def weighted_means(affinity: Tensor, x: Tensor) -> Tensor:
 def reconstruct(
     before: Tensor, centroids: Tensor, neighbours: int, temperature: float, x: Tensor
 ) -> Tensor:
-    """``[B, n, C]``: at every position the mean of the superpixels' values ``x`` ``[B, m, C]`` over
-    the ``neighbours`` whose ``centroids`` ``[B, m, C]`` were nearest to the token ``before`` ``[B,
-    n, C]``, weighted by ``exp(-temperature x squared distance)`` (the paper's eq. 4)."""
+    """At every position the mean of the values of nearby superpixels (the paper's eq. 4).
+
+    Args:
+        before: Tokens ``[B, n, C]`` when they were clustered.
+        centroids: Of the superpixels then, ``[B, m, C]``.
+        neighbours: Superpixels that a position is reconstructed from, the nearest by ``before``.
+        temperature: They weigh by ``exp(-temperature x squared distance)``.
+        x: The superpixels' later values ``[B, m, C]``.
+
+    Returns:
+        ``[B, n, C]``.
+    """
     distances = squared_distances(before, centroids)
     nearest = distances.topk(neighbours, dim=2, largest=False)
     weights = (-temperature * nearest.values).softmax(2)
     spread = torch.zeros_like(distances).scatter(2, nearest.indices, weights)
     return spread.to(x.dtype) @ x
-
-
-def middles(grid: tuple[int, int], cells: tuple[int, int], device: torch.device) -> Tensor:
-    """``[1, m]``: the number of the patch in the middle of every superpixel's cell."""
-    row, column = (
-        (2 * torch.arange(parts, device=device) + 1) * patches // (2 * parts)
-        for patches, parts in zip(grid, cells, strict=True)
-    )
-    return (row[:, None] * grid[1] + column).reshape(1, -1)
-
-
-def _pair(cells: object) -> tuple[object, ...]:
-    if not isinstance(cells, tuple) or len(cells) != 2:
-        raise InvalidOption(f"cells must be (rows, columns) or None, got {cells!r}")
-    return cells

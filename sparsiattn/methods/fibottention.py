@@ -1,4 +1,7 @@
-"""Fibottention: every head sees the tokens at offsets of its own Fibonacci-like sequence."""
+"""Fibottention: every head sees the tokens at offsets of its own Fibonacci-like sequence.
+
+Fibottention, arXiv 2406.19391.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn import AttentionInputs, InvalidOption, Pattern, Planner, Site, Strategy
-from sparsiattn.methods._fixed import check_count, check_flag, laid
+from sparsiattn import InvalidOption, Planner, Site, Strategy
+from sparsiattn.methods._grid import Grid, GridPlanner
+from sparsiattn.methods._options import check_count, check_flags
 
 Offsets = tuple[int, ...]
 
@@ -23,11 +27,17 @@ class Fibottention(Strategy):
     w_min) (i - 1) / (H - 1))`` (sections 3.2 and 3.3 of the paper). Prefix tokens see all and are
     seen by all; without them every patch also sees itself, which the sequences do not contain.
 
-    w_min, w_max: windows of the first and the last head, in tokens; w_max None for a third of the
-    patches. modified: also the two terms before a and b, which may be 0. shuffle: give the heads
-    of every layer another order, drawn by the layer's index. Inside windows, offsets are those of
-    one window; they wrap across rows of the image by design. Raises `InvalidOption` for w_max <
-    w_min. The mask is ``[1, H, N, N]``, since rows at the border have fewer keys.
+    Inside windows of the host, offsets are those of one window; they wrap across rows of the image
+    by design. The mask is ``[1, H, N, N]``, since rows at the border have fewer keys.
+
+    Args:
+        w_min: Window of the first head, in tokens.
+        w_max: Window of the last head; None for a third of the patches.
+        modified: Whether to add the two terms before a and b, which may be 0.
+        shuffle: Whether the heads of every layer have another order, drawn by the layer's index.
+
+    Raises:
+        InvalidOption: For ``w_max < w_min``.
 
     >>> offsets(heads=6, patches=196)[:2]
     ((1, 2, 3, 5), (4, 7, 11))
@@ -52,37 +62,43 @@ class Fibottention(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("w_min", self.w_min, 1)
+        check_count("w_min", self.w_min)
         if self.w_max is not None:
-            check_count("w_max", self.w_max, 1)
+            check_count("w_max", self.w_max)
             if self.w_max < self.w_min:
                 raise InvalidOption(
                     f"w_max must be None or at least w_min = {self.w_min}, got {self.w_max}"
                 )
-        check_flag("modified", self.modified)
-        check_flag("shuffle", self.shuffle)
+        check_flags(self)
 
     def planner(self, site: Site) -> Planner:
         order = torch.arange(site.heads)
         if self.shuffle:
             order = torch.randperm(site.heads, generator=torch.Generator().manual_seed(site.index))
-        return FibonacciPlanner(self, tuple(order.tolist()))
+        # without prefix tokens, which all see, a patch without neighbours would see nothing
+        itself = not (site.prefix_tokens and self.prefix_keys)
+        return GridPlanner(offset_pairs, (self, tuple(order.tolist()), itself))
 
 
-@dataclass(frozen=True)
-class FibonacciPlanner:
-    """One site. order: which sequence each head has."""
+def offset_pairs(
+    grid: Grid, options: Fibottention, order: tuple[int, ...], itself: bool, *, device: torch.device
+) -> Tensor:
+    """Pairs of patches that are one of their head's offsets apart.
 
-    strategy: Fibottention
-    order: tuple[int, ...]
+    Args:
+        grid: Rows and columns of patches.
+        options: The windows, and whether sequences are modified.
+        order: Which sequence each head has.
+        itself: Whether every patch also sees itself.
+        device: Where to make the mask.
 
-    def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        grid, own = inputs.image_grid, self.strategy
-        n = grid[0] * grid[1]
-        lists = offsets(len(self.order), n, own.w_min, own.w_max, own.modified)
-        if not (inputs.prefix and own.prefix_keys):
-            lists = tuple((0, *found) for found in lists)
-        return laid(inputs.table(banded, tuple(lists[i] for i in self.order), n), inputs)
+    Returns:
+        ``[H, n, n]``.
+    """
+    n = grid[0] * grid[1]
+    sequences = offsets(len(order), n, options.w_min, options.w_max, options.modified)
+    first = (0,) if itself else ()
+    return banded(tuple((*first, *sequences[head]) for head in order), n, device=device)
 
 
 def offsets(
@@ -93,12 +109,12 @@ def offsets(
     A head whose sequence starts beyond its window keeps offset 1.
     """
     last = patches // 3 if w_max is None else w_max
-    found = []
+    sequences = []
     for i in range(1, heads + 1):
         share = (i - 1) / (heads - 1) if heads > 1 else 1.0
         limit = min(w_min + int((last - w_min) * share), patches - 1)
-        found.append(_sequence(*wythoff(i), limit, modified) or (1,))
-    return tuple(found)
+        sequences.append(_sequence(*wythoff(i), limit, modified) or (1,))
+    return tuple(sequences)
 
 
 def wythoff(i: int) -> tuple[int, int]:
@@ -123,10 +139,10 @@ def _sequence(a: int, b: int, limit: int, modified: bool) -> Offsets:
 
 def banded(lists: tuple[Offsets, ...], n: int, *, device: torch.device) -> Tensor:
     """Pairs of n tokens that are one of a head's offsets apart, ``[H, n, n]``."""
-    at = torch.arange(1 - n, n, device=device).abs()
-    known = torch.zeros(len(lists), 2 * n - 1, dtype=torch.bool, device=device)
-    for head, found in enumerate(lists):
-        for offset in found:
-            known[head] |= at == offset
+    distance = torch.arange(1 - n, n, device=device).abs()
+    near = torch.zeros(len(lists), 2 * n - 1, dtype=torch.bool, device=device)
+    for head, head_offsets in enumerate(lists):
+        for offset in head_offsets:
+            near[head] |= distance == offset
     # row j holds the offsets k - j for k = 0 to n - 1: a run of n that starts at place n - 1 - j
-    return known.unfold(-1, n, 1).flip(-2)
+    return near.unfold(-1, n, 1).flip(-2)

@@ -1,34 +1,35 @@
-"""Attention through hyperedges, after HGFormer."""
+"""Hypergraph attention: tokens exchange values through hyperedges, groups of alike patches.
+
+After HGFormer, arXiv 2504.02440.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn import (
-    AttentionInputs,
-    InvalidOption,
-    LearnedPlanner,
-    Pattern,
-    Site,
-    Strategy,
-)
-
-from . import _tables as tables
+from sparsiattn import AttentionInputs, InvalidOption, Pattern, Site, Strategy, count_of
+from sparsiattn.methods._computed import MixedKeysPlanner, host_bias
+from sparsiattn.methods._options import check_count
+from sparsiattn.methods._weights import frozen
 
 
 @dataclass(frozen=True)
 class Hypergraph(Strategy):
     """Tokens attend to hyperedges, which have attended to tokens (HGFormer, CS-KNN).
 
-    k: hyperedges, as a share of all keys or a count; prefix keys come on top, within the budget.
-    Their centres are the patches that the CLS query (else the mean query) sees best. members: so
-    many patches, the nearest by the product of their keys, join each centre. Node to edge: an
-    edge's mean query attends to all patches, mixed with the mean of its members' values. Edge to
-    node: patch queries attend to the edges' mean keys, those that they belong to favoured.
+    The centres of hyperedges are the patches that the CLS query (else the mean query) sees best.
+    Node to edge: an edge's mean query attends to all patches, mixed with the mean of its members'
+    values. Edge to node: patch queries attend to the edges' mean keys, those that they belong to
+    favoured.
+
+    Args:
+        k: Hyperedges, as a share of all keys or a count; prefix keys come on top, within the
+            budget.
+        members: Patches that join each centre, the nearest by the product of their keys.
 
     >>> Hypergraph(k=0.25).to_dict()["options"]["members"]
     8
@@ -49,22 +50,23 @@ class Hypergraph(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.members) is not int or self.members < 1:
-            raise InvalidOption(f"members must be an int >= 1, got {self.members!r}")
+        check_count("members", self.members)
 
     def planner(self, site: Site) -> HypergraphPlanner:
         return HypergraphPlanner(self, site)
 
 
-class HypergraphPlanner(LearnedPlanner):
-    """What one site learns. values: ``[Dv, Dv]`` map of mean values, at first the identity; mixture
-    and incidence: scalars."""
+class HypergraphPlanner(MixedKeysPlanner):
+    """What one site learns.
 
-    differentiable = True
+    Attributes:
+        values: ``[Dv, Dv]``, map of mean values, at first the identity.
+        mixture: Scalar; its sigmoid is the share of mapped means in an edge's value.
+        incidence: Scalar, added to the logit of an edge that a query belongs to.
+    """
 
     def __init__(self, strategy: Hypergraph, site: Site) -> None:
-        super().__init__()
-        tables.refuse_mask(strategy.name, site, site.bias == "mask")
+        super().__init__(strategy, site)
         if site.tokens != site.keys:
             raise InvalidOption(
                 f"{strategy.name!r} needs queries and keys of the same tokens, and site "
@@ -72,61 +74,53 @@ class HypergraphPlanner(LearnedPlanner):
                 "sites="
             )
         self.strategy = strategy
-        self.own = site.prefix_tokens if strategy.prefix_keys else 0
-        self.values = nn.Parameter(torch.eye(site.value_dim), requires_grad=False)
-        self.mixture = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.incidence = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.values = frozen(torch.eye(site.value_dim))
+        self.mixture = frozen(torch.zeros(()))
+        self.incidence = frozen(torch.ones(()))
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        tables.refuse_mask("hypergraph", inputs.site, inputs.allowed() is not None)
-        first, own = inputs.prefix, self.own
-        keys, values = inputs.k[..., first:, :], inputs.v[..., first:, :]
+        self.refuse_mask(inputs.site, inputs.allowed() is not None)
+        keys, values = (x[..., inputs.prefix :, :] for x in (inputs.k, inputs.v))
         nodes = hyperedges(inputs, self._edges(inputs), self.strategy.members)
         edge_q, edge_k, mean = (_mean_of(x, nodes) for x in (inputs.patch_queries, keys, values))
-        seen = F.scaled_dot_product_attention(edge_q, keys, values, scale=inputs.scale)
-        share = self.mixture.sigmoid().to(seen.dtype)
-        edge_v = share * (mean @ self.values.to(mean.dtype)) + (1 - share) * seen
-        k = torch.cat([inputs.k[..., :own, :], edge_k], dim=-2)
-        v = torch.cat([inputs.v[..., :own, :], edge_v], dim=-2)
-        return Pattern.computed_keys(inputs, k, v, bias=self._bias(inputs, nodes))
-
-    def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Relative error of the output against dense attention."""
-        return tables.output_loss(self(inputs), inputs)
+        attended = F.scaled_dot_product_attention(edge_q, keys, values, scale=inputs.scale)
+        share = self.mixture.sigmoid().to(attended.dtype)
+        edge_v = share * (mean @ self.values.to(mean.dtype)) + (1 - share) * attended
+        return self.pattern(inputs, edge_k, edge_v, self._bias(inputs, nodes))
 
     def _edges(self, inputs: AttentionInputs) -> int:
         patches = inputs.n_keys - inputs.prefix
-        return min(patches, max(1, tables.count(self.strategy.k, inputs.n_keys) - self.own))
+        budget = count_of(self.strategy.k, inputs.n_keys) - self.prefix_keys
+        return min(patches, max(1, budget))
 
     def _bias(self, inputs: AttentionInputs, nodes: Tensor) -> Tensor:
         """Log of the patches for each edge, incidence, and the mean of the host's bias over its
-        members: ``[B, H|1, n, own + E]``."""
+        members: ``[B, H|1, n, E]``."""
         patches, (batch, edges, size) = inputs.n_keys - inputs.prefix, nodes.shape
         empty = inputs.q.new_zeros(batch, edges, patches)
         joins = empty.scatter(2, nodes, 1.0).mT.unsqueeze(1)
-        each = inputs.q.new_full((), patches / edges).log()
-        bias = each + self.incidence.to(joins.dtype) * joins
-        host = tables.host_bias(inputs)
+        log_size = inputs.q.new_full((), patches / edges).log()
+        bias = log_size + self.incidence.to(joins.dtype) * joins
+        host = host_bias(inputs)
         if host is None:
-            return F.pad(bias, (self.own, 0))
-        host = host.to(joins.dtype)
-        bias = bias + host[..., inputs.prefix :] @ (joins / size)
-        return tables.join([host[..., : self.own], bias])
+            return bias
+        return bias + host[..., inputs.prefix :].to(joins.dtype) @ (joins / size)
 
 
 def hyperedges(inputs: AttentionInputs, edges: int, members: int) -> Tensor:
     """The patches of every hyperedge, the same for all heads: ``[B, E, m]``."""
     keys = inputs.k[..., inputs.prefix :, :]
-    asks = inputs.q[..., :1, :] if inputs.prefix else inputs.mean_query
-    score = (asks @ keys.mT).sum(1).squeeze(1)
+    query = inputs.q[..., :1, :] if inputs.prefix else inputs.mean_query
+    score = (query @ keys.mT).sum(1).squeeze(1)
     centres = score.topk(edges, dim=-1).indices
-    flat = keys.transpose(1, 2).flatten(2)
-    middle = flat.gather(1, centres.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-    return (middle @ flat.mT).topk(min(members, keys.shape[-2]), dim=-1).indices
+    joined_heads = keys.transpose(1, 2).flatten(2)
+    index = centres.unsqueeze(-1).expand(-1, -1, joined_heads.shape[-1])
+    similarity = joined_heads.gather(1, index) @ joined_heads.mT
+    return similarity.topk(min(members, keys.shape[-2]), dim=-1).indices
 
 
 def _mean_of(x: Tensor, nodes: Tensor) -> Tensor:
     """The mean over every hyperedge of ``[B, H, n, D]``: ``[B, H, E, D]``."""
     index = nodes.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
-    found: Tensor = x.gather(2, index).unflatten(2, nodes.shape[1:])
-    return found.mean(3)
+    members: Tensor = x.gather(2, index).unflatten(2, nodes.shape[1:])
+    return members.mean(3)

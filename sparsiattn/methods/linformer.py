@@ -1,26 +1,36 @@
-"""Linformer: keys and values projected along the tokens to a fixed number."""
+"""Linformer: keys and values projected along the tokens to a fixed number.
+
+Linformer: Self-Attention with Linear Complexity, arXiv 2006.04768.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from sparsiattn import AttentionInputs, LearnedPlanner, Pattern, Site, Strategy
-
-from . import _tables as tables
+from sparsiattn import AttentionInputs, Pattern, Site, Strategy, count_of
+from sparsiattn.methods._computed import MixedKeysPlanner, host_bias
+from sparsiattn.methods._grid import Grid, resized
+from sparsiattn.methods._weights import frozen
 
 
 @dataclass(frozen=True)
 class Linformer(Strategy):
     """Queries attend to ``E^T K`` and ``F^T V``, r computed keys (section 4, eq. 7).
 
-    k: computed keys, as a share of all keys or a count; prefix keys come on top, within the budget.
-    E and F start as average pooling over cells of the token grid. shared: one table for both (the
-    paper's key-value sharing). mass: each computed key's logit carries the log of how many tokens
-    it stands for, learned from there; without it untrained attention favours prefix keys. Entries
-    of E are small, so `calibrate` wants a small ``lr`` (3e-4).
+    E and F start as average pooling over cells of the token grid. Entries of E are small, so
+    `calibrate` wants a small ``lr`` (3e-4).
+
+    Args:
+        k: Computed keys, as a share of all keys or a count; prefix keys come on top, within the
+            budget.
+        shared: Whether E and F are one table (the paper's key-value sharing).
+        mass: Whether each computed key's logit carries the log of how many tokens it stands for,
+            learned from there; without it untrained attention favours prefix keys.
 
     >>> Linformer(k=0.25).to_dict()["options"]["shared"]
     False
@@ -43,62 +53,70 @@ class Linformer(Strategy):
         return LinformerPlanner(self, site)
 
 
-class LinformerPlanner(LearnedPlanner):
+class LinformerPlanner(MixedKeysPlanner):
     """The projections of one site, shared by its heads.
 
-    e, f: ``[P + n, r]`` (f absent when shared); mass: ``[r]`` logits, absent without.
+    Attributes:
+        e: ``[P + n, r]``, of keys.
+        f: ``[P + n, r]``, of values; None when shared.
+        mass: Logits ``[r]``; None without.
     """
 
-    differentiable = True
-
     def __init__(self, strategy: Linformer, site: Site) -> None:
-        super().__init__()
-        tables.refuse_mask(strategy.name, site, site.bias == "mask")
+        super().__init__(strategy, site)
         self.prefix, self.grid = site.prefix_tokens, site.key_grid
-        self.own = self.prefix if strategy.prefix_keys else 0
-        budget = max(1, tables.count(strategy.k, site.keys) - self.own)
-        member = tables.members(self.grid, tables.cells_of(self.grid, budget))
-        sizes = member.sum(0)
-        pooling = nn.functional.pad(member / sizes, (0, 0, self.prefix, 0))
-        self.e = nn.Parameter(pooling.clone(), requires_grad=False)
-        self.f = None if strategy.shared else nn.Parameter(pooling.clone(), requires_grad=False)
-        self.mass = nn.Parameter(sizes.log(), requires_grad=False) if strategy.mass else None
+        budget = max(1, count_of(strategy.k, site.keys) - self.prefix_keys)
+        membership = cell_membership(self.grid, cells_of(self.grid, budget))
+        sizes = membership.sum(0)
+        pooling = F.pad(membership / sizes, (0, 0, self.prefix, 0))
+        self.e = frozen(pooling.clone())
+        self.f = None if strategy.shared else frozen(pooling.clone())
+        self.mass = frozen(sizes.log()) if strategy.mass else None
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        tables.refuse_mask("linformer", inputs.site, inputs.allowed() is not None)
-        e, left = self._present(self.e, inputs)
+        self.refuse_mask(inputs.site, inputs.allowed() is not None)
+        e, remaining = self._present(self.e, inputs)
         f = e if self.f is None else self._present(self.f, inputs)[0]
-        k, v = (t.mT.to(x.dtype) @ x for t, x in ((e, inputs.k), (f, inputs.v)))
-        if self.own:
-            k = torch.cat([inputs.k[..., : self.own, :], k], dim=-2)
-            v = torch.cat([inputs.v[..., : self.own, :], v], dim=-2)
-        return Pattern.computed_keys(inputs, k, v, bias=self._bias(inputs, e, left))
-
-    def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Relative error of the output against dense attention."""
-        return tables.output_loss(self(inputs), inputs)
+        k, v = (table.mT.to(x.dtype) @ x for table, x in ((e, inputs.k), (f, inputs.v)))
+        return self.pattern(inputs, k, v, self._bias(inputs, e, remaining))
 
     def _present(self, table: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """A table's rows for the tokens that are there, ``[B, 1, N, r]`` or ``[N, r]``, scaled so
         that columns weigh what they weighed; and the share of every cell that is left."""
         grid = inputs.image_grid
         ratio = self.grid[0] * self.grid[1] / (grid[0] * grid[1])
-        whole = tables.resized(table, self.grid, grid, self.prefix)
-        rows = tables.for_heads(inputs.gather_rows(whole))
+        full = resized(table, self.grid, grid, self.prefix)
+        rows = inputs.gather_rows(full)
+        rows = rows.unsqueeze(1) if rows.dim() == 3 else rows
         weight = rows.abs().sum(-2, keepdim=True)
-        left = weight / whole.abs().sum(-2).clamp_min(1e-6)
+        remaining = weight / full.abs().sum(-2).clamp_min(1e-6)
         before = table.abs().sum(-2)
-        return rows * (before / weight.clamp_min(1e-6)), left / ratio
+        return rows * (before / weight.clamp_min(1e-6)), remaining / ratio
 
-    def _bias(self, inputs: AttentionInputs, e: Tensor, left: Tensor) -> Tensor | None:
-        host = tables.host_bias(inputs)
+    def _bias(self, inputs: AttentionInputs, e: Tensor, remaining: Tensor) -> Tensor | None:
+        """Of the computed keys: their mass, and the host's bias in the shares of their tokens."""
+        host = host_bias(inputs)
         if self.mass is None and host is None:
             return None
-        mass = e.new_zeros(e.shape[-1]) if self.mass is None else self.mass + left.log()
-        mass = mass.expand(1, 1, 1, -1) if mass.dim() < 4 else mass
-        own = mass.new_zeros(1, 1, 1, self.own)
-        if host is not None:
-            share = e.abs() / e.abs().sum(-2, keepdim=True).clamp_min(1e-6)
-            mass = mass + host @ share.to(host.dtype)
-            own = host[..., : self.own]
-        return tables.join([own, mass]) if self.own else mass
+        bias = e.new_zeros(e.shape[-1]) if self.mass is None else self.mass + remaining.log()
+        bias = bias.expand(1, 1, 1, -1) if bias.dim() < 4 else bias
+        if host is None:
+            return bias
+        share = e.abs() / e.abs().sum(-2, keepdim=True).clamp_min(1e-6)
+        return bias + host @ share.to(host.dtype)
+
+
+def cells_of(grid: Grid, most: int) -> Grid:
+    """The largest grid of at most ``most`` cells of about the same shape as ``grid``."""
+    cells = [(rows, min(grid[1], most // rows)) for rows in range(1, min(grid[0], most) + 1)]
+    aspect = grid[0] / grid[1]
+    return max(cells, key=lambda c: (c[0] * c[1]) - abs(math.log(c[0] / c[1] / aspect)) * most / 4)
+
+
+def cell_membership(grid: Grid, cells: Grid) -> Tensor:
+    """Which cell each token lies in when the grid is cut into near-equal rectangles, ``[n, c]``
+    with a one in every row."""
+    row, column = (
+        torch.arange(size) * parts // size for size, parts in zip(grid, cells, strict=True)
+    )
+    return F.one_hot((row[:, None] * cells[1] + column).flatten(), cells[0] * cells[1]).float()

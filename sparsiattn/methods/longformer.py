@@ -1,11 +1,15 @@
-"""Longformer: a window around every patch, and tokens that see all and that all see."""
+"""Longformer: a window around every patch, and tokens that see all and that all see.
+
+Longformer: The Long-Document Transformer, arXiv 2004.05150.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from sparsiattn import AttentionInputs, Pattern, Strategy
-from sparsiattn.methods._fixed import check_count, check_odd, laid, local_and_global
+from sparsiattn.methods._grid import local_and_global, patch_pattern
+from sparsiattn.methods._options import check_count, check_odd
 
 
 @dataclass(frozen=True)
@@ -15,10 +19,15 @@ class Longformer(Strategy):
     A patch sees those at most ``window // 2`` steps away in both directions, cut off at the border,
     one step being ``dilation`` patches. Prefix tokens are global: they see all, and all see them.
 
-    window: side of the window in patches, odd. dilation: patches between its keys.
-    global_patches: g for g x g patches, spread evenly, that are global too, for hosts without CLS.
-    Raises `InvalidOption` for an even window. One more than twice the grid's longer side, at
-    dilation 1, reaches every key.
+    Args:
+        window: Side of the window in patches, odd. One more than twice the grid's longer side, at
+            dilation 1, reaches every key.
+        dilation: Patches between its keys.
+        global_patches: g for g x g patches, spread evenly, that are global too, for hosts without
+            CLS.
+
+    Raises:
+        InvalidOption: For an even window.
 
     >>> Longformer(window=5).to_dict()["options"]["dilation"]
     1
@@ -39,9 +48,9 @@ class Longformer(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_odd("window", self.window)
-        check_count("dilation", self.dilation, 1)
+        check_count("dilation", self.dilation)
         check_count("global_patches", self.global_patches, 0)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         sizes = self.window, self.dilation, self.global_patches
-        return laid(inputs.table(local_and_global, inputs.image_grid, *sizes), inputs)
+        return patch_pattern(inputs.table(local_and_global, inputs.image_grid, *sizes), inputs)

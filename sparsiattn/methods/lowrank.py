@@ -1,34 +1,34 @@
-"""Guided low-rank attention, after GLMHA."""
+"""Guided low-rank attention: logits from a few channels, weighed by a guide for each image.
+
+After GLMHA, arXiv 2410.00380.
+"""
 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn import (
-    AttentionInputs,
-    InvalidOption,
-    LearnedPlanner,
-    Pattern,
-    Site,
-    Strategy,
-)
-
-from . import _tables as tables
+from sparsiattn import AttentionInputs, InvalidOption, Pattern, Site, Strategy, count_of
+from sparsiattn.methods._computed import ComputedPlanner, host_bias
+from sparsiattn.methods._options import check_count
+from sparsiattn.methods._weights import frozen, generator
 
 
 @dataclass(frozen=True)
 class LowRank(Strategy):
     """Logits from r of the head's channels: ``Q E_q diag(g) (K E_k)^T`` with a guide g per image.
 
-    rank: r as a share of the head dim or a count. guide: hidden width of the network that makes
-    ``g = 2 sigmoid(MLP(mean query))`` of all heads, None for g = 1. Starts with g = 1 and a random
-    orthogonal E, so it needs calibration, which begins with the best E of that rank.
+    Starts with g = 1 and a random orthogonal E, so it needs calibration, which begins with the best
+    E of that rank.
+
+    Args:
+        rank: r as a share of the head dim or a count.
+        guide: Hidden width of the network that makes ``g = 2 sigmoid(MLP(mean query))`` of all
+            heads, None for g = 1.
 
     >>> LowRank(rank=16).to_dict()["options"]["guide"]
     16
@@ -55,44 +55,43 @@ class LowRank(Strategy):
                 "rank must be a float in (0, 1] (a share of the head dim) or an int >= 1, got "
                 f"{self.rank!r}"
             )
-        if self.guide is not None and (type(self.guide) is not int or not 0 < self.guide < 2**31):
-            raise InvalidOption(
-                f"guide must be None or an int >= 1 (below 2**31), got {self.guide!r}"
-            )
+        if self.guide is not None:
+            check_count("guide", self.guide)
 
     def planner(self, site: Site) -> LowRankPlanner:
         return LowRankPlanner(self, site)
 
 
-class LowRankPlanner(LearnedPlanner):
-    """The factors of one site: maps ``[H, D, r]`` of queries and keys, and the guide's network."""
+class LowRankPlanner(ComputedPlanner):
+    """The factors of one site.
 
-    differentiable = True
+    Attributes:
+        map_q: ``[H, D, r]``, of queries.
+        map_k: ``[H, D, r]``, of keys.
+        hidden: ``[H D, guide]``, first layer of the guide; None without.
+        last: ``[guide, H r]``, its last layer; absent without.
+    """
 
     def __init__(self, strategy: LowRank, site: Site) -> None:
         super().__init__()
         dim = site.head_dim
-        rank = tables.count(strategy.rank, dim)
-        draw = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
+        rank = count_of(strategy.rank, dim)
+        random = generator(site.name)
         start = torch.empty(site.heads, dim, rank)
         for head in start:
-            nn.init.orthogonal_(head, gain=math.sqrt(math.sqrt(dim / rank)), generator=draw)
-        self.map_q = nn.Parameter(start.clone(), requires_grad=False)
-        self.map_k = nn.Parameter(start.clone(), requires_grad=False)
+            nn.init.orthogonal_(head, gain=math.sqrt(math.sqrt(dim / rank)), generator=random)
+        self.map_q, self.map_k = frozen(start.clone()), frozen(start.clone())
         self.hidden: nn.Parameter | None = None
         if strategy.guide is not None:
             width = site.heads * dim
-            hidden = torch.randn(width, strategy.guide, generator=draw) / math.sqrt(width)
-            self.hidden = nn.Parameter(hidden, requires_grad=False)
-            last = torch.zeros(strategy.guide, site.heads * rank)
-            self.last = nn.Parameter(last, requires_grad=False)
+            hidden = torch.randn(width, strategy.guide, generator=random)
+            self.hidden = frozen(hidden / math.sqrt(width))
+            self.last = frozen(torch.zeros(strategy.guide, site.heads * rank))
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        q = inputs.patch_queries @ self.map_q.to(inputs.q.dtype)
+        q = inputs.patch_queries @ self.map_q.to(inputs.q.dtype) * self.guide(inputs)
         k = inputs.k @ self.map_k.to(inputs.k.dtype)
-        return Pattern.computed_keys(
-            inputs, k, inputs.v, q=q * self.guide(inputs), bias=tables.host_bias(inputs)
-        )
+        return Pattern.computed_keys(inputs, k, inputs.v, q=q, bias=host_bias(inputs))
 
     def guide(self, inputs: AttentionInputs) -> Tensor:
         """``[B, H, 1, r]``, or a one without a network."""
@@ -103,26 +102,25 @@ class LowRankPlanner(LearnedPlanner):
         gate: Tensor = logits.sigmoid().unflatten(-1, (inputs.q.shape[1], 1, -1))
         return 2 * gate
 
-    def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Relative error of the output against dense attention."""
-        return tables.output_loss(self(inputs), inputs)
-
     @torch.no_grad()
     def init_from_batch(self, inputs: AttentionInputs) -> None:
-        """The maps whose products are the best of their rank to the whole ones, in the mean over
-        the queries and keys of each head; keys count from their mean, which softmax ignores."""
+        """The maps whose products are the best of their rank to the whole ones.
+
+        In the mean over the queries and keys of each head; keys count from their mean, which
+        softmax ignores.
+        """
         rank = self.map_q.shape[-1]
         for head in range(len(self.map_q)):
             k = inputs.k[:, head]
-            q_root, q_back = _root(inputs.patch_queries[:, head])
-            k_root, k_back = _root(k - k.mean(-2, keepdim=True))
+            q_root, q_inverse = _moment_root(inputs.patch_queries[:, head])
+            k_root, k_inverse = _moment_root(k - k.mean(-2, keepdim=True))
             u, s, vh = torch.linalg.svd(q_root @ k_root)
             size = s[:rank].sqrt()
-            self.map_q[head].copy_(q_back @ u[:, :rank] * size)
-            self.map_k[head].copy_(k_back @ vh[:rank].mT * size)
+            self.map_q[head].copy_(q_inverse @ u[:, :rank] * size)
+            self.map_k[head].copy_(k_inverse @ vh[:rank].mT * size)
 
 
-def _root(x: Tensor) -> tuple[Tensor, Tensor]:
+def _moment_root(x: Tensor) -> tuple[Tensor, Tensor]:
     """Root of the second moment of rows ``[B, N, D]`` and its inverse, ``[D, D]`` float64."""
     rows = x.flatten(0, 1).double()
     values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))

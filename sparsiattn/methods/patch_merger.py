@@ -1,4 +1,7 @@
-"""PatchMerger: Learning to Merge Tokens in Vision Transformers (arXiv 2202.12015)."""
+"""PatchMerger: learned queries attend to the tokens, and each makes one new token.
+
+Learning to Merge Tokens in Vision Transformers, arXiv 2202.12015.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn import Site
-from sparsiattn.methods._soft import SoftMerger, SoftPlanner, generator
+from sparsiattn.methods._soft import SoftMerger, SoftPlanner
+from sparsiattn.methods._weights import generator
 
 
 @dataclass(frozen=True)
 class PatchMerger(SoftMerger):
     """Learned queries attend to the normalised tokens; each makes one new token.
 
-    keep: tokens after each layer, see `SoftMerger`.
+    Args:
+        keep: Tokens after each layer, see `SoftMerger`.
 
     >>> PatchMerger(keep=8, layers=[5]).layers_in(12)
     (5,)

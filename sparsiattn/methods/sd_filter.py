@@ -1,17 +1,23 @@
-"""A key filter trained by self-distillation: one list of keys for all queries of a call."""
+"""A key filter trained by self-distillation: one list of keys for all queries of a call.
+
+After a self-distillation attention module for motion prediction (IEEE), which filters a sparse
+interaction graph; it has no public text to link to.
+"""
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, InvalidOption, LearnedPlanner, Pattern, Site, Strategy
+from sparsiattn.methods._options import check_count, check_flag
+from sparsiattn.methods._weights import frozen, generator
 
-ROWS = 256  # of exact attention that the loss holds at once
+ROWS_AT_ONCE = 256
+"""Rows of exact attention that the loss holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,15 @@ class SDFilter(Strategy):
     other network, no table over tokens, so any resolution and any tokens will do. W2 starts at zero
     and ``a`` at one: before training, keys are those that the mean query attends to most.
 
-    k: keys kept, as a share of all or a count, prefix keys included. width: hidden channels of the
-    scorer. shared: one list for all heads, by their mean mass. tile: ``"auto"`` is one tile as
-    large as the grid, so that kernels load one list of keys; with a host's mask that forbids keys
-    (shifted windows, padding) each query takes the best of those it may see. Predictor MACs: ``Nk
-    H (D + D width + width)``. The source is a self-distillation attention module for motion
-    prediction (IEEE), which filters a sparse interaction graph; it has no public text to link to.
+    Predictor MACs: ``Nk H (D + D width + width)``.
+
+    Args:
+        k: Keys kept, as a share of all or a count, prefix keys included.
+        width: Hidden channels of the scorer.
+        shared: Whether there is one list for all heads, by their mean mass.
+        tile: ``"auto"`` is one tile as large as the grid, so that kernels load one list of keys;
+            with a host's mask that forbids keys (shifted windows, padding) each query takes the
+            best of those it may see.
 
     >>> from sparsiattn.testing.hosts import random_inputs
     >>> inputs = random_inputs((4, 4), prefix=1)
@@ -51,34 +60,37 @@ class SDFilter(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.width) is not int or not 0 < self.width < 2**31:
-            raise InvalidOption(f"width must be an int >= 1 (below 2**31), got {self.width!r}")
-        if not isinstance(self.shared, bool):
-            raise InvalidOption(f"shared must be True or False, got {self.shared!r}")
+        check_count("width", self.width)
+        check_flag("shared", self.shared, InvalidOption)
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """One tile as large as the site's grid, where every query may see every key."""
-        one = super().resolve_for(site, position, count)
+        resolved = super().resolve_for(site, position, count)
         if self.tile != "auto":
-            return one
-        return replace(one, tile=1 if site.bias == "mask" else site.grid)
+            return resolved
+        return replace(resolved, tile=1 if site.bias == "mask" else site.grid)
 
     def planner(self, site: Site) -> SDFilterPlanner:
         return SDFilterPlanner(self, site)
 
 
 class SDFilterPlanner(LearnedPlanner):
-    """The scorer of one site. gain: ``[H]``; hide: ``[r, H D]``; show: ``[H, r]``."""
+    """The scorer of one site.
+
+    Attributes:
+        gain: ``[H]``, factor of the mean query's logits.
+        hide: ``[width, H D]``, first layer on the keys of all heads.
+        show: ``[H, width]``, last layer.
+    """
 
     def __init__(self, strategy: SDFilter, site: Site) -> None:
         super().__init__()
         self.strategy = strategy
-        generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
         channels = site.heads * site.head_dim
-        hide = torch.randn(strategy.width, channels, generator=generator) * channels**-0.5
-        self.gain = nn.Parameter(torch.ones(site.heads), requires_grad=False)
-        self.hide = nn.Parameter(hide, requires_grad=False)
-        self.show = nn.Parameter(torch.zeros(site.heads, strategy.width), requires_grad=False)
+        hide = torch.randn(strategy.width, channels, generator=generator(site.name))
+        self.gain = frozen(torch.ones(site.heads))
+        self.hide = frozen(hide * channels**-0.5)
+        self.show = frozen(torch.zeros(site.heads, strategy.width))
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
         scores = self.log_shares(inputs)
@@ -91,11 +103,11 @@ class SDFilterPlanner(LearnedPlanner):
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Logits of every key's share of the attention, ``[B, H, Nk]``."""
         k = inputs.k
-        seen = (inputs.mean_query @ k.mT).squeeze(-2) * inputs.scale
+        mean_logits = (inputs.mean_query @ k.mT).squeeze(-2) * inputs.scale
         channels = k.transpose(1, 2).flatten(2)
         hidden = F.linear(F.layer_norm(channels, channels.shape[-1:]), self.hide.to(k.dtype))
         learned = F.linear(F.gelu(hidden), self.show.to(hidden.dtype)).mT
-        return seen * self.gain.to(seen.dtype)[:, None] + learned
+        return mean_logits * self.gain.to(mean_logits.dtype)[:, None] + learned
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Kullback-Leibler divergence of the predicted shares from the mass that keys receive."""
@@ -105,19 +117,21 @@ class SDFilterPlanner(LearnedPlanner):
     def log_shares(self, inputs: AttentionInputs) -> Tensor:
         """Predicted log share of every key, ``[B, H, Nk]`` float32; keys that no query sees get
         next to nothing."""
-        scores, seen = self.scores(inputs).float(), inputs.visible_keys
-        return (scores if seen is None else scores.masked_fill(~seen, -1e4)).log_softmax(-1)
+        scores, visible = self.scores(inputs).float(), inputs.visible_keys
+        return (scores if visible is None else scores.masked_fill(~visible, -1e4)).log_softmax(-1)
 
 
 @torch.no_grad()
 def received(inputs: AttentionInputs) -> Tensor:
     """The mass that every key receives from the patch queries in dense attention, their mean,
     ``[B, H, Nk]`` float32; queries that are padding do not count."""
-    seen = inputs.visible_keys if inputs.n_queries == inputs.n_keys else None
+    visible = inputs.visible_keys if inputs.n_queries == inputs.n_keys else None
     total = inputs.q.new_zeros((*inputs.q.shape[:2], inputs.n_keys), dtype=torch.float)
-    for rows in torch.arange(inputs.prefix, inputs.n_queries, device=inputs.q.device).split(ROWS):
+    queries = torch.arange(inputs.prefix, inputs.n_queries, device=inputs.q.device)
+    for rows in queries.split(ROWS_AT_ONCE):
+        # a row that may see no key is all NaN
         part = inputs.logits(rows).float().softmax(-1).nan_to_num(0.0)
-        if seen is not None:
-            part = part * seen[..., rows, None]
+        if visible is not None:
+            part = part * visible[..., rows, None]
         total = total + part.sum(-2)
     return total / total.sum(-1, keepdim=True).clamp_min(1e-6)

@@ -1,4 +1,7 @@
-"""Sinkhorn token merging, as compared in "Which Tokens to Use?" (ICCVW 2023, arXiv 2308.04657)."""
+"""Sinkhorn token merging: optimal transport moves the tokens to learned centres.
+
+As compared in "Which Tokens to Use?" (ICCVW 2023, arXiv 2308.04657).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn import InvalidOption, Site
-from sparsiattn.methods._soft import SoftMerger, SoftPlanner, generator
+from sparsiattn import Site
+from sparsiattn.methods._options import check_count, check_number
+from sparsiattn.methods._soft import SoftMerger, SoftPlanner
+from sparsiattn.methods._weights import generator
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,10 @@ class Sinkhorn(SoftMerger):
     """Tokens are moved to learned centres by entropic optimal transport, each centre taking an
     equal share; a new token is the mean of what its centre took.
 
-    keep: tokens after each layer, see `SoftMerger`. epsilon: strength of the entropy term.
-    iterations: of Sinkhorn's algorithm, in the log domain.
+    Args:
+        keep: Tokens after each layer, see `SoftMerger`.
+        epsilon: Strength of the entropy term.
+        iterations: Of Sinkhorn's algorithm, in the log domain.
 
     >>> Sinkhorn(keep=16, iterations=5).iterations
     5
@@ -36,11 +43,8 @@ class Sinkhorn(SoftMerger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
-        if not number or not 1e-6 <= self.epsilon <= 1e6:  # cosines over less overflow
-            raise InvalidOption(f"epsilon must be a number in [1e-6, 1e6], got {self.epsilon!r}")
-        if type(self.iterations) is not int or self.iterations < 1:
-            raise InvalidOption(f"iterations must be an int >= 1, got {self.iterations!r}")
+        check_number("epsilon", self.epsilon, 1e-6, 1e6)  # cosines over less overflow
+        check_count("iterations", self.iterations)
 
     def planner(self, site: Site, width: int) -> Transport:
         return Transport(self.count(), width, site.name, self.epsilon, self.iterations)
@@ -52,8 +56,8 @@ class Transport(SoftPlanner):
     def __init__(self, count: int, width: int, name: str, epsilon: float, iterations: int) -> None:
         super().__init__()
         self.epsilon, self.iterations = epsilon, iterations
-        drawn = torch.randn(count, width, generator=generator(name))
-        self.centres = nn.Parameter(F.normalize(drawn, dim=-1))
+        centres = torch.randn(count, width, generator=generator(name))
+        self.centres = nn.Parameter(F.normalize(centres, dim=-1))
 
     def weights(self, x: Tensor) -> Tensor:
         centres = F.normalize(self.centres.float(), dim=-1)
@@ -63,8 +67,9 @@ class Transport(SoftPlanner):
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """``[B, m, n]``: log of the plan; rows first, then columns, so that each token's shares sum to
-    one at the end.
+    """Log of the plan, ``[B, m, n]``, for logits of that shape.
+
+    Rows are scaled first, then columns, so that each token's shares sum to one at the end.
 
     >>> sinkhorn(torch.zeros(1, 2, 4), 1).exp().sum(1)
     tensor([[1., 1., 1., 1.]])

@@ -1,4 +1,7 @@
-"""Self-slimmed Vision Transformer's token slimming module (ECCV 2022, arXiv 2111.12624)."""
+"""Token slimming: a small network scores tokens, and each new one is a softmax mean of all.
+
+A module of the Self-slimmed Vision Transformer (SiT; ECCV 2022, arXiv 2111.12624).
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsiattn import InvalidOption, Site
-from sparsiattn.methods._soft import SoftMerger, SoftPlanner, generator, linear
+from sparsiattn import Site
+from sparsiattn.methods._options import check_number
+from sparsiattn.methods._soft import SoftMerger, SoftPlanner
+from sparsiattn.methods._weights import generator, linear
 
 
 @dataclass(frozen=True)
 class SiT(SoftMerger):
     """A small MLP scores every token for every slot; each slot is a softmax mean over all tokens.
 
-    keep: tokens after each layer, see `SoftMerger`. hidden: width of the MLP as a share of the
-    tokens' width.
+    Args:
+        keep: Tokens after each layer, see `SoftMerger`.
+        hidden: Width of the MLP as a share of the tokens' width.
 
     >>> SiT(keep=0.5).to_dict()["options"]["keep"]
     0.5
@@ -33,9 +39,7 @@ class SiT(SoftMerger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.hidden, (int, float)) and not isinstance(self.hidden, bool)
-        if not number or not 0 < self.hidden <= 16:  # also refuses NaN
-            raise InvalidOption(f"hidden must be a number in (0, 16], got {self.hidden!r}")
+        check_number("hidden", self.hidden, 0, 16, above=True)
 
     def planner(self, site: Site, width: int) -> Slimming:
         return Slimming(self.count(), width, max(1, int(width * self.hidden)), site.name)
@@ -46,11 +50,9 @@ class Slimming(SoftPlanner):
 
     def __init__(self, count: int, width: int, hidden: int, name: str) -> None:
         super().__init__()
-        draws = generator(name)
-        self.score = nn.Sequential(
-            nn.LayerNorm(width), linear(width, hidden, draws), nn.GELU(),
-            linear(hidden, count, draws),
-        )  # fmt: skip
+        random = generator(name)
+        first, last = linear(width, hidden, random), linear(hidden, count, random)
+        self.score = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), last)
         self.scale = nn.Parameter(torch.ones(1))
 
     def weights(self, x: Tensor) -> Tensor:

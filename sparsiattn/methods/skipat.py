@@ -1,8 +1,12 @@
-"""SkipAt: the attention output of an earlier block, changed a little, in place of attention."""
+"""SkipAt: the attention output of an earlier block, changed a little, in place of attention.
+
+Skip-Attention, arXiv 2301.02240.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -10,31 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn import (
-    AttentionInputs,
-    InvalidType,
-    LearnedPlanner,
-    Pattern,
-    Planner,
-    Site,
-    Strategy,
-)
-
-from . import _tables as tables
-
-OUTPUT = "output"
+from sparsiattn import AttentionInputs, LearnedPlanner, Pattern, Planner, Site
+from sparsiattn.methods._computed import ReusingStrategy, Role, relative_error
+from sparsiattn.methods._options import check_flag
+from sparsiattn.methods._weights import frozen
 
 
 @dataclass(frozen=True)
-class SkipAt(Strategy):
+class SkipAt(ReusingStrategy):
     """Layers without QK^T and AV: the output of the layer before them, through a small function.
 
-    layers: indices of the sites that skip attention; None for those from a quarter to three
-    quarters of the depth, 3 to 8 of 12 as in the paper. parametric: change the patch tokens by the
-    paper's function (two linear layers around a depth-wise 5 x 5 convolution, and a channel gate),
-    added to what comes in and zero at first; False passes the output on as it is, which learns and
-    costs nothing. Prefix rows are always passed on. A site that finds no output of its own shape
-    (the first of a stage, fewer tokens) attends.
+    The function is the paper's (two linear layers around a depth-wise 5 x 5 convolution, and a
+    channel gate), of the patch tokens, added to what comes in and zero at first. Prefix rows are
+    always passed on. A site that finds no output of its own shape (the first of a stage, fewer
+    tokens) attends.
+
+    Args:
+        layers: Indices of the sites that skip attention; None for those from a quarter to three
+            quarters of the depth, 3 to 8 of 12 as in the paper.
+        parametric: Whether to apply the function; False passes the output on as it is, which learns
+            and costs nothing.
 
     >>> SkipAt(layers=[2, 1]).to_dict()["options"]["layers"]
     [1, 2]
@@ -50,122 +49,106 @@ class SkipAt(Strategy):
         "them; the function's result is added to its input, so that it starts as the identity"
     )
     needs_training = True
-    exact_at_full = False
     inexact_reason = "there is no budget: the listed layers never attend"
-    selects_keys = False
-    uses_cross_layer_state = True
 
-    layers: tuple[int, ...] | list[int] | None = None
     parametric: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", tables.layer_indices(self.name, self.layers))
-        if not isinstance(self.parametric, bool):
-            raise InvalidType(f"parametric must be True or False, got {self.parametric!r}")
+        check_flag("parametric", self.parametric)
+
+    def default_layers(self, depth: int) -> Sequence[int]:
+        return range(max(1, depth // 4), math.ceil(3 * depth / 4))
 
     def planner(self, site: Site) -> Planner:
-        depth = site.depth
-        layers = tuple(self.layers or range(max(1, depth // 4), math.ceil(3 * depth / 4)))
-        tables.check_depth(self.name, layers, site)
-        reads, keeps = site.index in layers, site.index + 1 in layers
-        if not (reads or keeps):
-            return Attend()
-        return SkipPlanner(reads, keeps, site) if self.parametric else Skip(reads, keeps)
+        reads, writes = self.reads_and_writes(site)
+        if not (reads or writes):
+            return Role(reads, writes)
+        role = OutputRole(reads, writes)
+        return SkipPlanner(role, site) if self.parametric else role
 
 
 @dataclass(frozen=True)
-class Attend:
-    """A planner of a site that neither skips attention nor is looked at."""
+class OutputRole(Role):
+    """A planner with the identity for a function."""
+
+    tensor_name = "output"
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        return Pattern.dense(inputs.n_queries, inputs.n_keys)
+        earlier = self.earlier_output(inputs)
+        return super().__call__(inputs) if earlier is None else Pattern.output(inputs, earlier)
 
-
-@dataclass(frozen=True)
-class Skip(Attend):
-    """The identity. reads: whether this site skips attention; keeps: whether the next one does."""
-
-    reads: bool
-    keeps: bool
-
-    def __call__(self, inputs: AttentionInputs, /) -> Pattern:
-        found = self.found(inputs)
-        return super().__call__(inputs) if found is None else Pattern.output(inputs, found)
-
-    def found(self, inputs: AttentionInputs) -> Tensor | None:
+    def earlier_output(self, inputs: AttentionInputs) -> Tensor | None:
         """The output of the site before, ``[B, H, Nq, Dv]``, if it is to be used and fits."""
-        shape = (*inputs.q.shape[:3], inputs.v.shape[-1])
-        return inputs.load(OUTPUT, shape) if self.reads else None
+        return self.load(inputs, inputs.v.shape[-1])
 
     def after(self, inputs: AttentionInputs, output: Tensor) -> None:
-        if self.keeps:
-            inputs.store(OUTPUT, output)
+        """Leaves the site's output for the next one."""
+        self.store(inputs, output)
 
 
 class SkipPlanner(LearnedPlanner):
-    """The function of one site, over the C channels of all its heads; none where a site attends."""
+    """The function of one site, over the C channels of all its heads; none where a site attends.
+
+    Attributes:
+        widen: ``[2 C, C]``, with ``widen_bias`` ``[2 C]``.
+        kernel: ``[2 C, 1, 5, 5]``, with ``kernel_bias`` ``[2 C]``.
+        narrow: ``[C, 2 C]``, with ``narrow_bias`` ``[C]``.
+        gate: ``[1, 1, 3]``, along the channels.
+    """
 
     differentiable = True
 
-    def __init__(self, reads: bool, keeps: bool, site: Site) -> None:
+    def __init__(self, role: OutputRole, site: Site) -> None:
         super().__init__()
-        self.role = Skip(reads, keeps)
-        if not reads:
+        self.role = role
+        if not role.reads:
             return
-        draw = torch.Generator().manual_seed(site.index)
+        random = torch.Generator().manual_seed(site.index)
         channels = site.heads * site.value_dim
-        self.widen = _drawn((2 * channels, channels), draw)
-        self.widen_bias = _zeros(2 * channels)
-        self.kernel = _drawn((2 * channels, 1, 5, 5), draw)
-        self.kernel_bias = _zeros(2 * channels)
-        self.narrow = _zeros(channels, 2 * channels)
-        self.narrow_bias = _zeros(channels)
-        self.gate = _drawn((1, 1, 3), draw)
+        self.widen = _unit_gain((2 * channels, channels), random)
+        self.widen_bias = frozen(torch.zeros(2 * channels))
+        self.kernel = _unit_gain((2 * channels, 1, 5, 5), random)
+        self.kernel_bias = frozen(torch.zeros(2 * channels))
+        self.narrow = frozen(torch.zeros(channels, 2 * channels))
+        self.narrow_bias = frozen(torch.zeros(channels))
+        self.gate = _unit_gain((1, 1, 3), random)
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        found = self.role.found(inputs)
-        if found is None:
-            return Attend()(inputs)
-        return Pattern.output(inputs, self.change(found, inputs))
+        earlier = self.role.earlier_output(inputs)
+        if earlier is None:
+            return self.role(inputs)
+        return Pattern.output(inputs, self.transform(earlier, inputs))
 
     def after(self, inputs: AttentionInputs, output: Tensor) -> None:
+        """Leaves the site's output for the next one."""
         self.role.after(inputs, output)
 
-    def change(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def transform(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """The function, ``[B, H, Nq, Dv]`` to the same; prefix rows as they are."""
-        heads, first = x.shape[1], inputs.prefix
-        tokens = x[..., first:, :].transpose(1, 2).flatten(2)
-        wide = F.gelu(F.linear(tokens, self._as(self.widen, x), self._as(self.widen_bias, x)))
+
+        def cast(*weights: Tensor) -> list[Tensor]:
+            return [weight.to(x.dtype) for weight in weights]
+
+        prefix = inputs.prefix
+        tokens = x[..., prefix:, :].transpose(1, 2).flatten(2)
+        wide = F.gelu(F.linear(tokens, *cast(self.widen, self.widen_bias)))
         image = wide.mT.unflatten(-1, inputs.query_grid)
-        kernel, bias = self._as(self.kernel, x), self._as(self.kernel_bias, x)
+        kernel, bias = cast(self.kernel, self.kernel_bias)
         image = F.gelu(F.conv2d(image, kernel, bias, padding=2, groups=len(kernel)))
-        wide = image.flatten(2).mT
-        out = F.linear(wide, self._as(self.narrow, x), self._as(self.narrow_bias, x))
-        gate = F.conv1d(out.mean(1, keepdim=True), self._as(self.gate, x), padding=1).sigmoid()
-        changed = (tokens + out * gate).unflatten(-1, (heads, -1)).transpose(1, 2)
-        return torch.cat([x[..., :first, :], changed], dim=-2)
+        out = F.linear(image.flatten(2).mT, *cast(self.narrow, self.narrow_bias))
+        gate = F.conv1d(out.mean(1, keepdim=True), self.gate.to(x.dtype), padding=1).sigmoid()
+        changed = (tokens + out * gate).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+        return torch.cat([x[..., :prefix, :], changed], dim=-2)
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Relative error of the passed on output; zero where the site attends."""
-        found, exact = self.role.found(inputs), inputs.attention()
-        if found is None:
-            self.role.after(inputs, exact)
-            return exact.new_zeros(())
-        changed = self.change(found, inputs)
-        self.role.after(inputs, changed)
-        return tables.distance(changed, exact)
-
-    @staticmethod
-    def _as(weight: Tensor, x: Tensor) -> Tensor:
-        return weight.to(x.dtype)
+        earlier, exact = self.role.earlier_output(inputs), inputs.attention()
+        output = exact if earlier is None else self.transform(earlier, inputs)
+        self.role.after(inputs, output)
+        return exact.new_zeros(()) if earlier is None else relative_error(output, exact)
 
 
-def _drawn(shape: tuple[int, ...], draw: torch.Generator) -> nn.Parameter:
+def _unit_gain(shape: tuple[int, ...], random: torch.Generator) -> nn.Parameter:
     """Normal weights of unit gain."""
-    scale = math.sqrt(math.prod(shape[1:]))
-    return nn.Parameter(torch.randn(shape, generator=draw) / scale, requires_grad=False)
-
-
-def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape), requires_grad=False)
+    return frozen(torch.randn(shape, generator=random) / math.sqrt(math.prod(shape[1:])))

@@ -26,7 +26,7 @@ class Swapped:
         raise NotImplementedError
 
 
-def _empty(mixin: type[Swapped], host: type) -> Any:
+def _empty(mixin: Any, host: Any) -> Any:
     kind = swapped_class(mixin, host)
     return kind.__new__(kind)
 
@@ -38,7 +38,7 @@ def swapped_class(mixin: Any, host: Any) -> Any:
     return type(host.__name__, (mixin, host), members)
 
 
-def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
+def swap_class(module: nn.Module, mixin: Any) -> None:
     """Give a module the swapped class, if it does not have it yet."""
     kind: Any = type(module)
     if mixin not in kind.__bases__:

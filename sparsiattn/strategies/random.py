@@ -51,8 +51,25 @@ class RandomPlanner:
 
 
 def hashed(key: int, heads: int, rows: int, columns: int, *, device: torch.device) -> Tensor:
-    """Uniform numbers ``[1, heads, rows, columns]`` by a counter hash (Murmur3's mixer)."""
-    x = torch.arange(heads * rows * columns, device=device) + key
+    """Uniform numbers ``[1, heads, rows, columns]`` by a counter hash."""
+    counter = torch.arange(heads * rows * columns, device=device)
+    return ((hash_integers(counter + key) >> 8).float() / 2**24).view(1, heads, rows, columns)
+
+
+def hash_integers(x: Tensor) -> Tensor:
+    """Uniform integers below 2^32 from distinct ones, by Murmur3's finaliser.
+
+    A draw by hashing a counter is the same on every device and touches no global random state.
+
+    Args:
+        x: Integers (int64) of any shape.
+
+    Returns:
+        Integers of that shape.
+
+    >>> hash_integers(torch.arange(1, 3)).tolist()
+    [1364076727, 821347078]
+    """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x >> 8).float() / 2**24).view(1, heads, rows, columns)
+    return x

@@ -14,8 +14,8 @@ import torch
 from sparsiattn.errors import first_line
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.patching.apply import patch
-from sparsiattn.patching.report import aligned
-from sparsiattn.registry import listing as catalog
+from sparsiattn.patching.text import aligned
+from sparsiattn.registry.listing import list_kernels, list_plugins
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 CORE = (
@@ -96,10 +96,10 @@ def doctor() -> Diagnosis:
     True
     """
     findings = [*_system(), *_packages()]
-    for name, info in catalog.kernels().items():
+    for name, info in list_kernels().items():
         status = "off" if info.reasons else "ok"
         findings.append(Finding("kernels", name, status, "; ".join(info.reasons)))
-    findings += [_plugin(plugin) for plugin in catalog.plugins().values()]
+    findings += [_plugin(plugin) for plugin in list_plugins().values()]
     problem = _problem(_patch_and_undo)
     status = "broken" if problem else "ok"
     findings.append(Finding("trial", "patch and undo", status, problem or ""))
@@ -150,8 +150,7 @@ def _problem(action: Callable[[], Any]) -> str | None:
 
 def _plugin(plugin: Any) -> Finding:
     if not plugin.broken:
-        detail = "; ".join(filter(None, (plugin.distribution, plugin.deprecation)))
-        return Finding("plug-ins", plugin.name, "ok", detail)
+        return Finding("plug-ins", plugin.name, "ok", plugin.distribution)
     fix = f"pip install -U {plugin.distribution}" if plugin.distribution else ""
     return Finding("plug-ins", plugin.name, "broken", str(plugin.error), fix)
 

@@ -1,12 +1,12 @@
-"""Checkpoints of training: directories that are whole or not there."""
+"""Checkpoints of training: folders that are whole or not there."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
+from sparsiattn.kernels import atomic_io
 from sparsiattn.patching.handle import Patch
 from sparsiattn.serialization.fingerprint import fingerprint
 from sparsiattn.training.recipe import Recipe
@@ -26,12 +27,29 @@ STATE, MODEL, EMA, OPTIMIZER = "state.json", "model.safetensors", "ema.safetenso
 LAST, BEST, LOG, TEACHER = "last", "best", "log.jsonl", "teacher.safetensors"
 _FREE = ("workers", "tensorboard", "checkpoint_steps", "summary", "model", "published")
 """Fields of a recipe that change nothing of what is computed."""
+_GO_ON = (
+    ". Training stopped; checkpoints written before are whole: make room and run the same command "
+    "again to go on from there"
+)
 
 
 @dataclass
-class Progress:
-    """How far training is. stage: its number; epoch, update: within the stage; batch: within the
-    epoch; seen_epochs, step: over all stages. loss_sum, loss_count: of the epoch so far."""
+class TrainState:
+    """How far training is.
+
+    Attributes:
+        stage: Number of the stage.
+        epoch: Epoch within the stage.
+        update: Updates made in the stage.
+        batch: Batches done in the epoch.
+        seen_epochs: Epochs over all stages.
+        step: Updates over all stages.
+        loss_sum: Of the epoch's updates so far.
+        loss_count: Number of these updates.
+        best: Row of the log of the best epoch.
+        last: Row of the log of the last epoch.
+        done: Whether all stages are complete.
+    """
 
     stage: int = 0
     epoch: int = 0
@@ -45,73 +63,40 @@ class Progress:
     last: dict[str, Any] = field(default_factory=dict)
     done: bool = False
 
-    @property
-    def middle(self) -> bool:
-        """Whether an epoch is under way."""
-        return self.batch > 0
 
-
-def identity(live: Patch, recipe: Recipe) -> dict[str, Any]:
+def run_identity(patch: Patch, recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that goes on from it."""
-    plain = {name: value for name, value in recipe.to_dict().items() if name not in _FREE}
-    return {**identity_of(live), "recipe": plain}
+    fields = {name: value for name, value in recipe.to_dict().items() if name not in _FREE}
+    return {**patch_identity(patch), "recipe": fields}
 
 
-def identity_of(live: Patch) -> dict[str, Any]:
+def patch_identity(patch: Patch) -> dict[str, Any]:
     """What tells one patched model from others, as plain data."""
-    strategy = json.loads(json.dumps(live.strategy.to_dict(), default=str))
-    return {"model": fingerprint(live.model), "strategy": strategy}
+    strategy = json.loads(json.dumps(patch.strategy.to_dict(), default=str))
+    return {"model": fingerprint(patch.model), "strategy": strategy}
 
 
-def write(place: Path, fill: Callable[[Path], None]) -> None:
-    """A directory with what ``fill`` writes into it, in the place of the one that was there.
-
-    Raises `CheckpointNotWritten`; the one that was there is whole then.
-    """
-    fresh, old = place.with_name(f"{place.name}.new"), place.with_name(f"{place.name}.old")
+@contextmanager
+def write_errors(path: Path, advice: str = "") -> Iterator[None]:
+    """Raise `CheckpointNotWritten` for whatever a full or failing disk makes the block raise."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        recover(place)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        fill(fresh)
-        for file in (*fresh.iterdir(), fresh):
-            _sync(file)
-        if place.exists():
-            place.rename(old)
-        fresh.rename(place)
-        _sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
     except Exception as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if not is_write_fault(error):
+        # safetensors and torch wrap the system's error in ones of their own
+        wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+        if not (wrapped or isinstance(error, OSError)):
             raise
-        raise CheckpointNotWritten(
-            f"{place} cannot be written: {error}. Training stopped; checkpoints written before are "
-            "whole: make room and run the same command again to go on from there"
-        ) from error
+        raise CheckpointNotWritten(f"{path} cannot be written: {error}{advice}") from error
 
 
-def is_write_fault(error: Exception) -> bool:
-    """safetensors and torch wrap the system's error in ones of their own."""
-    wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
-    return isinstance(error, OSError) or wrapped
+def write(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replace a checkpoint by a new one that ``fill`` writes its files into.
 
-
-def recover(place: Path) -> None:
-    """Put the old directory back where a kill came between the two renames."""
-    old = place.with_name(f"{place.name}.old")
-    if old.exists() and not place.exists():
-        old.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    Raises:
+        CheckpointNotWritten: The checkpoint that was there is whole then.
+    """
+    with write_errors(folder, _GO_ON):
+        atomic_io.replace_folder(folder, fill)
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -119,53 +104,68 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in state.items()}, path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Into the same model. Raises `MismatchedCheckpoint`."""
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Raise `MismatchedCheckpoint` for whatever a file that does not fit makes the block raise."""
     try:
-        model.load_state_dict(load_file(path))
-    except Exception as error:  # safetensors' and the system's own, or weights that do not fit
+        yield
+    except Exception as error:  # of the system, safetensors, pickle or zip; or keys that differ
         raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error
 
 
-def save_state(folder: Path, progress: Progress, about: dict[str, Any], name: str = STATE) -> None:
-    content = {"format": FORMAT, **about, "progress": asdict(progress)}
-    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Into the same model."""
+    with read_errors(path):
+        model.load_state_dict(load_file(path))
 
 
-def finish(folder: Path, progress: Progress, about: dict[str, Any]) -> None:
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote, tensors and plain data only."""
+    with read_errors(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_state(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
+    """How far training is, and which model and recipe it is of."""
+    content = {"format": FORMAT, **identity, "progress": asdict(state)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def finish(folder: Path, state: TrainState, identity: dict[str, Any]) -> None:
     """Make the averaged weights those of a finished checkpoint; a kill on the way does no harm."""
-    try:
+    with write_errors(folder):
         if (folder / EMA).exists():
-            shutil.copyfile(folder / EMA, folder / f"{MODEL}.new")
-            (folder / f"{MODEL}.new").replace(folder / MODEL)
-        save_state(folder, progress, about, f"{STATE}.new")
-        (folder / f"{STATE}.new").replace(folder / STATE)
-    except OSError as error:
-        raise CheckpointNotWritten(f"{folder} cannot be written: {error}") from error
+            with atomic_io.replacing(folder / MODEL) as temporary:
+                shutil.copyfile(folder / EMA, temporary)
+        with atomic_io.replacing(folder / STATE) as temporary:
+            save_state(temporary, state, identity)
 
 
-def load_state(folder: Path, about: dict[str, Any]) -> Progress:
-    """Progress of the checkpoint. Raises `MismatchedCheckpoint` where it is of another model,
-    strategy or recipe than ``about`` says."""
+def load_state(folder: Path, identity: dict[str, Any]) -> TrainState:
+    """How far the run of a checkpoint was.
+
+    Raises:
+        MismatchedCheckpoint: It is of another model, strategy or recipe than ``identity`` says.
+    """
     path = folder / STATE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: content[name] for name in ("format", *about)}
-        progress = Progress(**content["progress"])
+        stored = {name: content[name] for name in ("format", *identity)}
+        state = TrainState(**content["progress"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MismatchedCheckpoint(f"{path} cannot be read as a checkpoint: {error!r}") from error
-    if found["format"] != FORMAT:
+    if stored["format"] != FORMAT:
         raise MismatchedCheckpoint(
-            f"{path} has format {found['format']!r}, this version reads {FORMAT}"
+            f"{path} has format {stored['format']!r}, this version reads {FORMAT}"
         )
-    for name, wanted in about.items():
-        if found[name] != wanted:
+    for name, expected in identity.items():
+        if stored[name] != expected:
             raise MismatchedCheckpoint(
                 f"the checkpoint in {folder} is of another {name}: "
-                f"{'; '.join(differences(found[name], wanted))}. Go on with what it was made with, "
-                "or give another out= (on the command line --out)"
+                f"{'; '.join(differences(stored[name], expected))}. Go on with what it was made "
+                "with, or give another out= (on the command line --out)"
             )
-    return progress
+    return state
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
@@ -176,15 +176,13 @@ def differences(there: Any, here: Any, name: str = "") -> list[str]:
     """
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted({*there, *here})
-        return [
-            line
-            for key in keys
-            for line in differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))
-        ]
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        parts = [(f"{name}.{key}".strip("."), there.get(key), here.get(key)) for key in keys]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         pairs = enumerate(zip(there, here, strict=True))
-        return [line for i, (a, b) in pairs for line in differences(a, b, f"{name}[{i}]")]
-    return [] if there == here else [f"{name} {there!r} there, {here!r} here".strip()]
+        parts = [(f"{name}[{i}]", first, second) for i, (first, second) in pairs]
+    else:
+        return [] if there == here else [f"{name} {there!r} there, {here!r} here".strip()]
+    return [line for part, first, second in parts for line in differences(first, second, part)]
 
 
 def rng_state() -> dict[str, Any]:
@@ -199,6 +197,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on with the random numbers of `rng_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
@@ -206,11 +205,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def load_tensors(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain data only."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and the system each have their own
-        raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error

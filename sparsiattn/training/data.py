@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.training.field_kinds import check_count
 from sparsiattn.training.preprocess import (
     check_options,
     data_config,
-    drawing,
     head_size,
+    image_transform,
     mixing,
-    transform,
+    seeded,
 )
-from sparsiattn.training.samples import Finish, Samples, TokenState
-from sparsiattn.training.sources import Source, is_path, open_source
+from sparsiattn.training.sources import (
+    Finish,
+    Sample,
+    Samples,
+    SampleStream,
+    Source,
+    is_path,
+    open_source,
+)
 
 Share = tuple[int, int]
+"""Rank of a process, and number of processes."""
 
 
 def loader(
@@ -41,26 +51,36 @@ def loader(
 ) -> Loader | Batches:
     """Batches ``(images [B, C, H, W] normalised float32, labels [B] int64)`` for a model.
 
-    source: a folder or ``.tar`` with one folder of images a class, below ``train/``,
-    ``validation/`` and so on or not; ``READER/NAME`` or ``READER/NAME@FOLDER`` for timm's readers
-    (``hfds/cifar10``, ``wds/FOLDER``, ``torch/cifar10@FOLDER``); a `torch.utils.data.Dataset` of
-    (PIL image, uint8 tensor or finished float tensor ``[C, H, W]``, label); or an iterable of ready
-    batches, used as they are. training: shuffled, augmented, the last partial batch left out.
-    seed: order and augmentation of an epoch depend on it, on ``set_epoch`` and on the image
-    alone, so on neither workers nor processes nor what ran before. limit: so many images, spread
-    evenly over the split (of streams and batches: the first). image_size: pixels, else what the
-    model was built for. augment: options of timm's `create_transform` and `Mixup` by their names
-    (``mean``, ``std``, ``crop_pct``, ``auto_augment``, ``re_prob``, ``mixup_alpha`` ...); outside
-    training only those that say how an image is read count. With mixup or cutmix labels are
-    ``[B, classes]`` float32. share: ``(rank, world)``, every world-th image from rank on; shares
-    of unequal length are filled up with the first image, `Loader.own` says how many count. labels:
-    False where they do not matter: none is looked at or needed, all are 0.
-
     Statistics and sizes come from the model's data config (see `data_config`); transformers and
     torchvision models name none and get ImageNet's: pass ``mean`` and ``std`` where others hold.
 
-    Raises `DataError` for data that is missing, empty, broken or of other classes than the head's,
-    `UnknownName` and `InvalidOption` for wrong options.
+    Args:
+        source: A folder or ``.tar`` with one folder of images a class, below ``train/``,
+            ``validation/`` and so on or not; ``READER/NAME`` or ``READER/NAME@FOLDER`` for timm's
+            readers (``hfds/cifar10``, ``wds/FOLDER``, ``torch/cifar10@FOLDER``); a
+            `torch.utils.data.Dataset` of (PIL image, uint8 tensor or finished float tensor ``[C, H,
+            W]``, label); or an iterable of ready batches, used as they are.
+        model: Takes the images.
+        batch_size: Images in a batch.
+        split: The part of the source.
+        training: Shuffled, augmented, the last partial batch left out.
+        seed: Order and augmentation of an epoch depend on it, on ``set_epoch`` and on the image
+            alone, so on neither workers nor processes nor what ran before.
+        workers: Processes that read images.
+        limit: So many images, spread evenly over the split (of streams and batches: the first).
+        image_size: Pixels, else what the model was built for.
+        augment: Options of timm's `create_transform` and `Mixup` by their names (``mean``, ``std``,
+            ``crop_pct``, ``auto_augment``, ``re_prob``, ``mixup_alpha`` ...); outside training only
+            those that say how an image is read count. With mixup or cutmix labels are ``[B,
+            classes]`` float32.
+        share: ``(rank, world)``, every world-th image from rank on. Shares of unequal length are
+            filled up with the first image, `Loader.own` says how many count.
+        labels: False where they do not matter: none is looked at or needed, all are 0.
+
+    Raises:
+        DataError: Data is missing, empty, broken or of other classes than the head's.
+        UnknownName: An option of ``augment`` is unknown.
+        InvalidOption: A value is wrong.
 
     >>> from torch.utils.data import TensorDataset
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -70,19 +90,26 @@ def loader(
     """
     options = dict(augment or {})
     check_options(options)
-    _check_numbers(batch_size, seed, workers, limit, share)
+    check_count("batch_size", batch_size, 1)
+    check_count("seed", seed, 0)
+    check_count("workers", workers, 0)
+    check_count("limit", 1 if limit is None else limit, 1)
+    if not 0 <= share[0] < share[1]:
+        raise InvalidOption(f"share must be (rank, world) with 0 <= rank < world, got {share!r}")
     classes = head_size(model) if labels else None
-    if not is_path(source) and not isinstance(source, torch.utils.data.Dataset):
+    if not is_path(source) and not isinstance(source, Dataset):
         return Batches(source, limit, share)
     config = data_config(model, image_size, options)
-    found = open_source(source, split, config["input_size"][0], training, seed)
-    _check_classes(found, source, classes)
+    channels = config["input_size"][0]
+    images = open_source(source, split, channels, training, seed)
+    _check_classes(images, source, classes)
     mix = mixing(options, classes) if training else None
     if mix is not None and batch_size % 2:
         raise InvalidOption(f"mixup and cutmix pair images: batch_size must be even, {batch_size=}")
-    change = transform(config, training, options)
-    finish = Finish(change, config["input_size"][0], classes, seed, training, labels)
-    return Loader(found, finish, mix, batch_size, training, seed, workers, limit, share)
+    transform = image_transform(config, training, options)
+    finish = Finish(transform, channels, classes, seed, training, labels)
+    reading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": Collate(mix, seed)}
+    return Loader(images, finish, limit, share, **reading)
 
 
 class Order(Sampler[tuple[int, int]]):
@@ -94,10 +121,12 @@ class Order(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Which order comes next."""
         self.epoch = epoch
 
     @property
     def own(self) -> int:
+        """Images of the share, without those that fill it up."""
         return len(range(self.share[0], len(self.indices), self.share[1]))
 
     def __len__(self) -> int:
@@ -106,40 +135,42 @@ class Order(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = list(self.indices)
         if self.shuffle:
-            with drawing(self.seed, self.epoch):
+            with seeded(self.seed, self.epoch):
                 order = [order[i] for i in torch.randperm(len(order)).tolist()]
-        mine = order[self.share[0] :: self.share[1]]
-        mine += order[: len(self) - len(mine)]
-        return iter([(self.epoch, index) for index in mine])
+        rank, world = self.share
+        indices = order[rank::world]
+        indices += order[: len(self) - len(indices)]
+        return iter([(self.epoch, index) for index in indices])
 
 
 class Loader(DataLoader[Any]):
-    """A `torch.utils.data.DataLoader` whose epochs depend on (seed, epoch) alone; `set_epoch` as
-    distributed samplers have it. It can be given to ``accelerate``'s ``prepare``."""
+    """A `torch.utils.data.DataLoader` whose epochs depend on (seed, epoch) alone.
+
+    It has `set_epoch`, as distributed samplers have, and can be given to ``accelerate``'s
+    ``prepare``.
+    """
 
     def __init__(
-        self, source: Source, finish: Finish, mix: Any, batch_size: int, training: bool, seed: int,
-        workers: int, limit: int | None, share: Share,
-    ) -> None:  # fmt: skip
+        self, source: Source, finish: Finish, limit: int | None, share: Share, **options: Any
+    ) -> None:
         self.most = None if limit is None else len(range(share[0], limit, share[1]))
         self.classes = source.classes
-        own_rng = torch.Generator().manual_seed(seed)  # else every epoch draws from the global one
-        common: dict[str, Any] = {
-            "batch_size": batch_size, "num_workers": workers, "drop_last": training,
-            "collate_fn": Collate(mix, seed), "generator": own_rng,
-        }  # fmt: skip
+        self.order: Order | None = None
+        # else every epoch draws a seed for the workers from the global one
+        options["generator"] = torch.Generator().manual_seed(finish.seed)
+        options["drop_last"] = finish.training
         if source.streams:
-            self.order = None
-            super().__init__(TokenState(source.items, finish, share, workers), **common)
+            stream = SampleStream(source.items, finish, share, options["num_workers"])
+            super().__init__(stream, **options)
             return
         indices = spread(source.indices, limit)
-        if training and len(indices) < batch_size:
+        if finish.training and len(indices) < options["batch_size"]:
             raise DataError(
-                f"{len(indices)} images are fewer than {batch_size=}, and training leaves the "
-                "last partial batch out: not one step would be made"
+                f"{len(indices)} images are fewer than batch_size={options['batch_size']}, and "
+                "training leaves the last partial batch out: not one step would be made"
             )
-        self.order = Order(indices, seed, training, share)
-        super().__init__(Samples(source, finish), sampler=self.order, **common)
+        self.order = Order(indices, finish.seed, finish.training, share)
+        super().__init__(Samples(source, finish), sampler=self.order, **options)
 
     @property
     def own(self) -> int | None:
@@ -158,15 +189,13 @@ class Loader(DataLoader[Any]):
         return min(count, -(-self.most // self.batch_size))
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches: Any = super().__iter__
         try:
-            if self.order is not None:
-                yield from super().__iter__()
-            else:
-                yield from _some(super().__iter__(), self.most)
+            yield from batches() if self.order is not None else _limited(batches(), self.most)
         except DataError as error:
             # its frames would keep the worker processes waiting until they are collected
             cause = error.with_traceback(None) if self.num_workers else error
-            raise DataError(_own_words(str(error))) from cause
+            raise DataError(_without_traceback(str(error))) from cause
 
 
 class Batches:
@@ -191,23 +220,22 @@ class Batches:
         return len(range(self.share[0], len(self.source), self.share[1]))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        for index, batch in enumerate(_some(self.source, self.limit)):
-            if index % self.share[1] == self.share[0]:
-                yield batch
+        rank, world = self.share
+        return islice(_limited(self.source, self.limit), rank, None, world)
 
 
 class Collate:
-    """A batch of samples, mixed up where asked."""
+    """A batch of samples, mixed up if the recipe has mixup or cutmix."""
 
     def __init__(self, mix: Any, seed: int) -> None:
         self.mix, self.seed = mix, seed
 
-    def __call__(self, samples: list[tuple[Tensor, int, tuple[int, ...]]]) -> Any:
+    def __call__(self, samples: list[Sample]) -> Any:
         images = torch.stack([image for image, _, _ in samples])
         labels = torch.tensor([label for _, label, _ in samples])
         if self.mix is None:
             return images, labels
-        with drawing(self.seed, len(samples), *samples[0][2]):
+        with seeded(self.seed, len(samples), *samples[0][2]):
             return self.mix(images, labels)
 
 
@@ -223,7 +251,7 @@ def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
     return tuple(indices[i * count // limit] for i in range(limit))
 
 
-def _some(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
+def _limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
     """Batches up to so many images, the last one cut."""
     left = most
     for batch in batches:
@@ -253,29 +281,18 @@ def _described(batch: Any) -> str:
     return type(batch).__name__
 
 
-def _own_words(text: str) -> str:
+def _without_traceback(text: str) -> str:
     """Of an error that a worker process raised: torch wraps it in that process's traceback."""
     return text.rstrip().rsplit("DataError: ", 1)[-1] if text.startswith("Caught ") else text
 
 
-def _check_classes(found: Source, source: Any, classes: int | None) -> None:
-    if not found.streams and not found.indices:
+def _check_classes(images: Source, source: Any, classes: int | None) -> None:
+    if not images.streams and not images.indices:
         raise DataError(f"{source!r} has no images")
-    if None not in (classes, found.classes) and classes != found.classes:
+    if None not in (classes, images.classes) and classes != images.classes:
         where = repr(str(source)) if is_path(source) else type(source).__name__
         raise DataError(
-            f"{where} has {found.classes} classes, the model's head {classes}: make a model with "
-            f"such a head, timm.create_model(..., num_classes={found.classes}) (on the command "
-            f"line --model-option num_classes={found.classes}), or give the data it was made for"
+            f"{where} has {images.classes} classes, the model's head {classes}: make a model with "
+            f"such a head, timm.create_model(..., num_classes={images.classes}) (on the command "
+            f"line --model-option num_classes={images.classes}), or give the data it was made for"
         )
-
-
-def _check_numbers(batch_size: Any, seed: Any, workers: Any, limit: Any, share: Any) -> None:
-    least = {"batch_size": (batch_size, 1), "seed": (seed, 0), "workers": (workers, 0)}
-    least["limit"] = (1 if limit is None else limit, 1)
-    for name, (value, low) in least.items():
-        if type(value) is not int or value < low:
-            raise InvalidOption(f"{name} must be an int >= {low}, got {value!r}")
-    rank, world = share
-    if not 0 <= rank < world:
-        raise InvalidOption(f"share must be (rank, world) with 0 <= rank < world, got {share!r}")

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.model_call import eval_mode, logits_of
 from sparsiattn.runtime.timing import wait
-
-if TYPE_CHECKING:
-    from sparsiattn.training.processes import World
-
-Progress = Callable[[int, int | None], Any]
+from sparsiattn.training import processes
+from sparsiattn.training.data import loader
+from sparsiattn.training.progress import Progress
+from sparsiattn.training.sources import check_labels
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found; what speaks of a patch is None where there is none.
 
-    top1, top5, dense_top1, dense_top5: accuracies in per cent; top 5 is None below five classes.
-    agreement: images for which the patched model's first choice is the dense one's, in per cent.
-    images_per_second, dense_images_per_second: of the model alone (no reading of images), the
-    median over batches, summed over processes. What speaks of a patch is None where there is none.
+    Attributes:
+        images: Number of images.
+        top1: Accuracy of the patched model, in per cent.
+        top5: Likewise among its five first choices; None below five classes.
+        dense_top1: Accuracy of the dense model, in per cent.
+        dense_top5: Likewise among its five first choices; None below five classes.
+        agreement: Images for which the patched model's first choice is the dense one's, in per
+            cent.
+        images_per_second: Of the patched model alone (no reading of images), the median over
+            batches, summed over processes.
+        dense_images_per_second: Likewise of the dense model.
     """
 
     images: int
@@ -42,6 +51,7 @@ class Evaluation:
     dense_images_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -74,129 +84,144 @@ def evaluate(
 ) -> Evaluation:
     """Top-1, top-5, agreement and speed of a patched model beside its own dense path.
 
-    data: whatever `sparsiattn.training.data.loader` takes, ready batches (images ``[B, C, H, W]``,
-    labels ``[B]`` int64) among it; batch_size, split, limit, workers, image_size and augment (``{
-    "mean": ..., "std": ...}``) go there. Every batch runs through both sides, which take turns in
-    going first. progress: called with images done and their number, None if unknown. device: where
-    the model is for the time being.
+    Every batch runs through both sides, which take turns in going first. A row of logits with a NaN
+    counts as wrong. An unpatched model gives the dense figures alone. The model runs in eval mode,
+    and is left as it was, also after an error. Launched by torchrun or ``accelerate launch``, every
+    process takes its share, every image counts once, and all processes get the same result.
 
-    A row of logits with a NaN counts as wrong. An unpatched model gives the dense figures alone.
-    The model may return logits ``[B, classes]`` or an object, dict or tuple that has them
-    (``logits`` of transformers' models). It runs in eval mode, and is left as it was, also after an
-    error.
+    Args:
+        model: Returns logits ``[B, classes]`` or an object, dict or tuple that has them (``logits``
+            of transformers' models).
+        data: Whatever `sparsiattn.training.data.loader` takes, ready batches (images ``[B, C, H,
+            W]``, labels ``[B]`` int64) among it. The next six arguments go there.
+        batch_size: Images in a batch.
+        split: The part of the data.
+        limit: Number of images, all if None.
+        workers: Processes that read images.
+        image_size: Pixels, else what the model was built for.
+        augment: How images are read, e.g. ``{"mean": ..., "std": ...}``.
+        progress: Called with images done and their number, None if unknown.
+        device: Where the model is for the time being.
 
-    Launched by torchrun or ``accelerate launch``, every process takes its share, every image
-    counts once, and all processes get the same result. Raises `DataError` for data that cannot be
-    read or has other classes than the head.
+    Raises:
+        DataError: Data cannot be read or has other classes than the head.
+        InvalidOption: The data is already shared out among processes.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
     >>> model = tiny_vit()
     >>> with sparsiattn.patch(model, "topk", k=1.0):
-    ...     found = evaluate(model, [(tiny_images(4), torch.tensor([0, 1, 2, 3]))])
-    >>> found.images, found.agreement, found.top1 == found.dense_top1
+    ...     result = evaluate(model, [(tiny_images(4), torch.tensor([0, 1, 2, 3]))])
+    >>> result.images, result.agreement, result.top1 == result.dense_top1
     (4, 100.0, True)
     """
-    from sparsiattn.training.data import loader
-    from sparsiattn.training.processes import world
-
     host = _without_ddp(model)
     _refuse_prepared(data)
-    here = world(device)
-    with _evaluating(host, device or here.device) as like:
-        share = here.rank, here.size
+    world = processes.world(device)
+    with _ready(host, device or world.device) as weight:
         batches = loader(
-            data, host, batch_size=batch_size, split=split, limit=limit, workers=workers,
-            image_size=image_size, augment=augment, share=share,
-        )  # fmt: skip
+            data,
+            host,
+            batch_size=batch_size,
+            split=split,
+            limit=limit,
+            workers=workers,
+            image_size=image_size,
+            augment=augment,
+            share=(world.rank, world.size),
+        )
         tally = _Tally()
         with torch.inference_mode():
-            for images, labels in _own(batches, progress):
-                tally.add(host, patch_of(host), images.to(like.device, like.dtype), labels)
-        return tally.result(here, patch_of(host) is not None)
+            for images, labels in _counted(batches, progress):
+                tally.add(host, patch_of(host), images.to(weight.device, weight.dtype), labels)
+        return tally.result(world, patch_of(host) is not None)
 
 
-def _own(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _counted(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as they come; labels cut to those images that do not merely fill up the share."""
-    own, done = getattr(batches, "own", None), 0
+    total, done = getattr(batches, "own", None), 0
     for images, labels in batches:
         if not isinstance(labels, Tensor) or labels.shape != (len(images),):
             raise DataError(
                 f"labels must be class indices [{len(images)}], got "
                 f"{tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__}"
             )
-        counted = labels if own is None else labels[: max(0, own - done)]
+        counted = labels if total is None else labels[: max(0, total - done)]
         yield images, counted
         done += len(counted)
         if progress is not None:
-            progress(done, own)
+            progress(done, total)
 
 
 @dataclass
 class _Tally:
-    """Counts of one process."""
+    """Counts of one process.
+
+    Attributes:
+        images: Number of images.
+        classes: Of the head.
+        hits: Right answers by side and kind.
+        times: Images and seconds of every batch, by side.
+    """
 
     images: int = 0
     classes: int = 0
-    hits: dict[str, int] = field(default_factory=dict)
+    hits: Counter[str] = field(default_factory=Counter)
     times: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
-    def add(self, model: nn.Module, live: Patch | None, images: Tensor, labels: Tensor) -> None:
+    def add(self, model: nn.Module, patch: Patch | None, images: Tensor, labels: Tensor) -> None:
         """Both sides of one batch; ``labels`` of its first images, which alone count."""
-        sides = ["dense"] if live is None else ["dense", "patched"]
-        found = {}
+        sides = ["dense"] if patch is None else ["dense", "patched"]
+        logits = {}
         for side in sides if len(self.times.get("dense", ())) % 2 == 0 else sides[::-1]:
-            off = live.disabled() if live is not None and side == "dense" else nullcontext()
-            with off:
-                found[side], seconds = _timed(model, images)
+            with patch.disabled() if patch is not None and side == "dense" else nullcontext():
+                logits[side], seconds = _timed(model, images)
             self.times.setdefault(side, []).append((len(images), seconds))
-        self._count({side: logits[: len(labels)] for side, logits in found.items()}, labels)
+        if len(labels):
+            self._count({side: rows[: len(labels)] for side, rows in logits.items()}, labels)
 
     def speed(self, side: str) -> float:
         """Median images a second of whole batches, without the first, which warms up, if it can be
         spared; 0 if there was none."""
         times = self.times.get(side, [])
-        whole = [images / seconds for images, seconds in times if images == max(times)[0]]
-        return median(whole[1:] if len(whole) > 2 else whole or [0.0])
+        speeds = [images / seconds for images, seconds in times if images == max(times)[0]]
+        return median(speeds[1:] if len(speeds) > 2 else speeds or [0.0])
 
-    def _count(self, found: dict[str, Tensor], labels: Tensor) -> None:
-        dense = found["dense"]
-        if not len(labels):
-            return
-        _check_labels(labels, dense.shape[1])
-        self.images, self.classes = self.images + len(labels), dense.shape[1]
+    def _count(self, logits: dict[str, Tensor], labels: Tensor) -> None:
+        classes = logits["dense"].shape[1]
+        if labels.is_floating_point():
+            raise DataError(f"labels must be class indices (int64), got {labels.dtype}")
+        check_labels(labels, classes)
+        self.images, self.classes = self.images + len(labels), classes
         first: dict[str, Tensor] = {}
-        for side, logits in found.items():
-            best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
-            best = best.masked_fill(logits.isnan().any(1, keepdim=True), -1)
-            right = best == labels.to(best.device)[:, None]
-            first[side] = best[:, 0]
-            self._add(f"{side} top1", right[:, 0])
-            self._add(f"{side} top5", right.any(1))
+        for side, rows in logits.items():
+            choices = rows.float().topk(min(5, classes), dim=1).indices
+            choices = choices.masked_fill(rows.isnan().any(1, keepdim=True), -1)
+            right = choices == labels.to(choices.device)[:, None]
+            first[side] = choices[:, 0]
+            self.hits[f"{side} top1"] += int(right[:, 0].sum())
+            self.hits[f"{side} top5"] += int(right.sum())
         if "patched" in first:
-            self._add("agreement", (first["patched"] == first["dense"]) & (first["dense"] >= 0))
+            same = (first["patched"] == first["dense"]) & (first["dense"] >= 0)
+            self.hits["agreement"] += int(same.sum())
 
-    def _add(self, name: str, hits: Tensor) -> None:
-        self.hits[name] = self.hits.get(name, 0) + int(hits.sum())
-
-    def result(self, here: World, patched: bool) -> Evaluation:
+    def result(self, world: processes.World, patched: bool) -> Evaluation:
         """Summed over all processes; the same in each."""
         names = ["dense top1", "dense top5", "patched top1", "patched top5", "agreement"]
         speeds = [self.speed("dense"), self.speed("patched")]
-        own = [self.hits.get(name, 0) for name in names]
-        images, dense_speed, speed, *counts = here.sums([self.images, *speeds, *own])
-        (classes,) = here.largest([self.classes])
+        hits = [self.hits[name] for name in names]
+        images, dense_speed, speed, *counts = world.sums([self.images, *speeds, *hits])
+        (classes,) = world.largest([self.classes])
         if not images:
             raise DataError("no images to evaluate: the data gave not one batch")
-        share = {name: 100 * count / images for name, count in zip(names, counts, strict=True)}
-        five = classes >= 5
+        percent = {name: 100 * count / images for name, count in zip(names, counts, strict=True)}
         return Evaluation(
             images=int(images),
-            top1=share["patched top1"] if patched else None,
-            top5=share["patched top5"] if patched and five else None,
-            dense_top1=share["dense top1"],
-            dense_top5=share["dense top5"] if five else None,
-            agreement=share["agreement"] if patched else None,
+            top1=percent["patched top1"] if patched else None,
+            top5=percent["patched top5"] if patched and classes >= 5 else None,
+            dense_top1=percent["dense top1"],
+            dense_top5=percent["dense top5"] if classes >= 5 else None,
+            agreement=percent["agreement"] if patched else None,
             images_per_second=speed if patched else None,
             dense_images_per_second=dense_speed,
         )
@@ -206,32 +231,9 @@ def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
     """Logits ``[B, classes]`` and the seconds they took."""
     wait()
     start = time.perf_counter()
-    out = model(images)
+    output = model(images)
     wait()
-    return logits_of(out, model), time.perf_counter() - start
-
-
-def logits_of(out: Any, model: nn.Module) -> Tensor:
-    """Logits ``[B, classes]`` in whatever a classifier returns."""
-    if isinstance(out, Mapping) and "logits" in out:
-        out = out["logits"]
-    out = getattr(out, "logits", out)
-    if isinstance(out, (tuple, list)) and out:
-        out = out[0]
-    if not isinstance(out, Tensor) or out.dim() != 2:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise DataError(
-            f"this needs a classifier: logits [B, classes], but {type(model).__name__} gave {got}"
-        )
-    return out
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    from sparsiattn.training.samples import check_label
-
-    if labels.is_floating_point():
-        raise DataError(f"labels must be class indices (int64), got {labels.dtype}")
-    check_label(int(labels.min()), int(labels.max()), classes, "a batch")
+    return logits_of(output, model), time.perf_counter() - start
 
 
 def _without_ddp(model: nn.Module) -> nn.Module:
@@ -252,24 +254,21 @@ def _refuse_prepared(data: Any) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: Any) -> Iterator[Tensor]:
+def _ready(model: nn.Module, device: Any) -> Iterator[Tensor]:
     """Eval mode on that device inside the block; gives a tensor of the weights' device and type."""
-    modes = [(module, module.training) for module in model.modules()]
-    before = _some_weight(model.parameters(), model.buffers())
+    before = _some_weight(model)
     moves = device is not None and torch.device(device) != before.device
-    model.eval()
-    try:
-        if moves:
-            model.to(device)
-        yield _some_weight(model.parameters(), model.buffers()) if moves else before
-    finally:
-        if moves:
-            model.to(before.device)
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        try:
+            if moves:
+                model.to(device)
+            yield _some_weight(model)
+        finally:
+            if moves:
+                model.to(before.device)
 
 
-def _some_weight(*tensors: Iterable[Tensor]) -> Tensor:
+def _some_weight(model: nn.Module) -> Tensor:
     """The first floating one."""
-    found = (t for group in tensors for t in group if t.is_floating_point())
-    return next(found, torch.empty(0))
+    tensors = chain(model.parameters(), model.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching import apply
 from sparsiattn.patching.handle import Patch
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
@@ -24,9 +24,9 @@ def share(epoch: int, span: tuple[int, int]) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(max((epoch - start) / (end - start), 0.0), 1.0)))
 
 
-def check(live: Patch) -> None:
+def check(patch: Patch) -> None:
     """Raise `InvalidOption` for a strategy whose keep rates cannot shrink."""
-    strategy = live.strategy
+    strategy = patch.strategy
     if not isinstance(strategy, (TokenStrategy, Hybrid)):
         raise InvalidOption(
             f"keep_epochs lowers the share of tokens that stay, which only token strategies have, "
@@ -44,25 +44,26 @@ def _keeps(strategy: Any) -> list[Any]:
     return list(keep) if isinstance(keep, (list, tuple)) else [keep]
 
 
-def shrunk(target: Any, epoch: int, span: tuple[int, int]) -> Any:
+def at_epoch(target: Any, epoch: int, span: tuple[int, int]) -> Any:
     """The strategy with the keep rates of an epoch."""
-    more = share(epoch, span)
-    keeps = [keep + (1.0 - keep) * more for keep in _keeps(target)]
+    extra = share(epoch, span)
+    keeps = [keep + (1.0 - keep) * extra for keep in _keeps(target)]
     return replace(target, keep=tuple(keeps) if isinstance(target.keep, tuple) else keeps[0])
 
 
-def apply(live: Patch, strategy: Any) -> Patch:
+def repatch(patch: Patch, strategy: Any) -> Patch:
     """The model patched with another strategy of its kind, its planners' weights as they were."""
-    example = None if live.follows_model else live.input_shape
-    before = {name: value for name, value in live.model.state_dict().items() if is_planner(name)}
-    dense = {runtime.site.name: runtime.dense for runtime in live.runtimes}
-    chosen = [runtime.site.name for runtime in live.runtimes if runtime.selected]
-    live.unpatch()
-    fresh = patch(
-        live.model, strategy, kernel=live.kernel, input=example, only_if_faster=False,
-        sites=chosen if isinstance(strategy, Hybrid) else "*",
-    )  # fmt: skip
-    for runtime in fresh.runtimes:  # where sparse attention was too slow it is not asked again
+    model, kernel = patch.model, patch.kernel
+    example = None if patch.follows_model else patch.input_shape
+    planners = {name: value for name, value in model.state_dict().items() if is_planner(name)}
+    dense = {runtime.site.name: runtime.dense for runtime in patch.runtimes}
+    selected = [runtime.site.name for runtime in patch.runtimes if runtime.selected]
+    sites = selected if isinstance(strategy, Hybrid) else "*"
+    patch.unpatch()
+    fresh = apply.patch(
+        model, strategy, kernel=kernel, input=example, only_if_faster=False, sites=sites
+    )
+    for runtime in fresh.runtimes:  # where sparse attention was too slow it stays dense
         runtime.dense = dense.get(runtime.site.name, False)
-    live.model.load_state_dict(before, strict=False)
+    model.load_state_dict(planners, strict=False)
     return fresh

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, and TensorBoard where asked."""
+"""The log of a run: one JSON object a line, and TensorBoard if the recipe says so."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption
+from sparsiattn.training.checkpoint import write_errors
 
 Row = dict[str, Any]
 
@@ -27,7 +28,7 @@ class Log:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise CheckpointNotWritten(f"{self.path} cannot be read: {error}") from error
-        rows = [row for row in map(_row, lines) if row is not None]
+        rows = [row for row in map(_parsed, lines) if row is not None]
         self.rows = [row for row in rows if row["step"] <= step]
         self._write("w", "".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -38,49 +39,47 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InvalidOption(f"tensorboard is missing: {error}; pip install tensorboard") from (
-                error
-            )
+            message = f"tensorboard is missing: {error}; pip install tensorboard"
+            raise InvalidOption(message) from error
+        # accelerate's tracker cannot purge the steps that a resumed run makes again
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, row: Row) -> None:
+        """Write a row, and hand it to the user's callback."""
         self.rows.append(row)
         self._write("a", json.dumps(row) + "\n")
         if self.board is not None:
-            for name, value in _flat(row).items():
+            for name, value in _scalars(row).items():
                 self.board.add_scalar(f"{row['stage']}/{name}", value, row["step"])
         if self.on_row is not None:
             self.on_row(row)
 
     def close(self) -> None:
+        """Finish the TensorBoard events."""
         if self.board is not None:
             self.board.close()
 
     def _write(self, mode: str, text: str) -> None:
-        if self.path is None:
-            return
-        try:
-            with self.path.open(mode, encoding="utf-8") as file:
+        if self.path is not None:
+            with write_errors(self.path), self.path.open(mode, encoding="utf-8") as file:
                 file.write(text)
-        except OSError as error:
-            raise CheckpointNotWritten(f"{self.path} cannot be written: {error}") from error
 
 
-def _row(line: str) -> Row | None:
+def _parsed(line: str) -> Row | None:
     """None for a line that a kill cut short."""
     try:
-        found = json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and "step" in found else None
+    return row if isinstance(row, dict) and "step" in row else None
 
 
-def _flat(row: Row) -> dict[str, float]:
+def _scalars(row: Row) -> dict[str, float]:
     """Numbers of a row, of its parts too."""
-    found: dict[str, float] = {}
+    scalars: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            found |= {f"{name}/{part}": number for part, number in value.items()}
+            scalars |= {f"{name}/{part}": number for part, number in value.items()}
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-            found[name] = float(value)
-    return found
+            scalars[name] = float(value)
+    return scalars

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsiattn.attention.budget import count_of
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.training.evaluation import logits_of
-from sparsiattn.training.keep import keep_ratio_loss
-from sparsiattn.training.penalties import Listener, is_dense
+from sparsiattn.patching.model_call import eval_mode, logits_of
+from sparsiattn.strategies.keep_predictor import KeepPredictor
+from sparsiattn.training.penalties import PenaltyObserver
 from sparsiattn.training.recipe import Stage
-from sparsiattn.training.reconstruction import resting, site_losses
-from sparsiattn.training.samples import check_label
+from sparsiattn.training.reconstruction import site_losses
+from sparsiattn.training.sources import check_labels
 
 _FINAL_NORMS = ("norm", "layernorm", "ln", "layer_norm", "post_layernorm", "ln_post")
 
@@ -27,7 +28,10 @@ class Objective(nn.Module):
     `timm.task` has such modules for distillation, but its teachers are other models with a forward
     of their own: none lets a patch be disabled, compares tokens or looks at attention.
 
-    teacher: a dense model; None where the model itself, its patch disabled, is the teacher.
+    Args:
+        model: The patched model.
+        stage: Names the losses.
+        teacher: A dense model; None where the model itself, its patch disabled, is the teacher.
     """
 
     def __init__(self, model: nn.Module, stage: Stage, teacher: nn.Module | None) -> None:
@@ -36,71 +40,79 @@ class Objective(nn.Module):
         self._teacher = (teacher,)  # in a tuple: its weights are none of this module's
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Unweighted losses by name, scalars; images ``[B, C, H, W]``, labels ``[B]`` or ``[B,
-        classes]``."""
-        live = patch_of(self.model)
-        assert live is not None
-        wanted, parts = self.stage.losses, {}
-        if "reconstruction" in wanted:
-            parts["reconstruction"] = torch.stack(site_losses(live, images)).mean()
-        if self.stage.runs_student:
-            parts |= self._student(live, images, labels)
-        return {name: parts[name] for name in wanted}
+        """Losses by name.
 
-    def _student(self, live: Patch, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        wanted = self.stage.losses
-        watched = final_norm(self.model) if "token_mse" in wanted else None
-        parts: dict[str, Tensor] = {}
-        if self.stage.penalties and not is_dense(live):
-            parts |= self._penalties(live, images)[1]
-        with captured(watched) as tokens:
-            if self.stage.penalties and is_dense(live):
-                logits, parts = self._penalties(live, images)
+        Args:
+            images: ``[B, C, H, W]``.
+            labels: ``[B]`` or ``[B, classes]``.
+
+        Returns:
+            Unweighted scalars, in the order of the stage's losses.
+        """
+        patch = patch_of(self.model)
+        assert patch is not None
+        losses = {}
+        if "reconstruction" in self.stage.losses:
+            losses["reconstruction"] = torch.stack(site_losses(patch, images)).mean()
+        if self.stage.runs_student:
+            losses |= self._student_losses(patch, images, labels)
+        return {name: losses[name] for name in self.stage.losses}
+
+    def _student_losses(self, patch: Patch, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        stage, dense = self.stage, patch.strategy.name == "dense"
+        norm = final_norm(self.model) if stage.token_mse else None
+        losses: dict[str, Tensor] = {}
+        if stage.penalties and not dense:
+            losses |= self._penalties(patch, images)[1]
+        with captured(norm) as tokens:
+            if stage.penalties and dense:  # observing changes nothing: one forward pass does both
+                logits, losses = self._penalties(patch, images)
             else:
                 logits = logits_of(self.model(images), self.model)
-        if "ce" in wanted:
-            parts["ce"] = label_loss(logits, labels, self.stage.label_smoothing)
-        if "keep_ratio" in wanted:
-            parts["keep_ratio"] = keep_ratio_loss(self.model)
-        if self.stage.distils:
-            taught, targets = self._teach(live, images)
-            if taught.shape != logits.shape:
-                raise InvalidOption(
-                    f"the teacher gives logits {tuple(taught.shape)}, the model "
-                    f"{tuple(logits.shape)}: they must tell the same classes apart"
-                )
-            parts["kl"] = kl_loss(logits, taught, self.stage.temperature)
-            if watched is not None:
-                parts["token_mse"] = token_loss(live, tokens[0], targets[0])
-        return parts
+        if stage.ce:
+            losses["ce"] = label_loss(logits, labels, stage.label_smoothing)
+        if stage.keep_ratio:
+            losses["keep_ratio"] = keep_ratio_loss(self.model)
+        if stage.distils:
+            taught, targets = self._teach(patch, images)
+            losses["kl"] = kl_loss(logits, taught, stage.temperature)
+            if norm is not None:
+                losses["token_mse"] = token_loss(patch, tokens[0], targets[0])
+        return losses
 
-    def _penalties(self, live: Patch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _penalties(self, patch: Patch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits of the model with dense attention, and the penalties on its weights."""
-        listener = Listener(self.stage.penalties)
-        with live.observing(listener):
+        observer = PenaltyObserver(self.stage.penalties)
+        with patch.observing(observer):
             logits = logits_of(self.model(images), self.model)
-        return logits, listener.parts(self.stage.attention_layers)
+        return logits, observer.penalties(self.stage.attention_layers)
 
     @torch.no_grad()
-    def _teach(self, live: Patch, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _teach(self, patch: Patch, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and last tokens of the dense model."""
-        own = self._teacher[0]
-        teacher = self.model if own is None else own
-        watched = final_norm(teacher) if "token_mse" in self.stage.losses else None
-        carried = live.last_pass  # the student's, which token_loss asks for
-        with captured(watched) as tokens:
-            if own is not None:
-                return logits_of(own(images), own), tokens
-            with live.disabled(), resting(teacher):
+        (other,) = self._teacher
+        teacher = self.model if other is None else other
+        norm = final_norm(teacher) if self.stage.token_mse else None
+        with captured(norm) as tokens:
+            if other is not None:
+                return logits_of(other(images), other), tokens
+            carried = patch.last_pass  # the student's, which token_loss needs
+            with patch.disabled(), eval_mode(teacher):
                 logits = logits_of(teacher(images), teacher)
-            live.last_pass = carried
+            patch.last_pass = carried
             return logits, tokens
 
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with class indices ``[B]``, smoothed, or with shares ``[B, classes]`` (mixup).
+    """Cross-entropy.
 
-    Raises `DataError` for labels that the head does not have.
+    Args:
+        logits: ``[B, classes]``.
+        labels: Class indices ``[B]``, or shares ``[B, classes]`` (mixup).
+        smoothing: Of class indices.
+
+    Raises:
+        DataError: For labels that the head does not have.
     """
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
@@ -112,39 +124,89 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
             f"labels must be class indices [{len(logits)}] or shares {list(logits.shape)}, got "
             f"{labels.dtype} of shape {tuple(labels.shape)}"
         )
-    if labels.device.type == "cpu":  # elsewhere it would wait for the device; there torch asserts
-        check_label(int(labels.min()), int(labels.max()), logits.shape[1], "a batch")
+    if labels.device.type == "cpu":
+        check_labels(labels, logits.shape[1])
     return LabelSmoothingCrossEntropy(smoothing)(logits, labels)  # type: ignore[no-any-return]
 
 
 def kl_loss(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
     """KL divergence of the student from the teacher, mean over images; times T^2, as Hinton's
-    (arXiv 1503.02531)."""
+    (arXiv 1503.02531).
+
+    Raises:
+        InvalidOption: They do not tell the same classes apart.
+    """
+    if taught.shape != logits.shape:
+        raise InvalidOption(
+            f"the teacher gives logits {tuple(taught.shape)}, the model {tuple(logits.shape)}: "
+            "they must tell the same classes apart"
+        )
     student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, taught))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def token_loss(live: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
+def token_loss(patch: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of the last layer's patch tokens, over those that are still there.
 
-    tokens: ``[B, M, C]`` of the last forward of the patched model, or ``[B, h, w, C]``. targets:
-    ``[B, N, C]``, the dense model's. A merged token is compared with all that went into it; a token
-    that a policy dropped (DynamicViT in training) counts as little as one that is gone.
+    A merged token is compared with all that went into it; a token that a policy dropped (DynamicViT
+    in training) counts as little as one that is gone.
+
+    Args:
+        patch: Of the model, after its forward pass.
+        tokens: The patched model's, ``[B, M, C]`` or ``[B, h, w, C]``.
+        targets: The dense model's, ``[B, N, C]`` or ``[B, h, w, C]``.
     """
-    prefix = live.model_sites[-1].prefix_tokens if live.model_sites else 0
+    prefix = patch.model_sites[-1].prefix_tokens if patch.model_sites else 0
     tokens, targets = _sequence(tokens).float(), _sequence(targets).float()
-    there = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
+    present = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
     if tokens.shape[1] != targets.shape[1]:
-        places = live.source().to(tokens.device)
-        there = places >= 0
-        at = places.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[-1])
-        tokens = tokens.gather(1, at)
-    policy = getattr(live.last_pass[0], "policy", None) if live.last_pass is not None else None
-    there = there[:, prefix:]
+        places = patch.source().to(tokens.device)
+        present = places >= 0
+        index = places.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[-1])
+        tokens = tokens.gather(1, index)
+    policy = getattr(patch.last_pass[0], "policy", None) if patch.last_pass is not None else None
+    present = present[:, prefix:]
     if policy is not None:
-        there = there & (policy.detach() > 0.5)
+        present = present & (policy.detach() > 0.5)
     errors = (tokens[:, prefix:] - targets[:, prefix:]).square().mean(-1)
-    return (errors * there).sum() / there.sum().clamp_min(1)
+    return (errors * present).sum() / present.sum().clamp_min(1)
+
+
+def keep_ratio_loss(model: nn.Module) -> Tensor:
+    """How far the last training forward was from keeping its shares of tokens (a scalar).
+
+    Mean over layers and images of (kept share of all patch tokens - target share)^2, the ratio loss
+    of DynamicViT (arXiv 2106.02034, eq. 12); the authors weigh it by 2. Add it to the task's loss
+    while training a model patched with ``token_drop(score="learned")``.
+
+    Raises:
+        InvalidOption: The model has no learned token scores, or made no training forward yet.
+
+    >>> import timm, torch, sparsiattn
+    >>> model = timm.create_model("test_vit").train()
+    >>> patch = sparsiattn.patch(model, "token_drop", score="learned", keep=0.7)
+    >>> _ = model(torch.randn(2, 3, 160, 160))
+    >>> 0 <= keep_ratio_loss(model).item() < 1
+    True
+    """
+    patch = patch_of(model)
+    blocks = [] if patch is None else patch.blocks
+    scored = [(b.site, b.planner) for b in blocks if isinstance(b.planner, KeepPredictor)]
+    if not scored:
+        raise InvalidOption(
+            "keep_ratio_loss() is for learned token scores, and this model has none: patch it with "
+            "patch(model, 'token_drop', score='learned')"
+        )
+    rows, columns = scored[0][0].grid
+    count, losses = rows * columns, []
+    for _, planner in scored:
+        if planner.share is None or isinstance(planner.keep, str):
+            raise InvalidOption(
+                "keep_ratio_loss() needs a forward pass in training mode first, and a fixed keep"
+            )
+        count = count_of(planner.keep, count)
+        losses.append((planner.share - count / (rows * columns)).square().mean())
+    return torch.stack(losses).mean()
 
 
 def _sequence(tokens: Tensor) -> Tensor:
@@ -155,37 +217,25 @@ def final_norm(model: nn.Module) -> nn.Module:
     """The module whose output is the last layer's tokens: timm's ``norm``, transformers'
     ``vit.layernorm``, torchvision's ``encoder.ln``."""
     base = getattr(model, "base_model_prefix", "")
-    for holder in ("", base, "encoder", f"{base}.encoder"):
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    for parent in ("", base, "encoder", f"{base}.encoder"):
         for name in _FINAL_NORMS:
-            found = _member(model, f"{holder}.{name}".strip("."))
-            if found is not None:
-                return found
+            norm = modules.get(f"{parent}.{name}".strip("."))
+            if norm is not None:
+                return norm
     raise InvalidOption(
         f"token_mse compares the output of the last norm, and {type(model).__name__} has no module "
         f"named {', '.join(_FINAL_NORMS)} where one would look for it: set token_mse=0"
     )
 
 
-def _member(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 @contextmanager
 def captured(module: nn.Module | None) -> Iterator[list[Tensor]]:
     """What a module returns inside the block."""
-    seen: list[Tensor] = []
-    if module is None:
-        yield seen
-        return
+    outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: object, output: Tensor) -> None:
-        seen.append(output)
+    def store(module: nn.Module, args: object, output: Tensor) -> None:
+        outputs.append(output)
 
-    hook = module.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    with nullcontext() if module is None else module.register_forward_hook(store):
+        yield outputs

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
-from sparsiattn.patching.handle import Patch
 from sparsiattn.strategies.base import Planner
 
 
@@ -38,22 +37,21 @@ def entropy(weights: Tensor) -> Tensor:
 PENALTIES = {"attention_log": log_penalty, "attention_entropy": entropy}
 
 
-class Listener:
-    """An observer for `Patch.observing` that keeps the penalties of every site it hears of."""
+class PenaltyObserver:
+    """An observer for `Patch.observing` that computes penalties at every site."""
 
-    def __init__(self, wanted: list[str]) -> None:
-        self.wanted = wanted
-        self.heard: list[Tensor] = []
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.by_site: list[Tensor] = []
 
     def __call__(self, site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         weights = weights_of(inputs)
-        self.heard.append(torch.stack([PENALTIES[name](weights) for name in self.wanted]))
+        self.by_site.append(torch.stack([PENALTIES[name](weights) for name in self.names]))
 
-    def parts(self, layers: str) -> dict[str, Tensor]:
+    def penalties(self, layers: str) -> dict[str, Tensor]:
         """By name: the mean over all sites, or that of the last one (as the authors' code)."""
-        every = torch.stack(self.heard)
-        values = every[-1] if layers == "last" else every.mean(0)
-        return dict(zip(self.wanted, values, strict=True))
+        values = self.by_site[-1] if layers == "last" else torch.stack(self.by_site).mean(0)
+        return dict(zip(self.names, values, strict=True))
 
 
 def weights_of(inputs: AttentionInputs) -> Tensor:
@@ -64,8 +62,3 @@ def weights_of(inputs: AttentionInputs) -> Tensor:
         q, k = q.float(), k.float()
     with torch.autocast(q.device.type, enabled=False):
         return inputs.biased(inputs.scale * q @ k.mT).softmax(-1)
-
-
-def is_dense(live: Patch) -> bool:
-    """Whether the patch leaves all attention as it is, so that listening changes nothing."""
-    return live.strategy.name == "dense"

@@ -16,7 +16,13 @@ from sparsiattn.errors import InvalidOption
 
 @dataclass(frozen=True)
 class World:
-    """One process of many, or the only one. device: its own, None where nobody gave it one."""
+    """One process of many, or the only one.
+
+    Attributes:
+        rank: Its number.
+        size: Number of processes.
+        device: Its own, None where nobody gave it one.
+    """
 
     rank: int = 0
     size: int = 1
@@ -27,6 +33,7 @@ class World:
         return self._reduced(values, distributed.ReduceOp.SUM)
 
     def largest(self, values: Sequence[float]) -> list[float]:
+        """Element by element, over all processes."""
         return self._reduced(values, distributed.ReduceOp.MAX)
 
     def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
@@ -44,18 +51,21 @@ def waiting() -> bool:
 
 
 def connected() -> bool:
+    """Whether this process can talk to others."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def world(device: str | torch.device | None = None) -> World:
     """This process among those launched together; accelerate connects them if nobody has yet.
 
-    device: of the model, where the caller wants a certain one.
+    Args:
+        device: Of the model, where the caller wants a certain one.
     """
-    if not waiting():
-        return World(*_place()) if connected() else World()
-    state = _connect(device)
-    return World(*_place(), state.device if device is None else None)
+    state = _connect(device) if waiting() else None
+    if not connected():
+        return World()
+    place = state.device if state is not None and device is None else None
+    return World(distributed.get_rank(), distributed.get_world_size(), place)
 
 
 def leave() -> None:
@@ -64,10 +74,6 @@ def leave() -> None:
         distributed.barrier()  # a process that ends first would pull the connection from the others
         gc.collect()  # models in cycles hold groups, whose threads may not outlive the interpreter
         distributed.destroy_process_group()
-
-
-def _place() -> tuple[int, int]:
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _connect(device: str | torch.device | None) -> Any:

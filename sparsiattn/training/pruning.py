@@ -31,18 +31,18 @@ class Pruned:
         if self.weights:
             self._choose(stage.prune)
             self.hold()
-        self._hooks = [w.register_hook(self._masked(n)) for n, w in self._trained()]
+        trained = [(name, weight) for name, weight in self.weights.items() if weight.requires_grad]
+        self._hooks = [weight.register_hook(self._masked(name)) for name, weight in trained]
 
     def _choose(self, share: float) -> None:
-        lent = [_Lent(weight) for weight in self.weights.values()]
+        holders = [_Holder(weight) for weight in self.weights.values()]
         prune.global_unstructured(
-            [(one, "weight") for one in lent], pruning_method=prune.L1Unstructured, amount=share
+            [(holder, "weight") for holder in holders],
+            pruning_method=prune.L1Unstructured,
+            amount=share,
         )
-        masks = (one.get_buffer("weight_mask").bool() for one in lent)
+        masks = (holder.get_buffer("weight_mask").bool() for holder in holders)
         self.masks = dict(zip(self.weights, masks, strict=True))
-
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        return [(name, weight) for name, weight in self.weights.items() if weight.requires_grad]
 
     def _masked(self, name: str) -> Callable[[Tensor], Tensor]:
         return lambda gradient: gradient * self.masks[name]
@@ -64,11 +64,12 @@ class Pruned:
         return dict(self.masks)
 
     def load_state(self, masks: dict[str, Tensor]) -> None:
+        """Of a checkpoint."""
         for name, mask in masks.items():
             self.masks[name] = mask.to(self.masks[name].device)
 
 
-class _Lent(nn.Module):
+class _Holder(nn.Module):
     """Somewhere to prune a weight without its module noticing."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -80,14 +81,14 @@ def candidates(model: nn.Module, *, norms: bool) -> list[tuple[str, nn.Parameter
     """What is pruned: the matrices of linear and convolution layers (patch embedding, attention,
     MLP, classifier), and with ``norms`` the gains of normalisation layers; neither biases nor what
     planners learn. A weight that several modules share counts once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+    weights: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         name = f"{path}.weight".lstrip(".")
         if not isinstance(weight, nn.Parameter) or is_planner(name):
             continue
         if isinstance(module, _PRODUCTS) or (norms and weight.dim() == 1):
-            found.setdefault(id(weight), (name, weight))
-    if not found:
+            weights.setdefault(id(weight), (name, weight))
+    if not weights:
         raise InvalidOption(f"{type(model).__name__} has no linear or convolution layer to prune")
-    return list(found.values())
+    return list(weights.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +10,53 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
-from sparsiattn.patching.handle import Patch
-from sparsiattn.training import checkpoint as saved
-from sparsiattn.training.stage_run import Running
+from sparsiattn.kernels.atomic_io import recover_folder
+from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.training import checkpoint
+from sparsiattn.training.checkpoint import TrainState
+from sparsiattn.training.stage_run import StageRun
 
 
-class Keeper:
-    """``last`` and ``best`` of one run, written by the first process; random numbers by each."""
+class RunFolder:
+    """``last`` and ``best`` of one run, written by the first process; random numbers by each.
 
-    def __init__(self, out: Path | None, accelerator: Any, about: dict[str, Any]) -> None:
-        self.out, self.accelerator, self.about = out, accelerator, about
-        self.epoch_rng = saved.rng_state()
-        self.kept: int | None = None
+    Args:
+        out: The user's folder; without one nothing is written.
+        accelerator: Of the run.
+        identity: What a checkpoint must have in common with this run.
+
+    Attributes:
+        epoch_rng: Random numbers with which the present epoch began.
+        saved_step: Step of the last checkpoint, None if there is none.
+    """
+
+    def __init__(self, out: Path | None, accelerator: Any, identity: dict[str, Any]) -> None:
+        self.out, self.accelerator, self.identity = out, accelerator, identity
+        self.epoch_rng = checkpoint.rng_state()
+        self.saved_step: int | None = None
 
     @property
     def last(self) -> Path:
+        """The folder of the last checkpoint."""
         assert self.out is not None
-        return self.out / saved.LAST
+        return self.out / checkpoint.LAST
 
-    def words(self) -> str:
-        """What is safe, for errors."""
+    def what_is_safe(self) -> str:
+        """For errors."""
         if self.out is None:
             return "the model has the weights of the step before"
-        if self.kept is None:
+        if self.saved_step is None:
             return "there was no checkpoint yet"
-        return f"the last good checkpoint, of step {self.kept}, is in {self.last}"
+        return f"the last good checkpoint, of step {self.saved_step}, is in {self.last}"
 
-    def find(self, resume: bool | str) -> saved.Progress | None:
-        """The progress to go on from, None to start anew."""
+    def find(self, resume: bool | str) -> TrainState | None:
+        """The state to go on from, None to start anew."""
         if self.out is None:
             if resume is True:
                 raise InvalidOption("resume=True needs out=, the folder of the run to go on with")
             return None
         self._on_main(self._prepare)
-        there = (self.last / saved.STATE).exists()
-        if not there:
+        if not (self.last / checkpoint.STATE).exists():
             if resume is True:
                 raise MismatchedCheckpoint(f"{self.last} has no checkpoint to resume from")
             return None
@@ -52,93 +65,90 @@ class Keeper:
                 f"{self.out} holds a checkpoint, and resume=False would overwrite it: give another "
                 "out=, or delete it"
             )
-        found = saved.load_state(self.last, self.about)
-        self.kept = found.step
-        return found
+        state = checkpoint.load_state(self.last, self.identity)
+        self.saved_step = state.step
+        return state
 
     def _prepare(self) -> None:
         assert self.out is not None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in (saved.LAST, saved.BEST):
-                saved.recover(self.out / name)
+            for name in (checkpoint.LAST, checkpoint.BEST):
+                recover_folder(self.out / name)
         except OSError as error:
             raise CheckpointNotWritten(f"{self.out} cannot be used as a folder: {error}") from error
 
-    def teacher(self, teacher: nn.Module, resumed: bool) -> None:
+    def keep_teacher(self, teacher: nn.Module, resumed: bool) -> None:
         """Write the teacher's weights, or read them back."""
         if self.out is None:
             return
-        path = self.out / saved.TEACHER
+        path = self.out / checkpoint.TEACHER
         if resumed:
-            saved.load_weights(teacher, path)
+            checkpoint.load_weights(teacher, path)
             return
 
         def write() -> None:
-            try:
-                saved.save_weights(teacher.state_dict(), path)
-            except Exception as error:
-                if not saved.is_write_fault(error):
-                    raise
-                raise CheckpointNotWritten(f"{path} cannot be written: {error}") from error
+            with checkpoint.write_errors(path):
+                checkpoint.save_weights(teacher.state_dict(), path)
 
         self._on_main(write)
 
-    def keep(self, at: saved.Progress, live: Patch, run: Running, best: bool = False) -> None:
-        """Write ``last``, and ``best`` where the epoch was."""
+    def save(self, state: TrainState, patch: Patch, run: StageRun, best: bool = False) -> None:
+        """Write ``last``, and ``best`` after the best epoch; all processes must call."""
         if self.out is None:
             return
-        state, rng = run.state(), self._gathered_rng(at)
+        optimizer = {**run.state(), "rng": self._gathered_rng()}
         if best:
-            place, model = self.out / saved.BEST, run.averaged or live.model
-            self._on_main(lambda: saved.write(place, lambda folder: _best(folder, live, model)))
+            folder, model = self.out / checkpoint.BEST, run.averaged or patch.model
+            self._on_main(lambda: checkpoint.write(folder, lambda new: _best(new, patch, model)))
 
         def fill(folder: Path) -> None:
-            live.save(folder)
-            saved.save_weights(live.model.state_dict(), folder / saved.MODEL)
+            patch.save(folder)
+            checkpoint.save_weights(patch.model.state_dict(), folder / checkpoint.MODEL)
             if run.averaged is not None:
-                saved.save_weights(run.averaged.state_dict(), folder / saved.EMA)
-            torch.save({**state, "rng": rng}, folder / saved.OPTIMIZER)
-            saved.save_state(folder, at, self.about)
+                checkpoint.save_weights(run.averaged.state_dict(), folder / checkpoint.EMA)
+            torch.save(optimizer, folder / checkpoint.OPTIMIZER)
+            checkpoint.save_state(folder / checkpoint.STATE, state, self.identity)
 
-        self._on_main(lambda: saved.write(self.last, fill))
-        self.kept = at.step
+        self._on_main(lambda: checkpoint.write(self.last, fill))
+        self.saved_step = state.step
 
-    def finish(self, at: saved.Progress) -> None:
+    def finish(self, state: TrainState) -> None:
         """Note in ``last`` that the run is complete; its weights become the averaged ones."""
-        if self.out is None:
-            return
-        self._on_main(lambda: saved.finish(self.last, at, self.about))
+        if self.out is not None:
+            self._on_main(lambda: checkpoint.finish(self.last, state, self.identity))
 
-    def weights(self, model: nn.Module) -> None:
-        saved.load_weights(model, self.last / saved.MODEL)
+    def load_weights(self, model: nn.Module) -> None:
+        """Of the last checkpoint."""
+        checkpoint.load_weights(model, self.last / checkpoint.MODEL)
 
-    def restore(self, run: Running) -> None:
-        """Optimizer, averaged weights and random numbers of the checkpoint."""
+    def restore(self, run: StageRun) -> None:
+        """Optimizer, averaged weights and random numbers of the last checkpoint."""
         if run.averaged is not None:
-            saved.load_weights(run.averaged, self.last / saved.EMA)
-        state = saved.load_tensors(self.last / saved.OPTIMIZER)
+            checkpoint.load_weights(run.averaged, self.last / checkpoint.EMA)
+        state = checkpoint.load_tensors(self.last / checkpoint.OPTIMIZER)
         run.load_state(state)
-        mine = state["rng"].get(str(self.accelerator.process_index))
-        if mine is not None:  # more processes than before: theirs are new
-            saved.set_rng_state(mine["now"])
-            self.epoch_rng = mine["epoch"]
+        rng = state["rng"].get(str(self.accelerator.process_index))
+        if rng is not None:  # more processes than before: theirs are new
+            checkpoint.set_rng_state(rng["now"])
+            self.epoch_rng = rng["epoch"]
 
     def note_epoch(self) -> None:
         """Remember the random numbers with which an epoch begins."""
-        self.epoch_rng = saved.rng_state()
+        self.epoch_rng = checkpoint.rng_state()
 
     def rewind_epoch(self) -> None:
-        saved.set_rng_state(self.epoch_rng)
+        """Go back to these random numbers."""
+        checkpoint.set_rng_state(self.epoch_rng)
 
-    def _gathered_rng(self, at: saved.Progress) -> dict[str, Any]:
+    def _gathered_rng(self) -> dict[str, Any]:
         from accelerate.utils import gather_object
 
-        now = {"now": saved.rng_state(), "epoch": self.epoch_rng}
-        found = gather_object([now]) if self.accelerator.num_processes > 1 else [now]
-        return {str(rank): state for rank, state in enumerate(found)}
+        own = [{"now": checkpoint.rng_state(), "epoch": self.epoch_rng}]
+        states = gather_object(own) if self.accelerator.num_processes > 1 else own
+        return {str(rank): state for rank, state in enumerate(states)}
 
-    def _on_main(self, action: Any) -> None:
+    def _on_main(self, action: Callable[[], Any]) -> None:
         """Done by the first process; where it fails all of them raise instead of waiting."""
         failure: Exception | None = None
         if self.accelerator.is_main_process:
@@ -151,9 +161,7 @@ class Keeper:
             raise failure or CheckpointNotWritten("the first process could not write a checkpoint")
 
 
-def _best(folder: Path, live: Patch, model: nn.Module) -> None:
+def _best(folder: Path, patch: Patch, model: nn.Module) -> None:
     """What is needed to use the model: `sparsiattn.load` reads the folder, its weights are here."""
-    from sparsiattn.patching.handle import patch_of
-
-    (patch_of(model) or live).save(folder)
-    saved.save_weights(model.state_dict(), folder / saved.MODEL)
+    (patch_of(model) or patch).save(folder)
+    checkpoint.save_weights(model.state_dict(), folder / checkpoint.MODEL)

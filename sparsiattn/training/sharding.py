@@ -29,6 +29,7 @@ def kind_of(accelerator: Any) -> str:
 
 
 def is_sharded(accelerator: Any) -> bool:
+    """Whether accelerate is set up for FSDP."""
     return kind_of(accelerator) == "FSDP"
 
 
@@ -37,8 +38,8 @@ def set_up(accelerator: Any, recipe: Recipe) -> None:
 
     Raises `InvalidOption` for ways to train that are not supported, before anything starts.
     """
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if kind_of(accelerator) == "MULTI_CPU" and wanted:
+    requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if kind_of(accelerator) == "MULTI_CPU" and requested:
         _shard_on_cpu(accelerator)
     kind = kind_of(accelerator)
     if kind in _PLAIN:
@@ -99,15 +100,15 @@ def _check(plugin: Any, recipe: Recipe) -> None:
         )
 
 
-def check(live: Patch, stage: Stage) -> None:
+def check(patch: Patch, stage: Stage) -> None:
     """Raise `InvalidOption` for what this patch or stage cannot do in shards."""
     if stage.prune or stage.penalties:
-        asked = ["prune"] if stage.prune else stage.penalties
+        names = ["prune"] if stage.prune else stage.penalties
         raise InvalidOption(
-            f"stage {stage.name!r}: {' and '.join(asked)} would need whole weights or attention in "
+            f"stage {stage.name!r}: {' and '.join(names)} would need whole weights or attention in "
             "every process: train without FSDP"
         )
-    if stage.grad_checkpointing and live.blocks:
+    if stage.grad_checkpointing and patch.blocks:
         raise InvalidOption(
             f"stage {stage.name!r}: blocks that carry fewer tokens know their input again by its "
             "address when grad_checkpointing runs them once more, and sharding hands them another: "
@@ -130,20 +131,20 @@ def copy_of(model: nn.Module) -> nn.Module:
     FSDP cannot shard scalars: in the copy they are vectors of one element.
     """
     copy = deepcopy(model.to("cpu"))
-    longer: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    vectors: dict[int, nn.Parameter] = {}  # tied ones stay tied
     for module in copy.modules():
         for name, weight in module._parameters.items():
             if weight is not None and weight.dim() == 0:
                 vector = nn.Parameter(weight.detach().reshape(1), weight.requires_grad)
-                module._parameters[name] = longer.setdefault(id(weight), vector)
+                module._parameters[name] = vectors.setdefault(id(weight), vector)
     return copy
 
 
 def scalars(model: nn.Module, copy: nn.Module, optimizer: Any) -> set[int]:
     """Numbers of the weights in an optimizer of the copy that are scalars in the model."""
     names = {name for name, weight in model.named_parameters() if weight.dim() == 0}
-    found = {id(weight) for name, weight in copy.named_parameters() if name in names}
-    return {index for index, weight in enumerate(_weights(optimizer)) if id(weight) in found}
+    vectors = {id(weight) for name, weight in copy.named_parameters() if name in names}
+    return {index for index, weight in enumerate(_weights(optimizer)) if id(weight) in vectors}
 
 
 def _weights(optimizer: Any) -> list[Any]:
@@ -153,9 +154,14 @@ def _weights(optimizer: Any) -> list[Any]:
 def prepare(accelerator: Any, objective: nn.Module, optimizer: Any, whole: bool) -> tuple[Any, Any]:
     """The objective sharded, and the optimizer of its pieces.
 
-    whole: weights that were gathered for a forward pass stay so up to the backward pass. Planners
-    need that: their losses are computed inside blocks that themselves run without gradients, and
-    whose weights would be gone when the backward pass comes to the planners.
+    Args:
+        accelerator: Set up by `set_up`.
+        objective: Holds the copy of the model.
+        optimizer: Of the copy.
+        whole: Whether weights that were gathered for a forward pass stay so up to the backward
+            pass. Planners need that: their losses are computed inside blocks that themselves run
+            without gradients, and whose weights would be gone when the backward pass comes to the
+            planners.
     """
     inner: Any = objective.model
     objective._no_split_modules = getattr(inner, "_no_split_modules", None)  # type: ignore[assignment]
@@ -179,23 +185,26 @@ def gather(objective: nn.Module, model: nn.Module) -> None:
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a step that was given up leaves weights gathered, and rounded
-    inner: Any = objective.model
-    own = model.state_dict()
-    for name, value in inner.state_dict().items():
-        own[name].copy_(whole_of(value).reshape(own[name].shape))
+    sharded: Any = objective.model
+    weights = model.state_dict()
+    for name, value in sharded.state_dict().items():
+        weights[name].copy_(whole_of(value).reshape(weights[name].shape))
 
 
 def gathered(state: dict[str, Any], scalars: set[int], keep: bool) -> dict[str, Any]:
-    """An optimizer's state with whole tensors on the CPU, as one process would have it. keep:
-    where it is wanted; all processes must call."""
+    """An optimizer's state with whole tensors on the CPU, as one process would have it.
+
+    All processes must call; those without ``keep`` get no tensors.
+    """
 
     def whole(index: int, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        found = whole_of(value)
+        tensor = whole_of(value)
         if not keep:
             return None
-        return found.cpu().reshape(() if index in scalars and found.numel() == 1 else found.shape)
+        scalar = index in scalars and tensor.numel() == 1
+        return tensor.cpu().reshape(() if scalar else tensor.shape)
 
     return _mapped(state, whole)
 
@@ -215,19 +224,19 @@ def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[
         if value.shape != weight.shape:
             return value
         mesh = weight.device_mesh
-        whole = value.to(mesh.device_type)
-        return distribute_tensor(whole, mesh, weight.placements, src_data_rank=None)
+        value = value.to(mesh.device_type)
+        return distribute_tensor(value, mesh, weight.placements, src_data_rank=None)
 
     return _mapped(state, piece)
 
 
 def _mapped(state: dict[str, Any], change: Callable[[int, str, Any], Any]) -> dict[str, Any]:
     """The state with all that is kept for weights changed."""
-    kept = {
+    changed = {
         index: {name: change(index, name, value) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
-    return {**state, "state": kept}
+    return {**state, "state": changed}
 
 
 def whole_of(value: Any) -> Any:

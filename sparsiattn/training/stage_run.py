@@ -13,19 +13,37 @@ from torch import Tensor, nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.training import sharding
 from sparsiattn.training.losses import Objective
+from sparsiattn.training.preprocess import head_size
 from sparsiattn.training.pruning import Pruned
 from sparsiattn.training.recipe import Stage
+from sparsiattn.training.sources import check_labels
 from sparsiattn.training.trainable import is_planner
 
 
-class Running:
-    """A stage under way. total: its updates."""
+class StageRun:
+    """A stage under way.
+
+    Args:
+        model: The user's patched model.
+        stage: What to do.
+        teacher: A dense model; None for the model itself.
+        accelerator: Of the run.
+        per_epoch: Updates in an epoch, None if unknown.
+
+    Attributes:
+        total: Updates of the stage.
+        model: What is trained: the user's model, or in sharded training a copy of it.
+    """
 
     def __init__(
-        self, model: nn.Module, stage: Stage, teacher: nn.Module | None,
-        accelerator: Any, per_epoch: int | None,
-    ) -> None:  # fmt: skip
-        self.stage, self.accelerator, self.given = stage, accelerator, model
+        self,
+        model: nn.Module,
+        stage: Stage,
+        teacher: nn.Module | None,
+        accelerator: Any,
+        per_epoch: int | None,
+    ) -> None:
+        self.stage, self.accelerator, self.user_model = stage, accelerator, model
         self.total, warmup = lengths(stage, per_epoch)
         self.sharded = sharding.is_sharded(accelerator)
         self.model = sharding.copy_of(model) if self.sharded else model.to(accelerator.device)
@@ -55,30 +73,20 @@ class Running:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Unweighted losses of one batch by name."""
         device = self.accelerator.device
-        if self.stage.losses.get("ce") and not labels.is_floating_point():
-            self._check_labels(labels)
-        with self._precision():
-            found: dict[str, Tensor] = self.objective(images.to(device), labels.to(device))
-        return found
-
-    def _precision(self) -> Any:
+        if self.stage.ce and not labels.is_floating_point():
+            check_labels(labels, head_size(self.accelerator.unwrap_model(self.objective).model))
         # accelerate puts it around models that it does not shard
-        return self.accelerator.autocast() if self.sharded else nullcontext()
-
-    def _check_labels(self, labels: Tensor) -> None:
-        """While they are still on the CPU: on a GPU a wrong one ends the process."""
-        from sparsiattn.training.preprocess import head_size
-        from sparsiattn.training.samples import check_label
-
-        classes = head_size(self.accelerator.unwrap_model(self.objective).model)
-        if labels.numel():
-            check_label(int(labels.min()), int(labels.max()), classes, "a batch")
+        with self.accelerator.autocast() if self.sharded else nullcontext():
+            losses: dict[str, Tensor] = self.objective(images.to(device), labels.to(device))
+        return losses
 
     def clip(self) -> dict[str, float]:
-        """Clip the gradient where asked; gives its norm, of which one bad number makes NaN."""
-        most = math.inf if self.stage.clip is None else self.stage.clip
-        norm = float(sharding.whole_of(self.accelerator.clip_grad_norm_(self.weights, most)))
+        """Clip the gradient if the stage says so; gives its norm, of which one bad number makes
+        NaN."""
+        largest = math.inf if self.stage.clip is None else self.stage.clip
+        norm = float(sharding.whole_of(self.accelerator.clip_grad_norm_(self.weights, largest)))
         scales = self.accelerator.scaler is not None  # it skips such steps and lowers its scale
         return {} if scales else {"the norm of the gradient": norm}
 
@@ -91,16 +99,16 @@ class Running:
     def gather(self) -> None:
         """The user's model has the weights of the last update; all processes must call."""
         if self.sharded:
-            sharding.gather(self.objective, self.given)
+            sharding.gather(self.objective, self.user_model)
 
-    def validate_token_plan(self) -> None:
+    def finish(self) -> None:
         """The stage ends with its averaged weights."""
         self.gather()
         self.pruned.end()
         if self.ema is not None:
-            self.given.load_state_dict(self.ema.module.state_dict())
+            self.user_model.load_state_dict(self.ema.module.state_dict())
 
-    def go_on_from(self, before: Running) -> Running:
+    def continue_from(self, before: StageRun) -> StageRun:
         """Take the place of the same stage with another patch of the same model."""
         self.optimizer.load_state_dict(before.optimizer.state_dict())
         self.pruned.load_state(before.pruned.state())
@@ -111,16 +119,18 @@ class Running:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, whole in the first process; all processes must call."""
-        scaler, state = self.accelerator.scaler, self.optimizer.state_dict()
+        scaler, optimizer = self.accelerator.scaler, self.optimizer.state_dict()
         if self.sharded:
-            state = sharding.gathered(state, self.scalars, self.accelerator.is_main_process)
+            main = self.accelerator.is_main_process
+            optimizer = sharding.gathered(optimizer, self.scalars, main)
         return {
-            "optimizer": state,
+            "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
             "pruned": self.pruned.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Of a checkpoint."""
         optimizer = state["optimizer"]
         if self.sharded:
             optimizer = sharding.scattered(optimizer, self.scalars, self.optimizer)
@@ -137,9 +147,9 @@ def lengths(stage: Stage, per_epoch: int | None) -> tuple[int, int]:
             f"stage {stage.name!r} counts in epochs, and this data does not say how long one is: "
             "give steps (and warmup_steps) instead"
         )
-    once = per_epoch or 0
-    total = stage.steps if stage.steps is not None else (stage.epochs or 0) * once
-    warmup = stage.warmup_steps or round((stage.warmup_epochs or 0) * once)
+    per_epoch = per_epoch or 0
+    total = stage.steps if stage.steps is not None else (stage.epochs or 0) * per_epoch
+    warmup = stage.warmup_steps or round((stage.warmup_epochs or 0) * per_epoch)
     if warmup >= total:
         raise InvalidOption(
             f"stage {stage.name!r} lasts {total} updates, and its warm-up {warmup}: shorten "
@@ -152,17 +162,15 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """timm's, without weight decay for biases and norms."""
     from timm.optim import create_optimizer_v2
 
-    split = stage.backbone_lr_scale != 1.0
+    groups = partial(_two_rates, stage=stage) if stage.backbone_lr_scale != 1.0 else None
     try:
-        made = create_optimizer_v2(
-            model, opt=stage.optimizer, lr=stage.lr, weight_decay=stage.weight_decay,
-            param_group_fn=partial(_two_rates, stage=stage) if split else None,
-        )  # fmt: skip
+        return create_optimizer_v2(  # type: ignore[no-any-return]
+            model, stage.optimizer, stage.lr, stage.weight_decay, param_group_fn=groups
+        )
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise InvalidOption(
             f"timm cannot make the optimizer {stage.optimizer!r} of stage {stage.name!r}: {error}"
         ) from error
-    return made  # type: ignore[no-any-return]
 
 
 def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
@@ -170,16 +178,19 @@ def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
     Planners come first, for their rate is the one that the log names."""
     from timm.optim import param_groups_weight_decay
 
-    spared: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=spared)
+    undecayed: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=undecayed)
     planners = {id(weight) for name, weight in model.named_parameters() if is_planner(name)}
-    found = []
-    for scale, ours in ((1.0, True), (stage.backbone_lr_scale, False)):
-        for group in groups:
-            weights = [one for one in group["params"] if (id(one) in planners) == ours]
-            if weights:
-                found.append({**group, "params": weights, "lr_scale": scale})
-    return found
+    parted = [
+        {
+            **group,
+            "params": [weight for weight in group["params"] if (id(weight) in planners) == learned],
+            "lr_scale": 1.0 if learned else stage.backbone_lr_scale,
+        }
+        for learned in (True, False)
+        for group in groups
+    ]
+    return [group for group in parted if group["params"]]
 
 
 def make_schedule(optimizer: Any, stage: Stage, total: int, warmup: int) -> Any:
@@ -187,12 +198,17 @@ def make_schedule(optimizer: Any, stage: Stage, total: int, warmup: int) -> Any:
     from timm.scheduler import CosineLRScheduler
 
     return CosineLRScheduler(
-        optimizer, t_initial=total, lr_min=stage.min_lr, warmup_t=warmup,
-        warmup_lr_init=stage.warmup_lr, t_in_epochs=False,
-    )  # fmt: skip
+        optimizer,
+        t_initial=total,
+        lr_min=stage.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=stage.warmup_lr,
+        t_in_epochs=False,
+    )
 
 
 def make_average(model: nn.Module, stage: Stage) -> Any:
+    """The moving average of the weights, None for a stage without."""
     if stage.ema_decay is None:
         return None
     from timm.utils import ModelEmaV3

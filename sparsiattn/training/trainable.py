@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.model_call import modes_restored
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.keep_predictor import KeepPredictor
@@ -25,79 +26,79 @@ def is_planner(name: str) -> bool:
 
 
 def has_planners(model: nn.Module) -> bool:
+    """Whether a model has planners that learn."""
     return any(is_planner(name) for name, _ in model.named_parameters())
 
 
-def choose(live: Patch, stage: Stage, host: set[str]) -> list[nn.Parameter]:
+def require_gradients(patch: Patch, stage: Stage, host: set[str]) -> None:
     """Switch gradients on for what a stage trains and off for the rest.
 
-    host: names of the model's own weights that the user has not frozen. Raises `InvalidOption` if
-    nothing is left to train, or a loss has nothing that it could change.
+    Args:
+        patch: Of the model.
+        stage: Names what to train, and the losses.
+        host: Names of the model's own weights that the user has not frozen.
+
+    Raises:
+        InvalidOption: Nothing is left to train, or a loss has nothing that it could change.
     """
-    _check_losses(live, stage)
+    _check_losses(patch, stage)
     names = set(host) if stage.trainable != "planners" else set()
     if stage.trainable != "backbone":
-        names |= _planners(live, stage)
+        names |= _planners(patch, stage)
     if not names:
-        raise InvalidOption(_nothing(live, stage))
-    chosen = []
-    for name, weight in live.model.named_parameters():
+        raise InvalidOption(f"stage {stage.name!r} {_nothing_to_train(patch, stage)}")
+    for name, weight in patch.model.named_parameters():
         weight.requires_grad_(name in names)
-        if name in names:
-            chosen.append(weight)
-    return chosen
 
 
-def _planners(live: Patch, stage: Stage) -> set[str]:
+def _planners(patch: Patch, stage: Stage) -> set[str]:
     """Planner weights that a loss of this stage reaches: those that choose keys learn by
     reconstruction alone (a hard choice has no gradient), token scores by all other losses, and
     differentiable planners by either."""
-    learned = [module for module in live.model.modules() if isinstance(module, LearnedPlanner)]
-    every = {id(weight) for module in learned for weight in module.parameters()}
+    learned = [module for module in patch.model.modules() if isinstance(module, LearnedPlanner)]
+    fitted = {id(weight) for module in learned for weight in module.parameters()}
     hard = {id(w) for module in learned if not module.differentiable for w in module.parameters()}
-    reached: set[int] = every if "reconstruction" in stage.losses else set()
+    if "reconstruction" not in stage.losses:
+        fitted = set()
     return {
         name
-        for name, weight in live.model.named_parameters()
+        for name, weight in patch.model.named_parameters()
         if is_planner(name)
-        and (id(weight) in reached or (stage.runs_student and id(weight) not in hard))
+        and (id(weight) in fitted or (stage.runs_student and id(weight) not in hard))
     }
 
 
-def _nothing(live: Patch, stage: Stage) -> str:
-    name = live.strategy.name
+def _nothing_to_train(patch: Patch, stage: Stage) -> str:
+    name = patch.strategy.name
     if stage.trainable == "backbone":
-        return f"stage {stage.name!r} trains the backbone, and all of its weights are frozen"
-    if not has_planners(live.model):
+        return "trains the backbone, and all of its weights are frozen"
+    if not has_planners(patch.model):
         return (
-            f"stage {stage.name!r} trains planners, and {name!r} has none that learn: patch with "
-            "'connectivity' or 'token_drop' with score='learned', or set trainable: backbone"
+            f"trains planners, and {name!r} has none that learn: patch with 'connectivity' or "
+            "'token_drop' with score='learned', or set trainable: backbone"
         )
     return (
-        f"stage {stage.name!r} trains the planners of {name!r}, and its losses "
-        f"({', '.join(stage.losses)}) pass them no gradient: those that choose keys need "
-        "reconstruction, learned token scores need ce, kl or keep_ratio"
+        f"trains the planners of {name!r}, and its losses ({', '.join(stage.losses)}) pass them no "
+        "gradient: those that choose keys need reconstruction, learned token scores need ce, kl or "
+        "keep_ratio"
     )
 
 
-def _check_losses(live: Patch, stage: Stage) -> None:
-    if "reconstruction" in stage.losses and (
-        stage.trainable == "backbone" or not live.has_learned_planners
-    ):
-        why = (
-            f"{live.strategy.name!r} has none"
-            if not live.has_learned_planners
-            else "trainable is 'backbone', which leaves them alone"
-        )
+def _check_losses(patch: Patch, stage: Stage) -> None:
+    name = patch.strategy.name
+    if stage.reconstruction and (stage.trainable == "backbone" or not patch.learns):
+        why = "trainable is 'backbone', which leaves them alone"
+        if not patch.learns:
+            why = f"{name!r} has none"
         raise InvalidOption(
             f"stage {stage.name!r} has nothing to train by reconstruction: it fits planners that "
             f"choose keys, and {why}"
         )
-    scores = any(isinstance(module, KeepPredictor) for module in live.model.modules())
-    if "keep_ratio" in stage.losses and not scores:
+    scores = any(isinstance(module, KeepPredictor) for module in patch.model.modules())
+    if stage.keep_ratio and not scores:
         raise InvalidOption(
-            f"stage {stage.name!r}: keep_ratio is for learned token scores, and "
-            f"{live.strategy.name!r} has none: patch with 'token_drop' and score='learned'"
+            f"stage {stage.name!r}: keep_ratio is for learned token scores, and {name!r} has none: "
+            "patch with 'token_drop' and score='learned'"
         )
 
 
@@ -118,7 +119,12 @@ def set_modes(model: nn.Module, stage: Stage) -> None:
 def checkpointing(model: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing by the model's own switch inside the block.
 
-    Raises `InvalidOption` for a model that has none.
+    Args:
+        model: timm's or transformers'.
+        on: Whether to switch it on.
+
+    Raises:
+        InvalidOption: The model has no such switch.
     """
     if not on or _checkpoints_already(model):
         yield
@@ -161,41 +167,32 @@ def _transformers_switch(model: Any) -> str:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Modes, requires_grad and device as before; gradients of training are gone. Weights stay as
-    they are inside. Planners that are new stay frozen."""
-    modes = [(module, module.training) for module in model.modules()]
-    grads = [(weight, weight.requires_grad) for weight in model.parameters()]
+    """After the block modes, requires_grad and device are as before; gradients of training are
+    gone, and planners that are new are frozen. Weights stay as they are inside."""
+    modules = {id(module) for module in model.modules()}
+    gradients = [(weight, weight.requires_grad) for weight in model.parameters()]
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     try:
-        yield
+        with modes_restored(model):
+            yield
     finally:
         model.to(device)
-        live = patch_of(model)
+        scores = _score_weights(model)
         for name, weight in model.named_parameters():
             weight.grad = None
             if is_planner(name):
-                weight.requires_grad_(_is_score(live, weight))
-        for module, training in modes:
-            module.training = training
-        for weight, wanted in grads:
-            weight.requires_grad_(wanted)
-        _new_planners_follow(model, {id(module) for module, _ in modes})
+                weight.requires_grad_(id(weight) in scores)
+        for weight, required in gradients:
+            weight.requires_grad_(required)
+        for module in model.modules():
+            planner = module._modules.get(PLANNER)
+            if planner is not None and id(planner) not in modules:  # it has no mode from before
+                planner.train(module.training)
 
 
-def _is_score(live: Patch | None, weight: nn.Parameter) -> bool:
+def _score_weights(model: nn.Module) -> set[int]:
     """Token scores come with gradients switched on, planners that choose keys without."""
-    blocks = [] if live is None else live.blocks
-    return any(
-        weight is own
-        for block in blocks
-        if isinstance(block.planner, nn.Module)
-        for own in block.planner.parameters()
-    )
-
-
-def _new_planners_follow(model: nn.Module, old: set[int]) -> None:
-    """Planners that were not there before are in the mode of the module that holds them."""
-    for module in model.modules():
-        planner = module._modules.get(PLANNER)
-        if planner is not None and id(planner) not in old:
-            planner.train(module.training)
+    patch = patch_of(model)
+    blocks = [] if patch is None else patch.blocks
+    planners = [b.planner for b in blocks if isinstance(b.planner, nn.Module)]
+    return {id(weight) for planner in planners for weight in planner.parameters()}

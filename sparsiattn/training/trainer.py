@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -15,144 +15,157 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
 from sparsiattn.patching.handle import Patch, unpatch
-from sparsiattn.training import checkpoint as saved
-from sparsiattn.training import keep_schedule as warmdown
-from sparsiattn.training import sharding
+from sparsiattn.training import checkpoint, keep_schedule, sharding
 from sparsiattn.training.accelerator import accelerated
+from sparsiattn.training.checkpoint import TrainState
 from sparsiattn.training.data import Loader, loader
 from sparsiattn.training.evaluation import evaluate
 from sparsiattn.training.logs import Log
-from sparsiattn.training.loop import TrainResult
+from sparsiattn.training.preprocess import mixes
 from sparsiattn.training.recipe import Recipe, Stage
-from sparsiattn.training.run_folder import Keeper
-from sparsiattn.training.stage_run import Running, lengths
-from sparsiattn.training.trainable import checkpointing, choose, is_planner, set_modes
+from sparsiattn.training.result import TrainResult
+from sparsiattn.training.run_folder import RunFolder
+from sparsiattn.training.stage_run import StageRun, lengths
+from sparsiattn.training.trainable import checkpointing, is_planner, require_gradients, set_modes
+
+_FIGURES = ("top1", "top5", "dense_top1", "agreement")
+"""Figures of an evaluation that go into the log."""
 
 
 class Trainer:
-    """One run of `train`."""
+    """One run of `train`, whose arguments it takes.
+
+    Attributes:
+        patch: The model's present patch; `keep_schedule` exchanges it between epochs.
+        target: The strategy at the end, with all that it drops.
+        host: Names of the model's own weights that the user has not frozen.
+        state: How far training is.
+    """
 
     def __init__(
-        self, live: Patch, recipe: Recipe, data: Any, eval_data: Any, out: Path | None,
-        teacher: nn.Module | None, on_log: Callable[[dict[str, Any]], Any] | None,
-    ) -> None:  # fmt: skip
-        self.live, self.recipe, self.data, self.eval_data = live, recipe, data, eval_data
-        self.model, self.target, self.on_log = live.model, live.strategy, on_log
-        self.given_teacher = self.teacher = teacher
-        self.out, self.progress = out, saved.Progress()
+        self,
+        patch: Patch,
+        recipe: Recipe,
+        data: Any,
+        *,
+        eval_data: Any,
+        out: Path | None,
+        teacher: nn.Module | None,
+        on_log: Callable[[dict[str, Any]], Any] | None,
+    ) -> None:
+        self.patch, self.recipe, self.data, self.eval_data = patch, recipe, data, eval_data
+        self.model, self.target, self.on_log = patch.model, patch.strategy, on_log
+        self.user_teacher = self.teacher = teacher
+        self.out, self.state = out, TrainState()
         self.host = {
             name
             for name, weight in self.model.named_parameters()
             if weight.requires_grad and not is_planner(name)
         }
-        self.about = saved.identity(live, recipe)
+        self.identity = checkpoint.run_identity(patch, recipe)
 
     def run(self, resume: bool | str) -> TrainResult:
         """All stages, from the start or from where a checkpoint is."""
-        with accelerated(self.recipe) as self.accelerator, self._logging():
-            self.keeper = Keeper(self.out, self.accelerator, self.about)
+        with accelerated(self.recipe) as self.accelerator, closing(self._log()) as self.log:
+            self.world = self.accelerator.num_processes
+            self.folder = RunFolder(self.out, self.accelerator, self.identity)
             self._check()
-            found = self.keeper.find(resume)
-            self._get_teacher(found is not None)
-            if found is not None:
-                self.progress = found
-            self.log.resume(self.progress.step)
+            resumed = self.folder.find(resume)
+            self._get_teacher(resumed is not None)
+            self.state = resumed or self.state
+            self.log.resume(self.state.step)
             if self.recipe.tensorboard and self.accelerator.is_main_process:
-                self.log.start_board(self.out, self.progress.step)
-            self._stages(found)
-        return TrainResult(self.log.rows, self.progress.best, self.progress.last, self.out)
+                self.log.start_board(self.out, self.state.step)
+            self._stages(resumed is not None)
+        return TrainResult(self.log.rows, self.state.best, self.state.last, self.out)
 
-    @contextmanager
-    def _logging(self) -> Iterator[None]:
-        main = self.accelerator.is_main_process
-        path = self.out / saved.LOG if self.out is not None and main else None
-        self.log = Log(path, self.on_log if main else None)
-        try:
-            yield
-        finally:
-            self.log.close()
+    def _log(self) -> Log:
+        if not self.accelerator.is_main_process:
+            return Log(None, None)
+        return Log(None if self.out is None else self.out / checkpoint.LOG, self.on_log)
 
     def _check(self) -> None:
         """Whatever can be wrong with any stage is said before the first one begins."""
-        world = self.accelerator.num_processes
-        if self.recipe.batch_size % world:
+        if self.recipe.batch_size % self.world:
             raise InvalidOption(
-                f"batch_size={self.recipe.batch_size} is of all {world} processes together, and "
-                "must be a multiple of their number"
+                f"batch_size={self.recipe.batch_size} is of all {self.world} processes together, "
+                "and must be a multiple of their number"
             )
         for stage in self.recipe.stages:
-            choose(self.live, stage, self.host)
+            require_gradients(self.patch, stage, self.host)
             if stage.keep_epochs is not None:
-                warmdown.check(self.live)
+                keep_schedule.check(self.patch)
             if sharding.is_sharded(self.accelerator):
-                sharding.check(self.live, stage)
+                sharding.check(self.patch, stage)
 
     def _get_teacher(self, resumed: bool) -> None:
-        """The given one; else a copy of the weights as they were before any stage moved them, kept
+        """The user's; else a copy of the weights as they were before any stage moved them, kept
         beside the checkpoints, since a run that goes on would not find them in the model."""
-        moves = [stage for stage in self.recipe.stages if stage.trainable != "planners"]
-        if self.teacher is None and any(stage.distils for stage in moves):
+        distils = any(s.distils for s in self.recipe.stages if s.trainable != "planners")
+        if self.teacher is None and distils:
             self.teacher = unpatch(deepcopy(self.model))
-            self.keeper.teacher(self.teacher, resumed)
+            self.folder.keep_teacher(self.teacher, resumed)
         if self.teacher is not None:
             self.teacher.to(self.accelerator.device).eval().requires_grad_(False)
 
-    def _stages(self, found: saved.Progress | None) -> None:
-        if found is not None and found.done:
-            self.keeper.weights(self.model)
+    def _stages(self, resumed: bool) -> None:
+        if resumed and self.state.done:
+            self.folder.load_weights(self.model)
             return
-        for index in range(self.progress.stage, len(self.recipe.stages)):
-            stage = self.recipe.stages[index]
-            if index != self.progress.stage:
-                self.progress.stage, self.progress.update, self.progress.epoch = index, 0, 0
+        first = self.state.stage
+        for index, stage in list(enumerate(self.recipe.stages))[first:]:
+            if index != first:
+                self.state.stage, self.state.update, self.state.epoch = index, 0, 0
             with checkpointing(self.model, stage.grad_checkpointing):
-                self._stage(stage, resumed=found is not None and index == found.stage)
-            found = None
-        self.progress.done = True
-        self.keeper.finish(self.progress)
+                self._stage(stage, resumed=resumed and index == first)
+        self.state.done = True
+        self.folder.finish(self.state)
 
     def _stage(self, stage: Stage, resumed: bool) -> None:
         if resumed:
-            self.keeper.weights(self.model)
+            self.folder.load_weights(self.model)
         batches = self._loader()
         per_epoch = self._per_epoch(batches)
-        for one in self.recipe.stages[self.progress.stage :]:
-            lengths(one, per_epoch)  # what is wrong with a later stage is said now
-        run = self._running(stage, per_epoch)
+        for later in self.recipe.stages[self.state.stage :]:
+            lengths(later, per_epoch)  # what is wrong with a later stage is said now
+        run = self._stage_run(stage, per_epoch)
         if resumed:
-            self.keeper.restore(run)
-        while self.progress.update < run.total:
-            if self._keep_rates(stage, run):
-                run = self._running(stage, per_epoch).go_on_from(run)
-            self._epoch(stage, run, batches)
-        run.validate_token_plan()
+            self.folder.restore(run)
+        while self.state.update < run.total:
+            if self._change_keep_rates(stage, run):
+                run = self._stage_run(stage, per_epoch).continue_from(run)
+            self._epoch(run, batches)
+        run.finish()
         self.accelerator.free_memory()
 
-    def _running(self, stage: Stage, per_epoch: int | None) -> Running:
-        choose(self.live, stage, self.host)
+    def _stage_run(self, stage: Stage, per_epoch: int | None) -> StageRun:
+        require_gradients(self.patch, stage, self.host)
         self.accelerator.free_memory()
-        teacher = self._teacher_for(stage)
-        return Running(self.model, stage, teacher, self.accelerator, per_epoch)
-
-    def _teacher_for(self, stage: Stage) -> nn.Module | None:
-        """None: the model itself is its teacher, which it can be while its backbone rests as it
-        was given."""
-        untouched = all(s.trainable == "planners" for s in self.recipe.stages)
-        alone = self.given_teacher is None and untouched
-        return None if alone or not stage.distils else self.teacher
+        # the model itself is its teacher, which it can be while its backbone stays as it was
+        frozen = all(s.trainable == "planners" for s in self.recipe.stages)
+        itself = (self.user_teacher is None and frozen) or not stage.distils
+        teacher = None if itself else self.teacher
+        return StageRun(self.model, stage, teacher, self.accelerator, per_epoch)
 
     def _loader(self) -> Any:
-        recipe, world = self.recipe, self.accelerator.num_processes
-        augment = dict(recipe.augment)
-        if any(augment.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax")):
+        recipe, augment = self.recipe, dict(self.recipe.augment)
+        if mixes(augment):
             # there the labels are mixed, and smoothed, before the loss sees them
-            stage = recipe.stages[self.progress.stage]
+            stage = recipe.stages[self.state.stage]
             augment.setdefault("label_smoothing", stage.label_smoothing)
-        return loader(
-            self.data, self.model, batch_size=recipe.batch_size // world, split="train",
-            training=True, seed=recipe.seed, workers=recipe.workers, augment=augment,
-            image_size=recipe.image_size, share=(self.accelerator.process_index, world),
-        )  # fmt: skip
+        share = (self.accelerator.process_index, self.world)
+        train = {"split": "train", "training": True, "seed": recipe.seed, "share": share}
+        return loader(self.data, self.model, **{**self._reading(), **train, "augment": augment})
+
+    def _reading(self) -> dict[str, Any]:
+        """How training and evaluation read images."""
+        recipe = self.recipe
+        return {
+            "batch_size": recipe.batch_size // self.world,
+            "workers": recipe.workers,
+            "image_size": recipe.image_size,
+            "augment": recipe.augment,
+        }
 
     def _per_epoch(self, batches: Any) -> int | None:
         """Updates in one pass over the data, None if nobody knows."""
@@ -167,143 +180,134 @@ class Trainer:
             )
         return count // self.recipe.accumulation
 
-    def _keep_rates(self, stage: Stage, run: Running) -> bool:
+    def _change_keep_rates(self, stage: Stage, run: StageRun) -> bool:
         """Patch the model anew where this epoch keeps another share; says whether that was so."""
         if stage.keep_epochs is None:
             return False
-        strategy = warmdown.shrunk(self.target, self.progress.epoch, stage.keep_epochs)
-        if strategy == self.live.strategy:
+        strategy = keep_schedule.at_epoch(self.target, self.state.epoch, stage.keep_epochs)
+        if strategy == self.patch.strategy:
             return False
         run.gather()
-        self.live = warmdown.apply(self.live, strategy)
+        self.patch = keep_schedule.repatch(self.patch, strategy)
         return True
 
-    def _epoch(self, stage: Stage, run: Running, batches: Any) -> None:
+    def _epoch(self, run: StageRun, batches: Any) -> None:
         """The rest of an epoch, up to the end of the stage."""
-        at, before = self.progress, self.progress.update
-        set_modes(run.model, stage)
+        state, before = self.state, self.state.update
+        set_modes(run.model, run.stage)
         for group in self._groups(batches):
-            row = self._update(stage, run, group)
-            at.batch += len(group)
-            at.update, at.step = at.update + 1, at.step + 1
-            at.loss_sum, at.loss_count = at.loss_sum + row["loss"], at.loss_count + 1
+            row = self._update(run, group)
+            state.batch += len(group)
+            state.update, state.step = state.update + 1, state.step + 1
+            state.loss_sum, state.loss_count = state.loss_sum + row["loss"], state.loss_count + 1
             self.log.add(row)
-            if at.update >= run.total:
+            if state.update >= run.total:
                 break
             every = self.recipe.checkpoint_steps
-            if every is not None and at.step % every == 0:
+            if every is not None and state.step % every == 0:
                 run.gather()
-                self.keeper.keep(at, self.live, run)
-        if at.update == before and not at.batch:  # else a checkpoint was the last of its epoch
+                self.folder.save(state, self.patch, run)
+        if state.update == before and not state.batch:  # else a checkpoint was the epoch's last
             raise DataError(
-                f"epoch {at.epoch} of stage {stage.name!r} gave fewer than "
+                f"epoch {state.epoch} of stage {run.stage.name!r} gave fewer than "
                 f"{self.recipe.accumulation} batches: not one update could be made. Batches must "
                 "be a list or something else that can be gone through again, not a generator"
             )
-        self._end_epoch(stage, run)
+        self._end_epoch(run)
 
     def _groups(self, batches: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Batches for one update each; those left over at the end of an epoch are left out."""
-        batches.set_epoch(self.progress.seen_epochs)
+        batches.set_epoch(self.state.seen_epochs)
         size = self.recipe.accumulation
-        found = iter(self._rest(batches))
-        while len(group := list(islice(found, size))) == size:
+        rest = iter(self._rest(batches))
+        while len(group := list(islice(rest, size))) == size:
             yield group
 
     def _rest(self, batches: Any) -> Any:
         """What an interrupted epoch has left. Random numbers are those of its start while it is
         opened, for loaders that draw their order from them."""
-        done = self.progress.batch
+        done = self.state.batch
         if not done:
-            self.keeper.note_epoch()
+            self.folder.note_epoch()
             return batches
         if isinstance(batches, Loader) and batches.order is not None:
             from accelerate import skip_first_batches
 
             return skip_first_batches(batches, done)
-        now = saved.rng_state()
-        self.keeper.rewind_epoch()
+        rng = checkpoint.rng_state()
+        self.folder.rewind_epoch()
         rest = iter(batches)
         skipped = sum(1 for _ in islice(rest, done))
-        saved.set_rng_state(now)
+        checkpoint.set_rng_state(rng)
         if skipped < done:
             raise DataError(f"an epoch had at least {done} batches before, and has {skipped} now")
         return rest
 
-    def _update(self, stage: Stage, run: Running, group: list[Any]) -> dict[str, Any]:
+    def _update(self, run: StageRun, group: list[Any]) -> dict[str, Any]:
         """One step of the optimizer; gives its row of the log. Nothing changes if a loss or the
         gradient is not finite."""
-        at, accelerator = self.progress, self.accelerator
+        state, weights = self.state, run.stage.losses
         parts: list[Tensor] = []
-        lr = run.begin(at.update)
+        lr = run.begin(state.update)
         for images, labels in group:
-            with accelerator.accumulate(run.objective):
-                found = run.losses(images, labels)
-                parts.append(torch.stack([value.detach().float() for value in found.values()]))
-                values = self._reduced(parts) if accelerator.sync_gradients else {}
+            with self.accelerator.accumulate(run.objective):
+                losses = run.losses(images, labels)
+                parts.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+                last = self.accelerator.sync_gradients
+                values = self._means(parts, weights) if last else {}
                 self._check_finite(values, run)
-                accelerator.backward(_total(found, stage))
-                if accelerator.sync_gradients:
+                total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+                self.accelerator.backward(total)
+                if last:
                     self._check_finite(run.clip(), run)
                 run.optimizer.step()
                 run.optimizer.zero_grad()
         run.end()
-        loss = sum(stage.losses[name] * value for name, value in values.items())
-        place = {"stage": stage.name, "epoch": at.epoch, "step": at.step + 1}
+        loss = sum(weights[name] * value for name, value in values.items())
+        place = {"stage": run.stage.name, "epoch": state.epoch, "step": state.step + 1}
         return {**place, "lr": lr, "loss": loss, "parts": values}
 
-    def _reduced(self, parts: list[Tensor]) -> dict[str, float]:
-        """Means over the batches of one update and over processes."""
+    def _means(self, parts: list[Tensor], names: dict[str, float]) -> dict[str, float]:
+        """Losses by name, over the batches of one update and over processes."""
         mean = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
-        names = self.recipe.stages[self.progress.stage].losses
         return dict(zip(names, mean.tolist(), strict=True))
 
-    def _check_finite(self, values: dict[str, float], run: Running) -> None:
+    def _check_finite(self, values: dict[str, float], run: StageRun) -> None:
         """The same in all processes, so that all of them stop."""
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not bad:
             return
         run.gather()
-        kept = self.keeper.words()
         raise TrainingDiverged(
-            f"step {self.progress.step + 1} (stage {run.stage.name!r}, epoch "
-            f"{self.progress.epoch}): {', '.join(bad)}. Training stopped before that step; {kept}. "
+            f"step {self.state.step + 1} (stage {run.stage.name!r}, epoch {self.state.epoch}): "
+            f"{', '.join(bad)}. Training stopped before that step; {self.folder.what_is_safe()}. "
             "Try a lower lr, a longer warm-up, clip, or mixed_precision='bf16' instead of 'fp16'"
         )
 
-    def _end_epoch(self, stage: Stage, run: Running) -> None:
-        at = self.progress
-        row: dict[str, Any] = {"stage": stage.name, "epoch": at.epoch, "step": at.step}
-        row["epoch_loss"] = at.loss_sum / at.loss_count
+    def _end_epoch(self, run: StageRun) -> None:
+        state = self.state
+        row: dict[str, Any] = {"stage": run.stage.name, "epoch": state.epoch, "step": state.step}
+        row["epoch_loss"] = state.loss_sum / state.loss_count
         run.gather()
         if self.eval_data is not None:
             row |= self._evaluated(run.averaged or self.model)
-        at.epoch, at.seen_epochs, at.batch = at.epoch + 1, at.seen_epochs + 1, 0
-        at.loss_sum, at.loss_count, at.last = 0.0, 0, row
-        better = _better(row, at.best)
-        if better:
-            at.best = row
+        state.epoch, state.seen_epochs, state.batch = state.epoch + 1, state.seen_epochs + 1, 0
+        state.loss_sum, state.loss_count, state.last = 0.0, 0, row
+        best = _is_better(row, state.best)
+        if best:
+            state.best = row
         self.log.add(row)
-        self.keeper.keep(at, self.live, run, best=better)
+        self.folder.save(state, self.patch, run, best=best)
 
     def _evaluated(self, model: nn.Module) -> dict[str, Any]:
-        recipe = self.recipe
-        place = next((weight.device for weight in model.parameters()), self.accelerator.device)
+        device = next((weight.device for weight in model.parameters()), self.accelerator.device)
         model.to(self.accelerator.device)  # of sharded training it waits elsewhere
-        found = evaluate(
-            model, self.eval_data, batch_size=recipe.batch_size // self.accelerator.num_processes,
-            workers=recipe.workers, image_size=recipe.image_size, augment=recipe.augment,
-        )  # fmt: skip
-        model.to(place)
-        wanted = ("top1", "top5", "dense_top1", "agreement")
-        return {name: getattr(found, name) for name in wanted}
+        result = evaluate(model, self.eval_data, **self._reading())
+        model.to(device)
+        return {name: getattr(result, name) for name in _FIGURES}
 
 
-def _total(parts: dict[str, Tensor], stage: Stage) -> Tensor:
-    return torch.stack([stage.losses[name] * value for name, value in parts.items()]).sum()
-
-
-def _better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
+def _is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
     """By top-1; losses only compare within a stage."""
     if best is None:
         return True

@@ -177,9 +177,9 @@ def test_images_in_every_form(tmp_path: Path) -> None:
     sparsiattn.patch(model, "topk", k=0.2)
     image.save(tmp_path / "a.png")
     read = sparsiattn.show(model, image)
-    from sparsiattn.training.preprocess import data_config, transform
+    from sparsiattn.training.preprocess import data_config, image_transform
 
-    tensor = transform(data_config(model), False, {})(image)
+    tensor = image_transform(data_config(model), False, {})(image)
     pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(32, 32, 3)
     assert torch.equal(read.pixels, pixels)  # 32 pixels: nothing resized, nothing cropped
     for form in (tmp_path / "a.png", str(tmp_path / "a.png"), tensor, tensor[None]):

@@ -94,7 +94,7 @@ def test_fibottention_mask(prefix):
 def test_fibottention_shuffles_heads_by_layer():
     x = torch.zeros(1, 6, 197, 8)
     sites = [Site.of(x, x, x, prefix_tokens=1, index=i) for i in (0, 1, 1)]
-    orders = [Fibottention().planner(site).order for site in sites]
+    orders = [Fibottention().planner(site).options[1] for site in sites]
     assert orders[0] != orders[1] == orders[2]
     assert sorted(orders[0]) == list(range(6))
 
@@ -246,7 +246,7 @@ def pairs(rows, columns):
 def test_atrous_shares_heads_evenly():
     x = torch.zeros(1, 6, 17, 8)
     site = Site.of(x, x, x, prefix_tokens=1)
-    assert Atrous().planner(site).rates == (1, 1, 1, 2, 2, 2)
+    assert Atrous().planner(site).options[1] == (1, 1, 1, 2, 2, 2)
     with pytest.raises(InvalidOption, match=r"6 heads.*fuse=True"):
         Atrous(dilations=[1, 2, 3, 4, 5, 6, 7]).planner(site)
 

@@ -283,7 +283,7 @@ class TestRefusals:
             sparsiattn.Pattern.logits(inputs, torch.zeros(1, 1, 1, 17))
         with pytest.raises(sparsiattn.InvalidOption, match="value of shape"):
             sparsiattn.Pattern.output(inputs, inputs.v[:1])
-        with pytest.raises(sparsiattn.InvalidOption, match="carries = True"):
+        with pytest.raises(sparsiattn.InvalidOption, match="uses_cross_layer_state = True"):
             inputs.store("scores", inputs.q)
 
     def test_a_row_of_given_logits_without_a_key_is_zero(self) -> None:

@@ -344,7 +344,7 @@ def test_class_tokens_never_skip_the_mlp(family: str, block: str, patches: int) 
 def test_queries_lie_in_the_middle_of_a_margin() -> None:
     """One query block of 2 x 2 with one more key on every side: each finds itself first."""
     q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 16, 8)
-    site = sparsiattn.Site.of(q, k, k, margin=1)
+    site = sparsiattn.Site.of(q, k, k, halo=1)
     inputs = sparsiattn.AttentionInputs(q, k, k, 1.0, None, site)
     pattern = Local(k=1).plan(inputs)
     assert pattern.scores.argmax(-1).flatten().tolist() == [5, 6, 9, 10]

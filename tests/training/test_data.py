@@ -21,7 +21,7 @@ from conftest import SHARED
 from sparsiattn.errors import DataError
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 from sparsiattn.training.data import Batches, loader
-from sparsiattn.training.preprocess import data_config, drawing
+from sparsiattn.training.preprocess import data_config, seeded
 from tests.support.pictures import (
     Flow,
     Pictures,
@@ -177,10 +177,10 @@ def test_random_numbers_go_on_as_if_nothing_was_drawn() -> None:
     expected = torch.rand(2)
     torch.manual_seed(0)
     first = torch.rand(1)
-    with drawing(1, 2):
+    with seeded(1, 2):
         inside = torch.rand(1)
     assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
-    with drawing(1, 2):
+    with seeded(1, 2):
         assert torch.equal(inside, torch.rand(1))
 
 

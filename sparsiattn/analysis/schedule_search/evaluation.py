@@ -16,12 +16,12 @@ from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.patching.apply import apply_strategy
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.model_call import logits_of
 from sparsiattn.patching.report import report
 from sparsiattn.patching.survey import survey
 from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.runtime.timing import paired
 from sparsiattn.strategies.config import Config
-from sparsiattn.training.evaluation import logits_of
 
 
 @dataclass(frozen=True)
@@ -139,4 +139,4 @@ class TrialRunner:
                     self.model(images)
 
             timing = paired(dense, lambda: self.model(images), rounds)
-        return float(timing["ratio"])
+        return timing.ratio.rounded(4).median

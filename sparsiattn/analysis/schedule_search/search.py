@@ -25,7 +25,7 @@ from sparsiattn.patching.apply import resolve
 from sparsiattn.patching.handle import patch_of
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.strategies.config import Config
-from sparsiattn.training.progress import Advance, bar
+from sparsiattn.training.progress import Progress, bar
 
 BUDGETS = ("macs", "latency", "agreement")
 
@@ -186,7 +186,7 @@ class Search:
     trials: int
     rounds: int
     generator: random.Random
-    advance: Advance
+    advance: Progress
     costs: CostModel = field(init=False)
 
     def __post_init__(self) -> None:

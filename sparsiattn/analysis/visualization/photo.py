@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sparsiattn.errors import DataError
 from sparsiattn.patching.handle import Patch
-from sparsiattn.training.preprocess import data_config, transform
-from sparsiattn.training.samples import Finish
-from sparsiattn.training.sources import mode_of
+from sparsiattn.training.preprocess import data_config, image_transform
+from sparsiattn.training.sources import Finish, mode_of
 
 
 def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Tensor]:
@@ -36,7 +35,7 @@ def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Ten
         image_size = shape[2], shape[3]
     config = data_config(patch.model, image_size)
     channels = shape[1] if len(shape) == 4 else config["input_size"][0]
-    finish = Finish(transform(config, False, {}), channels, None, 0, False, labels=False)
+    finish = Finish(image_transform(config, False, {}), channels, labels=False)
     image = _read(image, channels)
     if isinstance(image, Tensor) and image.dim() == 4:
         if len(image) != 1:

@@ -28,12 +28,14 @@ from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.model_call import eval_mode
 from sparsiattn.patching.site_selection import select
+from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 from sparsiattn.strategies.base import Planner
-from sparsiattn.training.progress import Advance
+from sparsiattn.training.progress import Progress
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""
@@ -140,7 +142,7 @@ def show(
     heads: Sequence[int] | int | None = None,
     queries: Sequence[tuple[int, int]] | None = None,
     image_size: int | tuple[int, int] | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> AttentionView:
     """What a patched model attends to in one image.
 
@@ -225,6 +227,7 @@ def _active_patch(model: nn.Module) -> Patch:
     if not patch.runtimes:
         raise ModelChanged("show() found no patched site: unpatch() and patch the model again")
     patch.ensure_active("show")
+    refresh(patch)
     return patch
 
 
@@ -251,13 +254,10 @@ def _matching(layer: object, sites: list[Site]) -> list[Site]:
 def _left_unchanged(patch: Patch) -> Iterator[None]:
     """Eval mode; afterwards modes and the record of the last forward pass are as before."""
     record = patch.image, patch.last_pass, MODEL_CALL.image
-    modes = [(module, module.training) for module in patch.model.modules()]
-    patch.model.eval()
     try:
-        yield
+        with eval_mode(patch.model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         patch.image, patch.last_pass, MODEL_CALL.image = record
 
 
