@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -18,11 +17,10 @@ from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.handle import unpatch
-from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
-from sparsiattn.testing.plugin import temporary_plugin
+from sparsiattn.testing.plugin import registered
 
 Case = tuple[str, AttentionInputs, Pattern]
 
@@ -36,8 +34,8 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[Case]:
     """Calls of every layout: tiles that do not divide the grid, prefixes, masks, background."""
     scores = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(3)).to(device)
-    hosts = ("none", "bias", "keys", "mask")
-    for tile, background, host in product((1, (2, 2), (3, 3)), (None, 2), hosts):
+    tiles: tuple[int | tuple[int, int], ...] = (1, (2, 2), (3, 3))
+    for tile, background, host in product(tiles, (None, 2), ("none", "bias", "keys", "mask")):
         inputs = random_inputs((4, 5), tile=tile, dtype=dtype, value_dim=6)
         inputs = _on(_with_host(inputs, host), device)
         name = f"top tile={tile} background={background} host={host}"
@@ -187,7 +185,7 @@ class KernelSuite:
         outputs = []
         with torch.no_grad():
             for name in ("reference", self.kernel.name):
-                with self._registered():
+                with registered("kernels", self.kernel):
                     try:
                         patched = patch(model, TopK(k=0.25, tile=(2, 2)), kernel=name)
                         outputs.append(model(x))
@@ -198,14 +196,6 @@ class KernelSuite:
                     assert {row.kernel for row in patched.report().sites} == {name}
                     patched.unpatch()
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
-
-    @contextmanager
-    def _registered(self) -> Iterator[None]:
-        if self.kernel.name in REGISTRY.all("kernels"):
-            yield
-        else:
-            with temporary_plugin(kernels=[self.kernel], name="under-test"):
-                yield
 
     def _assert_close(
         self, out: Tensor, exact: Tensor, name: str, dtype: torch.dtype | None = None

@@ -20,12 +20,11 @@ from sparsiattn.errors import SparsiattnError, UnknownName
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.load import load
-from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 from sparsiattn.testing.fresh import HEAVY, imported_by
 from sparsiattn.testing.hosts import tiny_images, tiny_vit, windowed_images, windowed_vit
-from sparsiattn.testing.plugin import temporary_plugin
+from sparsiattn.testing.plugin import registered
 from sparsiattn.training.reconstruction import site_losses
 
 
@@ -61,15 +60,6 @@ class PatchSuite:
         return windowed_vit(), windowed_images()
 
     @contextmanager
-    def registered(self) -> Iterator[None]:
-        """Inside the block the strategy is found by its name, plug-in or not."""
-        if REGISTRY.all("strategies").get(self.strategy.name) is type(self.strategy):
-            yield
-        else:
-            with temporary_plugin(strategies=[type(self.strategy)], name="under-test"):  # type: ignore[list-item]
-                yield
-
-    @contextmanager
     def _patched(self) -> Iterator[tuple[Any, Tensor, Patch]]:
         """The model, patched inside the block, its images, and the patch."""
         model = self.model()
@@ -78,7 +68,7 @@ class PatchSuite:
 
     def _ragged(self) -> bool:
         """Whether every image may keep its own number of tokens."""
-        return bool(getattr(self.strategy, "ragged", bool)())
+        return bool(getattr(self.strategy, "is_ragged", bool)())
 
     def _skip_without_static_graph(self) -> None:
         if not self.compiles or self._ragged():
@@ -94,7 +84,7 @@ class PatchSuite:
         """What `list_strategies()` shows, and why the full budget is not the dense model."""
         kind = type(self.strategy)
         assert (kind.__doc__ or "").strip(), "the first line of the docstring is its summary"
-        assert kind.exact_at_full or kind.inexact_reason, "say in inexact why it is not exact"
+        assert kind.exact_at_full or kind.inexact_reason, "say why in inexact_reason"
 
     def test_wrong_option_is_named_with_the_right_ones(self) -> None:
         names = type(self.strategy).option_names()
@@ -170,7 +160,8 @@ class PatchSuite:
     def test_saved_and_loaded_it_computes_the_same(self, tmp_path: Path) -> None:
         model, x = self.model(), self.images()
         model_copy = copy.deepcopy(model)
-        with torch.no_grad(), self.registered(), patch(model, self.strategy) as patched:
+        found_by_name = registered("strategies", type(self.strategy))
+        with torch.no_grad(), found_by_name, patch(model, self.strategy) as patched:
             patched.save(tmp_path / "saved")
             with load(model_copy, tmp_path / "saved") as loaded:
                 assert type(loaded.strategy) is type(patched.strategy)
@@ -292,7 +283,7 @@ class PatchSuite:
         with self._patched() as (model, x, _):
             exact = model(x)
             torch.compiler.reset()
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)
         torch.compiler.reset()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.discovery.backbone import Backbone
@@ -51,6 +52,17 @@ def temporary_plugin(
             if plugin.name == name and plugin.error is not None:
                 raise plugin.error
         yield
+
+
+@contextmanager
+def registered(kind: str, thing: Any) -> Iterator[None]:
+    """Inside the block a strategy, kernel or backbone is found by its name, plug-in or not."""
+    if thing.name in REGISTRY.all(kind):
+        yield
+    else:
+        plugin: Any = {kind: [thing]}
+        with temporary_plugin(**plugin, name="under-test"):
+            yield
 
 
 def _returning(things: list[object]) -> object:

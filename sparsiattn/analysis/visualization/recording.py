@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.analysis.visualization import attention_rows
+from sparsiattn.analysis.visualization import attention_rows, token_places
 from sparsiattn.analysis.visualization.photo import photo
 from sparsiattn.analysis.visualization.result import BlockTokens, Point, SiteAttention
-from sparsiattn.analysis.visualization.token_places import (
-    TokenPlaces,
-    fused_tokens,
-    patch_tokens,
-    token_places,
-    window_of,
-)
 from sparsiattn.analysis.visualization.view import AttentionView
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense, Pattern
@@ -51,7 +44,7 @@ class RecordedCall:
     runtime: SiteRuntime
     planner: Planner
     inputs: AttentionInputs
-    places: TokenPlaces
+    places: token_places.TokenPlaces
 
     def pattern(self) -> Pattern:
         """What the strategy computes of this call, planned anew."""
@@ -74,7 +67,7 @@ class Recorder:
     def __init__(self, patch: Patch, sites: Sequence[Site]) -> None:
         self.patch = patch
         self.runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
-        self.windows = {site.name: window_of(patch.model, site.name) for site in sites}
+        self.windows = {site.name: token_places.window_of(patch.model, site.name) for site in sites}
         self.calls: dict[str, RecordedCall] = {}
         self.token_states: dict[int, Any] = {}  # by block: what its attention sees
         self.mlp_states: dict[int, Any] = {}  # by block: which tokens its MLP takes
@@ -86,7 +79,7 @@ class Recorder:
             self.token_states.setdefault(runtime.block, inputs.token_state)
         if site.name in self.windows and site.name not in self.calls:
             # now, while the window block's map is the one of this call
-            places = token_places(inputs, self.windows[site.name])
+            places = token_places.places_of(inputs, self.windows[site.name])
             self.calls[site.name] = RecordedCall(runtime, planner, inputs, places)
 
     @contextmanager
@@ -126,8 +119,8 @@ class Recorder:
                 name=blocks[i].block.name,
                 index=i,
                 count=state.whole if state.ids is None else state.ids.shape[1],
-                place=patch_tokens(state),
-                fused=fused_tokens(state),
+                place=token_places.patch_tokens(state),
+                fused=token_places.fused_tokens(state),
                 mlp_only=bool(self.mlp_states),
             )
             for i, state in sorted(left.items())
