@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 OPTION = "--sparsiattn-suite"
-# what the suites look like from outside; tests of the library may be told by these names
 _package = ""
 
-if "sparsiattn.testing" not in sys.modules:
+if "sparsiattn.testing" not in sys.modules:  # else it is too late, and pytest warns
     pytest.register_assert_rewrite("sparsiattn.testing")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Lengths, Pattern
+from sparsiattn.errors import first_line
 from sparsiattn.kernels import paged
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
@@ -116,7 +117,7 @@ def _load(home: str) -> Found:
         missing = "" if error.name == name else f" without {error.name}"
         return Found(None, f"{name} is not installed" if not missing else f"{name} fails{missing}")
     except Exception as error:
-        return Found(None, f"{name} cannot be imported ({_first_line(error)})")
+        return Found(None, f"{name} cannot be imported ({first_line(error)})")
     fault = _extension_fault(name)
     return Found(None, fault) if fault else Found(ops, "")
 
@@ -144,9 +145,4 @@ def _extension_fault(name: str) -> str:
     error = getattr(library, "_cpp_library_load_exception", None)
     if error is None:
         return ""
-    return f"xformers cannot load its CUDA extension ({_first_line(error.__cause__ or error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"xformers cannot load its CUDA extension ({first_line(error.__cause__ or error)})"

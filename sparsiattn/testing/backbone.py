@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.strategies.topk import TopK
+from sparsiattn.testing.laws import assert_same_modules
 
 
 class BackboneSuite:
     """Subclass it, set ``backbone`` and return a small model from ``model()``, and run pytest.
 
-    ``least_sites``: attention calls that must be found. ``tolerance``: of the identity at full
-    budget; ``batch_tolerance``: between an image alone and in a batch.
+    Attributes:
+        backbone: What is tested.
+        least_sites: Attention calls that must be found.
+        tolerance: Of the identity at full budget.
+        batch_tolerance: Between an image alone and in a batch.
     """
 
     backbone: Backbone
@@ -25,9 +29,11 @@ class BackboneSuite:
     batch_tolerance: ClassVar[dict[str, Any]] = {"rtol": 1e-3, "atol": 1e-4}
 
     def model(self) -> nn.Module:
+        """A small model that the backbone takes."""
         raise NotImplementedError
 
     def images(self, model: nn.Module) -> Tensor:
+        """Images for the model, ``[B, C, H, W]``."""
         shape = self.backbone.input_shape(model)
         assert shape is not None, "override images(): the model does not say its input size"
         return torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0))
@@ -44,13 +50,13 @@ class BackboneSuite:
         x = self.images(model)
         with torch.no_grad():
             dense = model(x)
-            with patch(model, TopK(k=1.0), input=x) as live:
-                assert live.backbone == self.backbone.name
-                assert len(live.sites) >= self.least_sites
+            with patch(model, TopK(k=1.0), input=x) as patched:
+                assert patched.backbone == self.backbone.name
+                assert len(patched.sites) >= self.least_sites
                 torch.testing.assert_close(model(x), dense, **self.tolerance)
-            with patch(model, TopK(k=0.25), input=x) as live:
+            with patch(model, TopK(k=0.25), input=x) as patched:
                 assert not torch.equal(model(x), dense)
-                with live.disabled():
+                with patched.disabled():
                     assert torch.equal(model(x), dense)
             assert torch.equal(model(x), dense)
 
@@ -63,11 +69,8 @@ class BackboneSuite:
         with torch.no_grad(), patch(model, TopK(k=0.25), input=x):
             model(x)
             assert set(model.state_dict()) == set(keys)
-        after = dict(model.named_modules())
-        assert list(after) == list(modules)
-        assert all(after[name] is module for name, module in modules.items())
+        assert_same_modules(model, modules)
         assert list(model.state_dict()) == keys
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         for edit in edits:
             assert getattr(edit.module, edit.attribute, ...) == edit.before, edit.attribute
 
@@ -79,14 +82,14 @@ class BackboneSuite:
 
     def test_sites_describe_their_tokens(self) -> None:
         model = self.model().eval()
-        with patch(model, TopK(k=0.5), input=self.images(model)) as live:
-            for site in live.sites:
+        with patch(model, TopK(k=0.5), input=self.images(model)) as patched:
+            for site in patched.sites:
                 assert site.grid[0] * site.grid[1] + site.prefix_tokens == site.tokens
                 assert site.key_grid[0] * site.key_grid[1] + site.prefix_tokens == site.keys
 
     def test_class_tokens_are_prefix_tokens(self) -> None:
         model = self.model().eval()
-        with patch(model, TopK(k=0.5), input=self.images(model)) as live:
-            prefix = min(site.prefix_tokens for site in live.sites)
+        with patch(model, TopK(k=0.5), input=self.images(model)) as patched:
+            prefix = min(site.prefix_tokens for site in patched.sites)
         assert 0 <= self.backbone.class_tokens(model) <= prefix
         assert self.backbone.pooling(model) in ("prefix", "avg", "max", "other")

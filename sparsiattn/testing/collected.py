@@ -5,6 +5,7 @@ What a suite cannot know about a thing, the thing may say in a mapping named ``s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,64 +39,65 @@ def classes(package: str) -> dict[str, type]:
     True
     """
     plugins = REGISTRY.of_package(package)
-    found: dict[str, type] = {"TestPlugins": _plugins(plugins)}
+    suites: dict[str, type] = {"TestPlugins": _plugins(plugins)}
     names = {plugin.name for plugin in plugins}
     for kind in KINDS:
         for name, thing in REGISTRY.all(kind).items():
             if REGISTRY.plugin_of(kind, name) in names:
-                made = _MAKE[kind](thing, _said(kind, name, thing))
-                title = f"Test{_SINGULAR[kind]}_{_identifier(name)}"
-                found[title] = type(title, made[:1], made[1])
-    return found
+                singular, make = _SUITES[kind]
+                suite, fields = make(thing, _settings(kind, name, thing))
+                title = re.sub(r"\W", "_", f"Test{singular}_{name}")
+                suites[title] = type(title, (suite,), fields)
+    return suites
 
 
-def _identifier(name: str) -> str:
-    return "".join(sign if sign.isalnum() else "_" for sign in name)
-
-
-def _said(kind: str, name: str, thing: object) -> dict[str, Any]:
+def _settings(kind: str, name: str, thing: object) -> dict[str, Any]:
     """What a thing says in its ``suite``; `UnknownName` for a key that no suite reads."""
-    said = getattr(thing, "suite", {})
-    if not isinstance(said, Mapping):
-        raise UnknownName(f"suite of {name!r} must be a mapping, got {said!r}")
-    for key in said:
+    settings = getattr(thing, "suite", {})
+    if not isinstance(settings, Mapping):
+        raise UnknownName(f"suite of {name!r} must be a mapping, got {settings!r}")
+    for key in settings:
         if key not in KEYS[kind]:
             raise unknown(f"key in suite of {name!r}:", key, KEYS[kind])
-    return dict(said)
+    return dict(settings)
 
 
-def _strategy(kind: type[Config], said: dict[str, Any]) -> tuple[type, dict[str, Any]]:
-    fields: dict[str, Any] = {"strategy": kind.build(said.pop("options", {}))}
-    if "unread" in said:
-        parts = tuple(said.pop("unread"))
-        fields["unread"] = lambda self, name: name.startswith(parts)
+def _strategy(kind: type[Config], settings: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    fields: dict[str, Any] = {"strategy": kind.build(settings.pop("options", {}))}
+    if "unread" in settings:
+        prefixes = tuple(settings.pop("unread"))
+        fields["unread"] = lambda self, name: name.startswith(prefixes)
     if kind.kind == "attention":
-        return StrategySuite, {**fields, **said}
-    guess = {name: full for name, full in FULL.items() if name in kind.option_names()}
-    ordered = said.pop("ordered", False)
-    fields |= {"identity": guess, "ordered": lambda self: ordered}
-    return TokenStrategySuite, {**fields, **said}
+        return StrategySuite, {**fields, **settings}
+    identity = {name: full for name, full in FULL.items() if name in kind.option_names()}
+    ordered = settings.pop("ordered", False)
+    fields |= {"identity": identity, "ordered": lambda self: ordered}
+    return TokenStrategySuite, {**fields, **settings}
 
 
-def _kernel(kernel: Any, said: dict[str, Any]) -> tuple[type, dict[str, Any]]:
-    return KernelSuite, {"kernel": kernel, **said}
+def _kernel(kernel: Any, settings: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    return KernelSuite, {"kernel": kernel, **settings}
 
 
-def _backbone(backbone: Any, said: dict[str, Any]) -> tuple[type, dict[str, Any]]:
-    given = said.get("model")
-
+def _backbone(backbone: Any, settings: dict[str, Any]) -> tuple[type, dict[str, Any]]:
     def model(self: object) -> nn.Module:
-        for make in (tiny_vit, windowed_vit, own_vit) if given is None else (given,):
-            host: nn.Module = make()
-            if given is not None or backbone_of(host).name == backbone.name:
+        if settings.get("model") is not None:
+            host: nn.Module = settings["model"]()
+            return host
+        for make in (tiny_vit, windowed_vit, own_vit):
+            host = make()
+            if backbone_of(host).name == backbone.name:
                 return host
         pytest.skip("give a function that makes a small model: suite = {'model': ...}")
 
     return BackboneSuite, {"backbone": backbone, "model": model}
 
 
-_MAKE: dict[str, Any] = {"strategies": _strategy, "kernels": _kernel, "backbones": _backbone}
-_SINGULAR = {"strategies": "Strategy", "kernels": "Kernel", "backbones": "Backbone"}
+_SUITES: dict[str, tuple[str, Any]] = {
+    "strategies": ("Strategy", _strategy),
+    "kernels": ("Kernel", _kernel),
+    "backbones": ("Backbone", _backbone),
+}
 
 
 def _plugins(plugins: list[PluginInfo]) -> type:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from typing import Any
 
 import torch
 
+from sparsiattn.errors import first_line
 from sparsiattn.kernels import xformers as fmha
+from sparsiattn.patching.apply import patch
 from sparsiattn.patching.text import aligned
 from sparsiattn.registry.listing import list_kernels, list_plugins
+from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 CORE = (
     "torch",
@@ -38,9 +41,16 @@ _DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. status: ``"ok"``, ``"missing"`` (an extra that is not there),
-    ``"off"`` (cannot work on this machine) or ``"broken"``. fix: a command, empty where there is
-    nothing to mend."""
+    """One thing that was looked at.
+
+    Attributes:
+        group: ``"core"``, ``"kernels"``, ``"extra train"`` ...
+        name: Of the thing.
+        status: ``"ok"``, ``"missing"`` (an extra that is not there), ``"off"`` (cannot work on this
+            machine) or ``"broken"``.
+        detail: Its version, or what is wrong with it.
+        fix: A command; empty where there is nothing to mend.
+    """
 
     group: str
     name: str
@@ -51,29 +61,32 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found. works: whether the core can run. findings: a `Finding` each for what
-    was looked at, good and bad."""
+    """What `doctor` found.
+
+    Attributes:
+        works: Whether the core can run.
+        findings: What was looked at, good and bad.
+    """
 
     works: bool
     findings: tuple[Finding, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        lines: list[str] = []
-        for group in dict.fromkeys(one.group for one in self.findings):
-            rows = [one for one in self.findings if one.group == group]
-            lines += [f"{group}:", *(f"  {line}" for line in aligned([_row(one) for one in rows]))]
-        fixes = dict.fromkeys(one.fix for one in self.findings if one.fix)
+        groups: dict[str, list[tuple[str, ...]]] = {}
+        for row in self.findings:
+            groups.setdefault(row.group, []).append((row.name, row.status, row.detail))
+        lines = []
+        for group, rows in groups.items():
+            lines += [f"{group}:", *(f"  {line}" for line in aligned(rows))]
+        fixes = dict.fromkeys(row.fix for row in self.findings if row.fix)
         if fixes:
             lines += ["to mend or to add:", *(f"  {fix}" for fix in fixes)]
         lines.append("the core works" if self.works else "the core does NOT work")
         return "\n".join(lines)
-
-
-def _row(one: Finding) -> tuple[str, ...]:
-    return one.name, one.status, one.detail
 
 
 def doctor() -> Diagnosis:
@@ -82,51 +95,56 @@ def doctor() -> Diagnosis:
     >>> doctor().works
     True
     """
-    findings = [Finding("system", "python", "ok", f"{platform.python_version()} {sys.platform}")]
-    findings += [Finding("system", name, "ok", detail) for name, detail in _devices()]
-    findings += [_package("core", name, f"pip install -U {name}") for name in CORE]
-    for extra, names in EXTRAS.items():
-        fix = f"pip install 'sparsiattn[{extra}]'"
-        findings += [_package(f"extra {extra}", name, fix) for name in names]
-    findings += [
-        Finding("kernels", name, "off" if info.reasons else "ok", "; ".join(info.reasons))
-        for name, info in list_kernels().items()
-    ]
+    findings = [*_system(), *_packages()]
+    for name, info in list_kernels().items():
+        status = "off" if info.reasons else "ok"
+        findings.append(Finding("kernels", name, status, "; ".join(info.reasons)))
     findings += [_plugin(plugin) for plugin in list_plugins().values()]
-    trial = _trial()
-    return Diagnosis(trial.status == "ok", (*findings, trial))
+    problem = _problem(_patch_and_undo)
+    status = "broken" if problem else "ok"
+    findings.append(Finding("trial", "patch and undo", status, problem or ""))
+    return Diagnosis(not problem, tuple(findings))
 
 
-def _devices() -> list[tuple[str, str]]:
-    found = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+def _system() -> Iterator[Finding]:
+    yield Finding("system", "python", "ok", f"{platform.python_version()} {sys.platform}")
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    yield Finding("system", "cpu", "ok", cpu)
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        memory = f"{about.total_memory / 2**30:.0f} GiB"
-        found.append((f"cuda:{index}", f"{about.name}, {memory}, {about.major}.{about.minor}"))
-    return found
+        gpu = torch.cuda.get_device_properties(index)
+        detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {gpu.major}.{gpu.minor}"
+        yield Finding("system", f"cuda:{index}", "ok", detail)
+
+
+def _packages() -> Iterator[Finding]:
+    for name in CORE:
+        yield _package("core", name, f"pip install -U {name}")
+    for extra, names in EXTRAS.items():
+        for name in names:
+            yield _package(f"extra {extra}", name, f"pip install 'sparsiattn[{extra}]'")
 
 
 def _package(group: str, name: str, fix: str) -> Finding:
     """Importing is the test: wheels of another torch are installed, and fail only then."""
+    distribution = _DISTRIBUTION.get(name, name)
     try:
-        version = metadata.version(_DISTRIBUTION.get(name, name))
+        version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return Finding(group, name, "broken" if group == "core" else "missing", "", fix)
     # a wheel of xformers for another torch imports, says so on stderr, and fails when it is used
     problem = fmha.probe().reason if name == "xformers" else _problem(lambda: import_module(name))
     if not problem:
         return Finding(group, name, "ok", version)
-    again = f"pip install --force-reinstall --no-deps {_DISTRIBUTION.get(name, name)}"
+    again = f"pip install --force-reinstall --no-deps {distribution}"
     return Finding(group, name, "broken", f"{version}: {problem}", again)
 
 
 def _problem(action: Callable[[], Any]) -> str | None:
-    """The first line of what went wrong; an import may raise anything at all."""
+    """What goes wrong, on one line; an import may raise anything at all."""
     try:
         action()
     except Exception as error:
-        text = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {text[0]}"
+        return first_line(error, named=True)
     return None
 
 
@@ -137,20 +155,13 @@ def _plugin(plugin: Any) -> Finding:
     return Finding("plug-ins", plugin.name, "broken", str(plugin.error), fix)
 
 
-def _trial() -> Finding:
-    """A small model, patched, run and restored."""
-    from sparsiattn.patching.apply import patch
-    from sparsiattn.testing.hosts import tiny_images, tiny_vit
-
-    def action() -> None:
-        model, images = tiny_vit(), tiny_images(1)
-        with torch.no_grad():
-            before = model(images)
-            with patch(model, "connectivity", k=0.2):
-                changed = not torch.equal(model(images), before)
-            restored = torch.equal(model(images), before)
-        if not (changed and restored):
-            raise RuntimeError(f"patched output differs: {changed}, restored: {restored}")
-
-    problem = _problem(action)
-    return Finding("trial", "patch and undo", "ok" if problem is None else "broken", problem or "")
+def _patch_and_undo() -> None:
+    """Raise if a small model cannot be patched, run and restored."""
+    model, images = tiny_vit(), tiny_images(1)
+    with torch.no_grad():
+        before = model(images)
+        with patch(model, "connectivity", k=0.2):
+            changed = not torch.equal(model(images), before)
+        restored = torch.equal(model(images), before)
+    if not (changed and restored):
+        raise RuntimeError(f"patched output differs: {changed}, restored: {restored}")

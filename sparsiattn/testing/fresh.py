@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -13,13 +12,14 @@ HEAVY = frozenset(
 
 
 def imported_by(module: str) -> set[str]:
-    """Top-level packages that importing ``module`` loads; raises `ImportError` with its fault."""
-    names = "sorted({name.partition('.')[0] for name in sys.modules})"
-    code = f"import json, sys; sys.path[:0] = {sys.path!r}; import {module}; "
-    done = subprocess.run(
-        [sys.executable, "-c", code + f"print(json.dumps({names}))"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise ImportError(f"{module} cannot be imported by itself: {done.stderr[-2000:]}")
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    """Top-level packages that importing a module loads.
+
+    Raises:
+        ImportError: It cannot be imported by itself.
+    """
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import {module}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise ImportError(f"{module} cannot be imported by itself: {process.stderr[-2000:]}")
+    return {name.partition(".")[0] for name in process.stdout.splitlines()[-1].split()}

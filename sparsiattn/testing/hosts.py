@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +12,34 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
 
 
-def tiny_vit(**options: object) -> nn.Module:
-    """A two-block timm ViT, 64 patches and a CLS token, in eval mode."""
+def tiny_vit(**options: Any) -> nn.Module:
+    """A two-block timm ViT, 64 patches and a CLS token, in eval mode.
+
+    Args:
+        **options: Of timm's `VisionTransformer`.
+    """
     from timm.models import VisionTransformer
 
-    fixed = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = VisionTransformer(**{**fixed, "num_classes": 5, "init_values": 1.0, **options})
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3 if parameter.dim() == 1 else 0.15)
-    return cast(nn.Module, model.eval())
+    options = {"embed_dim": 48, "depth": 2, "num_heads": 3, "init_values": 1.0, **options}
+    return _with_random_weights(VisionTransformer, **options)
 
 
 def windowed_vit() -> nn.Module:
     """Two blocks of a Swin, the second with shifted windows of 4 x 4 tokens, in eval mode."""
     from timm.models import SwinTransformer
 
+    options = {"window_size": 4, "embed_dim": 24, "depths": (2,), "num_heads": (2,)}
+    return _with_random_weights(SwinTransformer, **options)
+
+
+def _with_random_weights(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """The same weights at every call, large enough for attention to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = SwinTransformer(
-            img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2,), num_heads=(2,),
-            num_classes=5,
-        )  # fmt: skip
+        model = kind(**{"img_size": 32, "patch_size": 4, "num_classes": 5, **options})
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3 if parameter.dim() == 1 else 0.15)
-    return cast(nn.Module, model.eval())
+    return model.eval()
 
 
 class _OwnBlock(nn.Module):
@@ -50,8 +53,8 @@ class _OwnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        seen = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(seen.transpose(1, 2).flatten(2))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
         return cast(Tensor, x + self.mlp(self.norm2(x)))
 
 
@@ -100,7 +103,25 @@ def random_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> AttentionInputs:
-    """Inputs of one self-attention call over a token grid; sharp enough that choices matter."""
+    """Inputs of one self-attention call over a token grid; sharp enough that choices matter.
+
+    Args:
+        grid: Rows and columns of patch tokens.
+        batch: Images, B.
+        heads: Heads, H.
+        dim: Width of queries and keys per head, D.
+        value_dim: Width of values; as ``dim`` if None.
+        prefix: Leading tokens that are no patches.
+        tile: Queries that share their keys, rows and columns.
+        block: Keys that are kept together, rows and columns.
+        bias: The host's additive bias or boolean mask.
+        kind: What `Site.bias` says of it.
+        dtype: Of queries, keys and values.
+        seed: Of the values.
+
+    Returns:
+        Queries and keys ``[B, H, N, D]``, values ``[B, H, N, value_dim]``.
+    """
     generator = torch.Generator().manual_seed(seed)
     n = grid[0] * grid[1] + prefix
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,11 +17,10 @@ from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.handle import unpatch
-from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.topk import TopK
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
-from sparsiattn.testing.plugin import temporary_plugin
+from sparsiattn.testing.plugin import registered
 
 Case = tuple[str, AttentionInputs, Pattern]
 
@@ -34,18 +33,16 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[Case]:
     """Calls of every layout: tiles that do not divide the grid, prefixes, masks, background."""
-    for tile in (1, (2, 2), (3, 3)):
-        for background in (None, 2):
-            for host in ("none", "bias", "keys", "mask"):
-                inputs = random_inputs((4, 5), tile=tile, dtype=dtype, value_dim=6)
-                inputs = _on(_with_host(inputs, host), device)
-                scores = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(3))
-                scores = scores.to(device)
-                name = f"top tile={tile} background={background} host={host}"
-                yield name, inputs, finish(Pattern.top(scores, 6), inputs, background=background)
-                if tile == 1:
-                    drawn = Pattern.mask(scores > 0.5)
-                    yield f"mask {name}", inputs, finish(drawn, inputs, background=background)
+    scores = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(3)).to(device)
+    tiles: tuple[int | tuple[int, int], ...] = (1, (2, 2), (3, 3))
+    for tile, background, host in product(tiles, (None, 2), ("none", "bias", "keys", "mask")):
+        inputs = random_inputs((4, 5), tile=tile, dtype=dtype, value_dim=6)
+        inputs = _on(_with_host(inputs, host), device)
+        name = f"top tile={tile} background={background} host={host}"
+        yield name, inputs, finish(Pattern.top(scores, 6), inputs, background=background)
+        if tile == 1:
+            mask = finish(Pattern.mask(scores > 0.5), inputs, background=background)
+            yield f"mask {name}", inputs, mask
     yield from _blocks(dtype, device)
     yield "dense", inputs, Pattern.dense(21, 21)
     yield from _derived(dtype, device)
@@ -56,16 +53,14 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[C
 
 def _blocks(dtype: torch.dtype, device: str) -> Iterator[Case]:
     """Lists of key blocks: of one size and not, with and without a part of the last block."""
-    for grid in ((4, 6), (4, 5)):
-        for prefix, k in ((1, 9), (0, 8), (2, 13)):
-            for background in (None, 2):
-                inputs = random_inputs(grid, prefix=prefix, tile=(2, 3), block=(2, 2), dtype=dtype)
-                inputs = _on(inputs, device)
-                n = inputs.n_keys
-                scores = torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(6))
-                wish = Pattern.top(scores.to(device), k)
-                name = f"blocks of {grid} prefix={prefix} k={k} background={background}"
-                yield name, inputs, finish(wish, inputs, background=background)
+    budgets = ((1, 9), (0, 8), (2, 13))
+    for grid, (prefix, k), background in product(((4, 6), (4, 5)), budgets, (None, 2)):
+        inputs = random_inputs(grid, prefix=prefix, tile=(2, 3), block=(2, 2), dtype=dtype)
+        inputs = _on(inputs, device)
+        n = inputs.n_keys
+        scores = torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(6)).to(device)
+        name = f"blocks of {grid} prefix={prefix} k={k} background={background}"
+        yield name, inputs, finish(Pattern.top(scores, k), inputs, background=background)
 
 
 def _derived(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -81,10 +76,16 @@ def _derived(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield f"output host={host}", inputs, Pattern.output(inputs, inputs.v)
 
 
+def _map_operands(
+    inputs: AttentionInputs, change: Callable[[Tensor], Tensor], bias: bool = False
+) -> AttentionInputs:
+    """The same call with queries, keys and values changed, and the bias if there is one."""
+    names = ["q", "k", "v"] + ["bias"] * (bias and inputs.bias is not None)
+    return inputs.replace(**{name: change(getattr(inputs, name)) for name in names})
+
+
 def _on(inputs: AttentionInputs, device: str) -> AttentionInputs:
-    q, k, v = (x.to(device) for x in (inputs.q, inputs.k, inputs.v))
-    bias = None if inputs.bias is None else inputs.bias.to(device)
-    return inputs.replace(q=q, k=k, v=v, bias=bias)
+    return _map_operands(inputs, lambda x: x.to(device), bias=True)
 
 
 def _with_host(inputs: AttentionInputs, host: str) -> AttentionInputs:
@@ -104,8 +105,13 @@ def _with_host(inputs: AttentionInputs, host: str) -> AttentionInputs:
 class KernelSuite:
     """Subclass it, set ``kernel`` (and ``dtypes``, ``device``), and run pytest.
 
-    ``tolerance``: per dtype, against the reference in float32. ``unready``: how many calls to try
-    of those that the kernel takes but calls not ready, because it would compile for each.
+    Attributes:
+        kernel: What is tested.
+        device: Where.
+        dtypes: Of the calls.
+        tolerance: Per dtype, against the reference in float32.
+        unready: How many calls to try of those that the kernel takes but calls not ready, because
+            it would compile for each.
     """
 
     kernel: Kernel
@@ -167,14 +173,11 @@ class KernelSuite:
             call = _as_views(inputs)
             if refusals(self.kernel, call, pattern):
                 continue
-            before = [x.clone() for x in (call.q, call.k, call.v)]
+            before = _map_operands(call, Tensor.clone)
             out = self.kernel(call, pattern)
-            close = self.tolerance[self.dtypes[0]]
-            torch.testing.assert_close(
-                out, self.kernel(inputs, pattern), msg=f"{name}: {{}}".format, **close
-            )
-            for x, old in zip((call.q, call.k, call.v), before, strict=True):
-                assert torch.equal(x, old), name
+            self._assert_close(out, self.kernel(inputs, pattern), name)
+            for operand in ("q", "k", "v"):
+                assert torch.equal(getattr(call, operand), getattr(before, operand)), name
 
     def test_in_a_model_it_runs_or_says_why_not(self) -> None:
         """Asked for by name there is no other: its output is the reference's, or it is refused."""
@@ -182,35 +185,31 @@ class KernelSuite:
         outputs = []
         with torch.no_grad():
             for name in ("reference", self.kernel.name):
-                with self._registered():
+                with registered("kernels", self.kernel):
                     try:
-                        live = patch(model, TopK(k=0.25, tile=(2, 2)), kernel=name)
+                        patched = patch(model, TopK(k=0.25, tile=(2, 2)), kernel=name)
                         outputs.append(model(x))
                     except KernelRefused as refused:
                         assert name in str(refused)  # noqa: PT017 - a refusal is one of two answers
                         unpatch(model)
                         return
-                    assert {row.kernel for row in live.report().sites} == {name}
-                    live.unpatch()
+                    assert {row.kernel for row in patched.report().sites} == {name}
+                    patched.unpatch()
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
 
-    @contextmanager
-    def _registered(self) -> Iterator[None]:
-        if self.kernel.name in REGISTRY.all("kernels"):
-            yield
-        else:
-            with temporary_plugin(kernels=[self.kernel], name="under-test"):
-                yield
+    def _assert_close(
+        self, out: Tensor, exact: Tensor, name: str, dtype: torch.dtype | None = None
+    ) -> None:
+        tolerance = self.tolerance[dtype or self.dtypes[0]]
+        torch.testing.assert_close(out, exact, msg=f"{name}: {{}}".format, **tolerance)
 
     def test_equals_the_reference(self) -> None:
         for dtype in self.dtypes:
             for name, inputs, pattern in self._runnable(dtype):
-                exact = Reference()(inputs.replace(q=inputs.q.float(), k=inputs.k.float(),
-                                                   v=inputs.v.float()), pattern)  # fmt: skip
+                exact = Reference()(_map_operands(inputs, Tensor.float), pattern)
                 out = self.kernel(inputs, pattern)
                 assert out.dtype == dtype, name
-                message = f"{name}, {dtype}: {{}}".format
-                torch.testing.assert_close(out.float(), exact, msg=message, **self.tolerance[dtype])
+                self._assert_close(out.float(), exact, f"{name}, {dtype}", dtype)
 
     def test_gradients_equal_the_reference(self) -> None:
         if not self.kernel.differentiable:
@@ -218,13 +217,10 @@ class KernelSuite:
         for name, inputs, pattern in self._runnable(torch.float32):
             if refusals(self.kernel, _with_leaves(inputs), pattern):
                 continue  # forward only here, as the kernel says
-            ours, exact = (
-                _gradients(kernel, inputs, pattern) for kernel in (self.kernel, Reference())
-            )
-            for mine, theirs in zip(ours, exact, strict=True):
-                torch.testing.assert_close(
-                    mine, theirs, rtol=1e-3, atol=1e-4, msg=f"{name}: {{}}".format
-                )
+            ours = _gradients(self.kernel, inputs, pattern)
+            exact = _gradients(Reference(), inputs, pattern)
+            message = f"{name}: {{}}".format
+            torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4, msg=message)
 
     def test_a_row_without_a_key_is_zero(self) -> None:
         inputs = _on(random_inputs((4, 4), prefix=0), self.device)
@@ -242,42 +238,36 @@ def _odd(device: str) -> Iterator[Case]:
     inputs = _on(random_inputs((4, 4)), device)
     scores = torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(7)).to(device)
     pattern = finish(Pattern.top(scores, 5), inputs)
-    for dtype in (torch.float64, torch.float16):
-        cast = inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
-        yield str(dtype), cast, pattern
+    yield "torch.float64", _map_operands(inputs, Tensor.double), pattern
+    yield "torch.float16", _map_operands(inputs, Tensor.half), pattern
     yield "dropout", inputs.replace(dropout=0.1), pattern
-    meta = inputs.replace(q=inputs.q.to("meta"), k=inputs.k.to("meta"), v=inputs.v.to("meta"))
-    yield "meta tensors", meta, pattern
-    none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
-    yield "no image", none, Pattern.dense(17, 17)
+    yield "meta tensors", _map_operands(inputs, lambda x: x.to("meta")), pattern
+    yield "no image", _map_operands(inputs, lambda x: x[:0]), Pattern.dense(17, 17)
     fewer = inputs.replace(k=inputs.k[:, :, :9], v=inputs.v[:, :, :9])
     yield "fewer keys than queries", fewer, Pattern.dense(17, 9)
 
 
 def _as_views(inputs: AttentionInputs) -> AttentionInputs:
     """The same call with operands laid out ``[B, N, H, D]``, as hosts have them."""
-    q, k, v = (
-        x.transpose(1, 2).contiguous().transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)
-    )
-    return inputs.replace(q=q, k=k, v=v)
+    return _map_operands(inputs, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def _with_leaves(inputs: AttentionInputs) -> AttentionInputs:
     """The same call with operands that want a gradient."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    bias = inputs.bias
-    if bias is not None and bias.is_floating_point():
-        bias = bias.detach().clone().requires_grad_()
-    return inputs.replace(q=q, k=k, v=v, bias=bias)
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_(x.is_floating_point())
+
+    return _map_operands(inputs, leaf, bias=True)
 
 
 def _gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, ...]:
     call = _with_leaves(inputs)
     out = kernel(call, pattern)
+    if not out.requires_grad:  # the plan gave the output
+        return ()
     weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     operands = (call.q, call.k, call.v, call.bias)
     leaves = [x for x in operands if x is not None and x.requires_grad]
-    if not out.requires_grad:  # the plan gave the output
-        return ()
     total = (out * weight).sum()
     return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -19,12 +20,11 @@ from sparsiattn.errors import SparsiattnError, UnknownName
 from sparsiattn.patching.apply import patch
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.load import load
-from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 from sparsiattn.testing.fresh import HEAVY, imported_by
 from sparsiattn.testing.hosts import tiny_images, tiny_vit, windowed_images, windowed_vit
-from sparsiattn.testing.plugin import temporary_plugin
+from sparsiattn.testing.plugin import registered
 from sparsiattn.training.reconstruction import site_losses
 
 
@@ -32,12 +32,19 @@ class PatchSuite:
     """What a strategy must keep on a small plain ViT, and on one with windows.
 
     Override ``model()`` and ``images()`` for another host, ``windowed()`` for another windowed one
-    (None: there is none). ``tolerance``: of the identity at full budget; ``batch_tolerance``:
-    between an image alone and in a batch; ``compiles``: False where the strategy has no static
-    graph; ``changes``: False where it leaves outputs alone until it was trained.
+    (None: there is none).
+
+    Attributes:
+        strategy: What is tested.
+        identity: Options of the budget that keeps all.
+        tolerance: Of the identity at full budget.
+        batch_tolerance: Between an image alone and in a batch.
+        compiles: False where the strategy has no static graph.
+        changes: False where it leaves outputs alone until it was trained.
     """
 
     strategy: Config
+    identity: dict[str, Any] = {"k": 1.0}  # noqa: RUF012
     tolerance: ClassVar[dict[str, Any]] = {"rtol": 1e-5, "atol": 1e-5}
     batch_tolerance: ClassVar[dict[str, Any]] = {"rtol": 1e-4, "atol": 1e-5}
     compiles: bool = True
@@ -53,19 +60,17 @@ class PatchSuite:
         return windowed_vit(), windowed_images()
 
     @contextmanager
-    def registered(self) -> Iterator[None]:
-        """Inside the block the strategy is found by its name, plug-in or not."""
-        if REGISTRY.all("strategies").get(self.strategy.name) is type(self.strategy):
-            yield
-        else:
-            with temporary_plugin(strategies=[type(self.strategy)], name="under-test"):  # type: ignore[list-item]
-                yield
+    def _patched(self) -> Iterator[tuple[Any, Tensor, Patch]]:
+        """The model, patched inside the block, its images, and the patch."""
+        model = self.model()
+        with torch.no_grad(), patch(model, self.strategy) as patched:
+            yield model, self.images(), patched
 
     def _ragged(self) -> bool:
         """Whether every image may keep its own number of tokens."""
-        return bool(getattr(self.strategy, "ragged", bool)())
+        return bool(getattr(self.strategy, "is_ragged", bool)())
 
-    def _static(self) -> None:
+    def _skip_without_static_graph(self) -> None:
         if not self.compiles or self._ragged():
             pytest.skip("says that it has no static graph")
 
@@ -79,15 +84,27 @@ class PatchSuite:
         """What `list_strategies()` shows, and why the full budget is not the dense model."""
         kind = type(self.strategy)
         assert (kind.__doc__ or "").strip(), "the first line of the docstring is its summary"
-        assert kind.exact_at_full or kind.inexact_reason, "say in inexact why it is not exact"
+        assert kind.exact_at_full or kind.inexact_reason, "say why in inexact_reason"
 
-    def _check_wrong_option(self, listed: str) -> None:
-        with pytest.raises(UnknownName, match=rf"'no_such_option'.*{listed}"):
+    def test_wrong_option_is_named_with_the_right_ones(self) -> None:
+        names = type(self.strategy).option_names()
+        with pytest.raises(UnknownName, match="'no_such_option'") as error:
             type(self.strategy).build({"no_such_option": 1})
+        assert all(name in str(error.value) for name in names)
+
+    def test_full_budget_is_the_dense_model(self) -> None:
+        if self.strategy.exact_at_full:
+            self._identity_on(self.model(), self.images())
+
+    def _identity_on(self, model: nn.Module, x: Tensor) -> None:
+        full = dataclasses.replace(self.strategy, **self.identity)
+        with torch.no_grad():
+            dense = model(x)
+            with patch(model, full):
+                torch.testing.assert_close(model(x), dense, **self.tolerance)
 
     def test_images_do_not_influence_each_other(self) -> None:
-        model, x = self.model(), self.images()
-        with torch.no_grad(), patch(model, self.strategy):
+        with self._patched() as (model, x, _):
             torch.testing.assert_close(model(x)[:1], model(x[:1]), **self.batch_tolerance)
 
     def test_unpatch_restores_everything(self) -> None:
@@ -96,19 +113,16 @@ class PatchSuite:
         modules = dict(model.named_modules())
         with torch.no_grad():
             dense = model(x)
-            live = patch(model, self.strategy)
+            patched = patch(model, self.strategy)
             sparse = model(x)
             assert not self.changes or not torch.equal(sparse, dense), "nothing was changed"
-            with live.disabled():
+            with patched.disabled():
                 assert torch.equal(model(x), dense)
-            live.unpatch()
+            patched.unpatch()
             assert torch.equal(model(x), dense)
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-        after = dict(model.named_modules())
-        assert list(after) == list(modules)
-        assert all(after[name] is module for name, module in modules.items())
-        _assert_no_hook(model)
+        assert_same_modules(model, modules)
 
     def test_a_wrong_input_leaves_nothing_behind(self) -> None:
         model, x = self.model(), self.images()
@@ -120,38 +134,38 @@ class PatchSuite:
                     model(x[:, :1])  # one channel
                 assert torch.equal(model(x), sparse)
             assert torch.equal(model(x), dense)
-        _assert_no_hook(model)
+        assert_no_hook(model)
 
     def test_host_keys_stay_and_dense_checkpoints_load(self) -> None:
         model = self.model()
         dense = copy.deepcopy(model.state_dict())
-        with patch(model, self.strategy) as live:
+        with patch(model, self.strategy) as patched:
             added = set(model.state_dict()) - set(dense)
-            homes = tuple(f"{site.name}.sparsiattn." for site in live.sites)
-            assert all(name.startswith(homes) for name in added)
+            prefixes = tuple(f"{site.name}.sparsiattn." for site in patched.sites)
+            assert all(name.startswith(prefixes) for name in added)
             assert set(dense) <= set(model.state_dict())
             model.load_state_dict(dense, strict=True)
 
     def test_copies_and_pickles_stay_patched(self) -> None:
-        model, x = self.model(), self.images()
-        with torch.no_grad(), patch(model, self.strategy):
+        with self._patched() as (model, x, _):
             sparse = model(x)
-            for twin in (copy.deepcopy(model), _through_pickle(model)):
-                live = patch_of(twin)
-                assert live is not None
-                assert live.model is twin
-                assert torch.equal(twin(x), sparse)
-                live.unpatch()
+            for model_copy in (copy.deepcopy(model), _through_pickle(model)):
+                patched = patch_of(model_copy)
+                assert patched is not None
+                assert patched.model is model_copy
+                assert torch.equal(model_copy(x), sparse)
+                patched.unpatch()
             assert torch.equal(model(x), sparse), "undoing a copy must not undo the original"
 
     def test_saved_and_loaded_it_computes_the_same(self, tmp_path: Path) -> None:
         model, x = self.model(), self.images()
-        twin = copy.deepcopy(model)
-        with torch.no_grad(), self.registered(), patch(model, self.strategy) as live:
-            live.save(tmp_path / "saved")
-            with load(twin, tmp_path / "saved") as again:
-                assert type(again.strategy) is type(live.strategy)
-                assert torch.equal(twin(x), model(x))
+        model_copy = copy.deepcopy(model)
+        found_by_name = registered("strategies", type(self.strategy))
+        with torch.no_grad(), found_by_name, patch(model, self.strategy) as patched:
+            patched.save(tmp_path / "saved")
+            with load(model_copy, tmp_path / "saved") as loaded:
+                assert type(loaded.strategy) is type(patched.strategy)
+                assert torch.equal(model_copy(x), model(x))
 
     def test_host_weights_get_gradients(self) -> None:
         """Also after a warm-up in inference mode, whose tensors must not be kept."""
@@ -182,45 +196,43 @@ class PatchSuite:
         with patch(model, self.strategy):
             direct = _gradients(model, x)
             model.set_grad_checkpointing(True)
-            for mine, theirs in zip(_gradients(model, x), direct, strict=True):
-                torch.testing.assert_close(mine, theirs)
+            torch.testing.assert_close(_gradients(model, x), direct)
 
     def test_weights_of_planners_learn(self) -> None:
         """A planner with weights has a loss (`LearnedPlanner`), or the model's own reaches them in
         training mode."""
         model, x = self.model(), self.images()
-        with patch(model, self.strategy) as live:
-            own = {n: p for n, p in model.named_parameters() if ".sparsiattn." in n}
-            for weight in own.values():
+        with patch(model, self.strategy) as patched:
+            weights = {n: p for n, p in model.named_parameters() if ".sparsiattn." in n}
+            if not weights:
+                return
+            for weight in weights.values():
                 weight.requires_grad_(True)
-            fitted = [r.planner for r in live.runtimes if isinstance(r.planner, LearnedPlanner)]
-            losses = site_losses(live, x) if own else []
-            assert len(losses) >= len(fitted) * bool(own)
-            if sum(1 for planner in fitted for _ in planner.parameters()) < len(own):
+            planners = [runtime.planner for runtime in patched.runtimes]
+            learned = [planner for planner in planners if isinstance(planner, LearnedPlanner)]
+            losses = site_losses(patched, x)
+            assert len(losses) >= len(learned)
+            if sum(1 for planner in learned for _ in planner.parameters()) < len(weights):
                 losses.append(model.train()(x).square().mean())
-            if losses:
-                torch.stack(losses).sum().backward()
-            for name, weight in own.items():
+            torch.stack(losses).sum().backward()
+            for name, weight in weights.items():
                 assert weight.grad is not None, f"{name} gets no gradient"
                 assert torch.isfinite(weight.grad).all(), name
-            assert not own or any(bool((p.grad != 0).any()) for p in own.values())  # type: ignore[union-attr]
+            assert any(p.grad is not None and p.grad.any() for p in weights.values())
 
     def test_same_input_same_bits(self) -> None:
         model, x = self.model(), self.images()
         state = torch.get_rng_state()
-        with torch.no_grad():
-            with patch(model, self.strategy):
-                first, second = model(x), model(x)
-            with patch(model, self.strategy):
-                third = model(x)
-        assert torch.equal(first, second)
-        assert torch.equal(first, third)
+        outputs = []
+        for _ in range(2):
+            with torch.no_grad(), patch(model, self.strategy):
+                outputs += [model(x), model(x)]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
         assert torch.equal(state, torch.get_rng_state()), "the global RNG was touched"
 
     def test_lower_precision(self) -> None:
         """Under autocast, and with weights in bfloat16; choices may differ, so values are free."""
-        model, x = self.model(), self.images()
-        with torch.no_grad(), patch(model, self.strategy):
+        with self._patched() as (model, x, _):
             shape = model(x).shape
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 mixed = model(x)
@@ -234,12 +246,11 @@ class PatchSuite:
         """The report counts from shapes, `profile` counts what runs."""
         if self._ragged():
             pytest.skip("how many tokens stay is known from values alone")
-        model, x = self.model(), self.images()[:1]
-        with torch.no_grad(), patch(model, self.strategy) as live:
-            model(x)
-            declared = {row.name: row for row in live.report().sites}
-            counted = profile(model, x)
-        for site in counted.sites:
+        with self._patched() as (model, x, patched):
+            model(x[:1])
+            declared = {row.name: row for row in patched.report().sites}
+            profiled = profile(model, x[:1])
+        for site in profiled.sites:
             row = declared[site.name]
             if row.density is not None and row.macs is not None:
                 assert site.density == pytest.approx(row.density, abs=1e-6), site.name
@@ -250,35 +261,36 @@ class PatchSuite:
 
     def test_windows(self) -> None:
         """A host with windows is served, or refused with a reason and left as it was."""
-        host = self.windowed()
-        if host is None:
+        windowed = self.windowed()
+        if windowed is None:
             pytest.skip("no windowed host given")
-        model, x = host
+        model, x = windowed
         with torch.no_grad():
             dense = model(x)
-            live = _patched_or_none(model, self.strategy)
-            if live is not None:
+            try:
+                patched = patch(model, self.strategy)
+            except SparsiattnError as refusal:
+                assert str(refusal)  # noqa: PT017 - a refusal is one of two answers
+            else:
                 assert torch.isfinite(model(x)).all()
-                live.unpatch()
+                patched.unpatch()
             assert torch.equal(model(x), dense)
-        _assert_no_hook(model)
+        assert_no_hook(model)
 
     @pytest.mark.slow
     def test_compiles_to_one_graph(self) -> None:
-        self._static()
-        model, x = self.model(), self.images()
-        with torch.no_grad(), patch(model, self.strategy):
+        self._skip_without_static_graph()
+        with self._patched() as (model, x, _):
             exact = model(x)
             torch.compiler.reset()
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)
         torch.compiler.reset()
 
     @pytest.mark.slow
     def test_exports(self) -> None:
-        self._static()
-        model, x = self.model(), self.images()
-        with torch.no_grad(), patch(model, self.strategy):
+        self._skip_without_static_graph()
+        with self._patched() as (model, x, _):
             program = torch.export.export(model, (x,))
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -287,17 +299,16 @@ class PatchSuite:
         assert not imported_by(type(self.strategy).__module__) & HEAVY
 
 
-def _patched_or_none(model: nn.Module, strategy: Config) -> Patch | None:
-    """None where the strategy refuses the model in words, as it may."""
-    try:
-        return patch(model, strategy)
-    except SparsiattnError as error:
-        if not str(error):
-            raise
-        return None
+def assert_same_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Assert that a model has these modules by name, in this order, and no hook on any."""
+    after = dict(model.named_modules())
+    assert list(after) == list(modules)
+    assert all(after[name] is module for name, module in modules.items())
+    assert_no_hook(model)
 
 
-def _assert_no_hook(model: nn.Module) -> None:
+def assert_no_hook(model: nn.Module) -> None:
+    """Assert that no forward hook is left on any module."""
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -311,6 +322,6 @@ def _through_pickle(model: nn.Module) -> nn.Module:
 
 
 def _gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(model(x).square().sum(), wanted, allow_unused=True)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(model(x).square().sum(), weights, allow_unused=True)
     return [g for g in grads if g is not None]

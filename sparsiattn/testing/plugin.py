@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.discovery.backbone import Backbone
@@ -23,8 +24,15 @@ def temporary_plugin(
 ) -> Iterator[None]:
     """Register strategies, kernels and backbones for the duration of a block.
 
-    What would make an installed plug-in a broken one is raised here: `PluginError` for a wrong
-    type, a missing name or one that is taken.
+    Args:
+        strategies: Classes.
+        kernels: Instances.
+        backbones: Instances.
+        name: Of the plug-in.
+
+    Raises:
+        PluginError: What would make an installed plug-in a broken one: a wrong type, a missing name
+            or one that is taken.
 
     >>> from dataclasses import dataclass
     >>> import sparsiattn
@@ -40,14 +48,21 @@ def temporary_plugin(
     lists = {"strategies": strategies, "kernels": kernels, "backbones": backbones}
     hooks = {f"sparsiattn_{kind}": _returning(list(things)) for kind, things in lists.items()}
     with REGISTRY.temporary(SimpleNamespace(**hooks), name):
-        _raise_fault(name)
+        for plugin in REGISTRY.plugins():
+            if plugin.name == name and plugin.error is not None:
+                raise plugin.error
         yield
 
 
-def _raise_fault(name: str) -> None:
-    for info in REGISTRY.plugins():
-        if info.name == name and info.error is not None:
-            raise info.error
+@contextmanager
+def registered(kind: str, thing: Any) -> Iterator[None]:
+    """Inside the block a strategy, kernel or backbone is found by its name, plug-in or not."""
+    if thing.name in REGISTRY.all(kind):
+        yield
+    else:
+        plugin: Any = {kind: [thing]}
+        with temporary_plugin(**plugin, name="under-test"):
+            yield
 
 
 def _returning(things: list[object]) -> object:

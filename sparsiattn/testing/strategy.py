@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.inputs import AttentionInputs
@@ -38,8 +37,8 @@ class StrategySuite(PatchSuite):
 
     def calls(self, **options: Any) -> AttentionInputs:
         """One call to plan, of two images."""
-        given = {"heads": self.heads, "dim": self.dim, **options}
-        return random_inputs(self.grid, **given).replace(cross_layer=CrossLayerState())
+        options = {"heads": self.heads, "dim": self.dim, **options}
+        return random_inputs(self.grid, **options).replace(cross_layer=CrossLayerState())
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call."""
@@ -47,30 +46,17 @@ class StrategySuite(PatchSuite):
         options = {"prefix_keys": self.strategy.prefix_keys}
         return finish(pattern, inputs, background=self.strategy.background, **options)
 
-    def _at(self, **fields: Any) -> Strategy:
-        return dataclasses.replace(self.strategy, **fields)
-
     def _has_budget(self) -> bool:
         return "k" in self.strategy.option_names()
 
-    def test_wrong_option_is_named_with_the_right_ones(self) -> None:
-        self._check_wrong_option("tile")
-
     def test_full_budget_is_the_dense_model(self) -> None:
         if not (self._has_budget() and self.strategy.exact_at_full):
-            assert self.strategy.inexact_reason or not self._has_budget()
             return
-        self._identity_on(self.model(), self.images(), self._at(k=1.0))
+        super().test_full_budget_is_the_dense_model()
         windowed = self.windowed()
         if windowed is not None:
             with suppress(InvalidOption):  # such hosts may be refused; another law wants words
-                self._identity_on(*windowed, self._at(k=1.0))
-
-    def _identity_on(self, model: nn.Module, x: Tensor, full: Strategy) -> None:
-        with torch.no_grad():
-            dense = model(x)
-            with patch(model, full):
-                torch.testing.assert_close(model(x), dense, **self.tolerance)
+                self._identity_on(*windowed)
 
     @pytest.mark.parametrize("prefix", [0, 1, 5])
     @pytest.mark.parametrize("tile", [1, (2, 2)])
@@ -78,8 +64,8 @@ class StrategySuite(PatchSuite):
         """Prefix queries see every key, every query sees one, and prefix keys are kept."""
         inputs = self.calls(prefix=prefix, tile=tile)
         mask = self.plan(inputs).to_mask()
-        whole = (2, self.heads, inputs.n_queries, inputs.n_keys)
-        assert torch.broadcast_shapes(mask.shape, whole) == whole
+        pairs = (2, self.heads, inputs.n_queries, inputs.n_keys)
+        assert torch.broadcast_shapes(mask.shape, pairs) == pairs
         assert mask.dtype == torch.bool
         assert mask.any(-1).all(), "a query was left without a key"
         assert mask[..., :prefix, :].all(), "prefix queries must see every key"
@@ -111,24 +97,18 @@ class StrategySuite(PatchSuite):
         if not self._has_budget() or not isinstance(self.strategy.k, float):  # type: ignore[attr-defined]
             pytest.skip("no budget that is a share")
         inputs = self.calls(prefix=1)
-        kept = [_share(self.plan(inputs)), _share(self._halved().plan(inputs))]
-        assert kept[1] <= kept[0] <= 1
-
-    def _halved(self) -> StrategySuite:
-        other = type(self)()
-        other.strategy = self._at(k=self.strategy.k / 2)  # type: ignore[attr-defined]
-        return other
+        halved = type(self)()
+        half: dict[str, Any] = {"k": self.strategy.k / 2}  # type: ignore[attr-defined]
+        halved.strategy = dataclasses.replace(self.strategy, **half)
+        shares = [suite.plan(inputs).to_mask().float().mean() for suite in (halved, self)]
+        assert shares[0] <= shares[1] <= 1
 
     def test_registers_are_prefix_tokens(self) -> None:
         """Five leading tokens instead of one: all of them reach the head in full."""
         model, x = tiny_vit(reg_tokens=4), self.images()
-        seen: list[Tensor] = []
-        with torch.no_grad(), patch(model, self.strategy, input=x) as live:
-            assert all(site.prefix_tokens == 5 for site in live.sites)
-            with live.observing(lambda site, planner, inputs: seen.append(inputs.q)):
+        names: list[str] = []
+        with torch.no_grad(), patch(model, self.strategy, input=x) as patched:
+            assert all(site.prefix_tokens == 5 for site in patched.sites)
+            with patched.observing(lambda site, planner, inputs: names.append(site.name)):
                 assert torch.isfinite(model(x)).all()
-        assert seen or isinstance(self.plan(self.calls()), Dense)
-
-
-def _share(pattern: Pattern) -> float:
-    return float(pattern.to_mask().float().mean())
+        assert names or isinstance(self.plan(self.calls()), Dense)

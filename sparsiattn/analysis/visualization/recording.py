@@ -12,22 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.analysis.visualization import attention_rows
+from sparsiattn.analysis.visualization import attention_rows, token_places
 from sparsiattn.analysis.visualization.photo import photo
 from sparsiattn.analysis.visualization.result import BlockTokens, Point, SiteAttention
-from sparsiattn.analysis.visualization.token_places import (
-    TokenPlaces,
-    fused_tokens,
-    patch_tokens,
-    token_places,
-    window_of,
-)
 from sparsiattn.analysis.visualization.view import AttentionView
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.model_call import eval_mode
 from sparsiattn.patching.site_selection import select
 from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime.patch_state import unwrap
@@ -50,7 +44,7 @@ class RecordedCall:
     runtime: SiteRuntime
     planner: Planner
     inputs: AttentionInputs
-    places: TokenPlaces
+    places: token_places.TokenPlaces
 
     def pattern(self) -> Pattern:
         """What the strategy computes of this call, planned anew."""
@@ -73,7 +67,7 @@ class Recorder:
     def __init__(self, patch: Patch, sites: Sequence[Site]) -> None:
         self.patch = patch
         self.runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
-        self.windows = {site.name: window_of(patch.model, site.name) for site in sites}
+        self.windows = {site.name: token_places.window_of(patch.model, site.name) for site in sites}
         self.calls: dict[str, RecordedCall] = {}
         self.token_states: dict[int, Any] = {}  # by block: what its attention sees
         self.mlp_states: dict[int, Any] = {}  # by block: which tokens its MLP takes
@@ -85,7 +79,7 @@ class Recorder:
             self.token_states.setdefault(runtime.block, inputs.token_state)
         if site.name in self.windows and site.name not in self.calls:
             # now, while the window block's map is the one of this call
-            places = token_places(inputs, self.windows[site.name])
+            places = token_places.places_of(inputs, self.windows[site.name])
             self.calls[site.name] = RecordedCall(runtime, planner, inputs, places)
 
     @contextmanager
@@ -125,8 +119,8 @@ class Recorder:
                 name=blocks[i].block.name,
                 index=i,
                 count=state.whole if state.ids is None else state.ids.shape[1],
-                place=patch_tokens(state),
-                fused=fused_tokens(state),
+                place=token_places.patch_tokens(state),
+                fused=token_places.fused_tokens(state),
                 mlp_only=bool(self.mlp_states),
             )
             for i, state in sorted(left.items())
@@ -253,13 +247,10 @@ def _matching(layer: object, sites: list[Site]) -> list[Site]:
 def _left_unchanged(patch: Patch) -> Iterator[None]:
     """Eval mode; afterwards modes and the record of the last forward pass are as before."""
     record = patch.image, patch.last_pass, MODEL_CALL.image
-    modes = [(module, module.training) for module in patch.model.modules()]
-    patch.model.eval()
     try:
-        yield
+        with eval_mode(patch.model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         patch.image, patch.last_pass, MODEL_CALL.image = record
 
 

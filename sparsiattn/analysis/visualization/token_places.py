@@ -34,7 +34,7 @@ class TokenPlaces:
     fused: tuple[int, ...] = ()
 
 
-def token_places(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
+def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
     """Where the tokens of one call are.
 
     Args:
