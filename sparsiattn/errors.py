@@ -100,3 +100,18 @@ def renamed_property(old: str, new: str) -> Any:
         return getattr(self, new)
 
     return property(get, doc=f"The old name of ``{new}``.")
+
+
+def first_line(error: BaseException, named: bool = False) -> str:
+    """What another library's error says, without the paragraphs that follow.
+
+    Args:
+        error: Any error.
+        named: Whether its class comes first, as in a traceback.
+
+    >>> first_line(ValueError("no such file. See below:")), first_line(KeyError(), named=True)
+    ('no such file. See below:', 'KeyError: ')
+    """
+    line = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    name = type(error).__name__
+    return f"{name}: {line}" if named else line or name

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsiattn.errors import InvalidOption, UnknownName
+from sparsiattn.errors import InvalidOption, UnknownName, first_line
 from sparsiattn.serialization.files import CONFIG, NEW
 from sparsiattn.serialization.host import host_of
 from sparsiattn.serialization.origin import mark
@@ -163,7 +163,8 @@ def _transformers(
             return auto.from_pretrained(name, config=config)  # type: ignore[no-any-return]
         return auto.from_config(config)  # type: ignore[no-any-return]
     except Exception as error:  # constructors, the network and the Hub each have their own
-        raise InvalidOption(f"transformers cannot make {name!r}: {_first(error)}") from error
+        reason = first_line(error).rstrip(".")
+        raise InvalidOption(f"transformers cannot make {name!r}: {reason}") from error
 
 
 def _config(name: str, extra: dict[str, Any]) -> Any:
@@ -173,14 +174,16 @@ def _config(name: str, extra: dict[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(name, **extra)
     except OSError as error:
+        reason = first_line(error).rstrip(".")
         close = get_close_matches(name, cached_repositories(), n=3, cutoff=0.5)
         hint = f" In the cache: {', '.join(f'hf:{one}' for one in close)}." if close else ""
         raise UnknownName(
-            f"no configuration of a model at {name!r}: {_first(error)}.{hint} It must be a folder "
+            f"no configuration of a model at {name!r}: {reason}.{hint} It must be a folder "
             "with config.json, a repository in the cache, or one that the network reaches"
         ) from error
     except Exception as error:  # unknown types, remote code, wrong options
-        raise InvalidOption(f"transformers cannot read {name!r}: {_first(error)}") from error
+        reason = first_line(error).rstrip(".")
+        raise InvalidOption(f"transformers cannot read {name!r}: {reason}") from error
 
 
 def _need(package: str, prefix: str, extra: str) -> None:
@@ -189,9 +192,3 @@ def _need(package: str, prefix: str, extra: str) -> None:
             f"{prefix} names need {package}, which is not installed: "
             f"pip install 'sparsiattn[{extra}]'"
         )
-
-
-def _first(error: Exception) -> str:
-    """The first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparsiattn.errors import DataError, UnknownName
+from sparsiattn.errors import DataError, UnknownName, first_line
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.serialization.files import CONFIG, HOST, WEIGHTS
 from sparsiattn.serialization.save import save
@@ -41,7 +41,8 @@ def push(
                 commit_message=commit_message,
             )  # fmt: skip
         except Exception as error:  # the Hub's, the network's and the system's own
-            raise DataError(f"{repo_id!r} cannot be uploaded: {_first(error)}") from error
+            reason = first_line(error, named=True)
+            raise DataError(f"{repo_id!r} cannot be uploaded: {reason}") from error
     return str(getattr(done, "commit_url", done))
 
 
@@ -81,11 +82,6 @@ def download(
     except Exception as error:  # the Hub's, the network's and the system's own
         raise UnknownName(
             f"no saved patch {repo_id!r}: it is no folder here, and the Hugging Face Hub says "
-            f"{_first(error)}"
+            f"{first_line(error, named=True)}"
         ) from error
     return Path(folder)
-
-
-def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
