@@ -14,13 +14,14 @@ from sparsiattn.attention.geometry import Grid
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Pooled keys that stand for what a pattern dropped (design: `background`).
+    """Pooled keys that stand for what a pattern dropped (the option ``background``).
 
-    cells: cell of every key, ``[Nk]``; prefix keys carry the id ``count`` and belong to none.
-    parts: rows and columns of cells, G in all. bias: logit of each pooled key, ``[B|1, H|1, R,
-    G]`` for R pattern rows or patch queries: log of how many of the cell's keys were not selected,
-    minus infinity if all were. allowed: keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``;
-    None means all.
+    Attributes:
+        cells: Cell of every key, ``[Nk]``; prefix keys carry the id ``count`` and belong to none.
+        parts: Rows and columns of cells, G in all.
+        bias: Logit of each pooled key, ``[B|1, H|1, R, G]`` for R pattern rows or patch queries:
+            log of how many of the cell's keys were not selected, minus infinity if all were.
+        allowed: Keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``; None means all.
     """
 
     cells: Tensor
@@ -30,6 +31,7 @@ class Summary:
 
     @property
     def count(self) -> int:
+        """Cells, G."""
         return self.parts[0] * self.parts[1]
 
     @property
@@ -56,10 +58,16 @@ class Summary:
 
 
 class CountedSummary(Summary):
-    """A summary whose bias is the log of how many keys of each cell a list leaves out: counted when
-    a kernel asks for it, since one that walks through the lists can count by itself.
+    """A summary whose bias is the log of how many keys of each cell a list leaves out.
 
-    bias: what makes it, or the bias itself, which then is any.
+    It is counted when a kernel asks for it, since one that walks through the lists can count by
+    itself.
+
+    Args:
+        cells: As in `Summary`.
+        parts: As in `Summary`.
+        bias: A function that counts, or any bias.
+        allowed: As in `Summary`.
     """
 
     def __init__(
@@ -80,5 +88,4 @@ class CountedSummary(Summary):
 
     @cached_property
     def bias(self) -> Tensor:
-        found: Tensor = vars(self)["count_bias"]()
-        return found
+        return vars(self)["count_bias"]()  # type: ignore[no-any-return]

@@ -28,8 +28,8 @@ class Block:
 
     Attributes:
         name: Module path.
-        taken: Shape of its input for one image.
-        given: Shape of its output for one image.
+        input_shape: Shape of its input for one image.
+        output_shape: Shape of its output for one image.
         sites: Paths of the attention modules in it.
         tail: Its MLP branch; None if it has none of its own.
         head: The first module inside that takes the block's input.
@@ -37,8 +37,8 @@ class Block:
     """
 
     name: str
-    taken: torch.Size
-    given: torch.Size
+    input_shape: torch.Size
+    output_shape: torch.Size
     sites: tuple[str, ...]
     tail: Tail | None
     head: str | None = None

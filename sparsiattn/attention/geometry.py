@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Grid = tuple[int, int]
 """Rows and columns of patch tokens."""
@@ -30,41 +31,36 @@ def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
     """``build(*key, device=device)``, kept for the next call with the same arguments."""
     if torch.compiler.is_compiling():
         return build(*key, device=device)
-    full = (build, key, device)
-    found = _TABLES.get(full)
-    if found is None:
+    full_key = (build, key, device)
+    built = _TABLES.get(full_key)
+    if built is None:
         # an inference tensor kept from a warm-up would break a later training step
         with torch.inference_mode(False):
-            found = build(*key, device=device)
-        if _is_real(found):
-            _keep(full, found)
-    return found
+            built = build(*key, device=device)
+        # a fake tensor (of a tracing mode) must not outlive its mode
+        if all(type(part) is Tensor for part in _parts(built)):
+            _keep(full_key, built)
+    return built
 
 
-def _keep(key: Any, found: object) -> None:
+def _keep(key: Any, built: object) -> None:
     """Keep a table, the oldest ones going first; one that is huge is made again each time."""
-    if _elements(found) > _MOST_ELEMENTS:
+    if _elements(built) > _MOST_ELEMENTS:
         return
     with _LOCK:
-        while _TABLES and _elements(*_TABLES.values(), found) > _MOST_ELEMENTS:
+        while _TABLES and _elements(*_TABLES.values(), built) > _MOST_ELEMENTS:
             _TABLES.pop(next(iter(_TABLES)))
-        _TABLES[key] = found
+        _TABLES[key] = built
 
 
 def _elements(*tables: object) -> int:
-    return sum(part.numel() for found in tables for part in _parts(found))
+    return sum(part.numel() for built in tables for part in _parts(built))
 
 
-def _parts(found: object) -> list[Tensor]:
-    parts = vars(found).values() if isinstance(found, Tiles) else (found,)
-    if isinstance(found, tuple):
-        parts = found
+def _parts(built: Any) -> list[Tensor]:
+    """Tensors of a table, of several in a tuple, or of `Tiles`."""
+    parts = vars(built).values() if isinstance(built, Tiles) else tree_leaves(built)
     return [part for part in parts if isinstance(part, Tensor)]
-
-
-def _is_real(found: object) -> bool:
-    """Whether no fake tensor (of a tracing mode) is in there: those must not outlive their mode."""
-    return all(type(part) is Tensor for part in _parts(found))
 
 
 def infer_grid(n: int, aspect: float = 1.0) -> Grid:
@@ -154,10 +150,13 @@ def nested_rank(grid: Grid, outer: Grid, inner: Grid, *, device: torch.device) -
 class Tiles:
     """Queries grouped into compact 2-D tiles.
 
-    order: token of every slot, ``[T, t]``; a tile smaller than ``t`` repeats its last token.
-    slot: where each token stands in the flattened tiles, ``[n]``.
-    weight: ``[T, t]``, zero on repeated slots, each row summing to one; averages over a tile.
-    smallest: tokens of the smallest tile. parts: tiles in each direction. columns: of the grid.
+    Attributes:
+        order: Token of every slot, ``[T, t]``; a tile smaller than ``t`` repeats its last token.
+        slot: Where each token stands in the flattened tiles, ``[n]``.
+        weight: ``[T, t]``, zero on repeated slots, each row summing to one; averages over a tile.
+        smallest: Tokens of the smallest tile.
+        parts: Tiles in each direction.
+        columns: Columns of the grid.
     """
 
     order: Tensor
@@ -169,10 +168,12 @@ class Tiles:
 
     @property
     def size(self) -> int:
+        """Slots of a tile, t."""
         return self.order.shape[1]
 
     @property
     def count(self) -> int:
+        """Tiles, T."""
         return self.order.shape[0]
 
     @property

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.background import Summary
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.pattern import Pattern, scatter_true
 
@@ -61,12 +60,9 @@ class KeyLists(Pattern):
 class KeyIndex(KeyLists):
     """Lists of single keys; see `KeyLists`."""
 
-    n_queries: int
-    n_keys: int
     index: Tensor
     tiles: Tiles | None = None
     dense_rows: int = 0
-    summary: Summary | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +77,12 @@ class KeyBlocks(KeyLists):
         prefix: Leading keys that are in every list.
     """
 
-    n_queries: int
-    n_keys: int
     chosen: Tensor
     blocks: Tiles
     keys: int
     prefix: int = 0
     tiles: Tiles | None = None
     dense_rows: int = 0
-    summary: Summary | None = None
 
     @property
     def width(self) -> int:

@@ -99,6 +99,7 @@ def causal_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
 
 
 def autocast_to(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in the dtype of `autocast_dtype`."""
     return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
@@ -113,8 +114,21 @@ def autocast_dtype(q: Tensor) -> torch.dtype | None:
 def grids(
     site: Site, n_queries: int, n_keys: int, image: Grid | None, window: object
 ) -> tuple[Grid, Grid]:
-    """The patch grids of this call. At the resolution of patch time they are known; at another one
-    they follow the host's window, where it has one, else the aspect of the image."""
+    """The patch grids of one call.
+
+    At the resolution of patch time they are known; at another one they follow the host's window,
+    where it has one, else the aspect of the image.
+
+    Args:
+        site: The call's site.
+        n_queries: Queries, prefix included.
+        n_keys: Keys, prefix included.
+        image: Height and width of the present image in patches, up to a common factor.
+        window: The host's window, if it has one.
+
+    Returns:
+        Grids of the patch queries and of the patch keys.
+    """
     queries, keys = n_queries - site.prefix_tokens, n_keys - site.prefix_tokens
     if isinstance(window, (tuple, list)) and window[0] * window[1] == queries == keys:
         return (window[0], window[1]), (window[0], window[1])

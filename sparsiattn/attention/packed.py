@@ -32,14 +32,17 @@ class PackedTokens:
 
     @property
     def owner(self) -> int:
+        """Key of the patch."""
         return self.states[0].owner
 
     @property
     def prefix(self) -> int:
+        """Prefix tokens of each image."""
         return self.states[0].prefix
 
     @property
     def reduced(self) -> bool:
+        """Always: images are packed by a reduction."""
         return True
 
     def bare(self) -> PackedTokens:
@@ -58,8 +61,12 @@ class PackedTokens:
             yield state, x[:, where], None if attention is None else attention[i]
 
     def fit_side(self, table: Tensor) -> Tensor:
-        """Nothing to cut, or an error: hosts split the prefix off once, not once for each image,
-        so a position table cannot be laid over packed images."""
+        """The table as it is, where it does not go by patches.
+
+        Raises:
+            InvalidOption: It does: hosts split the prefix off once, not once for each image, so a
+                position table cannot be laid over packed images.
+        """
         if self.states[0].is_side(table):
             raise InvalidOption(
                 f"adaptive counts need blocks without position tables, and this model's take one "
@@ -67,9 +74,9 @@ class PackedTokens:
             )
         return table
 
-    def whole_sequence(self, x: Tensor, how: str) -> Tensor:
+    def restore_sequence(self, x: Tensor, how: str) -> Tensor:
         """``[B, N0, C]``: every image with its original positions."""
-        rows = [state.whole_sequence(part, how) for state, part, _ in self.parts(x, None)]
+        rows = [state.restore_sequence(part, how) for state, part, _ in self.parts(x, None)]
         return torch.cat(rows)
 
 
@@ -95,8 +102,7 @@ def source(carried: TokenState | PackedTokens, batch: int) -> Tensor:
     if isinstance(carried, PackedTokens):
         return torch.cat([source(state, 1) for state in carried.states])
     if not carried.steps:
-        whole = carried.prefix + carried.whole
-        return torch.arange(whole).expand(batch, -1)
+        return torch.arange(carried.prefix + carried.n_original).expand(batch, -1)
     patches = carried.source()
     prefix = torch.arange(carried.prefix, device=patches.device).expand(len(patches), -1)
     moved = torch.where(patches >= 0, patches + carried.prefix, -1)

@@ -9,7 +9,7 @@ tiles and the host's masks are taken into account. The others are what kernels c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from sparsiattn.errors import InvalidType
 DenseAttention = Callable[[AttentionInputs], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
 class Pattern:
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
 
@@ -40,15 +41,15 @@ class Pattern:
 
     n_queries: int
     n_keys: int
-    summary: Summary | None = None
+    summary: Summary | None = field(default=None, kw_only=True)
 
     def to_mask(self) -> Tensor:
-        """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives."""
-        raise NotImplementedError
+        """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives; here, everywhere."""
+        return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool)
 
     def pairs(self) -> float | None:
         """Logits computed per head, summary included; None if only the values tell."""
-        raise NotImplementedError
+        return float(self.n_queries * self.n_keys)
 
     def macs(self, dim: int, value_dim: int) -> float | None:
         """QK^T and AV of one head, pooling of the summary keys included; None as in `pairs`."""
@@ -179,15 +180,6 @@ class Pattern:
 class Dense(Pattern):
     """Every pair."""
 
-    n_queries: int
-    n_keys: int
-
-    def to_mask(self) -> Tensor:
-        return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool)
-
-    def pairs(self) -> float:
-        return float(self.n_queries * self.n_keys)
-
     def attend(self, inputs: AttentionInputs) -> Tensor:
         return inputs.masked_attention()
 
@@ -200,8 +192,6 @@ class Lengths(Pattern):
         lengths: Tokens of each image; they add up to ``n_queries`` and to ``n_keys``.
     """
 
-    n_queries: int
-    n_keys: int
     lengths: tuple[int, ...]
 
     def to_mask(self) -> Tensor:
@@ -237,8 +227,6 @@ class Ranked(Pattern):
             of every row, best first, ``[B|1, H|1, R, C]``.
     """
 
-    n_queries: int
-    n_keys: int
     scores: Tensor
     k: Budget
     best: Tensor | None = None
@@ -258,10 +246,7 @@ class Ranked(Pattern):
 class Mask(Pattern):
     """A boolean mask ``[B|1, H|1, Nq, Nk]``, True where the pair survives."""
 
-    n_queries: int
-    n_keys: int
     keep: Tensor
-    summary: Summary | None = None
 
     def to_mask(self) -> Tensor:
         return self.keep
@@ -278,10 +263,6 @@ class ComputedPattern(Pattern):
 
     No pair is dropped, so masks are full; what is saved is in `macs`.
     """
-
-    def to_mask(self) -> Tensor:
-        """All True: every key has its part in the result."""
-        return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool)
 
     def macs(self, dim: int, value_dim: int) -> float:
         raise NotImplementedError
@@ -311,8 +292,6 @@ class Computed(ComputedPattern):
         dense_rows: Number of prefix queries.
     """
 
-    n_queries: int
-    n_keys: int
     k: Tensor
     v: Tensor
     q: Tensor | None = None
@@ -344,15 +323,10 @@ class Computed(ComputedPattern):
 class Logits(ComputedPattern):
     """Weights from logits that planning gave, ``[B|1, H|1, Nq, Nk]``, on the host's values."""
 
-    n_queries: int
-    n_keys: int
     values: Tensor
 
-    def pairs(self) -> float:
-        return float(self.n_queries * self.n_keys)
-
     def macs(self, dim: int, value_dim: int) -> float:
-        return self.pairs() * value_dim
+        return float(self.n_queries * self.n_keys * value_dim)
 
     def attend_with(self, inputs: AttentionInputs, dense: DenseAttention) -> Tensor:
         dtype = torch.promote_types(inputs.v.dtype, torch.float32)
@@ -368,8 +342,6 @@ class Logits(ComputedPattern):
 class Output(ComputedPattern):
     """What attention would return, ``[B, H, Nq, Dv]``, known without it."""
 
-    n_queries: int
-    n_keys: int
     value: Tensor
 
     def pairs(self) -> float:

@@ -84,12 +84,13 @@ class TokenState:
     returned: Tensor | None = None
 
     @property
-    def whole(self) -> int:
+    def n_original(self) -> int:
         """Patch tokens before any reduction."""
         return self.grid[0] * self.grid[1]
 
     @property
     def reduced(self) -> bool:
+        """Whether any reduction took place."""
         return len(self.steps) > 0  # bool() of a tuple is nothing that Dynamo of torch 2.10 traces
 
     def bare(self) -> TokenState:
@@ -136,9 +137,16 @@ class TokenState:
         return total / count.clamp_min(1)
 
     def fit_mask(self, mask: Tensor) -> Tensor:
-        """A host mask over all tokens, ``[..., N0, N0]`` (or ``[..., 1, N0]``), cut down to the
-        present ones: ``[B, H|1, N, N]``. Masks that fit already come back as they are."""
-        full = self.prefix + self.whole
+        """A host mask cut down to the present tokens.
+
+        Args:
+            mask: Over all tokens, ``[..., N0, N0]`` or ``[..., 1, N0]``; one that fits already
+                comes back as it is.
+
+        Returns:
+            ``[B, H|1, N, N]`` or ``[B, H|1, 1, N]``.
+        """
+        full = self.prefix + self.n_original
         if self.ids is None or mask.shape[-1] != full or full == self.prefix + self.ids.shape[1]:
             return mask
         if mask.dim() < 4:
@@ -152,8 +160,12 @@ class TokenState:
         return mask.gather(-1, columns.expand(*mask.shape[:-1], -1))
 
     def fit_side(self, table: Tensor) -> Tensor:
-        """A block's argument cut down to the present tokens, if it is a table with one row for
-        each patch (RoPE: ``[..., n0, D]``); anything else comes back as it is."""
+        """A block's argument cut down to the present tokens.
+
+        Args:
+            table: A table with one row for each patch (RoPE: ``[..., n0, D]``); anything else
+                comes back as it is.
+        """
         if self.ids is None or not self.is_side(table):
             return table
         positions = self.positions()
@@ -165,14 +177,14 @@ class TokenState:
 
     def is_side(self, table: Tensor) -> bool:
         """Whether a block's argument is a table with one row for each original patch."""
-        if not 2 <= table.dim() <= 4 or table.shape[-2] != self.whole:
+        if not 2 <= table.dim() <= 4 or table.shape[-2] != self.n_original:
             return False
         # a bias over pairs of tokens is cut down where it is used
-        return table.dim() == 2 or table.shape[-1] != self.whole
+        return table.dim() == 2 or table.shape[-1] != self.n_original
 
-    def whole_sequence(self, x: Tensor, how: str) -> Tensor:
-        """``[B, N0, C]``: prefix tokens, then every original position (see `whole_of`)."""
-        patches = self.whole_of(x[:, self.prefix :], how)
+    def restore_sequence(self, x: Tensor, how: str) -> Tensor:
+        """``[B, N0, C]``: prefix tokens, then every original position (see `restore_patches`)."""
+        patches = self.restore_patches(x[:, self.prefix :], how)
         return torch.cat([x[:, : self.prefix], patches], dim=1)
 
     def tokens(self) -> Tensor:
@@ -191,21 +203,26 @@ class TokenState:
 
     def remember(self, x: Tensor) -> TokenState:
         """With the present patch tokens ``[B, n, C]`` noted as the last value of each original."""
-        return replace(self, last=self.whole_of(x, "scatter"))
+        return replace(self, last=self.restore_patches(x, "scatter"))
 
-    def whole_of(self, x: Tensor, how: str) -> Tensor:
-        """``[B, n0, C]``: every original position with its token from ``x`` ``[B, n, C]``.
+    def restore_patches(self, x: Tensor, how: str) -> Tensor:
+        """Every original position with its token.
 
-        how: ``"unfold"`` gives a merged or fused patch its cluster's token (or what the strategy
-        makes of all of them, see `Reduction`), ``"scatter"`` only writes tokens that stand for
-        themselves; either leaves the last value where nothing is.
+        Args:
+            x: The present patch tokens, ``[B, n, C]``.
+            how: ``"unfold"`` gives a merged or fused patch its cluster's token (or what the
+                strategy makes of all of them, see `Reduction`), ``"scatter"`` writes only tokens
+                that stand for themselves. Both leave the last value where nothing is.
+
+        Returns:
+            ``[B, n0, C]``.
         """
         if not self.steps or self.ids is None:
             return x
         place = self.source()
         if how == "scatter":
             stands_for = self.ids.gather(1, place.clamp_min(0))
-            itself = torch.arange(self.whole, device=place.device)
+            itself = torch.arange(self.n_original, device=place.device)
             place = torch.where(stands_for == itself, place, -1)
         values = self._unfolded(x, place, how)
         rest = 0.0 if self.last is None else self.last.to(x.dtype)

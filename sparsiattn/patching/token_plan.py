@@ -70,13 +70,13 @@ def plan_tokens(
 
 def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:
     """Whether one sequence ``[B, N, C]`` runs through all blocks, every token attending to all."""
-    shapes = {shape for block in blocks for shape in (block.taken, block.given)}
+    shapes = {shape for block in blocks for shape in (block.input_shape, block.output_shape)}
     everywhere = all(
-        site.windows == 1 and site.tokens == site.keys == blocks[0].taken[-2]
+        site.windows == 1 and site.tokens == site.keys == blocks[0].input_shape[-2]
         for block in blocks
         for site in (sites[name] for name in block.sites)
     )
-    return len(shapes) == 1 and len(blocks[0].taken) == 3 and everywhere
+    return len(shapes) == 1 and len(blocks[0].input_shape) == 3 and everywhere
 
 
 def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> None:
@@ -85,11 +85,11 @@ def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> N
     Raises:
         InvalidOption: The strategy needs more than that.
     """
-    if blocks[0].taken[0] != 1:
+    if blocks[0].input_shape[0] != 1:
         raise InvalidOption(
             f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
-            f"image: {list(blocks[0].taken)}), which token strategies cannot make shorter; use an "
-            "attention strategy such as 'connectivity'"
+            f"image: {list(blocks[0].input_shape)}), which token strategies cannot make shorter; "
+            "use an attention strategy such as 'connectivity'"
         )
     if not (tokens.reads_attention() or tokens.is_ragged() or tokens.merges()):
         return
@@ -127,7 +127,7 @@ def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> 
     model = runtime.owner.model
     runtime.strategy = strategy
     runtime.planner = place_planner(
-        lambda: strategy.planner(runtime.site, runtime.block.given[-1]),
+        lambda: strategy.planner(runtime.site, runtime.block.output_shape[-1]),
         model.get_submodule(runtime.block.name),
         training=model.training,
     )
@@ -159,7 +159,8 @@ def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
         return blocks
     for before, runtime in pairwise(blocks):
         block = runtime.block
-        same_stage = block.after and before.block.given == block.taken == block.given
+        shapes = {before.block.output_shape, block.input_shape, block.output_shape}
+        same_stage = block.after and len(shapes) == 1
         can_spare = block.tail is not None and not block.tail.mixes
         if runtime.placement is None and same_stage and before.placement and can_spare:
             runtime.placement = "bypass"

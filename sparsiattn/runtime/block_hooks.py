@@ -154,7 +154,7 @@ class LeaveBlock(BlockHook):
         if not state.reduced:
             return tokens
         if owner.restores_at(last):
-            return state.whole_sequence(tokens, owner.restore_mode)
+            return state.restore_sequence(tokens, owner.restore_mode)
         if last and isinstance(state, PackedTokens):
             return unpack(tokens, state)
         return tokens

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.thread_state import SITE_CALLS
@@ -25,8 +26,10 @@ Weights = Literal["unasked", "ignored", "read"]
 
 
 class SparseMultihead(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that calls scaled dot product attention where a patch is listening,
-    and is its base class elsewhere, as inside `Patch.disabled`."""
+    """`nn.MultiheadAttention` that calls scaled dot product attention where a patch listens.
+
+    Elsewhere, as inside `Patch.disabled`, it is its base class.
+    """
 
     def forward(
         self,
@@ -41,10 +44,8 @@ class SparseMultihead(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         top = SITE_CALLS.top
         if top is None or top[0] is None:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
-            )  # fmt: skip
+            options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return super().forward(query, key, value, *options)
         # as in the base class: a hint that holds only while there is nothing to add to the mask
         causal = is_causal and attn_mask is not None and key_padding_mask is None
         q, k, v = (self._heads(x, query) for x in self._project(query, key, value))
@@ -82,14 +83,14 @@ class SparseMultihead(nn.MultiheadAttention):
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
         """Both masks as one to add, ``[B|1, H|1, Nq|1, Nk]``; None if there is none."""
-        found = None
+        bias = None
         if mask is not None:
-            found = _additive(mask, q.dtype)
-            found = found[None, None] if mask.dim() == 2 else found.unflatten(0, q.shape[:2])
+            bias = _additive(mask, q.dtype)
+            bias = bias[None, None] if mask.dim() == 2 else bias.unflatten(0, q.shape[:2])
         if padding is not None:
             extra = _additive(padding, q.dtype).reshape(-1, 1, 1, padding.shape[-1])
-            found = extra if found is None else found + extra
-        return found
+            bias = extra if bias is None else bias + extra
+        return bias
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,6 +109,7 @@ def swap(module: nn.Module) -> bool:
 
 
 def swap_back(module: nn.Module) -> None:
+    """Undo `swap`."""
     if type(module) is SparseMultihead:
         setattr(module, "__class__", nn.MultiheadAttention)  # noqa: B010
 
@@ -133,8 +135,11 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 class RefuseWeights:
-    """Forward pre-hook (with keywords) of a patched `nn.MultiheadAttention` that was not asked for
-    its attention weights in the dry run: raises where it is, as there are none to give."""
+    """Forward pre-hook (with keywords) of a patched `nn.MultiheadAttention`.
+
+    Raises if the host wants attention weights, which it did not in the dry run: sparse attention
+    has none to give.
+    """
 
     def __init__(self, owner: Any, site: str) -> None:
         self.owner, self.site = owner, site
@@ -156,17 +161,18 @@ class _Weights(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, _Weights):
-                    item.watcher.read = True
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, _Weights):
+                leaf.watcher.read = True
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
 
 class WatchWeights:
-    """Forward hook of one `nn.MultiheadAttention` in the dry run: where weights were asked for it
-    returns a stand-in, which tells whether the host reads them."""
+    """Forward hook of one `nn.MultiheadAttention` in the dry run.
+
+    Where the host wants weights it returns a stand-in, which tells whether the host reads them.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         swap(module)
@@ -174,32 +180,39 @@ class WatchWeights:
         self.clear()
 
     def clear(self) -> None:
+        """Forget the run so far."""
         self.read = False
-        self._made: list[weakref.ref[_Weights]] = []
+        self._stand_ins: list[weakref.ref[_Weights]] = []
 
     def __call__(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        given = _arguments(module, args, kwargs)
-        if not given["need_weights"] or type(module) is not SparseMultihead:
+        call = _arguments(module, args, kwargs)
+        if not call["need_weights"] or type(module) is not SparseMultihead:
             return output
-        made = torch.empty(_weights_shape(module, given), device="meta").as_subclass(_Weights)
-        made.watcher = self
-        self._made.append(weakref.ref(made))
-        return output[0], made
+        weights = torch.empty(_weights_shape(module, call), device="meta").as_subclass(_Weights)
+        weights.watcher = self
+        self._stand_ins.append(weakref.ref(weights))
+        return output[0], weights
 
     def verdict(self) -> Weights:
-        """To be asked while the model's output is held: weights that outlive the forward pass were
-        returned or stored, which counts as read."""
-        if any(made() is not None for made in self._made):
+        """What became of the weights.
+
+        Call it while the model's output is held: weights that outlive the forward pass were
+        returned or stored, which counts as read.
+        """
+        if self._outlived():
             gc.collect()  # or they are merely part of a cycle
-        if self.read or any(made() is not None for made in self._made):
+        if self.read or self._outlived():
             return "read"
-        return "ignored" if self._made else "unasked"
+        return "ignored" if self._stand_ins else "unasked"
+
+    def _outlived(self) -> bool:
+        return any(weights() is not None for weights in self._stand_ins)
 
 
-def _weights_shape(module: nn.MultiheadAttention, given: dict[str, Any]) -> tuple[int, ...]:
+def _weights_shape(module: nn.MultiheadAttention, call: dict[str, Any]) -> tuple[int, ...]:
     """``[B, N, S]``, with heads after B if they are not averaged, without B if unbatched."""
-    query, key = given["query"], given["key"]
+    query, key = call["query"], call["key"]
     axis = 1 if module.batch_first and query.dim() == 3 else 0
     batch = (query.shape[1 - axis],) if query.dim() == 3 else ()
-    heads = () if given["average_attn_weights"] else (module.num_heads,)
+    heads = () if call["average_attn_weights"] else (module.num_heads,)
     return (*batch, *heads, query.shape[axis], key.shape[axis])

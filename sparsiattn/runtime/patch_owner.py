@@ -60,7 +60,7 @@ class PatchOwner:
 
     @property
     def restore_mode(self) -> Literal["scatter", "unfold"]:
-        """How original positions come back; see `TokenState.whole_of`."""
+        """How original positions come back; see `TokenState.restore_patches`."""
         scatters = self.tokens is not None and self.tokens.restore == "scatter"
         return "scatter" if scatters else "unfold"
 

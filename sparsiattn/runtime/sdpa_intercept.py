@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.sdpa import set_original_attention
 from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
 
@@ -27,8 +28,10 @@ _wrapper: Callable[..., Tensor] | None = None
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``fallback`` with a look at the stack in front. A new function each time, so that wrapping
-    somebody's wrapper of ours cannot recurse."""
+    """``fallback`` with a look at the stack in front.
+
+    A new function each time, so that wrapping somebody's wrapper of ours cannot recurse.
+    """
 
     def scaled_dot_product_attention(
         query: Tensor,
@@ -42,10 +45,10 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         operands = (query, key, value, attn_mask)
         if has_torch_function(operands):  # tensor subclasses ask which function was called
+            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
             return handle_torch_function(
-                scaled_dot_product_attention, operands, *operands, dropout_p=dropout_p,
-                is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            )  # fmt: skip
+                scaled_dot_product_attention, operands, *operands, **options, enable_gqa=enable_gqa
+            )
         top = SITE_CALLS.top
         if top is not None and not torch.compiler.is_compiling():
             top = innermost(top)
@@ -58,8 +61,9 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not torch.compiler.is_compiling():
             SITE_CALLS.routed.add(top[1])
         SITE_CALLS.top = None  # a route may call attention itself
+        call = HostCall(*operands, dropout_p, is_causal, scale, enable_gqa)
         try:
-            return route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return route(call)
         finally:
             SITE_CALLS.top = top
 
@@ -87,12 +91,16 @@ def note_caller(key: int) -> None:
 
 
 def forget_caller(key: int) -> None:
+    """Undo `note_caller`."""
     SITE_CALLS.callers.pop(key, None)
 
 
 def abandoned(key: int) -> bool:
-    """Whether what was opened under this key is no longer running: an interrupt (Control-C, or
-    whatever is no `Exception`) unwinds a forward pass without calling its forward hooks."""
+    """Whether what was opened under this key is no longer running.
+
+    An interrupt (Control-C, or whatever is no `Exception`) unwinds a forward pass without calling
+    its forward hooks.
+    """
     caller_then = SITE_CALLS.callers.get(key)
     if caller_then is None:
         return False
@@ -116,6 +124,7 @@ def innermost(top: Scope) -> Scope | None:
 
 
 def push(route: Route | None, key: int) -> None:
+    """Open a scope in this thread: attention goes that route, or None for the host's own."""
     SITE_CALLS.top = (route, key, SITE_CALLS.top)
 
 

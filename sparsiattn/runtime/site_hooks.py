@@ -31,18 +31,8 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         replica: The planner of a replica of `nn.DataParallel`, which has weights of its own.
     """
 
-    def route(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        dropout: float,
-        causal: bool,
-        scale: float | None,
-        gqa: bool,
-    ) -> Tensor:
+    def route(call: HostCall) -> Tensor:
         planner = runtime.planner if replica is None else cast(Planner, replica)
-        call = HostCall(q, k, v, mask, dropout, causal, scale, gqa)
         state = BLOCK_CALL.token_state
         here = runtime.owner.key, runtime.block
         if state is not None and (state.owner, state.layer) == here:

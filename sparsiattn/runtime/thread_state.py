@@ -17,11 +17,12 @@ from torch import Tensor
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.token_state import TokenState
 
-Route: TypeAlias = Callable[..., Tensor]
+Route: TypeAlias = Callable[[HostCall], Tensor]
 """What stands in for a site's call of scaled dot product attention."""
 Scope: TypeAlias = tuple[Route | None, int, Any]
 """An open site: its route (None for the host's own attention), its key, the scope around it."""

@@ -249,7 +249,7 @@ def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
 
     Runs of the sequence are its tiles from here on, and later reductions keep the order.
     """
-    if state.whole < TILE_FROM:
+    if state.n_original < TILE_FROM:
         return index
     rank = geometry.table(
         geometry.nested_rank, state.grid, AUTO_TILE, AUTO_BLOCK, device=index.device

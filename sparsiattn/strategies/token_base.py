@@ -144,7 +144,7 @@ class TokenStrategy(Config):
     layers: 0-based indices of the blocks where tokens are reduced; None is a quarter, half and
     three quarters of the depth. restore: ``"auto"`` keeps the sequence short for classification
     and gives original positions back to whoever asks for features, ``"unfold"`` and ``"scatter"``
-    always give them back after the last block (see `TokenState.whole_of`), None never does.
+    always give them back after the last block (see `TokenState.restore_patches`), None never does.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Reduction, TokenStrategy

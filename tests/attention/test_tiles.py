@@ -12,7 +12,7 @@ import sparsiattn
 from sparsiattn.attention import geometry
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Pattern, Ranked
-from sparsiattn.runtime import block_runtime as carrying
+from sparsiattn.strategies import reduction
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.local import Local
@@ -147,7 +147,7 @@ def test_what_is_left_stands_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> No
         with live.observing(lambda site, planner, inputs: seen.append(inputs.token_state)):
             model(x)
         source = live.source()
-        monkeypatch.setattr(carrying, "TILE_FROM", 10**9)
+        monkeypatch.setattr(reduction, "TILE_FROM", 10**9)
         raster = model(x)
         assert not torch.equal(live.source(), source)
     torch.testing.assert_close(compact, raster)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
-from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import Lift, Tally
 from sparsiattn.runtime.sdpa_intercept import install, pop, push
@@ -70,6 +70,11 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhlt,bhtv->bhlv", F.softmax(scores, dim=-1), v)
 
 
+def rotary(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    angles = torch.einsum("i,j->ij", torch.arange(N) / N, torch.ones(D))  # no attention
+    return ((q * angles.cos()) @ (k * angles.sin()).mT).softmax(-1) @ v
+
+
 def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     return torch.bmm(torch.bmm(q, k.mT).mul(0.3).softmax(2), v).view(B, H, N, D)
@@ -115,8 +120,8 @@ def fewer_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 SPELLINGS = (
-    plain, modules, cosine_in_windows, in_place, columns, scaled_after, einsum, folded, decomposed,
-    decomposed_in_place, decomposed_onto_itself, decomposed_twice, masked, fewer_keys,
+    plain, modules, cosine_in_windows, in_place, columns, scaled_after, einsum, rotary, folded,
+    decomposed, decomposed_in_place, decomposed_onto_itself, decomposed_twice, masked, fewer_keys,
 )  # fmt: skip
 
 
@@ -400,9 +405,9 @@ def test_routes_run_outside_the_lift() -> None:
     install()
     seen: list[type] = []
 
-    def route(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-        seen.append(type(q @ k.mT))
-        return dense_attention(q, k, v)
+    def route(call: HostCall) -> Tensor:
+        seen.append(type(call.q @ call.k.mT))
+        return call.dense()
 
     push(route, 1)
     try:

@@ -118,7 +118,7 @@ class Recorder:
             BlockTokens(
                 name=blocks[i].block.name,
                 index=i,
-                count=state.whole if state.ids is None else state.ids.shape[1],
+                count=state.n_original if state.ids is None else state.ids.shape[1],
                 place=token_places.patch_tokens(state),
                 fused=token_places.fused_tokens(state),
                 mlp_only=bool(self.mlp_states),

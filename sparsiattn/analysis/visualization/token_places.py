@@ -78,8 +78,9 @@ def fused_tokens(token_state: TokenState) -> tuple[int, ...]:
 
 def patch_tokens(token_state: TokenState) -> Tensor:
     """``[rows, columns]``: the present token of every original patch, -1 where it is gone."""
-    place = token_state.source() if token_state.steps else torch.arange(token_state.whole)[None]
-    return place[0].cpu().view(token_state.grid)
+    if not token_state.steps:
+        return torch.arange(token_state.n_original).view(token_state.grid)
+    return token_state.source()[0].cpu().view(token_state.grid)
 
 
 class Window:

@@ -54,7 +54,7 @@ def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
     for name in [*reversed(above), site]:
         listed = isinstance(model.get_submodule(name.rpartition(".")[0]), _CONTAINERS)
         span = spans.get(name)
-        keeps_shape = span is not None and span.taken == span.given
+        keeps_shape = span is not None and span.input_shape == span.output_shape
         if listed and keeps_shape and type(model.get_submodule(name)) not in _CONTAINERS:
             return name
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.runtime.lifting import Trial, without_scores
@@ -67,6 +67,17 @@ class AttentionCall:
         return None
 
 
+def _joined(before: AttentionCall, latest: AttentionCall) -> AttentionCall:
+    """Calls of one module so far as one record."""
+    alike = (before.q, before.k, before.v) == (latest.q, latest.k, latest.v)
+    return replace(
+        latest,
+        count=before.count + 1,
+        uniform=before.uniform and alike,
+        lifted=before.lifted or latest.lifted,
+    )
+
+
 def _home_name(name: str, module: nn.Module) -> str:
     """The module whose attention this is: an `nn.Softmax` belongs to the one that holds it."""
     return name.rpartition(".")[0] if isinstance(module, nn.Softmax) else name
@@ -98,20 +109,22 @@ class _Recorder:
             watched.clear()
 
     def _opener(self, name: str, module: nn.Module, parents: Any, key: int) -> Any:
-        def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool,
-                   scale: float | None, gqa: bool) -> Tensor:  # fmt: skip
-            before = self.calls.get(name)
-            shapes = (q.shape, k.shape, v.shape)
-            uniform = before is None or (
-                before.uniform and (before.q, before.k, before.v) == shapes
+        def record(call: HostCall) -> Tensor:
+            latest = AttentionCall(
+                name,
+                module,
+                parents,
+                q=call.q.shape,
+                k=call.k.shape,
+                v=call.v.shape,
+                mask=None if call.mask is None else call.mask.shape,
+                mask_dtype=None if call.mask is None else call.mask.dtype,
+                causal=call.causal,
+                lifted=self.trial.attending,
             )
-            self.calls[name] = AttentionCall(
-                name, module, parents, q.shape, k.shape, v.shape,
-                None if mask is None else mask.shape, None if mask is None else mask.dtype,
-                causal, before.count + 1 if before else 1, uniform,
-                lifted=self.trial.attending or (before is not None and before.lifted),
-            )  # fmt: skip
-            return dense_attention(q, k, v, mask, p, causal, scale=scale, gqa=gqa)
+            before = self.calls.get(name)
+            self.calls[name] = latest if before is None else _joined(before, latest)
+            return call.dense()
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.given, name, (*args, *kwargs.values()))

@@ -7,7 +7,14 @@ from typing import Any
 
 
 def equation(args: Sequence[Any]) -> tuple[tuple[str, str, str], Any, Any] | None:
-    """The three index lists of an equation of two operands, and these; None for others."""
+    """An equation of two operands.
+
+    Args:
+        args: Positional arguments of `torch.einsum`.
+
+    Returns:
+        Its three index lists and the two operands; None for other equations.
+    """
     formula, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
@@ -21,12 +28,13 @@ def equation(args: Sequence[Any]) -> tuple[tuple[str, str, str], Any, Any] | Non
 def is_product(indices: tuple[str, str, str]) -> bool:
     """``bic,bjc->bij``: queries and keys in rows."""
     left, right, out = indices
-    batch, rest = left[:-2], left[-2:]
-    return right[:-2] == batch and right[-1] == rest[1] and out == batch + rest[0] + right[-2]
+    return is_average((left, right[:-2] + right[-2:][::-1], out))
 
 
 def is_average(indices: tuple[str, str, str]) -> bool:
     """``bij,bjd->bid``: weights and values in rows."""
     left, right, out = indices
-    batch, rest = left[:-2], left[-2:]
-    return right[:-2] == batch and right[-2] == rest[1] and out == batch + rest[0] + right[-1]
+    batch, summed = left[:-2], left[-1:]
+    rows = batch + left[-2:-1]
+    long = min(len(left), len(right)) > 1
+    return long and right[:-1] == batch + summed and out == rows + right[-1:]

@@ -22,7 +22,12 @@ class Tally:
 
 
 class Lift(TorchFunctionMode):
-    """While active, products of two computed operands are put off."""
+    """While active, products of two computed operands are put off.
+
+    Attributes:
+        tally: Counts the products that became attention.
+        idle: Whether nothing is put off for the moment.
+    """
 
     def __init__(self, tally: Tally) -> None:
         super().__init__()
@@ -30,6 +35,7 @@ class Lift(TorchFunctionMode):
         self.tally = tally  # Dynamo loses sight of a mode's own attributes once it is left
 
     def attend(self, *operands: Any, **options: Any) -> Tensor:
+        """Scaled dot product attention; arguments as torch takes them."""
         self.tally.attended += 1
         return F.scaled_dot_product_attention(*operands, **options)
 
@@ -53,13 +59,21 @@ PRODUCTS = ("matmul", "bmm", "einsum")
 
 
 def factors(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    """``[..., Nq, D]`` and ``[..., D, Nk]`` if these arguments ask for a product of two computed
-    tensors of at least three dimensions; parameters are weights, not keys."""
+    """The operands of a product that can be put off: two computed tensors of three dimensions or
+    more. Parameters are weights, not keys.
+
+    Args:
+        name: One of `PRODUCTS`.
+        args: Its positional arguments.
+
+    Returns:
+        ``[..., Nq, D]`` and ``[..., D, Nk]``; None for anything else.
+    """
     if name == "einsum":
-        found = equation(args)
-        if found is None or not is_product(found[0]):
+        parsed = equation(args)
+        if parsed is None or not is_product(parsed[0]):
             return None
-        left, right = found[1], found[2]
+        _, left, right = parsed
     else:
         left, right = args
     for x in (left, right):

@@ -42,9 +42,14 @@ def _lifted_forward(host: Any) -> Any:
 
 
 def without_scores(output: Any, home: int = 0) -> Any:
-    """A module's output, without the attention weights it may return beside its result: sparse
-    attention has none. Transformers' own fused attention returns None in their place, too. Scores
-    of a home other than this one go on to where they belong."""
+    """A module's output without the attention weights that it may return beside its result.
+
+    Sparse attention has none. Transformers' own fused attention returns None in their place, too.
+
+    Args:
+        output: What the module returned.
+        home: Scores made elsewhere go on to where they belong.
+    """
     if isinstance(output, Scores) and output.home == home:
         return output.tensor("return")
     if type(output) in (tuple, list):

@@ -81,11 +81,12 @@ def _fits(x: Tensor, shape: torch.Size) -> bool:
 def _view(scores: Any, *sizes: Any) -> Any:
     if not isinstance(scores, Scores) or scores.flipped:
         return NotImplemented
-    given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
-    if not all(isinstance(size, (int, torch.SymInt)) for size in given):
+    if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
+        sizes = tuple(sizes[0])
+    if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
         return NotImplemented
-    known = math.prod([size for size in given if size != -1])
-    shape = [math.prod(scores.shape) // known if size == -1 else size for size in given]
+    known = math.prod([size for size in sizes if size != -1])
+    shape = [math.prod(scores.shape) // known if size == -1 else size for size in sizes]
     return scores.but(shape=torch.Size(shape), view_of=scores)
 
 
@@ -162,10 +163,10 @@ def _meet(weights: Scores, values: Any, flipped: bool) -> bool:
 
 @operation("einsum")
 def _einsum_of(*args: Any) -> Any:
-    found = equation(args)
-    if found is None or not is_average(found[0]):
+    parsed = equation(args)
+    if parsed is None or not is_average(parsed[0]):
         return NotImplemented
-    return _matmul(found[1], found[2])
+    return _matmul(*parsed[1:])
 
 
 @operation("getitem")
@@ -196,8 +197,8 @@ def _setitem(scores: Any, key: Any, value: Any) -> Any:
         return NotImplemented
     origin, (i, j) = value.part_of
     same = origin is scores and _starts(key, scores.dim()) == (i, j)
-    whole = value.shape == (*scores.shape[:-2], scores.shape[-2] - i, scores.shape[-1] - j)
-    if not same or not whole or value.factor != scores.factor or value.softmaxed:
+    complete = value.shape == (*scores.shape[:-2], scores.shape[-2] - i, scores.shape[-1] - j)
+    if not same or not complete or value.factor != scores.factor or value.softmaxed:
         return NotImplemented
     fresh = value.but(terms=value.terms[value.returned :])  # `part += x` has put x back already
     scores.add_part(fresh.bias(), (i, j))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from sparsiattn.runtime.lifting.mode import Lift
+from torch.utils._pytree import tree_map
 
 Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
 """What was added to the scores, with the shape they had at that time."""
@@ -32,18 +30,44 @@ def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
+class LiftMode(Protocol):
+    """The mode that put scores off.
+
+    Attributes:
+        idle: Whether it lets products be computed for the moment.
+    """
+
+    idle: bool
+
+    def attend(self, *operands: Any, **options: Any) -> Tensor:
+        """Scaled dot product attention; arguments as torch takes them."""
+
+    def home(self) -> int:
+        """Where scores are made: they must meet their values in the same module."""
+
+    def refuse(self, scores: Scores, because: str) -> None:
+        """Hear that an operation of that name needs the values of scores."""
+
+
 FIELDS = (
-    "lift", "home", "q", "kt", "shape", "made_as", "dtype", "device", "factor", "terms",
-    "softmaxed", "dropout", "flipped", "part_of", "returned", "view_of", "value",
-)  # fmt: skip
+    *("lift", "home", "q", "kt", "shape", "made_as", "dtype", "device", "factor", "terms"),
+    *("softmaxed", "dropout", "flipped", "part_of", "returned", "view_of", "value"),
+)
 """What `Scores` hold."""
 
 
 class Scores:
-    """A product ``q @ kt`` that was put off, and what was done to it since. Stands in for the
-    tensor ``[..., Nq, Nk]`` in the host's own code."""
+    """A product ``q @ kt`` that was put off, and what was done to it since.
 
-    def __init__(self, lift: Lift, q: Tensor, kt: Tensor) -> None:
+    It stands in for the tensor ``[..., Nq, Nk]`` in the host's own code.
+
+    Args:
+        lift: The mode that put it off.
+        q: Queries, ``[..., Nq, D]``.
+        kt: Keys, ``[..., D, Nk]``.
+    """
+
+    def __init__(self, lift: LiftMode, q: Tensor, kt: Tensor) -> None:
         self.lift, self.home, self.q, self.kt = lift, lift.home(), q, kt
         lead = torch.broadcast_shapes(q.shape[:-2], kt.shape[:-2])
         self.shape = self.made_as = torch.Size((*lead, q.shape[-2], kt.shape[-1]))
@@ -115,18 +139,18 @@ class Scores:
     def bias(self) -> Tensor | None:
         """What was added to the scores, broadcastable to their present shape."""
         shape = flip(self.shape) if self.flipped else self.shape
-        found = None
+        bias = None
         for term, then in self.terms:
             fitted = term if then == shape else term.expand(then).reshape(shape)
-            found = fitted if found is None else found + fitted
-        return found
+            bias = fitted if bias is None else bias + fitted
+        return bias
 
     def add_part(self, bias: Tensor | None, starts: tuple[int, int]) -> None:
         """Adds in place to the scores ``[..., i:, j:]``."""
         if bias is not None:
             i, j = starts
-            whole = bias.expand(*self.shape[:-2], self.shape[-2] - i, self.shape[-1] - j)
-            self.terms = (*self.terms, (F.pad(whole, (j, 0, i, 0)), self.shape))
+            part = bias.expand(*self.shape[:-2], self.shape[-2] - i, self.shape[-1] - j)
+            self.terms = (*self.terms, (F.pad(part, (j, 0, i, 0)), self.shape))
 
     def attend(self, v: Tensor) -> Tensor:
         """``[..., Nq, Dv]``, by scaled dot product attention."""
@@ -142,18 +166,13 @@ class Scores:
 
 
 def flip(shape: tuple[int, ...]) -> torch.Size:
+    """The shape with its last two sizes exchanged."""
     return torch.Size((*shape[:-2], shape[-1], shape[-2]))
 
 
 def computed(name: str, values: Any) -> Any:
     """Arguments with scores replaced by their values."""
-    if isinstance(values, Scores):
-        return values.tensor(name)
-    if isinstance(values, dict):
-        return {key: computed(name, value) for key, value in values.items()}
-    if type(values) in (list, tuple):
-        return type(values)(computed(name, value) for value in values)
-    return values
+    return tree_map(lambda x: x.tensor(name) if isinstance(x, Scores) else x, values)
 
 
 def _method(name: str, scores: Scores, *args: Any, **kwargs: Any) -> Any:
