@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, patch
-from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels import Reference
 from sparsiattn.patching.warmup import warm
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.registry import REGISTRY
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 
 
 class Slow(Kernel):
