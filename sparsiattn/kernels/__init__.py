@@ -19,6 +19,7 @@ from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
+from sparsiattn.kernels.warmup import warm_kernels
 from sparsiattn.kernels.xformers import XFormers
 from sparsiattn.registry.deprecated import CallablePackage
 from sparsiattn.registry.hookspecs import hookimpl

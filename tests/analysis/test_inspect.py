@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Planner, Site, SparsiattnError, Strategy
-from sparsiattn.analysis.inspection import percent
 from sparsiattn.cli import app
+from sparsiattn.patching import install
 from sparsiattn.patching.discovery.backbone import SINGLE
-from sparsiattn.runtime import handle
+from sparsiattn.patching.text import percent
 from sparsiattn.testing import temporary_plugin
 from tests.support import hosts, zoo
 
@@ -148,7 +148,7 @@ def test_the_model_stays_as_it_was(training: bool) -> None:
 def test_compiled_graphs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attaching a patch has Dynamo forget its graphs; looking at a model must not."""
     calls: list[int] = []
-    monkeypatch.setattr(handle, "forget_compiled", lambda: calls.append(1))
+    monkeypatch.setattr(install, "forget_compiled", lambda: calls.append(1))
     model = zoo.build("vit")
     sparsiattn.inspect(model, strategies=["connectivity", "token_drop"])
     assert calls == []
