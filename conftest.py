@@ -71,8 +71,8 @@ def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def compiled_native(native_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The native kernel, compiled; afterwards nobody knows of it."""
+    from sparsiattn.kernels import compile_native
     from sparsiattn.kernels.native import build
-    from sparsiattn.kernels.native.kernel import compile_native
 
     monkeypatch.setenv("SPARSIATTN_CACHE", str(native_cache))
     monkeypatch.setenv("CC", COMPILER)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.attention.block_masks import block_mask
-from sparsiattn.kernels.gather import Gather
+from sparsiattn.attention import block_mask
+from sparsiattn.kernels import Gather
 
 
 def masks(n: int) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ import torch
 from common import write
 
 import sparsiattn
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.registry import REGISTRY
+from sparsiattn.testing import tiny_vit
 
 BUDGETS = {"attention": {"k": 0.25}, "tokens": {"keep": 0.6}, "both": {"k": 0.25, "keep": 0.6}}
 SUFFIX = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}

@@ -11,14 +11,12 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsiattn.attention.geometry import Tile
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Lengths, Pattern
+from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Tile
+from sparsiattn.kernels import Kernel
 from sparsiattn.kernels import flex_compile as flexcompile
-from sparsiattn.kernels.base import Kernel
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs
 
 Call = tuple[AttentionInputs, Pattern]
 SIDE, KEPT = 16, 80  # a grid of 256 patches; every query attends to 80 of them

@@ -15,10 +15,9 @@ from common import paired, roof, write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels.cost import CallShape
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.kernels import CallShape
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategies import Connectivity, finish
 
 CASES = [
     (1024, 0.1, (8, 8)),

@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.kernels.workspace import SCRATCH
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategies import Connectivity, finish
 
 HEADS, WIDTH = 6, 64
 

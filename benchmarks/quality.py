@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Planner, Site
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.strategies import finish
 
 BUDGETS = (0.1, 0.25, 0.5)
 MASKS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,7 +17,7 @@ import torch
 from common import write
 
 import sparsiattn
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY
 
 CASES = {"224 px, batch 8": (224, 8), "512 px, batch 1": (512, 1)}
 BUDGET = {"attention": {"k": 0.25}, "tokens": {"keep": 0.7, "ratio": 0.7}}

@@ -31,10 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.site import Site
-from sparsiattn.strategies.base import Planner
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.attention import AttentionInputs, Site
+from sparsiattn.strategies import Planner, finish
 
 BUDGETS = (0.5, 0.25, 0.1)
 TOKENS: dict[str, dict[str, Any]] = {

@@ -59,7 +59,7 @@ def _suites() -> Path:
 
 def _check(package: str) -> None:
     """Nothing found is an error: it must not pass for a run without failures."""
-    from sparsiattn.registry.registry import REGISTRY
+    from sparsiattn.registry import REGISTRY
 
     if REGISTRY.of_package(package):
         return

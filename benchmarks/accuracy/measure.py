@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.runtime.timing import paired
+from sparsiattn.runtime import paired
 
 BATCH, ROUNDS, TIMED = 250, 9, 64
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sparsiattn
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 KEEPS = (0.9, 0.7, 0.5)

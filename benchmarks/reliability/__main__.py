@@ -114,7 +114,7 @@ def main() -> int:
 
 def _compile_native() -> None:
     """Where there is a compiler, the kernel in C takes part."""
-    from sparsiattn.kernels.native.kernel import compile_native
+    from sparsiattn.kernels import compile_native
 
     print("native kernel:", compile_native() or "compiled", flush=True)
 

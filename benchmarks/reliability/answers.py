@@ -16,8 +16,8 @@ from reliability.hosts import build, hooks_on
 from reliability.images import finite_images, make
 from reliability.outcomes import Tally, Wrong
 from sparsiattn import SparsiattnError
-from sparsiattn.patching.handle import Patch
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.patching import Patch
+from sparsiattn.registry import REGISTRY
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 2e-4, "bf16": 0.1, "fp16": 0.02}
 """Of a whole model, relative to its largest output."""

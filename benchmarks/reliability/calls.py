@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from reliability.outcomes import Wrong
-from sparsiattn.attention.budget import count_of
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.key_lists import KeyIndex
-from sparsiattn.attention.pattern import Pattern
-from sparsiattn.kernels.base import Choice
-from sparsiattn.kernels.reference import Reference
+from sparsiattn.attention import AttentionInputs, KeyIndex, Pattern, count_of
+from sparsiattn.kernels import Choice, Reference
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 RANKED = ("topk", "random", "local", "connectivity")

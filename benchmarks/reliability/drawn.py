@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import sparsiattn
 from reliability.hosts import DTYPES, Host
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "flipped", "expanded")
 SPECIALS = (

@@ -17,7 +17,7 @@ from torch import nn
 import sparsiattn
 from reliability.hosts import Host, hooks_on
 from reliability.lanes import KINDS, Lane, fresh, lane
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY
 
 
 class Injected(RuntimeError):

@@ -13,13 +13,11 @@ from reliability.calls import same_as_reference
 from reliability.drawn import shares
 from reliability.hosts import DTYPES
 from reliability.outcomes import Tally, Wrong
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Pattern
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, Pattern, Site
 from sparsiattn.errors import SparsiattnError
-from sparsiattn.kernels.base import refusals
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.kernels import refusals
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategies import finish
 
 SIDES = ((1, 1), (1, 2), (2, 2), (3, 2), (1, 7), (4, 4), (2, 8))
 BIASES = ("none", "none", "bool", "bool by image", "added", "added with -inf", "masks -100")

@@ -13,7 +13,7 @@ from reliability.answers import untouched
 from reliability.drawn import names
 from reliability.hosts import Host, build
 from reliability.outcomes import Tally, Wrong
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY
 
 ODD: tuple[Any, ...] = (
     0, -1, 1.0000001, -0.1, 0.0, float("nan"), float("inf"), -float("inf"), True, False, None,

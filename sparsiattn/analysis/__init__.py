@@ -1,5 +1,5 @@
-"""What a patch does and costs: `inspect`, `profile`, `bench`, `tune`, `search`, `show`.
+"""What a patch is worth: times, costs, findings, searched budgets, pictures.
 
-May import training, patching and what stands below them; `testing`, the command line and the root
-of the package import from here.
+May import `sparsiattn.training` and what stands below it; testing and the command line may import
+it. Each part is a package of its own, so that a command imports only the one it needs.
 """

@@ -1,19 +1,25 @@
-"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves and, in C on a CPU,
-`native`, in Triton on CUDA, `triton`; `flex` compiles; `xformers` and `varlen` serve ragged batches
-on CUDA, the former key blocks too."""
+"""Kernels compute one attention call from a pattern; here are the contract, the choice, built-ins.
+
+`reference` specifies, `sdpa` masks, `gather` saves and, in C on a CPU, `native`, in Triton on CUDA,
+`triton`; `flex` compiles; `xformers` and `varlen` serve ragged batches on CUDA. May import
+`sparsiattn.attention` and `sparsiattn.registry`; strategies and all above may import it.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.base import Choice, Kernel, choose, refusals
+from sparsiattn.kernels.choice_cache import ChoiceCache
+from sparsiattn.kernels.cost import CallShape, Prices, Work
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.native.kernel import Native
+from sparsiattn.kernels.native.kernel import Native, compile_native
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
+from sparsiattn.kernels.warmup import warm_kernels
 from sparsiattn.kernels.xformers import XFormers
 from sparsiattn.registry.deprecated import CallablePackage
 from sparsiattn.registry.hookspecs import hookimpl

@@ -1,4 +1,8 @@
-"""The built-in strategies."""
+"""Strategies say which keys each query attends to, or which tokens go on: contracts and built-ins.
+
+May import `sparsiattn.kernels` and what stands below it; the runtime and all above may import it.
+Published methods are plug-ins on the public names: `sparsiattn.methods`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,22 @@ import sys
 
 from sparsiattn.registry.deprecated import CallablePackage
 from sparsiattn.registry.hookspecs import hookimpl
+from sparsiattn.strategies.base import Budgets, LearnedPlanner, Planner, Strategy
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.dense import DenseStrategy
+from sparsiattn.strategies.finalize import finish
 from sparsiattn.strategies.hybrid import Hybrid
+from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.strategies.local import Local
-from sparsiattn.strategies.random import Random
+from sparsiattn.strategies.random import Random, hash_integers
+from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
+from sparsiattn.strategies.token_base import (
+    LearnedTokenPlanner,
+    TokenInputs,
+    TokenPlanner,
+    TokenStrategy,
+)
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK

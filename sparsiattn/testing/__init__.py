@@ -1,12 +1,21 @@
 """Conformance suites that built-ins pass and plug-in authors subclass (with pytest); `doctor`.
 
+May import every package but `sparsiattn.methods` and the command line, which may import it.
+
 class TestMine(StrategySuite):
     strategy = Mine(k=0.25)
-
-The command line and tests import from here.
 """
 
 from importlib.util import find_spec
+
+from sparsiattn.testing.diagnosis import Diagnosis, doctor
+from sparsiattn.testing.hosts import (
+    random_inputs,
+    tiny_images,
+    tiny_vit,
+    windowed_images,
+    windowed_vit,
+)
 
 if find_spec("pytest"):  # suites need it, and `doctor` must run without
     from sparsiattn.testing.backbone import BackboneSuite
@@ -18,9 +27,16 @@ if find_spec("pytest"):  # suites need it, and `doctor` must run without
 
 __all__ = [
     "BackboneSuite",
+    "Diagnosis",
     "KernelSuite",
     "PatchSuite",
     "StrategySuite",
     "TokenStrategySuite",
+    "doctor",
+    "random_inputs",
     "temporary_plugin",
+    "tiny_images",
+    "tiny_vit",
+    "windowed_images",
+    "windowed_vit",
 ]

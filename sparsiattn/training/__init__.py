@@ -5,9 +5,30 @@ build on it.
 """
 
 from sparsiattn.training.calibration import calibrate
+from sparsiattn.training.data import Batches, loader
+from sparsiattn.training.evaluation import Evaluation, evaluate
 from sparsiattn.training.loop import train
-from sparsiattn.training.losses import keep_ratio_loss
+from sparsiattn.training.losses import Objective, keep_ratio_loss
+from sparsiattn.training.preprocess import data_config, image_transform
+from sparsiattn.training.progress import Progress, bar
 from sparsiattn.training.recipe import Recipe, Stage, recipes
 from sparsiattn.training.result import TrainResult
 
-__all__ = ["Recipe", "Stage", "TrainResult", "calibrate", "keep_ratio_loss", "recipes", "train"]
+__all__ = [
+    "Batches",
+    "Evaluation",
+    "Objective",
+    "Progress",
+    "Recipe",
+    "Stage",
+    "TrainResult",
+    "bar",
+    "calibrate",
+    "data_config",
+    "evaluate",
+    "image_transform",
+    "keep_ratio_loss",
+    "loader",
+    "recipes",
+    "train",
+]

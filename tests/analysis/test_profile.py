@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsiattn
 from sparsiattn import InvalidOption, Profile, profile
-from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies import Connectivity
 from tests.support import hosts, zoo
 
 WIDTH = {"tiny": 192, "small": 384, "base": 768}

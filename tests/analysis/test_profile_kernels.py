@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
-from sparsiattn.attention.pattern import Lengths
-from sparsiattn.runtime.thread_state import MODEL_CALL
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.attention import Lengths
+from sparsiattn.runtime import MODEL_CALL
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs
 from tests.support import hosts, zoo
 
 # -- what kernels compute --
@@ -56,7 +56,7 @@ def test_kernels_that_no_counter_sees_say_what_they_compute(
 ) -> None:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-    from sparsiattn.kernels.gather import Gather
+    from sparsiattn.kernels import Gather
 
     compute, modes = Gather.__call__, []
 
@@ -77,7 +77,7 @@ def test_kernels_that_no_counter_sees_say_what_they_compute(
 def test_a_kernel_of_unknown_operators_is_counted_by_its_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sparsiattn.kernels.gather import Gather
+    from sparsiattn.kernels import Gather
 
     monkeypatch.setattr(Gather, "__call__", lambda _, inputs, pattern: inputs.v)
     model = zoo.build("vit")
@@ -92,9 +92,7 @@ def test_a_kernel_of_unknown_operators_is_counted_by_its_work(
 
 def test_what_opaque_kernels_compute_by_hand() -> None:
     """Four tiles of 16 queries; a prefix key, 8 blocks of 4 keys, and 4 summary keys."""
-    from sparsiattn.kernels.flex import Flex
-    from sparsiattn.kernels.triton import Triton
-    from sparsiattn.kernels.xformers import XFormers
+    from sparsiattn.kernels import Flex, Triton, XFormers
 
     inputs = random_inputs((8, 8), tile=(4, 4), block=(2, 2))
     pattern = finish(Pattern.top(inputs.logits(), 33), inputs, background=2)

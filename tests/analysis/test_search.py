@@ -13,10 +13,8 @@ import torch
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.analysis.schedule_search.evaluation import TrialRunner
-from sparsiattn.analysis.schedule_search.pareto import CostModel
-from sparsiattn.analysis.schedule_search.space import Space, space_of
-from sparsiattn.strategies.hybrid import Hybrid
+from sparsiattn.analysis.schedule_search import CostModel, Space, TrialRunner, space_of
+from sparsiattn.strategies import Hybrid
 from tests.support import zoo
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn.analysis.visualization import AttentionView, recording
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support import zoo
 from tests.support.pictures import picture
 
@@ -177,7 +177,7 @@ def test_images_in_every_form(tmp_path: Path) -> None:
     sparsiattn.patch(model, "topk", k=0.2)
     image.save(tmp_path / "a.png")
     read = sparsiattn.show(model, image)
-    from sparsiattn.training.preprocess import data_config, image_transform
+    from sparsiattn.training import data_config, image_transform
 
     tensor = image_transform(data_config(model), False, {})(image)
     pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(32, 32, 3)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn.analysis.visualization import AttentionView
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support import zoo
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 import sparsiattn
 from sparsiattn.analysis.visualization import AttentionView, paint
 from sparsiattn.analysis.visualization.figures import MOST, _some
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from sparsiattn.testing import tiny_images, tiny_vit
 
 VIEWS = ("overview", "layers", "heads", "density")
 

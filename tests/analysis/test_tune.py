@@ -15,9 +15,8 @@ import torch
 import sparsiattn
 from sparsiattn.analysis.benchmark import tuning
 from sparsiattn.analysis.benchmark.tuning import Case, Measured
-from sparsiattn.kernels import cost
+from sparsiattn.kernels import Prices, Work, cost
 from sparsiattn.kernels import tuning_cache as tuningfile
-from sparsiattn.kernels.cost import Prices, Work
 from sparsiattn.kernels.tuning_cache import TuningIgnored
 from sparsiattn.runtime import timing
 from tests.support import zoo

@@ -14,16 +14,11 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import Pattern, Strategy
-from sparsiattn.attention.block_masks import BlockMask, block_mask
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, BlockMask, Site, block_mask
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.kernels.flex import Flex
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Reference
+from sparsiattn.strategies import finish
+from sparsiattn.testing import tiny_images, tiny_vit
 
 
 def operands(nq: int, nk: int, *, batch: int = 2, heads: int = 3, prefix: int = 0) -> Any:

@@ -15,14 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.attention.budget import count_of
-from sparsiattn.attention.key_lists import KeyIndex
-from sparsiattn.kernels import sparsiattn_kernels
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.attention import KeyIndex, count_of
+from sparsiattn.kernels import Gather, Reference, sparsiattn_kernels
+from sparsiattn.strategies import Connectivity, finish
+from sparsiattn.testing import random_inputs
 
 # those that compute any mask on any device
 HERE = [kernel for kernel in sparsiattn_kernels() if kernel.name in ("reference", "sdpa", "gather")]

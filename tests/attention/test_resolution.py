@@ -8,11 +8,8 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies import Connectivity, Local, Planner, finish
 from sparsiattn.strategies.basis import resize_table
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.strategies.local import Local
 from tests.support import zoo
 
 

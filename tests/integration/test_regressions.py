@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 import sparsiattn
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, Site
 from sparsiattn.runtime.sdpa_intercept import install
-from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies import Planner
 from sparsiattn.testing import temporary_plugin
 from tests.support import zoo
 

@@ -11,10 +11,9 @@ import torch
 
 import sparsiattn
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Site
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.kernels import Gather, Reference
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 from tests.support import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))

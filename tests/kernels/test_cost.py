@@ -13,18 +13,23 @@ import torch
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, Site
-from sparsiattn.attention.key_lists import KeyIndex
-from sparsiattn.attention.pattern import Lengths
-from sparsiattn.kernels import cost
-from sparsiattn.kernels.base import choose
-from sparsiattn.kernels.choice_cache import ChoiceCache, describe
-from sparsiattn.kernels.cost import CallShape, Planning, Prices, Work
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.attention import KeyIndex, Lengths
+from sparsiattn.kernels import (
+    CallShape,
+    ChoiceCache,
+    Gather,
+    MaskedSDPA,
+    Prices,
+    Reference,
+    Work,
+    choose,
+    cost,
+)
+from sparsiattn.kernels.choice_cache import describe
+from sparsiattn.kernels.cost import Planning
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs
 from tests.support import zoo
 
 META = torch.device("meta")

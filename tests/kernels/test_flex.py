@@ -12,14 +12,12 @@ from torch._dynamo.utils import counters
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
-from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention import KeyBlocks
+from sparsiattn.kernels import Flex, Reference, choose
 from sparsiattn.kernels import flex_compile as flexcompile
-from sparsiattn.kernels.base import choose
-from sparsiattn.kernels.flex import Flex, operands_of, static_of
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing import KernelSuite
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.kernels.flex import operands_of, static_of
+from sparsiattn.strategies import finish
+from sparsiattn.testing import KernelSuite, random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.kernel import Case, cases
 from tests.support.flex_calls import flex_call
 

@@ -10,17 +10,10 @@ from torch._dynamo.utils import counters
 
 import sparsiattn
 from sparsiattn import Pattern
+from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Reference, Triton, Varlen, XFormers
 from sparsiattn.kernels import xformers as fmha
-from sparsiattn.kernels.flex import Flex
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.kernels.triton import Triton
-from sparsiattn.kernels.varlen import Varlen
-from sparsiattn.kernels.xformers import XFormers
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing import KernelSuite
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.strategies import finish
+from sparsiattn.testing import KernelSuite, random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, Case, _gradients, _on
 from tests.support import zoo
 from tests.support.flex_calls import flex_call

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import Pattern
-from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
+from sparsiattn.attention import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.errors import KernelRefused
+from sparsiattn.kernels import compile_native
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native import scores as planning
-from sparsiattn.kernels.native.kernel import compile_native
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.strategies import Connectivity, finish
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 from tests.support import ROOT
 from tests.support.native_calls import KERNEL, call, same
 

@@ -9,12 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsiattn.attention.background import CountedSummary
-from sparsiattn.attention.key_lists import KeyBlocks
-from sparsiattn.attention.pattern import Ranked
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.attention import CountedSummary, KeyBlocks, Ranked
+from sparsiattn.kernels import Reference
+from sparsiattn.strategies import Connectivity, finish
 from tests.support.native_calls import KERNEL, call, same
 
 

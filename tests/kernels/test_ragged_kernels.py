@@ -17,15 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import Kernel, Pattern
-from sparsiattn.attention.key_lists import KeyBlocks
-from sparsiattn.attention.pattern import Lengths
-from sparsiattn.kernels import paged, varlen
+from sparsiattn.attention import KeyBlocks, Lengths
+from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, paged, varlen
 from sparsiattn.kernels import xformers as fmha
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.kernels.varlen import Shim, Varlen
-from sparsiattn.kernels.xformers import Found, XFormers
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.kernels.varlen import Shim
+from sparsiattn.kernels.xformers import Found
+from sparsiattn.testing import random_inputs
 from tests.support.flex_calls import flex_call
 
 LENGTHS = (4, 9, 4, 4)

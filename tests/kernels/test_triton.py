@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsiattn import Pattern
-from sparsiattn.kernels.triton import Triton
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.kernels import Triton
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(

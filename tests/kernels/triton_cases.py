@@ -15,15 +15,11 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.attention.key_lists import KeyIndex
-from sparsiattn.attention.pattern import Dense
+from sparsiattn.attention import Dense, KeyIndex
+from sparsiattn.kernels import Kernel, Reference, Triton
 from sparsiattn.kernels._triton.ops import key_list_attention
-from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.triton import Triton
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing import KernelSuite
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.strategies import finish
+from sparsiattn.testing import KernelSuite, random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, _gradients
 from tests.support import zoo
 

@@ -16,9 +16,8 @@ from sparsiattn.methods.clusters import Clustering, published_counts, squared_di
 from sparsiattn.methods.dpc_knn import DPCKNN, density_peaks
 from sparsiattn.methods.expedit import Expedit
 from sparsiattn.methods.kmedoids import KMedoids, weighted_medoids
-from sparsiattn.strategies.token_base import TokenInputs
-from sparsiattn.testing import TokenStrategySuite
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.strategies import TokenInputs
+from sparsiattn.testing import TokenStrategySuite, random_inputs, tiny_images, tiny_vit
 from tests.support import zoo
 from tests.support.plain_vit import PlainViT
 from tests.support.token_macs import check as check_macs

@@ -14,11 +14,8 @@ from sparsiattn.methods.fibottention import Fibottention, banded, offsets
 from sparsiattn.methods.longformer import Longformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.sd_filter import SDFilter
-from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.strategies.token_merge import TokenMerge
-from sparsiattn.testing import StrategySuite
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.strategies import Hybrid, TokenDrop, TokenMerge
+from sparsiattn.testing import StrategySuite, random_inputs, tiny_images, tiny_vit
 
 CPU = torch.device("cpu")
 

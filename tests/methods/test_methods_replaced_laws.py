@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.kernels.reference import Reference
+from sparsiattn.kernels import Reference
 from sparsiattn.methods.attention_reuse import AttentionReuse
 from sparsiattn.methods.hypergraph import Hypergraph
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
-from sparsiattn.runtime.thread_state import MODEL_CALL
-from sparsiattn.strategies.base import Strategy
-from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.runtime import MODEL_CALL
+from sparsiattn.strategies import Hybrid, Strategy, TokenDrop
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 from tests.support import zoo
 
 ALL: list[Strategy] = [

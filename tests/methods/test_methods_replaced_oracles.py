@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.attention.cross_layer_state import CrossLayerState
-from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention import AttentionInputs, CrossLayerState
 from sparsiattn.methods.attention_reuse import AttentionReuse
 from sparsiattn.methods.hypergraph import Hypergraph, hyperedges
 from sparsiattn.methods.linformer import Linformer
 from sparsiattn.methods.lowrank import LowRank
 from sparsiattn.methods.skipat import SkipAt
-from sparsiattn.strategies.base import Strategy
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.strategies import Strategy
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 
 
 def scramble(planner: Any, seed: int = 0) -> Any:

@@ -15,8 +15,7 @@ from sparsiattn.methods.diffrate import DiffRate
 from sparsiattn.methods.patch_merger import Merger, PatchMerger
 from sparsiattn.methods.sinkhorn import Sinkhorn, Transport
 from sparsiattn.methods.sit import SiT, Slimming
-from sparsiattn.testing import TokenStrategySuite
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.testing import TokenStrategySuite, random_inputs, tiny_images, tiny_vit
 from tests.support.training_help import batches, one_stage, patched
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, InvalidOption, Pattern, Strategy
-from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.attention import KeyBlocks
 from sparsiattn.methods.bilevel import BiLevel
 from sparsiattn.methods.binary_topk import BinaryTopK, hamming
 from sparsiattn.methods.sd_filter import SDFilter, received
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing import StrategySuite
-from sparsiattn.testing.hosts import (
+from sparsiattn.strategies import finish
+from sparsiattn.testing import (
+    StrategySuite,
     random_inputs,
     tiny_images,
     tiny_vit,
@@ -199,8 +199,7 @@ def test_binary_scores_find_more_mass_than_chance_and_less_than_the_oracle() -> 
 
 
 def _named(name: str, **options: Any) -> Strategy:
-    from sparsiattn.strategies.random import Random
-    from sparsiattn.strategies.topk import TopK
+    from sparsiattn.strategies import Random, TopK
 
     return {"random": Random, "topk": TopK}[name](**options)
 

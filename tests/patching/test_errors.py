@@ -27,8 +27,8 @@ from sparsiattn import (
     Strategy,
     UnknownName,
 )
-from sparsiattn.strategies.topk import TopK
-from sparsiattn.testing.plugin import temporary_plugin
+from sparsiattn.strategies import TopK
+from sparsiattn.testing import temporary_plugin
 from tests.support import zoo
 
 SITES = ("blocks.0.attn", "blocks.1.attn")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import NothingToPatch, Patch
-from sparsiattn.strategies.local import Local
+from sparsiattn.strategies import Local
 from tests.support import zoo
 
 # Of some sites: tokens, keys, grid, key grid, prefix tokens, windows, what the host's mask does.

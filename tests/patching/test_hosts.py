@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsiattn
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY
 from sparsiattn.testing import BackboneSuite
 from tests.support import hosts, zoo
 

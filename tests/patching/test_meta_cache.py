@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, run_dry
 from sparsiattn.patching.flop_counter import mac_counter
-from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.testing import tiny_vit
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,8 +10,7 @@ import timm
 import torch
 
 import sparsiattn
-from sparsiattn.kernels import cost
-from sparsiattn.kernels.gather import Gather
+from sparsiattn.kernels import Gather, cost
 from sparsiattn.patching.estimate import dry_site
 from sparsiattn.strategies.connectivity import basis_cells
 from tests.support import zoo

@@ -17,9 +17,7 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import InvalidOption, SparsiattnError
-from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.strategies.token_merge import TokenMerge
+from sparsiattn.strategies import Hybrid, TokenDrop, TokenMerge
 from tests.support import zoo
 
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Kernel, Pattern, patch
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.patching.warmup import warm
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.kernels import Reference, warm_kernels
+from sparsiattn.registry import REGISTRY
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 
 
 class Slow(Kernel):
@@ -180,9 +179,9 @@ def test_backward_passes_get_ready_where_the_model_trains_on_a_device(
     inputs = random_inputs((4, 4))
     q, k, v = (x.to("meta") for x in (inputs.q, inputs.k, inputs.v))
     away, pattern = inputs.replace(q=q, k=k, v=v), Pattern.dense(17, 17)
-    warm((slow,), away, pattern, training=training)
-    warm((slow,), away.replace(dropout=0.1), pattern, training=training)  # refused: not asked
-    warm((slow,), inputs, pattern, training=training)  # no kernel compiles one for the CPU
+    warm_kernels((slow,), away, pattern, training=training)
+    warm_kernels((slow,), away.replace(dropout=0.1), pattern, training=training)  # refused
+    warm_kernels((slow,), inputs, pattern, training=training)  # no kernel compiles one for the CPU
     shape = (2, 3, 17, 8)
     wanted = [(shape, False), (shape, True)] if training else [(shape, False)]
     assert slow.warmed == [*wanted, (shape, False)]

@@ -19,8 +19,7 @@ import typer
 
 import sparsiattn
 from sparsiattn.cli import app
-from sparsiattn.registry import hookspecs
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY, hookspecs
 
 FILE = Path(__file__).with_name("api.json")
 

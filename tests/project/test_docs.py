@@ -15,8 +15,7 @@ import typer
 
 import sparsiattn
 from sparsiattn.cli import app
-from sparsiattn.registry import hookspecs
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.registry import REGISTRY, hookspecs
 from tests.support import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -7,11 +7,9 @@ import torch
 
 import sparsiattn
 from sparsiattn import Kernel, Pattern, PluginError
-from sparsiattn.kernels.base import choose
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.registry.registry import Registry
-from sparsiattn.testing import temporary_plugin
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.kernels import Reference, choose
+from sparsiattn.registry import Registry
+from sparsiattn.testing import random_inputs, temporary_plugin, tiny_images, tiny_vit
 from tests.support import ROOT, plugins
 from tests.support.plugins import HEAD, STRATEGIES, Install, source
 

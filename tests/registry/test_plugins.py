@@ -14,11 +14,8 @@ from torch.nn.functional import normalize
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, PluginError, Strategy
-from sparsiattn.registry import hookspecs, listing
-from sparsiattn.registry.registry import PluginInfo, Registry
-from sparsiattn.testing import StrategySuite
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
-from sparsiattn.testing.plugin import temporary_plugin
+from sparsiattn.registry import PluginInfo, Registry, hookspecs, listing
+from sparsiattn.testing import StrategySuite, temporary_plugin, tiny_images, tiny_vit
 from tests.support import plugins
 from tests.support.plugins import (
     HEAD,

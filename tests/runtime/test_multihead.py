@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.runtime.multihead import SparseMultihead
+from sparsiattn.runtime import SparseMultihead
 from tests.support import hosts
 
 FAR = float("-inf")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.strategies.token_merge import TokenMerge
+from sparsiattn.strategies import TokenMerge
 from tests.support import zoo
 
 HIERARCHICAL = ("swin", "samvit", "hiera")

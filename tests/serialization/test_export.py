@@ -16,7 +16,7 @@ import sparsiattn
 from sparsiattn import ExportFailed, InvalidOption
 from sparsiattn.serialization import exporters
 from sparsiattn.serialization.exporters import formats
-from sparsiattn.strategies.token_merge import TokenMerge
+from sparsiattn.strategies import TokenMerge
 from tests.support import zoo
 
 # name of the case -> arguments of `patch` and of `export`

@@ -26,10 +26,9 @@ from sparsiattn import (
     load,
     patch,
 )
-from sparsiattn.attention.key_lists import KeyIndex
-from sparsiattn.kernels import cost
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.attention import KeyIndex
+from sparsiattn.kernels import Gather, cost
+from sparsiattn.registry import REGISTRY
 from sparsiattn.serialization.files import checksum, with_checksum
 from tests.support import zoo
 

@@ -22,9 +22,8 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import MismatchedPatch, SparsiattnError, patch
-from sparsiattn.serialization import files
+from sparsiattn.serialization import files, origin_of
 from sparsiattn.serialization.files import CONFIG, HOST, WEIGHTS
-from sparsiattn.serialization.origin import origin_of
 from tests.support import environment, zoo
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2}

@@ -14,9 +14,7 @@ from torch import nn
 import sparsiattn
 from sparsiattn import Reduction, SparsiattnError, TokenInputs, TokenStrategy
 from sparsiattn.serialization.files import with_checksum
-from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.strategies.token_merge import TokenMerge
+from sparsiattn.strategies import Hybrid, TokenDrop, TokenMerge
 from sparsiattn.testing import TokenStrategySuite, temporary_plugin
 from tests.support import zoo
 

@@ -13,10 +13,8 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels import sparsiattn_kernels
-from sparsiattn.kernels.base import Kernel
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.kernels import Kernel, sparsiattn_kernels
+from sparsiattn.strategies import Connectivity, finish
 
 NAMES = {"proj_n": "down", "proj_back_n": "up"}
 NAMES |= {f"proj_c_{x}.{p}": f"project_{x}.{p}" for x in "qk" for p in ("weight", "bias")}

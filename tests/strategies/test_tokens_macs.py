@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import sparsiattn
-from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies import Connectivity
 from tests.support import zoo
 from tests.support.token_macs import WIDTH, check, deit, tokens
 

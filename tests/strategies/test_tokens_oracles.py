@@ -13,12 +13,11 @@ from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn import list_kernels
-from sparsiattn.attention.pattern import Lengths
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.attention import Lengths
+from sparsiattn.kernels import MaskedSDPA, Reference
 from sparsiattn.patching import dry_run as dry
-from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.strategies import TokenDrop
+from sparsiattn.testing import random_inputs, tiny_images, tiny_vit
 from tests.support import zoo
 from tests.support.plain_vit import PlainViT
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.testing.hosts import random_inputs
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs
 
 
 def flex_call(

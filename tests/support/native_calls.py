@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsiattn import AttentionInputs, Pattern, Site
-from sparsiattn.kernels.native.kernel import Native
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.kernels import Native, Reference
+from sparsiattn.strategies import finish
 
 KERNEL = Native()
 

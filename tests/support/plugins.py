@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsiattn.registry.registry import PluginInfo, Registry
-from sparsiattn.strategies.topk import TopK
+from sparsiattn.registry import PluginInfo, Registry
+from sparsiattn.strategies import TopK
 
 HEAD = """
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparsiattn
-from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.testing import tiny_vit
 from sparsiattn.training import Recipe, Stage
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -11,23 +11,18 @@ import torch
 from torch import nn
 
 from sparsiattn import list_kernels, list_strategies
-from sparsiattn.kernels.flex import Flex
-from sparsiattn.kernels.gather import Gather
-from sparsiattn.kernels.native.kernel import Native
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.kernels.triton import Triton
-from sparsiattn.kernels.varlen import Varlen
-from sparsiattn.kernels.xformers import XFormers
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.dense import DenseStrategy
-from sparsiattn.strategies.hybrid import Hybrid
-from sparsiattn.strategies.local import Local
-from sparsiattn.strategies.random import Random
-from sparsiattn.strategies.token_drop import TokenDrop
-from sparsiattn.strategies.token_merge import TokenMerge
-from sparsiattn.strategies.topk import TopK
+from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Native, Reference, Triton, Varlen, XFormers
+from sparsiattn.registry import REGISTRY
+from sparsiattn.strategies import (
+    Connectivity,
+    DenseStrategy,
+    Hybrid,
+    Local,
+    Random,
+    TokenDrop,
+    TokenMerge,
+    TopK,
+)
 from sparsiattn.testing import BackboneSuite, KernelSuite, StrategySuite, TokenStrategySuite
 from sparsiattn.testing.kernel import Case
 from tests.support import ROOT, zoo

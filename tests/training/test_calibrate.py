@@ -10,9 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
-from sparsiattn.strategies import connectivity
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
+from sparsiattn.strategies import Connectivity, connectivity
+from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support import zoo
 
 

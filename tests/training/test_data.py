@@ -19,9 +19,9 @@ from torch.utils.data import Subset, TensorDataset
 import sparsiattn
 from conftest import SHARED
 from sparsiattn.errors import DataError
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
-from sparsiattn.training.data import Batches, loader
-from sparsiattn.training.preprocess import data_config, seeded
+from sparsiattn.testing import tiny_images, tiny_vit
+from sparsiattn.training import Batches, data_config, loader
+from sparsiattn.training.preprocess import seeded
 from tests.support.pictures import (
     Flow,
     Pictures,

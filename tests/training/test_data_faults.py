@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from sparsiattn.errors import DataError, InvalidOption, UnknownName
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
-from sparsiattn.training.data import loader
+from sparsiattn.testing import tiny_images, tiny_vit
+from sparsiattn.training import loader
 from tests.support.pictures import Pictures, everything, folder, picture
 
 

@@ -17,9 +17,10 @@ import sparsiattn
 from conftest import SHARED
 from sparsiattn import evaluate
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.testing import tiny_vit
+from sparsiattn.training import Evaluation
 from sparsiattn.training import processes as launched
-from sparsiattn.training.evaluation import Evaluation, _Tally
+from sparsiattn.training.evaluation import _Tally
 from tests.support.pictures import folder
 
 

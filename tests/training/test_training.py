@@ -10,8 +10,8 @@ import torch
 
 import sparsiattn
 from sparsiattn import InvalidOption
-from sparsiattn.patching.handle import unpatch
-from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.patching import unpatch
+from sparsiattn.testing import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import losses as losses_module
 from tests.support.pictures import Pictures

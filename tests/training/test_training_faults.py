@@ -10,7 +10,7 @@ import torch
 
 import sparsiattn
 from sparsiattn import DataError, InvalidOption, TrainingDiverged
-from sparsiattn.testing.hosts import tiny_vit
+from sparsiattn.testing import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import losses as losses_module
 from sparsiattn.training.checkpoint import load_weights

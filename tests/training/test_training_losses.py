@@ -9,10 +9,10 @@ import torch
 
 import sparsiattn
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.patching.handle import unpatch
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
-from sparsiattn.training import Stage, train
-from sparsiattn.training.losses import Objective, final_norm, kl_loss, label_loss, token_loss
+from sparsiattn.patching import unpatch
+from sparsiattn.testing import tiny_images, tiny_vit
+from sparsiattn.training import Objective, Stage, train
+from sparsiattn.training.losses import final_norm, kl_loss, label_loss, token_loss
 from sparsiattn.training.reconstruction import site_losses
 from tests.support.training_help import batches, losses, one_stage, patched, state
 

@@ -12,10 +12,9 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import InvalidOption
-from sparsiattn.patching.handle import unpatch
-from sparsiattn.testing.hosts import tiny_images, tiny_vit
-from sparsiattn.training import Recipe, Stage, train
-from sparsiattn.training.losses import Objective
+from sparsiattn.patching import unpatch
+from sparsiattn.testing import tiny_images, tiny_vit
+from sparsiattn.training import Objective, Recipe, Stage, train
 from sparsiattn.training.penalties import entropy, log_penalty
 from sparsiattn.training.pruning import candidates
 from tests.support.training_help import batches, losses, one_stage, patched, state

@@ -18,10 +18,9 @@ import torch
 import sparsiattn
 from sparsiattn import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
 from sparsiattn.kernels import atomic_io
-from sparsiattn.testing.hosts import tiny_vit
-from sparsiattn.training import Recipe, Stage, train
+from sparsiattn.testing import tiny_vit
+from sparsiattn.training import Recipe, Stage, loader, train
 from sparsiattn.training import checkpoint as saved
-from sparsiattn.training.data import loader
 from sparsiattn.training.run_folder import RunFolder
 from tests.support import environment
 from tests.support.pictures import Pictures

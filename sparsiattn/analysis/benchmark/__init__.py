@@ -1,5 +1,5 @@
-"""Time, in paired runs: `bench` of whole models, `measure_sites` of each site, `tune` of kernels.
+"""Times, always against dense attention: of a model, of its sites, of kernels on this machine."""
 
-`tuning` fits the prices that kernels are chosen by. `profile`, the command line and the root of the
-package import from here.
-"""
+from sparsiattn.analysis.benchmark.sites import measure_sites
+from sparsiattn.analysis.benchmark.tuning import Tuning, tune
+from sparsiattn.analysis.benchmark.whole_model import BenchResult, bench

@@ -1,5 +1,5 @@
-"""`profile`: multiply-accumulates of a model and of its patch, by part and by site.
+"""MACs, memory and times of a patched model by section, counted while it runs."""
 
-`meter` counts, `module_map` says where, `run` runs both passes, `account` puts them together as
-`result`, and `notes` says where MACs are not time. The command line and the root import from here.
-"""
+from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS
+from sparsiattn.analysis.profiling.profiler import profile
+from sparsiattn.analysis.profiling.result import Profile
