@@ -11,7 +11,7 @@ VENV_OLDEST := .venv-oldest
 READY_OLDEST := $(VENV_OLDEST)/.ready
 
 .PHONY: demo test test-slow test-oldest lint wheel plugin-check audit constraints
-.PHONY: docs docs-serve census support reliability clean
+.PHONY: map docs docs-serve census support reliability clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV) || $(MAKE) venv-without-ensurepip
@@ -76,6 +76,10 @@ census: $(READY)
 support: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/support.py
 	$(BIN)/python benchmarks/tables.py
+
+# docs/assets/packages.svg, from the import graph
+map: $(READY)
+	$(BIN)/python tools/package_map.py
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

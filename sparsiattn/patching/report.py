@@ -59,7 +59,7 @@ class Report:
     """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
 
     model, backbone, strategy, input_shape: what was patched, how and for which images. sites: one
-    each. not_selected: names of sites that were not selected. left: ``(name,
+    each. not_selected: names of sites that were not selected. skipped: ``(name,
     reason)`` of attention that cannot be patched. reductions: what token strategies do at which
     block. macs_dense, mhsa_macs_dense: of the model unpatched. mhsa_macs counts QK^T and AV only
     (FLOPs are twice the MACs); predictor_macs what planning adds; other_macs all else; macs the

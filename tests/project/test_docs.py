@@ -19,6 +19,7 @@ from sparsiattn.registry import REGISTRY, hookspecs
 from tests.support import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -39,7 +40,28 @@ def test_every_hook_is_documented() -> None:
             assert name in text
 
 
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
+def test_files_that_are_named_exist(text: Path) -> None:
+    roots = "sparsiattn|backbones|tests|benchmarks|examples|tools|docs"
+    for name in re.findall(rf"[`\s(]((?:{roots})/[\w./-]*)", text.read_text()):
+        assert (ROOT / name.rstrip(".")).exists(), name
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/concepts.md"])
+def test_names_beside_files_are_found_there(name: str) -> None:
+    """In a row, an item or a paragraph that names files, other names in code stand in these."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    for part in re.split(r"\n\n|\n(?=\||\d+\. )", text):
+        code = re.findall(r"`([^`]+)`", part)
+        files = [ROOT / word for word in code if re.fullmatch(r"[\w./]+\.py", word)]
+        content = "".join(file.read_text() for file in files)
+        for word in code if files else ():
+            if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", word):
+                assert re.search(rf"\b{word.split('.')[-1]}\b", content), word
+
+
 PUBLIC = {name: getattr(sparsiattn, name) for name in sparsiattn.__all__}
+ALIASES = {"Grid", "MetaInputs", "PLUGIN_API", "Pooling"}  # values, without docstrings of their own
 FAULTS = {n for n, o in PUBLIC.items() if inspect.isclass(o) and issubclass(o, Exception)}
 CALLED = {name for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
 EXTENDED = {"Strategy", "TokenStrategy", "Kernel", "Backbone", "Planner", "LearnedPlanner"}
@@ -54,7 +76,7 @@ EXTENDED |= {
 }
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - ALIASES))
 def test_every_public_name_is_described(name: str) -> None:
     assert PUBLIC[name].__doc__
     if name in CALLED | EXTENDED:
@@ -72,11 +94,14 @@ def test_every_public_name_is_on_the_reference_page() -> None:
         assert name in named or whole & {home, f"{home}.{name}"}, name
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLIC) - FAULTS - {"PLUGIN_API", "hookimpl", "Grid"}))
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - FAULTS - ALIASES - {"hookimpl"}))
 def test_every_argument_and_field_is_described(name: str) -> None:
+    """In the docstring of a function, or of a class or one that it extends."""
+    bases = PUBLIC[name].__mro__[:-1] if inspect.isclass(PUBLIC[name]) else [PUBLIC[name]]
+    text = "".join(base.__doc__ or "" for base in bases)
     for argument in inspect.signature(PUBLIC[name]).parameters:
         if argument not in ("args", "kwargs"):
-            assert re.search(rf"\b{argument}\b", PUBLIC[name].__doc__), argument
+            assert re.search(rf"\b{argument}\b", text), argument
 
 
 @pytest.mark.parametrize("name", sorted(sparsiattn.list_strategies()))

@@ -22,6 +22,7 @@ from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.multihead import why_not_reached
 
 Pooling = Literal["prefix", "avg", "max", "other"]
+"""What a model's head reads of the final token sequence; see `Backbone.pooling`."""
 
 BIAS_TABLES = (
     *("relative_position_bias_table", "relative_position_index", "rel_pos", "rel_pos_bias"),
@@ -244,7 +245,13 @@ def _class_rows(module: nn.Module) -> int:
 
 
 def count_class_tokens(module: nn.Module) -> int:
-    """CLS and distillation tokens held by this module itself, by the names in use."""
+    """CLS and distillation tokens held by this module itself, by the names in use.
+
+    >>> vit = torch.nn.Module()
+    >>> vit.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+    >>> count_class_tokens(vit)
+    1
+    """
     kinds = (("cls_token", "class_token", "class_embedding"), ("distillation_token", "dist_token"))
     return sum(any(_is_tensor(module, name) for name in names) for names in kinds)
 
