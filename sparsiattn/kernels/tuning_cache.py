@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import threading
 import warnings
 from functools import cache
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsiattn.kernels.atomic_io import replacing
 
 FORMAT = 1
 NAME = "tuning.json"
@@ -173,19 +174,10 @@ def write(entries: dict[str, Any]) -> Path | None:
         content = {"format": FORMAT, "entries": _read[where]}
         try:
             where.parent.mkdir(parents=True, exist_ok=True)
-            _replace(where, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+            with replacing(where, shared=True) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
             _ignore(where, f"it cannot be written: {type(error).__name__}: {error}")
             return None
     return where
-
-
-def _replace(where: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=f".{NAME}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, where)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedPatch
+from sparsiattn.kernels import atomic_io
 from sparsiattn.serialization.origin import check_origin
 
 FORMAT = 2
@@ -38,15 +38,15 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Ten
         _discard(folder)
         for name, content in tensors.items():
             safetensors.torch.save_file(content, folder / f"{name}{NEW}")
-            _sync(folder / f"{name}{NEW}")
+            atomic_io.sync(folder / f"{name}{NEW}")
         sums = {name: checksum(folder / f"{name}{NEW}") for name in tensors}
         text = json.dumps(with_checksum({**config, "files": sums}), indent=2) + "\n"
         (folder / f"{CONFIG}{NEW}").write_text(text, encoding="utf-8")
-        _sync(folder / f"{CONFIG}{NEW}")
-        _sync(folder)
+        atomic_io.sync(folder / f"{CONFIG}{NEW}")
+        atomic_io.sync(folder)
         for name in (*tensors, CONFIG):
             (folder / f"{name}{NEW}").replace(folder / name)
-        _sync(folder)
+        atomic_io.sync(folder)
         for name in {WEIGHTS, HOST} - set(tensors):
             (folder / name).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
@@ -75,14 +75,6 @@ def _whole(folder: Path, config: Path) -> Saved | None:
         except MismatchedPatch:
             return None
     return None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checksum(path: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedCheckpoint, TrainingDiverged
+from sparsiattn.kernels.atomic_io import recover_folder
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.training import checkpoint as saved
@@ -168,7 +169,9 @@ class Fit:
             states = [planner.state_dict() for planner in self.planners]
             content = {"optimizer": self.optimizer.state_dict(), "planners": states}
             torch.save({**content, "losses": self.losses}, folder / saved.OPTIMIZER)
-            saved.save_state(folder, saved.Progress(step=len(self.losses)), self.about)
+            saved.save_state(
+                folder / saved.STATE, saved.Progress(step=len(self.losses)), self.about
+            )
 
         saved.write(out / saved.LAST, fill)
 
@@ -176,7 +179,7 @@ class Fit:
         last = None if self.out is None else self.out / saved.LAST
         if last is None:
             return
-        saved.recover(last)
+        recover_folder(last)
         if not (last / saved.STATE).exists():
             return
         saved.load_state(last, self.about)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
+from sparsiattn.kernels import atomic_io
 from sparsiattn.patching.handle import Patch
 from sparsiattn.serialization.fingerprint import fingerprint
 from sparsiattn.training.recipe import Recipe
@@ -26,6 +27,10 @@ STATE, MODEL, EMA, OPTIMIZER = "state.json", "model.safetensors", "ema.safetenso
 LAST, BEST, LOG, TEACHER = "last", "best", "log.jsonl", "teacher.safetensors"
 _FREE = ("workers", "tensorboard", "checkpoint_steps", "summary", "model", "published")
 """Fields of a recipe that change nothing of what is computed."""
+_GO_ON = (
+    ". Training stopped; checkpoints written before are whole: make room and run the same command "
+    "again to go on from there"
+)
 
 
 @dataclass
@@ -63,55 +68,27 @@ def identity_of(live: Patch) -> dict[str, Any]:
     return {"model": fingerprint(live.model), "strategy": strategy}
 
 
-def write(place: Path, fill: Callable[[Path], None]) -> None:
-    """A directory with what ``fill`` writes into it, in the place of the one that was there.
-
-    Raises `CheckpointNotWritten`; the one that was there is whole then.
-    """
-    fresh, old = place.with_name(f"{place.name}.new"), place.with_name(f"{place.name}.old")
+@contextmanager
+def write_errors(path: Path, advice: str = "") -> Iterator[None]:
+    """Raise `CheckpointNotWritten` for whatever a full or failing disk makes the block raise."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        recover(place)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        fill(fresh)
-        for file in (*fresh.iterdir(), fresh):
-            _sync(file)
-        if place.exists():
-            place.rename(old)
-        fresh.rename(place)
-        _sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
     except Exception as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if not is_write_fault(error):
+        # safetensors and torch wrap the system's error in ones of their own
+        wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+        if not (wrapped or isinstance(error, OSError)):
             raise
-        raise CheckpointNotWritten(
-            f"{place} cannot be written: {error}. Training stopped; checkpoints written before are "
-            "whole: make room and run the same command again to go on from there"
-        ) from error
+        raise CheckpointNotWritten(f"{path} cannot be written: {error}{advice}") from error
 
 
-def is_write_fault(error: Exception) -> bool:
-    """safetensors and torch wrap the system's error in ones of their own."""
-    wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
-    return isinstance(error, OSError) or wrapped
+def write(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replace a checkpoint by a new one that ``fill`` writes its files into.
 
-
-def recover(place: Path) -> None:
-    """Put the old directory back where a kill came between the two renames."""
-    old = place.with_name(f"{place.name}.old")
-    if old.exists() and not place.exists():
-        old.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    Raises:
+        CheckpointNotWritten: The checkpoint that was there is whole then.
+    """
+    with write_errors(folder, _GO_ON):
+        atomic_io.replace_folder(folder, fill)
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -127,21 +104,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error
 
 
-def save_state(folder: Path, progress: Progress, about: dict[str, Any], name: str = STATE) -> None:
-    content = {"format": FORMAT, **about, "progress": asdict(progress)}
-    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def save_state(path: Path, progress: Progress, identity: dict[str, Any]) -> None:
+    """How far training is, and which model and recipe it is of."""
+    content = {"format": FORMAT, **identity, "progress": asdict(progress)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def finish(folder: Path, progress: Progress, about: dict[str, Any]) -> None:
+def finish(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
     """Make the averaged weights those of a finished checkpoint; a kill on the way does no harm."""
-    try:
+    with write_errors(folder):
         if (folder / EMA).exists():
-            shutil.copyfile(folder / EMA, folder / f"{MODEL}.new")
-            (folder / f"{MODEL}.new").replace(folder / MODEL)
-        save_state(folder, progress, about, f"{STATE}.new")
-        (folder / f"{STATE}.new").replace(folder / STATE)
-    except OSError as error:
-        raise CheckpointNotWritten(f"{folder} cannot be written: {error}") from error
+            with atomic_io.replacing(folder / MODEL) as temporary:
+                shutil.copyfile(folder / EMA, temporary)
+        with atomic_io.replacing(folder / STATE) as temporary:
+            save_state(temporary, progress, identity)
 
 
 def load_state(folder: Path, about: dict[str, Any]) -> Progress:

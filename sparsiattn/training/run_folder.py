@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
+from sparsiattn.kernels.atomic_io import recover_folder
 from sparsiattn.patching.handle import Patch
 from sparsiattn.training import checkpoint as saved
 from sparsiattn.training.stage_run import Running
@@ -61,7 +62,7 @@ class Keeper:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             for name in (saved.LAST, saved.BEST):
-                saved.recover(self.out / name)
+                recover_folder(self.out / name)
         except OSError as error:
             raise CheckpointNotWritten(f"{self.out} cannot be used as a folder: {error}") from error
 
@@ -75,12 +76,8 @@ class Keeper:
             return
 
         def write() -> None:
-            try:
+            with saved.write_errors(path):
                 saved.save_weights(teacher.state_dict(), path)
-            except Exception as error:
-                if not saved.is_write_fault(error):
-                    raise
-                raise CheckpointNotWritten(f"{path} cannot be written: {error}") from error
 
         self._on_main(write)
 
@@ -99,7 +96,7 @@ class Keeper:
             if run.averaged is not None:
                 saved.save_weights(run.averaged.state_dict(), folder / saved.EMA)
             torch.save({**state, "rng": rng}, folder / saved.OPTIMIZER)
-            saved.save_state(folder, at, self.about)
+            saved.save_state(folder / saved.STATE, at, self.about)
 
         self._on_main(lambda: saved.write(self.last, fill))
         self.kept = at.step

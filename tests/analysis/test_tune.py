@@ -286,7 +286,7 @@ def test_a_writer_that_fails_half_way_leaves_the_file_whole(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(tuningfile.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.warns(TuningIgnored, match="cannot be written: OSError: disk full"):
         assert tuningfile.write({"mine": entry()}) is None
     assert cache.read_text() == before

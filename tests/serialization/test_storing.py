@@ -193,7 +193,7 @@ class TestDamage:
             raise OSError(28, "No space left on device")
 
         with patch(model, "topk", k=2) as live, monkeypatch.context() as m:
-            m.setattr(files, "_sync", full)
+            m.setattr("sparsiattn.kernels.atomic_io.sync", full)
             with pytest.raises(sparsiattn.CheckpointNotWritten, match="No space left"):
                 live.save(saved)
         assert budget(saved) == 5

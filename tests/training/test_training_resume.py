@@ -17,6 +17,7 @@ import torch
 
 import sparsiattn
 from sparsiattn import CheckpointNotWritten, InvalidOption, MismatchedCheckpoint
+from sparsiattn.kernels import atomic_io
 from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.training import Recipe, Stage, train
 from sparsiattn.training import checkpoint as saved
@@ -200,17 +201,22 @@ def full(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["save_weights", pytest.param("save_state", marks=pytest.mark.slow), "_sync"]
+    ("module", "function"),
+    [
+        (saved, "save_weights"),
+        pytest.param(saved, "save_state", marks=pytest.mark.slow),
+        (atomic_io, "sync"),
+    ],
 )
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = one_stage(epochs=2)
     whole = train(patched(), batches(2), recipe=plan)
 
     def fill(row: dict[str, Any]) -> None:
         if row["step"] == 3:
-            monkeypatch.setattr(saved, place, full)
+            monkeypatch.setattr(module, function, full)
 
     model = patched()
     with pytest.raises(CheckpointNotWritten, match=r"No space left on device.*are whole"):
@@ -244,7 +250,7 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     saved.write(place, lambda folder: (folder / "a").write_text("1") and None)
     place.rename(tmp_path / "last.old")
     (tmp_path / "last.new").mkdir()
-    saved.recover(place)
+    atomic_io.recover_folder(place)
     assert (place / "a").read_text() == "1"
     saved.write(place, lambda folder: (folder / "b").write_text("2") and None)
     assert [path.name for path in place.iterdir()] == ["b"]

@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels.atomic_io import replace_file
 from sparsiattn.kernels.native import launch
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -210,7 +211,7 @@ def _compile_in(folder: Path, where: Path | None) -> str | None:
         said = (run.stderr or run.stdout).strip().splitlines() or ["it said nothing"]
         return f"{shlex.join(command[:1])} failed with status {run.returncode}: {said[0]}"
     if where is not None:
-        os.replace(made, where)
+        replace_file(made, where)
     return _load(made if where is None else where)
 
 
