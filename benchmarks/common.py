@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsiattn.runtime import timing
-from sparsiattn.runtime.timing import fastest_ms, paired
 
 __all__ = ["RESULTS", "fastest_ms", "machine", "paired", "roof", "write"]
 
@@ -22,6 +22,17 @@ def machine() -> dict[str, Any]:
     """Versions and hardware, and what made the figures."""
     command = " ".join(["python", *(Path(a).name if "/" in a else a for a in sys.argv)])
     return {**timing.machine(), "command": command, "commit": _commit()}
+
+
+def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Two calls timed in turn, as JSON."""
+    return timing.paired(first, second, rounds).to_dict()
+
+
+def fastest_ms(call: Callable[[], Any], repeats: int) -> float:
+    """The fastest of some calls after one to warm up, in milliseconds."""
+    call()
+    return min(1e3 * timing.seconds(call) for _ in range(repeats))
 
 
 def roof(device: str, dtype: torch.dtype) -> dict[str, float]:

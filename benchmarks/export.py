@@ -28,7 +28,7 @@ SUFFIX = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 def row(strategy: str, format: str, **more: Any) -> dict[str, Any]:
     """Largest difference of outputs to the eager model's, or why it is refused."""
     takes = REGISTRY.get("strategies", strategy).option_names()
-    budget = BUDGETS[sparsiattn.strategies()[strategy].kind]
+    budget = BUDGETS[sparsiattn.list_strategies()[strategy].kind]
     options = {name: value for name, value in budget.items() if name in takes} | more
     model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def main() -> None:
     given = parser.parse_args()
     lines = given.work.read_text().splitlines() if given.work.exists() else []
     rows: dict[str, dict[str, Any]] = dict(json.loads(line) for line in lines)
-    wanted: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in sparsiattn.strategies()]
+    wanted: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in sparsiattn.list_strategies()]
     wanted += [("ats", {"static": True}), ("token_drop", {"keep": "adaptive"})]
     for format in given.formats:
         for strategy, more in wanted:

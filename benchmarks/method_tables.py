@@ -26,7 +26,7 @@ DEFAULTS = {
 def _ours(kind: str) -> dict[str, Any]:
     return {
         name: info
-        for name, info in sparsiattn.strategies().items()
+        for name, info in sparsiattn.list_strategies().items()
         if info.plugin.startswith("sparsiattn") and (info.kind == "attention") == (kind == "keys")
         if name != "dense"
     }

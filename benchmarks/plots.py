@@ -12,7 +12,7 @@ It reads the rows of every ``results/kernels*-DEVICE.json`` that have these fiel
     density: computed pairs over all pairs             kernel: its name ("gather" where missing)
     macs: {"dense", "sparse"}, QK^T and AV             bytes: {"dense", "sparse"}, operands, result
                                                        and what the kernel copies besides
-    with_planning, kernel_only, planning: as `sparsiattn.runtime.timing.paired` returns them, first
+    with_planning, kernel_only, planning: as `common.paired` returns them, first
     the sparse side (or planning alone), second dense attention: "ratio" with "ratio_quartiles",
     "first_ms", "second_ms"
 

@@ -27,7 +27,7 @@ KINDS = {"attention": ["attention"], "tokens": ["tokens"], "both": ["attention",
 def row(strategy: str, size: int, batch: int, model: str, rounds: int) -> dict[str, Any]:
     """Median ratio of dense over patched time, its quartiles, and the MACs."""
     takes = REGISTRY.get("strategies", strategy).option_names()
-    kind = sparsiattn.strategies()[strategy].kind
+    kind = sparsiattn.list_strategies()[strategy].kind
     budget = {k: v for part in KINDS[kind] for k, v in BUDGET[part].items()}
     options: dict[str, Any] = {name: value for name, value in budget.items() if name in takes}
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def main() -> None:
     given = parser.parse_args()
     lines = given.work.read_text().splitlines() if given.work.exists() else []
     rows: dict[str, dict[str, Any]] = dict(json.loads(line) for line in lines)
-    for strategy in fnmatch.filter(sparsiattn.strategies(), given.only):
+    for strategy in fnmatch.filter(sparsiattn.list_strategies(), given.only):
         for case, (size, batch) in CASES.items():
             name = f"{strategy}, {case}"
             if strategy != "dense" and name not in rows:

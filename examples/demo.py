@@ -209,8 +209,9 @@ def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterat
 
 def attention_strategies() -> list[str]:
     """Those that choose keys within a budget; published methods are compared in the docs."""
-    found = [(n, i) for n, i in sparsiattn.strategies().items() if i.plugin != "sparsiattn.methods"]
-    return [name for name, info in found if info.kind == "attention" and name != "dense"]
+    strategies = sparsiattn.list_strategies().items()
+    core = [(name, info) for name, info in strategies if info.plugin != "sparsiattn.methods"]
+    return [name for name, info in core if info.kind == "attention" and name != "dense"]
 
 
 def compare_tokens(model: nn.Module, data: Data, rounds: int) -> Iterator[Row]:

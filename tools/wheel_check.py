@@ -29,7 +29,7 @@ USE = """
 import timm, torch, sparsiattn
 from sparsiattn.training import recipes
 assert sparsiattn.__file__.startswith({root!r}), sparsiattn.__file__
-assert not any(plugin.error for plugin in sparsiattn.plugins().values())
+assert not any(plugin.error for plugin in sparsiattn.list_plugins().values())
 model, x = timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
 with torch.inference_mode():
     dense = model(x)

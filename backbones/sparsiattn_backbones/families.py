@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsiattn import Backbone
-from sparsiattn.attention.geometry import Grid
+from sparsiattn import AttentionCall, Backbone, Grid
 from sparsiattn.patching.discovery.backbone import Pooling
-from sparsiattn.patching.discovery.probe import AttentionCall
 
 POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
 

@@ -15,14 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sparsiattn import Backbone
-from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.layout import Layout
-from sparsiattn.attention.site import Site
+from sparsiattn import AttentionCall, AttributeOverride, Backbone, Grid, Layout, Site
 from sparsiattn.patching.discovery.backbone import Pooling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
-from sparsiattn.patching.discovery.probe import AttentionCall
-from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn_backbones.families import sole_part
 from sparsiattn_backbones.stems import (
     along_time,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn import AttentionCall
 from sparsiattn.patching.discovery.backbone import count_class_tokens
-from sparsiattn.patching.discovery.probe import AttentionCall
 
 EMBEDDINGS = ("patch_embeddings", "patch_embedding", "patch_embed")
 PATCHERS = (*EMBEDDINGS, "conv_proj", "conv1")

@@ -52,7 +52,7 @@ class Protocol:
             with live.disabled():
                 model(batch)
 
-        timed = paired(dense, lambda: model(batch), ROUNDS)
+        timed = paired(dense, lambda: model(batch), ROUNDS).to_dict()
         return {
             "images_per_second": round(1e3 * TIMED / timed["second_ms"], 1),
             "dense_images_per_second": round(1e3 * TIMED / timed["first_ms"], 1),

@@ -89,7 +89,7 @@ def _published() -> Iterator[Method]:
     learn calibrated too."""
     budgets: dict[str, dict[str, Any]]
     budgets = {"attention": {"k": 0.25}, "tokens": {"keep": 0.7, "layers": LAYERS}}
-    for name, info in sparsiattn.strategies().items():
+    for name, info in sparsiattn.list_strategies().items():
         if info.plugin != "sparsiattn.methods":
             continue
         takes = REGISTRY.get("strategies", name).option_names()

@@ -133,7 +133,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 def names() -> list[str]:
     """Every strategy that the library brings along."""
-    infos = sparsiattn.strategies().items()
+    infos = sparsiattn.list_strategies().items()
     return [n for n, info in infos if info.plugin.startswith("sparsiattn.")]
 
 

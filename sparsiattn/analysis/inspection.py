@@ -16,8 +16,9 @@ from sparsiattn.errors import SparsiattnError
 from sparsiattn.patching.apply import plan_patch
 from sparsiattn.patching.discovery.meta_model import meta_copy
 from sparsiattn.patching.handle import Patch
-from sparsiattn.patching.report import Report, SiteReport, aligned, dense_macs, macs_text, report
+from sparsiattn.patching.report import Report, SiteReport, dense_macs, report
 from sparsiattn.patching.survey import ModelSurvey, survey
+from sparsiattn.patching.text import Row, macs_text, percent, plain, shape_text
 from sparsiattn.registry.registry import METHODS, REGISTRY
 from sparsiattn.runtime.multihead import swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
@@ -31,15 +32,31 @@ NO_SITES = (
 )
 # Options that say how much a strategy leaves, by the names in use.
 BUDGETS = ("k", "keep", "r", "ratio")
+# What `SiteInspection` takes over from `Site`.
+_SIZES = (
+    *("name", "tokens", "keys", "heads", "head_dim", "grid", "prefix_tokens", "windows", "calls"),
+    "macs",
+)
 
 
 @dataclass(frozen=True)
 class SiteInspection:
     """One attention call that can be patched; sizes are those of one window, as in `Site`.
 
-    macs: of QK^T and AV for one image, dense; share: theirs of the whole model's. saves: by
-    attention strategy, the share of the whole model's MACs that it would save at this site, what
-    choosing the keys costs subtracted; None where only a real input can tell.
+    Attributes:
+        name: Module path.
+        tokens: Queries, prefix included.
+        keys: Keys, prefix included.
+        heads: Attention heads.
+        head_dim: Width of a query and a key.
+        grid: Rows and columns of the patch tokens.
+        prefix_tokens: Leading tokens that are not image patches.
+        windows: Windows of one image.
+        calls: Attention calls in one forward pass.
+        macs: Of QK^T and AV for one image, dense.
+        share: Those as a share of the whole model's MACs.
+        saves: By attention strategy, the share of the whole model's MACs that it would save here,
+            the cost of choosing keys subtracted; None where only a real input can tell.
     """
 
     name: str
@@ -60,10 +77,14 @@ class SiteInspection:
 class StrategySaving:
     """What one strategy would save, with its default options and at every site or block it takes.
 
-    kind: what it makes fewer of (``"attention"``, ``"tokens"``, ``"both"``). budget: its options
-    that say how much stays. saves: share of the whole model's MACs, negative where choosing costs
-    more than it spares; None if ``reason`` says why this model cannot have it, or if only a real
-    input can tell. notes: what is unusual about its sites.
+    Attributes:
+        name: Name of the strategy.
+        kind: What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
+        budget: Its options that say how much stays.
+        saves: Share of the whole model's MACs, negative where choosing costs more than it saves;
+            None if ``reason`` is set, or if only a real input can tell.
+        reason: Why this model cannot have the strategy, else empty.
+        notes: What is unusual about its sites.
     """
 
     name: str
@@ -84,10 +105,15 @@ class StrategySaving:
 class Inspection:
     """The attention of a model, as it is unpatched. ``print`` it, or take `to_dict`.
 
-    backbone: the adapter that knows the model. input_shape: of the images it was run with. sites:
-    what can be patched. left: ``(name, reason)`` of every other call of attention.
-    strategies: what each would save. macs: of the whole model, one image; patched: the live patch
-    in words, empty without one.
+    Attributes:
+        model: Class of the model.
+        backbone: The adapter that knows the model.
+        input_shape: Shape of the images it ran with.
+        macs: Of the whole model for one image.
+        sites: What can be patched.
+        skipped: ``(name, reason)`` of every other attention call.
+        strategies: What each strategy would save.
+        patched: The live patch in words, empty without one.
     """
 
     model: str
@@ -105,23 +131,23 @@ class Inspection:
         return sum(site.macs for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return {**asdict(self), "mhsa_macs": self.mhsa_macs}
 
     def __str__(self) -> str:
-        return "\n".join([*self.head(), *aligned(self.table()), *self.tail()])
+        return plain([*self.head(), self.table(), *self.tail()])
 
     def head(self) -> list[str]:
         """Lines above the table of sites."""
-        share = self.mhsa_macs / max(1, self.macs)
         lines = [
             f"{self.model} ({self.backbone}), {len(self.sites)} sites, input "
-            f"{'x'.join(map(str, self.input_shape))}, {macs_text(self.macs)} MACs, of them MHSA "
-            f"{macs_text(self.mhsa_macs)} ({percent(share)})"
+            f"{shape_text(self.input_shape)}, {macs_text(self.macs)} MACs, of them MHSA "
+            f"{macs_text(self.mhsa_macs)} ({percent(self.mhsa_macs / max(1, self.macs))})"
         ]
         return lines + ([f"described as it is without {self.patched}"] if self.patched else [])
 
-    def table(self) -> list[tuple[str, ...]]:
-        """The sites in cells, a heading first; columns that would say nothing are left out."""
+    def table(self) -> list[Row]:
+        """Cells of the sites, a heading first; columns that would say nothing are left out."""
         if not self.sites:
             return []
         columns = {
@@ -130,7 +156,7 @@ class Inspection:
             "keys": [str(site.keys) for site in self.sites],
             "heads": [str(site.heads) for site in self.sites],
             "head_dim": [str(site.head_dim) for site in self.sites],
-            "grid": ["x".join(map(str, site.grid)) for site in self.sites],
+            "grid": [shape_text(site.grid) for site in self.sites],
             "prefix": [str(site.prefix_tokens) for site in self.sites],
             "windows": [str(site.windows) for site in self.sites],
             "calls": [str(site.calls) for site in self.sites],
@@ -155,92 +181,104 @@ class Inspection:
         return lines + [f"  {saving}" for saving in self.strategies]
 
 
-def percent(share: float | None) -> str:
-    """A share as text: ``0.123`` is ``12.3 %``, unknown ``?``."""
-    # adding zero turns minus zero, which rounding leaves behind, into zero
-    return "?" if share is None else f"{round(100 * share, 1) + 0.0:.1f} %"
-
-
 def inspect(
     model: nn.Module, input: Any = None, *, strategies: str | Iterable[str] | None = None
 ) -> Inspection:
-    """What attention a model has, which of it can be patched, and what that could save.
+    """Describe a model's attention: what can be patched, and what that could save.
 
-    model: any module, also a patched one (described as it is without the patch) or one on the meta
-    device. input: image shape or example tensor, needed only where the model does not say.
-    strategies: names of those to try, by default all that are registered but the collection of
-    published methods (``sparsiattn.methods``, which one may name), each with its default
-    options. Figures come from dry runs of a copy without data: weights, hooks and random numbers
-    stay as they are. A model without attention to patch is no error: it has no sites.
+    Figures come from dry runs of a copy without data: weights, hooks and random numbers stay as
+    they are. A model without attention to patch is no error: it has no sites.
+
+    Args:
+        model: Any module, also one on the meta device or a patched one, which is described as it is
+            without the patch.
+        input: Image shape or example tensor, needed only where the model does not say.
+        strategies: Names of those to try with their default options; by default all that are
+            registered but the published methods of ``sparsiattn.methods``.
+
+    Returns:
+        Sites and savings.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_vit
-    >>> found = sparsiattn.inspect(tiny_vit(), strategies=["local"])
-    >>> [(site.name, site.tokens, site.heads, site.grid) for site in found.sites]
+    >>> inspection = sparsiattn.inspect(tiny_vit(), strategies=["local"])
+    >>> [(site.name, site.tokens, site.heads, site.grid) for site in inspection.sites]
     [('blocks.0.attn', 65, 3, (8, 8)), ('blocks.1.attn', 65, 3, (8, 8))]
     """
-    kinds = _kinds(strategies)
+    configs = _configs(strategies)
     model = unwrap(model)
-    live = list({id(one): one for _, one in live_patches(model)}.values())
-    meta_model = bare(model, live)
-    example = _example(model, input, live)
+    patches = patches_in(model)
+    meta_model = unpatched_meta_copy(model, patches)
+    example = example_input(model, input, patches)
     # a plug-in's planner may draw its first weights from the global generator
     with torch.random.fork_rng(devices=[]):
-        seen = survey(meta_model, example)
-        total = dense_macs(meta_model, seen.backbone.meta_inputs(meta_model, seen.shape))
-        tried = {kind.name: _tried(kind, meta_model, example, seen, total) for kind in kinds}
-    by_site = {
-        kind.name: {row.name: _share(_saved(row), total) for row in outcome.sites}
-        for kind in kinds
-        if kind.kind == "attention" and isinstance(outcome := tried[kind.name], Report)
+        surveyed = survey(meta_model, example)
+        total = dense_macs(meta_model, surveyed.backbone.meta_inputs(meta_model, surveyed.shape))
+        outcomes = {
+            config: _try(config, meta_model, example, surveyed, total) for config in configs
+        }
+    site_savings = {
+        config.name: {row.name: _share(_saved(row), total) for row in outcome.sites}
+        for config, outcome in outcomes.items()
+        if config.kind == "attention" and isinstance(outcome, Report)
     }
     return Inspection(
         model=type(model).__name__,
-        backbone=seen.backbone.name,
-        input_shape=seen.shape,
+        backbone=surveyed.backbone.name,
+        input_shape=surveyed.shape,
         macs=total,
-        sites=tuple(_site(site, total, by_site) for site, _ in seen.sites),
-        skipped=tuple(seen.skipped),
-        strategies=tuple(_saving(kind, tried[kind.name], total) for kind in kinds),
-        patched=", ".join(map(repr, live)),
+        sites=tuple(_site(site, total, site_savings) for site, _ in surveyed.sites),
+        skipped=tuple(surveyed.skipped),
+        strategies=tuple(_saving(*outcome, total) for outcome in outcomes.items()),
+        patched=", ".join(map(repr, patches)),
     )
 
 
-def _kinds(names: str | Iterable[str] | None) -> list[type[Config]]:
+def _configs(names: str | Iterable[str] | None) -> list[type[Config]]:
     if names is None:
-        found = REGISTRY.all("strategies").items()
-        return [s for n, s in found if REGISTRY.plugin_of("strategies", n) != METHODS]
-    given = [names] if isinstance(names, str) else dict.fromkeys(names)
-    return [REGISTRY.get("strategies", name) for name in given]
+        strategies = REGISTRY.all("strategies").items()
+        return [s for name, s in strategies if REGISTRY.plugin_of("strategies", name) != METHODS]
+    names = [names] if isinstance(names, str) else dict.fromkeys(names)
+    return [REGISTRY.get("strategies", name) for name in names]
 
 
-def bare(model: nn.Module, live: list[Patch]) -> nn.Module:
-    """A copy without data that carries no patch."""
-    planners = {id(runtime.planner) for patch in live for runtime in patch.runtimes}
+def patches_in(model: nn.Module) -> list[Patch]:
+    """Live patches of a model and of its parts, each once."""
+    return list(dict.fromkeys(patch for _, patch in live_patches(model)))
+
+
+def unpatched_meta_copy(model: nn.Module, patches: list[Patch]) -> nn.Module:
+    """A copy of a model without data and without the marks of these patches."""
+    planners = {id(runtime.planner) for patch in patches for runtime in patch.runtimes}
     meta_model: nn.Module = meta_copy(model)
-    for module, twin in zip(model.modules(), list(meta_model.modules()), strict=True):
+    # listed, because the loop takes modules out
+    for module, copied in zip(model.modules(), list(meta_model.modules()), strict=True):
         if id(module._modules.get(PLANNER)) in planners:
-            del twin._modules[PLANNER]
-        unwatch(twin)
-        swap_back(twin)
-        vars(twin).pop(PATCH_ATTRIBUTE, None)
+            del copied._modules[PLANNER]
+        unwatch(copied)
+        swap_back(copied)
+        vars(copied).pop(PATCH_ATTRIBUTE, None)
     return meta_model
 
 
-def _example(model: nn.Module, given: Any, live: list[Patch]) -> Any:
-    """The input to describe: where none is given, the one that the model's patch was given."""
-    told = [patch for patch in live if patch.model is model and not patch.follows_model]
-    return told[0].input_shape if given is None and told else given
+def example_input(model: nn.Module, example: Any, patches: list[Patch]) -> Any:
+    """The input to describe a model for: where none is given, that of the model's own patch."""
+    shapes = [
+        patch.input_shape for patch in patches if patch.model is model and not patch.follows_model
+    ]
+    return shapes[0] if example is None and shapes else example
 
 
-def _tried(
-    kind: type[Config], meta_model: nn.Module, example: Any, seen: ModelSurvey, total: int
+def _try(
+    config: type[Config], meta_model: nn.Module, example: Any, surveyed: ModelSurvey, total: int
 ) -> Report | str:
     """The report of a patch that is never attached, or why there can be none."""
-    if not seen.sites:
+    if not surveyed.sites:
         return NO_SITES
     try:
-        return report(plan_patch(meta_model, kind.build({}), example=example, found=seen), total)
+        return report(
+            plan_patch(meta_model, config.build({}), example=example, found=surveyed), total
+        )
     except SparsiattnError as error:
         return str(error)
     except Exception as error:  # of a plug-in: its fault must not hide what the others could do
@@ -255,35 +293,26 @@ def _saved(row: SiteReport) -> int | None:
     return None if row.macs is None else row.macs_dense - row.macs - row.predictor_macs
 
 
-def _saving(kind: type[Config], outcome: Report | str, total: int) -> StrategySaving:
+def _saving(config: type[Config], outcome: Report | str, total: int) -> StrategySaving:
     if isinstance(outcome, str):
-        return StrategySaving(kind.name, kind.kind, reason=outcome)
-    config, sparse = kind.build({}), outcome.macs
-    given = {name: getattr(config, name, None) for name in BUDGETS}
+        return StrategySaving(config.name, config.kind, reason=outcome)
+    strategy = config.build({})
+    budgets = {name: getattr(strategy, name, None) for name in BUDGETS}
     notes = Counter(row.note for row in outcome.sites if row.note)
     return StrategySaving(
-        name=kind.name,
-        kind=kind.kind,
-        budget=", ".join(f"{name}={value}" for name, value in given.items() if value is not None),
-        saves=_share(None if sparse is None else total - sparse, total),
+        name=config.name,
+        kind=config.kind,
+        budget=", ".join(f"{name}={value}" for name, value in budgets.items() if value is not None),
+        saves=_share(None if outcome.macs is None else total - outcome.macs, total),
         notes=tuple(f"{note} (sites: {count})" for note, count in notes.items()),
     )
 
 
 def _site(
-    site: Site, total: int, by_strategy: dict[str, dict[str, float | None]]
+    site: Site, total: int, site_savings: dict[str, dict[str, float | None]]
 ) -> SiteInspection:
     return SiteInspection(
-        name=site.name,
-        tokens=site.tokens,
-        keys=site.keys,
-        heads=site.heads,
-        head_dim=site.head_dim,
-        grid=site.grid,
-        prefix_tokens=site.prefix_tokens,
-        windows=site.windows,
-        calls=site.calls,
-        macs=site.macs,
+        **{name: getattr(site, name) for name in _SIZES},
         share=site.macs / max(1, total),
-        saves={name: shares[site.name] for name, shares in by_strategy.items()},
+        saves={name: shares[site.name] for name, shares in site_savings.items()},
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
+"""Rows and columns of patch tokens."""
 Tile = int | tuple[int, int]
 T = TypeVar("T")
 

@@ -32,7 +32,12 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How one site's host lays out its operands: one of `FORMS`, and the number of heads."""
+    """How one site's host lays out its operands.
+
+    Attributes:
+        form: A key of `FORMS`, such as ``"b h n d"``.
+        heads: Number of heads.
+    """
 
     form: str
     heads: int

@@ -1,9 +1,16 @@
-"""The command line: ``sparsiattn list``, ``inspect``, ``bench``, ``calibrate`` and more."""
+"""The command line: ``sparsiattn list``, ``inspect``, ``bench``, ``calibrate`` and more.
+
+A file holds the command of its name. Only the bodies of commands import the rest of the library:
+``--help`` must answer without torch. Nothing imports this package.
+"""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from sparsiattn._version import __version__
 from sparsiattn.cli.bench import bench_model
 from sparsiattn.cli.calibrate import calibrate_model
 from sparsiattn.cli.doctor import diagnose
@@ -21,21 +28,35 @@ from sparsiattn.cli.tune import tune_here
 app = typer.Typer(no_args_is_help=True, help="Sparse attention for any Vision Transformer.")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sparsiattn {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="The installed version.", callback=_print_version),
+    ] = False,
+) -> None:
     """Sparse attention for any Vision Transformer."""
 
 
-app.command("list")(list_all)
-app.command("doctor")(diagnose)
-app.command("inspect")(inspect_model)
-app.command("tune")(tune_here)
-app.command("bench")(bench_model)
-app.command("show")(show_model)
-app.command("calibrate")(calibrate_model)
-app.command("profile")(profile_model)
-app.command("search")(search_model)
-app.command("eval")(evaluate_model)
-app.command("train")(train_model)
-app.command("export")(export_model)
-app.command("new-plugin")(write_plugin)
+for _name, _command in (
+    ("list", list_all),
+    ("doctor", diagnose),
+    ("inspect", inspect_model),
+    ("tune", tune_here),
+    ("bench", bench_model),
+    ("show", show_model),
+    ("calibrate", calibrate_model),
+    ("profile", profile_model),
+    ("search", search_model),
+    ("eval", evaluate_model),
+    ("train", train_model),
+    ("export", export_model),
+    ("new-plugin", write_plugin),
+):
+    app.command(_name)(_command)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from sparsiattn.errors import SparsiattnError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def cells(rows: list[tuple[str, ...]]) -> Table:
-    """The first row is the heading; all but the first column are figures."""
+def table_of(rows: list[tuple[str, ...]]) -> Table:
+    """A table whose first row is the heading; all but the first column are figures."""
     from rich.table import Table
 
     heading, *body = rows
@@ -23,8 +27,11 @@ def cells(rows: list[tuple[str, ...]]) -> Table:
     return table
 
 
-def print_whole(console: Any, table: Table) -> None:
-    """With no cell cut short, also where the screen is small: `patch` takes a site's whole name."""
+def print_uncut(console: Any, table: Table) -> None:
+    """Print a table with no cell cut short, also where the screen is small.
+
+    `patch` takes a site's whole name, so users must be able to copy it.
+    """
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -33,19 +40,11 @@ def print_whole(console: Any, table: Table) -> None:
     Console(width=max(console.width, needed)).print(table)
 
 
-def say(console: Any, line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-class readable:
+@contextmanager
+def readable_errors() -> Iterator[None]:
     """Errors of this library as one line and exit code 1, without a traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from sparsiattn.errors import SparsiattnError
-
-        if isinstance(error, SparsiattnError):
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except SparsiattnError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error

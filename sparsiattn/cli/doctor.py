@@ -14,9 +14,9 @@ def diagnose(as_json: AsJson = False) -> None:
 
     Exits with 0 unless the core itself cannot run. Example: sparsiattn doctor --json
     """
-    from sparsiattn.testing.diagnosis import doctor
+    from sparsiattn import doctor
 
-    found = doctor()
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
-    if not found.works:
+    diagnosis = doctor()
+    print(json.dumps(diagnosis.to_dict(), indent=2) if as_json else diagnosis)
+    if not diagnosis.works:
         raise typer.Exit(1)

@@ -8,44 +8,30 @@ from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable
-from sparsiattn.cli.models import fresh, is_first, prepare, saved_in
+from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.model_command import (
+    PATCH_OPTIONS,
+    ModelRequest,
+    is_first_process,
+    model_command,
+)
 from sparsiattn.cli.options import (
     AsJson,
-    Checkpoint,
-    ImageSize,
-    K,
-    Keep,
-    Kernel,
-    ModelName,
-    ModelOptions,
-    Planners,
-    Pretrained,
-    Strategy,
-    StrategyOptions,
+    BatchSize,
+    DeviceOrGPU,
+    DType,
+    LabelledImages,
     dtype_of,
     pairs,
-    patch_options,
 )
-from sparsiattn.training.progress import bar
 
 
+@model_command(*PATCH_OPTIONS)
 def evaluate_model(
-    model: ModelName,
-    data: Annotated[
-        str, typer.Option(help="Folder or .tar of images, or READER/NAME[@FOLDER] of timm.")
-    ],
+    *,
+    data: LabelledImages,
     split: Annotated[str, typer.Option(help="train, validation, test ...")] = "validation",
-    strategy: Strategy = None,
-    k: K = None,
-    keep: Keep = None,
-    kernel: Kernel = None,
-    option: StrategyOptions = None,
-    planners: Planners = None,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
-    model_option: ModelOptions = None,
-    image_size: ImageSize = None,
+    request: ModelRequest,
     data_option: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE: mean, std, crop_pct, interpolation; may be repeated."),
@@ -53,12 +39,10 @@ def evaluate_model(
     limit: Annotated[
         int | None, typer.Option(min=1, help="So many images, spread over the split.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: DeviceOrGPU = None,
+    dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and images/s of a model, dense and patched in one pass, and how often they agree.
@@ -67,27 +51,31 @@ def evaluate_model(
     --checkpoint. Example: sparsiattn eval deit_small_patch16_224 --pretrained --data imagenet
     --strategy connectivity --k 0.25
     """
-
-    from sparsiattn.training.evaluation import evaluate
+    from sparsiattn import evaluate
     from sparsiattn.training.processes import leave
+    from sparsiattn.training.progress import bar
 
-    planners = saved_in(model, planners, strategy)
-    given = patch_options(strategy, k, keep, kernel, option, planners)
-    options, reading = pairs(model_option, "--model-option"), pairs(data_option, "--data-option")
-    kind = dtype_of(dtype)
-    with readable():
-        host = fresh(model, image_size, pretrained, checkpoint, **options)
-        live = prepare(host, given, planners, checkpoint)
-        with bar("images", shown=sys.stderr.isatty() and is_first()) as progress:
-            found = evaluate(
-                host.to(dtype=kind), data, batch_size=batch_size, split=split, limit=limit,
-                workers=workers, image_size=image_size, augment=reading, progress=progress,
+    preprocessing, torch_dtype = pairs(data_option, "--data-option"), dtype_of(dtype)
+    with readable_errors():
+        model, patch = request.build()
+        with bar("images", shown=sys.stderr.isatty() and is_first_process()) as progress:
+            evaluation = evaluate(
+                model.to(dtype=torch_dtype),
+                data,
+                batch_size=batch_size,
+                split=split,
+                limit=limit,
+                workers=workers,
+                image_size=request.image_size,
+                augment=preprocessing,
+                progress=progress,
                 device=device or _device(),
-            )  # fmt: skip
-    strategy_used = None if live is None else live.strategy.to_dict()
-    about = {"name": model, "data": data, "split": split, "dtype": dtype, "strategy": strategy_used}
-    if is_first():
-        print(json.dumps({**about, **found.to_dict()}, indent=2) if as_json else found)
+            )
+    if is_first_process():
+        strategy = None if patch is None else patch.strategy.to_dict()
+        settings = {"name": request.model, "data": data, "split": split, "dtype": dtype}
+        document = {**settings, "strategy": strategy, **evaluation.to_dict()}
+        print(json.dumps(document, indent=2) if as_json else evaluation)
     leave()
 
 

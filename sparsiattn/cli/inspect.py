@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import cells, print_whole, readable, say
-from sparsiattn.cli.models import image_shape
+from sparsiattn.cli.console import print_uncut, readable_errors, table_of
+from sparsiattn.cli.model_command import image_shape
 from sparsiattn.cli.options import AsJson, ImageSize, ModelName
 
 
@@ -27,26 +27,26 @@ def inspect_model(
     """
     from rich.console import Console
 
-    from sparsiattn.analysis.inspection import inspect
-    from sparsiattn.serialization.creating import create_model, is_saved
+    from sparsiattn import create_model, inspect
+    from sparsiattn.serialization.creating import is_saved
     from sparsiattn.serialization.host import origin_in
     from sparsiattn.serialization.origin import without_memory
 
     console = Console(stderr=as_json)
-    with console.status(f"inspecting {model}"), readable():
+    with console.status(f"inspecting {model}"), readable_errors():
         host = without_memory(
             partial(origin_in, model)
             if is_saved(model)
             else partial(create_model, model, image_size=image_size)
         )
         shape = None if image_size is None else image_shape(host, image_size)
-        found = inspect(host, shape, strategies=strategy or None)
+        inspection = inspect(host, shape, strategies=strategy or None)
     if as_json:
-        print(json.dumps({**found.to_dict(), "name": model}, indent=2))
+        print(json.dumps({**inspection.to_dict(), "name": model}, indent=2))
         return
-    for line in found.head():
-        say(console, line)
-    if found.sites:
-        print_whole(console, cells(found.table()))
-    for line in found.tail():
-        say(console, line)
+    for line in inspection.head():
+        print(line)
+    if inspection.sites:
+        print_uncut(console, table_of(inspection.table()))
+    for line in inspection.tail():
+        print(line)

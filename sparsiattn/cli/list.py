@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, Any
 from sparsiattn.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from sparsiattn.registry.registry import PluginInfo
+    from sparsiattn.registry.listing import Info
 
 
-def list_all(
-    as_json: AsJson = False,
-) -> None:
+def list_all(as_json: AsJson = False) -> None:
     """Strategies, kernels, backbones and plug-ins: usable here, or why not.
 
     Example: sparsiattn list --json
     """
+    from rich.console import Console
+    from rich.table import Table
+
     listing = contents()
     if as_json:
         print(json.dumps(listing, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
     for kind, rows in listing.items():
         table = Table("name", "summary", "status", title=kind, title_justify="left")
@@ -35,36 +33,31 @@ def list_all(
 
 
 def contents() -> dict[str, list[dict[str, Any]]]:
-    """What `list` prints, as plain data."""
-    from sparsiattn.registry import listing as catalog
+    """What `list_all` prints, as plain data."""
+    from sparsiattn import list_backbones, list_kernels, list_plugins, list_strategies
 
-    kinds = {
-        "strategies": catalog.strategies(),
-        "kernels": catalog.kernels(),
-        "backbones": catalog.backbones(),
-    }
-    listing: dict[str, list[dict[str, Any]]] = {
-        kind: [
-            {**asdict(info), "status": "; ".join(info.reasons) or "usable"}
-            for info in infos.values()
-        ]
-        for kind, infos in kinds.items()
-    }
-    listing["plugins"] = [
+    plugins = [
         {
             "name": plugin.name,
             "summary": f"{plugin.distribution}: {', '.join(plugin.provides) or 'nothing'}",
-            "status": f"broken: {_fault(plugin.error)}" if plugin.error else _working(plugin),
+            "status": f"broken: {_text(plugin.error)}" if plugin.error else "working",
         }
-        for plugin in catalog.plugins().values()
+        for plugin in list_plugins().values()
     ]
-    return listing
+    return {
+        "strategies": _rows(list_strategies()),
+        "kernels": _rows(list_kernels()),
+        "backbones": _rows(list_backbones()),
+        "plugins": plugins,
+    }
 
 
-def _fault(error: BaseException) -> str:
+def _rows(infos: dict[str, Info]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(info), "status": "; ".join(info.reasons) or "usable"} for info in infos.values()
+    ]
+
+
+def _text(error: BaseException) -> str:
     """The error in words, also where all it has is its type."""
     return str(error) or type(error).__name__
-
-
-def _working(plugin: PluginInfo) -> str:
-    return f"working; {plugin.deprecation}" if plugin.deprecation else "working"

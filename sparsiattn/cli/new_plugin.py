@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable
+from sparsiattn.cli.console import readable_errors
 from sparsiattn.cli.options import AsJson
 
 
@@ -23,7 +23,7 @@ def write_plugin(
     """
     from sparsiattn.registry.new_plugin import new_plugin
 
-    with readable():
+    with readable_errors():
         folder = new_plugin(name, directory)
     if as_json:
         files = sorted(str(file) for file in folder.rglob("*") if file.is_file())

@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsiattn.cli.console import cells, print_whole, readable, say
-from sparsiattn.cli.models import fresh, noise, prepare, saved_in
-from sparsiattn.cli.options import (
-    AsJson,
-    Checkpoint,
-    ImageSize,
-    K,
-    Keep,
-    Kernel,
-    ModelName,
-    ModelOptions,
-    Planners,
-    Pretrained,
-    Strategy,
-    StrategyOptions,
-    dtype_of,
-    pairs,
-    patch_options,
-)
+from sparsiattn.cli.console import print_uncut, readable_errors, table_of
+from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command, noise
+from sparsiattn.cli.options import AsJson, BatchSize, Device, DType, dtype_of
+
+if TYPE_CHECKING:
+    from sparsiattn import Profile
 
 
+@model_command(*PATCH_OPTIONS, "only_if_faster")
 def profile_model(
-    model: ModelName,
-    strategy: Strategy = None,
-    k: K = None,
-    keep: Keep = None,
-    kernel: Kernel = None,
-    option: StrategyOptions = None,
-    only_if_faster: Annotated[
-        bool | None, typer.Option(help="Leave sites dense where sparse attention should lose.")
-    ] = None,
-    planners: Planners = None,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
-    model_option: ModelOptions = None,
-    image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    *,
+    request: ModelRequest,
+    batch_size: BatchSize = 1,
+    device: Device = "cpu",
+    dtype: DType = "float32",
     accounting: Annotated[
         str,
         typer.Option(
@@ -65,30 +41,22 @@ def profile_model(
     """
     from rich.console import Console
 
-    from sparsiattn.analysis.profiling.profiler import profile
+    from sparsiattn import profile
 
-    planners = saved_in(model, planners, strategy)
-    given = patch_options(strategy, k, keep, kernel, option, planners)
-    if only_if_faster is not None:
-        if given is None:
-            raise typer.BadParameter("needs --strategy", param_hint="--only-if-faster")
-        given["only_if_faster"] = only_if_faster
-    options, kind = pairs(model_option, "--model-option"), dtype_of(dtype)
-    counted = _accounting(accounting)
+    torch_dtype, rule = dtype_of(dtype), _accounting(accounting)
     console = Console(stderr=as_json)
-    with console.status(f"profiling {model}"), readable():
-        host = fresh(model, image_size, pretrained, checkpoint, **options)
-        prepare(host, given, planners, checkpoint)
-        host = host.eval().to(device, kind)
-        found = profile(
-            host, noise(host, image_size, batch_size), accounting=counted, memory=memory,
-            latency=latency, rounds=rounds,
-        )  # fmt: skip
-    found = replace(found, model=model)
+    with console.status(f"profiling {request.model}"), readable_errors():
+        model, _ = request.build()
+        model = model.eval().to(device, torch_dtype)
+        images = noise(model, request.image_size, batch_size)
+        result = profile(
+            model, images, accounting=rule, memory=memory, latency=latency, rounds=rounds
+        )
+    result = replace(result, model=request.model)
     if as_json:
-        print(json.dumps({**found.to_dict(), "name": model}, indent=2))
+        print(json.dumps({**result.to_dict(), "name": request.model}, indent=2))
         return
-    _print(console, found)
+    _print(console, result)
 
 
 def _accounting(name: str) -> Any:
@@ -101,12 +69,9 @@ def _accounting(name: str) -> Any:
     return name
 
 
-def _print(console: Any, found: Any) -> None:
-    from sparsiattn.analysis.profiling import text as profiletext
-
-    say(console, profiletext.head(found))
-    print_whole(console, cells(profiletext.parts_table(found)))
-    if found.sites:
-        print_whole(console, cells(profiletext.site_table(found)))
-    for line in profiletext.tail(found):
-        say(console, line)
+def _print(console: Any, result: Profile) -> None:
+    for part in filter(None, result.layout()):
+        if isinstance(part, str):
+            print(part)
+        else:
+            print_uncut(console, table_of(part))

@@ -6,30 +6,27 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsiattn.cli.console import readable
-from sparsiattn.cli.models import fresh, is_first, load_weights, saved_in
-from sparsiattn.cli.options import (
-    AsJson,
-    Checkpoint,
-    ImageSize,
-    ModelName,
-    ModelOptions,
-    Pretrained,
-    pairs,
-    value_of,
+from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.model_command import (
+    MODEL_OPTIONS,
+    ModelRequest,
+    is_first_process,
+    model_command,
 )
-from sparsiattn.training.progress import Advance, bar
+from sparsiattn.cli.options import AsJson, LabelledImages, value_of
+
+if TYPE_CHECKING:
+    from sparsiattn.training.progress import Advance
 
 
+@model_command(*MODEL_OPTIONS)
 def train_model(
-    model: ModelName,
-    data: Annotated[
-        str, typer.Option(help="Folder or .tar of images, or READER/NAME[@FOLDER] of timm.")
-    ],
+    *,
+    data: LabelledImages,
     recipe: Annotated[
         str, typer.Option(help="A recipe's name, or a .yaml or .json file.")
     ] = "sparsifiner_deit_small",
@@ -51,10 +48,7 @@ def train_model(
     evaluates: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Evaluate on the validation split of --data.")
     ] = False,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
-    model_option: ModelOptions = None,
-    image_size: ImageSize = None,
+    request: ModelRequest,
     as_json: AsJson = False,
 ) -> None:
     """Train a patched model as a recipe says; run it again to go on after a kill.
@@ -62,27 +56,28 @@ def train_model(
     Under torchrun or accelerate launch all processes train together. Example: sparsiattn train
     deit_small_patch16_224 --pretrained --data imagenet --eval --out run --set options.k=0.1
     """
-    import sparsiattn
-    from sparsiattn.training import Recipe, train
+    from sparsiattn import Recipe, load, train
     from sparsiattn.training.processes import leave
+    from sparsiattn.training.progress import bar
 
-    options = pairs(model_option, "--model-option")
-    with readable():
+    with readable_errors():
         plan = Recipe.load(recipe).changed(changes(change))
-        host = fresh(model, image_size, pretrained, checkpoint, **options)
-        if checkpoint is not None:
-            load_weights(host, checkpoint)
-        if (folder := saved_in(model, None)) is not None:
-            sparsiattn.load(host, folder)
-        with bar("updates", shown=sys.stderr.isatty() and is_first()) as advance:
-            found = train(
-                host, data, recipe=plan, eval_data=eval_data or (data if evaluates else None),
-                out=out, resume="auto" if resume is None else resume,
-                on_log=lambda row: _say(row, advance),
-            )  # fmt: skip
-    if is_first():
-        about = {"name": model, "data": data, "recipe": plan.to_dict()}
-        print(json.dumps({**about, **found.to_dict()}, indent=2) if as_json else found)
+        model = request.create()
+        if (folder := request.saved_patch()) is not None:
+            load(model, folder)
+        with bar("updates", shown=sys.stderr.isatty() and is_first_process()) as advance:
+            result = train(
+                model,
+                data,
+                recipe=plan,
+                eval_data=eval_data or (data if evaluates else None),
+                out=out,
+                resume="auto" if resume is None else resume,
+                on_log=lambda row: _show_progress(row, advance),
+            )
+    if is_first_process():
+        document = {"name": request.model, "data": data, "recipe": plan.to_dict()}
+        print(json.dumps({**document, **result.to_dict()}, indent=2) if as_json else result)
     leave()
 
 
@@ -92,16 +87,16 @@ def changes(texts: Iterable[str] | None) -> dict[str, Any]:
     >>> changes(["predictor.epochs=2", "options.tile=[8,8]", "seed=1"])
     {'predictor.epochs': 2, 'options.tile': [8, 8], 'seed': 1}
     """
-    found = {}
+    values = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"FIELD=VALUE is needed, got {text!r}", param_hint="--set")
-        found[name] = value_of(value)
-    return found
+        values[name] = value_of(value)
+    return values
 
 
-def _say(row: dict[str, Any], advance: Advance) -> None:
+def _show_progress(row: dict[str, Any], advance: Advance) -> None:
     """Epochs on stderr; every update is in the log."""
     if "step" in row:
         advance(row["step"])

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable
-from sparsiattn.cli.options import AsJson, dtype_of
+from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.options import AsJson, DeviceOrGPU, dtype_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sparsiattn import Tuning
+
 
 def tune_here(
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one.")
-    ] = None,
+    device: DeviceOrGPU = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")
     ] = None,
@@ -30,38 +30,43 @@ def tune_here(
     """
     from rich.console import Console
 
-    from sparsiattn.analysis.benchmark.tuning import tune
+    from sparsiattn import tune
 
     console = Console(stderr=as_json)
     dtypes = None if not dtype else [dtype_of(name) for name in dtype]
-    with console.status("measuring") as status, readable():
+    with console.status("measuring") as status, readable_errors():
 
         def show(done: int, total: int) -> None:
             status.update(f"measured {done} of {total} shapes")
 
-        found = tune(device, dtypes, quick, on_case=show)
+        tuning = tune(device, dtypes, quick, on_case=show)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(tuning.to_dict(), indent=1))
         return
-    console.print(_tuned(found))
-    console.print(f"wrote {found.path}" if found.path else "nothing written: see the warning above")
+    console.print(_table(tuning))
+    path = tuning.path
+    console.print(f"wrote {path}" if path else "nothing written: see the warning above")
 
 
-def _tuned(found: Any) -> Table:
+def _table(tuning: Tuning) -> Table:
     from rich.table import Table
 
-    table = Table(
-        "tokens", "k", "tile", "heads x dim", "batch", "dtype", "kernel", "ms", "measured",
-        "expected", title=f"speed relative to dense attention, {found.device}",
-        title_justify="left",
-    )  # fmt: skip
-    for row in found.rows:
+    title = f"speed relative to dense attention, {tuning.device}"
+    table = Table("tokens", "k", "tile", "heads x dim", "batch", title=title, title_justify="left")
+    for column in ("dtype", "kernel", "ms", "measured", "expected"):
+        table.add_column(column)
+    for row in tuning.rows:
         case = row.case
-        tile = case.tile if isinstance(case.tile, int) else "x".join(map(str, case.tile))
         table.add_row(
-            str(case.tokens), "ragged" if case.k is None else str(case.k), str(tile),
-            f"{case.heads} x {case.dim}", str(case.batch), row.dtype, row.kernel,
-            f"{1e3 * row.seconds:.2f}", f"{row.ratio:.2f}x",
+            str(case.tokens),
+            "ragged" if case.k is None else str(case.k),
+            str(case.tile) if isinstance(case.tile, int) else "x".join(map(str, case.tile)),
+            f"{case.heads} x {case.dim}",
+            str(case.batch),
+            row.dtype,
+            row.kernel,
+            f"{1e3 * row.seconds:.2f}",
+            f"{row.ratio:.2f}x",
             "-" if row.expected is None else f"{row.expected:.2f}x",
-        )  # fmt: skip
+        )
     return table

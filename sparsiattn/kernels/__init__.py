@@ -4,6 +4,8 @@ on CUDA, the former key blocks too."""
 
 from __future__ import annotations
 
+import sys
+
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
@@ -13,7 +15,10 @@ from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import Varlen
 from sparsiattn.kernels.xformers import XFormers
+from sparsiattn.registry.deprecated import CallablePackage
 from sparsiattn.registry.hookspecs import hookimpl
+
+sys.modules[__name__].__class__ = CallablePackage
 
 
 @hookimpl

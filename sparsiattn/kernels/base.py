@@ -41,6 +41,7 @@ class Kernel:
     ([], torch.Size([2, 3, 21, 6]))
     """
 
+    registers_as: ClassVar[str] = "kernels"
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     differentiable: ClassVar[bool] = True
@@ -112,14 +113,6 @@ class Choice:
     def after(self, planning: Planning) -> Choice:
         """The same choice with the time of planning counted."""
         return self if self.call is None else replace(self, planning=planning.share(self.call))
-
-
-def reasons_of(kernel: Kernel) -> list[str]:
-    """Why a kernel cannot run on this machine; that it does not know is a reason too."""
-    try:
-        return kernel.why_unavailable()
-    except Exception as error:
-        return [f"why_unavailable() raised {type(error).__name__}: {error}"]
 
 
 def refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[str]:

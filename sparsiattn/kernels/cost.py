@@ -82,7 +82,18 @@ class Prices:
 
 @dataclass(frozen=True)
 class CallShape:
-    """Shape of one attention call: q ``[batch, heads, queries, dim]``, and so on."""
+    """Shape of one attention call.
+
+    Attributes:
+        batch: Images, or windows of them.
+        heads: Heads of the queries.
+        queries: Rows of q, ``[batch, heads, queries, dim]``.
+        keys: Rows of k, ``[batch, heads, keys, dim]``.
+        dim: Channels of a head's queries and keys.
+        value_dim: Channels of v, ``[batch, heads, keys, value_dim]``.
+        dtype: Dtype of the operands.
+        device: Where the call runs; in a dry run, where it would.
+    """
 
     batch: int
     heads: int

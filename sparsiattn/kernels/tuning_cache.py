@@ -13,12 +13,12 @@ import os
 import threading
 import warnings
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsiattn._version import __version__
 from sparsiattn.kernels.atomic_io import replacing
 
 FORMAT = 1
@@ -49,7 +49,7 @@ def path() -> Path:
 def key(device: torch.device, dtype: torch.dtype) -> str:
     """What an entry holds for: machine, versions, dtype."""
     return " | ".join(
-        (device_name(device), f"torch {torch.__version__}", f"sparsiattn {_version()}",
+        (device_name(device), f"torch {torch.__version__}", f"sparsiattn {__version__}",
          str(dtype).removeprefix("torch."))
     )  # fmt: skip
 
@@ -78,14 +78,6 @@ def processor() -> str:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-@cache
-def _version() -> str:
-    try:
-        return metadata.version("sparsiattn")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 def find(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_
 from sparsiattn.patching.dry_run import DryRun, dry_run, meta_inputs
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.patching.text import aligned, macs_text
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -127,13 +127,6 @@ def not_faster(sites: int) -> str:
     )
 
 
-def macs_text(macs: int | None) -> str:
-    """MACs in millions or thousands of millions."""
-    if macs is None:
-        return "unknown"
-    return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
-
-
 def _table(rows: tuple[SiteReport, ...]) -> list[str]:
     cells = [("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected",
               "measured")]  # fmt: skip
@@ -147,14 +140,6 @@ def _table(rows: tuple[SiteReport, ...]) -> list[str]:
         line = (row.name, str(row.tokens), k, tile, row.kernel, density, change, expected, measured)
         cells.append(line)
     return aligned(cells)
-
-
-def aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows of cells as lines of text."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]
 
 
 def report(state: PatchState, total: int | None = None) -> Report:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from sparsiattn.kernels.base import reasons_of
 from sparsiattn.registry.registry import REGISTRY, PluginInfo
 
 
 @dataclass(frozen=True)
 class Info:
-    """A registered thing: what it is for, where it comes from, and whether it works here.
+    """A registered strategy, kernel or backbone, and whether it works here.
 
-    kind: what a strategy makes fewer of (``"attention"``, ``"tokens"``, ``"both"``). paper,
-    fidelity: where it was published, and how close to that it is.
+    Attributes:
+        name: The name to ask for.
+        summary: What it does, in one sentence.
+        plugin: The plug-in that registered it.
+        reasons: Why it does not work on this machine; empty if it does.
+        needs_training: Whether a strategy has planners to fit.
+        inexact_reason: Why a strategy's full budget is not the dense model; empty if it is.
+        kind: What a strategy makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
+        paper: Address of the publication.
+        fidelity: How close to the publication it is.
     """
 
     name: str
@@ -30,73 +37,80 @@ class Info:
 
     @property
     def usable(self) -> bool:
+        """Whether nothing keeps it from working on this machine."""
         return not self.reasons
 
 
-def _info(kind: str, name: str, thing: Any) -> Info:
-    summary = getattr(thing, "summary", "") or _first_sentence(thing.__doc__ or "")
-    reasons = tuple(reasons_of(thing)) if kind == "kernels" else ()
-    return Info(
-        name,
-        summary,
-        REGISTRY.plugin_of(kind, name),
-        reasons,
-        getattr(thing, "needs_training", False),
-        getattr(thing, "inexact_reason", ""),
-        getattr(thing, "kind", ""),
-        getattr(thing, "paper", ""),
-        getattr(thing, "fidelity", ""),
-    )
-
-
-def _first_sentence(doc: str) -> str:
-    """Of a docstring, on one line."""
-    paragraph = " ".join(doc.strip().split("\n\n")[0].split())
-    # not after abbreviations
-    first = re.split(r"(?<!\beq)(?<!i\.e)(?<!e\.g)(?<!arXiv)\. ", paragraph)[0]
-    return first.rstrip(".") + "." if first else ""
-
-
-def _infos(kind: str) -> dict[str, Info]:
-    return {name: _info(kind, name, thing) for name, thing in REGISTRY.all(kind).items()}
-
-
-def strategies() -> dict[str, Info]:
+def list_strategies() -> dict[str, Info]:
     """Registered strategies by name.
 
-    >>> strategies()["topk"].needs_training
+    >>> list_strategies()["topk"].needs_training
     False
     """
     return _infos("strategies")
 
 
-def kernels() -> dict[str, Info]:
+def list_kernels() -> dict[str, Info]:
     """Registered kernels by name; ``usable`` and ``reasons`` speak of this machine.
 
-    >>> kernels()["reference"].usable
+    >>> list_kernels()["reference"].usable
     True
     """
     return _infos("kernels")
 
 
-def backbones() -> dict[str, Info]:
+def list_backbones() -> dict[str, Info]:
     """Registered backbone adapters by name, in the order in which they are tried.
 
-    >>> list(backbones())[-1]
+    >>> list(list_backbones())[-1]
     'generic'
     """
     return _infos("backbones")
 
 
-def plugins() -> dict[str, PluginInfo]:
-    """Plug-ins by name, the broken ones with the error that broke them; a second one of the same
-    name as ``name (distribution)``.
+def list_plugins() -> dict[str, PluginInfo]:
+    """Plug-ins by name, the broken ones with the error that broke them.
 
-    >>> [name for name, plugin in plugins().items() if plugin.broken]
+    A second one of the same name is listed as ``name (distribution)``.
+
+    >>> [name for name, plugin in list_plugins().items() if plugin.broken]
     []
     """
-    found: dict[str, PluginInfo] = {}
+    plugins: dict[str, PluginInfo] = {}
     for plugin in REGISTRY.plugins():
         name = plugin.name
-        found[f"{name} ({plugin.distribution})" if name in found else name] = plugin
-    return found
+        plugins[f"{name} ({plugin.distribution})" if name in plugins else name] = plugin
+    return plugins
+
+
+def _infos(kind: str) -> dict[str, Info]:
+    return {name: _info(kind, name, entry) for name, entry in REGISTRY.all(kind).items()}
+
+
+def _info(kind: str, name: str, entry: Any) -> Info:
+    stated = {f.name: getattr(entry, f.name) for f in fields(Info) if hasattr(entry, f.name)}
+    return Info(
+        **{
+            **stated,
+            "name": name,
+            "summary": stated.get("summary") or _first_sentence(entry.__doc__ or ""),
+            "plugin": REGISTRY.plugin_of(kind, name),
+            "reasons": _reasons(entry) if kind == "kernels" else (),
+        }
+    )
+
+
+def _reasons(kernel: Any) -> tuple[str, ...]:
+    """Why a kernel cannot run on this machine; that it does not know is a reason too."""
+    try:
+        return tuple(kernel.why_unavailable())
+    except Exception as error:
+        return (f"why_unavailable() raised {type(error).__name__}: {error}",)
+
+
+def _first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    # not after abbreviations
+    first = re.split(r"(?<!\beq)(?<!i\.e)(?<!e\.g)(?<!arXiv)\. ", paragraph)[0]
+    return first.rstrip(".") + "." if first else ""

@@ -10,14 +10,15 @@ from importlib import resources
 from pathlib import Path
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.registry.plugin_api import PLUGIN_API
+from sparsiattn.registry.hookspecs import PLUGIN_API
+from sparsiattn.registry.registry import REGISTRY
 
 if sys.version_info >= (3, 11):
     from importlib.resources.abc import Traversable
 else:
     from importlib.abc import Traversable
 
-# files end in it, so that no tool takes them for Python, and none of them is imported by mistake
+# Templates end in it, so that no tool takes them for Python and nothing imports them by mistake.
 SUFFIX = ".txt"
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 TAKEN = frozenset(
@@ -26,11 +27,18 @@ TAKEN = frozenset(
 
 
 def new_plugin(name: str, directory: Path | str = ".") -> Path:
-    """Write a plug-in package called ``name`` into a new folder of that name; returns the folder.
+    """Write a plug-in package called ``name`` into a new folder of that name.
 
-    name: of the distribution, lower-case words joined by ``-`` or ``_``; the import package, the
-    entry point and the strategy have it with ``_``. Raises `InvalidOption` for another name, one
-    that is taken, or where the folder exists.
+    Args:
+        name: Name of the distribution, lower-case words joined by ``-`` or ``_``. The import
+            package, the entry point and the strategy have it with ``_``.
+        directory: Where the new folder is made.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        InvalidOption: The name is not of that form or is taken, or the folder exists.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +57,7 @@ def new_plugin(name: str, directory: Path | str = ".") -> Path:
 
 
 def rendered(name: str) -> dict[str, str]:
-    """The text of every file by its path below the package's folder."""
+    """Text of every file of a plug-in called ``name``, by its path below the package's folder."""
     words = re.split("[-_]", name)
     package = "_".join(words)
     values = {
@@ -58,12 +66,12 @@ def rendered(name: str) -> dict[str, str]:
         "Class": "".join(word.capitalize() for word in words),
         "api": repr(PLUGIN_API),
     }
-    found = {}
+    files = {}
     for path, text in _templates(resources.files("sparsiattn.registry") / "plugin_template", ""):
         for key, value in values.items():
             text = text.replace("{{" + key + "}}", value)
-        found[path.removesuffix(SUFFIX).replace("PACKAGE", package)] = text
-    return found
+        files[path.removesuffix(SUFFIX).replace("PACKAGE", package)] = text
+    return files
 
 
 def _templates(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
@@ -75,8 +83,6 @@ def _templates(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_name(name: str) -> None:
-    from sparsiattn.registry.registry import REGISTRY
-
     package = name.replace("-", "_")
     if not NAME.fullmatch(name) or keyword.iskeyword(package):
         raise InvalidOption(

@@ -10,27 +10,29 @@ import importlib
 import os
 import re
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
 
 from sparsiattn.errors import PluginError, unknown
 from sparsiattn.registry import hookspecs
-from sparsiattn.registry import plugin_api as pluginapi
-from sparsiattn.registry.hookspecs import PROJECT
-from sparsiattn.registry.plugin_api import PLUGIN_API, Version
+from sparsiattn.registry.hookspecs import PLUGIN_API, PROJECT
 
 METHODS = "sparsiattn.methods"
-BUILTINS = (
-    "sparsiattn.strategies", METHODS, "sparsiattn.kernels", "sparsiattn_backbones",
-)  # fmt: skip
-KINDS = ("strategies", "kernels", "backbones")
-# what a plug-in may do without stopping the others: a script as plug-in may call sys.exit()
+BUILTINS = ("sparsiattn.strategies", METHODS, "sparsiattn.kernels", "sparsiattn_backbones")
+# What each hook returns, in words. The classes stand above this module: `registers_as` names their
+# kind, so that the registry need not import them.
+REQUIREMENTS = {
+    "strategies": "a frozen dataclass derived from sparsiattn.Strategy or sparsiattn.TokenStrategy",
+    "kernels": "an instance of sparsiattn.Kernel",
+    "backbones": "an instance of sparsiattn.Backbone",
+}
+KINDS = tuple(REQUIREMENTS)
+# A plug-in must not stop the others, also where it is a script that calls sys.exit().
 ISOLATED = (Exception, SystemExit)
 
 
@@ -38,20 +40,23 @@ ISOLATED = (Exception, SystemExit)
 class PluginInfo:
     """A plug-in and what it registered, or the error that broke it.
 
-    api: the `PLUGIN_API` it was written for. deprecation: what its author should know about that,
-    mostly nothing. module: what its entry point names.
+    Attributes:
+        name: Name of its entry point; of a built-in, its package.
+        distribution: The installed distribution that brings it.
+        provides: Names of the strategies, kernels and backbones that it registered.
+        error: What broke it, None if it works.
+        module: The module that its entry point names.
     """
 
     name: str
     distribution: str
     provides: tuple[str, ...] = ()
     error: BaseException | None = None
-    api: Version = field(default=PLUGIN_API, compare=False)
-    deprecation: str = field(default="", compare=False)
     module: str = field(default="", compare=False)
 
     @property
     def broken(self) -> bool:
+        """Whether an error keeps it, or a part of it, from working."""
         return self.error is not None
 
 
@@ -59,7 +64,9 @@ class PluginInfo:
 class _Contents:
     """One consistent reading of all plug-ins."""
 
-    things: dict[str, dict[str, Any]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    registered: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {kind: {} for kind in KINDS}
+    )
     origin: dict[tuple[str, str], str] = field(default_factory=dict)
     errors: dict[str, BaseException] = field(default_factory=dict)
 
@@ -70,64 +77,72 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._manager: pluggy.PluginManager | None = None
-        self._distributions: dict[str, str] = {}
-        self._modules: dict[str, str] = {}
-        self._apis: dict[str, Version] = {}
+        self._loaded: dict[str, PluginInfo] = {}
         self._failed: list[PluginInfo] = []
         self._contents: _Contents | None = None
 
     def all(self, kind: str) -> dict[str, Any]:
-        """Name to strategy class, kernel or backbone, in order of registration."""
-        return self._read().things[kind]
+        """Name to strategy class, kernel or backbone, in order of registration.
+
+        Args:
+            kind: ``"strategies"``, ``"kernels"`` or ``"backbones"``.
+        """
+        return self._read().registered[kind]
 
     def get(self, kind: str, name: str) -> Any:
-        things = self.all(kind)
-        if not isinstance(name, str) or name not in things:
-            raise unknown(kind[:-3] + "y" if kind == "strategies" else kind[:-1], name, things)
-        return things[name]
+        """The strategy class, kernel or backbone of that name.
+
+        Raises:
+            UnknownName: Nothing of that kind has that name.
+        """
+        registered = self.all(kind)
+        if not isinstance(name, str) or name not in registered:
+            raise unknown(kind[:-3] + "y" if kind == "strategies" else kind[:-1], name, registered)
+        return registered[name]
 
     def plugin_of(self, kind: str, name: str) -> str:
+        """Name of the plug-in that registered it."""
         return self._read().origin[kind, name]
 
     def plugins(self) -> list[PluginInfo]:
+        """Every plug-in, the built-in ones first, those that could not be loaded last."""
         contents = self._read()
-        loaded = [self._described(name, contents) for name, _ in self._load().list_name_plugin()]
+        loaded = [
+            replace(
+                plugin,
+                provides=tuple(n for (_, n), by in contents.origin.items() if by == plugin.name),
+                error=contents.errors.get(plugin.name),
+            )
+            for plugin in self._loaded.values()
+        ]
         return loaded + self._failed
 
     def of_package(self, package: str) -> list[PluginInfo]:
-        """The plug-ins of a package, broken ones too, by the name of its distribution, of an entry
-        point or of the module that this names."""
+        """The plug-ins of a package, broken ones too.
+
+        Args:
+            package: Name of the distribution, of an entry point or of the module that this names.
+        """
         return [
             plugin
             for plugin in self.plugins()
             if canonical(plugin.distribution) == canonical(package)
-            or package == plugin.name
-            or plugin.module.partition(".")[0] == package
+            or package in (plugin.name, plugin.module.partition(".")[0])
         ]
-
-    def _described(self, name: str, contents: _Contents) -> PluginInfo:
-        api = self._apis.get(name, PLUGIN_API)
-        return PluginInfo(
-            name,
-            self._distributions.get(name, PROJECT),
-            tuple(n for (_, n), origin in contents.origin.items() if origin == name),
-            contents.errors.get(name),
-            api,
-            pluginapi.deprecation(api),
-            self._modules.get(name, name),
-        )
 
     @contextmanager
     def temporary(self, plugin: object, name: str = "temporary") -> Iterator[None]:
         """Register a plug-in for the duration of a block (for tests and notebooks)."""
         with self._lock:
             self._load().register(plugin, name)
+            self._loaded[name] = PluginInfo(name, PROJECT, module=name)
             self._contents = None
         try:
             yield
         finally:
             with self._lock:
                 self._load().unregister(plugin)
+                del self._loaded[name]
                 self._contents = None
 
     def _load(self) -> pluggy.PluginManager:
@@ -137,31 +152,30 @@ class Registry:
                 manager.add_hookspecs(hookspecs)
                 for name in BUILTINS:
                     manager.register(importlib.import_module(name), name)
+                    self._loaded[name] = PluginInfo(name, PROJECT, module=name)
                 for entry in _entry_points():
                     self._load_entry(manager, entry)
                 self._manager = manager
             return self._manager
 
-    def _load_entry(self, manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> None:
+    def _load_entry(self, manager: pluggy.PluginManager, entry: EntryPoint) -> None:
         distribution = entry.dist.name if entry.dist else "unknown distribution"
+        info = PluginInfo(entry.name, distribution, module=entry.module)
         try:
             if manager.has_plugin(entry.name):
-                other = self._distributions.get(entry.name, PROJECT)
                 raise PluginError(
-                    f"plug-in name {entry.name!r} of {distribution} is taken by {other}"
+                    f"plug-in name {entry.name!r} of {distribution} is taken by "
+                    f"{self._loaded[entry.name].distribution}"
                 )
             plugin = entry.load()
-            # first: a hook that came later would be taken for a misspelt one
-            api = _accepted_version(plugin, entry.name)
+            # before its hooks: one of a later version would be taken for a misspelt name
+            _check_version(plugin, entry.name)
             manager.register(plugin, entry.name)
             _refuse_mistakes(manager, plugin, entry.name)
         except ISOLATED as error:
-            failed = PluginInfo(entry.name, distribution, error=error, module=entry.module)
-            self._failed.append(failed)
+            self._failed.append(replace(info, error=error))
         else:
-            self._distributions[entry.name] = distribution
-            self._modules[entry.name] = entry.module
-            self._apis[entry.name] = api
+            self._loaded[entry.name] = info
 
     def _read(self) -> _Contents:
         with self._lock:
@@ -170,84 +184,59 @@ class Registry:
                 contents = _Contents()
                 for name, plugin in manager.list_name_plugin():
                     for kind in KINDS:
-                        self._collect(manager, name, plugin, kind, contents)
+                        self._collect(kind, name, plugin, contents)
                 # the generic adapter takes every model: those of plug-ins are asked before it
-                mine = sorted(
-                    contents.things["backbones"].items(),
+                backbones = sorted(
+                    contents.registered["backbones"].items(),
                     key=lambda item: contents.origin["backbones", item[0]] in BUILTINS,
                 )
-                contents.things["backbones"] = dict(mine)
+                contents.registered["backbones"] = dict(backbones)
                 self._contents = contents
             return self._contents
 
-    def _collect(
-        self, manager: pluggy.PluginManager, name: str, plugin: Any, kind: str, into: _Contents
-    ) -> None:
+    def _collect(self, kind: str, name: str, plugin: Any, contents: _Contents) -> None:
         """Add what one plug-in returns from one hook; a fault is recorded, not raised."""
         hook = f"{PROJECT}_{kind}"
         try:
-            # implementations one by one: the fault of one plug-in is known to be its own
-            for implementation in getattr(manager.hook, hook).get_hookimpls():
+            # pluggy would call all plug-ins at once: one by one, a fault is known to be its own
+            for implementation in getattr(self._load().hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
-                    for thing in _listed(implementation.function(), hook, name):
-                        self._add(thing, name, kind, into)
+                    entries = implementation.function()
+                    if not isinstance(entries, (list, tuple)):
+                        raise PluginError(
+                            f"plug-in {name!r}: {hook}() must return a list, got {entries!r}"
+                        )
+                    for entry in entries:
+                        self._add(kind, name, entry, contents)
         except ISOLATED as error:
-            into.errors.setdefault(name, error)
+            contents.errors.setdefault(name, error)
 
-    def _add(self, thing: Any, plugin: str, kind: str, into: _Contents) -> None:
-        name = _checked_name(thing, kind, plugin)
-        taken = into.origin.get((kind, name))
+    def _add(self, kind: str, plugin: str, entry: Any, contents: _Contents) -> None:
+        name = _checked_name(kind, plugin, entry)
+        taken = contents.origin.get((kind, name))
         if taken is not None:
-            first, second = (self._distributions.get(p, PROJECT) for p in (taken, plugin))
+            first, second = (self._loaded[key].distribution for key in (taken, plugin))
             raise PluginError(
                 f"{kind}: name {name!r} of plug-in {plugin!r} ({second}) is taken by {taken!r} "
                 f"({first}); choose another name"
             )
-        into.things[kind][name] = thing
-        into.origin[kind, name] = plugin
+        contents.registered[kind][name] = entry
+        contents.origin[kind, name] = plugin
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
+def _entry_points() -> list[EntryPoint]:
     """Entry points of the group that ``SPARSIATTN_PLUGINS`` lets through.
 
     Unset: all. Empty: none. ``a,b``: only these. ``-a``: all but a.
     """
-    found = sorted(_installed(), key=lambda entry: entry.name)
-    wanted = os.environ.get("SPARSIATTN_PLUGINS")
-    if wanted is None:
-        return found
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    entries = sorted(entry_points(group=PROJECT), key=lambda entry: entry.name)
+    choice = os.environ.get("SPARSIATTN_PLUGINS")
+    if choice is None:
+        return entries
+    names = [name.strip() for name in choice.split(",") if name.strip()]
     if names and all(name.startswith("-") for name in names):
-        return [entry for entry in found if f"-{entry.name}" not in names]
-    return [entry for entry in found if entry.name in names]
-
-
-def _installed() -> list[metadata.EntryPoint]:
-    """Entry points of the group; distributions whose list cannot be read have none."""
-    try:
-        return list(metadata.entry_points(group=PROJECT))
-    except Exception:  # one file that does not parse, of whatever project, hides all the others
-        return [entry for dist in _distributions() for entry in _readable(dist)]
-
-
-def _distributions() -> list[metadata.Distribution]:
-    """One for each name: the first on the path hides the others, as at import."""
-    found: dict[str, metadata.Distribution] = {}
-    for dist in metadata.distributions():
-        found.setdefault(canonical(dist.metadata["Name"] or ""), dist)
-    return list(found.values())
-
-
-def _readable(dist: metadata.Distribution) -> list[metadata.EntryPoint]:
-    try:
-        return list(dist.entry_points.select(group=PROJECT))
-    except Exception as error:
-        warnings.warn(
-            f"entry points of {dist.metadata['Name']} cannot be read ({error}); reinstall it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return []
+        return [entry for entry in entries if f"-{entry.name}" not in names]
+    return [entry for entry in entries if entry.name in names]
 
 
 def canonical(name: str) -> str:
@@ -259,13 +248,17 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _accepted_version(plugin: Any, name: str) -> Version:
-    """The plug-in API that a plug-in was written for; raises where it cannot work with this one."""
-    api = pluginapi.stated(plugin)
-    reason = pluginapi.refusal(api)
-    if reason:
-        raise PluginError(f"plug-in {name!r} {reason}")
-    return api
+def _check_version(plugin: Any, name: str) -> None:
+    """Refuse a plug-in of another major version, or of a minor version that is still to come."""
+    api = getattr(plugin, "SPARSIATTN_API", PLUGIN_API)
+    major, minor = PLUGIN_API
+    if not isinstance(api, (tuple, list)) or tuple(api) not in [
+        (major, n) for n in range(minor + 1)
+    ]:
+        raise PluginError(
+            f"plug-in {name!r} needs plug-in API {api!r} (SPARSIATTN_API), this sparsiattn has "
+            f"{PLUGIN_API}: upgrade the older of the two"
+        )
 
 
 def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
@@ -283,30 +276,18 @@ def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> N
         raise
 
 
-def _listed(result: Any, hook: str, plugin: str) -> list[Any]:
-    if not isinstance(result, (list, tuple)):
-        raise PluginError(f"plug-in {plugin!r}: {hook}() must return a list, got {result!r}")
-    return list(result)
-
-
-def _checked_name(thing: Any, kind: str, plugin: str) -> str:
-    from sparsiattn.kernels.base import Kernel
-    from sparsiattn.patching.discovery.backbone import Backbone
-    from sparsiattn.strategies.config import Config
-
-    if kind == "strategies":
-        fits = isinstance(thing, type) and issubclass(thing, Config)
-        wanted = "a frozen dataclass derived from sparsiattn.Strategy or sparsiattn.TokenStrategy"
+def _checked_name(kind: str, plugin: str, entry: Any) -> str:
+    """The name under which a hook's entry is registered; raises where it is not of its kind."""
+    is_class = isinstance(entry, type)
+    fits = getattr(entry, "registers_as", "") == kind and is_class == (kind == "strategies")
+    if fits and is_class:
         # looked up in the class itself: an undecorated subclass would lose its own options
-        fits = fits and getattr(vars(thing).get("__dataclass_params__"), "frozen", False)
-    else:
-        base = Kernel if kind == "kernels" else Backbone
-        fits, wanted = isinstance(thing, base), f"an instance of sparsiattn.{base.__name__}"
-    name = getattr(thing, "name", "")
+        fits = getattr(vars(entry).get("__dataclass_params__"), "frozen", False)
+    name = getattr(entry, "name", "")
     if not fits or not isinstance(name, str) or not name:
         raise PluginError(
-            f"plug-in {plugin!r}: {PROJECT}_{kind}() must return {wanted} with a name, "
-            f"got {thing!r}"
+            f"plug-in {plugin!r}: {PROJECT}_{kind}() must return {REQUIREMENTS[kind]} with a "
+            f"name, got {entry!r}"
         )
     return name
 

@@ -5,30 +5,114 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
-from statistics import median, quantiles
-from typing import Any
+from statistics import quantiles
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.tuning_cache import processor
+
+T = TypeVar("T")
+
+
+class Quartiles(NamedTuple):
+    """Median and quartiles of one figure over all rounds.
+
+    Attributes:
+        low: First quartile.
+        median: Second quartile.
+        high: Third quartile.
+    """
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Quartiles:
+        """Summarise values; a single one is its own quartile.
+
+        >>> Quartiles.of([3.0, 1.0, 2.0])
+        Quartiles(low=1.0, median=2.0, high=3.0)
+        """
+        values = list(values)
+        return cls(*(quantiles(values, n=4) if len(values) > 1 else values * 3))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """First and third quartile."""
+        return self.low, self.high
+
+    def rounded(self, digits: int, scale: float = 1.0) -> Quartiles:
+        """All three times ``scale``, rounded."""
+        return Quartiles(*(round(scale * value, digits) for value in self))
+
+    def ms(self) -> Quartiles:
+        """Seconds in milliseconds, rounded to microseconds."""
+        return self.rounded(3, 1e3)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Two calls timed in alternation.
+
+    Attributes:
+        rounds: Paired runs.
+        first: Seconds of the first call.
+        second: Seconds of the second call.
+        ratio: ``second / first`` in time, pair by pair: how much faster the first call is.
+    """
+
+    rounds: int
+    first: Quartiles
+    second: Quartiles
+    ratio: Quartiles
+
+    @classmethod
+    def of(cls, first: list[float], second: list[float]) -> Timing:
+        """Summarise seconds that were measured in pairs.
+
+        >>> Timing.of([1.0, 10.0, 2.0], [2.0, 30.0, 2.0]).ratio.median
+        2.0
+        """
+        ratios = [b / a for a, b in zip(first, second, strict=True)]
+        return cls(len(ratios), *map(Quartiles.of, (first, second, ratios)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rounded figures for JSON."""
+        ratio = self.ratio.rounded(4)
+        return {
+            "ratio": ratio.median,
+            "ratio_quartiles": list(ratio.ends),
+            "first_ms": self.first.ms().median,
+            "second_ms": self.second.ms().median,
+            "rounds": self.rounds,
+        }
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What a call returns, and its seconds; work that it left running on a GPU counts."""
+    wait()
+    start = time.perf_counter()
+    result = call()
+    wait()
+    return result, time.perf_counter() - start
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """How long a call takes, work it left running on a GPU included."""
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
+    """How long a call takes, see `timed`."""
+    return timed(call)[1]
 
 
 def wait() -> None:
-    """Until the GPU has done what it was given."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    """Wait until the accelerator has done what it was given; nothing to do before its first use."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def alternate(
@@ -36,50 +120,36 @@ def alternate(
     rounds: int,
     on_round: Callable[[int], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after one of each to warm up. The order turns each
-    round, so that no call always runs on what the same other one left in the caches. on_round:
-    called with the rounds done."""
+    """Time several calls in turn, after one run of each to warm up.
+
+    Args:
+        calls: What to time, by name.
+        rounds: How often.
+        on_round: Called with the number of rounds done.
+
+    Returns:
+        Seconds of every call in every round.
+
+    Raises:
+        InvalidOption: ``rounds`` is not a positive int.
+    """
+    if type(rounds) is not int or rounds < 1:
+        raise InvalidOption(f"rounds must be an int >= 1, got {rounds!r}")
     for call in calls.values():
         call()
-    names = list(calls)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        for name in names if turn % 2 == 0 else names[::-1]:
-            found[name].append(seconds(calls[name]))
+        # the order turns, so that no call always runs on what the same other one left in the caches
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            times[name].append(seconds(calls[name]))
         if on_round is not None:
             on_round(turn + 1)
-    return found
+    return times
 
 
-def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Runs the two alternately. Returns the median of ``second / first`` in time, its quartiles,
-    and both medians in milliseconds."""
-    return compared(*alternate({"first": first, "second": second}, rounds).values())
-
-
-def compared(first: list[float], second: list[float]) -> dict[str, Any]:
-    """The summary of paired seconds, as `paired` returns it."""
-    ratios = [b / a for a, b in zip(first, second, strict=True)]
-    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {
-        "ratio": round(middle, 4),
-        "ratio_quartiles": [round(low, 4), round(high, 4)],
-        "first_ms": round(1e3 * median(first), 3),
-        "second_ms": round(1e3 * median(second), 3),
-        "rounds": len(ratios),
-    }
-
-
-def quartiles_ms(times: list[float]) -> tuple[float, float]:
-    """First and third quartile of seconds, in milliseconds."""
-    low, _, high = quantiles(times, n=4) if len(times) > 1 else times * 3
-    return round(1e3 * low, 3), round(1e3 * high, 3)
-
-
-def fastest_ms(call: Callable[[], Any], repeats: int) -> float:
-    """The fastest of some calls after one to warm up, in milliseconds."""
-    call()
-    return min(1e3 * seconds(call) for _ in range(repeats))
+def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> Timing:
+    """Time two calls alternately."""
+    return Timing.of(*alternate({"first": first, "second": second}, rounds).values())
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from sparsiattn.registry.deprecated import CallablePackage
 from sparsiattn.registry.hookspecs import hookimpl
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.connectivity import Connectivity
@@ -12,6 +15,8 @@ from sparsiattn.strategies.random import Random
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
+
+sys.modules[__name__].__class__ = CallablePackage
 
 
 @hookimpl

@@ -14,10 +14,11 @@ C = TypeVar("C", bound="Config")
 class Config:
     """Base of every strategy. Subclasses are frozen dataclasses whose fields are their options."""
 
+    registers_as: ClassVar[str] = "strategies"
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     exact_at_full: ClassVar[bool] = True
-    """Whether the full budget reproduces the dense model; if not, `strategies()` shows
+    """Whether the full budget reproduces the dense model; if not, `list_strategies()` shows
     ``inexact_reason``."""
     inexact_reason: ClassVar[str] = ""
     needs_training: ClassVar[bool] = False

@@ -10,6 +10,7 @@ from sparsiattn.attention.budget import Budget
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, MismatchedPatch
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.base import Budgets, Strategy
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.token_base import TokenStrategy
@@ -86,8 +87,6 @@ class Hybrid(Config):
 
 def _built(wanted: str | dict[str, Any]) -> Config:
     """A registered strategy by name, or from its JSON form."""
-    from sparsiattn.registry.registry import REGISTRY
-
     if isinstance(wanted, str):
         found: type[Config] = REGISTRY.get("strategies", wanted)
         return found()

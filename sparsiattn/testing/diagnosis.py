@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sparsiattn.kernels import xformers as fmha
-from sparsiattn.patching.report import aligned
-from sparsiattn.registry import listing as catalog
+from sparsiattn.patching.text import aligned
+from sparsiattn.registry.listing import list_kernels, list_plugins
 
 CORE = (
     "torch",
@@ -90,9 +90,9 @@ def doctor() -> Diagnosis:
         findings += [_package(f"extra {extra}", name, fix) for name in names]
     findings += [
         Finding("kernels", name, "off" if info.reasons else "ok", "; ".join(info.reasons))
-        for name, info in catalog.kernels().items()
+        for name, info in list_kernels().items()
     ]
-    findings += [_plugin(plugin) for plugin in catalog.plugins().values()]
+    findings += [_plugin(plugin) for plugin in list_plugins().values()]
     trial = _trial()
     return Diagnosis(trial.status == "ok", (*findings, trial))
 
@@ -132,8 +132,7 @@ def _problem(action: Callable[[], Any]) -> str | None:
 
 def _plugin(plugin: Any) -> Finding:
     if not plugin.broken:
-        said = "; ".join(filter(None, (plugin.distribution, plugin.deprecation)))
-        return Finding("plug-ins", plugin.name, "ok", said)
+        return Finding("plug-ins", plugin.name, "ok", plugin.distribution)
     fix = f"pip install -U {plugin.distribution}" if plugin.distribution else ""
     return Finding("plug-ins", plugin.name, "broken", str(plugin.error), fix)
 

@@ -76,7 +76,7 @@ class PatchSuite:
         assert type(self.strategy).build(saved["options"]) == self.strategy
 
     def test_says_what_it_is(self) -> None:
-        """What `strategies()` shows, and a reason where the full budget is not the dense model."""
+        """What `list_strategies()` shows, and why the full budget is not the dense model."""
         kind = type(self.strategy)
         assert (kind.__doc__ or "").strip(), "the first line of the docstring is its summary"
         assert kind.exact_at_full or kind.inexact_reason, "say in inexact why it is not exact"
@@ -243,10 +243,10 @@ class PatchSuite:
             row = declared[site.name]
             if row.density is not None and row.macs is not None:
                 assert site.density == pytest.approx(row.density, abs=1e-6), site.name
-                assert site.own.mhsa == pytest.approx(row.macs, rel=1e-6), site.name
+                assert site.pattern.mhsa == pytest.approx(row.macs, rel=1e-6), site.name
                 if self.strategy.kind == "attention":  # else the choice of tokens is in it too
                     planned = pytest.approx(row.predictor_macs, rel=0.02)
-                    assert site.own.predictor == planned, site.name
+                    assert site.pattern.predictor == planned, site.name
 
     def test_windows(self) -> None:
         """A host with windows is served, or refused with a reason and left as it was."""

@@ -32,9 +32,9 @@ def temporary_plugin(
     ... class Mine(sparsiattn.Strategy):
     ...     name = "mine"
     >>> with temporary_plugin(strategies=[Mine]):
-    ...     "mine" in sparsiattn.strategies()
+    ...     "mine" in sparsiattn.list_strategies()
     True
-    >>> "mine" in sparsiattn.strategies()
+    >>> "mine" in sparsiattn.list_strategies()
     False
     """
     lists = {"strategies": strategies, "kernels": kernels, "backbones": backbones}

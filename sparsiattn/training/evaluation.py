@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.runtime.timing import wait
+from sparsiattn.runtime.timing import timed
 
 if TYPE_CHECKING:
     from sparsiattn.training.processes import World
@@ -204,11 +203,8 @@ class _Tally:
 
 def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
     """Logits ``[B, classes]`` and the seconds they took."""
-    wait()
-    start = time.perf_counter()
-    out = model(images)
-    wait()
-    return logits_of(out, model), time.perf_counter() - start
+    output, seconds = timed(lambda: model(images))
+    return logits_of(output, model), seconds
 
 
 def logits_of(out: Any, model: nn.Module) -> Tensor:

@@ -43,11 +43,11 @@ def test_rounds_turn_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ratios_are_of_pairs_not_of_medians() -> None:
-    found = timing.compared([1.0, 10.0, 2.0], [2.0, 30.0, 2.0])
+    found = timing.Timing.of([1.0, 10.0, 2.0], [2.0, 30.0, 2.0]).to_dict()
     assert found["ratio"] == 2.0
     assert (found["first_ms"], found["second_ms"]) == (2000.0, 2000.0)
     assert found["ratio_quartiles"] == [1.0, 3.0]
-    assert timing.compared([1.0], [3.0])["ratio_quartiles"] == [3.0, 3.0]
+    assert timing.Timing.of([1.0], [3.0]).ratio.ends == (3.0, 3.0)
 
 
 def test_the_card_names_no_path() -> None:

@@ -64,7 +64,7 @@ def test_deit_dense(size: str, giga: float) -> None:
     assert found.dense.rest == 196 * 768 * c + 1000 * c
     assert found.tokens == (n,) * 12
     assert found.predictor_macs == 0
-    assert found.dense == found.own == found.computed == found.paper
+    assert found.dense == found.pattern == found.computed == found.paper
     assert size != "small" or round(found.mhsa_macs / 1e6, 2) == 357.66
 
 
@@ -85,8 +85,10 @@ def test_the_papers_table(k: float, mega: float) -> None:
     assert found.predictor_macs == found.mhsa_macs - rows == 12 * (2 * 197 * 32 * 384 + 33 * 197**2)
     assert found.macs == found.macs_dense - found.mhsa_macs_dense + found.mhsa_macs
     # beside it what is really spent: four background keys, and a predictor that costs more
-    assert found.own.mhsa == 12 * 2 * 384 * (196 * (kept + 4) + 197 + 4 * 197) == report.mhsa_macs
-    assert found.own.predictor == report.predictor_macs > found.predictor_macs
+    assert (
+        found.pattern.mhsa == 12 * 2 * 384 * (196 * (kept + 4) + 197 + 4 * 197) == report.mhsa_macs
+    )
+    assert found.pattern.predictor == report.predictor_macs > found.predictor_macs
     assert "MHSA with predictor" in str(found)
 
 
@@ -94,14 +96,14 @@ def test_the_papers_count_of_other_settings() -> None:
     model = zoo.build("vit")
     with sparsiattn.patch(model, Connectivity(k=10, basis=5, background=None)):
         found = profile(model, zoo.images(model), accounting="paper")
-    assert found.paper.mhsa == 2 * 2 * 48 * (64 * 10 + 65) == found.own.mhsa
+    assert found.paper.mhsa == 2 * 2 * 48 * (64 * 10 + 65) == found.pattern.mhsa
     assert found.predictor_macs == 2 * 2 * 65 * 5 * 48 + 3 * 65**2 * 11
     with sparsiattn.patch(model, "topk", k=10):  # the paper has no such planner: what ran
         found = profile(model, zoo.images(model), accounting="paper")
-    assert found.predictor_macs == found.own.predictor == 2 * 65**2 * 48
+    assert found.predictor_macs == found.pattern.predictor == 2 * 65**2 * 48
     with sparsiattn.patch(model, "token_drop", keep=0.5, layers=[0]):
         found = profile(model, zoo.images(model), accounting="paper")
-    assert found.predictor_macs == 0 < found.own.predictor
+    assert found.predictor_macs == 0 < found.pattern.predictor
 
 
 @pytest.mark.parametrize(("keep", "mega"), zoo.slow_but([(0.7, 193.18)], (0.5, 148.60)))
@@ -115,7 +117,7 @@ def test_evit_on_deit_s(keep: float, mega: float) -> None:
         n = math.ceil(keep * n) if layer in (3, 6, 9) else n
     assert found.tokens == tuple(counts)
     assert round(found.mhsa_macs / 1e6, 2) == mega
-    assert found.computed == found.own  # shorter sequences are dense: nothing is padded
+    assert found.computed == found.pattern  # shorter sequences are dense: nothing is padded
     assert (found.macs, found.predictor_macs) == (report.macs, report.predictor_macs)
     assert found.macs_dense == report.macs_dense
     assert not found.notes
@@ -133,11 +135,11 @@ def check(model: nn.Module, given: Any, macs: float, report: sparsiattn.Report |
     """What holds for every model and patch; with a report of the same shapes, its figures."""
     found = profile(model, given)
     assert found.macs_dense == round(macs / found.images)
-    for parts in (found.dense, found.own, found.computed, found.paper):
+    for parts in (found.dense, found.pattern, found.computed, found.paper):
         assert min(astuple(parts)) >= 0
     assert sum(site.dense.mhsa for site in found.sites) == found.mhsa_macs_dense
-    assert found.own.rest == found.computed.rest
-    assert found.own.mlp <= found.dense.mlp
+    assert found.pattern.rest == found.computed.rest
+    assert found.pattern.mlp <= found.dense.mlp
     assert len(found.tokens) == len(found.sites)
     assert json.loads(json.dumps(found.to_dict()))["macs"] == found.macs
     assert all(site.name in str(found) for site in found.sites)
@@ -223,9 +225,9 @@ def test_adaptive_counts_are_means_over_images() -> None:
             model(zoo.images(model, 3))
         left = (live.source() >= 0).sum(1).tolist()
     assert found.tokens == (65, round(sum(left) / 3))
-    assert found.sites[1].own.mhsa == round(sum(2 * n * n * 48 for n in left) / 3)
+    assert found.sites[1].pattern.mhsa == round(sum(2 * n * n * 48 for n in left) / 3)
     assert found.sites[1].density == 1.0
-    assert found.computed.mhsa == found.own.mhsa
+    assert found.computed.mhsa == found.pattern.mhsa
 
 
 def test_models_without_attention_have_no_sites() -> None:
@@ -255,7 +257,7 @@ def test_a_patch_on_a_part_of_the_model() -> None:
         assert [site.name for site in found.sites] == ["body.blocks.0.attn", "body.blocks.1.attn"]
         tokens = torch.randn(1, 65, 48)
         part = profile(body.get_submodule("blocks.0"), tokens)
-        assert part.mhsa_macs == found.sites[0].own.mhsa
+        assert part.mhsa_macs == found.sites[0].pattern.mhsa
         assert part.dense.projections == found.sites[0].dense.projections
         assert part.macs_dense == part.mhsa_macs_dense + 12 * 65 * 48**2
         with pytest.raises(InvalidOption, match="latency"):

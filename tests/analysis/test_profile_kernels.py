@@ -42,13 +42,13 @@ def test_computed_is_what_the_kernel_runs(kernel: str, tile: Any) -> None:
     site = found.sites[0]
     assert site.kernel == kernel
     assert site.computed.mhsa == counter.get_total_flops() // 4
-    assert site.own.mhsa == 2 * 48 * (64 * 14 + 65 + 4 * 65)
+    assert site.pattern.mhsa == 2 * 48 * (64 * 14 + 65 + 4 * 65)
     assert site.density == pytest.approx((64 * 10 + 65) / 65**2)
     if kernel == "sdpa":  # every pair, and the summary keys of every row
         assert site.computed.mhsa == 2 * 48 * (65 * 69 + 4 * 65)
         assert any("masks" in note and "2 sites" in note for note in found.notes)
     else:
-        assert site.computed.mhsa >= site.own.mhsa
+        assert site.computed.mhsa >= site.pattern.mhsa
 
 
 def test_kernels_that_no_counter_sees_say_what_they_compute(
@@ -70,7 +70,7 @@ def test_kernels_that_no_counter_sees_say_what_they_compute(
     with sparsiattn.patch(model, "local", k=10, kernel="gather"):
         found = profile(model, zoo.images(model, 2))
     assert [site.computed.mhsa for site in found.sites] == [1000, 1000]
-    assert found.computed.total == found.own.total - found.own.mhsa + 2000
+    assert found.computed.total == found.pattern.total - found.pattern.mhsa + 2000
     assert modes == [None, None]
 
 
@@ -87,7 +87,7 @@ def test_a_kernel_of_unknown_operators_is_counted_by_its_work(
         monkeypatch.setattr(Gather, "work", lambda *_: None)
         monkeypatch.setattr(Gather, "speed", lambda *_: 2.0)
         found = profile(model, zoo.images(model))
-        assert found.computed.mhsa == found.own.mhsa
+        assert found.computed.mhsa == found.pattern.mhsa
 
 
 def test_what_opaque_kernels_compute_by_hand() -> None:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn.cli import app
-from sparsiattn.cli.options import pairs, patch_options, value_of
+from sparsiattn.cli.model_command import ModelRequest
+from sparsiattn.cli.options import pairs, value_of
 from tests.support.pictures import folder
 
 SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
@@ -126,8 +127,9 @@ def test_options_are_read_as_python_means_them() -> None:
     expected = [1, 0.5, [8, 8], None, True, False, "adaptive", "1"]
     assert [value_of(text) for text in texts] == expected
     assert pairs(["a=b=c"], "-o") == {"a": "b=c"}
-    assert patch_options(None, None, None, None, None) is None
-    found = patch_options("token_drop", None, "[0.9,0.8,0.7]", None, ["fuse=true"])
-    assert found == {"strategy": "token_drop", "keep": [0.9, 0.8, 0.7], "fuse": True}
+    assert ModelRequest("vit").patch_arguments() is None
+    request = ModelRequest("vit", "token_drop", keep="[0.9,0.8,0.7]", option=["fuse=true"])
+    arguments = {"strategy": "token_drop", "keep": [0.9, 0.8, 0.7], "fuse": True}
+    assert request.patch_arguments() == arguments
     with pytest.raises(typer.BadParameter, match="NAME=VALUE"):
         pairs(["=1"], "-o")

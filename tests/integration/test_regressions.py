@@ -245,7 +245,7 @@ def test_backbones_of_plugins_are_asked_before_the_one_that_takes_every_model() 
 
     model = zoo.build("vit")
     with temporary_plugin(backbones=[Mine()]):
-        assert next(iter(sparsiattn.backbones())) == "mine"
+        assert next(iter(sparsiattn.list_backbones())) == "mine"
         with sparsiattn.patch(model, "local") as live:
             assert live.backbone == "mine"
     with sparsiattn.patch(model, "local") as live:

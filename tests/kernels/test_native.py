@@ -259,7 +259,7 @@ def test_a_broken_compiler_is_a_reason(bare: Path, monkeypatch: pytest.MonkeyPat
     assert why is not None
     assert "false failed with status 1" in why
     assert KERNEL.why_unavailable() == [why]
-    assert why in sparsiattn.kernels()["native"].reasons
+    assert why in sparsiattn.list_kernels()["native"].reasons
     vit, images = model()
     with (
         torch.no_grad(),

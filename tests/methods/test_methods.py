@@ -67,6 +67,6 @@ def test_a_private_import_would_be_found(source, found):
 def test_every_method_is_registered():
     """Each class that a file of the package defines as a method is found by its name."""
     for kind in (*sparsiattn.methods.ATTENTION, *sparsiattn.methods.TOKENS):
-        assert sparsiattn.strategies()[kind.name] is not None
+        assert sparsiattn.list_strategies()[kind.name] is not None
         assert kind.paper.startswith("https://") or kind.fidelity.startswith("inspired by")
         assert kind.fidelity.startswith(("as published", "inspired by"))

@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import typer
 
@@ -42,11 +42,13 @@ def snapshot() -> dict[str, Any]:
 
 def _ours(kind: str) -> list[str]:
     """What comes along; plug-ins of others may be installed."""
-    listed = getattr(sparsiattn, kind)()
+    listed = getattr(sparsiattn, f"list_{kind}")()
     return sorted(name for name, info in listed.items() if info.plugin.startswith("sparsiattn"))
 
 
 def _described(thing: Any) -> Any:
+    if get_origin(thing) is not None:  # tuple[int, int] and the like
+        return str(thing)
     if inspect.isclass(thing):
         return {"bases": _bases(thing), "init": _signature(thing), "has": _members(thing)}
     return _signature(thing) if callable(thing) else type(thing).__name__

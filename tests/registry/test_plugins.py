@@ -137,15 +137,15 @@ class TestEveryHook:
     def test_temporary(self, hook: str) -> None:
         thing = _made(hook, "passing")
         kind = kind_of(hook)
-        before = sparsiattn.plugins()
+        before = sparsiattn.list_plugins()
         with temporary_plugin(**{kind: [thing]}, name="passer"):
-            assert getattr(sparsiattn, kind)()["passing"].plugin == "passer"
-            assert "reference" in sparsiattn.kernels()
-            assert "topk" in sparsiattn.strategies()
-            assert "generic" in sparsiattn.backbones()
-            assert [info.name for info in sparsiattn.plugins().values() if info.broken] == []
-        assert "passing" not in getattr(sparsiattn, kind)()
-        assert sparsiattn.plugins() == before
+            assert getattr(sparsiattn, f"list_{kind}")()["passing"].plugin == "passer"
+            assert "reference" in sparsiattn.list_kernels()
+            assert "topk" in sparsiattn.list_strategies()
+            assert "generic" in sparsiattn.list_backbones()
+            assert [info.name for info in sparsiattn.list_plugins().values() if info.broken] == []
+        assert "passing" not in getattr(sparsiattn, f"list_{kind}")()
+        assert sparsiattn.list_plugins() == before
 
 
 def _made(hook: str, name: str) -> object:
@@ -297,7 +297,7 @@ class TestEntryPointNames:
             assert part in str(both[1].error)
         assert len({"mine", "other"} & set(registry.all("strategies"))) == 1
         monkeypatch.setattr(listing, "REGISTRY", registry)
-        assert {"same", f"same ({both[1].distribution})"} <= set(listing.plugins())
+        assert {"same", f"same ({both[1].distribution})"} <= set(listing.list_plugins())
 
     def test_entry_point_named_like_a_builtin(self, install: Install, tmp_path: Path) -> None:
         install("bad-dist", bad=source(STRATEGIES, "mine"))
@@ -403,7 +403,7 @@ class TestNearestByName:
             assert torch.equal(model(x), dense)
 
     def test_listed(self) -> None:
-        info = sparsiattn.strategies()["nearest"]
+        info = sparsiattn.list_strategies()["nearest"]
         assert info.summary == "Each query attends to its k nearest keys by cosine."
         assert info.plugin == "temporary"
         assert info.usable

@@ -38,7 +38,7 @@ SITE = "blocks.0.attn"
 
 # name of the case -> arguments of `patch` on the small ViT
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"{name}, defaults": {"strategy": name} for name in sparsiattn.strategies()},
+    **{f"{name}, defaults": {"strategy": name} for name in sparsiattn.list_strategies()},
     "k per site": {"strategy": "topk", "k": [0.5, 3]},
     "k per site, learned": {"strategy": "connectivity", "k": [0.1, 0.4]},
     "k callable": {"strategy": "random", "k": lambda site: 0.1 * (site.index + 1)},
@@ -140,7 +140,7 @@ def test_saving_what_was_loaded_writes_the_same_bytes(
         assert (second / name).read_bytes() == (first / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", sparsiattn.strategies())
+@pytest.mark.parametrize("name", sparsiattn.list_strategies())
 def test_nothing_but_json_and_safetensors(
     model: nn.Module, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +192,7 @@ def test_sites_left_dense_stay_dense(
         assert not torch.equal(features(again.unpatch()), sparse)
 
 
-@pytest.mark.parametrize("name", sparsiattn.strategies())
+@pytest.mark.parametrize("name", sparsiattn.list_strategies())
 def test_config_survives_json(name: str) -> None:
     """Law 8, with every option away from its default where that is known."""
     found = REGISTRY.get("strategies", name)

@@ -94,7 +94,7 @@ def kernels() -> dict[str, str]:
     """Kernels that run in the cells, ``""``, and those that do not, with the reason."""
     found = {
         name: "" if info.usable else f"refused: {'; '.join(info.reasons)}"
-        for name, info in sparsiattn.kernels().items()
+        for name, info in sparsiattn.list_kernels().items()
     }
     for name in COMPILES & set(found):
         found[name] = found[name] or "not run here: it compiles each shape for half a minute"
@@ -130,7 +130,7 @@ def _auto(subject: Subject, column: str) -> str:
 
 def _laws(subject: Subject, column: str) -> str:
     strategy, budget, full = COLUMNS[column]
-    exact = not sparsiattn.strategies()[strategy].inexact_reason
+    exact = not sparsiattn.list_strategies()[strategy].inexact_reason
     with subject.patch(strategy, full, "auto"):
         change = census.relative(subject.forward(), subject.dense)
     if exact and not change <= 1e-5:

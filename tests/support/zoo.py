@@ -192,8 +192,9 @@ for newer in ("deepseek_vit_412m", "qwen3_vit_88m", "gemma4_vit_167m"):
 
 
 # `sparsiattn.methods` have suites of their own: 30 strategies on 14 families would be hours.
-CORE = [n for n, info in sparsiattn.strategies().items() if info.plugin == "sparsiattn.strategies"]
-ATTENTION = [name for name in CORE if sparsiattn.strategies()[name].kind == "attention"]
+STRATEGIES = sparsiattn.list_strategies()
+CORE = [name for name, info in STRATEGIES.items() if info.plugin == "sparsiattn.strategies"]
+ATTENTION = [name for name in CORE if STRATEGIES[name].kind == "attention"]
 TOKENS = [name for name in CORE if name not in ATTENTION]
 
 

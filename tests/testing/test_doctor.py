@@ -74,7 +74,7 @@ def test_a_wheel_for_another_torch_is_found_out(
 
 def test_broken_plugins_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = SimpleNamespace(name="bad", distribution="bad-dist", broken=True, error="no such hook")
-    monkeypatch.setattr(diagnosis.catalog, "plugins", lambda: {plugin.name: plugin})
+    monkeypatch.setattr(diagnosis, "list_plugins", lambda: {plugin.name: plugin})
     row = found("plug-ins", "bad")
     assert (row.status, row.detail, row.fix) == (
         "broken",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsiattn import kernels, strategies
+from sparsiattn import list_kernels, list_strategies
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.native.kernel import Native
@@ -222,10 +222,10 @@ def test_no_builtin_is_left_out(kind: str) -> None:
     suites = _suites()
     if kind == "strategies":
         tested = {s.strategy.name for s in suites if hasattr(s, "strategy")}
-        assert tested == {name for name in strategies() if _builtin(kind, name)}
+        assert tested == {name for name in list_strategies() if _builtin(kind, name)}
     else:
         tested = {s.kernel.name for s in suites if hasattr(s, "kernel")}
-        assert tested == {name for name in kernels() if _builtin(kind, name)}
+        assert tested == {name for name in list_kernels() if _builtin(kind, name)}
 
 
 def _suites() -> list[type]:

@@ -6,12 +6,12 @@ import sparsiattn
 
 
 def test_plugin_is_installed() -> None:
-    plugin = sparsiattn.plugins()["nearest_keys"]
+    plugin = sparsiattn.list_plugins()["nearest_keys"]
     assert plugin.error is None
     assert plugin.distribution == "nearest-keys"
     assert set(plugin.provides) == {"nearest_keys", "nearest_keys_softmax"}
 
 
 def test_both_are_usable() -> None:
-    assert sparsiattn.strategies()["nearest_keys"].usable
-    assert sparsiattn.kernels()["nearest_keys_softmax"].usable
+    assert sparsiattn.list_strategies()["nearest_keys"].usable
+    assert sparsiattn.list_kernels()["nearest_keys_softmax"].usable

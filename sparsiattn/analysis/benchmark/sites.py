@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from statistics import median
+from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import InvalidType
 from sparsiattn.kernels.base import choose
 from sparsiattn.patching.handle import Patch
+from sparsiattn.patching.model_call import arguments, eval_mode
 from sparsiattn.patching.survey import refresh
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
+from sparsiattn.runtime.timing import Timing
 from sparsiattn.strategies.base import Planner
 
 
 def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, float]:
-    """Speed of every sparse site of ``patch`` relative to its own dense attention, planning paid,
-    over so many ``rounds``.
+    """Measure every sparse site of a patch against its own dense attention, planning included.
 
-    The patched model runs once on ``input`` (an image batch, or a tuple or dict of arguments) with
-    dense attention; at each site dense attention and planning with kernel run alternately on what
-    reaches it, and the ratio of their median times is stored, so that reports show it. A site
-    that calls attention more than once in a forward pass counts all its calls. Sites left dense
-    are not in the result. Neither gradients nor the model's state are touched.
+    The patched model runs once with dense attention. At each site, dense attention and planning
+    with kernel run alternately on what reaches it; the ratio of their median times is kept, so that
+    reports show it. A site that calls attention more than once in a forward pass counts all its
+    calls. Neither gradients nor the model's state change.
+
+    Args:
+        patch: The live patch.
+        input: An image batch, or a tuple or dict of arguments.
+        rounds: Paired runs at each site.
+
+    Returns:
+        Speed relative to dense attention by the name of the site, without sites that stay dense.
+
+    Raises:
+        InvalidOption: ``rounds`` is not a positive int.
+        InvalidType: ``input`` is nothing that a model takes.
+        ModelChanged: The patch was undone.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -41,77 +51,50 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
     """
     patch.ensure_active("measure_sites")
     refresh(patch)
-    by_name = {runtime.site.name: runtime for runtime in patch.runtimes}
-    spent: dict[str, tuple[float, float]] = {}
+    runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
+    timings: defaultdict[str, list[Timing]] = defaultdict(list)
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
-        runtime = by_name[site.name]
+        runtime = runtimes[site.name]
         if runtime.stays_dense(inputs.n_keys):
             return
-        took = _seconds(runtime, planner, inputs, rounds)
-        if took is not None:
-            before = spent.get(site.name, (0.0, 0.0))
-            spent[site.name] = (before[0] + took[0], before[1] + took[1])
+        call_timing = _time_call(runtime, planner, inputs, rounds)
+        if call_timing is not None:
+            timings[site.name].append(call_timing)
 
     args, kwargs = arguments(input, "measure_sites")
-    with evaluating(patch.model), patch.observing(observe), torch.no_grad():
+    with eval_mode(patch.model), patch.observing(observe), torch.no_grad():
         patch.model(*args, **kwargs)
-    ratios = {name: dense / sparse for name, (dense, sparse) in spent.items()}
+    ratios = {
+        name: sum(call.second.median for call in calls) / sum(call.first.median for call in calls)
+        for name, calls in timings.items()
+    }
     for name, ratio in ratios.items():
-        by_name[name].measured = ratio
+        runtimes[name].measured = ratio
     return ratios
 
 
-def arguments(input: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An image batch, a mapping of keyword arguments or a sequence of positional ones, as arguments
-    and keyword arguments."""
-    if isinstance(input, Tensor):
-        return (input,), {}
-    if isinstance(input, Mapping):
-        return (), dict(input)
-    if isinstance(input, (tuple, list)):
-        return tuple(input), {}
-    raise InvalidType(
-        f"{caller} needs what the model takes: an image tensor [B, C, H, W], a dict of keyword "
-        f"arguments, or a tuple of positional ones; got {type(input).__name__}"
-    )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def tensors_of(given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
-    """Tensors among `arguments`, in order."""
-    args, kwargs = given
-    return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-
-
-def _seconds(
+def _time_call(
     runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs, rounds: int
-) -> tuple[float, float] | None:
-    """Median seconds of dense attention and of planning with kernel; None if all keys are kept."""
+) -> Timing | None:
+    """Planning with kernel, then dense attention; None if all keys are kept."""
     pattern = runtime.finish(planner(inputs), inputs)
+
+    def dense() -> Tensor:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        return dense_attention(q, k, v, inputs.bias, inputs.dropout, scale=inputs.scale)
+
     if isinstance(pattern, Dense):
+        # planners of later sites may need what this one notes after attention
         if hasattr(planner, "after"):
-            q, k, v = inputs.q, inputs.k, inputs.v
-            notify_planner(
-                planner, inputs, dense_attention(q, k, v, inputs.bias, scale=inputs.scale)
-            )
+            notify_planner(planner, inputs, dense())
         return None
     kernel = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit).kernel
-    q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-    calls: dict[str, Callable[[], Any]] = {
-        "dense": lambda: dense_attention(q, k, v, bias, inputs.dropout, scale=inputs.scale),
-        "sparse": lambda: kernel(inputs, runtime.finish(planner(inputs), inputs)),
-    }
-    times = timing.alternate(calls, rounds)
-    return median(times["dense"]), median(times["sparse"])
+    times = timing.alternate(
+        {
+            "dense": dense,
+            "sparse": lambda: kernel(inputs, runtime.finish(planner(inputs), inputs)),
+        },
+        rounds,
+    )
+    return Timing.of(times["sparse"], times["dense"])

@@ -24,6 +24,7 @@ from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.base import Kernel, refusals
 from sparsiattn.kernels.cost import DENSE, PLANNING, CallShape, Prices, Work
 from sparsiattn.kernels.native.kernel import compile_native
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import timing
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.
@@ -258,8 +259,6 @@ def _ragged(
 
 
 def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
-    from sparsiattn.registry.registry import REGISTRY
-
     small = inputs.q.shape[0] * inputs.q.shape[1] * inputs.n_queries * inputs.n_keys <= MOST_LOGITS
     found: list[Kernel] = [
         kernel

@@ -11,23 +11,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching.apply import patch as patch_model
+from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching.model_call import arguments, eval_mode, tensors_in
 from sparsiattn.patching.report import Report
+from sparsiattn.patching.text import shape_text, speed_text
 from sparsiattn.runtime import timing
 from sparsiattn.runtime.patch_state import unwrap
+from sparsiattn.runtime.timing import Timing
 from sparsiattn.strategies.config import Config
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Paired timings of one model. ratio: dense time over patched time, the median over rounds
-    (more is faster), ratio_quartiles: its quartiles. dense_ms, sparse_ms: medians in milliseconds
-    per forward pass, dense_quartiles, sparse_quartiles: theirs. strategy, input_shape, dtype,
-    device: what was timed. report: of the patch, after the runs. machine: versions and hardware.
+    """Paired timings of one model. ``print`` it, or take `to_dict`.
 
-    ``print`` it, or take `to_dict`.
+    Attributes:
+        model: Class of the model.
+        strategy: Name of the strategy.
+        input_shape: Shape of the images.
+        dtype: Data type of the model, as ``"float32"``.
+        device: Device of the model.
+        rounds: Paired runs.
+        dense_ms: Median milliseconds of a dense forward pass.
+        dense_quartiles: First and third quartile of those.
+        sparse_ms: Median milliseconds of a patched forward pass.
+        sparse_quartiles: First and third quartile of those.
+        ratio: Dense time over patched time, the median over rounds: more is faster.
+        ratio_quartiles: First and third quartile of those.
+        report: Of the patch, after the runs.
+        machine: Versions and hardware.
     """
 
     model: str
@@ -46,15 +62,15 @@ class BenchResult:
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return {**asdict(self), "report": self.report.to_dict()}
 
     def __str__(self) -> str:
         low, high = self.ratio_quartiles
-        shape = "x".join(map(str, self.input_shape))
         return (
-            f"{self.model}, {self.strategy}, input {shape}, {self.dtype} on {self.device}: "
-            f"dense {self.dense_ms:.2f} ms, patched {self.sparse_ms:.2f} ms, {self.ratio:.2f}x "
-            f"(quartiles {low:.2f} to {high:.2f} of {self.rounds} rounds)"
+            f"{self.model}, {self.strategy}, input {shape_text(self.input_shape)}, {self.dtype} on "
+            f"{self.device}: dense {self.dense_ms:.2f} ms, patched {self.sparse_ms:.2f} ms, "
+            f"{speed_text(self.ratio)} (quartiles {low:.2f} to {high:.2f} of {self.rounds} rounds)"
         )
 
 
@@ -70,92 +86,109 @@ def bench(
 ) -> BenchResult:
     """Time a model dense and patched, alternately, under `torch.inference_mode`.
 
-    input: an image batch, or a tuple or dict of arguments, on the model's device. The model is
-    measured with the patch it carries; one without is patched for the time being, with
-    ``strategy`` and ``options`` as `patch` takes them. The dense side is a copy without any hook
-    that shares all weights (of a compiled or parallel model: the same under `Patch.disabled`).
-    sites: also measure every site's attention alone, for the report. progress: called with the
-    rounds done.
+    The model is measured with the patch it carries; one without is patched for the time being. The
+    dense side is a copy without any hook that shares all weights (of a compiled or parallel model:
+    the same under `Patch.disabled`).
+
+    Args:
+        model: Patched or not.
+        input: An image batch, or a tuple or dict of arguments, on the model's device.
+        strategy: For a model without a patch, as `patch` takes it; ``"connectivity"`` by default.
+        rounds: Paired runs.
+        sites: Also measure every site's attention alone, for the report.
+        progress: Called with the number of rounds done.
+        **options: Of the strategy, as `patch` takes them.
+
+    Returns:
+        Times, their ratio and the report of the patch.
+
+    Raises:
+        InvalidOption: ``rounds`` is not a positive int, or ``strategy`` or ``options`` were given
+            for a model that carries a patch.
 
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
-    >>> found = bench(tiny_vit(), tiny_images(), strategy="topk", k=0.25, rounds=2)
-    >>> found.ratio > 0, found.input_shape
+    >>> result = bench(tiny_vit(), tiny_images(), strategy="topk", k=0.25, rounds=2)
+    >>> result.ratio > 0, result.input_shape
     (True, (3, 3, 32, 32))
     """
-    from sparsiattn.analysis.benchmark.sites import arguments, evaluating, measure_sites
-
-    if type(rounds) is not int or rounds < 1:
-        raise InvalidOption(f"rounds must be an int >= 1, got {rounds!r}")
-    args, kwargs = arguments(input, "bench")
-    with _patched(model, strategy, options) as live, evaluating(live.model):
-        dense = _dense(model, live)
-        calls = {
-            "dense": lambda: dense(*args, **kwargs),
-            "sparse": lambda: model(*args, **kwargs),
-        }
-        with torch.inference_mode():
-            times = timing.alternate(calls, rounds, progress)
+    model_arguments = arguments(input, "bench")
+    with _patched(model, strategy, options) as patch:
+        times = time_model(model, patch, model_arguments, rounds, progress)
         if sites:
-            measure_sites(live, input)
-        return _result(live, (args, kwargs), times)
+            measure_sites(patch, input)
+        return _result(patch, model_arguments, Timing.of(times["sparse"], times["dense"]))
+
+
+def time_model(
+    model: nn.Module,
+    patch: Patch | None,
+    model_arguments: MetaInputs,
+    rounds: int,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of forward passes in turn: ``"dense"`` without and ``"sparse"`` with the patch."""
+    args, kwargs = model_arguments
+    with eval_mode(model if patch is None else patch.model):
+        dense = model if patch is None else _without_patch(model, patch)
+        calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense(*args, **kwargs)}
+        if patch is not None:
+            calls["sparse"] = lambda: model(*args, **kwargs)
+        with torch.inference_mode():
+            return timing.alternate(calls, rounds, progress)
 
 
 @contextmanager
 def _patched(
     model: nn.Module, strategy: str | Config | None, options: dict[str, Any]
 ) -> Iterator[Patch]:
-    live = patch_of(model)
-    if live is None:
-        made = patch(model, "connectivity" if strategy is None else strategy, **options)
-        try:
-            yield made
-        finally:
-            made.unpatch()
-        return
-    if strategy is not None or options:
+    """The patch that the model carries, else one that ends with the block."""
+    patch = patch_of(model)
+    if patch is None:
+        with patch_model(model, "connectivity" if strategy is None else strategy, **options) as new:
+            yield new
+    elif strategy is None and not options:
+        yield patch
+    else:
         raise InvalidOption(
-            f"the model carries {live!r}: bench() measures that and takes neither strategy nor "
+            f"the model carries {patch!r}: bench() measures that and takes neither strategy nor "
             f"options, got {strategy!r} and {sorted(options)}; call unpatch() first"
         )
-    yield live
 
 
-def _dense(model: nn.Module, live: Patch) -> Callable[..., Any]:
+def _without_patch(model: nn.Module, patch: Patch) -> Callable[..., Any]:
     """The unpatched model, on the same weights."""
     if unwrap(model) is not model:
+        # a copy would have to be compiled or spread over devices anew
 
         def disabled(*args: Any, **kwargs: Any) -> Any:
-            with live.disabled():
+            with patch.disabled():
                 return model(*args, **kwargs)
 
         return disabled
     tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    copied = patch_of(twin)
-    assert copied is not None
-    return copied.unpatch()
+    model_copy = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copied_patch = patch_of(model_copy)
+    assert copied_patch is not None
+    return copied_patch.unpatch()
 
 
-def _result(live: Patch, given: Any, times: dict[str, list[float]]) -> BenchResult:
-    from sparsiattn.analysis.benchmark.sites import tensors_of
-
-    first = next(iter(tensors_of(given)), None)
-    pair = timing.compared(times["sparse"], times["dense"])
-    dense, sparse = (timing.quartiles_ms(times[side]) for side in ("dense", "sparse"))
-    like = next(live.model.parameters(), first)
+def _result(patch: Patch, model_arguments: MetaInputs, paired: Timing) -> BenchResult:
+    image = next(iter(tensors_in(model_arguments)), None)
+    like = next(patch.model.parameters(), image)
+    dense, sparse, ratio = paired.second.ms(), paired.first.ms(), paired.ratio.rounded(4)
     return BenchResult(
-        model=type(live.model).__name__,
-        strategy=live.strategy.name,
-        input_shape=live.input_shape if first is None else tuple(first.shape),
+        model=type(patch.model).__name__,
+        strategy=patch.strategy.name,
+        input_shape=patch.input_shape if image is None else tuple(image.shape),
         dtype="unknown" if like is None else str(like.dtype).removeprefix("torch."),
         device="unknown" if like is None else str(like.device),
-        rounds=pair["rounds"],
-        dense_ms=pair["second_ms"],
-        dense_quartiles=dense,
-        sparse_ms=pair["first_ms"],
-        sparse_quartiles=sparse,
-        ratio=pair["ratio"],
-        ratio_quartiles=tuple(pair["ratio_quartiles"]),
-        report=live.report(),
+        rounds=paired.rounds,
+        dense_ms=dense.median,
+        dense_quartiles=dense.ends,
+        sparse_ms=sparse.median,
+        sparse_quartiles=sparse.ends,
+        ratio=ratio.median,
+        ratio_quartiles=ratio.ends,
+        report=patch.report(),
         machine=timing.machine(),
     )

@@ -1,8 +1,8 @@
 """What one forward pass spends its multiply-accumulates on, counted while it runs.
 
-Every operation is counted by `torch.utils.flop_counter` and put down to the innermost open section:
-the hooks of `profiling` open those of blocks and attention modules, and sites open those of their
-planner and of attention itself.
+`torch.utils.flop_counter` counts every operation. Its count goes to the innermost open section:
+hooks open those of blocks and attention modules, and sites open those of their planner and of
+attention itself.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsiattn.attention.inputs import AttentionInputs
@@ -21,13 +21,12 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
-from sparsiattn.patching.flop_counter import flop_counter
+from sparsiattn.patching.flop_counter import flop_counter, macs_of
+from sparsiattn.patching.report import summary_pairs
+from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.runtime.thread_state import MODEL_CALL
 from sparsiattn.strategies.base import Planner
-
-if TYPE_CHECKING:
-    from sparsiattn.runtime.block_runtime import BlockRuntime
-    from sparsiattn.runtime.site_runtime import SiteRuntime
 
 MHSA, PREDICTOR, TOKENS = "mhsa", "predictor", "tokens"
 ATTENTION, MLP, REST = "attention", "mlp", "rest"
@@ -40,14 +39,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Attended:
-    """One call of attention, its figures those of the whole batch.
+class CountedCall:
+    """One attention call, its figures those of the whole batch.
 
-    lists: images, windows and heads, each with its own ``queries`` and ``keys`` of ``dim``, which
-    with their values are ``width`` wide (in the mean over pairs). pairs: (query, key) pairs of each
-    of these that the pattern keeps, of ``all_pairs``; summary keys and their pooling count in
-    ``macs`` alone. computed: MACs that ran, None if nothing could tell. choice: of the kernel, with
-    planning paid; None for the host's own attention.
+    Attributes:
+        site: Path of the site in the model that runs.
+        lists: Images, windows and heads, each with its own queries and keys.
+        queries: Queries of each list.
+        keys: Keys of each list.
+        dim: Width of a key.
+        width: Width of a key and its value together, in the mean over pairs.
+        pairs: (query, key) pairs of each list that the pattern keeps, without summary keys.
+        all_pairs: Pairs of each list that there are.
+        macs: MACs of the pattern, summary keys and their pooling included.
+        computed: MACs that ran; None if nothing could tell.
+        choice: The kernel, planning counted in its speed; None for the host's own attention.
     """
 
     site: str
@@ -59,22 +65,42 @@ class Attended:
     pairs: float
     all_pairs: float
     macs: float
-    computed: int | None
+    computed: int | None = None
     choice: Choice | None = None
+
+    @classmethod
+    def of(
+        cls, site: str, operands: tuple[Tensor, Tensor, Tensor], pattern: Pattern
+    ) -> CountedCall:
+        """The call of q ``[..., Nq, D]``, k ``[..., Nk, D]`` and v ``[..., Nk, Dv]``."""
+        q, k, v = operands
+        lists, queries, keys = q.shape[:-2].numel(), q.shape[-2], k.shape[-2]
+        dim, value_dim = q.shape[-1], v.shape[-1]
+        pairs = (pattern.pairs() or 0.0) - summary_pairs(pattern)
+        all_pairs = pairs if isinstance(pattern, Lengths) else float(queries * keys)
+        macs = pattern.macs(dim, value_dim) or 0.0
+        computes = isinstance(pattern, ComputedPattern) and pairs
+        width = macs / pairs if computes else float(dim + value_dim)
+        return cls(site, lists, queries, keys, dim, width, pairs, all_pairs, macs * lists)
 
 
 class MacCounter:
-    """The sections of one forward pass in one thread. names: by a patch's key and its own name of a
-    site, the path in the model that runs."""
+    """The sections of one forward pass in one thread.
+
+    Attributes:
+        names: Path in the model that runs, by a patch's key and its own name of a site.
+        spent: MACs by section.
+        calls: Attention calls in the order they ran.
+    """
 
     def __init__(self, names: dict[tuple[int, str], str]) -> None:
         self.names = names
         self.spent: defaultdict[Section, int] = defaultdict(int)
-        self.attended: list[Attended] = []
+        self.calls: list[CountedCall] = []
         self._counter = flop_counter()
         self._open: list[Section] = [(REST, "")]
-        self._seen = 0
-        self._planned: dict[str, cost.Planning] = {}
+        self._settled = 0
+        self._planning: dict[str, cost.Planning] = {}
 
     @contextmanager
     def counting(self) -> Iterator[MacCounter]:
@@ -87,7 +113,29 @@ class MacCounter:
         finally:
             MODEL_CALL.meter = before
 
+    @contextmanager
+    def watching(self, module: nn.Module, section: Section) -> Iterator[None]:
+        """Hook a module, so that its forward pass is a section while this counter counts."""
+        # first to come and last to go, so that what other hooks do counts too; the second also runs
+        # when the module raises
+        before = module.register_forward_pre_hook(self._hook(self.enter, section), prepend=True)
+        after = module.register_forward_hook(self._hook(self.leave, section), always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _hook(self, action: Callable[[Section], None], section: Section) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            # another thread may run the same module, and is not counted
+            if MODEL_CALL.meter is self:
+                action(section)
+
+        return hook
+
     def enter(self, section: Section) -> None:
+        """Open a section inside the present one."""
         self._settle()
         self._open.append(section)
 
@@ -99,6 +147,7 @@ class MacCounter:
 
     @contextmanager
     def section(self, part: str, name: str) -> Iterator[None]:
+        """Put what the block does down to a section."""
         self.enter((part, name))
         try:
             yield
@@ -107,18 +156,19 @@ class MacCounter:
 
     def _settle(self) -> None:
         """Put what was counted since the last call down to the innermost section."""
-        total = int(self._counter.get_total_flops()) // 2
-        self.spent[self._open[-1]] += total - self._seen
-        self._seen = total
+        total = macs_of(self._counter)
+        self.spent[self._open[-1]] += total - self._settled
+        self._settled = total
 
     def _spend(self, section: Section, call: Callable[[], T]) -> tuple[T, int]:
         """What a call returns, and the MACs that the counter saw."""
         before = self.spent[section]
         with self.section(*section):
-            out = call()
-        return out, self.spent[section] - before
+            output = call()
+        return output, self.spent[section] - before
 
     def name(self, runtime: SiteRuntime | BlockRuntime) -> str:
+        """Path of a site in the model that runs."""
         return self.names[runtime.owner.key, runtime.site.name]
 
     def choosing(self, block: BlockRuntime) -> AbstractContextManager[None]:
@@ -127,17 +177,18 @@ class MacCounter:
 
     def plan(self, runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call."""
+        plans: list[Pattern] = []
 
-        wishes: list[Pattern] = []
-
-        def asked(given: AttentionInputs) -> Pattern:
-            wishes.append(planner(given))
-            return wishes[-1]
+        def recorded_planner(inputs: AttentionInputs) -> Pattern:
+            plans.append(planner(inputs))
+            return plans[-1]
 
         name = self.name(runtime)
-        pattern, macs = self._spend((PREDICTOR, name), lambda: runtime.plan(asked, inputs))
-        if wishes:
-            self._planned[name] = cost.planning_of(wishes[0], macs, inputs)
+        pattern, macs = self._spend(
+            (PREDICTOR, name), lambda: runtime.plan(recorded_planner, inputs)
+        )
+        if plans:
+            self._planning[name] = cost.planning_of(plans[0], macs, inputs)
         return pattern
 
     def compute(
@@ -145,66 +196,29 @@ class MacCounter:
     ) -> Tensor:
         """What the chosen kernel returns."""
         name, kernel = self.name(runtime), choice.kernel
-        hidden = kernel.uncounted_macs(inputs, pattern)
-        if hidden is None:
-            out, computed = self._spend((MHSA, name), lambda: kernel(inputs, pattern))
+        uncounted = kernel.uncounted_macs(inputs, pattern)
+        if uncounted is None:
+            output, computed = self._spend((MHSA, name), lambda: kernel(inputs, pattern))
             if not computed:  # an operation that torch's counter does not know
                 work = kernel.work(inputs, pattern)
-                hidden = None if work is None else round(work.macs)
+                uncounted = None if work is None else round(work.macs)
         else:
+            # under a dispatch mode, as the counter is, Dynamo would run a compiled kernel eagerly
             with _disable_current_modes():
-                out = kernel(inputs, pattern)
-        if hidden is not None:
-            computed = hidden
-            self.spent[MHSA, name] += hidden
-        planned = self._planned.get(name)
-        if planned is not None:
-            choice = choice.after(planned)
-        self._note(name, (inputs.q, inputs.k, inputs.v), pattern, computed or None, choice)
-        return out
+                output = kernel(inputs, pattern)
+        if uncounted is not None:
+            computed = uncounted
+            self.spent[MHSA, name] += uncounted
+        if name in self._planning:
+            choice = choice.after(self._planning[name])
+        call = CountedCall.of(name, (inputs.q, inputs.k, inputs.v), pattern)
+        self.calls.append(replace(call, computed=computed or None, choice=choice))
+        return output
 
     def dense(self, runtime: SiteRuntime, call: HostCall) -> Tensor:
         """What the host's own attention at a site returns."""
-        q, k, v = call.q, call.k, call.v
-        name = self.name(runtime)
-        out, computed = self._spend((MHSA, name), call.dense)
-        self._note(name, (q, k, v), Dense(q.shape[-2], k.shape[-2]), computed, None)
-        return out
-
-    def _note(
-        self, name: str, operands: tuple[Tensor, Tensor, Tensor], pattern: Pattern,
-        computed: int | None, choice: Choice | None,
-    ) -> None:  # fmt: skip
-        from sparsiattn.patching.report import summary_pairs
-
-        q, k, v = operands
-        lists, queries, keys = q.shape[:-2].numel(), q.shape[-2], k.shape[-2]
-        dim, width = q.shape[-1], float(q.shape[-1] + v.shape[-1])
-        pairs = (pattern.pairs() or 0.0) - summary_pairs(pattern)
-        every = pairs if isinstance(pattern, Lengths) else float(queries * keys)
-        each = pattern.macs(dim, v.shape[-1]) or 0.0
-        if isinstance(pattern, ComputedPattern) and pairs:
-            width = each / pairs
-        macs = each * lists
-        self.attended.append(
-            Attended(name, lists, queries, keys, dim, width, pairs, every, macs, computed, choice)
-        )
-
-
-class EnterSection:
-    """Forward pre-hook that opens a section in the thread that counts."""
-
-    def __init__(self, meter: MacCounter, section: Section) -> None:
-        self.meter, self.section = meter, section
-
-    def __call__(self, module: Any, args: Any) -> None:
-        if MODEL_CALL.meter is self.meter:
-            self.meter.enter(self.section)
-
-
-class LeaveSection(EnterSection):
-    """Forward hook that closes it, also when the module raised."""
-
-    def __call__(self, module: Any, args: Any, output: Any = None) -> None:
-        if MODEL_CALL.meter is self.meter:
-            self.meter.leave(self.section)
+        name, pattern = self.name(runtime), Dense(call.q.shape[-2], call.k.shape[-2])
+        output, computed = self._spend((MHSA, name), call.dense)
+        counted = CountedCall.of(name, (call.q, call.k, call.v), pattern)
+        self.calls.append(replace(counted, computed=computed))
+        return output

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from sparsiattn.analysis.inspection import bare
+from sparsiattn.analysis.inspection import example_input, unpatched_meta_copy
 from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
 from sparsiattn.patching.discovery.blocks import find_blocks
 from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch
+from sparsiattn.patching.model_call import tensors_in
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -24,70 +26,70 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class ModuleMap:
-    """sites: in the order they run. attention: by the path of a module that holds attention and its
-    projections, the sites in it. blocks: by path, the first site of each block around them."""
+    """Modules whose costs are told apart.
+
+    Attributes:
+        backbone: The adapter that knows the model.
+        sites: In the order they run.
+        attention: Sites by the path of the module that holds them with their projections.
+        blocks: The first site of each block around them, by the path of the block.
+    """
 
     backbone: str
     sites: tuple[Site, ...]
-    skipped: tuple[tuple[str, str], ...]
     attention: dict[str, tuple[str, ...]]
     blocks: dict[str, str]
 
     def sections(self) -> Iterator[tuple[str, Section]]:
         """Module paths and what to put down to them."""
-        for path, inside in self.attention.items():
-            yield path, (ATTENTION, inside[0])
-        for path, first in self.blocks.items():
+        for path, sites in self.attention.items():
+            yield path, (ATTENTION, sites[0])
+        for path, site in self.blocks.items():
             if path not in self.attention:
-                yield path, (MLP, first)
+                yield path, (MLP, site)
 
 
-def anatomy(model: nn.Module, live: list[Patch], given: MetaInputs) -> ModuleMap:
-    """From a dry run of a copy without patches, at the shapes of this input."""
-    wanted = set(patched_sites(model, live))
-    seen, inputs = _survey(bare(model, live), _example(model, live, given), wanted, given)
-    names = [site.name for site, _ in seen.sites]
-    blocks: dict[str, str] = {}
+def map_modules(model: nn.Module, patches: list[Patch], arguments: MetaInputs) -> ModuleMap:
+    """Find the modules by a dry run of a copy without patches, at the shapes of this input."""
+    image = batch_of(arguments)
+    surveyed, inputs = _survey(
+        unpatched_meta_copy(model, patches),
+        example_input(model, image if image.dim() == 4 else None, patches),
+        set(patched_sites(model, patches)),
+        arguments,
+    )
+    sites = tuple(site for site, _ in surveyed.sites)
+    names = [site.name for site in sites]
+    blocks = find_blocks(surveyed.meta_model, names, inputs) if names else []
     attention: dict[str, tuple[str, ...]] = {}
-    inside: set[str] = set()
-    for block in find_blocks(seen.meta_model, names, inputs) if names else ():
-        blocks[block.name] = block.sites[0]
-        inside.update(block.sites)
+    for block in blocks:
         for name in block.sites:
-            child = _child(seen.meta_model, block.name, name)
+            child = _child(surveyed.meta_model, block.name, name)
             attention[child] = (*attention.get(child, ()), name)
-    attention |= {name: (name,) for name in names if name not in inside}
-    sites = tuple(site for site, _ in seen.sites)
-    return ModuleMap(seen.backbone.name, sites, tuple(seen.skipped), attention, blocks)
+    in_blocks = {name for block in blocks for name in block.sites}
+    attention |= {name: (name,) for name in names if name not in in_blocks}
+    first_sites = {block.name: block.sites[0] for block in blocks}
+    return ModuleMap(surveyed.backbone.name, sites, attention, first_sites)
 
 
-def patched_sites(model: nn.Module, live: list[Patch]) -> dict[str, SiteRuntime]:
-    """Sites that patches of the model, of its parts or of what it is a part of hold, by their path
-    in it."""
-    paths = {id(module): name for name, module in model.named_modules()}
-    runtimes = [runtime for patch in live for runtime in patch.runtimes]
-    return {paths[id(one.module)]: one for one in runtimes if id(one.module) in paths}
+def patched_sites(model: nn.Module, patches: list[Patch]) -> dict[str, SiteRuntime]:
+    """Patched sites by their path in the model, also those of a patch of more than the model."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    runtimes = (runtime for patch in patches for runtime in patch.runtimes)
+    return {paths[id(r.module)]: r for r in runtimes if id(r.module) in paths}
 
 
 def _survey(
-    meta_model: nn.Module, example: Any, wanted: set[str], given: MetaInputs
+    meta_model: nn.Module, example: Any, patched: set[str], arguments: MetaInputs
 ) -> tuple[ModelSurvey, MetaInputs]:
     """Sites of the model called as it will be, else, where that needs values, as its adapter knows
     to call it."""
-    inputs = _dry(given)
+    inputs = _meta_image(arguments)
     try:
-        return survey(meta_model, example, wanted, inputs), inputs
+        return survey(meta_model, example, patched, inputs), inputs
     except ProbeFailed:
-        seen = survey(meta_model, example, wanted)
-        return seen, seen.backbone.meta_inputs(meta_model, seen.shape)
-
-
-def _example(model: nn.Module, live: list[Patch], given: MetaInputs) -> Any:
-    image = batch_of(given)
-    if image.dim() == 4:
-        return image
-    told = [patch for patch in live if patch.model is model and not patch.follows_model]
-    return told[0].input_shape if told else None
+        surveyed = survey(meta_model, example, patched)
+        return surveyed, surveyed.backbone.meta_inputs(meta_model, surveyed.shape)
 
 
 def _child(model: nn.Module, block: str, site: str) -> str:
@@ -100,47 +102,37 @@ def _child(model: nn.Module, block: str, site: str) -> str:
     return path
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def batch_of(arguments: MetaInputs) -> Tensor:
+    """The images among a model's arguments.
 
+    Returns:
+        The first tensor ``[B, C, H, W]``, else the first with more than one axis.
 
-def batch_of(given: MetaInputs) -> Tensor:
-    """The images among a model's arguments: the first tensor ``[B, C, H, W]``, else the first with
-    more than one axis."""
-    tensors = [x for x in _tensors(given) if x.dim() > 1]
-    found = next((x for x in tensors if x.dim() == 4 and x.is_floating_point()), None)
-    found = next(iter(tensors), None) if found is None else found
-    if found is None:
+    Raises:
+        InvalidType: There is no such tensor.
+        InvalidOption: It is empty.
+    """
+    tensors = [x for x in tensors_in(arguments) if x.dim() > 1]
+    images = [x for x in tensors if x.dim() == 4 and x.is_floating_point()]
+    batch = next(iter(images + tensors), None)
+    if batch is None:
         raise InvalidType(
             "profile needs what the model takes, with at least one tensor [B, ...] in it: images "
-            f"[B, C, H, W], as torch.randn(1, 3, 224, 224); got {given[0] or given[1]!r}"
+            f"[B, C, H, W], as torch.randn(1, 3, 224, 224); got {arguments[0] or arguments[1]!r}"
         )
-    if not len(found):
+    if not len(batch):
         raise InvalidOption(
-            f"profile needs at least one image, got a tensor of shape {tuple(found.shape)}"
+            f"profile needs at least one image, got a tensor of shape {tuple(batch.shape)}"
         )
-    return found
+    return batch
 
 
-def _dry(given: MetaInputs) -> MetaInputs:
+def _meta_image(arguments: MetaInputs) -> MetaInputs:
     """One image of these arguments, without data."""
-    batch = len(batch_of(given))
+    batch = len(batch_of(arguments))
 
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            whole = value[:1] if value.dim() and len(value) == batch else value
-            return torch.empty_like(whole, device="meta", requires_grad=False)
-        if isinstance(value, dict):
-            return {name: one(item) for name, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(one(item) for item in value)
-        return value
+    def first_image(tensor: Tensor) -> Tensor:
+        image = tensor[:1] if tensor.dim() and len(tensor) == batch else tensor
+        return torch.empty_like(image, device="meta", requires_grad=False)
 
-    args, kwargs = given
-    return tuple(one(value) for value in args), {name: one(x) for name, x in kwargs.items()}
+    return tree_map_only(Tensor, first_image, arguments)  # type: ignore[no-any-return]

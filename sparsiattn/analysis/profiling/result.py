@@ -1,18 +1,26 @@
-"""What `profile` returns."""
+"""What `profile` returns, and how it is laid out."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sparsiattn.analysis.profiling.accounting import Accounting
+from sparsiattn.patching.text import Row, macs_text, plain, shape_text, speed_text
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Multiply-accumulates for one image. mhsa: QK^T and AV. predictor: choosing keys and tokens.
-    projections: the rest of attention modules. mlp: the rest of the blocks around them. rest:
-    patches, head, all else."""
+    """Multiply-accumulates for one image.
+
+    Attributes:
+        mhsa: QK^T and AV.
+        predictor: Choosing keys and tokens.
+        projections: The rest of attention modules.
+        mlp: The rest of the blocks around them.
+        rest: Patches, head, all else.
+    """
 
     mhsa: int = 0
     predictor: int = 0
@@ -22,17 +30,52 @@ class Parts:
 
     @property
     def total(self) -> int:
+        """MACs of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+PART_NAMES = {
+    "mhsa": "MHSA (QK^T, AV)",
+    "predictor": "predictor",
+    "projections": "projections",
+    "mlp": "MLP",
+    "rest": "rest",
+}
+
+
+class _OwnMacs:
+    """The old name of ``pattern``, for one minor version."""
+
+    pattern: Parts
+
+    @property
+    def own(self) -> Parts:
+        """Deprecated: use ``pattern``."""
+        warnings.warn("own is called pattern now", DeprecationWarning, stacklevel=2)
+        return self.pattern
+
+
 @dataclass(frozen=True)
-class SiteProfile:
-    """One site. tokens: those of the image that enter its attention, of all windows; tokens_dense:
-    without the patch. density: kept (query, key) pairs over those there are at these tokens. dense,
-    own, computed, paper: MACs for one image, see `Profile`; where several sites share a block or
-    its projections, the first has them. expected, measured: speed relative to dense attention with
-    planning paid, as in `Report`; None where attention stays the host's own, or was not measured.
-    left_dense: whether that is so because the sparse kernel should lose (`only_if_faster`).
+class SiteProfile(_OwnMacs):
+    """One site. Where several share a block or its projections, the first of them has its MACs.
+
+    Attributes:
+        name: Path of the site.
+        strategy: Name of its strategy, empty without a patch.
+        kernel: Kernels that ran, ``"dense"`` for the host's own attention.
+        tokens: Tokens of the image that enter its attention, in all windows.
+        tokens_dense: The same without the patch.
+        windows: Windows of one image.
+        density: Kept (query, key) pairs over those there are at these tokens.
+        dense: MACs for one image without the patch.
+        pattern: MACs for one image by the accounting ``"own"``, see `Profile`.
+        computed: MACs for one image by the accounting ``"computed"``.
+        paper: MACs for one image by the accounting ``"paper"``.
+        left_dense: Whether it stays dense because the sparse kernel should lose
+            (``only_if_faster``).
+        expected: Speed relative to dense attention with planning counted, as in `Report`; None
+            where attention stays the host's own.
+        measured: The same, measured; None where it was not.
     """
 
     name: str
@@ -43,7 +86,7 @@ class SiteProfile:
     windows: int
     density: float
     dense: Parts
-    own: Parts
+    pattern: Parts
     computed: Parts
     paper: Parts
     left_dense: bool = False
@@ -55,11 +98,28 @@ class SiteProfile:
         """The best known speed relative to dense attention: measured, else expected."""
         return self.expected if self.measured is None else self.measured
 
+    def row(self) -> Row:
+        """Cells of `Profile.site_table`."""
+        mhsa = (self.pattern.mhsa, self.computed.mhsa, self.pattern.predictor)
+        speeds = (self.expected, self.measured) if self.speed else (None, None)
+        return (
+            *(self.name, str(self.tokens), macs_text(self.dense.mhsa), self.kernel),
+            *(f"{self.density:.3f}", *map(macs_text, mhsa), *map(speed_text, speeds)),
+        )
+
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a forward pass, medians of paired runs with quartiles; ratio: dense over
-    patched. The last three are None for an unpatched model."""
+    """Time of a forward pass in paired runs.
+
+    Attributes:
+        rounds: Paired runs.
+        dense_ms: Median milliseconds of the unpatched model.
+        dense_quartiles: First and third quartile of those.
+        ms: Median milliseconds of the patched model; None without a patch.
+        quartiles: First and third quartile of those; None without a patch.
+        ratio: Dense time over patched time; None without a patch.
+    """
 
     rounds: int
     dense_ms: float
@@ -68,28 +128,49 @@ class Latency:
     quartiles: tuple[float, float] | None = None
     ratio: float | None = None
 
+    def __str__(self) -> str:
+        dense = f"one forward pass: dense {self.dense_ms:.2f} ms"
+        if self.ms is None:
+            return dense
+        speed = f"{speed_text(self.ratio)} (median of {self.rounds} rounds)"
+        return f"{dense}, patched {self.ms:.2f} ms, {speed}"
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that tensors of one forward pass take at its peak, weights and inputs not counted."""
+    """Bytes of a forward pass at its peak, weights and inputs not counted.
+
+    Attributes:
+        dense: Of the unpatched model.
+        patched: Of the patched model; the same without a patch.
+    """
 
     dense: int
     patched: int
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(_OwnMacs):
     """What one forward pass costs, dense and patched. ``print`` it, or take `to_dict`.
 
-    All figures are MACs (multiply-accumulates) for one image; FLOPs are twice that. dense: of the
-    same model unpatched. own, computed, paper: of the patched one by three accountings. *own*
-    counts the pairs that patterns keep and all that choosing costs, *computed* also what kernels
-    add (padding, pairs computed only to be masked), *paper* follows Sparsifiner's tables, whose
-    MHSA includes the predictor. accounting: the one that ``macs``, ``mhsa_macs`` and
-    ``predictor_macs`` speak of. sites: each alone. latency, memory: as measured, where asked for.
-    backbone, input_shape: what was counted. strategy: empty for an unpatched model, whose
-    accountings all agree. images: of the batch that was counted. notes: where a saving in MACs is
-    none in time.
+    All figures are MACs (multiply-accumulates) for one image; FLOPs are twice that. The patched
+    model is counted in three ways, which agree without a patch.
+
+    Attributes:
+        model: Class of the model.
+        backbone: The adapter that knows the model.
+        strategy: Names of the strategies, empty without a patch.
+        input_shape: Shape of the batch that was counted.
+        images: Images in that batch.
+        accounting: The way in which ``macs``, ``mhsa_macs`` and ``predictor_macs`` are counted.
+        dense: The same model unpatched.
+        pattern: By the accounting ``"own"``: pairs that patterns keep, and all that choosing costs.
+        computed: By ``"computed"``: also what kernels add (padding, pairs computed to be masked).
+        paper: By ``"paper"``: as in Sparsifiner's tables, whose MHSA includes the predictor.
+        sites: Each site alone.
+        latency: Time, if it was asked for.
+        memory: Peak memory, if it was asked for.
+        notes: Where a saving in MACs is none in time.
     """
 
     model: str
@@ -99,7 +180,7 @@ class Profile:
     images: int
     accounting: Accounting
     dense: Parts
-    own: Parts
+    pattern: Parts
     computed: Parts
     paper: Parts
     sites: tuple[SiteProfile, ...]
@@ -110,36 +191,43 @@ class Profile:
     @property
     def chosen(self) -> Parts:
         """The parts by `accounting`."""
-        return getattr(self, self.accounting)  # type: ignore[no-any-return]
+        return {"own": self.pattern, "computed": self.computed, "paper": self.paper}[
+            self.accounting
+        ]
 
     @property
     def macs_dense(self) -> int:
+        """MACs of the unpatched model."""
         return self.dense.total
 
     @property
     def macs(self) -> int:
+        """MACs of the patched model."""
         return self.chosen.total
 
     @property
     def flops_dense(self) -> int:
+        """FLOPs of the unpatched model."""
         return 2 * self.macs_dense
 
     @property
     def flops(self) -> int:
+        """FLOPs of the patched model."""
         return 2 * self.macs
 
     @property
     def mhsa_macs_dense(self) -> int:
+        """QK^T and AV of the unpatched model."""
         return self.dense.mhsa
 
     @property
     def mhsa_macs(self) -> int:
         """QK^T and AV; by the paper's accounting with the predictor, as in its tables."""
-        extra = self.chosen.predictor if self.accounting == "paper" else 0
-        return self.chosen.mhsa + extra
+        return self.chosen.mhsa + (self.predictor_macs if self.accounting == "paper" else 0)
 
     @property
     def predictor_macs(self) -> int:
+        """MACs of choosing keys and tokens."""
         return self.chosen.predictor
 
     @property
@@ -148,14 +236,69 @@ class Profile:
         return tuple(site.tokens for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON, where ``pattern`` goes by its accounting, ``own``."""
         names = (
             *("macs_dense", "macs", "flops_dense", "flops", "mhsa_macs_dense", "mhsa_macs"),
             *("predictor_macs", "tokens"),
         )
-        return {**{name: getattr(self, name) for name in names}, **asdict(self)}
+        data = asdict(
+            self,
+            dict_factory=lambda items: {"own" if k == "pattern" else k: v for k, v in items},
+        )
+        return {name: getattr(self, name) for name in names} | data
 
     def __str__(self) -> str:
-        from sparsiattn.analysis.profiling.text import text
+        return plain(self.layout())
 
-        return text(self)
+    def layout(self) -> list[str | list[Row]]:
+        """Lines and tables, top down; an empty line parts the two tables."""
+        return [self._head(), self.parts_table(), "", self.site_table(), *self._tail()]
+
+    def _head(self) -> str:
+        return (
+            f"{self.model} ({self.backbone}), {self.strategy or 'unpatched'}, {len(self.sites)} "
+            f"sites, input {shape_text(self.input_shape)}: MACs for one image (FLOPs are twice "
+            f"that), {macs_text(self.macs_dense)} -> {macs_text(self.macs)} by the accounting "
+            f"{self.accounting!r}"
+        )
+
+    def parts_table(self) -> list[Row]:
+        """Cells of MACs by part, dense and by each accounting, a heading first."""
+        paper = self.accounting == "paper"
+        columns = {"dense": self.dense}
+        if self.strategy:
+            columns |= {"own": self.pattern, "computed": self.computed}
+            columns |= {"paper": self.paper} if paper else {}
+        rows = {
+            label: [getattr(parts, name) for parts in columns.values()]
+            for name, label in PART_NAMES.items()
+        }
+        if paper:
+            both = [parts.mhsa + parts.predictor for parts in columns.values()]
+            rows["MHSA with predictor"] = both
+        rows["all"] = [parts.total for parts in columns.values()]
+        return [
+            ("MACs", *columns),
+            *((label, *map(macs_text, macs)) for label, macs in rows.items()),
+        ]
+
+    def site_table(self) -> list[Row]:
+        """Cells of the sites, a heading first; columns that would say nothing are left out."""
+        if not self.sites:
+            return []
+        heading = (
+            *("site", "tokens", "MHSA", "kernel", "density", "kept", "computed", "predictor"),
+            *("expected", "measured"),
+        )
+        columns = None if self.strategy else 3
+        return [row[:columns] for row in (heading, *(site.row() for site in self.sites))]
+
+    def _tail(self) -> list[str]:
+        lines = [] if self.latency is None else [str(self.latency)]
+        if self.memory is not None:
+            patched = f", patched {self.memory.patched / 1e6:.1f} MB" if self.strategy else ""
+            lines.append(
+                "peak memory of a forward pass, weights apart: "
+                f"dense {self.memory.dense / 1e6:.1f} MB{patched}"
+            )
+        return [*lines, *self.notes]

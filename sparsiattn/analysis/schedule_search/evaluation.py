@@ -104,8 +104,8 @@ class Trials:
                 with live.disabled():
                     self.model(images)
 
-            found = paired(dense, lambda: self.model(images), rounds)
-        return float(found["ratio"])
+            timing = paired(dense, lambda: self.model(images), rounds)
+        return timing.ratio.rounded(4).median
 
 
 def _planners(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsiattn.analysis.schedule_search.evaluation import Trial
-from sparsiattn.patching.report import macs_text
+from sparsiattn.patching.text import macs_text
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Backbone:
     False
     """
 
+    registers_as: ClassVar[str] = "backbones"
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
 

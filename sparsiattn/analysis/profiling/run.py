@@ -1,0 +1,81 @@
+"""One model on one input, run to be counted."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsiattn.analysis.profiling.memory import peak_bytes
+from sparsiattn.analysis.profiling.meter import MacCounter
+from sparsiattn.analysis.profiling.module_map import ModuleMap, batch_of, patched_sites
+from sparsiattn.analysis.profiling.result import Memory
+from sparsiattn.errors import InvalidOption, SparsiattnError
+from sparsiattn.patching.discovery.meta_model import MetaInputs
+from sparsiattn.patching.handle import Patch
+from sparsiattn.runtime.site_runtime import SiteRuntime
+
+
+@dataclass(frozen=True)
+class Run:
+    """One input and the model that takes it.
+
+    Attributes:
+        model: The model, without wrappers.
+        arguments: What it is called with.
+        module_map: Where its attention and its MLPs are.
+        patches: Live patches of the model and of its parts.
+    """
+
+    model: nn.Module
+    arguments: MetaInputs
+    module_map: ModuleMap
+    patches: list[Patch]
+
+    @property
+    def runtimes(self) -> dict[str, SiteRuntime]:
+        """Patched sites by their path in this model."""
+        return patched_sites(self.model, self.patches)
+
+    def call(self, dense: bool = False) -> Any:
+        """One forward pass; dense: as if unpatched."""
+        args, kwargs = self.arguments
+        with ExitStack() as stack:
+            for patch in self.patches if dense else ():
+                stack.enter_context(patch.disabled())
+            return self.model(*args, **kwargs)
+
+    def count(self, dense: bool = False) -> MacCounter:
+        """One forward pass under a counter.
+
+        Raises:
+            InvalidOption: The model does not take the input.
+        """
+        runtimes = self.runtimes.items()
+        counter = MacCounter(
+            {(runtime.owner.key, runtime.site.name): path for path, runtime in runtimes}
+        )
+        with ExitStack() as stack:
+            for path, section in self.module_map.sections():
+                stack.enter_context(counter.watching(self.model.get_submodule(path), section))
+            stack.enter_context(counter.counting())
+            try:
+                self.call(dense)
+            except (SparsiattnError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the first run of all: what the host refuses is the input
+                raise InvalidOption(
+                    f"{type(self.model).__name__} fails on this input, a tensor of shape "
+                    f"{tuple(batch_of(self.arguments).shape)}: {type(error).__name__}: {error}. "
+                    "Pass what the model takes, on its device"
+                ) from error
+        return counter
+
+    def peaks(self) -> Memory:
+        """Peak memory of both forward passes."""
+        device = batch_of(self.arguments).device
+        dense = peak_bytes(lambda: self.call(dense=True), device)
+        return Memory(dense, peak_bytes(self.call, device) if self.patches else dense)
