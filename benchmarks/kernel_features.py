@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Lengths, Pattern
-from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels import flex_compile
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.finalize import finish
@@ -128,7 +128,7 @@ def _asked() -> dict[str, Kernel]:
 def table() -> tuple[list[str], list[list[str]]]:
     """Head and rows: where each kernel has each feature."""
     kernels, rows = _asked(), []
-    with mock.patch.object(flexcompile, "cpu_refusals", list):
+    with mock.patch.object(flex_compile, "cpu_refusals", list):
         for feature, make in FEATURES.items():
             calls = make()
             dtype = None if feature in _DTYPED else torch.bfloat16
