@@ -12,8 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Tile
-from sparsiattn.kernels import Kernel
-from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels import Kernel, flex_compile
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies import finish
 from sparsiattn.testing import random_inputs
@@ -126,7 +125,7 @@ def _asked() -> dict[str, Kernel]:
 def table() -> tuple[list[str], list[list[str]]]:
     """Head and rows: where each kernel has each feature."""
     kernels, rows = _asked(), []
-    with mock.patch.object(flexcompile, "cpu_refusals", list):
+    with mock.patch.object(flex_compile, "cpu_refusals", list):
         for feature, make in FEATURES.items():
             calls = make()
             dtype = None if feature in _DTYPED else torch.bfloat16

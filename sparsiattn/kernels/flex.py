@@ -13,13 +13,13 @@ from torch import Tensor
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Pattern
-from sparsiattn.kernels import flex_compile as flexcompile
+from sparsiattn.kernels import flex_compile
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.flex_compile import Operands, Static
-from sparsiattn.kernels.gather import dense_rows, needs_grad
+from sparsiattn.kernels.flex_compile import FlexOperands, ProgramKey
+from sparsiattn.kernels.gather import dense_rows, needs_grad, summary_rows
 from sparsiattn.kernels.padding import slot_macs, summary_count
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16
 """Rows of the smallest matrix product of a GPU."""
 
@@ -37,28 +37,30 @@ class Flex(Kernel):
     def why_unavailable(self) -> list[str]:
         if torch.compiler.is_compiling() or torch.cuda.is_available():
             return []
-        return flexcompile.cpu_refusals()
+        return flex_compile.cpu_refusals()
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if torch.compiler.is_compiling():
             return ["compiles by itself, so not as a part of a compiled model"]
-        found = []
+        reasons = []
         if not isinstance(pattern, KeyBlocks):
-            found.append(f"needs key blocks, got a {type(pattern).__name__} pattern")
+            reasons.append(f"needs key blocks, got a {type(pattern).__name__} pattern")
         elif pattern.tiles is None:
-            found.append("needs query tiles, every query is alone")
+            reasons.append("needs query tiles, every query is alone")
         if inputs.bias is not None:
-            found.append("takes no mask of the host")
+            reasons.append("takes no mask of the host")
         if inputs.dropout:
-            found.append("has no dropout")
+            reasons.append("has no dropout")
         dtype = _dtype(inputs)
-        if dtype not in DTYPES:
-            found.append(f"needs float32, bfloat16 or float16, got {dtype}")
-        return found + _device_refusals(inputs, pattern)
+        if dtype not in FLEX_DTYPES:
+            reasons.append(f"needs float32, bfloat16 or float16, got {dtype}")
+        return reasons + _device_refusals(inputs, pattern)
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         assert isinstance(pattern, KeyBlocks)
-        if inputs.q.device.type != "meta" and flexcompile.is_compiled(static_of(inputs, pattern)):
+        if inputs.q.device.type != "meta" and flex_compile.is_compiled(
+            program_key(inputs, pattern)
+        ):
             return []
         return ["not compiled yet for this shape: call patch.warmup(images)"]
 
@@ -83,19 +85,20 @@ class Flex(Kernel):
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyBlocks)
-        assert pattern.tiles is not None
+        tiles = pattern.tiles
+        assert tiles is not None
         if not inputs.q.numel():  # no image: nothing to compile for
             return inputs.q.new_zeros(*inputs.q.shape[:-1], inputs.v.shape[-1])
-        static = static_of(inputs, pattern)
-        # what is compiled holds for one autocast and one gradient mode; inference tensors count too
-        grad = torch.is_grad_enabled() and static.grad
+        key = program_key(inputs, pattern)
+        # a program holds for one autocast and one gradient mode, and not for inference tensors: so
+        # compiled programs always run in the same modes, and what they take is made in them
         with (
             torch.inference_mode(False),
-            torch.set_grad_enabled(grad),
+            torch.set_grad_enabled(torch.is_grad_enabled() and key.grad),
             torch.autocast(inputs.q.device.type, enabled=False),
         ):
-            tiles = flexcompile.run(static, operands_of(inputs, pattern))
-            patches = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
+            rows = flex_compile.run(key, operands_of(inputs, pattern))
+            patches = tiles.scatter(rows.unflatten(-2, (-1, tiles.size)))
         if not pattern.dense_rows:
             return patches
         return torch.cat([dense_rows(inputs, pattern.dense_rows).to(patches), patches], dim=-2)
@@ -112,29 +115,28 @@ def _dtype(inputs: AttentionInputs) -> torch.dtype:
 def _device_refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
     device = inputs.q.device.type
     if device == "cpu":
-        found = flexcompile.cpu_refusals()
-        return [*found, "has no backward pass on the CPU"] if needs_grad(inputs) else found
+        gradient = ["has no backward pass on the CPU"] if needs_grad(inputs) else []
+        return flex_compile.cpu_refusals() + gradient
     if device == "meta":  # a dry run: the device is known when the model runs
         return []
     if device != "cuda":
         return [f"needs CPU or CUDA tensors, got {device}"]
-    found, dims = [], (inputs.q.shape[-1], inputs.v.shape[-1])
+    reasons, dims = [], (inputs.q.shape[-1], inputs.v.shape[-1])
     if min(dims) < SMALLEST:
-        found.append(f"needs head dims of at least {SMALLEST} on CUDA, got {dims}")
+        reasons.append(f"needs head dims of at least {SMALLEST} on CUDA, got {dims}")
     if isinstance(pattern, KeyBlocks) and pattern.tiles is not None:
-        for what, size in (("tiles", pattern.tiles.size), ("blocks", pattern.blocks.size)):
+        for groups, size in (("tiles", pattern.tiles.size), ("blocks", pattern.blocks.size)):
             if size < SMALLEST or size & (size - 1):
-                found.append(f"needs {what} of 16, 32, 64, ... patches on CUDA, got {size}")
-    return found
+                reasons.append(f"needs {groups} of 16, 32, 64, ... patches on CUDA, got {size}")
+    return reasons
 
 
-def static_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Static:
+def program_key(inputs: AttentionInputs, pattern: KeyBlocks) -> ProgramKey:
     """All that the compiled program depends on."""
     q, tiles, blocks, summary = inputs.q, pattern.tiles, pattern.blocks, pattern.summary
     assert tiles is not None
-    cells = 0 if summary is None else summary.count
     grad = torch.is_grad_enabled()
-    return Static(
+    return ProgramKey(
         device=q.device,
         dtype=_dtype(inputs),
         shape=(*q.shape[:2], tiles.count, blocks.count, pattern.chosen.shape[-1]),
@@ -146,20 +148,20 @@ def static_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Static:
         even=blocks.even,
         keys=pattern.keys - pattern.prefix,
         prefix=pattern.prefix,
-        cells=cells,
+        cells=summary_count(pattern),
         scale=inputs.scale,
         needs=tuple(grad and x.requires_grad for x in (q, inputs.k, inputs.v)),
     )
 
 
-def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> Operands:
+def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> FlexOperands:
     """Tokens in the order of tiles and blocks, and the lists: new tensors of one layout each."""
     tiles, dtype = pattern.tiles, _dtype(inputs)
     assert tiles is not None
     q = tiles.gather(inputs.q[..., pattern.dense_rows :, :]).flatten(-3, -2)
     k, v = (_packed(x.to(dtype), pattern) for x in (inputs.k, inputs.v))
     chosen = pattern.chosen.to(torch.int32).contiguous()
-    return Operands(q.to(dtype), k, v, chosen, _limits(pattern), _summary_bias(pattern))
+    return FlexOperands(q.to(dtype), k, v, chosen, _limits(pattern), _summary_bias(pattern))
 
 
 def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:
@@ -168,8 +170,8 @@ def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:
     parts = [blocks.gather(x[..., prefix:, :]).flatten(-3, -2), x[..., :prefix, :]]
     if summary is not None:
         parts.append(summary.pool(x))
-    filled = sum(part.shape[-2] for part in parts)
-    parts.append(x.new_zeros(*x.shape[:2], -filled % blocks.size, x.shape[-1]))
+    rows = sum(part.shape[-2] for part in parts)
+    parts.append(x.new_zeros(*x.shape[:2], -rows % blocks.size, x.shape[-1]))
     return torch.cat(parts, dim=-2)
 
 
@@ -179,17 +181,14 @@ def _limits(pattern: KeyBlocks) -> Tensor:
     blocks, chosen = pattern.blocks, pattern.chosen
     lengths = (blocks.weight > 0).sum(1)[chosen]
     before = lengths.cumsum(-1) - lengths
-    given = (pattern.keys - pattern.prefix - before).clamp_min(0).minimum(lengths)
-    none = given.new_zeros(*chosen.shape[:-1], blocks.count)
-    return none.scatter(-1, chosen, given).to(torch.int32)
+    limits = (pattern.keys - pattern.prefix - before).clamp_min(0).minimum(lengths)
+    none = limits.new_zeros(*chosen.shape[:-1], blocks.count)
+    return none.scatter(-1, chosen, limits).to(torch.int32)
 
 
 def _summary_bias(pattern: KeyBlocks) -> Tensor | None:
     """``[B|1, H|1, T or T * t, G]``: a row for every tile, or for every slot of the tiles."""
-    summary, tiles = pattern.summary, pattern.tiles
-    if summary is None or tiles is None:
+    if pattern.summary is None:
         return None
-    bias = summary.bias
-    if bias.shape[-2] != tiles.count:
-        bias = tiles.gather(bias).flatten(-3, -2)
-    return bias.to(torch.float32, copy=True).contiguous()
+    rows = summary_rows(pattern, pattern.summary).flatten(-3, -2)
+    return rows.to(torch.float32, copy=True).contiguous()

@@ -17,11 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Operands(NamedTuple):
-    """q: ``[B, H, T * t, D]``. k, v: ``[B, H, U * size, D]`` and ``[..., Dv]``, the last blocks of
-    prefix and summary keys included. chosen: ``[B|1, H|1, T, C]``, int32. limit: keys that each
-    block gives, none if it was not chosen, ``[B|1, H|1, T, U']``. bias: of the summary keys,
-    ``[B|1, H|1, T or T * t, G]``."""
+class FlexOperands(NamedTuple):
+    """What a compiled program takes.
+
+    Attributes:
+        q: Queries by tile, ``[B, H, T * t, D]``.
+        k: Keys by block, those of prefix and summary in the last ones, ``[B, H, U * size, D]``.
+        v: Their values, ``[B, H, U * size, Dv]``.
+        chosen: Blocks of every tile, ``[B|1, H|1, T, C]``, int32.
+        limit: Keys that each block of patches gives to each tile, 0 for one that is not chosen,
+            ``[B|1, H|1, T, U']``.
+        bias: Logits of the summary keys, ``[B|1, H|1, T or T * t, G]``; None without a summary.
+    """
 
     q: Tensor
     k: Tensor
@@ -32,10 +39,25 @@ class Operands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Static:
-    """What a program is compiled for. shape: batch, heads, tiles, blocks, blocks of each list;
-    lists, bias: leading axes of those tensors; keys: of each list, prefix apart; needs: which of q,
-    k, v want a gradient."""
+class ProgramKey:
+    """What a program is compiled for.
+
+    Attributes:
+        device: Where it runs.
+        dtype: Type of q, k and v.
+        shape: Batch, heads, tiles, blocks of patches, and blocks of each list.
+        dims: Head dims of queries and of values.
+        lists: Leading axes of the lists, ``(B|1, H|1)``.
+        bias: Leading axes of the summary's logits, ``(B|1, H|1, rows)``; None without a summary.
+        tile: Queries of a tile.
+        size: Keys of a block.
+        even: Whether all blocks hold that many.
+        keys: Keys of each list, prefix apart.
+        prefix: Leading keys in every list.
+        cells: Summary keys.
+        scale: Factor of QK^T.
+        needs: Which of q, k, v want a gradient.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -54,70 +76,75 @@ class Static:
 
     @property
     def grad(self) -> bool:
+        """Whether any operand wants a gradient."""
         return any(self.needs)
 
 
-_PROGRAMS: dict[Static, tuple[Callable[..., Tensor], Any]] = {}
+_PROGRAMS: dict[ProgramKey, tuple[Callable[..., Tensor], Any]] = {}
+"""Compiled functions, each with its code object."""
 _LOCK = threading.Lock()
 
 
-def run(static: Static, operands: Operands) -> Tensor:
+def run(key: ProgramKey, operands: FlexOperands) -> Tensor:
     """Attention of all tiles, ``[B, H, T * t, Dv]``; compiles at the first call of a shape."""
     with _LOCK:
-        if static not in _PROGRAMS:
-            _PROGRAMS[static] = _program(static)
-    return _PROGRAMS[static][0](*operands)
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = _program(key)
+    return _PROGRAMS[key][0](*operands)
 
 
-def is_compiled(static: Static) -> bool:
+def is_compiled(key: ProgramKey) -> bool:
     """Whether a call would run at once: compiled, and not forgotten by `torch.compiler.reset`."""
-    program = _PROGRAMS.get(static)
+    program = _PROGRAMS.get(key)
     if program is None:
         return False
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(program[1])
     return len(entries) > 0
 
 
-def _program(static: Static) -> tuple[Callable[..., Tensor], Any]:
+def _program(key: ProgramKey) -> tuple[Callable[..., Tensor], Any]:
     """A function of its own code object, because torch counts compilations per code object and
     gives up after eight."""
-    made: Any = attention(static)
-    own = made.__code__.replace()
-    fresh = FunctionType(own, made.__globals__, made.__name__, None, made.__closure__)
-    return torch.compile(fresh, fullgraph=True, dynamic=False), own
+    function: Any = attention(key)
+    code = function.__code__.replace()
+    copy = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    return torch.compile(copy, fullgraph=True, dynamic=False), code
 
 
-def kernel_options(static: Static) -> dict[str, Any] | None:
+def kernel_options(key: ProgramKey) -> dict[str, Any] | None:
     """Sizes of a GPU kernel's own tiles where torch would choose some that divide no small block:
-    only from 2.15 on does it make them fit."""
+    only from 2.15 on does torch make them fit."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if static.device.type != "cuda" or version >= (2, 15):
+    if key.device.type != "cuda" or version >= (2, 15):
         return None
-    m, n = min(static.tile, 64), min(static.size, 64)
-    b = min(m, n, 32)
-    backward = {f"bwd_BLOCK_{name}": b for name in ("M1", "N1", "M2", "N2")}
+    m, n = min(key.tile, 64), min(key.size, 64)
+    backward = {f"bwd_BLOCK_{name}": min(m, n, 32) for name in ("M1", "N1", "M2", "N2")}
     return {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n, **backward}
 
 
-def attention(static: Static) -> Callable[..., Tensor]:
-    """The function to compile. Everything but tensors is a constant in it.
+def attention(key: ProgramKey) -> Callable[..., Tensor]:
+    """The function to compile, which takes `FlexOperands` one by one.
 
-    Its mask alone says the whole pattern, because only compiled FlexAttention heeds the lists:
-    where compiling is switched off the function is slow but right.
+    Everything but tensors is a constant in it. Its mask alone says the whole pattern, because only
+    compiled FlexAttention heeds the lists: where compiling is switched off the function is slow
+    but right.
     """
+    # imported late: it brings torch's compiler stack
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    tile, size, even, scale, grad = static.tile, static.size, static.even, static.scale, static.grad
-    blocks, count = static.shape[3:]
-    options: Any = kernel_options(static)
-    extra, prefix, cells = static.prefix + static.cells, static.prefix, static.cells
-    more = -(-extra // size)
-    base, units = blocks * size, blocks + more
-    whole = count - 1 if even else 0
-    rows = 1 if static.bias is None or static.bias[2] != static.shape[2] else tile
+    tile, size, scale, grad = key.tile, key.size, key.scale, key.grad
+    prefix, cells = key.prefix, key.cells
+    blocks, count = key.shape[3:]
+    options: Any = kernel_options(key)
+    extra_keys = prefix + cells
+    extra_blocks = -(-extra_keys // size)
+    first_extra, units = blocks * size, blocks + extra_blocks
+    # of even blocks all but the last give every key, so they need no mask
+    full = count - 1 if key.even else 0
+    rows = 1 if key.bias is None or key.bias[2] != key.shape[2] else tile
 
     def columns(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lists as `BlockMask` wants them: their lengths, and ids filled up to all blocks."""
+        """Lists as `BlockMask` takes them: their lengths, and ids filled up to all blocks."""
         return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
 
     def program(
@@ -126,26 +153,31 @@ def attention(static: Static) -> Callable[..., Tensor]:
         def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             b, h = b % limit.shape[0], h % limit.shape[1]
             inside = j % size < limit[b, h, i // tile, (j // size).clamp(max=blocks - 1)]
-            return torch.where(j >= base, j < base + extra, inside)
+            return torch.where(j >= first_extra, j < first_extra + extra_keys, inside)
 
         def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             assert bias is not None
-            cell = j - base - prefix
+            cell = j - first_extra - prefix
             b, h = b % bias.shape[0], h % bias.shape[1]
             added = bias[b, h, i // rows, cell.clamp(0, cells - 1)]
             return s + torch.where(cell >= 0, added, 0.0)
 
-        always = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
-        always = always.expand(*chosen.shape[:-1], more)
-        some, some_ids = columns(torch.cat([chosen[..., whole:], always], dim=-1))
-        all_, all_ids = columns(chosen[..., :whole]) if whole else (None, None)
-        lists = BlockMask.from_kv_blocks(
-            some, some_ids, all_, all_ids, (tile, size), mask,
-            seq_lengths=(q.shape[-2], k.shape[-2]), compute_q_blocks=grad,
-        )  # fmt: skip
-        mod = None if bias is None else score
+        extra = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
+        extra = extra.expand(*chosen.shape[:-1], extra_blocks)
+        lists = columns(torch.cat([chosen[..., full:], extra], dim=-1))
+        full_lists = columns(chosen[..., :full]) if full else (None, None)
+        lengths = q.shape[-2], k.shape[-2]
+        block_mask = BlockMask.from_kv_blocks(
+            *lists, *full_lists, (tile, size), mask, seq_lengths=lengths, compute_q_blocks=grad
+        )
         out: Tensor = flex_attention(
-            q, k, v, score_mod=mod, block_mask=lists, scale=scale, kernel_options=options
+            q,
+            k,
+            v,
+            score_mod=None if bias is None else score,
+            block_mask=block_mask,
+            scale=scale,
+            kernel_options=options,
         )
         return out
 
@@ -155,11 +187,11 @@ def attention(static: Static) -> Callable[..., Tensor]:
 @cache
 def cpu_refusals() -> list[str]:
     """Why torch cannot compile FlexAttention for this machine's processor."""
-    found = []
+    reasons = []
     avx2 = torch.cpu._is_avx2_supported() and os.getenv("ATEN_CPU_CAPABILITY") != "default"
     if not avx2 or sys.platform == "darwin" or torch.xpu.is_available():
-        found.append("torch compiles it for x86 processors with AVX2 only (not on macOS)")
+        reasons.append("torch compiles it for x86 processors with AVX2 only (not on macOS)")
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
     if not any(name and shutil.which(name) for name in names):
-        found.append("needs a C++ compiler to compile for the CPU")
-    return found
+        reasons.append("needs a C++ compiler to compile for the CPU")
+    return reasons

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +16,22 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.kernels import masked_tiles as maskblocks
+from sparsiattn.kernels import masked_tiles
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import (
-    Operands,
+    GatherOperands,
     attend,
     attend_in_scratch,
-    is_lean,
+    can_buffer,
     tiles_at_once,
 )
+from sparsiattn.kernels.padding import list_count, row_keys, summary_count, tile_size
 from sparsiattn.kernels.workspace import SCRATCH
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
 # this kernel needs beside operands and result.
-PACKED = 1 << 21
+PACKED_AT_ONCE = 1 << 21
 
 # Tensor operations of a call, and those of each chunk of tiles on top.
 FIXED_CALLS, CHUNK_CALLS = 40.0, 6.0
@@ -48,7 +49,7 @@ class Gather(Kernel):
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if isinstance(pattern, BlockMask):
-            return maskblocks.refusals(inputs, pattern)
+            return masked_tiles.refusals(inputs, pattern)
         if not isinstance(pattern, KeyLists):
             return [f"needs key lists, got a {type(pattern).__name__} pattern"]
         if pattern.summary is not None and pattern.summary.per_query:
@@ -57,35 +58,29 @@ class Gather(Kernel):
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         if isinstance(pattern, BlockMask):
-            return maskblocks.work(inputs, pattern)
+            return masked_tiles.work(inputs, pattern)
         assert isinstance(pattern, KeyLists)
-        call, tiles = CallShape.of(inputs), pattern.tiles
-        rows = tiles.count if tiles is not None else pattern.n_queries - pattern.dense_rows
-        size = 1 if tiles is None else tiles.size
-        keys = pattern.width + (pattern.summary.count if pattern.summary else 0)
+        call, rows = CallShape.of(inputs), list_count(pattern)
+        tile, keys = tile_size(pattern), row_keys(pattern)
         lists = call.batch * call.heads * rows
-        chunks = lists / tiles_at_once(inputs.device, keys * (call.dim + call.value_dim + size))
-        pairs = rows * size * keys + pattern.dense_rows * call.keys
-        moved = call.rows_bytes(rows * keys + call.keys)
+        chunks = lists / tiles_at_once(inputs.device, keys * (call.dim + call.value_dim + tile))
         return call.attending(
-            pairs, calls=FIXED_CALLS + CHUNK_CALLS * max(1.0, chunks), moved=moved
+            rows * tile * keys + pattern.dense_rows * call.keys,
+            calls=FIXED_CALLS + CHUNK_CALLS * max(1.0, chunks),
+            moved=call.rows_bytes(rows * keys + call.keys),
         )
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, BlockMask):
-            return maskblocks.attend_blocks(inputs, pattern)
+            return masked_tiles.attend_blocks(inputs, pattern)
         assert isinstance(pattern, KeyLists)
-        if needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
+        if needs_grad(inputs) or not can_buffer(inputs.q, inputs.dropout):
             operands, dead = _operands(inputs, pattern)
-            patches = attend(operands)
+            rows = attend(operands)
             if dead is not None:
-                patches = patches.masked_fill(dead, 0.0)
-            patches = (
-                patches.squeeze(-2) if pattern.tiles is None else pattern.tiles.scatter(patches)
-            )
-            if not pattern.dense_rows:
-                return patches
-            return torch.cat([dense_rows(inputs, pattern.dense_rows), patches], dim=-2)
+                rows = rows.masked_fill(dead, 0.0)
+            rows = rows.squeeze(-2) if pattern.tiles is None else pattern.tiles.scatter(rows)
+            return with_dense_rows(rows, inputs, pattern)
         b, h, n, _ = inputs.q.shape
         # laid out as torch's own attention does, so that the host's reshape copies nothing
         out = inputs.q.new_empty(b, n, h, inputs.v.shape[-1]).transpose(1, 2)
@@ -94,19 +89,19 @@ class Gather(Kernel):
             _fill(out, inputs, pattern)
             return out
         for part in parts:
-            _fill(out[part], _part_of(inputs, part), _part_of(pattern, part))
+            _fill(out[part], _slice(inputs, part), _slice(pattern, part))
         return out
 
 
 def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
-    """Writes the result of some images and heads, ``[B, H, Nq, Dv]``."""
+    """Write the result of some images and heads, ``[B, H, Nq, Dv]``."""
     first = pattern.dense_rows
     operands, dead = _operands(inputs, pattern, SCRATCH.room)
     tiles = attend_in_scratch(operands)
     if dead is not None:
         tiles.masked_fill_(dead, 0.0)
     if first:
-        out[..., :first, :] = dense_rows(_packed_inputs(inputs, pattern, operands), first)
+        out[..., :first, :] = dense_rows(_packed_inputs(inputs, operands), first)
     if pattern.tiles is None:
         out[..., first:, :] = tiles.squeeze(-2)
     elif pattern.tiles.even:
@@ -115,11 +110,9 @@ def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
         out[..., first:, :] = pattern.tiles.scatter(tiles)
 
 
-def _packed_inputs(
-    inputs: AttentionInputs, pattern: KeyLists, operands: Operands
-) -> AttentionInputs:
-    """The same keys and values where they were packed last: to a row that sees all of them their
-    order is nothing, and there they are still in cache."""
+def _packed_inputs(inputs: AttentionInputs, operands: GatherOperands) -> AttentionInputs:
+    """The same keys and values where they were packed last: there they are still in cache, and
+    their order means nothing to a row that sees all of them."""
     if operands.k.shape[-2] == 1:
         return inputs
     k, v = (x.flatten(2, 3)[:, :, : inputs.n_keys] for x in (operands.k, operands.v))
@@ -135,29 +128,29 @@ def needs_grad(inputs: AttentionInputs) -> bool:
 def _parts(inputs: AttentionInputs) -> list[tuple[slice, slice]]:
     """Images and heads few enough at a time that what is packed for them stays small."""
     batch, heads, rows = inputs.k.shape[:3]
-    step = max(1, PACKED // (rows * (inputs.k.shape[-1] + inputs.v.shape[-1])))
+    step = max(1, PACKED_AT_ONCE // (rows * (inputs.k.shape[-1] + inputs.v.shape[-1])))
     if step >= heads:
-        whole = step // heads
-        return [(slice(b, b + whole), slice(None)) for b in range(0, batch, whole)]
+        images = step // heads
+        return [(slice(b, b + images), slice(None)) for b in range(0, batch, images)]
     even = -(-heads // -(-heads // step))
     return [
         (slice(b, b + 1), slice(h, h + even)) for b in range(batch) for h in range(0, heads, even)
     ]
 
 
-def _part_of(whole: Any, part: tuple[slice, slice]) -> Any:
+def _slice(record: Any, part: tuple[slice, slice]) -> Any:
     """Some images and heads of `AttentionInputs`, of a pattern, or of its summary."""
-    changed: dict[str, Any] = {}
-    for field in fields(whole):
-        value = getattr(whole, field.name)
+    changes: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
         if isinstance(value, Summary):
-            changed[field.name] = _part_of(value, part)
+            changes[field.name] = _slice(value, part)
         elif isinstance(value, Tensor) and value.dim() == 4:
             batch, heads = (
                 s if n > 1 else slice(None) for s, n in zip(part, value.shape[:2], strict=True)
             )
-            changed[field.name] = value[batch, heads]
-    return replace(whole, **changed)
+            changes[field.name] = value[batch, heads]
+    return replace(record, **changes)
 
 
 Room = Callable[[str, tuple[int, ...], Tensor], Tensor]
@@ -166,7 +159,7 @@ Room = Callable[[str, tuple[int, ...], Tensor], Tensor]
 
 def _operands(
     inputs: AttentionInputs, pattern: KeyLists, room: Room | None = None
-) -> tuple[Operands, Tensor | None]:
+) -> tuple[GatherOperands, Tensor | None]:
     """What `attend` takes, and the queries left without a key, ``[B|1, H|1, T, t|1, 1]``."""
     patches, tiles = inputs.q[..., pattern.dense_rows :, :], pattern.tiles
     if tiles is None:
@@ -183,7 +176,7 @@ def _operands(
 
 def _by_key(
     q: Tensor, inputs: AttentionInputs, pattern: KeyLists
-) -> tuple[Operands, Tensor | None]:
+) -> tuple[GatherOperands, Tensor | None]:
     """Rows of single keys, then those of the summary."""
     index, summary = pattern.index, pattern.summary
     k, v = inputs.k.unsqueeze(-2), inputs.v.unsqueeze(-2)
@@ -192,71 +185,70 @@ def _by_key(
         cells = torch.arange(summary.count, device=index.device) + inputs.n_keys
         index = torch.cat([index, cells.expand(*index.shape[:-1], -1)], dim=-1)
     bias, dead = _bias(inputs, pattern)
-    return Operands(q, k, v, index, bias, inputs.scale, inputs.dropout), dead
+    return GatherOperands(q, k, v, index, bias, inputs.scale, inputs.dropout), dead
 
 
 def _by_block(
     q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks, room: Room | None
-) -> Operands:
-    """Rows of whole blocks. Prefix and summary keys fill some more blocks, which every tile sees;
-    what is left over in these and in the last block of each list is masked."""
-    size, chosen, summary = pattern.blocks.size, pattern.chosen, pattern.summary
-    cells = 0 if summary is None else summary.count
-    rest = pattern.keys - pattern.prefix - (chosen.shape[-1] - 1) * size
-    more = -(-(pattern.prefix + cells) // size)
-    if room is None:
-        k, v = (_packed(x, pattern, more * size) for x in (inputs.k, inputs.v))
-    else:
-        k = _packed_into(room, "k", inputs.k, pattern, more * size)
-        v = _packed_into(room, "v", inputs.v, pattern, more * size)
-    first = geometry.table(
-        _end, size, rest, pattern.prefix, more, pattern.blocks.count, q.dtype, device=q.device
+) -> GatherOperands:
+    """Rows of whole blocks.
+
+    Prefix and summary keys fill some more blocks, which every tile sees; what is left over in
+    these and in the last block of each list is masked.
+    """
+    blocks, chosen, summary, prefix = (
+        pattern.blocks,
+        pattern.chosen,
+        pattern.summary,
+        pattern.prefix,
     )
-    index = torch.cat([chosen, first.units.expand(*chosen.shape[:-1], -1)], dim=-1)
-    if summary is None:
-        bias = first.bias.expand(*chosen.shape[:-1], 1, -1)
+    size, cells = blocks.size, summary_count(pattern)
+    last = pattern.keys - prefix - (chosen.shape[-1] - 1) * size
+    extra = -(-(prefix + cells) // size)
+    if room is None:
+        k, v = (_packed(x, pattern, extra * size) for x in (inputs.k, inputs.v))
     else:
-        rows = _summary_rows(pattern, summary)
-        lead, start = rows.shape[:-1], size + pattern.prefix
-        parts = first.bias[:start], rows.to(q.dtype), first.bias[start + cells :]
-        bias = torch.cat([part.expand(*lead, -1) for part in parts], dim=-1)
-    return Operands(q, k, v, index, bias, inputs.scale, inputs.dropout)
+        k = _packed_into(room, "k", inputs.k, pattern, extra * size)
+        v = _packed_into(room, "v", inputs.v, pattern, extra * size)
+    units = geometry.table(torch.arange, blocks.count, blocks.count + extra, device=q.device)
+    index = torch.cat([chosen, units.expand(*chosen.shape[:-1], -1)], dim=-1)
+    bias = geometry.table(_end_bias, size, last, prefix, extra, q.dtype, device=q.device)
+    if summary is None:
+        bias = bias.expand(*chosen.shape[:-1], 1, -1)
+    else:
+        rows, start = summary_rows(pattern, summary), size + prefix
+        parts = bias[:start], rows.to(q.dtype), bias[start + cells :]
+        bias = torch.cat([part.expand(*rows.shape[:-1], -1) for part in parts], dim=-1)
+    return GatherOperands(q, k, v, index, bias, inputs.scale, inputs.dropout)
 
 
-class _End(NamedTuple):
-    """What all lists of blocks end with. units: the blocks that every tile sees, ``[E]``. bias:
-    over the last block chosen and these, ``[(1 + E) * size]``: minus infinity on unused slots."""
-
-    units: Tensor
-    bias: Tensor
-
-
-def _end(
-    size: int, rest: int, prefix: int, more: int, count: int, dtype: torch.dtype,
-    *, device: torch.device,
-) -> _End:  # fmt: skip
-    bias = torch.full(((1 + more) * size,), float("-inf"), dtype=dtype, device=device)
-    bias[:rest] = 0.0
+def _end_bias(
+    size: int, last: int, prefix: int, extra: int, dtype: torch.dtype, *, device: torch.device
+) -> Tensor:
+    """Minus infinity on unused slots of the last block chosen, which gives ``last`` keys, and of
+    the ``extra`` blocks that every tile sees, ``[(1 + extra) * size]``."""
+    bias = torch.full(((1 + extra) * size,), float("-inf"), dtype=dtype, device=device)
+    bias[:last] = 0.0
     bias[size : size + prefix] = 0.0
-    return _End(torch.arange(count, count + more, device=device), bias)
+    return bias
 
 
-def _packed(x: Tensor, pattern: KeyBlocks, more: int) -> Tensor:
+def _packed(x: Tensor, pattern: KeyBlocks, extra_rows: int) -> Tensor:
     """``[B, H, N, D]`` block by block, ``[B, H, U, size, D]``: the patches, then prefix and summary
-    keys among ``more`` rows, zeros behind them."""
+    keys among ``extra_rows``, zeros behind them."""
     blocks, prefix = pattern.blocks, x[..., : pattern.prefix, :]
     packed = blocks.gather(x[..., pattern.prefix :, :])
     means = _means(x, packed, pattern)
-    unused = x.new_zeros(*x.shape[:2], more - prefix.shape[-2] - means.shape[-2], x.shape[-1])
+    unused = x.new_zeros(*x.shape[:2], extra_rows - prefix.shape[-2] - means.shape[-2], x.shape[-1])
     tail = torch.cat([prefix, means, unused], dim=-2).unflatten(-2, (-1, blocks.size))
     return torch.cat([packed, tail], dim=-3)
 
 
-def _packed_into(room: Room, name: str, x: Tensor, pattern: KeyBlocks, more: int) -> Tensor:
+def _packed_into(room: Room, name: str, x: Tensor, pattern: KeyBlocks, extra_rows: int) -> Tensor:
     """`_packed` without a gradient and without new memory."""
     blocks, prefix, patches = pattern.blocks, pattern.prefix, x[..., pattern.prefix :, :]
     n = patches.shape[-2]
-    flat = room(name, (*x.shape[:2], n + more, x.shape[-1]), x)
+    flat = room(name, (*x.shape[:2], n + extra_rows, x.shape[-1]), x)
     packed = flat[:, :, :n].unflatten(-2, (blocks.count, blocks.size))
     blocks.split(packed).copy_(blocks.view(patches))
     means = _means(x, packed, pattern)
@@ -287,18 +279,19 @@ def _bias(inputs: AttentionInputs, pattern: KeyLists) -> tuple[Tensor | None, Te
     """Logits to add to the last columns, ``[B|1, H|1, T, t|1, G]`` or all of them, ``[..., K +
     G]``, and the queries left without a key, ``[B|1, H|1, T, t|1, 1]``."""
     summary, host = pattern.summary, _host_rows(inputs, pattern)
-    rows = None if summary is None else _summary_rows(pattern, summary)
+    rows = None if summary is None else summary_rows(pattern, summary)
     if host is None:
         return rows, None
     if rows is not None:
-        wide = torch.broadcast_shapes(host.shape[:-1], rows.shape[:-1])
-        host = torch.cat([host.expand(*wide, -1), rows.to(host.dtype).expand(*wide, -1)], -1)
+        lead = torch.broadcast_shapes(host.shape[:-1], rows.shape[:-1])
+        host = torch.cat([host.expand(*lead, -1), rows.to(host.dtype).expand(*lead, -1)], -1)
+    # opened again, so that neither softmax nor its gradient is NaN; callers zero these rows
     dead = (host == float("-inf")).all(-1, keepdim=True)
     return host.masked_fill(dead, 0.0), dead
 
 
-def _summary_rows(pattern: KeyLists, summary: Summary) -> Tensor:
-    """``[B|1, H|1, T, t|1, G]``."""
+def summary_rows(pattern: KeyLists, summary: Summary) -> Tensor:
+    """Logits of the summary keys tile by tile, ``[B|1, H|1, T, t|1, G]``."""
     tiles = pattern.tiles
     if tiles is not None and summary.bias.shape[-2] != tiles.count:
         return tiles.gather(summary.bias)
@@ -307,7 +300,7 @@ def _summary_rows(pattern: KeyLists, summary: Summary) -> Tensor:
 
 def _host_rows(inputs: AttentionInputs, pattern: KeyLists) -> Tensor | None:
     """The host's mask at every tile's keys, ``[B, H, T, t|1, K]``, in the type of the queries."""
-    bias, tiles, index = _hardened(inputs), pattern.tiles, pattern.index
+    bias, tiles, index = _hard_mask(inputs), pattern.tiles, pattern.index
     if bias is None:
         return None
     if bias.shape[-2] == 1:
@@ -316,15 +309,14 @@ def _host_rows(inputs: AttentionInputs, pattern: KeyLists) -> Tensor | None:
         patches = bias[..., pattern.dense_rows :, :]
         rows = patches.unsqueeze(-2) if tiles is None else tiles.gather(patches)
     lead = (*inputs.q.shape[:2], index.shape[-2], rows.shape[-2])
-    keys = index.unsqueeze(-2).expand(*lead, -1)
-    found = rows.expand(*lead, -1).gather(-1, keys)
-    if found.dtype == torch.bool:
-        zero = torch.zeros_like(found, dtype=inputs.q.dtype)
-        return zero.masked_fill(~found, float("-inf"))
-    return found.to(inputs.q.dtype)
+    listed = rows.expand(*lead, -1).gather(-1, index.unsqueeze(-2).expand(*lead, -1))
+    if listed.dtype == torch.bool:
+        zero = torch.zeros_like(listed, dtype=inputs.q.dtype)
+        return zero.masked_fill(~listed, float("-inf"))
+    return listed.to(inputs.q.dtype)
 
 
-def _hardened(inputs: AttentionInputs) -> Tensor | None:
+def _hard_mask(inputs: AttentionInputs) -> Tensor | None:
     """The host's mask with keys it all but forbids (Swin's -100) forbidden: a tile's list may hold
     only such keys for one of its queries."""
     bias, allowed = inputs.bias, inputs.allowed()
@@ -335,10 +327,16 @@ def _hardened(inputs: AttentionInputs) -> Tensor | None:
 
 def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
     """Leading queries over every key, ``[B, H, count, Dv]``."""
-    bias = _hardened(inputs)
+    q, bias = inputs.q[..., :count, :], _hard_mask(inputs)
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., :count, :]
-    q = inputs.q[..., :count, :]
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
     return dense_attention(q, inputs.k, inputs.v, bias, inputs.dropout, scale=inputs.scale)
+
+
+def with_dense_rows(patches: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> Tensor:
+    """The result of patch queries ``[B, H, n, Dv]`` behind that of the prefix queries."""
+    if not pattern.dense_rows:
+        return patches
+    return torch.cat([dense_rows(inputs, pattern.dense_rows), patches], dim=-2)

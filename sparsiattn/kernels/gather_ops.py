@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.kernels.workspace import SCRATCH
@@ -22,11 +23,19 @@ CACHED, LAUNCHED = 1 << 19, 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
-class Operands:
-    """q: ``[B, H, T, t, D]``. k, v: ``[B, H, U, g, D]`` and ``[..., Dv]``, units of ``g`` keys
-    (``g`` is 1 or the size of a block). index: the units each tile sees, ``[B|1, H|1, T, C]``.
-    bias: added to the logits of the last W of its ``C * g`` keys, ``[B|1, H|1, T, t|1, W]``, or
-    None."""
+class GatherOperands:
+    """Tiles of queries, and the units of keys that each of them sees.
+
+    Attributes:
+        q: Queries by tile, ``[B, H, T, t, D]``.
+        k: Units of g keys, ``[B, H, U, g, D]``; g is 1 or the size of a block.
+        v: Their values, ``[B, H, U, g, Dv]``.
+        index: The units that each tile sees, ``[B|1, H|1, T, C]``.
+        bias: Added to the logits of the last W of a tile's ``C * g`` keys,
+            ``[B|1, H|1, T, t|1, W]``; None for none.
+        scale: Factor of QK^T.
+        dropout: Of attention weights.
+    """
 
     q: Tensor
     k: Tensor
@@ -37,28 +46,32 @@ class Operands:
     dropout: float = 0.0
 
 
-def attend_in_scratch(operands: Operands) -> Tensor:
-    """As `attend` where it is lean and nothing needs a gradient; the result lies in `SCRATCH`, in
-    the place of the queries if it has their shape and they were put there."""
+def attend_in_scratch(operands: GatherOperands) -> Tensor:
+    """As `attend` where `can_buffer` allows it and nothing needs a gradient.
+
+    Returns:
+        ``[B, H, T, t, Dv]`` in `SCRATCH`, in the place of the queries if it has their shape and
+        they were put there.
+    """
     q, v = operands.q, operands.v
     name = "q" if v.shape[-1] == q.shape[-1] else "out"  # a chunk's queries are read before it
     out = SCRATCH.room(name, (*q.shape[:4], v.shape[-1]), q)
-    _forward(_Buffers(_flatten(operands), weights=1), operands.scale, out.flatten(0, 2))
+    _attend_chunks(_Buffers(_flatten(operands), weights=1), operands.scale, out.flatten(0, 2))
     return out
 
 
-def _forward(room: _Buffers, scale: float, out: Tensor) -> None:
-    for chunk in room.chunks:
-        k, v = room.gather(chunk)
-        torch.bmm(room.softmax(chunk, k, scale), v, out=out[chunk])
+def _attend_chunks(buffers: _Buffers, scale: float, out: Tensor) -> None:
+    for chunk in buffers.chunks:
+        k, v = buffers.gather(chunk)
+        torch.bmm(buffers.softmax(chunk, k, scale), v, out=out[chunk])
 
 
-def attend(operands: Operands) -> Tensor:
-    """``[B, H, T, t, Dv]``."""
+def attend(operands: GatherOperands) -> Tensor:
+    """Attention of every tile over its units, ``[B, H, T, t, Dv]``."""
     q, scale = operands.q, operands.scale
     flat = _flatten(operands)
-    if is_lean(q, operands.dropout):
-        out = _Lean.apply(*flat, scale)
+    if can_buffer(q, operands.dropout):
+        out = _BufferedAttention.apply(*flat, scale)
     else:
         out = _plain(flat, scale, operands.dropout)
     return out.unflatten(0, q.shape[:3])  # type: ignore[no-any-return]
@@ -69,7 +82,7 @@ Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 ``S = B * H * T`` tiles."""
 
 
-def _flatten(operands: Operands) -> Flat:
+def _flatten(operands: GatherOperands) -> Flat:
     q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
     b, h, units = k.shape[:3]
     index = operands.index
@@ -80,7 +93,7 @@ def _flatten(operands: Operands) -> Flat:
     return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), index.flatten(0, 2), bias
 
 
-def is_lean(q: Tensor, dropout: float) -> bool:
+def can_buffer(q: Tensor, dropout: float) -> bool:
     """Whether the buffered path may run: eager, on the CPU, in a precision that needs no other."""
     return (
         q.device.type == "cpu"
@@ -91,8 +104,12 @@ def is_lean(q: Tensor, dropout: float) -> bool:
 
 
 def tiles_at_once(device: torch.device, size: int) -> int:
-    """How many tiles go into one chunk if each needs room for ``size`` elements; threads share
-    them evenly."""
+    """How many tiles go into one chunk; threads share them evenly.
+
+    Args:
+        device: Where they are computed.
+        size: Elements that each tile needs room for.
+    """
     cached = device.type == "cpu" and not torch.compiler.is_compiling()
     threads = torch.get_num_threads() if cached else 1
     return threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
@@ -115,23 +132,17 @@ def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
     q, k, v, index, bias = flat
     parts = []
     for chunk in _chunks(flat):
-        rows = index[chunk].flatten()
+        units = index[chunk].flatten()
         keys, values = (
-            x.index_select(0, rows).view(-1, 1, index.shape[-1] * x.shape[1], x.shape[2])
+            x.index_select(0, units).view(-1, 1, index.shape[-1] * x.shape[1], x.shape[2])
             for x in (k, v)
         )
-        mask = _padded(bias, chunk, keys.shape[-2])
+        mask = None
+        if bias is not None:  # zeros for the columns before its last ones, [s, 1, t|1, K]
+            mask = F.pad(bias[chunk].unsqueeze(1), (keys.shape[-2] - bias.shape[-1], 0))
         part = dense_attention(q[chunk].unsqueeze(1), keys, values, mask, dropout, scale=scale)
         parts.append(part.squeeze(1))
     return torch.cat(parts)
-
-
-def _padded(bias: Tensor | None, chunk: slice, keys: int) -> Tensor | None:
-    """A chunk's bias with zeros for the columns before its last ones, ``[s, 1, t|1, K]``."""
-    if bias is None:
-        return None
-    part = bias[chunk].unsqueeze(1)
-    return torch.nn.functional.pad(part, (keys - part.shape[-1], 0))
 
 
 class _Buffers:
@@ -142,24 +153,25 @@ class _Buffers:
         self.chunks = _chunks(flat)
         most = self.chunks[0].stop if self.chunks else 0
         units, size = self.index.shape[-1], self.k.shape[1]
-        self._k, self._v = (
+        self._rows = [
             SCRATCH.room(name, (most * units, *x.shape[1:]), x)
             for name, x in (("keys", self.k), ("values", self.v))
-        )
+        ]
         shape = (most, self.q.shape[1], units * size)
         self._weights = [SCRATCH.room(f"weights {i}", shape, self.q) for i in range(weights)]
 
-    def gather(self, chunk: slice) -> tuple[Tensor, Tensor]:
+    def gather(self, chunk: slice) -> list[Tensor]:
         """Keys ``[s, K, D]`` and values ``[s, K, Dv]`` of a chunk."""
         units = self.index[chunk].reshape(-1)
-        found = []
-        for x, room in ((self.k, self._k), (self.v, self._v)):
+        gathered = []
+        for x, room in zip((self.k, self.v), self._rows, strict=True):
             rows = room[: len(units)]
             torch.index_select(x, 0, units, out=rows)
-            found.append(rows.view(chunk.stop - chunk.start, -1, x.shape[-1]))
-        return found[0], found[1]
+            gathered.append(rows.view(chunk.stop - chunk.start, -1, x.shape[-1]))
+        return gathered
 
     def weights(self, chunk: slice, which: int = 0) -> Tensor:
+        """Room for a chunk's logits or weights, ``[s, t, K]``."""
         return self._weights[which][: chunk.stop - chunk.start]
 
     def softmax(self, chunk: slice, k: Tensor, scale: float) -> Tensor:
@@ -171,7 +183,7 @@ class _Buffers:
         return torch.softmax(p, dim=-1, out=p)
 
 
-class _Lean(torch.autograd.Function):
+class _BufferedAttention(torch.autograd.Function):
     """The buffered path with a backward pass of its own."""
 
     @staticmethod
@@ -179,7 +191,7 @@ class _Lean(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        _forward(_Buffers((q, k, v, index, bias), weights=1), scale, out)
+        _attend_chunks(_Buffers((q, k, v, index, bias), weights=1), scale, out)
         ctx.save_for_backward(q, k, v, index, bias, out)
         ctx.scale = scale
         return out
@@ -189,27 +201,27 @@ class _Lean(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, index, bias, out = ctx.saved_tensors
         grad = grad.contiguous()
-        room = _Buffers((q, k, v, index, bias), weights=2)
-        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        to_bias = torch.empty_like(bias) if ctx.needs_input_grad[4] else None
+        buffers = _Buffers((q, k, v, index, bias), weights=2)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[4] else None
         # dS = P (dP - rowsum(dO O)), as in FlashAttention (arXiv 2205.14135, appendix B.2)
         delta = (grad * out).sum(-1, keepdim=True)
-        for chunk in room.chunks:
-            keys, values = room.gather(chunk)
-            p, ds = room.softmax(chunk, keys, ctx.scale), room.weights(chunk, 1)
-            _scatter(p.mT @ grad[chunk], index[chunk], into=to_v)
+        for chunk in buffers.chunks:
+            keys, values = buffers.gather(chunk)
+            p, ds = buffers.softmax(chunk, keys, ctx.scale), buffers.weights(chunk, 1)
+            _scatter(p.mT @ grad[chunk], index[chunk], into=grad_v)
             torch.bmm(grad[chunk], values.mT, out=ds)
             ds.sub_(delta[chunk]).mul_(p)
-            if to_bias is not None:
-                _add_up(ds, into=to_bias[chunk])
+            if grad_bias is not None:
+                _add_up(ds, into=grad_bias[chunk])
             ds.mul_(ctx.scale)
-            torch.bmm(ds, keys, out=to_q[chunk])
-            _scatter(ds.mT @ q[chunk], index[chunk], into=to_k)
-        return to_q, to_k, to_v, None, to_bias, None
+            torch.bmm(ds, keys, out=grad_q[chunk])
+            _scatter(ds.mT @ q[chunk], index[chunk], into=grad_k)
+        return grad_q, grad_k, grad_v, None, grad_bias, None
 
 
 def _scatter(rows: Tensor, index: Tensor, into: Tensor) -> None:
-    """Adds the gradient of gathered keys ``[s, K, D]`` to their units ``[R, g, D]``."""
+    """Add the gradient of gathered keys ``[s, K, D]`` to their units ``[R, g, D]``."""
     flat, target = rows.reshape(index.numel(), -1), into.flatten(1)
     target.scatter_add_(0, index.reshape(-1, 1).expand_as(flat), flat)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.kernels.cost import CallShape, Work
-from sparsiattn.kernels.gather_ops import Operands, attend
+from sparsiattn.kernels.gather_ops import GatherOperands, attend
 
 
 def refusals(inputs: AttentionInputs, pattern: BlockMask) -> list[str]:
@@ -39,7 +39,7 @@ def attend_blocks(inputs: AttentionInputs, pattern: BlockMask) -> Tensor:
     for bucket in pattern.buckets:
         rows = q.index_select(2, bucket.tiles)
         out = attend(
-            Operands(rows, k, v, bucket.index, bucket.bias, inputs.scale, inputs.dropout)
+            GatherOperands(rows, k, v, bucket.index, bucket.bias, inputs.scale, inputs.dropout)
         ).masked_fill(bucket.dead, 0.0)
         tiles = tiles.to(out.dtype).index_copy(2, bucket.tiles, out)
     found = tiles.flatten(2, 3)[:, :, : pattern.n_queries]

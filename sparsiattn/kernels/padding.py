@@ -14,18 +14,39 @@ def slot_macs(
     tile: int | None = None,
     width: int | None = None,
 ) -> int:
-    """QK^T and AV over ``slots`` places for every query of every tile, the dense rows of prefix
-    queries and the pooling of summary keys. tile: queries of a tile as the kernel pads them; width:
-    of a key and its value, padded."""
-    tiles, summary = pattern.tiles, pattern.summary
+    """Multiply-accumulates of QK^T and AV, of prefix queries and of pooling summary keys.
+
+    Args:
+        inputs: The call.
+        pattern: Its key lists.
+        slots: Places of every list, padding included.
+        tile: Queries of a tile as the kernel pads them; None for no padding.
+        width: Channels of a key and its value as the kernel pads them; None for no padding.
+    """
     exact = inputs.q.shape[-1] + inputs.v.shape[-1]
-    rows = pattern.n_queries - pattern.dense_rows if tiles is None else tiles.count
-    size = (1 if tiles is None else tiles.size) if tile is None else tile
-    pooled = 0 if summary is None else summary.count * pattern.n_keys
-    each = rows * size * slots * (exact if width is None else width)
+    rows = list_count(pattern) * (tile_size(pattern) if tile is None else tile)
+    pooled = 0 if pattern.summary is None else pattern.summary.count * pattern.n_keys
+    each = rows * slots * (exact if width is None else width)
     each += (pattern.dense_rows * pattern.n_keys + pooled) * exact
     return int(inputs.q.shape[:-2].numel() * each)
 
 
+def list_count(pattern: KeyLists) -> int:
+    """Lists of one image and head, T: one for every tile."""
+    tiles = pattern.tiles
+    return pattern.n_queries - pattern.dense_rows if tiles is None else tiles.count
+
+
+def tile_size(pattern: KeyLists) -> int:
+    """Queries of one list."""
+    return 1 if pattern.tiles is None else pattern.tiles.size
+
+
 def summary_count(pattern: KeyLists) -> int:
+    """Summary keys of every list."""
     return 0 if pattern.summary is None else pattern.summary.count
+
+
+def row_keys(pattern: KeyLists) -> int:
+    """Keys that every query sees, summary keys included."""
+    return pattern.width + summary_count(pattern)

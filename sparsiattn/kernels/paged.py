@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
-from sparsiattn.kernels.gather import dense_rows, needs_grad
+from sparsiattn.kernels.gather import needs_grad, summary_rows, with_dense_rows
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 MOST_TILES = 65_535
@@ -25,48 +25,54 @@ MOST_TILES = 65_535
 
 
 def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]:
-    """Why this call cannot run; ``ops`` is None where the operators are missing anyway."""
-    q, found = inputs.q, []
+    """Why this call cannot run.
+
+    Args:
+        ops: The module with the operators; None where they are missing anyway.
+        inputs: The call.
+        pattern: Its key blocks.
+    """
+    q, reasons = inputs.q, []
     device, dims = q.device.type, (q.shape[-1], inputs.v.shape[-1])
     if device not in ("cuda", "meta"):
-        found.append(f"needs CUDA tensors, got {device}")
+        reasons.append(f"needs CUDA tensors, got {device}")
     if inputs.bias is not None:
-        found.append("takes no mask of the host")
+        reasons.append("takes no mask of the host")
     if inputs.dropout:
-        found.append("has no dropout for key blocks")
+        reasons.append("has no dropout for key blocks")
     if needs_grad(inputs):
-        found.append("has no backward pass for key blocks")
+        reasons.append("has no backward pass for key blocks")
     types = {x.dtype for x in (q, inputs.k, inputs.v)}
     if device != "meta" and not (len(types) == 1 and q.dtype in (torch.float16, torch.bfloat16)):
-        found.append(f"needs half precision, got {', '.join(sorted(map(str, types)))}")
+        reasons.append(f"needs half precision, got {', '.join(sorted(map(str, types)))}")
     if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
-        found.append(f"needs equal head dims of 16, 32, 64, ... 512, got {dims}")
-    found += _shape_refusals(q, pattern)
-    return found + (_operator_refusals(ops, q) if ops is not None else [])
+        reasons.append(f"needs equal head dims of 16, 32, 64, ... 512, got {dims}")
+    reasons += _shape_refusals(q, pattern)
+    return reasons if ops is None else reasons + _operator_refusals(ops, q)
 
 
 def _shape_refusals(q: Tensor, pattern: KeyBlocks) -> list[str]:
     if pattern.tiles is None:
         return ["needs query tiles, every query is alone"]
-    found, blocks = [], pattern.blocks
+    reasons, blocks = [], pattern.blocks
     if not blocks.even or blocks.size % 16:
         sizes = f"{blocks.smallest} to {blocks.size}" if not blocks.even else f"{blocks.size}"
-        found.append(f"needs blocks of one size, a multiple of 16 keys, got {sizes}")
+        reasons.append(f"needs blocks of one size, a multiple of 16 keys, got {sizes}")
     tiles = q.shape[0] * q.shape[1] * pattern.tiles.count
     if tiles > MOST_TILES:
-        found.append(f"takes {MOST_TILES:,} tiles of all images and heads at most, got {tiles:,}")
-    return found
+        reasons.append(f"takes {MOST_TILES:,} tiles of all images and heads at most, got {tiles:,}")
+    return reasons
 
 
 def _operator_refusals(ops: Any, q: Tensor) -> list[str]:
-    found = []
+    reasons = []
     if getattr(ops.triton_splitk, "_fwd_kernel_splitK", None) is None:
-        found.append("its paged operator needs triton")
+        reasons.append("its paged operator needs triton")
     elif _without_block_pointers():
-        found.append("its paged operator uses block pointers, which this triton no longer has")
+        reasons.append("its paged operator uses block pointers, which this triton no longer has")
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-        found.append("its paged operator needs a GPU of compute capability 8.0")
-    return found
+        reasons.append("its paged operator needs a GPU of compute capability 8.0")
+    return reasons
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +89,7 @@ def _without_block_pointers() -> bool:
 
 
 def attend(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> Tensor:
-    """``[B, H, Nq, Dv]``."""
+    """Attention through the module ``ops``, ``[B, H, Nq, Dv]``."""
     tiles = pattern.tiles
     assert tiles is not None
     if not inputs.q.numel():
@@ -92,12 +98,10 @@ def attend(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> Tensor:
     out, lse = _over_pages(ops, q, inputs, pattern)
     if pattern.prefix or pattern.summary is not None:
         extra, extra_lse = _over_extra(q, inputs, pattern)
+        # of both softmaxes' sums: e^lse / (e^lse + e^extra_lse)
         share = torch.sigmoid(lse - extra_lse).unsqueeze(-1)
         out = torch.lerp(extra, out.float(), share).to(q.dtype)
-    patches = tiles.scatter(out)
-    if not pattern.dense_rows:
-        return patches
-    return torch.cat([dense_rows(inputs, pattern.dense_rows), patches], dim=-2)
+    return with_dense_rows(tiles.scatter(out), inputs, pattern)
 
 
 def _over_pages(
@@ -124,8 +128,14 @@ def _divisor(size: int) -> int:
 
 
 def page_mask(ops: Any, shape: torch.Size, pattern: KeyBlocks) -> Any:
-    """The operator's mask for queries ``[B, H, T, t, D]``: heads are folded into the batch, so
-    block ``u`` of the i-th of them is page ``i * U + u``."""
+    """The operator's mask; heads are folded into the batch, so block ``u`` of the i-th of them is
+    page ``i * U + u``.
+
+    Args:
+        ops: The module with the operators.
+        shape: Of the queries, ``[B, H, T, t, D]``.
+        pattern: The blocks of every tile.
+    """
     b, h, tiles, size = shape[:4]
     count, chosen = pattern.blocks.count, pattern.chosen
     first = torch.arange(b * h, device=chosen.device).view(b, h, 1, 1) * count
@@ -141,34 +151,25 @@ def _lengths(
     kind: Any, lists: int, size: int, keys: int, pages: int, page: int, device: torch.device
 ) -> Any:
     """A mask of these lengths with an empty table: making the lengths takes longer than a call."""
+    # an inference tensor kept from one call would break others that are traced or trained
     with torch.inference_mode(False):
         table = torch.zeros(lists, pages, dtype=torch.int32, device=device)
         return kind.from_seqlens([size] * lists, [keys] * lists, table, page, device=device)
 
 
 def _over_extra(q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks) -> tuple[Tensor, Tensor]:
-    """The same over prefix and summary keys, in single precision."""
+    """Attention over prefix and summary keys ``[B, H, T, t, Dv]`` and its log-sum-exp, float32."""
     summary, prefix = pattern.summary, pattern.prefix
-    k, v = (x[..., :prefix, :] for x in (inputs.k, inputs.v))
-    if summary is not None:
-        k, v = (
-            torch.cat([some, summary.pool(x)], -2)
-            for some, x in ((k, inputs.k), (v, inputs.v))
-        )  # fmt: skip
-    k, v = (x.float().unsqueeze(2) for x in (k, v))
+    extra = []
+    for x in (inputs.k, inputs.v):
+        rows = x[..., :prefix, :]
+        if summary is not None:
+            rows = torch.cat([rows, summary.pool(x)], -2)
+        extra.append(rows.float().unsqueeze(2))
+    k, v = extra
     logits = (q.float() @ k.mT) * inputs.scale
     if summary is not None:
-        logits[..., prefix:] += _summary_rows(pattern)
+        logits[..., prefix:] += summary_rows(pattern, summary)
     lse = logits.logsumexp(-1)
     dead = (lse == float("-inf")).unsqueeze(-1)  # nothing was dropped: these weigh nothing
     return logits.masked_fill(dead, 0.0).softmax(-1) @ v, lse
-
-
-def _summary_rows(pattern: KeyBlocks) -> Tensor:
-    """``[B|1, H|1, T, t|1, G]``."""
-    tiles, summary = pattern.tiles, pattern.summary
-    assert tiles is not None
-    assert summary is not None
-    if summary.bias.shape[-2] != tiles.count:
-        return tiles.gather(summary.bias)
-    return summary.bias.unsqueeze(-2)

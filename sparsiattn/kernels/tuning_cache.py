@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import threading
 import warnings
 from functools import cache
@@ -21,9 +22,9 @@ import torch
 from sparsiattn._version import __version__
 from sparsiattn.kernels.atomic_io import replacing
 
-FORMAT = 1
-NAME = "tuning.json"
-PRICE = ("call", "mac", "logit", "byte", "row")
+TUNING_FORMAT = 1
+FILE_NAME = "tuning.json"
+PRICE_FIELDS = ("call", "mac", "logit", "byte", "row")
 
 
 class TuningIgnored(UserWarning):
@@ -31,27 +32,25 @@ class TuningIgnored(UserWarning):
 
 
 _LOCK = threading.Lock()
-_read: dict[Path, dict[str, Any]] = {}
-_fault: dict[Path, str] = {}
+_entries_by_path: dict[Path, dict[str, Any]] = {}
+_fault_by_path: dict[Path, str] = {}
 
 
 def path() -> Path:
     """Where the tuning file is, or would be."""
-    own = os.environ.get("SPARSIATTN_CACHE")
-    if own:
-        return Path(own) / NAME
-    base = os.environ.get("XDG_CACHE_HOME")
+    folder = os.environ.get("SPARSIATTN_CACHE")
+    if folder:
+        return Path(folder) / FILE_NAME
+    cache_home = os.environ.get("XDG_CACHE_HOME")
     # expanduser leaves "~" where there is no home; it raises nothing
-    root = Path(base) if base else Path(os.path.expanduser("~"), ".cache")
-    return root / "sparsiattn" / NAME
+    root = Path(cache_home) if cache_home else Path(os.path.expanduser("~"), ".cache")
+    return root / "sparsiattn" / FILE_NAME
 
 
 def key(device: torch.device, dtype: torch.dtype) -> str:
     """What an entry holds for: machine, versions, dtype."""
-    return " | ".join(
-        (device_name(device), f"torch {torch.__version__}", f"sparsiattn {__version__}",
-         str(dtype).removeprefix("torch."))
-    )  # fmt: skip
+    versions = f"torch {torch.__version__} | sparsiattn {__version__}"
+    return f"{device_name(device)} | {versions} | {str(dtype).removeprefix('torch.')}"
 
 
 def device_name(device: torch.device) -> str:
@@ -70,14 +69,17 @@ def device_name(device: torch.device) -> str:
 @cache
 def processor() -> str:
     """The processor's name, as the system gives it."""
-    import platform
+    line = cpuinfo("model name")
+    return platform.processor() if line is None else line.split(":", 1)[1].strip()
 
+
+def cpuinfo(*starts: str) -> str | None:
+    """The first line of Linux's description of the processor that starts so; None elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+        return None
+    return next((line for line in lines if line.startswith(starts)), None)
 
 
 def find(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -89,41 +91,43 @@ def find(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
 def fault() -> str | None:
     """Why the tuning file is ignored, None if it is not."""
     _entries(path())
-    return _fault.get(path())
+    return _fault_by_path.get(path())
 
 
 def forget() -> None:
     """Read the file again when it is needed next; a fault warns again."""
     with _LOCK:
-        _read.clear()
-        _fault.clear()
+        _entries_by_path.clear()
+        _fault_by_path.clear()
 
 
-def _entries(where: Path) -> dict[str, Any]:
+def _entries(file: Path) -> dict[str, Any]:
+    """The entries of a file, read once per process."""
     with _LOCK:
-        if where not in _read:
+        if file not in _entries_by_path:
             try:
-                _read[where] = _parse(where)
+                _entries_by_path[file] = _parse(file)
             except (OSError, ValueError) as error:
-                _read[where] = {}
-                _ignore(where, f"{type(error).__name__}: {error}")
-        return _read[where]
+                _entries_by_path[file] = {}
+                _ignore(file, f"{type(error).__name__}: {error}")
+        return _entries_by_path[file]
 
 
-def _ignore(where: Path, why: str) -> None:
-    _fault[where] = f"{where} is ignored ({why}); run `sparsiattn tune` to write it anew"
-    warnings.warn(_fault[where], TuningIgnored, stacklevel=4)
+def _ignore(file: Path, reason: str) -> None:
+    message = f"{file} is ignored ({reason}); run `sparsiattn tune` to write it anew"
+    _fault_by_path[file] = message
+    warnings.warn(message, TuningIgnored, stacklevel=4)
 
 
-def _parse(where: Path) -> dict[str, Any]:
+def _parse(file: Path) -> dict[str, Any]:
     """The file's entries, checked; `ValueError` names what is wrong with it."""
     try:
-        text = where.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     content = json.loads(text)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"not a tuning file of format {FORMAT}")
+    if not isinstance(content, dict) or content.get("format") != TUNING_FORMAT:
+        raise ValueError(f"not a tuning file of format {TUNING_FORMAT}")
     entries = content.get("entries")
     if not isinstance(entries, dict):
         raise ValueError("it has no entries")
@@ -133,43 +137,46 @@ def _parse(where: Path) -> dict[str, Any]:
 
 
 def _check(name: str, entry: Any) -> None:
-    prices = entry.get("prices") if isinstance(entry, dict) else None
-    rows = entry.get("rows") if isinstance(entry, dict) else None
+    content = entry if isinstance(entry, dict) else {}
+    prices, rows = content.get("prices"), content.get("rows")
     if not isinstance(prices, dict) or not isinstance(rows, list):
         raise ValueError(f"entry {name!r} has no prices or no rows")
     for kernel, price in prices.items():
-        fits = isinstance(price, dict) and sorted(price) == sorted(PRICE)
+        fits = isinstance(price, dict) and sorted(price) == sorted(PRICE_FIELDS)
         if not fits or not all(_is_price(value) for value in price.values()):
-            raise ValueError(f"entry {name!r}: {kernel!r} needs {len(PRICE)} positive prices")
+            count = len(PRICE_FIELDS)
+            raise ValueError(f"entry {name!r}: {kernel!r} needs {count} positive prices")
 
 
 def _is_price(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and value > 0
+    return 0 < value < math.inf
 
 
 def write(entries: dict[str, Any]) -> Path | None:
-    """Add entries to the file, all at once or not at all; None and a warning if that fails, and
-    then they hold in this process only.
+    """Add entries to the file, all at once or not at all.
 
     Entries of other machines and versions stay; a file that could not be read is replaced.
+
+    Returns:
+        The file; None, and a warning, if that fails: the entries then hold in this process only.
     """
-    where = path()
+    file = path()
     with _LOCK:
         try:
-            known = _parse(where)
+            known = _parse(file)
         except (OSError, ValueError):
             known = {}
-        _read[where] = {**known, **entries}
-        _fault.pop(where, None)
-        content = {"format": FORMAT, "entries": _read[where]}
+        _entries_by_path[file] = {**known, **entries}
+        _fault_by_path.pop(file, None)
+        content = {"format": TUNING_FORMAT, "entries": _entries_by_path[file]}
         try:
-            where.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-            with replacing(where, shared=True) as temporary:
+            with replacing(file, shared=True) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            _ignore(where, f"it cannot be written: {type(error).__name__}: {error}")
+            _ignore(file, f"it cannot be written: {type(error).__name__}: {error}")
             return None
-    return where
+    return file

@@ -224,7 +224,7 @@ BROKEN = {
     },
     "a price of zero": {
         "format": 1,
-        "entries": {"x": entry(prices={"dense": dict.fromkeys(tuningfile.PRICE, 0)})},
+        "entries": {"x": entry(prices={"dense": dict.fromkeys(tuningfile.PRICE_FIELDS, 0)})},
     },
     "a price that is no number": '{"format": 1, "entries": {"x": {"rows": [], "prices": '
     '{"dense": {"call": NaN, "mac": 1, "logit": 1, "byte": 1, "row": 1}}}}}',

@@ -10,14 +10,8 @@ from timm.models import VisionTransformer
 
 import sparsiattn
 from sparsiattn.attention import KeyBlocks, Pattern, Ranked, geometry
-from sparsiattn.attention.key_lists import KeyBlocks
-from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.strategies import Connectivity, Local, finish, reduction
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.strategies.local import Local
 from sparsiattn.testing import random_inputs
-from sparsiattn.testing.hosts import random_inputs
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,8 @@ from torch._dynamo.utils import counters
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
 from sparsiattn.attention import KeyBlocks
-from sparsiattn.kernels import Flex, Reference, choose
-from sparsiattn.kernels import flex_compile as flexcompile
-from sparsiattn.kernels.flex import operands_of, static_of
+from sparsiattn.kernels import Flex, Reference, choose, flex_compile
+from sparsiattn.kernels.flex import operands_of, program_key
 from sparsiattn.strategies import finish
 from sparsiattn.testing import KernelSuite, random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.kernel import Case, cases
@@ -25,7 +24,7 @@ FLEX = Flex()
 NOT_YET = ["not compiled yet for this shape: call patch.warmup(images)"]
 OPTIONS = {"k": 18, "tile": (4, 4), "block": (2, 2), "background": 2}
 HERE = pytest.mark.skipif(
-    bool(flexcompile.cpu_refusals()), reason="; ".join(flexcompile.cpu_refusals())
+    bool(flex_compile.cpu_refusals()), reason="; ".join(flex_compile.cpu_refusals())
 )
 
 
@@ -95,7 +94,7 @@ class TestOneShape:
         static = {}
         for name, call in (("half", inputs), ("mixed", wide)):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                static[name] = static_of(call, pattern)
+                static[name] = program_key(call, pattern)
         assert static["half"] == static["mixed"]
 
 
@@ -155,12 +154,12 @@ def test_tiles_of_older_versions_divide_the_blocks(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    here = static_of(*flex_call())
-    assert flexcompile.kernel_options(here) is None
+    here = program_key(*flex_call())
+    assert flex_compile.kernel_options(here) is None
     for tile in (16, 32, 64, 128):
         for size in (16, 32, 64, 256):
             there = replace(here, device=torch.device("cuda"), tile=tile, size=size)
-            options = flexcompile.kernel_options(there)
+            options = flex_compile.kernel_options(there)
             if version.startswith(("2.15", "3")):
                 assert options is None
                 continue
@@ -200,7 +199,9 @@ def test_the_mask_alone_says_the_pattern(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = 0
     for name, inputs, pattern in sweep(torch.float32):
         if isinstance(pattern, KeyBlocks):
-            tiles = flexcompile.attention(static_of(inputs, pattern))(*operands_of(inputs, pattern))
+            tiles = flex_compile.attention(program_key(inputs, pattern))(
+                *operands_of(inputs, pattern)
+            )
             assert pattern.tiles is not None
             out = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
             exact = Reference()(inputs, pattern)[..., pattern.dense_rows :, :]

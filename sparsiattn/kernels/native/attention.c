@@ -10,8 +10,9 @@
 #define FEW 4   /* tiles up to this size are computed query by query */
 #define TEAM 64 /* ranges of work at most */
 
-/* A run of items. Threads begin with one of their own, whose rows then stay in their cache, and help
-   with others' when it is done. */
+/* A run of items. Each thread begins with a run of its own, so that the rows stay in its cache, and
+   helps with the others afterwards. apart: fills two cache lines, so that no two threads write to
+   the same one. */
 typedef struct {
     int64_t next, end, apart[14];
 } Range;
@@ -121,9 +122,9 @@ static void add_bias(const Call *c, const Head *x, int64_t tile, int64_t slot, i
     }
 }
 
-/* Lets the rows that this part writes be fetched, and those that the next one reads: `q` or none. */
-static void foresee(const Job *job, float *const *to, int64_t count, const float *q, int64_t tile,
-                    int64_t slot, Room *room) {
+/* Queues the rows that this part writes, and those of `q` (or none) that the next part reads. */
+static void prefetch_rows(const Job *job, float *const *to, int64_t count, const float *q,
+                          int64_t tile, int64_t slot, Room *room) {
     const Call *c = job->call;
     int64_t chunks = (c->listed + c->cells + job->chunk - 1) / job->chunk, n = 0;
     for (int64_t i = slot; q && i < smaller(slot + SPAN, c->slots); i++)
@@ -154,8 +155,8 @@ static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot,
     for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
     for (int64_t d = 0; d < c->value_dim; d++) clear(room->o + d * SPAN, lanes);
     int64_t part = then < 0 ? 0 : then % job->each;
-    foresee(job, to, count, then < 0 ? 0 : head_of(c, then / job->each).q, part / job->parts,
-            part % job->parts * SPAN, room);
+    prefetch_rows(job, to, count, then < 0 ? 0 : head_of(c, then / job->each).q, part / job->parts,
+                  part % job->parts * SPAN, room);
     for (; keys > 0; keys = next_keys(job, x, &at, job->chunk, room)) {
         for (int64_t n = 0; n < lanes; n += MOST * WIDTH)
             score_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
@@ -242,9 +243,9 @@ static void attend(void *data) {
     Job *job = data;
     const Call *c = job->call;
     Room room;
-    int64_t own = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED), i;
+    int64_t thread = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED), i;
     for (int64_t n = 0; n < job->ranges; n++) {
-        Range *range = job->range + (own + n) % job->ranges;
+        Range *range = job->range + (thread + n) % job->ranges;
         while ((i = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED)) < range->end) {
             int64_t at = i % job->each, then = i + 1 < range->end ? i + 1 : -1;
             Head x = head_of(c, i / job->each);

@@ -1,6 +1,6 @@
 """Compiles plan.c, and what it includes, for this processor; keeps the library in the user's cache.
 
-The file's name carries a hash of source, compiler, flags and processor, so one that is found fits.
+The file's name holds a hash of source, compiler, flags and processor, so a file of that name fits.
 Nothing is compiled by `sparsiattn.patch` or in a forward pass: only `compile_here` does, which
 `Patch.warmup` and `tune` call.
 """
@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -22,21 +23,31 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.atomic_io import replace_file
-from sparsiattn.kernels.native import launch
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
-# of `cc` with a cold disk, with room; a compiler that hangs must not take the caller along
+# ample for `cc` with a cold disk; a compiler that hangs must not hang the caller
 SECONDS = 120
 
 SOURCES = ("plan.c", "top.c", "attention.c", "chunks.c", "vectors.h")
 
+# The layouts of `Call` in chunks.c, of `Plan` in plan.c and of `Top` in top.c.
+ATTEND_CALL = struct.Struct("@32q12Pd")
+SCORE_CALL = struct.Struct("@20q14P3dq")
+TOP_CALL = struct.Struct("@4q3P")
+
 
 @dataclass(frozen=True)
 class Code:
-    """The compiled functions; each takes a packed call. top: whether it had the memory."""
+    """The compiled functions; each takes a packed call.
+
+    Attributes:
+        attend: Attention, packed as `ATTEND_CALL`.
+        score: Scores of key blocks, packed as `SCORE_CALL`.
+        top: Places of the best scores, packed as `TOP_CALL`; returns 0 where memory ran out.
+    """
 
     attend: Callable[[bytes], None]
     score: Callable[[bytes], None]
@@ -45,12 +56,19 @@ class Code:
 
 @dataclass
 class _State:
-    """What this process has. problem: why compiling failed, None if it was not tried."""
+    """What this process knows of the compiled code.
+
+    Attributes:
+        code: The functions, once loaded.
+        loaded: Whether there are any; a plain boolean, which a compiler can trace.
+        problem: Why compiling failed; None if it was not tried.
+        searched_in: The environment in which `is_ready` last looked for a library.
+    """
 
     code: Code | None = None
-    loaded: bool = False  # what a compiler may trace
+    loaded: bool = False
     problem: str | None = None
-    looked: object = None
+    searched_in: list[str | None] | None = None
 
 
 _state = _State()
@@ -65,9 +83,9 @@ def is_loaded() -> bool:
 def compiler() -> list[str] | None:
     """The command of the C compiler: ``$CC``, else the first of cc, gcc and clang; None if there
     is none."""
-    wanted = shlex.split(os.environ.get("CC", ""))
-    if wanted:
-        return wanted if shutil.which(wanted[0]) else None
+    command = shlex.split(os.environ.get("CC", ""))
+    if command:
+        return command if shutil.which(command[0]) else None
     return next(([path] for name in COMPILERS if (path := shutil.which(name))), None)
 
 
@@ -78,9 +96,9 @@ def problem() -> str | None:
     if os.name != "posix":
         return f"is built on Linux and macOS only, not on {platform.system()}"
     if compiler() is None:
-        named = os.environ.get("CC")
-        if named:
-            return f"$CC names the C compiler {named!r}, which is not there"
+        name = os.environ.get("CC")
+        if name:
+            return f"$CC names the C compiler {name!r}, which is not there"
         return f"no C compiler was found ({', '.join(COMPILERS)} or $CC)"
     return None
 
@@ -89,31 +107,39 @@ def is_ready() -> bool:
     """Whether compiled code can be loaded without compiling."""
     if _state.code is not None:
         return True
-    # looked for once per place: this is asked at every choice of a kernel
-    now = [os.environ.get(name) for name in ("CC", "PATH", "SPARSIATTN_CACHE", "XDG_CACHE_HOME")]
-    if _state.looked == now or problem() is not None:
+    # every choice of a kernel asks this, so look for the file once per place only
+    names = ("CC", "PATH", "SPARSIATTN_CACHE", "XDG_CACHE_HOME")
+    environment = [os.environ.get(name) for name in names]
+    if _state.searched_in == environment or problem() is not None:
         return False
-    _state.looked = now
+    _state.searched_in = environment
     return folder().is_dir() and path().exists() and _load(path()) is None
 
 
 def compile_here() -> str | None:
-    """Compiles what is missing and loads it; why that failed, None if all is well.
+    """Compile what is missing and load it.
 
     Where the cache cannot be written, the library lives in a temporary folder as long as this
     process does.
+
+    Returns:
+        Why that failed; None if all is well.
     """
     with _LOCK:
         if _state.code is not None or problem() is not None:
             return problem()
-        where = path()
-        why = None if where.exists() and _load(where) is None else _compile(where)
-        _state.problem = why
-    return why
+        library = path()
+        loads = library.exists() and _load(library) is None
+        _state.problem = None if loads else _compile(library)
+        return _state.problem
 
 
 def code() -> Code:
-    """The compiled function, which takes a packed call; compiled now if it was not before."""
+    """The compiled functions, compiled now if they were not before.
+
+    Raises:
+        RuntimeError: They cannot be compiled here.
+    """
     if _state.code is None and not is_ready():
         compile_here()
     if _state.code is None:
@@ -122,10 +148,9 @@ def code() -> Code:
 
 
 def forget() -> None:
-    """Looks for compiler and library again when they are needed next."""
+    """Look for compiler and library again when they are needed next."""
     with _LOCK:
-        _state.code = _state.problem = _state.looked = None
-        _state.loaded = False
+        vars(_state).update(vars(_State()))
         _identity.cache_clear()
 
 
@@ -136,7 +161,8 @@ def path() -> Path:
 
 
 def folder() -> Path:
-    return tuningfile.path().parent / "native"
+    """The folder of compiled libraries, beside the tuning file."""
+    return tuning_cache.path().parent / "native"
 
 
 @cache
@@ -148,89 +174,85 @@ def sources() -> dict[str, str]:
 
 @cache
 def _identity(command: tuple[str, ...]) -> str:
-    told = _said([*command, "--version"])
-    parts = (
-        *sources().values(),
-        *command,
-        told,
-        *FLAGS,
-        *_tuned(),
-        tuningfile.processor(),
-        _features(),
+    """Hash of all that the library depends on."""
+    # virtual machines hide features of a processor, so its name alone does not identify it
+    features = tuning_cache.cpuinfo("flags", "Features") or platform.machine()
+    parts = (*sources().values(), *command, _version_of(command), *_flags())
+    text = "\0".join((*parts, tuning_cache.processor(), features))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _flags() -> tuple[str, ...]:
+    arm = platform.machine() in ("arm64", "aarch64")
+    return *FLAGS, "-mcpu=native" if arm else "-march=native"
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=SECONDS, errors="replace"
     )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _features() -> str:
-    """What the processor can do: virtual machines hide some of it under one name."""
+def _version_of(command: tuple[str, ...]) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((x for x in lines if x.startswith(("flags", "Features"))), platform.machine())
-
-
-def _tuned() -> list[str]:
-    return ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-
-
-def _said(command: list[str]) -> str:
-    try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=SECONDS, errors="replace"
-        )
+        completed = _run([*command, "--version"])
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return run.stdout + run.stderr
+    return completed.stdout + completed.stderr
 
 
-def _compile(where: Path) -> str | None:
+def _compile(library: Path) -> str | None:
     try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=where.parent, prefix=".build-") as own:
-            return _compile_in(Path(own), where)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as build_folder:
+            return _compile_in(Path(build_folder), library)
     except OSError:  # a cache that cannot be written costs the next process the same seconds
-        with tempfile.TemporaryDirectory(prefix="sparsiattn-") as own:
-            return _compile_in(Path(own), None)
+        with tempfile.TemporaryDirectory(prefix="sparsiattn-") as build_folder:
+            return _compile_in(Path(build_folder), None)
 
 
-def _compile_in(folder: Path, where: Path | None) -> str | None:
-    """Compiles in a folder of this process's own and moves the library to its place at once, so
-    that others see all of it or nothing. None if it works."""
+def _compile_in(build_folder: Path, library: Path | None) -> str | None:
+    """Compile in a folder of this process's own and move the library to its place in one step, so
+    that other processes see all of it or nothing; why that failed, or None."""
     for name, text in sources().items():
-        (folder / name).write_text(text, encoding="utf-8")
-    written, made = folder / SOURCES[0], folder / "attention.so"
-    command = [*(compiler() or ()), *FLAGS, *_tuned(), str(written), "-o", str(made), "-lm"]
+        (build_folder / name).write_text(text, encoding="utf-8")
+    new = build_folder / "attention.so"
+    command = [
+        *(compiler() or ()),
+        *_flags(),
+        str(build_folder / SOURCES[0]),
+        "-o",
+        str(new),
+        "-lm",
+    ]
+    program = shlex.join(command[:1])
     try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=SECONDS, errors="replace"
-        )
+        completed = _run(command)
     except subprocess.TimeoutExpired:
-        return f"{shlex.join(command[:1])} did not end within {SECONDS} s"
-    if run.returncode or not made.exists():
-        said = (run.stderr or run.stdout).strip().splitlines() or ["it said nothing"]
-        return f"{shlex.join(command[:1])} failed with status {run.returncode}: {said[0]}"
-    if where is not None:
-        replace_file(made, where)
-    return _load(made if where is None else where)
+        return f"{program} did not end within {SECONDS} s"
+    if completed.returncode or not new.exists():
+        output = (completed.stderr or completed.stdout).strip() or "it said nothing"
+        return f"{program} failed with status {completed.returncode}: {output.splitlines()[0]}"
+    if library is None:
+        return _load(new)
+    replace_file(new, library)
+    return _load(library)
 
 
-def _load(where: Path) -> str | None:
-    """Loads a library; why it cannot be used, None if it can."""
+def _load(path: Path) -> str | None:
+    """Load a library; why it cannot be used, None if it can."""
+    expected = ATTEND_CALL.size, SCORE_CALL.size, TOP_CALL.size
     try:
-        library = ctypes.CDLL(str(where))
-        attend, score, top = (
-            getattr(library, f"sparsiattn_{x}") for x in ("attend", "score", "top")
-        )
-        told = tuple(getattr(library, f"sparsiattn_{x}_size")() for x in ("call", "plan", "top"))
+        library = ctypes.CDLL(str(path))
+        functions = [getattr(library, f"sparsiattn_{name}") for name in ("attend", "score", "top")]
+        names = ("call", "plan", "top")
+        sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
     except (OSError, AttributeError) as error:
-        return f"{where.name} cannot be loaded: {error}"
-    if told != launch.sizes():
-        return f"{where.name} takes calls of {told} bytes, not of {launch.sizes()}"
-    attend.restype = score.restype = None
-    top.restype = ctypes.c_int64
-    for one in (attend, score, top):
-        one.argtypes = (ctypes.c_char_p,)
+        return f"{path.name} cannot be loaded: {error}"
+    if sizes != expected:
+        return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
+    for function, result in zip(functions, (None, None, ctypes.c_int64), strict=True):
+        function.argtypes, function.restype = (ctypes.c_char_p,), result
     _state.loaded = True
-    _state.code = Code(attend, score, top)
+    _state.code = Code(*functions)
     return None

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsiattn.kernels.native import build, launch
+from sparsiattn.kernels.native import build
+from sparsiattn.kernels.workspace import SCRATCH
 
-_NAME = "sparsiattn::native_attention"
+# as in vectors.h
+SPAN = 64
+# numbers of all images that are planned at once, about
+PLANNED_AT_ONCE = 1 << 21
+# a larger workspace is not kept: using it takes longer than getting it
+PLAN_KEPT = 1 << 20
 
-# defined by hand: the Python around `torch.library.custom_op` costs as much as a small call
+
+@cache
+def parallel() -> int:
+    """Address of the function by which torch's own OpenMP runs a region in its threads.
+
+    With it, no second pool of threads competes with torch's.
+
+    Returns:
+        The address; 0 where there is none, and calls then run in one thread.
+    """
+    torch_folder = Path(torch.__file__).parent
+    inside = torch_folder.glob("lib/lib*omp*.so*")
+    beside = torch_folder.parent.glob("torch.libs/lib*omp*")
+    for path in sorted((*inside, *beside)):
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):  # another library, or one of another interface
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+# Operators are defined by hand: the Python around `torch.library.custom_op` costs as much as a
+# small call. Exported programs store the names of their arguments, so these stay as they are.
+_ATTENTION = "sparsiattn::native_attention"
 torch.library.define(
-    _NAME,
+    _ATTENTION,
     "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor? table, Tensor? held, Tensor? order, "
     "Tensor? cells, Tensor? bias, int count, int listed, int prefix, int first, float scale) "
     "-> Tensor",
 )
 
 
-def _run(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -36,38 +69,55 @@ def _run(
     first: int,
     scale: float,
 ) -> Tensor:
-    """Attention of query tiles to their lists, ``[B, H, first + n, Dv]``.
+    """Attention of query tiles to their lists.
 
-    q, k, v: ``[B, H, N, D]`` float32 of any strides, ``first`` and ``prefix`` leading tokens of
-    queries and keys included; leading queries see every key. chosen: keys, or blocks of ``table``,
-    of every tile, ``[B|1, H|1, T, C]``; with a table lists begin with the prefix. table: patch keys
-    of every block, ``[U, g]``. held: how many of these count, ``[U]``; None means all. order: patch
-    queries of every tile, ``[T, t]``; None where each is alone. cells: cell of every key, ``[Nk]``,
-    G for none. bias: the summary's logits, ``[B|1, H|1, T or n, G]``; None for the log of how many
-    of a cell's keys a list leaves out. count: G, 0 without a summary. listed: length of every list.
+    Args:
+        q: Queries ``[B, H, first + n, D]`` float32 of any strides.
+        k: Keys ``[B, H, Nk, D]``, with the prefix.
+        v: Values ``[B, H, Nk, Dv]``.
+        chosen: Keys, or blocks of ``table``, of every tile, ``[B|1, H|1, T, C]``.
+        table: Patch keys of every block, ``[U, g]``; lists then begin with the prefix.
+        held: How many keys of each block count, ``[U]``; None for all.
+        order: Patch queries of every tile, ``[T, t]``; None where each is alone.
+        cells: The summary's cell of every key, ``[Nk]``; G for keys in none.
+        bias: Logits of the summary, ``[B|1, H|1, T or n, G]``; None for the log of how many of a
+            cell's keys a list leaves out.
+        count: Keys of the summary, G; 0 without one.
+        listed: Length of every list.
+        prefix: Leading keys that begin every list of blocks.
+        first: Leading queries, which see every key.
+        scale: Factor of QK^T.
+
+    Returns:
+        ``[B, H, first + n, Dv]``.
     """
-    rows = None if bias is None else bias.to(torch.float32)
-    return launch.attend(
-        build.code().attend, _rows(q), _rows(k), _rows(v), chosen.contiguous(), _whole(table),
-        _whole(held), _whole(order), _whole(cells), _whole(rows), count, listed, prefix, first,
-        scale,
-    )  # fmt: skip
+    q, k, v, chosen = _with_rows(q), _with_rows(k), _with_rows(v), chosen.contiguous()
+    bias = None if bias is None else bias.to(torch.float32)
+    optional = [_contiguous(x) for x in (table, held, order, cells, bias)]
+    (b, h, n, d), width = q.shape, v.shape[-1]
+    # [B, N, H, Dv] in memory, which the host's reshape need not copy
+    strides = (n * h * width, width, h * width, 1)
+    out = torch.empty_strided((b, h, n, width), strides, dtype=q.dtype)
+    # divided by `head_of` in attention.c
+    pooled = SCRATCH.numbers("pooled", b * h * (_whole_vectors(count * (d + width)) + 16), q)
+    tiles, slots = chosen.shape[-2], 1 if order is None else order.shape[1]
+    sizes = (b, h, k.shape[-2], d, width, first, tiles, slots)
+    unit = 0 if table is None else table.shape[1]
+    lists = (chosen.shape[-1], *_lead_strides(chosen), unit, listed, prefix)
+    counted, by_tile = count > 0 and bias is None, bias is not None and bias.shape[-2] == tiles
+    summary = (count, counted, by_tile, *_lead_strides(bias))
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    addresses = _addresses(q, k, v, out, chosen, *optional, pooled)
+    numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads())
+    build.code().attend(build.ATTEND_CALL.pack(*numbers, *addresses, parallel(), scale))
+    return out
 
 
-torch.library.impl(_NAME, "CPU", _run)
+torch.library.impl(_ATTENTION, "CPU", _attention)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With rows that are contiguous, as the compiled code reads them; the other axes have steps."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _whole(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-@torch.library.register_fake(_NAME)  # type: ignore[untyped-decorator]
-def _shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+@torch.library.register_fake(_ATTENTION)  # type: ignore[untyped-decorator]
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     b, h, n, _ = q.shape
     # laid out as torch's own attention does, so that the host's reshape copies nothing
     return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
@@ -82,7 +132,7 @@ torch.library.define(
 )
 
 
-def _score(
+def _scores(
     q: Tensor,
     k: Tensor,
     order: Tensor,
@@ -100,39 +150,70 @@ def _score(
     threshold: float,
     salience: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of `connectivity`, ``[B, H, T, U]``, and the places of the best of each row, as `_top`
-    gives them, ``[B, H, T, count]``; see `sparsiattn.kernels.native.scores`.
+    """Scores of the strategy `connectivity`; see `sparsiattn.kernels.native.scores`.
 
-    q, k: ``[B, H, N, D]`` float32. order, block_order: patch tokens of tiles ``[T, t]`` and blocks
-    ``[U, g]``; held, block_held: how many of them count, None means all. down, up: ``[P + U, K]``.
-    threshold: entries of abs(up) up to it are zero. shares: ``[T, U]``, what ``own`` ``[1]``
-    multiplies.
+    Args:
+        q: Queries ``[B, H, N, D]`` float32.
+        k: Keys ``[B, H, Nk, D]`` float32.
+        order: Patch queries of every tile, ``[T, t]``.
+        held: How many of a tile's queries count, ``[T]``; None for all.
+        block_order: Patch keys of every block, ``[U, g]``.
+        block_held: How many of a block's keys count, ``[U]``; None for all.
+        down: ``[P + U, K]``, units to basis.
+        up: ``[P + U, K]``, basis to units.
+        own: ``[1]``, the factor of ``shares``; None for none.
+        shares: ``[T, U]``, the share of each tile's queries in each block.
+        count: Blocks to choose.
+        prefix: Leading tokens that are not patches, P.
+        scale: Factor of QK^T.
+        basis_scale: Factor of the coefficients.
+        threshold: Entries of abs(up) up to it count as zero.
+        salience: Whether what the mean query sees of a block raises its scores.
+
+    Returns:
+        Scores ``[B, H, T, U]``, and places of the best of each row, ``[B, H, T, count]``, as
+        `_top` gives them.
     """
-    return launch.score(
-        build.code().score, _rows(q), _rows(k), order.contiguous(), _whole(held),
-        block_order.contiguous(), _whole(block_held), down.contiguous(), up.contiguous(),
-        own, _whole(shares), count, prefix, scale, basis_scale, threshold, salience,
-    )  # fmt: skip
+    q, k = _with_rows(q), _with_rows(k)
+    tables = (order, held, block_order, block_held, down, up, own, shares)
+    tensors = [q, k, *(_contiguous(x) for x in tables)]
+    (b, h, _, d), (tiles, tile), (blocks, block) = q.shape, order.shape, block_order.shape
+    basis, threads = down.shape[1], torch.get_num_threads()
+    units, width = prefix + blocks, -(-d // SPAN) * SPAN
+    # divided by `head_plan` and `score_head` in plan.c
+    shared = h * ((1 + tiles + units) * width + _whole_vectors(blocks) * block)
+    each = 2 * max(units, basis) + 16 + (SPAN + basis) * width
+    each += (units + basis + blocks) * SPAN + basis + _whole_vectors(blocks) + 64
+    each = _whole_vectors(each)
+    group = max(1, min(b, PLANNED_AT_ONCE // shared))
+    size = _whole_vectors(blocks * basis) + group * shared + threads * each
+    room = SCRATCH.numbers("plan", size, q) if size < PLAN_KEPT else torch.empty(size)
+    out = torch.empty(b, h, tiles, blocks)
+    chosen = torch.empty(b, h, tiles, count, dtype=torch.int64)
+    sizes = (b, h, d, prefix, tiles, tile, blocks, block, basis)
+    steps = (*q.stride()[:3], *k.stride()[:3])
+    numbers = (*sizes, *steps, count, threads, group, shared, each)
+    addresses = _addresses(*tensors, out, room, chosen)
+    scales = (scale, basis_scale, threshold, salience)
+    build.code().score(build.SCORE_CALL.pack(*numbers, *addresses, parallel(), *scales))
+    return out, chosen
 
 
-torch.library.impl(_SCORES, "CPU", _score)
+torch.library.impl(_SCORES, "CPU", _scores)
 
 
 @torch.library.register_fake(_SCORES)  # type: ignore[untyped-decorator]
-def _scores_shape(q: Tensor, k: Tensor, order: Tensor, held: Tensor | None, block_order: Tensor,
-                  block_held: Tensor | None, down: Tensor, up: Tensor, own: Tensor | None,
-                  shares: Tensor | None, count: int,
-                  *others: object) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows = (*q.shape[:2], order.shape[0])
+def _scores_shape(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    order, _, block_order, *_ = others
+    rows, count = (*q.shape[:2], order.shape[0]), others[8]
     return q.new_empty(*rows, block_order.shape[0]), q.new_empty(*rows, count, dtype=torch.int64)
 
 
-def _scores_flops(q_shape: Any, k_shape: Any, order_shape: Any, held_shape: Any,
-                  block_shape: Any, block_held_shape: Any, down_shape: Any, *others: Any,
-                  **options: Any) -> int:  # fmt: skip
+def _scores_flops(q_shape: Any, k_shape: Any, *others: Any, **options: Any) -> int:
     """Those of the same products in torch."""
-    (b, h, _, d), tiles, (units, basis) = q_shape, order_shape[0], down_shape
-    blocks, prefix, salience = block_shape[0], others[4], others[8]
+    order, _, block_order, _, down, *_ = others
+    (b, h, _, d), tiles, blocks, (units, basis) = q_shape, order[0], block_order[0], down
+    prefix, salience = others[9], others[13]
     macs = basis * units * d + tiles * basis * (d + blocks)
     if salience:
         macs += units * (d + 2 * basis) + (k_shape[-2] - prefix) * d
@@ -149,9 +230,28 @@ torch.library.define(_TOP, "(Tensor scores, int count) -> Tensor")
 
 @torch.library.impl(_TOP, "CPU")
 def _top(scores: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` best of each row of ``[..., U]`` float32, best first and of equal
-    ones the first first, ``[..., count]``; NaN counts as largest."""
-    return launch.top(build.code().top, scores.contiguous(), count)
+    """Places of the best of each row, best first and of equal ones the first first.
+
+    Args:
+        scores: ``[..., U]`` float32; NaN counts as largest.
+        count: How many to choose.
+
+    Returns:
+        ``[..., count]``.
+
+    Raises:
+        MemoryError: A thread got no memory for the choice.
+    """
+    scores, columns = scores.contiguous(), scores.shape[-1]
+    out = _top_shape(scores, count)
+    if not out.numel():
+        return out
+    rows, threads = scores.numel() // columns, torch.get_num_threads()
+    addresses = _addresses(scores, out)
+    call = build.TOP_CALL.pack(rows, columns, count, threads, *addresses, parallel())
+    if not build.code().top(call):
+        raise MemoryError(f"no room to choose {count} of {columns} scores")
+    return out
 
 
 @torch.library.register_fake(_TOP)  # type: ignore[untyped-decorator]
@@ -162,10 +262,39 @@ def _top_shape(scores: Tensor, count: int) -> Tensor:
 native_top = torch.ops.sparsiattn.native_top.default
 
 
-def unwatched(q: Tensor, k: Tensor) -> bool:
-    """Whether nothing wants to see operators on these: no tracer, mode, transform or profiler. They
-    may then be left out: between two layers, where the caches hold other code, torch's dispatch of
-    one takes a tenth of the time of a small site."""
+def _with_rows(x: Tensor) -> Tensor:
+    """With rows that are contiguous, as the compiled code reads them; the other axes have steps."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _whole_vectors(numbers: int) -> int:
+    """Rounded up to the widest vectors."""
+    return -(-numbers // 16) * 16
+
+
+def _lead_strides(x: Tensor | None) -> tuple[int, int]:
+    """Steps along images and heads of a contiguous tensor; none along what all share."""
+    if x is None:
+        return 0, 0
+    images, heads, *matrix = x.shape
+    each = matrix[0] * matrix[1]
+    return (0 if images == 1 else heads * each), (0 if heads == 1 else each)
+
+
+def is_unobserved(q: Tensor, k: Tensor) -> bool:
+    """Whether nothing wants to see operators on these: no tracer, mode, transform or profiler.
+
+    They may then be left out: between two layers, where the caches hold other code, torch's
+    dispatch of one operator takes a tenth of the time of a small site.
+    """
     return (
         type(q) is Tensor
         and type(k) is Tensor
@@ -179,15 +308,12 @@ def unwatched(q: Tensor, k: Tensor) -> bool:
 
 def scores(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """As the operator ``native_scores``."""
-    if unwatched(q, k):
-        return _score(q, k, *others)
-    found: tuple[Tensor, Tensor] = torch.ops.sparsiattn.native_scores.default(q, k, *others)
-    return found
+    operator = _scores if is_unobserved(q, k) else torch.ops.sparsiattn.native_scores.default
+    return operator(q, k, *others)  # type: ignore[no-any-return]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     """As the operator ``native_attention``."""
-    if type(v) is Tensor and unwatched(q, k):
-        return _run(q, k, v, *others)
-    found: Tensor = torch.ops.sparsiattn.native_attention.default(q, k, v, *others)
-    return found
+    if type(v) is Tensor and is_unobserved(q, k):
+        return _attention(q, k, v, *others)
+    return torch.ops.sparsiattn.native_attention.default(q, k, v, *others)  # type: ignore[no-any-return]

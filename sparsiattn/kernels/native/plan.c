@@ -17,7 +17,7 @@ typedef struct {
     int64_t count, threads, group, shared, each;
     const float *q, *k;
     const int64_t *order, *held, *block_order, *block_held;
-    const float *down, *up, *own, *shares;
+    const float *down, *up, *self_weight, *shares;
     float *out, *room;
     int64_t *chosen;
     Parallel parallel;
@@ -29,11 +29,11 @@ enum { TILES, BLOCKS, HEADS, STAGES };
 #define RUN 64 /* tokens of an item of the first stages, about */
 
 /* from, images: the group at hand. wide, room: channels and blocks in whole vectors. size: abs(up) of
-   the blocks. */
+   the blocks. shared, scratch: memory of the heads and of the threads. */
 typedef struct {
     const Plan *plan;
     int64_t from, images, wide, units, room, run, joined;
-    float *size, *shared, *own;
+    float *size, *shared, *scratch;
     int64_t items[STAGES], next[STAGES], done[STAGES];
 } PlanJob;
 
@@ -41,7 +41,7 @@ typedef struct {
    blocks); logits of patch keys under the mean query, the first keys of all blocks, then the second
    ones, and so on. */
 typedef struct {
-    float *mean, *rows, *keys, *seen;
+    float *mean, *rows, *keys, *key_logits;
 } HeadPlan;
 
 static HeadPlan head_plan(const PlanJob *job, int64_t image, int64_t head) {
@@ -122,7 +122,7 @@ static void mean_keys(const PlanJob *job, int64_t i) {
         for (int64_t h = 0; p->salience && h < p->heads; h++) {
             HeadPlan x = head_plan(job, image, h);
             for (int64_t j = 0; j < held; j++)
-                x.seen[j * job->room + u] =
+                x.key_logits[j * job->room + u] =
                     dot(x.mean, k + h * p->k_h + tokens[j] * p->k_n, p->dim) * (float)p->scale;
         }
     }
@@ -178,9 +178,9 @@ static void stand_out(const PlanJob *job, const HeadPlan *x, float *basis, float
     const Plan *p = job->plan;
     clear(basis, p->basis);
     for (int64_t u = 0; u < job->units; u++) {
-        float seen = dot(x->mean, x->keys + u * job->wide, p->dim) * (float)p->scale;
+        float logit = dot(x->mean, x->keys + u * job->wide, p->dim) * (float)p->scale;
         const float *down = p->down + u * p->basis;
-        for (int64_t i = 0; i < p->basis; i++) basis[i] += seen * down[i];
+        for (int64_t i = 0; i < p->basis; i++) basis[i] += logit * down[i];
     }
     for (int64_t u = 0; u < p->blocks; u++)
         low[u] = dot(p->up + (p->prefix + u) * p->basis, basis, p->basis);
@@ -189,11 +189,11 @@ static void stand_out(const PlanJob *job, const HeadPlan *x, float *basis, float
         for (int64_t u = 0; u < p->blocks; u += WIDTH) {
             /* `power` holds below 100 */
             vec most = all(30.0f * LOG2E);
-            vec above = (load(x->seen + j * job->room + u) - load(low + u)) * all(LOG2E);
-            vec found = power(pick(above > most, most, above));
+            vec above = (load(x->key_logits + j * job->room + u) - load(low + u)) * all(LOG2E);
+            vec weight = power(pick(above > most, most, above));
             for (int i = 0; i < WIDTH && p->block_held; i++)
-                if (u + i >= p->blocks || j >= p->block_held[u + i]) found[i] = 0;
-            store(to + u, load(to + u) + found);
+                if (u + i >= p->blocks || j >= p->block_held[u + i]) weight[i] = 0;
+            store(to + u, load(to + u) + weight);
         }
     for (int64_t u = 0; u < p->blocks; u++)
         to[u] /= (float)(p->block_held ? p->block_held[u] : p->block);
@@ -245,7 +245,7 @@ static void end_row(const PlanJob *job, int64_t row, int64_t t, const float *out
         store(to + u, x);
     }
     for (; u < p->blocks; u++) sum += to[u] *= out[u];
-    sum = (sum + total(sums)) * (p->shares ? *p->own : 0);
+    sum = (sum + total(sums)) * (p->shares ? *p->self_weight : 0);
     const float *shares = p->shares + (p->shares ? t * p->blocks : 0);
     for (u = 0; u < p->blocks && p->shares; u++) to[u] += sum * shares[u];
     if (p->count) top_of(to, p->blocks, p->count, room, p->chosen + row * p->count);
@@ -299,7 +299,7 @@ static void one_item(PlanJob *job, int stage, int64_t i, float *room) {
 
 static void plan_some(void *data) {
     PlanJob *job = data;
-    float *room = job->own + __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED) * job->plan->each;
+    float *room = job->scratch + __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED) * job->plan->each;
     for (int stage = 0; stage < STAGES; stage++) {
         int64_t i;
         while ((i = __atomic_fetch_add(&job->next[stage], 1, __ATOMIC_RELAXED)) < job->items[stage])

@@ -1,6 +1,9 @@
-"""Planning in compiled code: what decides over small sites, where torch's calls cost more than the
-arithmetic. Only where the `native` kernel was compiled before, in float32 on a CPU without a
-gradient; elsewhere, and while a compiler traces, torch's own operations do the same."""
+"""Planning in compiled code.
+
+It decides over small sites, where torch's calls cost more than the arithmetic. Only where the
+`native` kernel was compiled before, in float32 on a CPU without a gradient; elsewhere, and while a
+compiler traces, torch's own operations do the same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from torch import Tensor
 
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.kernels.native import build, ops
-from sparsiattn.kernels.native.ops import native_top
 
 CELLS = 64  # as in chunks.c
 
@@ -18,9 +20,9 @@ def serves(*tensors: Tensor) -> bool:
     """Whether compiled code may take these operands."""
     if torch.compiler.is_compiling() or not (build.is_loaded() or build.is_ready()):
         return False
-    graded = torch.is_grad_enabled()
+    grad_mode = torch.is_grad_enabled()
     for x in tensors:
-        if not x.is_cpu or x.dtype is not torch.float32 or (graded and x.requires_grad):
+        if not x.is_cpu or x.dtype is not torch.float32 or (grad_mode and x.requires_grad):
             return False
     return True
 
@@ -33,24 +35,49 @@ def counts(q: Tensor, cells: int) -> bool:
 def top(scores: Tensor, count: int) -> Tensor:
     """Places of the best of each row, best first, ``[..., count]``."""
     if serves(scores):
-        return native_top(scores, count)  # type: ignore[no-any-return]
+        return ops.native_top(scores, count)  # type: ignore[no-any-return]
     return scores.topk(count, dim=-1, sorted=True).indices
 
 
-def held(groups: Tiles) -> Tensor | None:
+def group_sizes(groups: Tiles) -> Tensor | None:
     """How many slots of each group hold a token of their own; None where all do."""
     return None if groups.even else (groups.weight > 0).sum(-1)
 
 
 def block_scores(
-    q: Tensor, k: Tensor, tiles: Tiles, blocks: Tiles, tables: tuple[Tensor, Tensor],
-    own: Tensor | None, shares: Tensor | None, prefix: int, scales: tuple[float, float],
-    threshold: float, salience: bool, count: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`ConnectivityPlanner.scores` for tiles and blocks, ``[B, H, T, U]``, and the places of the
-    ``count`` best of each row, as `top` gives them. tables: W_down and W_up; scales: of logits and
-    of coefficients."""
-    return ops.scores(
-        q, k, tiles.order, held(tiles), blocks.order, held(blocks), *tables, own, shares, count,
-        prefix, *scales, threshold, salience,
-    )  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    tiles: Tiles,
+    blocks: Tiles,
+    tables: tuple[Tensor, Tensor],
+    own: Tensor | None,
+    shares: Tensor | None,
+    prefix: int,
+    scales: tuple[float, float],
+    threshold: float,
+    salience: bool,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """`ConnectivityPlanner.scores` for tiles and blocks, and the best of each row.
+
+    Args:
+        q: Queries ``[B, H, N, D]``.
+        k: Keys ``[B, H, Nk, D]``.
+        tiles: The tiles of queries.
+        blocks: The blocks of keys.
+        tables: W_down and W_up, ``[P + U, K]`` each.
+        own: ``[1]``, the factor of ``shares``; None for none.
+        shares: ``[T, U]``, the share of each tile's queries in each block.
+        prefix: Leading tokens that are not patches.
+        scales: Of logits and of coefficients.
+        threshold: Entries of abs(W_up) up to it count as zero.
+        salience: Whether what the mean query sees of a block raises its scores.
+        count: Blocks to choose.
+
+    Returns:
+        Scores ``[B, H, T, U]`` and the places of the ``count`` best of each row, as `top` gives
+        them.
+    """
+    groups = (tiles.order, group_sizes(tiles), blocks.order, group_sizes(blocks))
+    options = (own, shares, count, prefix, *scales, threshold, salience)
+    return ops.scores(q, k, *groups, *tables, *options)

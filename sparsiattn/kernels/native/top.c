@@ -30,9 +30,9 @@ static void top_by_heap(const float *x, int64_t count, int64_t most, uint64_t *h
     for (int64_t i = 0; i < most; i++) heap[i] = ranked(x[i], i);
     for (int64_t i = most / 2; i-- > 0;) sift(heap, i, most);
     for (int64_t i = most; i < count; i++) {
-        uint64_t mine = ranked(x[i], i);
-        if (mine <= heap[0]) continue;
-        heap[0] = mine;
+        uint64_t rank = ranked(x[i], i);
+        if (rank <= heap[0]) continue;
+        heap[0] = rank;
         sift(heap, 0, most);
     }
     for (int64_t left = most; left > 0; left--) {

@@ -74,10 +74,10 @@ INLINE vec power(vec x) {
     p = p * f + 6.9314718055994531e-1f;
     p = p * f + 1.0f;
     ints exponent = ((ints)shifted - (ints)magic) << 23;
-    vec found = (vec)((ints)p + exponent);
+    vec result = (vec)((ints)p + exponent);
     vec nan = x - x; /* NaN only where x is not finite; infinity is caught below */
-    found = pick(nan == nan, found, x);
-    return pick(x < all(-126.0f), (vec){0}, found);
+    result = pick(nan == nan, result, x);
+    return pick(x < all(-126.0f), (vec){0}, result);
 }
 
 /* Four rows of four numbers, to columns. */
@@ -181,9 +181,9 @@ INLINE float dot(const float *a, const float *b, int64_t dim) {
         odd += load(a + d + WIDTH) * load(b + d + WIDTH);
     }
     if (d + WIDTH <= dim) even += load(a + d) * load(b + d), d += WIDTH;
-    float found = total(even + odd);
-    for (; d < dim; d++) found += a[d] * b[d];
-    return found;
+    float result = total(even + odd);
+    for (; d < dim; d++) result += a[d] * b[d];
+    return result;
 }
 
 #define FOR_WIDTH(wide, call)                                                                      \
