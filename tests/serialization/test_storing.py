@@ -247,12 +247,13 @@ def _logits(out: Any) -> torch.Tensor:
     return getattr(out, "logits", out)  # type: ignore[no-any-return]
 
 
-def test_origin_of_torchvision_is_guessed() -> None:
+def test_origin_of_torchvision_is_known_where_create_model_made_it() -> None:
     models = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
-        model = models.vit_b_32(num_classes=9)
-    options = {"num_classes": 9, "image_size": 224}
-    assert origin_of(model) == {"library": "torchvision", "name": "vit_b_32", "options": options}
+        assert origin_of(models.vit_b_32(num_classes=9)) is None
+        model = sparsiattn.create_model("tv:vit_b_32", num_classes=9)
+    origin = {"library": "torchvision", "name": "vit_b_32", "options": {"num_classes": 9}}
+    assert origin_of(model) == origin
 
 
 def test_origin_is_dropped_where_the_model_was_changed() -> None:
