@@ -196,7 +196,7 @@ def test_config_survives_json(name: str) -> None:
     """Law 8, with every option away from its default where that is known."""
     found = REGISTRY.get("strategies", name)
     away = {"tile": (3, 5), "background": 4, "prefix_keys": False}
-    if not getattr(found, "selects_keys", True):  # it drops no keys that a background would stand for
+    if not getattr(found, "selects_keys", True):  # it drops no keys that background stands for
         away = {}
     for options in ({}, away if found.kind == "attention" else {"layers": [1], "restore": None}):
         config = found.build(options)
