@@ -9,8 +9,8 @@ import typer
 from sparsiattn.cli import app
 
 HEAD = """Each command is a thin layer over the Python function of the same name. MODEL is a timm
-name, `hf:ORG/NAME` (or `hf:FOLDER`), `tv:NAME`, or a folder that `patch.save` or
-`patch.merge_and_export` wrote; weights are random unless `--pretrained` is given. `--json` prints
+name, `hf:ORG/NAME` (or `hf:FOLDER`), `tv:NAME`, or a folder that `patch.save`
+wrote; weights are random unless `--pretrained` is given. `--json` prints
 one JSON document and nothing else to standard output; all else goes to standard error. Exit codes:
 0 done, 1 failed, 2 wrong usage.
 """
