@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.errors import renamed_property
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Site:
     bias: Literal["none", "bias", "mask"] = "none"
     halo: int = 0
 
+    margin = renamed_property("margin", "halo")
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of QK^T and AV for one image, dense."""
@@ -61,8 +64,9 @@ class Site:
         return pairs * (self.head_dim + self.value_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: one entry a field."""
-        return asdict(self)
+        """JSON form: one entry a field, ``halo`` under its first name."""
+        plain = asdict(self)
+        return {**plain, "margin": plain.pop("halo")}
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, *, prefix_tokens: int = 0, **fields: Any) -> Site:
