@@ -65,8 +65,7 @@ class Site:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: one entry a field, ``halo`` under its first name."""
-        plain = asdict(self)
-        return {**plain, "margin": plain.pop("halo")}
+        return {"margin" if name == "halo" else name: x for name, x in asdict(self).items()}
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, *, prefix_tokens: int = 0, **fields: Any) -> Site:
