@@ -32,12 +32,10 @@ def check_number(
     option: str, value: object, least: float, most: float, *, above: bool = False
 ) -> None:
     """A number from ``least``, or ``above`` it, to ``most``; NaN is none."""
-    start = f"above {least:g} and at most" if above else f"from {least:g} to"
-    wanted = f"{option} must be a number {start} {most:g}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidType(wanted)
-    if not least <= value <= most or (above and value == least):
-        raise InvalidOption(wanted)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most or (above and value == least):  # type: ignore[operator]
+        start = f"above {least:g} and at most" if above else f"from {least:g} to"
+        raise InvalidOption(f"{option} must be a number {start} {most:g}, got {value!r}")
 
 
 def check_flag(option: str, value: object, error: type[SparsiattnError] = InvalidType) -> None:
