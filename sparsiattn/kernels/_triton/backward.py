@@ -11,23 +11,23 @@ from sparsiattn.kernels._triton.parts import (
     host_logits,
     key_tokens,
     product,
+    program_work,
     query_tokens,
     within,
-    work_of,
 )
 
 
 @triton.jit
-def give_back(s, query, grad, key_rows, value_rows, lse, delta, scale, acc):
+def gradients_of(s, query, grad, key_rows, value_rows, lse, delta, scale, acc):
     """Gradients of logits, keys and values of some keys, and the query's so far (dS = P (dP -
     rowsum(dO O)), FlashAttention, arXiv 2205.14135, appendix B.2)."""
     p = tl.exp2(s - lse[:, None])
     to_v = product(tl.trans(p.to(grad.dtype)), grad)
     dp = product(grad, tl.trans(value_rows))
     ds = p * (dp - delta[:, None])
-    narrow = ds.to(query.dtype)
-    to_k = product(tl.trans(narrow), query) * scale
-    acc = product(narrow, key_rows, acc)
+    ds_low = ds.to(query.dtype)
+    to_k = product(tl.trans(ds_low), query) * scale
+    acc = product(ds_low, key_rows, acc)
     return ds, to_k, to_v, acc
 
 
@@ -39,82 +39,84 @@ def backward(
     to_q_b, to_q_h, to_q_n, to_k_b, to_k_h, to_k_n, to_v_b, to_v_h, to_v_n,
     host_b, host_h, host_m, host_n, rows_b, rows_h, rows_m, rows_g,
     to_host_b, to_host_h, to_host_m, to_host_n, to_rows_b, to_rows_h, to_rows_m, to_rows_g,
-    list_b, list_h, list_t,
+    chosen_b, chosen_h, chosen_t,
     heads, tiles, parts, slots, queries, first, keys, prefix, cells, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CELLS: tl.constexpr, UNIT: tl.constexpr,
     BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile, part = work_of(heads, tiles, parts)
-    token, live = query_tokens(order, weight, tile, part, slots, ROWS)
+    image, head, tile, part = program_work(heads, tiles, parts)
+    token, valid = query_tokens(order, weight, tile, part, slots, ROWS)
     row = token + first
-    mine, values = within(live, DIM, WIDE), within(live, VALUE_DIM, VALUE_WIDE)
+    query_mask, result_mask = within(valid, DIM, WIDE), within(valid, VALUE_DIM, VALUE_WIDE)
     queries_at = q + image * q_b + head * q_h + at_rows(row, q_n, WIDE)
     grads_at = grad + image * grad_b + head * grad_h + at_rows(row, grad_n, VALUE_WIDE)
     results_at = out + image * out_b + head * out_h + at_rows(row, out_n, VALUE_WIDE)
-    query = tl.load(queries_at, mask=mine, other=0.0)
-    upper = tl.load(grads_at, mask=values, other=0.0)
-    result = tl.load(results_at, mask=values, other=0.0)
+    query = tl.load(queries_at, mask=query_mask, other=0.0)
+    grad_out = tl.load(grads_at, mask=result_mask, other=0.0)
+    result = tl.load(results_at, mask=result_mask, other=0.0)
     pair = image * heads + head
-    log_sum = tl.load(lse + pair * queries + token, mask=live, other=0.0)
-    delta = tl.sum(upper.to(tl.float32) * result.to(tl.float32), 1)
+    log_sum = tl.load(lse + pair * queries + token, mask=valid, other=0.0)
+    delta = tl.sum(grad_out.to(tl.float32) * result.to(tl.float32), 1)
     k += image * k_b + head * k_h
     v += image * v_b + head * v_h
     to_k += image * to_k_b + head * to_k_h
     to_v += image * to_v_b + head * to_v_h
-    chosen += image * list_b + head * list_h + tile * list_t
+    chosen += image * chosen_b + head * chosen_h + tile * chosen_t
     if held is not None:
-        held += image * list_b + head * list_h + tile * list_t
+        held += image * chosen_b + head * chosen_h + tile * chosen_t
 
     acc = tl.zeros([ROWS, WIDE], tl.float32)
     for start in range(0, keys, KEYS):
         place = start + tl.arange(0, KEYS)
-        key, there = key_tokens(place, chosen, held, table, keys, prefix, UNIT)
-        here, there_too = within(there, DIM, WIDE), within(there, VALUE_DIM, VALUE_WIDE)
-        pairs = live[:, None] & there[None, :]
-        key_rows = tl.load(k + at_rows(key, k_n, WIDE), mask=here, other=0.0)
-        value_rows = tl.load(v + at_rows(key, v_n, VALUE_WIDE), mask=there_too, other=0.0)
+        key, present = key_tokens(place, chosen, held, table, keys, prefix, UNIT)
+        key_mask, value_mask = within(present, DIM, WIDE), within(present, VALUE_DIM, VALUE_WIDE)
+        pairs = valid[:, None] & present[None, :]
+        key_rows = tl.load(k + at_rows(key, k_n, WIDE), mask=key_mask, other=0.0)
+        value_rows = tl.load(v + at_rows(key, v_n, VALUE_WIDE), mask=value_mask, other=0.0)
         s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
         if host is not None:
-            at = image * host_b + head * host_h + row[:, None] * host_m + key[None, :] * host_n
-            s += host_logits(host, at, pairs, BOOLEAN, LOWEST)
+            offsets = image * host_b + head * host_h + row[:, None] * host_m + key[None, :] * host_n
+            s += host_logits(host, offsets, pairs, BOOLEAN, LOWEST)
         s = tl.where(pairs, s, float("-inf"))
-        ds, dk, dv, acc = give_back(
-            s, query, upper, key_rows, value_rows, log_sum, delta, scale, acc
+        ds, dk, dv, acc = gradients_of(
+            s, query, grad_out, key_rows, value_rows, log_sum, delta, scale, acc
         )
-        tl.atomic_add(to_k + at_rows(key, to_k_n, WIDE), dk, mask=here, sem="relaxed")
-        tl.atomic_add(to_v + at_rows(key, to_v_n, VALUE_WIDE), dv, mask=there_too, sem="relaxed")
+        tl.atomic_add(to_k + at_rows(key, to_k_n, WIDE), dk, mask=key_mask, sem="relaxed")
+        tl.atomic_add(to_v + at_rows(key, to_v_n, VALUE_WIDE), dv, mask=value_mask, sem="relaxed")
         if to_host is not None:
-            at = row[:, None] * to_host_m + key[None, :] * to_host_n
-            at += image * to_host_b + head * to_host_h
-            tl.atomic_add(to_host + at, ds, mask=pairs, sem="relaxed")
+            offsets = row[:, None] * to_host_m + key[None, :] * to_host_n
+            offsets += image * to_host_b + head * to_host_h
+            tl.atomic_add(to_host + offsets, ds, mask=pairs, sem="relaxed")
 
     if rows is not None:
         pooled_k += pair * cells * DIM
         pooled_v += pair * cells * VALUE_DIM
         to_pooled_k += pair * cells * DIM
         to_pooled_v += pair * cells * VALUE_DIM
-        who = tl.where(live, tile, 0) if BY_TILE else token
+        bias_row = tl.where(valid, tile, 0) if BY_TILE else token
         for start in range(0, cells, CELLS):
             cell = start + tl.arange(0, CELLS)
-            there = cell < cells
-            here, there_too = within(there, DIM, WIDE), within(there, VALUE_DIM, VALUE_WIDE)
-            pairs = live[:, None] & there[None, :]
+            present = cell < cells
+            key_mask = within(present, DIM, WIDE)
+            value_mask = within(present, VALUE_DIM, VALUE_WIDE)
+            pairs = valid[:, None] & present[None, :]
             keys_at, values_at = at_rows(cell, DIM, WIDE), at_rows(cell, VALUE_DIM, VALUE_WIDE)
-            key_rows = tl.load(pooled_k + keys_at, mask=here, other=0.0)
-            value_rows = tl.load(pooled_v + values_at, mask=there_too, other=0.0)
+            key_rows = tl.load(pooled_k + keys_at, mask=key_mask, other=0.0)
+            value_rows = tl.load(pooled_v + values_at, mask=value_mask, other=0.0)
             s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
-            at = image * rows_b + head * rows_h + who[:, None] * rows_m + cell[None, :] * rows_g
-            s = tl.where(pairs, s + cell_logits(rows, at, pairs), float("-inf"))
-            ds, dk, dv, acc = give_back(
-                s, query, upper, key_rows, value_rows, log_sum, delta, scale, acc
+            start_of_rows = image * rows_b + head * rows_h
+            offsets = start_of_rows + bias_row[:, None] * rows_m + cell[None, :] * rows_g
+            s = tl.where(pairs, s + cell_logits(rows, offsets, pairs), float("-inf"))
+            ds, dk, dv, acc = gradients_of(
+                s, query, grad_out, key_rows, value_rows, log_sum, delta, scale, acc
             )
-            tl.atomic_add(to_pooled_k + keys_at, dk, mask=here, sem="relaxed")
-            tl.atomic_add(to_pooled_v + values_at, dv, mask=there_too, sem="relaxed")
+            tl.atomic_add(to_pooled_k + keys_at, dk, mask=key_mask, sem="relaxed")
+            tl.atomic_add(to_pooled_v + values_at, dv, mask=value_mask, sem="relaxed")
             if to_rows is not None:
-                at = who[:, None] * to_rows_m + cell[None, :] * to_rows_g
-                at += image * to_rows_b + head * to_rows_h
-                tl.atomic_add(to_rows + at, ds, mask=pairs, sem="relaxed")
+                offsets = bias_row[:, None] * to_rows_m + cell[None, :] * to_rows_g
+                offsets += image * to_rows_b + head * to_rows_h
+                tl.atomic_add(to_rows + offsets, ds, mask=pairs, sem="relaxed")
 
     gradients_at = to_q + image * to_q_b + head * to_q_h + at_rows(row, to_q_n, WIDE)
-    tl.store(gradients_at, (acc * scale).to(to_q.dtype.element_ty), mask=mine)
+    tl.store(gradients_at, (acc * scale).to(to_q.dtype.element_ty), mask=query_mask)

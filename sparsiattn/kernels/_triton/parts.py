@@ -10,7 +10,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def work_of(heads, tiles, parts):
+def program_work(heads, tiles, parts):
     """Image, head, tile and part of the tile that this program computes. Parts of one tile and
     tiles of one head are neighbours, so that keys stay in the cache."""
     program = tl.program_id(0)
@@ -25,32 +25,34 @@ def work_of(heads, tiles, parts):
 def query_tokens(order, weight, tile, part, slots, ROWS: tl.constexpr):
     """Patch queries in this part of a tile, and which of its slots hold one of their own."""
     slot = part * ROWS + tl.arange(0, ROWS)
-    live = slot < slots
+    valid = slot < slots
     if order is None:
         token = tile + slot
     else:
-        token = tl.load(order + tile * slots + slot, mask=live, other=0)
+        token = tl.load(order + tile * slots + slot, mask=valid, other=0)
     if weight is not None:
-        live = live & (tl.load(weight + tile * slots + slot, mask=live, other=0.0) > 0.0)
-    return token, live
+        valid = valid & (tl.load(weight + tile * slots + slot, mask=valid, other=0.0) > 0.0)
+    return token, valid
 
 
 @triton.jit
 def key_tokens(place, chosen, held, table, keys, prefix, UNIT: tl.constexpr):
     """Keys at these places of a list, and which of the places hold one."""
-    there = place < keys
+    present = place < keys
     if table is None:
-        token = tl.load(chosen + place, mask=there, other=0)
+        token = tl.load(chosen + place, mask=present, other=0)
     else:
-        listed = there & (place >= prefix)
+        listed = present & (place >= prefix)
         unit = (place - prefix) // UNIT
         slot = (place - prefix) % UNIT
         block = tl.load(chosen + unit, mask=listed, other=0)
         token = tl.load(table + block * UNIT + slot, mask=listed, other=0) + prefix
         token = tl.where(listed, token, place)
         if held is not None:
-            there = there & ((place < prefix) | (slot < tl.load(held + unit, mask=listed, other=0)))
-    return token, there
+            in_prefix = place < prefix
+            size = tl.load(held + unit, mask=listed, other=0)
+            present = present & (in_prefix | (slot < size))
+    return token, present
 
 
 @triton.jit
@@ -60,31 +62,31 @@ def at_rows(token, stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def within(there, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Mask of the elements of rows ``[len(there), PADDED]`` that exist."""
-    mask = there[:, None]
+def within(present, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Mask of the elements of rows ``[len(present), PADDED]`` that exist."""
+    mask = present[:, None]
     if WIDTH < PADDED:
         mask = mask & (tl.arange(0, PADDED) < WIDTH)[None, :]
     return mask
 
 
 @triton.jit
-def host_logits(host, at, pairs, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr):
+def host_logits(host, offsets, pairs, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr):
     """The host's mask at some pairs; what lies at ``LOWEST`` or below forbids."""
-    found = tl.load(host + at, mask=pairs, other=0)
+    stored = tl.load(host + offsets, mask=pairs, other=0)
     if BOOLEAN:
-        bias = tl.where(found != 0, 0.0, float("-inf"))
+        bias = tl.where(stored != 0, 0.0, float("-inf"))
     else:
-        bias = found.to(tl.float32)
+        bias = stored.to(tl.float32)
         if LOWEST is not None:
             bias = tl.where(bias > LOWEST, bias, float("-inf"))
     return bias * LOG2E
 
 
 @triton.jit
-def cell_logits(rows, at, pairs):
+def cell_logits(rows, offsets, pairs):
     """Logits of summary keys; minus infinity where a cell has none to stand for."""
-    return tl.load(rows + at, mask=pairs, other=0.0).to(tl.float32) * LOG2E
+    return tl.load(rows + offsets, mask=pairs, other=0.0).to(tl.float32) * LOG2E
 
 
 @triton.jit
