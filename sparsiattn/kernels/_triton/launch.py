@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.kernels._triton.backward import backward as backward_kernel
-from sparsiattn.kernels._triton.forward import forward as forward_kernel
+from sparsiattn.kernels._triton import kernels
 
 FEWEST = 16
 """The smallest side of a matrix product on tensor cores."""
@@ -191,7 +190,7 @@ def forward(call: KeyListOperands, out: Tensor, lse: Tensor) -> Launch:
         out: Written, ``[B, H, P + n, Dv]``; the first P rows are left alone.
         lse: Written, the logarithms of the softmax's sums, ``[B, H, n]``.
     """
-    return _launch(forward_kernel, call, forward_sizes(call), {"out": out, "lse": lse})
+    return _launch(kernels.forward, call, forward_sizes(call), {"out": out, "lse": lse})
 
 
 def backward(
@@ -208,7 +207,7 @@ def backward(
     """
     names = [f"to_{name}" for name in GRADIENTS]
     tensors = {"out": out, "lse": lse, "grad": grad, **dict(zip(names, into, strict=True))}
-    return _launch(backward_kernel, call, backward_sizes(call), tensors)
+    return _launch(kernels.backward, call, backward_sizes(call), tensors)
 
 
 def _launch(
