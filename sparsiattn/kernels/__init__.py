@@ -1,6 +1,8 @@
-"""The built-in kernels: `reference` specifies, `sdpa` masks, `gather` saves and, in C on a CPU,
-`native`, in Triton on CUDA, `triton`; `flex` compiles; `xformers` and `varlen` serve ragged batches
-on CUDA, the former key blocks too."""
+"""Kernels, which compute patterns; their prices, their choice, and the tuning file.
+
+Strategies and all layers above them may import this package; it imports `attention`, `registry` and
+`errors` only. It is also the plug-in that registers the built-in kernels.
+"""
 
 from __future__ import annotations
 

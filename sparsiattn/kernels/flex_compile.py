@@ -164,11 +164,17 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
 
         extra = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
         extra = extra.expand(*chosen.shape[:-1], extra_blocks)
-        lists = columns(torch.cat([chosen[..., full:], extra], dim=-1))
-        full_lists = columns(chosen[..., :full]) if full else (None, None)
-        lengths = q.shape[-2], k.shape[-2]
+        counts, ids = columns(torch.cat([chosen[..., full:], extra], dim=-1))
+        full_counts, full_ids = columns(chosen[..., :full]) if full else (None, None)
         block_mask = BlockMask.from_kv_blocks(
-            *lists, *full_lists, (tile, size), mask, seq_lengths=lengths, compute_q_blocks=grad
+            counts,
+            ids,
+            full_counts,
+            full_ids,
+            (tile, size),
+            mask,
+            seq_lengths=(q.shape[-2], k.shape[-2]),
+            compute_q_blocks=grad,
         )
         out: Tensor = flex_attention(
             q,

@@ -36,12 +36,12 @@ def key_list_attention(*operands: Any) -> tuple[Tensor, Tensor]:
     from sparsiattn.kernels._triton import launch
 
     *tensors, dense, prefix, keys, scale, lowest = operands
-    q, first = tensors[0], _rows_of(dense)
-    call = launch.KeyListOperands(*_readable(tensors), first, prefix, keys, scale, lowest)
-    out, lse = _results(q, tensors[2], first)
+    first = _rows_of(dense)
+    call = launch.KeyListOperands(*_readable(*tensors, first, prefix, keys, scale, lowest))
+    out, lse = _results(call.q, call.v, first)
     if dense is not None:
         out[..., :first, :] = dense
-    launch.forward(call, out, lse).run(q.device)
+    launch.forward(call, out, lse).run(call.q.device)
     return out, lse
 
 
@@ -66,19 +66,18 @@ def key_list_attention_backward(
     """
     from sparsiattn.kernels._triton import launch
 
-    *tensors, first, prefix, keys, scale, lowest, to_host, to_rows = operands
-    call = launch.KeyListOperands(*_readable(tensors), first, prefix, keys, scale, lowest)
-    q, *others = _with_gradients(tensors, to_host, to_rows)
+    call = launch.KeyListOperands(*_readable(*operands[:-2]))
+    q, *others = _with_gradients(operands, *operands[-2:])
     # keys are shared by tiles, so theirs add up in single precision
     sums = [
         None if x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for x in others
     ]
     grad_q = q.new_empty(q.shape)
-    grad_q[..., :first, :] = 0
+    grad_q[..., : call.first, :] = 0
     launch.backward(call, out, lse, _with_rows(grad), [grad_q, *sums]).run(q.device)
     pairs = zip(sums, others, strict=True)
-    return grad_q, *(q.new_empty(0) if x is None else total.to(x.dtype) for total, x in pairs)
+    return grad_q, *(q.new_empty(0) if total is None else total.to(x.dtype) for total, x in pairs)
 
 
 @key_list_attention.register_fake
@@ -98,14 +97,15 @@ def _with_gradients(operands: Any, to_host: bool, to_rows: bool) -> list[Any]:
     return [*tensors, host if to_host else None, rows if to_rows else None]
 
 
-def _readable(tensors: list[Any]) -> list[Any]:
+def _readable(*operands: Any) -> list[Any]:
     """Operands as the kernels read them: rows of q, k and v must be contiguous, their other axes
     and all of the host's mask and the summary's logits have strides."""
-    rows = [_with_rows(x) for x in tensors[:3]]
-    pooled, tables = (
-        [x if x is None else x.contiguous() for x in part] for part in (tensors[3:5], tensors[7:])
+    rows = [_with_rows(x) for x in operands[:3]]
+    pooled, others = (
+        [x.contiguous() if isinstance(x, Tensor) else x for x in part]
+        for part in (operands[3:5], operands[7:])
     )
-    return [*rows, *pooled, *tensors[5:7], *tables]
+    return [*rows, *pooled, *operands[5:7], *others]
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ def _top(scores: Tensor, count: int) -> Tensor:
         MemoryError: A thread got no memory for the choice.
     """
     scores, columns = scores.contiguous(), scores.shape[-1]
-    out = _top_shape(scores, count)
+    out = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
     if not out.numel():
         return out
     rows, threads = scores.numel() // columns, torch.get_num_threads()
@@ -309,7 +309,7 @@ def is_unobserved(q: Tensor, k: Tensor) -> bool:
 def scores(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """As the operator ``native_scores``."""
     operator = _scores if is_unobserved(q, k) else torch.ops.sparsiattn.native_scores.default
-    return operator(q, k, *others)  # type: ignore[no-any-return]
+    return operator(q, k, *others)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
