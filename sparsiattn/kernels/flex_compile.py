@@ -143,10 +143,6 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
     full = count - 1 if key.even else 0
     rows = 1 if key.bias is None or key.bias[2] != key.shape[2] else tile
 
-    def columns(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lists as `BlockMask` takes them: their lengths, and ids filled up to all blocks."""
-        return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
-
     def program(
         q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, limit: Tensor, bias: Tensor | None
     ) -> Tensor:
@@ -164,8 +160,8 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
 
         extra = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
         extra = extra.expand(*chosen.shape[:-1], extra_blocks)
-        counts, ids = columns(torch.cat([chosen[..., full:], extra], dim=-1))
-        full_counts, full_ids = columns(chosen[..., :full]) if full else (None, None)
+        counts, ids = _columns(torch.cat([chosen[..., full:], extra], dim=-1), units)
+        full_counts, full_ids = _columns(chosen[..., :full], units) if full else (None, None)
         block_mask = BlockMask.from_kv_blocks(
             counts,
             ids,
@@ -188,6 +184,11 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
         return out
 
     return program
+
+
+def _columns(x: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Lists as `BlockMask` takes them: their lengths, and ids filled up to all blocks."""
+    return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
 
 
 @cache
