@@ -25,6 +25,15 @@ class Kernel:
     never at values: answers are kept for calls that agree in all of these. Whoever changes an
     answer (compiles a kernel, say) calls `sparsiattn.kernels.cost.reload`.
 
+    Attributes:
+        registers_as: The kind of plug-in, for the registry.
+        name: How users ask for it.
+        summary: What it does, in one line.
+        differentiable: Whether it has a backward pass.
+        last_resort: Whether ``auto`` takes it only where no other works.
+        supports_computed: Whether it knows patterns that choose no keys (`ComputedPattern`); the
+            others are not asked about such.
+
     >>> from sparsiattn.testing.kernel import cases
     >>> class Plain(Kernel):
     ...     name = "plain"
@@ -47,8 +56,6 @@ class Kernel:
     differentiable: ClassVar[bool] = True
     last_resort: ClassVar[bool] = False
     supports_computed: ClassVar[bool] = False
-    """Whether it knows plans that choose no keys (`ComputedPattern`); others are not
-    asked."""
 
     def why_unavailable(self) -> list[str]:
         """Reasons why this kernel cannot run on this machine at all; empty if it can."""
@@ -59,13 +66,22 @@ class Kernel:
         raise NotImplementedError
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work | None:
-        """What the call does, counted from shapes: enough for a kernel that lets the prices that
-        `tune` measures say its `speed`. None where `speed` is overridden."""
+        """What the call does, counted from shapes.
+
+        The prices that `tune` measures turn it into `speed`.
+
+        Returns:
+            The work; None where `speed` is overridden.
+        """
         return None
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int | None:
-        """What the call computes, padding included, where `torch.utils.flop_counter` cannot see it
-        or must not look on (custom and compiled operators); None where it counts every product."""
+        """Multiply-accumulates, padding included, that `torch.utils.flop_counter` does not count.
+
+        Returns:
+            All of them for custom and compiled operators; None where the counter sees every
+            product.
+        """
         return None
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
@@ -76,8 +92,11 @@ class Kernel:
         return []
 
     def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
-        """Do once what makes later calls of this shape ready; called by `Patch.warmup` with calls
-        that `why_not` lets through, with operands that want a gradient if the model trains."""
+        """Do once what makes later calls of this shape ready, such as compiling.
+
+        `Patch.warmup` calls it with calls that `why_not` lets through, with operands that want a
+        gradient if the model trains.
+        """
 
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
         """Expected speed relative to dense attention (1.0), from shapes alone; planning apart."""
@@ -95,8 +114,13 @@ class Kernel:
 class Choice:
     """The kernel taken for one call and what the others said.
 
-    speed: its own, relative to dense attention. planning: expected time of choosing the keys, as a
-    share of dense attention's; 0 until `after`. call: the shape it was chosen for.
+    Attributes:
+        kernel: The kernel.
+        refusals: Names and reasons of the kernels that refused.
+        speed: Expected speed of the kernel alone, relative to dense attention.
+        planning: Expected time of choosing the keys, as a share of dense attention's; 0 until
+            `after`.
+        call: The shape it was chosen for.
     """
 
     kernel: Kernel
@@ -116,51 +140,72 @@ class Choice:
 
 
 def refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-    """Everything a kernel says against a call. It should not raise; where a plug-in's kernel does,
-    that speaks against it too."""
-    return _asked(kernel, inputs, pattern, auto=False, trusted=False)[0]
+    """Everything a kernel says against a call.
 
-
-def _asked(
-    kernel: Kernel, inputs: AttentionInputs, pattern: Pattern, *, auto: bool, trusted: bool
-) -> tuple[list[str], float]:
-    """A kernel's refusals and, if there are none, its speed. The fault of one that was asked for by
-    name (``trusted``) is the caller's answer."""
+    It should not raise; where a plug-in's kernel does, that speaks against it too.
+    """
     try:
-        reasons = kernel.why_unavailable() or _unknown(kernel, pattern)
-        reasons = reasons or kernel.why_not(inputs, pattern)
-        if not reasons and auto:
-            reasons = kernel.not_ready(inputs, pattern)
-        return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
+        return _ask_named(kernel, inputs, pattern)[0]
     except Exception as error:
-        if trusted:
-            raise
-        return [f"asked what it takes, it raised {type(error).__name__}: {error}"], 0.0
+        return [_fault(error)]
 
 
-def _unknown(kernel: Kernel, pattern: Pattern) -> list[str]:
-    """Plans that choose no keys are only shown to kernels that know such."""
+def _refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+    reasons = kernel.why_unavailable()
+    if reasons:
+        return reasons
     if isinstance(pattern, ComputedPattern) and not kernel.supports_computed:
         return [f"attends to chosen keys only, got a {type(pattern).__name__} plan"]
-    return []
+    return kernel.why_not(inputs, pattern)
+
+
+def _fault(error: Exception) -> str:
+    return f"asked what it takes, it raised {type(error).__name__}: {error}"
+
+
+def _ask(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[list[str], float]:
+    """Why ``auto`` should not take a kernel, and its speed if there is no reason."""
+    try:
+        reasons = _refusals(kernel, inputs, pattern) or kernel.not_ready(inputs, pattern)
+        return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
+    except Exception as error:
+        return [_fault(error)], 0.0
+
+
+def _ask_named(
+    kernel: Kernel, inputs: AttentionInputs, pattern: Pattern
+) -> tuple[list[str], float]:
+    """The same of a kernel that was asked for by name: it need not be ready, and its fault is the
+    caller's answer."""
+    reasons = _refusals(kernel, inputs, pattern)
+    return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
 
 
 def choose(
     kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern, *, explicit: bool
 ) -> Choice:
-    """The fastest kernel that takes this call. An explicit request has one entry and never falls
-    back; if nothing is left, the error carries every kernel's reasons."""
-    refused = []
+    """The fastest kernel that takes this call.
+
+    Args:
+        kernels: The candidates.
+        inputs: The call.
+        pattern: What to compute.
+        explicit: Whether the user named the only candidate; there is no other to fall back to.
+
+    Raises:
+        KernelRefused: No kernel takes the call; the error carries the reasons of all of them.
+    """
+    ask = _ask_named if explicit else _ask
+    refused: list[tuple[str, tuple[str, ...]]] = []
     best, fastest = None, 0.0
     for kernel in kernels:  # a loop, not max(key=...), which older compilers cannot trace
-        reasons, speed = _asked(kernel, inputs, pattern, auto=not explicit, trusted=explicit)
+        reasons, speed = ask(kernel, inputs, pattern)
         if reasons:
             refused.append((kernel.name, tuple(reasons)))
-            continue
-        if best is None or _beats(kernel, speed, best, fastest):
+        elif best is None or _beats(kernel, speed, best, fastest):
             best, fastest = kernel, speed
     if best is None:
-        raise KernelRefused(_refused(inputs, pattern, refused, explicit))
+        raise KernelRefused(_refusal_message(inputs, pattern, refused, explicit))
     return Choice(best, tuple(refused), fastest, call=CallShape.of(inputs))
 
 
@@ -168,20 +213,17 @@ def _beats(kernel: Kernel, speed: float, best: Kernel, fastest: float) -> bool:
     return best.last_resort if kernel.last_resort != best.last_resort else speed > fastest
 
 
-def _refused(
+def _refusal_message(
     inputs: AttentionInputs,
     pattern: Pattern,
-    refusals: Sequence[tuple[str, Sequence[str]]],
+    refused: Sequence[tuple[str, Sequence[str]]],
     explicit: bool,
 ) -> str:
-    q = inputs.q
-    lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals]
+    q, kind = inputs.q, type(pattern).__name__
     hint = "use kernel='auto' to let another one run" if explicit else "no kernel is left"
-    return "\n".join(
-        [
-            f"no kernel computes a {type(pattern).__name__} pattern at site "
-            f"{inputs.site.name!r} for q {tuple(q.shape)}, k {tuple(inputs.k.shape)}, "
-            f"{q.dtype} on {q.device}; {hint}",
-            *lines,
-        ]
-    )
+    lines = [
+        f"no kernel computes a {kind} pattern at site {inputs.site.name!r} for q "
+        f"{tuple(q.shape)}, k {tuple(inputs.k.shape)}, {q.dtype} on {q.device}; {hint}",
+        *(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused),
+    ]
+    return "\n".join(lines)

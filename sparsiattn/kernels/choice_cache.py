@@ -1,4 +1,4 @@
-"""Choices of kernels kept for calls alike, so that a forward pass does not ask every kernel."""
+"""Choices of kernels kept for equal calls, so that a forward pass does not ask every kernel."""
 
 from __future__ import annotations
 
@@ -19,64 +19,73 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
 
 # Patterns whose fields are known to say all there is to know about them.
-_KNOWN = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)
-_PLAIN = (Tensor, nn.Parameter)
-_MOST = 64
+_KNOWN_PATTERNS = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_MOST_CHOICES = 64
 
 
 class ChoiceCache:
-    """A few choices by everything that a kernel may look at; see `Kernel`. Reads and writes are
-    single steps on a dict, so threads share it: at worst two of them ask the kernels at once."""
+    """A few choices by everything that a kernel may look at; see `Kernel`.
+
+    Reads and writes are single steps on a dict, so threads share it: at worst two of them ask the
+    kernels at once.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, Choice] = {}
-        self._for: tuple[Site, int] | None = None
+        self._choices: dict[Hashable, Choice] = {}
+        self._valid_for: tuple[Site, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._choices)
 
     def key(self, inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
-        """What `get` and `keep` take; None for what cannot be described: patterns and tensors of
-        classes from elsewhere."""
-        if type(pattern) not in _KNOWN or type(inputs.q) not in _PLAIN:
+        """What `get` and `keep` take.
+
+        Returns:
+            None for what cannot be described: patterns and tensors of classes from elsewhere.
+        """
+        if type(pattern) not in _KNOWN_PATTERNS or type(inputs.q) not in _PLAIN_TENSORS:
             return None
-        if self._for is None or self._for[0] is not inputs.site or self._for[1] != _priced():
+        site, prices = self._valid_for or (None, 0)
+        if site is not inputs.site or prices != cost.generation():
             # one comparison here instead of a site and a count in every key
-            self._found, self._for = {}, (inputs.site, _priced())
+            self._choices, self._valid_for = {}, (inputs.site, cost.generation())
         return describe(inputs, pattern)
 
     def get(self, key: Hashable | None) -> Choice | None:
-        return None if key is None else self._found.get(key)
+        """The choice kept for a key, if any."""
+        return None if key is None else self._choices.get(key)
 
     def keep(self, key: Hashable | None, choice: Choice) -> None:
+        """Keep a choice for later calls of that key; nothing where it is None."""
         if key is None:
             return
-        if len(self._found) >= _MOST:  # shapes that never repeat
-            self._found = {}
-        self._found[key] = choice
-
-
-_priced = cost.generation
+        if len(self._choices) >= _MOST_CHOICES:  # shapes that never repeat
+            self._choices = {}
+        self._choices[key] = choice
 
 
 def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
     """Everything but values that a kernel may look at besides the site; kept short, since every
     call of every site pays for it."""
     q, k, v, bias, token_state = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.token_state
-    kind = q.device.type
-    return (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
-        q.dtype, k.dtype, v.dtype, q.device,
+    device = q.device.type
+    layouts = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
+    types = (q.dtype, k.dtype, v.dtype, q.device)
+    mask = None
+    if bias is not None:
+        mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad)
+    options = (inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid)
+    groups = (inputs.tile, inputs.block, None if token_state is None else token_state.reduced)
+    fields = tuple([_of(value) for value in vars(pattern).values()])
+    modes = (
         torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
-        bias if bias is None
-        else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad),
-        inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid, inputs.tile, inputs.block,
-        token_state if token_state is None else token_state.reduced,
-        type(pattern), tuple([_of(value) for value in vars(pattern).values()]),
-        torch.is_inference_mode_enabled(), q.is_inference(),
-        kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.is_inference_mode_enabled(),
+        q.is_inference(),
+        device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    )
+    return layouts, types, mask, options, groups, type(pattern), fields, modes
 
 
 def _of(value: Any) -> Hashable:

@@ -13,7 +13,8 @@ import torch
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern, Ranked
-from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels import tuning_cache
+from sparsiattn.kernels.native import build
 
 # Names under which dense attention and planning are priced, beside those of the kernels.
 DENSE, PLANNING = "dense", "planning"
@@ -24,9 +25,15 @@ TRACED_IMAGES = 8
 
 @dataclass(frozen=True)
 class Work:
-    """calls: operations started, each with its overhead. macs: multiply-accumulates of QK^T and AV,
-    padding included. logits: softmax entries (for planning: scores to choose from). bytes: copied
-    or written besides the operands and the result. rows: queries of all heads, read and written."""
+    """What a call does.
+
+    Attributes:
+        calls: Operations started, each with its overhead.
+        macs: Multiply-accumulates of QK^T and AV, padding included.
+        logits: Softmax entries; for planning, scores to choose from.
+        bytes: Copied or written besides the operands and the result.
+        rows: Queries of all heads, read and written.
+    """
 
     calls: float = 0.0
     macs: float = 0.0
@@ -36,22 +43,29 @@ class Work:
 
     def times(self, factor: float) -> Work:
         """The same operations on ``factor`` times as much."""
-        grown = (amount * factor for amount in (self.macs, self.logits, self.bytes, self.rows))
-        return Work(self.calls, *grown)
+        amounts = (amount * factor for amount in (self.macs, self.logits, self.bytes, self.rows))
+        return Work(self.calls, *amounts)
 
     def features(self) -> tuple[float, ...]:
+        """The amounts, in the order of the fields of `Prices`."""
         return self.calls, self.macs, self.logits, self.bytes, self.rows
 
 
 @dataclass(frozen=True)
 class Planning:
-    """What choosing the keys of ``batch`` images does. Planners that multiply nothing read their
-    keys off a table, the same for every image."""
+    """What choosing the keys does.
+
+    Attributes:
+        work: What it does for ``batch`` images.
+        batch: Images, or windows of them.
+    """
 
     work: Work
     batch: int
 
     def at(self, batch: int) -> Work:
+        """The work for another number of images; none more where it multiplies nothing, because
+        such planners read their keys off a table, the same for every image."""
         return self.work.times(batch / self.batch) if self.work.macs else self.work
 
     def share(self, call: CallShape) -> float:
@@ -61,7 +75,15 @@ class Planning:
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds of one unit of each kind of `Work`."""
+    """Seconds of one unit of each kind of `Work`.
+
+    Attributes:
+        call: Of an operation started.
+        mac: Of a multiply-accumulate.
+        logit: Of a softmax entry.
+        byte: Of a byte copied.
+        row: Of a query read and written.
+    """
 
     call: float
     mac: float
@@ -106,27 +128,33 @@ class CallShape:
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> CallShape:
-        q, k, v = inputs.q, inputs.k, inputs.v
+        q, v = inputs.q, inputs.v
         batch, heads, queries, dim = q.shape
         if torch.compiler.is_compiling():  # the program must fit any batch, so none may decide
             batch = TRACED_IMAGES * inputs.site.windows
-        return cls(
-            batch, heads, queries, k.shape[-2], dim, v.shape[-1], q.dtype, inputs.device
-        )  # fmt: skip
+        keys, value_dim = v.shape[-2:]
+        return cls(batch, heads, queries, keys, dim, value_dim, q.dtype, inputs.device)
 
     def attending(self, pairs: float, *, calls: float = 1.0, moved: float = 0.0) -> Work:
-        """Attention over that many (query, key) pairs of every image and head."""
+        """The work of attention.
+
+        Args:
+            pairs: (query, key) pairs of every image and head.
+            calls: Operations started.
+            moved: Bytes copied.
+        """
         each = self.batch * self.heads
         macs = each * pairs * (self.dim + self.value_dim)
         return Work(calls, macs, each * pairs, moved, each * self.queries)
 
     def rows_bytes(self, rows: float) -> float:
         """Bytes of that many keys and their values in every image and head."""
-        wide = (self.dim + self.value_dim) * self.dtype.itemsize
-        return self.batch * self.heads * rows * wide
+        row = (self.dim + self.value_dim) * self.dtype.itemsize
+        return self.batch * self.heads * rows * row
 
     @property
     def dense(self) -> Work:
+        """The work of dense attention."""
         return self.attending(self.queries * self.keys)
 
 
@@ -141,7 +169,7 @@ _CPU = {
     "gather": Prices(7.3e-6, 1.71e-11, 6.81e-10, 2.5e-11, 5.1e-7),
     "native": Prices(1.1e-06, 7.95e-12, 5.17e-10, 1.9e-11, 3.6e-08),
 }
-# where the code that `native` compiles plans as well
+# where the code that `native` compiles plans, too
 _CPU_COMPILED = {**_CPU, PLANNING: Prices(5.6e-06, 4.78e-12, 1.29e-08, 9.6e-12, 5.1e-08)}
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {
@@ -163,19 +191,13 @@ _generation = 0
 def shipped(device: torch.device, dtype: torch.dtype) -> dict[str, Prices]:
     """Prices for machines that were never tuned."""
     if device.type != "cuda":
-        return _CPU_COMPILED if dtype == torch.float32 and _is_compiled() else _CPU
+        return _CPU_COMPILED if dtype == torch.float32 and build.is_loaded() else _CPU
     return _CUDA_HALF if dtype.itemsize == 2 else _CUDA_SINGLE
 
 
-def _is_compiled() -> bool:
-    from sparsiattn.kernels.native import build  # kernels are priced here themselves
-
-    return build.is_loaded()
-
-
 def prices(kernel: str, call: CallShape) -> Prices:
-    """What a kernel's work costs at this call: as tuned, as shipped, or those of `gather` where a
-    kernel is new."""
+    """What a kernel's work costs at this call: as tuned, as shipped, or, for a kernel that is not
+    known, as that of `gather`."""
     tuned = _TUNED.get((call.device, call.dtype))
     if tuned is None and not torch.compiler.is_compiling():
         ready(call.device)
@@ -197,7 +219,13 @@ def speed(kernel: str, work: Work, call: CallShape) -> float:
 
 
 def planning(macs: int, scores: int, call: CallShape) -> Planning:
-    """Planning that multiplies that often and chooses among that many scores."""
+    """What choosing the keys of a call does.
+
+    Args:
+        macs: Multiply-accumulates of the planner.
+        scores: Scores among which it chooses.
+        call: The shape of the call.
+    """
     operands = call.batch * call.heads * (call.queries + call.keys) * call.dim
     # a predictor reads queries and keys; a table is only looked up and sorted
     read = operands * call.dtype.itemsize if macs else 0
@@ -210,9 +238,9 @@ def ready(device: torch.device) -> None:
     if device.type == "meta" or (device, torch.float32) in _TUNED:
         return
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
-        entry = tuningfile.find(device, dtype)
-        found = {} if entry is None else entry["prices"]
-        _TUNED[device, dtype] = {name: Prices(**price) for name, price in found.items()}
+        entry = tuning_cache.find(device, dtype)
+        measured = {} if entry is None else entry["prices"]
+        _TUNED[device, dtype] = {name: Prices(**price) for name, price in measured.items()}
 
 
 def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:

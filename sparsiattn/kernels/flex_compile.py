@@ -143,10 +143,6 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
     full = count - 1 if key.even else 0
     rows = 1 if key.bias is None or key.bias[2] != key.shape[2] else tile
 
-    def columns(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lists as `BlockMask` takes them: their lengths, and ids filled up to all blocks."""
-        return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
-
     def program(
         q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, limit: Tensor, bias: Tensor | None
     ) -> Tensor:
@@ -164,11 +160,17 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
 
         extra = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
         extra = extra.expand(*chosen.shape[:-1], extra_blocks)
-        lists = columns(torch.cat([chosen[..., full:], extra], dim=-1))
-        full_lists = columns(chosen[..., :full]) if full else (None, None)
-        lengths = q.shape[-2], k.shape[-2]
+        counts, ids = _columns(torch.cat([chosen[..., full:], extra], dim=-1), units)
+        full_counts, full_ids = _columns(chosen[..., :full], units) if full else (None, None)
         block_mask = BlockMask.from_kv_blocks(
-            *lists, *full_lists, (tile, size), mask, seq_lengths=lengths, compute_q_blocks=grad
+            counts,
+            ids,
+            full_counts,
+            full_ids,
+            (tile, size),
+            mask,
+            seq_lengths=(q.shape[-2], k.shape[-2]),
+            compute_q_blocks=grad,
         )
         out: Tensor = flex_attention(
             q,
@@ -182,6 +184,11 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
         return out
 
     return program
+
+
+def _columns(x: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Lists as `BlockMask` takes them: their lengths, and ids filled up to all blocks."""
+    return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
 
 
 @cache

@@ -48,7 +48,7 @@ class Reference(Kernel):
         if isinstance(pattern, Lengths) and len(pattern.lengths) > 1:
             # a mask would multiply another image's NaN by zero
             each = zip(_images(inputs, pattern.lengths), pattern.lengths, strict=True)
-            return torch.cat([self._exact(one, Dense(n, n)) for one, n in each], dim=-2)
+            return torch.cat([self._exact(image, Dense(n, n)) for image, n in each], dim=-2)
         logits = inputs.logits()
         keep = pattern.to_mask().to(logits.device)
         allowed = inputs.allowed()
@@ -74,8 +74,8 @@ def _images(inputs: AttentionInputs, lengths: tuple[int, ...]) -> Iterator[Atten
     parts = (x.split(lengths, dim=-2) for x in (inputs.q, inputs.k, inputs.v))
     bias: list[Tensor | None] = [None] * len(lengths)
     if inputs.bias is not None:
-        whole = inputs.bias.expand(*inputs.bias.shape[:-2], inputs.n_queries, inputs.n_keys)
-        rows = enumerate(whole.split(lengths, dim=-2))
+        full = inputs.bias.expand(*inputs.bias.shape[:-2], inputs.n_queries, inputs.n_keys)
+        rows = enumerate(full.split(lengths, dim=-2))
         bias = [row.split(lengths, dim=-1)[i] for i, row in rows]
     for q, k, v, b in zip(*parts, bias, strict=True):
         yield inputs.replace(q=q, k=k, v=v, bias=b)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
@@ -30,8 +29,7 @@ class MaskedSDPA(Kernel):
             return computed_work(call, pattern)
         if isinstance(pattern, Lengths) and inputs.bias is None:
             return lengths_work(call, pattern, calls=6.0 * len(set(pattern.lengths)))
-        keys = call.keys + (pattern.summary.count if pattern.summary else 0)
-        pairs = call.queries * keys
+        pairs = call.queries * (call.keys + (pattern.summary.count if pattern.summary else 0))
         if isinstance(pattern, Dense):
             return call.attending(pairs)
         masks = 1 if isinstance(pattern, Lengths) else _masks(call, pattern)
@@ -45,17 +43,17 @@ class MaskedSDPA(Kernel):
 
 def _masks(call: CallShape, pattern: Pattern) -> int:
     """Over how many images and heads the pattern's mask differs."""
-    if isinstance(pattern, KeyBlocks):
-        lead = pattern.chosen.shape[:2]
-    elif isinstance(pattern, KeyLists):
-        lead = pattern.index.shape[:2]
-    else:
-        lead = pattern.keep.shape[:2] if isinstance(pattern, Mask) else torch.Size((1, 1))
-    return (1 if lead[0] == 1 else call.batch) * lead[1]
+    lists: Tensor | None = None
+    if isinstance(pattern, KeyLists):
+        lists = pattern.chosen if isinstance(pattern, KeyBlocks) else pattern.index
+    elif isinstance(pattern, Mask):
+        lists = pattern.keep
+    images, heads = (1, 1) if lists is None else lists.shape[:2]
+    return (1 if images == 1 else call.batch) * heads
 
 
 def computed_work(call: CallShape, pattern: ComputedPattern) -> Work:
-    """Of a pattern that selects no keys: its operands are there, so only attention is left."""
+    """Work of a pattern that selects no keys: its operands are there, so only attention is left."""
     each = call.batch * call.heads
     pairs, macs = pattern.pairs() or 0.0, pattern.macs(call.dim, call.value_dim)
     by_hand = isinstance(pattern, Logits)  # writes its matrix of weights
@@ -65,5 +63,5 @@ def computed_work(call: CallShape, pattern: ComputedPattern) -> Work:
 
 
 def lengths_work(call: CallShape, pattern: Lengths, calls: float) -> Work:
-    """Attention of packed images, each for itself."""
+    """Work of attention of packed images, each for itself."""
     return call.attending(sum(n * n for n in pattern.lengths), calls=calls)

@@ -17,23 +17,29 @@ from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.sdpa import lengths_work
 
-HALF = (torch.float16, torch.bfloat16)
+VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def ragged_refusals(
     inputs: AttentionInputs, pattern: Pattern, needs: str = "images packed by length"
 ) -> list[str]:
-    """What every kernel for ragged batches refuses."""
-    found = []
+    """What every kernel for ragged batches refuses.
+
+    Args:
+        inputs: The call.
+        pattern: Its pattern.
+        needs: The patterns that the kernel takes, in words.
+    """
+    reasons = []
     if not isinstance(pattern, Lengths):
-        found.append(f"needs {needs}, got a {type(pattern).__name__} pattern")
+        reasons.append(f"needs {needs}, got a {type(pattern).__name__} pattern")
     if inputs.q.device.type != "cuda":
-        found.append(f"needs CUDA tensors, got {inputs.q.device.type}")
+        reasons.append(f"needs CUDA tensors, got {inputs.q.device.type}")
     if inputs.bias is not None:
-        found.append("takes no mask of the host")
+        reasons.append("takes no mask of the host")
     if inputs.q.shape[-1] % 8 or inputs.v.shape[-1] != inputs.q.shape[-1]:
-        found.append("needs head dims that are equal and a multiple of 8")
-    return found
+        reasons.append("needs head dims that are equal and a multiple of 8")
+    return reasons
 
 
 class Varlen(Kernel):
@@ -50,14 +56,14 @@ class Varlen(Kernel):
         return [] if shim() is not None else ["this torch has no varlen_attn"]
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.why_unavailable() + ragged_refusals(inputs, pattern)
-        if inputs.q.dtype not in HALF:
-            found.append(f"needs half precision, got {inputs.q.dtype}")
+        reasons = self.why_unavailable() + ragged_refusals(inputs, pattern)
+        if inputs.q.dtype not in VARLEN_DTYPES:
+            reasons.append(f"needs half precision, got {inputs.q.dtype}")
         if inputs.dropout:
-            found.append("has no dropout")
+            reasons.append("has no dropout")
         if not inputs.scale > 0:
-            found.append(f"needs a positive scale, got {inputs.scale}")
-        return found
+            reasons.append(f"needs a positive scale, got {inputs.scale}")
+        return reasons
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, Lengths)
@@ -77,9 +83,12 @@ class Varlen(Kernel):
 class Shim:
     """One version of `varlen_attn`, called without any mask.
 
-    The tensors' names and order have stayed, the keywords have not: ``is_causal`` gave way to
+    The order of the tensors has stayed, the keywords have not: ``is_causal`` gave way to
     ``window_size``, and ``scale`` came later. Left out they all mean no mask, so only ``scale`` is
     passed on, and where a version has none the queries carry it.
+
+    Args:
+        function: That version's `varlen_attn`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -89,16 +98,29 @@ class Shim:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float
     ) -> Tensor:
-        """Attention of packed images ``[N, H, D]`` that end at ``ends``."""
+        """Attention of packed images.
+
+        Args:
+            q: Queries ``[N, H, D]`` of all images.
+            k: Their keys.
+            v: Their values.
+            ends: Where the images start and end, ``[images + 1]``.
+            longest: Tokens of the longest image.
+            scale: Factor of QK^T.
+
+        Returns:
+            ``[N, H, D]``.
+        """
         if self.takes_scale:
             return self.function(q, k, v, ends, ends, longest, longest, scale=scale)
-        carried = q * (scale * q.shape[-1] ** 0.5)
-        return self.function(carried, k, v, ends, ends, longest, longest)
+        scaled = q * (scale * q.shape[-1] ** 0.5)  # `function` divides by that root
+        return self.function(scaled, k, v, ends, ends, longest, longest)
 
 
 @cache
 def shim() -> Shim | None:
-    """That of the installed torch; its module takes seconds to import, so not before it is used."""
+    """That of the installed torch, None where it has none."""
+    # imported when it is needed first: that takes seconds
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

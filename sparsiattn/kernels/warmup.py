@@ -15,7 +15,14 @@ from sparsiattn.kernels.cost import reload
 def warm_kernels(
     kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern, *, training: bool
 ) -> None:
-    """Let kernels get ready for one call, and for its backward pass where the model trains."""
+    """Let kernels get ready for one call.
+
+    Args:
+        kernels: The kernels that may be taken.
+        inputs: The call.
+        pattern: What to compute.
+        training: Whether the model trains, so that the backward pass is needed, too.
+    """
     calls = [inputs]
     if training and inputs.q.device.type != "cpu":
         calls.append(_with_gradients(inputs))

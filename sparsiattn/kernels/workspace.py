@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 # More than this is not kept, in bytes per name.
-MOST_KEPT = 1 << 25
+LARGEST_KEPT = 1 << 25
 
 
 class Scratch(threading.local):
-    """Buffers by name. What is in one is lost at the next request of that name by the same thread,
-    so nothing that autograd keeps, and nothing that is returned to a host, may lie in one."""
+    """Buffers by name.
+
+    What is in one is lost at the next request of that name by the same thread, so nothing that
+    autograd keeps, and nothing that is returned to a host, may lie in one.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -29,19 +32,19 @@ class Scratch(threading.local):
         return self.numbers(name, size, like)[:size].view(shape)
 
     def numbers(self, name: str, size: int, like: Tensor) -> Tensor:
-        """At least so many numbers in a row, for code that takes an address: views cost as much as
+        """At least ``size`` numbers in a row, for code that takes an address: views cost as much as
         small operations do."""
-        found = self._kept.get((name, like.dtype))
-        if found is None or found.numel() < size:
+        buffer = self._kept.get((name, like.dtype))
+        if buffer is None or buffer.numel() < size:
             # an inference tensor kept from a warm-up would break a later training step
             with torch.inference_mode(False):
-                found = torch.empty(size, dtype=like.dtype)
-            if size * like.element_size() <= MOST_KEPT:
-                self._kept[name, like.dtype] = found
-        return found
+                buffer = torch.empty(size, dtype=like.dtype)
+            if size * like.element_size() <= LARGEST_KEPT:
+                self._kept[name, like.dtype] = buffer
+        return buffer
 
     def clear(self) -> None:
-        """Gives this thread's buffers back."""
+        """Give this thread's buffers back."""
         self._kept.clear()
 
 

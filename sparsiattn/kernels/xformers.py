@@ -25,7 +25,7 @@ from sparsiattn.kernels.padding import slot_macs, summary_count
 from sparsiattn.kernels.sdpa import lengths_work
 from sparsiattn.kernels.varlen import ragged_refusals
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+XFORMERS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
 
 
@@ -41,18 +41,18 @@ class XFormers(Kernel):
             return ["needs a CUDA device"]
         if torch.compiler.is_compiling():
             return ["cannot be traced by torch.compile"]
-        found = probe()
-        return [] if found.ops is not None else [found.reason]
+        loaded = probe()
+        return [] if loaded.ops is not None else [loaded.reason]
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        found = self.why_unavailable()
+        reasons = self.why_unavailable()
         if isinstance(pattern, KeyBlocks):
-            ops = None if found else probe().ops
-            return found + paged.refusals(ops, inputs, pattern)
-        found += ragged_refusals(inputs, pattern, "images packed by length or key blocks")
-        if inputs.q.dtype not in DTYPES:
-            found.append(f"needs float32, bfloat16 or float16, got {inputs.q.dtype}")
-        return found
+            ops = None if reasons else probe().ops
+            return reasons + paged.refusals(ops, inputs, pattern)
+        reasons += ragged_refusals(inputs, pattern, "images packed by length or key blocks")
+        if inputs.q.dtype not in XFORMERS_DTYPES:
+            reasons.append(f"needs float32, bfloat16 or float16, got {inputs.q.dtype}")
+        return reasons
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if inputs.q.device.type == "meta":
@@ -87,44 +87,50 @@ class XFormers(Kernel):
         return out.transpose(1, 2)
 
 
-class Found(NamedTuple):
-    """The module with the operators, or None and why."""
+class Operators(NamedTuple):
+    """What `probe` found.
+
+    Attributes:
+        ops: The module with the operators; None where there is none that works.
+        reason: Why there is none.
+    """
 
     ops: Any
     reason: str
 
 
 @cache
-def probe() -> Found:
+def probe() -> Operators:
     """The first of xformers and mslk that works here; asked once, and not before it is needed."""
     reasons = []
     for home in HOMES:
-        found = _load(home)
-        if found.ops is not None:
-            return found
-        reasons.append(found.reason)
-    return Found(None, "; ".join(reasons))
+        loaded = _load(home)
+        if loaded.ops is not None:
+            return loaded
+        reasons.append(loaded.reason)
+    return Operators(None, "; ".join(reasons))
 
 
-def _load(home: str) -> Found:
-    """Import one of them without a word on stderr. A wheel for another CUDA or torch may fail in
-    any way while it loads, or load without its operators."""
+def _load(home: str) -> Operators:
+    """Import one of them silently. A wheel for another CUDA or torch may fail in any way while it
+    loads, or load without its operators."""
     name = home.partition(".")[0]
     try:
         with _silence(name):
             ops = importlib.import_module(home)
     except ModuleNotFoundError as error:
-        missing = "" if error.name == name else f" without {error.name}"
-        return Found(None, f"{name} is not installed" if not missing else f"{name} fails{missing}")
+        if error.name == name:
+            return Operators(None, f"{name} is not installed")
+        return Operators(None, f"{name} fails without {error.name}")
     except Exception as error:
-        return Found(None, f"{name} cannot be imported ({first_line(error)})")
+        return Operators(None, f"{name} cannot be imported ({first_line(error)})")
     fault = _extension_fault(name)
-    return Found(None, fault) if fault else Found(ops, "")
+    return Operators(None, fault) if fault else Operators(ops, "")
 
 
 @contextmanager
 def _silence(name: str) -> Iterator[None]:
-    loggers = [logging.getLogger(each) for each in (name, f"{name}_fmha")]
+    loggers = [logging.getLogger(name), logging.getLogger(f"{name}_fmha")]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True

@@ -21,7 +21,7 @@ from sparsiattn.attention import KeyBlocks, Lengths
 from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, paged, varlen
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.varlen import Shim
-from sparsiattn.kernels.xformers import Found
+from sparsiattn.kernels.xformers import Operators
 from sparsiattn.testing import random_inputs
 from tests.support.flex_calls import flex_call
 
@@ -181,7 +181,7 @@ class TestProbe:
         monkeypatch.setitem(sys.modules, "xformers._cpp_lib", broken)
         expected = "xformers cannot load its CUDA extension (built for CUDA 1208)"
         assert fmha._extension_fault("xformers") == expected
-        monkeypatch.setattr(fmha, "probe", lambda: Found(None, expected))
+        monkeypatch.setattr(fmha, "probe", lambda: Operators(None, expected))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         inputs, pattern = packed_call()
         assert XFormers().why_unavailable() == [expected]
@@ -189,13 +189,13 @@ class TestProbe:
 
     def test_the_second_home_is_asked_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ops = SimpleNamespace()
-        answers = {fmha.HOMES[0]: Found(None, "xformers is not installed"),
-                   fmha.HOMES[1]: Found(ops, "")}  # fmt: skip
+        answers = {fmha.HOMES[0]: Operators(None, "xformers is not installed"),
+                   fmha.HOMES[1]: Operators(ops, "")}  # fmt: skip
         monkeypatch.setattr(fmha, "_load", answers.__getitem__)
-        assert fmha.probe.__wrapped__() == Found(ops, "")
-        answers[fmha.HOMES[1]] = Found(None, "mslk is not installed")
+        assert fmha.probe.__wrapped__() == Operators(ops, "")
+        answers[fmha.HOMES[1]] = Operators(None, "mslk is not installed")
         both = "xformers is not installed; mslk is not installed"
-        assert fmha.probe.__wrapped__() == Found(None, both)
+        assert fmha.probe.__wrapped__() == Operators(None, both)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ class TestXFormers:
     def test_packed_images_equal_the_reference(
         self, biases: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        monkeypatch.setattr(fmha, "probe", lambda: Operators(computing(biases), ""))
         inputs, pattern = packed_call()
         out = XFormers()(inputs, pattern)
         torch.testing.assert_close(out, Reference()(inputs, pattern), rtol=1e-4, atol=1e-5)
@@ -260,7 +260,7 @@ class TestXFormers:
     def test_pages_equal_the_reference(
         self, name: str, biases: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        monkeypatch.setattr(fmha, "probe", lambda: Operators(computing(biases), ""))
         call = flex_call(**{"block": (4, 4), **PAGED[name]})
         out = XFormers()(*call)
         torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
@@ -284,7 +284,7 @@ class TestXFormers:
     def test_a_tile_that_dropped_nothing_has_no_summary(
         self, biases: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        monkeypatch.setattr(fmha, "probe", lambda: Operators(computing(biases), ""))
         inputs, pattern = flex_call(block=(4, 4), prefix=0)
         assert isinstance(pattern, KeyBlocks)
         assert pattern.summary is not None
@@ -294,7 +294,7 @@ class TestXFormers:
         torch.testing.assert_close(out, Reference()(*call), rtol=1e-4, atol=1e-5)
 
     def test_no_image_at_all(self, biases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fmha, "probe", lambda: Found(computing(biases), ""))
+        monkeypatch.setattr(fmha, "probe", lambda: Operators(computing(biases), ""))
         inputs, pattern = flex_call(block=(4, 4), shared=True, background=None)
         none = inputs.replace(q=inputs.q[:0], k=inputs.k[:0], v=inputs.v[:0])
         assert XFormers()(none, pattern).shape == (0, 3, 65, 16)

@@ -66,7 +66,7 @@ def call(
     cells: int = 4,
 ) -> Any:
     """Operands of 4,097 tokens that are only shapes: keys one by one, or by blocks."""
-    from sparsiattn.kernels._triton.launch import Call
+    from sparsiattn.kernels._triton.launch import KeyListOperands
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -74,7 +74,7 @@ def call(
     q, k, v = empty(2, 4097, 3, 6, dim).permute(2, 0, 3, 1, 4)
     tiles, wide = 4096 // tile, torch.float32
     chosen = empty(2, 6, tiles, 410 // block if block else 410, dtype=torch.int64)
-    return Call(
+    return KeyListOperands(
         q, k, v,
         pooled_k=empty(2, 6, cells, dim) if cells else None,
         pooled_v=empty(2, 6, cells, dim) if cells else None,

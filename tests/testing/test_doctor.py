@@ -68,7 +68,7 @@ def test_a_wheel_for_another_torch_is_found_out(
     reason: str, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis.metadata, "version", lambda name: "0.0.1")
-    monkeypatch.setattr(fmha, "probe", lambda: fmha.Found(None, reason))
+    monkeypatch.setattr(fmha, "probe", lambda: fmha.Operators(None, reason))
     assert found("extra xformers", "xformers").status == status
 
 

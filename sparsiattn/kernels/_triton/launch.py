@@ -1,35 +1,61 @@
 """How the Triton kernels are called: strides, tile sizes, the order of arguments. Imports triton.
 
-A launch is made up as data first (`Launch`), so that it can be compiled for a device that is not
-there.
+A launch is data first (`Launch`), so that it can be compiled for a device that is not there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsiattn.kernels._triton.backward import backward as backward_kernel
-from sparsiattn.kernels._triton.forward import forward as forward_kernel
+from sparsiattn.kernels._triton import kernels
 
 FEWEST = 16
 """The smallest side of a matrix product on tensor cores."""
 
+GRADIENTS = ("q", "k", "v", "pooled_k", "pooled_v", "host", "rows")
+"""Operands that have a gradient."""
+
+TENSORS = (*GRADIENTS, "order", "weight", "chosen", "held", "table")
+"""Operands that are tensors."""
+
+AXES = {
+    **dict.fromkeys(("q", "k", "v", "out", "grad", "to_q", "to_k", "to_v"), "bhn"),
+    **dict.fromkeys(("host", "to_host"), "bhmn"),
+    **dict.fromkeys(("rows", "to_rows"), "bhmg"),
+    "chosen": "bht",
+}
+"""Names of the axes along which kernels step; all other tensors are contiguous."""
+
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """The operands of one call. q: ``[B, H, P + n, D]``; k, v: ``[B, H, Nk, D|Dv]``; pooled_k,
-    pooled_v: ``[B, H, G, D|Dv]``; host: the host's mask, of 4 dimensions; rows: the summary's
-    logits, ``[B|1, H|1, T|n, G]``; order, weight: the tiles, ``[T, t]``; chosen: keys or blocks of
-    every tile, ``[B|1, H|1, T, C]``; held: keys in each of these blocks where their number
-    differs; table: keys of every block, ``[U, g]``. keys: places in every list. prefix: leading
-    keys that begin every list of blocks. first: leading queries left out, P. lowest: what the
-    host's mask forbids; None where it only favours."""
+class KeyListOperands:
+    """The operands of one call.
+
+    Attributes:
+        q: Queries ``[B, H, P + n, D]``.
+        k: Keys ``[B, H, Nk, D]``.
+        v: Values ``[B, H, Nk, Dv]``.
+        pooled_k: Summary keys ``[B, H, G, D]``.
+        pooled_v: Summary values ``[B, H, G, Dv]``.
+        host: The host's mask, of 4 dimensions.
+        rows: Logits of the summary, ``[B|1, H|1, T|n, G]``.
+        order: Patch queries of every tile, ``[T, t]``; None where each is alone.
+        weight: Zero for slots of tiles that repeat a query, ``[T, t]``; None where none does.
+        chosen: Keys or blocks of every tile, ``[B|1, H|1, T, C]``.
+        held: Keys in each of these blocks, where their number differs.
+        table: Keys of every block, ``[U, g]``; None for lists of single keys.
+        first: Leading queries left out, P.
+        prefix: Leading keys that begin every list of blocks.
+        keys: Places in every list.
+        scale: Factor of QK^T.
+        lowest: Logits of the host's mask that forbid; None where it only favours.
+    """
 
     q: Tensor
     k: Tensor
@@ -51,16 +77,31 @@ class Call:
 
     @property
     def slots(self) -> int:
+        """Queries of a tile."""
         return 1 if self.order is None else self.order.shape[1]
 
     @property
     def queries(self) -> int:
+        """Patch queries, n."""
         return self.q.shape[-2] - self.first
+
+    @property
+    def width(self) -> int:
+        """The larger head dim, padded."""
+        return max(padded(self.q.shape[-1]), padded(self.v.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A kernel, how many programs it takes, and all of its arguments by name."""
+    """One run of a kernel.
+
+    Attributes:
+        kernel: The function of triton.
+        programs: How many programs it takes.
+        arguments: All of its arguments by name.
+        warps: Warps of a program.
+        stages: Stages of its software pipeline.
+    """
 
     kernel: Any
     programs: int
@@ -74,16 +115,25 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self, device: torch.device) -> None:
+        """Start it on the device of the operands; does nothing where there is no image."""
         if not self.programs:
             return
-        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with here:
+        # triton launches on the current device, which need not be that of the operands
+        on_cuda = device.type == "cuda"
+        with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Queries and keys of one step, warps, and stages of the software pipeline."""
+    """How a program cuts its work.
+
+    Attributes:
+        rows: Queries of a program.
+        keys: Keys of a step.
+        warps: Warps of a program.
+        stages: Stages of the software pipeline.
+    """
 
     rows: int
     keys: int
@@ -91,10 +141,10 @@ class Sizes:
     stages: int
 
 
-def forward_sizes(call: Call) -> Sizes:
+def forward_sizes(call: KeyListOperands) -> Sizes:
     """Fixed by shape alone, for 99 KiB of shared memory and without spilled registers in half
     precision: measuring while a model runs would make its results depend on the clock."""
-    row = _width(call) * call.q.element_size()
+    row = call.width * call.q.element_size()
     if call.q.element_size() == 4:
         most, keys, stages = (64 if row <= 256 else 32), (32 if row <= 512 else 16), 2
     else:
@@ -103,20 +153,20 @@ def forward_sizes(call: Call) -> Sizes:
     if call.host is not None:
         most, stages = min(most, 64), stages if row <= 256 else 1
     rows = _rows(call.slots, most)
-    heavy = call.q.element_size() == 4 or call.host is not None or rows * _width(call) > 4096
+    heavy = call.q.element_size() == 4 or call.host is not None or rows * call.width > 4096
     return Sizes(rows, keys, 8 if heavy else 4, stages)
 
 
-def backward_sizes(call: Call) -> Sizes:
+def backward_sizes(call: KeyListOperands) -> Sizes:
     """As `forward_sizes`; the backward pass holds twice as many operands at a time."""
-    row = _width(call) * call.q.element_size()
+    row = call.width * call.q.element_size()
     if call.q.element_size() == 4:
         most, keys, stages = (64 if row <= 256 else 32 if row <= 512 else 16), 16, 1
     else:
         most, keys = (64 if row <= 256 else 32), (64 if row <= 128 else 32)
         stages = 2 if row <= 128 else 1
     rows = _rows(call.slots, most)
-    return Sizes(rows, keys, 8 if rows * _width(call) > 2048 else 4, stages)
+    return Sizes(rows, keys, 8 if rows * call.width > 2048 else 4, stages)
 
 
 def _rows(slots: int, most: int) -> int:
@@ -132,77 +182,74 @@ def padded(size: int) -> int:
     return max(FEWEST, 1 << (size - 1).bit_length())
 
 
-def forward(call: Call, out: Tensor, lse: Tensor) -> Launch:
-    """Writes ``out [B, H, P + n, Dv]``, the first P rows left alone, and the logarithms of the
-    softmax's sums ``[B, H, n]``."""
-    arguments = {**_shared(call, forward_sizes, out, lse), **_strides("out", out, "bhn")}
-    return _launch(forward_kernel, call, forward_sizes, arguments)
+def forward(call: KeyListOperands, out: Tensor, lse: Tensor) -> Launch:
+    """The launch of a forward pass.
+
+    Args:
+        call: The operands.
+        out: Written, ``[B, H, P + n, Dv]``; the first P rows are left alone.
+        lse: Written, the logarithms of the softmax's sums, ``[B, H, n]``.
+    """
+    return _launch(kernels.forward, call, forward_sizes(call), {"out": out, "lse": lse})
 
 
 def backward(
-    call: Call, out: Tensor, lse: Tensor, grad: Tensor, into: Sequence[Tensor | None]
+    call: KeyListOperands, out: Tensor, lse: Tensor, grad: Tensor, into: Sequence[Tensor | None]
 ) -> Launch:
-    """Writes the gradient of q and adds to the others, in the order of `GRADIENTS`."""
-    named = dict(zip(GRADIENTS, into, strict=True))
-    arguments = {
-        **_shared(call, backward_sizes, out, lse),
-        "grad": grad,
-        **{f"to_{name}": x for name, x in named.items()},
-        **_strides("out", out, "bhn"),
-        **_strides("grad", grad, "bhn"),
-        **_strides("to_q", named["q"], "bhn"),
-        **_strides("to_k", named["k"], "bhn"),
-        **_strides("to_v", named["v"], "bhn"),
-        **_strides("to_host", named["host"], "bhmn"),
-        **_strides("to_rows", named["rows"], "bhmg"),
-    }
-    return _launch(backward_kernel, call, backward_sizes, arguments)
+    """The launch of a backward pass.
+
+    Args:
+        call: The operands.
+        out: The result of the forward pass.
+        lse: The logarithms of its softmax's sums.
+        grad: The gradient of ``out``.
+        into: In the order of `GRADIENTS`: that of q is written, the others are added to.
+    """
+    names = [f"to_{name}" for name in GRADIENTS]
+    tensors = {"out": out, "lse": lse, "grad": grad, **dict(zip(names, into, strict=True))}
+    return _launch(kernels.backward, call, backward_sizes(call), tensors)
 
 
-GRADIENTS = ("q", "k", "v", "pooled_k", "pooled_v", "host", "rows")
-"""Operands that have a gradient."""
-
-
-def _launch(kernel: Any, call: Call, sizes: Any, arguments: dict[str, Any]) -> Launch:
-    size = sizes(call)
-    programs = call.q.shape[0] * call.q.shape[1] * call.chosen.shape[-2] * arguments["parts"]
-    return Launch(kernel, programs, arguments, size.warps, size.stages)
-
-
-def _width(call: Call) -> int:
-    """The larger head dim, padded."""
-    return max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
-
-
-def _shared(call: Call, sizes: Any, out: Tensor, lse: Tensor) -> dict[str, Any]:
-    """Arguments that both kernels take."""
-    size = sizes(call)
-    dim, value_dim = call.q.shape[-1], call.v.shape[-1]
-    cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
+def _launch(
+    kernel: Any, call: KeyListOperands, sizes: Sizes, results: Mapping[str, Tensor | None]
+) -> Launch:
+    tensors = {**{name: getattr(call, name) for name in TENSORS}, **results}
     boolean = call.host is not None and call.host.dtype == torch.bool
-    tiles = call.chosen.shape[-2]
-    names = ("q", "k", "v", "pooled_k", "pooled_v", "rows", "order", "weight", "held", "table")
-    return {
-        **{name: getattr(call, name) for name in names},
-        "out": out, "lse": lse, "chosen": call.chosen,
-        "host": call.host.view(torch.uint8) if boolean and call.host is not None else call.host,
-        **_strides("q", call.q, "bhn"), **_strides("k", call.k, "bhn"),
-        **_strides("v", call.v, "bhn"), **_strides("host", call.host, "bhmn"),
-        **_strides("rows", call.rows, "bhmg"), **_strides("list", call.chosen, "bht"),
-        "heads": call.q.shape[1], "tiles": tiles, "parts": -(-call.slots // size.rows),
-        "slots": call.slots, "queries": call.queries, "first": call.first, "keys": call.keys,
-        "prefix": call.prefix, "cells": cells, "scale": call.scale,
-        "DIM": dim, "VALUE_DIM": value_dim, "WIDE": padded(dim), "VALUE_WIDE": padded(value_dim),
-        "ROWS": size.rows, "KEYS": size.keys, "CELLS": min(size.keys, padded(max(1, cells))),
+    if boolean:  # triton has no pointers to single bits
+        tensors["host"] = tensors["host"].view(torch.uint8)
+    dim, value_dim, tiles = call.q.shape[-1], call.v.shape[-1], call.chosen.shape[-2]
+    cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
+    parts = -(-call.slots // sizes.rows)
+    arguments = {
+        **tensors,
+        **{name: getattr(call, name) for name in ("slots", "queries", "first", "keys", "prefix")},
+        "heads": call.q.shape[1],
+        "tiles": tiles,
+        "parts": parts,
+        "cells": cells,
+        "scale": call.scale,
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "WIDE": padded(dim),
+        "VALUE_WIDE": padded(value_dim),
+        "ROWS": sizes.rows,
+        "KEYS": sizes.keys,
+        "CELLS": min(sizes.keys, padded(max(1, cells))),
         "UNIT": 0 if call.table is None else call.table.shape[1],
         "BY_TILE": call.rows is not None and call.rows.shape[-2] == tiles,
-        "BOOLEAN": boolean, "LOWEST": call.lowest,
-    }  # fmt: skip
+        "BOOLEAN": boolean,
+        "LOWEST": call.lowest,
+    }
+    for name, x in tensors.items():
+        arguments.update(_strides(name, x))
+    programs = call.q.shape[0] * call.q.shape[1] * tiles * parts
+    return Launch(kernel, programs, arguments, sizes.warps, sizes.stages)
 
 
-def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+def _strides(name: str, x: Tensor | None) -> dict[str, int]:
     """Steps along the axes; none along one of size 1, which is shared by all."""
+    names = [f"{name}_{axis}" for axis in AXES.get(name, "")]
     if x is None:
-        return {f"{name}_{axis}": 0 for axis in axes}
+        return dict.fromkeys(names, 0)
     steps = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))
-    return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=False)}
+    return dict(zip(names, steps, strict=False))

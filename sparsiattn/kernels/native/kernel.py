@@ -74,9 +74,9 @@ class Native(Kernel):
         summary, tiles = pattern.summary, pattern.tiles
         if isinstance(pattern, KeyBlocks):
             blocks, prefix = pattern.blocks, pattern.prefix
-            lists = (pattern.chosen, blocks.order, group_sizes(blocks))
+            lists = [pattern.chosen, blocks.order, group_sizes(blocks)]
         else:
-            lists, prefix = (pattern.index, None, None), 0
+            lists, prefix = [pattern.index, None, None], 0
         return attention(
             inputs.q,
             inputs.k,

@@ -180,11 +180,9 @@ def _scores(
     (b, h, _, d), (tiles, tile), (blocks, block) = q.shape, order.shape, block_order.shape
     basis, threads = down.shape[1], torch.get_num_threads()
     units, width = prefix + blocks, -(-d // SPAN) * SPAN
-    # divided by `head_plan` and `score_head` in plan.c
+    # divided by `head_plan` in plan.c
     shared = h * ((1 + tiles + units) * width + _whole_vectors(blocks) * block)
-    each = 2 * max(units, basis) + 16 + (SPAN + basis) * width
-    each += (units + basis + blocks) * SPAN + basis + _whole_vectors(blocks) + 64
-    each = _whole_vectors(each)
+    each = _thread_room(units, blocks, basis, width)
     group = max(1, min(b, PLANNED_AT_ONCE // shared))
     size = _whole_vectors(blocks * basis) + group * shared + threads * each
     room = SCRATCH.numbers("plan", size, q) if size < PLAN_KEPT else torch.empty(size)
@@ -200,6 +198,13 @@ def _scores(
 
 
 torch.library.impl(_SCORES, "CPU", _scores)
+
+
+def _thread_room(units: int, blocks: int, basis: int, width: int) -> int:
+    """Numbers that a thread needs, as `score_head` in plan.c divides them."""
+    rows = 2 * max(units, basis) + 16 + (SPAN + basis) * width
+    columns = (units + basis + blocks) * SPAN + basis + _whole_vectors(blocks) + 64
+    return _whole_vectors(rows + columns)
 
 
 @torch.library.register_fake(_SCORES)  # type: ignore[untyped-decorator]
@@ -243,7 +248,7 @@ def _top(scores: Tensor, count: int) -> Tensor:
         MemoryError: A thread got no memory for the choice.
     """
     scores, columns = scores.contiguous(), scores.shape[-1]
-    out = _top_shape(scores, count)
+    out = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
     if not out.numel():
         return out
     rows, threads = scores.numel() // columns, torch.get_num_threads()
@@ -309,7 +314,7 @@ def is_unobserved(q: Tensor, k: Tensor) -> bool:
 def scores(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """As the operator ``native_scores``."""
     operator = _scores if is_unobserved(q, k) else torch.ops.sparsiattn.native_scores.default
-    return operator(q, k, *others)  # type: ignore[no-any-return]
+    return operator(q, k, *others)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
