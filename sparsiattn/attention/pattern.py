@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.errors import InvalidType
+from sparsiattn.errors import InvalidType, RenamedMembers
 
 DenseAttention = Callable[[AttentionInputs], Tensor]
 
 
-class Pattern:
+class Pattern(RenamedMembers):
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
 
     Planners make one with `dense`, `mask`, `top`, `computed_keys`, `logits` or `output`.
@@ -37,6 +38,8 @@ class Pattern:
     >>> Pattern.top(torch.tensor([[[[0.1, 0.7, 0.2]]]]), 2).to_mask().tolist()
     [[[[False, True, True]]]]
     """
+
+    renamed_members = MappingProxyType({"over": "computed_keys"})
 
     n_queries: int
     n_keys: int

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import ComputedPattern, Pattern
-from sparsiattn.errors import KernelRefused
+from sparsiattn.errors import KernelRefused, RenamedMembers
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.cost import CallShape, Planning, Work
 
 
-class Kernel:
+class Kernel(RenamedMembers):
     """One way to compute a pattern. Kernels hold no state; one instance serves every site.
 
     `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
@@ -40,6 +41,14 @@ class Kernel:
     >>> Plain().why_not(inputs, pattern), Plain()(inputs, pattern).shape
     ([], torch.Size([2, 3, 21, 6]))
     """
+
+    renamed_members = MappingProxyType(
+        {
+            "unavailable": "why_unavailable",
+            "hidden_macs": "uncounted_macs",
+            "computes_derived": "supports_computed",
+        }
+    )
 
     registers_as: ClassVar[str] = "kernels"
     name: ClassVar[str] = ""

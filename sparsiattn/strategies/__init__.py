@@ -1,4 +1,8 @@
-"""The built-in strategies."""
+"""Strategies: their contracts, the built-in ones, and `finalize`, which finishes their plans.
+
+They import `kernels`, `attention`, `registry` and `errors`. `runtime`, `serialization`, `patching`
+and what stands above these import them; `methods` and plug-ins take public names from the root.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 
+# Until the next minor version `sparsiattn.strategies()` lists what is registered.
 sys.modules[__name__].__class__ = CallablePackage
 
 

@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "free prefix": {"strategy": "topk", "k": 0.05, "prefix_keys": False},
     "own options": {
         "strategy": "connectivity", "k": 0.2, "channels": 8, "basis": 5, "basis_coef_topk": 2,
-        "basis_threshold": 0.01, "head_scale": True, "reduce": 4,
+        "basis_threshold": 0.01, "head_scale": True, "tokens_per_basis": 4,
     },
     "seed": {"strategy": "random", "k": 0.2, "seed": 11},
     "some sites": {"strategy": "connectivity", "k": 0.2, "sites": "blocks.1.*"},
@@ -458,8 +458,8 @@ class TestConfig:
         assert isinstance(error, LookupError)
 
     def test_unknown_option(self, model: nn.Module, saved: Path) -> None:
-        edit(saved, lambda config: config["strategy"]["options"].update(reduced=2))
-        refused(model, saved, "'reduced'", "reduce")
+        edit(saved, lambda config: config["strategy"]["options"].update(channel=2))
+        refused(model, saved, "'channel'", "channels")
 
     def test_unknown_kernel(self, model: nn.Module, saved: Path) -> None:
         edit(saved, lambda config: config.update(kernel="gahter"))

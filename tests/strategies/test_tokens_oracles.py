@@ -16,7 +16,7 @@ from sparsiattn import list_kernels
 from sparsiattn.attention.pattern import Lengths
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
-from sparsiattn.patching import dry_run as dry
+from sparsiattn.patching import token_plan
 from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from tests.support import zoo
@@ -26,12 +26,12 @@ from tests.support.plain_vit import PlainViT
 @pytest.fixture(autouse=True)
 def _short_with_restore_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests look at the short sequence itself, on hosts whose head averages it too."""
-    decide = dry._restores_last
+    decide = token_plan._restores_last
 
-    def never(handle: Any, *rest: bool) -> bool:
-        return handle.tokens.restore is not None and decide(handle, *rest)
+    def never(state: Any, tokens: Any, *rest: bool) -> bool:
+        return tokens.restore is not None and decide(state, tokens, *rest)
 
-    monkeypatch.setattr(dry, "_restores_last", never)
+    monkeypatch.setattr(token_plan, "_restores_last", never)
 
 
 def evit(keep: float, layers: list[int], fuse: bool, prefix: int, classes: int) -> Any:

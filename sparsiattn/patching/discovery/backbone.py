@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import NothingToPatch
+from sparsiattn.errors import NothingToPatch, RenamedMembers
 from sparsiattn.patching.discovery.exclusions import over_channels, pools
 from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
 from sparsiattn.patching.discovery.probe import AttentionCall
@@ -36,7 +37,7 @@ QUERY_TABLES = ("rel_pos_h", "height_rel")
 """Relative positions that each query weighs for itself."""
 
 
-class Backbone:
+class Backbone(RenamedMembers):
     """Adapter of a family of models. This base serves any model that calls scaled dot product
     attention; families override the questions they know a better answer to.
 
@@ -49,6 +50,17 @@ class Backbone:
     >>> Mine().matches(torch.nn.Identity())
     False
     """
+
+    renamed_members = MappingProxyType(
+        {
+            "edits": "attribute_overrides",
+            "packs": "packs_batch",
+            "raster": "is_raster_order",
+            "margin": "halo",
+            "why_leave": "why_skip",
+            "dry_inputs": "meta_inputs",
+        }
+    )
 
     registers_as: ClassVar[str] = "backbones"
     name: ClassVar[str] = ""
