@@ -8,7 +8,7 @@ tiles and the host's masks are taken into account. The others are what kernels c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -48,6 +48,14 @@ class Pattern(RenamedMembers):
     def to_mask(self) -> Tensor:
         """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives."""
         raise NotImplementedError
+
+    def describe(self) -> Hashable | None:
+        """All that a kernel may look at in a pattern of a plug-in: shapes, counts, no values.
+
+        Choices of kernels are kept for calls whose patterns agree in it. Without an override the
+        kernels are asked in every call.
+        """
+        return None
 
     def pairs(self) -> float | None:
         """Logits computed per head, summary included; None if only the values tell."""
@@ -259,7 +267,14 @@ class Ranked(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Mask(Pattern):
-    """A boolean mask ``[B|1, H|1, Nq, Nk]``, True where the pair survives."""
+    """A boolean mask.
+
+    Attributes:
+        n_queries: Queries, prefix included.
+        n_keys: Keys, prefix included.
+        keep: ``[B|1, H|1, Nq, Nk]``, True where the pair survives.
+        summary: Pooled keys that stand for the dropped ones; None without.
+    """
 
     n_queries: int
     n_keys: int
@@ -268,6 +283,17 @@ class Mask(Pattern):
 
     def to_mask(self) -> Tensor:
         return self.keep
+
+    def with_prefix(self, prefix: int, *, keys: bool) -> Mask:
+        """The mask with everything open to leading queries, and with their keys open to all.
+
+        Args:
+            prefix: How many there are.
+            keys: Whether the keys are opened too, or the queries alone.
+        """
+        row = torch.arange(self.n_queries, device=self.keep.device)[:, None] < prefix
+        column = torch.arange(self.n_keys, device=self.keep.device) < (prefix if keys else 0)
+        return Mask(self.n_queries, self.n_keys, self.keep | row | column)
 
     def pairs(self) -> float | None:
         if self.keep.device.type == "meta":

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.background import Summary
-from sparsiattn.attention.block_masks import BlockMask, Bucket
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex
@@ -19,7 +18,7 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
 
 # Patterns whose fields are known to say all there is to know about them.
-_KNOWN = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)
+_KNOWN = (KeyBlocks, KeyIndex, Mask, Dense, Lengths, Computed, Logits, Output)
 _PLAIN = (Tensor, nn.Parameter)
 _MOST = 64
 
@@ -38,7 +37,8 @@ class ChoiceCache:
     def key(self, inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
         """What `get` and `keep` take; None for what cannot be described: patterns and tensors of
         classes from elsewhere."""
-        if type(pattern) not in _KNOWN or type(inputs.q) not in _PLAIN:
+        described = type(pattern) in _KNOWN or type(pattern).describe is not Pattern.describe
+        if not described or type(inputs.q) not in _PLAIN:
             return None
         if self._for is None or self._for[0] is not inputs.site or self._for[1] != _priced():
             # one comparison here instead of a site and a count in every key
@@ -72,7 +72,7 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
         else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad),
         inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid, inputs.tile, inputs.block,
         token_state if token_state is None else token_state.reduced,
-        type(pattern), tuple([_of(value) for value in vars(pattern).values()]),
+        type(pattern), pattern.describe() or tuple([_of(x) for x in vars(pattern).values()]),
         torch.is_inference_mode_enabled(), q.is_inference(),
         kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.are_deterministic_algorithms_enabled(),
@@ -90,6 +90,4 @@ def _of(value: Any) -> Hashable:
     if kind is Summary:
         allowed = value.allowed
         return value.count, value.bias.shape, allowed if allowed is None else allowed.shape
-    if kind is tuple and value and type(value[0]) is Bucket:
-        return tuple([(b.index.shape, b.bias.shape) for b in value])
     return value  # type: ignore[no-any-return]

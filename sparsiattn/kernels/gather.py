@@ -11,12 +11,10 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import Summary
-from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.kernels import masked_tiles as maskblocks
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import (
@@ -26,6 +24,7 @@ from sparsiattn.kernels.gather_ops import (
     is_lean,
     tiles_at_once,
 )
+from sparsiattn.kernels.gathered_mask import GatheredMask
 from sparsiattn.kernels.workspace import SCRATCH
 
 # Keys and values packed at a time, in elements: what is packed for a part is all the memory that
@@ -47,8 +46,8 @@ class Gather(Kernel):
     summary = "gathers each tile's keys, then dense attention on them (saves time with tiles)"
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        if isinstance(pattern, BlockMask):
-            return maskblocks.refusals(inputs, pattern)
+        if isinstance(pattern, GatheredMask):
+            return pattern.why_not_gather(inputs)
         if not isinstance(pattern, KeyLists):
             return [f"needs key lists, got a {type(pattern).__name__} pattern"]
         if pattern.summary is not None and pattern.summary.per_query:
@@ -56,8 +55,8 @@ class Gather(Kernel):
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
-        if isinstance(pattern, BlockMask):
-            return maskblocks.work(inputs, pattern)
+        if isinstance(pattern, GatheredMask):
+            return pattern.gather_work(inputs)
         assert isinstance(pattern, KeyLists)
         call, tiles = CallShape.of(inputs), pattern.tiles
         rows = tiles.count if tiles is not None else pattern.n_queries - pattern.dense_rows
@@ -72,8 +71,8 @@ class Gather(Kernel):
         )
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
-        if isinstance(pattern, BlockMask):
-            return maskblocks.attend_blocks(inputs, pattern)
+        if isinstance(pattern, GatheredMask):
+            return pattern.gather(inputs)
         assert isinstance(pattern, KeyLists)
         if needs_grad(inputs) or not is_lean(inputs.q, inputs.dropout):
             operands, dead = _operands(inputs, pattern)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import CountedSummary, Summary
-from sparsiattn.attention.block_masks import BlockMask, with_prefix
 from sparsiattn.attention.budget import blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
@@ -54,8 +53,8 @@ def finish(
         _check_size(pattern, inputs, blocks)
     if isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
-    elif isinstance(pattern, Mask):
-        pattern = _keep_prefix(pattern, inputs.prefix, prefix_keys)
+    elif isinstance(pattern, Mask) and inputs.prefix:
+        pattern = pattern.with_prefix(inputs.prefix, keys=prefix_keys)
     if background is None or isinstance(pattern, (Dense, ComputedPattern)):
         return pattern
     return _with_summary(pattern, inputs, background)
@@ -137,17 +136,6 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
     allowed = allowed[..., inputs.prefix :, :]
     tiles = inputs.tiles
     return allowed if tiles is None else tiles.mean(allowed.float()) > 0
-
-
-def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
-    if not prefix:
-        return pattern
-    if isinstance(pattern, BlockMask):
-        return with_prefix(pattern, prefix, keys=prefix_keys)
-    keep = pattern.keep
-    row = torch.arange(keep.shape[-2], device=keep.device)[:, None] < prefix
-    column = torch.arange(keep.shape[-1], device=keep.device) < (prefix if prefix_keys else 0)
-    return Mask(pattern.n_queries, pattern.n_keys, keep | row | column)
 
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:

@@ -309,7 +309,7 @@ class TestInAModel:
             assert self.kernel.asked == 2
         live.model(x)
         assert self.kernel.asked == 3
-        assert live.runtimes[0].last is not None
+        assert live.runtimes[0].last_choice is not None
 
     def test_copies_ask_for_themselves(self, live: sparsiattn.Patch) -> None:
         with torch.no_grad():

@@ -62,7 +62,7 @@ class TestOneShape:
             before = graphs()
             exact = model(x)
             assert ran(handle) <= {"sdpa", "gather"}, "whichever is thought faster"
-            assert dict(handle.runtimes[0].last.refusals)["flex"] == tuple(NOT_YET)
+            assert dict(handle.runtimes[0].last_choice.refusals)["flex"] == tuple(NOT_YET)
             assert graphs() == before
             assert handle.warmup(x) is handle
             ready = graphs()
@@ -149,7 +149,7 @@ def test_a_compiled_model_does_not_take_it() -> None:
         exact = model(x)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)
-        assert handle.runtimes[0].last is not None
+        assert handle.runtimes[0].last_choice is not None
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.14.1+cu130", "2.15.0+cu132", "3.0.0a1"])

@@ -569,7 +569,7 @@ class TestKernels:
     def test_auto_takes_another(self, model: nn.Module) -> None:
         with temporary_plugin(strategies=[Positive]), sparsiattn.patch(model, "positive") as live:
             model(torch.randn(1, 3, 32, 32))
-            choice = live.runtimes[0].last
+            choice = live.runtimes[0].last_choice
         assert choice is not None
         assert choice.kernel.name != "gather"
         assert dict(choice.refusals)["gather"] == ("needs key lists, got a Mask pattern",)

@@ -120,11 +120,11 @@ def test_planning_is_part_of_the_expected_speed() -> None:
         with sparsiattn.patch(model, strategy, k=0.25, background=None) as live, torch.no_grad():
             before = live.report().sites[0]
             model(zoo.images(model))
-            assert live.runtimes[0].last is not None
+            assert live.runtimes[0].last_choice is not None
             rows[strategy] = live.report().sites[0]
             assert before.planning > 0
             assert rows[strategy].planning > 0
-            assert rows[strategy].expected < live.runtimes[0].last.speed
+            assert rows[strategy].expected < live.runtimes[0].last_choice.speed
     assert rows["local"].planning < rows["topk"].planning
     # an expected speed includes choosing keys: the same lists, found at another price
     assert rows["local"].expected > rows["topk"].expected

@@ -197,7 +197,9 @@ def test_config_survives_json(name: str) -> None:
     """Law 8, with every option away from its default where that is known."""
     found = REGISTRY.get("strategies", name)
     away = {"tile": (3, 5), "background": 4, "prefix_keys": False}
-    if not getattr(found, "chooses", True):  # it drops no keys that a background would stand for
+    if not getattr(
+        found, "selects_keys", True
+    ):  # it drops no keys that a background would stand for
         away = {}
     for options in ({}, away if found.kind == "attention" else {"layers": [1], "restore": None}):
         config = found.build(options)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import Pattern, Strategy
-from sparsiattn.attention.block_masks import BlockMask, block_mask
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
@@ -22,6 +21,7 @@ from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
+from sparsiattn.methods.block_masks import BlockMask, block_mask
 from sparsiattn.strategies.finalize import finish
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
