@@ -196,7 +196,8 @@ def block_mask(
     counts = cells.sum((-3, -1))
     active, full = counts > 0, counts == _sizes(keep, tile, block)
     return BlockMask(
-        *keep.shape[-2:],
+        keep.shape[-2],
+        keep.shape[-1],
         keep,
         mask.summary if isinstance(mask, Mask) else None,
         tile=tile,

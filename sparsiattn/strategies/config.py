@@ -117,7 +117,7 @@ def with_renamed_options(**renamed: str) -> Callable[[type[C]], type[C]]:
         def init_by_any_name(self: C, *args: Any, **options: Any) -> None:
             init(self, *args, **cls.current_options(options))
 
-        cls.__init__ = init_by_any_name  # type: ignore[method-assign]
+        cls.__init__ = init_by_any_name  # type: ignore[assignment,method-assign]
         cls.renamed_options = MappingProxyType(renamed)
         for old, new in renamed.items():
             setattr(cls, old, RenamedMember(old, new))

@@ -80,7 +80,7 @@ class TokenMerge(TokenStrategy):
         self._check_rates()
 
     def _check_rates(self) -> None:
-        rates = self.r if isinstance(self.r, (list, tuple)) else [self.r]
+        rates: Sequence[Any] = self.r if isinstance(self.r, (list, tuple)) else [self.r]
         if self._inflected():
             rates, inflect = rates[:1], rates[1]
             if not -1.0 <= inflect <= 1.0:
