@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from inspect import get_annotations
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -135,7 +134,7 @@ class RenamedMembers:
     4
     """
 
-    renamed_members: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    renamed_members: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

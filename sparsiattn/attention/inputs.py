@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -60,19 +59,17 @@ class AttentionInputs(RenamedMembers):
     (17, (4, 4))
     """
 
-    renamed_members = MappingProxyType(
-        {
-            "follow": "gather_rows",
-            "seen": "visible_keys",
-            "keep": "store",
-            "recall": "load",
-            "runs_on": "target_device",
-            "keys_grid": "key_grid",
-            "notes": "cross_layer",
-            "stream": "token_state",
-            "whole_grid": "image_grid",
-        }
-    )
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        "follow": "gather_rows",
+        "seen": "visible_keys",
+        "keep": "store",
+        "recall": "load",
+        "runs_on": "target_device",
+        "keys_grid": "key_grid",
+        "notes": "cross_layer",
+        "stream": "token_state",
+        "whole_grid": "image_grid",
+    }
 
     q: Tensor
     k: Tensor

@@ -8,9 +8,9 @@ tiles and the host's masks are taken into account. The others are what kernels c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Pattern(RenamedMembers):
     [[[[False, True, True]]]]
     """
 
-    renamed_members = MappingProxyType({"over": "computed_keys"})
+    renamed_members: ClassVar[Mapping[str, str]] = {"over": "computed_keys"}
 
     n_queries: int
     n_keys: int

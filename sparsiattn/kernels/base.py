@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,13 +41,11 @@ class Kernel(RenamedMembers):
     ([], torch.Size([2, 3, 21, 6]))
     """
 
-    renamed_members = MappingProxyType(
-        {
-            "unavailable": "why_unavailable",
-            "hidden_macs": "uncounted_macs",
-            "computes_derived": "supports_computed",
-        }
-    )
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        "unavailable": "why_unavailable",
+        "hidden_macs": "uncounted_macs",
+        "computes_derived": "supports_computed",
+    }
 
     registers_as: ClassVar[str] = "kernels"
     name: ClassVar[str] = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -80,14 +79,12 @@ class Strategy(Config):
     0.2
     """
 
-    renamed_members = MappingProxyType(
-        {
-            **Config.renamed_members,
-            "at": "resolve_for",
-            "carries": "uses_cross_layer_state",
-            "chooses": "selects_keys",
-        }
-    )
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        **Config.renamed_members,
+        "at": "resolve_for",
+        "carries": "uses_cross_layer_state",
+        "chooses": "selects_keys",
+    }
 
     kind = "attention"
     selects_keys: ClassVar[bool] = True
@@ -210,10 +207,10 @@ class LearnedPlanner(RenamedMembers, nn.Module):
     128
     """
 
-    renamed_members = MappingProxyType({"start": "init_from_batch"})
+    renamed_members: ClassVar[Mapping[str, str]] = {"start": "init_from_batch"}
 
     differentiable: ClassVar[bool] = False
-    renamed_weights: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    renamed_weights: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         super().__init__()

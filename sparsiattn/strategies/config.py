@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
-from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from sparsiattn.errors import (
@@ -39,7 +38,7 @@ class Config(RenamedMembers):
         renamed_options: Old names of options to new ones; see `with_renamed_options`.
     """
 
-    renamed_members = MappingProxyType({"inexact": "inexact_reason"})
+    renamed_members: ClassVar[Mapping[str, str]] = {"inexact": "inexact_reason"}
 
     registers_as: ClassVar[str] = "strategies"
     name: ClassVar[str] = ""
@@ -50,7 +49,7 @@ class Config(RenamedMembers):
     kind: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     fidelity: ClassVar[str] = ""
-    renamed_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    renamed_options: ClassVar[Mapping[str, str]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"name", "version", "options"}``."""
@@ -118,7 +117,7 @@ def with_renamed_options(**renamed: str) -> Callable[[type[C]], type[C]]:
             init(self, *args, **cls.current_options(options))
 
         cls.__init__ = init_by_any_name  # type: ignore[assignment,method-assign]
-        cls.renamed_options = MappingProxyType(renamed)
+        cls.renamed_options = renamed
         for old, new in renamed.items():
             setattr(cls, old, RenamedMember(old, new))
         return cls

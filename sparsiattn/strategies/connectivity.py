@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class ConnectivityPlanner(LearnedPlanner):
         prefix: Prefix keys.
     """
 
-    renamed_weights = MappingProxyType({"own": "self_weight"})
+    renamed_weights: ClassVar[Mapping[str, str]] = {"own": "self_weight"}
     own = renamed_property("own", "self_weight")
 
     def __init__(self, strategy: Connectivity, site: Site) -> None:
@@ -246,11 +247,11 @@ class ConnectivityPlanner(LearnedPlanner):
         ``[B, H, 1, n]``: which keys of a cell stand out, whatever the query.
         """
         mean = inputs.mean_query * inputs.scale
-        seen = mean @ units.mT
-        down, up = (_for_heads(table).to(seen.dtype) for table in (down, up))
-        low, blocks = (seen @ down @ up.mT).float(), inputs.blocks
+        exact = mean @ units.mT
+        down, up = (_for_heads(table).to(exact.dtype) for table in (down, up))
+        low, blocks = (exact @ down @ up.mT).float(), inputs.blocks
         if blocks is None:
-            return _bounded_exp(seen.float() - low)
+            return _bounded_exp(exact.float() - low)
         logits = (mean @ inputs.k[..., self.prefix :, :].mT).float()
         above = blocks.gather(logits.mT).squeeze(-1) - low[..., self.prefix :].mT
         return blocks.weigh(_bounded_exp(above)).unsqueeze(-2)

@@ -139,6 +139,7 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
+    # logs of counts: that of 0 is minus infinity, so an empty summary weighs nothing
     parts = _cell_parts(inputs.key_grid, g)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
@@ -148,7 +149,7 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
-        bias = _log_counts(_count_by_index(pattern.index, cells, count))
+        bias = _count_by_index(pattern.index, cells, count).log()
     else:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
         if isinstance(pattern, KeyLists):
@@ -188,7 +189,7 @@ def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
 
 
 def _bias_by_block(pattern: KeyBlocks, *grids: Any) -> Tensor:
-    return _log_counts(_count_by_block(pattern, *grids))
+    return _count_by_block(pattern, *grids).log()
 
 
 def _count_by_block(
@@ -224,10 +225,6 @@ def _members_of_first(
     return torch.cat([torch.zeros_like(is_member[:1]), is_member.cumsum(0)])
 
 
-def _log_counts(counts: Tensor) -> Tensor:
-    return counts.log()  # log(0) is minus infinity: an empty summary weighs nothing
-
-
 def _bias_by_mask(
     keep: Tensor, inputs: AttentionInputs, allowed: Tensor | None, cells: Tensor, count: int
 ) -> Tensor:
@@ -235,7 +232,7 @@ def _bias_by_mask(
     dropped = ~keep if allowed is None else ~keep & allowed
     is_member = (cells[:, None] == torch.arange(count, device=cells.device)).float()
     counts = dropped.float() @ is_member
-    bias = _log_counts(counts)
+    bias = counts.log()
     if inputs.bias is None or inputs.bias.dtype == torch.bool:
         return bias
     # bounded: infinity times zero members is not a number

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -180,15 +179,13 @@ class TokenStrategy(Config):
     0.5
     """
 
-    renamed_members = MappingProxyType(
-        {
-            **Config.renamed_members,
-            "at": "resolve_for",
-            "adapted": "for_model",
-            "reduces_at": "placement",
-            "ragged": "is_ragged",
-        }
-    )
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        **Config.renamed_members,
+        "at": "resolve_for",
+        "adapted": "for_model",
+        "reduces_at": "placement",
+        "ragged": "is_ragged",
+    }
 
     kind = "tokens"
     per_layer: ClassVar[tuple[str, ...]] = ("keep",)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -51,16 +50,14 @@ class Backbone(RenamedMembers):
     False
     """
 
-    renamed_members = MappingProxyType(
-        {
-            "edits": "attribute_overrides",
-            "packs": "packs_batch",
-            "raster": "is_raster_order",
-            "margin": "halo",
-            "why_leave": "why_skip",
-            "dry_inputs": "meta_inputs",
-        }
-    )
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        "edits": "attribute_overrides",
+        "packs": "packs_batch",
+        "raster": "is_raster_order",
+        "margin": "halo",
+        "why_leave": "why_skip",
+        "dry_inputs": "meta_inputs",
+    }
 
     registers_as: ClassVar[str] = "backbones"
     name: ClassVar[str] = ""
