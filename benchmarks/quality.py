@@ -32,9 +32,12 @@ MASKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
-    "connectivity, untrained, without salience": ("connectivity", {"salience": False}),
-    "connectivity, untrained, without own keys": ("connectivity", {"own": None}),
-    "connectivity, untrained, without either": ("connectivity", {"salience": False, "own": None}),
+    "connectivity, untrained, without salience": ("connectivity", {"mean_query_boost": False}),
+    "connectivity, untrained, without own keys": ("connectivity", {"self_weight": None}),
+    "connectivity, untrained, without either": (
+        "connectivity",
+        {"mean_query_boost": False, "self_weight": None},
+    ),
 }
 
 

@@ -21,12 +21,11 @@ _NAMES = {
     "sparsiattn.analysis.profiling.result": "Profile",
     "sparsiattn.analysis.schedule_search": "SearchResult search",
     "sparsiattn.analysis.visualization": "AttentionView show",
-    "sparsiattn.attention.block_masks": "block_mask",
     "sparsiattn.attention.budget": "check_budget count_of",
     "sparsiattn.attention.geometry": "Grid",
     "sparsiattn.attention.inputs": "AttentionInputs",
     "sparsiattn.attention.layout": "Layout",
-    "sparsiattn.attention.pattern": "Pattern",
+    "sparsiattn.attention.pattern": "Mask Pattern",
     "sparsiattn.attention.site": "Site",
     "sparsiattn.errors": """AlreadyPatched CheckpointNotWritten DataError ExportFailed
         InvalidOption InvalidType KernelRefused MismatchedCheckpoint MismatchedPatch
@@ -34,6 +33,8 @@ _NAMES = {
         UnknownName""",
     "sparsiattn.kernels.base": "Kernel",
     "sparsiattn.kernels.cost": "CallShape Work",
+    "sparsiattn.kernels.gathered_mask": "GatheredMask attend_gathered",
+    "sparsiattn.methods.block_masks": "block_mask",
     "sparsiattn.patching.apply": "patch",
     "sparsiattn.patching.discovery.backbone": "Backbone Pooling count_class_tokens",
     "sparsiattn.patching.discovery.meta_model": "MetaInputs",
@@ -82,12 +83,12 @@ if TYPE_CHECKING:
     from sparsiattn.analysis.schedule_search import search as search
     from sparsiattn.analysis.visualization import AttentionView as AttentionView
     from sparsiattn.analysis.visualization import show as show
-    from sparsiattn.attention.block_masks import block_mask as block_mask
     from sparsiattn.attention.budget import check_budget as check_budget
     from sparsiattn.attention.budget import count_of as count_of
     from sparsiattn.attention.geometry import Grid as Grid
     from sparsiattn.attention.inputs import AttentionInputs as AttentionInputs
     from sparsiattn.attention.layout import Layout as Layout
+    from sparsiattn.attention.pattern import Mask as Mask
     from sparsiattn.attention.pattern import Pattern as Pattern
     from sparsiattn.attention.site import Site as Site
     from sparsiattn.errors import AlreadyPatched as AlreadyPatched
@@ -109,6 +110,9 @@ if TYPE_CHECKING:
     from sparsiattn.kernels.base import Kernel as Kernel
     from sparsiattn.kernels.cost import CallShape as CallShape
     from sparsiattn.kernels.cost import Work as Work
+    from sparsiattn.kernels.gathered_mask import GatheredMask as GatheredMask
+    from sparsiattn.kernels.gathered_mask import attend_gathered as attend_gathered
+    from sparsiattn.methods.block_masks import block_mask as block_mask
     from sparsiattn.patching.apply import patch as patch
     from sparsiattn.patching.discovery.backbone import Backbone as Backbone
     from sparsiattn.patching.discovery.backbone import Pooling as Pooling

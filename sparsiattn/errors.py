@@ -6,9 +6,10 @@ Each leaf also inherits the built-in exception a caller expects: ``except ValueE
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from inspect import get_annotations
+from typing import Any, ClassVar
 
 
 class SparsiattnError(Exception):
@@ -92,14 +93,23 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=stacklevel)
 
 
+class RenamedMember:
+    """A method or attribute under its old name, with a warning."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
+        holder: Any = owner if instance is None else instance
+        # where a subclass overrides the old name, only its super().old can have come here
+        overriding = [cls for cls in owner.__mro__ if _overrides(cls, self.old)]
+        return getattr(super(overriding[-1], holder) if overriding else holder, self.new)
+
+
 def renamed_property(old: str, new: str) -> Any:
-    """A property that gives the attribute ``new`` under its old name, with a warning."""
-
-    def get(self: Any) -> Any:
-        warn_renamed(f"{type(self).__name__}.{old}", new)
-        return getattr(self, new)
-
-    return property(get, doc=f"The old name of ``{new}``.")
+    """A class attribute ``old`` that gives the member ``new``, with a warning."""
+    return RenamedMember(old, new)
 
 
 def first_line(error: BaseException, named: bool = False) -> str:
@@ -115,3 +125,47 @@ def first_line(error: BaseException, named: bool = False) -> str:
     line = next(filter(None, map(str.strip, str(error).splitlines())), "")
     name = type(error).__name__
     return f"{name}: {line}" if named else line or name
+
+
+class RenamedMembers:
+    """Base of contracts some of whose members have new names.
+
+    Subclasses that override an old name still work, and so do calls by it, both with a warning.
+
+    Attributes:
+        renamed_members: Old names to new ones.
+
+    >>> import warnings
+    >>> class Shape(RenamedMembers):
+    ...     renamed_members = {"sides": "edges"}
+    ...     def edges(self):
+    ...         return 0
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")  # Square.sides is now edges
+    ...     class Square(Shape):
+    ...         def sides(self):
+    ...             return 4
+    >>> Square().edges()
+    4
+    """
+
+    renamed_members: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for old in vars(cls).get("renamed_members", ()):
+            setattr(cls, old, RenamedMember(old, cls.renamed_members[old]))
+        for old, new in cls.renamed_members.items():
+            if _overrides(cls, old) and new not in vars(cls):
+                warn_renamed(f"{cls.__name__}.{old}", new)
+                setattr(cls, new, vars(cls)[old])
+
+
+def _overrides(cls: type, name: str) -> bool:
+    """Whether a class defines that member itself; an option of a dataclass is none."""
+    annotation = get_annotations(cls).get(name, "ClassVar")
+    return (
+        name in vars(cls)
+        and not isinstance(vars(cls)[name], RenamedMember)
+        and "ClassVar" in str(annotation)
+    )

@@ -16,6 +16,7 @@ SEEDS = (0, 1, 2)
 TILES: tuple[Any, ...] = (1, (2, 2))
 BACKGROUNDS = (None, 1, 2, 4)
 FINE = (0.25, 0.1)
+LABELS = {"tokens_per_basis": "reduce", "self_weight": "own"}  # as the committed table has them
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Method:
 
     @property
     def name(self) -> str:
-        said = [f"{key}={text(value)}" for key, value in self.options.items() if key != "layers"]
+        options = {LABELS.get(name, name): value for name, value in self.options.items()}
+        said = [f"{name}={text(value)}" for name, value in options.items() if name != "layers"]
         fit = [] if self.fit == "none" else [self.fit]
         seed = [] if self.seed is None else [f"seed={self.seed}"]
         return " ".join([self.strategy, *fit, *said, *seed])
@@ -54,11 +56,11 @@ def methods() -> Iterator[Method]:
             for k in BUDGETS:
                 yield Method("connectivity", _connect(k, tile, background))
     for k in BUDGETS:
-        yield Method("connectivity", {**_connect(k, 1, 2), "own": None})
+        yield Method("connectivity", {**_connect(k, 1, 2), "self_weight": None})
     for fit, seed in (("none", None), ("calibrated", 0)):
         for background in (2, 4):
             for k in FINE:
-                finer = {**_connect(k, 1, background), "reduce": 2}
+                finer = {**_connect(k, 1, background), "tokens_per_basis": 2}
                 yield Method("connectivity", finer, fit, seed)
     for seed in SEEDS:
         for tile in TILES:
@@ -106,7 +108,9 @@ def _trained() -> Iterator[Method]:
         yield Method("dense", {}, "trained", seed)
         for tile, background in ((1, 2), ((2, 2), 2), (1, 4)):
             yield Method("connectivity", _connect(0.1, tile, background), "trained", seed)
-        yield Method("connectivity", {**_connect(0.1, 1, 4), "reduce": 2}, "trained", seed)
+        yield Method(
+            "connectivity", {**_connect(0.1, 1, 4), "tokens_per_basis": 2}, "trained", seed
+        )
         yield Method("token_drop", {"keep": 0.7, "layers": LAYERS}, "trained", seed)
         yield Method("hybrid", _hybrid(0.7, 0.25), "trained", seed)
     for seed in SEEDS:

@@ -82,9 +82,10 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "connectivity": {
-        "reduce": st.sampled_from([None, 0.25, 0.5, 1.0]), "basis": SMALL,
+        "tokens_per_basis": st.sampled_from([None, 0.25, 0.5, 1.0]), "basis": SMALL,
         "basis_threshold": st.sampled_from([0.0, 0.02, 0.5]), "basis_coef_topk": SMALL,
-        "head_scale": BOOLS, "salience": BOOLS, "own": st.sampled_from([None, 0.1, 1.0]),
+        "head_scale": BOOLS, "mean_query_boost": BOOLS,
+        "self_weight": st.sampled_from([None, 0.1, 1.0]),
     },
     "token_drop": {
         "keep": st.one_of(shares(), st.just("adaptive")), "fuse": BOOLS,

@@ -6,7 +6,6 @@ Imports `sparsiattn.errors` alone and knows no model, kernel or strategy. Every 
 
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.block import Block, Tail
-from sparsiattn.attention.block_masks import BlockMask, block_mask
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.geometry import Grid, Tile, Tiles

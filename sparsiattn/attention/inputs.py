@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from sparsiattn.attention.geometry import Grid, Tile, Tiles
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
-from sparsiattn.errors import InvalidOption
+from sparsiattn.errors import InvalidOption, RenamedMembers
 
 # A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
 MASKED_BELOW = -50.0
@@ -29,7 +29,7 @@ class CanAttend(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionInputs:
+class AttentionInputs(RenamedMembers):
     """The operands of one attention call, heads and windows in canonical order.
 
     Windows are folded into the batch, shared key heads are expanded.
@@ -58,6 +58,18 @@ class AttentionInputs:
     >>> inputs.n_keys, inputs.query_grid
     (17, (4, 4))
     """
+
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        "follow": "gather_rows",
+        "seen": "visible_keys",
+        "keep": "store",
+        "recall": "load",
+        "runs_on": "target_device",
+        "keys_grid": "key_grid",
+        "notes": "cross_layer",
+        "stream": "token_state",
+        "whole_grid": "image_grid",
+    }
 
     q: Tensor
     k: Tensor

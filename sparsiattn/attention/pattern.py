@@ -8,8 +8,9 @@ tiles and the host's masks are taken into account. The others are what kernels c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.errors import InvalidType
+from sparsiattn.errors import InvalidType, RenamedMembers
 
 DenseAttention = Callable[[AttentionInputs], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Pattern:
+class Pattern(RenamedMembers):
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
 
     Planners make one with `dense`, `mask`, `top`, `computed_keys`, `logits` or `output`.
@@ -39,6 +40,8 @@ class Pattern:
     [[[[False, True, True]]]]
     """
 
+    renamed_members: ClassVar[Mapping[str, str]] = {"over": "computed_keys"}
+
     n_queries: int
     n_keys: int
     summary: Summary | None = field(default=None, kw_only=True)
@@ -46,6 +49,14 @@ class Pattern:
     def to_mask(self) -> Tensor:
         """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives; here, everywhere."""
         return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool)
+
+    def describe(self) -> Hashable | None:
+        """All that a kernel may look at in a pattern of a plug-in: shapes, counts, no values.
+
+        Choices of kernels are kept for calls whose patterns agree in it. Without an override the
+        kernels are asked in every call.
+        """
+        return None
 
     def pairs(self) -> float | None:
         """Logits computed per head, summary included; None if only the values tell."""
@@ -244,12 +255,30 @@ class Ranked(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Mask(Pattern):
-    """A boolean mask ``[B|1, H|1, Nq, Nk]``, True where the pair survives."""
+    """A boolean mask.
+
+    Attributes:
+        n_queries: Queries, prefix included.
+        n_keys: Keys, prefix included.
+        keep: ``[B|1, H|1, Nq, Nk]``, True where the pair survives.
+        summary: Pooled keys that stand for the dropped ones; None without.
+    """
 
     keep: Tensor
 
     def to_mask(self) -> Tensor:
         return self.keep
+
+    def with_prefix(self, prefix: int, *, keys: bool) -> Mask:
+        """The mask with everything open to leading queries, and with their keys open to all.
+
+        Args:
+            prefix: How many there are.
+            keys: Whether the keys are opened too, or the queries alone.
+        """
+        row = torch.arange(self.n_queries, device=self.keep.device)[:, None] < prefix
+        column = torch.arange(self.n_keys, device=self.keep.device) < (prefix if keys else 0)
+        return Mask(self.n_queries, self.n_keys, self.keep | row | column)
 
     def pairs(self) -> float | None:
         if self.keep.device.type == "meta":

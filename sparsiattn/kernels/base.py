@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import ComputedPattern, Pattern
-from sparsiattn.errors import KernelRefused
+from sparsiattn.errors import KernelRefused, RenamedMembers
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.cost import CallShape, Planning, Work
 
 
-class Kernel:
+class Kernel(RenamedMembers):
     """One way to compute a pattern. Kernels hold no state; one instance serves every site.
 
     `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
@@ -49,6 +49,12 @@ class Kernel:
     >>> Plain().why_not(inputs, pattern), Plain()(inputs, pattern).shape
     ([], torch.Size([2, 3, 21, 6]))
     """
+
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        "unavailable": "why_unavailable",
+        "hidden_macs": "uncounted_macs",
+        "computes_derived": "supports_computed",
+    }
 
     registers_as: ClassVar[str] = "kernels"
     name: ClassVar[str] = ""

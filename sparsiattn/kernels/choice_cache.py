@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.background import Summary
-from sparsiattn.attention.block_masks import BlockMask, Bucket
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex
@@ -19,7 +18,7 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
 
 # Patterns whose fields are known to say all there is to know about them.
-_KNOWN_PATTERNS = (KeyBlocks, KeyIndex, Mask, BlockMask, Dense, Lengths, Computed, Logits, Output)
+_KNOWN_PATTERNS = (KeyBlocks, KeyIndex, Mask, Dense, Lengths, Computed, Logits, Output)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _MOST_CHOICES = 64
 
@@ -44,7 +43,9 @@ class ChoiceCache:
         Returns:
             None for what cannot be described: patterns and tensors of classes from elsewhere.
         """
-        if type(pattern) not in _KNOWN_PATTERNS or type(inputs.q) not in _PLAIN_TENSORS:
+        kind = type(pattern)
+        described = kind in _KNOWN_PATTERNS or kind.describe is not Pattern.describe
+        if not described or type(inputs.q) not in _PLAIN_TENSORS:
             return None
         site, prices = self._valid_for or (None, 0)
         if site is not inputs.site or prices != cost.generation():
@@ -77,7 +78,7 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
         mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad)
     options = (inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid)
     groups = (inputs.tile, inputs.block, None if token_state is None else token_state.reduced)
-    fields = tuple([_of(value) for value in vars(pattern).values()])
+    fields = pattern.describe() or tuple([_of(value) for value in vars(pattern).values()])
     modes = (
         torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
         torch.is_inference_mode_enabled(),
@@ -99,6 +100,4 @@ def _of(value: Any) -> Hashable:
     if kind is Summary:
         allowed = value.allowed
         return value.count, value.bias.shape, allowed if allowed is None else allowed.shape
-    if kind is tuple and value and type(value[0]) is Bucket:
-        return tuple([(b.index.shape, b.bias.shape) for b in value])
     return value  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ import torch
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.kernels import tuning_cache
-from sparsiattn.kernels.native import build
+from sparsiattn.kernels.compiled import is_loaded
 
 # Names under which dense attention and planning are priced, beside those of the kernels.
 DENSE, PLANNING = "dense", "planning"
@@ -191,7 +191,7 @@ _generation = 0
 def shipped(device: torch.device, dtype: torch.dtype) -> dict[str, Prices]:
     """Prices for machines that were never tuned."""
     if device.type != "cuda":
-        return _CPU_COMPILED if dtype == torch.float32 and build.is_loaded() else _CPU
+        return _CPU_COMPILED if dtype == torch.float32 and is_loaded() else _CPU
     return _CUDA_HALF if dtype.itemsize == 2 else _CUDA_SINGLE
 
 

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import Summary
-from sparsiattn.attention.block_masks import BlockMask
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.kernels import masked_tiles
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import (
@@ -26,6 +24,7 @@ from sparsiattn.kernels.gather_ops import (
     can_buffer,
     tiles_at_once,
 )
+from sparsiattn.kernels.gathered_mask import GatheredMask
 from sparsiattn.kernels.padding import list_count, row_keys, summary_count, tile_size
 from sparsiattn.kernels.workspace import SCRATCH
 
@@ -48,8 +47,8 @@ class Gather(Kernel):
     summary = "gathers each tile's keys, then dense attention on them (saves time with tiles)"
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        if isinstance(pattern, BlockMask):
-            return masked_tiles.refusals(inputs, pattern)
+        if isinstance(pattern, GatheredMask):
+            return pattern.why_not_gather(inputs)
         if not isinstance(pattern, KeyLists):
             return [f"needs key lists, got a {type(pattern).__name__} pattern"]
         if pattern.summary is not None and pattern.summary.per_query:
@@ -57,8 +56,8 @@ class Gather(Kernel):
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
-        if isinstance(pattern, BlockMask):
-            return masked_tiles.work(inputs, pattern)
+        if isinstance(pattern, GatheredMask):
+            return pattern.gather_work(inputs)
         assert isinstance(pattern, KeyLists)
         call, rows = CallShape.of(inputs), list_count(pattern)
         tile, keys = tile_size(pattern), row_keys(pattern)
@@ -71,8 +70,8 @@ class Gather(Kernel):
         )
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
-        if isinstance(pattern, BlockMask):
-            return masked_tiles.attend_blocks(inputs, pattern)
+        if isinstance(pattern, GatheredMask):
+            return pattern.gather(inputs)
         assert isinstance(pattern, KeyLists)
         if needs_grad(inputs) or not can_buffer(inputs.q, inputs.dropout):
             operands, dead = _operands(inputs, pattern)

@@ -1,7 +1,8 @@
 """Published methods as plug-ins: each one file, written against the public names alone.
 
 They register through the same hooks as a third party's, and import nothing from the library that
-is not in ``sparsiattn.__all__`` (a test reads their imports). Nothing in the library imports them.
+is not in ``sparsiattn.__all__`` (a test reads their imports). Nothing in the library imports them;
+the root says where `block_mask` lives.
 """
 
 from __future__ import annotations

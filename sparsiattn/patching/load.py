@@ -138,15 +138,9 @@ def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _strategy(config: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    saved = config["strategy"]
-    kind: type[Config] = REGISTRY.get("strategies", saved["name"])
-    if saved["version"] != kind.version:
-        raise MismatchedPatch(
-            f"strategy {kind.name!r} was saved in version {saved['version']}, this is version "
-            f"{kind.version}"
-        )
+    kind: type[Config] = REGISTRY.get("strategies", config["strategy"]["name"])
     budgets = {n: s["k"] for n, s in config["sites"].items() if s["k"] is not None}
-    return kind.build(saved["options"]), budgets
+    return kind.from_dict(config["strategy"]), budgets
 
 
 def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
@@ -165,7 +159,8 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
 
 
 def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:
-    present = planner_tensors(patched)
+    present, renamed = planner_tensors(patched), _renamed_weights(patched)
+    tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
     if set(present) != set(tensors):
         missing, extra = sorted(set(present) - set(tensors)), sorted(set(tensors) - set(present))
         raise MismatchedPatch(f"planner weights differ: missing {missing}, unexpected {extra}")
@@ -181,3 +176,12 @@ def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:
             runtime.planner.load_state_dict(
                 {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
             )
+
+
+def _renamed_weights(patched: Patch) -> dict[str, str]:
+    """``<site>.<name>`` of planner weights as older versions wrote it, to the present name."""
+    return {
+        f"{runtime.site.name}.{old}": f"{runtime.site.name}.{new}"
+        for runtime in patched.runtimes
+        for old, new in getattr(runtime.planner, "renamed_weights", {}).items()
+    }

@@ -30,6 +30,7 @@ from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 
+# Until the next minor version `sparsiattn.strategies()` lists what is registered.
 sys.modules[__name__].__class__ = CallablePackage
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.errors import InvalidOption, InvalidType, RenamedMembers
 from sparsiattn.strategies.config import Config
 
 # From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
@@ -28,10 +28,10 @@ Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
 
 @runtime_checkable
 class Planner(Protocol):
-    """What a strategy makes for one site: called with `AttentionInputs`, returns a `Pattern`.
+    """What a strategy makes for one site: called with `AttentionInputs`, it returns a `Pattern`.
 
-    One that also has a method ``after(inputs, output)`` is told what attention then returned at its
-    site, ``[B, H, Nq, Dv]``.
+    If it also has a method ``after(inputs, output)``, that gets what attention then returned at
+    the site, ``[B, H, Nq, Dv]``.
 
     >>> x = torch.randn(1, 2, 16, 8)
     >>> def first_keys(inputs: AttentionInputs) -> Pattern:
@@ -49,15 +49,23 @@ class Planner(Protocol):
 class Strategy(Config):
     """What to keep. Subclass it as a frozen dataclass, set ``name``, and override one method.
 
-    Override `plan` if every call can be planned from its inputs alone, or `planner` if something
-    must be kept per site (weights, tables). Budgets, prefix tokens, shared key heads, tiles and
-    background are the core's work.
+    Override `plan` if the inputs of a call are all it takes, or `planner` if something must be kept
+    per site (weights, tables). The core takes care of budgets, prefix tokens, shared key heads,
+    tiles and background.
 
-    tile: queries that share one key set, 1, ``(rows, columns)`` of patches, or ``"auto"``: 1 below
-    1,024 tokens, else ``(8, 8)``. block: patch keys that are kept or dropped together in tile
-    mode, 1, ``(rows, columns)``, or ``"auto"``, more of them for larger budgets; under a host's
-    mask that forbids keys each is chosen by itself. background: pool dropped keys into g x g
-    summary keys, or None. prefix_keys: CLS and register columns are always kept, within the budget.
+    Args:
+        tile: Queries that share one key set: 1, ``(rows, columns)`` of patches, or ``"auto"``: 1
+            below 1,024 tokens, else ``(8, 8)``.
+        block: Patch keys that are kept or dropped together in tile mode: 1, ``(rows, columns)``,
+            or ``"auto"``, more of them for larger budgets. Under a host's mask that forbids keys
+            every key is chosen by itself.
+        background: Pool dropped keys into g x g summary keys; None to drop them.
+        prefix_keys: Whether CLS and register columns are always kept, within the budget.
+
+    Attributes:
+        selects_keys: Whether plans choose among the host's keys. Those of `Pattern.computed_keys`,
+            `Pattern.logits` and `Pattern.output` do not, and ``background`` cannot complete them.
+        uses_cross_layer_state: Whether planners use `AttentionInputs.store` and `load`.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Pattern, Strategy
@@ -71,12 +79,16 @@ class Strategy(Config):
     0.2
     """
 
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        **Config.renamed_members,
+        "at": "resolve_for",
+        "carries": "uses_cross_layer_state",
+        "chooses": "selects_keys",
+    }
+
     kind = "attention"
     selects_keys: ClassVar[bool] = True
-    """Whether plans choose among the host's keys. Those of `Pattern.computed_keys`, `logits` and
-    `output` do not, and ``background`` cannot complete them."""
     uses_cross_layer_state: ClassVar[bool] = False
-    """Whether planners use `AttentionInputs.store` and `recall`."""
 
     tile: Tile | str = field(default="auto", kw_only=True)
     block: Tile | str = field(default=1, kw_only=True)
@@ -92,8 +104,7 @@ class Strategy(Config):
                 f"background stands for keys that were dropped, and {self.name!r} drops none: "
                 f"background must be None, got {self.background!r}"
             )
-        if not isinstance(self.prefix_keys, bool):
-            raise InvalidType(f"prefix_keys must be True or False, got {self.prefix_keys!r}")
+        check_flag("prefix_keys", self.prefix_keys)
         k = getattr(self, "k", None)
         if "k" in self.option_names() and not (isinstance(k, (list, tuple)) or callable(k)):
             check_budget(k)
@@ -108,10 +119,14 @@ class Strategy(Config):
         """What plans for ``site``; an `nn.Module` if it has weights (see `LearnedPlanner`)."""
         return Stateless(self)
 
+    def _count(self, n_keys: int) -> int | None:
+        """Keys kept out of so many; None without a budget, or with one that is not resolved."""
+        k = getattr(self, "k", None)
+        return count_of(k, n_keys) if isinstance(k, (int, float)) else None
+
     def keeps_all(self, n_keys: int) -> bool:
         """Whether the budget covers every key, so that the host's own attention runs."""
-        k = getattr(self, "k", None)
-        return isinstance(k, (int, float)) and count_of(k, n_keys) == n_keys
+        return self._count(n_keys) == n_keys
 
     def tile_for(self, tokens: int) -> Tile:
         """The tile at this many tokens, with ``"auto"`` and ``(1, 1)`` resolved."""
@@ -121,31 +136,40 @@ class Strategy(Config):
         return 1 if self.tile == (1, 1) else self.tile
 
     def block_for(self, keys: int) -> Tile:
-        """The block at this many keys, with ``"auto"`` resolved; 1 where queries choose alone or
-        prefix keys have to compete."""
+        """The block at this many keys, with ``"auto"`` resolved.
+
+        1 where every query chooses alone or prefix keys have to compete.
+        """
         if self.tile_for(keys) == 1 or not self.prefix_keys or self.block in (1, (1, 1)):
             return 1
         if self.block != "auto":
             assert not isinstance(self.block, str)
             return self.block
-        k = getattr(self, "k", None)
-        kept = count_of(k, keys) if isinstance(k, (int, float)) else 0
-        return AUTO_BLOCK if kept >= 128 else (2, 2) if kept >= 32 else 1
+        count = self._count(keys) or 0
+        return AUTO_BLOCK if count >= 128 else (2, 2) if count >= 32 else 1
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
-        """This config with a list or function of budgets resolved for one of ``count`` sites."""
+        """This config with one budget instead of a list or a function of budgets.
+
+        Args:
+            site: Where it will plan.
+            position: Place of the site among those that are patched.
+            count: How many are patched.
+
+        Raises:
+            InvalidOption: A list has another number of budgets.
+        """
         k = getattr(self, "k", None)
         if k is None or isinstance(k, (int, float)):
             return self
         if callable(k):
             return replace(self, k=check_budget(k(site)))  # type: ignore[call-arg]
-        budgets = list(k)
-        if len(budgets) != count:
+        if len(k) != count:
             raise InvalidOption(
-                f"k as a list needs one budget per patched site: {count}, got {len(budgets)}; "
+                f"k as a list needs one budget per patched site: {count}, got {len(k)}; "
                 "narrow sites= or pass a function of the site"
             )
-        return replace(self, k=check_budget(budgets[position]))  # type: ignore[call-arg]
+        return replace(self, k=check_budget(k[position]))  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -158,13 +182,18 @@ class Stateless:
         return self.strategy.plan(inputs)
 
 
-class LearnedPlanner(nn.Module):
-    """Base of planners with weights. They become ``<site>.sparsiattn.*`` in the model.
+class LearnedPlanner(RenamedMembers, nn.Module):
+    """Base of planners with weights, which become ``<site>.sparsiattn.*`` in the model.
 
     A checkpoint of the dense model still loads strictly: planner weights it lacks keep their
     values. Weights are frozen at first: a hard choice of keys passes them no gradient, so an
     optimiser or DDP that waits for one would fail; `calibrate` unfreezes them while it fits.
     Override ``forward(inputs)``, from `AttentionInputs` to a `Pattern`.
+
+    Attributes:
+        differentiable: Whether losses of the model reach the weights (plans that do not choose),
+            so that `train` fits them also without reconstruction.
+        renamed_weights: Old names of weights to new ones; state dicts with old names still load.
 
     >>> class Mixed(LearnedPlanner):
     ...     def __init__(self, heads):
@@ -178,12 +207,14 @@ class LearnedPlanner(nn.Module):
     128
     """
 
+    renamed_members: ClassVar[Mapping[str, str]] = {"start": "init_from_batch"}
+
     differentiable: ClassVar[bool] = False
-    """Whether losses of the model reach the weights (plans that do not choose), so that `train`
-    fits them also without reconstruction."""
+    renamed_weights: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(rename_weights)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
@@ -191,14 +222,25 @@ class LearnedPlanner(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
     def init_from_batch(self, inputs: AttentionInputs) -> None:
-        """Set weights in closed form from a first batch, where that is known to be a better start;
-        `calibrate` keeps them only if they lower the loss. By default nothing changes."""
+        """Set weights in closed form from a first batch, where that is known to be a better start.
+
+        `calibrate` keeps them only if they lower the loss. By default nothing changes.
+        """
+
+
+def rename_weights(module: LearnedPlanner, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: put weights with old names under the new ones."""
+    for old, new in module.renamed_weights.items():
+        if prefix + old in state:
+            state[prefix + new] = state.pop(prefix + old)
 
 
 def keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    own = {prefix + name: value for name, value in module.state_dict().items()}
-    if not any(name in state for name in own):
-        state.update(own)
+    """Before a state dict is loaded: where it has none of the planner's weights, add the present
+    ones, so that a checkpoint of the dense model loads strictly."""
+    present = {prefix + name: value for name, value in module.state_dict().items()}
+    if not any(name in state for name in present):
+        state.update(present)
 
 
 def _check_tile(tile: object, name: str) -> Tile | str:
@@ -217,6 +259,17 @@ def _check_background(g: object) -> None:
         raise InvalidOption(
             f"background must be None or an int g >= 1 for g x g summary keys, got {g!r}"
         )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `InvalidType` unless the option ``name`` is a bool."""
+    if not isinstance(value, bool):
+        raise InvalidType(f"{name} must be True or False, got {value!r}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is an int or a float and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def spawn(seed: int) -> torch.Generator:

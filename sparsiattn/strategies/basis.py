@@ -1,4 +1,4 @@
-"""The down- and up-projections of `connectivity`, as tables over the token grid."""
+"""The weights of `connectivity`: tables over the token grid, channel maps, and how they start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,52 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.geometry import Grid, Tile, Tiles
+from sparsiattn.strategies.base import TILE_FROM
+
+MapPair = tuple[nn.Linear, nn.Linear]
+
+
+def pooled_by_block(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = False) -> Tensor:
+    """Prefix rows as they are, then one row per block: the mean (or the sum) over its tokens."""
+    rows = blocks.mean(x[..., prefix:, :])
+    if total:
+        sizes = (blocks.weight > 0).sum(-1, keepdim=True)
+        rows = rows * sizes.to(rows.dtype)
+    return torch.cat([x[..., :prefix, :], rows], dim=-2) if prefix else rows
+
+
+def unit_grid(grid: Grid, block: Tile) -> Grid:
+    """The grid of what is chosen at once: patch keys, or blocks of them."""
+    return grid if isinstance(block, int) else geometry.tile_parts(grid, block)
+
+
+def own_keys(rows: int, keys: int, prefix: int, *, device: torch.device) -> Tensor:
+    """``[rows, keys]``: one where a row's query is that key, after the prefix's columns.
+
+    >>> own_keys(2, 3, 1, device=torch.device("cpu")).int().tolist()
+    [[0, 1, 0], [0, 0, 1]]
+    """
+    places = torch.arange(keys, device=device) - prefix
+    return places == torch.arange(rows, device=device)[:, None]
+
+
+def basis_cells(grid: Grid, tokens_per_basis: float | None, basis: int | None) -> Grid:
+    """Rows and columns of the cells whose means are the initial basis.
+
+    Args:
+        grid: Rows and columns of patch tokens.
+        tokens_per_basis: Tokens in a cell; None is 6 below 1,024 tokens and 16 from there on.
+        basis: The most cells there may be, in place of ``tokens_per_basis``.
+    """
+    n = grid[0] * grid[1]
+    per_cell = tokens_per_basis or (6.0 if n < TILE_FROM else 16.0)
+    if basis:
+        per_cell = max(1.0, n / basis)
+    side = math.sqrt(per_cell)
+    sizes = (1.0, grid[1] / per_cell) if grid[0] == 1 else (grid[0] / side, grid[1] / side)
+    rows, columns = (max(1, math.floor(s) if basis else math.ceil(s)) for s in sizes)
+    return rows, columns
 
 
 def initial_tables(
@@ -28,25 +73,67 @@ def initial_tables(
 
 
 def resize_table(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
-    """Bilinear interpolation of the patch rows of ``[P + n, K]`` to another grid; prefix rows
-    stay as they are."""
+    """Bilinear interpolation of the patch rows of ``[P + n, K]`` to another grid.
+
+    Prefix rows stay as they are.
+    """
     image = table[prefix:].mT.reshape(1, -1, *old)
     resized = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
     return torch.cat([table[:prefix], resized[0].flatten(1).mT.to(table.dtype)])
 
 
-def channel_maps(
-    width: int, channels: int, generator: torch.Generator
-) -> tuple[nn.Linear, nn.Linear]:
-    """Frozen maps of queries and of keys from ``width`` to ``channels``, alike, semi-orthogonal and
-    scaled so that products keep their size."""
+def resize_tables(
+    down: Tensor, up: Tensor, old: Grid, new: Grid, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """W_down and W_up, ``[P + n, K]``, for another grid."""
+    down, up = (resize_table(table, old, new, prefix) for table in (down, up))
+    # pooling weights sum to one over more (or fewer) tokens
+    ratio = old[0] * old[1] / (new[0] * new[1])
+    patches = torch.arange(down.shape[0], device=down.device)[:, None] >= prefix
+    return torch.where(patches, down * ratio, down), up
+
+
+def channel_maps(width: int, channels: int, generator: torch.Generator) -> MapPair:
+    """Frozen maps of queries and of keys from ``width`` to ``channels``.
+
+    Both are the same semi-orthogonal map, so that products are kept as well as so few channels can,
+    scaled so that they keep their size.
+    """
     weight = torch.empty(channels, width)
     nn.init.orthogonal_(weight, generator=generator)
     gain = max(1.0, math.sqrt(width / channels))
-    made = []
+    maps = []
     for _ in range(2):
+        # skip_init: the default initialisation would draw from the global random state
         linear = nn.utils.skip_init(nn.Linear, width, channels)
         linear.weight = nn.Parameter(weight * math.sqrt(gain), requires_grad=False)
         linear.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
-        made.append(linear)
-    return made[0], made[1]
+        maps.append(linear)
+    return maps[0], maps[1]
+
+
+@torch.no_grad()
+def fit_channel_maps(maps: MapPair, queries: Tensor, keys: Tensor, scale: float) -> None:
+    """Set maps whose products are the best of their rank to ``scale`` times the whole ones.
+
+    Best in the mean over queries ``[..., D]`` and basis keys ``[..., D]``: from the singular
+    vectors of ``Cq^(1/2) Ck^(1/2)`` for second moments ``Cq`` and ``Ck``. Keys count from their
+    mean, which softmax does not see.
+    """
+    query_root, query_inverse = _root(queries)
+    key_root, key_inverse = _root(keys - keys.mean(-2, keepdim=True))
+    u, s, vh = torch.linalg.svd(query_root @ key_root)
+    sides = (query_inverse, u, scale), (key_inverse, vh.mT, 1.0)
+    for linear, (inverse, vectors, gain) in zip(maps, sides, strict=True):
+        rank = linear.out_features
+        best = (inverse @ vectors[:, :rank] * s[:rank].sqrt()).mT * gain
+        linear.weight.copy_(F.pad(best, (0, 0, 0, rank - len(best))))
+        linear.bias.zero_()
+
+
+def _root(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Root of the second moment of rows ``[..., D]`` and its inverse, ``[D, D]`` float64."""
+    rows = x.flatten(0, -2).double()
+    values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
+    roots = values.clamp_min(values[-1] * 1e-6 + 1e-12).sqrt()
+    return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT

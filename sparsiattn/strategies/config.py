@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
-from sparsiattn.errors import unknown
+from sparsiattn.errors import (
+    MismatchedPatch,
+    RenamedMember,
+    RenamedMembers,
+    unknown,
+    warn_renamed,
+)
 
 C = TypeVar("C", bound="Config")
 
 
 @dataclass(frozen=True)
-class Config:
-    """Base of every strategy. Subclasses are frozen dataclasses whose fields are their options."""
+class Config(RenamedMembers):
+    """Base of every strategy. Subclasses are frozen dataclasses whose fields are their options.
+
+    Attributes:
+        registers_as: The kind of plug-in part that it is.
+        name: The name that users give to `patch`.
+        version: Goes up when a saved config has another meaning; those of other versions are
+            refused.
+        exact_at_full: Whether the full budget reproduces the dense model; if not,
+            `list_strategies()` shows ``inexact_reason``.
+        inexact_reason: Why it does not.
+        needs_training: Whether it is of no use before training.
+        kind: What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
+        paper: Address of the publication, if there is one.
+        fidelity: How close to it this is: ``"as published"``, ``"as published code"`` or
+            ``"inspired by"``, then what differs.
+        renamed_options: Old names of options to new ones; see `with_renamed_options`.
+    """
+
+    renamed_members: ClassVar[Mapping[str, str]] = {"inexact": "inexact_reason"}
 
     registers_as: ClassVar[str] = "strategies"
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     exact_at_full: ClassVar[bool] = True
-    """Whether the full budget reproduces the dense model; if not, `list_strategies()` shows
-    ``inexact_reason``."""
     inexact_reason: ClassVar[str] = ""
     needs_training: ClassVar[bool] = False
     kind: ClassVar[str] = ""
-    """What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``."""
     paper: ClassVar[str] = ""
-    """Address of the publication, if there is one."""
     fidelity: ClassVar[str] = ""
-    """How close to it this is: ``"as published"``, ``"as published code"`` or ``"inspired by"``,
-    then what differs."""
+    renamed_options: ClassVar[Mapping[str, str]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"name", "version", "options"}``."""
@@ -37,15 +58,71 @@ class Config:
 
     @classmethod
     def option_names(cls) -> list[str]:
+        """Names of the options, in the order of the fields."""
         return [f.name for f in fields(cls) if f.init]
 
     @classmethod
-    def build(cls: type[C], options: dict[str, Any]) -> C:
-        """An instance from options by name; a wrong name is an error that lists the right ones."""
+    def build(cls: type[C], options: Mapping[str, Any]) -> C:
+        """An instance from options by name.
+
+        Raises:
+            UnknownName: There is no such option; the error lists those there are.
+        """
+        options = cls.current_options(options)
         for name in options:
             if name not in cls.option_names():
                 raise unknown(f"option of strategy {cls.name!r}:", name, cls.option_names())
         return cls(**options)
+
+    @classmethod
+    def from_dict(cls: type[C], saved: Mapping[str, Any]) -> C:
+        """The config that `to_dict` described, by whatever names its options had then.
+
+        Raises:
+            MismatchedPatch: It is of another version.
+        """
+        if saved["version"] != cls.version:
+            raise MismatchedPatch(
+                f"strategy {cls.name!r} was saved in version {saved['version']}, this is version "
+                f"{cls.version}"
+            )
+        return cls.build(cls.current_options(saved["options"], warn=False))
+
+    @classmethod
+    def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+        """Options by their present names.
+
+        Args:
+            options: By present or old names.
+            warn: Whether an old name is worth a `DeprecationWarning`.
+        """
+        for old in options:
+            if warn and old in cls.renamed_options:
+                warn_renamed(f"{cls.__name__}({old}=)", f"{cls.renamed_options[old]}=", 4)
+        return {cls.renamed_options.get(name, name): value for name, value in options.items()}
+
+
+def with_renamed_options(**renamed: str) -> Callable[[type[C]], type[C]]:
+    """A decorator, above ``@dataclass``: options still work by their old names, with a warning.
+
+    Args:
+        renamed: Old names and the new ones.
+    """
+
+    def decorate(cls: type[C]) -> type[C]:
+        init = cls.__init__
+
+        @wraps(init)
+        def init_by_any_name(self: C, *args: Any, **options: Any) -> None:
+            init(self, *args, **cls.current_options(options))
+
+        cls.__init__ = init_by_any_name  # type: ignore[assignment,method-assign]
+        cls.renamed_options = renamed
+        for old, new in renamed.items():
+            setattr(cls, old, RenamedMember(old, new))
+        return cls
+
+    return decorate
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ class DenseStrategy(Strategy):
     """Every pair: the host's own attention, reached through the patch."""
 
     name = "dense"
-    suite = MappingProxyType({"changes": False})
+    suite = MappingProxyType({"changes": False})  # a law of the test suite it need not hold to
 
     def keeps_all(self, n_keys: int) -> bool:
         return True

@@ -1,4 +1,9 @@
-"""From what a planner wishes to what a kernel computes: prefix tokens, tiles, masks, background."""
+"""Finishes planners' patterns, so that a kernel can compute them.
+
+A planner answers with scores or a mask and need not think of prefix tokens, tiles, blocks, the
+host's mask or background. `finish` adds all of these: the prefix keys a user wants kept, one list
+of keys per tile, forbidden keys last, and the summary keys that stand for what was dropped.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,6 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.background import CountedSummary, Summary
-from sparsiattn.attention.block_masks import BlockMask, with_prefix
 from sparsiattn.attention.budget import blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
@@ -28,20 +32,29 @@ def finish(
     prefix_keys: bool = True,
     background: int | None = None,
 ) -> Pattern:
-    """The pattern to compute: a `Dense`, `Mask` or `KeyIndex` that honours the core's options.
+    """The pattern to compute: dense, a mask or key lists, with the core's options carried out.
 
-    prefix_keys: keep every prefix column (within the budget where there is one). background: pool
-    the dropped keys of each cell of a g x g grid into one summary key.
+    Args:
+        pattern: What the planner returned.
+        inputs: Those of the call.
+        prefix_keys: Keep every prefix column (within the budget where there is one).
+        background: Pool the dropped keys of each cell of a g x g grid into one summary key; None
+            to drop them.
+
+    Raises:
+        InvalidType: The planner returned no pattern.
+        InvalidOption: Its pattern does not fit the call.
     """
     # prefix keys that compete with the others compete one by one
     blocks = inputs.blocks if prefix_keys or not inputs.prefix else None
-    ranked = isinstance(pattern, Ranked) and pattern.best is not None  # then made for these inputs
+    # compiled code ranks blocks itself, and what it returns is made for these inputs
+    ranked = isinstance(pattern, Ranked) and pattern.best is not None
     if not ranked:
         _check_size(pattern, inputs, blocks)
     if isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
-    elif isinstance(pattern, Mask):
-        pattern = _keep_prefix(pattern, inputs.prefix, prefix_keys)
+    elif isinstance(pattern, Mask) and inputs.prefix:
+        pattern = pattern.with_prefix(inputs.prefix, keys=prefix_keys)
     if background is None or isinstance(pattern, (Dense, ComputedPattern)):
         return pattern
     return _with_summary(pattern, inputs, background)
@@ -53,14 +66,13 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None)
             f"a plan must be a sparsiattn.Pattern (Pattern.top, Pattern.mask or Pattern.dense), "
             f"got {type(pattern).__name__} at site {inputs.site.name!r}"
         )
-    rows = {inputs.n_queries}
+    rows, columns = {inputs.n_queries}, {inputs.n_keys}
     if isinstance(pattern, Ranked):
         rows.add(inputs.n_queries - inputs.prefix)
         if inputs.tiles is not None:
             rows.add(inputs.tiles.count)
-    columns = {inputs.n_keys}
-    if isinstance(pattern, Ranked) and blocks is not None:
-        columns.add(blocks.count)
+        if blocks is not None:
+            columns.add(blocks.count)
     if pattern.n_keys not in columns or pattern.n_queries not in rows:
         raise InvalidOption(
             f"site {inputs.site.name!r} needs a pattern of {sorted(rows)} rows over "
@@ -85,8 +97,8 @@ def _rank(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     if prefix_keys and inputs.prefix:
-        first = torch.arange(inputs.n_keys, device=scores.device) < inputs.prefix
-        scores = scores.masked_fill(first, float("inf"))
+        is_prefix = torch.arange(inputs.n_keys, device=scores.device) < inputs.prefix
+        scores = scores.masked_fill(is_prefix, float("inf"))
     index = Ranked(scores.shape[-2], inputs.n_keys, scores, pattern.k).select()
     return KeyIndex(inputs.n_queries, inputs.n_keys, index, inputs.tiles, inputs.prefix)
 
@@ -100,16 +112,9 @@ def _rank_blocks(
         if scores.shape[-1] == inputs.n_keys:
             scores = blocks.mean(scores[..., inputs.prefix :].mT).mT
         chosen = native.top(scores, count)
-    return KeyBlocks(
-        inputs.n_queries,
-        inputs.n_keys,
-        chosen,
-        blocks,
-        count_of(pattern.k, inputs.n_keys),
-        inputs.prefix,
-        inputs.tiles,
-        inputs.prefix,
-    )
+    keys, prefix = count_of(pattern.k, inputs.n_keys), inputs.prefix
+    sizes = inputs.n_queries, inputs.n_keys
+    return KeyBlocks(*sizes, chosen, blocks, keys, prefix, inputs.tiles, prefix)
 
 
 def _row_scores(scores: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -133,18 +138,8 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
     return allowed if tiles is None else tiles.mean(allowed.float()) > 0
 
 
-def _keep_prefix(pattern: Mask, prefix: int, prefix_keys: bool) -> Pattern:
-    if not prefix:
-        return pattern
-    if isinstance(pattern, BlockMask):
-        return with_prefix(pattern, prefix, keys=prefix_keys)
-    keep = pattern.keep
-    row = torch.arange(keep.shape[-2], device=keep.device)[:, None] < prefix
-    column = torch.arange(keep.shape[-1], device=keep.device) < (prefix if prefix_keys else 0)
-    return Mask(pattern.n_queries, pattern.n_keys, keep | row | column)
-
-
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
+    # logs of counts: that of 0 is minus infinity, so an empty summary weighs nothing
     parts = _cell_parts(inputs.key_grid, g)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
@@ -154,7 +149,7 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
-        bias = _log_counts(_count_by_index(pattern.index, cells, count))
+        bias = _count_by_index(pattern.index, cells, count).log()
     else:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
         if isinstance(pattern, KeyLists):
@@ -194,7 +189,7 @@ def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
 
 
 def _bias_by_block(pattern: KeyBlocks, *grids: Any) -> Tensor:
-    return _log_counts(_count_by_block(pattern, *grids))
+    return _count_by_block(pattern, *grids).log()
 
 
 def _count_by_block(
@@ -207,20 +202,18 @@ def _count_by_block(
     """As `_count_by_index`, from tables of how many keys of each cell a block holds."""
     if not pattern.blocks.even:
         return _count_by_index(pattern.index, cells, parts[0] * parts[1])
-    device = cells.device
     size = pattern.blocks.size
-    whole, rest = divmod(pattern.keys - pattern.prefix, size)
-    first = geometry.table(_first_members, grid, block, parts, device=device)
-    lists = pattern.chosen[..., :whole]
-    picked = (
-        first[size].index_select(0, lists.flatten()).view(*lists.shape, parts[0] * parts[1]).sum(-2)
-    )
+    full_blocks, rest = divmod(pattern.keys - pattern.prefix, size)
+    members = geometry.table(_members_of_first, grid, block, parts, device=cells.device)
+    lists = pattern.chosen[..., :full_blocks]
+    rows = members[size].index_select(0, lists.flatten())
+    picked = rows.view(*lists.shape, parts[0] * parts[1]).sum(-2)
     if rest:
-        picked = picked + first[rest][pattern.chosen[..., whole]]
-    return first[size].sum(0) - picked
+        picked = picked + members[rest][pattern.chosen[..., full_blocks]]
+    return members[size].sum(0) - picked
 
 
-def _first_members(
+def _members_of_first(
     grid: geometry.Grid, block: geometry.Tile, parts: geometry.Grid, *, device: torch.device
 ) -> Tensor:
     """How many of the first i keys of a block lie in each cell, ``[size + 1, blocks, cells]``."""
@@ -228,12 +221,8 @@ def _first_members(
     cells = geometry.cell_ids(grid, parts, device=device)
     order = geometry.tiles(grid, block, device=device).order
     ids = torch.arange(parts[0] * parts[1], device=device)
-    member = (cells[order].mT.unsqueeze(-1) == ids).float()
-    return torch.cat([torch.zeros_like(member[:1]), member.cumsum(0)])
-
-
-def _log_counts(counts: Tensor) -> Tensor:
-    return counts.log()  # log(0) is minus infinity: an empty summary weighs nothing
+    is_member = (cells[order].mT.unsqueeze(-1) == ids).float()
+    return torch.cat([torch.zeros_like(is_member[:1]), is_member.cumsum(0)])
 
 
 def _bias_by_mask(
@@ -241,10 +230,11 @@ def _bias_by_mask(
 ) -> Tensor:
     """Log count of each query's dropped keys, plus the mean of the host's bias over them."""
     dropped = ~keep if allowed is None else ~keep & allowed
-    member = (cells[:, None] == torch.arange(count, device=cells.device)).float()
-    counts = dropped.float() @ member
-    bias = _log_counts(counts)
+    is_member = (cells[:, None] == torch.arange(count, device=cells.device)).float()
+    counts = dropped.float() @ is_member
+    bias = counts.log()
     if inputs.bias is None or inputs.bias.dtype == torch.bool:
         return bias
-    host = torch.where(dropped, inputs.bias.float().clamp_min(-1e4), 0.0) @ member
+    # bounded: infinity times zero members is not a number
+    host = torch.where(dropped, inputs.bias.float().clamp_min(-1e4), 0.0) @ is_member
     return bias + host / counts.clamp_min(1.0)

@@ -9,7 +9,7 @@ from typing import Any
 from sparsiattn.attention.budget import Budget
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import InvalidOption, InvalidType, MismatchedPatch
+from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.strategies.base import Budgets, Strategy
 from sparsiattn.strategies.config import Config
@@ -17,6 +17,8 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 _ATTENTION = ("k", "tile", "background", "prefix_keys")
 _TOKENS = ("keep", "layers", "restore")
+# Options for which None says something, so that "default" leaves them alone.
+_NULLABLE = ("background", "restore")
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,20 @@ class Hybrid(Config):
     """An attention strategy and a token strategy together; by default connectivity and class-token
     drop, i.e. the paper's Sparsifiner-EViT (CVPR 2023, table 2).
 
-    attention, tokens: names, or strategy objects for options beyond the ones here. k: share or
-    count of the keys. tile, background, prefix_keys: of `Strategy`, as k is. keep: share or count
-    of the tokens. layers, restore: of `TokenStrategy`, as keep is. None leaves the default (or what
-    the object says). Predictor tables, windows and tiles follow the tokens that
-    are left. Sites where the sparse kernel would lose stay dense unless ``only_if_faster=False``.
+    Predictor tables, windows and tiles follow the tokens that are left. Sites where the sparse
+    kernel would lose stay dense unless ``only_if_faster=False``. None leaves an option at its
+    default (or at what the object says).
+
+    Args:
+        k: Share or count of the keys.
+        keep: Share or count of the tokens.
+        layers: Of `TokenStrategy`.
+        attention: Name of an attention strategy, or an object for options beyond the ones here.
+        tokens: Name of a token strategy, or an object.
+        tile: Of `Strategy`.
+        background: Of `Strategy`; None switches it off.
+        prefix_keys: Of `Strategy`.
+        restore: Of `TokenStrategy`; None switches it off.
 
     >>> hybrid = Hybrid(k=0.25, keep=0.5)
     >>> hybrid.attention.name, hybrid.tokens.keep
@@ -60,42 +71,39 @@ class Hybrid(Config):
                 object.__setattr__(self, name, getattr(part, name, None))
 
     def parts(self) -> tuple[Strategy, TokenStrategy]:
+        """The attention strategy and the token strategy."""
         return self.attention, self.tokens
 
     def _part(self, field: str, kind: type[Config], names: tuple[str, ...]) -> Any:
         """The strategy object behind ``attention`` or ``tokens``, with this config's options."""
-        wanted = getattr(self, field)
-        part = _built(wanted) if isinstance(wanted, (str, dict)) else wanted
+        value = getattr(self, field)
+        part = _build(value) if isinstance(value, (str, dict)) else value
         if not isinstance(part, kind):
             raise InvalidType(
-                f"{field} must be the name of a {kind.__name__} or such an object, got {wanted!r}"
+                f"{field} must be the name of a {kind.__name__} or such an object, got {value!r}"
             )
-        given = {name: getattr(self, name) for name in names}
-        given = {
-            name: value
-            for name, value in given.items()
-            if not (value == "default" or (value is None and name not in ("background", "restore")))
+        options = {
+            name: option
+            for name in names
+            if (option := getattr(self, name)) != "default"
+            and (option is not None or name in _NULLABLE)
         }
-        wrong = [name for name in given if name not in part.option_names()]
+        wrong = [name for name in options if name not in part.option_names()]
         if wrong:
             raise InvalidOption(
                 f"{part.name!r} has no {', '.join(wrong)}; its options are {part.option_names()}: "
                 f"give them in an object, {field}={type(part).__name__}(...)"
             )
-        return replace(part, **given)
+        return replace(part, **options)
 
 
-def _built(wanted: str | dict[str, Any]) -> Config:
+def _build(description: str | dict[str, Any]) -> Config:
     """A registered strategy by name, or from its JSON form."""
-    if isinstance(wanted, str):
-        found: type[Config] = REGISTRY.get("strategies", wanted)
-        return found()
-    if set(wanted) != {"name", "version", "options"}:
-        raise InvalidOption(f"a strategy in JSON has name, version and options, got {wanted!r}")
-    found = REGISTRY.get("strategies", wanted["name"])
-    if found.version != wanted["version"]:
-        raise MismatchedPatch(
-            f"strategy {found.name!r} was saved in version {wanted['version']}, this is version "
-            f"{found.version}"
+    if isinstance(description, str):
+        return REGISTRY.get("strategies", description)()  # type: ignore[no-any-return]
+    if set(description) != {"name", "version", "options"}:
+        raise InvalidOption(
+            f"a strategy in JSON has name, version and options, got {description!r}"
         )
-    return found.build(wanted["options"])
+    kind: type[Config] = REGISTRY.get("strategies", description["name"])
+    return kind.from_dict(description)

@@ -23,8 +23,14 @@ class KeepPredictor(nn.Module):
     weights through the attention of all later blocks; `sparsiattn.training.keep_ratio_loss` holds
     it to the share that will be kept.
 
-    width: of the tokens. select: turns keep probabilities ``[B, n]`` into a `Reduction`. keep: the
-    budget. share: ``[B]``, what the last training forward kept of all tokens, with gradient.
+    Args:
+        select: Turns keep probabilities ``[B, n]`` into a `Reduction`.
+        width: Of the tokens.
+        name: The site's, from which the initial weights are drawn.
+        keep: The budget.
+
+    Attributes:
+        share: ``[B]``, what the last training forward kept of all tokens, with gradient.
     """
 
     def __init__(
@@ -36,36 +42,44 @@ class KeepPredictor(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the caller's random state is not involved
             self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
             self.decide = nn.Sequential(
-                nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(),
-                nn.Linear(quarter, 2), nn.LogSoftmax(dim=-1),
-            )  # fmt: skip
+                *(nn.Linear(width, half), nn.GELU()),
+                *(nn.Linear(half, quarter), nn.GELU()),
+                *(nn.Linear(quarter, 2), nn.LogSoftmax(dim=-1)),
+            )
         _draw(self, zlib.crc32(name.encode()))
         self.share: Tensor | None = None
         self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, object]:
+        # of the last forward, and with a graph, which can be neither copied nor pickled
         return {**self.__dict__, "share": None}
 
     def forward(self, tokens: TokenInputs) -> Reduction | None:
-        before = tokens.policy
-        log_keep = self.log_probabilities(tokens.x, before)
+        earlier = tokens.policy
+        log_keep = self.log_probabilities(tokens.x, earlier)
         if not self.training:
             # half precision has too few values to rank tokens by, and double is not to lose any
             precise = torch.promote_types(log_keep.dtype, torch.float32)
             return self.select(log_keep[..., 0].to(precise).exp())
-        drawn = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
-        policy = drawn if before is None else drawn * before
+        policy = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
+        if earlier is not None:
+            policy = policy * earlier
         self.share = policy.mean(1)
         return Policy(policy)
 
     def log_probabilities(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
-        """``[B, n, 2]``: log probability of keeping and of dropping; eq. 3 to 6."""
+        """Log probability of keeping and of dropping, ``[B, n, 2]`` (equations 3 to 6).
+
+        Args:
+            x: Tokens ``[B, n, C]``.
+            policy: ``[B, n]``, which of them earlier predictors keep; None if all.
+        """
         z = self.embed(x)
-        local, whole = z.split((z.shape[-1] - z.shape[-1] // 2, z.shape[-1] // 2), dim=-1)
+        local, shared = z.split((z.shape[-1] - z.shape[-1] // 2, z.shape[-1] // 2), dim=-1)
         weight = torch.ones_like(z[..., :1]) if policy is None else policy[..., None].to(z.dtype)
-        mean = (whole * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1.0)
-        found: Tensor = self.decide(torch.cat([local, mean.expand_as(whole)], dim=-1))
-        return found
+        mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1.0)
+        log_keep: Tensor = self.decide(torch.cat([local, mean.expand_as(shared)], dim=-1))
+        return log_keep
 
 
 def _draw(module: nn.Module, seed: int) -> None:

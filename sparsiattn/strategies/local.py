@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
@@ -18,8 +19,12 @@ from sparsiattn.strategies.base import Budgets, Strategy
 class Local(Strategy):
     """The nearest patches of the image grid (a window that stays full at the border).
 
-    Distances are Euclidean between patch centres; where keys are pooled, queries and keys are laid
-    over the same image. In tile mode, nearest to the tile as a whole.
+    Distances are Euclidean between patch centres; where keys are pooled, queries and keys lie over
+    the same image. In tile mode, nearest to the tile as a whole.
+
+    Args:
+        k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
+        background: As in `Strategy`.
     """
 
     name = "local"
@@ -30,33 +35,33 @@ class Local(Strategy):
     background: int | None = 2
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
-        token_state = inputs.token_state
-        if token_state is not None and token_state.reduced:
-            places = inputs.gather_rows(
-                _padded_positions(token_state.grid, inputs.prefix, inputs.k.device)
-            )
-            return Pattern.top(_between(places, inputs), self.k)  # type: ignore[arg-type]
-        scores = geometry.table(
-            nearness,
-            inputs.query_grid,
-            inputs.key_grid,
-            inputs.prefix,
-            inputs.tile,
-            inputs.site.halo,
-            device=inputs.k.device,
-        )
+        if inputs.reduced is None:
+            grids = inputs.query_grid, inputs.key_grid
+            scores = inputs.table(nearness, *grids, inputs.prefix, inputs.tile, inputs.site.halo)
+        else:
+            scores = _nearness_of_remaining(inputs, inputs.reduced.grid)
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
 
 
 def nearness(
-    queries: Grid, keys: Grid, prefix: int, tile: Tile, margin: int, *, device: torch.device
+    queries: Grid, keys: Grid, prefix: int, tile: Tile, halo: int, *, device: torch.device
 ) -> Tensor:
-    """Minus the squared distance in units of key patches, ``[1, 1, R, prefix + m]``, from every
-    patch query, or from the middle of every tile: the mean distance from a tile's queries differs
-    from that by a constant, so both name the same keys. Queries lie over the keys but for a margin
-    of key patches. Prefix keys come after every patch (the core keeps them where asked to)."""
+    """Minus the squared distance in units of key patches, ``[1, 1, R, prefix + m]``.
+
+    From every patch query, or from the middle of every tile: the mean distance from a tile's
+    queries differs from that by a constant, so both name the same keys. Prefix keys come after
+    every patch (the core keeps them where the user wants it).
+
+    Args:
+        queries: Grid of the patch queries.
+        keys: Grid of the patch keys, over the same image.
+        prefix: Prefix keys.
+        tile: As in `AttentionInputs`.
+        halo: Key patches by which keys reach beyond the queries on every side.
+        device: Where to.
+    """
     size = torch.tensor(keys, device=device, dtype=torch.float)
-    q = geometry.positions(queries, device=device) * (size - 2 * margin) + margin
+    q = geometry.positions(queries, device=device) * (size - 2 * halo) + halo
     k = geometry.positions(keys, device=device) * size
     if not isinstance(tile, int):
         q = geometry.tiles(queries, tile, device=device).mean(q)
@@ -65,16 +70,12 @@ def nearness(
     return torch.cat([last, score], dim=-1)[None, None]
 
 
-def _padded_positions(grid: Grid, prefix: int, device: torch.device) -> Tensor:
-    """``[P + n0, 2]``: row and column of every patch; prefix tokens have none."""
-    size = torch.tensor(grid, device=device, dtype=torch.float)
-    places = geometry.table(geometry.positions, grid, device=device) * size
-    return torch.nn.functional.pad(places, (0, 0, prefix, 0))
-
-
-def _between(places: Tensor, inputs: AttentionInputs) -> Tensor:
-    """`nearness` of the tokens that are left, ``[B, 1, R, P + n]``."""
-    patches = places[:, inputs.prefix :]
+def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:
+    """`nearness` of the tokens that are left of a grid, ``[B, 1, R, P + n]``."""
+    size = torch.tensor(grid, device=inputs.k.device, dtype=torch.float)
+    positions = inputs.table(geometry.positions, grid) * size
+    # prefix tokens have no position; zeros stand in their rows
+    patches = inputs.gather_rows(F.pad(positions, (0, 0, inputs.prefix, 0)))[:, inputs.prefix :]
     rows = patches if inputs.tiles is None else inputs.tiles.mean(patches)
     score = -(rows[:, :, None] - patches[:, None]).square().sum(-1)
     last = score.amin((1, 2), keepdim=True).expand(-1, score.shape[1], inputs.prefix) - 1

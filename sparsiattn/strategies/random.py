@@ -19,8 +19,11 @@ from sparsiattn.strategies.base import Budgets, Strategy
 class Random(Strategy):
     """Keys drawn at random per query (or tile) and head, the same for every image.
 
-    seed: of a private, counter-based generator, with the site's name and its number of keys: it
-    touches no global state and draws the same keys on every device.
+    A counter is hashed: that touches no global state and draws the same keys on every device.
+
+    Args:
+        k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
+        seed: Of the draw, with the site's name and its number of keys.
     """
 
     name = "random"
@@ -31,12 +34,17 @@ class Random(Strategy):
     seed: int = 0
 
     def planner(self, site: Site) -> RandomPlanner:
-        return RandomPlanner(self, zlib.crc32(f"{self.seed}/{site.name}".encode()))
+        return RandomPlanner(self, site_key(self.seed, site))
 
 
 @dataclass(frozen=True)
 class RandomPlanner:
-    """Draws for one site; ``key`` stands for the site's name and the seed."""
+    """Draws for one site.
+
+    Attributes:
+        strategy: Says how many.
+        key: What `site_key` gave.
+    """
 
     strategy: Random
     key: int
@@ -44,13 +52,23 @@ class RandomPlanner:
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
         tiles = inputs.tiles
         rows = inputs.n_queries - inputs.prefix if tiles is None else tiles.count
-        shape = (inputs.site.heads, rows, inputs.n_keys)
-        key = (self.key + inputs.n_keys) * 0x9E3779B1 & 0xFFFFFFFF
-        scores = geometry.table(hashed, key, *shape, device=inputs.k.device)
+        scores = draw(self.key, inputs.site.heads, rows, inputs.n_keys, inputs.k.device)
         return Pattern.top(scores, self.strategy.k)  # type: ignore[arg-type]
 
 
-def hashed(key: int, heads: int, rows: int, columns: int, *, device: torch.device) -> Tensor:
+def site_key(seed: int, site: Site) -> int:
+    """A number that stands for the site's name and the seed."""
+    return zlib.crc32(f"{seed}/{site.name}".encode())
+
+
+def draw(key: int, heads: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Uniform numbers ``[1, heads, rows, columns]``, kept for later calls; others for each key and
+    number of columns."""
+    counter = (key + columns) * 0x9E3779B1 & 0xFFFFFFFF  # far apart for keys that are close
+    return geometry.table(_hashed, counter, heads, rows, columns, device=device)
+
+
+def _hashed(key: int, heads: int, rows: int, columns: int, *, device: torch.device) -> Tensor:
     """Uniform numbers ``[1, heads, rows, columns]`` by a counter hash."""
     counter = torch.arange(heads * rows * columns, device=device)
     return ((hash_integers(counter + key) >> 8).float() / 2**24).view(1, heads, rows, columns)

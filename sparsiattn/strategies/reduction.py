@@ -148,11 +148,11 @@ class Keep(Reduction):
 
     def apply(self, state: TokenState, x: Tensor) -> Reduced:
         index = self.index if state.reduced else _by_tiles(self.index, state)
-        kept, before = take(x, _with_prefix(index, state.prefix)), x.shape[1] - state.prefix
+        remaining, before = take(x, _with_prefix(index, state.prefix)), x.shape[1] - state.prefix
         if self.fuse is None or index.shape[1] == before:
-            return state.advance(ReductionStep(index, None, before)), kept
-        step, extra = _fused(index, self.fuse, x[:, state.prefix :])
-        return state.advance(step), torch.cat([kept, extra], dim=1)
+            return state.advance(ReductionStep(index, None, before)), remaining
+        step, fused = _fuse(index, self.fuse, x[:, state.prefix :])
+        return state.advance(step), torch.cat([remaining, fused], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ class KeepRagged(Reduction):
         return [KeepRagged(*part) for part in zip(self.mask[:, None], fuse, strict=True)]
 
     def apply(self, state: TokenState, x: Tensor) -> Reduced:
-        if x.device.type == "meta":  # a dry run cannot know: all of them
+        if x.device.type == "meta":  # a dry run has no values: all of them
             index = torch.arange(self.mask.shape[1], device=x.device)[None]
         else:
             index = self.mask[0].nonzero().flatten()[None]
@@ -247,7 +247,8 @@ class Policy(Reduction):
 def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
     """The tokens that stay, tile by tile where there are enough for attention in tiles.
 
-    Runs of the sequence are its tiles from here on, and later reductions keep the order.
+    Once tokens are missing the grid no longer says which are neighbours, so from here on runs of
+    the sequence are its tiles; later reductions keep the order.
     """
     if state.n_original < TILE_FROM:
         return index
@@ -257,7 +258,7 @@ def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
     return index.gather(1, rank[index].argsort(dim=1))
 
 
-def _fused(index: Tensor, weights: Tensor, x: Tensor) -> tuple[ReductionStep, Tensor]:
+def _fuse(index: Tensor, weights: Tensor, x: Tensor) -> tuple[ReductionStep, Tensor]:
     """One more token ``[B, 1, C]``, the sum of the dropped ones, weights as they are (EViT, 3.2).
 
     It has the position of the heaviest.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -26,13 +26,19 @@ Place = Literal["entry", "middle", "exit"]
 class TokenInputs:
     """What a token strategy sees at one reduction.
 
-    x: ``[B, n, C]``, the patch tokens there, prefix left out. site: of this block's attention.
-    attention: its `AttentionInputs` (prefix included), None where the strategy reduces at the
-    block's entry or did not ask. layer, depth: block index and count. class_tokens: how many of
-    the prefix tokens are CLS or distillation tokens. size: ``[B, n]``, patches merged into each
-    token so far, None if one each. policy: ``[B, n]``, see `Reduction`. training: whether the model
-    is in training mode. grid: rows and columns of
-    all patches. ids: which of them each token stands for, see `positions`.
+    Attributes:
+        x: The patch tokens there, prefix left out, ``[B, n, C]``.
+        site: Of this block's attention.
+        attention: Its `AttentionInputs` (prefix included); None where the strategy reduces at the
+            block's entry or does not read it.
+        layer: Index of the block.
+        depth: Number of blocks.
+        class_tokens: How many of the prefix tokens are CLS or distillation tokens.
+        size: Patches merged into each token so far, ``[B, n]``; None if one each.
+        policy: ``[B, n]``, see `Reduction.weigh`.
+        training: Whether the model is in training mode.
+        grid: Rows and columns of all patches.
+        ids: Which of them each token stands for, see `positions`.
     """
 
     x: Tensor
@@ -53,15 +59,19 @@ class TokenInputs:
         return self.x.shape[1]
 
     def positions(self) -> Tensor:
-        """``[B, n]`` (``[1, n]`` while every patch is there): the number, in raster order on
-        ``grid``, of the patch whose position each token has."""
+        """The number, in raster order on ``grid``, of the patch whose position each token has.
+
+        ``[B, n]``, or ``[1, n]`` while every patch is there.
+        """
         if self.ids is None:
             return torch.arange(self.count, device=self.x.device)[None]
         return unsigned(self.ids)
 
     def class_attention(self) -> Tensor:
-        """``[B, n]``: attention of the class tokens to every patch, mean over heads (EViT, 3.1).
-        Only these rows are computed, so that the host's attention stays fused."""
+        """Attention of the class tokens to every patch, ``[B, n]``, mean over heads (EViT, 3.1).
+
+        Only these rows are computed, so that the host's attention stays fused.
+        """
         inputs = self._need("class attention")
         rows = inputs.q[..., : self.class_tokens, :]
         bias = inputs.bias
@@ -70,7 +80,7 @@ class TokenInputs:
         return self._attention(rows, bias)
 
     def mean_attention(self) -> Tensor:
-        """``[B, n]``: attention of the mean patch query, mean over heads."""
+        """Attention of the mean patch query to every patch, ``[B, n]``, mean over heads."""
         inputs = self._need("attention of the mean query")
         bias = inputs.bias
         if bias is not None and bias.dtype != torch.bool:
@@ -80,15 +90,17 @@ class TokenInputs:
         return self._attention(inputs.patch_queries.mean(-2, keepdim=True), bias)
 
     def received_attention(self) -> Tensor:
-        """``[B, n]``: attention that every patch receives, mean over all queries and heads. The
-        whole matrix is computed, one head at a time, so that memory is ``[B, N, N]``."""
+        """Attention that every patch receives, ``[B, n]``, mean over all queries and heads.
+
+        The whole matrix is computed, one head at a time, so that memory is ``[B, N, N]``.
+        """
         inputs = self._need("attention received")
         total = inputs.q.new_zeros(self.x.shape[0], self.count, dtype=torch.float)
-        for head in range(inputs.q.shape[1]):
-            one, bias = slice(head, head + 1), inputs.bias
-            bias = bias[:, one] if bias is not None and bias.shape[1] > 1 else bias
-            part = inputs.replace(q=inputs.q[:, one], k=inputs.k[:, one], bias=bias).logits()
-            total = total + part.float().softmax(-1)[:, 0, :, inputs.prefix :].mean(1)
+        for number in range(inputs.q.shape[1]):
+            head, bias = slice(number, number + 1), inputs.bias
+            bias = bias[:, head] if bias is not None and bias.shape[1] > 1 else bias
+            logits = inputs.replace(q=inputs.q[:, head], k=inputs.k[:, head], bias=bias).logits()
+            total = total + logits.float().softmax(-1)[:, 0, :, inputs.prefix :].mean(1)
         return total / inputs.q.shape[1]
 
     def _attention(self, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,10 +153,19 @@ class TokenStrategy(Config):
     """Which tokens later blocks carry. Subclass it as a frozen dataclass, set ``name``, override
     `reduce` (or `planner`, if it learns).
 
-    layers: 0-based indices of the blocks where tokens are reduced; None is a quarter, half and
-    three quarters of the depth. restore: ``"auto"`` keeps the sequence short for classification
-    and gives original positions back to whoever asks for features, ``"unfold"`` and ``"scatter"``
-    always give them back after the last block (see `TokenState.restore_patches`), None never does.
+    Args:
+        layers: 0-based indices of the blocks where tokens are reduced; None is a quarter, half and
+            three quarters of the depth.
+        restore: ``"auto"`` keeps the sequence short for classification and gives original
+            positions back to callers that want features, ``"unfold"`` and ``"scatter"`` always
+            give them back after the last block (see `TokenState.restore_patches`), None never does.
+
+    Attributes:
+        per_layer: Options that may be a list with one value per layer, or a function of the
+            `Site`.
+        place: Where in the block tokens are reduced: ``"middle"`` is between attention and MLP;
+            or its ``"entry"`` or ``"exit"``.
+        needs_attention: Whether `reduce` reads ``tokens.attention``.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Reduction, TokenStrategy
@@ -158,14 +179,18 @@ class TokenStrategy(Config):
     0.5
     """
 
-    kind = "tokens"
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        **Config.renamed_members,
+        "at": "resolve_for",
+        "adapted": "for_model",
+        "reduces_at": "placement",
+        "ragged": "is_ragged",
+    }
 
+    kind = "tokens"
     per_layer: ClassVar[tuple[str, ...]] = ("keep",)
-    """Options that may be a list with one value per layer, or a function of the `Site`."""
     place: ClassVar[Place] = "middle"
-    """Between attention and MLP, or at the block's ``"entry"`` or ``"exit"``."""
     needs_attention: ClassVar[bool] = False
-    """Whether `reduce` reads ``tokens.attention``."""
 
     layers: Sequence[int] | None = field(default=None, kw_only=True)
     restore: str | None = field(default="auto", kw_only=True)
@@ -190,9 +215,11 @@ class TokenStrategy(Config):
         return StatelessTokens(self)
 
     def placement(self) -> Place:
+        """`place`, where that depends on options."""
         return self.place
 
     def reads_attention(self) -> bool:
+        """`needs_attention`, where that depends on options."""
         return self.needs_attention
 
     def proportional_attention(self) -> bool:
@@ -204,11 +231,24 @@ class TokenStrategy(Config):
         return False
 
     def check(self, tokens: int, first: bool) -> None:
-        """Raise where the budget is larger than the patch tokens there."""
+        """Raise `InvalidOption` where the budget is larger than the patch tokens there.
+
+        Args:
+            tokens: How many there are.
+            first: Whether it is the first reduction.
+        """
 
     def for_model(self, class_tokens: int, windowed: bool, model: str) -> TokenStrategy:
-        """This config for a model with so many class tokens, whose attention has windows or not;
-        raises what the model cannot honour."""
+        """This config for one model.
+
+        Args:
+            class_tokens: CLS and distillation tokens.
+            windowed: Whether its attention has windows.
+            model: Its name, for errors.
+
+        Raises:
+            InvalidOption: The model cannot honour an option.
+        """
         return self
 
     def is_ragged(self) -> bool:
@@ -216,6 +256,7 @@ class TokenStrategy(Config):
         return False
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
+        """The block indices where ``layers`` is None."""
         return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
     def layers_in(self, depth: int) -> tuple[int, ...]:
@@ -227,13 +268,21 @@ class TokenStrategy(Config):
         return layers
 
     def resolve_for(self, site: Site, position: int, count: int) -> TokenStrategy:
-        """This config with lists and functions resolved for one of ``count`` layers."""
-        changes = {name: self._one(name, site, position, count) for name in self.per_layer}
-        present = {name: value for name, value in changes.items() if name in self.option_names()}
-        return replace(self, **present)
+        """This config with one value instead of lists and functions.
 
-    def _one(self, name: str, site: Site, position: int, count: int) -> Any:
-        value = getattr(self, name, None)
+        Args:
+            site: Where it will reduce.
+            position: Place of the block among those that reduce.
+            count: How many reduce.
+
+        Raises:
+            InvalidOption: A list has another number of values.
+        """
+        names = [name for name in self.per_layer if name in self.option_names()]
+        return replace(self, **{n: self._resolve(n, site, position, count) for n in names})
+
+    def _resolve(self, name: str, site: Site, position: int, count: int) -> Any:
+        value = getattr(self, name)
         if callable(value):
             return value(site)
         if not isinstance(value, (list, tuple)):
@@ -256,11 +305,11 @@ class StatelessTokens:
 
 
 def _check_layers(layers: object) -> tuple[int, ...]:
-    found = tuple(layers) if isinstance(layers, (list, tuple, range)) else ()
-    if not found or not all(type(layer) is int and layer >= 0 for layer in found):
+    indices = list(layers) if isinstance(layers, (list, tuple, range)) else []
+    if not indices or not all(type(layer) is int and layer >= 0 for layer in indices):
         raise InvalidOption(
             f"layers must be a list of block indices, 0-based and at least one, got {layers!r}"
         )
-    if list(found) != sorted(set(found)):
-        raise InvalidOption(f"layers must ascend and not repeat, got {list(found)}")
-    return found
+    if indices != sorted(set(indices)):
+        raise InvalidOption(f"layers must ascend and not repeat, got {indices}")
+    return tuple(indices)

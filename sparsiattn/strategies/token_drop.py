@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsiattn.attention import geometry
 from sparsiattn.attention.budget import Budget, check_budget
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.strategies.base import check_flag, is_number
 from sparsiattn.strategies.keep_predictor import KeepPredictor
-from sparsiattn.strategies.random import hashed
+from sparsiattn.strategies.random import draw, site_key
 from sparsiattn.strategies.reduction import Reduction
 from sparsiattn.strategies.token_base import Place, TokenInputs, TokenPlanner, TokenStrategy
 
@@ -31,15 +29,20 @@ Keep = Budget | str | Sequence[Budget] | Callable[[Site], Budget]
 class TokenDrop(TokenStrategy):
     """Keeps the best-scored patch tokens and drops the others for good.
 
-    keep: share or count of the patch tokens present (``ceil``), one for all layers, a list, a
-    function of the `Site`, or ``"adaptive"``: every image keeps as many as its scores call for.
-    score: ``"cls"`` (attention of the class tokens, mean over heads; ``"mean_query"`` where there
-    is none), ``"mean_query"`` (attention of the mean patch query), ``"learned"`` (DynamicViT's
-    predictor, at the block's entry; needs training), ``"norm"`` (Euclidean norm of the token),
-    ``"random"`` (the same for every image). seed: of ``"random"``. fuse: what is dropped lives on
-    as one token, its sum weighted by score. For ``keep="adaptive"``: mass: keep the fewest tokens
-    that hold this share of the score (0.9 if nothing is said); threshold: keep those that score at
-    least so many times the mean.
+    Args:
+        keep: Share or count of the patch tokens present (``ceil``), one for all layers, a list, a
+            function of the `Site`, or ``"adaptive"``: every image keeps as many as its scores call
+            for.
+        score: ``"cls"`` (attention of the class tokens, mean over heads; ``"mean_query"`` where
+            there is none), ``"mean_query"`` (attention of the mean patch query), ``"learned"``
+            (DynamicViT's predictor, at the block's entry; needs training), ``"norm"`` (Euclidean
+            norm of the token), ``"random"`` (the same for every image).
+        fuse: Whether what is dropped lives on as one token, its sum weighted by score.
+        mass: With ``keep="adaptive"``: keep the fewest tokens that hold this share of the score;
+            0.9 by default.
+        threshold: With ``keep="adaptive"``, instead: keep those that score at least so many times
+            the mean.
+        seed: Of ``score="random"``.
 
     >>> TokenDrop(keep=[0.7, 0.5], layers=[3, 6]).layers_in(12)
     (3, 6)
@@ -62,8 +65,7 @@ class TokenDrop(TokenStrategy):
         super().__post_init__()
         if self.score not in SCORES:
             raise InvalidOption(f"score must be one of {SCORES}, got {self.score!r}")
-        if not isinstance(self.fuse, bool):
-            raise InvalidType(f"fuse must be True or False, got {self.fuse!r}")
+        check_flag("fuse", self.fuse)
         if self.fuse and self.score not in ("cls", "mean_query"):
             raise InvalidOption(
                 f"fuse=True weighs dropped tokens by attention, so score must be 'cls' or "
@@ -78,15 +80,14 @@ class TokenDrop(TokenStrategy):
         self._check_adaptive()
 
     def _check_adaptive(self) -> None:
-        rules = {"mass": self.mass, "threshold": self.threshold}
-        given = [name for name, value in rules.items() if value is not None]
-        if given and self.keep != ADAPTIVE:
-            raise InvalidOption(f"{' and '.join(given)} need keep='adaptive', got {self.keep!r}")
-        if len(given) > 1:
+        rules = [name for name in ("mass", "threshold") if getattr(self, name) is not None]
+        if rules and self.keep != ADAPTIVE:
+            raise InvalidOption(f"{' and '.join(rules)} need keep='adaptive', got {self.keep!r}")
+        if len(rules) > 1:
             raise InvalidOption("keep='adaptive' takes mass or threshold, got both")
-        if self.mass is not None and not (_number(self.mass) and 0 < self.mass <= 1):
+        if self.mass is not None and not (is_number(self.mass) and 0 < self.mass <= 1):
             raise InvalidOption(f"mass must be a share in (0, 1], got {self.mass!r}")
-        if self.threshold is not None and not (_number(self.threshold) and self.threshold > 0):
+        if self.threshold is not None and not (is_number(self.threshold) and self.threshold > 0):
             raise InvalidOption(f"threshold must be a number > 0, got {self.threshold!r}")
 
     def is_ragged(self) -> bool:
@@ -104,11 +105,11 @@ class TokenDrop(TokenStrategy):
         return self
 
     def resolve_for(self, site: Site, position: int, count: int) -> TokenDrop:
-        one = super().resolve_for(site, position, count)
-        assert isinstance(one, TokenDrop)
+        resolved = super().resolve_for(site, position, count)
+        assert isinstance(resolved, TokenDrop)
         if self.keep != ADAPTIVE:
-            check_budget(one.keep, "keep")
-        return one
+            check_budget(resolved.keep, "keep")
+        return resolved
 
     def check(self, tokens: int, first: bool) -> None:
         if isinstance(self.keep, int) and self.keep > tokens:
@@ -118,7 +119,7 @@ class TokenDrop(TokenStrategy):
         if self.score == "learned":
             return KeepPredictor(self.reduce_scored, width, site.name, self.keep)
         if self.score == "random":
-            return partial(self.reduce_drawn, zlib.crc32(f"{self.seed}/{site.name}".encode()))
+            return partial(self.reduce_drawn, site_key(self.seed, site))
         return super().planner(site, width)
 
     def reduce(self, tokens: TokenInputs) -> Reduction | None:
@@ -141,10 +142,9 @@ class TokenDrop(TokenStrategy):
         return norms
 
     def reduce_drawn(self, key: int, tokens: TokenInputs) -> Reduction | None:
-        """By the draw of a site (``key`` stands for its name and the seed), one for all images."""
-        key = (key + tokens.count) * 0x9E3779B1 & 0xFFFFFFFF
-        draws = geometry.table(hashed, key, 1, 1, tokens.count, device=tokens.x.device)
-        return self.reduce_scored(draws[0, 0].expand(tokens.x.shape[0], -1))
+        """By the draw of a site, one for all images; ``key`` is what `site_key` gave."""
+        scores = draw(key, 1, 1, tokens.count, tokens.x.device)[0, 0]
+        return self.reduce_scored(scores.expand(tokens.x.shape[0], -1))
 
     def enough(self, scores: Tensor) -> Tensor:
         """``[B, n]``: which tokens an image needs by its own scores; always at least one."""
@@ -155,7 +155,3 @@ class TokenDrop(TokenStrategy):
         ranked = share.sort(dim=1, descending=True, stable=True)
         enough = ranked.values.cumsum(1) - ranked.values < (0.9 if self.mass is None else self.mass)
         return torch.zeros_like(enough).scatter(1, ranked.indices, enough) | best
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

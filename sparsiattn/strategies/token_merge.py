@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from sparsiattn.attention import geometry
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import take
-from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.errors import InvalidOption
+from sparsiattn.strategies.base import check_flag
 from sparsiattn.strategies.reduction import Merge, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenStrategy
 
@@ -31,15 +32,18 @@ Rate = int | Sequence[Any] | Callable[[Site], int]
 class TokenMerge(TokenStrategy):
     """Merges the ``r`` most similar pairs of patch tokens in every block.
 
-    r: tokens fewer after each block: an int, a list with one per layer, a function of the `Site`,
-    or ``(r, inflect)`` with a float in [-1, 1] for a rate that grows (inflect > 0) or falls
-    linearly with the same total (ToMe, appendix). At most half of the tokens can go at once.
-    ratio: keep this share in every layer instead, ``r = floor(n - ratio * n)``, as PiToMe does.
-    method: ``"tome"`` pairs alternate tokens by the cosine of their keys; ``"pitome"`` merges
-    those of high energy, i.e. with many alike, and protects the rest. bsm: in which half of the
-    layers ``"pitome"`` splits all tokens instead of its 2 r most redundant ones (``"first"`` as
-    published for DeiT, ``"last"`` for MAE, None). proportional: a merged token weighs as a key by
-    the patches in it. layers: all blocks where None.
+    Args:
+        r: Tokens fewer after each block: an int, a list with one per layer, a function of the
+            `Site`, or ``(r, inflect)`` with a float in [-1, 1] for a rate that grows (inflect > 0)
+            or falls linearly with the same total (ToMe, appendix). At most half of the tokens can
+            go at once.
+        ratio: Keep this share in every layer instead, ``r = floor(n - ratio * n)``, as PiToMe does.
+        method: ``"tome"`` pairs alternate tokens by the cosine of their keys; ``"pitome"`` merges
+            those of high energy, i.e. with many alike, and protects the rest.
+        proportional: Whether a merged token weighs as a key by the patches in it.
+        bsm: In which half of the layers ``"pitome"`` splits all tokens instead of its 2 r most
+            redundant ones (``"first"`` as published for DeiT, ``"last"`` for MAE, None).
+        layers: As in `TokenStrategy`; all blocks where None.
 
     >>> TokenMerge(r=(8, 0.5)).rates(4)
     [4, 6, 9, 12]
@@ -64,8 +68,7 @@ class TokenMerge(TokenStrategy):
             raise InvalidOption(f"method must be one of {METHODS}, got {self.method!r}")
         if self.bsm not in BSM:
             raise InvalidOption(f"bsm must be one of {BSM}, got {self.bsm!r}")
-        if not isinstance(self.proportional, bool):
-            raise InvalidType(f"proportional must be True or False, got {self.proportional!r}")
+        check_flag("proportional", self.proportional)
         ratio = self.ratio
         if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
             raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
@@ -74,21 +77,27 @@ class TokenMerge(TokenStrategy):
                 f"r and ratio are two ways to give one rate, got r={self.r!r} and ratio={ratio!r}: "
                 "give one of them"
             )
-        if isinstance(self.r, (list, tuple)) and not self._inflected():
-            for r in self.r:
-                _check_rate(r)
-        elif not isinstance(self.r, (list, tuple)) and not callable(self.r):
-            _check_rate(self.r)
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        rates: Sequence[Any] = self.r if isinstance(self.r, (list, tuple)) else [self.r]
+        if self._inflected():
+            rates, inflect = rates[:1], rates[1]
+            if not -1.0 <= inflect <= 1.0:
+                raise InvalidOption(
+                    f"inflect in r=(r, inflect) must be within [-1, 1], got {self.r!r}"
+                )
+        for r in () if callable(self.r) else rates:
+            if type(r) is not int or r < 0:
+                raise InvalidOption(
+                    "r must be an int >= 0 (tokens merged per block), a list of them, or "
+                    f"(r, inflect) with a float inflect; got {r!r}"
+                )
 
     def _inflected(self) -> bool:
         """Whether ``r`` is ``(r, inflect)``: a pair whose second is a float."""
         r = self.r
-        pair = isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float)
-        if pair and isinstance(r, (list, tuple)):
-            _check_rate(r[0])
-            if not -1.0 <= r[1] <= 1.0:
-                raise InvalidOption(f"inflect in r=(r, inflect) must be within [-1, 1], got {r!r}")
-        return pair
+        return isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float)
 
     def rates(self, count: int) -> list[int]:
         """Tokens to merge at each of ``count`` layers of an inflected rate."""
@@ -107,14 +116,14 @@ class TokenMerge(TokenStrategy):
     def merges(self) -> bool:
         return True
 
-    def _one(self, name: str, site: Site, position: int, count: int) -> Any:
+    def _resolve(self, name: str, site: Site, position: int, count: int) -> Any:
         if name == "r" and self._inflected():
             return self.rates(count)[position]
-        return super()._one(name, site, position, count)
+        return super()._resolve(name, site, position, count)
 
     def check(self, tokens: int, first: bool) -> None:
-        most = tokens // 2 if first else tokens
-        if self.ratio is None and isinstance(self.r, int) and self.r > most:
+        limit = tokens // 2 if first else tokens
+        if self.ratio is None and isinstance(self.r, int) and self.r > limit:
             raise InvalidOption(
                 f"r={self.r} tokens cannot be merged of {tokens} patch tokens: at most half of "
                 "them at once"
@@ -139,7 +148,7 @@ class TokenMerge(TokenStrategy):
             odd = inputs.prefix % 2
             sides = geometry.table(alternate, tokens.count, odd, device=keys.device)
             likeness = keys[:, odd::2] @ keys[:, 1 - odd :: 2].mT
-            return merge_pairs(tokens, likeness, sides[0], sides[1], r)
+            return merge_pairs(tokens, likeness, sides, r)
         return self._by_energy(tokens, keys, r)
 
     def _by_energy(self, tokens: TokenInputs, keys: Tensor, r: int) -> Reduction:
@@ -153,36 +162,55 @@ class TokenMerge(TokenStrategy):
         end = None if split_all else 2 * r
         first, second = order[:, :end:2], order[:, 1:end:2]
         likeness = take(keys, first) @ take(keys, second).mT
-        return merge_pairs(
-            tokens, likeness, first, second, r, None if end is None else order[:, end:]
-        )
+        protected = None if end is None else order[:, end:]
+        return merge_pairs(tokens, likeness, (first, second), r, protected)
 
 
 def alternate(count: int, odd: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every second token of the whole sequence, ``[1, a]`` and ``[1, b]``; ``odd`` is 1 where the
-    prefix tokens before them are odd in number (ToMe, section 3.1)."""
-    at = torch.arange(count, device=device)[None]
-    return at[:, odd::2].contiguous(), at[:, 1 - odd :: 2].contiguous()
+    """Every second token of the whole sequence, ``[1, a]`` and ``[1, b]`` (ToMe, section 3.1).
+
+    Args:
+        count: Patch tokens.
+        odd: 1 where the prefix tokens before them are odd in number, else 0.
+        device: Where to.
+    """
+    numbers = torch.arange(count, device=device)[None]
+    return numbers[:, odd::2].contiguous(), numbers[:, 1 - odd :: 2].contiguous()
 
 
 def energy(keys: Tensor, layer: int, depth: int) -> Tensor:
-    """``[B, n]``: mean over all tokens of ELU(cosine - margin), the margin falling from 0.75 with
-    depth (PiToMe, eq. 4)."""
+    """Mean over all tokens of ELU(cosine - margin), ``[B, n]`` (PiToMe, eq. 4).
+
+    Args:
+        keys: ``[B, n, D]`` of length one.
+        layer: The block's index; the margin falls from 0.75 with depth.
+        depth: Number of blocks.
+    """
     margin = 0.75 - 0.75 * layer / depth
     return F.elu(keys @ keys.mT - margin).mean(-1)
 
 
 def merge_pairs(
-    tokens: TokenInputs, likeness: Tensor, first: Tensor, second: Tensor, r: int,
+    tokens: TokenInputs,
+    likeness: Tensor,
+    sides: tuple[Tensor, Tensor],
+    r: int,
     protected: Tensor | None = None,
-) -> Reduction:  # fmt: skip
-    """Merge the ``r`` best edges from ``first`` ``[B|1, a]`` to their nearest of ``second``.
+) -> Reduction:
+    """Merge the ``r`` best edges from the first side to their nearest of the second.
 
-    likeness: ``[B, a, b]``. The new order is: protected tokens, those of ``first`` that stay, in
-    order, then ``second``; values are means weighted by size.
+    The new order is: protected tokens, those of the first side that stay, in order, then the
+    second; values are means weighted by size.
+
+    Args:
+        tokens: Those of the reduction.
+        likeness: ``[B, a, b]``.
+        sides: Numbers of the tokens on either side, ``[B|1, a]`` and ``[B|1, b]``.
+        r: Edges.
+        protected: Numbers of tokens that stay as they are, ``[B, p]``.
     """
     batch, x = likeness.shape[0], tokens.x  # len() would tie an exported program to this batch
-    first, second = first.expand(batch, -1), second.expand(batch, -1)
+    first, second = (side.expand(batch, -1) for side in sides)
     best = likeness.max(-1)
     ranked = best.values.argsort(dim=1, descending=True, stable=True)
     source, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
@@ -191,18 +219,17 @@ def merge_pairs(
     if protected is not None:
         kept = torch.cat([protected, kept], dim=1)
     into, index = target + kept.shape[1], torch.cat([kept, second], dim=1)
-    size = tokens.size
-    if size is None:
-        weight, grown = torch.ones_like(best.values[:, :r]), torch.ones_like(best.values[:1, :1])
-        grown = grown.expand(index.shape).scatter_add(1, into, weight)
+    if tokens.size is None:
+        weight, before = torch.ones_like(best.values[:, :r]), torch.ones_like(best.values[:1, :1])
+        before = before.expand(index.shape)
     else:
-        weight = size.gather(1, moved)
-        grown = size.gather(1, index).scatter_add(1, into, weight)
+        weight, before = tokens.size.gather(1, moved), tokens.size.gather(1, index)
+    size = before.scatter_add(1, into, weight)
     # mean = x_b + sum over a of (s_a / s) (x_a - x_b): only the tokens that move are touched
-    share = (weight / grown.gather(1, into))[..., None].to(x.dtype)
+    share = (weight / size.gather(1, into))[..., None].to(x.dtype)
     shift = (take(x, moved) - take(x, second.gather(1, target))) * share
     assign = partial(assignment, kept, second, moved, target)
-    return Merge(index, assign, size=grown, added=(into, shift))
+    return Merge(index, assign, size=size, added=(into, shift))
 
 
 def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:
@@ -211,11 +238,3 @@ def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> T
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
     new = stay.new_zeros(stay.shape[0], stay.shape[1] + moved.shape[1]).scatter(1, stay, place)
     return new.scatter(1, moved, target + kept.shape[1])
-
-
-def _check_rate(r: object) -> None:
-    if type(r) is not int or r < 0:
-        raise InvalidOption(
-            "r must be an int >= 0 (tokens merged per block), a list of them, or (r, inflect) with "
-            f"a float inflect; got {r!r}"
-        )

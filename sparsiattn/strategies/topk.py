@@ -15,6 +15,9 @@ class TopK(Strategy):
 
     In tile mode the keys with the largest mean weight over the tile's queries, which is the shared
     set that keeps the most attention mass.
+
+    Args:
+        k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
     """
 
     name = "topk"

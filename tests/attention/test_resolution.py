@@ -9,7 +9,7 @@ from torch import nn
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
 from sparsiattn.strategies import Connectivity, Local, Planner, finish
-from sparsiattn.strategies.basis import resize_table
+from sparsiattn.strategies.basis import resize_table, resize_tables
 from tests.support import zoo
 
 
@@ -60,7 +60,7 @@ def test_tables_at_the_native_grid_are_untouched_and_pooling_keeps_its_weight() 
     x = torch.zeros(1, 2, 65, 8)
     planner = Connectivity(k=0.2).planner(Site.of(x, x, x, prefix_tokens=1))
     assert torch.equal(resize_table(planner.up, (8, 8), (8, 8), 1), planner.up)
-    down, up = planner._resize((12, 10))
+    down, up = resize_tables(planner.down, planner.up, (8, 8), (12, 10), 1)
     assert down.shape == (121, planner.down.shape[1])
     torch.testing.assert_close(down.sum(0), torch.ones(down.shape[1]), rtol=0.15, atol=0.05)
     torch.testing.assert_close(up[1:].sum(1), torch.ones(120), rtol=1e-4, atol=1e-4)

@@ -82,15 +82,22 @@ def test_scores_of_keys_are_averaged_over_blocks() -> None:
 
 
 @pytest.mark.parametrize("channels", [None, 4])
-@pytest.mark.parametrize(("salience", "own"), [(False, None), (True, None), (True, 0.3)])
+@pytest.mark.parametrize(
+    ("mean_query_boost", "self_weight"), [(False, None), (True, None), (True, 0.3)]
+)
 def test_planning_in_blocks_follows_the_formula(
-    salience: bool, own: float | None, channels: int | None
+    mean_query_boost: bool, self_weight: float | None, channels: int | None
 ) -> None:
     """softmax(q (down^T k)^T) |up|^T over blocks, times the mean of exp(logit above low resolution)
     of the mean query, one block at a time; and to a tile's own blocks a share of the sum."""
     inputs = random_inputs((8, 8), tile=(4, 4), block=(2, 2), dim=8)
     strategy = Connectivity(
-        k=20, tile=(4, 4), block=(2, 2), salience=salience, channels=channels, own=own
+        k=20,
+        tile=(4, 4),
+        block=(2, 2),
+        channels=channels,
+        mean_query_boost=mean_query_boost,
+        self_weight=self_weight,
     )
     planner = strategy.planner(inputs.site)
     with torch.no_grad():
@@ -109,16 +116,18 @@ def test_planning_in_blocks_follows_the_formula(
         q, k = planner.project_q(rows), planner.project_k(units)
     share = (q @ (planner.down.mT @ k).mT * inputs.scale).softmax(-1)
     wanted = share @ planner.up[1:].abs().mT
-    if salience:
+    if mean_query_boost:
         mean = rows.mean(2, keepdim=True)
         low = mean @ units.mT @ planner.down @ planner.up.mT * inputs.scale
         logits = mean @ patches.mT * inputs.scale
         above = [(logits[..., order] - low[..., [1 + i]]).exp().mean(-1)
                  for i, order in enumerate(blocks.order)]  # fmt: skip
         wanted = wanted * torch.stack(above, dim=-1)
-    if own is not None:
+    if self_weight is not None:
         inside = [[set(b.tolist()) <= set(t.tolist()) for b in blocks.order] for t in tiles.order]
-        wanted = wanted + own * wanted.sum(-1, keepdim=True) * torch.tensor(inside).float() / 4
+        wanted = (
+            wanted + self_weight * wanted.sum(-1, keepdim=True) * torch.tensor(inside).float() / 4
+        )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 

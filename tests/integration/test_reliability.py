@@ -218,7 +218,7 @@ def test_sit_checks_its_width(hidden: object) -> None:
         sparsiattn.patch(tiny_vit(), "sit", hidden=hidden)
 
 
-@pytest.mark.parametrize("option", ["basis", "channels", "basis_threshold", "reduce"])
+@pytest.mark.parametrize("option", ["basis", "channels", "basis_threshold", "tokens_per_basis"])
 def test_connectivity_takes_no_absurd_number(option: str) -> None:
     with pytest.raises(InvalidOption, match=option):
         sparsiattn.patch(tiny_vit(), "connectivity", **{option: 10**30})

@@ -134,8 +134,8 @@ def test_threads_give_the_same() -> None:
 PLANS = [
     ((16, 16), (8, 8), 1, 64, {}),
     ((21, 30), (8, 8), 2, 72, {}),
-    ((14, 14), (7, 7), 0, 13, {"salience": False}),
-    ((32, 32), (8, 8), 1, 80, {"own": None}),
+    ((14, 14), (7, 7), 0, 13, {"mean_query_boost": False}),
+    ((32, 32), (8, 8), 1, 80, {"self_weight": None}),
     ((32, 32), (16, 8), 5, 32, {"head_scale": True, "basis": 20}),
 ]
 

@@ -136,7 +136,9 @@ class TestNames:
                 ("'topk'", "Did you mean 'background'", "prefix_keys", "tile"),
             ),
             "option of another strategy": Bad(
-                {"strategy": "topk", "reduce": 4}, LookupError, ("'topk'", "'reduce'", "background")
+                {"strategy": "topk", "channels": 4},
+                LookupError,
+                ("'topk'", "'channels'", "background"),
             ),
             "budget where there is none": Bad(
                 {"strategy": "dense", "k": 0.5}, LookupError, ("'dense'", "'k'", "tile")
@@ -275,7 +277,8 @@ class TestOptions:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("reduce", 0), ("reduce", 0.5), ("reduce", float("nan")), ("reduce", "6"),
+        [("tokens_per_basis", 0), ("tokens_per_basis", 0.5),
+         ("tokens_per_basis", float("nan")), ("tokens_per_basis", "6"),
          ("basis", 0), ("basis", 1.5), ("basis", True), ("channels", -1),
          ("basis_coef_topk", "8"), ("basis_threshold", -0.1), ("basis_threshold", float("nan")),
          ("basis_threshold", None), ("basis_threshold", "0")],

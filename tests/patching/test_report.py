@@ -46,10 +46,10 @@ def test_deit_small_mhsa_macs_by_hand() -> None:
 
 def test_predictor_macs_by_hand() -> None:
     live = sparsiattn.patch(model_of("deit_small_patch16_224"), "connectivity", k=0.1)
-    basis = math.prod(basis_cells(live.strategy, (14, 14)))  # type: ignore[arg-type]
+    basis = math.prod(basis_cells((14, 14), None, None))
     down, coefficients, up = 197 * basis * 64, 196 * basis * 64, 196 * basis * 197
-    salience = 197 * 64 + 2 * 197 * basis
-    assert live.report().predictor_macs == 12 * 6 * (down + coefficients + up + salience)
+    boost = 197 * 64 + 2 * 197 * basis
+    assert live.report().predictor_macs == 12 * 6 * (down + coefficients + up + boost)
 
 
 def test_tiles_divide_the_predictors_cost() -> None:

@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "free prefix": {"strategy": "topk", "k": 0.05, "prefix_keys": False},
     "own options": {
         "strategy": "connectivity", "k": 0.2, "channels": 8, "basis": 5, "basis_coef_topk": 2,
-        "basis_threshold": 0.01, "head_scale": True, "reduce": 4,
+        "basis_threshold": 0.01, "head_scale": True, "tokens_per_basis": 4,
     },
     "seed": {"strategy": "random", "k": 0.2, "seed": 11},
     "some sites": {"strategy": "connectivity", "k": 0.2, "sites": "blocks.1.*"},
@@ -196,7 +196,9 @@ def test_config_survives_json(name: str) -> None:
     """Law 8, with every option away from its default where that is known."""
     found = REGISTRY.get("strategies", name)
     away = {"tile": (3, 5), "background": 4, "prefix_keys": False}
-    if not getattr(found, "selects_keys", True):  # it drops no keys that background stands for
+    if not getattr(
+        found, "selects_keys", True
+    ):  # it drops no keys that a background would stand for
         away = {}
     for options in ({}, away if found.kind == "attention" else {"layers": [1], "restore": None}):
         config = found.build(options)
@@ -457,8 +459,8 @@ class TestConfig:
         assert isinstance(error, LookupError)
 
     def test_unknown_option(self, model: nn.Module, saved: Path) -> None:
-        edit(saved, lambda config: config["strategy"]["options"].update(reduced=2))
-        refused(model, saved, "'reduced'", "reduce")
+        edit(saved, lambda config: config["strategy"]["options"].update(channel=2))
+        refused(model, saved, "'channel'", "channels")
 
     def test_unknown_kernel(self, model: nn.Module, saved: Path) -> None:
         edit(saved, lambda config: config.update(kernel="gahter"))

@@ -60,7 +60,7 @@ def test_a_kill_at_any_moment(
             with patch(model, "connectivity", k=3) as live:
                 live.save(folder, include_model=True) if first == "whole" else live.save(folder)
         with patch(model, "connectivity", k=5) as live, monkeypatch.context() as m:
-            live.runtimes[0].planner.own.data.add_(1)
+            live.runtimes[0].planner.self_weight.data.add_(1)
             _stop_at(step, m)
             try:
                 live.save(folder, include_model=True) if whole else live.save(folder)

@@ -30,7 +30,7 @@ def paper_exact(data: dict[str, Tensor]) -> tuple[AttentionInputs, object]:
     site = Site.of(q, k, v, prefix_tokens=1)
     strategy = Connectivity(
         k=0.25, basis=10, channels=16, basis_threshold=0.02, basis_coef_topk=8, head_scale=True,
-        tile=1, background=None, prefix_keys=False, salience=False, own=None,
+        tile=1, background=None, prefix_keys=False, mean_query_boost=False, self_weight=None,
     )  # fmt: skip
     planner = strategy.planner(site)
     weights = {ours: data[f"weight.mask_predictor.{theirs}"] for theirs, ours in NAMES.items()}
@@ -109,7 +109,7 @@ def test_a_wrong_state_dict_leaves_the_model_untouched(fixtures: Path, fault: st
 
 @pytest.mark.parametrize("tile", [1, (2, 2), (3, 2)])
 def test_own_keys_get_their_share(tile: object) -> None:
-    """A query's own key, or those of a tile's queries, score ``own`` times the row's sum more."""
+    """A query's own key, or those of a tile's queries, score so many times the row's sum more."""
     site = Site(
         name="site", index=0, depth=1, tokens=65, keys=65, heads=2, head_dim=8, value_dim=8,
         grid=(8, 8), key_grid=(8, 8), prefix_tokens=1,
@@ -117,7 +117,7 @@ def test_own_keys_get_their_share(tile: object) -> None:
     q, k, v = torch.randn(3, 3, 2, 65, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
     inputs = AttentionInputs(q, k, v, 0.4, None, site, tile=tile)  # type: ignore[arg-type]
     without, own = (
-        Connectivity(k=0.2, own=share).planner(site).scores(inputs) for share in (None, 0.3)
+        Connectivity(k=0.2, self_weight=share).planner(site).scores(inputs) for share in (None, 0.3)
     )
     tiles = inputs.tiles
     rows = (
@@ -137,10 +137,10 @@ def test_other_keys_than_the_queries_have_no_own() -> None:
         name="site", index=0, depth=1, tokens=64, keys=16, heads=2, head_dim=8, value_dim=8,
         grid=(8, 8), key_grid=(4, 4), prefix_tokens=0,
     )  # fmt: skip
-    assert Connectivity(k=0.2).planner(site).own is None
+    assert Connectivity(k=0.2).planner(site).self_weight is None
 
 
-@pytest.mark.parametrize("own", [-0.1, "much", True])
-def test_own_must_be_a_share(own: object) -> None:
-    with pytest.raises(sparsiattn.InvalidOption, match="own must be None or a number >= 0"):
-        Connectivity(own=own)  # type: ignore[arg-type]
+@pytest.mark.parametrize("weight", [-0.1, "much", True])
+def test_self_weight_must_be_a_share(weight: object) -> None:
+    with pytest.raises(sparsiattn.InvalidOption, match="self_weight must be None or a number >= 0"):
+        Connectivity(self_weight=weight)  # type: ignore[arg-type]

@@ -98,7 +98,9 @@ def test_sparsifiner_evit_counts_kept_pairs() -> None:
 )
 def test_sparsifiner_evit_as_in_the_docs(keep: float, pairs: int, predictor: int) -> None:
     """The paper prints 113.3 M and 86.6 M for the two together; no constant is fitted to them."""
-    paper = Connectivity(k=0.25, background=None, salience=False, own=None, basis=32)
+    paper = Connectivity(
+        k=0.25, background=None, mean_query_boost=False, self_weight=None, basis=32
+    )
     options: dict[str, Any] = {"attention": paper, "keep": keep, "only_if_faster": False}
     with sparsiattn.patch(deit("small"), "hybrid", **options) as live:
         report = live.report()

@@ -52,6 +52,6 @@ def paper_macs(
         return rows, 0.0
     if not isinstance(strategy, Connectivity):
         return rows, planned
-    basis = strategy.basis or int(keys // (strategy.reduce or TOKENS_PER_BASIS))
+    basis = strategy.basis or int(keys // (strategy.tokens_per_basis or TOKENS_PER_BASIS))
     products = (call.queries + call.keys) * basis * call.dim
     return rows, call.lists * (products + UP_MACS * call.queries * call.keys)

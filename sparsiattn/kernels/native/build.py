@@ -25,6 +25,7 @@ from pathlib import Path
 
 from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.atomic_io import replace_file
+from sparsiattn.kernels.compiled import set_loaded
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -60,24 +61,17 @@ class _State:
 
     Attributes:
         code: The functions, once loaded.
-        loaded: Whether there are any; a plain boolean, which a compiler can trace.
         problem: Why compiling failed; None if it was not tried.
         searched_in: The environment in which `is_ready` last looked for a library.
     """
 
     code: Code | None = None
-    loaded: bool = False
     problem: str | None = None
     searched_in: list[str | None] | None = None
 
 
 _state = _State()
 _LOCK = threading.Lock()
-
-
-def is_loaded() -> bool:
-    """Whether this process has compiled code; looks nowhere, so a compiler can trace it."""
-    return _state.loaded
 
 
 def compiler() -> list[str] | None:
@@ -151,6 +145,7 @@ def forget() -> None:
     """Look for compiler and library again when they are needed next."""
     with _LOCK:
         vars(_state).update(vars(_State()))
+        set_loaded(False)
         _identity.cache_clear()
 
 
@@ -253,6 +248,6 @@ def _load(path: Path) -> str | None:
         return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
     for function, result in zip(functions, (None, None, ctypes.c_int64), strict=True):
         function.argtypes, function.restype = (ctypes.c_char_p,), result
-    _state.loaded = True
+    set_loaded(True)
     _state.code = Code(*functions)
     return None

@@ -11,6 +11,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
@@ -39,7 +40,7 @@ class Native(Kernel):
 
     def why_unavailable(self) -> list[str]:
         if torch.compiler.is_compiling():  # a traced program cannot look for files
-            return [] if build.is_loaded() else [_NOT_COMPILED]
+            return [] if is_loaded() else [_NOT_COMPILED]
         problem = build.problem()
         return [] if problem is None else [problem]
 
@@ -51,7 +52,7 @@ class Native(Kernel):
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         compiling = torch.compiler.is_compiling()
-        ready = build.is_loaded() if compiling else build.is_ready()
+        ready = is_loaded() if compiling else build.is_ready()
         return [] if ready else [_NOT_COMPILED]
 
     def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.geometry import Tiles
+from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build, ops
 
 CELLS = 64  # as in chunks.c
@@ -18,7 +19,7 @@ CELLS = 64  # as in chunks.c
 
 def serves(*tensors: Tensor) -> bool:
     """Whether compiled code may take these operands."""
-    if torch.compiler.is_compiling() or not (build.is_loaded() or build.is_ready()):
+    if torch.compiler.is_compiling() or not (is_loaded() or build.is_ready()):
         return False
     grad_mode = torch.is_grad_enabled()
     for x in tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -13,7 +13,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import NothingToPatch
+from sparsiattn.errors import NothingToPatch, RenamedMembers
 from sparsiattn.patching.discovery.exclusions import over_channels, pools
 from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
 from sparsiattn.patching.discovery.probe import AttentionCall
@@ -37,7 +37,7 @@ QUERY_TABLES = ("rel_pos_h", "height_rel")
 """Relative positions that each query weighs for itself."""
 
 
-class Backbone:
+class Backbone(RenamedMembers):
     """Adapter of a family of models. This base serves any model that calls scaled dot product
     attention; families override the questions they know a better answer to.
 
@@ -50,6 +50,15 @@ class Backbone:
     >>> Mine().matches(torch.nn.Identity())
     False
     """
+
+    renamed_members: ClassVar[Mapping[str, str]] = {
+        "edits": "attribute_overrides",
+        "packs": "packs_batch",
+        "raster": "is_raster_order",
+        "margin": "halo",
+        "why_leave": "why_skip",
+        "dry_inputs": "meta_inputs",
+    }
 
     registers_as: ClassVar[str] = "backbones"
     name: ClassVar[str] = ""
