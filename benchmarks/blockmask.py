@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.attention import block_mask
+from sparsiattn import block_mask
 from sparsiattn.kernels import Gather
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import Pattern, Strategy
-from sparsiattn.attention import AttentionInputs, BlockMask, Site, block_mask
+from sparsiattn import AttentionInputs, Site, block_mask
+from sparsiattn.methods.block_masks import BlockMask
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Reference
 from sparsiattn.strategies import finish
