@@ -91,7 +91,7 @@ class Pattern:
     def top(scores: Tensor, k: Budget) -> Pattern:
         """The ``ceil(k * Nk)`` (or, as a count, ``k``) best-scored keys of every row.
 
-        Inside a model the core adds what users asked for: prefix columns, tiles (rows are
+        Inside a model the core adds what the user's options say: prefix columns, tiles (rows are
         averaged where scores came per query), background.
 
         Args:

@@ -22,7 +22,7 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Weights = Literal["unasked", "ignored", "read"]
-"""Whether a call asked for its attention weights, and if so, whether anything read them."""
+"""Whether a call wanted its attention weights, and if so, whether anything read them."""
 
 
 class SparseMultihead(nn.MultiheadAttention):

@@ -337,8 +337,10 @@ def _relates(call: AttentionCall, name: str) -> bool:
 
 
 def _class_rows(module: nn.Module) -> int:
-    """Class tokens held by this module itself, also if several are in one parameter (PiT) or each
-    branch has its own (CrossViT)."""
+    """Class tokens that a module itself holds.
+
+    Several may be in one parameter (PiT), or each branch may have its own (CrossViT).
+    """
     kinds = ("cls_token", "class_token", "cls_token_0")
     held = (getattr(module, name, None) for name in kinds)
     return next((t.shape[1] for t in held if isinstance(t, torch.Tensor) and t.dim() == 3), 0)

@@ -20,8 +20,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what an operation of these names makes of scores; it returns NotImplemented where
-    only their values can tell."""
+    """Decorator that registers what torch's operations of these names make of scores.
+
+    The function returns NotImplemented where only the values of the scores can tell.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         OPERATIONS.update(dict.fromkeys(names, function))
@@ -218,8 +220,7 @@ def _put_back(part: Scores, result: Scores) -> None:
 
 
 def _apply(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What the host's operation makes of scores that are still put off, NotImplemented if only
-    their values can tell."""
+    """What the host's operation makes of scores; NotImplemented if only their values can tell."""
     operation = OPERATIONS.get(name)
     first = next((x for x in args if isinstance(x, Scores)), None)
     if operation is None or (first is not None and first.value is not None):
