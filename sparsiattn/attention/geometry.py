@@ -193,7 +193,7 @@ class Tiles:
         return self.parts[0], self.size // inner, self.parts[1], inner
 
     def view(self, x: Tensor) -> Tensor:
-        """``[..., n, D]`` as ``[..., R, C, r, c, D]``: R x C even tiles of r x c tokens, no copy."""
+        """``[..., n, D]`` as ``[..., R, C, r, c, D]``: R x C even tiles of r x c; no copy."""
         split: Tensor = x.unflatten(-2, self._sides)
         return split.transpose(-4, -3)
 

@@ -252,7 +252,7 @@ class Mask(Pattern):
         return self.keep
 
     def pairs(self) -> float | None:
-        if self.keep.device.type == "meta":
+        if self.keep.device.type == "meta":  # a dry run has no values to count
             return None
         extra = self.summary.count * self.n_queries if self.summary else 0
         return float(self.keep.float().mean()) * self.n_queries * self.n_keys + extra
@@ -329,6 +329,7 @@ class Logits(ComputedPattern):
         return float(self.n_queries * self.n_keys * value_dim)
 
     def attend_with(self, inputs: AttentionInputs, dense: DenseAttention) -> Tensor:
+        # as in `products`: large logits are beyond float16
         dtype = torch.promote_types(inputs.v.dtype, torch.float32)
         logits = inputs.biased(self.values.to(dtype))
         dead = (logits == float("-inf")).all(-1, keepdim=True)

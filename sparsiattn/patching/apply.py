@@ -130,6 +130,7 @@ def plan_patch(
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
     surveyed = surveyed or survey(model, example, named(sites))
+    # everything that may refuse comes before `attach`, so that the model stays as it was
     planned = Patch(
         model,
         surveyed.attention(model),
@@ -224,6 +225,7 @@ def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Ker
         planned.runtimes.append(runtime)
     by_name = {runtime.site.name: runtime for runtime in planned.runtimes}
     for block in planned.blocks:
+        # where only the MLP is spared, attention sees every token, as without a patch
         for name in block.block.sites if block.placement != "bypass" else ():
             by_name[name].block = block.index
         if isinstance(block.planner, nn.Module):

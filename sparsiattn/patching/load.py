@@ -103,7 +103,7 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
 def apply_saved(model: nn.Module, saved: Saved) -> Patch:
     """A patch that was read, put on a model."""
     model, config = unwrap(model), saved.config
-    _check_host(model, config)
+    _check_host(model, config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
     patched = patch(
@@ -163,6 +163,7 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
                 raise MismatchedPatch(
                     f"site {name!r} has {key} {getattr(site, key)}, the saved patch {saved[key]}"
                 )
+    # as decided where it was saved: this machine may find other speeds
     for runtime in patched.runtimes:
         runtime.dense = config["sites"][runtime.site.name]["dense"]
 

@@ -77,6 +77,7 @@ def load_sparsifiner(
             assert isinstance(planner, nn.Module)
             _check(planner.state_dict(), predictors[runtime.site.name])
             planner.load_state_dict(predictors[runtime.site.name])
+        # last, so that a misfit above leaves the model's own weights
         model.load_state_dict(dict(host), strict=True)
     except BaseException:
         patched.unpatch()

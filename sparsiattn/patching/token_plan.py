@@ -186,6 +186,7 @@ def validate_token_plan(state: PatchState, dense: list[torch.Size]) -> DryRun:
     except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
         if not state.shortens or state.tokens.restore is None:
             raise _cannot(state, error) from error
+        # nothing was counted on the way, so that only the kind of the strategy tells
         run, needs_all = DryRun(ragged=state.tokens.is_ragged()), True
     if state.shortens:
         state.restores_last = _restores_last(state, state.tokens, needs_all, run.ragged)

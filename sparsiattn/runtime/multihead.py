@@ -161,6 +161,7 @@ class _Weights(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # any use is a read; what it returns is a plain tensor, which nobody watches
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, _Weights):
                 leaf.watcher.read = True

@@ -47,6 +47,7 @@ class PatchOwner:
 
     @property
     def training(self) -> bool:
+        """Whether the model is in training mode."""
         return self.model.training
 
     @property

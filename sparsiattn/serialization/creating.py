@@ -169,8 +169,7 @@ def _transformers(
             return auto.from_pretrained(name, config=config)  # type: ignore[no-any-return]
         return auto.from_config(config)  # type: ignore[no-any-return]
     except Exception as error:  # constructors, the network and the Hub each have their own
-        reason = first_line(error).rstrip(".")
-        raise InvalidOption(f"transformers cannot make {name!r}: {reason}") from error
+        raise InvalidOption(f"transformers cannot make {name!r}: {first_line(error)}") from error
 
 
 def _config(name: str, extra: dict[str, Any]) -> Any:
@@ -188,8 +187,7 @@ def _config(name: str, extra: dict[str, Any]) -> Any:
             "with config.json, a repository in the cache, or one that the network reaches"
         ) from error
     except Exception as error:  # unknown types, remote code, wrong options
-        reason = first_line(error).rstrip(".")
-        raise InvalidOption(f"transformers cannot read {name!r}: {reason}") from error
+        raise InvalidOption(f"transformers cannot read {name!r}: {first_line(error)}") from error
 
 
 def _need(package: str, prefix: str, extra: str) -> None:

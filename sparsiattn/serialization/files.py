@@ -62,6 +62,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Ten
         for name, path in new.items():
             path.replace(folder / name)
         atomic_io.sync(folder)
+        # what an earlier save wrote and this one does not
         for name in {WEIGHTS, HOST} - set(tensors):
             (folder / name).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
@@ -106,6 +107,7 @@ def checksum(path: Path) -> str:
 
 def with_checksum(config: dict[str, Any]) -> dict[str, Any]:
     """A config with the checksum of all that it says."""
+    # through JSON, so that tuples and the like give the checksum of what is read again
     plain = json.loads(json.dumps({key: v for key, v in config.items() if key != "seal"}))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return {**plain, "seal": hashlib.sha256(text.encode()).hexdigest()}

@@ -151,6 +151,7 @@ class _Trace(TorchDispatchMode):
         adds = [i for i, e in enumerate(events) if e[0] == "add" and _same(e[2], out)]
         if not attended or not adds or adds[-1] < attended[-1]:
             return None
+        # the last addition of the block, after its attention, whose result is the block's own
         start, stop = attended[-1], adds[-1]
         _, _, _, left, right = events[stop]
         for x, branch in ((left, right), (right, left)):

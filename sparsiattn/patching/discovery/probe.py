@@ -97,7 +97,7 @@ class _Recorder:
             if isinstance(module, nn.MultiheadAttention):
                 self.watched[name] = WatchWeights(module)
             parents = tuple(_chain(model, name))
-            key = -1 - id(module)
+            key = -1 - id(module)  # negative: the keys of patched sites count up from 1
             opener = self._opener(name, module, parents, key)
             module.register_forward_pre_hook(opener, with_kwargs=True)
             module.register_forward_hook(self._closer(name, key), always_call=True)

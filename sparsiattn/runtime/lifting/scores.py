@@ -121,7 +121,7 @@ class Scores:
         """The scores (or weights) themselves, computed as the host would have."""
         if self.value is None:
             self.lift.refuse(self, because)
-            self.lift.idle = True
+            self.lift.idle = True  # or this very product would be put off again
             try:
                 self.value = self._compute()
             finally:
@@ -212,6 +212,7 @@ def _put_back(part: Scores, result: Scores) -> None:
     """What was added in place to a part of scores is added to these."""
     assert part.part_of is not None
     origin, starts = part.part_of
+    # what was added to a part can be added to the whole; a factor on a part cannot go there
     if result.q is not part.q or result.factor != part.factor:
         raise NotImplementedError("a factor in place on a part of attention scores")
     shape = (*origin.shape[:-2], *(n - s for n, s in zip(origin.shape[-2:], starts, strict=True)))

@@ -81,6 +81,7 @@ def traced(model: nn.Module, images: Tensor, dynamic: bool) -> torch.export.Expo
     """
     shapes: Any = ({0: torch.export.Dim("batch", min=1, max=65536)},) if dynamic else None
     with _readable(model), torch.no_grad():
+        # twice: tables are folded in the functional program, which then is exported anew
         first = torch.export.export(model, (images,), dynamic_shapes=shapes)
         module = first.run_decompositions({}).module(check_guards=False)
         fold(module)
