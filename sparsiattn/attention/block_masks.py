@@ -116,7 +116,7 @@ def block_mask(
     active, whole = counts > 0, counts == _sizes(keep, tile, block)
     return BlockMask(
         keep.shape[-2], keep.shape[-1], keep,
-        mask.summary if isinstance(mask, Mask) else None,
+        summary=mask.summary if isinstance(mask, Mask) else None,
         tile=tile, block=block, buckets=_buckets(cells, active, whole), order=order,
         active_tiles=active, full_tiles=whole & active,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def with_prefix(pattern: BlockMask, prefix: int, *, keys: bool) -> BlockMask:
     keep = pattern.keep.clone()
     keep[..., :prefix, :] = True
     keep[..., :columns] = True
-    mask = Mask(pattern.n_queries, pattern.n_keys, keep, pattern.summary)
+    mask = Mask(pattern.n_queries, pattern.n_keys, keep, summary=pattern.summary)
     reorder = pattern.order is not None
     return block_mask(mask, tile=pattern.tile, block=pattern.block, reorder=reorder)
 

@@ -92,7 +92,7 @@ def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping
     if isinstance(content, Mapping):
         content = {key: value for key, value in content.items() if key != "about"}
         if content and all(k in kinds and isinstance(v, Mapping) for k, v in content.items()):
-            return content
+            return dict(content)
     forms = " or ".join(
         '{"k": {site: budget}}' if kind == "k" else f'{{"{kind}": {{block: budget}}}}'
         for kind in kinds

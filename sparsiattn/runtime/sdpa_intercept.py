@@ -45,7 +45,7 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         operands = (query, key, value, attn_mask)
         if has_torch_function(operands):  # tensor subclasses ask which function was called
-            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+            options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
             return handle_torch_function(
                 scaled_dot_product_attention, operands, *operands, **options, enable_gqa=enable_gqa
             )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import ExportFailed, InvalidOption, InvalidType
+from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.patch_state import state_of, unwrap
-from sparsiattn.serialization.exporters.formats import Run, check, tensors_in, written
+from sparsiattn.serialization.exporters.formats import Run, check, written
 from sparsiattn.serialization.exporters.program import exportable_copy, kernels_used, traced
 from sparsiattn.serialization.exporters.result import ExportResult
 
