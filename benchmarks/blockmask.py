@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn import AttentionInputs, Site
-from sparsiattn import block_mask
+from sparsiattn import AttentionInputs, Site, block_mask
 from sparsiattn.kernels import Gather
 
 

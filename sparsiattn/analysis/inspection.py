@@ -277,7 +277,7 @@ def _try(
         return NO_SITES
     try:
         return report(
-            plan_patch(meta_model, config.build({}), example=example, found=surveyed), total
+            plan_patch(meta_model, config.build({}), example=example, surveyed=surveyed), total
         )
     except SparsiattnError as error:
         return str(error)

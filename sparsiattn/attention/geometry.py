@@ -132,8 +132,13 @@ def _tent(size: int, parts: int, device: torch.device) -> Tensor:
 
 
 def nested_rank(grid: Grid, outer: Grid, inner: Grid, *, device: torch.device) -> Tensor:
-    """Place of every token, ``[n]``, when tokens stand tile by tile of ``outer`` patches and block
-    by block of ``inner`` within: a run of tokens is then compact in the image.
+    """Place of every token, ``[n]``, in an order in which a run of tokens is compact in the image.
+
+    Args:
+        grid: Rows and columns of the tokens.
+        outer: Rows and columns of the tiles, one of which follows the other.
+        inner: Rows and columns of the blocks, one of which follows the other within a tile.
+        device: Where to.
 
     >>> nested_rank((2, 4), (2, 2), (1, 2), device=torch.device("cpu")).tolist()
     [0, 1, 4, 5, 2, 3, 6, 7]
@@ -188,8 +193,7 @@ class Tiles:
         return self.parts[0], self.size // inner, self.parts[1], inner
 
     def view(self, x: Tensor) -> Tensor:
-        """``[..., n, D]`` as ``[..., R, C, r, c, D]``, R x C tiles of r x c tokens, without a copy;
-        for even tiles."""
+        """``[..., n, D]`` as ``[..., R, C, r, c, D]``: R x C even tiles of r x c; no copy."""
         split: Tensor = x.unflatten(-2, self._sides)
         return split.transpose(-4, -3)
 
@@ -210,8 +214,10 @@ class Tiles:
         return (self.gather(x) * self.weight.to(x.dtype).unsqueeze(-1)).sum(-2)
 
     def _mean_by_sides(self, x: Tensor) -> Tensor:
-        """The mean over rows, then over columns, in the layout hosts use, ``[B, n, H, D]``: much
-        faster on a CPU than to gather first, and no copy is made."""
+        """The mean over rows, then over columns, in the layout that hosts use, ``[B, n, H, D]``.
+
+        This is much faster on a CPU than to gather first, and makes no copy.
+        """
         tokens: Tensor = x.transpose(1, 2).unflatten(1, self._sides)
         return tokens.mean(2).mean(3).flatten(1, 2).transpose(1, 2)
 

@@ -161,8 +161,10 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def blocks(self) -> Tiles | None:
-        """The blocks in which patch keys are chosen, None if each is chosen by itself (as under a
-        host mask that forbids some)."""
+        """The blocks in which patch keys are chosen.
+
+        None if each key is chosen by itself, as under a host mask that forbids some.
+        """
         if isinstance(self.block, int) or isinstance(self.tile, int) or self.allowed() is not None:
             return None
         return geometry.table(geometry.tiles, self.key_grid, self.block, device=self.k.device)
@@ -174,8 +176,7 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def row_queries(self) -> Tensor:
-        """One query per row of a pattern: the patch queries, or their mean over each tile, without
-        padding."""
+        """One query per row of a pattern: patch queries, or their mean over a tile, unpadded."""
         tiles, weight = self.tiles, self._unpadded
         if tiles is None:
             return self.patch_queries

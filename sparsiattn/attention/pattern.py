@@ -102,7 +102,7 @@ class Pattern(RenamedMembers):
     def top(scores: Tensor, k: Budget) -> Pattern:
         """The ``ceil(k * Nk)`` (or, as a count, ``k``) best-scored keys of every row.
 
-        Inside a model the core adds what users asked for: prefix columns, tiles (rows are
+        Inside a model the core adds what the user's options say: prefix columns, tiles (rows are
         averaged where scores came per query), background.
 
         Args:
@@ -281,7 +281,7 @@ class Mask(Pattern):
         return Mask(self.n_queries, self.n_keys, self.keep | row | column)
 
     def pairs(self) -> float | None:
-        if self.keep.device.type == "meta":
+        if self.keep.device.type == "meta":  # a dry run has no values to count
             return None
         extra = self.summary.count * self.n_queries if self.summary else 0
         return float(self.keep.float().mean()) * self.n_queries * self.n_keys + extra
@@ -358,6 +358,7 @@ class Logits(ComputedPattern):
         return float(self.n_queries * self.n_keys * value_dim)
 
     def attend_with(self, inputs: AttentionInputs, dense: DenseAttention) -> Tensor:
+        # as in `products`: large logits are beyond float16
         dtype = torch.promote_types(inputs.v.dtype, torch.float32)
         logits = inputs.biased(self.values.to(dtype))
         dead = (logits == float("-inf")).all(-1, keepdim=True)

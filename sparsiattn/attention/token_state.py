@@ -44,8 +44,11 @@ class ReductionStep:
         return gone.scatter(1, self.index, place.expand_as(self.index))
 
     def unfolded(self, x: Tensor) -> Tensor:
-        """``[B, n, C]``: what every earlier token gets of ``x`` ``[B, m, C]``; dropped ones get
-        any."""
+        """What every earlier token gets, ``[B, n, C]``; the value of dropped ones has no meaning.
+
+        Args:
+            x: The tokens after the reduction, ``[B, m, C]``.
+        """
         if self.unfold is not None:
             return self.unfold(x)
         return x.gather(1, self.targets().clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
@@ -122,8 +125,14 @@ class TokenState:
         return place
 
     def rows(self, table: Tensor) -> Tensor:
-        """Rows of a table ``[n0, K]`` for the present tokens, ``[B, n, K]``: its own row for a
-        token, the mean over its patches for a merged one."""
+        """Rows of a table for the present tokens: for a merged one the mean over its patches.
+
+        Args:
+            table: One row for each original patch, ``[n0, K]``.
+
+        Returns:
+            ``[B, n, K]``, or ``[1, n, K]`` while all tokens are there.
+        """
         if self.ids is None:
             return table[None]
         if all(step.assign is None for step in self.steps):
@@ -194,8 +203,10 @@ class TokenState:
         return torch.cat([prefix.expand(positions.shape[0], -1), positions + self.prefix], dim=1)
 
     def log_size(self, dtype: torch.dtype) -> Tensor | None:
-        """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; prefix tokens zero
-        (proportional attention: ToMe, section 3, eq. 1)."""
+        """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; prefix tokens zero.
+
+        This is proportional attention (ToMe, section 3, eq. 1).
+        """
         if self.size is None:
             return None
         log = self.size.log().to(dtype)

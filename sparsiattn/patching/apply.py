@@ -112,7 +112,7 @@ def plan_patch(
     schedule: Schedule = None,
     example: Any = None,
     only_if_faster: bool = False,
-    found: ModelSurvey | None = None,
+    surveyed: ModelSurvey | None = None,
 ) -> Patch:
     """A patch that knows what to do at every site and block; the model is not touched yet.
 
@@ -124,26 +124,28 @@ def plan_patch(
         strategy: The strategy object.
         example: The ``input`` of `patch`.
         only_if_faster: As in `patch`, decided.
-        found: The model's attention; None to look for it.
+        surveyed: The model's attention; None to look for it.
     """
     attention, tokens = parts_of(strategy)
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
-    found = found or survey(model, example, named(sites))
+    surveyed = surveyed or survey(model, example, named(sites))
+    # everything that may refuse comes before `attach`, so that the model stays as it was
     planned = Patch(
         model,
-        found.attention(model),
+        surveyed.attention(model),
         strategy,
         kernel,
-        patch_size=found.backbone.patch_size(model),
+        patch_size=surveyed.backbone.patch_size(model),
         follows_model=example is None,
     )
     selected = select(planned.model_sites, sites)
-    configs = _site_configs(attention, selected, budgets.get("k", {}))
+    resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
+    configs = apply_schedule(budgets.get("k", {}), selected, resolved)
     if tokens is not None:
-        plan_tokens(planned, found, tokens, budgets)
+        plan_tokens(planned, surveyed, tokens, budgets)
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
-    run = validate_token_plan(planned, found.returned) if planned.blocks else None
+    run = validate_token_plan(planned, surveyed.returned) if planned.blocks else None
     if kernel != "auto" or only_if_faster:
         settle_sites(planned, run, only_if_faster)
     return planned
@@ -160,7 +162,18 @@ def parts_of(strategy: Config) -> tuple[Strategy, TokenStrategy | None]:
 
 
 def resolve(strategy: str | Config, k: Budgets | None, options: dict[str, Any]) -> Config:
-    """The strategy that `patch` is told to use."""
+    """The strategy that `patch` uses.
+
+    Args:
+        strategy: A registered name, or a strategy object.
+        k: Its budget; None if ``options`` or the object say it.
+        options: Its other options.
+
+    Raises:
+        InvalidType: ``strategy`` is neither.
+        InvalidOption: Options beside an object, or ones that the strategy does not take.
+        UnknownName: No strategy has that name.
+    """
     fields = dict(options) if k is None else {"k": k, **options}
     if isinstance(strategy, Config):
         if fields:
@@ -195,13 +208,6 @@ def _refuse_second(model: nn.Module) -> None:
         raise AlreadyPatched(f"{where} carries {present!r}; call unpatch() on it first")
 
 
-def _site_configs(
-    strategy: Strategy, sites: list[Site], schedule: Mapping[str, Any]
-) -> list[Strategy]:
-    resolved = [strategy.resolve_for(site, i, len(sites)) for i, site in enumerate(sites)]
-    return apply_schedule(schedule, sites, resolved)
-
-
 def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Kernel, ...]) -> None:
     """One runtime for every selected site.
 
@@ -219,6 +225,7 @@ def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Ker
         planned.runtimes.append(runtime)
     by_name = {runtime.site.name: runtime for runtime in planned.runtimes}
     for block in planned.blocks:
+        # where only the MLP is spared, attention sees every token, as without a patch
         for name in block.block.sites if block.placement != "bypass" else ():
             by_name[name].block = block.index
         if isinstance(block.planner, nn.Module):

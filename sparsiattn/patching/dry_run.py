@@ -114,13 +114,8 @@ def dry_run(state: PatchState, counted: bool = True) -> DryRun:
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         run.inputs[site.name] = inputs
 
-    before = MODEL_CALL.observer
-    MODEL_CALL.observer = (meta_state.key, observe)
-    try:
-        with run.counter() as counter:
-            run.output = shapes(run_dry(meta_state.model, meta_inputs(state)))
-    finally:
-        MODEL_CALL.observer = before
+    with MODEL_CALL.setting(observer=(meta_state.key, observe)), run.counter() as counter:
+        run.output = shapes(run_dry(meta_state.model, meta_inputs(state)))
     run.macs = macs_of(counter)
     return run
 
@@ -137,7 +132,7 @@ def _meta_state(state: PatchState, run: DryRun) -> PatchState:
         runtime.owner, runtime.module = copied, copied.model.get_submodule(runtime.site.name)
     copied.blocks = [_dry_block(block, copied, run) for block in state.blocks]
     for module in modules_with_features(copied):
-        unwatch(module)
+        unwatch(module)  # the copy of a patched model carries the real patch's marks
         watch(module, copied)
     hook_up(copied, backbone)
     return copied

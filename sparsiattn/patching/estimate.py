@@ -51,7 +51,7 @@ def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) ->
             to beat dense attention.
 
     Raises:
-        KernelRefused: The kernel asked for by name cannot serve one of the sites.
+        KernelRefused: The kernel that the user named cannot serve one of the sites.
     """
     for runtime, expected in expect_all(state, run):
         runtime.dense = only_if_faster and expected.choice.expected < 1.0

@@ -58,7 +58,16 @@ def from_pretrained(
     """
     if model is not None and pretrained is not None:
         raise InvalidOption("pretrained= is for a host that is made here, and model= was given")
-    saved = read(_folder(name, revision, token, cache_dir, local_files_only))
+    folder = Path(name)
+    if not folder.exists():
+        folder = download(
+            str(name),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    saved = read(folder)
     if model is not None:
         return apply_saved(model, saved)
     if pretrained is None and HOST not in saved.files:
@@ -70,21 +79,15 @@ def from_pretrained(
     return apply_saved(host.eval(), saved)
 
 
-def _folder(
-    name: str | PathLike[str], revision: str | None, token: str | bool | None,
-    cache: str | PathLike[str] | None, local: bool,
-) -> Path:  # fmt: skip
-    path = Path(name)
-    if path.exists():
-        return path
-    return download(
-        str(name), revision=revision, token=token, cache_dir=cache, local_files_only=local
-    )
-
-
 def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
-    """Apply a saved patch again, as `Patch.save` wrote it to ``directory``. Every mismatch is one
-    `MismatchedPatch`, the model untouched.
+    """Apply a saved patch again.
+
+    Args:
+        model: A model like the one that was patched.
+        directory: What `Patch.save` wrote.
+
+    Raises:
+        MismatchedPatch: The patch is damaged or of another model, which is untouched then.
 
     >>> import tempfile, timm, sparsiattn
     >>> model = timm.create_model("test_vit")
@@ -100,7 +103,7 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
 def apply_saved(model: nn.Module, saved: Saved) -> Patch:
     """A patch that was read, put on a model."""
     model, config = unwrap(model), saved.config
-    _check_host(model, config)
+    _check_host(model, config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
     patched = patch(
@@ -154,6 +157,7 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
                 raise MismatchedPatch(
                     f"site {name!r} has {key} {getattr(site, key)}, the saved patch {saved[key]}"
                 )
+    # as decided where it was saved: this machine may find other speeds
     for runtime in patched.runtimes:
         runtime.dense = config["sites"][runtime.site.name]["dense"]
 

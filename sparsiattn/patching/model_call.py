@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sparsiattn.errors import DataError, InvalidType
 
@@ -32,11 +31,6 @@ def arguments(input: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]
         f"{caller} needs what the model takes: an image tensor [B, C, H, W], a dict of keyword "
         f"arguments, or a tuple of positional ones; got {type(input).__name__}"
     )
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """Tensors among nested arguments or outputs, in order."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

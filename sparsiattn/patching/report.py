@@ -11,24 +11,38 @@ from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import renamed_property
-from sparsiattn.kernels import cost
-from sparsiattn.kernels import tuning_cache as tuningfile
+from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_dry
 from sparsiattn.patching.dry_run import DryRun, dry_run, meta_inputs
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
-from sparsiattn.patching.text import aligned, macs_text, plain_data
+from sparsiattn.patching.text import Row, aligned, macs_text, plain_data, shape_text, speed_text
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One patched site. MACs are per image; density: kept pairs over all, without summary keys.
+    """One patched site, for one image.
 
-    expected: speed relative to dense attention by the kernel's own estimate, with the time of
-    planning, which is the share ``planning`` of dense attention's. measured: the same, measured by
-    `measure_sites`, or a `tune` that covers the shape; None where it was not.
+    Attributes:
+        name: Module path.
+        strategy: Name of its strategy.
+        k: Its budget; None for strategies without one.
+        tile: Queries that share their keys.
+        kernel: Name of the kernel; ``"dense"`` for the host's own attention.
+        density: Kept pairs over all, without summary keys; None where only an input can tell.
+        macs_dense: MACs of QK^T and AV, dense, at the tokens of the unpatched model.
+        macs: The same as patched; None where only an input can tell.
+        predictor_macs: MACs of planning.
+        expected: Speed relative to dense attention by the kernel's own estimate, planning paid.
+        ran: Whether the site ran since it was patched.
+        tokens: Queries that reach it.
+        note: What is unusual about it, in words.
+        refusals: Name of every kernel that refused, with its reasons.
+        planning: Expected time of planning as a share of dense attention's.
+        measured: As ``expected``, measured by `measure_sites` or a `tune` that covers the shape;
+            None where it was not.
     """
 
     name: str
@@ -58,13 +72,23 @@ class SiteReport:
 class Report:
     """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
 
-    model, backbone, strategy, input_shape: what was patched, how and for which images. sites: one
-    each. not_selected: names of sites that were not selected. skipped: ``(name,
-    reason)`` of attention that cannot be patched. reductions: what token strategies do at which
-    block. macs_dense, mhsa_macs_dense: of the model unpatched. mhsa_macs counts QK^T and AV only
-    (FLOPs are twice the MACs); predictor_macs what planning adds; other_macs all else; macs the
-    whole model. A figure is None where only a real input can tell. price_source: by whose prices
-    speeds are expected.
+    FLOPs are twice the MACs. A figure is None where only a real input can tell.
+
+    Attributes:
+        model: Class of the model.
+        backbone: Name of the adapter.
+        strategy: Name of the strategy.
+        input_shape: Of one image.
+        sites: The patched sites.
+        not_selected: Names of sites that ``sites=`` left out.
+        skipped: ``(name, reason)`` of attention that cannot be patched.
+        macs_dense: MACs of the unpatched model.
+        mhsa_macs_dense: QK^T and AV of the unpatched model.
+        mhsa_macs: QK^T and AV as patched.
+        predictor_macs: What planning adds.
+        other_macs: All but attention and planning.
+        reductions: What token strategies do at which block, in words.
+        price_source: By whose prices speeds are expected.
     """
 
     model: str
@@ -84,6 +108,7 @@ class Report:
 
     @property
     def macs(self) -> int | None:
+        """MACs of the patched model."""
         if self.mhsa_macs is None or self.other_macs is None:
             return None
         return self.other_macs + self.mhsa_macs + self.predictor_macs
@@ -98,13 +123,14 @@ class Report:
         return {**plain_data(self, **names), "macs": self.macs}
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), *_table(self.sites), *self._tail()])
+        table = aligned([_COLUMNS, *map(_cells, self.sites)])
+        return "\n".join([*self._head(), *table, *self._tail()])
 
     def _head(self) -> list[str]:
         share = 100 * self.mhsa_macs_dense / max(1, self.macs_dense)
         return [
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
-            f"input {'x'.join(map(str, self.input_shape))}",
+            f"input {shape_text(self.input_shape)}",
             f"model MACs {macs_text(self.macs_dense)} -> {macs_text(self.macs)}, "
             f"MHSA {macs_text(self.mhsa_macs_dense)} -> {macs_text(self.mhsa_macs)}, "
             f"predictor {macs_text(self.predictor_macs)} "
@@ -134,33 +160,35 @@ def not_faster(sites: int) -> str:
     )
 
 
-def _table(rows: tuple[SiteReport, ...]) -> list[str]:
-    cells = [("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected",
-              "measured")]  # fmt: skip
-    for row in rows:
-        tile = "x".join(map(str, row.tile)) if isinstance(row.tile, tuple) else str(row.tile)
-        density = "?" if row.density is None else f"{row.density:.3f}"
-        change = f"{macs_text(row.macs_dense)} -> {macs_text(row.macs)}"
-        k = "-" if row.k is None else str(row.k)
-        expected = f"{row.expected:.2f}x"
-        measured = "-" if row.measured is None else f"{row.measured:.2f}x"
-        line = (row.name, str(row.tokens), k, tile, row.kernel, density, change, expected, measured)
-        cells.append(line)
-    return aligned(cells)
+_COLUMNS = ("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected", "measured")
+
+
+def _cells(row: SiteReport) -> Row:
+    k = "-" if row.k is None else str(row.k)
+    tile = shape_text(row.tile)
+    density = "?" if row.density is None else f"{row.density:.3f}"
+    change = f"{macs_text(row.macs_dense)} -> {macs_text(row.macs)}"
+    speeds = speed_text(row.expected), speed_text(row.measured)
+    return row.name, str(row.tokens), k, tile, row.kernel, density, change, *speeds
 
 
 def report(state: PatchState, total: int | None = None) -> Report:
-    """The report of a patch; see `Patch.report`. total: the dense model's MACs, where known."""
+    """The report of a patch; see `Patch.report`.
+
+    Args:
+        state: The patch.
+        total: MACs of the dense model, where they are known.
+    """
     run = dry_run(state) if state.blocks else None
-    rows = tuple(_site_report(*found, run) for found in expect_all(state, run))
-    idle = [site for site in state.model_sites if site not in state.sites]
+    rows = tuple(_site_report(*site, run) for site in expect_all(state, run))
+    not_selected = [site for site in state.model_sites if site not in state.sites]
     known = [row.macs for row in rows if row.macs is not None]
     if total is None:
         total = dense_macs(state.model, meta_inputs(state))
     mhsa_dense = sum(site.macs for site in state.model_sites)
     other: int | None = total - mhsa_dense
     if run is not None:
-        other = run.macs - run.planning - sum(_macs_at(r.site, run) for r in state.runtimes)
+        other = run.macs - run.planning - sum(site_at(site, run).macs for site in state.sites)
     counted = len(known) == len(rows) and not (run is not None and run.ragged)
     return Report(
         model=type(state.model).__name__,
@@ -168,21 +196,16 @@ def report(state: PatchState, total: int | None = None) -> Report:
         strategy=state.strategy.name,
         input_shape=state.input_shape,
         sites=rows,
-        not_selected=tuple(site.name for site in idle),
+        not_selected=tuple(site.name for site in not_selected),
         skipped=state.skipped,
         macs_dense=total,
         mhsa_macs_dense=mhsa_dense,
-        mhsa_macs=sum(site.macs for site in idle) + sum(known) if counted else None,
+        mhsa_macs=sum(site.macs for site in not_selected) + sum(known) if counted else None,
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
         other_macs=other if counted else None,
         reductions=_reductions(state, run),
-        price_source=_basis(rows, state),
+        price_source=_price_source(rows, state),
     )
-
-
-def _macs_at(site: Site, run: DryRun) -> int:
-    """Dense QK^T and AV of a site at the tokens that reach it."""
-    return site_at(site, run).macs
 
 
 _PLACES = {
@@ -220,9 +243,9 @@ def dense_macs(model: torch.nn.Module, inputs: MetaInputs) -> int:
     return macs_of(counter)
 
 
-def _basis(rows: tuple[SiteReport, ...], state: PatchState) -> str:
+def _price_source(rows: tuple[SiteReport, ...], state: PatchState) -> str:
     """By whose prices the speeds of sparse sites are expected, or why a tuning file is ignored."""
-    fault = tuningfile.fault()
+    fault = tuning_cache.fault()
     if fault is not None:
         return f"tuning file {fault}"
     if all(row.kernel == "dense" and not row.note for row in rows):
@@ -235,12 +258,12 @@ def _basis(rows: tuple[SiteReport, ...], state: PatchState) -> str:
     )
 
 
-def _site_report(runtime: SiteRuntime, found: Expected, run: DryRun | None) -> SiteReport:
+def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -> SiteReport:
     site, strategy = site_at(runtime.site, run), runtime.strategy
-    pattern, choice = found.pattern, found.choice
+    pattern, choice = expected.pattern, expected.choice
     dense = runtime.dense or isinstance(pattern, Dense)
     if not dense and runtime.last_choice is not None:
-        choice = runtime.last_choice.after(found.planning)
+        choice = runtime.last_choice.after(expected.planning)
     k = getattr(strategy, "k", None)
     return SiteReport(
         name=site.name,
@@ -252,29 +275,27 @@ def _site_report(runtime: SiteRuntime, found: Expected, run: DryRun | None) -> S
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
         # calls that must agree on their keys plan once
-        predictor_macs=0 if dense else found.macs * (1 if site.shared else site.calls),
+        predictor_macs=0 if dense else expected.macs * (1 if site.shared else site.calls),
         expected=1.0 if dense else choice.expected,
         ran=runtime.last_choice is not None,
         tokens=site.tokens,
-        note=_note(runtime, site, found),
+        note=_note(runtime, site, expected),
         refusals=choice.refusals,
         planning=0.0 if dense else choice.planning,
         measured=None if dense else measured_speed(runtime, site, choice),
     )
 
 
-def _note(runtime: SiteRuntime, site: Site, found: Expected) -> str:
+def _note(runtime: SiteRuntime, site: Site, expected: Expected) -> str:
     """What is unusual about a site, in words."""
-    strategy, pattern, choice = runtime.strategy, found.pattern, found.choice
+    strategy, pattern, choice = runtime.strategy, expected.pattern, expected.choice
     dense, k = isinstance(pattern, Dense), getattr(strategy, "k", None)
     if isinstance(k, int) and k > site.keys:
         return f"k={k} is more than the {site.keys} keys there are: all are kept"
     if runtime.dense and not dense:
-        figure = (
-            f"{choice.kernel.name}, planning paid, would run at {choice.expected:.2f}x of dense"
-        )
         when = "" if choice.expected < 1 else ", decided elsewhere or before tuning"
-        return f"left dense{when}: {figure}"
+        speed = f"{choice.kernel.name}, planning paid, would run at {speed_text(choice.expected)}"
+        return f"left dense{when}: {speed} of dense"
     if dense:
         if not strategy.selects_keys:
             return "attends as the host does"
@@ -285,7 +306,7 @@ def _note(runtime: SiteRuntime, site: Site, found: Expected) -> str:
 
 
 def pattern_keys(pattern: Pattern) -> float:
-    """Keys per patch query of a list pattern; without end for others."""
+    """Keys per patch query of a list pattern; infinity for others."""
     return pattern.width if isinstance(pattern, KeyLists) else float("inf")
 
 

@@ -38,51 +38,63 @@ def apply_schedule(
 def token_budgets(
     schedule: Mapping[str, Any], tokens: TokenStrategy, blocks: Sequence[str]
 ) -> TokenStrategy:
-    """The config with ``{"keep": {block name or index: budget}}`` put in: the blocks named there
-    are those that reduce."""
+    """The config with budgets by block put in: the blocks named there are those that reduce.
+
+    Args:
+        schedule: ``{"keep": {block name or index: budget}}``; other kinds are left alone.
+        tokens: The strategy.
+        blocks: Names of the model's blocks.
+
+    Raises:
+        InvalidOption: The strategy takes no such budgets, or a block has two.
+        UnknownName: There is no such block.
+    """
     kinds = [kind for kind in schedule if kind in tokens.per_layer]
     if not kinds:
         return tokens
     kind = kinds[0]
     if len(kinds) > 1 or kind not in tokens.option_names():
         raise InvalidOption(f"strategy {tokens.name!r} takes no schedule of {kinds}")
-    found = {}
+    budgets: dict[int, Any] = {}
     for name, budget in schedule[kind].items():
         index = int(name) if str(name).isdigit() else None
         if name in blocks:
             index = blocks.index(name)
         if index is None or index >= len(blocks):
             raise unknown("block in schedule:", name, blocks)
-        if index in found:
+        if index in budgets:
             raise InvalidOption(f"block {blocks[index]!r} has two budgets in the schedule")
-        found[index] = budget
-    layers = sorted(found)
-    changes: dict[str, Any] = {"layers": layers, kind: [found[layer] for layer in layers]}
+        budgets[index] = budget
+    layers = sorted(budgets)
+    changes: dict[str, Any] = {"layers": layers, kind: [budgets[layer] for layer in layers]}
     return replace(tokens, **changes)
 
 
 def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """``{"k": {site: budget}}``, ``{"keep": {block: budget}}`` or both, checked for its form; what
-    stands under ``about`` (as `search` writes it) is for people."""
-    read: object = schedule
+    """Budgets by kind, checked for their form.
+
+    Args:
+        schedule: ``{"k": {site: budget}}``, ``{"keep": {block: budget}}``, both, or a JSON file.
+            What stands under ``about`` (as `search` writes it) is for people.
+        kinds: The kinds that the strategy takes.
+
+    Raises:
+        InvalidOption: The file cannot be read, or says something else.
+    """
+    content: Any = schedule
     if schedule is None:
         return {}
     if not isinstance(schedule, Mapping):
         try:
-            read = json.loads(Path(schedule).read_text())
+            content = json.loads(Path(schedule).read_text())
         except (OSError, ValueError, TypeError) as error:
             raise InvalidOption(f"schedule {schedule!r} cannot be read as JSON: {error}") from error
-    if isinstance(read, Mapping):
-        read = {key: value for key, value in read.items() if key != "about"}
-    fits = (
-        isinstance(read, Mapping)
-        and read
-        and all(key in kinds and isinstance(value, Mapping) for key, value in read.items())
+    if isinstance(content, Mapping):
+        content = {key: value for key, value in content.items() if key != "about"}
+        if content and all(k in kinds and isinstance(v, Mapping) for k, v in content.items()):
+            return dict(content)
+    forms = " or ".join(
+        '{"k": {site: budget}}' if kind == "k" else f'{{"{kind}": {{block: budget}}}}'
+        for kind in kinds
     )
-    if not fits or not isinstance(read, Mapping):
-        forms = " or ".join(
-            '{"k": {site: budget}}' if kind == "k" else f'{{"{kind}": {{block: budget}}}}'
-            for kind in kinds
-        )
-        raise InvalidOption(f"a schedule must be {forms or 'None'}, got {read!r}")
-    return dict(read)
+    raise InvalidOption(f"a schedule must be {forms or 'None'}, got {content!r}")

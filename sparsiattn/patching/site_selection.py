@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import cast
 
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidType, unknown
@@ -12,9 +13,16 @@ from sparsiattn.errors import InvalidType, unknown
 Sites = str | re.Pattern[str] | Iterable[str] | Callable[[Site], bool]
 
 
-def select(sites: list[Site], wanted: Sites) -> list[Site]:
-    """The sites that match a glob, a regular expression (searched), one of several globs, or a
-    predicate. Matching nothing is an error that lists what there is; so is a glob in a list.
+def select(sites: list[Site], selection: Sites) -> list[Site]:
+    """The sites that match.
+
+    Args:
+        sites: All sites of the model.
+        selection: A glob, a regular expression (searched), several globs, or a predicate.
+
+    Raises:
+        UnknownName: Nothing matches, or nothing matches one of several globs.
+        InvalidType: ``selection`` is none of these.
 
     >>> import torch
     >>> x = torch.zeros(1, 1, 4, 2)
@@ -22,33 +30,34 @@ def select(sites: list[Site], wanted: Sites) -> list[Site]:
     >>> [site.name for site in select(sites, "blocks.1.*")]
     ['blocks.1.attn']
     """
-    if isinstance(wanted, str):
-        return _nonempty([s for s in sites if fnmatchcase(s.name, wanted)], wanted, sites)
-    if isinstance(wanted, re.Pattern):
-        return _nonempty([s for s in sites if wanted.search(s.name)], wanted.pattern, sites)
-    if callable(wanted):
-        return _nonempty([s for s in sites if wanted(s)], wanted, sites)
+    if isinstance(selection, str):
+        return _nonempty([s for s in sites if fnmatchcase(s.name, selection)], selection, sites)
+    if isinstance(selection, re.Pattern):
+        return _nonempty([s for s in sites if selection.search(s.name)], selection.pattern, sites)
+    if callable(selection):
+        return _nonempty([s for s in sites if selection(s)], selection, sites)
     try:
-        globs: list[object] = list(wanted)
+        globs: list[object] = list(selection)
     except TypeError:
-        globs = [wanted]
+        globs = [selection]
     if not globs or not all(isinstance(glob, str) for glob in globs):
         raise InvalidType(
             "sites must be a glob, a compiled regular expression, a list of globs or a function "
-            f"of a Site, got {wanted!r}"
+            f"of a Site, got {selection!r}"
         )
     matched = {s.name for glob in globs for s in select(sites, str(glob))}
     return [s for s in sites if s.name in matched]
 
 
-def named(wanted: Sites) -> frozenset[str]:
+def named(selection: Sites) -> frozenset[str]:
     """The names among what `select` was given."""
-    if isinstance(wanted, str):
-        return frozenset([wanted])
-    return frozenset(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else frozenset()
+    if isinstance(selection, str):
+        return frozenset([selection])
+    listed = isinstance(selection, (list, tuple, set, frozenset))
+    return frozenset(cast("Iterable[str]", selection)) if listed else frozenset()
 
 
-def _nonempty(found: list[Site], wanted: object, sites: list[Site]) -> list[Site]:
-    if not found:
-        raise unknown("site", wanted, (site.name for site in sites))
-    return found
+def _nonempty(matching: list[Site], selection: object, sites: list[Site]) -> list[Site]:
+    if not matching:
+        raise unknown("site", selection, (site.name for site in sites))
+    return matching

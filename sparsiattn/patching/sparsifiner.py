@@ -34,12 +34,18 @@ def load_sparsifiner(
 ) -> Patch:
     """Patch a timm ``VisionTransformer`` with weights of the authors' published code.
 
-    state_dict: backbone weights plus ``blocks.<i>.attn.mask_predictor.*``. keep: attention keep
-    rate. The patch is paper-exact: ``tile=1``, no background, CLS column not forced. The
-    backbone's weights are loaded into ``model`` and stay there after ``unpatch()``.
+    The patch is paper-exact: ``tile=1``, no background, CLS column not forced.
 
-    Raises `MismatchedPatch` if a weight is missing, unexpected or of another shape; the model is
-    then untouched. basis_threshold, basis_coef_topk: of `Connectivity`, at the authors' values.
+    Args:
+        model: The model. The backbone's weights are loaded into it and stay after ``unpatch()``.
+        state_dict: Backbone weights plus ``blocks.<i>.attn.mask_predictor.*``.
+        keep: Attention keep rate.
+        basis_threshold: As in `Connectivity`, at the authors' value.
+        basis_coef_topk: As in `Connectivity`, at the authors' value.
+
+    Raises:
+        MismatchedPatch: A weight is missing, unexpected or of another shape; the model is then
+            untouched.
 
     >>> from sparsiattn.testing.hosts import tiny_vit
     >>> model = tiny_vit()
@@ -64,43 +70,46 @@ def load_sparsifiner(
         background=None,
         prefix_keys=False,
     )
-    handle = patch(model, strategy, sites=list(predictors))
+    patched = patch(model, strategy, sites=list(predictors))
     try:
-        for runtime in handle.runtimes:
+        for runtime in patched.runtimes:
             planner = runtime.planner
             assert isinstance(planner, nn.Module)
             _check(planner.state_dict(), predictors[runtime.site.name])
             planner.load_state_dict(predictors[runtime.site.name])
+        # last, so that a misfit above leaves the model's own weights
         model.load_state_dict(dict(host), strict=True)
     except BaseException:
-        handle.unpatch()
+        patched.unpatch()
         raise
-    return handle
+    return patched
 
 
 def _predictors(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Site name to planner weights, under this library's names."""
-    found: dict[str, dict[str, Tensor]] = {}
+    predictors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state_dict.items():
         site, separator, rest = name.partition(_PREDICTOR)
         if separator:
             if rest not in _NAMES:
                 raise MismatchedPatch(f"unknown predictor weight {name!r}; known: {sorted(_NAMES)}")
-            found.setdefault(site, {})[_NAMES[rest]] = tensor
-    complete = [site for site, weights in found.items() if set(weights) == set(_NAMES.values())]
-    if not found or len(complete) != len(found):
+            predictors.setdefault(site, {})[_NAMES[rest]] = tensor
+    names = set(_NAMES.values())
+    complete = [site for site, weights in predictors.items() if set(weights) == names]
+    if not predictors or len(complete) != len(predictors):
         raise MismatchedPatch(
             "the state dict needs blocks.<i>.attn.mask_predictor.{proj_n, proj_back_n, proj_c_q, "
-            f"proj_c_k}}; complete sites: {complete}, of {sorted(found)}"
+            f"proj_c_k}}; complete sites: {complete}, of {sorted(predictors)}"
         )
-    return found
+    return predictors
 
 
-def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
-    wrong = [n for n in set(own) & set(given) if own[n].shape != torch.as_tensor(given[n]).shape]
-    if missing or extra or wrong:
+def _check(present: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(present.keys() - loaded), sorted(loaded.keys() - present)
+    shared = sorted(present.keys() & loaded)
+    reshaped = [n for n in shared if present[n].shape != torch.as_tensor(loaded[n]).shape]
+    if missing or extra or reshaped:
         raise MismatchedPatch(
             f"weights do not fit: missing {missing[:5]}, unexpected {extra[:5]}, "
-            f"of another shape {sorted(wrong)[:5]}"
+            f"of another shape {reshaped[:5]}"
         )

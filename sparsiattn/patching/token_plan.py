@@ -27,32 +27,32 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 
 def plan_tokens(
-    state: PatchState, found: ModelSurvey, tokens: TokenStrategy, schedule: Mapping[str, Any]
+    state: PatchState, surveyed: ModelSurvey, tokens: TokenStrategy, schedule: Mapping[str, Any]
 ) -> None:
     """Give the patch the blocks of its model and what each of them does.
 
     Args:
         state: The patch, not in the model yet.
-        found: The model's attention.
+        surveyed: The model's attention.
         tokens: The token strategy.
         schedule: Budgets by block.
     """
     model, sites = state.model, {site.name: site for site in state.model_sites}
     name = type(model).__name__
-    inputs = found.backbone.meta_inputs(model, state.input_shape)
-    blocks = find_blocks(found.meta_model, sites, inputs)
+    backbone = surveyed.backbone
+    blocks = find_blocks(surveyed.meta_model, sites, backbone.meta_inputs(model, state.input_shape))
     if not blocks:
         raise InvalidOption(
             f"{name} has no blocks that tokens could skip: token strategies need modules that "
             "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
-    if found.backbone.packs_batch(model):
+    if backbone.packs_batch(model):
         raise InvalidOption(
             f"{name} lays the images of a batch end to end in one sequence, where tokens of one "
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
     plain = is_plain(blocks, sites)
-    class_tokens = found.backbone.class_tokens(model) if plain else 0
+    class_tokens = backbone.class_tokens(model) if plain else 0
     tokens = tokens.for_model(class_tokens, not plain, name)
     if not plain:
         check_hierarchy(tokens, name, blocks)
@@ -186,6 +186,7 @@ def validate_token_plan(state: PatchState, dense: list[torch.Size]) -> DryRun:
     except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
         if not state.shortens or state.tokens.restore is None:
             raise _cannot(state, error) from error
+        # nothing was counted on the way, so that only the kind of the strategy tells
         run, needs_all = DryRun(ragged=state.tokens.is_ragged()), True
     if state.shortens:
         state.restores_last = _restores_last(state, state.tokens, needs_all, run.ragged)

@@ -22,17 +22,8 @@ def warmup(state: PatchState, inputs: Any) -> None:
             "nothing; leave that block first"
         )
     args, kwargs = arguments(inputs, "warmup")
-    with torch.no_grad(), unchanged(state), _warming(state.key):
+    with torch.no_grad(), unchanged(state), MODEL_CALL.setting(warming=state.key):
         state.model(*args, **kwargs)
-
-
-@contextmanager
-def _warming(key: int) -> Iterator[None]:
-    before, MODEL_CALL.warming = MODEL_CALL.warming, key
-    try:
-        yield
-    finally:
-        MODEL_CALL.warming = before
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class EnterBlock(BlockHook):
         tokens = x if state.sequence is None else state.sequence
         if runtime.placement == "entry":
             state, tokens = runtime.reduce(state, tokens)
+        # before attention runs: the site's route looks here for the tokens that are left
         BLOCK_CALL.token_state = state
         runtime.note(tokens, state, inside=True)
         if not state.reduced:
@@ -99,7 +100,7 @@ class EnterTail(BlockHook):
             return None
         x = args[0]
         state, reduced = self.runtime.reduce(state, x)
-        BLOCK_CALL.attention = None
+        BLOCK_CALL.attention = None  # queries and keys need not live through the MLP
         if reduced is x:
             BLOCK_CALL.token_state = state
             return None
@@ -144,7 +145,7 @@ class LeaveBlock(BlockHook):
         sequence = None if returned is tokens else tokens
         state = replace(state, layer=runtime.index + 1, sequence=sequence, returned=returned)
         BLOCK_CALL.token_state = None if runtime.last else state
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a write to the patch would break the graph
             runtime.owner.last_pass = (state.bare(), tokens.shape[0])
         return None if returned is host else replace_first(output, host, returned)
 

@@ -94,6 +94,7 @@ class BlockRuntime:
         return state
 
     def _recall(self, x: Tensor, state: Carried | None) -> Carried:
+        # another model of this thread, or a checkpoint that runs this block out of its turn
         if state is not None and (state.owner, state.layer) != (self.owner.key, self.index):
             state = None
         if state is not None and (torch.compiler.is_compiling() or state.returned is x):

@@ -8,8 +8,14 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Tensors among nested arguments or outputs, in order."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def first_tensor(values: Any) -> Tensor | None:

@@ -40,6 +40,7 @@ class EnterBypass(BlockHook):
         if runtime.is_off() or state is None or not runtime.owns(state):
             return None
         x = args[0]
+        # hierarchical hosts hand on [B, H, W, C]
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if runtime.planner is not None:
             kept = take(tokens, state.tokens()) if state.reduced else tokens
@@ -69,6 +70,7 @@ class LeaveSparedBlock(BlockHook):
         runtime.refuse_reentrant(host, mlp_tokens)
         flat = host.reshape(host.shape[0], -1, host.shape[-1])
         if state.policy is not None:
+            # while a score trains every token takes the MLP, weighted, so that it gets a gradient
             policy = nn.functional.pad(state.policy, (state.prefix, 0), value=1.0)
             out = flat + branch.reshape(flat.shape) * policy[..., None].to(branch.dtype)
         else:

@@ -22,7 +22,7 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Weights = Literal["unasked", "ignored", "read"]
-"""Whether a call asked for its attention weights, and if so, whether anything read them."""
+"""Whether a call wanted its attention weights, and if so, whether anything read them."""
 
 
 class SparseMultihead(nn.MultiheadAttention):
@@ -161,6 +161,7 @@ class _Weights(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # any use is a read; what it returns is a plain tensor, which nobody watches
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, _Weights):
                 leaf.watcher.read = True

@@ -47,6 +47,7 @@ class PatchOwner:
 
     @property
     def training(self) -> bool:
+        """Whether the model is in training mode."""
         return self.model.training
 
     @property
@@ -65,7 +66,9 @@ class PatchOwner:
         return "scatter" if scatters else "unfold"
 
     def image_grid(self) -> Grid | None:
-        """Height and width, in patches up to a factor, of the image that this thread last gave to
-        the patched model."""
+        """Height and width of the image that this thread last gave to the patched model.
+
+        In patches, up to a common factor.
+        """
         image = MODEL_CALL.image
         return image[1:] if image is not None and image[0] == self.key else self.image

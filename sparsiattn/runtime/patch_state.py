@@ -182,17 +182,16 @@ class PatchState(PatchOwner):
         `nn.TransformerEncoderLayer`, which leaves its fused path wherever a hook hangs, can differ
         by rounding.
         """
-        before = MODEL_CALL.disabled
-        MODEL_CALL.disabled = (*before, self.key)
-        self._pause(+1)
-        try:
-            yield self.model
-        finally:
-            self._pause(-1)
-            MODEL_CALL.disabled = before
+        with MODEL_CALL.setting(disabled=(*MODEL_CALL.disabled, self.key)):
+            self._pause(+1)
+            try:
+                yield self.model
+            finally:
+                self._pause(-1)
 
     def _pause(self, step: int) -> None:
         with SWITCHING:
+            # several threads may be inside: only the first and the last turn the switches
             before, self._paused = self._paused, self._paused + step
             if self.active and bool(before) != bool(self._paused):
                 for override in self.overrides:
@@ -212,11 +211,8 @@ class PatchState(PatchOwner):
         """
         if MODEL_CALL.observer is not None:
             raise InvalidOption("this thread is observing a patch already; leave that block first")
-        MODEL_CALL.observer = (self.key, observer)
-        try:
+        with MODEL_CALL.setting(observer=(self.key, observer)):
             yield self.model
-        finally:
-            MODEL_CALL.observer = None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

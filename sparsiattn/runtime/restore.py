@@ -192,7 +192,7 @@ def _with_features(owner: PatchOwner, what: str) -> tuple[int, ...]:
 
 
 def _wants_hidden_states(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a transformers model was asked for the states after every block."""
+    """Whether the caller of a transformers model wants the states after every block."""
     asked = kwargs.get("output_hidden_states")
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_hidden_states", False)

@@ -45,10 +45,10 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         operands = (query, key, value, attn_mask)
         if has_torch_function(operands):  # tensor subclasses ask which function was called
-            options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
-            options |= {"scale": scale, "enable_gqa": enable_gqa}
-            function = scaled_dot_product_attention
-            return handle_torch_function(function, operands, *operands, **options)
+            options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+            return handle_torch_function(
+                scaled_dot_product_attention, operands, *operands, **options, enable_gqa=enable_gqa
+            )
         top = SITE_CALLS.top
         if top is not None and not torch.compiler.is_compiling():
             top = innermost(top)

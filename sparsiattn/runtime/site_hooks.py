@@ -55,9 +55,9 @@ class OpenScope:
         return {"runtime": self.runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        install()
+        install()  # an unpickled model may come before any patch of this process
         self.runtime: SiteRuntime = state["runtime"]
-        self.key = new_key()
+        self.key = new_key()  # a copy's scopes are its own
         self.route = make_route(self.runtime)
 
     def __call__(self, module: nn.Module, args: Any) -> None:

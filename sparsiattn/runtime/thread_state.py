@@ -8,7 +8,8 @@ dataclass ``__init__`` sets every attribute on the instance in each new thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeAlias
@@ -97,6 +98,22 @@ class ModelCall(threading.local):
     observer: tuple[int, Any] | None = None
     warming: int | None = None
     meter: Any = None
+
+    @contextmanager
+    def setting(self, **slots: Any) -> Iterator[None]:
+        """Other values inside the block, for this thread; afterwards what they were before.
+
+        Not for what torch.compile traces.
+
+        Args:
+            **slots: Attributes by name.
+        """
+        before = {name: getattr(self, name) for name in slots}
+        vars(self).update(slots)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
 
 SITE_CALLS = SiteCalls()

@@ -24,16 +24,20 @@ def create_model(
 ) -> nn.Module:
     """A Vision Transformer by name, as every command takes it.
 
-    name: a timm model (``deit_small_patch16_224``); ``hf:ORG/NAME`` or ``hf:FOLDER``, the
-    configuration of a transformers model, made as an image classifier where there is one;
-    ``tv:NAME`` of torchvision; or a folder that `Patch.save` wrote,
-    which gives the host alone (`from_pretrained` gives both). image_size: side of its images in
-    pixels. pretrained: download weights; they are random else, save those of a folder that
-    has them.
-    options: of ``timm.create_model``, of the transformers configuration, or of the torchvision
-    builder.
+    Args:
+        name: A timm model (``deit_small_patch16_224``); ``hf:ORG/NAME`` or ``hf:FOLDER``, the
+            configuration of a transformers model, made as an image classifier where there is one;
+            ``tv:NAME`` of torchvision; or a folder that `Patch.save` wrote, which gives the host
+            alone (`from_pretrained` gives both).
+        image_size: Side of its images in pixels; None for what the model is made for.
+        pretrained: Whether to download weights; they are random else, except those of a folder
+            that has them.
+        **options: Of ``timm.create_model``, of the transformers configuration, or of the
+            torchvision builder.
 
-    Raises `UnknownName` with close matches, and `InvalidOption` where the model cannot be made.
+    Raises:
+        UnknownName: No library has that name; the message lists close matches.
+        InvalidOption: The model cannot be made.
 
     >>> model = create_model("test_vit", num_classes=5)
     >>> type(model).__name__, model.num_classes
@@ -67,14 +71,21 @@ def _timm(name: str, size: int | None, pretrained: bool, options: dict[str, Any]
 
     if not name.startswith(_MORE) and not timm.is_model(name):
         raise unknown_model(name)
-    extra = options if size is None else {"img_size": size, **options}
+    options = options if size is None else {"img_size": size, **options}
+    return _make("timm", timm.create_model, name, options, pretrained=pretrained)
+
+
+def _make(
+    library: str, build: Callable[..., nn.Module], name: str, options: dict[str, Any], **extra: Any
+) -> nn.Module:
+    """A model that knows how it was made; ``extra`` is passed on, but is no part of that."""
     try:
-        made = timm.create_model(name, pretrained=pretrained, **extra)
+        model = build(name, **extra, **options)
     except Exception as error:  # constructors, the network and the Hub each have their own
         raise InvalidOption(
-            f"timm cannot make {name!r}{f' with {extra}' if extra else ''}: {error}"
+            f"{library} cannot make {name!r}{f' with {options}' if options else ''}: {error}"
         ) from error
-    return mark(made, {"library": "timm", "name": name, "options": extra})
+    return mark(model, {"library": library, "name": name, "options": options})
 
 
 def unknown_model(name: str) -> UnknownName:
@@ -99,20 +110,21 @@ def _close(name: str) -> list[str]:
     import timm
 
     _, _, bare = name.rpartition(":")
-    found = get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
-    spaces = (("tv", _torchvision_names()), ("hf", cached_repositories()))
-    for prefix, names in spaces:
-        wanted = bare if prefix == "tv" or "/" in bare else f"/{bare}"
-        near = get_close_matches(wanted, names, n=3, cutoff=0.6)
-        found += [f"{prefix}:{one}" for one in near]
-    return found
+    repository = bare if "/" in bare else f"/{bare}"
+    close = get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
+    for prefix, word, names in (
+        ("tv:", bare, _torchvision_names()),
+        ("hf:", repository, cached_repositories()),
+    ):
+        close += [prefix + match for match in get_close_matches(word, names, n=3, cutoff=0.6)]
+    return close
 
 
 def _torchvision_names() -> list[str]:
-    try:
-        from torchvision.models import list_models
-    except ImportError:
+    if find_spec("torchvision") is None:
         return []
+    from torchvision.models import list_models
+
     return list(list_models())
 
 
@@ -132,19 +144,14 @@ def _torchvision(
 
     if name not in models.list_models():
         close = get_close_matches(name, models.list_models(), n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(f'tv:{one}' for one in close)}?" if close else ""
+        hint = f" Did you mean {' or '.join(f'tv:{match}' for match in close)}?" if close else ""
         raise UnknownName(f"torchvision has no model {name!r}.{hint}")
     builder = models.get_model_builder(name)
     # only its ViT is built for one size; the others take images of any
-    fixed = builder.__module__ == "torchvision.models.vision_transformer"
-    extra = {"image_size": size, **options} if size is not None and fixed else options
-    try:
-        made = builder(weights="DEFAULT" if pretrained else None, **extra)
-    except Exception as error:  # constructors and the network each have their own
-        raise InvalidOption(
-            f"torchvision cannot make {name!r}{f' with {extra}' if extra else ''}: {error}"
-        ) from error
-    return mark(made, {"library": "torchvision", "name": name, "options": extra})
+    if size is not None and builder.__module__ == "torchvision.models.vision_transformer":
+        options = {"image_size": size, **options}
+    weights = "DEFAULT" if pretrained else None
+    return _make("torchvision", models.get_model, name, options, weights=weights)
 
 
 def _transformers(
@@ -153,18 +160,16 @@ def _transformers(
     _need("transformers", "hf:", "hf")
     import transformers
 
-    extra = options if size is None else {"image_size": size, **options}
-    config = _config(name, extra)
+    config = _config(name, options if size is None else {"image_size": size, **options})
     classifiers = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    known = type(config) in classifiers.keys()  # noqa: SIM118
-    auto = transformers.AutoModelForImageClassification if known else transformers.AutoModel
+    classifies = type(config) in classifiers.keys()  # noqa: SIM118
+    auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
     try:
         if pretrained:
             return auto.from_pretrained(name, config=config)  # type: ignore[no-any-return]
         return auto.from_config(config)  # type: ignore[no-any-return]
     except Exception as error:  # constructors, the network and the Hub each have their own
-        reason = first_line(error).rstrip(".")
-        raise InvalidOption(f"transformers cannot make {name!r}: {reason}") from error
+        raise InvalidOption(f"transformers cannot make {name!r}: {first_line(error)}") from error
 
 
 def _config(name: str, extra: dict[str, Any]) -> Any:
@@ -176,14 +181,13 @@ def _config(name: str, extra: dict[str, Any]) -> Any:
     except OSError as error:
         reason = first_line(error).rstrip(".")
         close = get_close_matches(name, cached_repositories(), n=3, cutoff=0.5)
-        hint = f" In the cache: {', '.join(f'hf:{one}' for one in close)}." if close else ""
+        hint = f" In the cache: {', '.join(f'hf:{match}' for match in close)}." if close else ""
         raise UnknownName(
             f"no configuration of a model at {name!r}: {reason}.{hint} It must be a folder "
             "with config.json, a repository in the cache, or one that the network reaches"
         ) from error
     except Exception as error:  # unknown types, remote code, wrong options
-        reason = first_line(error).rstrip(".")
-        raise InvalidOption(f"transformers cannot read {name!r}: {reason}") from error
+        raise InvalidOption(f"transformers cannot read {name!r}: {first_line(error)}") from error
 
 
 def _need(package: str, prefix: str, extra: str) -> None:

@@ -22,59 +22,78 @@ NEW = ".new"
 
 
 class Saved(NamedTuple):
-    """A config that was checked, and where its files are: their name to their path."""
+    """A saved patch that was checked.
+
+    Attributes:
+        config: What ``sparsiattn.json`` says.
+        files: Name of each file that it speaks of to the path where that is.
+    """
 
     config: dict[str, Any]
     files: dict[str, Path]
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Everything beside what is there first, on the disk for sure, and only then into its place.
+    """Write a saved patch, of which a kill leaves the old or the new one.
 
+    Everything goes beside what is there first, on the disk for sure, and only then into its place.
     Between two replacements the old config does not fit the files any more, but the new one, whole
-    beside it, does: `read` takes that. Raises `CheckpointNotWritten`; what was there is whole then.
+    beside it, does: `read` takes that.
+
+    Args:
+        folder: Where to; it exists.
+        config: What ``sparsiattn.json`` will say, without checksums.
+        tensors: Name of each file of weights to what it holds.
+
+    Raises:
+        CheckpointNotWritten: The disk refuses; what was there is whole then.
     """
+    new = {name: folder / f"{name}{NEW}" for name in (*tensors, CONFIG)}
     try:
-        _discard(folder)
+        _clean_up(folder)
         for name, content in tensors.items():
-            safetensors.torch.save_file(content, folder / f"{name}{NEW}")
-            atomic_io.sync(folder / f"{name}{NEW}")
-        sums = {name: checksum(folder / f"{name}{NEW}") for name in tensors}
+            safetensors.torch.save_file(content, new[name])
+            atomic_io.sync(new[name])
+        sums = {name: checksum(new[name]) for name in tensors}
         text = json.dumps(with_checksum({**config, "files": sums}), indent=2) + "\n"
-        (folder / f"{CONFIG}{NEW}").write_text(text, encoding="utf-8")
-        atomic_io.sync(folder / f"{CONFIG}{NEW}")
+        new[CONFIG].write_text(text, encoding="utf-8")
+        atomic_io.sync(new[CONFIG])
         atomic_io.sync(folder)
-        for name in (*tensors, CONFIG):
-            (folder / f"{name}{NEW}").replace(folder / name)
+        for name, path in new.items():
+            path.replace(folder / name)
         atomic_io.sync(folder)
+        # what an earlier save wrote and this one does not
         for name in {WEIGHTS, HOST} - set(tensors):
             (folder / name).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointNotWritten(f"{folder} cannot be written: {error}") from error
 
 
-def _discard(folder: Path) -> None:
-    """Finish or remove what a kill left; the config goes first, so that it speaks for whole files
-    as long as it is there."""
-    pending = folder / f"{CONFIG}{NEW}"
-    if pending.exists() and (saved := _whole(folder, pending)) is not None:
+def _clean_up(folder: Path) -> None:
+    """Finish or remove what a kill left."""
+    saved = _left_by_a_kill(folder)
+    if saved is not None:
         for name, path in saved.files.items():
             path.replace(folder / name)
-        pending.replace(folder / CONFIG)
+        (folder / f"{CONFIG}{NEW}").replace(folder / CONFIG)
+    # the config first, so that it speaks for complete files as long as it is there
     for name in (CONFIG, WEIGHTS, HOST):
         (folder / f"{name}{NEW}").unlink(missing_ok=True)
 
 
-def _whole(folder: Path, config: Path) -> Saved | None:
-    """A config left by a kill with its files, None where the current ones are to be kept."""
+def _left_by_a_kill(folder: Path) -> Saved | None:
+    """What was saved last, where a kill came between the replacements."""
+    pending = folder / f"{CONFIG}{NEW}"
+    if not pending.is_file() or _try_config(folder / CONFIG, folder) is not None:
+        return None
+    return _try_config(pending, folder)
+
+
+def _try_config(path: Path, folder: Path) -> Saved | None:
     try:
-        read_config(folder / CONFIG, folder)
+        return _read_config(path, folder)
     except MismatchedPatch:
-        try:
-            return read_config(config, folder)
-        except MismatchedPatch:
-            return None
-    return None
+        return None
 
 
 def checksum(path: Path) -> str:
@@ -88,20 +107,22 @@ def checksum(path: Path) -> str:
 
 def with_checksum(config: dict[str, Any]) -> dict[str, Any]:
     """A config with the checksum of all that it says."""
+    # through JSON, so that tuples and the like give the checksum of what is read again
     plain = json.loads(json.dumps({key: v for key, v in config.items() if key != "seal"}))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return {**plain, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read(folder: Path) -> Saved:
-    """The config and its files, whole and unchanged since they were saved. Raises
-    `MismatchedPatch`."""
-    pending = folder / f"{CONFIG}{NEW}"
-    left = _whole(folder, pending) if pending.is_file() else None
-    return read_config(folder / CONFIG, folder) if left is None else left
+    """The config and its files, complete and unchanged since they were saved.
+
+    Raises:
+        MismatchedPatch: They are not, or not there.
+    """
+    return _left_by_a_kill(folder) or _read_config(folder / CONFIG, folder)
 
 
-def read_config(path: Path, folder: Path) -> Saved:
+def _read_config(path: Path, folder: Path) -> Saved:
     """One config, checked, with its files."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -114,15 +135,12 @@ def read_config(path: Path, folder: Path) -> Saved:
             f"{path} has format {config['format']!r}, this version reads formats 1 and {FORMAT}; "
             "update sparsiattn"
         )
-    _expect(config, _FILE, str(path))
-    _expect(config["host"], _HOST, f"{path}: host")
-    _expect(config["strategy"], _STRATEGY, f"{path}: strategy")
+    _check_schema(config, _FORMAT_1, str(path))
     for name, site in config["sites"].items():
-        _expect(site, _SITE, f"{path}: site {name!r}")
+        _check_schema(site, _SITE, f"{path}: site {name!r}")
     if config["format"] == 1:
         return Saved({**config, "origin": None}, {WEIGHTS: folder / WEIGHTS})
-    _expect(config, _SECOND, str(path))
-    _expect(config["files"], {WEIGHTS: str}, f"{path}: files")
+    _check_schema(config, _ADDED_IN_FORMAT_2, str(path))
     if config["origin"] is not None and not check_origin(config["origin"]):
         raise MismatchedPatch(f"{path}: 'origin' must say how to make the host, or be null")
     if with_checksum(config) != config:
@@ -130,48 +148,60 @@ def read_config(path: Path, folder: Path) -> Saved:
             f"{path} was changed after it was saved (its checksum differs): patch and save again "
             "instead of editing it"
         )
-    return Saved(config, {name: _found(folder, name, s) for name, s in config["files"].items()})
+    return Saved(config, {name: _locate(folder, name, s) for name, s in config["files"].items()})
 
 
-def _found(folder: Path, name: str, wanted: str) -> Path:
+def _locate(folder: Path, name: str, expected: str) -> Path:
     """Where a file with this checksum is: in its place or, after a kill, still beside it."""
     if name not in (WEIGHTS, HOST):
         raise MismatchedPatch(f"{folder / CONFIG} names a file {name!r} that no saved patch has")
     for path in (folder / name, folder / f"{name}{NEW}"):
-        if path.is_file() and checksum(path) == wanted:
+        if path.is_file() and checksum(path) == expected:
             return path
     what = "was changed or cut short after it was saved (its checksum differs)"
     raise MismatchedPatch(f"{folder / name} {what if (folder / name).is_file() else 'is missing'}")
 
 
-_FILE: dict[str, Any] = {
-    "format": int, "host": dict, "strategy": dict, "kernel": str, "input_shape": list,
+Schema = dict[str, Any]
+"""Keys of a mapping, each with the type of its value or the schema of a mapping in it."""
+
+_FORMAT_1: Schema = {
+    "format": int,
+    "host": {"class": str, "weights": int, "sha256": str},
+    "strategy": {"name": str, "version": int, "options": dict},
+    "kernel": str,
+    "input_shape": list,
     "sites": dict,
-}  # fmt: skip
-_SECOND: dict[str, Any] = {
-    "sparsiattn": str, "origin": object, "schedule": dict, "files": dict, "seal": str,
-}  # fmt: skip
-_HOST: dict[str, Any] = {"class": str, "weights": int, "sha256": str}
-_STRATEGY: dict[str, Any] = {"name": str, "version": int, "options": dict}
-_SITE: dict[str, Any] = {
-    "k": object, "tokens": int, "heads": int, "head_dim": int, "dense": bool,
-    "selected": bool,
-}  # fmt: skip
+}
+_ADDED_IN_FORMAT_2: Schema = {
+    "sparsiattn": str,
+    "origin": object,
+    "schedule": dict,
+    "files": {WEIGHTS: str},
+    "seal": str,
+}
+_SITE = Schema(k=object, tokens=int, heads=int, head_dim=int, dense=bool, selected=bool)
 
 
-def _expect(found: Any, wanted: dict[str, Any], where: str) -> None:
-    """Raise unless ``found`` is a mapping with these keys and types of values."""
-    if not isinstance(found, dict):
-        raise MismatchedPatch(f"{where} must be a mapping with {sorted(wanted)}, got {found!r}")
-    for key, kind in wanted.items():
-        if key not in found:
+def _check_schema(value: Any, schema: Schema, where: str) -> None:
+    """Raise unless a value is a mapping with these keys and types of values."""
+    if not isinstance(value, dict):
+        raise MismatchedPatch(f"{where} must be a mapping with {sorted(schema)}, got {value!r}")
+    for key, kind in schema.items():
+        if key not in value:
             raise MismatchedPatch(f"{where} lacks {key!r}: not a saved patch, or an edited one")
-        if not isinstance(found[key], kind):
-            raise MismatchedPatch(f"{where}: {key!r} must be a {kind.__name__}, got {found[key]!r}")
+        if isinstance(kind, dict):
+            _check_schema(value[key], kind, f"{where}: {key!r}")
+        elif not isinstance(value[key], kind):
+            raise MismatchedPatch(f"{where}: {key!r} must be a {kind.__name__}, got {value[key]!r}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises `MismatchedPatch` where it cannot be read."""
+    """All tensors of a safetensors file.
+
+    Raises:
+        MismatchedPatch: It cannot be read.
+    """
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

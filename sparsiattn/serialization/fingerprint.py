@@ -11,7 +11,14 @@ from sparsiattn.runtime.site_runtime import is_planner_key
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a saved patch must find again; the planners' own weights do not count."""
+    """What a saved patch must find again; the planners' own weights do not count.
+
+    Args:
+        model: The model, patched or not.
+
+    Returns:
+        Name of its class, number of weights, SHA-256 of their names and shapes.
+    """
     weights = [
         f"{name}:{tuple(tensor.shape)}"
         for name, tensor in model.state_dict().items()

@@ -13,7 +13,12 @@ from sparsiattn.serialization.origin import build
 
 
 def host_of(folder: str | PathLike[str], *, pretrained: bool = False) -> nn.Module:
-    """The host of a saved patch, unpatched: with its saved weights where there are any."""
+    """The host of a saved patch, unpatched.
+
+    Args:
+        folder: What `Patch.save` wrote.
+        pretrained: Whether to download published weights where the folder has none.
+    """
     return make_host(read(Path(folder)), str(folder), pretrained)
 
 
@@ -29,13 +34,22 @@ def has_weights(folder: str | PathLike[str]) -> bool:
 
 
 def make_host(saved: Saved, name: str, pretrained: bool) -> nn.Module:
+    """The host of a patch that was read, with its saved weights where there are any.
+
+    Args:
+        saved: The patch.
+        name: Where it was read, for errors.
+        pretrained: As in `host_of`.
+
+    Raises:
+        InvalidOption: The file does not say how to make it, or it cannot be made here.
+    """
     origin = saved.config["origin"]
     if origin is None:
         raise InvalidOption(
             f"{name} does not say how to make its {saved.config['host']['class']}: build the model "
             "in Python and use sparsiattn.load(model, folder). Saved by this version, models of "
-            "timm, transformers and torchvision made by name say it, and those of "
-            "sparsiattn.create_model"
+            "timm and transformers made by name say it, and those of sparsiattn.create_model"
         )
     if HOST not in saved.files:
         return build(origin, pretrained)
@@ -45,7 +59,11 @@ def make_host(saved: Saved, name: str, pretrained: bool) -> nn.Module:
 
 
 def load_host(model: nn.Module, saved: Saved) -> None:
-    """The weights of a saved model into the model; nothing is loaded unless all fit."""
+    """Load a saved host's weights into a model; nothing is loaded unless all fit.
+
+    Raises:
+        MismatchedPatch: They do not.
+    """
     path = saved.files[HOST]
     try:
         tensors = read_tensors(path)

@@ -24,9 +24,23 @@ def push(
     commit_message: str = "Upload a sparsiattn patch",
     create_pr: bool = False,
 ) -> str:
-    """Upload a live patch in one commit; gives the address. The options are `huggingface_hub`'s.
+    """Upload a live patch in one commit.
 
-    Raises `DataError` where the Hub refuses or cannot be reached.
+    Args:
+        state: The patch.
+        repo_id: ``user/name``.
+        whole: Whether to upload the host's weights, too.
+        private: As `huggingface_hub` takes it, and so are the others.
+        token: Access token.
+        revision: Branch.
+        commit_message: First line of the commit.
+        create_pr: Whether to open a pull request instead.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DataError: The Hub refuses or cannot be reached.
     """
     import huggingface_hub
 
@@ -36,14 +50,17 @@ def push(
         api = huggingface_hub.HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            done: Any = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
+            commit: Any = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
                 commit_message=commit_message,
-            )  # fmt: skip
+            )
         except Exception as error:  # the Hub's, the network's and the system's own
             reason = first_line(error, named=True)
             raise DataError(f"{repo_id!r} cannot be uploaded: {reason}") from error
-    return str(getattr(done, "commit_url", done))
+    return str(getattr(commit, "commit_url", commit))
 
 
 def _card(state: PatchState, repo_id: str) -> str:
@@ -66,7 +83,15 @@ def download(
 ) -> Path:
     """A saved patch of the Hub as a folder of the cache, which `load` takes.
 
-    Raises `UnknownName` where it cannot be reached and is not in the cache.
+    Args:
+        repo_id: ``ORG/NAME``.
+        revision: As `huggingface_hub` takes it, and so are the others.
+        token: Access token.
+        cache_dir: Where downloads are kept.
+        local_files_only: Whether to look at the cache only.
+
+    Raises:
+        UnknownName: It cannot be reached and is not in the cache.
     """
     import huggingface_hub
 

@@ -24,9 +24,8 @@ Origin = dict[str, Any]
 _SWITCHES = ("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing")
 """Attributes that change while a model is used, and say nothing of how it was made."""
 
-
 _READS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"}
-"""Options of constructors that read other files, which a file from elsewhere must not ask for."""
+"""Options of constructors that read other files, which a file from elsewhere must not name."""
 
 
 def mark(model: nn.Module, origin: Origin) -> nn.Module:
@@ -48,17 +47,24 @@ def origin_of(model: nn.Module) -> Origin | None:
     """
     for origin in _candidates(model):
         try:
-            twin = without_memory(partial(_build, origin))
+            remade = without_memory(partial(_build, origin))
         except Exception:  # a guess may fail in any way
             continue
-        if _same(model, twin):
+        if fingerprint(model) == fingerprint(remade) and _plain(model) == _plain(remade):
             return origin
     return None
 
 
 def build(origin: Origin, pretrained: bool = False) -> nn.Module:
-    """The model, with random weights unless ``pretrained``. Raises `InvalidOption` where it cannot
-    be made."""
+    """The model of an origin.
+
+    Args:
+        origin: How to make it.
+        pretrained: Whether to download its library's weights; they are random else.
+
+    Raises:
+        InvalidOption: It cannot be made here.
+    """
     if pretrained and origin["library"] == "transformers":
         raise InvalidOption(
             "a transformers configuration does not say where weights are: use hf:ORG/NAME, or load "
@@ -67,9 +73,9 @@ def build(origin: Origin, pretrained: bool = False) -> nn.Module:
     try:
         return mark(_build(origin, pretrained), origin)
     except Exception as error:  # whatever the library's own constructor raises
-        made = origin.get("name", origin.get("class"))
+        name = origin.get("name", origin.get("class"))
         raise InvalidOption(
-            f"{origin.get('library')} cannot make {made!r} here: {error}; install the version it "
+            f"{origin.get('library')} cannot make {name!r} here: {error}; install the version it "
             "was saved with, or build the model in Python and use sparsiattn.load(model, folder)"
         ) from error
 
@@ -78,13 +84,11 @@ def check_origin(origin: Any) -> bool:
     """Whether plain data has the form of an `Origin`, and does no more than make a model."""
     if not isinstance(origin, Mapping):
         return False
-    options = origin.get("options")
-    if isinstance(options, Mapping) and set(options) & _READS:
-        return False
-    form = {"class": str, "config": dict} if origin.get("library") == "transformers" else None
-    form = form or {"name": str, "options": dict}
-    known = origin.get("library") in ("timm", "torchvision", "transformers")
-    return known and all(isinstance(origin.get(key), kind) for key, kind in form.items())
+    library, options = origin.get("library"), origin.get("options")
+    if library == "transformers":
+        return isinstance(origin.get("class"), str) and isinstance(origin.get("config"), dict)
+    known = library in ("timm", "torchvision") and isinstance(origin.get("name"), str)
+    return known and isinstance(options, dict) and not _READS.intersection(options)
 
 
 def _build(origin: Origin, pretrained: bool = False) -> nn.Module:
@@ -103,15 +107,19 @@ def _build(origin: Origin, pretrained: bool = False) -> nn.Module:
 
     saved = dict(origin["config"])
     config = transformers.AutoConfig.for_model(saved.pop("model_type"), **saved)
-    found = getattr(transformers, origin["class"])
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    # a file from elsewhere names the class, so it must not be any other callable
+    kind = getattr(transformers, origin["class"])
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise InvalidOption(f"{origin['class']!r} is no model of transformers")
-    return found(config)  # type: ignore[no-any-return]
+    return kind(config)  # type: ignore[no-any-return]
 
 
 def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model that ``make`` returns, on the meta device; with memory where its constructor looks
-    at values, as timm's did for a long time and copies of it still do."""
+    """The model that a function returns, on the meta device.
+
+    With memory where its constructor looks at values, as timm's did for a long time and copies of
+    it still do.
+    """
     try:
         with torch.device("meta"):
             return make()
@@ -135,31 +143,23 @@ def _candidates(model: nn.Module) -> Iterator[Origin]:
 
 
 def _timm(model: Any) -> Iterator[Origin]:
-    given = getattr(model, "pretrained_cfg", None)
-    card: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-    name = card.get("architecture")
-    if not name:
+    card = getattr(model, "pretrained_cfg", None)
+    if not isinstance(card, Mapping) or not card.get("architecture"):
         return
-    name = f"{name}.{card['tag']}" if card.get("tag") else name
-    found: dict[str, Any] = {}
+    name = ".".join(filter(None, (card["architecture"], card.get("tag"))))
+    options: dict[str, Any] = {}
     classes = getattr(model, "num_classes", None)
     if classes is not None and classes != card.get("num_classes"):
-        found["num_classes"] = classes
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if built is not None and tuple(built) != tuple(card.get("input_size", ()))[1:]:
-        found["img_size"] = list(built)
+        options["num_classes"] = classes
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None and tuple(size) != tuple(card.get("input_size", ()))[1:]:
+        options["img_size"] = list(size)
     stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if stem is not None and stem.in_channels != 3:
-        found["in_chans"] = stem.in_channels
-    yield {"library": "timm", "name": name, "options": found}
-    if "img_size" not in found and built is not None:
-        yield {"library": "timm", "name": name, "options": {**found, "img_size": list(built)}}
-
-
-def _same(model: nn.Module, twin: nn.Module) -> bool:
-    if type(model).__name__ != type(twin).__name__ or fingerprint(model) != fingerprint(twin):
-        return False
-    return _plain(model) == _plain(twin)
+        options["in_chans"] = stem.in_channels
+    yield {"library": "timm", "name": name, "options": options}
+    if "img_size" not in options and size is not None:
+        yield {"library": "timm", "name": name, "options": {**options, "img_size": list(size)}}
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:

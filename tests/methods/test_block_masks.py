@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparsiattn
-from sparsiattn import Pattern, Strategy
-from sparsiattn import AttentionInputs, Site, block_mask
-from sparsiattn.methods.block_masks import BlockMask
+from sparsiattn import AttentionInputs, Pattern, Site, Strategy, block_mask
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Reference
+from sparsiattn.methods.block_masks import BlockMask
 from sparsiattn.strategies import finish
 from sparsiattn.testing import tiny_images, tiny_vit
 

@@ -86,7 +86,7 @@ def test_onnx(case: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     found, model = made(case, "onnx", tmp_path)
     assert found.max_difference <= 1e-4
-    run = formats.FORMATS["onnx"].read(found.path, None)  # type: ignore[arg-type]
+    run = formats.FORMATS["onnx"].read(found.path)
     with torch.no_grad():
         for batch in (1, 7):
             x = images(batch, seed=batch)
@@ -98,7 +98,7 @@ def test_onnx(case: str, tmp_path: Path) -> None:
 def test_aoti(case: str, tmp_path: Path) -> None:
     found, model = made(case, "aoti", tmp_path)
     assert found.max_difference <= 1e-4
-    run = formats.FORMATS["aoti"].read(found.path, None)  # type: ignore[arg-type]
+    run = formats.FORMATS["aoti"].read(found.path)
     with torch.no_grad():
         for batch in (1, 7):
             x = images(batch, seed=batch)
@@ -186,8 +186,8 @@ class TestRefusals:
     def test_another_answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         form = formats.FORMATS["pt2"]
 
-        def wrong(path: Path, program: Any) -> formats.Run:
-            run = form.read(path, program)
+        def wrong(path: Path) -> formats.Run:
+            run = form.read(path)
             return lambda x: [out + 1e-3 for out in run(x)]
 
         monkeypatch.setitem(formats.FORMATS, "pt2", form._replace(read=wrong))

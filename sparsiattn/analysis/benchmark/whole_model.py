@@ -16,10 +16,11 @@ from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch as patch_model
 from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.patching.model_call import arguments, eval_mode, tensors_in
+from sparsiattn.patching.model_call import arguments, eval_mode
 from sparsiattn.patching.report import Report
 from sparsiattn.patching.text import shape_text, speed_text
 from sparsiattn.runtime import timing
+from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.timing import Timing
 from sparsiattn.strategies.config import Config

@@ -105,13 +105,9 @@ class MacCounter:
     @contextmanager
     def counting(self) -> Iterator[MacCounter]:
         """Count what this thread does inside the block."""
-        before, MODEL_CALL.meter = MODEL_CALL.meter, self
-        try:
-            with self._counter:
-                yield self
-                self._settle()
-        finally:
-            MODEL_CALL.meter = before
+        with MODEL_CALL.setting(meter=self), self._counter:
+            yield self
+            self._settle()
 
     @contextmanager
     def watching(self, module: nn.Module, section: Section) -> Iterator[None]:

@@ -17,8 +17,8 @@ from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
 from sparsiattn.patching.discovery.blocks import find_blocks
 from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch
-from sparsiattn.patching.model_call import tensors_in
 from sparsiattn.patching.survey import ModelSurvey, survey
+from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -84,7 +84,7 @@ class TrialRunner:
             schedule=schedule,
             example=self.example,
             only_if_faster=self.only_if_faster,
-            found=self.survey,
+            surveyed=self.survey,
         ) as patch:
             unexpected = self.model.load_state_dict(self.planners, strict=False).unexpected_keys
             if unexpected:

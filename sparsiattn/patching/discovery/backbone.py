@@ -38,10 +38,16 @@ QUERY_TABLES = ("rel_pos_h", "height_rel")
 
 
 class Backbone(RenamedMembers):
-    """Adapter of a family of models. This base serves any model that calls scaled dot product
-    attention; families override the questions they know a better answer to.
+    """Adapter of a family of models.
 
-    Answers come from structure (attributes a module has), not from class names or versions.
+    This base serves any model that calls scaled dot product attention; families override the
+    questions they know a better answer to. Answers come from structure (attributes a module has),
+    not from class names or versions.
+
+    Attributes:
+        registers_as: The group of plug-ins.
+        name: What the registry and reports call it.
+        summary: One line for `list_backbones`.
 
     >>> class Mine(Backbone):
     ...     name = "mine"
@@ -65,12 +71,23 @@ class Backbone(RenamedMembers):
     summary: ClassVar[str] = ""
 
     def why_not(self, model: nn.Module) -> list[str]:
-        """Reasons why this adapter does not fit the model; empty if it does."""
+        """Reasons why this adapter does not fit the model; empty if it does.
+
+        Args:
+            model: The user's model.
+        """
         raise NotImplementedError
 
     def input_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        """The shape of one image: what the model was built for, else what ``pretrained_cfg`` or
-        ``config`` says; None if nothing says it."""
+        """The shape of one image, ``(1, C, H, W)``.
+
+        Args:
+            model: The user's model.
+
+        Returns:
+            What the model was built for, else what ``pretrained_cfg`` or ``config`` says; None if
+            nothing says it.
+        """
         embed = getattr(model, "patch_embed", None)
         convolutions = (m for m in self.image_module(model).modules() if isinstance(m, nn.Conv2d))
         channels = next((c.in_channels for c in convolutions), 3)
@@ -85,11 +102,23 @@ class Backbone(RenamedMembers):
         return None if side is None else (1, getattr(config, "num_channels", 3), *_pair(side))
 
     def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
-        """What to call the model with in a dry run for an image of this shape: meta tensors."""
+        """What to call the model with in a dry run: meta tensors.
+
+        Args:
+            model: The model.
+            shape: Shape of one image.
+
+        Returns:
+            Positional and keyword arguments.
+        """
         return image_inputs(model, shape)
 
     def attribute_overrides(self, model: nn.Module) -> list[AttributeOverride]:
-        """Switches that make every attention module call scaled dot product attention."""
+        """Switches that make every attention module call scaled dot product attention.
+
+        Args:
+            model: The model, which stays as it is.
+        """
         fused = [
             AttributeOverride(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
@@ -105,12 +134,18 @@ class Backbone(RenamedMembers):
 
     def image_module(self, model: nn.Module) -> nn.Module:
         """The module whose first argument is the image."""
-        found = getattr(model, "patch_embed", None)
-        return found if isinstance(found, nn.Module) else model
+        embed = getattr(model, "patch_embed", None)
+        return embed if isinstance(embed, nn.Module) else model
 
     def prefix_tokens(self, call: AttentionCall) -> int:
-        """CLS, distillation and register tokens at the head of this call's sequence. Models that do
-        not count them have those class tokens without which the others make the better grid."""
+        """CLS, distillation and register tokens at the head of a call's sequence.
+
+        Models that do not count them have those class tokens without which the others make the
+        better grid.
+
+        Args:
+            call: The attention call.
+        """
         count = call.nearest("num_prefix_tokens")
         if isinstance(count, int):
             return count
@@ -118,61 +153,116 @@ class Backbone(RenamedMembers):
         return min((0, most), key=lambda p: geometry.skew(call.q[-2] - p, call.aspect))
 
     def class_tokens(self, model: nn.Module) -> int:
-        """How many of the leading prefix tokens are class tokens (CLS, then distillation): they
-        come first in the sequence, before registers. 0 if there is none."""
+        """How many of the leading prefix tokens are class tokens (CLS, then distillation).
+
+        They come first in the sequence, before registers.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Their number; 0 if there is none.
+        """
         for module in model.modules():
             prefix = getattr(module, "num_prefix_tokens", None)
             if isinstance(prefix, int):
-                found = (count_class_tokens(child) for child in module.modules())
-                return min(prefix, next(filter(None, found), 0))
+                counts = (count_class_tokens(child) for child in module.modules())
+                return min(prefix, next(filter(None, counts), 0))
         return 0
 
     def packs_batch(self, model: nn.Module) -> bool:
-        """Whether the images of a batch are laid end to end in one sequence (Pixtral)."""
+        """Whether the model lays the images of a batch end to end in one sequence (Pixtral).
+
+        Args:
+            model: The model.
+        """
         return False
 
     def pooling(self, model: nn.Module) -> Pooling:
-        """What the model's head reads of the final token sequence: ``"prefix"`` tokens only, the
-        ``"avg"`` or ``"max"`` of the patch tokens, or ``"other"``: both, all tokens (no head),
-        attention pooling, unknown."""
+        """What the model's head reads of the final token sequence.
+
+        Args:
+            model: The model.
+
+        Returns:
+            ``"prefix"`` tokens only, the ``"avg"`` or ``"max"`` of the patch tokens, or
+            ``"other"``: both, all tokens (no head), attention pooling, unknown.
+        """
         return "other"
 
     def grid(self, call: AttentionCall, n: int, aspect: float) -> Grid:
-        """Rows and columns of ``n`` patch tokens (of one window)."""
+        """Rows and columns of the patch tokens of one window.
+
+        Args:
+            call: The attention call.
+            n: Number of patch tokens.
+            aspect: Height over width of the image, in patches.
+        """
         return geometry.infer_grid(n, aspect)
 
     def patch_size(self, model: nn.Module) -> Grid:
-        """Rows and columns of pixels in a patch: non-square ones change the grid's aspect."""
+        """Rows and columns of pixels in a patch: non-square ones change the grid's aspect.
+
+        Args:
+            model: The model.
+        """
         size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
         return _pair(size) if isinstance(size, (int, tuple, list)) else (1, 1)
 
     def shares_keys(self, call: AttentionCall) -> bool:
-        """Whether several calls of one module must agree on their keys, as the two of differential
-        attention, whose difference cancels what both attend to."""
+        """Whether several calls of one module must agree on their keys.
+
+        So it is with the two of differential attention, whose difference cancels what both attend
+        to.
+
+        Args:
+            call: The attention call.
+        """
         return call.count > 1 and call.nearest("lambda_q1") is not None
 
     def is_raster_order(self, call: AttentionCall) -> bool:
-        """Whether patch tokens stand in raster order."""
+        """Whether patch tokens stand in raster order.
+
+        Args:
+            call: The attention call.
+        """
         return True
 
     def bias(self, call: AttentionCall) -> Literal["none", "bias", "mask"]:
-        """Whether the host's mask can forbid keys. When in doubt it can: right, only slower."""
+        """Whether the host's mask can forbid keys.
+
+        Args:
+            call: The attention call.
+
+        Returns:
+            ``"none"`` without a mask, ``"bias"`` where it only favours some keys, else ``"mask"``,
+            which is right in any case, only slower.
+        """
         if call.mask is None:
             return "none"
         if call.mask_dtype == torch.bool:
             return "mask"
         if any(_relates(call, name) for name in QUERY_TABLES):
             return "bias"
-        whole = len(call.mask) < len(call.q) or call.mask[0] == 1  # alike in all windows
-        return "bias" if whole and any(_relates(call, name) for name in BIAS_TABLES) else "mask"
+        same_in_windows = len(call.mask) < len(call.q) or call.mask[0] == 1
+        from_table = same_in_windows and any(_relates(call, name) for name in BIAS_TABLES)
+        return "bias" if from_table else "mask"
 
     def halo(self, call: AttentionCall) -> int:
-        """By how many patches the keys of a window reach beyond its queries on every side."""
+        """By how many patches the keys of a window reach beyond its queries on every side.
+
+        Args:
+            call: The attention call.
+        """
         halo = getattr(call.module, "halo_size", 0)
         return halo if isinstance(halo, int) else 0
 
     def why_skip(self, call: AttentionCall) -> str | None:
-        """Why this call should stay dense although it could be reached; None if it is a site."""
+        """Why a call should stay dense although it could be reached; None if it is a site.
+
+        Args:
+            call: The attention call.
+        """
         if over_channels(call):
             return "attention over channels, not over tokens"
         if pools(call):
@@ -189,9 +279,19 @@ class Backbone(RenamedMembers):
     def sites(
         self, calls: Iterable[AttentionCall], aspect: float, named: Collection[str] = ()
     ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
-        """Sites with their layouts, and ``(name, reason)`` of every call left alone. Calls of a
-        single query are left alone unless the user named them."""
-        found, left = [], []
+        """Sort a model's calls into sites and calls that stay dense.
+
+        Calls of a single query stay dense unless the user named them.
+
+        Args:
+            calls: Every attention call of the model.
+            aspect: Height over width of the image, in patches.
+            named: Names in the user's ``sites=``.
+
+        Returns:
+            Sites with the layout of their host, and ``(name, reason)`` of every other call.
+        """
+        sites, skipped = [], []
         for call in calls:
             call = replace(call, aspect=aspect)
             layout = Layout.of(call.q, _heads_per_call(call))
@@ -200,14 +300,14 @@ class Backbone(RenamedMembers):
             if reason is None and layout is None:
                 reason = f"a query of shape {tuple(call.q)} and no head count to read it by"
             if reason is not None or layout is None:
-                left.append((call.name, str(reason)))
+                skipped.append((call.name, str(reason)))
             else:
-                found.append((self._site(call, layout, aspect), layout))
+                sites.append((self._site(call, layout, aspect), layout))
         numbered = [
-            (replace(site, index=index, depth=len(found)), layout)
-            for index, (site, layout) in enumerate(found)
+            (replace(site, index=index, depth=len(sites)), layout)
+            for index, (site, layout) in enumerate(sites)
         ]
-        return numbered, left
+        return numbered, skipped
 
     def _site(self, call: AttentionCall, layout: Layout, aspect: float) -> Site:
         shapes = (call.q, call.k, call.v)
@@ -246,8 +346,10 @@ def _relates(call: AttentionCall, name: str) -> bool:
 
 
 def _class_rows(module: nn.Module) -> int:
-    """Class tokens held by this module itself, also if several are in one parameter (PiT) or each
-    branch has its own (CrossViT)."""
+    """Class tokens that a module itself holds.
+
+    Several may be in one parameter (PiT), or each branch may have its own (CrossViT).
+    """
     kinds = ("cls_token", "class_token", "cls_token_0")
     held = (getattr(module, name, None) for name in kinds)
     return next((t.shape[1] for t in held if isinstance(t, torch.Tensor) and t.dim() == 3), 0)
@@ -255,6 +357,9 @@ def _class_rows(module: nn.Module) -> int:
 
 def count_class_tokens(module: nn.Module) -> int:
     """CLS and distillation tokens held by this module itself, by the names in use.
+
+    Args:
+        module: The module.
 
     >>> vit = torch.nn.Module()
     >>> vit.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 8))
@@ -290,7 +395,11 @@ def _pair(side: int | Iterable[int]) -> tuple[int, int]:
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    """The adapter that serves a model: the first whose family it is of."""
+    """The adapter that serves a model: the first whose family it belongs to.
+
+    Raises:
+        NothingToPatch: No adapter fits.
+    """
     for backbone in REGISTRY.all("backbones").values():
         if not backbone.why_not(model):
             return backbone  # type: ignore[no-any-return]

@@ -19,14 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsiattn.attention.block import Block, Tail
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
-from sparsiattn.runtime.hook_tools import first_tensor
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> list[Block]:
-    """The blocks around these attention modules of a `meta_copy`, in the order they run."""
+    """The blocks of a model, in the order they run.
+
+    Args:
+        model: A `meta_copy`.
+        sites: Names of its attention modules.
+        inputs: What to call it with.
+    """
     names = list(sites)
     trace = _Trace(model, names)
     with recalling(), trace.recording():
@@ -45,8 +51,11 @@ def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> l
 
 
 def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
-    """The innermost module around a site that ends in a residual branch, else the outermost one
-    that stands in a list of modules and keeps the shape of its input."""
+    """Name of the block that a site is in.
+
+    The innermost module around it that ends in a residual branch, else the outermost one that
+    stands in a list of modules and keeps the shape of its input.
+    """
     above = list(_ancestors(site))
     for name in above:
         if name in spans and spans[name].tail is not None:
@@ -87,6 +96,7 @@ class _Trace(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """Note what happens inside the block."""
         hooks = []
         for name, module in self.model.named_modules():
             if not name:
@@ -102,12 +112,12 @@ class _Trace(TorchDispatchMode):
 
     def follows(self, before: str, name: str) -> bool:
         """Whether ``name`` takes what ``before`` gave."""
-        given, taken = self._ends[before][1], self._ends[name][0]
-        return given.shape == taken.shape and _same(given, taken)
+        output, entered = self._ends[before][1], self._ends[name][0]
+        return output.shape == entered.shape and _same(output, entered)
 
     def _enter(self, name: str) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = first_tensor(args) if args else first_tensor(tuple(kwargs.values()))
+            x = first_argument(args, kwargs)
             if x is not None:
                 self._events.append(("enter", name, x, None, None))
             if name in self.watched and name not in self.order:
@@ -117,8 +127,7 @@ class _Trace(TorchDispatchMode):
 
     def _leave(self, name: str) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            out = first_tensor(output)
-            x = first_tensor(args) if args else first_tensor(tuple(kwargs.values()))
+            out, x = first_tensor(output), first_argument(args, kwargs)
             if out is None or x is None:
                 return
             if name in self.watched:
@@ -142,6 +151,7 @@ class _Trace(TorchDispatchMode):
         adds = [i for i, e in enumerate(events) if e[0] == "add" and _same(e[2], out)]
         if not attended or not adds or adds[-1] < attended[-1]:
             return None
+        # the last addition of the block, after its attention, whose result is the block's own
         start, stop = attended[-1], adds[-1]
         _, _, _, left, right = events[stop]
         for x, branch in ((left, right), (right, left)):
@@ -165,12 +175,11 @@ class _Trace(TorchDispatchMode):
 
 def _first(events: list[Any], where: range, kind: str, x: Tensor) -> Any:
     """Position and name of the first event of this kind whose tensor is ``x``."""
-    found = (
-        (i, events[i][1])
-        for i in where
-        if events[i][0] == kind and events[i][2].shape == x.shape and _same(events[i][2], x)
-    )
-    return next(found, None)
+    for i in where:
+        event, name, tensor, *_ = events[i]
+        if event == kind and tensor.shape == x.shape and _same(tensor, x):
+            return i, name
+    return None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 
 _MOST = 20_000
 """Answers that are kept; a model asks for some hundreds."""
@@ -27,8 +28,11 @@ class _NotRecalled(Exception):
 
 @contextmanager
 def recalling() -> Iterator[None]:
-    """Operators on the meta device are quick inside. Modes that count or trace belong inside, too:
-    they see every call as they would without; where there is one outside, nothing is recalled."""
+    """Operators on the meta device are quick inside.
+
+    Modes that count or trace belong inside, too: they see every call as they would without. Where
+    there is one outside, nothing is recalled.
+    """
     if _get_current_dispatch_mode() is not None:
         yield
         return
@@ -37,8 +41,10 @@ def recalling() -> Iterator[None]:
 
 
 class _Recalled(TorchDispatchMode):
-    """Answers what it has seen before from the shapes of the arguments, where all tensors are on
-    the meta device and the operator makes new ones."""
+    """Answers calls that were made before from the shapes of their arguments.
+
+    All tensors must be on the meta device, and the operator must make new ones.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,7 +57,7 @@ class _Recalled(TorchDispatchMode):
             return func(*args, **kwargs)
         known = _KNOWN.get(key) if tensors else None
         if known is not None:
-            return _made(known)
+            return _empty(known)
         out = func(*args, **kwargs)
         if tensors and _is_new(out, tensors):
             if len(_KNOWN) >= _MOST:
@@ -67,13 +73,12 @@ _NEW: dict[Any, bool] = {}
 
 def _makes_new(func: Any) -> bool:
     """Whether an operator of torch's own writes to none of its arguments and returns no view."""
-    found = _NEW.get(func)
-    if found is None:
-        schema = func._schema
-        values = (*schema.arguments, *schema.returns)
-        found = func.namespace == "aten" and all(value.alias_info is None for value in values)
-        _NEW[func] = found
-    return found
+    makes_new = _NEW.get(func)
+    if makes_new is None:
+        values = (*func._schema.arguments, *func._schema.returns)
+        makes_new = func.namespace == "aten" and all(v.alias_info is None for v in values)
+        _NEW[func] = makes_new
+    return makes_new
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
@@ -92,17 +97,9 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
     return value.dtype, value.shape, value.stride()
 
 
-def _leaves(out: Any) -> Iterator[Any]:
-    if isinstance(out, (list, tuple)):
-        for item in out:
-            yield from _leaves(item)
-    else:
-        yield out
-
-
-def _is_new(out: Any, given: list[Tensor]) -> bool:
+def _is_new(out: Any, arguments: list[Tensor]) -> bool:
     """Whether a result is plain tensors without data, none in the memory of an argument."""
-    taken = {tensor.untyped_storage()._cdata for tensor in given}
+    taken = {tensor.untyped_storage()._cdata for tensor in arguments}
     return all(
         leaf is None
         or (
@@ -112,7 +109,7 @@ def _is_new(out: Any, given: list[Tensor]) -> bool:
             and leaf.storage_offset() == 0
             and leaf.untyped_storage()._cdata not in taken
         )
-        for leaf in _leaves(out)
+        for leaf in tree_leaves(out)
     )
 
 
@@ -122,8 +119,9 @@ def _described(out: Any) -> Any:
     return None if out is None else (tuple(out.shape), out.stride(), out.dtype)
 
 
-def _made(known: Any) -> Any:
+def _empty(known: Any) -> Any:
+    """A new result like the one described."""
     if isinstance(known, list):
-        return tuple(None if item is None else _made(item) for item in known)
+        return tuple(None if item is None else _empty(item) for item in known)
     shape, strides, dtype = known
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")

@@ -27,7 +27,11 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_
 
 
 def meta_copy(model: nn.Module) -> Any:
-    """A structural copy on the meta device: no data, no hooks, eval mode."""
+    """A structural copy on the meta device: no data, no hooks, eval mode.
+
+    Raises:
+        ProbeFailed: The model cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name in _HOOKS:
@@ -109,10 +113,18 @@ def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
 def run_dry(
     model: nn.Module, inputs: MetaInputs, before_retry: Callable[[], None] = lambda: None
 ) -> Any:
-    """The output of one forward of a `meta_copy`; whatever the host raises becomes a `ProbeFailed`.
+    """The output of one forward pass without data.
 
     Tensors the model makes on the default device are real at first: a host may cache them beyond
     this model. Only a host that mixes them with its operands runs again with all of them on meta.
+
+    Args:
+        model: A `meta_copy`.
+        inputs: What to call it with.
+        before_retry: Called where the model has to run again.
+
+    Raises:
+        ProbeFailed: The model raised something.
     """
     args, kwargs = inputs
     with torch.random.fork_rng(devices=[]), torch.no_grad(), recalling():
@@ -132,8 +144,10 @@ def run_dry(
 
 
 class _NothingPadded(TorchFunctionMode):
-    """A dry run has no values, and one image alone needs no padding. Hosts that ask whether all of
-    a mask holds, to go on without it, are told so; those that index with a mask get all there is.
+    """A dry run has no values, and one image alone needs no padding.
+
+    Hosts that check whether all of a mask holds, to go on without it, hear that it does; those that
+    index with a mask get all there is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,8 +165,8 @@ def _is_mask(index: Any) -> bool:
 
 
 def _failure(model: nn.Module, inputs: MetaInputs, error: Exception) -> ProbeFailed:
-    given = (*inputs[0], *inputs[1].values())
-    shapes = " and ".join(str(tuple(x.shape)) for x in given if isinstance(x, Tensor))
+    values = (*inputs[0], *inputs[1].values())
+    shapes = " and ".join(str(tuple(x.shape)) for x in values if isinstance(x, Tensor))
     return ProbeFailed(
         f"a dry run of {type(model).__name__} with an input of shape {shapes} failed: "
         f"{type(error).__name__}: {error}. Pass input=(1, channels, height, width) (or an "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
+from sparsiattn.runtime.hook_tools import first_tensor
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import install, pop, push
@@ -36,8 +37,8 @@ class AttentionCall:
         uniform: Whether all of them had these shapes.
         weights: What became of the attention weights that `nn.MultiheadAttention` also returns.
         lifted: Whether the module writes its attention out; see `sparsiattn.runtime.lifting`.
-        given: Shape of the first tensor that the module took.
-        returned: Shape of the first tensor that it returned.
+        input_shape: Shape of the first tensor that the module took.
+        output_shape: Shape of the first tensor that it returned.
         aspect: Height over width of the image, in patches.
     """
 
@@ -54,8 +55,8 @@ class AttentionCall:
     uniform: bool = True
     weights: Weights = "unasked"
     lifted: bool = False
-    given: torch.Size | None = None
-    returned: torch.Size | None = None
+    input_shape: torch.Size | None = None
+    output_shape: torch.Size | None = None
     aspect: float = 1.0
 
     def nearest(self, attribute: str) -> Any:
@@ -90,13 +91,13 @@ class _Recorder:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
         self.trial = Trial()
         self.watched: dict[str, WatchWeights] = {}
-        self.given: dict[str, torch.Size] = {}
-        self.returned: dict[str, torch.Size] = {}
+        self.input_shapes: dict[str, torch.Size] = {}
+        self.output_shapes: dict[str, torch.Size] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 self.watched[name] = WatchWeights(module)
             parents = tuple(_chain(model, name))
-            key = -1 - id(module)
+            key = -1 - id(module)  # negative: the keys of patched sites count up from 1
             opener = self._opener(name, module, parents, key)
             module.register_forward_pre_hook(opener, with_kwargs=True)
             module.register_forward_hook(self._closer(name, key), always_call=True)
@@ -127,7 +128,7 @@ class _Recorder:
             return call.dense()
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
-            _note(self.given, name, (*args, *kwargs.values()))
+            _note(self.input_shapes, name, (*args, *kwargs.values()))
             push(record, key)
 
         return open_scope
@@ -136,14 +137,15 @@ class _Recorder:
         def close(module: nn.Module, args: Any, output: Any) -> Any:
             pop(key)
             output = without_scores(output, home=key)
-            _note(self.returned, name, output if isinstance(output, (tuple, list)) else (output,))
+            values = output if isinstance(output, (tuple, list)) else (output,)
+            _note(self.output_shapes, name, values)
             return output
 
         return close
 
 
-def _note(shapes: dict[str, torch.Size], name: str, values: Iterable[Any]) -> None:
-    tensor = next((value for value in values if isinstance(value, Tensor)), None)
+def _note(shapes: dict[str, torch.Size], name: str, values: Sequence[Any]) -> None:
+    tensor = first_tensor(values)
     if tensor is not None:
         shapes[name] = tensor.shape
 
@@ -171,7 +173,15 @@ class Probe:
 
 
 def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
-    """Every attention call of a `meta_copy` for these inputs, those written by hand included."""
+    """Every attention call of a model, those written by hand included.
+
+    Args:
+        model: A `meta_copy`, which keeps the hooks of the probe.
+        inputs: What to call it with.
+
+    Raises:
+        ProbeFailed: The model does not run with these inputs.
+    """
     install()
     recorder = _Recorder(model)
     try:
@@ -187,8 +197,8 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
         replace(
             call,
             weights=weights.get(call.name, "unasked"),
-            given=recorder.given.get(call.name),
-            returned=recorder.returned.get(call.name),
+            input_shape=recorder.input_shapes.get(call.name),
+            output_shape=recorder.output_shapes.get(call.name),
         )
         for call in recorder.calls.values()
     ]

@@ -59,8 +59,9 @@ PRODUCTS = ("matmul", "bmm", "einsum")
 
 
 def factors(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    """The operands of a product that can be put off: two computed tensors of three dimensions or
-    more. Parameters are weights, not keys.
+    """The operands of a product that can be put off.
+
+    They are two computed tensors of three dimensions or more; parameters are weights, not keys.
 
     Args:
         name: One of `PRODUCTS`.

@@ -16,8 +16,11 @@ FORBIDS = -1e4
 
 
 def _in_order(a: Any, b: Any) -> tuple[Any, Any]:
-    """The operands of an operator as the host wrote them. Dynamo (torch 2.15) hands ``scores op
-    tensor`` on as ``tensor op scores``; modules whose hosts write the latter are not lifted."""
+    """The operands of an operator as the host wrote them.
+
+    Dynamo (torch 2.15) hands ``scores op tensor`` on as ``tensor op scores``; modules whose hosts
+    write the latter are not lifted.
+    """
     swapped = torch.compiler.is_compiling() and isinstance(a, Tensor) and isinstance(b, Scores)
     return (b, a) if swapped and not b.flipped else (a, b)
 

@@ -20,8 +20,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what an operation of these names makes of scores; it returns NotImplemented where
-    only their values can tell."""
+    """Decorator that registers what torch's operations of these names make of scores.
+
+    The function returns NotImplemented where only the values of the scores can tell.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         OPERATIONS.update(dict.fromkeys(names, function))
@@ -119,7 +121,7 @@ class Scores:
         """The scores (or weights) themselves, computed as the host would have."""
         if self.value is None:
             self.lift.refuse(self, because)
-            self.lift.idle = True
+            self.lift.idle = True  # or this very product would be put off again
             try:
                 self.value = self._compute()
             finally:
@@ -210,6 +212,7 @@ def _put_back(part: Scores, result: Scores) -> None:
     """What was added in place to a part of scores is added to these."""
     assert part.part_of is not None
     origin, starts = part.part_of
+    # what was added to a part can be added to the whole; a factor on a part cannot go there
     if result.q is not part.q or result.factor != part.factor:
         raise NotImplementedError("a factor in place on a part of attention scores")
     shape = (*origin.shape[:-2], *(n - s for n, s in zip(origin.shape[-2:], starts, strict=True)))
@@ -218,8 +221,7 @@ def _put_back(part: Scores, result: Scores) -> None:
 
 
 def _apply(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What the host's operation makes of scores that are still put off, NotImplemented if only
-    their values can tell."""
+    """What the host's operation makes of scores; NotImplemented if only their values can tell."""
     operation = OPERATIONS.get(name)
     first = next((x for x in args if isinstance(x, Scores)), None)
     if operation is None or (first is not None and first.value is not None):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import ExportFailed, InvalidOption, InvalidType
+from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.patch_state import state_of, unwrap
-from sparsiattn.serialization.exporters.formats import Run, _flat, check, written
-from sparsiattn.serialization.exporters.program import kernels_used, traced, twin_of
+from sparsiattn.serialization.exporters.formats import Run, check, written
+from sparsiattn.serialization.exporters.program import exportable_copy, kernels_used, traced
 from sparsiattn.serialization.exporters.result import ExportResult
 
 __all__ = ["ExportResult", "export"]
@@ -30,27 +31,35 @@ def export(
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
 ) -> ExportResult:
-    """Write a model, as it is patched now, as a program that needs neither this library nor the
-    model's own, and compare its outputs with the model's before the file is put in place.
+    """Write a model, as it is patched now, as a program that runs without this library.
 
-    input: images ``[B, C, H, W]`` like those to come, on the model's device. format: ``"pt2"``
-    (torch.export), ``"onnx"`` (torch's exporter with ``dynamo=True``, run in onnxruntime), or
-    ``"aoti"`` (an AOTInductor package; needs a C++ compiler). kernel: ``"gather"``, ``"sdpa"`` or
-    ``"reference"``, None for the fastest of these: other kernels run code of their own.
-    dynamic_batch: the program takes any batch size, else that of ``input``. tolerance: the largest
-    difference allowed, as a share of the largest output where that is above 1. Choices among keys
-    whose scores agree to the last digits may fall otherwise in another runtime.
+    The program needs the model's own library neither. Its outputs are compared with the model's
+    before the file is put in place. The model stays as it is.
 
-    The model stays as it is. Raises `InvalidOption` for what cannot be exported, with the reason:
-    token counts that depend on values (``keep="adaptive"``) have no fixed shapes; `ExportFailed`
-    where a program cannot be made or differs by more than allowed, and nothing is written then.
+    Args:
+        model: The model, patched or not.
+        input: Images ``[B, C, H, W]`` like those to come, on the model's device.
+        path: Where to.
+        format: ``"pt2"`` (torch.export), ``"onnx"`` (torch's exporter with ``dynamo=True``, run in
+            onnxruntime), or ``"aoti"`` (an AOTInductor package; needs a C++ compiler).
+        kernel: ``"gather"``, ``"sdpa"`` or ``"reference"``, None for the fastest of these: other
+            kernels run code of their own.
+        dynamic_batch: Whether the program takes any batch size, else that of ``input``.
+        tolerance: The largest difference allowed, as a share of the largest output where that is
+            above 1. Choices among keys whose scores agree to the last digits may fall otherwise in
+            another runtime.
+
+    Raises:
+        InvalidOption: The model cannot be exported; token counts that depend on values
+            (``keep="adaptive"``) have no fixed shapes.
+        ExportFailed: A program cannot be made or differs by more than allowed. Nothing is written.
 
     >>> import tempfile, sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
     >>> model, images = tiny_vit(), tiny_images(2)
     >>> with tempfile.TemporaryDirectory() as folder, sparsiattn.patch(model, "random", k=0.25):
-    ...     made = export(model, images, f"{folder}/vit.pt2")
-    ...     program = torch.export.load(made.path).module()
+    ...     result = export(model, images, f"{folder}/vit.pt2")
+    ...     program = torch.export.load(result.path).module()
     ...     torch.allclose(program(tiny_images(5)), model(tiny_images(5)), atol=1e-5)
     True
     """
@@ -58,26 +67,33 @@ def export(
     _check(input, place, tolerance)
     if place.suffix != form.suffix:
         raise InvalidOption(f"a file of format {format!r} ends in {form.suffix!r}, got {place}")
-    twin = twin_of(model, kernel)
+    model_copy = exportable_copy(model, kernel)
+    state = state_of(model_copy)
     example = input.detach()
     if dynamic_batch and len(example) < 2:  # a batch of one would be taken for a constant
         example = example.expand(2, *example.shape[1:]).contiguous()
-    served = kernels_used(state_of(twin), example, twin)
-    program = traced(twin, example, dynamic_batch)
+    kernels = kernels_used(state, example, model_copy)
+    program = traced(model_copy, example, dynamic_batch)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         run = written(form, program, example, Path(folder) / place.name)
         batches = tuple(dict.fromkeys((len(example), 1, 3) if dynamic_batch else (len(example),)))
-        difference = _compare(run, twin, example, batches, tolerance, format)
+        difference = _compare(run, model_copy, example, batches, tolerance, format)
         files = _move(Path(folder), place)
-    live = state_of(twin)
     return ExportResult(
-        path=place, format=format, model=type(unwrap(model)).__name__,
-        strategy=None if live is None else live.strategy.name, kernels=served,
-        input_shape=tuple(example.shape), dynamic_batch=dynamic_batch, batches=batches,
-        max_difference=difference, tolerance=tolerance,
-        bytes=sum(file.stat().st_size for file in files), files=tuple(map(str, files)),
-    )  # fmt: skip
+        path=place,
+        format=format,
+        model=type(unwrap(model)).__name__,
+        strategy=None if state is None else state.strategy.name,
+        kernels=kernels,
+        input_shape=tuple(example.shape),
+        dynamic_batch=dynamic_batch,
+        batches=batches,
+        max_difference=difference,
+        tolerance=tolerance,
+        bytes=sum(file.stat().st_size for file in files),
+        files=tuple(map(str, files)),
+    )
 
 
 def _check(images: Any, path: Path, tolerance: float) -> None:
@@ -92,40 +108,41 @@ def _check(images: Any, path: Path, tolerance: float) -> None:
 
 
 def _compare(
-    run: Run, twin: nn.Module, example: Tensor, batches: tuple[int, ...], allowed: float, name: str
+    run: Run, model: nn.Module, example: Tensor, batches: tuple[int, ...], allowed: float, name: str
 ) -> float:
     """The largest difference over batches of noise. Raises `ExportFailed` above what is allowed."""
-    worst = 0.0
+    largest = 0.0
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         noise = torch.randn(batch, *example.shape[1:], generator=generator).to(example)
         with torch.no_grad():
-            wanted = _flat(twin(noise))
+            expected = tensors_in(model(noise))
         try:
-            found = run(noise)
+            actual = run(noise)
         except Exception as error:  # of the runtime
             raise ExportFailed(f"the {name} program fails at batch {batch}: {error}") from error
-        if [one.shape for one in found] != [one.shape for one in wanted]:
+        shapes, known = ([tuple(x.shape) for x in outputs] for outputs in (actual, expected))
+        if shapes != known:
             raise ExportFailed(
-                f"the {name} program gives {[tuple(one.shape) for one in found]} at batch {batch}, "
-                f"the model {[tuple(one.shape) for one in wanted]}"
+                f"the {name} program gives {shapes} at batch {batch}, the model {known}"
             )
-        for mine, theirs in zip(found, wanted, strict=True):
-            worst = max(worst, _difference(mine, theirs, allowed, name, batch))
-    return worst
+        for outputs in zip(actual, expected, strict=True):
+            largest = max(largest, _difference(*outputs, allowed, name, batch))
+    return largest
 
 
-def _difference(mine: Tensor, theirs: Tensor, allowed: float, name: str, batch: int) -> float:
-    theirs = theirs.to(mine.device)
-    found = float((mine.double() - theirs.double()).abs().max()) if mine.numel() else 0.0
-    scale = max(1.0, float(theirs.double().abs().max())) if mine.numel() else 1.0
-    if not found <= allowed * scale:
+def _difference(actual: Tensor, expected: Tensor, allowed: float, name: str, batch: int) -> float:
+    if not actual.numel():
+        return 0.0
+    expected = expected.to(actual.device).double()
+    difference = float((actual.double() - expected).abs().max())
+    if not difference <= allowed * max(1.0, float(expected.abs().max())):  # NaN compares false
         raise ExportFailed(
-            f"the {name} program differs from the model by {found:.1e} at batch {batch}, more than "
-            f"{allowed:.0e}: nothing was written. Where keys or tokens have nearly equal scores "
-            "another runtime may choose others; tolerance= allows more"
+            f"the {name} program differs from the model by {difference:.1e} at batch {batch}, more "
+            f"than {allowed:.0e}: nothing was written. Where keys or tokens have nearly equal "
+            "scores another runtime may choose others; tolerance= allows more"
         )
-    return found
+    return difference
 
 
 def _move(folder: Path, place: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,21 +10,27 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 _MOST_ELEMENTS = 1 << 25
-"""Of one table that is kept: 128 MiB of float32."""
+"""Elements of the largest table that is kept: 128 MiB of float32."""
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 def fold(module: GraphModule) -> int:
-    """Put what a functional program computes from constants alone in as buffers; gives how many.
+    """Replace what a functional program computes from constants alone by buffers.
 
     Weights stay weights. Besides time this saves agreement: another runtime breaks ties between
     equal scores (of patches equally far away, say) in its own way, and would choose other keys.
+
+    Args:
+        module: The program, changed in place.
+
+    Returns:
+        The number of buffers.
     """
     values: dict[Node, Any] = {}
     for node in module.graph.nodes:
-        found = _value(module, node, values)
-        if found is not None:
-            values[node] = found
+        value = _value(module, node, values)
+        if value is not None:
+            values[node] = value
     used = [
         node
         for node, value in values.items()
@@ -41,29 +48,23 @@ def fold(module: GraphModule) -> int:
 def _value(module: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
     """What a node gives whatever the input, None where that is not known."""
     if node.op == "get_attr":
-        found = _attribute(module, str(node.target))
-        return None if isinstance(found, torch.nn.Parameter) else found
-    if node.op != "call_function" or any(one not in values for one in node.all_input_nodes):
+        constant = operator.attrgetter(str(node.target))(module)
+        return None if isinstance(constant, torch.nn.Parameter) else constant
+    if node.op != "call_function" or not _is_pure(node.target):
         return None
-    if not _is_pure(node.target):
+    if not values.keys() >= set(node.all_input_nodes):
         return None
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda one: values[one])
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     with torch.no_grad():
-        found = node.target(*args, **kwargs)  # type: ignore[operator]
-    huge = isinstance(found, Tensor) and found.numel() > _MOST_ELEMENTS
-    return None if huge else found
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    huge = isinstance(value, Tensor) and value.numel() > _MOST_ELEMENTS
+    return None if huge else value
 
 
 def _is_pure(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return not target._schema.is_mutable and _RANDOM not in target.tags
     return getattr(target, "__name__", "") == "getitem"
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _replace(module: GraphModule, node: Node, value: Tensor, name: str) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsiattn.errors import ExportFailed, InvalidOption
+from sparsiattn.runtime.hook_tools import tensors_in
+from sparsiattn.serialization.exporters.operators import translations
 
 Run = Callable[[Tensor], list[Tensor]]
 Program = torch.export.ExportedProgram
@@ -23,31 +25,41 @@ _INLINE = 1_500_000_000
 
 
 class Format(NamedTuple):
-    """needs: packages beside torch; suffix: of its files; write: program, example and path to a
-    file; read: a file as a function from images to flat outputs."""
+    """How a program is written, and how it is run again.
+
+    Attributes:
+        needs: Packages beside torch.
+        suffix: End of the names of its files.
+        write: Puts a program, traced with these images, into a file.
+        read: Makes a function from images to a list of outputs from a file.
+    """
 
     needs: tuple[str, ...]
     suffix: str
     write: Callable[[Program, Tensor, Path], None]
-    read: Callable[[Path, Program], Run]
+    read: Callable[[Path], Run]
 
 
 def check(name: str) -> Format:
-    """Raises `InvalidOption` for an unknown format or where a package is missing."""
-    found = FORMATS.get(name)
-    if found is None:
+    """The format of that name.
+
+    Raises:
+        InvalidOption: There is none, or a package is missing.
+    """
+    form = FORMATS.get(name)
+    if form is None:
         raise InvalidOption(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    missing = [package for package in found.needs if find_spec(package) is None]
+    missing = [package for package in form.needs if find_spec(package) is None]
     if missing:
         raise InvalidOption(
             f"format {name!r} needs {', '.join(missing)}: pip install 'sparsiattn[export]'"
         )
-    return found
+    return form
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporters' own chatter is of no use to who called them; their errors are."""
+    """No warnings and prints: the exporters' own are of no use to the user, their errors are."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -57,12 +69,14 @@ def _write_pt2(program: Program, images: Tensor, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def _read_pt2(path: Path, program: Program) -> Run:
-    module = torch.export.load(path).module()
+def _read_pt2(path: Path) -> Run:
+    return _runner(torch.export.load(path).module())
 
+
+def _runner(model: Callable[[Tensor], Any]) -> Run:
+    @torch.no_grad()
     def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return _flat(module(images))
+        return tensors_in(model(images))
 
     return run
 
@@ -74,29 +88,21 @@ def _write_aoti(program: Program, images: Tensor, path: Path) -> None:
         aoti_compile_and_package(program, package_path=str(path))
 
 
-def _read_aoti(path: Path, program: Program) -> Run:
+def _read_aoti(path: Path) -> Run:
     from torch._inductor import aoti_load_package
 
-    model = aoti_load_package(str(path))
-
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return _flat(model(images))
-
-    return run
+    return _runner(aoti_load_package(str(path)))
 
 
 def _write_onnx(program: Program, images: Tensor, path: Path) -> None:
-    from sparsiattn.serialization.exporters.operators import translations
-
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
-    made: Any = torch.onnx.export(
+    onnx: Any = torch.onnx.export(
         program, (images,), dynamo=True, verbose=False, custom_translation_table=translations()
     )
-    made.save(str(path), external_data=weights > _INLINE)
+    onnx.save(str(path), external_data=weights > _INLINE)
 
 
-def _read_onnx(path: Path, program: Program) -> Run:
+def _read_onnx(path: Path) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -108,18 +114,25 @@ def _read_onnx(path: Path, program: Program) -> Run:
     return run
 
 
-def _flat(outputs: Any) -> list[Tensor]:
-    """All tensors of what a model returned, in order."""
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
 def written(form: Format, program: Program, images: Tensor, path: Path) -> Run:
-    """The program in a file, read again. Raises `ExportFailed`."""
+    """Write a program into a file.
+
+    Args:
+        form: The format.
+        program: The program.
+        images: Those it was traced with.
+        path: The file.
+
+    Returns:
+        The program as read from the file.
+
+    Raises:
+        ExportFailed: It cannot be written or read.
+    """
     try:
         with quiet():
             form.write(program, images, path)
-            return form.read(path, program)
+            return form.read(path)
     except Exception as error:  # exporters, compilers and runtimes each have their own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         cause = [line for line in lines if "No ONNX function" in line] or lines[:2]

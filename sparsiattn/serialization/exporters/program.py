@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,49 +22,66 @@ KERNELS = ("gather", "sdpa", "reference")
 The others compile or launch code of their own."""
 
 
-def twin_of(model: nn.Module, kernel: str | None) -> nn.Module:
-    """A copy that shares all weights, in eval mode, its patch set to kernels that can be exported:
-    the model itself stays as it is, also for other threads."""
+def exportable_copy(model: nn.Module, kernel: str | None) -> nn.Module:
+    """A copy that shares all weights, in eval mode, its patch set to kernels that can be exported.
+
+    A copy, so that the model itself stays as it is, also for other threads.
+
+    Args:
+        model: The model.
+        kernel: As in `export`.
+
+    Raises:
+        InvalidOption: The patch or the kernel cannot be exported.
+    """
     host = unwrap(model)
     _refuse_adaptive(state_of(host))
     weights = [*host.parameters(), *host.buffers()]
-    twin = copy.deepcopy(host, {id(tensor): tensor for tensor in weights})
-    live = state_of(twin)
-    if live is not None:
-        kernels = _kernels(live, kernel)
-        for runtime in live.runtimes:
+    model_copy = copy.deepcopy(host, {id(tensor): tensor for tensor in weights})
+    state = state_of(model_copy)
+    if state is not None:
+        kernels = _kernels(state, kernel)
+        for runtime in state.runtimes:
             runtime.kernels, runtime.explicit = kernels, len(kernels) == 1
     elif kernel is not None:
         raise InvalidOption(f"kernel={kernel!r} is for patched models, and this one is not patched")
-    return twin.eval()
+    return model_copy.eval()
 
 
-def _refuse_adaptive(live: PatchState | None) -> None:
-    if live is not None and live.tokens is not None and live.tokens.is_ragged():
+def _refuse_adaptive(state: PatchState | None) -> None:
+    if state is not None and state.tokens is not None and state.tokens.is_ragged():
         raise InvalidOption(
-            f"{live.tokens.name!r} with these options keeps another number of tokens for every "
+            f"{state.tokens.name!r} with these options keeps another number of tokens for every "
             "image, and an exported program has shapes that values cannot change: use a fixed "
             "budget instead, e.g. keep=0.7"
         )
 
 
-def _kernels(live: PatchState, kernel: str | None) -> tuple[Kernel, ...]:
-    named = kernel or (None if live.kernel == "auto" else live.kernel)
-    if named is None:
-        return tuple(REGISTRY.get("kernels", name) for name in KERNELS)
-    found: Kernel = REGISTRY.get("kernels", named)
-    if named not in KERNELS:
+def _kernels(state: PatchState, kernel: str | None) -> tuple[Kernel, ...]:
+    named = kernel or (None if state.kernel == "auto" else state.kernel)
+    kernels = tuple(REGISTRY.get("kernels", name) for name in ([named] if named else KERNELS))
+    if named is not None and named not in KERNELS:
         raise InvalidOption(
             f"kernel {named!r} cannot be exported: it runs code of its own. Give export() "
             f"kernel= one of {', '.join(KERNELS)}, or None for the fastest of them"
         )
-    return (found,)
+    return kernels
 
 
 def traced(model: nn.Module, images: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    """The program of a model from `twin_of`, functional, its tables folded."""
+    """The program of a model, functional, its tables folded.
+
+    Args:
+        model: What `exportable_copy` returned.
+        images: Images ``[B, C, H, W]``.
+        dynamic: Whether it takes any batch size.
+
+    Raises:
+        ExportFailed: torch.export cannot trace the model.
+    """
     shapes: Any = ({0: torch.export.Dim("batch", min=1, max=65536)},) if dynamic else None
     with _readable(model), torch.no_grad():
+        # twice: tables are folded in the functional program, which then is exported anew
         first = torch.export.export(model, (images,), dynamic_shapes=shapes)
         module = first.run_decompositions({}).module(check_guards=False)
         fold(module)
@@ -82,14 +100,11 @@ def _readable(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def kernels_used(live: PatchState | None, images: Tensor, model: nn.Module) -> dict[str, int]:
-    """How many sites each kernel serves, from a run."""
-    if live is None:
+def kernels_used(state: PatchState | None, images: Tensor, model: nn.Module) -> dict[str, int]:
+    """How many sites each kernel serves in a run of the model; empty where it is not patched."""
+    if state is None:
         return {}
     with torch.no_grad():
         model(images)
-    found: dict[str, int] = {}
-    for runtime in live.runtimes:
-        name = "dense" if runtime.last_choice is None else runtime.last_choice.kernel.name
-        found[name] = found.get(name, 0) + 1
-    return found
+    choices = (runtime.last_choice for runtime in state.runtimes)
+    return dict(Counter("dense" if c is None else c.kernel.name for c in choices))

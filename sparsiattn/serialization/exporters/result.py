@@ -11,12 +11,20 @@ from typing import Any
 class ExportResult:
     """A program on disk that answered as the model does. ``print`` it, or take `to_dict`.
 
-    path: what to load; bytes: its size. format: ``"onnx"``, ``"pt2"`` or ``"aoti"``. strategy: None
-    for a dense model. input_shape, dynamic_batch: of the images it takes.
-    max_difference: the largest absolute difference to the eager model's outputs, over all batch
-    sizes in ``batches``, on images it was not made with. tolerance: what was allowed, relative to
-    the largest output where that is above 1. kernels: how many sites each kernel serves;
-    ``"dense"`` is the host's own attention. files: all that was written.
+    Attributes:
+        path: What to load.
+        format: ``"onnx"``, ``"pt2"`` or ``"aoti"``.
+        model: Class of the model.
+        strategy: Name of the strategy; None for a dense model.
+        kernels: How many sites each kernel serves; ``"dense"`` is the host's own attention.
+        input_shape: Of the images that it was made with, ``(B, C, H, W)``.
+        dynamic_batch: Whether it takes any batch size.
+        batches: Batch sizes at which it was compared with the model.
+        max_difference: The largest absolute difference to the eager model's outputs, on images it
+            was not made with.
+        tolerance: What was allowed, relative to the largest output where that is above 1.
+        bytes: Size of all files.
+        files: All that was written.
     """
 
     path: Path
@@ -33,6 +41,7 @@ class ExportResult:
     files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON form: one entry a field."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
