@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.errors import ExportFailed, InvalidOption
+from sparsiattn.serialization.exporters.operators import translations
 
 Run = Callable[[Tensor], list[Tensor]]
 Program = torch.export.ExportedProgram
@@ -87,8 +88,6 @@ def _read_aoti(path: Path, program: Program) -> Run:
 
 
 def _write_onnx(program: Program, images: Tensor, path: Path) -> None:
-    from sparsiattn.serialization.exporters.operators import translations
-
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
     made: Any = torch.onnx.export(
         program, (images,), dynamo=True, verbose=False, custom_translation_table=translations()
