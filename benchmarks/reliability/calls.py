@@ -12,7 +12,7 @@ from torch import Tensor
 from reliability.outcomes import Wrong
 from sparsiattn.attention import AttentionInputs, KeyIndex, Pattern, count_of
 from sparsiattn.kernels import Choice, Reference
-from sparsiattn.runtime.site_runtime import SiteRuntime
+from sparsiattn.runtime import SiteRuntime
 
 RANKED = ("topk", "random", "local", "connectivity")
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsiattn.patching.discovery import meta_copy, run_dry
 from sparsiattn.patching.discovery.meta_cache import recalling
-from sparsiattn.patching.discovery.meta_model import meta_copy, run_dry
 from sparsiattn.patching.flop_counter import mac_counter
 from sparsiattn.testing import tiny_vit
 

@@ -12,7 +12,7 @@ from timm import models
 from torch import Tensor, nn
 
 import sparsiattn
-from sparsiattn.patching.discovery.backbone import backbone_of
+from sparsiattn.patching.discovery import backbone_of
 from tests.support import hosts, zoo
 
 CLASSES = {

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import MismatchedPatch, SparsiattnError, load, patch
-from sparsiattn.serialization.files import checksum, with_checksum
+from sparsiattn.serialization import with_checksum
+from sparsiattn.serialization.files import checksum
 from tests.support import zoo
 from tests.support.refusals import untouched
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import sparsiattn
 from sparsiattn import Reduction, SparsiattnError, TokenInputs, TokenStrategy
-from sparsiattn.serialization.files import with_checksum
+from sparsiattn.serialization import with_checksum
 from sparsiattn.strategies import Hybrid, TokenDrop, TokenMerge
 from sparsiattn.testing import TokenStrategySuite, temporary_plugin
 from tests.support import zoo

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import AttentionInputs, NothingToPatch, Pattern, SparsiattnError, Strategy
-from sparsiattn.patching.discovery.meta_model import meta_copy
+from sparsiattn.patching.discovery import meta_copy
 from sparsiattn.registry import REGISTRY
 from tests.support import small
 from tests.support.softmaxes import NOT_TOKENS, Found, attention_of
