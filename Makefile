@@ -35,6 +35,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # the template and sparsiattn as wheels in a clean environment, torch borrowed from .venv
 plugin-check: $(READY)

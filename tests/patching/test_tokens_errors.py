@@ -3,10 +3,7 @@ Saved patches, schedules and third-party token strategies."""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +11,17 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import sparsiattn
 from sparsiattn import InvalidOption, SparsiattnError
 from sparsiattn.strategies import Hybrid, TokenDrop, TokenMerge
 from tests.support import zoo
-
-
-def marks(model: nn.Module) -> list[Any]:
-    return [
-        (
-            name,
-            id(module),
-            sorted(vars(module)),
-            sorted(module._modules),
-            getattr(module, "fused_attn", None),
-            [len(hooks) for at, hooks in sorted(vars(module).items()) if at.endswith("_hooks")],
-        )
-        for name, module in model.named_modules()
-    ]
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    x, state = zoo.images(model), copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        before, seen = model(x), marks(model)
-        yield
-        assert sparsiattn.patch_of(model) is None
-        assert marks(model) == seen
-        assert list(model.state_dict()) == list(state)
-        after = model(x)
-    for mine, theirs in zip(_flat(after), _flat(before), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def _flat(output: Any) -> list[torch.Tensor]:
-    return [output] if isinstance(output, torch.Tensor) else list(output)
+from tests.support.refusals import untouched
 
 
 def refused(model: nn.Module, *says: str, **arguments: Any) -> SparsiattnError:
-    with untouched(model), pytest.raises(SparsiattnError) as caught:
+    with untouched(model, zoo.images(model)), pytest.raises(SparsiattnError) as caught:
         sparsiattn.patch(model, **arguments)
     for part in says:
         assert part in str(caught.value), str(caught.value)
@@ -252,9 +219,9 @@ class TestDenseConsumers:
         side = 56 if kind == "eva" else 64
         x = torch.randn(2, 3, side, side)
         with torch.no_grad():
-            dense = _flat(model(x))
+            dense = tree_leaves(model(x))
             with sparsiattn.patch(model, name, input=(1, 3, side, side), **options):
-                sparse = _flat(model(x))
+                sparse = tree_leaves(model(x))
         assert [s.shape for s in sparse] == [d.shape for d in dense]
         assert any(not torch.equal(s, d) for s, d in zip(sparse, dense, strict=True))
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
-from sparsiattn.attention.layout import HostCall
+from sparsiattn.attention import HostCall
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import Lift, Tally
 from sparsiattn.runtime.sdpa_intercept import install, pop, push

@@ -75,6 +75,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         sys.modules.pop(module, None)
 
 
+def kind_of(hook: str) -> str:
+    return hook.removeprefix("sparsiattn_")
+
+
+def broken(registry: Registry) -> list[str]:
+    return [info.name for info in registry.plugins() if info.broken]
+
+
 def working(registry: Registry, name: str) -> PluginInfo:
     (info,) = [info for info in registry.plugins() if info.name == name]
     assert not info.broken, info
