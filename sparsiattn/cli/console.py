@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,16 @@ if TYPE_CHECKING:
 
 def table_of(rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first row is the heading; all but the first column are figures."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    heading, *body = rows
-    table = Table(heading[0])
-    for title in heading[1:]:
-        table.add_column(title, justify="right")
+    (first, *figures), *body = rows
+    table = Table(first, *(Column(title, justify="right") for title in figures))
     for row in body:
         table.add_row(*row)
     return table
 
 
-def print_uncut(console: Any, table: Table) -> None:
+def print_uncut(table: Table) -> None:
     """Print a table with no cell cut short, also where the screen is small.
 
     `patch` takes a site's whole name, so users must be able to copy it.
@@ -35,9 +34,35 @@ def print_uncut(console: Any, table: Table) -> None:
     from rich.console import Console
     from rich.measure import Measurement
 
+    console = Console()
     unlimited = console.options.update(width=10_000)
     needed = Measurement.get(console, unlimited, table).maximum
     Console(width=max(console.width, needed)).print(table)
+
+
+def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None = 2) -> None:
+    """Print what a command has to say.
+
+    Args:
+        as_json: Whether ``--json`` was given.
+        document: All of it as plain data.
+        *parts: The same for people: tables of `rich`, tables as lists of rows with a heading first,
+            and anything else as `print` shows it.
+        indent: Spaces by level of the document; None for one line.
+    """
+    if as_json:
+        print(json.dumps(document, indent=indent))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    for part in parts:
+        if isinstance(part, list):
+            print_uncut(table_of(part))
+        elif isinstance(part, Table):
+            Console().print(part)
+        else:
+            print(part)
 
 
 @contextmanager

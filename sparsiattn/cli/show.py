@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson
 
@@ -50,23 +49,22 @@ def show_model(
 
     queries = positions(query)
     layers = None if layer is None else [int(x) if _is_int(x) else x for x in layer]
-    with readable_errors():
-        model, patch = request.build(default_strategy="connectivity")
-        with bar("sites", shown=sys.stderr.isatty()) as progress:
-            attention = show(
-                model,
-                image,
-                layers=layers,
-                heads=head,
-                queries=queries,
-                image_size=request.image_size,
-                progress=progress,
-            )
-        written = [attention.save(path, view) for path in out or [Path("show.html")]]
+    model, patch = request.build(default_strategy="connectivity")
+    with bar("sites", shown=sys.stderr.isatty()) as progress:
+        attention = show(
+            model,
+            image,
+            layers=layers,
+            heads=head,
+            queries=queries,
+            image_size=request.image_size,
+            progress=progress,
+        )
+    written = [attention.save(path, view) for path in out or [Path("show.html")]]
     document = {"name": request.model, "photo": str(image), "out": [str(path) for path in written]}
     document |= {**attention.to_dict(), "strategy": patch.strategy.to_dict()}
-    lines = [str(attention), *(f"wrote {path}" for path in written)]
-    print(json.dumps(document) if as_json else "\n".join(lines))
+    lines = [f"wrote {path}" for path in written]
+    print_result(as_json, document, attention, *lines, indent=None)
 
 
 def positions(texts: list[str] | None) -> list[tuple[int, int]] | None:

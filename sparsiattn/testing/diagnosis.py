@@ -28,6 +28,7 @@ CORE = (
     "typer",
     "rich",
     "huggingface_hub",
+    "lazy_loader",
 )
 EXTRAS = {
     "train": ("accelerate", "torchvision", "yaml"),

@@ -118,13 +118,11 @@ class MacCounter:
         """Hook a module, so that its forward pass is a section while this counter counts."""
         # first to come and last to go, so that what other hooks do counts too; the second also runs
         # when the module raises
-        before = module.register_forward_pre_hook(self._hook(self.enter, section), prepend=True)
-        after = module.register_forward_hook(self._hook(self.leave, section), always_call=True)
-        try:
+        with (
+            module.register_forward_pre_hook(self._hook(self.enter, section), prepend=True),
+            module.register_forward_hook(self._hook(self.leave, section), always_call=True),
+        ):
             yield
-        finally:
-            before.remove()
-            after.remove()
 
     def _hook(self, action: Callable[[Section], None], section: Section) -> Callable[..., None]:
         def hook(*_: Any) -> None:

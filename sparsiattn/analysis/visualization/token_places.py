@@ -33,6 +33,11 @@ class TokenPlaces:
     why: str = ""
     fused: tuple[int, ...] = ()
 
+    @property
+    def grid(self) -> Grid | None:
+        """Rows and columns of patches; None where the tokens' places are not known."""
+        return None if self.place is None else (self.place.shape[0], self.place.shape[1])
+
 
 def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
     """Where the tokens of one call are.
@@ -127,7 +132,7 @@ def _windows(size: Grid, sides: Grid) -> Tensor:
     """``[rows, columns]``: number of the token at every place of an unshifted map."""
     windows = size[0] // sides[0], size[1] // sides[1]
     tokens = torch.arange(size[0] * size[1]).view(*windows, *sides)
-    return tokens.permute(0, 2, 1, 3).reshape(size)
+    return tokens.transpose(1, 2).reshape(size)
 
 
 def _pair(value: Any) -> Grid:
