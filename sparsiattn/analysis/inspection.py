@@ -133,11 +133,7 @@ class Inspection:
         return {**plain_data(self, skipped="left"), "mhsa_macs": self.mhsa_macs}
 
     def __str__(self) -> str:
-        return plain(self.layout())
-
-    def layout(self) -> list[str | list[Row]]:
-        """Lines and the table of sites, if there are any, top down."""
-        return [*self.head(), *([self.table()] if self.sites else []), *self.tail()]
+        return plain([*self.head(), self.table(), *self.tail()])
 
     def head(self) -> list[str]:
         """Lines above the table of sites."""

@@ -26,20 +26,6 @@ def table_of(rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def print_uncut(table: Table) -> None:
-    """Print a table with no cell cut short, also where the screen is small.
-
-    `patch` takes a site's whole name, so users must be able to copy it.
-    """
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    console = Console()
-    unlimited = console.options.update(width=10_000)
-    needed = Measurement.get(console, unlimited, table).maximum
-    Console(width=max(console.width, needed)).print(table)
-
-
 def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None = 2) -> None:
     """Print what a command has to say.
 
@@ -47,7 +33,7 @@ def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None =
         as_json: Whether ``--json`` was given.
         document: All of it as plain data.
         *parts: The same for people: tables of `rich`, tables as lists of rows with a heading first,
-            and anything else as `print` shows it.
+            and anything else as `print` shows it; what is empty is left out.
         indent: Spaces by level of the document; None for one line.
     """
     if as_json:
@@ -56,9 +42,10 @@ def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None =
     from rich.console import Console
     from rich.table import Table
 
-    for part in parts:
+    for part in filter(None, parts):
         if isinstance(part, list):
-            print_uncut(table_of(part))
+            # wider than any table: `patch` takes a site's whole name, so none may be cut short
+            Console(width=10_000).print(table_of(part))
         elif isinstance(part, Table):
             Console().print(part)
         else:

@@ -39,4 +39,5 @@ def inspect_model(
         )
         shape = None if image_size is None else image_shape(host, image_size)
         inspection = inspect(host, shape, strategies=strategy or None)
-    print_result(as_json, {**inspection.to_dict(), "name": model}, *inspection.layout())
+    parts = (*inspection.head(), inspection.table(), *inspection.tail())
+    print_result(as_json, {**inspection.to_dict(), "name": model}, *parts)

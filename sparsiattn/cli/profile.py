@@ -48,8 +48,7 @@ def profile_model(
             model, images, accounting=rule, memory=memory, latency=latency, rounds=rounds
         )
     result = replace(result, model=request.model)
-    parts = filter(None, result.layout())
-    print_result(as_json, {**result.to_dict(), "name": request.model}, *parts)
+    print_result(as_json, {**result.to_dict(), "name": request.model}, *result.layout())
 
 
 def _accounting(name: str) -> Any:

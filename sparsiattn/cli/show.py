@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -73,14 +74,15 @@ def positions(texts: list[str] | None) -> list[tuple[int, int]] | None:
     >>> positions(["3,4", "0, 13"])
     [(3, 4), (0, 13)]
     """
-    return None if texts is None else [_position(text) for text in texts]
-
-
-def _position(text: str) -> tuple[int, int]:
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2 or not all(_is_int(part) for part in parts):
-        raise typer.BadParameter(f"ROW,COLUMN is needed, got {text!r}", param_hint="--query")
-    return int(parts[0]), int(parts[1])
+    if texts is None:
+        return None
+    places = []
+    for text in texts:
+        match = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)
+        if match is None:
+            raise typer.BadParameter(f"ROW,COLUMN is needed, got {text!r}", param_hint="--query")
+        places.append((int(match[1]), int(match[2])))
+    return places
 
 
 def _is_int(text: str) -> bool:

@@ -56,7 +56,7 @@ def _table(tuning: Tuning) -> Table:
         table.add_row(
             str(case.tokens),
             "ragged" if case.k is None else str(case.k),
-            str(case.tile) if isinstance(case.tile, int) else shape_text(case.tile),
+            shape_text(case.tile),
             f"{case.heads} x {case.dim}",
             str(case.batch),
             row.dtype,
