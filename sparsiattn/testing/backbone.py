@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.patching.apply import patch
-from sparsiattn.patching.discovery.backbone import Backbone
-from sparsiattn.strategies.topk import TopK
+from sparsiattn.patching import Backbone, patch
+from sparsiattn.strategies import TopK
 from sparsiattn.testing.laws import restored
 
 

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from sparsiattn.analysis.profiling.profiler import profile
 from sparsiattn.errors import SparsiattnError, UnknownName
-from sparsiattn.patching.apply import patch
-from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching import Patch, patch, patch_of
 from sparsiattn.patching.load import load
-from sparsiattn.strategies.base import LearnedPlanner
-from sparsiattn.strategies.config import Config
+from sparsiattn.strategies import Config, LearnedPlanner
 from sparsiattn.testing.fresh import HEAVY, imported_by
 from sparsiattn.testing.hosts import tiny_images, tiny_vit, windowed_images, windowed_vit
 from sparsiattn.testing.plugin import registered

@@ -13,16 +13,12 @@ from torch import nn
 
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.apply import patch as patch_model
-from sparsiattn.patching.discovery.meta_model import MetaInputs
-from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.patching.model_call import arguments, eval_mode, tensors_in
-from sparsiattn.patching.report import Report
+from sparsiattn.patching import MetaInputs, Patch, Report, eval_mode, patch_of
+from sparsiattn.patching import patch as patch_model
+from sparsiattn.patching.model_call import arguments, tensors_in
 from sparsiattn.patching.text import shape_text, speed_text
-from sparsiattn.runtime import timing
-from sparsiattn.runtime.patch_state import unwrap
-from sparsiattn.runtime.timing import Timing
-from sparsiattn.strategies.config import Config
+from sparsiattn.runtime import Timing, timing, unwrap
+from sparsiattn.strategies import Config
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sparsiattn.analysis.profiling.module_map import batch_of
 from sparsiattn.analysis.profiling.notes import notes
 from sparsiattn.analysis.profiling.result import Latency, Memory, Parts, Profile, SiteProfile
 from sparsiattn.analysis.profiling.run import Run
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import Site
 from sparsiattn.patching.estimate import measured_speed
 
 Share = dict[str, float]

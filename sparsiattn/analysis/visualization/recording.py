@@ -16,20 +16,16 @@ from sparsiattn.analysis.visualization import attention_rows, token_places
 from sparsiattn.analysis.visualization.photo import photo
 from sparsiattn.analysis.visualization.result import BlockTokens, Point, SiteAttention
 from sparsiattn.analysis.visualization.view import AttentionView
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Dense, Pattern
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, Dense, Pattern, Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
-from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.patching.model_call import eval_mode
+from sparsiattn.patching import Patch, eval_mode, patch_of
 from sparsiattn.patching.site_selection import select
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import unchanged
-from sparsiattn.runtime.patch_state import unwrap
-from sparsiattn.runtime.site_runtime import SiteRuntime
+from sparsiattn.runtime import SiteRuntime, unwrap
 from sparsiattn.runtime.thread_state import BLOCK_CALL
-from sparsiattn.strategies.base import Planner
-from sparsiattn.training.progress import Progress
+from sparsiattn.strategies import Planner
+from sparsiattn.training import Progress
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""

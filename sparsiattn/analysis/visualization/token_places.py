@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.token_state import TokenState
+from sparsiattn.attention import AttentionInputs, Grid, TokenState
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
 """Modules whose blocks cut windows in raster order and never shift them."""
