@@ -18,6 +18,7 @@ from pathlib import Path
 from plugin_check import ROOT, environment, run, wheel
 
 IN_WHEEL = (
+    "sparsiattn/__init__.pyi",
     "sparsiattn/py.typed",
     "sparsiattn_backbones/py.typed",
     "sparsiattn/training/recipes/sparsifiner_deit_small.yaml",

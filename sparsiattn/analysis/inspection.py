@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention import Grid
 from sparsiattn.errors import SparsiattnError, renamed_property
+from sparsiattn.patching import Patch, Report, SiteReport
 from sparsiattn.patching.apply import plan_patch
 from sparsiattn.patching.discovery.meta_model import meta_copy
-from sparsiattn.patching.handle import Patch
-from sparsiattn.patching.report import Report, SiteReport, dense_macs, report
+from sparsiattn.patching.report import dense_macs, report
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.patching.text import Row, macs_text, percent, plain, plain_data, shape_text
-from sparsiattn.registry.registry import METHODS, REGISTRY
+from sparsiattn.registry import REGISTRY
+from sparsiattn.registry.registry import METHODS
 from sparsiattn.runtime.multihead import swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
 from sparsiattn.runtime.restore import unwatch
 from sparsiattn.runtime.site_runtime import PLANNER
-from sparsiattn.strategies.config import Config
+from sparsiattn.strategies import Config
 
 NO_SITES = (
     "no module of the model calls scaled dot product attention (or writes it out) in a way that "

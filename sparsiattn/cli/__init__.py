@@ -13,6 +13,7 @@ import typer
 from sparsiattn._version import __version__
 from sparsiattn.cli.bench import bench_model
 from sparsiattn.cli.calibrate import calibrate_model
+from sparsiattn.cli.console import readable_errors
 from sparsiattn.cli.doctor import diagnose
 from sparsiattn.cli.evaluate import evaluate_model
 from sparsiattn.cli.export import export_model
@@ -59,4 +60,4 @@ for _name, _command in (
     ("export", export_model),
     ("new-plugin", write_plugin),
 ):
-    app.command(_name)(_command)
+    app.command(_name)(readable_errors()(_command))

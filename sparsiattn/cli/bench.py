@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command, noise
 from sparsiattn.cli.options import AsJson, BatchSize, Device, DType, dtype_of
 
@@ -35,35 +35,29 @@ def bench_model(
     The strategy is connectivity unless another is named; weights cost no time.
     Example: sparsiattn bench vit_small_patch16_384 --k 0.25 --image-size 1024
     """
-    from rich.console import Console
-
     from sparsiattn import bench
     from sparsiattn.training.progress import bar
 
     torch_dtype = dtype_of(dtype)
-    with readable_errors():
-        model, _ = request.build(default_strategy="connectivity")
-        model = model.eval().to(device, torch_dtype)
-        images = noise(model, request.image_size, batch_size)
-        with bar("rounds", rounds, shown=sys.stderr.isatty()) as progress:
-            result = bench(model, images, rounds=rounds, progress=progress)
-    document = json.dumps({**result.to_dict(), "name": request.model}, indent=2)
+    model, _ = request.build(default_strategy="connectivity")
+    model = model.eval().to(device, torch_dtype)
+    images = noise(model, request.image_size, batch_size)
+    with bar("rounds", rounds, shown=sys.stderr.isatty()) as progress:
+        result = bench(model, images, rounds=rounds, progress=progress)
+    document = {**result.to_dict(), "name": request.model}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(document + "\n", encoding="utf-8")
-    if as_json:
-        print(document)
-        return
-    Console().print(_table(request.model, result))
-    print(result.report)
-    if out is not None:
-        print(f"wrote {out}")
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    written = [] if out is None else [f"wrote {out}"]
+    print_result(as_json, document, _table(request.model, result), result.report, *written)
 
 
 def _table(name: str, result: BenchResult) -> Table:
     from rich.table import Table
 
-    shape = "x".join(map(str, result.input_shape))
+    from sparsiattn.patching.text import shape_text
+
+    shape = shape_text(result.input_shape)
     title = f"{name}, {result.strategy}, input {shape}, {result.dtype} on {result.device}"
     table = Table("", "median", "quartiles", title=title, title_justify="left")
     for side, median, (low, high) in (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson, BatchSize, UnlabelledImages
 
@@ -33,22 +32,19 @@ def calibrate_model(
     """
     from sparsiattn import calibrate
 
-    with readable_errors():
-        model, patch = request.build(default_strategy="connectivity")
-        losses = calibrate(
-            model,
-            data,
-            steps=steps,
-            lr=lr,
-            batch_size=batch_size,
-            seed=seed,
-            out=out / "fit",
-            progress=sys.stderr.isatty(),
-        )
-        patch.save(out)
-    if as_json:
-        strategy = patch.strategy.to_dict()
-        document = {"name": request.model, "data": data, "strategy": strategy, "out": str(out)}
-        print(json.dumps({**document, "losses": losses}, indent=2))
-    else:
-        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps; wrote {out}")
+    model, patch = request.build(default_strategy="connectivity")
+    losses = calibrate(
+        model,
+        data,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        out=out / "fit",
+        progress=sys.stderr.isatty(),
+    )
+    patch.save(out)
+    strategy = patch.strategy.to_dict()
+    document = {"name": request.model, "data": data, "strategy": strategy, "out": str(out)}
+    text = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps; wrote {out}"
+    print_result(as_json, {**document, "losses": losses}, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,28 +17,39 @@ if TYPE_CHECKING:
 
 def table_of(rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first row is the heading; all but the first column are figures."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    heading, *body = rows
-    table = Table(heading[0])
-    for title in heading[1:]:
-        table.add_column(title, justify="right")
+    (first, *figures), *body = rows
+    table = Table(first, *(Column(title, justify="right") for title in figures))
     for row in body:
         table.add_row(*row)
     return table
 
 
-def print_uncut(console: Any, table: Table) -> None:
-    """Print a table with no cell cut short, also where the screen is small.
+def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None = 2) -> None:
+    """Print what a command has to say.
 
-    `patch` takes a site's whole name, so users must be able to copy it.
+    Args:
+        as_json: Whether ``--json`` was given.
+        document: All of it as plain data.
+        *parts: The same for people: tables of `rich`, tables as lists of rows with a heading first,
+            and anything else as `print` shows it; what is empty is left out.
+        indent: Spaces by level of the document; None for one line.
     """
+    if as_json:
+        print(json.dumps(document, indent=indent))
+        return
     from rich.console import Console
-    from rich.measure import Measurement
+    from rich.table import Table
 
-    unlimited = console.options.update(width=10_000)
-    needed = Measurement.get(console, unlimited, table).maximum
-    Console(width=max(console.width, needed)).print(table)
+    for part in filter(None, parts):
+        if isinstance(part, list):
+            # wider than any table: `patch` takes a site's whole name, so none may be cut short
+            Console(width=10_000).print(table_of(part))
+        elif isinstance(part, Table):
+            Console().print(part)
+        else:
+            print(part)
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.options import AsJson
 
 
@@ -17,6 +16,6 @@ def diagnose(as_json: AsJson = False) -> None:
     from sparsiattn import doctor
 
     diagnosis = doctor()
-    print(json.dumps(diagnosis.to_dict(), indent=2) if as_json else diagnosis)
+    print_result(as_json, diagnosis.to_dict(), diagnosis)
     if not diagnosis.works:
         raise typer.Exit(1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import (
     PATCH_OPTIONS,
     ModelRequest,
@@ -56,26 +55,25 @@ def evaluate_model(
     from sparsiattn.training.progress import bar
 
     preprocessing, torch_dtype = pairs(data_option, "--data-option"), dtype_of(dtype)
-    with readable_errors():
-        model, patch = request.build()
-        with bar("images", shown=sys.stderr.isatty() and is_first_process()) as progress:
-            evaluation = evaluate(
-                model.to(dtype=torch_dtype),
-                data,
-                batch_size=batch_size,
-                split=split,
-                limit=limit,
-                workers=workers,
-                image_size=request.image_size,
-                augment=preprocessing,
-                progress=progress,
-                device=device or _device(),
-            )
+    model, patch = request.build()
+    with bar("images", shown=sys.stderr.isatty() and is_first_process()) as progress:
+        evaluation = evaluate(
+            model.to(dtype=torch_dtype),
+            data,
+            batch_size=batch_size,
+            split=split,
+            limit=limit,
+            workers=workers,
+            image_size=request.image_size,
+            augment=preprocessing,
+            progress=progress,
+            device=device or _device(),
+        )
     if is_first_process():
         strategy = None if patch is None else patch.strategy.to_dict()
         settings = {"name": request.model, "data": data, "split": split, "dtype": dtype}
         document = {**settings, "strategy": strategy, **evaluation.to_dict()}
-        print(json.dumps(document, indent=2) if as_json else evaluation)
+        print_result(as_json, document, evaluation)
     leave()
 
 

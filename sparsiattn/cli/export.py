@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command, noise
 from sparsiattn.cli.options import AsJson, Device
 
@@ -39,12 +38,11 @@ def export_model(
     from sparsiattn import export
     from sparsiattn.serialization.exporters.formats import check
 
-    with Console(stderr=True).status(f"exporting {request.model}"), readable_errors():
+    with Console(stderr=True).status(f"exporting {request.model}"):
         check(format)
         model, _ = request.build()
         images = noise(model.eval().to(device), request.image_size, batch_size or 2)
         result = export(
             model, images, out, format, dynamic_batch=batch_size is None, tolerance=tolerance
         )
-    document = {**result.to_dict(), "name": request.model}
-    print(json.dumps(document, indent=2) if as_json else result)
+    print_result(as_json, {**result.to_dict(), "name": request.model}, result)

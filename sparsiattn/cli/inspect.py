@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import print_uncut, readable_errors, table_of
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import image_shape
 from sparsiattn.cli.options import AsJson, ImageSize, ModelName
 
@@ -32,8 +31,7 @@ def inspect_model(
     from sparsiattn.serialization.host import origin_in
     from sparsiattn.serialization.origin import without_memory
 
-    console = Console(stderr=as_json)
-    with console.status(f"inspecting {model}"), readable_errors():
+    with Console(stderr=as_json).status(f"inspecting {model}"):
         host = without_memory(
             partial(origin_in, model)
             if is_saved(model)
@@ -41,12 +39,5 @@ def inspect_model(
         )
         shape = None if image_size is None else image_shape(host, image_size)
         inspection = inspect(host, shape, strategies=strategy or None)
-    if as_json:
-        print(json.dumps({**inspection.to_dict(), "name": model}, indent=2))
-        return
-    for line in inspection.head():
-        print(line)
-    if inspection.sites:
-        print_uncut(console, table_of(inspection.table()))
-    for line in inspection.tail():
-        print(line)
+    parts = (*inspection.head(), inspection.table(), *inspection.tail())
+    print_result(as_json, {**inspection.to_dict(), "name": model}, *parts)

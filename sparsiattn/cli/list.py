@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.options import AsJson
 
 if TYPE_CHECKING:
@@ -17,19 +17,15 @@ def list_all(as_json: AsJson = False) -> None:
 
     Example: sparsiattn list --json
     """
-    from rich.console import Console
     from rich.table import Table
 
-    listing = contents()
-    if as_json:
-        print(json.dumps(listing, indent=2))
-        return
-    console = Console()
+    listing, tables = contents(), []
     for kind, rows in listing.items():
         table = Table("name", "summary", "status", title=kind, title_justify="left")
         for row in rows:
             table.add_row(row["name"], row["summary"], row["status"])
-        console.print(table)
+        tables.append(table)
+    print_result(as_json, listing, *tables)
 
 
 def contents() -> dict[str, list[dict[str, Any]]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.options import AsJson
 
 
@@ -23,10 +22,7 @@ def write_plugin(
     """
     from sparsiattn.registry.new_plugin import new_plugin
 
-    with readable_errors():
-        folder = new_plugin(name, directory)
-    if as_json:
-        files = sorted(str(file) for file in folder.rglob("*") if file.is_file())
-        print(json.dumps({"folder": str(folder), "files": files}, indent=2))
-        return
-    print(f"{folder}: written. Next:\n  pip install -e '{folder}[dev]'\n  pytest {folder}")
+    folder = new_plugin(name, directory)
+    files = sorted(str(file) for file in folder.rglob("*") if file.is_file())
+    text = f"{folder}: written. Next:\n  pip install -e '{folder}[dev]'\n  pytest {folder}"
+    print_result(as_json, {"folder": str(folder), "files": files}, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -31,13 +31,28 @@ UnlabelledImages = Annotated[
 ]
 
 
-def pairs(texts: Iterable[str] | None, flag: str) -> dict[str, Any]:
-    """``["a=1", "b=x"]`` as ``{"a": 1, "b": "x"}``."""
+def pairs(
+    texts: Iterable[str] | None,
+    flag: str,
+    form: str = "NAME=VALUE",
+    is_name: Callable[[str], bool] = str.isidentifier,
+) -> dict[str, Any]:
+    """Names and values given on the command line.
+
+    Args:
+        texts: As ``["a=1", "b=x"]``.
+        flag: The option that takes them.
+        form: What each must be, in words.
+        is_name: Whether a text is a name.
+
+    >>> pairs(["predictor.epochs=2", "options.tile=[8,8]"], "--set", is_name=bool)
+    {'predictor.epochs': 2, 'options.tile': [8, 8]}
+    """
     values = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise typer.BadParameter(f"NAME=VALUE is needed, got {text!r}", param_hint=flag)
+        if not equals or not is_name(name):
+            raise typer.BadParameter(f"{form} is needed, got {text!r}", param_hint=flag)
         values[name] = value_of(value)
     return values
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from sparsiattn.cli.console import print_uncut, readable_errors, table_of
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command, noise
 from sparsiattn.cli.options import AsJson, BatchSize, Device, DType, dtype_of
-
-if TYPE_CHECKING:
-    from sparsiattn import Profile
 
 
 @model_command(*PATCH_OPTIONS, "only_if_faster")
@@ -44,8 +40,7 @@ def profile_model(
     from sparsiattn import profile
 
     torch_dtype, rule = dtype_of(dtype), _accounting(accounting)
-    console = Console(stderr=as_json)
-    with console.status(f"profiling {request.model}"), readable_errors():
+    with Console(stderr=as_json).status(f"profiling {request.model}"):
         model, _ = request.build()
         model = model.eval().to(device, torch_dtype)
         images = noise(model, request.image_size, batch_size)
@@ -53,10 +48,7 @@ def profile_model(
             model, images, accounting=rule, memory=memory, latency=latency, rounds=rounds
         )
     result = replace(result, model=request.model)
-    if as_json:
-        print(json.dumps({**result.to_dict(), "name": request.model}, indent=2))
-        return
-    _print(console, result)
+    print_result(as_json, {**result.to_dict(), "name": request.model}, *result.layout())
 
 
 def _accounting(name: str) -> Any:
@@ -67,11 +59,3 @@ def _accounting(name: str) -> Any:
             f"one of {', '.join(ACCOUNTINGS)} is needed, got {name!r}", param_hint="--accounting"
         )
     return name
-
-
-def _print(console: Any, result: Profile) -> None:
-    for part in filter(None, result.layout()):
-        if isinstance(part, str):
-            print(part)
-        else:
-            print_uncut(console, table_of(part))

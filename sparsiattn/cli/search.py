@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson, BatchSize, UnlabelledImages, budget, pairs
 
@@ -51,27 +50,26 @@ def search_model(
     options, saved = pairs(request.option, "--option"), request.saved_patch()
     if saved is not None and (request.strategy is not None or options):
         raise typer.BadParameter("a saved patch has its own strategy", param_hint="--planners")
-    with readable_errors():
-        model, _ = replace(request, strategy=None, option=None).build()
-        batches = loader(
-            data,
-            model,
-            batch_size=batch_size,
-            limit=images,
-            labels=False,
-            image_size=request.image_size,
-        )
-        result = search(
-            model,
-            [batch for batch, _ in batches],
-            target,
-            trials=trials,
-            seed=seed,
-            progress=sys.stderr.isatty(),
-            strategy=None if saved else request.strategy or "hybrid",
-            **options,
-        )
+    model, _ = replace(request, strategy=None, option=None).build()
+    batches = loader(
+        data,
+        model,
+        batch_size=batch_size,
+        limit=images,
+        labels=False,
+        image_size=request.image_size,
+    )
+    result = search(
+        model,
+        [batch for batch, _ in batches],
+        target,
+        trials=trials,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+        strategy=None if saved else request.strategy or "hybrid",
+        **options,
+    )
     if out is not None:
         result.save(out)
     document = {"name": request.model, "data": data, "out": None if out is None else str(out)}
-    print(json.dumps({**document, **result.to_dict()}, indent=2) if as_json else result)
+    print_result(as_json, {**document, **result.to_dict()}, result)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson
 
@@ -50,23 +50,22 @@ def show_model(
 
     queries = positions(query)
     layers = None if layer is None else [int(x) if _is_int(x) else x for x in layer]
-    with readable_errors():
-        model, patch = request.build(default_strategy="connectivity")
-        with bar("sites", shown=sys.stderr.isatty()) as progress:
-            attention = show(
-                model,
-                image,
-                layers=layers,
-                heads=head,
-                queries=queries,
-                image_size=request.image_size,
-                progress=progress,
-            )
-        written = [attention.save(path, view) for path in out or [Path("show.html")]]
+    model, patch = request.build(default_strategy="connectivity")
+    with bar("sites", shown=sys.stderr.isatty()) as progress:
+        attention = show(
+            model,
+            image,
+            layers=layers,
+            heads=head,
+            queries=queries,
+            image_size=request.image_size,
+            progress=progress,
+        )
+    written = [attention.save(path, view) for path in out or [Path("show.html")]]
     document = {"name": request.model, "photo": str(image), "out": [str(path) for path in written]}
     document |= {**attention.to_dict(), "strategy": patch.strategy.to_dict()}
-    lines = [str(attention), *(f"wrote {path}" for path in written)]
-    print(json.dumps(document) if as_json else "\n".join(lines))
+    lines = [f"wrote {path}" for path in written]
+    print_result(as_json, document, attention, *lines, indent=None)
 
 
 def positions(texts: list[str] | None) -> list[tuple[int, int]] | None:
@@ -75,14 +74,15 @@ def positions(texts: list[str] | None) -> list[tuple[int, int]] | None:
     >>> positions(["3,4", "0, 13"])
     [(3, 4), (0, 13)]
     """
-    return None if texts is None else [_position(text) for text in texts]
-
-
-def _position(text: str) -> tuple[int, int]:
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2 or not all(_is_int(part) for part in parts):
-        raise typer.BadParameter(f"ROW,COLUMN is needed, got {text!r}", param_hint="--query")
-    return int(parts[0]), int(parts[1])
+    if texts is None:
+        return None
+    places = []
+    for text in texts:
+        match = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)
+        if match is None:
+            raise typer.BadParameter(f"ROW,COLUMN is needed, got {text!r}", param_hint="--query")
+        places.append((int(match[1]), int(match[2])))
+    return places
 
 
 def _is_int(text: str) -> bool:

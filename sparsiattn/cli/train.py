@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import (
     MODEL_OPTIONS,
     ModelRequest,
     is_first_process,
     model_command,
 )
-from sparsiattn.cli.options import AsJson, LabelledImages, value_of
+from sparsiattn.cli.options import AsJson, LabelledImages, pairs
 
 if TYPE_CHECKING:
     from sparsiattn.training.progress import Progress
@@ -60,40 +58,25 @@ def train_model(
     from sparsiattn.training.processes import leave
     from sparsiattn.training.progress import bar
 
-    with readable_errors():
-        plan = Recipe.load(recipe).changed(changes(change))
-        model = request.create()
-        if (folder := request.saved_patch()) is not None:
-            load(model, folder)
-        with bar("updates", shown=sys.stderr.isatty() and is_first_process()) as advance:
-            result = train(
-                model,
-                data,
-                recipe=plan,
-                eval_data=eval_data or (data if evaluates else None),
-                out=out,
-                resume="auto" if resume is None else resume,
-                on_log=lambda row: _show_progress(row, advance),
-            )
+    # names of fields may hold dots: STAGE.FIELD
+    plan = Recipe.load(recipe).changed(pairs(change, "--set", "FIELD=VALUE", is_name=bool))
+    model = request.create()
+    if (folder := request.saved_patch()) is not None:
+        load(model, folder)
+    with bar("updates", shown=sys.stderr.isatty() and is_first_process()) as advance:
+        result = train(
+            model,
+            data,
+            recipe=plan,
+            eval_data=eval_data or (data if evaluates else None),
+            out=out,
+            resume="auto" if resume is None else resume,
+            on_log=lambda row: _show_progress(row, advance),
+        )
     if is_first_process():
         document = {"name": request.model, "data": data, "recipe": plan.to_dict()}
-        print(json.dumps({**document, **result.to_dict()}, indent=2) if as_json else result)
+        print_result(as_json, {**document, **result.to_dict()}, result)
     leave()
-
-
-def changes(texts: Iterable[str] | None) -> dict[str, Any]:
-    """``["predictor.lr=0.1"]`` as `Recipe.changed` takes it.
-
-    >>> changes(["predictor.epochs=2", "options.tile=[8,8]", "seed=1"])
-    {'predictor.epochs': 2, 'options.tile': [8, 8], 'seed': 1}
-    """
-    values = {}
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"FIELD=VALUE is needed, got {text!r}", param_hint="--set")
-        values[name] = value_of(value)
-    return values
 
 
 def _show_progress(row: dict[str, Any], advance: Progress) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsiattn.cli.console import readable_errors
+from sparsiattn.cli.console import print_result
 from sparsiattn.cli.options import AsJson, DeviceOrGPU, dtype_of
 
 if TYPE_CHECKING:
@@ -32,41 +31,38 @@ def tune_here(
 
     from sparsiattn import tune
 
-    console = Console(stderr=as_json)
     dtypes = None if not dtype else [dtype_of(name) for name in dtype]
-    with console.status("measuring") as status, readable_errors():
+    with Console(stderr=as_json).status("measuring") as status:
 
         def show(done: int, total: int) -> None:
             status.update(f"measured {done} of {total} shapes")
 
         tuning = tune(device, dtypes, quick, on_case=show)
-    if as_json:
-        print(json.dumps(tuning.to_dict(), indent=1))
-        return
-    console.print(_table(tuning))
-    path = tuning.path
-    console.print(f"wrote {path}" if path else "nothing written: see the warning above")
+    written = f"wrote {tuning.path}" if tuning.path else "nothing written: see the warning above"
+    print_result(as_json, tuning.to_dict(), _table(tuning), written, indent=1)
 
 
 def _table(tuning: Tuning) -> Table:
     from rich.table import Table
 
+    from sparsiattn.patching.text import shape_text, speed_text
+
     title = f"speed relative to dense attention, {tuning.device}"
-    table = Table("tokens", "k", "tile", "heads x dim", "batch", title=title, title_justify="left")
-    for column in ("dtype", "kernel", "ms", "measured", "expected"):
-        table.add_column(column)
+    case_columns = ("tokens", "k", "tile", "heads x dim", "batch")
+    run_columns = ("dtype", "kernel", "ms", "measured", "expected")
+    table = Table(*case_columns, *run_columns, title=title, title_justify="left")
     for row in tuning.rows:
         case = row.case
         table.add_row(
             str(case.tokens),
             "ragged" if case.k is None else str(case.k),
-            str(case.tile) if isinstance(case.tile, int) else "x".join(map(str, case.tile)),
+            shape_text(case.tile),
             f"{case.heads} x {case.dim}",
             str(case.batch),
             row.dtype,
             row.kernel,
             f"{1e3 * row.seconds:.2f}",
-            f"{row.ratio:.2f}x",
-            "-" if row.expected is None else f"{row.expected:.2f}x",
+            speed_text(row.ratio),
+            speed_text(row.expected),
         )
     return table

@@ -5,19 +5,13 @@ from __future__ import annotations
 import keyword
 import re
 import sys
-from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.registry.hookspecs import PLUGIN_API
 from sparsiattn.registry.registry import REGISTRY
 
-if sys.version_info >= (3, 11):
-    from importlib.resources.abc import Traversable
-else:
-    from importlib.abc import Traversable
-
+TEMPLATES = Path(__file__).with_name("plugin_template")
 # Templates end in it, so that no tool takes them for Python and nothing imports them by mistake.
 SUFFIX = ".txt"
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
@@ -67,19 +61,13 @@ def rendered(name: str) -> dict[str, str]:
         "api": repr(PLUGIN_API),
     }
     files = {}
-    for path, text in _templates(resources.files("sparsiattn.registry") / "plugin_template", ""):
+    for template in sorted(TEMPLATES.rglob(f"*{SUFFIX}")):
+        text = template.read_text(encoding="utf-8")
         for key, value in values.items():
             text = text.replace("{{" + key + "}}", value)
-        files[path.removesuffix(SUFFIX).replace("PACKAGE", package)] = text
+        path = template.relative_to(TEMPLATES).as_posix().removesuffix(SUFFIX)
+        files[path.replace("PACKAGE", package)] = text
     return files
-
-
-def _templates(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _templates(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(SUFFIX):
-            yield prefix + entry.name, entry.read_text(encoding="utf-8")
 
 
 def _check_name(name: str) -> None:

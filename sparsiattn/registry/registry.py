@@ -64,9 +64,7 @@ class PluginInfo:
 class _Contents:
     """One consistent reading of all plug-ins."""
 
-    registered: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: {kind: {} for kind in KINDS}
-    )
+    registered: dict[str, dict[str, Any]]
     origin: dict[tuple[str, str], str] = field(default_factory=dict)
     errors: dict[str, BaseException] = field(default_factory=dict)
 
@@ -181,7 +179,7 @@ class Registry:
         with self._lock:
             manager = self._load()
             if self._contents is None:
-                contents = _Contents()
+                contents = _Contents({kind: {} for kind in KINDS})
                 for name, plugin in manager.list_name_plugin():
                     for kind in KINDS:
                         self._collect(kind, name, plugin, contents)
@@ -252,9 +250,8 @@ def _check_version(plugin: Any, name: str) -> None:
     """Refuse a plug-in of another major version, or of a minor version that is still to come."""
     api = getattr(plugin, "SPARSIATTN_API", PLUGIN_API)
     major, minor = PLUGIN_API
-    if not isinstance(api, (tuple, list)) or tuple(api) not in [
-        (major, n) for n in range(minor + 1)
-    ]:
+    offered = [(major, n) for n in range(minor + 1)]
+    if not isinstance(api, (tuple, list)) or tuple(api) not in offered:
         raise PluginError(
             f"plug-in {name!r} needs plug-in API {api!r} (SPARSIATTN_API), this sparsiattn has "
             f"{PLUGIN_API}: upgrade the older of the two"

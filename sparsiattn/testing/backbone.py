@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.patching.apply import patch
-from sparsiattn.patching.discovery.backbone import Backbone
-from sparsiattn.strategies.topk import TopK
-from sparsiattn.testing.laws import assert_same_modules
+from sparsiattn.patching import Backbone, patch
+from sparsiattn.strategies import TopK
+from sparsiattn.testing.laws import restored
 
 
 class BackboneSuite:
@@ -64,15 +63,13 @@ class BackboneSuite:
         """Modules, hooks, keys, and what `Backbone.attribute_overrides` switched."""
         model = self.model().eval()
         x = self.images(model)
-        modules, keys = dict(model.named_modules()), list(model.state_dict())
-        edits = self.backbone.attribute_overrides(model)
-        with torch.no_grad(), patch(model, TopK(k=0.25), input=x):
+        keys, overrides = set(model.state_dict()), self.backbone.attribute_overrides(model)
+        with torch.no_grad(), restored(model), patch(model, TopK(k=0.25), input=x):
             model(x)
-            assert set(model.state_dict()) == set(keys)
-        assert_same_modules(model, modules)
-        assert list(model.state_dict()) == keys
-        for edit in edits:
-            assert getattr(edit.module, edit.attribute, ...) == edit.before, edit.attribute
+            assert set(model.state_dict()) == keys
+        for override in overrides:
+            value = getattr(override.module, override.attribute, ...)
+            assert value == override.before, override.attribute
 
     def test_images_do_not_influence_each_other(self) -> None:
         model = self.model().eval()

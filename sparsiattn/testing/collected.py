@@ -15,8 +15,9 @@ from torch import nn
 import sparsiattn_pytest
 from sparsiattn.errors import UnknownName, unknown
 from sparsiattn.patching.discovery.backbone import backbone_of
-from sparsiattn.registry.registry import KINDS, REGISTRY, PluginInfo
-from sparsiattn.strategies.config import Config
+from sparsiattn.registry import REGISTRY, PluginInfo
+from sparsiattn.registry.registry import KINDS
+from sparsiattn.strategies import Config
 from sparsiattn.testing.backbone import BackboneSuite
 from sparsiattn.testing.hosts import own_vit, tiny_vit, windowed_vit
 from sparsiattn.testing.kernel import KernelSuite

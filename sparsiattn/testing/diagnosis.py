@@ -13,9 +13,9 @@ import torch
 
 from sparsiattn.errors import first_line
 from sparsiattn.kernels import xformers as fmha
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching import patch
 from sparsiattn.patching.text import aligned
-from sparsiattn.registry.listing import list_kernels, list_plugins
+from sparsiattn.registry import list_kernels, list_plugins
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
 
 CORE = (
@@ -28,6 +28,7 @@ CORE = (
     "typer",
     "rich",
     "huggingface_hub",
+    "lazy_loader",
 )
 EXTRAS = {
     "train": ("accelerate", "torchvision", "yaml"),

@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, Site
 
 
 def tiny_vit(**options: Any) -> nn.Module:

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import ComputedPattern, Lengths, Pattern
+from sparsiattn.attention import AttentionInputs, ComputedPattern, Lengths, Pattern
 from sparsiattn.errors import KernelRefused
-from sparsiattn.kernels.base import Kernel, refusals
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.patching.apply import patch
-from sparsiattn.patching.handle import unpatch
-from sparsiattn.strategies.finalize import finish
-from sparsiattn.strategies.topk import TopK
+from sparsiattn.kernels import Kernel, Reference, refusals
+from sparsiattn.patching import patch, unpatch
+from sparsiattn.strategies import TopK, finish
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.plugin import registered
 

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from sparsiattn.analysis.profiling.profiler import profile
 from sparsiattn.errors import SparsiattnError, UnknownName
-from sparsiattn.patching.apply import patch
-from sparsiattn.patching.handle import Patch, patch_of
+from sparsiattn.patching import Patch, patch, patch_of
 from sparsiattn.patching.load import load
-from sparsiattn.strategies.base import LearnedPlanner
-from sparsiattn.strategies.config import Config
+from sparsiattn.strategies import Config, LearnedPlanner
 from sparsiattn.testing.fresh import HEAVY, imported_by
 from sparsiattn.testing.hosts import tiny_images, tiny_vit, windowed_images, windowed_vit
 from sparsiattn.testing.plugin import registered
@@ -109,32 +107,25 @@ class PatchSuite:
 
     def test_unpatch_restores_everything(self) -> None:
         model, x = self.model(), self.images()
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        modules = dict(model.named_modules())
         with torch.no_grad():
             dense = model(x)
-            patched = patch(model, self.strategy)
-            sparse = model(x)
-            assert not self.changes or not torch.equal(sparse, dense), "nothing was changed"
-            with patched.disabled():
-                assert torch.equal(model(x), dense)
-            patched.unpatch()
+            with restored(model), patch(model, self.strategy) as patched:
+                sparse = model(x)
+                assert not self.changes or not torch.equal(sparse, dense), "nothing was changed"
+                with patched.disabled():
+                    assert torch.equal(model(x), dense)
             assert torch.equal(model(x), dense)
-        assert list(model.state_dict()) == list(before)
-        assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-        assert_same_modules(model, modules)
 
     def test_a_wrong_input_leaves_nothing_behind(self) -> None:
         model, x = self.model(), self.images()
         with torch.no_grad():
             dense = model(x)
-            with patch(model, self.strategy):
+            with restored(model), patch(model, self.strategy):
                 sparse = model(x)
                 with pytest.raises((RuntimeError, AssertionError, ValueError)):
                     model(x[:, :1])  # one channel
                 assert torch.equal(model(x), sparse)
             assert torch.equal(model(x), dense)
-        assert_no_hook(model)
 
     def test_host_keys_stay_and_dense_checkpoints_load(self) -> None:
         model = self.model()
@@ -267,15 +258,15 @@ class PatchSuite:
         model, x = windowed
         with torch.no_grad():
             dense = model(x)
-            try:
-                patched = patch(model, self.strategy)
-            except SparsiattnError as refusal:
-                assert str(refusal)  # noqa: PT017 - a refusal is one of two answers
-            else:
-                assert torch.isfinite(model(x)).all()
-                patched.unpatch()
+            with restored(model):
+                try:
+                    patched = patch(model, self.strategy)
+                except SparsiattnError as refusal:
+                    assert str(refusal)  # noqa: PT017 - a refusal is one of two answers
+                else:
+                    assert torch.isfinite(model(x)).all()
+                    patched.unpatch()
             assert torch.equal(model(x), dense)
-        assert_no_hook(model)
 
     @pytest.mark.slow
     def test_compiles_to_one_graph(self) -> None:
@@ -299,16 +290,14 @@ class PatchSuite:
         assert not imported_by(type(self.strategy).__module__) & HEAVY
 
 
-def assert_same_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Assert that a model has these modules by name, in this order, and no hook on any."""
-    after = dict(model.named_modules())
-    assert list(after) == list(modules)
-    assert all(after[name] is module for name, module in modules.items())
-    assert_no_hook(model)
-
-
-def assert_no_hook(model: nn.Module) -> None:
-    """Assert that no forward hook is left on any module."""
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """After the block a model must have the modules and weights it had before, and no hooks."""
+    modules, weights = list(model.named_modules()), copy.deepcopy(model.state_dict())
+    yield
+    assert list(model.named_modules()) == modules
+    assert list(model.state_dict()) == list(weights)
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

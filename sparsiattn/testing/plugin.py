@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from sparsiattn.kernels.base import Kernel
-from sparsiattn.patching.discovery.backbone import Backbone
-from sparsiattn.registry.hookspecs import hookimpl
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.strategies.base import Strategy
+from sparsiattn.kernels import Kernel
+from sparsiattn.patching import Backbone
+from sparsiattn.registry import REGISTRY, hookimpl
+from sparsiattn.strategies import Strategy
 
 
 @contextmanager

@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from sparsiattn.attention.cross_layer_state import CrossLayerState
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Dense, Pattern
+from sparsiattn.attention import AttentionInputs, CrossLayerState, Dense, Pattern
 from sparsiattn.errors import InvalidOption
-from sparsiattn.kernels.reference import Reference
-from sparsiattn.patching.apply import patch
-from sparsiattn.strategies.base import Strategy
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.kernels import Reference
+from sparsiattn.patching import patch
+from sparsiattn.strategies import Strategy, finish
 from sparsiattn.testing.hosts import random_inputs, tiny_vit
 from sparsiattn.testing.laws import PatchSuite
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching import patch
 from sparsiattn.testing.hosts import tiny_vit
 from sparsiattn.testing.laws import PatchSuite
 

@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "free prefix": {"strategy": "topk", "k": 0.05, "prefix_keys": False},
     "own options": {
         "strategy": "connectivity", "k": 0.2, "channels": 8, "basis": 5, "basis_coef_topk": 2,
-        "basis_threshold": 0.01, "head_scale": True, "reduce": 4,
+        "basis_threshold": 0.01, "head_scale": True, "tokens_per_basis": 4,
     },
     "seed": {"strategy": "random", "k": 0.2, "seed": 11},
     "some sites": {"strategy": "connectivity", "k": 0.2, "sites": "blocks.1.*"},

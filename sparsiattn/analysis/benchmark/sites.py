@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Dense
-from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.attention.site import Site
-from sparsiattn.kernels.base import choose
-from sparsiattn.patching.handle import Patch
-from sparsiattn.patching.model_call import arguments, eval_mode
+from sparsiattn.attention import AttentionInputs, Dense, Site, dense_attention
+from sparsiattn.kernels import choose
+from sparsiattn.patching import Patch, eval_mode
+from sparsiattn.patching.model_call import arguments
 from sparsiattn.patching.survey import refresh
-from sparsiattn.runtime import timing
+from sparsiattn.runtime import Timing, timing
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
-from sparsiattn.runtime.timing import Timing
-from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies import Planner
 
 
 def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, float]:

@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.geometry import Tile
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Lengths, Pattern
-from sparsiattn.attention.sdpa import dense_attention
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Site, Tile, dense_attention
 from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.kernels import cost, tuning_cache
-from sparsiattn.kernels.base import Kernel, refusals
-from sparsiattn.kernels.cost import DENSE, PLANNING, CallShape, Prices, Work
-from sparsiattn.kernels.native.kernel import compile_native
+from sparsiattn.kernels import (
+    CallShape,
+    Kernel,
+    Prices,
+    Work,
+    compile_native,
+    cost,
+    refusals,
+    tuning_cache,
+)
+from sparsiattn.kernels.cost import DENSE, PLANNING
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
-from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime import timing
-from sparsiattn.runtime.timing import Timing
-from sparsiattn.strategies.connectivity import Connectivity
-from sparsiattn.strategies.finalize import finish
+from sparsiattn.registry import REGISTRY
+from sparsiattn.runtime import Timing, timing
+from sparsiattn.strategies import Connectivity, finish
 
 # The slowest kernels write whole matrices of logits; above this many they are not measured.
 MOST_LOGITS = 8 << 20

@@ -20,7 +20,7 @@ from sparsiattn.analysis.profiling.module_map import batch_of
 from sparsiattn.analysis.profiling.notes import notes
 from sparsiattn.analysis.profiling.result import Latency, Memory, Parts, Profile, SiteProfile
 from sparsiattn.analysis.profiling.run import Run
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import Site
 from sparsiattn.patching.estimate import measured_speed
 
 Share = dict[str, float]
@@ -37,28 +37,26 @@ class Account:
         self.calls: defaultdict[str, list[CountedCall]] = defaultdict(list)
         for call in patched.calls:
             self.calls[call.site].append(call)
-        self.shares = {
-            "dense": self._shares(dense, {}),
-            "pattern": self._shares(patched, {name: self._kept(name) for name in self.calls}),
-            "computed": self._shares(patched, {name: self._computed(name) for name in self.calls}),
-            "paper": self._shares(patched, {name: self._paper(name) for name in self.calls}),
+        attention = {name: self._attention(name) for name in self.calls}
+        self.shares = {"dense": self._shares(dense, {})}
+        for rule in ("pattern", "computed", "paper"):
+            counted = {name: shares[rule] for name, shares in attention.items()}
+            self.shares[rule] = self._shares(patched, counted)
+
+    def _attention(self, name: str) -> dict[str, Share]:
+        """What attention at a site and choosing for it spent, by the rule that counts it."""
+        calls, runtime, chosen = self.calls[name], self.runtimes[name], self.spent[PREDICTOR, name]
+        planned = chosen + self.spent[TOKENS, name]
+        computed = sum(call.macs if call.computed is None else call.computed for call in calls)
+        paper = [
+            paper_macs(call, runtime.strategy, runtime.site.keys, chosen / len(calls))
+            for call in calls
+        ]
+        return {
+            "pattern": {"mhsa": sum(call.macs for call in calls), "predictor": planned},
+            "computed": {"mhsa": computed, "predictor": planned},
+            "paper": {"mhsa": sum(p[0] for p in paper), "predictor": sum(p[1] for p in paper)},
         }
-
-    def _kept(self, name: str) -> Share:
-        planned = self.spent[PREDICTOR, name] + self.spent[TOKENS, name]
-        return {"mhsa": sum(call.macs for call in self.calls[name]), "predictor": planned}
-
-    def _computed(self, name: str) -> Share:
-        calls = self.calls[name]
-        macs = sum(call.macs if call.computed is None else call.computed for call in calls)
-        return {**self._kept(name), "mhsa": macs}
-
-    def _paper(self, name: str) -> Share:
-        calls, runtime = self.calls[name], self.runtimes[name]
-        planned = self.spent[PREDICTOR, name] / len(calls)
-        keys = runtime.site.keys
-        macs = [paper_macs(call, runtime.strategy, keys, planned) for call in calls]
-        return dict(zip(("mhsa", "predictor"), map(sum, zip(*macs, strict=True)), strict=True))
 
     def _shares(self, counter: MacCounter, counted: Mapping[str, Share]) -> dict[str, Share]:
         """MACs of every site by part.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from sparsiattn.analysis.profiling.meter import CountedCall
-from sparsiattn.strategies.base import Strategy
-from sparsiattn.strategies.connectivity import Connectivity
+from sparsiattn.strategies import Connectivity, Strategy
 
 Accounting = Literal["own", "computed", "paper"]
 """How the headline figures count.

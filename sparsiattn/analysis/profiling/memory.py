@@ -17,13 +17,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     assert recorded.profiler is not None
     results: Any = recorded.profiler.kineto_results
     kind = "CUDA" if device.type == "cuda" else "CPU"
-    events = sorted(
-        (
-            event
-            for event in results.events()
-            if event.name() == "[memory]" and event.device_type().name == kind
-        ),
-        key=lambda event: event.start_ns(),
-    )
+    memory = [event for event in results.events() if event.name() == "[memory]"]
+    events = [event for event in memory if event.device_type().name == kind]
+    events.sort(key=lambda event: event.start_ns())
     # each event takes bytes or, below zero, gives them back
     return int(max(accumulate((event.nbytes() for event in events), initial=0)))

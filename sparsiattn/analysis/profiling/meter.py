@@ -16,17 +16,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall
-from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
-from sparsiattn.kernels import cost
-from sparsiattn.kernels.base import Choice
+from sparsiattn.attention import AttentionInputs, ComputedPattern, Dense, HostCall, Lengths, Pattern
+from sparsiattn.kernels import Choice, cost
 from sparsiattn.patching.flop_counter import flop_counter, macs_of
 from sparsiattn.patching.report import summary_pairs
-from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime import MODEL_CALL, BlockRuntime
 from sparsiattn.runtime.site_runtime import SiteRuntime
-from sparsiattn.runtime.thread_state import MODEL_CALL
-from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies import Planner
 
 MHSA, PREDICTOR, TOKENS = "mhsa", "predictor", "tokens"
 ATTENTION, MLP, REST = "attention", "mlp", "rest"
@@ -114,13 +110,11 @@ class MacCounter:
         """Hook a module, so that its forward pass is a section while this counter counts."""
         # first to come and last to go, so that what other hooks do counts too; the second also runs
         # when the module raises
-        before = module.register_forward_pre_hook(self._hook(self.enter, section), prepend=True)
-        after = module.register_forward_hook(self._hook(self.leave, section), always_call=True)
-        try:
+        with (
+            module.register_forward_pre_hook(self._hook(self.enter, section), prepend=True),
+            module.register_forward_hook(self._hook(self.leave, section), always_call=True),
+        ):
             yield
-        finally:
-            before.remove()
-            after.remove()
 
     def _hook(self, action: Callable[[Section], None], section: Section) -> Callable[..., None]:
         def hook(*_: Any) -> None:

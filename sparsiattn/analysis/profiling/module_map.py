@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_map_only
 
 from sparsiattn.analysis.inspection import example_input, unpatched_meta_copy
 from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
+from sparsiattn.patching import MetaInputs, Patch
 from sparsiattn.patching.discovery.blocks import find_blocks
-from sparsiattn.patching.discovery.meta_model import MetaInputs
-from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.site_runtime import SiteRuntime

@@ -18,14 +18,13 @@ from sparsiattn.analysis.profiling.module_map import batch_of, map_modules
 from sparsiattn.analysis.profiling.result import Latency, Profile
 from sparsiattn.analysis.profiling.run import Run
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.discovery.meta_model import MetaInputs
-from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.patching.model_call import arguments, eval_mode
+from sparsiattn.patching import MetaInputs, Patch, eval_mode, patch_of
+from sparsiattn.patching.model_call import arguments
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import unchanged
+from sparsiattn.runtime import MODEL_CALL, Timing
 from sparsiattn.runtime.patch_state import unwrap
-from sparsiattn.runtime.thread_state import MODEL_CALL
-from sparsiattn.runtime.timing import Quartiles, Timing
+from sparsiattn.runtime.timing import Quartiles
 
 
 def profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -83,14 +84,20 @@ class SiteProfile:
         """The best known speed relative to dense attention: measured, else expected."""
         return self.expected if self.measured is None else self.measured
 
-    def row(self) -> Row:
-        """Cells of `Profile.site_table`."""
-        mhsa = (self.pattern.mhsa, self.computed.mhsa, self.pattern.predictor)
-        speeds = (self.expected, self.measured) if self.speed else (None, None)
-        return (
-            *(self.name, str(self.tokens), macs_text(self.dense.mhsa), self.kernel),
-            *(f"{self.density:.3f}", *map(macs_text, mhsa), *map(speed_text, speeds)),
-        )
+
+SITE_COLUMNS: dict[str, Callable[[SiteProfile], str]] = {
+    "site": lambda site: site.name,
+    "tokens": lambda site: str(site.tokens),
+    "MHSA": lambda site: macs_text(site.dense.mhsa),
+    "kernel": lambda site: site.kernel,
+    "density": lambda site: f"{site.density:.3f}",
+    "kept": lambda site: macs_text(site.pattern.mhsa),
+    "computed": lambda site: macs_text(site.computed.mhsa),
+    "predictor": lambda site: macs_text(site.pattern.predictor),
+    "expected": lambda site: speed_text(site.expected if site.speed else None),
+    "measured": lambda site: speed_text(site.measured if site.speed else None),
+}
+"""Columns of the table of sites; the first three say what there is without a patch."""
 
 
 @dataclass(frozen=True)
@@ -268,12 +275,9 @@ class Profile:
         """Cells of the sites, a heading first; columns that would say nothing are left out."""
         if not self.sites:
             return []
-        heading = (
-            *("site", "tokens", "MHSA", "kernel", "density", "kept", "computed", "predictor"),
-            *("expected", "measured"),
-        )
-        columns = None if self.strategy else 3
-        return [row[:columns] for row in (heading, *(site.row() for site in self.sites))]
+        columns = list(SITE_COLUMNS)[: None if self.strategy else 3]
+        rows = [tuple(SITE_COLUMNS[name](site) for name in columns) for site in self.sites]
+        return [tuple(columns), *rows]
 
     def _tail(self) -> list[str]:
         lines = [] if self.latency is None else [str(self.latency)]

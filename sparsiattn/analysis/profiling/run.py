@@ -14,8 +14,7 @@ from sparsiattn.analysis.profiling.meter import MacCounter
 from sparsiattn.analysis.profiling.module_map import ModuleMap, batch_of, patched_sites
 from sparsiattn.analysis.profiling.result import Memory
 from sparsiattn.errors import InvalidOption, SparsiattnError
-from sparsiattn.patching.discovery.meta_model import MetaInputs
-from sparsiattn.patching.handle import Patch
+from sparsiattn.patching import MetaInputs, Patch
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 

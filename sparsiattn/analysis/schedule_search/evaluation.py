@@ -14,14 +14,12 @@ from torch.nn import functional as F
 
 from sparsiattn.analysis.schedule_search.space import Choice, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
-from sparsiattn.patching.apply import apply_strategy
-from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.patching.model_call import logits_of
+from sparsiattn.patching import Patch, apply_strategy, logits_of, patch_of
 from sparsiattn.patching.report import report
 from sparsiattn.patching.survey import survey
+from sparsiattn.runtime import paired
 from sparsiattn.runtime.site_runtime import is_planner_key
-from sparsiattn.runtime.timing import paired
-from sparsiattn.strategies.config import Config
+from sparsiattn.strategies import Config
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from sparsiattn.analysis.schedule_search.space import (
     space_of,
 )
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.apply import resolve
-from sparsiattn.patching.handle import patch_of
+from sparsiattn.patching import patch_of, resolve
 from sparsiattn.runtime.patch_state import unwrap
-from sparsiattn.strategies.config import Config
-from sparsiattn.training.progress import Progress, bar
+from sparsiattn.strategies import Config
+from sparsiattn.training import Progress, bar
 
 BUDGETS = ("macs", "latency", "agreement")
 
@@ -100,7 +99,8 @@ def search(
     limit = bound * space.macs if kind == "macs" and isinstance(bound, float) else bound
     singles = sum(len(gene.shares) - 1 for gene in space.genes)
     with bar("searching", singles + trials, shown=progress) as advance:
-        job = Search(runner, space, trials, rounds, random.Random(seed), advance)
+        costs = CostModel(space)
+        job = Search(runner, space, costs, trials, rounds, random.Random(seed), advance)
         job.measure_singles()
         best = job.solve(Budget(kind, limit))
         uniform = job.best_uniform(Budget(kind, limit))
@@ -179,18 +179,25 @@ class Budget:
 
 @dataclass
 class Search:
-    """One search under way."""
+    """One search under way.
+
+    Attributes:
+        runner: Runs choices on a copy of the model.
+        space: What there is to choose.
+        costs: Estimates from the single changes that were run.
+        trials: Choices to run, those of single changes apart.
+        rounds: Paired runs for each time.
+        generator: Draws neighbours.
+        advance: Called with the number of choices run.
+    """
 
     runner: TrialRunner
     space: Space
+    costs: CostModel
     trials: int
     rounds: int
     generator: random.Random
     advance: Progress
-    costs: CostModel = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.costs = CostModel(self.space)
 
     def run(self, choice: Choice) -> Trial:
         """The trial of a choice."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.patching import Patch
 from sparsiattn.patching.apply import parts_of
-from sparsiattn.patching.handle import Patch
-from sparsiattn.strategies.config import Config
+from sparsiattn.strategies import Config
 
 KEYS = (1.0, 0.5, 0.25, 0.1, 0.05)
 TOKENS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.key_lists import KeyLists
-from sparsiattn.attention.pattern import Dense, Pattern, scatter_true
+from sparsiattn.attention import AttentionInputs, Dense, KeyLists, Pattern
+from sparsiattn.attention.pattern import scatter_true
 
 CHUNK = 1 << 22
 """Logits computed at a time: 16 MiB of float32."""

@@ -11,11 +11,7 @@ import numpy as np
 
 from sparsiattn.analysis.visualization import paint
 from sparsiattn.analysis.visualization.paint import Array
-from sparsiattn.analysis.visualization.result import (
-    AttentionRecord,
-    Point,
-    SiteAttention,
-)
+from sparsiattn.analysis.visualization.result import AttentionRecord, Point, SiteAttention
 from sparsiattn.errors import InvalidOption, unknown
 
 T = TypeVar("T")
@@ -86,7 +82,7 @@ def _overview(record: AttentionRecord, site: SiteAttention) -> Any:
     if with_matrix:
         left, right = figure.subfigures(1, 2, width_ratios=(width - 2.6, 2.6))
         _matrix(right.subplots(), record, "mass", "exact attention kept, %")
-    axes = left.subplots(len(points), len(titles), squeeze=False)
+    axes = _bare_axes(left, len(points), len(titles))
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=LARGE)
     for row, point in zip(axes, points, strict=True):
@@ -167,14 +163,13 @@ def _pairs(record: AttentionRecord, cells: Sequence[Cell], what: str) -> Any:
     columns = min(6, len(cells))
     rows = math.ceil(len(cells) / columns)
     figure = _titled(max(5.5, 1.9 * columns), 0.8 + 4.3 * rows, record.title, note)
-    axes = _empty_axes(figure, 2 * rows, columns)
+    axes = _bare_axes(figure, 2 * rows, columns).reshape(rows, 2, columns)
     pixels = record.pixels.numpy()
-    for number, (title, site, pair) in enumerate(cells):
-        row, column = 2 * (number // columns), number % columns
+    for column, (title, site, pair) in zip(axes.swapaxes(1, 2).reshape(-1, 2), cells, strict=False):
         top = max(float(values.max()) for values in pair)
-        for axis, values in zip(axes[row : row + 2, column], pair, strict=True):
+        for axis, values in zip(column, pair, strict=True):
             _show_query(axis, paint.heat(pixels, values, top), site, record.points[0])
-        axes[row, column].set_title(title, fontsize=SMALL)
+        column[0].set_title(title, fontsize=SMALL)
     return figure
 
 
@@ -194,12 +189,13 @@ def _tokens(record: AttentionRecord, site: SiteAttention) -> Any:
         "mean of their colours."
     )
     figure = _titled(max(7.5, 2.6 * columns), 0.8 + 2.75 * rows, record.title, note)
-    axes = _empty_axes(figure, rows, columns).flatten()
+    axes = _bare_axes(figure, rows, columns).flatten()
     pixels = record.pixels.numpy()
-    _show(axes[0], paint.enlarged(pixels))
+    axes[0].imshow(paint.enlarged(pixels), interpolation="nearest")
     axes[0].set_title(f"photo, {blocks[0].place.numel()} patches", fontsize=SMALL + 1)
     for axis, block in zip(axes[1:], blocks, strict=False):
-        _show(axis, paint.tokens(pixels, block.place.numpy(), block.fused))
+        picture = paint.tokens(pixels, block.place.numpy(), block.fused)
+        axis.imshow(picture, interpolation="nearest")
         what = "take the MLP" if block.mlp_only else "tokens left"
         axis.set_title(f"after {block.name}: {block.count} {what}", fontsize=SMALL + 1)
     return figure
@@ -236,7 +232,7 @@ def _matrix(axis: Any, record: AttentionRecord, name: str, title: str) -> None:
     names = [site.name for site in record.sites]
     axis.set_yticks(range(len(names)), names, fontsize=SMALL - 1)
     ticks = range(0, heads, -(-heads // 12))
-    axis.set_xticks(ticks, [str(head) for head in ticks], fontsize=SMALL - 1)
+    axis.set_xticks(ticks, list(map(str, ticks)), fontsize=SMALL - 1)
     axis.set_xlabel("head", fontsize=SMALL)
     axis.tick_params(length=0)
     if heads > 16:
@@ -248,26 +244,17 @@ def _matrix(axis: Any, record: AttentionRecord, name: str, title: str) -> None:
             axis.text(column, row, f"{value:.0f}", color=colour, **style)
 
 
-def _empty_axes(figure: Any, rows: int, columns: int) -> Any:
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    return axes
-
-
-def _show(axis: Any, picture: Array) -> None:
-    axis.imshow(picture, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for edge in axis.spines.values():
-        edge.set_visible(False)
+def _bare_axes(figure: Any, rows: int, columns: int) -> Any:
+    """``[rows, columns]`` of axes for pictures, without ticks and frames."""
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    return figure.subplots(rows, columns, squeeze=False, subplot_kw=bare)
 
 
 def _show_query(axis: Any, picture: Array, site: SiteAttention, point: Point) -> None:
     """A picture with a square around the query's patch, seen on bright and on dark pictures."""
     from matplotlib.patches import Rectangle
 
-    _show(axis, picture)
+    axis.imshow(picture, interpolation="nearest")
     grid = site.grid or (1, 1)
     row, column = point.on(grid)
     height, width = picture.shape[0] / grid[0], picture.shape[1] / grid[1]

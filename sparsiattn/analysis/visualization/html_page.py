@@ -24,8 +24,7 @@ class Blob:
     """Arrays one after the other, each at a multiple of four bytes, as JavaScript's views need."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.size = 0
+        self.file = io.BytesIO()
 
     def add(self, values: Tensor, kind: str) -> list[int]:
         """Append an array.
@@ -38,14 +37,13 @@ class Blob:
             Where the array lies: its first byte and its number of elements.
         """
         data = np.ascontiguousarray(values.numpy()).astype(kind).tobytes()
-        location = [self.size, values.numel()]
-        self.parts.append(data + bytes(-len(data) % 4))
-        self.size += len(self.parts[-1])
+        location = [self.file.tell(), values.numel()]
+        self.file.write(data + bytes(-len(data) % 4))
         return location
 
     def text(self) -> str:
         """Deflated, as base64."""
-        return base64.b64encode(zlib.compress(b"".join(self.parts), 9)).decode("ascii")
+        return base64.b64encode(zlib.compress(self.file.getvalue(), 9)).decode("ascii")
 
 
 def page(record: AttentionRecord) -> str:

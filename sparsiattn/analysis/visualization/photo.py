@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsiattn.errors import DataError
-from sparsiattn.patching.handle import Patch
-from sparsiattn.training.preprocess import data_config, image_transform
+from sparsiattn.patching import Patch
+from sparsiattn.training import data_config, image_transform
 from sparsiattn.training.sources import Finish, mode_of
 
 

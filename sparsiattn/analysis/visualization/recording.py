@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,19 +16,17 @@ from sparsiattn.analysis.visualization import attention_rows, token_places
 from sparsiattn.analysis.visualization.photo import photo
 from sparsiattn.analysis.visualization.result import BlockTokens, Point, SiteAttention
 from sparsiattn.analysis.visualization.view import AttentionView
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Dense, Pattern
-from sparsiattn.attention.site import Site
+from sparsiattn.attention import AttentionInputs, Dense, Pattern, Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
-from sparsiattn.patching.handle import Patch, patch_of
-from sparsiattn.patching.model_call import eval_mode
+from sparsiattn.patching import Patch, eval_mode, patch_of
 from sparsiattn.patching.site_selection import select
 from sparsiattn.patching.survey import refresh
+from sparsiattn.patching.warmup import unchanged
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.site_runtime import SiteRuntime
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
-from sparsiattn.strategies.base import Planner
-from sparsiattn.training.progress import Progress
+from sparsiattn.runtime.thread_state import BLOCK_CALL
+from sparsiattn.strategies import Planner
+from sparsiattn.training import Progress
 
 MOST = 6_000_000
 """Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""
@@ -182,19 +180,20 @@ def show(
     sites = _sites(layers, [runtime.site for runtime in patch.runtimes])
     tensor, pixels = photo(patch, image, image_size)
     recorder = Recorder(patch, sites)
-    with torch.no_grad(), _left_unchanged(patch), recorder.hooks(), patch.observing(recorder):
-        patch.model(tensor)
+    with torch.no_grad(), eval_mode(patch.model), unchanged(patch):
+        with recorder.hooks(), patch.observing(recorder):
+            patch.model(tensor)
         tokens = recorder.block_tokens()
-    names = [site.name for site in sites]
-    calls = {name: recorder.calls[name] for name in names if name in recorder.calls}
+    calls = [recorder.calls[site.name] for site in sites if site.name in recorder.calls]
     if not calls:
         raise InvalidOption(
-            f"none of {names} was observed on this image: show() cannot run inside Patch.disabled()"
+            f"none of {[site.name for site in sites]} was observed on this image: show() cannot "
+            "run inside Patch.disabled()"
         )
     points = _points(queries, calls)
     step = 1 if queries is not None else _step(calls, heads)
     shown = []
-    for call in calls.values():
+    for call in calls:
         tokens_kept = _query_tokens(call, None if queries is None else points, step)
         shown.append(_site_attention(call, _heads(heads, call), tokens_kept))
         if progress is not None:
@@ -243,23 +242,11 @@ def _matching(layer: object, sites: list[Site]) -> list[Site]:
     return [sites[layer]]
 
 
-@contextmanager
-def _left_unchanged(patch: Patch) -> Iterator[None]:
-    """Eval mode; afterwards modes and the record of the last forward pass are as before."""
-    record = patch.image, patch.last_pass, MODEL_CALL.image
-    try:
-        with eval_mode(patch.model):
-            yield
-    finally:
-        patch.image, patch.last_pass, MODEL_CALL.image = record
-
-
-def _points(queries: Any, calls: Mapping[str, RecordedCall]) -> tuple[Point, ...]:
+def _points(queries: Any, calls: Sequence[RecordedCall]) -> tuple[Point, ...]:
     """Where in the image pictures look, as shares of its height and width."""
     if queries is None:
         return POINTS
-    places = (call.places.place for call in calls.values())
-    grid = next((tuple(place.shape) for place in places if place is not None), None)
+    grid = next((call.places.grid for call in calls if call.places.grid is not None), None)
     if grid is None:
         raise InvalidOption("queries= needs a site whose tokens have a known place in the image")
     points = []
@@ -275,11 +262,11 @@ def _points(queries: Any, calls: Mapping[str, RecordedCall]) -> tuple[Point, ...
     return tuple(points)
 
 
-def _step(calls: Mapping[str, RecordedCall], heads: Any) -> int:
+def _step(calls: Sequence[RecordedCall], heads: Any) -> int:
     """How far apart queries are in rows and columns, so that at most `MOST` values are kept."""
     values = sum(
         len(_heads(heads, call)) * call.places.place.numel() * call.inputs.n_keys
-        for call in calls.values()
+        for call in calls
         if call.places.place is not None
     )
     return max(1, math.ceil(math.sqrt(values / MOST)))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.geometry import Grid
+from sparsiattn.analysis.visualization.token_places import TokenPlaces
 from sparsiattn.errors import InvalidOption, unknown
 
 # what a site's dictionary takes over as it is, and what it lists for every query
@@ -33,9 +33,9 @@ class Point(NamedTuple):
         return min(grid[0] - 1, int(self.y * grid[0])), min(grid[1] - 1, int(self.x * grid[1]))
 
 
-@dataclass(frozen=True, eq=False)
-class SiteAttention:
-    """Attention of one site.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SiteAttention(TokenPlaces):
+    """Attention of one site, beside the places of its tokens.
 
     Tokens are numbered window after window, prefix tokens first in each.
 
@@ -48,10 +48,6 @@ class SiteAttention:
         windows: Windows that the image was cut into.
         prefix: Prefix tokens in each window.
         block: Index of its block where tokens are dropped or merged.
-        place: ``[rows, columns]``, the token that holds each patch as a query, -1 where it is
-            gone; None where that is not known.
-        key_place: The same for keys.
-        why: Why ``place`` is not known.
         queries: ``[Q]``, numbers of the query tokens below.
         exact: ``[H, Q, Nk]``, dense softmax over the keys of the query's window.
         kept: ``[H, Q, Nk]`` bool, the pairs that the pattern computes.
@@ -60,7 +56,6 @@ class SiteAttention:
         mass: ``[H]``, share of exact attention on kept keys, mean over all patch queries.
         density: ``[H]``, share of pairs kept, mean over all patch queries.
         dense: Whether the host's own attention runs here.
-        fused: Tokens that hold the sum of dropped ones, at no place.
     """
 
     name: str
@@ -71,9 +66,6 @@ class SiteAttention:
     windows: int
     prefix: int
     block: int | None
-    place: Tensor | None
-    key_place: Tensor | None
-    why: str
     queries: Tensor
     exact: Tensor
     kept: Tensor
@@ -82,12 +74,6 @@ class SiteAttention:
     mass: Tensor
     density: Tensor
     dense: bool
-    fused: tuple[int, ...] = ()
-
-    @property
-    def grid(self) -> Grid | None:
-        """Rows and columns of patches; None where the tokens' places are not known."""
-        return None if self.place is None else (self.place.shape[0], self.place.shape[1])
 
     def query(self, row: int, column: int) -> int | None:
         """Which of the Q queries holds a patch, or the nearest one.
@@ -163,18 +149,19 @@ class SiteAttention:
         """
         if of not in ("exact", "pattern"):
             raise InvalidOption(f"of must be 'exact' or 'pattern', got {of!r}")
+        return self._of_patch(getattr(self, of), row, column)
+
+    def keys_kept(self, row: int, column: int) -> Tensor:
+        """``[H, rows, columns]`` bool: the patches whose keys the pattern keeps for a patch."""
+        return self._of_patch(self.kept, row, column) > 0
+
+    def _of_patch(self, values: Tensor, row: int, column: int) -> Tensor:
+        """``[H, Q, Nk]`` at the query of one patch, by patch; zero where the patch was dropped."""
         query = self.query(row, column)
         if query is None:
             assert self.key_place is not None
             return torch.zeros(len(self.heads), *self.key_place.shape)
-        return self.by_patch(getattr(self, of)[:, query], query)
-
-    def keys_kept(self, row: int, column: int) -> Tensor:
-        """``[H, rows, columns]`` bool: the patches whose keys the pattern keeps for a patch."""
-        query = self.query(row, column)
-        if query is None or self.key_place is None:
-            return torch.zeros(len(self.heads), *(self.grid or (0, 0)), dtype=torch.bool)
-        return self.by_patch(self.kept[:, query], query) > 0
+        return self.by_patch(values[:, query], query)
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
         """Plain values by head; with ``rows`` also the attention of every query, as lists."""
@@ -286,8 +273,6 @@ class AttentionRecord:
 
 def _listed(values: Tensor | None) -> Any:
     """As lists, rounded to what float32 holds of shares."""
-    if values is None:
-        return None
-    if values.is_floating_point():
-        values = (values.double() * 1e6).round() / 1e6
-    return values.tolist()
+    if values is not None and values.is_floating_point():
+        values = values.double().round(decimals=6)
+    return None if values is None else values.tolist()

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.token_state import TokenState
+from sparsiattn.attention import AttentionInputs, Grid, TokenState
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
 """Modules whose blocks cut windows in raster order and never shift them."""
@@ -32,6 +30,11 @@ class TokenPlaces:
     key_place: Tensor | None = None
     why: str = ""
     fused: tuple[int, ...] = ()
+
+    @property
+    def grid(self) -> Grid | None:
+        """Rows and columns of patches; None where the tokens' places are not known."""
+        return None if self.place is None else (self.place.shape[0], self.place.shape[1])
 
 
 def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
@@ -127,7 +130,7 @@ def _windows(size: Grid, sides: Grid) -> Tensor:
     """``[rows, columns]``: number of the token at every place of an unshifted map."""
     windows = size[0] // sides[0], size[1] // sides[1]
     tokens = torch.arange(size[0] * size[1]).view(*windows, *sides)
-    return tokens.permute(0, 2, 1, 3).reshape(size)
+    return tokens.transpose(1, 2).reshape(size)
 
 
 def _pair(value: Any) -> Grid:
