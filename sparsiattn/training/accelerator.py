@@ -35,7 +35,15 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
     state = PartialState(**cpu)
     distributed_type = state.distributed_type
     try:
-        accelerator = _accelerator(Accelerator, recipe, cpu)
+        try:
+            accelerator = Accelerator(
+                mixed_precision=recipe.mixed_precision,
+                gradient_accumulation_steps=recipe.accumulation,
+                step_scheduler_with_optimizer=False,
+                **cpu,
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InvalidOption(f"accelerate cannot be set up: {error}") from error
         sharding.set_up(accelerator, recipe)
         set_seed(recipe.seed, device_specific=True)
         yield accelerator
@@ -46,15 +54,3 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
             AcceleratorState._reset_state()
             GradientState._reset_state()
             state.distributed_type = distributed_type
-
-
-def _accelerator(kind: Any, recipe: Recipe, place: dict[str, bool]) -> Any:
-    try:
-        return kind(
-            mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.accumulation,
-            step_scheduler_with_optimizer=False,
-            **place,
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise InvalidOption(f"accelerate cannot be set up: {error}") from error

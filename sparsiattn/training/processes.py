@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from sparsiattn.errors import InvalidOption
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,12 @@ class World:
     size: int = 1
     device: torch.device | None = None
 
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """Element by element, over all processes."""
-        return self._reduced(values, distributed.ReduceOp.SUM)
-
-    def largest(self, values: Sequence[float]) -> list[float]:
-        """Element by element, over all processes."""
-        return self._reduced(values, distributed.ReduceOp.MAX)
-
-    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
-        if self.size == 1:
-            return list(values)
-        device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        distributed.all_reduce(tensor, operation)
-        return tensor.tolist()
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; all must call."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
+        return values
 
 
 def waiting() -> bool:

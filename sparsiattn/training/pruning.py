@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.training.recipe import Stage
-from sparsiattn.training.trainable import is_planner
 
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,7 +85,7 @@ def candidates(model: nn.Module, *, norms: bool) -> list[tuple[str, nn.Parameter
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         name = f"{path}.weight".lstrip(".")
-        if not isinstance(weight, nn.Parameter) or is_planner(name):
+        if not isinstance(weight, nn.Parameter) or is_planner_key(name):
             continue
         if isinstance(module, _PRODUCTS) or (norms and weight.dim() == 1):
             weights.setdefault(id(weight), (name, weight))

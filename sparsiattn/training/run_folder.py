@@ -97,7 +97,10 @@ class RunFolder:
         """Write ``last``, and ``best`` after the best epoch; all processes must call."""
         if self.out is None:
             return
-        optimizer = {**run.state(), "rng": self._gathered_rng()}
+        from accelerate.utils import gather_object
+
+        random = gather_object([{"now": checkpoint.rng_state(), "epoch": self.epoch_rng}])
+        optimizer = {**run.state(), "rng": {str(rank): rng for rank, rng in enumerate(random)}}
         if best:
             folder, model = self.out / checkpoint.BEST, run.averaged or patch.model
             self._on_main(lambda: checkpoint.write(folder, lambda new: _best(new, patch, model)))
@@ -132,21 +135,6 @@ class RunFolder:
         if rng is not None:  # more processes than before: theirs are new
             checkpoint.set_rng_state(rng["now"])
             self.epoch_rng = rng["epoch"]
-
-    def note_epoch(self) -> None:
-        """Remember the random numbers with which an epoch begins."""
-        self.epoch_rng = checkpoint.rng_state()
-
-    def rewind_epoch(self) -> None:
-        """Go back to these random numbers."""
-        checkpoint.set_rng_state(self.epoch_rng)
-
-    def _gathered_rng(self) -> dict[str, Any]:
-        from accelerate.utils import gather_object
-
-        own = [{"now": checkpoint.rng_state(), "epoch": self.epoch_rng}]
-        states = gather_object(own) if self.accelerator.num_processes > 1 else own
-        return {str(rank): state for rank, state in enumerate(states)}
 
     def _on_main(self, action: Callable[[], Any]) -> None:
         """Done by the first process; where it fails all of them raise instead of waiting."""

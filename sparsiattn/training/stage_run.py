@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.training import sharding
 from sparsiattn.training.losses import Objective
 from sparsiattn.training.preprocess import head_size
 from sparsiattn.training.pruning import Pruned
 from sparsiattn.training.recipe import Stage
 from sparsiattn.training.sources import check_labels
-from sparsiattn.training.trainable import is_planner
 
 
 class StageRun:
@@ -51,16 +51,17 @@ class StageRun:
         optimizer = make_optimizer(self.model, stage)
         self.scalars = sharding.scalars(model, self.model, optimizer) if self.sharded else set()
         self.schedule = make_schedule(optimizer, stage, self.total, warmup)
-        self.ema = make_average(self.model, stage)
-        objective = Objective(self.model, stage, teacher)
-        self.objective, self.optimizer = self._prepared(objective, optimizer)
-        self.weights = [weight for weight in self.objective.parameters() if weight.requires_grad]
+        self.ema: Any = None
+        if stage.ema_decay is not None:
+            from timm.utils import ModelEmaV3
 
-    def _prepared(self, objective: Objective, optimizer: Any) -> tuple[Any, Any]:
-        if not self.sharded:
-            return self.accelerator.prepare(objective, optimizer)  # type: ignore[no-any-return]
-        whole = self.stage.trainable != "backbone"
-        return sharding.prepare(self.accelerator, objective, optimizer, whole)
+            self.ema = ModelEmaV3(self.model, decay=stage.ema_decay)
+        prepare = accelerator.prepare
+        if self.sharded:
+            reshard = stage.trainable == "backbone"
+            prepare = partial(sharding.prepare, accelerator, reshard=reshard)
+        self.objective, self.optimizer = prepare(Objective(self.model, stage, teacher), optimizer)
+        self.weights = [weight for weight in self.objective.parameters() if weight.requires_grad]
 
     @property
     def averaged(self) -> nn.Module | None:
@@ -86,7 +87,7 @@ class StageRun:
         """Clip the gradient if the stage says so; gives its norm, of which one bad number makes
         NaN."""
         largest = math.inf if self.stage.clip is None else self.stage.clip
-        norm = float(sharding.whole_of(self.accelerator.clip_grad_norm_(self.weights, largest)))
+        norm = float(sharding.full_tensor(self.accelerator.clip_grad_norm_(self.weights, largest)))
         scales = self.accelerator.scaler is not None  # it skips such steps and lowers its scale
         return {} if scales else {"the norm of the gradient": norm}
 
@@ -122,7 +123,7 @@ class StageRun:
         scaler, optimizer = self.accelerator.scaler, self.optimizer.state_dict()
         if self.sharded:
             main = self.accelerator.is_main_process
-            optimizer = sharding.gathered(optimizer, self.scalars, main)
+            optimizer = sharding.gathered(optimizer, self.scalars, keep=main)
         return {
             "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -180,7 +181,7 @@ def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
 
     undecayed: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=undecayed)
-    planners = {id(weight) for name, weight in model.named_parameters() if is_planner(name)}
+    planners = {id(weight) for name, weight in model.named_parameters() if is_planner_key(name)}
     parted = [
         {
             **group,
@@ -205,12 +206,3 @@ def make_schedule(optimizer: Any, stage: Stage, total: int, warmup: int) -> Any:
         warmup_lr_init=stage.warmup_lr,
         t_in_epochs=False,
     )
-
-
-def make_average(model: nn.Module, stage: Stage) -> Any:
-    """The moving average of the weights, None for a stage without."""
-    if stage.ema_decay is None:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=stage.ema_decay)
