@@ -7,7 +7,8 @@ build on it.
 from sparsiattn.training.calibration import calibrate
 from sparsiattn.training.loop import train
 from sparsiattn.training.losses import keep_ratio_loss
-from sparsiattn.training.recipe import Recipe, Stage, recipes
+from sparsiattn.training.recipe import Recipe, recipes
 from sparsiattn.training.result import TrainResult
+from sparsiattn.training.stage import Stage
 
 __all__ = ["Recipe", "Stage", "TrainResult", "calibrate", "keep_ratio_loss", "recipes", "train"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from statistics import median
@@ -20,7 +20,7 @@ from sparsiattn.runtime.timing import timed
 from sparsiattn.training import processes
 from sparsiattn.training.data import loader
 from sparsiattn.training.progress import Progress
-from sparsiattn.training.sources import check_labels
+from sparsiattn.training.samples import check_labels
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def evaluate(
     host = model.module if isinstance(model, parallel) else model
     _refuse_prepared(data)
     world = processes.world(device)
-    with _ready(host, device or world.device) as weight:
+    with _ready(host, device or world.device) as (device, dtype):
         batches = loader(
             data,
             host,
@@ -133,13 +133,13 @@ def evaluate(
         patch, tally = patch_of(host), _Tally()
         with torch.inference_mode():
             for images, labels in _counted(batches, progress):
-                tally.add(host, patch, images.to(weight.device, weight.dtype), labels)
+                tally.add(host, patch, images.to(device, dtype), labels)
         return _summary(world.gather(tally), patch is not None)
 
 
 def _counted(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as they come; labels cut to those images that do not merely fill up the share."""
-    total, done = getattr(batches, "own", None), 0
+    total, done = getattr(batches, "image_count", None), 0
     for images, labels in batches:
         if not isinstance(labels, Tensor) or labels.shape != (len(images),):
             raise DataError(
@@ -243,21 +243,14 @@ def _refuse_prepared(data: Any) -> None:
 
 
 @contextmanager
-def _ready(model: nn.Module, device: Any) -> Iterator[Tensor]:
-    """Eval mode on that device inside the block; gives a tensor of the weights' device and type."""
-    before = _some_weight(model)
-    moves = device is not None and torch.device(device) != before.device
-    with eval_mode(model):
-        try:
-            if moves:
-                model.to(device)
-            yield _some_weight(model)
-        finally:
-            if moves:
-                model.to(before.device)
-
-
-def _some_weight(model: nn.Module) -> Tensor:
-    """The first floating one."""
+def _ready(model: nn.Module, device: Any) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Eval mode on that device inside the block; gives what the images must have."""
     tensors = chain(model.parameters(), model.buffers())
-    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    home = weight.device
+    target = torch.device(home if device is None else device)
+    with eval_mode(model), ExitStack() as stack:
+        if target != home:
+            stack.callback(model.to, home)
+            model.to(target)
+        yield target, weight.dtype

@@ -77,10 +77,6 @@ def _parsed(line: str) -> Row | None:
 
 def _scalars(row: Row) -> dict[str, float]:
     """Numbers of a row, of its parts too."""
-    scalars: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            scalars |= {f"{name}/{part}": number for part, number in value.items()}
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-            scalars[name] = float(value)
-    return scalars
+    parts = {f"parts/{name}": value for name, value in row.get("parts", {}).items()}
+    names = row.keys() - {"stage", "step", "parts"}
+    return parts | {name: row[name] for name in sorted(names) if row[name] is not None}

@@ -88,10 +88,7 @@ def train(
     folder = None if out is None else Path(out)
     teacher_restored = nullcontext() if teacher is None else settings_restored(teacher)
     with settings_restored(host), teacher_restored, _patched(host, plan) as patch:
-        trainer = Trainer(
-            patch, plan, data, eval_data=eval_data, out=folder, teacher=teacher, on_log=on_log
-        )
-        return trainer.run(resume)
+        return Trainer(patch, plan, data, eval_data, folder, teacher, on_log).run(resume)
 
 
 def recipe_for(patch: Patch | None, recipe: RecipeSource | None = None) -> Recipe:

@@ -1,9 +1,11 @@
-"""The processes that torchrun or ``accelerate launch`` started, if they did."""
+"""The processes that torchrun or ``accelerate launch`` started, and accelerate for one run."""
 
 from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +13,8 @@ import torch
 from torch import distributed
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.training import checkpoint, sharding
+from sparsiattn.training.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -53,10 +57,20 @@ def world(device: str | torch.device | None = None) -> World:
     Args:
         device: Of the model, where the caller wants a certain one.
     """
-    state = _connect(device) if waiting() else None
+    place = None
+    if waiting():
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise InvalidOption(
+                f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate, which "
+                "connects them, is missing: pip install 'sparsiattn[train]' (or run one process)"
+            ) from error
+        gpu = torch.device(device).type != "cpu" if device else torch.cuda.is_available()
+        state = PartialState(cpu=not gpu)
+        place = state.device if device is None else None
     if not connected():
         return World()
-    place = state.device if state is not None and device is None else None
     return World(distributed.get_rank(), distributed.get_world_size(), place)
 
 
@@ -68,13 +82,44 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def _connect(device: str | torch.device | None) -> Any:
+@contextmanager
+def accelerated(recipe: Recipe) -> Iterator[Any]:
+    """An ``Accelerator`` for a recipe.
+
+    Random numbers depend on the recipe's seed inside the block and go on afterwards as if it had
+    not been.
+    """
     try:
-        from accelerate import PartialState
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+        from accelerate.utils import set_seed
     except ImportError as error:
         raise InvalidOption(
-            f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate, which connects "
-            "them, is missing: pip install 'sparsiattn[train]' (or run one process)"
+            f"training needs accelerate: {error}; pip install 'sparsiattn[train]'"
         ) from error
-    on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
-    return PartialState(cpu=on_cpu)
+    used_by_others = AcceleratorState._shared_state != {}
+    rng = checkpoint.rng_state()
+    cpu = {} if torch.accelerator.is_available() else {"cpu": True}
+    # FSDP writes itself over the type, and the next run could not tell what it is on
+    state = PartialState(**cpu)
+    distributed_type = state.distributed_type
+    try:
+        try:
+            accelerator = Accelerator(
+                mixed_precision=recipe.mixed_precision,
+                gradient_accumulation_steps=recipe.accumulation,
+                step_scheduler_with_optimizer=False,
+                **cpu,
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InvalidOption(f"accelerate cannot be set up: {error}") from error
+        sharding.set_up(accelerator, recipe)
+        set_seed(recipe.seed, device_specific=True)
+        yield accelerator
+    finally:
+        checkpoint.set_rng_state(rng)
+        if not used_by_others:
+            # accelerate keeps its precision for the whole process, and a later run may want another
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+            state.distributed_type = distributed_type

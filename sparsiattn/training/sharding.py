@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map_with_path
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.handle import Patch
-from sparsiattn.training.recipe import Recipe, Stage
+from sparsiattn.training.recipe import Recipe
+from sparsiattn.training.stage import Stage
 
 Path = tuple[Any, ...]
 """Keys of a value in an optimizer's state: the weight's number, the value's name."""

@@ -16,8 +16,8 @@ from sparsiattn.training import sharding
 from sparsiattn.training.losses import Objective
 from sparsiattn.training.preprocess import head_size
 from sparsiattn.training.pruning import Pruned
-from sparsiattn.training.recipe import Stage
-from sparsiattn.training.sources import check_labels
+from sparsiattn.training.samples import check_labels
+from sparsiattn.training.stage import Stage
 
 
 class StageRun:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sparsiattn.patching.model_call import modes_restored
 from sparsiattn.runtime.site_runtime import PLANNER, is_planner_key
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.keep_predictor import KeepPredictor
-from sparsiattn.training.recipe import Stage
+from sparsiattn.training.stage import Stage
 
 SWITCH = "grad_checkpointing"  # of timm's models and their parts
 
@@ -101,10 +101,7 @@ def _check_losses(patch: Patch, stage: Stage) -> None:
 def set_modes(model: nn.Module, stage: Stage) -> None:
     """Training mode; a frozen backbone stays in eval mode, planners and the model itself apart
     (the latter says whether token scores train), so that no running statistic moves."""
-    model.train()
-    if stage.trainable != "planners":
-        return
-    model.eval()
+    model.train(stage.trainable != "planners")
     model.training = True
     for module in model.modules():
         if PLANNER in module._modules:
@@ -124,32 +121,26 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
     """
     # what both names of transformers' own property look at
     used = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if not on or used:
-        yield
-    elif hasattr(model, "set_grad_checkpointing"):
-        before = [(m, vars(m)[SWITCH]) for m in model.modules() if SWITCH in vars(m)]
-        try:
+    with ExitStack() as stack:
+        if hasattr(model, "set_grad_checkpointing") and on and not used:
+            for module in model.modules():
+                if SWITCH in vars(module):
+                    stack.callback(setattr, module, SWITCH, vars(module)[SWITCH])
             model.set_grad_checkpointing(True)
-            yield
-        finally:
-            for module, value in before:
-                setattr(module, SWITCH, value)
-    else:
-        kind = _transformers_switch(model)
-        try:
-            yield
-        finally:
-            getattr(model, f"{kind}_checkpointing_disable")()
+        elif on and not used:
+            stack.callback(_switch_transformers_on(model))
+        yield
 
 
-def _transformers_switch(model: Any) -> str:
-    """Switch it on; gives what this version of transformers calls it."""
+def _switch_transformers_on(model: Any) -> Callable[[], None]:
+    """Gives the function that switches it off again, which has another name since version 5."""
     for kind in ("activation", "gradient"):
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None and getattr(model, "supports_gradient_checkpointing", True):
             # the reentrant kind would lose the gradient of reduced tokens
             enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-            return kind
+            switch_off: Callable[[], None] = getattr(model, f"{kind}_checkpointing_disable")
+            return switch_off
     raise InvalidOption(
         f"{type(model).__name__} has no gradient checkpointing (neither timm's "
         "set_grad_checkpointing nor transformers'): leave grad_checkpointing out"

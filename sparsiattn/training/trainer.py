@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
 from sparsiattn.patching.handle import Patch, unpatch
 from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.training import checkpoint, keep_schedule, sharding
-from sparsiattn.training.accelerator import accelerated
 from sparsiattn.training.checkpoint import TrainState
 from sparsiattn.training.data import Loader, loader
 from sparsiattn.training.evaluation import evaluate
 from sparsiattn.training.logs import Log
 from sparsiattn.training.preprocess import mixes
-from sparsiattn.training.recipe import Recipe, Stage
+from sparsiattn.training.processes import accelerated
+from sparsiattn.training.recipe import Recipe
 from sparsiattn.training.result import TrainResult
 from sparsiattn.training.run_folder import RunFolder
+from sparsiattn.training.stage import Stage
 from sparsiattn.training.stage_run import StageRun, lengths
 from sparsiattn.training.trainable import checkpointing, require_gradients, set_modes
 
@@ -33,6 +35,7 @@ _FIGURES = ("top1", "top5", "dense_top1", "agreement")
 """Figures of an evaluation that go into the log."""
 
 
+@dataclass(eq=False)
 class Trainer:
     """One run of `train`, whose arguments it takes.
 
@@ -43,20 +46,16 @@ class Trainer:
         state: How far training is.
     """
 
-    def __init__(
-        self,
-        patch: Patch,
-        recipe: Recipe,
-        data: Any,
-        *,
-        eval_data: Any,
-        out: Path | None,
-        teacher: nn.Module | None,
-        on_log: Callable[[dict[str, Any]], Any] | None,
-    ) -> None:
-        self.patch, self.recipe, self.data, self.eval_data = patch, recipe, data, eval_data
-        self.model, self.target, self.on_log = patch.model, patch.strategy, on_log
-        self.teacher, self.out, self.state = teacher, out, TrainState()
+    patch: Patch
+    recipe: Recipe
+    data: Any
+    eval_data: Any
+    out: Path | None
+    teacher: nn.Module | None
+    on_log: Callable[[dict[str, Any]], Any] | None
+
+    def __post_init__(self) -> None:
+        self.model, self.target, self.state = self.patch.model, self.patch.strategy, TrainState()
         self.host = {
             name
             for name, weight in self.model.named_parameters()
@@ -191,9 +190,7 @@ class Trainer:
         set_modes(run.model, run.stage)
         for group in self._groups(batches):
             row = self._update(run, group)
-            state.batch += len(group)
-            state.update, state.step = state.update + 1, state.step + 1
-            state.loss_sum, state.loss_count = state.loss_sum + row["loss"], state.loss_count + 1
+            state.end_update(len(group), row["loss"])
             self.log.add(row)
             if state.update >= run.total:
                 break
@@ -285,19 +282,6 @@ class Trainer:
             place = {**self._reading(), "device": self.accelerator.device}
             figures = evaluate(run.averaged or self.model, self.eval_data, **place)
             row |= {name: getattr(figures, name) for name in _FIGURES}
-        state.epoch, state.seen_epochs, state.batch = state.epoch + 1, state.seen_epochs + 1, 0
-        state.loss_sum, state.loss_count, state.last = 0.0, 0, row
-        best = _is_better(row, state.best)
-        if best:
-            state.best = row
+        state.end_epoch(row)
         self.log.add(row)
-        self.folder.save(state, self.patch, run, best=best)
-
-
-def _is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
-    """By top-1; losses only compare within a stage."""
-    if best is None:
-        return True
-    if "top1" in row and "top1" in best:
-        return bool(row["top1"] > best["top1"])
-    return row["stage"] != best["stage"] or bool(row["epoch_loss"] < best["epoch_loss"])
+        self.folder.save(state, self.patch, run, best=state.best is row)
