@@ -241,18 +241,19 @@ def _limited(batches: Iterable[Any], limit: int | None) -> Iterator[Any]:
     """Batches up to so many images, the last one cut."""
     for batch in batches:
         match batch:
-            case (Tensor(ndim=4) as images, labels, *_) if limit is None:
-                yield images, labels
             case (Tensor(ndim=4) as images, labels, *_):
-                yield images[:limit], labels[:limit]
-                limit -= len(images)
-                if limit <= 0:
-                    return
+                pass
             case _:
                 raise DataError(
                     "every batch must be (images [B, C, H, W], labels [B], ...), got "
                     f"{_described(batch)}"
                 )
+        if limit is not None:
+            images, labels = images[:limit], labels[:limit]
+            limit -= len(images)
+        yield images, labels
+        if limit == 0:
+            return
 
 
 def _described(batch: Any) -> str:

@@ -57,12 +57,8 @@ class Pruned:
             hook.remove()
         self.weights, self.masks, self._hooks = {}, {}, []
 
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: zeros alone could not tell a pruned weight from one that was zero."""
-        return dict(self.masks)
-
     def load_state(self, masks: dict[str, Tensor]) -> None:
-        """Of a checkpoint."""
+        """Take over those of a checkpoint: zeros alone do not show which weights were pruned."""
         for name, mask in masks.items():
             self.masks[name] = mask.to(self.masks[name].device)
 

@@ -41,8 +41,6 @@ def set_up(accelerator: Any, recipe: Recipe) -> None:
 
     Raises `InvalidOption` for ways to train that are not supported, before anything starts.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if kind_of(accelerator) == "MULTI_CPU" and requested:
         _shard_on_cpu(accelerator)
@@ -58,9 +56,11 @@ def set_up(accelerator: Any, recipe: Recipe) -> None:
         )
     plugin = accelerator.state.fsdp_plugin
     _check(plugin, recipe)
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     # every process has the whole model already: there is nothing to send it
     plugin.cpu_ram_efficient_loading = False
-    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    half: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     # weights travel in half precision; gradients are added up in full, as without sharding
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         **({} if recipe.mixed_precision == "no" else half)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,31 +21,29 @@ from sparsiattn.training.samples import check_labels
 from sparsiattn.training.stage import Stage
 
 
+@dataclass(eq=False)
 class StageRun:
     """A stage under way.
 
-    Args:
-        model: The user's patched model.
+    Attributes:
+        user_model: The user's patched model.
         stage: What to do.
         teacher: A dense model; None for the model itself.
         accelerator: Of the run.
         per_epoch: Updates in an epoch, None if unknown.
-
-    Attributes:
         total: Updates of the stage.
         model: What is trained: the user's model, or in sharded training a copy of it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stage: Stage,
-        teacher: nn.Module | None,
-        accelerator: Any,
-        per_epoch: int | None,
-    ) -> None:
-        self.stage, self.accelerator, self.user_model = stage, accelerator, model
-        self.total, warmup = lengths(stage, per_epoch)
+    user_model: nn.Module
+    stage: Stage
+    teacher: nn.Module | None
+    accelerator: Any
+    per_epoch: int | None
+
+    def __post_init__(self) -> None:
+        model, stage, accelerator = self.user_model, self.stage, self.accelerator
+        self.total, warmup = lengths(stage, self.per_epoch)
         self.sharded = sharding.is_sharded(accelerator)
         self.model = sharding.copy_of(model) if self.sharded else model.to(accelerator.device)
         self.pruned = Pruned(self.model, stage)
@@ -60,7 +59,8 @@ class StageRun:
         if self.sharded:
             reshard = stage.trainable == "backbone"
             prepare = partial(sharding.prepare, accelerator, reshard=reshard)
-        self.objective, self.optimizer = prepare(Objective(self.model, stage, teacher), optimizer)
+        objective = Objective(self.model, stage, self.teacher)
+        self.objective, self.optimizer = prepare(objective, optimizer)
         self.weights = [weight for weight in self.objective.parameters() if weight.requires_grad]
 
     @property
@@ -112,7 +112,7 @@ class StageRun:
     def continue_from(self, before: StageRun) -> StageRun:
         """Take the place of the same stage with another patch of the same model."""
         self.optimizer.load_state_dict(before.optimizer.state_dict())
-        self.pruned.load_state(before.pruned.state())
+        self.pruned.load_state(before.pruned.masks)
         before.pruned.end()
         if self.ema is not None:
             self.ema.module.load_state_dict(before.ema.module.state_dict())
@@ -127,7 +127,7 @@ class StageRun:
         return {
             "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "pruned": self.pruned.state(),
+            "pruned": self.pruned.masks,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
