@@ -11,8 +11,9 @@ from sparsiattn.training.loop import train
 from sparsiattn.training.losses import Objective, keep_ratio_loss
 from sparsiattn.training.preprocess import data_config, image_transform
 from sparsiattn.training.progress import Progress, bar
-from sparsiattn.training.recipe import Recipe, Stage, recipes
+from sparsiattn.training.recipe import Recipe, recipes
 from sparsiattn.training.result import TrainResult
+from sparsiattn.training.stage import Stage
 
 __all__ = [
     "Batches",

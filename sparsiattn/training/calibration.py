@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count, islice
 from os import PathLike
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sparsiattn.errors import InvalidOption, MismatchedCheckpoint, TrainingDiverged
+from sparsiattn.errors import InvalidOption, TrainingDiverged
 from sparsiattn.kernels.atomic_io import recover_folder
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.training import checkpoint
 from sparsiattn.training.data import loader
-from sparsiattn.training.field_kinds import check_count
+from sparsiattn.training.field_kinds import check_counts
 from sparsiattn.training.progress import bar
 from sparsiattn.training.reconstruction import site_losses, start_planners
 from sparsiattn.training.sources import is_path
@@ -82,13 +83,12 @@ def calibrate(
     True
     """
     patch = patch_of(model)
-    if patch is None or not planners_of(patch):
+    if patch is None or not patch.has_learned_planners:
         raise InvalidOption(
             "calibrate() fits learned planners, and this model has none: patch it with one first, "
             "e.g. patch(model, strategy='connectivity')"
         )
-    check_count("steps", 1 if steps is None else steps, 1)
-    check_count("checkpoint_steps", checkpoint_steps, 1)
+    check_counts(1, steps=steps, checkpoint_steps=checkpoint_steps)
     if not lr > 0:
         raise InvalidOption(f"lr must be above 0, got {lr!r}")
     order: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
@@ -104,44 +104,40 @@ def calibrate(
     return calibration.losses
 
 
-def planners_of(patch: Patch) -> list[LearnedPlanner]:
-    """Those that choose keys and learn, in the order of the sites."""
-    return [r.planner for r in patch.runtimes if isinstance(r.planner, LearnedPlanner)]
-
-
 @contextmanager
 def _gradients_on(weights: list[nn.Parameter]) -> Iterator[None]:
     """Weights require gradients inside the block; afterwards they are as before, without any."""
-    before = [weight.requires_grad for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
+    with ExitStack() as stack:
+        for weight in weights:
+            stack.callback(setattr, weight, "grad", None)
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(True)
         yield
-    finally:
-        for weight, required in zip(weights, before, strict=True):
-            weight.requires_grad_(required)
-            weight.grad = None
 
 
+@dataclass(eq=False)
 class Calibration:
     """One calibration under way.
 
-    Args:
+    Attributes:
         patch: Of the model.
         plan: Arguments of `calibrate` that a checkpoint must have in common with it.
         out: The folder for checkpoints.
         checkpoint_steps: Steps between checkpoints.
     """
 
-    def __init__(
-        self, patch: Patch, plan: dict[str, Any], out: Path | None, checkpoint_steps: int
-    ) -> None:
-        self.patch, self.plan, self.checkpoint_steps = patch, plan, checkpoint_steps
-        self.folder = None if out is None else out / checkpoint.LAST
-        self.planners = planners_of(patch)
+    patch: Patch
+    plan: dict[str, Any]
+    out: Path | None
+    checkpoint_steps: int
+
+    def __post_init__(self) -> None:
+        self.folder = None if self.out is None else self.out / checkpoint.LAST
+        planners = (runtime.planner for runtime in self.patch.runtimes)
+        self.planners = [planner for planner in planners if isinstance(planner, LearnedPlanner)]
         self.weights = [weight for planner in self.planners for weight in planner.parameters()]
-        self.optimizer = torch.optim.Adam(self.weights, plan["lr"])
-        self.identity = {**checkpoint.patch_identity(patch), "calibration": plan}
+        self.optimizer = torch.optim.Adam(self.weights, self.plan["lr"])
+        self.identity = {**checkpoint.patch_identity(self.patch), "calibration": self.plan}
         self.losses: list[float] = []
 
     def run(self, batches: Iterable[Any]) -> Iterator[tuple[int, float]]:
@@ -192,13 +188,11 @@ class Calibration:
             return
         checkpoint.load_state(folder, self.identity)
         state = checkpoint.load_tensors(folder / checkpoint.OPTIMIZER)
-        try:
+        with checkpoint.read_errors(folder):
             for planner, weights in zip(self.planners, state["planners"], strict=True):
                 planner.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
             self.losses = list(state["losses"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise MismatchedCheckpoint(f"{folder} cannot be read: {error}") from error
 
 
 def _repeated(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:

@@ -63,6 +63,25 @@ class TrainState:
     last: dict[str, Any] = field(default_factory=dict)
     done: bool = False
 
+    def end_update(self, batches: int, loss: float) -> None:
+        """Count an update."""
+        self.update, self.step, self.batch = self.update + 1, self.step + 1, self.batch + batches
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Keep an epoch's row of the log, and begin the next one."""
+        self.epoch, self.seen_epochs, self.batch = self.epoch + 1, self.seen_epochs + 1, 0
+        self.loss_sum, self.loss_count, self.last = 0.0, 0, row
+        if self.best is None or _is_better(row, self.best):
+            self.best = row
+
+
+def _is_better(row: dict[str, Any], best: dict[str, Any]) -> bool:
+    """By top-1; losses only compare within a stage."""
+    if "top1" in row and "top1" in best:
+        return bool(row["top1"] > best["top1"])
+    return row["stage"] != best["stage"] or bool(row["epoch_loss"] < best["epoch_loss"])
+
 
 def run_identity(patch: Patch, recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that goes on from it."""

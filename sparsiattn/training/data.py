@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from sparsiattn.errors import DataError, InvalidOption
-from sparsiattn.training.field_kinds import check_count
+from sparsiattn.training.field_kinds import check_counts
 from sparsiattn.training.preprocess import (
     check_options,
     data_config,
@@ -20,15 +21,8 @@ from sparsiattn.training.preprocess import (
     mixing,
     seeded,
 )
-from sparsiattn.training.sources import (
-    Finish,
-    Sample,
-    Samples,
-    SampleStream,
-    Source,
-    is_path,
-    open_source,
-)
+from sparsiattn.training.samples import Finish, Sample, Samples, SampleStream
+from sparsiattn.training.sources import Source, is_path, open_source
 
 Share = tuple[int, int]
 """Rank of a process, and number of processes."""
@@ -74,7 +68,7 @@ def loader(
             those that say how an image is read count. With mixup or cutmix labels are ``[B,
             classes]`` float32.
         share: ``(rank, world)``, every world-th image from rank on. Shares of unequal length are
-            filled up with the first image, `Loader.own` says how many count.
+            filled up with the first image, `Loader.image_count` says how many count.
         labels: False where they do not matter: none is looked at or needed, all are 0.
 
     Raises:
@@ -90,10 +84,8 @@ def loader(
     """
     options = dict(augment or {})
     check_options(options)
-    check_count("batch_size", batch_size, 1)
-    check_count("seed", seed, 0)
-    check_count("workers", workers, 0)
-    check_count("limit", 1 if limit is None else limit, 1)
+    check_counts(1, batch_size=batch_size, limit=limit)
+    check_counts(0, seed=seed, workers=workers)
     if not 0 <= share[0] < share[1]:
         raise InvalidOption(f"share must be (rank, world) with 0 <= rank < world, got {share!r}")
     classes = head_size(model) if labels else None
@@ -108,7 +100,8 @@ def loader(
         raise InvalidOption(f"mixup and cutmix pair images: batch_size must be even, {batch_size=}")
     transform = image_transform(config, training, options)
     finish = Finish(transform, channels, classes, seed, training, labels)
-    reading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": Collate(mix, seed)}
+    collate = partial(_collate, mix=mix, seed=seed)
+    reading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
     return Loader(images, finish, limit, share, **reading)
 
 
@@ -125,7 +118,7 @@ class Order(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     @property
-    def own(self) -> int:
+    def image_count(self) -> int:
         """Images of the share, without those that fill it up."""
         return len(range(self.share[0], len(self.indices), self.share[1]))
 
@@ -153,13 +146,13 @@ class Loader(DataLoader[Any]):
     def __init__(
         self, source: Source, finish: Finish, limit: int | None, share: Share, **options: Any
     ) -> None:
-        self.most = None if limit is None else len(range(share[0], limit, share[1]))
-        self.classes = source.classes
+        self.limit: int | None = None  # of a stream, in images of this share
         self.order: Order | None = None
         # else every epoch draws a seed for the workers from the global one
         options["generator"] = torch.Generator().manual_seed(finish.seed)
         options["drop_last"] = finish.training
         if source.streams:
+            self.limit = None if limit is None else len(range(share[0], limit, share[1]))
             stream = SampleStream(source.items, finish, share, options["num_workers"])
             super().__init__(stream, **options)
             return
@@ -173,9 +166,9 @@ class Loader(DataLoader[Any]):
         super().__init__(Samples(source, finish), sampler=self.order, **options)
 
     @property
-    def own(self) -> int | None:
+    def image_count(self) -> int | None:
         """Images of this share, without those that fill it up; None for streams."""
-        return None if self.order is None else self.order.own
+        return None if self.order is None else self.order.image_count
 
     def set_epoch(self, epoch: int) -> None:
         """Which order and augmentation come next."""
@@ -183,15 +176,14 @@ class Loader(DataLoader[Any]):
 
     def __len__(self) -> int:
         count = super().__len__()
-        if self.order is not None or self.most is None:
+        if self.limit is None or self.batch_size is None:
             return count
-        assert self.batch_size is not None
-        return min(count, -(-self.most // self.batch_size))
+        return min(count, -(-self.limit // self.batch_size))
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches: Any = super().__iter__
+        batches = super().__iter__()
         try:
-            yield from batches() if self.order is not None else _limited(batches(), self.most)
+            yield from _limited(batches, self.limit)
         except DataError as error:
             # its frames would keep the worker processes waiting until they are collected
             cause = error.with_traceback(None) if self.num_workers else error
@@ -224,19 +216,13 @@ class Batches:
         return islice(_limited(self.source, self.limit), rank, None, world)
 
 
-class Collate:
+def _collate(samples: list[Sample], mix: Any, seed: int) -> Any:
     """A batch of samples, mixed up if the recipe has mixup or cutmix."""
-
-    def __init__(self, mix: Any, seed: int) -> None:
-        self.mix, self.seed = mix, seed
-
-    def __call__(self, samples: list[Sample]) -> Any:
-        images = torch.stack([image for image, _, _ in samples])
-        labels = torch.tensor([label for _, label, _ in samples])
-        if self.mix is None:
-            return images, labels
-        with seeded(self.seed, len(samples), *samples[0][2]):
-            return self.mix(images, labels)
+    images, labels = default_collate([sample[:2] for sample in samples])
+    if mix is None:
+        return images, labels
+    with seeded(seed, len(samples), *samples[0][2]):
+        return mix(images, labels)
 
 
 def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
@@ -251,26 +237,23 @@ def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
     return tuple(indices[i * count // limit] for i in range(limit))
 
 
-def _limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
+def _limited(batches: Iterable[Any], limit: int | None) -> Iterator[Any]:
     """Batches up to so many images, the last one cut."""
-    left = most
     for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not _is_images(batch[0]):
-            raise DataError(
-                "every batch must be (images [B, C, H, W], labels [B], ...), got "
-                f"{_described(batch)}"
-            )
-        images, labels = batch[:2]
-        if left is not None:
-            images, labels = images[:left], labels[:left]
-            left -= len(images)
+        match batch:
+            case (Tensor(ndim=4) as images, labels, *_):
+                pass
+            case _:
+                raise DataError(
+                    "every batch must be (images [B, C, H, W], labels [B], ...), got "
+                    f"{_described(batch)}"
+                )
+        if limit is not None:
+            images, labels = images[:limit], labels[:limit]
+            limit -= len(images)
         yield images, labels
-        if left == 0:
+        if limit == 0:
             return
-
-
-def _is_images(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 4
 
 
 def _described(batch: Any) -> str:

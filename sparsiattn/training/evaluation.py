@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from statistics import median
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.model_call import eval_mode, logits_of
-from sparsiattn.runtime.timing import wait
+from sparsiattn.runtime.timing import timed
 from sparsiattn.training import processes
 from sparsiattn.training.data import loader
 from sparsiattn.training.progress import Progress
-from sparsiattn.training.sources import check_labels
+from sparsiattn.training.samples import check_labels
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,8 @@ class Evaluation:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.images} images"]
         dense = _line(self.dense_top1, self.dense_top5, self.dense_images_per_second)
-        lines.append(f"dense    {dense}")
+        lines = [f"{self.images} images", f"dense    {dense}"]
         if self.top1 is not None and self.images_per_second is not None:
             patched = _line(self.top1, self.top5, self.images_per_second)
             lines.append(f"patched  {patched}, {self.agreement:.2f} % agree with dense")
@@ -115,10 +113,12 @@ def evaluate(
     >>> result.images, result.agreement, result.top1 == result.dense_top1
     (4, 100.0, True)
     """
-    host = _without_ddp(model)
+    # DistributedDataParallel would wait for other processes, whose shares may be shorter
+    parallel = nn.parallel.DistributedDataParallel
+    host = model.module if isinstance(model, parallel) else model
     _refuse_prepared(data)
     world = processes.world(device)
-    with _ready(host, device or world.device) as weight:
+    with _ready(host, device or world.device) as (device, dtype):
         batches = loader(
             data,
             host,
@@ -130,16 +130,16 @@ def evaluate(
             augment=augment,
             share=(world.rank, world.size),
         )
-        tally = _Tally()
+        patch, tally = patch_of(host), _Tally()
         with torch.inference_mode():
             for images, labels in _counted(batches, progress):
-                tally.add(host, patch_of(host), images.to(weight.device, weight.dtype), labels)
-        return tally.result(world, patch_of(host) is not None)
+                tally.add(host, patch, images.to(device, dtype), labels)
+        return _summary(world.gather(tally), patch is not None)
 
 
 def _counted(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as they come; labels cut to those images that do not merely fill up the share."""
-    total, done = getattr(batches, "own", None), 0
+    total, done = getattr(batches, "image_count", None), 0
     for images, labels in batches:
         if not isinstance(labels, Tensor) or labels.shape != (len(images),):
             raise DataError(
@@ -158,15 +158,13 @@ class _Tally:
     """Counts of one process.
 
     Attributes:
-        images: Number of images.
+        counts: Images, and right answers by side and kind.
         classes: Of the head.
-        hits: Right answers by side and kind.
         times: Images and seconds of every batch, by side.
     """
 
-    images: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     classes: int = 0
-    hits: Counter[str] = field(default_factory=Counter)
     times: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def add(self, model: nn.Module, patch: Patch | None, images: Tensor, labels: Tensor) -> None:
@@ -175,10 +173,11 @@ class _Tally:
         logits = {}
         for side in sides if len(self.times.get("dense", ())) % 2 == 0 else sides[::-1]:
             with patch.disabled() if patch is not None and side == "dense" else nullcontext():
-                logits[side], seconds = _timed(model, images)
+                output, seconds = timed(lambda: model(images))
+            logits[side] = logits_of(output, model)[: len(labels)]
             self.times.setdefault(side, []).append((len(images), seconds))
         if len(labels):
-            self._count({side: rows[: len(labels)] for side, rows in logits.items()}, labels)
+            self._count(logits, labels)
 
     def speed(self, side: str) -> float:
         """Median images a second of whole batches, without the first, which warms up, if it can be
@@ -188,58 +187,48 @@ class _Tally:
         return median(speeds[1:] if len(speeds) > 2 else speeds or [0.0])
 
     def _count(self, logits: dict[str, Tensor], labels: Tensor) -> None:
-        classes = logits["dense"].shape[1]
         if labels.is_floating_point():
             raise DataError(f"labels must be class indices (int64), got {labels.dtype}")
-        check_labels(labels, classes)
-        self.images, self.classes = self.images + len(labels), classes
+        self.classes = logits["dense"].shape[1]
+        check_labels(labels, self.classes)
+        self.counts["images"] += len(labels)
         first: dict[str, Tensor] = {}
         for side, rows in logits.items():
-            choices = rows.float().topk(min(5, classes), dim=1).indices
+            choices = rows.float().topk(min(5, self.classes), dim=1).indices
             choices = choices.masked_fill(rows.isnan().any(1, keepdim=True), -1)
             right = choices == labels.to(choices.device)[:, None]
             first[side] = choices[:, 0]
-            self.hits[f"{side} top1"] += int(right[:, 0].sum())
-            self.hits[f"{side} top5"] += int(right.sum())
+            self.counts[f"{side} top1"] += int(right[:, 0].sum())
+            self.counts[f"{side} top5"] += int(right.sum())
         if "patched" in first:
             same = (first["patched"] == first["dense"]) & (first["dense"] >= 0)
-            self.hits["agreement"] += int(same.sum())
-
-    def result(self, world: processes.World, patched: bool) -> Evaluation:
-        """Summed over all processes; the same in each."""
-        names = ["dense top1", "dense top5", "patched top1", "patched top5", "agreement"]
-        speeds = [self.speed("dense"), self.speed("patched")]
-        hits = [self.hits[name] for name in names]
-        images, dense_speed, speed, *counts = world.sums([self.images, *speeds, *hits])
-        (classes,) = world.largest([self.classes])
-        if not images:
-            raise DataError("no images to evaluate: the data gave not one batch")
-        percent = {name: 100 * count / images for name, count in zip(names, counts, strict=True)}
-        return Evaluation(
-            images=int(images),
-            top1=percent["patched top1"] if patched else None,
-            top5=percent["patched top5"] if patched and classes >= 5 else None,
-            dense_top1=percent["dense top1"],
-            dense_top5=percent["dense top5"] if classes >= 5 else None,
-            agreement=percent["agreement"] if patched else None,
-            images_per_second=speed if patched else None,
-            dense_images_per_second=dense_speed,
-        )
+            self.counts["agreement"] += int(same.sum())
 
 
-def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
-    """Logits ``[B, classes]`` and the seconds they took."""
-    wait()
-    start = time.perf_counter()
-    output = model(images)
-    wait()
-    return logits_of(output, model), time.perf_counter() - start
+def _summary(tallies: list[_Tally], patched: bool) -> Evaluation:
+    """Figures over all processes; the same in each."""
+    counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
+    has_top5 = max(tally.classes for tally in tallies) >= 5
+    images = counts["images"]
+    if not images:
+        raise DataError("no images to evaluate: the data gave not one batch")
 
+    def percent(name: str) -> float:
+        return 100 * counts[name] / images
 
-def _without_ddp(model: nn.Module) -> nn.Module:
-    """Not in step with other processes, whose shares may be of other lengths."""
-    parallel = nn.parallel.DistributedDataParallel
-    return model.module if isinstance(model, parallel) else model
+    def speed(side: str) -> float:
+        return sum(tally.speed(side) for tally in tallies)
+
+    return Evaluation(
+        images=images,
+        top1=percent("patched top1") if patched else None,
+        top5=percent("patched top5") if patched and has_top5 else None,
+        dense_top1=percent("dense top1"),
+        dense_top5=percent("dense top5") if has_top5 else None,
+        agreement=percent("agreement") if patched else None,
+        images_per_second=speed("patched") if patched else None,
+        dense_images_per_second=speed("dense"),
+    )
 
 
 def _refuse_prepared(data: Any) -> None:
@@ -254,21 +243,14 @@ def _refuse_prepared(data: Any) -> None:
 
 
 @contextmanager
-def _ready(model: nn.Module, device: Any) -> Iterator[Tensor]:
-    """Eval mode on that device inside the block; gives a tensor of the weights' device and type."""
-    before = _some_weight(model)
-    moves = device is not None and torch.device(device) != before.device
-    with eval_mode(model):
-        try:
-            if moves:
-                model.to(device)
-            yield _some_weight(model)
-        finally:
-            if moves:
-                model.to(before.device)
-
-
-def _some_weight(model: nn.Module) -> Tensor:
-    """The first floating one."""
+def _ready(model: nn.Module, device: Any) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Eval mode on that device inside the block; gives what the images must have."""
     tensors = chain(model.parameters(), model.buffers())
-    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    home = weight.device
+    target = torch.device(home if device is None else device)
+    with eval_mode(model), ExitStack() as stack:
+        if target != home:
+            stack.callback(model.to, home)
+            model.to(target)
+        yield target, weight.dtype

@@ -35,10 +35,11 @@ Stages = Annotated[tuple[Any, ...], "a list", lambda x: isinstance(x, tuple)]
 Span = Annotated[tuple[int, int], "(start, end), epochs with 0 <= start < end", _is_span]
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise `InvalidOption` for a number of things that is no int or too small."""
-    if type(value) is not int or value < least:
-        raise InvalidOption(f"{name} must be an int >= {least}, got {value!r}")
+def check_counts(least: int, **values: Any) -> None:
+    """Raise `InvalidOption` for a number of things that is no int or too small; None is none."""
+    for name, value in values.items():
+        if value is not None and (type(value) is not int or value < least):
+            raise InvalidOption(f"{name} must be an int >= {least}, got {value!r}")
 
 
 def check_fields(instance: object, where: str) -> None:

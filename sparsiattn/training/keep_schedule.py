@@ -9,9 +9,9 @@ from typing import Any
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching import apply
 from sparsiattn.patching.handle import Patch
+from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
-from sparsiattn.training.trainable import is_planner
 
 
 def share(epoch: int, span: tuple[int, int]) -> float:
@@ -55,7 +55,7 @@ def repatch(patch: Patch, strategy: Any) -> Patch:
     """The model patched with another strategy of its kind, its planners' weights as they were."""
     model, kernel = patch.model, patch.kernel
     example = None if patch.follows_model else patch.input_shape
-    planners = {name: value for name, value in model.state_dict().items() if is_planner(name)}
+    planners = {name: value for name, value in model.state_dict().items() if is_planner_key(name)}
     dense = {runtime.site.name: runtime.dense for runtime in patch.runtimes}
     selected = [runtime.site.name for runtime in patch.runtimes if runtime.selected]
     sites = selected if isinstance(strategy, Hybrid) else "*"

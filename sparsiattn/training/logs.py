@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption
-from sparsiattn.training.checkpoint import write_errors
+from sparsiattn.training.checkpoint import LOG, write_errors
 
 Row = dict[str, Any]
 
@@ -16,8 +16,9 @@ Row = dict[str, Any]
 class Log:
     """Rows of one run, in memory and in ``log.jsonl``; only the first process has a file."""
 
-    def __init__(self, path: Path | None, on_row: Callable[[Row], Any] | None) -> None:
-        self.path, self.on_row, self.rows = path, on_row, list[Row]()
+    def __init__(self, folder: Path | None, on_row: Callable[[Row], Any] | None) -> None:
+        self.folder, self.on_row, self.rows = folder, on_row, list[Row]()
+        self.path = None if folder is None else folder / LOG
         self.board: Any = None
 
     def resume(self, step: int) -> None:
@@ -32,9 +33,9 @@ class Log:
         self.rows = [row for row in rows if row["step"] <= step]
         self._write("w", "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def start_board(self, folder: Path | None, step: int) -> None:
+    def start_board(self, step: int) -> None:
         """Write TensorBoard events as well; those after ``step`` will be made again."""
-        if folder is None:
+        if self.folder is None:
             raise InvalidOption("tensorboard needs out=, a folder for its event files")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +43,7 @@ class Log:
             message = f"tensorboard is missing: {error}; pip install tensorboard"
             raise InvalidOption(message) from error
         # accelerate's tracker cannot purge the steps that a resumed run makes again
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, row: Row) -> None:
         """Write a row, and hand it to the user's callback."""
@@ -76,10 +77,6 @@ def _parsed(line: str) -> Row | None:
 
 def _scalars(row: Row) -> dict[str, float]:
     """Numbers of a row, of its parts too."""
-    scalars: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            scalars |= {f"{name}/{part}": number for part, number in value.items()}
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-            scalars[name] = float(value)
-    return scalars
+    parts = {f"parts/{name}": value for name, value in row.get("parts", {}).items()}
+    names = row.keys() - {"stage", "step", "parts"}
+    return parts | {name: row[name] for name in sorted(names) if row[name] is not None}

@@ -18,7 +18,7 @@ from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.training.recipe import Recipe
 from sparsiattn.training.result import TrainResult
-from sparsiattn.training.trainable import has_planners, left_as_found
+from sparsiattn.training.trainable import has_planners, settings_restored
 from sparsiattn.training.trainer import Trainer
 
 RecipeSource = str | PathLike[str] | Mapping[str, Any] | Recipe
@@ -86,12 +86,9 @@ def train(
     if resume not in ("auto", True, False):
         raise InvalidOption(f"resume must be 'auto', True or False, got {resume!r}")
     folder = None if out is None else Path(out)
-    teacher_kept = nullcontext() if teacher is None else left_as_found(teacher)
-    with left_as_found(host), teacher_kept, _patched(host, plan) as patch:
-        trainer = Trainer(
-            patch, plan, data, eval_data=eval_data, out=folder, teacher=teacher, on_log=on_log
-        )
-        return trainer.run(resume)
+    teacher_restored = nullcontext() if teacher is None else settings_restored(teacher)
+    with settings_restored(host), teacher_restored, _patched(host, plan) as patch:
+        return Trainer(patch, plan, data, eval_data, folder, teacher, on_log).run(resume)
 
 
 def recipe_for(patch: Patch | None, recipe: RecipeSource | None = None) -> Recipe:
@@ -99,7 +96,7 @@ def recipe_for(patch: Patch | None, recipe: RecipeSource | None = None) -> Recip
     if recipe is not None:
         return Recipe.load(recipe)
     stages = Recipe.load("sparsifiner_deit_small").stages
-    if patch is not None and not patch.learns:
+    if patch is not None and not patch.has_learned_planners:
         if has_planners(patch.model):
             stages = Recipe.load("dynamicvit_deit_small").stages
         else:

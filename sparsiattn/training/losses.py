@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.model_call import eval_mode, logits_of
 from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.training.penalties import PenaltyObserver
-from sparsiattn.training.recipe import Stage
 from sparsiattn.training.reconstruction import site_losses
-from sparsiattn.training.sources import check_labels
+from sparsiattn.training.samples import check_labels
+from sparsiattn.training.stage import Stage
 
 _FINAL_NORMS = ("norm", "layernorm", "ln", "layer_norm", "post_layernorm", "ln_post")
 
@@ -60,15 +61,16 @@ class Objective(nn.Module):
 
     def _student_losses(self, patch: Patch, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         stage, dense = self.stage, patch.strategy.name == "dense"
-        norm = final_norm(self.model) if stage.token_mse else None
-        losses: dict[str, Tensor] = {}
+        observer = PenaltyObserver(stage.penalties)
         if stage.penalties and not dense:
-            losses |= self._penalties(patch, images)[1]
-        with captured(norm) as tokens:
-            if stage.penalties and dense:  # observing changes nothing: one forward pass does both
-                logits, losses = self._penalties(patch, images)
-            else:
-                logits = logits_of(self.model(images), self.model)
+            with patch.observing(observer):
+                self.model(images)
+        # observing changes nothing in a dense model: one forward pass does both
+        observing = patch.observing(observer) if stage.penalties and dense else nullcontext()
+        norm = final_norm(self.model) if stage.token_mse else None
+        with captured(norm) as tokens, observing:
+            logits = logits_of(self.model(images), self.model)
+        losses = observer.penalties(stage.attention_layers) if stage.penalties else {}
         if stage.ce:
             losses["ce"] = label_loss(logits, labels, stage.label_smoothing)
         if stage.keep_ratio:
@@ -80,27 +82,17 @@ class Objective(nn.Module):
                 losses["token_mse"] = token_loss(patch, tokens[0], targets[0])
         return losses
 
-    def _penalties(self, patch: Patch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of the model with dense attention, and the penalties on its weights."""
-        observer = PenaltyObserver(self.stage.penalties)
-        with patch.observing(observer):
-            logits = logits_of(self.model(images), self.model)
-        return logits, observer.penalties(self.stage.attention_layers)
-
     @torch.no_grad()
     def _teach(self, patch: Patch, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and last tokens of the dense model."""
         (other,) = self._teacher
         teacher = self.model if other is None else other
         norm = final_norm(teacher) if self.stage.token_mse else None
-        with captured(norm) as tokens:
-            if other is not None:
-                return logits_of(other(images), other), tokens
-            carried = patch.last_pass  # the student's, which token_loss needs
-            with patch.disabled(), eval_mode(teacher):
-                logits = logits_of(teacher(images), teacher)
-            patch.last_pass = carried
-            return logits, tokens
+        student_pass = patch.last_pass  # token_loss needs it
+        with captured(norm) as tokens, patch.disabled(), eval_mode(teacher):
+            logits = logits_of(teacher(images), teacher)
+        patch.last_pass = student_pass
+        return logits, tokens
 
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -114,11 +106,9 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     Raises:
         DataError: For labels that the head does not have.
     """
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
     logits = logits.float()
     if labels.is_floating_point() and labels.shape == logits.shape:
-        return SoftTargetCrossEntropy()(logits, labels)  # type: ignore[no-any-return]
+        return F.cross_entropy(logits, labels.float())
     if labels.is_floating_point() or labels.shape != logits.shape[:1]:
         raise DataError(
             f"labels must be class indices [{len(logits)}] or shares {list(logits.shape)}, got "
@@ -126,7 +116,7 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         )
     if labels.device.type == "cpu":
         check_labels(labels, logits.shape[1])
-    return LabelSmoothingCrossEntropy(smoothing)(logits, labels)  # type: ignore[no-any-return]
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
 def kl_loss(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
@@ -157,7 +147,7 @@ def token_loss(patch: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
         targets: The dense model's, ``[B, N, C]`` or ``[B, h, w, C]``.
     """
     prefix = patch.model_sites[-1].prefix_tokens if patch.model_sites else 0
-    tokens, targets = _sequence(tokens).float(), _sequence(targets).float()
+    tokens, targets = (x.flatten(1, -2).float() for x in (tokens, targets))
     present = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
     if tokens.shape[1] != targets.shape[1]:
         places = patch.source().to(tokens.device)
@@ -209,20 +199,16 @@ def keep_ratio_loss(model: nn.Module) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _sequence(tokens: Tensor) -> Tensor:
-    return tokens.flatten(1, -2)
-
-
 def final_norm(model: nn.Module) -> nn.Module:
     """The module whose output is the last layer's tokens: timm's ``norm``, transformers'
     ``vit.layernorm``, torchvision's ``encoder.ln``."""
     base = getattr(model, "base_model_prefix", "")
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    for parent in ("", base, "encoder", f"{base}.encoder"):
-        for name in _FINAL_NORMS:
-            norm = modules.get(f"{parent}.{name}".strip("."))
-            if norm is not None:
-                return norm
+    parents = ("", base, "encoder", f"{base}.encoder")
+    for parent, name in product(parents, _FINAL_NORMS):
+        path = f"{parent}.{name}".strip(".")
+        if path in modules:
+            return modules[path]
     raise InvalidOption(
         f"token_mse compares the output of the last norm, and {type(model).__name__} has no module "
         f"named {', '.join(_FINAL_NORMS)} where one would look for it: set token_mse=0"
@@ -233,9 +219,8 @@ def final_norm(model: nn.Module) -> nn.Module:
 def captured(module: nn.Module | None) -> Iterator[list[Tensor]]:
     """What a module returns inside the block."""
     outputs: list[Tensor] = []
-
-    def store(module: nn.Module, args: object, output: Tensor) -> None:
-        outputs.append(output)
-
-    with nullcontext() if module is None else module.register_forward_hook(store):
+    if module is None:
+        yield outputs
+        return
+    with module.register_forward_hook(lambda module, args, output: outputs.append(output)):
         yield outputs

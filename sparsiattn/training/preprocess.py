@@ -18,11 +18,11 @@ from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import unwrap
 
 SMALL = 96  # pixels: below it the usual crops cost more of the image than they gain
-_OURS = {
-    "input_size", "is_training", "use_prefetcher", "normalize", "separate", "naflex", "patch_size",
-    "max_seq_len", "patchify", "patchify_channels_last", "patchify_flatten", "tf_preprocessing",
-}  # fmt: skip
-"""Options of timm's create_transform that the loader sets itself, or has no use for."""
+_OURS = (
+    "input_size is_training use_prefetcher normalize separate naflex patch_size max_seq_len "
+    "patchify patchify_channels_last patchify_flatten tf_preprocessing num_classes multi_label"
+)
+"""Options of timm's create_transform and Mixup that the loader sets itself, or has no use for."""
 _CONFIG = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _EVAL = {*_CONFIG, "crop_border_pixels"}
 
@@ -30,22 +30,16 @@ Options = Mapping[str, Any]
 
 
 @cache
-def _transform_names() -> frozenset[str]:
-    from timm.data import create_transform
+def _option_names(name: str) -> frozenset[str]:
+    """Options of timm's ``create_transform`` or ``Mixup`` that users may set."""
+    import timm.data
 
-    return frozenset(signature(create_transform).parameters) - _OURS
-
-
-@cache
-def _mixing_names() -> frozenset[str]:
-    from timm.data import Mixup
-
-    return frozenset(signature(Mixup).parameters) - {"num_classes", "multi_label"}
+    return frozenset(signature(getattr(timm.data, name)).parameters).difference(_OURS.split())
 
 
 def check_options(options: Options) -> None:
     """Raise `UnknownName` for a key that neither timm's create_transform nor its Mixup takes."""
-    known = _transform_names() | _mixing_names()
+    known = _option_names("create_transform") | _option_names("Mixup")
     for name in options:
         if name not in known:
             raise unknown("augment option", name, known)
@@ -145,7 +139,7 @@ def image_transform(config: Any, training: bool, options: Options) -> Callable[[
     from timm.data import create_transform
     from torchvision import transforms
 
-    names = _transform_names() if training else _EVAL
+    names = _option_names("create_transform") if training else _EVAL
     settings = {name: value for name, value in options.items() if name in names}
     if not training or settings.get("interpolation") is None:
         settings["interpolation"] = config["interpolation"]
@@ -173,7 +167,7 @@ def mixing(options: Options, classes: int | None) -> Any:
     """timm's `Mixup` where an alpha or cutmix_minmax asks for it, else None."""
     from timm.data import Mixup
 
-    settings = {name: value for name, value in options.items() if name in _mixing_names()}
+    settings = {name: value for name, value in options.items() if name in _option_names("Mixup")}
     if not mixes(options):
         if settings.get("label_smoothing"):
             raise InvalidOption(

@@ -1,17 +1,22 @@
-"""The processes that torchrun or ``accelerate launch`` started, if they did."""
+"""The processes that torchrun or ``accelerate launch`` started, and accelerate for one run."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.training import checkpoint, sharding
+from sparsiattn.training.recipe import Recipe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,21 +33,12 @@ class World:
     size: int = 1
     device: torch.device | None = None
 
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """Element by element, over all processes."""
-        return self._reduced(values, distributed.ReduceOp.SUM)
-
-    def largest(self, values: Sequence[float]) -> list[float]:
-        """Element by element, over all processes."""
-        return self._reduced(values, distributed.ReduceOp.MAX)
-
-    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
-        if self.size == 1:
-            return list(values)
-        device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        distributed.all_reduce(tensor, operation)
-        return tensor.tolist()
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; all must call."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
+        return values
 
 
 def waiting() -> bool:
@@ -61,10 +57,20 @@ def world(device: str | torch.device | None = None) -> World:
     Args:
         device: Of the model, where the caller wants a certain one.
     """
-    state = _connect(device) if waiting() else None
+    place = None
+    if waiting():
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise InvalidOption(
+                f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate, which "
+                "connects them, is missing: pip install 'sparsiattn[train]' (or run one process)"
+            ) from error
+        gpu = torch.device(device).type != "cpu" if device else torch.cuda.is_available()
+        state = PartialState(cpu=not gpu)
+        place = state.device if device is None else None
     if not connected():
         return World()
-    place = state.device if state is not None and device is None else None
     return World(distributed.get_rank(), distributed.get_world_size(), place)
 
 
@@ -76,13 +82,44 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def _connect(device: str | torch.device | None) -> Any:
+@contextmanager
+def accelerated(recipe: Recipe) -> Iterator[Any]:
+    """An ``Accelerator`` for a recipe.
+
+    Random numbers depend on the recipe's seed inside the block and go on afterwards as if it had
+    not been.
+    """
     try:
-        from accelerate import PartialState
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+        from accelerate.utils import set_seed
     except ImportError as error:
         raise InvalidOption(
-            f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate, which connects "
-            "them, is missing: pip install 'sparsiattn[train]' (or run one process)"
+            f"training needs accelerate: {error}; pip install 'sparsiattn[train]'"
         ) from error
-    on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
-    return PartialState(cpu=on_cpu)
+    used_by_others = AcceleratorState._shared_state != {}
+    rng = checkpoint.rng_state()
+    cpu = {} if torch.accelerator.is_available() else {"cpu": True}
+    # FSDP writes itself over the type, and the next run could not tell what it is on
+    state = PartialState(**cpu)
+    distributed_type = state.distributed_type
+    try:
+        try:
+            accelerator = Accelerator(
+                mixed_precision=recipe.mixed_precision,
+                gradient_accumulation_steps=recipe.accumulation,
+                step_scheduler_with_optimizer=False,
+                **cpu,
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InvalidOption(f"accelerate cannot be set up: {error}") from error
+        sharding.set_up(accelerator, recipe)
+        set_seed(recipe.seed, device_specific=True)
+        yield accelerator
+    finally:
+        checkpoint.set_rng_state(rng)
+        if not used_by_others:
+            # accelerate keeps its precision for the whole process, and a later run may want another
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+            state.distributed_type = distributed_type

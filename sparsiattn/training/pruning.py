@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parameters_to_vector, prune
 
 from sparsiattn.errors import InvalidOption
-from sparsiattn.training.recipe import Stage
-from sparsiattn.training.trainable import is_planner
+from sparsiattn.runtime.site_runtime import is_planner_key
+from sparsiattn.training.stage import Stage
 
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -18,34 +18,32 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Pruned:
     """The smallest weights of a model, set to zero and held there.
 
-    `torch.nn.utils.prune.global_unstructured` chooses them, by `prune.L1Unstructured`, on modules
-    that only borrow the weights: no parameter of the model gets another name, so checkpoints,
-    averages and processes see it as it always was, and there is nothing to remove before it is
-    saved. Gradients are masked as they come and weights after every step, which is what that
-    module's own masks come to. Zeros that no kernel skips save no time.
+    `prune.L1Unstructured` chooses them among all weights at once, as `prune.global_unstructured`
+    does; but that would give parameters of the model other names. So checkpoints, averages and
+    processes see the model as it always was, and there is nothing to remove before it is saved.
+    Gradients are masked as they come and weights after every step, which is what that module's own
+    masks come to. Zeros that no kernel skips save no time.
     """
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
         self.masks: dict[str, Tensor] = {}
         self.weights = dict(candidates(model, norms=stage.prune_norms)) if stage.prune else {}
         if self.weights:
-            self._choose(stage.prune)
+            vector = parameters_to_vector(self.weights.values()).detach()
+            method = prune.L1Unstructured(stage.prune)
+            mask = method.compute_mask(vector, default_mask=torch.ones_like(vector)).bool()
+            masks = mask.split([weight.numel() for weight in self.weights.values()])
+            for (name, weight), part in zip(self.weights.items(), masks, strict=True):
+                self.masks[name] = part.view_as(weight).clone()
             self.hold()
-        trained = [(name, weight) for name, weight in self.weights.items() if weight.requires_grad]
-        self._hooks = [weight.register_hook(self._masked(name)) for name, weight in trained]
+        self._hooks = [
+            weight.register_hook(partial(self._masked, name))
+            for name, weight in self.weights.items()
+            if weight.requires_grad
+        ]
 
-    def _choose(self, share: float) -> None:
-        holders = [_Holder(weight) for weight in self.weights.values()]
-        prune.global_unstructured(
-            [(holder, "weight") for holder in holders],
-            pruning_method=prune.L1Unstructured,
-            amount=share,
-        )
-        masks = (holder.get_buffer("weight_mask").bool() for holder in holders)
-        self.masks = dict(zip(self.weights, masks, strict=True))
-
-    def _masked(self, name: str) -> Callable[[Tensor], Tensor]:
-        return lambda gradient: gradient * self.masks[name]
+    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient * self.masks[name]
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -59,22 +57,10 @@ class Pruned:
             hook.remove()
         self.weights, self.masks, self._hooks = {}, {}, []
 
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: zeros alone could not tell a pruned weight from one that was zero."""
-        return dict(self.masks)
-
     def load_state(self, masks: dict[str, Tensor]) -> None:
-        """Of a checkpoint."""
+        """Take over those of a checkpoint: zeros alone do not show which weights were pruned."""
         for name, mask in masks.items():
             self.masks[name] = mask.to(self.masks[name].device)
-
-
-class _Holder(nn.Module):
-    """Somewhere to prune a weight without its module noticing."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach())
 
 
 def candidates(model: nn.Module, *, norms: bool) -> list[tuple[str, nn.Parameter]]:
@@ -85,7 +71,7 @@ def candidates(model: nn.Module, *, norms: bool) -> list[tuple[str, nn.Parameter
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         name = f"{path}.weight".lstrip(".")
-        if not isinstance(weight, nn.Parameter) or is_planner(name):
+        if not isinstance(weight, nn.Parameter) or is_planner_key(name):
             continue
         if isinstance(module, _PRODUCTS) or (norms and weight.dim() == 1):
             weights.setdefault(id(weight), (name, weight))

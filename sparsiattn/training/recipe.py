@@ -11,137 +11,9 @@ from typing import Any
 
 from sparsiattn.errors import InvalidOption, unknown
 from sparsiattn.training import field_kinds as kinds
+from sparsiattn.training.stage import EXCLUSIVE, Stage
 
-PENALTIES = ("attention_log", "attention_entropy")
-LOSSES = ("reconstruction", "ce", "kl", "token_mse", "keep_ratio", *PENALTIES)
 FOLDER = Path(__file__).resolve().parent / "recipes"
-_EXCLUSIVE = (("epochs", "steps"), ("warmup_epochs", "warmup_steps"))
-"""Two ways to say one length; a stage has one of them."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of training, with a cosine schedule of its own.
-
-    Attributes:
-        name: Names the stage in the log and in `Recipe.changed`.
-        trainable: ``"planners"``, ``"backbone"`` or ``"both"``.
-        epochs: Length in passes over the data; either this or ``steps``.
-        steps: Length in updates.
-        optimizer: A name of `timm.optim`.
-        lr: Learning rate at the end of the warm-up.
-        min_lr: Learning rate at the end of the stage.
-        warmup_lr: Learning rate at the start of the warm-up.
-        backbone_lr_scale: With trainable ``"both"``, the backbone's rate as a share of the
-            planners', at all times.
-        warmup_epochs: Length of the warm-up in epochs; either this or ``warmup_steps``.
-        warmup_steps: Length of the warm-up in updates.
-        weight_decay: Of all weights but biases and norms.
-        clip: Largest norm of the gradient.
-        reconstruction: Weight of the planners' loss against the model's own dense attention.
-        ce: Weight of the cross-entropy with the labels.
-        label_smoothing: Of the labels.
-        kl: Weight of the KL divergence of the logits from the dense model's.
-        temperature: Of both logits in ``kl``.
-        token_mse: Weight of the squared error of the last layer's patch tokens, against the dense
-            model's.
-        keep_ratio: Weight of DynamicViT's loss, `sparsiattn.training.keep_ratio_loss`.
-        attention_log: Weight of `sparsiattn.training.penalties.log_penalty` on the model's dense
-            attention. Penalties need all attention weights in memory and, where the strategy is not
-            ``dense``, one more forward pass.
-        attention_entropy: Weight of `sparsiattn.training.penalties.entropy`, likewise.
-        attention_layers: Layers that the penalties look at, ``"all"`` or ``"last"``.
-        prune: Share of the model's weights, the smallest ones, that is zero from the first update
-            of the stage to its last (`sparsiattn.training.pruning`: zeros save no time).
-        prune_norms: Whether gains of normalisation layers are pruned as well.
-        ema_decay: Of the moving average of the weights, with which the stage is evaluated and ends.
-        grad_checkpointing: Recompute activations instead of keeping them.
-        keep_epochs: ``(start, end)``: token strategies and hybrids keep everything before epoch
-            ``start`` and their own share from ``end`` on, on a cosine between (EViT, arXiv
-            2202.07800, section 4). The model is patched anew between epochs, planners keep their
-            weights; ask `sparsiattn.patch_of` for its `Patch` afterwards.
-
-    >>> Stage(name="predictor", trainable="planners", epochs=5, lr=3e-4, reconstruction=1.0).losses
-    {'reconstruction': 1.0}
-    """
-
-    name: kinds.Name = "train"
-    trainable: kinds.Trainable = "backbone"
-    epochs: kinds.AtLeast1 | None = None
-    steps: kinds.AtLeast1 | None = None
-    optimizer: kinds.Text = "adamw"
-    lr: kinds.Positive = 1e-4
-    min_lr: kinds.Weight = 0.0
-    warmup_lr: kinds.Weight = 0.0
-    backbone_lr_scale: kinds.Positive = 1.0
-    warmup_epochs: kinds.Weight | None = None
-    warmup_steps: kinds.AtLeast0 | None = None
-    weight_decay: kinds.Weight = 0.05
-    clip: kinds.Positive | None = None
-    reconstruction: kinds.Weight = 0.0
-    ce: kinds.Weight = 0.0
-    label_smoothing: kinds.Share = 0.0
-    kl: kinds.Weight = 0.0
-    temperature: kinds.Positive = 1.0
-    token_mse: kinds.Weight = 0.0
-    keep_ratio: kinds.Weight = 0.0
-    attention_log: kinds.Weight = 0.0
-    attention_entropy: kinds.Weight = 0.0
-    attention_layers: kinds.Layers = "all"
-    prune: kinds.Share = 0.0
-    prune_norms: kinds.Flag = True
-    ema_decay: kinds.Share | None = None
-    grad_checkpointing: kinds.Flag = False
-    keep_epochs: kinds.Span | None = None
-
-    def __post_init__(self) -> None:
-        kinds.check_fields(self, f"stage {self.name!r}")
-        problem = self._contradiction()
-        if problem is not None:
-            raise InvalidOption(f"stage {self.name!r}{problem}")
-
-    def _contradiction(self) -> str | None:
-        """What is wrong with fields that are right each by itself."""
-        for pair in _EXCLUSIVE:
-            if all(getattr(self, name) is not None for name in pair):
-                return f" takes {' or '.join(pair)}, got both"
-        if self.epochs is None and self.steps is None:
-            return " needs epochs or steps: how long it lasts"
-        if self.min_lr > self.lr:
-            return f": min_lr={self.min_lr} is above lr={self.lr}"
-        if self.backbone_lr_scale != 1.0 and self.trainable != "both":
-            return (
-                f": backbone_lr_scale={self.backbone_lr_scale} sets backbone and planners apart, "
-                f"which needs trainable: both, got {self.trainable!r}: set lr instead"
-            )
-        if self.grad_checkpointing and self.penalties:
-            return (
-                f": {' and '.join(self.penalties)} read attention weights that grad_checkpointing "
-                "would not keep: leave one of the two out"
-            )
-        if not self.losses:
-            return f" has nothing to minimise: give one of {', '.join(LOSSES)} a weight above 0"
-        return None
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """Name to weight of every loss that counts."""
-        return {name: getattr(self, name) for name in LOSSES if getattr(self, name) > 0}
-
-    @property
-    def distils(self) -> bool:
-        """Whether a teacher is needed."""
-        return self.kl > 0 or self.token_mse > 0
-
-    @property
-    def penalties(self) -> list[str]:
-        """Those on attention weights that count."""
-        return [name for name in PENALTIES if getattr(self, name) > 0]
-
-    @property
-    def runs_student(self) -> bool:
-        """Whether the sparse model itself runs, not only its dense attention."""
-        return set(self.losses) != {"reconstruction"}
 
 
 @dataclass(frozen=True)
@@ -276,19 +148,18 @@ def _with_change(recipe: Recipe, name: str, value: Any) -> Recipe:
         change: dict[str, Any] = {head: {**getattr(recipe, head), rest: value}}
         return replace(recipe, **change)
     option = rest if dot else name
-    chosen = [not dot or head in (str(i), stage.name) for i, stage in enumerate(recipe.stages)]
-    if dot and any(chosen) and option not in _names(Stage):
+    stages = {stage.name: stage for stage in recipe.stages}
+    chosen = [s for i, s in enumerate(recipe.stages) if not dot or head in (str(i), s.name)]
+    if option not in _names(Stage) and dot and chosen:
         raise _unknown_field(f"stage {head!r}", option, _names(Stage))
-    if not any(chosen) or option not in _names(Stage):
-        places = [f"{place}.FIELD" for place in ("options", *(s.name for s in recipe.stages))]
+    if option not in _names(Stage) or not chosen:
+        places = [f"{place}.FIELD" for place in ("options", *stages)]
         raise _unknown_field("recipe", name, [*_names(Recipe), *_names(Stage), *places])
-    withdrawn = next((pair for pair in _EXCLUSIVE if option in pair and value is not None), ())
+    # a new length takes the place of one that was given in the other unit
+    withdrawn = next((pair for pair in EXCLUSIVE if option in pair and value is not None), ())
     changes = {**dict.fromkeys(withdrawn), option: value}
-    stages = [
-        replace(stage, **changes) if choose else stage
-        for stage, choose in zip(recipe.stages, chosen, strict=True)
-    ]
-    return replace(recipe, stages=tuple(stages))
+    stages |= {stage.name: replace(stage, **changes) for stage in chosen}
+    return replace(recipe, stages=tuple(stages.values()))
 
 
 def _path(name: str) -> Path:

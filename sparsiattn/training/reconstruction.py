@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,23 +18,18 @@ def site_losses(patch: Patch, images: Tensor) -> list[Tensor]:
     """One loss per learned site for one batch; the host itself runs without gradients."""
     losses: list[Tensor] = []
 
-    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
-        if isinstance(planner, LearnedPlanner):
-            # a pass without gradients calls this
-            with torch.enable_grad():
-                losses.append(planner.loss(inputs))
+    @torch.enable_grad()
+    def add_loss(planner: LearnedPlanner, inputs: AttentionInputs) -> None:
+        losses.append(planner.loss(inputs))
 
-    with eval_mode(patch.model), patch.observing(observe), torch.no_grad():
-        patch.model(images)
+    _visit(patch, images, add_loss)
     return losses
 
 
 def start_planners(patch: Patch, images: Tensor) -> None:
     """Every learned planner's closed-form start from one batch, where that lowers its loss."""
 
-    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
-        if not isinstance(planner, LearnedPlanner):
-            return
+    def start(planner: LearnedPlanner, inputs: AttentionInputs) -> None:
         before = {name: value.clone() for name, value in planner.state_dict().items()}
         loss = planner.loss(inputs)
         if not loss.isfinite():
@@ -40,6 +37,18 @@ def start_planners(patch: Patch, images: Tensor) -> None:
         planner.init_from_batch(inputs)
         if not planner.loss(inputs) < loss:
             planner.load_state_dict(before)
+
+    _visit(patch, images, start)
+
+
+def _visit(
+    patch: Patch, images: Tensor, visit: Callable[[LearnedPlanner, AttentionInputs], None]
+) -> None:
+    """Run the host without gradients; every learned planner meets its operands on the way."""
+
+    def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
+        if isinstance(planner, LearnedPlanner):
+            visit(planner, inputs)
 
     with eval_mode(patch.model), patch.observing(observe), torch.no_grad():
         patch.model(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +98,28 @@ class RunFolder:
         """Write ``last``, and ``best`` after the best epoch; all processes must call."""
         if self.out is None:
             return
-        optimizer = {**run.state(), "rng": self._gathered_rng()}
+        from accelerate.utils import gather_object
+
+        random = gather_object([{"now": checkpoint.rng_state(), "epoch": self.epoch_rng}])
+        optimizer = {**run.state(), "rng": {str(rank): rng for rank, rng in enumerate(random)}}
         if best:
             folder, model = self.out / checkpoint.BEST, run.averaged or patch.model
-            self._on_main(lambda: checkpoint.write(folder, lambda new: _best(new, patch, model)))
+            self._on_main(checkpoint.write, folder, partial(_save_model, patch=patch, model=model))
 
         def fill(folder: Path) -> None:
-            patch.save(folder)
-            checkpoint.save_weights(patch.model.state_dict(), folder / checkpoint.MODEL)
+            _save_model(folder, patch, patch.model)
             if run.averaged is not None:
                 checkpoint.save_weights(run.averaged.state_dict(), folder / checkpoint.EMA)
             torch.save(optimizer, folder / checkpoint.OPTIMIZER)
             checkpoint.save_state(folder / checkpoint.STATE, state, self.identity)
 
-        self._on_main(lambda: checkpoint.write(self.last, fill))
+        self._on_main(checkpoint.write, self.last, fill)
         self.saved_step = state.step
 
     def finish(self, state: TrainState) -> None:
         """Note in ``last`` that the run is complete; its weights become the averaged ones."""
         if self.out is not None:
-            self._on_main(lambda: checkpoint.finish(self.last, state, self.identity))
+            self._on_main(checkpoint.finish, self.last, state, self.identity)
 
     def load_weights(self, model: nn.Module) -> None:
         """Of the last checkpoint."""
@@ -133,27 +136,12 @@ class RunFolder:
             checkpoint.set_rng_state(rng["now"])
             self.epoch_rng = rng["epoch"]
 
-    def note_epoch(self) -> None:
-        """Remember the random numbers with which an epoch begins."""
-        self.epoch_rng = checkpoint.rng_state()
-
-    def rewind_epoch(self) -> None:
-        """Go back to these random numbers."""
-        checkpoint.set_rng_state(self.epoch_rng)
-
-    def _gathered_rng(self) -> dict[str, Any]:
-        from accelerate.utils import gather_object
-
-        own = [{"now": checkpoint.rng_state(), "epoch": self.epoch_rng}]
-        states = gather_object(own) if self.accelerator.num_processes > 1 else own
-        return {str(rank): state for rank, state in enumerate(states)}
-
-    def _on_main(self, action: Callable[[], Any]) -> None:
+    def _on_main(self, action: Callable[..., Any], *arguments: Any) -> None:
         """Done by the first process; where it fails all of them raise instead of waiting."""
         failure: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                action()
+                action(*arguments)
             except CheckpointNotWritten as error:
                 failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
@@ -161,7 +149,7 @@ class RunFolder:
             raise failure or CheckpointNotWritten("the first process could not write a checkpoint")
 
 
-def _best(folder: Path, patch: Patch, model: nn.Module) -> None:
+def _save_model(folder: Path, patch: Patch, model: nn.Module) -> None:
     """What is needed to use the model: `sparsiattn.load` reads the folder, its weights are here."""
     (patch_of(model) or patch).save(folder)
     checkpoint.save_weights(model.state_dict(), folder / checkpoint.MODEL)

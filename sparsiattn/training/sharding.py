@@ -8,17 +8,20 @@ copy is sharded, anew for each stage; accelerate does that and gives its optimiz
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_with_path
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.handle import Patch
-from sparsiattn.training.recipe import Recipe, Stage
+from sparsiattn.training.recipe import Recipe
+from sparsiattn.training.stage import Stage
 
+Path = tuple[Any, ...]
+"""Keys of a value in an optimizer's state: the weight's number, the value's name."""
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
@@ -53,9 +56,15 @@ def set_up(accelerator: Any, recipe: Recipe) -> None:
         )
     plugin = accelerator.state.fsdp_plugin
     _check(plugin, recipe)
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     # every process has the whole model already: there is nothing to send it
     plugin.cpu_ram_efficient_loading = False
-    plugin.mixed_precision_policy = _precision(recipe)
+    half: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    # weights travel in half precision; gradients are added up in full, as without sharding
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        **({} if recipe.mixed_precision == "no" else half)
+    )
 
 
 def _shard_on_cpu(accelerator: Any) -> None:
@@ -116,15 +125,6 @@ def check(patch: Patch, stage: Stage) -> None:
         )
 
 
-def _precision(recipe: Recipe) -> Any:
-    """Weights travel in half precision; gradients are added up in full, as without sharding."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if recipe.mixed_precision == "no":
-        return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
 def copy_of(model: nn.Module) -> nn.Module:
     """What will be sharded; the model itself waits on the CPU, so that it takes no room.
 
@@ -151,17 +151,19 @@ def _weights(optimizer: Any) -> list[Any]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def prepare(accelerator: Any, objective: nn.Module, optimizer: Any, whole: bool) -> tuple[Any, Any]:
+def prepare(
+    accelerator: Any, objective: nn.Module, optimizer: Any, reshard: bool
+) -> tuple[Any, Any]:
     """The objective sharded, and the optimizer of its pieces.
 
     Args:
         accelerator: Set up by `set_up`.
         objective: Holds the copy of the model.
         optimizer: Of the copy.
-        whole: Whether weights that were gathered for a forward pass stay so up to the backward
-            pass. Planners need that: their losses are computed inside blocks that themselves run
-            without gradients, and whose weights would be gone when the backward pass comes to the
-            planners.
+        reshard: Whether weights that were gathered for a forward pass are given up before the
+            backward pass. Planners forbid that: their losses are computed inside blocks that
+            themselves run without gradients, and whose weights would be gone when the backward
+            pass comes to the planners.
     """
     inner: Any = objective.model
     objective._no_split_modules = getattr(inner, "_no_split_modules", None)  # type: ignore[assignment]
@@ -169,7 +171,7 @@ def prepare(accelerator: Any, objective: nn.Module, optimizer: Any, whole: bool)
         sharded, optimizer = accelerator.prepare(objective, optimizer)
     except ValueError as error:
         raise InvalidOption(f"accelerate cannot shard {type(inner).__name__}: {error}") from error
-    if whole:
+    if not reshard:
         sharded.set_reshard_after_forward(False)
     return sharded, optimizer
 
@@ -188,7 +190,7 @@ def gather(objective: nn.Module, model: nn.Module) -> None:
     sharded: Any = objective.model
     weights = model.state_dict()
     for name, value in sharded.state_dict().items():
-        weights[name].copy_(whole_of(value).reshape(weights[name].shape))
+        weights[name].copy_(full_tensor(value).reshape(weights[name].shape))
 
 
 def gathered(state: dict[str, Any], scalars: set[int], keep: bool) -> dict[str, Any]:
@@ -197,16 +199,16 @@ def gathered(state: dict[str, Any], scalars: set[int], keep: bool) -> dict[str, 
     All processes must call; those without ``keep`` get no tensors.
     """
 
-    def whole(index: int, name: str, value: Any) -> Any:
+    def assemble(path: Path, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        tensor = whole_of(value)
+        tensor = full_tensor(value)
         if not keep:
             return None
-        scalar = index in scalars and tensor.numel() == 1
+        scalar = path[0].key in scalars and tensor.numel() == 1
         return tensor.cpu().reshape(() if scalar else tensor.shape)
 
-    return _mapped(state, whole)
+    return {**state, "state": tree_map_with_path(assemble, state["state"])}
 
 
 def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[str, Any]:
@@ -215,7 +217,8 @@ def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[
 
     weights = _weights(optimizer)
 
-    def piece(index: int, name: str, value: Any) -> Any:
+    def cut(path: Path, value: Any) -> Any:
+        index, name = path[0].key, path[1].key
         weight = weights[index]
         if not isinstance(value, Tensor) or not isinstance(weight, DTensor):
             return value
@@ -227,19 +230,10 @@ def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[
         value = value.to(mesh.device_type)
         return distribute_tensor(value, mesh, weight.placements, src_data_rank=None)
 
-    return _mapped(state, piece)
+    return {**state, "state": tree_map_with_path(cut, state["state"])}
 
 
-def _mapped(state: dict[str, Any], change: Callable[[int, str, Any], Any]) -> dict[str, Any]:
-    """The state with all that is kept for weights changed."""
-    changed = {
-        index: {name: change(index, name, value) for name, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": changed}
-
-
-def whole_of(value: Any) -> Any:
+def full_tensor(value: Any) -> Any:
     """A tensor that was cut into pieces, put together in every process; others as they are."""
     from torch.distributed.tensor import DTensor
 

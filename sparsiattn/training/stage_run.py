@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,56 +12,56 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.training import sharding
 from sparsiattn.training.losses import Objective
 from sparsiattn.training.preprocess import head_size
 from sparsiattn.training.pruning import Pruned
-from sparsiattn.training.recipe import Stage
-from sparsiattn.training.sources import check_labels
-from sparsiattn.training.trainable import is_planner
+from sparsiattn.training.samples import check_labels
+from sparsiattn.training.stage import Stage
 
 
+@dataclass(eq=False)
 class StageRun:
     """A stage under way.
 
-    Args:
-        model: The user's patched model.
+    Attributes:
+        user_model: The user's patched model.
         stage: What to do.
         teacher: A dense model; None for the model itself.
         accelerator: Of the run.
         per_epoch: Updates in an epoch, None if unknown.
-
-    Attributes:
         total: Updates of the stage.
         model: What is trained: the user's model, or in sharded training a copy of it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stage: Stage,
-        teacher: nn.Module | None,
-        accelerator: Any,
-        per_epoch: int | None,
-    ) -> None:
-        self.stage, self.accelerator, self.user_model = stage, accelerator, model
-        self.total, warmup = lengths(stage, per_epoch)
+    user_model: nn.Module
+    stage: Stage
+    teacher: nn.Module | None
+    accelerator: Any
+    per_epoch: int | None
+
+    def __post_init__(self) -> None:
+        model, stage, accelerator = self.user_model, self.stage, self.accelerator
+        self.total, warmup = lengths(stage, self.per_epoch)
         self.sharded = sharding.is_sharded(accelerator)
         self.model = sharding.copy_of(model) if self.sharded else model.to(accelerator.device)
         self.pruned = Pruned(self.model, stage)
         optimizer = make_optimizer(self.model, stage)
         self.scalars = sharding.scalars(model, self.model, optimizer) if self.sharded else set()
         self.schedule = make_schedule(optimizer, stage, self.total, warmup)
-        self.ema = make_average(self.model, stage)
-        objective = Objective(self.model, stage, teacher)
-        self.objective, self.optimizer = self._prepared(objective, optimizer)
-        self.weights = [weight for weight in self.objective.parameters() if weight.requires_grad]
+        self.ema: Any = None
+        if stage.ema_decay is not None:
+            from timm.utils import ModelEmaV3
 
-    def _prepared(self, objective: Objective, optimizer: Any) -> tuple[Any, Any]:
-        if not self.sharded:
-            return self.accelerator.prepare(objective, optimizer)  # type: ignore[no-any-return]
-        whole = self.stage.trainable != "backbone"
-        return sharding.prepare(self.accelerator, objective, optimizer, whole)
+            self.ema = ModelEmaV3(self.model, decay=stage.ema_decay)
+        prepare = accelerator.prepare
+        if self.sharded:
+            reshard = stage.trainable == "backbone"
+            prepare = partial(sharding.prepare, accelerator, reshard=reshard)
+        objective = Objective(self.model, stage, self.teacher)
+        self.objective, self.optimizer = prepare(objective, optimizer)
+        self.weights = [weight for weight in self.objective.parameters() if weight.requires_grad]
 
     @property
     def averaged(self) -> nn.Module | None:
@@ -86,7 +87,7 @@ class StageRun:
         """Clip the gradient if the stage says so; gives its norm, of which one bad number makes
         NaN."""
         largest = math.inf if self.stage.clip is None else self.stage.clip
-        norm = float(sharding.whole_of(self.accelerator.clip_grad_norm_(self.weights, largest)))
+        norm = float(sharding.full_tensor(self.accelerator.clip_grad_norm_(self.weights, largest)))
         scales = self.accelerator.scaler is not None  # it skips such steps and lowers its scale
         return {} if scales else {"the norm of the gradient": norm}
 
@@ -111,7 +112,7 @@ class StageRun:
     def continue_from(self, before: StageRun) -> StageRun:
         """Take the place of the same stage with another patch of the same model."""
         self.optimizer.load_state_dict(before.optimizer.state_dict())
-        self.pruned.load_state(before.pruned.state())
+        self.pruned.load_state(before.pruned.masks)
         before.pruned.end()
         if self.ema is not None:
             self.ema.module.load_state_dict(before.ema.module.state_dict())
@@ -122,11 +123,11 @@ class StageRun:
         scaler, optimizer = self.accelerator.scaler, self.optimizer.state_dict()
         if self.sharded:
             main = self.accelerator.is_main_process
-            optimizer = sharding.gathered(optimizer, self.scalars, main)
+            optimizer = sharding.gathered(optimizer, self.scalars, keep=main)
         return {
             "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "pruned": self.pruned.state(),
+            "pruned": self.pruned.masks,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -180,7 +181,7 @@ def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
 
     undecayed: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=undecayed)
-    planners = {id(weight) for name, weight in model.named_parameters() if is_planner(name)}
+    planners = {id(weight) for name, weight in model.named_parameters() if is_planner_key(name)}
     parted = [
         {
             **group,
@@ -205,12 +206,3 @@ def make_schedule(optimizer: Any, stage: Stage, total: int, warmup: int) -> Any:
         warmup_lr_init=stage.warmup_lr,
         t_in_epochs=False,
     )
-
-
-def make_average(model: nn.Module, stage: Stage) -> Any:
-    """The moving average of the weights, None for a stage without."""
-    if stage.ema_decay is None:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=stage.ema_decay)

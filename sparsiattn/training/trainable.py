@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,22 +12,17 @@ from torch import nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.model_call import modes_restored
-from sparsiattn.runtime.site_runtime import PLANNER
+from sparsiattn.runtime.site_runtime import PLANNER, is_planner_key
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.keep_predictor import KeepPredictor
-from sparsiattn.training.recipe import Stage
+from sparsiattn.training.stage import Stage
 
 SWITCH = "grad_checkpointing"  # of timm's models and their parts
 
 
-def is_planner(name: str) -> bool:
-    """Whether a weight of that name belongs to a planner."""
-    return f".{PLANNER}." in f".{name}"
-
-
 def has_planners(model: nn.Module) -> bool:
     """Whether a model has planners that learn."""
-    return any(is_planner(name) for name, _ in model.named_parameters())
+    return any(is_planner_key(name) for name, _ in model.named_parameters())
 
 
 def require_gradients(patch: Patch, stage: Stage, host: set[str]) -> None:
@@ -42,7 +37,7 @@ def require_gradients(patch: Patch, stage: Stage, host: set[str]) -> None:
         InvalidOption: Nothing is left to train, or a loss has nothing that it could change.
     """
     _check_losses(patch, stage)
-    names = set(host) if stage.trainable != "planners" else set()
+    names = set() if stage.trainable == "planners" else set(host)
     if stage.trainable != "backbone":
         names |= _planners(patch, stage)
     if not names:
@@ -55,16 +50,17 @@ def _planners(patch: Patch, stage: Stage) -> set[str]:
     """Planner weights that a loss of this stage reaches: those that choose keys learn by
     reconstruction alone (a hard choice has no gradient), token scores by all other losses, and
     differentiable planners by either."""
-    learned = [module for module in patch.model.modules() if isinstance(module, LearnedPlanner)]
-    fitted = {id(weight) for module in learned for weight in module.parameters()}
-    hard = {id(w) for module in learned if not module.differentiable for w in module.parameters()}
-    if "reconstruction" not in stage.losses:
-        fitted = set()
+    fitted, hard = set(), set()
+    for planner in patch.model.modules():
+        if isinstance(planner, LearnedPlanner):
+            weights = set(planner.parameters())
+            fitted |= weights if stage.reconstruction else set()
+            hard |= set() if planner.differentiable else weights
     return {
         name
         for name, weight in patch.model.named_parameters()
-        if is_planner(name)
-        and (id(weight) in fitted or (stage.runs_student and id(weight) not in hard))
+        if is_planner_key(name)
+        and (weight in fitted or (stage.runs_student and weight not in hard))
     }
 
 
@@ -85,14 +81,14 @@ def _nothing_to_train(patch: Patch, stage: Stage) -> str:
 
 
 def _check_losses(patch: Patch, stage: Stage) -> None:
-    name = patch.strategy.name
-    if stage.reconstruction and (stage.trainable == "backbone" or not patch.learns):
-        why = "trainable is 'backbone', which leaves them alone"
-        if not patch.learns:
-            why = f"{name!r} has none"
+    name, learns = patch.strategy.name, patch.has_learned_planners
+    if stage.reconstruction and (stage.trainable == "backbone" or not learns):
+        reason = "trainable is 'backbone', which leaves them alone"
+        if not learns:
+            reason = f"{name!r} has none"
         raise InvalidOption(
             f"stage {stage.name!r} has nothing to train by reconstruction: it fits planners that "
-            f"choose keys, and {why}"
+            f"choose keys, and {reason}"
         )
     scores = any(isinstance(module, KeepPredictor) for module in patch.model.modules())
     if stage.keep_ratio and not scores:
@@ -105,10 +101,7 @@ def _check_losses(patch: Patch, stage: Stage) -> None:
 def set_modes(model: nn.Module, stage: Stage) -> None:
     """Training mode; a frozen backbone stays in eval mode, planners and the model itself apart
     (the latter says whether token scores train), so that no running statistic moves."""
-    model.train()
-    if stage.trainable != "planners":
-        return
-    model.eval()
+    model.train(stage.trainable != "planners")
     model.training = True
     for module in model.modules():
         if PLANNER in module._modules:
@@ -126,39 +119,28 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
     Raises:
         InvalidOption: The model has no such switch.
     """
-    if not on or _checkpoints_already(model):
-        yield
-    elif hasattr(model, "set_grad_checkpointing"):
-        before = [(m, vars(m)[SWITCH]) for m in model.modules() if SWITCH in vars(m)]
-        try:
+    # what both names of transformers' own property look at
+    used = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    with ExitStack() as stack:
+        if hasattr(model, "set_grad_checkpointing") and on and not used:
+            for module in model.modules():
+                if SWITCH in vars(module):
+                    stack.callback(setattr, module, SWITCH, vars(module)[SWITCH])
             model.set_grad_checkpointing(True)
-            yield
-        finally:
-            for module, value in before:
-                setattr(module, SWITCH, value)
-    else:
-        kind = _transformers_switch(model)
-        try:
-            yield
-        finally:
-            getattr(model, f"{kind}_checkpointing_disable")()
+        elif on and not used:
+            stack.callback(_switch_transformers_on(model))
+        yield
 
 
-def _checkpoints_already(model: Any) -> bool:
-    """Whether the user switched a transformers model's on; its name changed in version 5."""
-    kinds = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    name = next((kind for kind in kinds if hasattr(type(model), kind)), None)
-    return name is not None and bool(getattr(model, name))
-
-
-def _transformers_switch(model: Any) -> str:
-    """Switch it on; gives what this version of transformers calls it."""
+def _switch_transformers_on(model: Any) -> Callable[[], None]:
+    """Gives the function that switches it off again, which has another name since version 5."""
     for kind in ("activation", "gradient"):
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None and getattr(model, "supports_gradient_checkpointing", True):
             # the reentrant kind would lose the gradient of reduced tokens
             enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-            return kind
+            switch_off: Callable[[], None] = getattr(model, f"{kind}_checkpointing_disable")
+            return switch_off
     raise InvalidOption(
         f"{type(model).__name__} has no gradient checkpointing (neither timm's "
         "set_grad_checkpointing nor transformers'): leave grad_checkpointing out"
@@ -166,7 +148,7 @@ def _transformers_switch(model: Any) -> str:
 
 
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
+def settings_restored(model: nn.Module) -> Iterator[None]:
     """After the block modes, requires_grad and device are as before; gradients of training are
     gone, and planners that are new are frozen. Weights stay as they are inside."""
     modules = {id(module) for module in model.modules()}
@@ -177,22 +159,18 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.to(device)
-        scores = _score_weights(model)
+        patch = patch_of(model)
+        blocks = [] if patch is None else patch.blocks
+        scorers = [block.planner for block in blocks if isinstance(block.planner, nn.Module)]
+        scores = {weight for planner in scorers for weight in planner.parameters()}
         for name, weight in model.named_parameters():
             weight.grad = None
-            if is_planner(name):
-                weight.requires_grad_(id(weight) in scores)
+            if is_planner_key(name):
+                # token scores come with gradients on, planners that choose keys without
+                weight.requires_grad_(weight in scores)
         for weight, required in gradients:
             weight.requires_grad_(required)
         for module in model.modules():
             planner = module._modules.get(PLANNER)
             if planner is not None and id(planner) not in modules:  # it has no mode from before
                 planner.train(module.training)
-
-
-def _score_weights(model: nn.Module) -> set[int]:
-    """Token scores come with gradients switched on, planners that choose keys without."""
-    patch = patch_of(model)
-    blocks = [] if patch is None else patch.blocks
-    planners = [b.planner for b in blocks if isinstance(b.planner, nn.Module)]
-    return {id(weight) for planner in planners for weight in planner.parameters()}

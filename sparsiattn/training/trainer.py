@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,26 @@ from torch import Tensor, nn
 
 from sparsiattn.errors import DataError, InvalidOption, TrainingDiverged
 from sparsiattn.patching.handle import Patch, unpatch
+from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.training import checkpoint, keep_schedule, sharding
-from sparsiattn.training.accelerator import accelerated
 from sparsiattn.training.checkpoint import TrainState
 from sparsiattn.training.data import Loader, loader
 from sparsiattn.training.evaluation import evaluate
 from sparsiattn.training.logs import Log
 from sparsiattn.training.preprocess import mixes
-from sparsiattn.training.recipe import Recipe, Stage
+from sparsiattn.training.processes import accelerated
+from sparsiattn.training.recipe import Recipe
 from sparsiattn.training.result import TrainResult
 from sparsiattn.training.run_folder import RunFolder
+from sparsiattn.training.stage import Stage
 from sparsiattn.training.stage_run import StageRun, lengths
-from sparsiattn.training.trainable import checkpointing, is_planner, require_gradients, set_modes
+from sparsiattn.training.trainable import checkpointing, require_gradients, set_modes
 
 _FIGURES = ("top1", "top5", "dense_top1", "agreement")
 """Figures of an evaluation that go into the log."""
 
 
+@dataclass(eq=False)
 class Trainer:
     """One run of `train`, whose arguments it takes.
 
@@ -42,47 +46,43 @@ class Trainer:
         state: How far training is.
     """
 
-    def __init__(
-        self,
-        patch: Patch,
-        recipe: Recipe,
-        data: Any,
-        *,
-        eval_data: Any,
-        out: Path | None,
-        teacher: nn.Module | None,
-        on_log: Callable[[dict[str, Any]], Any] | None,
-    ) -> None:
-        self.patch, self.recipe, self.data, self.eval_data = patch, recipe, data, eval_data
-        self.model, self.target, self.on_log = patch.model, patch.strategy, on_log
-        self.user_teacher = self.teacher = teacher
-        self.out, self.state = out, TrainState()
+    patch: Patch
+    recipe: Recipe
+    data: Any
+    eval_data: Any
+    out: Path | None
+    teacher: nn.Module | None
+    on_log: Callable[[dict[str, Any]], Any] | None
+
+    def __post_init__(self) -> None:
+        self.model, self.target, self.state = self.patch.model, self.patch.strategy, TrainState()
         self.host = {
             name
             for name, weight in self.model.named_parameters()
-            if weight.requires_grad and not is_planner(name)
+            if weight.requires_grad and not is_planner_key(name)
         }
-        self.identity = checkpoint.run_identity(patch, recipe)
 
     def run(self, resume: bool | str) -> TrainResult:
         """All stages, from the start or from where a checkpoint is."""
-        with accelerated(self.recipe) as self.accelerator, closing(self._log()) as self.log:
-            self.world = self.accelerator.num_processes
-            self.folder = RunFolder(self.out, self.accelerator, self.identity)
+        identity = checkpoint.run_identity(self.patch, self.recipe)
+        with ExitStack() as stack:
+            self.accelerator = stack.enter_context(accelerated(self.recipe))
+            self.world, main = self.accelerator.num_processes, self.accelerator.is_main_process
+            self.log = Log(self.out, self.on_log) if main else Log(None, None)
+            stack.callback(self.log.close)
+            self.folder = RunFolder(self.out, self.accelerator, identity)
             self._check()
-            resumed = self.folder.find(resume)
-            self._get_teacher(resumed is not None)
-            self.state = resumed or self.state
+            state = self.folder.find(resume)
+            self._get_teacher(resumed=state is not None)
+            self.state = state or self.state
             self.log.resume(self.state.step)
-            if self.recipe.tensorboard and self.accelerator.is_main_process:
-                self.log.start_board(self.out, self.state.step)
-            self._stages(resumed is not None)
+            if self.recipe.tensorboard and main:
+                self.log.start_board(self.state.step)
+            if state is not None:
+                self.folder.load_weights(self.model)
+            if not self.state.done:
+                self._stages(resumed=state is not None)
         return TrainResult(self.log.rows, self.state.best, self.state.last, self.out)
-
-    def _log(self) -> Log:
-        if not self.accelerator.is_main_process:
-            return Log(None, None)
-        return Log(None if self.out is None else self.out / checkpoint.LOG, self.on_log)
 
     def _check(self) -> None:
         """Whatever can be wrong with any stage is said before the first one begins."""
@@ -100,7 +100,8 @@ class Trainer:
 
     def _get_teacher(self, resumed: bool) -> None:
         """The user's; else a copy of the weights as they were before any stage moved them, kept
-        beside the checkpoints, since a run that goes on would not find them in the model."""
+        beside the checkpoints, since a run that goes on would not find them in the model. No copy
+        is needed while the backbone stays as it was: then the model itself is the teacher."""
         distils = any(s.distils for s in self.recipe.stages if s.trainable != "planners")
         if self.teacher is None and distils:
             self.teacher = unpatch(deepcopy(self.model))
@@ -109,11 +110,8 @@ class Trainer:
             self.teacher.to(self.accelerator.device).eval().requires_grad_(False)
 
     def _stages(self, resumed: bool) -> None:
-        if resumed and self.state.done:
-            self.folder.load_weights(self.model)
-            return
         first = self.state.stage
-        for index, stage in list(enumerate(self.recipe.stages))[first:]:
+        for index, stage in enumerate(self.recipe.stages[first:], first):
             if index != first:
                 self.state.stage, self.state.update, self.state.epoch = index, 0, 0
             with checkpointing(self.model, stage.grad_checkpointing):
@@ -122,8 +120,6 @@ class Trainer:
         self.folder.finish(self.state)
 
     def _stage(self, stage: Stage, resumed: bool) -> None:
-        if resumed:
-            self.folder.load_weights(self.model)
         batches = self._loader()
         per_epoch = self._per_epoch(batches)
         for later in self.recipe.stages[self.state.stage :]:
@@ -141,10 +137,7 @@ class Trainer:
     def _stage_run(self, stage: Stage, per_epoch: int | None) -> StageRun:
         require_gradients(self.patch, stage, self.host)
         self.accelerator.free_memory()
-        # the model itself is its teacher, which it can be while its backbone stays as it was
-        frozen = all(s.trainable == "planners" for s in self.recipe.stages)
-        itself = (self.user_teacher is None and frozen) or not stage.distils
-        teacher = None if itself else self.teacher
+        teacher = self.teacher if stage.distils else None
         return StageRun(self.model, stage, teacher, self.accelerator, per_epoch)
 
     def _loader(self) -> Any:
@@ -154,8 +147,8 @@ class Trainer:
             stage = recipe.stages[self.state.stage]
             augment.setdefault("label_smoothing", stage.label_smoothing)
         share = (self.accelerator.process_index, self.world)
-        train = {"split": "train", "training": True, "seed": recipe.seed, "share": share}
-        return loader(self.data, self.model, **{**self._reading(), **train, "augment": augment})
+        options = {**self._reading(), "seed": recipe.seed, "share": share, "augment": augment}
+        return loader(self.data, self.model, split="train", training=True, **options)
 
     def _reading(self) -> dict[str, Any]:
         """How training and evaluation read images."""
@@ -193,17 +186,14 @@ class Trainer:
 
     def _epoch(self, run: StageRun, batches: Any) -> None:
         """The rest of an epoch, up to the end of the stage."""
-        state, before = self.state, self.state.update
+        state, before, every = self.state, self.state.update, self.recipe.checkpoint_steps
         set_modes(run.model, run.stage)
         for group in self._groups(batches):
             row = self._update(run, group)
-            state.batch += len(group)
-            state.update, state.step = state.update + 1, state.step + 1
-            state.loss_sum, state.loss_count = state.loss_sum + row["loss"], state.loss_count + 1
+            state.end_update(len(group), row["loss"])
             self.log.add(row)
             if state.update >= run.total:
                 break
-            every = self.recipe.checkpoint_steps
             if every is not None and state.step % every == 0:
                 run.gather()
                 self.folder.save(state, self.patch, run)
@@ -228,14 +218,14 @@ class Trainer:
         opened, for loaders that draw their order from them."""
         done = self.state.batch
         if not done:
-            self.folder.note_epoch()
+            self.folder.epoch_rng = checkpoint.rng_state()
             return batches
         if isinstance(batches, Loader) and batches.order is not None:
             from accelerate import skip_first_batches
 
             return skip_first_batches(batches, done)
         rng = checkpoint.rng_state()
-        self.folder.rewind_epoch()
+        checkpoint.set_rng_state(self.folder.epoch_rng)
         rest = iter(batches)
         skipped = sum(1 for _ in islice(rest, done))
         checkpoint.set_rng_state(rng)
@@ -254,8 +244,11 @@ class Trainer:
                 losses = run.losses(images, labels)
                 parts.append(torch.stack([loss.detach().float() for loss in losses.values()]))
                 last = self.accelerator.sync_gradients
-                values = self._means(parts, weights) if last else {}
-                self._check_finite(values, run)
+                if last:
+                    # over the batches of the update and over processes
+                    means = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
+                    values = dict(zip(weights, means.tolist(), strict=True))
+                    self._check_finite(values, run)
                 total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
                 self.accelerator.backward(total)
                 if last:
@@ -266,11 +259,6 @@ class Trainer:
         loss = sum(weights[name] * value for name, value in values.items())
         place = {"stage": run.stage.name, "epoch": state.epoch, "step": state.step + 1}
         return {**place, "lr": lr, "loss": loss, "parts": values}
-
-    def _means(self, parts: list[Tensor], names: dict[str, float]) -> dict[str, float]:
-        """Losses by name, over the batches of one update and over processes."""
-        mean = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
-        return dict(zip(names, mean.tolist(), strict=True))
 
     def _check_finite(self, values: dict[str, float], run: StageRun) -> None:
         """The same in all processes, so that all of them stop."""
@@ -290,27 +278,10 @@ class Trainer:
         row["epoch_loss"] = state.loss_sum / state.loss_count
         run.gather()
         if self.eval_data is not None:
-            row |= self._evaluated(run.averaged or self.model)
-        state.epoch, state.seen_epochs, state.batch = state.epoch + 1, state.seen_epochs + 1, 0
-        state.loss_sum, state.loss_count, state.last = 0.0, 0, row
-        best = _is_better(row, state.best)
-        if best:
-            state.best = row
+            # a model that is trained in shards waits on another device
+            place = {**self._reading(), "device": self.accelerator.device}
+            figures = evaluate(run.averaged or self.model, self.eval_data, **place)
+            row |= {name: getattr(figures, name) for name in _FIGURES}
+        state.end_epoch(row)
         self.log.add(row)
-        self.folder.save(state, self.patch, run, best=best)
-
-    def _evaluated(self, model: nn.Module) -> dict[str, Any]:
-        device = next((weight.device for weight in model.parameters()), self.accelerator.device)
-        model.to(self.accelerator.device)  # of sharded training it waits elsewhere
-        result = evaluate(model, self.eval_data, **self._reading())
-        model.to(device)
-        return {name: getattr(result, name) for name in _FIGURES}
-
-
-def _is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
-    """By top-1; losses only compare within a stage."""
-    if best is None:
-        return True
-    if "top1" in row and "top1" in best:
-        return bool(row["top1"] > best["top1"])
-    return row["stage"] != best["stage"] or bool(row["epoch_loss"] < best["epoch_loss"])
+        self.folder.save(state, self.patch, run, best=state.best is row)

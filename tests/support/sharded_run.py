@@ -53,8 +53,8 @@ def whole(folder: Path) -> None:
     kinds: set[str] = set()
     real = sharding.prepare
 
-    def prepare(*args: Any) -> Any:
-        found = real(*args)
+    def prepare(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
         kinds.update(type(weight).__name__ for weight in found[0].parameters())
         kinds.update(type(module).__name__ for module in found[0].modules())
         return found

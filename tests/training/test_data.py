@@ -121,9 +121,9 @@ def test_a_limit_keeps_all_classes(tmp_path: Path) -> None:
 
 def test_shares_together_are_the_whole_and_of_one_length() -> None:
     parts = [loader(Pictures(7), tiny_vit(), share=(rank, 3)) for rank in range(3)]
-    assert [part.own for part in parts] == [3, 2, 2]  # type: ignore[union-attr]
+    assert [part.image_count for part in parts] == [3, 2, 2]  # type: ignore[union-attr]
     assert [len(labels_of(part)) for part in parts] == [3, 3, 3]
-    own = [labels_of(part)[: part.own] for part in parts]  # type: ignore[union-attr]
+    own = [labels_of(part)[: part.image_count] for part in parts]  # type: ignore[union-attr]
     assert own == [[0, 3, 1], [1, 4], [2, 0]]
     flows = [labels_of(loader(Flow(), tiny_vit(), share=(rank, 2))) for rank in range(2)]
     assert flows == [[0, 2, 4, 1], [1, 3, 0]]

@@ -229,10 +229,10 @@ def test_progress_and_limit(tmp_path: Path) -> None:
 
 
 class _Alone(launched.World):
-    """One process of several that hears of no other: its sums are its own."""
+    """One process of several that hears of no other: it gathers its own values only."""
 
-    def _reduced(self, values: Any, operation: Any) -> list[float]:
-        return list(values)
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 @pytest.mark.parametrize("kind", ["folder", "batches"])

@@ -12,7 +12,8 @@ from torch import Tensor
 from sparsiattn.errors import DataError
 from sparsiattn.patching import Patch
 from sparsiattn.training import data_config, image_transform
-from sparsiattn.training.sources import Finish, mode_of
+from sparsiattn.training.samples import Finish
+from sparsiattn.training.sources import mode_of
 
 
 def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Tensor]:
