@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -223,12 +224,11 @@ def _patch_points(model: nn.Module, strategy: str) -> Iterator[Point]:
         owners.append(type(REGISTRY.get("backbones", live.backbone)))
     for owner in owners:
         for name in dir(owner):
-            if callable(getattr(owner, name)) and not name.startswith("_"):
-                plain = not isinstance(
-                    vars(_home(owner, name)).get(name), (classmethod, staticmethod)
-                )
-                if plain:
-                    yield f"{owner.__name__}.{name}", _method(owner, name, False)
+            # as it stands in the class: names of earlier versions warn when they are looked up
+            member = getattr_static(owner, name)
+            plain = callable(member) and not isinstance(member, (classmethod, staticmethod))
+            if plain and not name.startswith("_"):
+                yield f"{owner.__name__}.{name}", _method(owner, name, False)
     from sparsiattn.patching import install
 
     for name in ("install_sdpa", "hook_up", "_hook_site", "_add_planner", "watch", "_hook_block"):

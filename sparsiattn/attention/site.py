@@ -64,8 +64,8 @@ class Site:
         return pairs * (self.head_dim + self.value_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: one entry a field, ``halo`` under its first name."""
-        return {"margin" if name == "halo" else name: x for name, x in asdict(self).items()}
+        """JSON form: one entry a field."""
+        return asdict(self)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, *, prefix_tokens: int = 0, **fields: Any) -> Site:

@@ -79,7 +79,7 @@ class ReopenBlock(BlockHook):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         runtime = self.runtime
-        if torch.compiler.is_compiling() or not runtime.inside.entries or runtime.is_off():
+        if torch.compiler.is_compiling() or not runtime.inside or runtime.is_off():
             return
         slot = "bypass_state" if runtime.placement == "bypass" else "token_state"
         state = getattr(BLOCK_CALL, slot)

@@ -51,6 +51,9 @@ class RecomputeCache(Generic[T]):
 
     entries: dict[int, tuple[ref[Tensor], T]] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"entries": {}}
 

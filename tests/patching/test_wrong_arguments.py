@@ -197,7 +197,8 @@ class TestOptions:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("reduce", 0), ("reduce", 0.5), ("reduce", float("nan")), ("reduce", "6"),
+        [("tokens_per_basis", 0), ("tokens_per_basis", 0.5), ("tokens_per_basis", float("nan")),
+         ("tokens_per_basis", "6"),
          ("basis", 0), ("basis", 1.5), ("basis", True), ("channels", -1),
          ("basis_coef_topk", "8"), ("basis_threshold", -0.1), ("basis_threshold", float("nan")),
          ("basis_threshold", None), ("basis_threshold", "0")],
