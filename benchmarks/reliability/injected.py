@@ -236,10 +236,6 @@ def _patch_points(model: nn.Module, strategy: str) -> Iterator[Point]:
         yield f"attach: after {name}", _method(install, name, True)
 
 
-def _home(owner: type, name: str) -> type:
-    return next(base for base in owner.__mro__ if name in vars(base))
-
-
 def _registering(seen: Seen) -> None:
     """A plug-in whose hook raises is listed as broken, and stops nothing."""
     from types import SimpleNamespace
