@@ -49,7 +49,7 @@ from .methods.block_masks import block_mask as block_mask
 from .patching.apply import patch as patch
 from .patching.discovery.backbone import Backbone as Backbone
 from .patching.discovery.backbone import Pooling as Pooling
-from .patching.discovery.backbone import count_class_tokens as count_class_tokens
+from .patching.discovery.host_attributes import count_class_tokens as count_class_tokens
 from .patching.discovery.meta_model import MetaInputs as MetaInputs
 from .patching.discovery.probe import AttentionCall as AttentionCall
 from .patching.handle import Patch as Patch

@@ -7,5 +7,6 @@ from sparsiattn.patching.discovery.backbone import (
     count_class_tokens,
 )
 from sparsiattn.patching.discovery.blocks import find_blocks
+from sparsiattn.patching.discovery.host_attributes import count_class_tokens
 from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_dry
 from sparsiattn.patching.discovery.probe import AttentionCall

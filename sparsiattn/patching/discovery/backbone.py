@@ -15,6 +15,14 @@ from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import NothingToPatch, RenamedMembers
 from sparsiattn.patching.discovery.exclusions import over_channels, pools
+from sparsiattn.patching.discovery.host_attributes import (
+    class_rows,
+    count_class_tokens,
+    has_table,
+    has_temperature,
+    head_count,
+    pair,
+)
 from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
 from sparsiattn.patching.discovery.probe import AttentionCall
 from sparsiattn.registry.registry import REGISTRY
@@ -93,13 +101,13 @@ class Backbone(RenamedMembers):
         channels = next((c.in_channels for c in convolutions), 3)
         built = getattr(embed, "img_size", None)
         if built is not None:
-            return (1, channels, *_pair(built))
+            return (1, channels, *pair(built))
         card = getattr(model, "pretrained_cfg", None)
         if isinstance(card, dict) and "input_size" in card:
             return (1, *card["input_size"])
         config = getattr(model, "config", None)
         side = getattr(config, "image_size", None)
-        return None if side is None else (1, getattr(config, "num_channels", 3), *_pair(side))
+        return None if side is None else (1, getattr(config, "num_channels", 3), *pair(side))
 
     def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
         """What to call the model with in a dry run: meta tensors.
@@ -122,7 +130,7 @@ class Backbone(RenamedMembers):
         fused = [
             AttributeOverride(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
-            if getattr(module, "fused_attn", None) is False and not _has_temperature(module)
+            if getattr(module, "fused_attn", None) is False and not has_temperature(module)
         ]
         # nn.TransformerEncoder with padding: only its fused layers can take nested tensors
         nested = [
@@ -149,7 +157,7 @@ class Backbone(RenamedMembers):
         count = call.nearest("num_prefix_tokens")
         if isinstance(count, int):
             return count
-        most = next(filter(None, map(_class_rows, reversed(call.parents))), 0)
+        most = next(filter(None, map(class_rows, reversed(call.parents))), 0)
         return min((0, most), key=lambda p: geometry.skew(call.q[-2] - p, call.aspect))
 
     def class_tokens(self, model: nn.Module) -> int:
@@ -207,7 +215,7 @@ class Backbone(RenamedMembers):
             model: The model.
         """
         size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-        return _pair(size) if isinstance(size, (int, tuple, list)) else (1, 1)
+        return pair(size) if isinstance(size, (int, tuple, list)) else (1, 1)
 
     def shares_keys(self, call: AttentionCall) -> bool:
         """Whether several calls of one module must agree on their keys.
@@ -242,10 +250,10 @@ class Backbone(RenamedMembers):
             return "none"
         if call.mask_dtype == torch.bool:
             return "mask"
-        if any(_relates(call, name) for name in QUERY_TABLES):
+        if any(has_table(call, name) for name in QUERY_TABLES):
             return "bias"
         same_in_windows = len(call.mask) < len(call.q) or call.mask[0] == 1
-        from_table = same_in_windows and any(_relates(call, name) for name in BIAS_TABLES)
+        from_table = same_in_windows and any(has_table(call, name) for name in BIAS_TABLES)
         return "bias" if from_table else "mask"
 
     def halo(self, call: AttentionCall) -> int:
@@ -334,64 +342,10 @@ class Backbone(RenamedMembers):
         )
 
 
-def _has_temperature(module: nn.Module) -> bool:
-    """Cross-covariance attention (XCiT), which is no attention between tokens however computed."""
-    return isinstance(getattr(module, "temperature", None), nn.Parameter)
-
-
-def _relates(call: AttentionCall, name: str) -> bool:
-    """Whether the module, a part of it or a parent holds this table of relative positions."""
-    parts = (getattr(part, name, None) for part in call.module.children())
-    return call.nearest(name) is not None or any(part is not None for part in parts)
-
-
-def _class_rows(module: nn.Module) -> int:
-    """Class tokens that a module itself holds.
-
-    Several may be in one parameter (PiT), or each branch may have its own (CrossViT).
-    """
-    kinds = ("cls_token", "class_token", "cls_token_0")
-    held = (getattr(module, name, None) for name in kinds)
-    return next((t.shape[1] for t in held if isinstance(t, torch.Tensor) and t.dim() == 3), 0)
-
-
-def count_class_tokens(module: nn.Module) -> int:
-    """CLS and distillation tokens held by this module itself, by the names in use.
-
-    Args:
-        module: The module.
-
-    >>> vit = torch.nn.Module()
-    >>> vit.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 8))
-    >>> count_class_tokens(vit)
-    1
-    """
-    kinds = (("cls_token", "class_token", "class_embedding"), ("distillation_token", "dist_token"))
-    return sum(any(_is_tensor(module, name) for name in names) for names in kinds)
-
-
-def _is_tensor(module: nn.Module, name: str) -> bool:
-    return isinstance(getattr(module, name, None), torch.Tensor)
-
-
 def _heads_per_call(call: AttentionCall) -> int | None:
     """Heads folded into the batch of one call; a module that calls once for each has one."""
     heads = head_count(call.module)
     return 1 if len(call.q) == 3 and call.count == heads else heads
-
-
-def head_count(module: nn.Module) -> int | None:
-    """Heads of an attention module, by the names in use."""
-    for name in ("num_heads", "heads", "n_heads", "num_attention_heads"):
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def _pair(side: int | Iterable[int]) -> tuple[int, int]:
-    rows, columns = (side, side) if isinstance(side, int) else side
-    return rows, columns
 
 
 def backbone_of(model: nn.Module) -> Backbone:
