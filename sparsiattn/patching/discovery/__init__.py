@@ -4,7 +4,6 @@ from sparsiattn.patching.discovery.backbone import (
     Backbone,
     Pooling,
     backbone_of,
-    count_class_tokens,
 )
 from sparsiattn.patching.discovery.blocks import find_blocks
 from sparsiattn.patching.discovery.host_attributes import count_class_tokens
