@@ -186,7 +186,7 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def mean_query(self) -> Tensor:
-        """``[B, H, 1, D]``: of all rows, without padding."""
+        """``[B, H, 1, D]``: the mean over all patch queries that are no padding."""
         weight = self._unpadded
         if weight is None:
             return self.row_queries.mean(-2, keepdim=True)

@@ -32,8 +32,9 @@ class Pattern(RenamedMembers):
     Planners make one with `dense`, `mask`, `top`, `computed_keys`, `logits` or `output`.
 
     Attributes:
-        n_queries: Queries, prefix included.
-        n_keys: Keys, prefix included.
+        n_queries: Queries, prefix included; of `Ranked`, rows of scores: one per query, per patch
+            query or per tile.
+        n_keys: Keys, prefix included; of `Ranked`, columns of scores.
         summary: Pooled keys that stand for the dropped ones; None without.
 
     >>> Pattern.top(torch.tensor([[[[0.1, 0.7, 0.2]]]]), 2).to_mask().tolist()

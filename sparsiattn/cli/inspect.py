@@ -28,12 +28,12 @@ def inspect_model(
 
     from sparsiattn import create_model, inspect
     from sparsiattn.serialization.creating import is_saved
-    from sparsiattn.serialization.host import origin_in
+    from sparsiattn.serialization.host import host_without_weights
     from sparsiattn.serialization.origin import without_memory
 
     with Console(stderr=as_json).status(f"inspecting {model}"):
         host = without_memory(
-            partial(origin_in, model)
+            partial(host_without_weights, model)
             if is_saved(model)
             else partial(create_model, model, image_size=image_size)
         )

@@ -18,12 +18,12 @@ from sparsiattn.kernels.cost import CallShape, Planning, Work
 class Kernel(RenamedMembers):
     """One way to compute a pattern. Kernels hold no state; one instance serves every site.
 
-    `why_not` is the whole truth about what a kernel takes: if it returns an empty list the call
-    must work. ``auto`` takes the usable kernel with the highest `speed`, and one that is a
-    ``last_resort`` only where no other works. Both may look at the site, the options, and the
-    shapes, strides, dtypes and devices of tensors, at grad mode, autocast and inference mode, but
-    never at values: answers are kept for calls that agree in all of these. Whoever changes an
-    answer (compiles a kernel, say) calls `sparsiattn.kernels.cost.reload`.
+    `why_not` alone says what a kernel takes: if it returns an empty list, the call must work.
+    ``auto`` takes the usable kernel with the highest `speed`, and one that is a ``last_resort``
+    only where no other works. Both may look at the site, the options, and the shapes, strides,
+    dtypes and devices of tensors, at grad mode, autocast and inference mode, but never at values:
+    answers are kept for calls that agree in all of these. Call `sparsiattn.kernels.cost.reload`
+    after anything that changes an answer, such as compiling a kernel.
 
     Attributes:
         registers_as: The kind of plug-in, for the registry.
@@ -105,7 +105,7 @@ class Kernel(RenamedMembers):
         """
 
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        """Expected speed relative to dense attention (1.0), from shapes alone; planning apart."""
+        """Expected speed relative to dense attention (1.0), from shapes alone, without planning."""
         work = self.work(inputs, pattern)
         if work is None:
             raise NotImplementedError(f"{type(self).__name__} must override work() or speed()")
@@ -124,8 +124,8 @@ class Choice:
         kernel: The kernel.
         refusals: Names and reasons of the kernels that refused.
         speed: Expected speed of the kernel alone, relative to dense attention.
-        planning: Expected time of choosing the keys, as a share of dense attention's; 0 until
-            `after`.
+        planning: Expected time of choosing the keys, divided by that of dense attention; 0 until
+            `after` counts it.
         call: The shape it was chosen for.
     """
 
@@ -181,8 +181,11 @@ def _ask(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[lis
 def _ask_named(
     kernel: Kernel, inputs: AttentionInputs, pattern: Pattern
 ) -> tuple[list[str], float]:
-    """The same of a kernel that was asked for by name: it need not be ready, and its fault is the
-    caller's answer."""
+    """As `_ask`, for a kernel that the user named.
+
+    It may compile first, so `not_ready` does not count, and an error that it raises reaches the
+    caller.
+    """
     reasons = _refusals(kernel, inputs, pattern)
     return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
 

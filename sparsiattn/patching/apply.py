@@ -52,7 +52,7 @@ def patch(
         sites: Glob, regular expression, list of globs, or predicate on `Site`.
         kernel: ``"auto"`` or a name, which then never falls back.
         only_if_faster: Leave a site dense where the sparse kernel is not expected to win; None
-            means so for `Hybrid`.
+            stands for True with a `Hybrid` and for False otherwise.
         schedule: ``{"k": {site: budget}}``, ``{"keep": {block: budget}}``, both, or a JSON file.
         input: Image shape or example tensor, needed only where the model does not say.
         **options: The strategy's own.
@@ -61,7 +61,7 @@ def patch(
         The live patch.
 
     Raises:
-        SparsiattnError: One that names the fault, with the model untouched.
+        SparsiattnError: The message names the fault; the model is unchanged.
 
     >>> import timm, torch, sparsiattn
     >>> model = timm.create_model("test_vit").eval()
@@ -116,8 +116,8 @@ def plan_patch(
 ) -> Patch:
     """A patch that knows what to do at every site and block; the model is not touched yet.
 
-    Refused as `patch` would refuse it; `attach` puts it into the model. Who patches one model many
-    times looks for its attention once and passes it on.
+    It refuses what `patch` refuses; `attach` puts it into the model. A caller that patches one
+    model many times surveys it once and passes the survey on.
 
     Args:
         model: As in `patch`, and so are ``sites``, ``kernel`` and ``schedule``.
@@ -232,7 +232,7 @@ def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Ker
             _house(block.planner, by_name[block.site.name])
     storing = [r for r in planned.runtimes if r.strategy.uses_cross_layer_state]
     if storing:
-        storing[0].opens = storing[-1].closes = True
+        storing[0].first_cross_layer = storing[-1].last_cross_layer = True
 
 
 def _runtime(

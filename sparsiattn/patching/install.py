@@ -46,7 +46,7 @@ def attach(state: PatchState) -> None:
 
 
 def hook_up(state: PatchState, backbone: Backbone) -> None:
-    """Register every hook. Their order matters: each comment says why."""
+    """Register every hook; comments say where the order matters."""
     image, model, hooks = backbone.image_module(state.model), state.model, state.hooks
     hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
     # before the sites': the model itself may be one

@@ -16,7 +16,7 @@ from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 
 
-def state_at(site: Site, owner: PatchOwner, opens: bool) -> CrossLayerState:
+def state_at(site: Site, owner: PatchOwner, *, first: bool) -> CrossLayerState:
     """A copy of this forward pass's state for one site to read and write.
 
     A copy, because Dynamo lets no checkpoint change an object from before it; `hand_on` makes it
@@ -25,14 +25,14 @@ def state_at(site: Site, owner: PatchOwner, opens: bool) -> CrossLayerState:
     Args:
         site: The site.
         owner: Its patch.
-        opens: Whether the site is the first that stores anything.
+        first: Whether the site is the first that stores anything.
     """
     if site.calls > 1 or isinstance(BLOCK_CALL.token_state, PackedTokens):
         return CrossLayerState(owner.key, forgets=True)
     state = MODEL_CALL.cross_layer
     if state is not None and state.owner == owner.key:
         return state.copy()
-    if not (torch.compiler.is_compiling() or opens) and _in_backward():
+    if not (torch.compiler.is_compiling() or first) and _in_backward():
         raise ModelChanged(
             f"site {site.name!r} runs again in a backward pass, and what earlier blocks kept for "
             "it cannot be found: checkpoint whole blocks, or use a strategy that keeps nothing"

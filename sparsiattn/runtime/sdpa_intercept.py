@@ -1,6 +1,6 @@
 """How attention is reached: hooks open a scope, a wrapper of SDPA looks into it.
 
-`F.scaled_dot_product_attention` is replaced once, for good, by a function that does what the
+`F.scaled_dot_product_attention` is replaced, and never put back, by a function that does what the
 original does unless a patched module is on the stack. The stack is a thread-local linked list of
 ``(route, key, rest)`` whose entries are functions and numbers only, which is what torch.compile
 together with gradient checkpointing can follow.

@@ -69,7 +69,7 @@ class OpenScope:
             push(self.route, self.key)
         if self.runtime.site.shared:
             SITE_CALLS.shared = None
-        if self.runtime.opens:
+        if self.runtime.first_cross_layer:
             MODEL_CALL.cross_layer = None
         if not torch.compiler.is_compiling():
             SITE_CALLS.routed.discard(self.key)
@@ -85,7 +85,7 @@ class CloseScope:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         key, runtime = self.opener.key, self.opener.runtime
         pop(key)
-        if runtime.closes:
+        if runtime.last_cross_layer:
             MODEL_CALL.cross_layer = None
         if torch.compiler.is_compiling() or output is None or runtime.owner.disabled_here:
             return

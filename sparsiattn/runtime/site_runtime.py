@@ -41,7 +41,7 @@ def is_planner_key(name: str) -> bool:
 
 
 class PlannerHome(nn.Module):
-    """Gives a planner without weights a module in which a learned token score can live."""
+    """A module around a planner without weights, so that a learned token score can be its child."""
 
     def __init__(self, planner: Planner) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class SiteRuntime:
         module: The attention module.
         dense: Whether attention stays the host's own, as a sparse kernel would lose time.
         selected: Whether ``sites=`` selected it; others are reached for their tokens alone.
-        opens: Whether it is the first site that uses cross-layer state.
-        closes: Whether it is the last one.
+        first_cross_layer: Whether it is the first site that uses cross-layer state.
+        last_cross_layer: Whether it is the last one.
         block: Index of the block that it stands in, where tokens may be fewer.
         last_choice: The kernel of the last eager call.
         measured: Measured speed relative to dense attention, planning included.
@@ -95,8 +95,8 @@ class SiteRuntime:
     module: nn.Module
     dense: bool = False
     selected: bool = True
-    opens: bool = False
-    closes: bool = False
+    first_cross_layer: bool = False
+    last_cross_layer: bool = False
     block: int | None = None
     last_choice: Choice | None = None
     measured: float | None = None
@@ -161,7 +161,8 @@ class SiteRuntime:
             token_state=token_state,
         )
         if self.strategy.uses_cross_layer_state:
-            inputs = inputs.replace(cross_layer=state_at(self.site, self.owner, self.opens))
+            state = state_at(self.site, self.owner, first=self.first_cross_layer)
+            inputs = inputs.replace(cross_layer=state)
         return inputs
 
     def sparse(self, planner: Planner, inputs: AttentionInputs, call: HostCall) -> Tensor:

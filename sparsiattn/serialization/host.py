@@ -22,7 +22,7 @@ def host_of(folder: str | PathLike[str], *, pretrained: bool = False) -> nn.Modu
     return make_host(read(Path(folder)), str(folder), pretrained)
 
 
-def origin_in(folder: str | PathLike[str]) -> nn.Module:
+def host_without_weights(folder: str | PathLike[str]) -> nn.Module:
     """As `host_of` without weights, so that it costs no memory under ``torch.device("meta")``."""
     saved = read(Path(folder))
     return make_host(saved._replace(files={}), str(folder), pretrained=False)

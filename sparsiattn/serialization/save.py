@@ -40,6 +40,7 @@ def save(state: PatchState, directory: Path, *, include_model: bool = False) -> 
         "origin": origin_of(state.model),
         # budgets that differ between sites stand with the sites
         "strategy": resolved(state).to_dict(),
+        # for people and for `patch(schedule=...)`: `load` reads the budgets of the sites below
         "schedule": schedule_of(state),
         "kernel": state.kernel,
         "input_shape": list(state.input_shape),

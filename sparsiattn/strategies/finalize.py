@@ -45,9 +45,9 @@ def finish(
         InvalidType: The planner returned no pattern.
         InvalidOption: Its pattern does not fit the call.
     """
-    # prefix keys that compete with the others compete one by one
+    # without prefix_keys, prefix keys compete with patch keys, which only single keys can do
     blocks = inputs.blocks if prefix_keys or not inputs.prefix else None
-    # compiled code ranks blocks itself, and what it returns is made for these inputs
+    # the compiled planner has ranked the blocks for these inputs, so its sizes need no check
     ranked = isinstance(pattern, Ranked) and pattern.best is not None
     if not ranked:
         _check_size(pattern, inputs, blocks)
@@ -139,7 +139,7 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
-    # logs of counts: that of 0 is minus infinity, so an empty summary weighs nothing
+    # biases are logs of counts: log(0) is minus infinity, so a cell without keys weighs nothing
     parts = _cell_parts(inputs.key_grid, g)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
