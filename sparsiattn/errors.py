@@ -5,6 +5,7 @@ Each leaf also inherits the built-in exception a caller expects: ``except ValueE
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -93,6 +94,11 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=stacklevel)
 
 
+def _is_compiling() -> bool:
+    torch = sys.modules.get("torch")  # not imported here: errors are all that `--help` needs
+    return torch is not None and torch.compiler.is_compiling()
+
+
 class RenamedMember:
     """A method or attribute under its old name, with a warning."""
 
@@ -100,8 +106,10 @@ class RenamedMember:
         self.old, self.new = old, new
 
     def __get__(self, instance: object, owner: type) -> Any:
-        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
         holder: Any = owner if instance is None else instance
+        if _is_compiling():  # Dynamo can trace neither a warning nor a look through classes
+            return getattr(holder, self.new)
+        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
         # where a subclass overrides the old name, only its super().old can have come here
         overriding = [cls for cls in owner.__mro__ if _overrides(cls, self.old)]
         return getattr(super(overriding[-1], holder) if overriding else holder, self.new)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.geometry import Tiles
-from sparsiattn.attention.pattern import Pattern, scatter_true
+from sparsiattn.attention.pattern import SizedPattern, scatter_true
 
 
-class KeyLists(Pattern):
+class KeyLists(SizedPattern):
     """A list of keys for every tile of queries; prefix queries see every key.
 
     Attributes:

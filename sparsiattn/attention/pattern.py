@@ -25,7 +25,6 @@ from sparsiattn.errors import InvalidType, RenamedMembers
 DenseAttention = Callable[[AttentionInputs], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
 class Pattern(RenamedMembers):
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
 
@@ -45,7 +44,7 @@ class Pattern(RenamedMembers):
 
     n_queries: int
     n_keys: int
-    summary: Summary | None = field(default=None, kw_only=True)
+    summary: Summary | None = None
 
     def to_mask(self) -> Tensor:
         """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives; here, everywhere."""
@@ -189,7 +188,16 @@ class Pattern(RenamedMembers):
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Pattern):
+class SizedPattern(Pattern):
+    """Base of the built-in patterns: the fields that all of them have."""
+
+    n_queries: int
+    n_keys: int
+    summary: Summary | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(SizedPattern):
     """Every pair."""
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
@@ -197,7 +205,7 @@ class Dense(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class Lengths(Pattern):
+class Lengths(SizedPattern):
     """Images of different lengths in one sequence: every query sees the keys of its own image.
 
     Attributes:
@@ -229,7 +237,7 @@ class Lengths(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class Ranked(Pattern):
+class Ranked(SizedPattern):
     """Scores and how many of the best keys to keep.
 
     Attributes:
@@ -255,7 +263,7 @@ class Ranked(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class Mask(Pattern):
+class Mask(SizedPattern):
     """A boolean mask.
 
     Attributes:
@@ -288,7 +296,7 @@ class Mask(Pattern):
         return float(self.keep.float().mean()) * self.n_queries * self.n_keys + extra
 
 
-class ComputedPattern(Pattern):
+class ComputedPattern(SizedPattern):
     """A result of attention other than the host's own weights over the host's own keys.
 
     No pair is dropped, so masks are full; what is saved is in `macs`.

@@ -49,8 +49,13 @@ def contents() -> dict[str, list[dict[str, Any]]]:
 
 
 def _rows(infos: dict[str, Info]) -> list[dict[str, Any]]:
+    names = {"inexact_reason": "inexact"}  # as the key was first called
     return [
-        {**asdict(info), "status": "; ".join(info.reasons) or "usable"} for info in infos.values()
+        {
+            **{names.get(name, name): value for name, value in asdict(info).items()},
+            "status": "; ".join(info.reasons) or "usable",
+        }
+        for info in infos.values()
     ]
 
 

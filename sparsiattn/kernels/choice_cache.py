@@ -43,9 +43,7 @@ class ChoiceCache:
         Returns:
             None for what cannot be described: patterns and tensors of classes from elsewhere.
         """
-        kind = type(pattern)
-        described = kind in _KNOWN_PATTERNS or kind.describe is not Pattern.describe
-        if not described or type(inputs.q) not in _PLAIN_TENSORS:
+        if type(inputs.q) not in _PLAIN_TENSORS:
             return None
         site, prices = self._valid_for or (None, 0)
         if site is not inputs.site or prices != cost.generation():
@@ -66,9 +64,14 @@ class ChoiceCache:
         self._choices[key] = choice
 
 
-def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
+def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
     """Everything but values that a kernel may look at besides the site; kept short, since every
     call of every site pays for it."""
+    fields = pattern.describe()
+    if fields is None:
+        if type(pattern) not in _KNOWN_PATTERNS:
+            return None
+        fields = tuple([_of(value) for value in vars(pattern).values()])
     q, k, v, bias, token_state = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.token_state
     device = q.device.type
     layouts = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
@@ -78,7 +81,6 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable:
         mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad)
     options = (inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid)
     groups = (inputs.tile, inputs.block, None if token_state is None else token_state.reduced)
-    fields = pattern.describe() or tuple([_of(value) for value in vars(pattern).values()])
     modes = (
         torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
         torch.is_inference_mode_enabled(),

@@ -146,8 +146,7 @@ def plan_patch(
         plan_tokens(planned, surveyed, tokens, budgets)
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
     run = validate_token_plan(planned, surveyed.returned) if planned.blocks else None
-    if kernel != "auto" or only_if_faster:
-        settle_sites(planned, run, only_if_faster)
+    settle_sites(planned, run, only_if_faster)
     return planned
 
 

@@ -125,6 +125,7 @@ def _meta_state(state: PatchState, run: DryRun) -> PatchState:
     backbone = backbone_named(state.backbone)
     copied = copy.copy(state)
     copied.model, copied.hooks, copied.places = meta_copy(state.model), [], []
+    copied.overrides = []  # of the real model; the copy's are turned below
     for override in backbone.attribute_overrides(copied.model):
         override.apply()
     copied.runtimes = [copy.copy(runtime) for runtime in state.runtimes]

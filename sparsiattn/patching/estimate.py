@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,8 +54,10 @@ def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) ->
     Raises:
         KernelRefused: The kernel that the user named cannot serve one of the sites.
     """
-    for runtime, expected in expect_all(state, run):
-        runtime.dense = only_if_faster and expected.choice.expected < 1.0
+    if state.kernel != "auto":  # every site first, while none is dense
+        deque(expect_all(state, run), maxlen=0)
+    for runtime, expected in expect_all(state, run) if only_if_faster else ():
+        runtime.dense = expected.choice.expected < 1.0
 
 
 def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:

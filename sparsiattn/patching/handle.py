@@ -74,6 +74,7 @@ class Patch(PatchState):
         True
         """
         self.ensure_active("warmup")
+        refresh(self)
         warmup(self, input)
         return self
 
@@ -88,6 +89,7 @@ class Patch(PatchState):
             InvalidOption: No token strategy shortens the sequence, or the model did not run yet.
         """
         self.ensure_active("source")
+        refresh(self)
         if not self.shortens:
             raise InvalidOption(
                 "source() needs a token strategy that makes the sequence shorter; here every token "

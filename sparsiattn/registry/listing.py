@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from sparsiattn.errors import renamed_property
 from sparsiattn.registry.registry import REGISTRY, PluginInfo
 
 
@@ -34,6 +35,8 @@ class Info:
     kind: str = ""
     paper: str = ""
     fidelity: str = ""
+
+    inexact = renamed_property("inexact", "inexact_reason")
 
     @property
     def usable(self) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.attention.layout import HostCall
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.layout import HostCall, canonical
 from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.pattern import Lengths
 from sparsiattn.attention.token_state import TokenState
@@ -71,7 +72,7 @@ def _packed(runtime: SiteRuntime, planner: Planner, packed: PackedTokens, call: 
     ]
     if BLOCK_CALL.wants_attention and BLOCK_CALL.attention is None:
         BLOCK_CALL.attention = [
-            runtime.inputs(_fitted(runtime, state, part), state) for state, part in images
+            _inputs(runtime, _fitted(runtime, state, part), state) for state, part in images
         ]
     plain = call.mask is None and not runtime.owner.proportional and MODEL_CALL.observer is None
     if plain and runtime.stays_dense(max(packed.lengths)):
@@ -82,7 +83,7 @@ def _packed(runtime: SiteRuntime, planner: Planner, packed: PackedTokens, call: 
 
 def _by_ragged_kernel(runtime: SiteRuntime, packed: PackedTokens, call: HostCall) -> Tensor:
     """Dense attention of all images in one call."""
-    inputs = runtime.inputs(call, None)
+    inputs = _inputs(runtime, call, None)
     pattern = Lengths(call.q.shape[-2], call.k.shape[-2], packed.lengths)
     # which keys to see was not asked of a kernel by name, so any may keep images apart
     kernels = runtime.kernels
@@ -90,6 +91,11 @@ def _by_ragged_kernel(runtime: SiteRuntime, packed: PackedTokens, call: HostCall
         kernels = tuple(REGISTRY.all("kernels").values())
     choice = choose(kernels, inputs, pattern, explicit=False)
     return runtime.layout.unfold(runtime.compute(choice, inputs, pattern), call.q)
+
+
+def _inputs(runtime: SiteRuntime, call: HostCall, state: TokenState | None) -> AttentionInputs:
+    """Operands of packed images, which have neither grid nor tiles."""
+    return canonical(runtime.site, runtime.layout, call, None, token_state=state)
 
 
 def _of_image(call: HostCall, i: int, where: slice) -> HostCall:

@@ -121,10 +121,10 @@ def _close(name: str) -> list[str]:
 
 
 def _torchvision_names() -> list[str]:
-    if find_spec("torchvision") is None:
+    try:
+        from torchvision.models import list_models
+    except ImportError:  # not installed, or broken: its names are only hints
         return []
-    from torchvision.models import list_models
-
     return list(list_models())
 
 

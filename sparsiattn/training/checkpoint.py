@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsiattn.errors import CheckpointNotWritten, MismatchedCheckpoint
 from sparsiattn.kernels import atomic_io
 from sparsiattn.patching.handle import Patch
+from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.serialization.fingerprint import fingerprint
 from sparsiattn.training.recipe import Recipe
 
@@ -93,6 +94,23 @@ def patch_identity(patch: Patch) -> dict[str, Any]:
     """What tells one patched model from others, as plain data."""
     strategy = json.loads(json.dumps(patch.strategy.to_dict(), default=str))
     return {"model": fingerprint(patch.model), "strategy": strategy}
+
+
+def _rename_options(stored: dict[str, Any]) -> None:
+    """Give options of earlier versions their present names, in the strategy and the recipe."""
+    stored["strategy"] = _current_names(stored["strategy"])
+    recipe = stored.get("recipe")
+    if isinstance(recipe, dict) and isinstance(recipe.get("strategy"), str):
+        named = {"name": recipe["strategy"], "options": recipe["options"]}
+        stored["recipe"] = {**recipe, "options": _current_names(named)["options"]}
+
+
+def _current_names(strategy: Any) -> Any:
+    if not (isinstance(strategy, dict) and {"name", "options"} <= strategy.keys()):
+        return strategy
+    renamed = REGISTRY.get("strategies", strategy["name"]).renamed_options
+    options = {renamed.get(k, k): _current_names(v) for k, v in strategy["options"].items()}
+    return {**strategy, "options": options}
 
 
 @contextmanager
@@ -170,6 +188,7 @@ def load_state(folder: Path, identity: dict[str, Any]) -> TrainState:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         stored = {name: content[name] for name in ("format", *identity)}
+        _rename_options(stored)
         state = TrainState(**content["progress"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MismatchedCheckpoint(f"{path} cannot be read as a checkpoint: {error!r}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from sparsiattn.errors import RenamedMembers
 from sparsiattn.strategies.connectivity import Connectivity
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.testing.hosts import random_inputs, tiny_images, tiny_vit
+from sparsiattn.training import checkpoint
 
 OPTIONS = [
     ("own", "self_weight", 0.3), ("salience", "mean_query_boost", False),
@@ -224,3 +226,26 @@ def test_attention_inputs(old: str, new: str) -> None:
         member = getattr(inputs, old)
     expected = getattr(inputs, new)
     assert member is expected if isinstance(expected, Tensor) else member == expected
+
+
+def test_a_checkpoint_with_old_option_names_is_of_the_same_run(tmp_path: Path) -> None:
+    live = sparsiattn.patch(tiny_vit(), "connectivity", self_weight=0.2, tokens_per_basis=4.0)
+    identity = checkpoint.patch_identity(live)
+    text = json.dumps({"format": checkpoint.FORMAT, **identity, "progress": {}})
+    for new, old in (("self_weight", "own"), ("tokens_per_basis", "reduce")):
+        assert new in text
+        text = text.replace(f'"{new}"', f'"{old}"')
+    (tmp_path / checkpoint.STATE).write_text(text)
+    assert checkpoint.load_state(tmp_path, identity) == checkpoint.TrainState()
+
+
+def test_old_names_compile() -> None:
+    inputs = random_inputs((4, 4), prefix=1)
+
+    def keys(x: torch.Tensor) -> torch.Tensor:
+        return x * inputs.keys_grid[0]  # type: ignore[attr-defined]
+
+    with pytest.warns(DeprecationWarning, match="keys_grid"):
+        expected = keys(inputs.q)
+    compiled = torch.compile(keys, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(inputs.q), expected)
