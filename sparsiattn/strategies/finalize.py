@@ -100,7 +100,9 @@ def _rank(
         is_prefix = torch.arange(inputs.n_keys, device=scores.device) < inputs.prefix
         scores = scores.masked_fill(is_prefix, float("inf"))
     index = Ranked(scores.shape[-2], inputs.n_keys, scores, pattern.k).select()
-    return KeyIndex(inputs.n_queries, inputs.n_keys, index, inputs.tiles, inputs.prefix)
+    # by keyword: Dynamo before torch 2.11 counts the keyword-only `summary` as positional
+    rows, tiles = inputs.prefix, inputs.tiles
+    return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
 
 def _rank_blocks(
@@ -112,9 +114,16 @@ def _rank_blocks(
         if scores.shape[-1] == inputs.n_keys:
             scores = blocks.mean(scores[..., inputs.prefix :].mT).mT
         chosen = native.top(scores, count)
-    keys, prefix = count_of(pattern.k, inputs.n_keys), inputs.prefix
-    sizes = inputs.n_queries, inputs.n_keys
-    return KeyBlocks(*sizes, chosen, blocks, keys, prefix, inputs.tiles, prefix)
+    return KeyBlocks(  # by keyword, as `KeyIndex` above
+        inputs.n_queries,
+        inputs.n_keys,
+        chosen=chosen,
+        blocks=blocks,
+        keys=count_of(pattern.k, inputs.n_keys),
+        prefix=inputs.prefix,
+        tiles=inputs.tiles,
+        dense_rows=inputs.prefix,
+    )
 
 
 def _row_scores(scores: Tensor, inputs: AttentionInputs) -> Tensor:
