@@ -31,6 +31,13 @@ Carried: TypeAlias = TokenState | PackedTokens
 """The tokens that blocks hand on, of images alike or each with its own count."""
 
 
+def _without_class_defaults(cls: type) -> None:
+    # Dynamo of torch 2.10 guards the class attribute and misses what the instance is set to
+    for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        if name in vars(cls):
+            delattr(cls, name)
+
+
 @dataclass(eq=False)
 class SiteCalls(threading.local):
     """From the entry of an attention module to its exit; owned by the site's two hooks.
@@ -115,6 +122,9 @@ class ModelCall(threading.local):
         finally:
             vars(self).update(before)
 
+
+for _record in (SiteCalls, BlockCall, ModelCall):
+    _without_class_defaults(_record)
 
 SITE_CALLS = SiteCalls()
 BLOCK_CALL = BlockCall()
