@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, NothingToPatch
@@ -31,6 +32,7 @@ class ModelSurvey:
         calls: Every call of attention.
         sites: Those that can be patched, with the layout of their host.
         skipped: ``(name, reason)`` of the others.
+        given: What the user said of the model's sequences.
         returned: Shapes of what the model returned.
     """
 
@@ -41,6 +43,7 @@ class ModelSurvey:
     sites: list[tuple[Site, Layout]]
     skipped: list[tuple[str, str]]
     returned: list[torch.Size]
+    given: GivenStructure | None = None
 
     def attention(self, model: nn.Module) -> ModelAttention:
         """What a patch keeps of it.
@@ -54,6 +57,7 @@ class ModelSurvey:
                 f"{type(model).__name__} has no attention to patch: no module of it calls scaled "
                 "dot product attention (or writes it out) in a way that can be served" + reasons
             )
+        tokens = next((call.map for call in self.calls if call.map is not None), None)
         return ModelAttention(
             self.backbone.name,
             self.shape,
@@ -61,11 +65,17 @@ class ModelSurvey:
             tuple(self.skipped),
             unread=frozenset(call.name for call in self.calls if call.weights == "ignored"),
             lifted=frozenset(call.name for call in self.calls if call.lifted),
+            map_module=None if tokens is None else tokens.name,
+            map_size=(self.shape[-2], self.shape[-1]) if tokens is None else tokens.size,
         )
 
 
 def survey(
-    model: nn.Module, example: Any, names: Collection[str] = (), inputs: MetaInputs | None = None
+    model: nn.Module,
+    example: Any,
+    names: Collection[str] = (),
+    inputs: MetaInputs | None = None,
+    given: GivenStructure | None = None,
 ) -> ModelSurvey:
     """Look for attention in a copy of the model; finding none is no error here.
 
@@ -75,6 +85,10 @@ def survey(
         names: Sites that are wanted even where nothing can be saved.
         inputs: What to call the copy with, where that is not, or not only, an image; then the
             model need not say how large its images are.
+        given: What the user says of the model's sequences.
+
+    Raises:
+        InvalidOption: That does not fit.
     """
     backbone = backbone_of(model)
     if inputs is None or example is not None:
@@ -89,7 +103,31 @@ def survey(
     aspect = shape[-2] * columns / (shape[-1] * rows)
     sites, skipped = backbone.sites(run.calls, aspect, names)
     skipped += run.softmaxes
-    return ModelSurvey(backbone, shape, meta_model, run.calls, sites, skipped, run.returned)
+    if given is not None:
+        sites = _with_structure(sites, given)
+    return ModelSurvey(backbone, shape, meta_model, run.calls, sites, skipped, run.returned, given)
+
+
+def _with_structure(
+    sites: list[tuple[Site, Layout]], given: GivenStructure
+) -> list[tuple[Site, Layout]]:
+    """The sites as the user describes them; another size stays where pixels tell it."""
+    described, misfit, fitting = [], None, 0
+    for site, layout in sites:
+        assert site.structure is not None
+        try:
+            structure = given.applied(site.structure, site.tokens, site.name)
+        except InvalidOption as error:
+            if site.is_guess:
+                raise
+            misfit = misfit or error
+        else:
+            fitting += 1
+            site = site.described(structure)
+        described.append((site, layout))
+    if misfit is not None and not fitting:
+        raise misfit
+    return described
 
 
 def refresh(state: PatchState) -> None:
@@ -97,7 +135,7 @@ def refresh(state: PatchState) -> None:
     model, size = state.model, backbone_named(state.backbone).input_shape(state.model)
     if state.follows_model and size != state.input_shape:
         names = {site.name for site in state.sites}
-        state.describe_anew(survey(model, None, names).attention(model))
+        state.describe_anew(survey(model, None, names, given=state.structure).attention(model))
 
 
 def _input_shape(model: nn.Module, backbone: Backbone, example: Any) -> tuple[int, ...]:
