@@ -326,6 +326,8 @@ class Backbone(RenamedMembers):
         queries, key_grid = traced_structure(call, layout)
         if queries is None:
             queries, key_grid = self._inferred_structure(call, (q, k), aspect)
+        if key_grid is None:
+            key_grid = self.grid(call, k[2] - queries.special_count, aspect)
         return Site(
             name=call.name,
             index=0,

@@ -12,12 +12,12 @@ from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.structure import Structure
 from sparsiattn.patching.discovery.probe import AttentionCall
-from sparsiattn.patching.discovery.token_places import UNKNOWN
+from sparsiattn.patching.discovery.token_places import PADDING, UNKNOWN
 
 
 def traced_structure(
     call: AttentionCall, layout: Layout
-) -> tuple[Structure, Grid] | tuple[None, None]:
+) -> tuple[Structure | None, Grid | None]:
     """How the tokens of a call lie in the image by their pixels, and the grid of the keys.
 
     Args:
@@ -25,13 +25,19 @@ def traced_structure(
         layout: How its host lays out operands.
 
     Returns:
-        None where pixels do not tell.
+        None where pixels do not tell, for the keys alone where a module says how far they reach
+        beyond the queries.
     """
+    if call.q[-2] == 1:
+        keys = call.k[-2]
+        return Structure((1, 1), raster=False, source="a single query"), (1, keys)
     origin = "the image" if call.map is None else f"the image, through {call.map.name!r}"
     queries, keys = (
         read_structure(_by_window(places, layout), call.image, origin)
         for places in (call.q_places, call.k_places)
     )
+    if queries is not None and isinstance(getattr(call.module, "halo_size", None), int):
+        return queries, None
     if queries is None or keys is None or queries.special_count != keys.special_count:
         return None, None
     return replace(queries, raster=queries.raster and keys.raster), keys.stacked_grid
@@ -83,6 +89,9 @@ def _sequence(numbers: Tensor, image: Sequence[int]) -> Structure | None:
     patches = numbers[~special]
     if len(patches.unique()) != len(patches):
         return None
+    padded = _padded_map(numbers)
+    if padded is not None:
+        return Structure(padded)
     views = len(_coordinates(patches, image)[0].unique())
     structure = _margins_and_specials(special, views)
     if structure is None:
@@ -94,6 +103,23 @@ def _sequence(numbers: Tensor, image: Sequence[int]) -> Structure | None:
     if rows * columns == 1 < views:  # one place in several frames: a line in time
         return replace(structure, grid=(1, views), views=1) if not structure.specials else None
     return replace(structure, grid=grid)
+
+
+def _padded_map(numbers: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of one window that is larger than the map in it."""
+    rest = numbers[numbers < 0]
+    at = (numbers >= 0).nonzero().flatten()
+    if len(rest) == 0 or bool((rest != PADDING).any()):
+        return None
+    breaks = (at.diff() > 1).nonzero().flatten()
+    if len(breaks) == 0:
+        return None
+    columns = int(at[breaks[0] + 1] - at[0])
+    width = int(breaks[0]) + 1
+    whole = len(numbers) % columns == 0 and len(at) % width == 0
+    if not whole or bool((at.view(-1, width).diff(dim=0) != columns).any()):
+        return None
+    return len(numbers) // columns, columns
 
 
 def _margins_and_specials(special: Tensor, views: int) -> Structure | None:

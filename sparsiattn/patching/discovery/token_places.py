@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsiattn.patching.discovery.meta_cache import recalling
@@ -22,7 +22,9 @@ from sparsiattn.patching.discovery.meta_cache import recalling
 UNKNOWN = -1
 """In the place of a pixel's number: the element depends on the image, it is not known where."""
 SPECIAL = -2
-"""The element does not depend on the image: class tokens, registers, prompts, padding."""
+"""The element does not depend on the image: class tokens, registers, prompts."""
+PADDING = -3
+"""The element was put beside the image to fill a window."""
 
 _PLACES = "_sparsiattn_places"
 aten = torch.ops.aten
@@ -89,20 +91,54 @@ def tracking_places() -> Iterator[None]:
 
 
 class _TrackPlaces(TorchDispatchMode):
-    """Applies `RULES` to every operator that takes a tensor with numbers."""
+    """Applies `RULES` to every operator that takes a tensor with numbers.
+
+    Blocks of a transformer do the same to the same numbers again and again, so results are kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: dict[Any, Sequence[Tensor | None]] = {}
+        self._kept: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # operators come here before they are taken apart
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(places_in(x) is not None for x in inputs):
-            return out
-        places = _places_of(func, args, kwargs, out)
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        for tensor, numbers in zip(results, places, strict=False):
-            if isinstance(tensor, Tensor):
-                _attach(tensor, numbers)
+        carried: list[Tensor] = []
+        key = (func, _key(args, carried), _key(kwargs, carried))
+        if carried:
+            places = self._known.get(key)
+            if places is None or func.overloadpacket is aten.copy_:
+                places = _places_of(func, args, kwargs, out)
+                # keys hold addresses of the numbers that came in, which must live as long
+                self._known[key] = places
+                self._kept += carried
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            for tensor, numbers in zip(results, places, strict=False):
+                if isinstance(tensor, Tensor):
+                    _attach(tensor, numbers)
         return out
+
+
+def _key(value: Any, carried: list[Tensor]) -> Any:
+    """What places depend on in an operator's arguments; numbers in them go to ``carried``."""
+    if isinstance(value, Tensor):
+        numbers = places_in(value)
+        if numbers is not None:
+            carried.append(numbers)
+            return id(numbers)
+        # a tensor with values is known by itself: `Tensor` hashes by identity, and `is` comes first
+        return tuple(value.shape) if value.is_meta else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(item, carried) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _key(item, carried)) for name, item in value.items())
+    return value
 
 
 def _attach(tensor: Tensor, numbers: Tensor | None) -> None:
@@ -119,7 +155,8 @@ def _places_of(func: Any, args: Any, kwargs: Any, out: Any) -> Sequence[Tensor |
     if rule is None:
         return [None] * len(tree_leaves(out))
     try:
-        places = rule(func, args, kwargs, out)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            places = rule(func, args, kwargs, out)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return [None] * len(tree_leaves(out))  # a form of the operator that the rule does not know
     return places if isinstance(places, (tuple, list)) else (places,)
@@ -171,28 +208,44 @@ def _pointwise(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
             total = numbers if total is None else _agreed(total, numbers)
     assert total is not None
     first = out[0] if isinstance(out, (tuple, list)) else out
-    return (total.expand(first.shape),)
+    # the very same object where nothing changes, so that later blocks find what is kept for it
+    return (total if total.shape == first.shape else total.expand(first.shape),)
 
 
 def _agreed(a: Tensor, b: Tensor) -> Tensor:
     """A pixel's number wins over none, and the first operand's over another."""
     if a is b:
         return a
-    a, b = _thin(a), _thin(b)
-    if a.shape == b.shape and torch.equal(a, b):
+    thin_a, thin_b = _thin(a), _thin(b)
+    if a.shape == b.shape and thin_a.shape == thin_b.shape and torch.equal(thin_a, thin_b):
         return a
-    return torch.where(a >= 0, a, torch.where(b >= 0, b, torch.maximum(a, b)))
+    neither = torch.where(thin_b >= 0, thin_b, torch.maximum(thin_a, thin_b))
+    return torch.where(thin_a >= 0, thin_a, neither)
+
+
+def _complex(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    """Pairs of numbers as one complex number, and back (rotary positions)."""
+    if out.is_complex():
+        return _numbers(args[0])[..., 0]
+    return _numbers(args[0]).unsqueeze(-1).expand(out.shape)
 
 
 def _concatenate(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    parts, rest = [_numbers(x) for x in args[0]], args[1:]
-    parts = [part for part in parts if part.numel() or part.dim() == out.dim()]
-    joined: Tensor = func(parts, *rest, **kwargs)
-    return joined
+    parts = [_numbers(x) for x in args[0] if x.dim() == out.dim() or func is not _CAT]
+    if func is not _CAT:
+        return func(parts, *args[1:], **kwargs)  # type: ignore[no-any-return]
+    along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    for dim in range(out.dim()):  # dimensions of one value stay so
+        if dim != along and all(x.stride(dim) == 0 or x.shape[dim] == 1 for x in parts):
+            parts = [x.narrow(dim, 0, 1) for x in parts]
+    return torch.cat(parts, along).expand(out.shape)
+
+
+_CAT = aten.cat.default
 
 
 def _pad(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    padded: Tensor = aten.constant_pad_nd(_numbers(args[0]), args[1], SPECIAL)
+    padded: Tensor = aten.constant_pad_nd(_numbers(args[0]), args[1], PADDING)
     return padded
 
 
@@ -225,8 +278,8 @@ def _first_choice(index: Any) -> Any:
 
 def _patches(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     """`torch.nn.functional.unfold`: it pads with zeros, and knows floating-point numbers only."""
-    shifted = (_numbers(args[0]) - SPECIAL).double()
-    return func(shifted, *args[1:], **kwargs).to(torch.int32) + SPECIAL  # type: ignore[no-any-return]
+    shifted = (_numbers(args[0]) - PADDING).double()
+    return func(shifted, *args[1:], **kwargs).to(torch.int32) + PADDING  # type: ignore[no-any-return]
 
 
 def _reduce(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -352,6 +405,7 @@ def _rules() -> dict[Any, Rule]:
             "unbind flip roll diagonal unfold repeat pixel_shuffle pixel_unshuffle alias detach "
             "lift_fresh rot90 channel_shuffle",
         ),
+        (_complex, "view_as_complex view_as_real"),
         (_view, "view _unsafe_view reshape _reshape_alias"),
         (
             _same,
