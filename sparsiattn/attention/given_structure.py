@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,35 +62,23 @@ class GivenStructure:
         """
         views, *grid = (1, *self.grid)[-3:] if self.grid else (known.views, *known.grid)
         specials = known.specials if self.specials is None else self.specials
-        specials = tuple(range(specials)) if isinstance(specials, int) else specials
-        suffix = known.suffix if self.suffix is None else self.suffix
-        rest = tokens - suffix - views * (math.prod(grid) + len(specials))
-        if self.grid is None:
-            grid, rest, source = self._grid_left(known, tokens, suffix, len(specials))
-        else:
-            source = USER
-        prefix = rest if self.prefix is None and rest >= 0 else self.prefix or 0
         structure = Structure(
-            (grid[0], grid[1]), views, prefix, suffix, specials, known.raster, source
+            (grid[0], grid[1]),
+            views,
+            known.prefix if self.prefix is None else self.prefix,
+            known.suffix if self.suffix is None else self.suffix,
+            tuple(range(specials)) if isinstance(specials, int) else specials,
+            raster=known.raster or self.grid is not None,
+            source=USER if known.known or self.grid is not None else GUESS,
         )
+        if self.grid is None and not known.known:
+            structure = _with_guessed_grid(structure, tokens)
         if structure.tokens != tokens:
             raise InvalidOption(
-                f"{self} makes {structure.tokens} tokens, but site {site!r} has {tokens}: without "
-                f"it, {known}"
+                f"{self} makes {structure.tokens} tokens ({structure}), but site {site!r} has "
+                f"{tokens}, known as {known}: grid, prefix, suffix and specials must add up to that"
             )
-        return replace(structure, raster=True) if self.grid else structure
-
-    def _grid_left(
-        self, known: Structure, tokens: int, suffix: int, specials: int
-    ) -> tuple[list[int], int, str]:
-        """Grid, prefix and source where the user gave no grid."""
-        prefix = known.prefix if self.prefix is None else self.prefix
-        left = tokens - prefix - suffix - known.views * specials
-        if left == known.views * math.prod(known.grid):
-            return list(known.grid), prefix, USER if known.known else GUESS
-        if left < 1 or left % known.views:
-            return list(known.grid), prefix, GUESS
-        return list(geometry.infer_grid(left // known.views)), prefix, GUESS
+        return structure
 
     def __str__(self) -> str:
         names = ("grid", "prefix", "suffix", "specials")
@@ -113,3 +100,11 @@ def _sizes(name: str, value: Any) -> tuple[int, ...]:
     if not sizes or not all(_is_count(size) for size in sizes):
         raise InvalidType(f"{name} must be made of numbers of tokens, got {value!r}")
     return sizes
+
+
+def _with_guessed_grid(structure: Structure, tokens: int) -> Structure:
+    """The structure with a grid that the remaining tokens of so many could have."""
+    left = tokens - structure.special_count
+    if left < 1 or left % structure.views:
+        return structure
+    return replace(structure, grid=geometry.infer_grid(left // structure.views))

@@ -65,13 +65,17 @@ class Structure:
     def __str__(self) -> str:
         sides = [*self.grid] if self.views == 1 else [self.views, *self.grid]
         size = " x ".join(map(str, sides)) if self.raster else str(math.prod(sides))
-        parts = [f"{self.prefix} prefix tokens"] if self.prefix else []
+        parts = [_counted(self.prefix, "prefix token")] if self.prefix else []
         parts.append(f"{size} patches" + ("" if self.raster else " in no raster order"))
         if self.specials:
-            parts.append(f"{len(self.specials)} special tokens in every view")
+            parts.append(_counted(len(self.specials), "special token") + " in every view")
         if self.suffix:
-            parts.append(f"{self.suffix} suffix tokens")
+            parts.append(_counted(self.suffix, "suffix token"))
         return f"{', '.join(parts)} ({self.source})"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def specials_first(

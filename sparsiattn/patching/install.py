@@ -10,7 +10,7 @@ from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
-from sparsiattn.runtime.image import WatchImage, WatchMap
+from sparsiattn.runtime.image import RecallMap, WatchImage, WatchMap
 from sparsiattn.runtime.lifting import drop, lift
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
@@ -64,6 +64,10 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
         _hook_site(state, runtime)
     for block in state.blocks:
         _hook_block(state, block)
+    for name in state.attention.entrances:
+        recall, entrance = RecallMap(state), model.get_submodule(name)
+        # last and in front: whatever else runs there asks for the map
+        hooks.append(entrance.register_forward_pre_hook(recall, prepend=True, with_kwargs=True))
 
 
 def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:

@@ -113,6 +113,7 @@ def apply_saved(model: nn.Module, saved: Saved) -> Patch:
         kernel=config["kernel"],
         schedule={"k": budgets} if budgets else None,
         input=tuple(config["input_shape"]),
+        **config.get("structure", {}),  # what the user said of the sequences
     )
     try:
         _restore_sites(patched, config)

@@ -32,8 +32,9 @@ class ModelSurvey:
         calls: Every call of attention.
         sites: Those that can be patched, with the layout of their host.
         skipped: ``(name, reason)`` of the others.
-        given: What the user said of the model's sequences.
         returned: Shapes of what the model returned.
+        given: What the user said of the model's sequences.
+        entrances: As in `Probe`.
     """
 
     backbone: Backbone
@@ -44,6 +45,7 @@ class ModelSurvey:
     skipped: list[tuple[str, str]]
     returned: list[torch.Size]
     given: GivenStructure | None = None
+    entrances: tuple[str, ...] = ()
 
     def attention(self, model: nn.Module) -> ModelAttention:
         """What a patch keeps of it.
@@ -66,6 +68,7 @@ class ModelSurvey:
             unread=frozenset(call.name for call in self.calls if call.weights == "ignored"),
             lifted=frozenset(call.name for call in self.calls if call.lifted),
             map_module=None if tokens is None else tokens.name,
+            entrances=self.entrances,
             map_size=(self.shape[-2], self.shape[-1]) if tokens is None else tokens.size,
         )
 
@@ -105,7 +108,17 @@ def survey(
     skipped += run.softmaxes
     if given is not None:
         sites = _with_structure(sites, given)
-    return ModelSurvey(backbone, shape, meta_model, run.calls, sites, skipped, run.returned, given)
+    return ModelSurvey(
+        backbone,
+        shape,
+        meta_model,
+        run.calls,
+        sites,
+        skipped,
+        run.returned,
+        given=given,
+        entrances=run.entrances,
+    )
 
 
 def _with_structure(

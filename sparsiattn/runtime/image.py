@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE
+from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.thread_state import MODEL_CALL
 
@@ -31,6 +32,28 @@ class WatchMap:
             # the frames of a video count as one below the other
             frames = output.shape[2] if output.dim() == 5 else 1
             _note(self.owner, (frames * output.shape[-2], output.shape[-1]))
+
+
+class RecallMap:
+    """Forward pre-hook of whatever a checkpoint may run again: brings back the map of that time.
+
+    Images of two shapes may come before one backward pass, which runs blocks again in any order.
+    """
+
+    def __init__(self, owner: PatchOwner) -> None:
+        self.owner = owner
+        self.entered: RecomputeCache[tuple[int, int, int]] = RecomputeCache()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        x = first_argument(args, kwargs)
+        if x is None or not (torch.is_grad_enabled() or x.requires_grad) or is_functorch(x):
+            return
+        if torch._C._current_graph_task_id() >= 0:  # in a backward pass
+            MODEL_CALL.image = self.entered.find(x) or MODEL_CALL.image
+        elif MODEL_CALL.image is not None and MODEL_CALL.image[0] == self.owner.key:
+            self.entered.note(x, MODEL_CALL.image)
 
 
 class WatchImage:

@@ -44,6 +44,7 @@ class ModelAttention:
         lifted: Names of sites that write their softmax by hand.
         map_module: Path of the convolution that makes tokens; None where none does.
         map_size: Rows and columns of what it returns, or of the image.
+        entrances: Paths of modules whose input a checkpoint may hand in once more.
     """
 
     backbone: str
@@ -54,6 +55,7 @@ class ModelAttention:
     lifted: frozenset[str] = frozenset()
     map_module: str | None = None
     map_size: Grid = (1, 1)
+    entrances: tuple[str, ...] = ()
 
 
 class PatchState(PatchOwner):

@@ -14,7 +14,7 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.patching.discovery.token_places import PixelNumbers, places_in, tracking_places
-from sparsiattn.runtime.hook_tools import first_tensor
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import install, pop, push
@@ -114,6 +114,14 @@ class _Recorder:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
         self.pixels = pixels
         self.map: MapSource | None = None
+        self.listed = {
+            f"{name}.{child}".lstrip(".")
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for child in module._modules
+        }
+        self.entered: dict[str, Tensor | None] = {}
+        self.heads: dict[str, str] = {}
         self.trial = Trial()
         self.watched: dict[str, WatchWeights] = {}
         self.input_shapes: dict[str, torch.Size] = {}
@@ -130,6 +138,8 @@ class _Recorder:
 
     def clear(self) -> None:
         self.calls.clear()
+        self.entered.clear()
+        self.heads.clear()
         self.map = None
         self.trial.clear()
         for watched in self.watched.values():
@@ -156,6 +166,7 @@ class _Recorder:
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
+            self._note_entrance(name, first_argument(args, kwargs))
             push(record, key)
 
         return open_scope
@@ -166,6 +177,22 @@ class _Recorder:
         rows = [None if numbers is None else numbers[..., 0].clone() for numbers in places]
         rows, image = self.pixels.of_one_image(rows)
         return {"q_places": rows[0], "k_places": rows[1], "image": image, "map": self.map}
+
+    def _note_entrance(self, name: str, x: Tensor | None) -> None:
+        """Remember what elements of lists take, and which module in them takes the same first."""
+        if name in self.listed:
+            self.entered[name] = x
+        outer = name
+        while "." in outer:
+            outer = outer.rpartition(".")[0]
+            if x is not None and self.entered.get(outer) is x:
+                self.heads.setdefault(outer, name)
+
+    def entrances(self) -> tuple[str, ...]:
+        """Modules around attention whose input a checkpoint may hand in once more."""
+        around = [a for a in self.entered if any(name.startswith(f"{a}.") for name in self.calls)]
+        names = [name for a in around for name in (a, self.heads.get(a)) if name is not None]
+        return tuple(dict.fromkeys(names))
 
     def _note_map(self, name: str, module: nn.Module, output: Any) -> None:
         """Remember the first convolution over the image."""
@@ -208,11 +235,14 @@ class Probe:
         calls: Attention calls in order.
         softmaxes: ``(module name, what it is)`` of every other softmax.
         returned: Shapes of what the model returned.
+        entrances: Modules around attention whose input a checkpoint may hand in once more: elements
+            of lists, and the first module in each.
     """
 
     calls: list[AttentionCall]
     softmaxes: list[tuple[str, str]]
     returned: list[torch.Size]
+    entrances: tuple[str, ...] = ()
 
 
 def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
@@ -248,4 +278,4 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     ]
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
-    return Probe(calls, others, returned)
+    return Probe(calls, others, returned, recorder.entrances())

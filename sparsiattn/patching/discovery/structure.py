@@ -15,9 +15,7 @@ from sparsiattn.patching.discovery.probe import AttentionCall
 from sparsiattn.patching.discovery.token_places import PADDING, UNKNOWN
 
 
-def traced_structure(
-    call: AttentionCall, layout: Layout
-) -> tuple[Structure | None, Grid | None]:
+def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | None, Grid | None]:
     """How the tokens of a call lie in the image by their pixels, and the grid of the keys.
 
     Args:
@@ -29,9 +27,8 @@ def traced_structure(
         beyond the queries.
     """
     if call.q[-2] == 1:
-        keys = call.k[-2]
-        return Structure((1, 1), raster=False, source="a single query"), (1, keys)
-    origin = "the image" if call.map is None else f"the image, through {call.map.name!r}"
+        return Structure((1, 1), raster=False, source="a single query"), (1, call.k[-2])
+    origin = "traced from the image" + ("" if call.map is None else f" through {call.map.name!r}")
     queries, keys = (
         read_structure(_by_window(places, layout), call.image, origin)
         for places in (call.q_places, call.k_places)

@@ -86,7 +86,7 @@ def _number(image: Tensor, start: int) -> int:
 @contextmanager
 def tracking_places() -> Iterator[None]:
     """Operators on meta tensors carry the numbers of pixels along inside the block."""
-    with recalling(), _TrackPlaces():  # type: ignore[no-untyped-call]
+    with recalling(), _TrackPlaces():
         yield
 
 
@@ -343,12 +343,11 @@ def _pool(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """As `_convolve`, for pools with a kernel, a stride and a padding."""
     x, first = args[0], out[0] if isinstance(out, (tuple, list)) else out
     dims = first.dim() - 2
+    sizes = [list(value) for value in args[1:4] if isinstance(value, (list, tuple))]
+    kernel, stride, padding = (*sizes, *([], [0])[len(sizes) - 1 :])[:3]
     kernel, stride, padding = (
-        list(args[i]) if len(args) > i and args[i] else default
-        for i, default in ((1, [1]), (2, None), (3, [0]))
+        s * dims if len(s) == 1 else s for s in (kernel, stride or kernel, padding)
     )
-    stride = stride or kernel
-    kernel, stride, padding = (s * dims if len(s) == 1 else s for s in (kernel, stride, padding))
     centres = [
         _centres(size, n, step, (k - 1) // 2 - pad)
         for size, n, step, pad, k in zip(
