@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsiattn.attention import Grid
-from sparsiattn.errors import SparsiattnError, renamed_property
+from sparsiattn.errors import GuessedStructure, SparsiattnError, renamed_property
 from sparsiattn.patching import Patch, Report, SiteReport
 from sparsiattn.patching.apply import plan_patch
 from sparsiattn.patching.discovery.meta_model import meta_copy
@@ -289,9 +290,11 @@ def _try(
     if not surveyed.sites:
         return NO_SITES
     try:
-        return report(
-            plan_patch(meta_model, config.build({}), example=example, surveyed=surveyed), total
-        )
+        with warnings.catch_warnings():
+            # the inspection itself names what is a guess
+            warnings.simplefilter("ignore", GuessedStructure)
+            planned = plan_patch(meta_model, config.build({}), example=example, surveyed=surveyed)
+        return report(planned, total)
     except SparsiattnError as error:
         return str(error)
     except Exception as error:  # of a plug-in: its fault must not hide what the others could do

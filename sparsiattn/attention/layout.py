@@ -175,6 +175,18 @@ def patch_grid(known: Grid, n: int, site: Site, maps: Maps | None) -> Grid | Non
     return None
 
 
+def stage_grid(n: int, maps: Maps | None) -> Grid | None:
+    """The grid of all ``n`` tokens of a stage, whose sides are those of the map over 1, 2, 4 ...
+
+    >>> stage_grid(196, ((56, 56), (56, 56))), stage_grid(195, ((56, 56), (56, 56)))
+    ((14, 14), None)
+    """
+    rows, columns = (0, 0) if maps is None else maps[0]
+    while rows * columns > n:
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return (rows, columns) if rows * columns == n else None
+
+
 @dataclass(frozen=True, eq=False)
 class HostCall:
     """Arguments of one call of scaled dot product attention, as the host laid them out.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsiattn.attention.block import Block
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import patch_grid
+from sparsiattn.attention.layout import patch_grid, stage_grid
 from sparsiattn.attention.packed import PackedTokens, pack
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import ReductionStep, TokenState, take
@@ -76,9 +76,14 @@ class BlockRuntime:
 
     def begin(self, x: Tensor) -> TokenState:
         """The token state of a block that takes every token."""
-        site = self.site
+        site, maps = self.site, self.owner.maps()
         n = x.shape[1] - site.prefix_tokens if x.dim() == 3 else x.shape[1:-1].numel()
-        grid = patch_grid(site.grid, n, site, self.owner.maps()) or (1, n)
+        if x.dim() == 4:  # a map [B, H, W, C], which is cut into windows behind this
+            grid = x.shape[1], x.shape[2]
+        elif site.windows > 1:
+            grid = stage_grid(n, maps) or (1, n)
+        else:
+            grid = patch_grid(site.grid, n, site, maps) or (1, n)
         return TokenState(
             self.owner.key, site.leading_tokens, grid, self.index, suffix=site.suffix_tokens
         )

@@ -318,10 +318,10 @@ def test_strategies_by_name() -> None:
 
 
 def test_text_and_json() -> None:
-    found = sparsiattn.inspect(zoo.build("hiera"), strategies=["dense", "local", "token_drop"])
+    found = sparsiattn.inspect(zoo.build("hiera"), strategies=["dense", "topk", "token_drop"])
     heading = found.table()[0]
     assert "keys" in heading  # where queries are pooled, keys are others than tokens
-    assert heading[-1] == "local"  # nothing to say of "dense"
+    assert heading[-1] == "topk"  # nothing to say of "dense"
     text = str(found)
     for site in found.sites:
         assert f"{site.name} " in text
@@ -329,7 +329,7 @@ def test_text_and_json() -> None:
     content = json.loads(json.dumps(found.to_dict()))
     assert "left" in content  # files keep the old name of ``skipped``
     assert content["mhsa_macs"] == sum(site["macs"] for site in content["sites"])
-    assert {one["name"] for one in content["strategies"]} == {"dense", "local", "token_drop"}
+    assert {one["name"] for one in content["strategies"]} == {"dense", "topk", "token_drop"}
     assert "keys" not in sparsiattn.inspect(zoo.build("vit"), strategies=[]).table()[0]
     assert "calls" in sparsiattn.inspect(zoo.build("vit_differential"), strategies=[]).table()[0]
     with pytest.raises(FrozenInstanceError):

@@ -91,7 +91,7 @@ STRUCTURE: dict[str, list[Shape]] = {
     "siglip2": [Shape((1, 64), raster=False, times=2)],
     "yolos": _plain(6),  # five of them behind the patches
     "x_clip": _plain(2),  # a message behind the patches
-    "llama4": [Shape((1, 65), raster=False, times=2)],
+    "llama4": _plain(1),
     "groupvit": [
         *_plain(8), Shape((1, 8), key_grid=(1, 64), raster=False),
         Shape((1, 12), raster=False, times=2), Shape((1, 4), key_grid=(1, 8), raster=False),
