@@ -235,9 +235,10 @@ def test_attention_keeps_what_its_rule_says(name: str, strategy: str) -> None:
     try:
         with patch():
             out = model(images)
-    except sparsiattn.SparsiattnError as error:
-        assert (name, strategy) in REFUSED, error
-        return
+    except sparsiattn.SparsiattnError:
+        if (name, strategy) in REFUSED:
+            return
+        raise
     kept = Kept()
     with kept.watching(model), patch(kernel="sdpa") as live:
         kept.sites = [site.name for site in live.sites]
