@@ -29,14 +29,19 @@ TOLERANCE = 1e-4  # of scores whose sums are taken in another order
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of one call lie, as the test knows its host. prefix: leading tokens without
-    a place; queries and keys: row and column of each patch, in units of the keys' grid; grid: of
-    the keys."""
+    """Where the tokens of one call lie, as the test knows its host. prefix, suffix: tokens without
+    a place before and after the patches; queries and keys: row and column of each patch, in units
+    of the keys' grid; grid: of the keys."""
 
     prefix: int
     queries: Tensor
     keys: Tensor
     grid: tuple[int, int]
+    suffix: int = 0
+
+    def patches(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Patch rows of ``[..., N, D]``, or along another axis."""
+        return x.narrow(dim, self.prefix, x.shape[dim] - self.prefix - self.suffix)
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,17 @@ class Operands:
 
 
 Rule = Callable[[Operands, Places], Tensor]
-"""Scores of all keys for each patch query, ``[X|1, n, M]``; more is better."""
+"""Scores of all patch keys for each patch query, ``[X|1, n, m]``; more is better."""
 
 
 def largest(call: Operands, places: Places) -> Tensor:
     """Top-k attention: the logits themselves."""
-    return call.logits[:, places.prefix :]
+    return places.patches(places.patches(call.logits), -1)
 
 
 def nearest(call: Operands, places: Places) -> Tensor:
     """A neighbourhood: Euclidean distance between patch centres."""
-    distance = torch.cdist(places.queries, places.keys)
-    return F.pad(-distance, (places.prefix, 0))[None]
+    return -torch.cdist(places.queries, places.keys)[None]
 
 
 def connected(call: Operands, places: Places) -> Tensor:
@@ -76,36 +80,32 @@ def connected(call: Operands, places: Places) -> Tensor:
     corners = torch.eye(rows * columns).view(-1, 1, rows, columns)
     image = F.interpolate(corners, places.grid, mode="bilinear", align_corners=False)
     up = image[:, 0, at[:, 0], at[:, 1]]
-    pooled = down.T @ call.k[:, places.prefix :]
-    weights = (call.q[:, places.prefix :] @ pooled.mT * call.scale).softmax(-1)
-    return F.pad(weights @ up, (places.prefix, 0))
+    pooled = down.T @ places.patches(call.k)
+    return (places.patches(call.q) @ pooled.mT * call.scale).softmax(-1) @ up
 
 
-def faults(kept: Tensor, scores: Tensor, allowed: Tensor, prefix: int, budget: int) -> list[str]:
+def faults(
+    kept: Tensor, scores: Tensor, allowed: Tensor, places: Places, budget: int
+) -> Iterator[str]:
     """What is wrong with the kept keys, ``[X, N, M]``, of one call."""
-    wrong = []
+    prefix = places.prefix
     if not (kept | ~allowed)[:, :prefix].all():
-        wrong.append("rows of prefix tokens are not dense")
-    rows, can = kept[:, prefix:], allowed[:, prefix:]
-    first = min(prefix, budget)
-    if prefix and not (rows.sum(-1) >= first).all():
-        wrong.append("fewer keys than prefix tokens")
-    if prefix and not rows[..., :prefix].sum(-1).eq(first).all():
-        wrong.append("columns of prefix tokens are dropped")
-    rows, can = rows[..., prefix:] & can[..., prefix:], can[..., prefix:]
-    expected = can.sum(-1).clamp_max(budget - first)
-    if not torch.equal(rows.sum(-1), expected):
-        wrong.append(
-            f"{rows.sum(-1).unique().tolist()} patch keys, not {expected.unique().tolist()}"
-        )
-    scores = scores[..., prefix:].expand(rows.shape)
+        yield "rows of prefix tokens are not dense"
+    rows, can = places.patches(kept & allowed), places.patches(allowed)
+    if not rows[..., :prefix].sum(-1).eq(min(prefix, budget)).all():
+        yield "columns of prefix tokens are dropped"
+    special = rows.sum(-1) - places.patches(rows, -1).sum(-1)
+    rows, can = places.patches(rows, -1), places.patches(can, -1)
+    counts, expected = rows.sum(-1), can.sum(-1).minimum(budget - special)
+    if not torch.equal(counts, expected):
+        yield f"{counts.unique().tolist()} patch keys are kept, not {expected.unique().tolist()}"
+    scores = scores.expand(rows.shape)
     worst = scores.masked_fill(~rows, math.inf).amin(-1)
     best = scores.masked_fill(rows | ~can, -math.inf).amax(-1)
     gap = TOLERANCE * scores.abs().amax().clamp_min(1e-6)
     if (best > worst + gap).any():
         share = float((best > worst + gap).float().mean())
-        wrong.append(f"better keys are dropped in {share:.0%} of the rows")
-    return wrong
+        yield f"better keys are dropped in {share:.0%} of the rows"
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class ByHand(Watch):
         allowed = call.logits > -50.0  # hosts forbid by minus 100 as well
         budget = max(1, math.ceil(self.k * kept.shape[-1]))
         scores = self.rule(call, places)
-        found = faults(kept, scores, allowed, places.prefix, budget)
+        found = faults(kept, scores, allowed, places, budget)
         self.wrong += [f"{site}: {fault}" for fault in found]
 
 
