@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import sparsiattn
 from tests.support import ROOT, census_recent, hosts_recent, matrix
 from tests.support.census_recent import COLUMNS, Host
 
@@ -80,3 +81,11 @@ def test_most_hosts_of_today_are_patched() -> None:
     connectivity, tokens = census_recent.shares(KNOWN["hosts"])
     assert connectivity >= 0.9
     assert tokens >= 0.75
+
+
+@pytest.mark.xfail(strict=True, reason="the tokens of all views are taken for one image")
+def test_views_side_by_side_are_no_image() -> None:
+    """Layers across views see ``views x (camera token + patches)``, which nothing says."""
+    host = hosts_recent.HOSTS["depth_anything_3"]
+    with pytest.raises(sparsiattn.SparsiattnError, match="grid="):
+        sparsiattn.patch(host.make(None).eval(), "local", k=0.25, input=host.shape).unpatch()

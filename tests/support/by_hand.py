@@ -197,12 +197,21 @@ class ByHand(Watch):
             with torch._C.DisableTorchFunctionSubclass():
                 return self.fused(site, *args, **(kwargs or {}))
         mark = self.mark(args[0]) if args and isinstance(args[0], Tensor) else None
-        if site is not None and name == "softmax" and mark and mark.kind in (PRODUCT, WEIGHTS):
+        attends = name == "softmax" and mark and mark.kind in (PRODUCT, WEIGHTS)
+        if site is not None and attends and self.is_used(site, args[0]):
             with torch._C.DisableTorchFunctionSubclass():
                 masked = self.masked(site, args[0], None)
             masked._softmax_mark = mark  # type: ignore[attr-defined]
             args = (masked, *args[1:])
         return super().__torch_function__(func, types, args, kwargs)
+
+    def is_used(self, site: str, logits: Tensor) -> bool:
+        """Some hosts compute a softmax beside attention that nothing reads: not in its shape."""
+        left = self.kept.calls[site][self.turn[site] :]
+        if not left or left[0].mask is None:
+            return True
+        kept = left[0].kept()
+        return kept.shape[-2:] == logits.shape[-2:] and kept.numel() == logits.numel()
 
     def fused(self, site: str, *args: Any, **kwargs: Any) -> Tensor:
         """Torch's own attention, written out."""

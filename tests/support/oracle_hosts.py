@@ -43,6 +43,7 @@ class Host:
         suffix: Tokens after them.
         prefixed: Part of the names of sites that have the prefix.
         image: Rows and columns of the image.
+        images: How many are computed at once.
         patched: Of the one given to `patch`, where it is another.
         halo: Key patches beyond the queries' on every side.
         order: Row and column of every patch of a grid, in the order of the tokens.
@@ -55,6 +56,7 @@ class Host:
     suffix: int = 0
     prefixed: str = ""
     image: Grid | None = None
+    images: int = 2
     patched: Grid | None = None
     halo: int = 0
     order: Callable[[Grid], Tensor] = centres
