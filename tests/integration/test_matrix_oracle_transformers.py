@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import sparsiattn
 from tests.support import hosts_transformers, zoo
 from tests.support.oracle_hosts import RULES, Host, disagreements, unrolled
+from tests.support.tokens_by_hand import Drop, Shortened
 
 pytestmark = pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not here")
 
@@ -79,13 +81,18 @@ def _cells() -> Iterator[Any]:
             yield pytest.param(name, strategy, id=f"{name}-{strategy}", marks=marks)
 
 
+def _model(name: str, **changes: Any) -> tuple[nn.Module, Tensor]:
+    model_class, config, options, *_ = hosts_transformers.CASES[name]
+    options = {**options, **changes}
+    model = zoo.drawn(hosts_transformers.builder(model_class, config, options))
+    shape = next(shape for case, _, shape in hosts_transformers.entries() if case == name)
+    return model, torch.randn(HOSTS[name].images, *(shape or (1, 3, 32, 32))[1:])
+
+
 @pytest.mark.parametrize(("name", "strategy"), [*_cells()])
 @torch.no_grad()
 def test_attention_keeps_what_its_rule_says(name: str, strategy: str) -> None:
-    model_class, config, options, *_ = hosts_transformers.CASES[name]
-    model = zoo.drawn(hosts_transformers.builder(model_class, config, options))
-    shape = next(shape for case, _, shape in hosts_transformers.entries() if case == name)
-    images = torch.randn(HOSTS[name].images, *(shape or (1, 3, 32, 32))[1:])
+    model, images = _model(name)
     inputs = hosts_transformers.INPUTS.get(name)
 
     def run() -> Any:
@@ -99,3 +106,36 @@ def test_attention_keeps_what_its_rule_says(name: str, strategy: str) -> None:
             return
         raise
     assert wrong == []
+
+
+# class tokens among the prefix
+CLASSES = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1, "beit": 1, "yolos": 1}
+# the embedding of every position, added again between blocks, takes no shorter sequence
+UNCHANGED = {"yolos": {"use_mid_position_embeddings": False}}
+DROPPED = [
+    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=SPECIAL)])
+    if HOSTS[name].suffix else name
+    for name in CLASSES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPPED)
+@torch.no_grad()
+def test_only_patches_are_dropped(name: str) -> None:
+    """By the attention of class tokens; others before and behind the patches stay."""
+    (model, images), host = _model(name, **UNCHANGED.get(name, {})), HOSTS[name]
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    drop, whole = Drop(0.5, CLASSES[name]), host.suffix > 0
+    oracle = Shortened(model, list(blocks), host.prefix, drop, host.suffix)
+    expected = torch.cat([_read(out, host) for out in oracle.outputs(images, whole)])
+    with sparsiattn.patch(model, "token_drop", keep=0.5, input=tuple(images.shape)):
+        out = _read(model(images), host)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+
+
+def _read(out: Any, host: Host) -> Tensor:
+    """Logits, or the tokens before and behind the patches."""
+    if "logits" in out:
+        return out.logits  # type: ignore[no-any-return]
+    x = out.last_hidden_state
+    return torch.cat([x[:, : host.prefix], x[:, x.shape[1] - host.suffix :]], dim=1)

@@ -119,7 +119,9 @@ def outcome(subject: matrix.Subject, column: str) -> str:
     text = matrix.cells(subject, column, [])["auto"]
     if text.startswith("refused") and "Pass input=" in text:
         text = f"fails: asks for the input that was given ({text})"
-    return textwrap.shorten(text, 300, placeholder=" ...")
+    if text.startswith("refused") and "tensor([" in text:
+        text = f"fails: prints tensors ({text.split('tensor([')[0]}...)"
+    return textwrap.shorten(text, 600, placeholder=" ...")
 
 
 def outcomes(name: str, host: Host) -> dict[str, str]:

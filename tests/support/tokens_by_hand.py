@@ -21,12 +21,14 @@ from tests.support.by_hand import Recorded, flat, logits_of, recorded
 
 @dataclass
 class Sequence:
-    """The tokens of one image on their way. prefix: leading tokens; n: patches at first; ids: the
+    """The tokens of one image on their way. prefix, suffix: tokens before and after the patches,
+    which stay; n: patches at first; ids: the
     patch whose position each token has; size: patches merged into it; place: where each patch went,
     -1 if dropped; last: every patch's last value."""
 
     prefix: int
     n: int
+    suffix: int = 0
     ids: Tensor = field(init=False)
     size: Tensor = field(init=False)
     place: Tensor = field(init=False)
@@ -74,7 +76,8 @@ class Drop:
             if bias is not None:
                 bias = bias[..., prefix:, :].mean(-2, keepdim=True)
             call, rows = Recorded(mean, call.k, bias, call.scale), slice(0, 1)
-        weights = flat(logits_of(call))[:, rows].softmax(-1).mean((0, 1))[prefix:]
+        weights = flat(logits_of(call))[:, rows].softmax(-1).mean((0, 1))
+        weights = weights[prefix : len(weights) - sequence.suffix]
         count = math.ceil(self.keep * len(x))
         kept = weights.argsort(descending=True)[:count].sort().values
         sequence.note(x)
@@ -142,27 +145,35 @@ class Short(TorchFunctionMode):
 
     def fitting(self, mask: Tensor | None, tokens: int) -> Tensor | None:
         assert self.sequence is not None
-        prefix = self.sequence.prefix
+        prefix, suffix = self.sequence.prefix, self.sequence.suffix
         if mask is None or mask.shape[-1] == tokens:
             return mask
-        left = torch.cat([torch.arange(prefix), self.sequence.ids + prefix])
+        last = torch.arange(suffix) + prefix + self.sequence.n
+        left = torch.cat([torch.arange(prefix), self.sequence.ids + prefix, last])
         return mask[..., left, :][..., left]
 
 
 class Shortened:
     """A model whose blocks are driven by hand, one image at a time."""
 
-    def __init__(self, model: nn.Module, blocks: list[Any], prefix: int, reduce: Reduce) -> None:
-        self.model, self.blocks, self.prefix, self.reduce = model, blocks, prefix, reduce
+    def __init__(
+        self, model: Any, blocks: list[Any], prefix: int, reduce: Reduce, suffix: int = 0
+    ) -> None:
+        self.model, self.blocks, self.reduce = model, blocks, reduce
+        self.prefix, self.suffix = prefix, suffix
         self.short = Short(isinstance(reduce, Merge))
 
     def __call__(self, images: Tensor, whole: bool) -> Tensor:
-        """Outputs of the model. whole: whether its head gets every position again."""
-        return torch.cat([self.one(image[None], whole) for image in images])
+        """The model's output. whole: whether its head gets every position again."""
+        return torch.cat(self.outputs(images, whole))
 
-    def one(self, image: Tensor, whole: bool) -> Tensor:
-        with self.driven(whole), self.short:
-            return self.model(image)  # type: ignore[no-any-return]
+    def outputs(self, images: Tensor, whole: bool) -> list[Any]:
+        """What the model gives for each image."""
+        found = []
+        for image in images:
+            with self.driven(whole), self.short:
+                found.append(self.model(image[None]))
+        return found
 
     @contextmanager
     def driven(self, whole: bool) -> Iterator[None]:
@@ -179,7 +190,8 @@ class Shortened:
     def forward(self, block: Any, host: Any, whole: bool) -> Callable[..., Tensor]:
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.short.sequence is None:
-                self.short.sequence = Sequence(self.prefix, x.shape[1] - self.prefix)
+                patches = x.shape[1] - self.prefix - self.suffix
+                self.short.sequence = Sequence(self.prefix, patches, self.suffix)
             sequence = self.short.sequence
             args, kwargs = tuple(map(self.cut, args)), {k: self.cut(v) for k, v in kwargs.items()}
             self.short.calls.clear()
@@ -190,14 +202,17 @@ class Shortened:
             self.short.inside = False
             handle.remove()
             y = middle[0] if middle else out
-            left = self.reduce(y[0, self.prefix :], self.short.calls[0], sequence)
-            y = torch.cat([y[0, : self.prefix], left])[None]
+            y = self.change(y, lambda x: self.reduce(x, self.short.calls[0], sequence))
             y = y + _mlp(block, y) if middle else y
-            if whole:
-                y = torch.cat([y[0, : self.prefix], sequence.whole(y[0, self.prefix :])])[None]
-            return y
+            return self.change(y, sequence.whole) if whole else y
 
         return run
+
+    def change(self, x: Tensor, patches: Callable[[Tensor], Tensor]) -> Tensor:
+        """``[1, N, C]`` with other patch tokens."""
+        end = x.shape[1] - self.suffix
+        changed = patches(x[0, self.prefix : end])
+        return torch.cat([x[0, : self.prefix], changed, x[0, end:]])[None]
 
     def cut(self, value: Any) -> Any:
         """A table of positions among a block's arguments, for the tokens that are left."""
