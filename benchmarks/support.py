@@ -58,6 +58,18 @@ def run_census(name: str, only: str, part: tuple[int, int]) -> None:
     census.run(iter(entries[part[0] :: part[1]]), ROWS / f"{name}.jsonl")
 
 
+def run_recent() -> None:
+    """Keep the outcome of every host of 2025-26 and of every task head, and say the shares."""
+    recent = helper("census_recent")
+    hosts = helper("hosts_recent").HOSTS
+    rows = {name: recent.outcomes(name, host) for name, host in hosts.items()}
+    heads = {name: recent.outcomes(name, host) for name, host in recent.heads()}
+    write("recent", {"hosts": rows, "heads": heads})
+    for kind, part in (("hosts", rows), ("heads", heads)):
+        print(kind, len(part), "connectivity {:.0%}, token strategies {:.0%}".format(
+            *recent.shares(part)), flush=True)  # fmt: skip
+
+
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One list's counts, the names behind every refusal, what was left alone and missed."""
     attending = [row for row in rows if row.get("attention")]
@@ -96,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--census", choices=LISTS, action="append", help="run this list alone")
     parser.add_argument("--matrix", action="store_true", help="run the matrix alone")
+    parser.add_argument("--recent", action="store_true", help="run hosts of 2025-26 and task heads")
     parser.add_argument("--summarise", action="store_true", help="run nothing")
     parser.add_argument("--only", default="*", help="glob over names of models or families")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th row from the i-th on")
@@ -103,12 +116,14 @@ def main() -> None:
     torch.set_num_threads(1)
     ROWS.mkdir(parents=True, exist_ok=True)
     first, step = map(int, given.part.split("/"))
-    everything = not (given.matrix or given.census or given.summarise)
+    if given.recent:
+        run_recent()
+    everything = not (given.matrix or given.census or given.summarise or given.recent)
     for name in LISTS if everything else given.census or []:
         run_census(name, given.only, (first, step))
     if given.matrix or everything:
         run_matrix(given.only, (first, step))
-    if step == 1:
+    if step == 1 and not given.recent:
         summarise()
 
 

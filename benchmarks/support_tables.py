@@ -1,4 +1,5 @@
-"""The tables of docs/support.md, made from ``results/support.json``."""
+"""The tables of docs/support.md, made from ``results/support.json`` and
+``results/recent.json``."""
 
 from __future__ import annotations
 
@@ -114,6 +115,32 @@ def reasons() -> str:
     return "\n".join(f"{number}. {text}" for text, number in numbers.items()) or "None."
 
 
+def _recent(kind: str) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads((RESULTS / "recent.json").read_text())[kind]
+    return found
+
+
+def recent(kind: str) -> str:
+    """Hosts of 2025-26, or task heads, by strategies; numbers refer to `recent_reasons`."""
+    numbers: dict[str, int] = {}
+    found = _recent(kind)
+    columns = list(next(iter(found.values())))
+    rows = [
+        [f"`{name}`", *(_cell({"auto": row[column]}, numbers) for column in columns)]
+        for name, row in found.items()
+    ]
+    return _table(["host", *columns], rows)
+
+
+def recent_reasons(kind: str) -> str:
+    """What the numbers of `recent` mean, in its order."""
+    numbers: dict[str, int] = {}
+    for row in _recent(kind).values():
+        for outcome in row.values():
+            _cell({"auto": outcome}, numbers)
+    return "\n".join(f"{number}. {text}" for text, number in numbers.items()) or "None."
+
+
 def kernels() -> str:
     """What each kernel says of the machine that made the page."""
     rows = [[f"`{name}`", plain(reason) if reason else "runs in the cells above"]
@@ -131,4 +158,8 @@ BLOCKS = {
     "support matrix": matrix,
     "support reasons": reasons,
     "support kernels": kernels,
+    "support hosts": lambda: recent("hosts"),
+    "support hosts-reasons": lambda: recent_reasons("hosts"),
+    "support heads": lambda: recent("heads"),
+    "support heads-reasons": lambda: recent_reasons("heads"),
 }

@@ -53,12 +53,18 @@ class Subject:
         with torch.no_grad():
             return census.flat(self.specimen.entry.call(self.model, self.images))
 
+    def example(self) -> Any:
+        """What `sparsiattn.patch` is told about the input: its shape, or where the model takes
+        something else than an image, that."""
+        inputs = self.specimen.entry.inputs
+        return self.specimen.shape if inputs is None else inputs(self.images)
+
     def patch(self, strategy: str, options: dict[str, Any], kernel: str) -> sparsiattn.Patch:
         extra: dict[str, Any] = {"only_if_faster": False} if strategy == "hybrid" else {}
         if strategy in SUMMARISE and self.specimen.fewest_keys < census.FEW_KEYS:
             extra["background"] = None  # of a few keys, the summaries are the keys themselves
         return sparsiattn.patch(
-            self.model, strategy, kernel=kernel, input=self.specimen.shape, **options, **extra
+            self.model, strategy, kernel=kernel, input=self.example(), **options, **extra
         )
 
 
@@ -66,26 +72,26 @@ def subject(entry: census.Entry) -> Subject:
     """With values among which attention matters."""
     specimen = census.prepare(entry, FEW_PAIRS)
     if not any(isinstance(m, _BatchNorm) for m in specimen.model.modules()):
-        return _subject(specimen, small.materialise(specimen.model))
+        return made(specimen, small.materialise(specimen.model))
     # batch norms keep nothing in bounds in a model that never trained: its library's values do
-    made = _subject(specimen, specimen.as_made())
-    return made if _attends(made) else _subject(specimen, small.materialise(specimen.model))
+    own = made(specimen, specimen.as_made())
+    return own if _attends(own) else made(specimen, small.materialise(specimen.model))
 
 
-def _subject(specimen: census.Specimen, model: nn.Module, batch: int = 2) -> Subject:
+def made(specimen: census.Specimen, model: nn.Module, batch: int = 2) -> Subject:
     small.redraw_small(model)
     size = (batch, *specimen.shape[1:])
     images = torch.randn(size, generator=torch.Generator().manual_seed(2))
-    made = Subject(specimen, model, images, torch.empty(0))
-    made.dense = made.forward()
-    return made
+    subject = Subject(specimen, model, images, torch.empty(0))
+    subject.dense = subject.forward()
+    return subject
 
 
-def _attends(made: Subject) -> bool:
+def _attends(subject: Subject) -> bool:
     """Whether fewer keys change the output; True as well where that cannot be tried."""
     try:
-        with made.patch("topk", {"k": 0.25}, "reference"):
-            return not _same(made.forward(), made.dense)
+        with subject.patch("topk", {"k": 0.25}, "reference"):
+            return not _same(subject.forward(), subject.dense)
     except SparsiattnError:
         return True
 
@@ -137,6 +143,8 @@ def _laws(subject: Subject, column: str) -> str:
         return f"fails: relative error {change:.1e} at full budget"
     with subject.patch(strategy, budget, "auto"):
         out = subject.forward()
+    if out.shape != subject.dense.shape or not out.isfinite().all():
+        return "fails: the output has another shape, or is not finite"
     if strategy != "dense" and _same(out, subject.dense):
         return "fails: no change at a smaller budget"
     if not torch.equal(subject.forward(), subject.dense):

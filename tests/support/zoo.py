@@ -209,8 +209,12 @@ def _unfused(model: nn.Module) -> nn.Module:
 def build(family: str) -> nn.Module:
     """The model in eval mode; weights that start near zero are drawn again, so that every branch
     matters."""
+    return drawn(FAMILIES[family] if family in FAMILIES else HIERARCHIES[family][0])
+
+
+def drawn(maker: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` returns, for any model."""
     torch.manual_seed(1)
-    maker = FAMILIES[family] if family in FAMILIES else HIERARCHIES[family][0]
     model = maker().eval()
     with torch.no_grad():
         for parameter in model.parameters():
