@@ -40,7 +40,7 @@ def plan_tokens(
     model, sites = state.model, {site.name: site for site in state.model_sites}
     name = type(model).__name__
     backbone = surveyed.backbone
-    blocks = find_blocks(surveyed.meta_model, sites, backbone.meta_inputs(model, state.input_shape))
+    blocks = find_blocks(surveyed.meta_model, sites, surveyed.inputs())
     if not blocks:
         raise InvalidOption(
             f"{name} has no blocks that tokens could skip: token strategies need modules that "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from sparsiattn.attention.example import Example
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
@@ -36,7 +37,7 @@ class ModelAttention:
 
     Attributes:
         backbone: Name of the adapter.
-        input_shape: Shape of one image.
+        example: What dry runs call the model with.
         sites: Sites that can be patched, with the layout of their host.
         skipped: ``(name, reason)`` of attention that cannot be patched.
         unread: Names of sites whose attention weights nothing reads.
@@ -44,7 +45,7 @@ class ModelAttention:
     """
 
     backbone: str
-    input_shape: tuple[int, ...]
+    example: Example
     sites: tuple[tuple[Site, Layout], ...]
     skipped: tuple[tuple[str, str], ...]
     unread: frozenset[str] = frozenset()
@@ -105,8 +106,8 @@ class PatchState(PatchOwner):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image, as dry runs take it."""
-        return self.attention.input_shape
+        """Shape of one image, as dry runs take it (of the first tensor where there is none)."""
+        return self.attention.example.shape
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
@@ -141,6 +142,11 @@ class PatchState(PatchOwner):
             runtime.site, runtime.layout = by_name[runtime.site.name]
         for block in self.blocks:
             block.site = by_name[block.site.name][0]
+
+    def use_values(self) -> None:
+        """Let dry runs have values: the model does not run without any more."""
+        example = replace(self.attention.example, with_values=True)
+        self.attention = replace(self.attention, example=example)
 
     def ensure_active(self, action: str) -> None:
         """Raise `ModelChanged` if the patch was undone or its model changed."""
