@@ -232,9 +232,7 @@ def inspect(
     )
 
 
-def _survey(
-    model: nn.Module, patches: list[Patch], example: Any
-) -> tuple[nn.Module, ModelSurvey]:
+def _survey(model: nn.Module, patches: list[Patch], example: Any) -> tuple[nn.Module, ModelSurvey]:
     """A copy without patches, and its attention; it has no data if the model runs without."""
     copied = unpatched_meta_copy(model, patches)
     try:

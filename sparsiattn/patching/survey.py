@@ -42,6 +42,7 @@ class ModelSurvey:
         sites: Those that can be patched, with the layout of their host.
         skipped: ``(name, reason)`` of the others.
         returned: Shapes of what the model returned.
+        read_by_hooks: Names of modules whose tensors the host's own hooks use.
     """
 
     backbone: Backbone
@@ -51,6 +52,7 @@ class ModelSurvey:
     sites: list[tuple[Site, Layout]]
     skipped: list[tuple[str, str]]
     returned: list[torch.Size]
+    read_by_hooks: frozenset[str] = frozenset()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class ModelSurvey:
             NothingToPatch: The model has no site.
         """
         if not self.sites:
-            reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped)
+            reasons = "".join(f"\n  {name or '(root)'}: {reason}" for name, reason in self.skipped)
             raise NothingToPatch(
                 f"{type(model).__name__} has no attention to patch: no module of it calls scaled "
                 "dot product attention (or writes it out) in a way that can be served" + reasons
@@ -130,7 +132,8 @@ def _survey_with(
     run = probe(copied, inputs_of(example, copied, backbone))
     sites, skipped = backbone.sites(run.calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes
-    return ModelSurvey(backbone, example, copied, run.calls, sites, skipped, run.returned)
+    read = run.read_by_hooks
+    return ModelSurvey(backbone, example, copied, run.calls, sites, skipped, run.returned, read)
 
 
 def _aspect(model: nn.Module, backbone: Backbone, shape: tuple[int, ...]) -> float:

@@ -65,6 +65,7 @@ class PatchState(PatchOwner):
         overrides: Attributes of the host that patching switched.
         hooks: Handles of every registered hook.
         places: Module path and module of everything that must stay where it was.
+        is_copy: Whether it came with a copy of its model, or of a part of it, or from a file.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class PatchState(PatchOwner):
         self.overrides: list[AttributeOverride] = []
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
+        self.is_copy = False
         self._paused = 0
         self._reapply = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, last_pass=None)
+        self.__dict__.update(state, last_pass=None, is_copy=True)
         self.key = new_key()  # a copy is disabled on its own
         # made inside disabled(): the host's switches are turned again at the first forward
         self._reapply, self._paused = bool(self._paused), 0

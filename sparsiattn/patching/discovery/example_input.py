@@ -63,7 +63,8 @@ def _own_shape(model: nn.Module, backbone: Backbone) -> tuple[int, ...]:
     if shape is None:
         raise InvalidOption(
             f"{type(model).__name__} does not say its input size (no pretrained_cfg, no "
-            "config): pass input=(1, channels, height, width) or an example tensor"
+            "config): pass input=(1, channels, height, width) or an example tensor, for a part of "
+            "a model the tokens [B, N, C] that it takes"
         )
     return shape
 
@@ -163,6 +164,4 @@ def without_data(example: Example) -> Example:
 
     if example.with_values:
         return example
-    return replace(
-        example, arguments=tree_map_only(Tensor, emptied, example.arguments), image=None
-    )
+    return replace(example, arguments=tree_map_only(Tensor, emptied, example.arguments), image=None)

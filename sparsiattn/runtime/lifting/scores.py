@@ -50,6 +50,9 @@ class LiftMode(Protocol):
     def refuse(self, scores: Scores, because: str) -> None:
         """Hear that an operation of that name needs the values of scores."""
 
+    def weights(self, scores: Scores) -> Tensor | None:
+        """The attention weights that are used in the place of these; None if they are these."""
+
 
 FIELDS = (
     *("lift", "home", "q", "kt", "shape", "made_as", "dtype", "device", "factor", "terms"),
@@ -118,7 +121,9 @@ class Scores:
         return other
 
     def tensor(self, because: str = "") -> Tensor:
-        """The scores (or weights) themselves, computed as the host would have."""
+        """The scores themselves, computed as the host would have; weights as they are used."""
+        if self.value is None:
+            self.value = self.lift.weights(self)
         if self.value is None:
             self.lift.refuse(self, because)
             self.lift.idle = True  # or this very product would be put off again
