@@ -1,6 +1,6 @@
-"""A dry run of the patched model: a copy (without data if it runs so) carries fewer tokens through the same hooks.
+"""A dry run of the patched model: a copy carries fewer tokens through the same hooks.
 
-It says how many tokens reach each block, what that costs, and whether the model can do it at all.
+The copy has no data wherever the model runs without. It says how many tokens reach each block, what that costs, and whether the model can do it at all.
 """
 
 from __future__ import annotations

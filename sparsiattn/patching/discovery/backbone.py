@@ -288,7 +288,10 @@ class Backbone(RenamedMembers):
         if unreached is not None:
             return unreached
         if not call.uniform:
-            return f"{call.count} calls of attention with different shapes"
+            return (
+                f"{call.count} calls of attention with different shapes (where they are images or "
+                "windows of several sizes, an input= with one size patches them)"
+            )
         return None
 
     def sites(

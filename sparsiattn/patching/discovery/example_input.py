@@ -26,8 +26,8 @@ def read_examples(model: nn.Module, backbone: Backbone, input: Any) -> list[Exam
     Args:
         model: The model.
         backbone: Its adapter.
-        input: An `Example`, a shape, an image, tokens ``[B, N, C]``, a mapping of keyword arguments or a tuple of
-            positional ones; None for what the model says.
+        input: An `Example`, a shape, an image, tokens ``[B, N, C]``, a mapping of keyword arguments
+            or a tuple of positional ones; None for what the model says.
 
     Raises:
         InvalidOption: It is none of these, or the model does not say.
@@ -141,8 +141,9 @@ def inputs_of(example: Example, model: nn.Module, backbone: Backbone) -> MetaInp
         )
     like = next((p for p in model.parameters() if p.is_floating_point() and not p.is_meta), None)
     device = torch.device("cpu") if like is None else like.device
-    filled = tree_map_only(Tensor, lambda x: _with_values(x, example.image, device), arguments)
-    return filled  # type: ignore[no-any-return]
+    return tree_map_only(  # type: ignore[no-any-return]
+        Tensor, lambda x: _with_values(x, example.image, device), arguments
+    )
 
 
 def _with_values(tensor: Tensor, image: Tensor | None, device: torch.device) -> Tensor:
