@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
 from sparsiattn.runtime.restore import unwatch
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies import Config
+
+T = TypeVar("T")
 
 NO_SITES = (
     "no module of the model calls scaled dot product attention (or writes it out) in a way that "
@@ -178,13 +180,14 @@ def inspect(
 ) -> Inspection:
     """Describe a model's attention: what can be patched, and what that could save.
 
-    Figures come from dry runs of a copy without data: weights, hooks and random numbers stay as
-    they are. A model without attention to patch is no error: it has no sites.
+    Figures come from dry runs of a copy, without data wherever the model runs so: weights, hooks
+    and random numbers stay as they are. A model without attention to patch is no error: it has no
+    sites.
 
     Args:
         model: Any module, also one on the meta device or a patched one, which is described as it is
             without the patch.
-        input: Image shape or example tensor, needed only where the model does not say.
+        input: Image shape or example, as `patch` takes it.
         strategies: Names of those to try with their default options; by default all that are
             registered but the published methods of ``sparsiattn.methods``.
 
@@ -201,7 +204,7 @@ def inspect(
     model = unwrap(model)
     patches = patches_in(model)
     example = example_input(model, input, patches)
-    copied, surveyed = _survey(model, patches, example)
+    copied, surveyed = survey_unpatched(model, patches, lambda copied: survey(copied, example))
     # a plug-in's planner may draw its first weights from the global generator
     with torch.random.fork_rng(devices=[]):
         total = dense_macs(_copy_like(surveyed, copied), surveyed.inputs())
@@ -232,16 +235,24 @@ def inspect(
     )
 
 
-def _survey(model: nn.Module, patches: list[Patch], example: Any) -> tuple[nn.Module, ModelSurvey]:
-    """A copy without patches, and its attention; it has no data if the model runs without."""
+def survey_unpatched(
+    model: nn.Module, patches: list[Patch], look: Callable[[nn.Module], T]
+) -> tuple[nn.Module, T]:
+    """A copy without patches, and what was found in it; it has no data if the model runs without.
+
+    Args:
+        model: The model.
+        patches: Its live patches.
+        look: Takes the copy.
+    """
     copied = unpatched_meta_copy(model, patches)
     try:
-        return copied, survey(copied, example)
+        return copied, look(copied)
     except ProbeFailed:
         if not has_data(model):
             raise
     copied = _unpatched(model, value_copy(model), patches)
-    return copied, survey(copied, example)
+    return copied, look(copied)
 
 
 def _copy_like(surveyed: ModelSurvey, copied: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """A dry run of the patched model: a copy carries fewer tokens through the same hooks.
 
-The copy has no data wherever the model runs without. It says how many tokens reach each block, what that costs, and whether the model can do it at all.
+The copy has no data wherever the model runs without. It says how many tokens reach each block, what
+that costs, and whether the model can do it at all.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def flop_counter() -> Any:
 
 
 def _linear_flops(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * math.prod(x) * int(out_shape[-1])
+    return int(2 * math.prod(x) * out_shape[-1])
 
 
 @contextmanager

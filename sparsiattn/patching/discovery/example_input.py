@@ -108,7 +108,9 @@ def _call_example(input: Any) -> Example:
     if not tensors_in(arguments):
         raise InvalidOption(f"input must hold at least one tensor, got {input!r}")
     arguments = _one_item(arguments)
-    return Example(tuple(tensors_in(arguments)[0].shape), arguments)
+    tensors = tensors_in(arguments)
+    images = [x for x in tensors if x.dim() >= 4 and x.is_floating_point()]
+    return Example(tuple((images + tensors)[0].shape), arguments)
 
 
 def _one_item(arguments: MetaInputs) -> MetaInputs:

@@ -152,7 +152,8 @@ def _copied(value: Any, memo: Memo) -> Any:
         function = _copied(value.__func__, memo)
         return types.MethodType(function, copy.deepcopy(value.__self__, memo))
     if isinstance(value, partial):
-        args, keywords = (copy.deepcopy(v, memo) for v in (value.args, value.keywords))
+        args: tuple[Any, ...] = copy.deepcopy(value.args, memo)
+        keywords: dict[str, Any] = copy.deepcopy(value.keywords, memo)
         return partial(_copied(value.func, memo), *args, **keywords)
     if isinstance(value, types.FunctionType):
         return memo[id(value)] if id(value) in memo else _copied_function(value, memo)

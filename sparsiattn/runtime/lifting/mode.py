@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import operations as operations
 from sparsiattn.runtime.lifting.equations import equation, is_product
-from sparsiattn.runtime.lifting.scores import Scores, flip
+from sparsiattn.runtime.lifting.scores import Scores
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
@@ -51,8 +50,13 @@ class Lift(TorchFunctionMode):
         self.tally.attended += 1
         return F.scaled_dot_product_attention(*operands, **options)
 
-    def is_listening(self) -> bool:
-        """Whether a site waits for its call of attention; a kernel's own call goes on to torch."""
+    def _passes_by(self, func: Any, name: str) -> bool:
+        """Whether a site waits for this call of attention, which does not go through the wrapper.
+
+        A kernel's own call goes on to torch.
+        """
+        if name.partition(".")[0] != ATTENTION or func is F.scaled_dot_product_attention:
+            return False
         top = SITE_CALLS.top
         return top is not None and top[0] is not None
 
@@ -61,15 +65,10 @@ class Lift(TorchFunctionMode):
         return 0
 
     def refuse(self, scores: Scores, because: str) -> None:
-        """Told when scores have to be computed, by the name of the operation that needs them."""
-
-    def weights(self, scores: Scores) -> Tensor | None:
-        """The attention weights that are in fact used, for who reads them before the values.
-
-        They are what sparse attention makes of the identity.
+        """Told when scores have to be computed, by the name of the operation that needs them.
 
         Raises:
-            ModelChanged: The call that made them is over, and nobody asked for them then.
+            ModelChanged: The call that made them is over.
         """
         if self.tally.ended:
             raise ModelChanged(
@@ -77,16 +76,10 @@ class Lift(TorchFunctionMode):
                 "returned, but a patched module works without them: read them while it runs, in a "
                 "forward hook of its dropout or softmax, where they are what is used"
             )
-        if not scores.softmaxed:
-            return None
-        shape = flip(scores.shape) if scores.flipped else scores.shape
-        keys = torch.eye(shape[-1], dtype=scores.dtype, device=scores.device)
-        used = scores.attend(keys.expand(*shape[:-2], *keys.shape))
-        return used.transpose(-2, -1) if scores.flipped else used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.strip("_")
-        if name.partition(".")[0] == ATTENTION and self.is_listening():
+        if self._passes_by(func, name):
             return self.attend(*args, **(kwargs or {}))
         if name in PRODUCTS and not kwargs and not self.idle:
             operands = factors(name, args)

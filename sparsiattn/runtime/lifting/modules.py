@@ -80,7 +80,7 @@ class ShowWeights:
 
 
 def _weights(value: Any) -> Any:
-    return value.tensor() if isinstance(value, Scores) and value.softmaxed else value
+    return value.used() if isinstance(value, Scores) and value.softmaxed else value
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -50,9 +50,6 @@ class LiftMode(Protocol):
     def refuse(self, scores: Scores, because: str) -> None:
         """Hear that an operation of that name needs the values of scores."""
 
-    def weights(self, scores: Scores) -> Tensor | None:
-        """The attention weights that are used in the place of these; None if they are these."""
-
 
 FIELDS = (
     *("lift", "home", "q", "kt", "shape", "made_as", "dtype", "device", "factor", "terms"),
@@ -121,9 +118,7 @@ class Scores:
         return other
 
     def tensor(self, because: str = "") -> Tensor:
-        """The scores themselves, computed as the host would have; weights as they are used."""
-        if self.value is None:
-            self.value = self.lift.weights(self)
+        """The scores (or weights) themselves, computed as the host would have."""
         if self.value is None:
             self.lift.refuse(self, because)
             self.lift.idle = True  # or this very product would be put off again
@@ -132,6 +127,13 @@ class Scores:
             finally:
                 self.lift.idle = False
         return self.value
+
+    def used(self) -> Tensor:
+        """The weights that are in fact used: what attention makes of the identity."""
+        shape = flip(self.shape) if self.flipped else self.shape
+        keys = torch.eye(shape[-1], dtype=self.dtype, device=self.device)
+        weights = self.attend(keys.expand(*shape[:-2], *keys.shape))
+        return weights.transpose(-2, -1) if self.flipped else weights
 
     def _compute(self) -> Tensor:
         x = (self.q @ self.kt) * self.factor

@@ -34,9 +34,6 @@ class Trial(Lift):
     def home(self) -> int:
         return 0 if SITE_CALLS.top is None else SITE_CALLS.top[1]
 
-    def weights(self, scores: Scores) -> Tensor | None:
-        return None
-
     def refuse(self, scores: Scores, because: str) -> None:
         name = self.names.get(scores.home, "")
         self._computed.setdefault(name, because)
