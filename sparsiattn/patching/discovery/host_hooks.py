@@ -35,8 +35,9 @@ Memo = dict[int, Any]
 def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
     """Register the host's own forward hooks on the copy of a model, bound to the copy.
 
-    They are functions that the packages of the host's classes define, and those that hold a part of
-    the model. Whatever else they hold is copied, too, so that nobody else sees what they are given.
+    They are functions that the libraries of the host's classes define, and those that hold a part
+    of the model. Whatever else they hold is copied, too, so that nobody else sees what they are
+    given.
 
     Args:
         model: The original.
@@ -75,8 +76,7 @@ def _is_hosts(hook: Any, memo: Memo, packages: Collection[str]) -> bool:
     if functions and all(_is_installed(f) and _package(f) in packages for f in functions):
         return True
     holds = any(_is_part(value, memo) for value in _held(hook))
-    owned = holds or any(_package(function) in packages for function in functions)
-    return owned and not any(_keeps_state(function, packages) for function in functions)
+    return holds and not any(_keeps_state(function, packages) for function in functions)
 
 
 def _is_part(value: Any, memo: Memo) -> bool:
@@ -151,26 +151,34 @@ def _copied(value: Any, memo: Memo) -> Any:
     if isinstance(value, types.MethodType):
         function = _copied(value.__func__, memo)
         return types.MethodType(function, copy.deepcopy(value.__self__, memo))
+    if isinstance(value, types.BuiltinMethodType):
+        home = value.__self__  # the list of a list's own append
+        is_method = home is not None and not isinstance(home, types.ModuleType)
+        return getattr(copy.deepcopy(home, memo), value.__name__) if is_method else value
     if isinstance(value, partial):
-        args: tuple[Any, ...] = copy.deepcopy(value.args, memo)
-        keywords: dict[str, Any] = copy.deepcopy(value.keywords, memo)
-        return partial(_copied(value.func, memo), *args, **keywords)
+        return partial(
+            _copied(value.func, memo),
+            *_each_copied(value.args, memo),
+            **{name: _copied(argument, memo) for name, argument in value.keywords.items()},
+        )
     if isinstance(value, types.FunctionType):
         return memo[id(value)] if id(value) in memo else _copied_function(value, memo)
     return copy.deepcopy(value, memo)
 
 
+def _each_copied(values: tuple[Any, ...] | None, memo: Memo) -> tuple[Any, ...]:
+    return tuple(_copied(value, memo) for value in values or ())
+
+
 def _copied_function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
     copied = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        copy.deepcopy(function.__defaults__, memo),
-        cells,
+        function.__code__, function.__globals__, function.__name__, closure=cells
     )
-    copied.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
     memo[id(function)] = copied  # first, as a function may hold itself
+    copied.__defaults__ = _each_copied(function.__defaults__, memo)
+    defaults = (function.__kwdefaults__ or {}).items()
+    copied.__kwdefaults__ = {name: _copied(value, memo) for name, value in defaults}
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         if original != types.CellType():
             cell.cell_contents = _copied(original.cell_contents, memo)
