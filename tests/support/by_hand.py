@@ -30,8 +30,13 @@ def strongest_keys(share: float, prefix: int = 0) -> Iterator[None]:
         kept[..., :prefix, :] = True
         return scores.masked_fill(~kept, float("-inf")).softmax(-1) @ v
 
-    with mock.patch.object(F, "scaled_dot_product_attention", attention):
-        yield
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # encoders of torch would not call it
+    try:
+        with mock.patch.object(F, "scaled_dot_product_attention", attention):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class TokenAttention(nn.Module):
