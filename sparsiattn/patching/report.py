@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -248,7 +248,8 @@ def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
     except ProbeFailed:
         if state.attention.example.with_values or not has_data(state.model):
             raise
-    state.use_values()
+    example = replace(state.attention.example, with_values=True)
+    state.attention = replace(state.attention, example=example)
     return _runs(state, total)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -144,11 +144,6 @@ class PatchState(PatchOwner):
             runtime.site, runtime.layout = by_name[runtime.site.name]
         for block in self.blocks:
             block.site = by_name[block.site.name][0]
-
-    def use_values(self) -> None:
-        """Let dry runs have values: the model does not run without any more."""
-        example = replace(self.attention.example, with_values=True)
-        self.attention = replace(self.attention, example=example)
 
     def ensure_active(self, action: str) -> None:
         """Raise `ModelChanged` if the patch was undone or its model changed."""

@@ -214,6 +214,33 @@ def test_models_whose_weights_accelerate_keeps_elsewhere(options: Any) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+class Handwritten(TokenAttention):
+    """Has a parameter of its own, for which accelerate puts a function in front of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__(Handwritten.by_hand)
+        self.bias = nn.Parameter(torch.randn(3, 1, 64))
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25 + self.bias).softmax(-1) @ v
+
+
+@torch.no_grad()
+def test_handwritten_attention_whose_weights_accelerate_keeps_elsewhere() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, x = made(lambda: Blocks(Handwritten(), Handwritten())), photos()
+    model = copy.deepcopy(plain)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    dense = model(x)
+    with sparsiattn.patch(plain, "topk", k=0.25, input=SIZE):
+        expected = plain(x)
+    with sparsiattn.patch(model, "topk", k=0.25, input=SIZE):
+        assert torch.equal(model(x), expected)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(model(x), dense)
+    assert not torch.equal(expected, dense)
+
+
 def test_both_towers_of_clip() -> None:
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
