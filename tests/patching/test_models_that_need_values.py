@@ -70,7 +70,24 @@ class Drawing(Plain):
         return super().forward(x * (1 + 0 * torch.rand(()).item()))
 
 
-NEED_VALUES = [ReadsANumber, DecidesByValues, CountsByValues, ThroughNumpy, Drawing]
+MEAN = torch.full((1, 3, 1, 1), 0.5)
+
+
+class CachedElsewhere(Plain):
+    """Adds a tensor that is kept outside the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + MEAN)
+
+
+NEED_VALUES = [
+    CachedElsewhere,
+    ReadsANumber,
+    DecidesByValues,
+    CountsByValues,
+    ThroughNumpy,
+    Drawing,
+]
 
 
 def made(build: Callable[[], nn.Module]) -> Any:
@@ -212,6 +229,19 @@ def test_models_whose_weights_accelerate_keeps_elsewhere(options: Any) -> None:
         assert patch.report().macs == expected.report().macs
     assert torch.equal(model(x), dense)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_a_model_that_needs_values_and_keeps_its_weights_elsewhere() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, x = made(ReadsANumber), photos()
+    model = copy.deepcopy(plain)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with sparsiattn.patch(plain, "topk", k=0.25, input=SIZE) as expected:
+        output, report = plain(x), expected.report()
+    with sparsiattn.patch(model, "topk", k=0.25, input=SIZE) as patch:
+        assert torch.equal(model(x), output)
+        assert patch.report().macs == report.macs
 
 
 class Handwritten(TokenAttention):
