@@ -24,10 +24,12 @@ from .attention.layout import Layout as Layout
 from .attention.pattern import Mask as Mask
 from .attention.pattern import Pattern as Pattern
 from .attention.site import Site as Site
+from .attention.structure import Structure as Structure
 from .errors import AlreadyPatched as AlreadyPatched
 from .errors import CheckpointNotWritten as CheckpointNotWritten
 from .errors import DataError as DataError
 from .errors import ExportFailed as ExportFailed
+from .errors import GuessedStructure as GuessedStructure
 from .errors import InvalidOption as InvalidOption
 from .errors import InvalidType as InvalidType
 from .errors import KernelRefused as KernelRefused

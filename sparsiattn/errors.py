@@ -73,6 +73,10 @@ class TrainingDiverged(SparsiattnError, FloatingPointError):
     """A loss became NaN or infinite."""
 
 
+class GuessedStructure(UserWarning):
+    """Grid and special tokens of a sequence follow from its length alone; see `patch`."""
+
+
 class PluginError(SparsiattnError, RuntimeError):
     """A plug-in returned something that cannot be registered."""
 

@@ -17,7 +17,15 @@ from sparsiattn.patching.apply import plan_patch
 from sparsiattn.patching.discovery.meta_model import has_data, meta_copy, value_copy
 from sparsiattn.patching.report import dense_macs, report
 from sparsiattn.patching.survey import ModelSurvey, survey
-from sparsiattn.patching.text import Row, macs_text, percent, plain, plain_data, shape_text
+from sparsiattn.patching.text import (
+    Row,
+    macs_text,
+    percent,
+    plain,
+    plain_data,
+    shape_text,
+    structure_lines,
+)
 from sparsiattn.registry import REGISTRY
 from sparsiattn.registry.registry import METHODS
 from sparsiattn.runtime.multihead import swap_back
@@ -48,8 +56,9 @@ class SiteInspection:
         keys: Keys, prefix included.
         heads: Attention heads.
         head_dim: Width of a query and a key.
-        grid: Rows and columns of the patch tokens.
-        prefix_tokens: Leading tokens that are not image patches.
+        grid: Rows and columns of the patch tokens; those of several views one below the other.
+        prefix_tokens: Tokens that are not image patches.
+        structure: Where these stand and where that is known from, in words.
         windows: Windows of one image.
         calls: Attention calls in one forward pass.
         macs: Of QK^T and AV for one image, dense.
@@ -69,6 +78,7 @@ class SiteInspection:
     calls: int
     macs: int
     share: float
+    structure: str = ""
     saves: dict[str, float | None] = field(default_factory=dict, hash=False)
 
 
@@ -167,7 +177,8 @@ class Inspection:
 
     def tail(self) -> list[str]:
         """Lines below the table of sites."""
-        lines = [f"left alone: {name}: {reason}" for name, reason in self.skipped]
+        lines = list(structure_lines(self.sites))
+        lines += [f"left alone: {name}: {reason}" for name, reason in self.skipped]
         if not self.sites:
             return [*lines, f"no strategy: {NO_SITES}"]
         if self.strategies:
@@ -224,6 +235,7 @@ def inspect(
                 name=site.name,
                 macs=site.macs,
                 share=site.macs / max(1, total),
+                structure=str(site.structure),
                 saves={name: shares[site.name] for name, shares in site_savings.items()},
                 **{name: getattr(site, name) for name in _SIZES},
             )

@@ -52,6 +52,7 @@ class AttentionInputs(RenamedMembers):
             None before the first reduction.
         target_device: The device that a dry run's meta tensors stand for.
         cross_layer: What `store` and `load` write to and read from.
+        placed: Whether it is known where in the image the tokens are, so that grids say so.
 
     >>> x = torch.zeros(1, 2, 17, 8)
     >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
@@ -85,6 +86,7 @@ class AttentionInputs(RenamedMembers):
     token_state: TokenState | None = None
     target_device: torch.device | None = None
     cross_layer: CrossLayerState | None = None
+    placed: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("query_grid", self.site.grid), ("key_grid", self.site.key_grid)):

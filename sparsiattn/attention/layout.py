@@ -9,12 +9,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.structure import special_order
 from sparsiattn.attention.token_state import TokenState
+from sparsiattn.errors import InvalidOption
 
 # Stands for the shape of an image that the host was given as cut and padded patches: tokens are a
 # plain sequence then, whatever the grid was at patch time.
@@ -111,38 +112,67 @@ def autocast_dtype(q: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+Maps = tuple[Grid, Grid]
+"""Rows and columns of the map that tokens are made of: at present, and at patch time."""
+
+
 def grids(
-    site: Site, n_queries: int, n_keys: int, image: Grid | None, window: object
-) -> tuple[Grid, Grid]:
+    site: Site, n_queries: int, n_keys: int, maps: Maps | None, window: object
+) -> tuple[Grid, Grid, bool]:
     """The patch grids of one call.
 
     At the resolution of patch time they are known; at another one they follow the host's window,
-    where it has one, else the aspect of the image.
+    where it has one, else the map that the tokens are made of.
 
     Args:
         site: The call's site.
         n_queries: Queries, prefix included.
         n_keys: Keys, prefix included.
-        image: Height and width of the present image in patches, up to a common factor.
+        maps: Sizes of the map; None where they are not known.
         window: The host's window, if it has one.
 
     Returns:
-        Grids of the patch queries and of the patch keys.
+        Grids of the patch queries and of the patch keys, and whether both are known.
     """
     queries, keys = n_queries - site.prefix_tokens, n_keys - site.prefix_tokens
     if isinstance(window, (tuple, list)) and window[0] * window[1] == queries == keys:
-        return (window[0], window[1]), (window[0], window[1])
-    return patch_grid(site.grid, queries, site, image), patch_grid(site.key_grid, keys, site, image)
+        return (window[0], window[1]), (window[0], window[1]), site.raster
+    query_grid = patch_grid(site.grid, queries, site, maps)
+    key_grid = patch_grid(site.key_grid, keys, site, maps)
+    if query_grid is None or key_grid is None:
+        return (1, queries), (1, keys), False
+    return query_grid, key_grid, True
 
 
-def patch_grid(known: Grid, n: int, site: Site, image: Grid | None) -> Grid:
-    """The grid of ``n`` patch tokens: the one known from patch time, else by the image's aspect."""
-    if not site.raster or image == NO_IMAGE:
-        return 1, n
-    shape = known if image is None or site.windows > 1 else image
-    if known[0] * known[1] == n and known[0] * shape[1] == known[1] * shape[0]:
-        return known
-    return geometry.infer_grid(n, shape[0] / shape[1])
+def patch_grid(known: Grid, n: int, site: Site, maps: Maps | None) -> Grid | None:
+    """The grid of ``n`` patch tokens; None where it is not known.
+
+    It is the one of patch time, grown or shrunk as the map has, if that gives ``n`` tokens.
+
+    >>> x = torch.zeros(1, 1, 64, 8)
+    >>> site = Site.of(x, x, x)
+    >>> patch_grid((8, 8), 32, site, ((4, 8), (8, 8))), patch_grid((8, 8), 33, site, None)
+    ((4, 8), None)
+    """
+    if not site.raster or (maps is not None and maps[0] == NO_IMAGE):
+        return None
+    fits = known[0] * known[1] == n
+    if maps is None or (fits and (site.windows > 1 or maps[0] == maps[1])):
+        return known if fits else None
+    (rows, more_rows), (columns, more_columns) = (
+        (side * now // then, -(-side * now // then))
+        for side, now, then in zip(known, *maps, strict=True)
+    )
+    # where sizes do not divide, hosts round either way
+    for grid in (
+        (rows, columns),
+        (more_rows, more_columns),
+        (more_rows, columns),
+        (rows, more_columns),
+    ):
+        if grid[0] * grid[1] == n:
+            return grid
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +209,7 @@ def canonical(
     site: Site,
     layout: Layout,
     call: HostCall,
-    image: Grid | None,
+    maps: Maps | None,
     *,
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
     block_for: Callable[[int], Tile] = lambda keys: 1,
@@ -192,7 +222,7 @@ def canonical(
         site: The call's site.
         layout: How its host lays out operands.
         call: The host's arguments.
-        image: Height and width of the present image in patches, up to a common factor.
+        maps: Sizes of the map that tokens are made of.
         tile_for: Queries that share their keys, by number of queries.
         block_for: Keys that are chosen together, by number of keys.
         window: The host's window at this call's resolution, if it has one.
@@ -204,12 +234,12 @@ def canonical(
     heads_k, heads_v = (autocast_to(share_heads(layout.fold(x), heads), dtype) for x in (k, call.v))
     if call.causal:
         mask = causal_mask(mask, q, k)
-    tokens, keys = heads_q.shape[-2], heads_k.shape[-2]
+    tokens, keys, placed = heads_q.shape[-2], heads_k.shape[-2], True
     if token_state is None or not token_state.reduced:
-        query_grid, key_grid = grids(site, tokens, keys, image, window)
-    else:  # what is left of the grid is a run of tokens
+        query_grid, key_grid, placed = grids(site, tokens, keys, maps, window)
+    else:  # what is left of the grid is a run of tokens, whose places the state knows
         query_grid = key_grid = (1, tokens - site.prefix_tokens)
-    return AttentionInputs(
+    inputs = AttentionInputs(
         heads_q,
         heads_k,
         heads_v,
@@ -219,7 +249,47 @@ def canonical(
         dropout=call.dropout,
         query_grid=query_grid,
         key_grid=key_grid,
-        tile=tile_for(tokens),
-        block=block_for(keys),
+        tile=tile_for(tokens) if placed else 1,
+        block=block_for(keys) if placed else 1,
         token_state=token_state,
+        placed=placed and not site.is_guess,
     )
+    return _reordered(inputs) if site.reordered else inputs
+
+
+def _reordered(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call with all special tokens before the patches."""
+    site, device = inputs.site, inputs.q.device
+    assert site.structure is not None
+    if site.structure.specials and inputs.n_queries != site.tokens:
+        raise InvalidOption(
+            f"site {site.name!r} got {inputs.n_queries} tokens, and {site.tokens} when it was "
+            f"patched ({site.structure}): which of them are special is not known; patch with an "
+            "input= like this one"
+        )
+    queries, keys = (
+        special_order(site.structure, n, device)[0] for n in (inputs.n_queries, inputs.n_keys)
+    )
+    bias = inputs.bias
+    if bias is not None and bias.shape[-1] > 1:
+        bias = bias.index_select(-1, keys)
+    if bias is not None and bias.shape[-2] > 1:
+        bias = bias.index_select(-2, queries)
+    q, k, v = (specials_first(x, site) for x in (inputs.q, inputs.k, inputs.v))
+    return inputs.replace(q=q, k=k, v=v, bias=bias)
+
+
+def specials_first(x: Tensor, site: Site) -> Tensor:
+    """Tokens in the host's own order, ``[B, H, N, D]``, with special ones before the patches."""
+    if not site.reordered:
+        return x
+    assert site.structure is not None
+    return x.index_select(-2, special_order(site.structure, x.shape[-2], x.device)[0])
+
+
+def host_order(out: Tensor, site: Site) -> Tensor:
+    """What attention returned, ``[B, H, N, D]``, with tokens in the host's own order."""
+    if not site.reordered:
+        return out
+    assert site.structure is not None
+    return out.index_select(-2, special_order(site.structure, out.shape[-2], out.device)[1])

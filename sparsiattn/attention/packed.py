@@ -101,9 +101,12 @@ def source(carried: TokenState | PackedTokens, batch: int) -> Tensor:
     """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
     if isinstance(carried, PackedTokens):
         return torch.cat([source(state, 1) for state in carried.states])
+    special = carried.prefix + carried.suffix
     if not carried.steps:
-        return torch.arange(carried.prefix + carried.n_original).expand(batch, -1)
-    patches = carried.source()
-    prefix = torch.arange(carried.prefix, device=patches.device).expand(len(patches), -1)
+        return torch.arange(special + carried.n_original).expand(batch, -1)
+    assert carried.ids is not None
+    patches, count = carried.source(), carried.ids.shape[1]
+    places = torch.arange(special, device=patches.device).expand(len(patches), -1)
+    prefix, suffix = places[:, : carried.prefix], places[:, carried.prefix :] + count
     moved = torch.where(patches >= 0, patches + carried.prefix, -1)
-    return torch.cat([prefix, moved], dim=1)
+    return torch.cat([prefix, moved, suffix], dim=1)

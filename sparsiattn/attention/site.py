@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.structure import Structure
 from sparsiattn.errors import renamed_property
 
 
@@ -27,7 +28,8 @@ class Site:
         value_dim: Width of a value, Dv.
         grid: Rows and columns of the patch queries, ``(1, n)`` where their order is no raster.
         key_grid: The same for the patch keys.
-        prefix_tokens: Leading CLS, distillation and register tokens.
+        prefix_tokens: Tokens that are no patches (CLS, distillation, registers, prompts). Planners
+            and kernels get all of them first, wherever the host has them; see ``structure``.
         windows: Windows per image; 1 for global attention.
         raster: Whether patch tokens stand in raster order.
         calls: Attention calls in one forward pass (2 for differential attention).
@@ -35,6 +37,8 @@ class Site:
         bias: Whether the host adds a mask, and if that mask can forbid keys (``"mask"``) or only
             favours some (``"bias"``).
         halo: By how many patches the keys reach beyond the queries on every side.
+        structure: How the host's sequence lies in the image, and where that is known from; None
+            where a site was made by hand.
     """
 
     name: str
@@ -54,8 +58,46 @@ class Site:
     shared: bool = False
     bias: Literal["none", "bias", "mask"] = "none"
     halo: int = 0
+    structure: Structure | None = None
 
     margin = renamed_property("margin", "halo")
+
+    @property
+    def leading_tokens(self) -> int:
+        """Special tokens before the patches in the host's own order."""
+        return self.prefix_tokens if self.structure is None else self.structure.prefix
+
+    @property
+    def suffix_tokens(self) -> int:
+        """Special tokens behind the patches in the host's own order."""
+        return 0 if self.structure is None else self.structure.suffix
+
+    @property
+    def reordered(self) -> bool:
+        """Whether planners get the tokens in another order than the host's: special ones first."""
+        return self.prefix_tokens > self.leading_tokens
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether grid and special tokens follow from a number of tokens alone."""
+        return self.structure is not None and not self.structure.known
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known where in the image the tokens are."""
+        return self.raster and not self.is_guess
+
+    def described(self, structure: Structure) -> Site:
+        """The same call with another structure of its sequence."""
+        grid, same = structure.stacked_grid, self.keys == self.tokens
+        return replace(
+            self,
+            grid=grid,
+            key_grid=grid if same else self.key_grid,
+            prefix_tokens=structure.special_count,
+            raster=structure.raster,
+            structure=structure,
+        )
 
     @property
     def macs(self) -> int:

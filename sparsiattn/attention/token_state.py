@@ -56,11 +56,12 @@ class ReductionStep:
 
 @dataclass(frozen=True, eq=False)
 class TokenState:
-    """The patch tokens of one forward pass; prefix tokens come before them and are not counted.
+    """The patch tokens of one forward pass, prefix and suffix tokens around them not counted.
 
     Attributes:
         owner: Key of the patch.
-        prefix: Number of prefix tokens.
+        prefix: Number of special tokens before the patches.
+        suffix: Number of special tokens behind them.
         grid: Rows and columns of all patch tokens at this resolution.
         layer: The block that comes next.
         ids: ``[B, n]``, the original patch each token stands for (a fused one is written
@@ -85,6 +86,7 @@ class TokenState:
     last: Tensor | None = None
     sequence: Tensor | None = None
     returned: Tensor | None = None
+    suffix: int = 0
 
     @property
     def n_original(self) -> int:
@@ -155,8 +157,8 @@ class TokenState:
         Returns:
             ``[B, H|1, N, N]`` or ``[B, H|1, 1, N]``.
         """
-        full = self.prefix + self.n_original
-        if self.ids is None or mask.shape[-1] != full or full == self.prefix + self.ids.shape[1]:
+        full = self.prefix + self.n_original + self.suffix
+        if self.ids is None or mask.shape[-1] != full or self.n_original == self.ids.shape[1]:
             return mask
         if mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
@@ -192,25 +194,39 @@ class TokenState:
         return table.dim() == 2 or table.shape[-1] != self.n_original
 
     def restore_sequence(self, x: Tensor, how: str) -> Tensor:
-        """``[B, N0, C]``: prefix tokens, then every original position (see `restore_patches`)."""
-        patches = self.restore_patches(x[:, self.prefix :], how)
-        return torch.cat([x[:, : self.prefix], patches], dim=1)
+        """``[B, N0, C]``: every original position between the special tokens of the sequence.
+
+        See `restore_patches`.
+        """
+        body, suffix = self.split_suffix(x)
+        patches = self.restore_patches(body[:, self.prefix :], how)
+        return torch.cat([body[:, : self.prefix], patches, suffix], dim=1)
+
+    def split_suffix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, N, C]`` without the suffix tokens, and those."""
+        end = x.shape[1] - self.suffix
+        return x[:, :end], x[:, end:]
 
     def tokens(self) -> Tensor:
-        """``[B, N]``: original places of the present sequence, prefix included."""
-        positions = self.positions()
-        prefix = torch.arange(self.prefix, device=positions.device)
-        return torch.cat([prefix.expand(positions.shape[0], -1), positions + self.prefix], dim=1)
+        """``[B, N]``: original places of the present sequence, special tokens included."""
+        positions, first_suffix = self.positions(), self.prefix + self.n_original
+        prefix, suffix = (
+            torch.arange(start, start + count, device=positions.device).expand(
+                positions.shape[0], -1
+            )
+            for start, count in ((0, self.prefix), (first_suffix, self.suffix))
+        )
+        return torch.cat([prefix, positions + self.prefix, suffix], dim=1)
 
     def log_size(self, dtype: torch.dtype) -> Tensor | None:
-        """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; prefix tokens zero.
+        """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; special tokens zero.
 
         This is proportional attention (ToMe, section 3, eq. 1).
         """
         if self.size is None:
             return None
         log = self.size.log().to(dtype)
-        return torch.nn.functional.pad(log, (self.prefix, 0))[:, None, None, :]
+        return torch.nn.functional.pad(log, (self.prefix, self.suffix))[:, None, None, :]
 
     def remember(self, x: Tensor) -> TokenState:
         """With the present patch tokens ``[B, n, C]`` noted as the last value of each original."""

@@ -49,6 +49,7 @@ class AiluRus(Clustering):
         "inspired by: no code was published; the distances' spatial factor and its constants "
         "(alpha, neighbours, k) are a reconstruction, and detail is our own"
     )
+    needs_grid = True
     place = "entry"
 
     k: int = 5

@@ -45,6 +45,7 @@ class Atrous(Strategy):
         "relative position bias per branch, no convolutions"
     )
     needs_training = True
+    needs_grid = True
 
     window: int = 7
     dilations: tuple[int, ...] | list[int] = (1, 2)

@@ -46,6 +46,7 @@ class BigBird(Strategy):
         "image, and the draw is another one"
     )
     needs_training = True
+    needs_grid = True
 
     window: int = 3
     random: int = 3

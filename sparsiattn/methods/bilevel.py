@@ -53,6 +53,7 @@ class BiLevel(Strategy):
         "blocks of the core, padding does not enter their means, the last region kept may be "
         "partial, and pretrained models keep their own scale"
     )
+    needs_grid = True
 
     k: float = 0.25
     regions: int | tuple[int, int] = 7

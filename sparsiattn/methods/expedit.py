@@ -50,6 +50,7 @@ class Expedit(Clustering):
         "as published; the reconstruction comes after the last block (the paper's default) and its "
         "weights sum to one as in the paper, where the published code scales them to unit length"
     )
+    needs_grid = True
     place = "entry"
 
     keep: int | float = 0.49

@@ -40,6 +40,7 @@ class Longformer(Strategy):
         "Longformer, and global tokens have no projections of their own"
     )
     needs_training = True
+    needs_grid = True
 
     window: int = 7
     dilation: int = 1

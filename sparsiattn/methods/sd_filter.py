@@ -53,6 +53,7 @@ class SDFilter(Strategy):
         "public; scorer, teacher and loss are this library's"
     )
     needs_training = True
+    needs_grid = True
 
     k: float = 0.25
     width: int = 16

@@ -49,6 +49,7 @@ class SkipAt(ReusingStrategy):
         "them; the function's result is added to its input, so that it starts as the identity"
     )
     needs_training = True
+    needs_grid = True
     inexact_reason = "there is no budget: the listed layers never attend"
 
     parametric: bool = True

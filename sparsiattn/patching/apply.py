@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from torch import nn
 
+from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType
@@ -16,6 +17,7 @@ from sparsiattn.patching.estimate import settle_sites
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.install import attach
 from sparsiattn.patching.place_planner import place_planner
+from sparsiattn.patching.places import fit_places
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.survey import ModelSurvey, survey
@@ -40,6 +42,10 @@ def patch(
     only_if_faster: bool | None = None,
     schedule: Mapping[str, Any] | str | PathLike[str] | None = None,
     input: Any = None,
+    grid: tuple[int, ...] | None = None,
+    prefix: int | None = None,
+    suffix: int | None = None,
+    specials: int | Sequence[int] | None = None,
     **options: Any,
 ) -> Patch:
     """Make a Vision Transformer attend sparsely, in place; the returned handle undoes it.
@@ -58,10 +64,18 @@ def patch(
             ``[B, N, C]`` for a part of a model, a dict of keyword arguments or a tuple of
             positional ones for what takes no image. A model that does not run without data runs
             once with it (in a copy that shares the weights), or with a random image of its shape.
+        grid: Rows and columns of the patch tokens, or ``(views, rows, columns)``, where the model's
+            sequences are not what `inspect` finds.
+        prefix: Special tokens before the patches: class tokens, registers, prompts.
+        suffix: Special tokens behind them.
+        specials: How many special tokens start every view, or their positions within a view.
         **options: The strategy's own.
 
     Returns:
         The live patch.
+
+    Warns:
+        GuessedStructure: Nothing tells which tokens are patches.
 
     Raises:
         SparsiattnError: The message names the fault; the model is unchanged.
@@ -96,6 +110,7 @@ def patch(
         schedule=schedule,
         example=input,
         only_if_faster=only_if_faster,
+        structure=GivenStructure.read(grid, prefix, suffix, specials),
     )
 
 
@@ -116,6 +131,7 @@ def plan_patch(
     example: Any = None,
     only_if_faster: bool = False,
     surveyed: ModelSurvey | None = None,
+    structure: GivenStructure | None = None,
 ) -> Patch:
     """A patch that knows what to do at every site and block; the model is not touched yet.
 
@@ -128,23 +144,25 @@ def plan_patch(
         example: The ``input`` of `patch`.
         only_if_faster: As in `patch`, decided.
         surveyed: The model's attention; None to look for it.
+        structure: What the user says of the model's sequences.
     """
     attention, tokens = parts_of(strategy)
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
-    surveyed = surveyed or survey(model, example, named(sites))
+    surveyed = surveyed or survey(model, example, named(sites), given=structure)
     # everything that may refuse comes before `attach`, so that the model stays as it was
     planned = Patch(
         model,
         surveyed.attention(model),
         strategy,
         kernel,
-        patch_size=surveyed.backbone.patch_size(model),
         follows_model=example is None,
+        structure=surveyed.given,
     )
     selected = select(planned.model_sites, sites)
     resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
     configs = apply_schedule(budgets.get("k", {}), selected, resolved)
+    configs = list(fit_places(dict(zip(selected, configs, strict=True)), tokens).values())
     if tokens is not None:
         plan_tokens(planned, surveyed, tokens, budgets)
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)

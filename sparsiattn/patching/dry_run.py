@@ -75,7 +75,7 @@ class _DryBlock(BlockRuntime):
     run: DryRun
 
     def reduce(self, state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
-        self.run.counts[self.index] = x.shape[1] - state.prefix
+        self.run.counts[self.index] = x.shape[1] - self.site.prefix_tokens
         out = self._counted(lambda: super(_DryBlock, self).reduce(state, x), x.device)
         self.run.ragged |= isinstance(out[0], PackedTokens)
         return out

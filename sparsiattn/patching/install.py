@@ -10,7 +10,7 @@ from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
-from sparsiattn.runtime.image import WatchImage
+from sparsiattn.runtime.image import RecallMap, WatchImage, WatchMap
 from sparsiattn.runtime.lifting import drop, lift, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
@@ -47,8 +47,12 @@ def attach(state: PatchState) -> None:
 
 def hook_up(state: PatchState, backbone: Backbone) -> None:
     """Register every hook; comments say where the order matters."""
-    image, model, hooks = backbone.image_module(state.model), state.model, state.hooks
-    hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
+    model, hooks, map_module = state.model, state.hooks, state.attention.map_module
+    if map_module is not None:
+        hooks.append(model.get_submodule(map_module).register_forward_hook(WatchMap(state)))
+    else:
+        image = backbone.image_module(model)
+        hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
     # before the sites': the model itself may be one
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
     if state.blocks:
@@ -60,6 +64,10 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
         _hook_site(state, runtime)
     for block in state.blocks:
         _hook_block(state, block)
+    for name in state.attention.entrances:
+        recall, entrance = RecallMap(state), model.get_submodule(name)
+        # last and in front: whatever else runs there asks for the map
+        hooks.append(entrance.register_forward_pre_hook(recall, prepend=True, with_kwargs=True))
 
 
 def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:

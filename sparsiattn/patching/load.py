@@ -115,6 +115,7 @@ def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
         kernel=config["kernel"],
         schedule={"k": budgets} if budgets else None,
         input=_example(config) if input is None else input,
+        **config.get("structure", {}),  # what the user said of the sequences
     )
     try:
         _restore_sites(patched, config)

@@ -16,7 +16,15 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_d
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
-from sparsiattn.patching.text import Row, aligned, macs_text, plain_data, shape_text, speed_text
+from sparsiattn.patching.text import (
+    Row,
+    aligned,
+    macs_text,
+    plain_data,
+    shape_text,
+    speed_text,
+    structure_lines,
+)
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -89,6 +97,7 @@ class Report:
         other_macs: All but attention and planning.
         reductions: What token strategies do at which block, in words.
         price_source: By whose prices speeds are expected.
+        structures: How the tokens of which sites lie in the image, and where that is known from.
     """
 
     model: str
@@ -105,6 +114,7 @@ class Report:
     other_macs: int | None = None
     reductions: tuple[str, ...] = ()
     price_source: str = ""
+    structures: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int | None:
@@ -138,7 +148,7 @@ class Report:
         ]
 
     def _tail(self) -> list[str]:
-        lines = list(self.reductions)
+        lines = [*self.structures, *self.reductions]
         lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
@@ -203,6 +213,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         other_macs=other if counted else None,
         reductions=_reductions(state, run),
         price_source=_price_source(rows, state),
+        structures=structure_lines(state.sites),
     )
 
 

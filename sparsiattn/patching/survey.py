@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from sparsiattn.attention.example import Example
+from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import NothingToPatch, ProbeFailed, SparsiattnError
+from sparsiattn.errors import InvalidOption, NothingToPatch, ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.backbone import Backbone, backbone_named, backbone_of
 from sparsiattn.patching.discovery.example_input import (
     SQUARE,
@@ -43,6 +44,8 @@ class ModelSurvey:
         skipped: ``(name, reason)`` of the others.
         returned: Shapes of what the model returned.
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
+        given: What the user said of the model's sequences.
+        entrances: As in `Probe`.
     """
 
     backbone: Backbone
@@ -53,6 +56,8 @@ class ModelSurvey:
     skipped: list[tuple[str, str]]
     returned: list[torch.Size]
     read_by_hooks: frozenset[str] = frozenset()
+    given: GivenStructure | None = None
+    entrances: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,6 +80,7 @@ class ModelSurvey:
                 f"{type(model).__name__} has no attention to patch: no module of it calls scaled "
                 "dot product attention (or writes it out) in a way that can be served" + reasons
             )
+        tokens = next((call.map for call in self.calls if call.map is not None), None)
         return ModelAttention(
             self.backbone.name,
             without_data(self.example),
@@ -82,11 +88,18 @@ class ModelSurvey:
             tuple(self.skipped),
             unread=frozenset(call.name for call in self.calls if call.weights == "ignored"),
             lifted=frozenset(call.name for call in self.calls if call.lifted),
+            map_module=None if tokens is None else tokens.name,
+            entrances=self.entrances,
+            map_size=(self.shape[-2], self.shape[-1]) if tokens is None else tokens.size,
         )
 
 
 def survey(
-    model: nn.Module, example: Any, names: Collection[str] = (), inputs: MetaInputs | None = None
+    model: nn.Module,
+    example: Any,
+    names: Collection[str] = (),
+    inputs: MetaInputs | None = None,
+    given: GivenStructure | None = None,
 ) -> ModelSurvey:
     """Look for attention in a copy of the model; finding none is no error here.
 
@@ -100,8 +113,10 @@ def survey(
         names: Sites that are wanted even where nothing can be saved.
         inputs: What to call the copy with, where that is not, or not only, an image; then the
             model need not say how large its images are.
+        given: What the user says of the model's sequences.
 
     Raises:
+        InvalidOption: That does not fit.
         ProbeFailed: The model runs neither way.
     """
     backbone = backbone_of(model)
@@ -116,7 +131,7 @@ def survey(
     failures = []
     for attempt in examples:
         try:
-            return _survey_with(model, backbone, attempt, names)
+            return _survey_with(model, backbone, attempt, names, given)
         except ProbeFailed as error:
             failures.append(error)
     advice = _advice(model, is_given=example is not None or inputs is not None)
@@ -124,7 +139,11 @@ def survey(
 
 
 def _survey_with(
-    model: nn.Module, backbone: Backbone, example: Example, names: Collection[str]
+    model: nn.Module,
+    backbone: Backbone,
+    example: Example,
+    names: Collection[str] = (),
+    given: GivenStructure | None = None,
 ) -> ModelSurvey:
     copied = value_copy(model) if example.with_values else meta_copy(model)
     for override in backbone.attribute_overrides(copied):
@@ -132,8 +151,20 @@ def _survey_with(
     run = probe(copied, inputs_of(example, copied, backbone))
     sites, skipped = backbone.sites(run.calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes
-    read = run.read_by_hooks
-    return ModelSurvey(backbone, example, copied, run.calls, sites, skipped, run.returned, read)
+    if given is not None:
+        sites = _with_structure(sites, given)
+    return ModelSurvey(
+        backbone,
+        example,
+        copied,
+        run.calls,
+        sites,
+        skipped,
+        run.returned,
+        run.read_by_hooks,
+        given=given,
+        entrances=run.entrances,
+    )
 
 
 def _aspect(model: nn.Module, backbone: Backbone, shape: tuple[int, ...]) -> float:
@@ -144,12 +175,34 @@ def _aspect(model: nn.Module, backbone: Backbone, shape: tuple[int, ...]) -> flo
     return shape[-2] * columns / (shape[-1] * rows)
 
 
+def _with_structure(
+    sites: list[tuple[Site, Layout]], given: GivenStructure
+) -> list[tuple[Site, Layout]]:
+    """The sites as the user describes them; another size stays where pixels tell it."""
+    described, misfit, fitting = [], None, 0
+    for site, layout in sites:
+        assert site.structure is not None
+        try:
+            structure = given.applied(site.structure, site.tokens, site.name)
+        except InvalidOption as error:
+            if site.is_guess:
+                raise
+            misfit = misfit or error
+        else:
+            fitting += 1
+            site = site.described(structure)
+        described.append((site, layout))
+    if misfit is not None and not fitting:
+        raise misfit
+    return described
+
+
 def refresh(state: PatchState) -> None:
     """Describe the sites anew if the model was set to another input size since."""
     model, size = state.model, backbone_named(state.backbone).input_shape(state.model)
     if state.follows_model and size != state.input_shape:
         names = {site.name for site in state.sites}
-        state.describe_anew(survey(model, None, names).attention(model))
+        state.describe_anew(survey(model, None, names, given=state.structure).attention(model))
 
 
 def _advice(model: nn.Module, is_given: bool) -> str:
@@ -183,6 +236,6 @@ def _has_sites(part: nn.Module) -> bool:
     backbone = backbone_of(part)
     try:
         example = Example(backbone.input_shape(part) or SQUARE)
-        return bool(_survey_with(part, backbone, example, ()).sites)
+        return bool(_survey_with(part, backbone, example).sites)
     except SparsiattnError:
         return False

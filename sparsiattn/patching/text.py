@@ -57,3 +57,18 @@ def speed_text(ratio: float | None) -> str:
 def shape_text(shape: object) -> str:
     """Sizes of a tensor, grid or tile, as ``1x3x224x224``; what is no tuple as it is."""
     return "x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
+
+
+def structure_lines(sites: Iterable[Any]) -> tuple[str, ...]:
+    """One line for each structure of a sequence, with the sites that have it.
+
+    Args:
+        sites: Whatever has a ``name`` and a ``structure``.
+    """
+    names: dict[str, list[str]] = {}
+    for site in sites:
+        names.setdefault(str(site.structure), []).append(site.name)
+    return tuple(
+        f"tokens of {first}{f' and {len(others)} more' if others else ''}: {structure}"
+        for structure, (first, *others) in names.items()
+    )

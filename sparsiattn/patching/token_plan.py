@@ -52,6 +52,8 @@ def plan_tokens(
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
     plain = is_plain(blocks, sites)
+    if not plain and any(site.suffix_tokens for site in sites.values()):
+        raise InvalidOption(f"{name}: tokens behind the patches need one sequence for all blocks")
     class_tokens = backbone.class_tokens(model) if plain else 0
     tokens = tokens.for_model(class_tokens, not plain, name)
     if not plain:

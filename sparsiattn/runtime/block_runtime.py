@@ -76,10 +76,12 @@ class BlockRuntime:
 
     def begin(self, x: Tensor) -> TokenState:
         """The token state of a block that takes every token."""
-        prefix = self.site.prefix_tokens
-        n = x.shape[1] - prefix if x.dim() == 3 else x.shape[1:-1].numel()
-        grid = patch_grid(self.site.grid, n, self.site, self.owner.image_grid())
-        return TokenState(self.owner.key, prefix, grid, self.index)
+        site = self.site
+        n = x.shape[1] - site.prefix_tokens if x.dim() == 3 else x.shape[1:-1].numel()
+        grid = patch_grid(site.grid, n, site, self.owner.maps()) or (1, n)
+        return TokenState(
+            self.owner.key, site.leading_tokens, grid, self.index, suffix=site.suffix_tokens
+        )
 
     def enter(self, x: Tensor, state: Carried | None) -> Carried:
         """The token state that belongs to this input of the block.
@@ -153,9 +155,11 @@ class BlockRuntime:
     ) -> tuple[TokenState, Tensor]:
         if reduction is None:
             return state, x
+        body, suffix = state.split_suffix(x)
         if self.owner.restores_at(last=True) and not isinstance(reduction, Policy):
-            state = state.remember(x[:, state.prefix :])
-        return reduction.apply(state, x)
+            state = state.remember(body[:, state.prefix :])
+        state, body = reduction.apply(state, body)
+        return state, torch.cat([body, suffix], dim=1) if state.suffix else body
 
     @metered
     def spare(self, state: TokenState, kept: Tensor) -> TokenState:
@@ -180,7 +184,7 @@ class BlockRuntime:
         assert self.planner is not None
         return self.planner(
             TokenInputs(
-                x[:, state.prefix :],
+                state.split_suffix(x)[0][:, state.prefix :],
                 self.site,
                 attention,
                 self.index,

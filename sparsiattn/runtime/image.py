@@ -1,4 +1,4 @@
-"""The shape of the image that a model is given, from which attention learns its token grid."""
+"""The size of the map that tokens are made of, from which attention learns their grid."""
 
 from __future__ import annotations
 
@@ -8,13 +8,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE
+from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.thread_state import MODEL_CALL
 
 
+def _note(owner: PatchOwner, size: Grid) -> None:
+    MODEL_CALL.image = (owner.key, *size)
+    if not torch.compiler.is_compiling():  # for a backward pass in another thread
+        owner.image = size
+
+
+class WatchMap:
+    """Forward hook of the convolution that makes tokens: notes rows and columns of its result."""
+
+    def __init__(self, owner: PatchOwner) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() >= 4:
+            # the frames of a video count as one below the other
+            frames = output.shape[2] if output.dim() == 5 else 1
+            _note(self.owner, (frames * output.shape[-2], output.shape[-1]))
+
+
+class RecallMap:
+    """Forward pre-hook of whatever a checkpoint may run again: brings back the map of that time.
+
+    Images of two shapes may come before one backward pass, which runs blocks again in any order.
+    """
+
+    def __init__(self, owner: PatchOwner) -> None:
+        self.owner = owner
+        self.entered: RecomputeCache[tuple[int, int, int]] = RecomputeCache()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        x = first_argument(args, kwargs)
+        if x is None or not (torch.is_grad_enabled() or x.requires_grad) or is_functorch(x):
+            return
+        if torch._C._current_graph_task_id() >= 0:  # in a backward pass
+            MODEL_CALL.image = self.entered.find(x) or MODEL_CALL.image
+        elif MODEL_CALL.image is not None and MODEL_CALL.image[0] == self.owner.key:
+            self.entered.note(x, MODEL_CALL.image)
+
+
 class WatchImage:
-    """Forward pre-hook of the module that takes the image: notes its height and width."""
+    """Forward pre-hook of a module that takes the image, where no convolution makes its tokens."""
 
     def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
@@ -22,13 +65,6 @@ class WatchImage:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         image = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(image, Tensor) and image.dim() == 4:
-            rows, columns = self.owner.patch_size
-            # height and width in patches, up to a common factor
-            size = (image.shape[-2] * columns, image.shape[-1] * rows)
+            _note(self.owner, (image.shape[-2], image.shape[-1]))
         elif isinstance(image, Mapping):
-            size = NO_IMAGE
-        else:
-            return
-        MODEL_CALL.image = (self.owner.key, *size)
-        if not torch.compiler.is_compiling():  # for a backward pass in another thread
-            self.owner.image = size
+            _note(self.owner, NO_IMAGE)

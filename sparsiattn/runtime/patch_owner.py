@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.layout import Maps
 from sparsiattn.runtime.thread_state import MODEL_CALL, Carried
 from sparsiattn.strategies.token_base import TokenStrategy
 
@@ -26,9 +27,9 @@ class PatchOwner:
         model: The patched model.
         key: Number of this patch in this process; a copy gets its own.
         alive: False from `unpatch` on. An interrupt can leave a scope open beyond that.
-        image: Height and width of the last image in patches, for a backward pass that runs blocks
-            again in another thread.
-        patch_size: Rows and columns of pixels in a patch.
+        image: Rows and columns of the last map that tokens were made of, for a backward pass that
+            runs blocks again in another thread.
+        map_size: Its rows and columns at patch time.
         tokens: The token strategy, if there is one.
         proportional: Whether merged tokens weigh by their size in attention.
         restores_each: Whether original positions come back after every block, as the host's own
@@ -37,8 +38,8 @@ class PatchOwner:
         last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
 
-    def __init__(self, model: nn.Module, patch_size: Grid) -> None:
-        self.model, self.patch_size = model, patch_size
+    def __init__(self, model: nn.Module, map_size: Grid) -> None:
+        self.model, self.map_size = model, map_size
         self.key = new_key()
         self.alive = True
         self.image: Grid | None = None
@@ -68,10 +69,8 @@ class PatchOwner:
         scatters = self.tokens is not None and self.tokens.restore == "scatter"
         return "scatter" if scatters else "unfold"
 
-    def image_grid(self) -> Grid | None:
-        """Height and width of the image that this thread last gave to the patched model.
-
-        In patches, up to a common factor.
-        """
+    def maps(self) -> Maps | None:
+        """Sizes of the map that the tokens of this thread's present forward pass are made of."""
         image = MODEL_CALL.image
-        return image[1:] if image is not None and image[0] == self.key else self.image
+        now = image[1:] if image is not None and image[0] == self.key else self.image
+        return None if now is None else (now, self.map_size)

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsiattn.attention.example import Example
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
@@ -42,6 +43,9 @@ class ModelAttention:
         skipped: ``(name, reason)`` of attention that cannot be patched.
         unread: Names of sites whose attention weights nothing reads.
         lifted: Names of sites that write their softmax by hand.
+        map_module: Path of the convolution that makes tokens; None where none does.
+        map_size: Rows and columns of what it returns, or of the image.
+        entrances: Paths of modules whose input a checkpoint may hand in once more.
     """
 
     backbone: str
@@ -50,6 +54,9 @@ class ModelAttention:
     skipped: tuple[tuple[str, str], ...]
     unread: frozenset[str] = frozenset()
     lifted: frozenset[str] = frozenset()
+    map_module: str | None = None
+    map_size: Grid = (1, 1)
+    entrances: tuple[str, ...] = ()
 
 
 class PatchState(PatchOwner):
@@ -60,6 +67,7 @@ class PatchState(PatchOwner):
         strategy: As `patch` was told.
         kernel: As `patch` was told.
         follows_model: Whether the input size is the model's own, so that it may change later.
+        structure: What the user said of the model's sequences; None for nothing.
         runtimes: One per patched site, in order.
         blocks: One per block that carries fewer tokens, in order.
         overrides: Attributes of the host that patching switched.
@@ -75,10 +83,11 @@ class PatchState(PatchOwner):
         strategy: Config,
         kernel: str,
         *,
-        patch_size: Grid,
         follows_model: bool,
+        structure: GivenStructure | None = None,
     ) -> None:
-        super().__init__(model, patch_size)
+        super().__init__(model, attention.map_size)
+        self.structure = structure
         self.attention, self.strategy, self.kernel = attention, strategy, kernel
         self.follows_model = follows_model
         self.runtimes: list[SiteRuntime] = []
@@ -138,7 +147,7 @@ class PatchState(PatchOwner):
 
     def describe_anew(self, attention: ModelAttention) -> None:
         """Take the sites of another input size."""
-        self.attention = attention
+        self.attention, self.map_size = attention, attention.map_size
         by_name = {site.name: (site, layout) for site, layout in attention.sites}
         for runtime in self.runtimes:
             runtime.site, runtime.layout = by_name[runtime.site.name]

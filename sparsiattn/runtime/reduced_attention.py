@@ -57,7 +57,7 @@ def _by_policy(runtime: SiteRuntime, planner: Planner, state: TokenState, call: 
     that sums it up. The published code also lets a dropped query see itself; nobody reads its row.
     """
     assert state.policy is not None
-    weight = F.pad(state.policy, (state.prefix, 0), value=1.0)
+    weight = F.pad(state.policy, (state.prefix, state.suffix), value=1.0)
     weight = weight[:, None, :, None].to(call.v.dtype).expand(*call.v.shape[:-1], 1)
     weighted = replace(call, v=torch.cat([call.v * weight, weight], dim=-1))
     out = runtime.attention(planner, weighted, state)

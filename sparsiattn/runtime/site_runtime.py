@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall, Layout, canonical
+from sparsiattn.attention.layout import HostCall, Layout, canonical, host_order, specials_first
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
+from sparsiattn.errors import ModelChanged
 from sparsiattn.kernels.base import Choice, Kernel, choose
 from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.kernels.warmup import warm_kernels
@@ -154,7 +155,7 @@ class SiteRuntime:
             self.site,
             self.layout,
             call,
-            self.owner.image_grid(),
+            self.owner.maps(),
             tile_for=self.strategy.tile_for,
             block_for=self.strategy.block_for,
             window=getattr(self.module, "window_size", None),
@@ -167,6 +168,13 @@ class SiteRuntime:
 
     def sparse(self, planner: Planner, inputs: AttentionInputs, call: HostCall) -> Tensor:
         """Attention by the planner's pattern; the host's own where that keeps every pair."""
+        if self.strategy.needs_grid and not inputs.placed:
+            raise ModelChanged(
+                f"site {self.site.name!r} got {inputs.n_keys} tokens, and where in the image they "
+                f"are is not known ({self.site.structure} when it was patched): "
+                f"{self.strategy.name!r} needs that; use an attention strategy that does not, e.g. "
+                "'topk', or patch with an input= like this one"
+            )
         meter = MODEL_CALL.meter
         plan = self.plan if meter is None else partial(meter.plan, self)
         pattern = plan(planner, inputs)
@@ -174,13 +182,13 @@ class SiteRuntime:
             out = self.host(call)
             # the host's layout is folded only for planners that look at it
             if hasattr(planner, "after"):
-                planner.after(inputs, self.layout.fold(out))
+                planner.after(inputs, specials_first(self.layout.fold(out), self.site))
             return out
         if MODEL_CALL.warming == self.owner.key:
             warm_kernels(self.kernels, inputs, pattern, training=self.module.training)
         heads = self.compute(self.choose(inputs, pattern), inputs, pattern)
         notify_planner(planner, inputs, heads)
-        return self.layout.unfold(heads, call.q)
+        return self.layout.unfold(host_order(heads, self.site), call.q)
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call; both calls of a differential attention share theirs."""
@@ -199,7 +207,7 @@ class SiteRuntime:
             pattern,
             inputs,
             prefix_keys=self.strategy.prefix_keys,
-            background=self.strategy.background,
+            background=self.strategy.background if inputs.placed else None,
         )
 
     def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:

@@ -44,6 +44,7 @@ def save(state: PatchState, directory: Path, *, include_model: bool = False) -> 
         "schedule": schedule_of(state),
         "kernel": state.kernel,
         "input_shape": list(state.input_shape),
+        **({} if state.structure is None else {"structure": state.structure.to_dict()}),
         "sites": {
             runtime.site.name: {
                 "k": getattr(runtime.strategy, "k", None),

@@ -66,6 +66,7 @@ class Strategy(Config):
         selects_keys: Whether plans choose among the host's keys. Those of `Pattern.computed_keys`,
             `Pattern.logits` and `Pattern.output` do not, and ``background`` cannot complete them.
         uses_cross_layer_state: Whether planners use `AttentionInputs.store` and `load`.
+        needs_grid: Whether plans say nothing where the places of tokens in the image are not known.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Pattern, Strategy
@@ -89,6 +90,7 @@ class Strategy(Config):
     kind = "attention"
     selects_keys: ClassVar[bool] = True
     uses_cross_layer_state: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     tile: Tile | str = field(default="auto", kw_only=True)
     block: Tile | str = field(default=1, kw_only=True)

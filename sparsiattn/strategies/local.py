@@ -31,6 +31,8 @@ class Local(Strategy):
     paper = "https://arxiv.org/abs/2204.07143"
     fidelity = "inspired by neighbourhood attention: the k nearest keys on the grid, any share"
 
+    needs_grid = True
+
     k: Budgets = 0.25
     background: int | None = 2
 

@@ -166,6 +166,7 @@ class TokenStrategy(Config):
         place: Where in the block tokens are reduced: ``"middle"`` is between attention and MLP;
             or its ``"entry"`` or ``"exit"``.
         needs_attention: Whether `reduce` reads ``tokens.attention``.
+        needs_grid: Whether `reduce` needs patches in raster order.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Reduction, TokenStrategy
@@ -191,6 +192,7 @@ class TokenStrategy(Config):
     per_layer: ClassVar[tuple[str, ...]] = ("keep",)
     place: ClassVar[Place] = "middle"
     needs_attention: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     layers: Sequence[int] | None = field(default=None, kw_only=True)
     restore: str | None = field(default="auto", kw_only=True)

@@ -287,7 +287,7 @@ def _padded(model: nn.Module, filler: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("tile", [1, (2, 2)])
-@pytest.mark.parametrize("strategy", ["topk", "local", "connectivity"])
+@pytest.mark.parametrize("strategy", ["topk", "connectivity"])
 def test_padding_of_cut_patches_is_respected(strategy: str, tile: Any) -> None:
     model = zoo.build("naflexvit")
     with torch.no_grad():
@@ -298,6 +298,13 @@ def test_padding_of_cut_patches_is_respected(strategy: str, tile: Any) -> None:
             sparse = model(_padded(model, 0.0))
             assert relative(sparse, dense) > 1e-5
             torch.testing.assert_close(model(_padded(model, 9.0)), sparse)
+
+
+def test_images_of_several_shapes_have_no_one_grid() -> None:
+    model = zoo.build("naflexvit")
+    refused = pytest.raises(sparsiattn.SparsiattnError, match="where in the image they are")
+    with torch.no_grad(), patched(model, "naflexvit", "local", k=0.5), refused:
+        model(_padded(model, 0.0))
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2", "swinv2_cr"])

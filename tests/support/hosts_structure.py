@@ -89,11 +89,11 @@ STRUCTURE: dict[str, list[Shape]] = {
     # shuffled, padded, or with other tokens behind the patches
     "vit_mae": [Shape((1, 64), prefix=1, raster=False, times=2)],
     "siglip2": [Shape((1, 64), raster=False, times=2)],
-    "yolos": [Shape((1, 69), prefix=1, raster=False, times=2)],
-    "x_clip": [Shape((1, 65), prefix=1, raster=False, times=2)],
+    "yolos": _plain(6),  # five of them behind the patches
+    "x_clip": _plain(2),  # a message behind the patches
     "llama4": [Shape((1, 65), raster=False, times=2)],
     "groupvit": [
-        Shape((1, 72), raster=False, times=2), Shape((1, 8), key_grid=(1, 64), raster=False),
+        *_plain(8), Shape((1, 8), key_grid=(1, 64), raster=False),
         Shape((1, 12), raster=False, times=2), Shape((1, 4), key_grid=(1, 8), raster=False),
         Shape((1, 4), raster=False, times=2),
     ],

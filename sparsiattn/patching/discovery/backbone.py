@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -14,6 +15,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.structure import GUESS, Structure
 from sparsiattn.errors import NothingToPatch, RenamedMembers
 from sparsiattn.patching.discovery.exclusions import over_channels, pools
 from sparsiattn.patching.discovery.host_attributes import (
@@ -27,6 +29,7 @@ from sparsiattn.patching.discovery.host_attributes import (
 )
 from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
 from sparsiattn.patching.discovery.probe import AttentionCall
+from sparsiattn.patching.discovery.structure import traced_structure
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.multihead import why_not_reached
@@ -330,7 +333,11 @@ class Backbone(RenamedMembers):
     def _site(self, call: AttentionCall, layout: Layout, aspect: float) -> Site:
         shapes = (call.q, call.k, call.v)
         q, k, v = (layout.fold(torch.empty(shape, device="meta")).shape for shape in shapes)
-        prefix = self.prefix_tokens(call) if q[0] == 1 < q[2] else 0
+        queries, key_grid = traced_structure(call, layout)
+        if queries is None:
+            queries, key_grid = self._inferred_structure(call, (q, k), aspect)
+        if key_grid is None:
+            key_grid = self.grid(call, k[2] - queries.special_count, aspect)
         return Site(
             name=call.name,
             index=0,
@@ -340,16 +347,32 @@ class Backbone(RenamedMembers):
             heads=q[1],
             head_dim=q[3],
             value_dim=v[3],
-            grid=self.grid(call, q[2] - prefix, aspect),
-            key_grid=self.grid(call, k[2] - prefix, aspect),
-            prefix_tokens=prefix,
+            grid=queries.stacked_grid,
+            key_grid=key_grid,
+            prefix_tokens=queries.special_count,
             windows=q[0],
-            raster=self.is_raster_order(call),
+            raster=queries.raster,
             calls=call.count,
             shared=self.shares_keys(call),
             bias=self.bias(call),
             halo=self.halo(call),
+            structure=queries,
         )
+
+    def _inferred_structure(
+        self, call: AttentionCall, shapes: tuple[torch.Size, torch.Size], aspect: float
+    ) -> tuple[Structure, Grid]:
+        """What the adapter knows of the tokens, and the grid of the keys."""
+        (windows, _, tokens, _), keys = shapes[0], shapes[1][2]
+        prefix = self.prefix_tokens(call) if windows == 1 < tokens else 0
+        grid, key_grid = (self.grid(call, n - prefix, aspect) for n in (tokens, keys))
+        raster = self.is_raster_order(call)
+        # one token for each place of the map they are made of, else some are missing or surplus
+        confirmed = call.map is None or math.prod(call.map.size) == (tokens - prefix) * windows
+        confirmed = not raster or (confirmed and geometry.skew(tokens - prefix, aspect) < 1e-6)
+        known = self.name not in ("", "generic") and confirmed
+        source = f"the adapter {self.name}" if known else GUESS
+        return Structure(grid, prefix=prefix, raster=raster, source=source), key_grid
 
 
 def _heads_per_call(call: AttentionCall) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,24 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.host_records import HostRecords
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
-from sparsiattn.runtime.hook_tools import first_tensor
+from sparsiattn.patching.discovery.token_places import PixelNumbers, places_in, tracking_places
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import install, pop, push
+
+
+@dataclass(frozen=True)
+class MapSource:
+    """The convolution that made the tokens of a dry run's image.
+
+    Attributes:
+        name: Module path.
+        size: Rows and columns of what it returned; those of a video's frames one below the other.
+    """
+
+    name: str
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,11 @@ class AttentionCall:
         input_shape: Shape of the first tensor that the module took.
         output_shape: Shape of the first tensor that it returned.
         aspect: Height over width of the image, in patches.
+        q_places: Number of the pixel that each query comes from, of ``q``'s shape without its last
+            size; None where no image is known. See `sparsiattn.patching.discovery.token_places`.
+        k_places: The same for keys.
+        image: Shape of the image that the numbers count.
+        map: The module behind which the tokens' grid shows, and its rows and columns there.
     """
 
     name: str
@@ -59,6 +78,10 @@ class AttentionCall:
     input_shape: torch.Size | None = None
     output_shape: torch.Size | None = None
     aspect: float = 1.0
+    q_places: Tensor | None = field(default=None, repr=False, compare=False)
+    k_places: Tensor | None = field(default=None, repr=False, compare=False)
+    image: tuple[int, ...] = ()
+    map: MapSource | None = None
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
@@ -88,8 +111,18 @@ def _home_name(name: str, module: nn.Module) -> str:
 class _Recorder:
     """Hooks on every module of a `meta_copy` that tell which one is innermost."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pixels: PixelNumbers) -> None:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
+        self.pixels = pixels
+        self.map: MapSource | None = None
+        self.listed = {
+            f"{name}.{child}".lstrip(".")
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for child in module._modules
+        }
+        self.entered: dict[str, Tensor | None] = {}
+        self.heads: dict[str, str] = {}
         self.trial = Trial()
         self.watched: dict[str, WatchWeights] = {}
         self.input_shapes: dict[str, torch.Size] = {}
@@ -106,6 +139,9 @@ class _Recorder:
 
     def clear(self) -> None:
         self.calls.clear()
+        self.entered.clear()
+        self.heads.clear()
+        self.map = None
         self.trial.clear()
         for watched in self.watched.values():
             watched.clear()
@@ -123,6 +159,7 @@ class _Recorder:
                 mask_dtype=None if call.mask is None else call.mask.dtype,
                 causal=call.causal,
                 lifted=self.trial.attending,
+                **self._places(call),
             )
             before = self.calls.get(name)
             self.calls[name] = latest if before is None else _joined(before, latest)
@@ -130,13 +167,46 @@ class _Recorder:
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
+            self._note_entrance(name, first_argument(args, kwargs))
             push(record, key)
 
         return open_scope
 
+    def _places(self, call: HostCall) -> dict[str, Any]:
+        """Where queries and keys come from, as fields of `AttentionCall`."""
+        places = [places_in(x) for x in (call.q, call.k)]
+        rows = [None if numbers is None else numbers[..., 0].clone() for numbers in places]
+        rows, image = self.pixels.of_one_image(rows)
+        return {"q_places": rows[0], "k_places": rows[1], "image": image, "map": self.map}
+
+    def _note_entrance(self, name: str, x: Tensor | None) -> None:
+        """Remember what elements of lists take, and which module in them takes the same first."""
+        if name in self.listed:
+            self.entered[name] = x
+        outer = name
+        while "." in outer:
+            outer = outer.rpartition(".")[0]
+            if x is not None and self.entered.get(outer) is x:
+                self.heads.setdefault(outer, name)
+
+    def entrances(self) -> tuple[str, ...]:
+        """Modules around attention whose input a checkpoint may hand in once more."""
+        around = [a for a in self.entered if any(name.startswith(f"{a}.") for name in self.calls)]
+        names = [name for a in around for name in (a, self.heads.get(a)) if name is not None]
+        return tuple(dict.fromkeys(names))
+
+    def _note_map(self, name: str, module: nn.Module, output: Any) -> None:
+        """Remember the first convolution over the image."""
+        is_map = isinstance(module, (nn.Conv2d, nn.Conv3d)) and isinstance(output, Tensor)
+        if is_map and self.map is None and places_in(output) is not None:
+            rows, columns = output.shape[-2:]
+            frames = output.shape[2] if isinstance(module, nn.Conv3d) else 1
+            self.map = MapSource(name, (frames * rows, columns))
+
     def _closer(self, name: str, key: int) -> Any:
         def close(module: nn.Module, args: Any, output: Any) -> Any:
             pop(key)
+            self._note_map(name, module, output)
             output = without_scores(output, home=key)
             values = output if isinstance(output, (tuple, list)) else (output,)
             _note(self.output_shapes, name, values)
@@ -167,12 +237,15 @@ class Probe:
         softmaxes: ``(module name, what it is)`` of every other softmax.
         returned: Shapes of what the model returned.
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
+        entrances: Modules around attention whose input a checkpoint may hand in once more: elements
+            of lists, and the first module in each.
     """
 
     calls: list[AttentionCall]
     softmaxes: list[tuple[str, str]]
     returned: list[torch.Size]
     read_by_hooks: frozenset[str] = frozenset()
+    entrances: tuple[str, ...] = ()
 
 
 def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
@@ -187,12 +260,13 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     """
     install()
     records = HostRecords(model)
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, PixelNumbers(inputs))
     records.leave_out()
-    output = _run(model, inputs, recorder)
-    if records.watch():  # the host registered hooks just now
-        recorder.clear()
+    with tracking_places():
         output = _run(model, inputs, recorder)
+        if records.watch():  # the host registered hooks just now
+            recorder.clear()
+            output = _run(model, inputs, recorder)
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     returned = shapes(output)
     del output  # was held until here: see `WatchWeights.verdict`
@@ -207,7 +281,8 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     ]
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
-    return Probe(calls, others, returned, frozenset(records.readers))
+    read = frozenset(records.readers)
+    return Probe(calls, others, returned, read, recorder.entrances())
 
 
 def _run(model: nn.Module, inputs: MetaInputs, recorder: _Recorder) -> Any:

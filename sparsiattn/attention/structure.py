@@ -1,0 +1,112 @@
+"""`Structure`: how the tokens of one sequence lie in the image, and where that is known from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention import geometry
+from sparsiattn.attention.geometry import Grid
+
+GUESS = "guess"
+"""The source of a structure that follows from a number of tokens alone."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How the tokens of one sequence lie in the image.
+
+    The sequence is ``prefix`` tokens, then ``views`` times the tokens of one view, then ``suffix``
+    tokens. A view is the patches of one image (or frame), with special tokens among them.
+
+    Attributes:
+        grid: Rows and columns of the patches of one view; ``(1, n)`` where their order is no
+            raster.
+        views: Images or frames in the sequence.
+        prefix: Special tokens before the first view: class tokens, registers, prompts.
+        suffix: Special tokens behind the last view.
+        specials: Positions of special tokens within every view.
+        raster: Whether the patches of a view stand in raster order.
+        source: Where this is known from: a module that makes the tokens, an adapter, the user; or
+            `GUESS`.
+    """
+
+    grid: Grid
+    views: int = 1
+    prefix: int = 0
+    suffix: int = 0
+    specials: tuple[int, ...] = ()
+    raster: bool = True
+    source: str = GUESS
+
+    @property
+    def known(self) -> bool:
+        """Whether it is no guess."""
+        return self.source != GUESS
+
+    @property
+    def special_count(self) -> int:
+        """All special tokens of the sequence."""
+        return self.prefix + self.suffix + self.views * len(self.specials)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the sequence."""
+        return self.special_count + self.views * math.prod(self.grid)
+
+    @property
+    def stacked_grid(self) -> Grid:
+        """Rows and columns with all views one below the other."""
+        return self.views * self.grid[0], self.grid[1]
+
+    def __str__(self) -> str:
+        sides = [*self.grid] if self.views == 1 else [self.views, *self.grid]
+        size = " x ".join(map(str, sides)) if self.raster else str(math.prod(sides))
+        parts = [_counted(self.prefix, "prefix token")] if self.prefix else []
+        parts.append(f"{size} patches" + ("" if self.raster else " in no raster order"))
+        if self.specials:
+            parts.append(_counted(len(self.specials), "special token") + " in every view")
+        if self.suffix:
+            parts.append(_counted(self.suffix, "suffix token"))
+        return f"{', '.join(parts)} ({self.source})"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def specials_first(
+    n: int, prefix: int, suffix: int, views: int, specials: tuple[int, ...], *, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Order in which all special tokens lead, and the order that undoes it, ``[n]`` each.
+
+    Args:
+        n: Tokens of the sequence.
+        prefix: As in `Structure`, and so are the next three.
+        suffix: Special tokens behind the last view.
+        views: Views in the sequence.
+        specials: Positions of special tokens within every view.
+        device: Where to.
+
+    >>> specials_first(6, 1, 2, 1, (), device=torch.device("cpu"))[0].tolist()
+    [0, 4, 5, 1, 2, 3]
+    """
+    is_special = torch.zeros(n, dtype=torch.bool, device=device)
+    is_special[:prefix] = True
+    is_special[n - suffix :] = True
+    length = (n - prefix - suffix) // views
+    for view in range(views if specials else 0):
+        at = torch.tensor(specials, device=device) + prefix + view * length
+        is_special[at] = True
+    order = torch.argsort((~is_special).to(torch.uint8), stable=True)
+    return order, torch.argsort(order)
+
+
+def special_order(structure: Structure, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`specials_first` for a sequence of ``n`` tokens, kept for later calls."""
+    parts = structure.prefix, structure.suffix, structure.views, structure.specials
+    orders: tuple[Tensor, Tensor] = geometry.table(specials_first, n, *parts, device=device)
+    return orders

@@ -1,0 +1,88 @@
+"""What a patch may do where it is not known where in the image the tokens are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sparsiattn.attention.site import Site
+from sparsiattn.errors import GuessedStructure, InvalidOption
+from sparsiattn.strategies.base import Strategy
+from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.token_base import TokenStrategy
+
+_TYPE = "say what they are: patch(..., grid=(rows, columns), prefix=..., suffix=...)"
+
+
+def fit_places(configs: dict[Site, Strategy], tokens: TokenStrategy | None) -> dict[Site, Strategy]:
+    """The strategies of sites, fit for what is known of their sequences.
+
+    Args:
+        configs: The strategy of every selected site.
+        tokens: The token strategy, if there is one.
+
+    Returns:
+        Where places are not known, strategies without tiles and summary keys.
+
+    Raises:
+        InvalidOption: A strategy cannot do without places.
+
+    Warns:
+        GuessedStructure: Some structure is a guess, and no strategy depends on it.
+    """
+    guesses = [site for site in configs if site.is_guess]
+    unplaced = [site for site in configs if not site.placed]
+    for site in unplaced:
+        _require_known(configs[site], site)
+    if tokens is not None:
+        for site in guesses:
+            raise InvalidOption(_unknown(tokens, site))
+        for site in unplaced:
+            _require_known(tokens, site)
+        _check_suffix(tokens, configs)
+    if guesses:
+        warnings.warn(_guess(guesses), GuessedStructure, stacklevel=4)
+    return {
+        site: config if site.placed else replace(config, tile=1, background=None)
+        for site, config in configs.items()
+    }
+
+
+def _require_known(strategy: Config, site: Site) -> None:
+    if strategy.needs_grid:  # type: ignore[attr-defined]
+        raise InvalidOption(_unknown(strategy, site))
+
+
+def _unknown(strategy: Config, site: Site) -> str:
+    what = "are in no raster order" if not site.raster else "may be no patches"
+    return (
+        f"{strategy.name!r} needs to know where tokens are in the image, and those of site "
+        f"{site.name!r} {what}: {site.structure}; {_TYPE}, or use an attention strategy that needs "
+        "no places, e.g. 'topk'"
+    )
+
+
+def _guess(sites: list[Site]) -> str:
+    return (
+        f"which tokens of {sites[0].name!r} and {len(sites) - 1} other sites are patches, and "
+        f"where, is a guess: {sites[0].structure}. Keys are chosen one by one there (tile=1, "
+        f"background=None); {_TYPE}"
+    )
+
+
+def _check_suffix(tokens: TokenStrategy, sites: Iterable[Site]) -> None:
+    """Token strategies take special tokens at the two ends of a sequence only."""
+    for site in sites:
+        assert site.structure is not None
+        if site.structure.specials:
+            raise InvalidOption(
+                f"{tokens.name!r} cannot make sequences shorter that have special tokens between "
+                f"patches, as site {site.name!r} has: {site.structure}; use an attention strategy, "
+                "e.g. 'connectivity'"
+            )
+        if site.suffix_tokens and tokens.is_ragged():
+            raise InvalidOption(
+                f"{tokens.name!r} with counts that adapt to the image cannot keep tokens behind "
+                f"the patches, as site {site.name!r} has: {site.structure}; use a fixed budget"
+            )
