@@ -16,6 +16,9 @@ import sparsiattn
 from sparsiattn import InvalidOption, NothingToPatch, ProbeFailed
 from tests.support.by_hand import SIZE, Blocks, TokenAttention, photos, strongest_keys
 
+# where numbers pass through numpy, and in text, nothing tells where in the image tokens are
+pytestmark = pytest.mark.filterwarnings("ignore:which tokens")
+
 
 def attention(host: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
