@@ -123,6 +123,9 @@ class HuggingFace(_StemFamily):
         stem: Any = self.stem(model)
         return (stem.patch_size,) * 2 if stems.takes_patches(stem) else super().patch_size(model)
 
+    def packs_batch(self, model: nn.Module) -> bool:
+        return super().packs_batch(model) or any(map(stems.takes_packed, _configs(model)))
+
     def channels(self, model: nn.Module) -> int:
         stem: Any = self.stem(model)
         if not stems.takes_patches(stem):

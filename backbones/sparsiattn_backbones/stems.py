@@ -114,9 +114,17 @@ def packs(stem: nn.Module) -> bool:
     return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
 
 
+def takes_packed(config: Any) -> bool:
+    """Qwen-VL, GLM-V and their like: patches of all images in one sequence, sorted by the groups
+    that are merged at the end."""
+    return getattr(config, "spatial_merge_size", None) is not None
+
+
 def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
     """Whether nothing but the patches of the image, in their order, follows the prefix."""
     if any(call.nearest(name) is not None for name in UNORDERED):
+        return False
+    if takes_packed(call.nearest("config")):
         return False
     if stem is None:
         return True

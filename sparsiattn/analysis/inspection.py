@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from sparsiattn.attention import Grid
-from sparsiattn.errors import GuessedStructure, SparsiattnError, renamed_property
+from sparsiattn.errors import GuessedStructure, ProbeFailed, SparsiattnError, renamed_property
 from sparsiattn.patching import Patch, Report, SiteReport
 from sparsiattn.patching.apply import plan_patch
-from sparsiattn.patching.discovery.meta_model import meta_copy
+from sparsiattn.patching.discovery.meta_model import has_data, meta_copy, value_copy
 from sparsiattn.patching.report import dense_macs, report
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.patching.text import (
@@ -34,6 +34,8 @@ from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
 from sparsiattn.runtime.restore import unwatch
 from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.strategies import Config
+
+T = TypeVar("T")
 
 NO_SITES = (
     "no module of the model calls scaled dot product attention (or writes it out) in a way that "
@@ -190,13 +192,14 @@ def inspect(
 ) -> Inspection:
     """Describe a model's attention: what can be patched, and what that could save.
 
-    Figures come from dry runs of a copy without data: weights, hooks and random numbers stay as
-    they are. A model without attention to patch is no error: it has no sites.
+    Figures come from dry runs of a copy, without data wherever the model runs so: weights, hooks
+    and random numbers stay as they are. A model without attention to patch is no error: it has no
+    sites.
 
     Args:
         model: Any module, also one on the meta device or a patched one, which is described as it is
             without the patch.
-        input: Image shape or example tensor, needed only where the model does not say.
+        input: Image shape or example, as `patch` takes it.
         strategies: Names of those to try with their default options; by default all that are
             registered but the published methods of ``sparsiattn.methods``.
 
@@ -212,15 +215,12 @@ def inspect(
     configs = _configs(strategies)
     model = unwrap(model)
     patches = patches_in(model)
-    meta_model = unpatched_meta_copy(model, patches)
     example = example_input(model, input, patches)
+    copied, surveyed = survey_unpatched(model, patches, lambda copied: survey(copied, example))
     # a plug-in's planner may draw its first weights from the global generator
     with torch.random.fork_rng(devices=[]):
-        surveyed = survey(meta_model, example)
-        total = dense_macs(meta_model, surveyed.backbone.meta_inputs(meta_model, surveyed.shape))
-        outcomes = {
-            config: _try(config, meta_model, example, surveyed, total) for config in configs
-        }
+        total = dense_macs(_copy_like(surveyed, copied), surveyed.inputs())
+        outcomes = {config: _try(config, copied, example, surveyed, total) for config in configs}
     site_savings = {
         config.name: {row.name: _share(_saved(row), total) for row in outcome.sites}
         for config, outcome in outcomes.items()
@@ -248,6 +248,31 @@ def inspect(
     )
 
 
+def survey_unpatched(
+    model: nn.Module, patches: list[Patch], look: Callable[[nn.Module], T]
+) -> tuple[nn.Module, T]:
+    """A copy without patches, and what was found in it; it has no data if the model runs without.
+
+    Args:
+        model: The model.
+        patches: Its live patches.
+        look: Takes the copy.
+    """
+    copied = unpatched_meta_copy(model, patches)
+    try:
+        return copied, look(copied)
+    except ProbeFailed:
+        if not has_data(model):
+            raise
+    copied = _unpatched(model, value_copy(model), patches)
+    return copied, look(copied)
+
+
+def _copy_like(surveyed: ModelSurvey, copied: nn.Module) -> nn.Module:
+    copy = value_copy if surveyed.example.with_values else meta_copy
+    return copy(copied)  # type: ignore[no-any-return]
+
+
 def _configs(names: str | Iterable[str] | None) -> list[type[Config]]:
     if names is None:
         strategies = REGISTRY.all("strategies").items()
@@ -263,24 +288,30 @@ def patches_in(model: nn.Module) -> list[Patch]:
 
 def unpatched_meta_copy(model: nn.Module, patches: list[Patch]) -> nn.Module:
     """A copy of a model without data and without the marks of these patches."""
+    return _unpatched(model, meta_copy(model), patches)
+
+
+def _unpatched(model: nn.Module, copied_model: nn.Module, patches: list[Patch]) -> nn.Module:
+    """A copy that still carries the marks of these patches, without them."""
     planners = {id(runtime.planner) for patch in patches for runtime in patch.runtimes}
-    meta_model: nn.Module = meta_copy(model)
     # listed, because the loop takes modules out
-    for module, copied in zip(model.modules(), list(meta_model.modules()), strict=True):
+    for module, copied in zip(model.modules(), list(copied_model.modules()), strict=True):
         if id(module._modules.get(PLANNER)) in planners:
             del copied._modules[PLANNER]
         unwatch(copied)
         swap_back(copied)
         vars(copied).pop(PATCH_ATTRIBUTE, None)
-    return meta_model
+    return copied_model
 
 
 def example_input(model: nn.Module, example: Any, patches: list[Patch]) -> Any:
     """The input to describe a model for: where none is given, that of the model's own patch."""
-    shapes = [
-        patch.input_shape for patch in patches if patch.model is model and not patch.follows_model
+    examples = [
+        patch.attention.example
+        for patch in patches
+        if patch.model is model and not patch.follows_model
     ]
-    return shapes[0] if example is None and shapes else example
+    return examples[0] if example is None and examples else example
 
 
 def _try(

@@ -60,7 +60,10 @@ def patch(
         only_if_faster: Leave a site dense where the sparse kernel is not expected to win; None
             stands for True with a `Hybrid` and for False otherwise.
         schedule: ``{"k": {site: budget}}``, ``{"keep": {block: budget}}``, both, or a JSON file.
-        input: Image shape or example tensor, needed only where the model does not say.
+        input: Image shape or example tensor, needed only where the model does not say; tokens
+            ``[B, N, C]`` for a part of a model, a dict of keyword arguments or a tuple of
+            positional ones for what takes no image. A model that does not run without data runs
+            once with it (in a copy that shares the weights), or with a random image of its shape.
         grid: Rows and columns of the patch tokens, or ``(views, rows, columns)``, where the model's
             sequences are not what `inspect` finds.
         prefix: Special tokens before the patches: class tokens, registers, prompts.

@@ -1,6 +1,7 @@
-"""A dry run of the patched model: a copy without data carries fewer tokens through the same hooks.
+"""A dry run of the patched model: a copy carries fewer tokens through the same hooks.
 
-It says how many tokens reach each block, what that costs, and whether the model can do it at all.
+The copy has no data wherever the model runs without. It says how many tokens reach each block, what
+that costs, and whether the model can do it at all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.patching.discovery.backbone import backbone_named
-from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_dry, shapes
+from sparsiattn.patching.discovery.example_input import inputs_of
+from sparsiattn.patching.discovery.meta_model import (
+    MetaInputs,
+    meta_copy,
+    run_dry,
+    shapes,
+    value_copy,
+)
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.install import hook_up
 from sparsiattn.runtime.block_runtime import BlockRuntime
@@ -68,19 +76,19 @@ class _DryBlock(BlockRuntime):
 
     def reduce(self, state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         self.run.counts[self.index] = x.shape[1] - self.site.prefix_tokens
-        out = self._counted(lambda: super(_DryBlock, self).reduce(state, x))
+        out = self._counted(lambda: super(_DryBlock, self).reduce(state, x), x.device)
         self.run.ragged |= isinstance(out[0], PackedTokens)
         return out
 
     def spare(self, state: TokenState, kept: Tensor) -> TokenState:
         self.run.counts[self.index] = kept.shape[1] - state.prefix
-        return self._counted(lambda: super(_DryBlock, self).spare(state, kept))
+        return self._counted(lambda: super(_DryBlock, self).spare(state, kept), kept.device)
 
-    def _counted(self, call: Callable[[], T]) -> T:
+    def _counted(self, call: Callable[[], T], device: torch.device) -> T:
         """What a reduction returns, its MACs noted."""
         try:
             # the device is for tensors a strategy makes without saying where
-            with self.run.counter() as counter, torch.device("meta"):
+            with self.run.counter() as counter, device:
                 out = call()
         except SparsiattnError:
             raise
@@ -96,35 +104,40 @@ class _DryBlock(BlockRuntime):
         return out
 
 
-def meta_inputs(state: PatchState) -> MetaInputs:
+def dry_inputs(state: PatchState) -> MetaInputs:
     """What a dry run of the patched model takes."""
-    return backbone_named(state.backbone).meta_inputs(state.model, state.input_shape)
+    return inputs_of(state.attention.example, state.model, backbone_named(state.backbone))
 
 
 def dry_run(state: PatchState, counted: bool = True) -> DryRun:
-    """One forward pass of a copy without data, patched like the model.
+    """One forward pass of a copy, patched like the model; without data where it runs so.
 
     Args:
         state: The patch.
         counted: Whether MACs are needed.
     """
     run = DryRun(counted)
-    meta_state = _meta_state(state, run)
+    copied = _copied_state(state, run)
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         run.inputs[site.name] = inputs
 
-    with MODEL_CALL.setting(observer=(meta_state.key, observe)), run.counter() as counter:
-        run.output = shapes(run_dry(meta_state.model, meta_inputs(state)))
+    with MODEL_CALL.setting(observer=(copied.key, observe)), run.counter() as counter:
+        run.output = shapes(run_dry(copied.model, dry_inputs(state)))
     run.macs = macs_of(counter)
     return run
 
 
-def _meta_state(state: PatchState, run: DryRun) -> PatchState:
-    """The same patch on a copy of the model without data."""
+def dry_copy(state: PatchState, module: nn.Module) -> Any:
+    """A copy of the model, or of a part, that takes `dry_inputs`."""
+    return value_copy(module) if state.attention.example.with_values else meta_copy(module)
+
+
+def _copied_state(state: PatchState, run: DryRun) -> PatchState:
+    """The same patch on a copy of the model."""
     backbone = backbone_named(state.backbone)
     copied = copy.copy(state)
-    copied.model, copied.hooks, copied.places = meta_copy(state.model), [], []
+    copied.model, copied.hooks, copied.places = dry_copy(state, state.model), [], []
     copied.overrides = []  # of the real model; the copy's are turned below
     for override in backbone.attribute_overrides(copied.model):
         override.apply()
@@ -142,6 +155,6 @@ def _meta_state(state: PatchState, run: DryRun) -> PatchState:
 def _dry_block(block: BlockRuntime, owner: PatchState, run: DryRun) -> _DryBlock:
     same = {f.name: getattr(block, f.name) for f in fields(BlockRuntime)}
     if isinstance(block.planner, nn.Module):
-        same["planner"] = meta_copy(block.planner)
+        same["planner"] = dry_copy(owner, block.planner)
     same |= {"owner": owner, "entered": RecomputeCache(), "inside": RecomputeCache()}
     return _DryBlock(**same, run=run)

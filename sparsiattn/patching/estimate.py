@@ -17,7 +17,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import PLANNING, Planning, Work
-from sparsiattn.patching.discovery.meta_model import meta_copy
+from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.runtime.patch_state import PatchState
@@ -88,7 +88,7 @@ def expect(
     if runtime.strategy.uses_cross_layer_state:
         inputs = inputs.replace(cross_layer=cross_layer or CrossLayerState())
     if isinstance(planner, nn.Module):
-        planner = meta_copy(planner)
+        planner = meta_copy(planner) if inputs.q.is_meta else value_copy(planner)
     planned: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)
     with torch.no_grad(), mac_counter() as counter:
         if not runtime.strategy.keeps_all(inputs.n_keys):
@@ -116,7 +116,10 @@ def site_at(site: Site, run: DryRun | None) -> Site:
 
 
 def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
-    """One image's operands at a site, without data, in the host's dtype and for its device."""
+    """One image's operands at a site, in the host's dtype and for its device.
+
+    They have no data, unless what earlier blocks noted of their tokens has.
+    """
     site, strategy = site_at(runtime.site, run), runtime.strategy
     module = runtime.planner if isinstance(runtime.planner, nn.Module) else runtime.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -124,8 +127,10 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
     dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
     reached = None if run is None else run.inputs.get(site.name)
 
+    device = torch.device("meta") if reached is None else reached.q.device
+
     def empty(rows: int, width: int) -> Tensor:
-        return torch.empty(site.windows, site.heads, rows, width, device="meta", dtype=dtype)
+        return torch.zeros(site.windows, site.heads, rows, width, device=device, dtype=dtype)
 
     return AttentionInputs(
         empty(site.tokens, site.head_dim),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,12 +34,18 @@ def flop_counter() -> Any:
     from torch.utils import flop_counter as torch_counter  # imports triton: only when needed
 
     formulas: dict[Any, Any] = dict(FLOP_FORMULAS)
+    for name in ("linear_dynamic", "linear_dynamic_fp16"):  # weights that are no tensors
+        formulas[getattr(torch.ops.quantized, name)] = _linear_flops
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if fused not in torch_counter.flop_registry:  # before torch 2.11
         formulas[fused] = lambda q, k, v, *_, **__: torch_counter.sdpa_flop_count(q, k, v)
     counter: Any = torch_counter.FlopCounterMode(display=False, custom_mapping=formulas)
     counter.mod_tracker = _Untracked()
     return counter
+
+
+def _linear_flops(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(2 * math.prod(x) * out_shape[-1])
 
 
 @contextmanager

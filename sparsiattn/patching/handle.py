@@ -15,7 +15,7 @@ from sparsiattn.patching.install import remove
 from sparsiattn.patching.report import Report, report
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import warmup
-from sparsiattn.runtime.patch_state import PatchState, state_of
+from sparsiattn.runtime.patch_state import PatchState, live_patches, state_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import forget_compiled
 from sparsiattn.serialization import hub
 from sparsiattn.serialization.save import save
@@ -164,10 +164,16 @@ def patch_of(model: nn.Module) -> Patch | None:
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo the model's patch, if it has one; returns the model.
 
+    A copy of a part of a patched model carries a copy of the patch, which is undone as well.
+
     >>> unpatch(torch.nn.Linear(1, 1))
     Linear(in_features=1, out_features=1, bias=True)
     """
     patch = patch_of(model)
     if patch is not None:
         patch.unpatch()
+    parts = set(unwrap(model).modules())
+    for _, inner in list(live_patches(unwrap(model))):
+        if inner.is_copy and inner.model not in parts:
+            inner.unpatch()
     return model

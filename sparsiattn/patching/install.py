@@ -11,7 +11,7 @@ from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, Le
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
 from sparsiattn.runtime.image import RecallMap, WatchImage, WatchMap
-from sparsiattn.runtime.lifting import drop, lift
+from sparsiattn.runtime.lifting import drop, lift, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
@@ -79,6 +79,7 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
         hooks.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
     if name in state.attention.lifted:
         lift(module)
+        hooks += show_weights(module)
     opener = OpenScope(runtime)
     hooks.append(module.register_forward_pre_hook(opener))
     # always: a module that raised must not leave its scope open

@@ -79,12 +79,14 @@ def from_pretrained(
     return apply_saved(host.eval(), saved)
 
 
-def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
+def load(model: nn.Module, directory: str | PathLike[str], *, input: Any = None) -> Patch:
     """Apply a saved patch again.
 
     Args:
         model: A model like the one that was patched.
         directory: What `Patch.save` wrote.
+        input: As `patch` takes it, needed only where the patch was made with a call that is no
+            image (a dict, a tuple).
 
     Raises:
         MismatchedPatch: The patch is damaged or of another model, which is untouched then.
@@ -97,11 +99,11 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
     ...     sparsiattn.load(model, folder)
     <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
     """
-    return apply_saved(model, read(Path(directory)))
+    return apply_saved(model, read(Path(directory)), input)
 
 
-def apply_saved(model: nn.Module, saved: Saved) -> Patch:
-    """A patch that was read, put on a model."""
+def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
+    """A patch that was read, put on a model; ``input`` as in `load`."""
     model, config = unwrap(model), saved.config
     _check_host(model, config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
@@ -112,7 +114,7 @@ def apply_saved(model: nn.Module, saved: Saved) -> Patch:
         sites="*" if isinstance(strategy, TokenStrategy) else _selected(config),
         kernel=config["kernel"],
         schedule={"k": budgets} if budgets else None,
-        input=tuple(config["input_shape"]),
+        input=_example(config) if input is None else input,
         **config.get("structure", {}),  # what the user said of the sequences
     )
     try:
@@ -122,6 +124,17 @@ def apply_saved(model: nn.Module, saved: Saved) -> Patch:
         patched.unpatch()
         raise
     return patched
+
+
+def _example(config: dict[str, Any]) -> tuple[int, ...]:
+    """The shape that the patch was made for."""
+    shape = tuple(config["input_shape"])
+    if len(shape) < 3:
+        raise InvalidOption(
+            f"the patch was made for a call of the model that is no image (its first tensor was "
+            f"{shape}): pass the same input= to load"
+        )
+    return shape
 
 
 def _selected(config: dict[str, Any]) -> Any:

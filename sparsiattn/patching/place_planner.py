@@ -17,6 +17,13 @@ def place_planner(make: Callable[[], Any], host: nn.Module, *, training: bool) -
             like = next(host.parameters(), None)
             if like is not None:
                 dtype = like.dtype if like.is_floating_point() else None
-                planner.to(device=like.device, dtype=dtype)
+                planner.to(device=_computing_device(host) or like.device, dtype=dtype)
             planner.train(training)
     return planner
+
+
+def _computing_device(host: nn.Module) -> Any:
+    """Where accelerate takes the weights that it keeps elsewhere, None if it keeps none."""
+    hooks = (vars(module).get("_hf_hook") for module in host.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ import torch
 from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import renamed_property
+from sparsiattn.errors import ProbeFailed, renamed_property
 from sparsiattn.kernels import cost, tuning_cache
-from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy, run_dry
-from sparsiattn.patching.dry_run import DryRun, dry_run, meta_inputs
+from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_dry
+from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.text import (
@@ -189,14 +189,12 @@ def report(state: PatchState, total: int | None = None) -> Report:
         state: The patch.
         total: MACs of the dense model, where they are known.
     """
-    run = dry_run(state) if state.blocks else None
+    run, dense = _runs(state, total)
     rows = tuple(_site_report(*site, run) for site in expect_all(state, run))
     not_selected = [site for site in state.model_sites if site not in state.sites]
     known = [row.macs for row in rows if row.macs is not None]
-    if total is None:
-        total = dense_macs(state.model, meta_inputs(state))
     mhsa_dense = sum(site.macs for site in state.model_sites)
-    other: int | None = total - mhsa_dense
+    other: int | None = dense - mhsa_dense
     if run is not None:
         other = run.macs - run.planning - sum(site_at(site, run).macs for site in state.sites)
     counted = len(known) == len(rows) and not (run is not None and run.ragged)
@@ -208,7 +206,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         sites=rows,
         not_selected=tuple(site.name for site in not_selected),
         skipped=state.skipped,
-        macs_dense=total,
+        macs_dense=dense,
         mhsa_macs_dense=mhsa_dense,
         mhsa_macs=sum(site.macs for site in not_selected) + sum(known) if counted else None,
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
@@ -247,10 +245,29 @@ def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def dense_macs(model: torch.nn.Module, inputs: MetaInputs) -> int:
-    """MACs of the unpatched model for one image, counted from what a dry run executes."""
+def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
+    """The dry run of a patch that carries fewer tokens, and MACs of the dense model.
+
+    Operators that know no shapes may have come into the model after it was patched (quantised
+    weights): then both run with values from now on.
+    """
+    try:
+        run = dry_run(state) if state.blocks else None
+        if total is None:
+            total = dense_macs(dry_copy(state, state.model), dry_inputs(state))
+        return run, total
+    except ProbeFailed:
+        if state.attention.example.with_values or not has_data(state.model):
+            raise
+    example = replace(state.attention.example, with_values=True)
+    state.attention = replace(state.attention, example=example)
+    return _runs(state, total)
+
+
+def dense_macs(copied: torch.nn.Module, inputs: MetaInputs) -> int:
+    """MACs of the unpatched model for one image, counted from what a dry run of a copy executes."""
     with mac_counter() as counter:
-        run_dry(meta_copy(model), inputs)
+        run_dry(copied, inputs)
     return macs_of(counter)
 
 

@@ -1,51 +1,72 @@
-"""Looking for a model's attention in a copy without data."""
+"""Looking for a model's attention in a copy of it, without data wherever the model runs so."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsiattn.attention.example import Example
 from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import InvalidOption, NothingToPatch
+from sparsiattn.errors import InvalidOption, NothingToPatch, ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.backbone import Backbone, backbone_named, backbone_of
-from sparsiattn.patching.discovery.meta_model import MetaInputs, meta_copy
+from sparsiattn.patching.discovery.example_input import (
+    SQUARE,
+    inputs_of,
+    read_examples,
+    without_data,
+)
+from sparsiattn.patching.discovery.meta_model import (
+    MetaInputs,
+    has_data,
+    meta_copy,
+    value_copy,
+)
 from sparsiattn.patching.discovery.probe import AttentionCall, probe
 from sparsiattn.runtime.patch_state import ModelAttention, PatchState
-
-_SQUARE = (1, 3, 1, 1)
 
 
 @dataclass(frozen=True)
 class ModelSurvey:
-    """What a dry run of a copy without data says about a model.
+    """What a dry run of a copy says about a model.
 
     Attributes:
         backbone: The adapter.
-        shape: Shape of one image.
-        meta_model: The copy.
+        example: What the copy was called with.
+        meta_model: The copy, without data wherever the model runs so.
         calls: Every call of attention.
         sites: Those that can be patched, with the layout of their host.
         skipped: ``(name, reason)`` of the others.
         returned: Shapes of what the model returned.
+        read_by_hooks: Names of modules whose tensors the host's own hooks use.
         given: What the user said of the model's sequences.
         entrances: As in `Probe`.
     """
 
     backbone: Backbone
-    shape: tuple[int, ...]
+    example: Example
     meta_model: nn.Module
     calls: list[AttentionCall]
     sites: list[tuple[Site, Layout]]
     skipped: list[tuple[str, str]]
     returned: list[torch.Size]
+    read_by_hooks: frozenset[str] = frozenset()
     given: GivenStructure | None = None
     entrances: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image, or of the first tensor where there is no image."""
+        return self.example.shape
+
+    def inputs(self) -> MetaInputs:
+        """What to call the copy with."""
+        return inputs_of(self.example, self.meta_model, self.backbone)
 
     def attention(self, model: nn.Module) -> ModelAttention:
         """What a patch keeps of it.
@@ -54,7 +75,7 @@ class ModelSurvey:
             NothingToPatch: The model has no site.
         """
         if not self.sites:
-            reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped)
+            reasons = "".join(f"\n  {name or '(root)'}: {reason}" for name, reason in self.skipped)
             raise NothingToPatch(
                 f"{type(model).__name__} has no attention to patch: no module of it calls scaled "
                 "dot product attention (or writes it out) in a way that can be served" + reasons
@@ -62,7 +83,7 @@ class ModelSurvey:
         tokens = next((call.map for call in self.calls if call.map is not None), None)
         return ModelAttention(
             self.backbone.name,
-            self.shape,
+            without_data(self.example),
             tuple(self.sites),
             tuple(self.skipped),
             unread=frozenset(call.name for call in self.calls if call.weights == "ignored"),
@@ -82,9 +103,13 @@ def survey(
 ) -> ModelSurvey:
     """Look for attention in a copy of the model; finding none is no error here.
 
+    The copy has no data. Where the model does not run so (it reads values, or has operators that
+    know no shapes), the copy shares its weights and runs once with the example, or with a random
+    image of that shape; the model itself stays as it is.
+
     Args:
         model: The model.
-        example: Shape of one image, or a tensor; None for what the model says.
+        example: The ``input`` of `patch`.
         names: Sites that are wanted even where nothing can be saved.
         inputs: What to call the copy with, where that is not, or not only, an image; then the
             model need not say how large its images are.
@@ -92,33 +117,62 @@ def survey(
 
     Raises:
         InvalidOption: That does not fit.
+        ProbeFailed: The model runs neither way.
     """
     backbone = backbone_of(model)
-    if inputs is None or example is not None:
-        shape = _input_shape(model, backbone, example)
+    if inputs is None:
+        examples = read_examples(model, backbone, example)
+    elif example is None:
+        examples = [Example(backbone.input_shape(model) or SQUARE, inputs)]
     else:
-        shape = backbone.input_shape(model) or _SQUARE
-    meta_model = meta_copy(model)
-    for override in backbone.attribute_overrides(meta_model):
+        examples = [replace(e, arguments=inputs) for e in read_examples(model, backbone, example)]
+    if has_data(model):
+        examples += [replace(example, with_values=True) for example in examples]
+    failures = []
+    for attempt in examples:
+        try:
+            return _survey_with(model, backbone, attempt, names, given)
+        except ProbeFailed as error:
+            failures.append(error)
+    advice = _advice(model, is_given=example is not None or inputs is not None)
+    raise ProbeFailed(f"{failures[-1]}. {advice}") from failures[-1].__cause__
+
+
+def _survey_with(
+    model: nn.Module,
+    backbone: Backbone,
+    example: Example,
+    names: Collection[str] = (),
+    given: GivenStructure | None = None,
+) -> ModelSurvey:
+    copied = value_copy(model) if example.with_values else meta_copy(model)
+    for override in backbone.attribute_overrides(copied):
         override.apply()
-    run = probe(meta_model, inputs or backbone.meta_inputs(meta_model, shape))
-    rows, columns = backbone.patch_size(model)
-    aspect = shape[-2] * columns / (shape[-1] * rows)
-    sites, skipped = backbone.sites(run.calls, aspect, names)
+    run = probe(copied, inputs_of(example, copied, backbone))
+    sites, skipped = backbone.sites(run.calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes
     if given is not None:
         sites = _with_structure(sites, given)
     return ModelSurvey(
         backbone,
-        shape,
-        meta_model,
+        example,
+        copied,
         run.calls,
         sites,
         skipped,
         run.returned,
+        run.read_by_hooks,
         given=given,
         entrances=run.entrances,
     )
+
+
+def _aspect(model: nn.Module, backbone: Backbone, shape: tuple[int, ...]) -> float:
+    """Height over width of the image, in patches; 1 where there is none."""
+    if len(shape) < 4:
+        return 1.0
+    rows, columns = backbone.patch_size(model)
+    return shape[-2] * columns / (shape[-1] * rows)
 
 
 def _with_structure(
@@ -151,19 +205,37 @@ def refresh(state: PatchState) -> None:
         state.describe_anew(survey(model, None, names, given=state.structure).attention(model))
 
 
-def _input_shape(model: nn.Module, backbone: Backbone, example: Any) -> tuple[int, ...]:
-    if example is None:
-        shape = backbone.input_shape(model)
-        if shape is None:
-            raise InvalidOption(
-                f"{type(model).__name__} does not say its input size (no pretrained_cfg, no "
-                "config): pass input=(1, channels, height, width) or an example tensor"
-            )
-        return shape
-    sizes = example.shape if isinstance(example, torch.Tensor) else example
-    shape = tuple(sizes) if isinstance(sizes, (tuple, list)) else ()
-    if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise InvalidOption(
-            f"input must be (1, channels, height, width) or an example tensor, got {example!r}"
+def _advice(model: nn.Module, is_given: bool) -> str:
+    """What to do about a model that does not run."""
+    parts = [name for name, part in _image_parts(model) if _has_sites(part)]
+    if parts:
+        calls = " or ".join(f"sparsiattn.patch(model.{name}, ...)" for name in parts)
+        return f"Patch the part that takes images: {calls}"
+    if is_given:
+        return (
+            "The model does not run with this input=: it must be the shape of an image, or an "
+            "example (a tensor, a dict of keyword arguments, a tuple) that model(...) accepts"
         )
-    return (1, *(shape[1:] if len(shape) > 3 else shape))
+    return (
+        "Pass input=(1, channels, height, width), or an example (a tensor, a dict of keyword "
+        "arguments, a tuple) that the model accepts"
+    )
+
+
+def _image_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost parts that say how large their images are, by name."""
+    taken: list[str] = []
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in taken)
+        if name and not inside and backbone_of(part).input_shape(part) is not None:
+            taken.append(name)
+            yield name, part
+
+
+def _has_sites(part: nn.Module) -> bool:
+    backbone = backbone_of(part)
+    try:
+        example = Example(backbone.input_shape(part) or SQUARE)
+        return bool(_survey_with(part, backbone, example).sites)
+    except SparsiattnError:
+        return False

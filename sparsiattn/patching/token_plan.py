@@ -5,7 +5,7 @@ Which blocks reduce, where in the block, and what the model can honour.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -40,7 +40,7 @@ def plan_tokens(
     model, sites = state.model, {site.name: site for site in state.model_sites}
     name = type(model).__name__
     backbone = surveyed.backbone
-    blocks = find_blocks(surveyed.meta_model, sites, backbone.meta_inputs(model, state.input_shape))
+    blocks = find_blocks(surveyed.meta_model, sites, surveyed.inputs())
     if not blocks:
         raise InvalidOption(
             f"{name} has no blocks that tokens could skip: token strategies need modules that "
@@ -68,6 +68,31 @@ def plan_tokens(
             _let_reduce(runtime, configs[index], plain)
         runtimes.append(runtime)
     state.blocks = _trimmed(runtimes, plain)
+    if plain:
+        _heed_hooks(state, surveyed.read_by_hooks)
+
+
+def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
+    """Whether the host's own hooks need every position of what blocks return.
+
+    Raises:
+        InvalidOption: Such a hook looks into a block, where tokens are fewer.
+    """
+    blocks = [runtime.block.name for runtime in state.blocks]
+    for name in readers:
+        if any(name.startswith(f"{block}.") for block in blocks):
+            raise InvalidOption(
+                f"{type(state.model).__name__} has a hook of its own on {name!r} that reads the "
+                "tokens there, inside a block that would carry fewer; use an attention strategy "
+                "such as 'connectivity', or layers= behind it"
+            )
+    state.restores_each = any(name in blocks for name in readers)
+    assert state.tokens is not None
+    if state.restores_each and state.tokens.restore is None:
+        raise InvalidOption(
+            f"{type(state.model).__name__} records one feature for each patch after its blocks, "
+            "and restore=None never puts tokens back: use restore='auto'"
+        )
 
 
 def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:

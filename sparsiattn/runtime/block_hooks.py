@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.packed import PackedTokens, unpack
 from sparsiattn.runtime.block_runtime import BlockRuntime
-from sparsiattn.runtime.hook_tools import first_argument, first_tensor, replace_first
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor, refuse_fx, replace_first
 from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
 
 
@@ -36,6 +36,7 @@ class EnterBlock(BlockHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         runtime = self.runtime
+        refuse_fx((*args, *kwargs.values()))
         BLOCK_CALL.begin(runtime.wants_attention)
         if runtime.is_off():
             BLOCK_CALL.token_state = None

@@ -114,7 +114,8 @@ class BlockRuntime:
             return self._followed(state, x)
         raise ModelChanged(
             f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
-            f"is only known after block {self.index - 1}; run the whole model, or unpatch() first"
+            f"is only known after block {self.index - 1}; run the whole model (no other patched "
+            "model from a hook between its blocks), or unpatch() first"
         )
 
     def _followed(self, state: Carried, x: Tensor) -> Carried:

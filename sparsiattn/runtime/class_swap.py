@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,7 @@ def swap_class(module: nn.Module, mixin: Any) -> None:
     """Give a module the swapped class, if it does not have it yet."""
     kind: Any = type(module)
     if mixin not in kind.__bases__:
-        module.__class__ = swapped_class(mixin, kind)
+        _set_class(module, swapped_class(mixin, kind))
 
 
 def swap_class_back(module: nn.Module, mixin: type[Swapped]) -> None:
@@ -52,4 +53,13 @@ def swap_class_back(module: nn.Module, mixin: type[Swapped]) -> None:
     stays and does what the host's would.
     """
     if mixin in type(module).__bases__:
-        setattr(module, "__class__", vars(type(module))[HOST])  # noqa: B010
+        _set_class(module, vars(type(module))[HOST])
+
+
+def _set_class(module: nn.Module, kind: Any) -> None:
+    before = type(module).forward
+    module.__class__ = kind
+    # accelerate puts a function of its own in front, and calls what was the forward before
+    behind = vars(module).get("_old_forward")
+    if getattr(behind, "__func__", None) is before:
+        vars(module)["_old_forward"] = MethodType(kind.forward, module)

@@ -8,7 +8,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
+
+from sparsiattn.errors import InvalidOption
 
 T = TypeVar("T")
 
@@ -39,6 +42,20 @@ def replace_first(output: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(output, Tensor):
         return new
     return type(output)(new if value is old else value for value in output)
+
+
+def refuse_fx(values: Any) -> None:
+    """Refuse symbols of torch.fx among a hook's arguments: what a patch does has no graph there.
+
+    Raises:
+        InvalidOption: There are some.
+    """
+    if not torch.compiler.is_compiling() and any(isinstance(x, Proxy) for x in values):
+        raise InvalidOption(
+            "torch.fx (a feature extractor, a graph rewriter) cannot trace a patched model: take "
+            "features of the patched model with forward hooks, forward_intermediates or "
+            "features_only=True instead, or unpatch() before it is traced"
+        )
 
 
 @dataclass

@@ -32,6 +32,8 @@ class PatchOwner:
         map_size: Its rows and columns at patch time.
         tokens: The token strategy, if there is one.
         proportional: Whether merged tokens weigh by their size in attention.
+        restores_each: Whether original positions come back after every block, as the host's own
+            hooks record what blocks return.
         restores_last: Whether original positions come back after the last block.
         last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
@@ -43,7 +45,7 @@ class PatchOwner:
         self.image: Grid | None = None
         self.tokens: TokenStrategy | None = None
         self.proportional = False
-        self.restores_last = False
+        self.restores_each = self.restores_last = False
         self.last_pass: tuple[Carried, int] | None = None
 
     @property
@@ -58,7 +60,8 @@ class PatchOwner:
 
     def restores_at(self, last: bool) -> bool:
         """Whether a block's output gets its original positions back in the present forward."""
-        return self.key in MODEL_CALL.features or (last and self.restores_last)
+        asked = self.restores_each or self.key in MODEL_CALL.features
+        return asked or (last and self.restores_last)
 
     @property
     def restore_mode(self) -> Literal["scatter", "unfold"]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsiattn.attention.example import Example
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
@@ -37,7 +38,7 @@ class ModelAttention:
 
     Attributes:
         backbone: Name of the adapter.
-        input_shape: Shape of one image.
+        example: What dry runs call the model with.
         sites: Sites that can be patched, with the layout of their host.
         skipped: ``(name, reason)`` of attention that cannot be patched.
         unread: Names of sites whose attention weights nothing reads.
@@ -48,7 +49,7 @@ class ModelAttention:
     """
 
     backbone: str
-    input_shape: tuple[int, ...]
+    example: Example
     sites: tuple[tuple[Site, Layout], ...]
     skipped: tuple[tuple[str, str], ...]
     unread: frozenset[str] = frozenset()
@@ -72,6 +73,7 @@ class PatchState(PatchOwner):
         overrides: Attributes of the host that patching switched.
         hooks: Handles of every registered hook.
         places: Module path and module of everything that must stay where it was.
+        is_copy: Whether it came with a copy of its model, or of a part of it, or from a file.
     """
 
     def __init__(
@@ -93,11 +95,12 @@ class PatchState(PatchOwner):
         self.overrides: list[AttributeOverride] = []
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
+        self.is_copy = False
         self._paused = 0
         self._reapply = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, last_pass=None)
+        self.__dict__.update(state, last_pass=None, is_copy=True)
         self.key = new_key()  # a copy is disabled on its own
         # made inside disabled(): the host's switches are turned again at the first forward
         self._reapply, self._paused = bool(self._paused), 0
@@ -114,8 +117,8 @@ class PatchState(PatchOwner):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image, as dry runs take it."""
-        return self.attention.input_shape
+        """Shape of one image, as dry runs take it (of the first tensor where there is none)."""
+        return self.attention.example.shape
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
+from sparsiattn.runtime.hook_tools import refuse_fx
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.sdpa_intercept import abandoned, forget_caller, install, note_caller
@@ -86,6 +87,7 @@ def _watched_forward(host: Any) -> Callable[..., Any]:
 
     @wraps(host.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_fx((*args, *kwargs.values()))
         owner = vars(self).get(OWNER)
         if owner is None or is_inside(owner):
             return host.forward(self, *args, **kwargs)

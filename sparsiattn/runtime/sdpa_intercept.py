@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import (
+    get_overridable_functions,
+    handle_torch_function,
+    has_torch_function,
+)
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.sdpa import set_original_attention
@@ -77,6 +81,8 @@ def install() -> None:
     with _INSTALL:
         if F.scaled_dot_product_attention is _wrapper:
             return
+        # torch lists functions once, with those that are there: Dynamo shows modes only these
+        get_overridable_functions()
         set_original_attention(F.scaled_dot_product_attention)
         _wrapper = wrap(F.scaled_dot_product_attention)
         register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)

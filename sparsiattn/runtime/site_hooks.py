@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
+from sparsiattn.runtime.hook_tools import refuse_fx
 from sparsiattn.runtime.patch_owner import new_key
 from sparsiattn.runtime.reduced_attention import reduced_attention
 from sparsiattn.runtime.sdpa_intercept import install, note_caller, pop, push
@@ -61,6 +62,7 @@ class OpenScope:
         self.route = make_route(self.runtime)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        refuse_fx(args)
         if self.runtime.owner.disabled_here:
             push(None, self.key)
         elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights

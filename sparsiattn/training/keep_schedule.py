@@ -54,7 +54,7 @@ def at_epoch(target: Any, epoch: int, span: tuple[int, int]) -> Any:
 def repatch(patch: Patch, strategy: Any) -> Patch:
     """The model patched with another strategy of its kind, its planners' weights as they were."""
     model, kernel = patch.model, patch.kernel
-    example = None if patch.follows_model else patch.input_shape
+    example = None if patch.follows_model else patch.attention.example
     planners = {name: value for name, value in model.state_dict().items() if is_planner_key(name)}
     dense = {runtime.site.name: runtime.dense for runtime in patch.runtimes}
     selected = [runtime.site.name for runtime in patch.runtimes if runtime.selected]

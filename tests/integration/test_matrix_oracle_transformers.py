@@ -63,22 +63,16 @@ QUICK = {
     "dinov2_with_registers", "vit_mae", "siglip2", "pixtral", "llama4", "yolos", "vitdet", "sam2",
     "swin2sr", "pvt", "hiera", "mobilevit", "data2vec-vision",
 }  # fmt: skip
-ORDER = "shuffled or packed tokens are taken for a raster, or for a row of neighbours"
-SPECIAL = "class or detection tokens behind the patches are taken for patches"
-WRONG = {"vit_mae": ORDER, "siglip2": ORDER, "hiera": ORDER, "llama4": SPECIAL, "yolos": SPECIAL}
-"""Hosts where places are wrong: mended, they are right, or refused by name (see `REFUSED`)."""
-REFUSED = {"vit_mae", "siglip2", "hiera", "llama4", "yolos"}
-"""Hosts that may raise where a strategy reads places that the library cannot know."""
+UNPLACED = ("vit_mae", "siglip2", "hiera")
+"""Hosts that shuffle, pack or unroll their tokens, so that nobody knows places."""
 
 
 def _cells() -> Iterator[Any]:
     for name in HOSTS:
         for strategy in RULES:
-            wrong = name in WRONG and strategy != "topk"
-            marks: list[Any] = [] if name in QUICK else [pytest.mark.census]
-            if wrong:
-                marks.append(pytest.mark.xfail(strict=True, reason=WRONG[name]))
-            yield pytest.param(name, strategy, id=f"{name}-{strategy}", marks=marks)
+            marks = [] if name in QUICK else [pytest.mark.census]
+            if name not in UNPLACED or strategy == "topk":
+                yield pytest.param(name, strategy, id=f"{name}-{strategy}", marks=marks)
 
 
 def _model(name: str, **changes: Any) -> tuple[nn.Module, Tensor]:
@@ -99,27 +93,27 @@ def test_attention_keeps_what_its_rule_says(name: str, strategy: str) -> None:
         torch.manual_seed(4)  # masked autoencoders draw what they leave out
         return model(images) if inputs is None else model(**inputs(images))
 
-    try:
-        wrong = disagreements(model, run, HOSTS[name], strategy, tuple(images.shape))
-    except sparsiattn.SparsiattnError:
-        if name in REFUSED and strategy != "topk":
-            return
-        raise
-    assert wrong == []
+    assert disagreements(model, run, HOSTS[name], strategy, tuple(images.shape)) == []
+
+
+@pytest.mark.parametrize("name", UNPLACED)
+def test_what_has_no_places_is_refused_or_said(name: str) -> None:
+    model, images = _model(name)
+    with pytest.raises(sparsiattn.SparsiattnError, match="where tokens are in the image"):
+        sparsiattn.patch(model, "local", input=tuple(images.shape))
+    with sparsiattn.patch(model, "connectivity", tile=(2, 2), input=tuple(images.shape)) as patch:
+        report = patch.report()
+    assert "in no raster order" in str(report)
+    assert {row.tile for row in report.sites} == {1}
 
 
 # class tokens among the prefix
 CLASSES = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1, "beit": 1, "yolos": 1}
 # the embedding of every position, added again between blocks, takes no shorter sequence
 UNCHANGED = {"yolos": {"use_mid_position_embeddings": False}}
-DROPPED = [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=SPECIAL)])
-    if HOSTS[name].suffix else name
-    for name in CLASSES
-]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DROPPED)
+@pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
 def test_only_patches_are_dropped(name: str) -> None:
     """By the attention of class tokens; others before and behind the patches stay."""

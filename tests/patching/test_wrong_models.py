@@ -77,7 +77,7 @@ class TestModels:
 
     @pytest.mark.parametrize("given", [(1, 1, 32, 32), (1, 3, 33, 33), torch.zeros(1, 3, 31, 32)])
     def test_input_that_the_model_does_not_take(self, model: nn.Module, given: Any) -> None:
-        error = refused(model, RuntimeError, ("dry run", "Pass input="), input=given)
+        error = refused(model, RuntimeError, ("dry run", "this input="), input=given)
         assert isinstance(error, ProbeFailed)
         assert error.__cause__ is not None
 

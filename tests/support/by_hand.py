@@ -230,6 +230,9 @@ class ByHand(Watch):
                 self.wrong.append(f"{site}: dense, though a budget of {budget} keys was given")
             return logits
         kept = _as_host(calls[turn].kept(), logits)
+        if call is not None and self.places(site, *kept.shape[-2:]).suffix:
+            order = _order(calls[turn].q, call.q)  # special tokens may be led to the front
+            kept = kept[:, order][:, :, order]
         if not (self.shared and turn % 2):
             self.judge(site, kept, self.operands(calls[turn], call, logits))
         elif not torch.equal(kept, _as_host(calls[turn - 1].kept(), logits)):
@@ -251,6 +254,13 @@ class ByHand(Watch):
         scores = self.rule(call, places)
         found = faults(kept, scores, allowed, places, budget)
         self.wrong += [f"{site}: {fault}" for fault in found]
+
+
+def _order(recorded: Tensor, host: Tensor) -> Tensor:
+    """Where each of the host's tokens stands in the recorded call: the row that is nearest."""
+    order = torch.cdist(flat(host)[0], flat(recorded)[0]).argmin(-1)
+    assert len(order.unique()) == len(order)
+    return order
 
 
 def _heads_of(x: Tensor, q: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sparsiattn.analysis.inspection import example_input, unpatched_meta_copy
+from sparsiattn.analysis.inspection import example_input, survey_unpatched
 from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
 from sparsiattn.attention import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
@@ -51,15 +50,14 @@ class ModuleMap:
 def map_modules(model: nn.Module, patches: list[Patch], arguments: MetaInputs) -> ModuleMap:
     """Find the modules by a dry run of a copy without patches, at the shapes of this input."""
     image = batch_of(arguments)
-    surveyed, inputs = _survey(
-        unpatched_meta_copy(model, patches),
-        example_input(model, image if image.dim() == 4 else None, patches),
-        set(patched_sites(model, patches)),
-        arguments,
+    example = example_input(model, image if image.dim() == 4 else None, patches)
+    patched = set(patched_sites(model, patches))
+    _, surveyed = survey_unpatched(
+        model, patches, lambda copied: _survey(copied, example, patched, arguments)
     )
     sites = tuple(site for site, _ in surveyed.sites)
     names = [site.name for site in sites]
-    blocks = find_blocks(surveyed.meta_model, names, inputs) if names else []
+    blocks = find_blocks(surveyed.meta_model, names, surveyed.inputs()) if names else []
     attention: dict[str, tuple[str, ...]] = {}
     for block in blocks:
         for name in block.sites:
@@ -79,16 +77,14 @@ def patched_sites(model: nn.Module, patches: list[Patch]) -> dict[str, SiteRunti
 
 
 def _survey(
-    meta_model: nn.Module, example: Any, patched: set[str], arguments: MetaInputs
-) -> tuple[ModelSurvey, MetaInputs]:
+    copied: nn.Module, example: Any, patched: set[str], arguments: MetaInputs
+) -> ModelSurvey:
     """Sites of the model called as it will be, else, where that needs values, as its adapter knows
     to call it."""
-    inputs = _meta_image(arguments)
     try:
-        return survey(meta_model, example, patched, inputs), inputs
+        return survey(copied, example, patched, _one_image(arguments))
     except ProbeFailed:
-        surveyed = survey(meta_model, example, patched)
-        return surveyed, surveyed.backbone.meta_inputs(meta_model, surveyed.shape)
+        return survey(copied, example, patched)
 
 
 def _child(model: nn.Module, block: str, site: str) -> str:
@@ -126,12 +122,11 @@ def batch_of(arguments: MetaInputs) -> Tensor:
     return batch
 
 
-def _meta_image(arguments: MetaInputs) -> MetaInputs:
-    """One image of these arguments, without data."""
+def _one_image(arguments: MetaInputs) -> MetaInputs:
+    """One image of these arguments."""
     batch = len(batch_of(arguments))
 
     def first_image(tensor: Tensor) -> Tensor:
-        image = tensor[:1] if tensor.dim() and len(tensor) == batch else tensor
-        return torch.empty_like(image, device="meta", requires_grad=False)
+        return tensor.detach()[:1] if tensor.dim() and len(tensor) == batch else tensor.detach()
 
     return tree_map_only(Tensor, first_image, arguments)  # type: ignore[no-any-return]

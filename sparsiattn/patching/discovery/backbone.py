@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.fx
 from torch import nn
 
 from sparsiattn.attention import geometry
@@ -24,6 +25,7 @@ from sparsiattn.patching.discovery.host_attributes import (
     has_temperature,
     head_count,
     pair,
+    trained_side,
 )
 from sparsiattn.patching.discovery.meta_model import MetaInputs, image_inputs
 from sparsiattn.patching.discovery.probe import AttentionCall
@@ -109,7 +111,7 @@ class Backbone(RenamedMembers):
         if isinstance(card, dict) and "input_size" in card:
             return (1, *card["input_size"])
         config = getattr(model, "config", None)
-        side = getattr(config, "image_size", None)
+        side = getattr(config, "image_size", trained_side(model))
         return None if side is None else (1, getattr(config, "num_channels", 3), *pair(side))
 
     def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
@@ -274,6 +276,11 @@ class Backbone(RenamedMembers):
         Args:
             call: The attention call.
         """
+        if isinstance(call.module, torch.fx.GraphModule):
+            return (
+                "a graph that torch.fx made, in which modules are no more: patch the model it was "
+                "made of, and take features with forward hooks or features_only=True"
+            )
         if over_channels(call):
             return "attention over channels, not over tokens"
         if pools(call):
@@ -284,7 +291,10 @@ class Backbone(RenamedMembers):
         if unreached is not None:
             return unreached
         if not call.uniform:
-            return f"{call.count} calls of attention with different shapes"
+            return (
+                f"{call.count} calls of attention with different shapes (where they are images or "
+                "windows of several sizes, an input= with one size patches them)"
+            )
         return None
 
     def sites(

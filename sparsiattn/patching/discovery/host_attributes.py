@@ -63,3 +63,10 @@ def pair(side: int | Iterable[int]) -> tuple[int, int]:
     """Rows and columns of a size that may be one number for both."""
     rows, columns = (side, side) if isinstance(side, int) else side
     return rows, columns
+
+
+def trained_side(model: nn.Module) -> int | None:
+    """The side of the images that classifiers of torchvision were trained on, which none says."""
+    home = type(model).__module__.split(".")
+    classifies = home[:2] == ["torchvision", "models"] and len(home) == 3
+    return 224 if classifies else None

@@ -1,4 +1,4 @@
-"""A copy of a model on the meta device, and a forward pass of it.
+"""A copy of a model, on the meta device wherever it runs there, and a forward pass of it.
 
 The user's weights, hooks and random state are not involved.
 """
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparsiattn.errors import ProbeFailed, SparsiattnError
+from sparsiattn.errors import ProbeFailed, SparsiattnError, first_line
+from sparsiattn.patching.discovery.failure import place_of
+from sparsiattn.patching.discovery.host_hooks import copy_host_hooks
 from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.lifting import drop
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE
 
@@ -24,14 +27,40 @@ MetaInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
+_DISPATCH, _UNDISPATCHED = "_hf_hook", "_old_forward"
+"""What accelerate leaves in a module whose weights it keeps elsewhere."""
 
 
 def meta_copy(model: nn.Module) -> Any:
-    """A structural copy on the meta device: no data, no hooks, eval mode.
+    """A structural copy on the meta device: no data, no hooks but the host's own, eval mode.
 
     Raises:
         ProbeFailed: The model cannot be copied.
     """
+    copied = _copied(model, _to_meta)
+    for module in copied.modules():
+        _undispatch(module)
+    return copied
+
+
+def value_copy(model: nn.Module) -> Any:
+    """A copy that shares the model's weights, else like `meta_copy`: for what runs on data only.
+
+    Raises:
+        ProbeFailed: The model cannot be copied.
+    """
+    copied = _copied(model, _shared)
+    for module in copied.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            module.register_forward_pre_hook(_stay_on_the_slow_path)
+    return copied
+
+
+def _stay_on_the_slow_path(module: nn.Module, args: Any) -> None:
+    """A hook of any kind keeps torch from its fused operators, which no mode looks into."""
+
+
+def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name in _HOOKS:
@@ -40,11 +69,11 @@ def meta_copy(model: nn.Module) -> Any:
                 memo[id(hooks)] = OrderedDict()
         for tensor in _tensors(module):
             if id(tensor) not in memo:
-                memo[id(tensor)] = _to_meta(tensor)
+                memo[id(tensor)] = convert(tensor)
         memo.setdefault(id(vars(module).get(PATCH_ATTRIBUTE)), None)
     for module in model.modules():
-        for value in vars(module).values():
-            if id(value) not in memo and not _copies(value):
+        for name, value in vars(module).items():
+            if id(value) not in memo and (name == _DISPATCH or not _copies(value)):
                 memo[id(value)] = value  # a lock, a handle: shared, the dry run ignores it
     try:
         copied = copy.deepcopy(model, memo)
@@ -54,8 +83,23 @@ def meta_copy(model: nn.Module) -> Any:
         ) from error
     for module in copied.modules():
         drop(module)
+    copy_host_hooks(model, memo)
     copied.eval()  # some hosts' own train() returns nothing
     return copied
+
+
+def _undispatch(module: nn.Module) -> None:
+    """Give a module whose weights accelerate moves its own forward: without data nothing moves."""
+    attributes = vars(module)
+    if _DISPATCH in attributes and _UNDISPATCHED in attributes:
+        del attributes[_DISPATCH]
+        attributes["forward"] = attributes.pop(_UNDISPATCHED)
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=False)
+    return tensor.detach().clone()
 
 
 _PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor, nn.Module)
@@ -93,6 +137,12 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
+def has_data(model: nn.Module) -> bool:
+    """Whether the model could run: its weights are somewhere, if not in its parameters."""
+    moved = any(_DISPATCH in vars(module) for module in model.modules())
+    return moved or not any(parameter.is_meta for parameter in model.parameters())
+
+
 def shapes(output: Any) -> list[torch.Size]:
     """Shapes of all tensors in a model's output, in order."""
     if isinstance(output, Tensor):
@@ -113,13 +163,13 @@ def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
 def run_dry(
     model: nn.Module, inputs: MetaInputs, before_retry: Callable[[], None] = lambda: None
 ) -> Any:
-    """The output of one forward pass without data.
+    """The output of one forward pass, without data where the inputs have none.
 
     Tensors the model makes on the default device are real at first: a host may cache them beyond
     this model. Only a host that mixes them with its operands runs again with all of them on meta.
 
     Args:
-        model: A `meta_copy`.
+        model: A `meta_copy`, or a `value_copy`, which runs once.
         inputs: What to call it with.
         before_retry: Called where the model has to run again.
 
@@ -127,12 +177,15 @@ def run_dry(
         ProbeFailed: The model raised something.
     """
     args, kwargs = inputs
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), recalling():
+    devices = sorted({x.device for x in tensors_in(inputs) if x.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), recalling():
         try:
             return model(*args, **kwargs)
         except SparsiattnError:
             raise
-        except Exception:
+        except Exception as error:
+            if not any(x.is_meta for x in tensors_in(inputs)):
+                raise _failure(model, inputs, error) from error
             before_retry()
         try:
             with torch.device("meta"), _NothingPadded():
@@ -165,10 +218,8 @@ def _is_mask(index: Any) -> bool:
 
 
 def _failure(model: nn.Module, inputs: MetaInputs, error: Exception) -> ProbeFailed:
-    values = (*inputs[0], *inputs[1].values())
-    shapes = " and ".join(str(tuple(x.shape)) for x in values if isinstance(x, Tensor))
+    shapes = " and ".join(str(tuple(x.shape)) for x in tensors_in(inputs))
     return ProbeFailed(
-        f"a dry run of {type(model).__name__} with an input of shape {shapes} failed: "
-        f"{type(error).__name__}: {error}. Pass input=(1, channels, height, width) (or an "
-        "example tensor) that the model accepts"
+        f"a dry run of {type(model).__name__} with an input of shape {shapes} failed"
+        f"{place_of(error, model)}: {first_line(error, named=True)}"
     )

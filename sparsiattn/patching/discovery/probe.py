@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
+from sparsiattn.patching.discovery.host_records import HostRecords
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.patching.discovery.token_places import PixelNumbers, places_in, tracking_places
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
@@ -235,6 +236,7 @@ class Probe:
         calls: Attention calls in order.
         softmaxes: ``(module name, what it is)`` of every other softmax.
         returned: Shapes of what the model returned.
+        read_by_hooks: Names of modules whose tensors the host's own hooks use.
         entrances: Modules around attention whose input a checkpoint may hand in once more: elements
             of lists, and the first module in each.
     """
@@ -242,6 +244,7 @@ class Probe:
     calls: list[AttentionCall]
     softmaxes: list[tuple[str, str]]
     returned: list[torch.Size]
+    read_by_hooks: frozenset[str] = frozenset()
     entrances: tuple[str, ...] = ()
 
 
@@ -256,14 +259,14 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
         ProbeFailed: The model does not run with these inputs.
     """
     install()
+    records = HostRecords(model)
     recorder = _Recorder(model, PixelNumbers(inputs))
+    records.leave_out()
     with tracking_places():
-        try:
-            with recorder.trial:
-                output = run_dry(model, inputs, recorder.clear)
-        except ProbeFailed:  # a host that takes nothing but tensors for its scores
+        output = _run(model, inputs, recorder)
+        if records.watch():  # the host registered hooks just now
             recorder.clear()
-            output = run_dry(model, inputs, recorder.clear)
+            output = _run(model, inputs, recorder)
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     returned = shapes(output)
     del output  # was held until here: see `WatchWeights.verdict`
@@ -278,4 +281,14 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     ]
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
-    return Probe(calls, others, returned, recorder.entrances())
+    read = frozenset(records.readers)
+    return Probe(calls, others, returned, read, recorder.entrances())
+
+
+def _run(model: nn.Module, inputs: MetaInputs, recorder: _Recorder) -> Any:
+    try:
+        with recorder.trial:
+            return run_dry(model, inputs, recorder.clear)
+    except ProbeFailed:  # a host that takes nothing but tensors for its scores
+        recorder.clear()
+        return run_dry(model, inputs, recorder.clear)

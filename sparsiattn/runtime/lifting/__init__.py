@@ -8,7 +8,7 @@ if nothing had happened.
 """
 
 from sparsiattn.runtime.lifting.mode import Lift, Tally
-from sparsiattn.runtime.lifting.modules import drop, lift, without_scores
+from sparsiattn.runtime.lifting.modules import drop, lift, show_weights, without_scores
 from sparsiattn.runtime.lifting.trial import Trial
 
-__all__ = ["Lift", "Tally", "Trial", "drop", "lift", "without_scores"]
+__all__ = ["Lift", "Tally", "Trial", "drop", "lift", "show_weights", "without_scores"]

@@ -9,20 +9,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import operations as operations
 from sparsiattn.runtime.lifting.equations import equation, is_product
 from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
 class Tally:
-    """How many products became a call of scaled dot product attention."""
+    """What became of one call of a lifted module.
+
+    Attributes:
+        attended: How many products became a call of scaled dot product attention.
+        ended: Whether the call is over.
+    """
 
     def __init__(self) -> None:
         self.attended = 0
+        self.ended = False
 
 
 class Lift(TorchFunctionMode):
     """While active, products of two computed operands are put off.
+
+    Torch's own scaled dot product attention, which hosts import by name past the wrapper, goes the
+    wrapper's way.
 
     Attributes:
         tally: Counts the products that became attention.
@@ -39,15 +50,37 @@ class Lift(TorchFunctionMode):
         self.tally.attended += 1
         return F.scaled_dot_product_attention(*operands, **options)
 
+    def _passes_by(self, func: Any, name: str) -> bool:
+        """Whether a site waits for this call of attention, which does not go through the wrapper.
+
+        A kernel's own call goes on to torch.
+        """
+        if name.partition(".")[0] != ATTENTION or func is F.scaled_dot_product_attention:
+            return False
+        top = SITE_CALLS.top
+        return top is not None and top[0] is not None
+
     def home(self) -> int:
         """Tells where scores are made: they must meet their values in the same module."""
         return 0
 
     def refuse(self, scores: Scores, because: str) -> None:
-        """Told when scores have to be computed, by the name of the operation that needs them."""
+        """Told when scores have to be computed, by the name of the operation that needs them.
+
+        Raises:
+            ModelChanged: The call that made them is over.
+        """
+        if self.tally.ended:
+            raise ModelChanged(
+                "attention scores or weights of a patched module were kept and are read after it "
+                "returned, but a patched module works without them: read them while it runs, in a "
+                "forward hook of its dropout or softmax, where they are what is used"
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.strip("_")
+        if self._passes_by(func, name):
+            return self.attend(*args, **(kwargs or {}))
         if name in PRODUCTS and not kwargs and not self.idle:
             operands = factors(name, args)
             if operands is not None:
@@ -55,6 +88,7 @@ class Lift(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+ATTENTION = F.scaled_dot_product_attention.__name__
 PRODUCTS = ("matmul", "bmm", "einsum")
 
 

@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
@@ -31,6 +32,7 @@ def _lifted_forward(host: Any) -> Any:
         tally = Tally()
         with Lift(tally):
             output = without_scores(host.forward(self, *args, **kwargs))
+        tally.ended = True
         if not tally.attended:
             raise ModelChanged(
                 f"{host.__name__} took another way than in the dry run when it was patched, so its "
@@ -61,6 +63,47 @@ def _unless_weights(value: Any, home: int) -> Any:
     if not isinstance(value, Scores) or value.home != home:
         return value
     return None if value.softmaxed else value.tensor("return")
+
+
+class ShowWeights:
+    """Forward pre-hook and hook of a part of a lifted module, its dropout or softmax.
+
+    Hooks of others on that part get tensors: the attention weights as they are used.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not _is_watched(module):
+            return None
+        if output is not None:
+            return _weights(output) if isinstance(output, Scores) else None
+        return tuple(map(_weights, args))
+
+
+def _weights(value: Any) -> Any:
+    return value.used() if isinstance(value, Scores) and value.softmaxed else value
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether there are hooks of others."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    everywhere = _global_forward_pre_hooks or _global_forward_hooks
+    return bool(everywhere) or any(not isinstance(hook, ShowWeights) for hook in hooks)
+
+
+def show_weights(module: nn.Module) -> list[Any]:
+    """Let hooks on parts of a lifted module see attention weights.
+
+    Returns:
+        The handles of the hooks that do so.
+    """
+    parts = [part for part in module.modules() if part is not module and not _has_weights(part)]
+    show = ShowWeights()
+    before = [part.register_forward_pre_hook(show, prepend=True) for part in parts]
+    return before + [part.register_forward_hook(show, prepend=True) for part in parts]
+
+
+def _has_weights(part: nn.Module) -> bool:
+    return next(part.parameters(), None) is not None
 
 
 def lift(module: nn.Module) -> None:

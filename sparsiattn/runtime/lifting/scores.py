@@ -128,6 +128,13 @@ class Scores:
                 self.lift.idle = False
         return self.value
 
+    def used(self) -> Tensor:
+        """The weights that are in fact used: what attention makes of the identity."""
+        shape = flip(self.shape) if self.flipped else self.shape
+        keys = torch.eye(shape[-1], dtype=self.dtype, device=self.device)
+        weights = self.attend(keys.expand(*shape[:-2], *keys.shape))
+        return weights.transpose(-2, -1) if self.flipped else weights
+
     def _compute(self) -> Tensor:
         x = (self.q @ self.kt) * self.factor
         x = x.reshape(self.shape if not self.flipped else flip(self.shape))
