@@ -14,9 +14,7 @@ from sparsiattn.runtime.patch_state import PatchState
 
 def refuse_compiled_parts(state: PatchState) -> None:
     """Raise `ModelChanged` where places that hand each other state are compiled one by one."""
-    handing_on = [runtime.block.name for runtime in state.blocks] or [
-        runtime.site.name for runtime in state.runtimes if runtime.strategy.uses_cross_layer_state
-    ]
+    handing_on = _places_that_hand_on(state)
     for name in handing_on:
         part: nn.Module = state.model
         path = ""
@@ -29,6 +27,16 @@ def refuse_compiled_parts(state: PatchState) -> None:
                     "compiled parts lose: compile the whole model instead, "
                     "torch.compile(model), or leave these parts uncompiled"
                 )
+
+
+def _places_that_hand_on(state: PatchState) -> list[str]:
+    """Blocks that carry fewer tokens, attention that their reductions read, and sites with
+    cross-layer state."""
+    names = [runtime.block.name for runtime in state.blocks]
+    for block in state.blocks:
+        names += block.block.sites if block.wants_attention else ()
+    sites = (r for r in state.runtimes if r.strategy.uses_cross_layer_state)
+    return names + [runtime.site.name for runtime in sites]
 
 
 def is_compiled(module: nn.Module) -> bool:

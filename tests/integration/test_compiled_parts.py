@@ -62,16 +62,25 @@ def test_the_patch_takes_effect_in_compiled_parts(how: str, patched: str) -> Non
 @pytest.mark.parametrize(
     ("strategy", "options"), [("token_drop", {"keep": 0.5}), ("token_merge", {"r": 3})]
 )
-def test_tokens_with_compiled_parts(strategy: str, options: dict[str, Any]) -> None:
-    """Compiled attention serves; blocks compiled one by one are refused with the way out."""
-    _, right = answers(strategy, options)
+@pytest.mark.parametrize("how", ["attn.compile()", "block.compile()"])
+def test_tokens_with_compiled_parts(strategy: str, options: dict[str, Any], how: str) -> None:
+    """What a block hands on would be lost between compiled parts."""
     model: nn.Module = tiny_vit()
     sparsiattn.patch(model, strategy, **options)
-    compile_parts(model, "attn.compile()")
-    torch.testing.assert_close(model(tiny_images(2)), right, rtol=1e-3, atol=1e-4)
-    compile_parts(model, "block.compile()")
+    compile_parts(model, how)
     with pytest.raises(sparsiattn.SparsiattnError, match=r"torch\.compile\(model\)"):
         model(tiny_images(2))
+
+
+@torch.no_grad()
+def test_tokens_scored_without_attention_with_compiled_attention() -> None:
+    options = {"keep": 0.5, "score": "norm"}
+    dense, right = answers("token_drop", options)
+    assert (dense - right).abs().max() > 1e-3
+    model: nn.Module = tiny_vit()
+    sparsiattn.patch(model, "token_drop", **options)
+    compile_parts(model, "attn.compile()")
+    torch.testing.assert_close(model(tiny_images(2)), right, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -85,8 +94,17 @@ def test_attention_that_is_reused_with_compiled_parts() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
 @pytest.mark.parametrize(
-    ("strategy", "options"), [("token_drop", {"keep": 0.5}), ("hybrid", {"k": 0.25, "keep": 0.5})]
+    ("strategy", "options"),
+    [
+        ("token_drop", {"keep": 0.5}),
+        ("hybrid", {"k": 0.25, "keep": 0.5}),
+        ("topk", {"k": 0.25}),
+        ("token_merge", {"r": 3}),
+    ],
 )
 @pytest.mark.parametrize("images", [1, 2])
 def test_a_trace_serves_other_batches(strategy: str, options: dict[str, Any], images: int) -> None:
