@@ -103,7 +103,6 @@ def test_attention_that_is_reused_with_compiled_parts() -> None:
         ("token_drop", {"keep": 0.5}),
         ("hybrid", {"k": 0.25, "keep": 0.5}),
         ("topk", {"k": 0.25}),
-        ("token_merge", {"r": 3}),
     ],
 )
 @pytest.mark.parametrize("images", [1, 2])
