@@ -13,7 +13,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.geometry import Grid, Tile, Tiles
-from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, RenamedMembers
@@ -301,7 +301,7 @@ class AttentionInputs(RenamedMembers):
             k, v = (torch.cat([x, summary.pool(x)], dim=-2) for x in (k, v))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(self.q.dtype)
-        out = dense_attention(self.q, k, v, mask, self.dropout, scale=self.scale)
+        out = differentiable_attention(self.q, k, v, mask, self.dropout, scale=self.scale)
         return out if dead is None else out.masked_fill(dead, 0.0)
 
     def store(self, name: str, tensor: Tensor) -> None:

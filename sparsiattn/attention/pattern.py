@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.errors import InvalidType, RenamedMembers
 
 DenseAttention = Callable[[AttentionInputs], Tensor]
@@ -231,7 +231,7 @@ class Lengths(SizedPattern):
         for length in sorted(set(self.lengths)):
             images = [i for i, other in enumerate(self.lengths) if other == length]
             q, k, v = (torch.cat([parts[i] for i in images]) for parts in operands)
-            out = dense_attention(q, k, v, None, inputs.dropout, scale=inputs.scale)
+            out = differentiable_attention(q, k, v, None, inputs.dropout, scale=inputs.scale)
             rows.update(zip(images, out.split(inputs.q.shape[0]), strict=True))
         return torch.cat([rows[i] for i in range(len(self.lengths))], dim=2)
 
@@ -396,5 +396,7 @@ class Output(ComputedPattern):
 def scatter_true(index: Tensor, n_keys: int) -> Tensor:
     """Indices ``[..., R, K]`` to a boolean ``[..., R, n_keys]``."""
     return torch.zeros(*index.shape[:-1], n_keys, dtype=torch.bool, device=index.device).scatter(
-        -1, index, True
+        -1,
+        index,
+        1,  # not True, which torch.jit.trace cannot record
     )

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from sparsiattn.attention.derivatives import (
+    differentiable_again,
+    is_transformed,
+    plain_attention,
+)
 
 _original: Callable[..., Tensor] = F.scaled_dot_product_attention
 
@@ -36,3 +43,22 @@ def dense_attention(
     # enable_gqa only where it is needed: replacements of SDPA often do not know it
     extra = {"enable_gqa": True} if gqa else {}
     return _original(q, k, v, mask, dropout, causal, scale=scale, **extra)
+
+
+def differentiable_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    *,
+    scale: float,
+) -> Tensor:
+    """Torch's fused attention with every derivative: second ones, forward mode, `torch.func`."""
+    recompute = partial(plain_attention, dropout=dropout, scale=scale)
+    if is_transformed():
+        return recompute(q, k, v, mask)
+    out = dense_attention(q, k, v, mask, dropout, scale=scale)
+    if dropout:  # the weights that were dropped are known to torch alone
+        return out
+    return differentiable_again(out, recompute, q, k, v, mask)

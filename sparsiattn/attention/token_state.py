@@ -270,7 +270,9 @@ def unsigned(index: Tensor) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
-    if x.shape[0] == 1:
+    # a recorded program serves other batches than its example's
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not recorded and x.shape[0] == 1:
         return x[0].index_select(0, index[0])[None]
     b, n, c = x.shape
     base = torch.arange(b, device=x.device)[:, None] * n

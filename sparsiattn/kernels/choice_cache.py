@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.background import Summary
+from sparsiattn.attention.derivatives import is_transformed
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex
@@ -87,6 +88,7 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
         q.is_inference(),
         device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         torch.are_deterministic_algorithms_enabled(),
+        is_transformed(),
     )
     return layouts, types, mask, options, groups, type(pattern), fields, modes
 

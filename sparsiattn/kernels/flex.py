@@ -15,6 +15,7 @@ from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import flex_compile
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.flex_compile import FlexOperands, ProgramKey
 from sparsiattn.kernels.gather import dense_rows, needs_grad, summary_rows
 from sparsiattn.kernels.padding import slot_macs, summary_count
@@ -54,7 +55,7 @@ class Flex(Kernel):
         dtype = _dtype(inputs)
         if dtype not in FLEX_DTYPES:
             reasons.append(f"needs float32, bfloat16 or float16, got {dtype}")
-        return reasons + _device_refusals(inputs, pattern)
+        return reasons + transform_refusals() + _device_refusals(inputs, pattern)
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         assert isinstance(pattern, KeyBlocks)
@@ -99,9 +100,10 @@ class Flex(Kernel):
         ):
             rows = flex_compile.run(key, operands_of(inputs, pattern))
             patches = tiles.scatter(rows.unflatten(-2, (-1, tiles.size)))
-        if not pattern.dense_rows:
-            return patches
-        return torch.cat([dense_rows(inputs, pattern.dense_rows).to(patches), patches], dim=-2)
+        if pattern.dense_rows:
+            first = dense_rows(inputs, pattern.dense_rows).to(patches)
+            patches = torch.cat([first, patches], dim=-2)
+        return twice_differentiable(self.name, patches, inputs, pattern)
 
 
 def _dtype(inputs: AttentionInputs) -> torch.dtype:

@@ -14,7 +14,7 @@ from sparsiattn.attention.background import Summary
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
-from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import (
@@ -331,7 +331,7 @@ def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
         bias = bias[..., :count, :]
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
-    return dense_attention(q, inputs.k, inputs.v, bias, inputs.dropout, scale=inputs.scale)
+    return differentiable_attention(q, inputs.k, inputs.v, bias, inputs.dropout, scale=inputs.scale)
 
 
 def with_dense_rows(patches: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> Tensor:

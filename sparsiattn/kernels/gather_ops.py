@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.attention.sdpa import dense_attention
+from sparsiattn.attention.derivatives import is_transformed
+from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.kernels.workspace import SCRATCH
 
 # Gathered keys, values and logits of a chunk of tiles, in elements: on a CPU they stay in cache,
@@ -100,6 +101,8 @@ def can_buffer(q: Tensor, dropout: float) -> bool:
         and q.dtype in (torch.float32, torch.float64)
         and not dropout
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_transformed()
     )
 
 
@@ -121,7 +124,8 @@ def _chunks(flat: Flat) -> list[slice]:
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
     step = tiles_at_once(q.device, size)
     # counting tiles, or comparing their number, would tie the traced program to this batch
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and q.shape[0] <= step):
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if traced or (torch.compiler.is_compiling() and q.shape[0] <= step):
         return [slice(None)]
     # one chunk, if an empty one, also where a batch has no image
     return [slice(i, min(i + step, len(q))) for i in range(0, max(1, len(q)), step)]
@@ -140,7 +144,9 @@ def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
         mask = None
         if bias is not None:  # zeros for the columns before its last ones, [s, 1, t|1, K]
             mask = F.pad(bias[chunk].unsqueeze(1), (keys.shape[-2] - bias.shape[-1], 0))
-        part = dense_attention(q[chunk].unsqueeze(1), keys, values, mask, dropout, scale=scale)
+        part = differentiable_attention(
+            q[chunk].unsqueeze(1), keys, values, mask, dropout, scale=scale
+        )
         parts.append(part.squeeze(1))
     return torch.cat(parts)
 
@@ -184,7 +190,7 @@ class _Buffers:
 
 
 class _BufferedAttention(torch.autograd.Function):
-    """The buffered path with a backward pass of its own."""
+    """The buffered path with a backward pass of its own, and another that can be differentiated."""
 
     @staticmethod
     def forward(
@@ -197,27 +203,67 @@ class _BufferedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, index, bias, out = ctx.saved_tensors
-        grad = grad.contiguous()
-        buffers = _Buffers((q, k, v, index, bias), weights=2)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[4] else None
-        # dS = P (dP - rowsum(dO O)), as in FlashAttention (arXiv 2205.14135, appendix B.2)
-        delta = (grad * out).sum(-1, keepdim=True)
-        for chunk in buffers.chunks:
-            keys, values = buffers.gather(chunk)
-            p, ds = buffers.softmax(chunk, keys, ctx.scale), buffers.weights(chunk, 1)
-            _scatter(p.mT @ grad[chunk], index[chunk], into=grad_v)
-            torch.bmm(grad[chunk], values.mT, out=ds)
-            ds.sub_(delta[chunk]).mul_(p)
-            if grad_bias is not None:
-                _add_up(ds, into=grad_bias[chunk])
-            ds.mul_(ctx.scale)
-            torch.bmm(ds, keys, out=grad_q[chunk])
-            _scatter(ds.mT @ q[chunk], index[chunk], into=grad_k)
-        return grad_q, grad_k, grad_v, None, grad_bias, None
+        *flat, out = ctx.saved_tensors
+        # a graph of this pass is asked for, or many gradients at once (``is_grads_batched``)
+        if torch.is_grad_enabled() or _is_batched(grad):
+            grads = _plain_gradients(tuple(flat), grad, ctx.scale)
+        else:
+            grads = _buffered_gradients(tuple(flat), out, grad.contiguous(), ctx.scale)
+        *operands, grad_bias = grads
+        return *operands, None, grad_bias, None
+
+
+def _is_batched(grad: Tensor) -> bool:
+    return is_transformed() or bool(torch._C._functorch.is_legacy_batchedtensor(grad))
+
+
+def _buffered_gradients(
+    flat: Flat, out: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and bias, chunk by chunk."""
+    q, k, v, index, bias = flat
+    buffers = _Buffers(flat, weights=2)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_bias = torch.empty_like(bias) if bias is not None and bias.requires_grad else None
+    # dS = P (dP - rowsum(dO O)), as in FlashAttention (arXiv 2205.14135, appendix B.2)
+    delta = (grad * out).sum(-1, keepdim=True)
+    for chunk in buffers.chunks:
+        keys, values = buffers.gather(chunk)
+        p, ds = buffers.softmax(chunk, keys, scale), buffers.weights(chunk, 1)
+        _scatter(p.mT @ grad[chunk], index[chunk], into=grad_v)
+        torch.bmm(grad[chunk], values.mT, out=ds)
+        ds.sub_(delta[chunk]).mul_(p)
+        if grad_bias is not None:
+            grad_bias[chunk] = _last_columns(ds, grad_bias)
+        ds.mul_(scale)
+        torch.bmm(ds, keys, out=grad_q[chunk])
+        _scatter(ds.mT @ q[chunk], index[chunk], into=grad_k)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+def _plain_gradients(
+    flat: Flat, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `_buffered_gradients`, in operations that can be differentiated and batched."""
+    q, k, v, index, bias = flat
+    keys, values = (x[index].flatten(1, 2) for x in (k, v))  # [S, K, D]
+    logits = scale * q @ keys.mT
+    if bias is not None:
+        logits = logits + F.pad(bias, (logits.shape[-1] - bias.shape[-1], 0))
+    p = logits.softmax(-1)
+    dp = grad @ values.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    grad_bias = _last_columns(ds, bias) if bias is not None and bias.requires_grad else None
+    grad_k = _summed(scale * ds.mT @ q, index, like=k)
+    return scale * ds @ keys, grad_k, _summed(p.mT @ grad, index, like=v), grad_bias
+
+
+def _summed(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """The gradient of gathered keys ``[S, K, D]``, added up by unit ``[R, g, D]``."""
+    flat = rows.reshape(index.numel(), -1)
+    zeros = flat.new_zeros(like.shape[0], flat.shape[-1])
+    return zeros.index_add(0, index.flatten(), flat).view_as(like)
 
 
 def _scatter(rows: Tensor, index: Tensor, into: Tensor) -> None:
@@ -226,7 +272,9 @@ def _scatter(rows: Tensor, index: Tensor, into: Tensor) -> None:
     target.scatter_add_(0, index.reshape(-1, 1).expand_as(flat), flat)
 
 
-def _add_up(ds: Tensor, into: Tensor) -> None:
-    """The last columns' gradient, summed over queries that share a bias."""
-    last = ds[..., ds.shape[-1] - into.shape[-1] :]
-    into.copy_(last.sum(1, keepdim=True) if into.shape[1] == 1 < ds.shape[1] else last)
+def _last_columns(ds: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias on the last columns, summed over queries that share it."""
+    columns = bias.shape[-1]
+    # batched gradients have no view of every column
+    last = ds if columns == ds.shape[-1] else ds[..., ds.shape[-1] - columns :]
+    return last.sum(1, keepdim=True) if bias.shape[1] == 1 < ds.shape[1] else last

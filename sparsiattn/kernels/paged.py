@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.kernels.derivatives import transform_refusals
 from sparsiattn.kernels.gather import needs_grad, summary_rows, with_dense_rows
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
@@ -47,7 +48,7 @@ def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]
         reasons.append(f"needs half precision, got {', '.join(sorted(map(str, types)))}")
     if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
         reasons.append(f"needs equal head dims of 16, 32, 64, ... 512, got {dims}")
-    reasons += _shape_refusals(q, pattern)
+    reasons += _shape_refusals(q, pattern) + transform_refusals()
     return reasons if ops is None else reasons + _operator_refusals(ops, q)
 
 

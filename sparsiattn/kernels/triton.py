@@ -13,6 +13,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import dense_rows, needs_grad
 from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
 
@@ -98,7 +99,7 @@ class Triton(Kernel):
             inputs.scale,
             None if inputs.site.bias == "bias" else MASKED_BELOW,
         )[0]
-        return out
+        return twice_differentiable(self.name, out, inputs, pattern)
 
 
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:
@@ -116,6 +117,7 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
         reasons.append(f"needs head dims up to {_WIDEST_HEAD}, got {q.shape[-1]} and {v.shape[-1]}")
     if inputs.dropout:
         reasons.append("has no dropout")
+    reasons += transform_refusals()
     if needs_grad(inputs) and torch.are_deterministic_algorithms_enabled():
         reasons.append("adds gradients of keys atomically, and torch is asked to be deterministic")
     return reasons

@@ -15,6 +15,7 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Lengths, Pattern
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.sdpa import lengths_work
 
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
@@ -39,7 +40,7 @@ def ragged_refusals(
         reasons.append("takes no mask of the host")
     if inputs.q.shape[-1] % 8 or inputs.v.shape[-1] != inputs.q.shape[-1]:
         reasons.append("needs head dims that are equal and a multiple of 8")
-    return reasons
+    return reasons + transform_refusals()
 
 
 class Varlen(Kernel):
@@ -77,7 +78,7 @@ class Varlen(Kernel):
         attend = shim()
         assert attend is not None
         out = attend(q, k, v, ends, max(pattern.lengths), inputs.scale)
-        return out.transpose(0, 1)[None]
+        return twice_differentiable(self.name, out.transpose(0, 1)[None], inputs, pattern)
 
 
 class Shim:

@@ -21,6 +21,7 @@ from sparsiattn.errors import first_line
 from sparsiattn.kernels import paged
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
+from sparsiattn.kernels.derivatives import twice_differentiable
 from sparsiattn.kernels.padding import slot_macs, summary_count
 from sparsiattn.kernels.sdpa import lengths_work
 from sparsiattn.kernels.varlen import ragged_refusals
@@ -84,7 +85,7 @@ class XFormers(Kernel):
         out: Tensor = ops.memory_efficient_attention(
             q, k, v, attn_bias=mask, p=inputs.dropout, scale=inputs.scale
         )
-        return out.transpose(1, 2)
+        return twice_differentiable(self.name, out.transpose(1, 2), inputs, pattern)
 
 
 class Operators(NamedTuple):

@@ -11,9 +11,24 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.errors import InvalidOption
+from sparsiattn.errors import ExportFailed, InvalidOption
 
 T = TypeVar("T")
+
+
+class NotScriptable(ExportFailed, AttributeError):
+    """A patched model cannot be scripted; an `AttributeError`, for whoever only asks for a name."""
+
+
+class ScriptRefusal:
+    """Base of hooks of a patched model: `torch.jit.script`, which asks for their name, is told."""
+
+    @property
+    def __name__(self) -> str:  # type: ignore[override]
+        raise NotScriptable(
+            "torch.jit.script cannot read the hooks of a patched model: use "
+            "sparsiattn.export(model, images, 'model.pt2'), or torch.jit.trace"
+        )
 
 
 def tensors_in(values: Any) -> list[Tensor]:

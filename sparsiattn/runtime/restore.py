@@ -17,7 +17,8 @@ from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
-from sparsiattn.runtime.hook_tools import refuse_fx
+from sparsiattn.runtime.compiled_parts import refuse_compiled_parts
+from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.sdpa_intercept import abandoned, forget_caller, install, note_caller
@@ -122,7 +123,7 @@ def _watched_method(host: Any, name: str) -> Callable[..., Any]:
     return call
 
 
-class EnterModel:
+class EnterModel(ScriptRefusal):
     """Forward pre-hook of the model.
 
     Refuses to run if a patched site was replaced or deleted, and notes that what runs now runs
@@ -141,6 +142,7 @@ class EnterModel:
         inside = is_inside(owner)
         install()  # somebody may have put the original function back
         owner.check_sites()
+        refuse_compiled_parts(owner)
         owner.reapply_overrides()
         owner.last_pass = None
         if owner.blocks and not inside:
@@ -150,7 +152,7 @@ class EnterModel:
                 MODEL_CALL.features = _with_features(owner, "output_hidden_states=True")
 
 
-class LeaveModel:
+class LeaveModel(ScriptRefusal):
     """Forward hook of the model, called also when it raised."""
 
     def __init__(self, owner: PatchOwner) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
-from sparsiattn.runtime.hook_tools import refuse_fx
+from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.patch_owner import new_key
 from sparsiattn.runtime.reduced_attention import reduced_attention
 from sparsiattn.runtime.sdpa_intercept import install, note_caller, pop, push
@@ -43,7 +43,7 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
     return route
 
 
-class OpenScope:
+class OpenScope(ScriptRefusal):
     """Forward pre-hook of a patched attention module.
 
     Importable and picklable; its route, a closure, is made again in a copy.
@@ -78,7 +78,7 @@ class OpenScope:
             note_caller(self.key)
 
 
-class CloseScope:
+class CloseScope(ScriptRefusal):
     """Forward hook of a patched attention module, called also when the module raised."""
 
     def __init__(self, opener: OpenScope) -> None:

@@ -50,6 +50,10 @@ class SiteCalls(threading.local):
         shared: The pattern of the first of two calls that must agree on their keys.
     """
 
+    # without a dictionary of its own: Dynamo would write into that, and another frame, compiled by
+    # itself, would not find the scope that a compiled hook opened
+    __slots__ = ()
+
     top: Scope | None = None
     callers: dict[int, FrameType] = field(default_factory=dict)
     routed: set[int] = field(default_factory=set)

@@ -66,16 +66,16 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None)
             f"a plan must be a sparsiattn.Pattern (Pattern.top, Pattern.mask or Pattern.dense), "
             f"got {type(pattern).__name__} at site {inputs.site.name!r}"
         )
-    rows, columns = {inputs.n_queries}, {inputs.n_keys}
+    rows, columns = [inputs.n_queries], [inputs.n_keys]
     if isinstance(pattern, Ranked):
-        rows.add(inputs.n_queries - inputs.prefix)
+        rows.append(inputs.n_queries - inputs.prefix)
         if inputs.tiles is not None:
-            rows.add(inputs.tiles.count)
+            rows.append(inputs.tiles.count)
         if blocks is not None:
-            columns.add(blocks.count)
+            columns.append(blocks.count)
     if pattern.n_keys not in columns or pattern.n_queries not in rows:
         raise InvalidOption(
-            f"site {inputs.site.name!r} needs a pattern of {sorted(rows)} rows over "
+            f"site {inputs.site.name!r} needs a pattern of {sorted(set(rows))} rows over "
             f"{inputs.n_keys} keys, got {pattern.n_queries} rows over {pattern.n_keys}; "
             "score every key of inputs.k, with one row per query of inputs.q"
         )

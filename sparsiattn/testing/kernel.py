@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import AttentionInputs, ComputedPattern, Lengths, Pattern
-from sparsiattn.errors import KernelRefused
+from sparsiattn.errors import KernelRefused, SparsiattnError
 from sparsiattn.kernels import Kernel, Reference, refusals
 from sparsiattn.patching import patch, unpatch
 from sparsiattn.strategies import TopK, finish
@@ -218,6 +218,22 @@ class KernelSuite:
             message = f"{name}: {{}}".format
             torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4, msg=message)
 
+    def test_second_derivatives_equal_the_reference(self) -> None:
+        """Or they are refused: a backward pass that cannot be differentiated must not be passed
+        by, as `torch.autograd.grad` does with nodes that lead to no input."""
+        if not self.kernel.differentiable:
+            return
+        for name, inputs, pattern in self._runnable(torch.float32):
+            if refusals(self.kernel, _with_leaves(inputs), pattern):
+                continue  # forward only here, as the kernel says
+            exact = _second_derivatives(Reference(), inputs, pattern)
+            try:
+                ours = _second_derivatives(self.kernel, inputs, pattern)
+            except SparsiattnError:
+                continue
+            message = f"{name}: {{}}".format
+            torch.testing.assert_close(ours, exact, rtol=1e-2, atol=1e-3, msg=message)
+
     def test_a_row_without_a_key_is_zero(self) -> None:
         inputs = _on(random_inputs((4, 4), prefix=0), self.device)
         keep = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(5)) > 0.5
@@ -262,8 +278,31 @@ def _gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tup
     out = kernel(call, pattern)
     if not out.requires_grad:  # the plan gave the output
         return ()
-    weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    return _of_leaves((out * _weights(out)).sum(), call)
+
+
+def _second_derivatives(
+    kernel: Kernel, inputs: AttentionInputs, pattern: Pattern
+) -> tuple[Tensor, ...]:
+    """The gradient of a penalty on the gradient, which `torch.autograd.grad` walks to alone."""
+    call = _with_leaves(inputs)
+    out = kernel(call, pattern)
+    if not out.requires_grad:
+        return ()
+    grads = _of_leaves((out.square() * _weights(out)).sum(), call, create_graph=True)
+    penalty = sum((grad * _weights(grad)).sum() for grad in grads)
+    return _of_leaves(penalty, call) if isinstance(penalty, Tensor) else ()
+
+
+def _weights(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)
+
+
+def _of_leaves(
+    total: Tensor, call: AttentionInputs, create_graph: bool = False
+) -> tuple[Tensor, ...]:
     operands = (call.q, call.k, call.v, call.bias)
     leaves = [x for x in operands if x is not None and x.requires_grad]
-    total = (out * weight).sum()
-    return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        total, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )

@@ -13,6 +13,7 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.derivatives import transform_refusals
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import attention
@@ -109,7 +110,7 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
         reasons.append("has no dropout")
     if needs_grad(inputs):
         reasons.append("has no backward pass")
-    return reasons
+    return reasons + transform_refusals()
 
 
 def _kernel_counts(summary: Summary) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.derivatives import is_transformed
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build, ops
@@ -20,6 +21,8 @@ CELLS = 64  # as in chunks.c
 def serves(*tensors: Tensor) -> bool:
     """Whether compiled code may take these operands."""
     if torch.compiler.is_compiling() or not (is_loaded() or build.is_ready()):
+        return False
+    if is_transformed():
         return False
     grad_mode = torch.is_grad_enabled()
     for x in tensors:
