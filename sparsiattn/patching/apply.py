@@ -19,6 +19,7 @@ from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.survey import ModelSurvey, survey
+from sparsiattn.patching.known_calls import know_call
 from sparsiattn.patching.token_plan import plan_tokens, validate_token_plan
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import live_patches, unwrap
@@ -142,10 +143,13 @@ def plan_patch(
     selected = select(planned.model_sites, sites)
     resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
     configs = apply_schedule(budgets.get("k", {}), selected, resolved)
-    if tokens is not None:
-        plan_tokens(planned, surveyed, tokens, budgets)
+    consumers = None if tokens is None else plan_tokens(planned, surveyed, tokens, budgets)
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
-    run = validate_token_plan(planned, surveyed.returned) if planned.blocks else None
+    run = None
+    if consumers is not None:
+        run = validate_token_plan(planned, consumers, surveyed.returned)
+        if planned.shortens:
+            know_call(planned, surveyed)
     settle_sites(planned, run, only_if_faster)
     return planned
 
