@@ -15,11 +15,11 @@ from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.estimate import settle_sites
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.install import attach
+from sparsiattn.patching.known_calls import know_call, know_training
 from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.survey import ModelSurvey, survey
-from sparsiattn.patching.known_calls import know_call
 from sparsiattn.patching.token_plan import plan_tokens, validate_token_plan
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import live_patches, unwrap
@@ -147,9 +147,10 @@ def plan_patch(
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
     run = None
     if consumers is not None:
+        know_call(planned, surveyed)
         run = validate_token_plan(planned, consumers, surveyed.returned)
         if planned.shortens:
-            know_call(planned, surveyed)
+            know_training(planned, surveyed)
     settle_sites(planned, run, only_if_faster)
     return planned
 

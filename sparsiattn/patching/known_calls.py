@@ -26,18 +26,23 @@ from sparsiattn.runtime.restore import modules_with_features, unwatch
 
 
 def know_call(state: PatchState, surveyed: ModelSurvey) -> None:
-    """Let a patch know the way in which the dry run called its model.
+    """Let a patch know the way in which dry runs call its model, and gives back what that needs.
 
     Args:
-        state: The patch, which gives back what this way needs.
+        state: The patch.
         surveyed: The model's attention.
     """
     parameters = signature(type(state.model).forward).parameters
     names = list(parameters)[1:]
     state.parameters = tuple(n for n in names if parameters[n].kind != Parameter.VAR_POSITIONAL)
     state.defaults = {n: parameters[n].default for n in names}
-    inputs = backbone_named(state.backbone).meta_inputs(surveyed.meta_model, state.input_shape)
+    inputs = _inputs(state, surveyed)
     state.known_calls[call_key(state, *inputs, training=False)] = False
+
+
+def know_training(state: PatchState, surveyed: ModelSurvey) -> None:
+    """Let a patch know whether the same call needs more while the model trains."""
+    inputs = _inputs(state, surveyed)
     surveyed.meta_model.train()
     try:
         needs = _trace_needs(state, surveyed.meta_model, inputs)
@@ -45,6 +50,10 @@ def know_call(state: PatchState, surveyed: ModelSurvey) -> None:
         needs = True
     surveyed.meta_model.eval()
     state.known_calls[call_key(state, *inputs, training=True)] = needs
+
+
+def _inputs(state: PatchState, surveyed: ModelSurvey) -> MetaInputs:
+    return backbone_named(state.backbone).meta_inputs(surveyed.meta_model, state.input_shape)
 
 
 def call_needs_all(state: PatchState, args: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from torch import nn
 
@@ -103,9 +102,9 @@ def _root(tower: Tower, towers: Sequence[Tower]) -> str:
     """The shortest path that leads to this tower alone."""
     path: list[str] = []
     others = [b.name.split(".") for other in towers if other is not tower for b in other.blocks]
-    for part in commonprefix([block.name.split(".") for block in tower.blocks]):
-        path.append(part)
-        if not any(name[: len(path)] == path for name in others):
+    for parts in zip(*(block.name.split(".") for block in tower.blocks), strict=False):
+        path.append(parts[0])
+        if len(set(parts)) > 1 or not any(name[: len(path)] == path for name in others):
             break
     return ".".join(path)
 

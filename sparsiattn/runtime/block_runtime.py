@@ -17,8 +17,8 @@ from sparsiattn.attention.token_state import ReductionStep, TokenState, take
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.hook_tools import RecomputeCache, is_functorch
 from sparsiattn.runtime.metering import metered
-from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.ownership import in_backward, is_inside
+from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
 from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenPlanner, TokenStrategy
@@ -47,7 +47,8 @@ class BlockRuntime:
         start: Index of the first block that hands on the same sequence.
         repeated: Whether that sequence takes some of its blocks more than once.
         restores: Whether something besides the next block reads its output by position.
-        entered: Token states, and whether every block restored, by the block's input, for checkpoints around the block.
+        entered: Token states, and whether every block restored, by the block's input, for
+            checkpoints around the block.
         inside: Token states by the input of its first module, for checkpoints inside it.
     """
 

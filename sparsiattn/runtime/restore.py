@@ -18,9 +18,9 @@ from torch import nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
+from sparsiattn.runtime.ownership import is_inside, leave_model
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import PatchState
-from sparsiattn.runtime.ownership import is_inside, leave_model
 from sparsiattn.runtime.sdpa_intercept import install, note_caller
 from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_pass
 
