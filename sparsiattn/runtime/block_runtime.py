@@ -104,8 +104,27 @@ class BlockRuntime:
             state = self.begin(x)
         else:
             state = self._recall(x, state)
+        state = self._with_gradient(state, x)
         self.note(x, state)
         return state
+
+    def _with_gradient(self, state: Carried, x: Tensor) -> Carried:
+        """The state, its short sequence cut from the block's input where only that has a gradient.
+
+        So it is behind a reentrant checkpoint: nothing that leaves it past its output has one.
+        """
+        short = state.sequence
+        if torch.compiler.is_compiling() or short is None or short.requires_grad:
+            return state
+        if not x.requires_grad or (isinstance(state, TokenState) and not state.steps):
+            return state
+        if isinstance(state, PackedTokens) or any(s.fused or s.unfold for s in state.steps):
+            raise ModelChanged(
+                f"block {self.block.name!r} takes tokens from a checkpoint with "
+                "use_reentrant=True, which would lose their gradient: checkpoint with "
+                "use_reentrant=False"
+            )
+        return replace(self._followed(state, x), last=x[:, state.prefix :])
 
     def restoring(self, x: Tensor) -> bool:
         """Whether every block gives original positions back in the pass that brought this input.

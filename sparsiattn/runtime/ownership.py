@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.sdpa_intercept import MODULE_CALLS, abandoned, forget_caller
@@ -40,27 +42,35 @@ def in_backward() -> bool:
 def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:
     """Whether a module runs for another model that shares it with the patched one.
 
-    Called outside of the patched model's forward a part is sparse, unless a module runs that holds
-    the part and neither holds the patched model nor belongs to it. The patch notes such a model.
+    A part that is called from outside is sparse, unless a module runs that holds the part and
+    neither holds the patched model nor belongs to it. The patch notes such a model.
 
     Args:
         owner: The patch.
         module: A part of its model, in one of whose hooks this is asked.
     """
-    if torch.compiler.is_compiling() or is_inside(owner):
+    if torch.compiler.is_compiling():
         return False
-    parts: set[nn.Module] | None = None
     for other in _running():
-        if other is module:
-            continue
-        parts = set(owner.model.modules()) if parts is None else parts
-        if other in parts:
+        if other is owner.model or "_is_replica" in vars(other) or isinstance(other, GraphModule):
+            return False
+        if other is module or _is_part(owner, other):
             continue
         held = set(other.modules())
         if module in held and owner.model not in held:
             owner.other_models.add(type(other).__name__)
             return True
     return False
+
+
+_PARTS: WeakKeyDictionary[PatchOwner, WeakSet[nn.Module]] = WeakKeyDictionary()
+
+
+def _is_part(owner: PatchOwner, module: nn.Module) -> bool:
+    """Whether a module belongs to the patched model."""
+    if module not in _PARTS.get(owner, ()):
+        _PARTS[owner] = WeakSet(owner.model.modules())
+    return module in _PARTS[owner]
 
 
 def _running() -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -125,7 +125,8 @@ class _Trace(TorchDispatchMode):
             outcome = follow(operation)
         except ReadsPositions as reason:
             self.refuse(axes, str(reason))
-            return
+            # what comes of it is followed, too: it may be what the next block takes
+            outcome = [replace(axes[-1], kind="positions")] * len(tree_leaves(operation.out))
         for axis in axes:
             ways = self.consumers.pooled.setdefault(self._block(axis), set())
             ways |= operation.pooled
@@ -176,6 +177,8 @@ class _Trace(TorchDispatchMode):
     def _carried(self, axis: TokenAxis) -> bool:
         """Whether a block takes a whole sequence, as another one returned it."""
         lead = self.lead[self._block(axis)]
+        if axis.kind == "positions":  # every position is given back to what lies between
+            return True
         return (axis.dim, axis.lead, axis.kind) == (1, lead, "values") and axis.alone
 
     def _leave(self, number: int) -> Any:
