@@ -19,6 +19,7 @@ from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
 from sparsiattn.patching.discovery.token_axis import (
     Operation,
+    Outcome,
     ReadsPositions,
     TokenAxis,
     arguments,
@@ -121,6 +122,7 @@ class _Trace(TorchDispatchMode):
         return out
 
     def _follow(self, operation: Operation, axes: list[TokenAxis]) -> None:
+        outcome: Outcome
         try:
             outcome = follow(operation)
         except ReadsPositions as reason:
