@@ -111,7 +111,8 @@ def follow(operation: Operation) -> Outcome:
     """
     if any(axis.kind == "positions" for _, axis in operation.axes()):
         raise ReadsPositions(f"{operation.name} of positions")
-    rule = _RULES.get(operation.name)
+    fused = operation.name.startswith("_scaled_dot_product")
+    rule = _attention if fused else _RULES.get(operation.name)
     if rule is None and torch.Tag.pointwise in operation.func.tags:
         rule = _pointwise
     if rule is None:
@@ -394,10 +395,4 @@ _RULES: dict[str, Callable[[Operation], Outcome]] = _rules(
     (_normalised, "native_layer_norm _fused_rms_norm"),
     (_batch_normalised, "native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm"),
     (_product, "mm bmm addmm baddbmm"),
-    (
-        _attention,
-        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_fused_attention_overrideable",
-    ),
 )
