@@ -15,6 +15,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` records what runs."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` (`vmap`, `grad`, `jvp`) or forward-mode AD is active.
 
@@ -66,7 +71,7 @@ def differentiable_again(out: Tensor, recompute: Recompute, *operands: Tensor | 
     if not (torch.is_grad_enabled() and out.requires_grad):
         return out
     # compiled programs are differentiated once, traced ones keep no Python
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+    if torch.compiler.is_compiling() or is_tracing() or is_transformed():
         return out
     return _DifferentiableAgain.apply(out, recompute, *operands)  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.derivatives import is_tracing
 from sparsiattn.attention.geometry import Grid
 
 Assign = Tensor | Callable[[], Tensor] | None
@@ -271,7 +272,7 @@ def unsigned(index: Tensor) -> Tensor:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
     # a recorded program serves other batches than its example's
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = torch.compiler.is_compiling() or is_tracing()
     if not recorded and x.shape[0] == 1:
         return x[0].index_select(0, index[0])[None]
     b, n, c = x.shape

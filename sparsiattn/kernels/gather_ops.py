@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.attention.derivatives import is_transformed
+from sparsiattn.attention.derivatives import is_tracing, is_transformed
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.kernels.workspace import SCRATCH
 
@@ -101,7 +101,7 @@ def can_buffer(q: Tensor, dropout: float) -> bool:
         and q.dtype in (torch.float32, torch.float64)
         and not dropout
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not is_tracing()
         and not is_transformed()
     )
 
@@ -124,7 +124,7 @@ def _chunks(flat: Flat) -> list[slice]:
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
     step = tiles_at_once(q.device, size)
     # counting tiles, or comparing their number, would tie the traced program to this batch
-    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    traced = torch.compiler.is_exporting() or is_tracing()
     if traced or (torch.compiler.is_compiling() and q.shape[0] <= step):
         return [slice(None)]
     # one chunk, if an empty one, also where a batch has no image

@@ -16,6 +16,7 @@ from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.estimate import settle_sites
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.install import attach
+from sparsiattn.patching.known_calls import know_call, know_training
 from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.places import fit_places
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
@@ -163,10 +164,14 @@ def plan_patch(
     resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
     configs = apply_schedule(budgets.get("k", {}), selected, resolved)
     configs = list(fit_places(dict(zip(selected, configs, strict=True)), tokens).values())
-    if tokens is not None:
-        plan_tokens(planned, surveyed, tokens, budgets)
+    consumers = None if tokens is None else plan_tokens(planned, surveyed, tokens, budgets)
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
-    run = validate_token_plan(planned, surveyed.returned) if planned.blocks else None
+    run = None
+    if consumers is not None:
+        know_call(planned, surveyed)
+        run = validate_token_plan(planned, consumers, surveyed.returned)
+        if planned.shortens:
+            know_training(planned, surveyed)
     settle_sites(planned, run, only_if_faster)
     return planned
 

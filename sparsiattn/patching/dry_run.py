@@ -48,7 +48,7 @@ class DryRun:
     Attributes:
         counted: Whether MACs were counted, which takes as long as the rest.
         inputs: Each site's, at the tokens that reach it.
-        counts: Patch tokens before each reduction, by block.
+        counts: Patch tokens before each reduction, by block: of each run of it.
         ragged: Whether images keep different numbers of tokens, so that counts are not known.
         macs: Of the whole model with dense attention; 0 unless counted.
         planning: Of the reductions alone; 0 unless counted.
@@ -57,7 +57,7 @@ class DryRun:
 
     counted: bool = True
     inputs: dict[str, AttentionInputs] = field(default_factory=dict)
-    counts: dict[int, int] = field(default_factory=dict)
+    counts: dict[int, list[int]] = field(default_factory=dict)
     ragged: bool = False
     macs: int = 0
     planning: int = 0
@@ -75,13 +75,13 @@ class _DryBlock(BlockRuntime):
     run: DryRun
 
     def reduce(self, state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
-        self.run.counts[self.index] = x.shape[1] - self.site.prefix_tokens
+        self.run.counts.setdefault(self.index, []).append(x.shape[1] - self.site.prefix_tokens)
         out = self._counted(lambda: super(_DryBlock, self).reduce(state, x), x.device)
         self.run.ragged |= isinstance(out[0], PackedTokens)
         return out
 
     def spare(self, state: TokenState, kept: Tensor) -> TokenState:
-        self.run.counts[self.index] = kept.shape[1] - state.prefix
+        self.run.counts.setdefault(self.index, []).append(kept.shape[1] - state.prefix)
         return self._counted(lambda: super(_DryBlock, self).spare(state, kept), kept.device)
 
     def _counted(self, call: Callable[[], T], device: torch.device) -> T:
@@ -123,7 +123,7 @@ def dry_run(state: PatchState, counted: bool = True) -> DryRun:
         run.inputs[site.name] = inputs
 
     with MODEL_CALL.setting(observer=(copied.key, observe)), run.counter() as counter:
-        run.output = shapes(run_dry(copied.model, dry_inputs(state)))
+        run.output = shapes(run_dry(copied.model, dry_inputs(state), run.counts.clear))
     run.macs = macs_of(counter)
     return run
 

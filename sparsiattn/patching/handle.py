@@ -12,6 +12,7 @@ from torch import nn
 from sparsiattn.attention.packed import source
 from sparsiattn.errors import InvalidOption, renamed_property, warn_renamed
 from sparsiattn.patching.install import remove
+from sparsiattn.patching.known_calls import call_needs_all
 from sparsiattn.patching.report import Report, report
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import warmup
@@ -95,12 +96,20 @@ class Patch(PatchState):
                 "source() needs a token strategy that makes the sequence shorter; here every token "
                 "stays in its place"
             )
+        if len({block.start for block in self.blocks}) > 1:
+            raise InvalidOption(
+                "source() speaks of one sequence, and this model has several towers: patch the "
+                "one of interest on its own, for example patch(model.left)"
+            )
         if self.last_pass is None:
             raise InvalidOption(
                 "source() speaks of the last forward pass: run the model first (eagerly, and not "
                 "disabled: compiled graphs and copies keep no record)"
             )
         return source(*self.last_pass)
+
+    def call_needs_all(self, args: Any, kwargs: Any) -> bool:
+        return call_needs_all(self, args, kwargs)
 
     def save(self, directory: str | PathLike[str], *, include_model: bool = False) -> Path:
         """Write a JSON config and the planners' weights as safetensors.

@@ -55,8 +55,7 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
         hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
     # before the sites': the model itself may be one
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
-    if state.blocks:
-        hooks.append(model.register_forward_hook(LeaveModel(state), always_call=True))
+    hooks.append(model.register_forward_hook(LeaveModel(state), always_call=True))
     storing = [r.site for r in state.runtimes if r.strategy.uses_cross_layer_state]
     for module in enclosing(model, storing):
         hooks.append(module.register_forward_pre_hook(RecallCrossLayer(state), with_kwargs=True))

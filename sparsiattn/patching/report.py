@@ -205,7 +205,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         input_shape=state.input_shape,
         sites=rows,
         not_selected=tuple(site.name for site in not_selected),
-        skipped=state.skipped,
+        skipped=state.skipped + _dense_elsewhere(state),
         macs_dense=dense,
         mhsa_macs_dense=mhsa_dense,
         mhsa_macs=sum(site.macs for site in not_selected) + sum(known) if counted else None,
@@ -233,8 +233,9 @@ def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
     for block in state.blocks:
         if block.strategy is None or block.placement is None:
             continue
-        count = run.counts.get(block.index)
-        tokens = "" if count is None else f"{count} patch tokens, "
+        # of a block that runs several times, one after the other
+        counts = ", then ".join(map(str, run.counts.get(block.index, [])))
+        tokens = f"{counts} patch tokens, " if counts else ""
         lines.append(
             f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.placement]}"
         )
@@ -243,6 +244,12 @@ def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
     if state.restores_last:
         lines.append("original positions come back after the last block")
     return tuple(lines)
+
+
+def _dense_elsewhere(state: PatchState) -> tuple[tuple[str, str], ...]:
+    """Other models that were seen to run modules of this one."""
+    reason = "another model, which shares modules with this one and runs them dense"
+    return tuple((name, reason) for name in sorted(state.other_models))
 
 
 def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:

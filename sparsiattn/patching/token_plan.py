@@ -15,12 +15,13 @@ import torch
 from sparsiattn.attention.block import Block
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
-from sparsiattn.patching.discovery.backbone import backbone_named
 from sparsiattn.patching.discovery.blocks import find_blocks
+from sparsiattn.patching.discovery.consumers import Consumers
 from sparsiattn.patching.dry_run import DryRun, dry_run
 from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.schedule import token_budgets
 from sparsiattn.patching.survey import ModelSurvey
+from sparsiattn.patching.towers import Tower, check_alike, consumers_of, find_towers
 from sparsiattn.runtime.block_runtime import BlockRuntime, Placement
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.strategies.token_base import TokenStrategy
@@ -28,7 +29,7 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 def plan_tokens(
     state: PatchState, surveyed: ModelSurvey, tokens: TokenStrategy, schedule: Mapping[str, Any]
-) -> None:
+) -> Consumers:
     """Give the patch the blocks of its model and what each of them does.
 
     Args:
@@ -36,11 +37,15 @@ def plan_tokens(
         surveyed: The model's attention.
         tokens: The token strategy.
         schedule: Budgets by block.
+
+    Returns:
+        Who reads what the blocks return.
     """
     model, sites = state.model, {site.name: site for site in state.model_sites}
     name = type(model).__name__
     backbone = surveyed.backbone
-    blocks = find_blocks(surveyed.meta_model, sites, surveyed.inputs())
+    inputs = surveyed.inputs()
+    blocks = find_blocks(surveyed.meta_model, sites, inputs)
     if not blocks:
         raise InvalidOption(
             f"{name} has no blocks that tokens could skip: token strategies need modules that "
@@ -54,29 +59,34 @@ def plan_tokens(
     plain = is_plain(blocks, sites)
     if not plain and any(site.suffix_tokens for site in sites.values()):
         raise InvalidOption(f"{name}: tokens behind the patches need one sequence for all blocks")
-    class_tokens = backbone.class_tokens(model) if plain else 0
-    tokens = tokens.for_model(class_tokens, not plain, name)
-    if not plain:
-        check_hierarchy(tokens, name, blocks)
-    tokens, configs = _resolve(tokens, blocks, sites, schedule)
-    state.tokens, state.proportional = tokens, tokens.proportional_attention()
-    runtimes = []
-    for index, block in enumerate(blocks):
-        site = sites[block.sites[0]]
-        runtime = BlockRuntime(block, site, index, len(blocks), state, class_tokens)
-        if index in configs:
-            _let_reduce(runtime, configs[index], plain)
-        runtimes.append(runtime)
-    state.blocks = _trimmed(runtimes, plain)
+    towers, consumers = [Tower(0, blocks)], Consumers()
+    if plain:
+        consumers = consumers_of(surveyed.meta_model, blocks, sites, inputs)
+        towers = find_towers(blocks, consumers, name)
+    else:
+        check_hierarchy(tokens.for_model(0, True, name), name, blocks)
+    state.blocks, resolved = [], []
+    for tower in towers:
+        class_tokens = backbone.class_tokens(model.get_submodule(tower.root)) if plain else 0
+        adapted = tokens.for_model(class_tokens, not plain, name)
+        adapted, configs = _resolve(adapted, tower.blocks, sites, schedule)
+        resolved.append(adapted)
+        runtimes = _runtimes(state, tower, sites, class_tokens)
+        for index, config in configs.items():
+            _let_reduce(runtimes[index], config, plain)
+        state.blocks += _trimmed(runtimes, plain)
+    check_alike(towers, resolved, name)
+    state.tokens, state.proportional = resolved[0], resolved[0].proportional_attention()
     if plain:
         _heed_hooks(state, surveyed.read_by_hooks)
+    return consumers
 
 
 def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
-    """Whether the host's own hooks need every position of what blocks return.
+    """Refuse hooks of the host itself that look into a block, where tokens are fewer.
 
     Raises:
-        InvalidOption: Such a hook looks into a block, where tokens are fewer.
+        InvalidOption: There is such a hook.
     """
     blocks = [runtime.block.name for runtime in state.blocks]
     for name in readers:
@@ -86,13 +96,25 @@ def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
                 "tokens there, inside a block that would carry fewer; use an attention strategy "
                 "such as 'connectivity', or layers= behind it"
             )
-    state.restores_each = any(name in blocks for name in readers)
-    assert state.tokens is not None
-    if state.restores_each and state.tokens.restore is None:
-        raise InvalidOption(
-            f"{type(state.model).__name__} records one feature for each patch after its blocks, "
-            "and restore=None never puts tokens back: use restore='auto'"
+
+
+def _runtimes(
+    state: PatchState, tower: Tower, sites: Mapping[str, Site], class_tokens: int
+) -> list[BlockRuntime]:
+    """A runtime for each block of a tower."""
+    return [
+        BlockRuntime(
+            block,
+            sites[block.sites[0]],
+            tower.start + i,
+            len(tower.blocks),
+            state,
+            class_tokens,
+            start=tower.start,
+            repeated=tower.repeated,
         )
+        for i, block in enumerate(tower.blocks)
+    ]
 
 
 def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:
@@ -179,6 +201,8 @@ def _placement(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> 
 def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
     """Hooks are needed from the first reduction on; in a hierarchy, to the end of its stage."""
     start = next(i for i, runtime in enumerate(blocks) if runtime.placement)
+    if blocks[0].repeated:  # the first block takes what the last one reduced
+        start = 0
     blocks[start].first = True
     blocks[-1].last = True
     blocks = blocks[start:]
@@ -195,35 +219,40 @@ def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
     return [runtime for runtime in blocks if runtime.placement]
 
 
-def validate_token_plan(state: PatchState, dense: list[torch.Size]) -> DryRun:
-    """Check that the model can carry fewer tokens, and find out what its caller must get.
+def validate_token_plan(state: PatchState, consumers: Consumers, dense: list[torch.Size]) -> DryRun:
+    """Decide where original positions come back, and check that the model can carry fewer tokens.
 
     Args:
         state: The patch, not in the model yet.
+        consumers: Who reads what its blocks return.
         dense: Shapes of what the model returns without a patch.
 
     Returns:
         The dry run of the plan as it is now.
     """
     assert state.tokens is not None
-    needs_all = False
+    if state.shortens:
+        _let_restore(state, state.tokens, consumers)
     try:
         run = dry_run(state, counted=False)
-        needs_all = run.output != dense
-    except ProbeFailed as error:  # something behind the blocks takes all tokens, or nothing helps
+        complete = not state.shortens or run.output == dense
+    except ProbeFailed as error:
         if not state.shortens or state.tokens.restore is None:
             raise _cannot(state, error) from error
-        # nothing was counted on the way, so that only the kind of the strategy tells
-        run, needs_all = DryRun(ragged=state.tokens.is_ragged()), True
-    if state.shortens:
-        state.restores_last = _restores_last(state, state.tokens, needs_all, run.ragged)
-    if state.restores_last:
-        try:
-            run = dry_run(state, counted=False)
-        except ProbeFailed as error:
-            raise _cannot(state, error) from error
+        complete = False
+    if not complete:  # a reader that no operation told of
+        for block in state.blocks:
+            block.restores = True
+        run = _run_restored(state)
     _check_counts(state, run)
     return run
+
+
+def _run_restored(state: PatchState) -> DryRun:
+    try:
+        return dry_run(state, counted=False)
+    except ProbeFailed as error:
+        raise _cannot(state, error) from error
 
 
 def _cannot(state: PatchState, error: ProbeFailed) -> InvalidOption:
@@ -233,31 +262,37 @@ def _cannot(state: PatchState, error: ProbeFailed) -> InvalidOption:
     )
 
 
-def _restores_last(state: PatchState, tokens: TokenStrategy, needs_all: bool, ragged: bool) -> bool:
-    """Whether original positions come back after the last block.
+def _let_restore(state: PatchState, tokens: TokenStrategy, consumers: Consumers) -> None:
+    """Let blocks give original positions back whose output something reads by position.
 
-    For features, and where plain pooling would weigh merged (or padded) tokens wrongly.
+    Also where plain pooling would weigh merged (or padded) tokens wrongly.
     """
-    pooling = backbone_named(state.backbone).pooling(state.model)
-    uneven = (tokens.merges() or ragged) and pooling != "prefix"
-    if tokens.restore is None and (needs_all or uneven):
-        reads = "the mean of patches, to which merged (or fewer) tokens would count wrongly"
-        if needs_all:
-            reads = "one feature for each patch"
-        raise InvalidOption(
-            f"{type(state.model).__name__} returns (or reads) {reads}, and restore=None never "
-            "puts tokens back: use restore='auto'"
-        )
-    return needs_all or uneven or tokens.restore not in ("auto", None)
+    uneven = tokens.merges() or tokens.is_ragged()
+    for block in state.blocks:
+        asked = tokens.restore not in ("auto", None) and block.last
+        block.restores = asked or consumers.need_all(block.index, uneven)
+        if block.restores and tokens.restore is None:
+            raise InvalidOption(
+                f"{type(state.model).__name__} returns (or reads) {_reads(consumers, block)}, and "
+                "restore=None never puts tokens back: use restore='auto'"
+            )
+
+
+def _reads(consumers: Consumers, block: BlockRuntime) -> str:
+    reason = consumers.positions.get(block.index)
+    if reason is None:
+        return "the mean of patches, to which merged (or fewer) tokens would count wrongly"
+    return f"one feature for each patch behind {block.block.name} ({reason})"
 
 
 def _check_counts(state: PatchState, run: DryRun) -> None:
     """Let every block's strategy refuse the count of tokens that reaches it."""
     by_index = {block.index: block for block in state.blocks}
-    for i, (index, count) in enumerate(sorted(run.counts.items())):
+    for i, (index, counts) in enumerate(sorted(run.counts.items())):
         block = by_index[index]
         assert block.strategy is not None
         try:
-            block.strategy.check(count, first=i == 0)
+            for turn, count in enumerate(counts):
+                block.strategy.check(count, first=i == turn == 0)
         except SparsiattnError as error:
             raise type(error)(f"block {block.block.name!r}: {error}") from None

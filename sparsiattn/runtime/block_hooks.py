@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsiattn.attention.packed import PackedTokens, unpack
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, refuse_fx, replace_first
+from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
 
 
@@ -38,11 +39,12 @@ class EnterBlock(BlockHook):
         runtime = self.runtime
         refuse_fx((*args, *kwargs.values()))
         BLOCK_CALL.begin(runtime.wants_attention)
-        if runtime.is_off():
+        if runtime.is_off() or runs_in_another(runtime.owner, module):
             BLOCK_CALL.token_state = None
             return None
         x = first_argument(args, kwargs)
         assert x is not None
+        BLOCK_CALL.restoring = runtime.restoring(x)
         state = runtime.enter(x, BLOCK_CALL.token_state)
         tokens = x if state.sequence is None else state.sequence
         if runtime.placement == "entry":
@@ -88,7 +90,8 @@ class ReopenBlock(BlockHook):
             return
         noted = runtime.inside.find(args[0]) if args else None
         if noted is not None:
-            setattr(BLOCK_CALL, slot, noted)
+            state, BLOCK_CALL.restoring = noted
+            setattr(BLOCK_CALL, slot, state)
             BLOCK_CALL.begin(runtime.wants_attention)
 
 
@@ -145,18 +148,17 @@ class LeaveBlock(BlockHook):
         returned = self._returned(state, tokens)
         sequence = None if returned is tokens else tokens
         state = replace(state, layer=runtime.index + 1, sequence=sequence, returned=returned)
-        BLOCK_CALL.token_state = None if runtime.last else state
+        BLOCK_CALL.token_state = state if runtime.repeated or not runtime.last else None
         if not torch.compiler.is_compiling():  # a write to the patch would break the graph
             runtime.owner.last_pass = (state.bare(), tokens.shape[0])
         return None if returned is host else replace_first(output, host, returned)
 
     def _returned(self, state: Carried, tokens: Tensor) -> Tensor:
         """What the host gets: original positions for dense consumers, else the short sequence."""
-        owner, last = self.runtime.owner, self.runtime.last
         if not state.reduced:
             return tokens
-        if owner.restores_at(last):
-            return state.restore_sequence(tokens, owner.restore_mode)
-        if last and isinstance(state, PackedTokens):
+        if BLOCK_CALL.restoring or self.runtime.restores:
+            return state.restore_sequence(tokens, self.runtime.owner.restore_mode)
+        if self.runtime.last and isinstance(state, PackedTokens):
             return unpack(tokens, state)
         return tokens

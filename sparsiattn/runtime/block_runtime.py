@@ -17,8 +17,9 @@ from sparsiattn.attention.token_state import ReductionStep, TokenState, take
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.hook_tools import RecomputeCache, is_functorch
 from sparsiattn.runtime.metering import metered
+from sparsiattn.runtime.ownership import in_backward, is_inside
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
 from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenPlanner, TokenStrategy
 
@@ -35,7 +36,7 @@ class BlockRuntime:
         block: Where it is and how it ends.
         site: Its first attention call.
         index: Position among the model's blocks, from 0.
-        depth: Number of blocks of the model.
+        depth: Number of blocks that hand on its sequence.
         owner: The patch.
         class_tokens: Leading prefix tokens that are class tokens.
         strategy: The token strategy with this block's budget; None if the block does not reduce.
@@ -43,7 +44,11 @@ class BlockRuntime:
         placement: Where the block reduces; None if it does not.
         first: Whether no block before it carries a token state.
         last: Whether no block after it does.
-        entered: Token states by the block's input, for checkpoints around the block.
+        start: Index of the first block that hands on the same sequence.
+        repeated: Whether that sequence takes some of its blocks more than once.
+        restores: Whether something besides the next block reads its output by position.
+        entered: Token states, and whether every block restored, by the block's input, for
+            checkpoints around the block.
         inside: Token states by the input of its first module, for checkpoints inside it.
     """
 
@@ -58,8 +63,11 @@ class BlockRuntime:
     placement: Placement | None = None
     first: bool = False
     last: bool = False
-    entered: RecomputeCache[Carried] = field(default_factory=RecomputeCache)
-    inside: RecomputeCache[Carried] = field(default_factory=RecomputeCache)
+    start: int = 0
+    repeated: bool = False
+    restores: bool = False
+    entered: RecomputeCache[tuple[Carried, bool]] = field(default_factory=RecomputeCache)
+    inside: RecomputeCache[tuple[Carried, bool]] = field(default_factory=RecomputeCache)
 
     @property
     def wants_attention(self) -> bool:
@@ -96,9 +104,58 @@ class BlockRuntime:
             state: What the block before handed on in this thread. A checkpointed block that runs
                 again in the backward pass finds the state that came with this very tensor.
         """
-        state = self.begin(x) if self.first else self._recall(x, state)
+        again = self.repeated and state is not None and state.returned is x and self.owns(state)
+        if again and state is not None:
+            state = replace(state, layer=self.index)
+        elif self.first:
+            state = self.begin(x)
+        else:
+            state = self._recall(x, state)
+        state = self._with_gradient(state, x)
         self.note(x, state)
         return state
+
+    def _with_gradient(self, state: Carried, x: Tensor) -> Carried:
+        """The state, its short sequence cut from the block's input where only that has a gradient.
+
+        So it is behind a reentrant checkpoint: nothing that leaves it past its output has one.
+        """
+        short = state.sequence
+        if torch.compiler.is_compiling() or short is None or short.requires_grad:
+            return state
+        if not x.requires_grad or (isinstance(state, TokenState) and not state.steps):
+            return state
+        if isinstance(state, PackedTokens) or any(s.fused or s.unfold for s in state.steps):
+            raise ModelChanged(
+                f"block {self.block.name!r} takes tokens from a checkpoint with "
+                "use_reentrant=True, which would lose their gradient: checkpoint with "
+                "use_reentrant=False"
+            )
+        return replace(self._followed(state, x), last=state.split_suffix(x)[0][:, state.prefix :])
+
+    def restoring(self, x: Tensor) -> bool:
+        """Whether every block gives original positions back in the pass that brought this input.
+
+        So it is where the caller asked for features, and where blocks are not called by the
+        patched model's own forward. A checkpoint that runs the block again does as at first.
+
+        Args:
+            x: The block's input.
+        """
+        noted = self.entered.find(x) if in_backward() else None
+        if noted is not None:
+            return noted[1]
+        if self.owner.key in MODEL_CALL.features:
+            return True
+        if not self.owner.shortens or is_inside(self.owner):
+            return False
+        if self.owner.tokens is not None and self.owner.tokens.restore is None:
+            raise InvalidOption(
+                f"block {self.block.name!r} was called from outside of the patched model's "
+                "forward, where every position is needed, and the patch was made with "
+                "restore=None, which never puts tokens back: use restore='auto'"
+            )
+        return True
 
     def _recall(self, x: Tensor, state: Carried | None) -> Carried:
         # another model of this thread, or a checkpoint that runs this block out of its turn
@@ -108,8 +165,8 @@ class BlockRuntime:
             return state
         noted = self.entered.find(x)
         if noted is not None:
-            self._refuse_lost_policy(noted)
-            return noted
+            self._refuse_lost_policy(noted[0])
+            return noted[0]
         if state is not None:
             return self._followed(state, x)
         raise ModelChanged(
@@ -138,7 +195,7 @@ class BlockRuntime:
             return
         # nothing kept may be ``x`` itself, or it would live as long as the cache
         kept = replace(state, returned=None, sequence=None if inside else state.sequence)
-        (self.inside if inside else self.entered).note(x, kept)
+        (self.inside if inside else self.entered).note(x, (kept, BLOCK_CALL.restoring))
 
     @metered
     def reduce(self, state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
@@ -161,7 +218,7 @@ class BlockRuntime:
         if reduction is None:
             return state, x
         body, suffix = state.split_suffix(x)
-        if self.owner.restores_at(last=True) and not isinstance(reduction, Policy):
+        if self.owner.restores_from(self.index) and not isinstance(reduction, Policy):
             state = state.remember(body[:, state.prefix :])
         state, body = reduction.apply(state, body)
         return state, torch.cat([body, suffix], dim=1) if state.suffix else body
@@ -192,7 +249,7 @@ class BlockRuntime:
                 state.split_suffix(x)[0][:, state.prefix :],
                 self.site,
                 attention,
-                self.index,
+                self.index - self.start,
                 self.depth,
                 self.class_tokens,
                 size=state.size,

@@ -24,7 +24,7 @@ class ScriptRefusal:
     """Base of hooks of a patched model: `torch.jit.script`, which asks for their name, is told."""
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]
+    def __name__(self) -> str:
         raise NotScriptable(
             "torch.jit.script cannot read the hooks of a patched model: use "
             "sparsiattn.export(model, images, 'model.pt2'), or torch.jit.trace"

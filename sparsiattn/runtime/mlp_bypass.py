@@ -13,6 +13,7 @@ from torch import nn
 from sparsiattn.attention.token_state import TokenState, take
 from sparsiattn.runtime.block_hooks import BlockHook
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, replace_first
+from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.thread_state import BLOCK_CALL
 
 
@@ -22,9 +23,10 @@ class EnterSparedBlock(BlockHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         runtime = self.runtime
         BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
-        if runtime.is_off():
+        if runtime.is_off() or runs_in_another(runtime.owner, module):
             BLOCK_CALL.bypass_state = None
             return
+        BLOCK_CALL.restoring = False
         x = first_argument(args, kwargs)
         assert x is not None
         state = cast(TokenState, runtime.enter(x, BLOCK_CALL.bypass_state))

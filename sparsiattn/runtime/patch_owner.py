@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Maps
-from sparsiattn.runtime.thread_state import MODEL_CALL, Carried
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
 from sparsiattn.strategies.token_base import TokenStrategy
 
 _KEYS = itertools.count(1)
@@ -32,9 +32,12 @@ class PatchOwner:
         map_size: Its rows and columns at patch time.
         tokens: The token strategy, if there is one.
         proportional: Whether merged tokens weigh by their size in attention.
-        restores_each: Whether original positions come back after every block, as the host's own
-            hooks record what blocks return.
-        restores_last: Whether original positions come back after the last block.
+        parameters: Names of what the model's forward takes.
+        defaults: Their defaults.
+        known_calls: Ways of calling the model (see `call_key`), and whether a way needs every
+            position where blocks do not give them back anyway.
+        other_models: Classes of models that share parts with this one and were seen to run them;
+            there they run dense.
         last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
 
@@ -45,7 +48,10 @@ class PatchOwner:
         self.image: Grid | None = None
         self.tokens: TokenStrategy | None = None
         self.proportional = False
-        self.restores_each = self.restores_last = False
+        self.parameters: tuple[str, ...] = ()
+        self.defaults: dict[str, Any] = {}
+        self.known_calls: dict[tuple[Any, ...], bool] = {}
+        self.other_models: set[str] = set()
         self.last_pass: tuple[Carried, int] | None = None
 
     @property
@@ -58,10 +64,18 @@ class PatchOwner:
         """Whether this thread is inside `Patch.disabled`."""
         return self.key in MODEL_CALL.disabled
 
-    def restores_at(self, last: bool) -> bool:
-        """Whether a block's output gets its original positions back in the present forward."""
-        asked = self.restores_each or self.key in MODEL_CALL.features
-        return asked or (last and self.restores_last)
+    @property
+    def shortens(self) -> bool:
+        """Whether sequences get shorter on their way through the model."""
+        return False
+
+    def call_needs_all(self, args: Any, kwargs: Any) -> bool:
+        """Whether a call in a way that is not known yet needs every position."""
+        return True
+
+    def restores_from(self, index: int) -> bool:
+        """Whether a block gives original positions back, this one or one behind it."""
+        return BLOCK_CALL.restoring
 
     @property
     def restore_mode(self) -> Literal["scatter", "unfold"]:

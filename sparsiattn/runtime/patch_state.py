@@ -21,7 +21,7 @@ from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
 from sparsiattn.runtime.site_hooks import OpenScope
 from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
-from sparsiattn.runtime.thread_state import MODEL_CALL
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 
@@ -144,6 +144,16 @@ class PatchState(PatchOwner):
     def shortens(self) -> bool:
         """Whether sequences get shorter on their way through the model."""
         return bool(self.blocks) and self.blocks[0].placement != "bypass"
+
+    @property
+    def restores_last(self) -> bool:
+        """Whether original positions come back after the last block of a sequence."""
+        return any(block.restores and block.last for block in self.blocks)
+
+    def restores_from(self, index: int) -> bool:
+        if BLOCK_CALL.restoring:
+            return True
+        return any(b.restores and (b.repeated or b.index >= index) for b in self.blocks)
 
     def describe_anew(self, attention: ModelAttention) -> None:
         """Take the sites of another input size."""

@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.compiled_parts import refuse_compiled_parts
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
+from sparsiattn.runtime.ownership import is_inside, leave_model
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import PatchState
-from sparsiattn.runtime.sdpa_intercept import abandoned, forget_caller, install, note_caller
+from sparsiattn.runtime.sdpa_intercept import install, note_caller
 from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_pass
 
 FEATURE_METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
@@ -50,17 +52,22 @@ def unwatch(module: nn.Module) -> None:
     swap_class_back(module, Watched)
 
 
-def modules_with_features(state: PatchState) -> list[nn.Module]:
+def modules_with_features(state: PatchState, copied: nn.Module | None = None) -> list[nn.Module]:
     """The model, and every part of it with methods that return features.
 
     Empty where no sequence gets shorter.
+
+    Args:
+        state: The patch.
+        copied: A copy of its model, whose modules are wanted instead.
     """
     if not state.shortens:
         return []
+    model = state.model if copied is None else copied
     return [
         module
-        for module in state.model.modules()
-        if module is state.model
+        for module in model.modules()
+        if module is model
         or any(hasattr(type(module), name) for name in FEATURE_METHODS)
         or hasattr(type(module), "main_input_name")  # a transformers model inside another
     ]
@@ -95,8 +102,8 @@ def _watched_forward(host: Any) -> Callable[..., Any]:
         inside, features = MODEL_CALL.inside, MODEL_CALL.features
         if vars(self).get(ROOT):
             inside = inside + (owner.key,)  # noqa: RUF005 (Dynamo cannot unpack here)
-        if not owner.disabled_here and _wants_hidden_states(self, kwargs):
-            features = _with_features(owner, "output_hidden_states=True")
+        if not owner.disabled_here:
+            features = _features_of(owner, self, args, kwargs)
         return _call_inside(host.forward, inside, features, self, *args, **kwargs)
 
     return forward
@@ -145,11 +152,11 @@ class EnterModel(ScriptRefusal):
         refuse_compiled_parts(owner)
         owner.reapply_overrides()
         owner.last_pass = None
-        if owner.blocks and not inside:
+        if not inside:
+            if owner.shortens and not owner.disabled_here:
+                MODEL_CALL.features = _features_of(owner, module, args, kwargs)
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
             note_caller(-owner.key)
-            if not owner.disabled_here and _wants_hidden_states(module, kwargs):
-                MODEL_CALL.features = _with_features(owner, "output_hidden_states=True")
 
 
 class LeaveModel(ScriptRefusal):
@@ -163,22 +170,26 @@ class LeaveModel(ScriptRefusal):
             leave_model(self.owner.key)
 
 
-def leave_model(key: int) -> None:
-    """The model of that patch runs no more."""
-    forget_caller(-key)
-    MODEL_CALL.inside = tuple(other for other in MODEL_CALL.inside if other != key)
-    MODEL_CALL.features = tuple(other for other in MODEL_CALL.features if other != key)
-    forget_pass()
+def _features_of(
+    owner: PatchOwner, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[int, ...]:
+    """The patches whose caller wants original positions, in this call of a model or of a part."""
+    if _wants_hidden_states(module, kwargs):
+        return _with_features(owner, "output_hidden_states=True")
+    if not vars(module).get(ROOT) or not _needs_all(owner, module.training, args, kwargs):
+        return MODEL_CALL.features
+    return _with_features(owner, "a call in this way (other arguments, or another mode)")
 
 
-def is_inside(owner: PatchOwner) -> bool:
-    """Whether the patched model runs, and was not interrupted."""
-    if owner.key not in MODEL_CALL.inside:
-        return False
-    if torch.compiler.is_compiling() or not abandoned(-owner.key):
+def _needs_all(owner: PatchOwner, training: bool, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller gets, or the model reads in this call, more than blocks give back."""
+    key = call_key(owner, args, kwargs, training=training)
+    known = owner.known_calls.get(key)
+    if known is None and torch.compiler.is_compiling():
         return True
-    leave_model(owner.key)
-    return False
+    if known is None:
+        known = owner.known_calls[key] = owner.call_needs_all(args, kwargs)
+    return known
 
 
 def _with_features(owner: PatchOwner, what: str) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import (
     get_overridable_functions,
@@ -28,6 +28,10 @@ from sparsiattn.attention.sdpa import set_original_attention
 from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
 
 _INSTALL = threading.Lock()
+
+_CALL = nn.Module._call_impl.__code__
+MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
+"""The code in which torch calls hooks and forward of a module."""
 _wrapper: Callable[..., Tensor] | None = None
 
 
@@ -57,7 +61,7 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if top is not None and not torch.compiler.is_compiling():
             top = innermost(top)
         route = None if top is None else top[0]
-        if top is None or route is None:
+        if top is None or route is None or not opened_by_caller(top[1]):
             extra: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
             return fallback(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **extra
@@ -115,6 +119,23 @@ def abandoned(key: int) -> bool:
         if caller is caller_then:
             return False
         caller = caller.f_back
+    return True
+
+
+def opened_by_caller(key: int) -> bool:
+    """Whether the innermost module that runs is the one that opened this scope.
+
+    Attention that another module calls meanwhile, a model in a hook or attention nested in
+    attention, is none of the scope's business.
+    """
+    caller_then = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
+    if caller_then is None:
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not caller_then:
+        if frame.f_code in MODULE_CALLS:
+            return False
+        frame = frame.f_back
     return True
 
 

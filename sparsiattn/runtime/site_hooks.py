@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
+from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.patch_owner import new_key
 from sparsiattn.runtime.reduced_attention import reduced_attention
 from sparsiattn.runtime.sdpa_intercept import install, note_caller, pop, push
@@ -63,7 +64,8 @@ class OpenScope(ScriptRefusal):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         refuse_fx(args)
-        if self.runtime.owner.disabled_here:
+        owner = self.runtime.owner
+        if owner.disabled_here or runs_in_another(owner, module):
             push(None, self.key)
         elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
@@ -91,7 +93,7 @@ class CloseScope(ScriptRefusal):
             MODEL_CALL.cross_layer = None
         if torch.compiler.is_compiling() or output is None or runtime.owner.disabled_here:
             return
-        if key not in SITE_CALLS.routed:
+        if key not in SITE_CALLS.routed and not runs_in_another(runtime.owner, module):
             raise ModelChanged(
                 f"site {runtime.site.name!r} ran without calling scaled dot product "
                 "attention, so the patch had no effect there: was fused_attn switched off, or "

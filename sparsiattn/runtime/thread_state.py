@@ -67,6 +67,7 @@ class BlockCall(threading.local):
     Attributes:
         token_state: Which tokens the sequence still carries.
         bypass_state: The same where the grid stays and dropped tokens skip the MLP only.
+        restoring: Whether every block of this pass gives original positions back.
         wants_attention: Whether the block's reduction reads its queries and keys.
         attention: Those, once attention ran; one record per image for packed images.
         mlp_input: The token state and the tokens that the MLP branch took.
@@ -75,6 +76,7 @@ class BlockCall(threading.local):
 
     token_state: Carried | None = None
     bypass_state: TokenState | None = None
+    restoring: bool = False
     wants_attention: bool = False
     attention: AttentionInputs | list[AttentionInputs] | None = None
     mlp_input: tuple[Carried, Tensor] | None = None

@@ -25,12 +25,13 @@ from tests.support.plain_vit import PlainViT
 @pytest.fixture(autouse=True)
 def _short_with_restore_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests look at the short sequence itself, on hosts whose head averages it too."""
-    decide = token_plan._restores_last
+    decide = token_plan._let_restore
 
-    def never(state: Any, tokens: Any, *rest: bool) -> bool:
-        return tokens.restore is not None and decide(state, tokens, *rest)
+    def unless_none(state: Any, tokens: Any, consumers: Any) -> None:
+        if tokens.restore is not None:
+            decide(state, tokens, consumers)
 
-    monkeypatch.setattr(token_plan, "_restores_last", never)
+    monkeypatch.setattr(token_plan, "_let_restore", unless_none)
 
 
 def evit(keep: float, layers: list[int], fuse: bool, prefix: int, classes: int) -> Any:

@@ -1,0 +1,125 @@
+"""The sequences of a model: each runs through blocks of its own, its tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsiattn.attention.block import Block
+from sparsiattn.attention.site import Site
+from sparsiattn.errors import InvalidOption
+from sparsiattn.patching.discovery.consumers import BlockRun, Consumers, find_consumers
+from sparsiattn.patching.discovery.meta_model import MetaInputs
+from sparsiattn.strategies.token_base import TokenStrategy
+
+
+@dataclass
+class Tower:
+    """Blocks that hand on one sequence.
+
+    Attributes:
+        start: Number of the first among all blocks of the model.
+        blocks: They, in order.
+        root: Path of the module that holds them and no other tower.
+        repeated: Whether blocks take the sequence more than once.
+    """
+
+    start: int
+    blocks: list[Block]
+    root: str = ""
+    repeated: bool = False
+
+
+def consumers_of(
+    meta_model: nn.Module, blocks: Sequence[Block], sites: Mapping[str, Site], inputs: MetaInputs
+) -> Consumers:
+    """Who reads what these blocks return; see `find_consumers`."""
+    lead = [sites[block.sites[0]].leading_tokens for block in blocks]
+    return find_consumers(meta_model, [block.name for block in blocks], lead, inputs)
+
+
+def find_towers(blocks: list[Block], consumers: Consumers, model: str) -> list[Tower]:
+    """The towers of a model, in the order in which they run.
+
+    Raises:
+        InvalidOption: Blocks hand sequences on in another way than one after the other.
+    """
+    towers: list[Tower] = []
+    seen: dict[int, Tower] = {}
+    for run in consumers.runs:
+        name = blocks[run.block].name
+        before = None if run.before is None else consumers.runs[run.before]
+        if run.block in seen:
+            _repeat(seen[run.block], run, before, seen, name, model)
+        elif before is None:
+            towers.append(Tower(run.block, [blocks[run.block]]))
+            seen[run.block] = towers[-1]
+        elif before.block != run.block - 1 or seen[before.block] is not towers[-1]:
+            raise _tangled(model, name, blocks[before.block].name)
+        else:
+            towers[-1].blocks.append(blocks[run.block])
+            seen[run.block] = towers[-1]
+    if len(towers) > 1:
+        for tower in towers:
+            tower.root = _root(tower, towers)
+    return towers
+
+
+def _repeat(
+    tower: Tower,
+    run: BlockRun,
+    before: BlockRun | None,
+    seen: dict[int, Tower],
+    name: str,
+    model: str,
+) -> None:
+    """A block that ran before: on a new sequence, or again on the same one."""
+    if before is None:
+        return
+    if seen[before.block] is not tower:
+        raise _tangled(model, name, tower.blocks[0].name)
+    again = before.block != run.block - 1
+    tower.repeated |= again
+    if again and not run.handed:
+        raise InvalidOption(
+            f"{model} applies block {name!r} more than once and changes the tokens in between, so "
+            "which of them are left would not be known; use an attention strategy such as "
+            "'connectivity'"
+        )
+
+
+def _tangled(model: str, name: str, before: str) -> InvalidOption:
+    return InvalidOption(
+        f"{model}: block {name!r} takes the output of {before!r}, which is not the block before it "
+        "(towers that run in turns, or branches); patch one part on its own, or use an attention "
+        "strategy such as 'connectivity'"
+    )
+
+
+def _root(tower: Tower, towers: Sequence[Tower]) -> str:
+    """The shortest path that leads to this tower alone."""
+    path: list[str] = []
+    others = [b.name.split(".") for other in towers if other is not tower for b in other.blocks]
+    for parts in zip(*(block.name.split(".") for block in tower.blocks), strict=False):
+        path.append(parts[0])
+        if len(set(parts)) > 1 or not any(name[: len(path)] == path for name in others):
+            break
+    return ".".join(path)
+
+
+def check_alike(towers: Sequence[Tower], resolved: Sequence[TokenStrategy], model: str) -> None:
+    """Several towers are patched by one config, so that it must mean the same in each.
+
+    Raises:
+        InvalidOption: It does not.
+    """
+    if all(config == resolved[0] for config in resolved[1:]):
+        return
+    roots = ", ".join(f"patch(model.{tower.root})" for tower in towers)
+    depths = ", ".join(str(len(tower.blocks)) for tower in towers)
+    raise InvalidOption(
+        f"{model} has {len(towers)} towers of {depths} blocks, for which these options do not mean "
+        f"the same; patch each on its own: {roots}"
+    )

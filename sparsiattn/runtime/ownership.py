@@ -1,0 +1,85 @@
+"""Whose pass runs: calls of a patched model, of its parts, and of others that share them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from sparsiattn.runtime.patch_owner import PatchOwner
+from sparsiattn.runtime.sdpa_intercept import MODULE_CALLS, abandoned, forget_caller
+from sparsiattn.runtime.thread_state import MODEL_CALL, forget_pass
+
+
+def leave_model(key: int) -> None:
+    """The model of that patch runs no more."""
+    forget_caller(-key)
+    MODEL_CALL.inside = tuple(other for other in MODEL_CALL.inside if other != key)
+    MODEL_CALL.features = tuple(other for other in MODEL_CALL.features if other != key)
+    forget_pass()
+
+
+def is_inside(owner: PatchOwner) -> bool:
+    """Whether the patched model runs, and was not interrupted."""
+    if owner.key not in MODEL_CALL.inside:
+        return False
+    if torch.compiler.is_compiling() or not abandoned(-owner.key):
+        return True
+    leave_model(owner.key)
+    return False
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs, and so a checkpoint runs code again."""
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() >= 0)
+
+
+def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:
+    """Whether a module runs for another model that shares it with the patched one.
+
+    A part that is called from outside is sparse, unless a module runs that holds the part and
+    neither holds the patched model nor belongs to it. The patch notes such a model.
+
+    Args:
+        owner: The patch.
+        module: A part of its model, in one of whose hooks this is asked.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for other in _running():
+        if other is owner.model or "_is_replica" in vars(other) or isinstance(other, GraphModule):
+            return False
+        if other is module or _is_part(owner, other):
+            continue
+        held = set(other.modules())
+        if module in held and owner.model not in held:
+            owner.other_models.add(type(other).__name__)
+            return True
+    return False
+
+
+_PARTS: WeakKeyDictionary[PatchOwner, WeakSet[nn.Module]] = WeakKeyDictionary()
+
+
+def _is_part(owner: PatchOwner, module: nn.Module) -> bool:
+    """Whether a module belongs to the patched model."""
+    if module not in _PARTS.get(owner, ()):
+        _PARTS[owner] = WeakSet(owner.model.modules())
+    return module in _PARTS[owner]
+
+
+def _running() -> Iterator[nn.Module]:
+    """Modules that are being called in this thread, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    codes: frozenset[CodeType] = MODULE_CALLS
+    while frame is not None:
+        if frame.f_code in codes:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                yield module
+        frame = frame.f_back
