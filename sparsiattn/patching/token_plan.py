@@ -65,6 +65,7 @@ def plan_tokens(
         if index in configs:
             _let_reduce(runtime, configs[index], plain)
         runtimes.append(runtime)
+    state.reads_prefix = backbone.pooling(model) == "prefix"
     state.blocks = _trimmed(runtimes, plain)
 
 

@@ -32,6 +32,7 @@ class PatchOwner:
         tokens: The token strategy, if there is one.
         proportional: Whether merged tokens weigh by their size in attention.
         restores_last: Whether original positions come back after the last block.
+        reads_prefix: Whether the model's head reads prefix tokens alone.
         last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
 
@@ -42,7 +43,7 @@ class PatchOwner:
         self.image: Grid | None = None
         self.tokens: TokenStrategy | None = None
         self.proportional = False
-        self.restores_last = False
+        self.restores_last = self.reads_prefix = False
         self.last_pass: tuple[Carried, int] | None = None
 
     @property
