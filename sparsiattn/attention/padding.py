@@ -165,9 +165,7 @@ def attend_by_group(
     return _joined(parts, layout, call)
 
 
-def _joined(
-    parts: list[tuple[Tensor, Tensor, Tensor]], layout: Layout, call: HostCall
-) -> Tensor:
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], layout: Layout, call: HostCall) -> Tensor:
     """The parts' rows at their places, in the host's layout."""
     folded = [layout.fold(rows).transpose(1, 2) for _, _, rows in parts]
     batch, tokens = layout.fold(call.q).shape[0], call.q.shape[-2]

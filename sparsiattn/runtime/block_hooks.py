@@ -57,7 +57,6 @@ class EnterBlock(BlockHook):
             return None
         return _exchanged((args, kwargs), x, tokens, state)
 
-
     def _with_padding(self, state: Carried, arguments: Any, x: Tensor) -> Carried:
         """The state with the padding known that a mask among the arguments tells.
 
@@ -65,11 +64,10 @@ class EnterBlock(BlockHook):
         """
         if not isinstance(state, TokenState) or state.reduced:
             return state
-        own = padding_among(arguments, x, state.prefix)
+        BLOCK_CALL.masked, own = padding_among(arguments, x, state.prefix)
+        runtime = self.runtime
         if own is None:
             return state
-        BLOCK_CALL.masked = True
-        runtime = self.runtime
         return begin_padded(runtime.site, runtime.owner.image_grid(), state, own)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall, canonical, patch_grid
+from sparsiattn.attention.layout import HostCall, patch_grid
 from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.padding import (
     BY_IMAGE,
@@ -154,8 +152,10 @@ def _own_mask(mask: Tensor, image: int, places: Tensor) -> Tensor:
     return mask if mask.shape[-2] == 1 else mask[..., places, :]
 
 
-def padding_among(arguments: Any, x: Tensor, prefix: int) -> OwnTokens | None:
-    """Each image's own tokens by a mask among a block's arguments; None where none hides any.
+def padding_among(arguments: Any, x: Tensor, prefix: int) -> tuple[bool, OwnTokens | None]:
+    """Whether there is a mask among a block's arguments, and each image's own tokens by it.
+
+    None where no image has padding.
 
     Args:
         arguments: Positional ones and keywords.
@@ -164,13 +164,14 @@ def padding_among(arguments: Any, x: Tensor, prefix: int) -> OwnTokens | None:
     """
     args, kwargs = arguments
     batch, tokens = x.shape[:2]
-    for name, value in (*(("", arg) for arg in args), *kwargs.items()):
-        mask = _as_mask(name, value, batch, tokens)
-        if mask is not None and not mask.is_meta and hides_keys(mask):
+    named = [("", value) for value in args] + list(kwargs.items())
+    masks = [mask for pair in named if (mask := _as_mask(*pair, batch, tokens)) is not None]
+    for mask in masks:
+        if not mask.is_meta and hides_keys(mask):
             own = own_tokens(mask, batch, tokens, prefix)
             if own.padded:
-                return own
-    return None
+                return True, own
+    return len(masks) > 0, None
 
 
 def _as_mask(name: str, value: Any, batch: int, tokens: int) -> Tensor | None:
@@ -182,16 +183,6 @@ def _as_mask(name: str, value: Any, batch: int, tokens: int) -> Tensor | None:
         return value[:, None, None]
     fits = value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[2] in (1, tokens)
     return value if fits and (value.dtype == torch.bool or value.is_floating_point()) else None
-
-
-def padded_inputs(
-    runtime: SiteRuntime, state: PaddedTokens, call: HostCall
-) -> list[AttentionInputs]:
-    """Each image's operands, for its reduction."""
-    make = partial(canonical, runtime.site, runtime.layout)
-    image = runtime.owner.image_grid()
-    parts = image_calls(runtime, state, call)
-    return [make(part, image, token_state=one) for one, part in parts]
 
 
 def padded_rows(state: PaddedTokens, rows: list[Tensor], runtime: SiteRuntime) -> Tensor:

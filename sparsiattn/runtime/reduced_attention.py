@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import HostCall, canonical
 from sparsiattn.attention.packed import PackedTokens
@@ -26,7 +27,6 @@ from sparsiattn.runtime.padded_attention import (
     begin_padded,
     find_own_tokens,
     image_calls,
-    padded_inputs,
     padded_rows,
     refuse_late_padding,
 )
@@ -65,9 +65,7 @@ def full_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Te
     return runtime.attention(planner, call)
 
 
-def _found_padding(
-    runtime: SiteRuntime, call: HostCall
-) -> tuple[HostCall, OwnTokens | None]:
+def _found_padding(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:
     """As `find_own_tokens`; notes that later consumers of tokens will go by that mask."""
     given = call.mask is not None
     call, own = find_own_tokens(runtime, call)
@@ -99,7 +97,11 @@ def _padded(
     """Every image's own tokens among themselves."""
     BLOCK_CALL.masked = True
     if BLOCK_CALL.wants_attention and BLOCK_CALL.attention is None:
-        BLOCK_CALL.attention = padded_inputs(runtime, padded, call)
+        image = runtime.owner.image_grid()
+        BLOCK_CALL.attention = [
+            _inputs(runtime, _fitted(runtime, state, part), state, image)
+            for state, part in image_calls(runtime, padded, call)
+        ]
     if not padded.reduced and padded.policy is None:
         call = call if call.mask is None else with_explicit_mask(call, runtime.layout)
         return attend_own(runtime, planner, call, padded.own)
@@ -174,9 +176,11 @@ def _by_ragged_kernel(runtime: SiteRuntime, packed: PackedTokens, call: HostCall
     return runtime.layout.unfold(runtime.compute(choice, inputs, pattern), call.q)
 
 
-def _inputs(runtime: SiteRuntime, call: HostCall, state: TokenState | None) -> AttentionInputs:
-    """Operands of packed images, which have neither grid nor tiles."""
-    return canonical(runtime.site, runtime.layout, call, None, token_state=state)
+def _inputs(
+    runtime: SiteRuntime, call: HostCall, state: TokenState | None, image: Grid | None = None
+) -> AttentionInputs:
+    """Operands of images by themselves, without tiles; of packed ones also without a grid."""
+    return canonical(runtime.site, runtime.layout, call, image, token_state=state)
 
 
 def _of_image(call: HostCall, i: int, where: slice) -> HostCall:

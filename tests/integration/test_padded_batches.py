@@ -83,3 +83,128 @@ def test_keys_do_not_depend_on_padding(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 def test_tokens_do_not_depend_on_padding(name: str) -> None:
     check_padding_is_nothing(naflex(), name)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "map", "token"])
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("token_drop", {"keep": 0.5}),
+        ("token_drop", {"keep": 10, "restore": "scatter"}),
+        ("token_drop", {"keep": "adaptive", "restore": "unfold"}),
+        ("token_drop", {"keep": 0.5, "score": "learned", "layers": [0, 1]}),
+        ("token_drop", {"keep": 0.5, "fuse": True, "score": "mean_query"}),
+        ("token_merge", {"r": 4}),
+        ("hybrid", {"keep": 0.5, "k": 0.5}),
+    ],
+)
+def test_every_head_reads_the_image_alone(
+    pool: str, strategy: str, options: dict[str, Any]
+) -> None:
+    check_padding_is_nothing(naflex(pool), strategy, **options)
+
+
+@pytest.mark.parametrize("options", [{"rope_type": "axial"}, {"use_key_only_attn_mask": True}])
+@pytest.mark.parametrize("strategy", ["topk", "token_drop", "token_merge"])
+def test_position_tables_and_key_masks(strategy: str, options: dict[str, Any]) -> None:
+    check_padding_is_nothing(naflex(**options), strategy)
+
+
+@pytest.mark.parametrize("length", [64, 100])
+@pytest.mark.parametrize(("keep", "counts"), [(0.5, [32, 12, 14]), (30, [30, 24, 27])])
+def test_shares_are_of_own_tokens(length: int, keep: Any, counts: list[int]) -> None:
+    model, padded = naflex("avg"), batch(images(), length)
+    with torch.no_grad(), patched(model, "token_drop", layers=[1], keep=keep) as patch:
+        model(padded)
+        kept = patch.source() >= 0
+    assert kept.sum(1).tolist() == counts
+    assert not (kept & ~padded["patch_valid"]).any()
+
+
+def test_never_restored_is_refused_where_the_head_goes_by_the_mask() -> None:
+    model = naflex("avg")
+    with torch.no_grad(), patched(model, "token_drop", layers=[1], restore=None):
+        with pytest.raises(sparsiattn.SparsiattnError, match="restore='auto'"):
+            model(batch(images()))
+
+
+class MaskedViT(nn.Module):
+    """Blocks of PyTorch over padded sequences, and a mean over what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        x = x.flatten(2).mT if x.dim() == 4 else x  # an image's patches, or tokens as they are
+        if padding is None:
+            padding = x.new_zeros(x.shape[:2], dtype=torch.bool)
+        x = self.encoder(x, src_key_padding_mask=padding)
+        real = (~padding)[..., None].to(x.dtype)
+        return self.head((x * real).sum(1) / real.sum(1))
+
+
+@pytest.mark.parametrize("count", [2, 16])
+@pytest.mark.parametrize("strategy", ["topk", "connectivity", "token_drop", "token_merge"])
+def test_encoder_with_key_padding_mask(strategy: str, count: int) -> None:
+    model = MaskedViT().eval()
+    sizes = [16 - i % 6 for i in range(count)]
+    rows = [torch.randn(1, n, 32, generator=torch.Generator().manual_seed(n)) for n in sizes]
+    with torch.no_grad(), sparsiattn.patch(model, strategy, input=(1, 32, 4, 4)):
+        alone = torch.cat([model(row) for row in rows])
+        for length in (16, 20):
+            x = torch.cat([F.pad(row, (0, 0, 0, length - row.shape[1]), value=7.0) for row in rows])
+            padding = torch.arange(length) >= torch.tensor(sizes)[:, None]
+            torch.testing.assert_close(model(x, padding), alone, rtol=1e-5, atol=1e-5)
+
+
+def top_keys_by_hand(q: Tensor, k: Tensor, v: Tensor, own: list[Tensor], share: float) -> Tensor:
+    """Top-k attention in plain loops, among each image's own tokens."""
+    out = torch.zeros_like(v)
+    for image, places in enumerate(own):
+        keep = -int(-share * len(places) // 1)
+        for head in range(q.shape[1]):
+            for row in places.tolist():
+                logits = k[image, head, places] @ q[image, head, row] * q.shape[-1] ** -0.5
+                best = logits.topk(keep)
+                weights = best.values.softmax(0)
+                out[image, head, row] = weights @ v[image, head, places[best.indices]]
+    return out
+
+
+class Bare(nn.Module):
+    """Attention alone, under whatever mask comes."""
+
+    def forward(self, qkv: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*qkv.chunk(3, -1), attn_mask=mask)
+
+
+class Host(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Bare()
+        self.mask: Tensor | None = None
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return self.attn(qkv, self.mask)
+
+
+@pytest.mark.parametrize("form", ["keys", "pairs", "additive"])
+def test_keys_by_hand_wherever_padding_lies(form: str) -> None:
+    generator, host = torch.Generator().manual_seed(0), Host()
+    qkv = torch.randn(3, 2, 12, 24, generator=generator)
+    real = torch.rand(3, 12, generator=generator) < 0.7
+    own = [row.nonzero().flatten() for row in real]
+    with sparsiattn.patch(host, "topk", k=0.3, tile=1, input=(1, 2, 12, 24)):
+        host.mask = real[:, None, None]
+        if form == "pairs":
+            host.mask = host.mask & real[:, None, :, None]
+        if form == "additive":
+            host.mask = torch.zeros(3, 1, 1, 12).masked_fill(~host.mask, float("-inf"))
+        out = host(qkv)
+    expected = top_keys_by_hand(*qkv.chunk(3, -1), own, 0.3)
+    for image, places in enumerate(own):
+        torch.testing.assert_close(out[image][:, places], expected[image][:, places])
