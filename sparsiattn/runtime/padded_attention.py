@@ -27,7 +27,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.site_runtime import Decision, SiteRuntime
-from sparsiattn.runtime.thread_state import BLOCK_CALL, SITE_CALLS
+from sparsiattn.runtime.thread_state import SITE_CALLS
 from sparsiattn.strategies.base import Planner
 
 

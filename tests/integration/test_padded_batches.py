@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import sparsiattn
 import torch
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import sparsiattn
 
 SIZES = [(8, 8), (4, 6), (3, 9)]
 INFOS = sparsiattn.list_strategies()
@@ -123,9 +124,9 @@ def test_shares_are_of_own_tokens(length: int, keep: Any, counts: list[int]) -> 
 
 def test_never_restored_is_refused_where_the_head_goes_by_the_mask() -> None:
     model = naflex("avg")
-    with torch.no_grad(), patched(model, "token_drop", layers=[1], restore=None):
-        with pytest.raises(sparsiattn.SparsiattnError, match="restore='auto'"):
-            model(batch(images()))
+    refused = pytest.raises(sparsiattn.SparsiattnError, match="restore='auto'")
+    with patched(model, "token_drop", layers=[1], restore=None), refused:
+        model(batch(images()))
 
 
 class MaskedViT(nn.Module):
@@ -148,12 +149,15 @@ class MaskedViT(nn.Module):
 
 
 @pytest.mark.parametrize("count", [2, 16])
-@pytest.mark.parametrize("strategy", ["topk", "connectivity", "token_drop", "token_merge"])
-def test_encoder_with_key_padding_mask(strategy: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("topk", {}), ("connectivity", {}), ("token_drop", {}), ("token_merge", {"r": 2})],
+)
+def test_encoder_with_key_padding_mask(strategy: str, options: dict[str, Any], count: int) -> None:
     model = MaskedViT().eval()
     sizes = [16 - i % 6 for i in range(count)]
     rows = [torch.randn(1, n, 32, generator=torch.Generator().manual_seed(n)) for n in sizes]
-    with torch.no_grad(), sparsiattn.patch(model, strategy, input=(1, 32, 4, 4)):
+    with torch.no_grad(), sparsiattn.patch(model, strategy, input=(1, 32, 4, 4), **options):
         alone = torch.cat([model(row) for row in rows])
         for length in (16, 20):
             x = torch.cat([F.pad(row, (0, 0, 0, length - row.shape[1]), value=7.0) for row in rows])
