@@ -109,8 +109,8 @@ def part_of(call: HostCall, layout: Layout, images: Tensor, rows: Tensor, keys: 
         mask = _taken(mask if mask.shape[2] == 1 else _taken(mask, rows, dim=2), keys, dim=3)
         if layout.form != "b h n d":
             mask = mask.expand(-1, layout.heads, -1, -1).flatten(0, 1)
-    operands = {"q": cut(call.q, rows), "k": cut(call.k, keys), "v": cut(call.v, keys)}
-    return replace(call, **operands, mask=mask)
+    q, k, v = cut(call.q, rows), cut(call.k, keys), cut(call.v, keys)
+    return replace(call, q=q, k=k, v=v, mask=mask)
 
 
 def _taken(x: Tensor, places: Tensor, dim: int) -> Tensor:

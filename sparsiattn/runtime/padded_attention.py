@@ -31,14 +31,24 @@ from sparsiattn.runtime.thread_state import SITE_CALLS
 from sparsiattn.strategies.base import Planner
 
 
-def find_own_tokens(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:
+def find_own_tokens(
+    runtime: SiteRuntime, call: HostCall, *, reduces: bool = False
+) -> tuple[HostCall, OwnTokens | None]:
     """The call, a mask that hides nothing taken off, and each image's own tokens.
 
     None where no image has padding.
+
+    Args:
+        runtime: The site.
+        call: Its call.
+        reduces: Whether tokens will be chosen by it.
     """
     if not _may_hide(runtime, call):
         return call, None
-    _refuse_graphs(runtime, call)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not reduces:
+        return call, None  # no branch on values: padding is masked, but shares count it
+    assert call.mask is not None
+    _refuse_graphs(runtime, call.mask)
     explicit = with_explicit_mask(call, runtime.layout)
     assert explicit.mask is not None
     if hides_keys(explicit.mask):
@@ -63,17 +73,16 @@ def _may_hide(runtime: SiteRuntime, call: HostCall) -> bool:
 
 
 def _in_graph() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
-def _refuse_graphs(runtime: SiteRuntime, call: HostCall) -> None:
-    batched = torch._C._functorch.is_batchedtensor(call.mask)
-    if not (batched or torch.jit.is_tracing() or torch.compiler.is_exporting()):
+def _refuse_graphs(runtime: SiteRuntime, mask: Tensor) -> None:
+    if not (_in_graph() or torch._C._functorch.is_batchedtensor(mask)):
         return
     raise InvalidOption(
         f"site {runtime.site.name!r} got a mask, and which tokens of an image are padding is known "
-        "from its values alone, which tracing, export and vmap cannot look at: give images without "
-        "padding and without a mask, or use torch.compile"
+        "from its values alone, which torch.compile, tracing, export and vmap cannot look at: run "
+        "padded batches eagerly, or give images without padding and without a mask"
     )
 
 
@@ -164,8 +173,10 @@ def padding_among(arguments: Any, x: Tensor, prefix: int) -> tuple[bool, OwnToke
     """
     args, kwargs = arguments
     batch, tokens = x.shape[:2]
-    named = [("", value) for value in args] + list(kwargs.items())
-    masks = [mask for pair in named if (mask := _as_mask(*pair, batch, tokens)) is not None]
+    named: list[tuple[str, Any]] = [("", value) for value in args] + list(kwargs.items())
+    masks = [
+        mask for pair in named if (mask := _as_mask(pair[0], pair[1], batch, tokens)) is not None
+    ]
     for mask in masks:
         if not mask.is_meta and hides_keys(mask):
             own = own_tokens(mask, batch, tokens, prefix)
@@ -179,8 +190,8 @@ def _as_mask(name: str, value: Any, batch: int, tokens: int) -> Tensor | None:
     if not isinstance(value, Tensor) or value.shape[-1:] != (tokens,):
         return None
     if value.dim() == 2 and "key_padding_mask" in name and value.shape[0] == batch:
-        value = ~value if value.dtype == torch.bool else value  # True forbids, as in PyTorch
-        return value[:, None, None]
+        mask = ~value if value.dtype == torch.bool else value  # True forbids, as in PyTorch
+        return mask[:, None, None]
     fits = value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[2] in (1, tokens)
     return value if fits and (value.dtype == torch.bool or value.is_floating_point()) else None
 

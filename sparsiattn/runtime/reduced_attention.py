@@ -68,7 +68,7 @@ def full_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Te
 def _found_padding(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:
     """As `find_own_tokens`; notes that later consumers of tokens will go by that mask."""
     given = call.mask is not None
-    call, own = find_own_tokens(runtime, call)
+    call, own = find_own_tokens(runtime, call, reduces=True)
     if own is not None or (given and runtime.site.bias == "none"):
         BLOCK_CALL.masked = True
     return call, own
