@@ -47,6 +47,8 @@ class TimmViT(Backbone):
         kind = getattr(model, "global_pool", "")
         if not getattr(model, "num_prefix_tokens", 0) and kind not in ("avg", "max"):
             return "other"  # Gemma's and Qwen's own kinds
+        if hasattr(model, "embeds"):
+            return POOLS.get(kind, "other")  # NaFlexViT pools under its mask, by a function
         if kind not in ("", "avg") and not hasattr(model, "pool"):
             return "prefix"  # BEiT and relative positions: average or first token
         return POOLS.get(kind, "other")

@@ -74,6 +74,10 @@ class PackedTokens:
             )
         return table
 
+    def source(self) -> Tensor:
+        """As `source` below, for the whole batch."""
+        return torch.cat([source(state, 1) for state in self.states])
+
     def restore_sequence(self, x: Tensor, how: str) -> Tensor:
         """``[B, N0, C]``: every image with its original positions."""
         rows = [state.restore_sequence(part, how) for state, part, _ in self.parts(x, None)]
@@ -100,7 +104,7 @@ def unpack(x: Tensor, packed: PackedTokens) -> Tensor:
 def source(carried: TokenState | PackedTokens, batch: int) -> Tensor:
     """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
     if isinstance(carried, PackedTokens):
-        return torch.cat([source(state, 1) for state in carried.states])
+        return carried.source()
     special = carried.prefix + carried.suffix
     if not carried.steps:
         return torch.arange(special + carried.n_original).expand(batch, -1)

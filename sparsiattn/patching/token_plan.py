@@ -77,6 +77,9 @@ def plan_tokens(
         state.blocks += _trimmed(runtimes, plain)
     check_alike(towers, resolved, name)
     state.tokens, state.proportional = resolved[0], resolved[0].proportional_attention()
+    # tokens may count differently in every image of a padded batch
+    last = [block.index for block in state.blocks if block.last]
+    state.reads_prefix = not any(consumers.need_all(index, uneven=True) for index in last)
     if plain:
         _heed_hooks(state, surveyed.read_by_hooks)
     return consumers

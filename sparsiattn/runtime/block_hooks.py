@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.packed import PackedTokens, unpack
+from sparsiattn.attention.padded import PaddedTokens
+from sparsiattn.attention.token_state import TokenState
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, refuse_fx, replace_first
 from sparsiattn.runtime.ownership import runs_in_another
+from sparsiattn.runtime.padded_attention import begin_padded, padding_among
 from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
 
 
@@ -48,6 +51,7 @@ class EnterBlock(BlockHook):
         state = runtime.enter(x, BLOCK_CALL.token_state)
         tokens = x if state.sequence is None else state.sequence
         if runtime.placement == "entry":
+            state = self._with_padding(state, (args, kwargs), tokens)
             state, tokens = runtime.reduce(state, tokens)
         # before attention runs: the site's route looks here for the tokens that are left
         BLOCK_CALL.token_state = state
@@ -55,6 +59,19 @@ class EnterBlock(BlockHook):
         if not state.reduced:
             return None
         return _exchanged((args, kwargs), x, tokens, state)
+
+    def _with_padding(self, state: Carried, arguments: Any, x: Tensor) -> Carried:
+        """The state with the padding known that a mask among the arguments tells.
+
+        Attention, which tells it elsewhere, comes after a reduction at the entry.
+        """
+        if not isinstance(state, TokenState) or state.reduced:
+            return state
+        BLOCK_CALL.masked, own = padding_among(arguments, x, state.prefix)
+        runtime = self.runtime
+        if own is None:
+            return state
+        return begin_padded(runtime.site, runtime.owner.maps(), state, own)
 
 
 def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried) -> Any:
@@ -70,7 +87,9 @@ def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried) -> Any
         return value
 
     args, kwargs = arguments
-    return tuple(fit(a) for a in args), {name: fit(a) for name, a in kwargs.items()}
+    # a mask of as many images as patches looks like a table, and is cut down where it is used
+    tables = {name: a if "mask" in name else fit(a) for name, a in kwargs.items()}
+    return tuple(fit(a) for a in args), tables
 
 
 class ReopenBlock(BlockHook):
@@ -157,8 +176,9 @@ class LeaveBlock(BlockHook):
         """What the host gets: original positions for dense consumers, else the short sequence."""
         if not state.reduced:
             return tokens
-        if BLOCK_CALL.restoring or self.runtime.restores:
+        if self.runtime.restores_now():
             return state.restore_sequence(tokens, self.runtime.owner.restore_mode)
-        if self.runtime.last and isinstance(state, PackedTokens):
+        padded = isinstance(state, PaddedTokens)
+        if self.runtime.last and isinstance(state, PackedTokens) and not padded:
             return unpack(tokens, state)
         return tokens

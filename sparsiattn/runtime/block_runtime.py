@@ -12,6 +12,7 @@ from sparsiattn.attention.block import Block
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import patch_grid, stage_grid
 from sparsiattn.attention.packed import PackedTokens, pack
+from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import ReductionStep, TokenState, take
 from sparsiattn.errors import InvalidOption, ModelChanged
@@ -179,6 +180,8 @@ class BlockRuntime:
         """The state where something between two blocks handed on another tensor than returned."""
         if state.sequence is None:
             return state
+        if isinstance(state, PaddedTokens):
+            return replace(state, sequence=state.follow(x))
         if isinstance(state, PackedTokens):
             raise ModelChanged(
                 f"the input of block {self.block.name!r} was changed between blocks, while images "
@@ -201,6 +204,8 @@ class BlockRuntime:
     def reduce(self, state: Carried, x: Tensor) -> tuple[Carried, Tensor]:
         """The sequence ``[B, N, C]`` after this block's reduction, prefix included."""
         attention = BLOCK_CALL.attention
+        if isinstance(state, PaddedTokens):
+            return self._reduce_padded(state, x)
         if isinstance(state, PackedTokens):
             images = state.parts(x, attention)
             return pack([self._apply(self.plan(*image), *image[:2]) for image in images])
@@ -212,13 +217,46 @@ class BlockRuntime:
         ]
         return pack(parts) if parts else (state, x)  # an empty batch has nothing to pack
 
+    def _reduce_padded(self, state: PaddedTokens, x: Tensor) -> tuple[PaddedTokens, Tensor]:
+        """Every image by its own tokens; the sequence as it is where none of them drops any."""
+        images = list(state.parts(x, BLOCK_CALL.attention))
+        reduced = [self._apply(self.plan(*image), *image[:2]) for image in images]
+        states = tuple(after for after, _ in reduced)
+        if all(len(a.steps) == len(b.steps) for a, b in zip(states, state.states, strict=True)):
+            return replace(state, states=states), x
+        return state.advanced(reduced)
+
+    def restores_now(self) -> bool:
+        """Whether the host gets original positions back after this block in the present pass."""
+        return BLOCK_CALL.restoring or self.restores or (self.last and self._padding_needs_all())
+
+    def _padding_needs_all(self) -> bool:
+        """Whether a head that was given the mask of a padded batch goes by its positions.
+
+        They are those of the batch as it came, unless the head reads prefix tokens alone.
+
+        Raises:
+            InvalidOption: The patch was made never to restore them.
+        """
+        owner = self.owner
+        if not BLOCK_CALL.masked or owner.reads_prefix:
+            return False
+        if owner.tokens is not None and owner.tokens.restore is None:
+            raise InvalidOption(
+                f"{type(owner.model).__name__} got a mask for padded images, by which its head may "
+                "read the positions of the batch as it came, and restore=None never puts tokens "
+                "back: use restore='auto'"
+            )
+        return True
+
     def _apply(
         self, reduction: Reduction | None, state: TokenState, x: Tensor
     ) -> tuple[TokenState, Tensor]:
         if reduction is None:
             return state, x
         body, suffix = state.split_suffix(x)
-        if self.owner.restores_from(self.index) and not isinstance(reduction, Policy):
+        remembers = self.owner.restores_from(self.index) or self._padding_needs_all()
+        if remembers and not isinstance(reduction, Policy):
             state = state.remember(body[:, state.prefix :])
         state, body = reduction.apply(state, body)
         return state, torch.cat([body, suffix], dim=1) if state.suffix else body
@@ -262,7 +300,7 @@ class BlockRuntime:
 
     def _refuse_lost_policy(self, state: Carried) -> None:
         """A policy drawn in a reentrant checkpoint reaches later blocks without its gradient."""
-        policy = state.policy if isinstance(state, TokenState) else None
+        policy = getattr(state, "policy", None)
         if policy is not None and torch.is_grad_enabled() and not policy.requires_grad:
             raise ModelChanged(
                 f"block {self.block.name!r} is checkpointed with use_reentrant=True, which would "

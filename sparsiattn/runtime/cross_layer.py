@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
 
 
-def state_at(site: Site, owner: PatchOwner, *, first: bool) -> CrossLayerState:
+def state_at(
+    site: Site, owner: PatchOwner, *, first: bool, group: Hashable = None
+) -> CrossLayerState:
     """A copy of this forward pass's state for one site to read and write.
 
     A copy, because Dynamo lets no checkpoint change an object from before it; `hand_on` makes it
@@ -26,18 +29,20 @@ def state_at(site: Site, owner: PatchOwner, *, first: bool) -> CrossLayerState:
         site: The site.
         owner: Its patch.
         first: Whether the site is the first that stores anything.
+        group: Which images these are, where those of a padded batch attend apart.
     """
-    if site.calls > 1 or isinstance(BLOCK_CALL.token_state, PackedTokens):
+    apart = group is None and isinstance(BLOCK_CALL.token_state, PackedTokens)
+    if site.calls > 1 or apart:
         return CrossLayerState(owner.key, forgets=True)
     state = MODEL_CALL.cross_layer
     if state is not None and state.owner == owner.key:
-        return state.copy()
+        return state.copy(group)
     if not (torch.compiler.is_compiling() or first) and _in_backward():
         raise ModelChanged(
             f"site {site.name!r} runs again in a backward pass, and what earlier blocks kept for "
             "it cannot be found: checkpoint whole blocks, or use a strategy that keeps nothing"
         )
-    return CrossLayerState(owner.key)
+    return CrossLayerState(owner.key, group=group)
 
 
 def hand_on(state: CrossLayerState | None) -> None:

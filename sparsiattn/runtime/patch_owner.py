@@ -38,6 +38,7 @@ class PatchOwner:
             position where blocks do not give them back anyway.
         other_models: Classes of models that share parts with this one and were seen to run them;
             there they run dense.
+        reads_prefix: Whether the model's head reads prefix tokens alone.
         last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
 
@@ -48,6 +49,7 @@ class PatchOwner:
         self.image: Grid | None = None
         self.tokens: TokenStrategy | None = None
         self.proportional = False
+        self.reads_prefix = False
         self.parameters: tuple[str, ...] = ()
         self.defaults: dict[str, Any] = {}
         self.known_calls: dict[tuple[Any, ...], bool] = {}

@@ -5,6 +5,7 @@ Masks are cut down, merged tokens weigh by their size, packed images are kept ap
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
@@ -12,13 +13,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall, canonical
+from sparsiattn.attention.layout import HostCall, Maps, canonical
 from sparsiattn.attention.packed import PackedTokens
+from sparsiattn.attention.padded import PaddedTokens
+from sparsiattn.attention.padding import OwnTokens, with_explicit_mask
 from sparsiattn.attention.pattern import Lengths
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.site_runtime import SiteRuntime
+from sparsiattn.runtime.padded_attention import (
+    attend_own,
+    begin_padded,
+    find_own_tokens,
+    image_calls,
+    padded_rows,
+    refuse_late_padding,
+)
+from sparsiattn.runtime.site_runtime import Decision, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
 from sparsiattn.strategies.base import Planner
 
@@ -27,12 +38,77 @@ def reduced_attention(
     runtime: SiteRuntime, planner: Planner, state: Carried, call: HostCall
 ) -> Tensor:
     """What stands in for the host's call, in the host's layout."""
+    if isinstance(state, PaddedTokens):
+        return _padded(runtime, planner, state, call)
     if isinstance(state, PackedTokens):
         return _packed(runtime, planner, state, call)
+    if call.mask is not None:
+        call = replace(call, mask=state.fit_mask(call.mask))
+    call, own = _found_padding(runtime, call)
+    if own is not None and not state.reduced and state.policy is None:
+        padded = BLOCK_CALL.token_state = begin_padded(
+            runtime.site, runtime.owner.maps(), state, own
+        )
+        return _padded(runtime, planner, padded, call)
+    refuse_late_padding(runtime, own)
+    return _of_state(runtime, planner, state, call)
+
+
+def full_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Tensor:
+    """The same over a sequence with every token."""
+    if runtime.decide(call.k.shape[-2]) is Decision.HOST:
+        return runtime.host(call)
+    call, own = find_own_tokens(runtime, call)
+    if own is not None:
+        return attend_own(runtime, planner, call, own)
+    return runtime.attention(planner, call)
+
+
+def _found_padding(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:
+    """As `find_own_tokens`; notes that later consumers of tokens will go by that mask."""
+    given = call.mask is not None
+    call, own = find_own_tokens(runtime, call, reduces=True)
+    if own is not None or (given and runtime.site.bias == "none"):
+        BLOCK_CALL.masked = True
+    return call, own
+
+
+def _of_state(
+    runtime: SiteRuntime,
+    planner: Planner,
+    state: TokenState,
+    call: HostCall,
+    group: Hashable = None,
+) -> Tensor:
+    """Attention of images that carry equally many tokens."""
     call = _fitted(runtime, state, call)
     if state.policy is not None:
-        return _by_policy(runtime, planner, state, call)
-    return runtime.attention(planner, call, state)
+        return _by_policy(runtime, planner, state, call, group)
+    return runtime.attention(planner, call, state, group)
+
+
+def _padded(
+    runtime: SiteRuntime,
+    planner: Planner,
+    padded: PaddedTokens,
+    call: HostCall,
+) -> Tensor:
+    """Every image's own tokens among themselves."""
+    BLOCK_CALL.masked = True
+    if BLOCK_CALL.wants_attention and BLOCK_CALL.attention is None:
+        maps = runtime.owner.maps()
+        BLOCK_CALL.attention = [
+            _inputs(runtime, _fitted(runtime, state, part), state, maps)
+            for state, part in image_calls(runtime, padded, call)
+        ]
+    if not padded.reduced and padded.policy is None:
+        call = call if call.mask is None else with_explicit_mask(call, runtime.layout)
+        return attend_own(runtime, planner, call, padded.own)
+    rows = [
+        _of_state(runtime, planner, state, part, ("image", i))
+        for i, (state, part) in enumerate(image_calls(runtime, padded, call))
+    ]
+    return padded_rows(padded, rows, runtime)
 
 
 def _fitted(runtime: SiteRuntime, state: TokenState, call: HostCall) -> HostCall:
@@ -50,7 +126,13 @@ def _fitted(runtime: SiteRuntime, state: TokenState, call: HostCall) -> HostCall
     return replace(call, mask=mask)
 
 
-def _by_policy(runtime: SiteRuntime, planner: Planner, state: TokenState, call: HostCall) -> Tensor:
+def _by_policy(
+    runtime: SiteRuntime,
+    planner: Planner,
+    state: TokenState,
+    call: HostCall,
+    group: Hashable = None,
+) -> Tensor:
     """Softmax whose keys weigh as much as a differentiable policy says (DynamicViT, 3.3).
 
     One fused call instead of the attention matrix: values carry the weight and one channel more
@@ -60,7 +142,7 @@ def _by_policy(runtime: SiteRuntime, planner: Planner, state: TokenState, call: 
     weight = F.pad(state.policy, (state.prefix, state.suffix), value=1.0)
     weight = weight[:, None, :, None].to(call.v.dtype).expand(*call.v.shape[:-1], 1)
     weighted = replace(call, v=torch.cat([call.v * weight, weight], dim=-1))
-    out = runtime.attention(planner, weighted, state)
+    out = runtime.attention(planner, weighted, state, group)
     return out[..., :-1] / out[..., -1:].clamp_min(1e-6)
 
 
@@ -93,9 +175,11 @@ def _by_ragged_kernel(runtime: SiteRuntime, packed: PackedTokens, call: HostCall
     return runtime.layout.unfold(runtime.compute(choice, inputs, pattern), call.q)
 
 
-def _inputs(runtime: SiteRuntime, call: HostCall, state: TokenState | None) -> AttentionInputs:
-    """Operands of packed images, which have neither grid nor tiles."""
-    return canonical(runtime.site, runtime.layout, call, None, token_state=state)
+def _inputs(
+    runtime: SiteRuntime, call: HostCall, state: TokenState | None, maps: Maps | None = None
+) -> AttentionInputs:
+    """Operands of images by themselves, without tiles; of packed ones also without a grid."""
+    return canonical(runtime.site, runtime.layout, call, maps, token_state=state)
 
 
 def _of_image(call: HostCall, i: int, where: slice) -> HostCall:

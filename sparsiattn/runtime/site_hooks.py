@@ -16,7 +16,7 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.patch_owner import new_key
-from sparsiattn.runtime.reduced_attention import reduced_attention
+from sparsiattn.runtime.reduced_attention import full_attention, reduced_attention
 from sparsiattn.runtime.sdpa_intercept import install, note_caller, pop, push
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS, Route
@@ -39,7 +39,7 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
         here = runtime.owner.key, runtime.block
         if state is not None and (state.owner, state.layer) == here:
             return reduced_attention(runtime, planner, state, call)
-        return runtime.attention(planner, call)
+        return full_attention(runtime, planner, call)
 
     return route
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -122,7 +122,11 @@ class SiteRuntime:
         return Decision.HOST
 
     def attention(
-        self, planner: Planner, call: HostCall, token_state: TokenState | None = None
+        self,
+        planner: Planner,
+        call: HostCall,
+        token_state: TokenState | None = None,
+        group: Hashable = None,
     ) -> Tensor:
         """What stands in for the host's call, in the host's own layout.
 
@@ -130,13 +134,14 @@ class SiteRuntime:
             planner: The site's planner, or that of a replica of `nn.DataParallel`.
             call: The host's arguments, the mask cut down to the tokens that are left.
             token_state: Which tokens those are, in blocks that carry fewer.
+            group: Which images these are, where those of a batch attend apart.
         """
         decision = self.decide(call.k.shape[-2])
         block_asks = token_state is not None and BLOCK_CALL.wants_attention
         block_asks = block_asks and BLOCK_CALL.attention is None
         if decision is Decision.HOST and not block_asks:
             return self.host(call)
-        inputs = self.inputs(call, token_state)
+        inputs = self.inputs(call, token_state, group)
         if block_asks:
             BLOCK_CALL.attention = inputs
         if decision is Decision.HOST:
@@ -149,7 +154,9 @@ class SiteRuntime:
         hand_on(inputs.cross_layer)
         return out
 
-    def inputs(self, call: HostCall, token_state: TokenState | None) -> AttentionInputs:
+    def inputs(
+        self, call: HostCall, token_state: TokenState | None, group: Hashable = None
+    ) -> AttentionInputs:
         """The operands as strategies and kernels take them."""
         inputs = canonical(
             self.site,
@@ -162,7 +169,7 @@ class SiteRuntime:
             token_state=token_state,
         )
         if self.strategy.uses_cross_layer_state:
-            state = state_at(self.site, self.owner, first=self.first_cross_layer)
+            state = state_at(self.site, self.owner, first=self.first_cross_layer, group=group)
             inputs = inputs.replace(cross_layer=state)
         return inputs
 
@@ -193,7 +200,7 @@ class SiteRuntime:
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call; both calls of a differential attention share theirs."""
         shared = SITE_CALLS.shared if self.site.shared else None
-        if shared is not None:
+        if isinstance(shared, Pattern):
             SITE_CALLS.shared = None
             return shared
         pattern = self.finish(planner(inputs), inputs)

@@ -47,7 +47,8 @@ class SiteCalls(threading.local):
             torch.compile together with gradient checkpointing can follow.
         callers: Who called the hook that opened a scope, by its key; see `abandoned`.
         routed: Keys of the open scopes whose module did call attention.
-        shared: The pattern of the first of two calls that must agree on their keys.
+        shared: The pattern of the first of two calls that must agree on their keys; by number of
+            own tokens in a padded batch.
     """
 
     # without a dictionary of its own: Dynamo would write into that, and another frame, compiled by
@@ -57,7 +58,7 @@ class SiteCalls(threading.local):
     top: Scope | None = None
     callers: dict[int, FrameType] = field(default_factory=dict)
     routed: set[int] = field(default_factory=set)
-    shared: Pattern | None = None
+    shared: Pattern | dict[int, Pattern] | None = None
 
 
 @dataclass(eq=False)
@@ -72,6 +73,8 @@ class BlockCall(threading.local):
         attention: Those, once attention ran; one record per image for packed images.
         mlp_input: The token state and the tokens that the MLP branch took.
         mlp_output: What the MLP branch returned, kept from the host's own addition.
+        masked: Whether attention got a mask that the model was not seen to give at patch time, or
+            that hides padding.
     """
 
     token_state: Carried | None = None
@@ -81,11 +84,13 @@ class BlockCall(threading.local):
     attention: AttentionInputs | list[AttentionInputs] | None = None
     mlp_input: tuple[Carried, Tensor] | None = None
     mlp_output: Tensor | None = None
+    masked: bool = False
 
     def begin(self, wants_attention: bool) -> None:
         """Forget the block before."""
         self.attention = self.mlp_input = self.mlp_output = None
         self.wants_attention = wants_attention
+        self.masked = False
 
 
 @dataclass(eq=False)
