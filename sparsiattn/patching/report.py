@@ -17,6 +17,7 @@ from sparsiattn.patching.dry_run import DryRun, dry_run, meta_inputs
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.text import Row, aligned, macs_text, plain_data, shape_text, speed_text
+from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -211,7 +212,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
 _PLACES = {
     "entry": "before attention",
     "middle": "between attention and MLP",
-    "exit": "after the block, whose attention and MLP are one step",
+    "exit": "after the block",
     "bypass": "the MLP alone: the grid must stay",
 }
 
@@ -226,14 +227,26 @@ def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
             continue
         count = run.counts.get(block.index)
         tokens = "" if count is None else f"{count} patch tokens, "
-        lines.append(
-            f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.placement]}"
-        )
+        place = _PLACES[block.placement] + _why_after(block)
+        lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{place}")
     if run.ragged:
         lines.append("counts adapt to each image: MACs are known only after a forward pass")
     if state.restores_last:
         lines.append("original positions come back after the last block")
     return tuple(lines)
+
+
+def _why_after(runtime: BlockRuntime) -> str:
+    """Why a block does not reduce between attention and MLP, where its strategy would."""
+    assert runtime.strategy is not None
+    if runtime.placement != "exit" or runtime.strategy.placement() != "middle":
+        return ""
+    tail = runtime.block.tail
+    if tail is None:
+        return ", whose attention and MLP are one step"
+    if tail.mixes:
+        return f", whose MLP needs all tokens ({tail.mixes})"
+    return f": in training mode {tail.eval_only}" if tail.eval_only else ""
 
 
 def dense_macs(model: torch.nn.Module, inputs: MetaInputs) -> int:

@@ -16,7 +16,7 @@ from sparsiattn.attention.block import Block
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.backbone import backbone_named
-from sparsiattn.patching.discovery.blocks import find_blocks
+from sparsiattn.patching.discovery.blocks import find_blocks, in_training
 from sparsiattn.patching.dry_run import DryRun, dry_run
 from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.schedule import token_budgets
@@ -40,7 +40,8 @@ def plan_tokens(
     model, sites = state.model, {site.name: site for site in state.model_sites}
     name = type(model).__name__
     backbone = surveyed.backbone
-    blocks = find_blocks(surveyed.meta_model, sites, backbone.meta_inputs(model, state.input_shape))
+    inputs = backbone.meta_inputs(model, state.input_shape)
+    blocks = find_blocks(surveyed.meta_model, sites, inputs)
     if not blocks:
         raise InvalidOption(
             f"{name} has no blocks that tokens could skip: token strategies need modules that "
@@ -51,6 +52,7 @@ def plan_tokens(
             f"{name} lays the images of a batch end to end in one sequence, where tokens of one "
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
+    blocks = in_training(surveyed.meta_model, blocks, inputs)
     plain = is_plain(blocks, sites)
     class_tokens = backbone.class_tokens(model) if plain else 0
     tokens = tokens.for_model(class_tokens, not plain, name)
@@ -137,7 +139,10 @@ def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> 
 def _placement(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
     if plain:
         placement = tokens.placement()
-        return "exit" if placement == "middle" and block.tail is None else placement
+        tail = block.tail
+        apart = tail is not None and not (tail.mixes or tail.eval_only)
+        apart = apart and tail.shape == block.output_shape
+        return "exit" if placement == "middle" and not apart else placement
     if block.tail is None or block.tail.mixes:
         why = "no MLP branch of its own"
         if block.tail is not None:
