@@ -102,8 +102,8 @@ def load(model: nn.Module, directory: str | PathLike[str]) -> Patch:
 
 def apply_saved(model: nn.Module, saved: Saved) -> Patch:
     """A patch that was read, put on a model."""
-    model, config = unwrap(model), saved.config
-    _check_host(model, config)  # first: names of sites mean nothing in another model
+    config = saved.config
+    _check_host(unwrap(model), config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
     patched = patch(

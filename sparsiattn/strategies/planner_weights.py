@@ -35,10 +35,10 @@ class PlannerWeights(nn.Module):
 
     def reset_parameters(self) -> None:
         """Give weights and buffers the values that they had before any training."""
-        own = dict(_tensors(self))
+        present = dict(_tensors(self))
         with torch.no_grad():
             for name, value in _tensors(self._made_anew()):
-                _fill(own[name], value)
+                _fill(present[name], value)
 
     def _made_anew(self) -> nn.Module:
         """A planner made with the same arguments, on the CPU."""

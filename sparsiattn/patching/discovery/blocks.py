@@ -87,11 +87,11 @@ def _spans_in_training(
     two = tree_map(_twice, inputs)
     inside: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
     # a whole model may ask for labels, or leave out tokens, where its blocks do not
-    for parts, given in (([model], two), ([model], inputs), (inside, two), (inside, inputs)):
+    for parts, arguments in (([model], two), ([model], inputs), (inside, two), (inside, inputs)):
         try:
             for part in parts:
                 part.train()
-            return _traced(model, sites, given).spans
+            return _traced(model, sites, arguments).spans
         except ProbeFailed:
             continue
         finally:

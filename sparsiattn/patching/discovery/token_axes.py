@@ -51,8 +51,8 @@ class Call:
         """An argument by name, its default where it was not given."""
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
-                given = i < len(self.args) and not argument.kwarg_only
-                return self.args[i] if given else self.kwargs.get(name, argument.default_value)
+                positional = i < len(self.args) and not argument.kwarg_only
+                return self.args[i] if positional else self.kwargs.get(name, argument.default_value)
         raise TokensMeet
 
     def of(self, x: Any) -> Axes:
