@@ -14,12 +14,17 @@ class Tail:
     Attributes:
         entry: The module that takes x.
         exit: The module that returns f(x).
-        mixes: A module in between that mixes tokens (a convolution), so that it needs them all.
+        mixes: A module in between that mixes tokens (a convolution) or tells them by their place,
+            so that it needs them all.
+        shape: Shape of x for one image; None if not known.
+        eval_only: What is different in training mode; None if nothing is.
     """
 
     entry: str
     exit: str
     mixes: str | None = None
+    shape: torch.Size | None = None
+    eval_only: str | None = None
 
 
 @dataclass(frozen=True)

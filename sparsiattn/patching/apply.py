@@ -13,6 +13,7 @@ from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.patching.distributed import refuse_inside, refuse_wrapped
 from sparsiattn.patching.estimate import settle_sites
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.install import attach
@@ -91,7 +92,7 @@ def patch(
     ...     changed, torch.equal(model(x), before)
     (True, True)
     """
-    model = unwrap(model)
+    model, outermost = unwrap(model), model
     config = resolve(strategy, k, options)
     if only_if_faster is None:
         only_if_faster = isinstance(config, Hybrid)
@@ -103,6 +104,7 @@ def patch(
             f"layers=[...] (block indices) instead of sites={sites!r}"
         )
     _refuse_second(model)
+    refuse_inside(model)
     return apply_strategy(
         model,
         config,
@@ -112,12 +114,23 @@ def patch(
         example=input,
         only_if_faster=only_if_faster,
         structure=GivenStructure.read(grid, prefix, suffix, specials),
+        outermost=outermost,
     )
 
 
-def apply_strategy(model: nn.Module, strategy: Config, **options: Any) -> Patch:
-    """Plan a patch and put it into the model; arguments as `plan_patch` takes them."""
+def apply_strategy(
+    model: nn.Module, strategy: Config, outermost: nn.Module | None = None, **options: Any
+) -> Patch:
+    """Plan a patch and put it into the model; arguments as `plan_patch` takes them.
+
+    Args:
+        model: The model.
+        strategy: The strategy object.
+        outermost: The model with what is wrapped around it.
+        **options: Others of `plan_patch`.
+    """
     planned = plan_patch(model, strategy, **options)
+    refuse_wrapped(model if outermost is None else outermost, planned)
     attach(planned)
     return planned
 

@@ -104,8 +104,8 @@ def load(model: nn.Module, directory: str | PathLike[str], *, input: Any = None)
 
 def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
     """A patch that was read, put on a model; ``input`` as in `load`."""
-    model, config = unwrap(model), saved.config
-    _check_host(model, config)  # first: names of sites mean nothing in another model
+    config = saved.config
+    _check_host(unwrap(model), config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
     patched = patch(

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsiattn.strategies.planner_weights import adopt_parts
+
 
 def place_planner(make: Callable[[], Any], host: nn.Module, *, training: bool) -> Any:
     """What ``make`` returns, on the host's device and in its dtype if it is a module."""
-    with torch.inference_mode(False):  # or its weights could never train
+    # or its weights could never train, and tables that are no weights would have no values
+    with torch.inference_mode(False), torch.device("cpu"):
         planner = make()
         if isinstance(planner, nn.Module):
             like = next(host.parameters(), None)
@@ -19,6 +22,7 @@ def place_planner(make: Callable[[], Any], host: nn.Module, *, training: bool) -
                 dtype = like.dtype if like.is_floating_point() else None
                 planner.to(device=_computing_device(host) or like.device, dtype=dtype)
             planner.train(training)
+            adopt_parts(planner)
     return planner
 
 

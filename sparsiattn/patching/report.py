@@ -25,6 +25,7 @@ from sparsiattn.patching.text import (
     speed_text,
     structure_lines,
 )
+from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -220,7 +221,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
 _PLACES = {
     "entry": "before attention",
     "middle": "between attention and MLP",
-    "exit": "after the block, whose attention and MLP are one step",
+    "exit": "after the block",
     "bypass": "the MLP alone: the grid must stay",
 }
 
@@ -236,9 +237,8 @@ def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
         # of a block that runs several times, one after the other
         counts = ", then ".join(map(str, run.counts.get(block.index, [])))
         tokens = f"{counts} patch tokens, " if counts else ""
-        lines.append(
-            f"{block.block.name}: {block.strategy.name}, {tokens}{_PLACES[block.placement]}"
-        )
+        place = _PLACES[block.placement] + _why_after(block)
+        lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{place}")
     if run.ragged:
         lines.append("counts adapt to each image: MACs are known only after a forward pass")
     if state.restores_last:
@@ -269,6 +269,19 @@ def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
     example = replace(state.attention.example, with_values=True)
     state.attention = replace(state.attention, example=example)
     return _runs(state, total)
+
+
+def _why_after(runtime: BlockRuntime) -> str:
+    """Why a block does not reduce between attention and MLP, where its strategy would."""
+    assert runtime.strategy is not None
+    if runtime.placement != "exit" or runtime.strategy.placement() != "middle":
+        return ""
+    tail = runtime.block.tail
+    if tail is None:
+        return ", whose attention and MLP are one step"
+    if tail.mixes:
+        return f", whose MLP needs all tokens ({tail.mixes})"
+    return f": in training mode {tail.eval_only}" if tail.eval_only else ""
 
 
 def dense_macs(copied: torch.nn.Module, inputs: MetaInputs) -> int:

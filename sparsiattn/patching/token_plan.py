@@ -15,7 +15,7 @@ import torch
 from sparsiattn.attention.block import Block
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, ProbeFailed, SparsiattnError
-from sparsiattn.patching.discovery.blocks import find_blocks
+from sparsiattn.patching.discovery.blocks import find_blocks, in_training
 from sparsiattn.patching.discovery.consumers import Consumers
 from sparsiattn.patching.dry_run import DryRun, dry_run
 from sparsiattn.patching.place_planner import place_planner
@@ -56,6 +56,7 @@ def plan_tokens(
             f"{name} lays the images of a batch end to end in one sequence, where tokens of one "
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
+    blocks = in_training(surveyed.meta_model, blocks, inputs)
     plain = is_plain(blocks, sites)
     if not plain and any(site.suffix_tokens for site in sites.values()):
         raise InvalidOption(f"{name}: tokens behind the patches need one sequence for all blocks")
@@ -189,7 +190,10 @@ def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> 
 def _placement(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
     if plain:
         placement = tokens.placement()
-        return "exit" if placement == "middle" and block.tail is None else placement
+        tail = block.tail
+        if tail is None or tail.mixes or tail.eval_only or tail.shape != block.output_shape:
+            return "exit" if placement == "middle" else placement
+        return placement
     if block.tail is None or block.tail.mixes:
         why = "no MLP branch of its own"
         if block.tail is not None:

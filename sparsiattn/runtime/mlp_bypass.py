@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from sparsiattn.attention.token_state import TokenState, take
+from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.block_hooks import BlockHook
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, replace_first
 from sparsiattn.runtime.ownership import runs_in_another
@@ -41,6 +42,7 @@ class EnterBypass(BlockHook):
         runtime, state = self.runtime, BLOCK_CALL.bypass_state
         if runtime.is_off() or state is None or not runtime.owns(state):
             return None
+        self._refuse_training()
         x = args[0]
         # hierarchical hosts hand on [B, H, W, C]
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -52,6 +54,15 @@ class EnterBypass(BlockHook):
         mlp_tokens = take(tokens, state.tokens()) if state.reduced else x
         BLOCK_CALL.mlp_input = (state, mlp_tokens)
         return (mlp_tokens, *args[1:])
+
+    def _refuse_training(self) -> None:
+        tail, training = self.runtime.block.tail, self.runtime.owner.training
+        if training and tail is not None and tail.eval_only:
+            raise InvalidOption(
+                f"block {self.runtime.block.name!r}: in training mode {tail.eval_only}, so no "
+                "token can skip its MLP: train without the patch (or inside disabled()), or use an "
+                "attention strategy such as 'connectivity'"
+            )
 
 
 class LeaveSparedBlock(BlockHook):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.geometry import Tile
@@ -16,6 +16,7 @@ from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, RenamedMembers
 from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.planner_weights import PlannerWeights
 
 # From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
 TILE_FROM = 1024
@@ -184,12 +185,14 @@ class Stateless:
         return self.strategy.plan(inputs)
 
 
-class LearnedPlanner(RenamedMembers, nn.Module):
+class LearnedPlanner(RenamedMembers, PlannerWeights):
     """Base of planners with weights, which become ``<site>.sparsiattn.*`` in the model.
 
     A checkpoint of the dense model still loads strictly: planner weights it lacks keep their
-    values. Weights are frozen at first: a hard choice of keys passes them no gradient, so an
-    optimiser or DDP that waits for one would fail; `calibrate` unfreezes them while it fits.
+    values. ``reset_parameters()`` makes the planner anew with the arguments it was made with, so
+    weights must be drawn from a private generator. They are frozen at first: a hard choice of keys
+    passes them no gradient, so an optimiser or DDP that waits for one would fail; `calibrate`
+    unfreezes them while it fits.
     Override ``forward(inputs)``, from `AttentionInputs` to a `Pattern`.
 
     Attributes:
@@ -217,7 +220,6 @@ class LearnedPlanner(RenamedMembers, nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(rename_weights)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
@@ -235,14 +237,6 @@ def rename_weights(module: LearnedPlanner, state: dict[str, Any], prefix: str, *
     for old, new in module.renamed_weights.items():
         if prefix + old in state:
             state[prefix + new] = state.pop(prefix + old)
-
-
-def keep_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: where it has none of the planner's weights, add the present
-    ones, so that a checkpoint of the dense model loads strictly."""
-    present = {prefix + name: value for name, value in module.state_dict().items()}
-    if not any(name in state for name in present):
-        state.update(present)
 
 
 def _check_tile(tile: object, name: str) -> Tile | str:

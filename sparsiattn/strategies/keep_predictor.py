@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn.strategies.base import keep_missing, spawn
+from sparsiattn.strategies.base import spawn
 from sparsiattn.strategies.reduction import Policy, Reduction
-from sparsiattn.strategies.token_base import TokenInputs
+from sparsiattn.strategies.token_base import LearnedTokenPlanner, TokenInputs
 
 
-class KeepPredictor(nn.Module):
+class KeepPredictor(LearnedTokenPlanner):
     """Says of every patch token whether it is needed, from itself and the mean of those that are.
 
     In eval mode the tokens with the best keep probability stay (hard). In training none leaves:
@@ -48,7 +48,6 @@ class KeepPredictor(nn.Module):
             )
         _draw(self, zlib.crc32(name.encode()))
         self.share: Tensor | None = None
-        self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, object]:
         # of the last forward, and with a graph, which can be neither copied nor pickled

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import unsigned
 from sparsiattn.errors import InvalidOption
-from sparsiattn.strategies.base import keep_missing
 from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.planner_weights import PlannerWeights
 from sparsiattn.strategies.reduction import Reduction
 
 RESTORE = ("auto", "unfold", "scatter", None)
@@ -123,26 +123,23 @@ class TokenPlanner(Protocol):
     def __call__(self, tokens: TokenInputs, /) -> Reduction | None: ...
 
 
-class LearnedTokenPlanner(nn.Module):
+class LearnedTokenPlanner(PlannerWeights):
     """Base of token planners with weights; they become ``<site>.sparsiattn.*`` in the model.
 
     A checkpoint of the dense model still loads strictly: weights it lacks keep their values.
     Override ``forward(tokens)``, from `TokenInputs` to a `Reduction` or None. Weights must be drawn
-    from a private generator, so that patching leaves the global random state alone.
+    from a private generator, so that patching leaves the global random state alone and
+    ``reset_parameters()`` finds the same ones again.
 
     >>> class Scored(LearnedTokenPlanner):
     ...     def __init__(self, width):
     ...         super().__init__()
-    ...         self.weight = nn.Parameter(torch.ones(width))
+    ...         self.weight = torch.nn.Parameter(torch.ones(width))
     ...     def forward(self, tokens):
     ...         return Reduction.top(tokens.x @ self.weight, 0.5)
     >>> sorted(Scored(8).state_dict())
     ['weight']
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def forward(self, tokens: TokenInputs) -> Reduction | None:
         raise NotImplementedError(f"{type(self).__name__} must override forward(tokens)")

@@ -2,7 +2,7 @@
 
 Most blocks end in ``y = x + f(x)``, the MLP branch. The dry run notes which child takes that ``x``
 and which one returns that ``f(x)``; hooks on the two then shorten the sequence between attention
-and MLP without a copied forward.
+and MLP without a copied forward. See `sparsiattn.patching.discovery.tails` for when that is right.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from sparsiattn.attention.block import Block, Tail
+from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
-from sparsiattn.runtime.hook_tools import first_argument, first_tensor
+from sparsiattn.patching.discovery.tails import find_tail
+from sparsiattn.patching.discovery.values import OperatorTrace, Step, address
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor, tensors_in
 
-_ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -34,9 +36,7 @@ def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> l
         inputs: What to call it with.
     """
     names = list(sites)
-    trace = _Trace(model, names)
-    with recalling(), trace.recording():
-        run_dry(model, inputs)
+    trace = _traced(model, names, inputs)
     homes: dict[str, list[str]] = {}
     for name in names:
         home = _home(model, name, trace.spans)
@@ -48,6 +48,67 @@ def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> l
         replace(block, after=i == 0 or trace.follows(blocks[i - 1].name, block.name))
         for i, block in enumerate(blocks)
     ]
+
+
+def in_training(model: nn.Module, blocks: list[Block], inputs: MetaInputs) -> list[Block]:
+    """The blocks with what training does to their tails.
+
+    What training adds behind a branch as a function (stochastic depth, dropout, a subset of the
+    batch) is no module's output, so that only a second look tells.
+
+    Args:
+        model: The `meta_copy` in which they were found, in eval mode, as it is afterwards.
+        blocks: The blocks.
+        inputs: As `find_blocks` got them.
+    """
+    sites = [site for block in blocks for site in block.sites]
+    spans = _spans_in_training(model, blocks, sites, inputs)
+    return [replace(block, tail=_in_both(block.tail, spans.get(block.name))) for block in blocks]
+
+
+def _in_both(tail: Tail | None, trained: Block | None) -> Tail | None:
+    """The tail with what is different in training mode."""
+    if tail is None:
+        return None
+    other = None if trained is None else trained.tail
+    if other is None or (tail.entry, tail.exit) != (other.entry, other.exit):
+        why = "more than its MLP branch is added" if trained else "it cannot run without data"
+        return replace(tail, eval_only=why)
+    if other.mixes and not tail.mixes:
+        return replace(tail, eval_only=f"its MLP mixes tokens ({other.mixes})")
+    return tail
+
+
+def _spans_in_training(
+    model: nn.Module, blocks: list[Block], sites: list[str], inputs: MetaInputs
+) -> dict[str, Block]:
+    """What the blocks do in training mode; nothing if they cannot run in it."""
+    # two images: of one alone, half of the batch may be all of it
+    two = tree_map(_twice, inputs)
+    inside: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
+    # a whole model may ask for labels, or leave out tokens, where its blocks do not
+    for parts, arguments in (([model], two), ([model], inputs), (inside, two), (inside, inputs)):
+        try:
+            for part in parts:
+                part.train()
+            return _traced(model, sites, arguments).spans
+        except ProbeFailed:
+            continue
+        finally:
+            model.eval()
+    return {}
+
+
+def _twice(value: Any) -> Any:
+    of_one_image = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1
+    return torch.cat([value, value]) if of_one_image else value
+
+
+def _traced(model: nn.Module, sites: list[str], inputs: MetaInputs) -> _Trace:
+    trace = _Trace(model, sites)
+    with recalling(), trace.recording():
+        run_dry(model, inputs, trace.clear)
+    return trace
 
 
 def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
@@ -76,23 +137,25 @@ def _ancestors(name: str) -> Iterator[str]:
         yield name
 
 
-class _Trace(TorchDispatchMode):
-    """Notes, for every module around a site, the calls of its children and the additions."""
+class _Trace(OperatorTrace):
+    """Notes what happens in every module around a site.
+
+    Attributes:
+        spans: What those modules are as blocks.
+        order: Their names, in the order in which they were entered first.
+    """
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.sites = model, set(sites)
+        self.model, self.sites = model, frozenset(sites)
         self.watched = {home for site in sites for home in (site, *_ancestors(site))}
+        super().__init__()
+
+    def clear(self) -> None:
+        super().clear()
         self.spans: dict[str, Block] = {}
         self.order: list[str] = []
-        self._events: list[tuple[str, str, Tensor, Tensor | None, Tensor | None]] = []
-        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _ADD and isinstance(args[1], Tensor):
-            self._events.append(("add", "", out, args[0], args[1]))
-        return out
+        self._ends: dict[str, tuple[int, int]] = {}
+        self._taken: list[tuple[Tensor, Tensor] | None] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -112,76 +175,69 @@ class _Trace(TorchDispatchMode):
 
     def follows(self, before: str, name: str) -> bool:
         """Whether ``name`` takes what ``before`` gave."""
-        output, entered = self._ends[before][1], self._ends[name][0]
-        return output.shape == entered.shape and _same(output, entered)
+        return self.values.same(self._ends[before][1], self._ends[name][0])
 
     def _enter(self, name: str) -> Any:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = first_argument(args, kwargs)
-            if x is not None:
-                self._events.append(("enter", name, x, None, None))
+        def note(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            self.running.append(name)
             if name in self.watched and name not in self.order:
                 self.order.append(name)
+            x = first_argument(args, kwargs)
+            self._taken.append(None)
+            if x is None:
+                self.steps.append(Step("enter", name, (), ()))
+                return None
+            values = self._numbers(x, (args, kwargs))
+            plain = bool(args) and args[0] is x
+            taken = x
+            if plain and name not in self.watched and type(x) is Tensor:
+                taken = self.copy_of(x)
+                self._taken[-1] = (taken, x)
+            results = (self.values.number(taken),)
+            self.steps.append(Step("enter", name, values, results, plain=plain))
+            return None if taken is x else ((taken, *args[1:]), kwargs)
 
         return note
 
     def _leave(self, name: str) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._wrote_to_input(self._taken.pop())
+            self.running.pop()
             out, x = first_tensor(output), first_argument(args, kwargs)
-            if out is None or x is None:
-                return
-            if name in self.watched:
-                events = self._inside(name)
-                tail, head = self._tail(events, out), _first(events, range(len(events)), "enter", x)
-                inner = None if head is None else head[1]
-                self.spans[name] = Block(name, x.shape, out.shape, (), tail, inner)
-                self._ends[name] = x, out
-            self._events.append(("leave", name, out, None, None))
+            results = () if out is None else self._numbers(out, output)
+            plain = isinstance(output, Tensor)
+            left = Step("leave", name, (), results, plain=plain)
+            if out is not None and x is not None and name in self.watched:
+                self._note_block(left, x.shape, out.shape)
+            self.steps.append(left)
 
         return note
 
-    def _inside(self, name: str) -> list[Any]:
+    def _wrote_to_input(self, taken: tuple[Tensor, Tensor] | None) -> None:
+        """Where a module wrote to the copy of its input, it would have written to its input."""
+        if taken is None or not self.values.writes.get(address(taken[0])):
+            return
+        written = frozenset({address(taken[1])})
+        values = (self.values.number(taken[0]),)
+        self.values.wrote(written)
+        self.steps.append(Step("op", self.running[-1], values, (), written=written))
+
+    def _numbers(self, first: Tensor, others: Any) -> tuple[int, ...]:
+        rest = (x for x in tensors_in(others) if x is not first)
+        return tuple(self.values.number(x) for x in (first, *rest))
+
+    def _note_block(self, left: Step, taken: torch.Size, returned: torch.Size) -> None:
+        steps = self._since_entry(left.name)
+        x = steps[0].values[0]
+        tail = find_tail(steps, left, self.values, self.sites)
+        inside = (step for step in steps[1:] if step.kind == "enter" and x in step.values[:1])
+        head = next((step.name for step in inside), None)
+        self.spans[left.name] = Block(left.name, taken, returned, (), tail, head)
+        self._ends[left.name] = x, left.results[0]
+
+    def _since_entry(self, name: str) -> list[Step]:
         """What happened since this module was entered."""
-        entered = [i for i, event in enumerate(self._events) if event[:2] == ("enter", name)]
-        return self._events[entered[-1] + 1 :]
-
-    def _tail(self, events: list[Any], out: Tensor) -> Tail | None:
-        """How the block that just ran ends, if it ends in ``x + f(x)``."""
-        attended = [i for i, e in enumerate(events) if e[0] == "leave" and e[1] in self.sites]
-        adds = [i for i, e in enumerate(events) if e[0] == "add" and _same(e[2], out)]
-        if not attended or not adds or adds[-1] < attended[-1]:
-            return None
-        # the last addition of the block, after its attention, whose result is the block's own
-        start, stop = attended[-1], adds[-1]
-        _, _, _, left, right = events[stop]
-        for x, branch in ((left, right), (right, left)):
-            if x is None or branch is None or x.shape != branch.shape:
-                continue
-            entry = _first(events, range(start, stop), "enter", x)
-            last = _first(events, range(stop - 1, start, -1), "leave", branch)
-            if entry is not None and last is not None and entry[0] < last[0]:
-                return Tail(entry[1], last[1], self._mixing(events, entry[0], last[0]))
-        return None
-
-    def _mixing(self, events: list[Any], start: int, stop: int) -> str | None:
-        """The first module in the branch that looks at more than one token at a time."""
-        for kind, name, *_ in events[start:stop]:
-            module = self.model.get_submodule(name) if kind == "enter" else None
-            sides = getattr(module, "kernel_size", ())
-            if isinstance(sides, tuple) and any(side != 1 for side in sides):
-                return str(name)
-        return None
-
-
-def _first(events: list[Any], where: range, kind: str, x: Tensor) -> Any:
-    """Position and name of the first event of this kind whose tensor is ``x``."""
-    for i in where:
-        event, name, tensor, *_ = events[i]
-        if event == kind and tensor.shape == x.shape and _same(tensor, x):
-            return i, name
-    return None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are views of one memory (the trace keeps all of them alive)."""
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+        entry = ("enter", name)
+        steps = self.steps
+        last = max(i for i, step in enumerate(steps) if (step.kind, step.name) == entry)
+        return steps[last:]
