@@ -28,6 +28,7 @@ from sparsiattn.attention.sdpa import set_original_attention
 from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
 
 _INSTALL = threading.Lock()
+_FALLBACK = "_sparsiattn_fallback"
 
 _CALL = nn.Module._call_impl.__code__
 MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
@@ -76,6 +77,7 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
             SITE_CALLS.top = top
 
     scaled_dot_product_attention.__doc__ = fallback.__doc__
+    setattr(scaled_dot_product_attention, _FALLBACK, fallback)
     return scaled_dot_product_attention
 
 
@@ -84,6 +86,11 @@ def install() -> None:
     global _wrapper
     with _INSTALL:
         if F.scaled_dot_product_attention is _wrapper:
+            return
+        before = getattr(F.scaled_dot_product_attention, _FALLBACK, None)
+        if before is not None:  # an earlier wrapper is back: another one each time would add up
+            _wrapper = F.scaled_dot_product_attention
+            set_original_attention(before)
             return
         # torch lists functions once, with those that are there: Dynamo shows modes only these
         get_overridable_functions()
@@ -129,7 +136,7 @@ def opened_by_caller(key: int) -> bool:
     attention, is none of the scope's business.
     """
     caller_then = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
-    if caller_then is None:
+    if caller_then is None or SITE_CALLS.deferred:
         return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not caller_then:

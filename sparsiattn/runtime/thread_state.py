@@ -49,6 +49,8 @@ class SiteCalls(threading.local):
         routed: Keys of the open scopes whose module did call attention.
         shared: The pattern of the first of two calls that must agree on their keys; by number of
             own tokens in a padded batch.
+        deferred: Whether attention is called for scores that the open scope's module put off: their
+            values may be needed inside another module, as in a dropout or a hook.
     """
 
     # without a dictionary of its own: Dynamo would write into that, and another frame, compiled by
@@ -59,6 +61,7 @@ class SiteCalls(threading.local):
     callers: dict[int, FrameType] = field(default_factory=dict)
     routed: set[int] = field(default_factory=set)
     shared: Pattern | dict[int, Pattern] | None = None
+    deferred: bool = False
 
 
 @dataclass(eq=False)

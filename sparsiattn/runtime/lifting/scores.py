@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from sparsiattn.runtime.thread_state import SITE_CALLS
+
 Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
 """What was added to the scores, with the shape they had at that time."""
 
@@ -169,9 +171,13 @@ class Scores:
             q, k = (x.reshape(*shape[:-2], *x.shape[-2:]) for x in (q, k))
         if mask is not None:
             mask = mask[(None,) * (len(shape) - mask.dim())].to(v.dtype)
-        return self.lift.attend(
-            q.to(v.dtype), k.to(v.dtype), v, mask, self.dropout, scale=self.factor
-        )
+        SITE_CALLS.deferred = True
+        try:
+            return self.lift.attend(
+                q.to(v.dtype), k.to(v.dtype), v, mask, self.dropout, scale=self.factor
+            )
+        finally:
+            SITE_CALLS.deferred = False
 
 
 def flip(shape: tuple[int, ...]) -> torch.Size:
