@@ -17,6 +17,7 @@ from sparsiattn.patching.estimate import settle_sites
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.install import attach
 from sparsiattn.patching.place_planner import place_planner
+from sparsiattn.patching.replan import watch_changes
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.survey import ModelSurvey, survey
@@ -113,6 +114,7 @@ def apply_strategy(
     planned = plan_patch(model, strategy, **options)
     refuse_wrapped(model if outermost is None else outermost, planned)
     attach(planned)
+    watch_changes(planned)
     return planned
 
 

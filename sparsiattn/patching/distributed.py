@@ -78,7 +78,11 @@ def _wrapper_classes() -> tuple[type, ...]:
 
 
 def _planner_weights(state: PatchState) -> Iterator[nn.Parameter]:
-    planners = [runtime.planner for runtime in (*state.runtimes, *state.blocks)]
-    for planner in planners:
-        if isinstance(planner, nn.Module):
-            yield from planner.parameters()
+    for planner in planner_modules(state):
+        yield from planner.parameters()
+
+
+def planner_modules(state: PatchState) -> list[nn.Module]:
+    """Planners with weights."""
+    planners = [r.planner for r in state.runtimes] + [r.planner for r in state.blocks]
+    return [planner for planner in planners if isinstance(planner, nn.Module)]

@@ -7,7 +7,7 @@ from torch import nn
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels import cost
 from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
-from sparsiattn.patching.distributed import RefuseUnreduced
+from sparsiattn.patching.distributed import RefuseUnreduced, planner_modules
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
@@ -52,7 +52,7 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
     hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
     # before the sites': the model itself may be one
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
-    if any(isinstance(r.planner, nn.Module) for r in (*state.runtimes, *state.blocks)):
+    if planner_modules(state):
         hooks.append(model.register_forward_pre_hook(RefuseUnreduced(state)))
     if state.blocks:
         hooks.append(model.register_forward_hook(LeaveModel(state), always_call=True))

@@ -133,15 +133,26 @@ def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> 
         model.get_submodule(runtime.block.name),
         training=model.training,
     )
-    runtime.placement = _placement(strategy, runtime.block, plain, type(model).__name__)
+    runtime.placement = placement_of(strategy, runtime.block, plain, type(model).__name__)
 
 
-def _placement(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
+def placement_of(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
+    """Where a block reduces.
+
+    Args:
+        tokens: Its token strategy.
+        block: The block.
+        plain: See `is_plain`.
+        model: The model's name, for errors.
+
+    Raises:
+        InvalidOption: It cannot.
+    """
     if plain:
         placement = tokens.placement()
         tail = block.tail
-        apart = tail is not None and not (tail.mixes or tail.eval_only)
-        apart = apart and tail.shape == block.output_shape
+        fits = tail is not None and tail.shape == block.output_shape
+        apart = tail is not None and fits and not (tail.mixes or tail.eval_only)
         return "exit" if placement == "middle" and not apart else placement
     if block.tail is None or block.tail.mixes:
         why = "no MLP branch of its own"

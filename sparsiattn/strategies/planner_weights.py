@@ -48,7 +48,7 @@ class PlannerWeights(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         had_none = _has_no_values(self)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `Module.to_empty` hands its own function down, and no other sign
         emptied = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         if (emptied or had_none) and not _has_no_values(self):
@@ -100,5 +100,6 @@ def _fill(tensor: Tensor, value: Tensor) -> None:
 
         value, mesh = value.to(tensor.device, tensor.dtype), tensor.device_mesh
         # every process has all of the value already, so that nothing is sent
-        value = distribute_tensor(value, mesh, tensor.placements, src_data_rank=None)
+        placements: Any = getattr(tensor, "placements", None)
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     tensor.copy_(value)
