@@ -161,6 +161,18 @@ class FunctionalDepth(nn.Module):
         return x + nn.functional.dropout(self.mlp(self.norm2(x)), self.rate, self.training)
 
 
+def test_attention_that_is_not_fused_is_still_as_patched() -> None:
+    model = vit()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    patch = patched(model, "token_merge")
+    with torch.no_grad():
+        before = model(images())
+        with patch.disabled():
+            model(images())
+        assert torch.equal(model(images()), before)
+
+
 def test_a_rate_that_is_set_later_is_noticed_in_training() -> None:
     model = vit()
     model.blocks = nn.Sequential(*map(FunctionalDepth, model.blocks))
