@@ -20,6 +20,7 @@ from sparsiattn.patching.install import attach
 from sparsiattn.patching.known_calls import know_call, know_training
 from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.places import fit_places
+from sparsiattn.patching.replan import watch_changes
 from sparsiattn.patching.schedule import Schedule, apply_schedule, read_schedule
 from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.survey import ModelSurvey, survey
@@ -132,6 +133,7 @@ def apply_strategy(
     planned = plan_patch(model, strategy, **options)
     refuse_wrapped(model if outermost is None else outermost, planned)
     attach(planned)
+    watch_changes(planned)
     return planned
 
 

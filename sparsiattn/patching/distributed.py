@@ -79,8 +79,12 @@ def _wrapper_classes() -> tuple[type, ...]:
 
 
 def _planner_weights(state: PatchState) -> Iterator[nn.Parameter]:
+    for planner in planner_modules(state):
+        yield from planner.parameters()
+
+
+def planner_modules(state: PatchState) -> list[nn.Module]:
+    """Planners with weights."""
     planners: list[Any] = [runtime.planner for runtime in state.runtimes]
     planners += [block.planner for block in state.blocks]
-    for planner in planners:
-        if isinstance(planner, nn.Module):
-            yield from planner.parameters()
+    return [planner for planner in planners if isinstance(planner, nn.Module)]

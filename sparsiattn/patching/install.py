@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels import cost
 from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
-from sparsiattn.patching.distributed import RefuseUnreduced
+from sparsiattn.patching.distributed import RefuseUnreduced, planner_modules
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
@@ -59,9 +57,7 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
     # before the sites': the model itself may be one
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
     hooks.append(model.register_forward_hook(LeaveModel(state), always_call=True))
-    planners: list[Any] = [runtime.planner for runtime in state.runtimes]
-    planners += [block.planner for block in state.blocks]
-    if any(isinstance(planner, nn.Module) for planner in planners):
+    if planner_modules(state):
         hooks.append(model.register_forward_pre_hook(RefuseUnreduced(state)))
     storing = [r.site for r in state.runtimes if r.strategy.uses_cross_layer_state]
     for module in enclosing(model, storing):

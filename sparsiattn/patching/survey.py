@@ -138,6 +138,12 @@ def survey(
     raise ProbeFailed(f"{failures[-1]}. {advice}") from failures[-1].__cause__
 
 
+def survey_again(state: PatchState, names: Collection[str]) -> ModelSurvey:
+    """Look at a patched model as at patch time, with the same example."""
+    backbone = backbone_of(state.model)
+    return _survey_with(state.model, backbone, state.attention.example, names, state.structure)
+
+
 def _survey_with(
     model: nn.Module,
     backbone: Backbone,

@@ -78,12 +78,19 @@ def plan_tokens(
         state.blocks += _trimmed(runtimes, plain)
     check_alike(towers, resolved, name)
     state.tokens, state.proportional = resolved[0], resolved[0].proportional_attention()
-    # tokens may count differently in every image of a padded batch
-    last = [block.index for block in state.blocks if block.last]
-    state.reads_prefix = not any(consumers.need_all(index, uneven=True) for index in last)
+    state.reads_prefix = reads_prefix(state, consumers)
     if plain:
         _heed_hooks(state, surveyed.read_by_hooks)
     return consumers
+
+
+def reads_prefix(state: PatchState, consumers: Consumers) -> bool:
+    """Whether all that reads the last sequence reads prefix tokens alone.
+
+    Others count differently in every image of a padded batch.
+    """
+    last = [block.index for block in state.blocks if block.last]
+    return not any(consumers.need_all(index, uneven=True) for index in last)
 
 
 def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
@@ -184,10 +191,21 @@ def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> 
         model.get_submodule(runtime.block.name),
         training=model.training,
     )
-    runtime.placement = _placement(strategy, runtime.block, plain, type(model).__name__)
+    runtime.placement = placement_of(strategy, runtime.block, plain, type(model).__name__)
 
 
-def _placement(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
+def placement_of(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
+    """Where a block reduces.
+
+    Args:
+        tokens: Its token strategy.
+        block: The block.
+        plain: See `is_plain`.
+        model: The model's name, for errors.
+
+    Raises:
+        InvalidOption: It cannot.
+    """
     if plain:
         placement = tokens.placement()
         tail = block.tail

@@ -179,6 +179,7 @@ class BlockRuntime:
     def _followed(self, state: Carried, x: Tensor) -> Carried:
         """The state where something between two blocks handed on another tensor than returned."""
         if state.sequence is None:
+            self._refuse_other_count(state, x)
             return state
         if isinstance(state, PaddedTokens):
             return replace(state, sequence=state.follow(x))
@@ -189,6 +190,17 @@ class BlockRuntime:
                 "fixed keep"
             )
         return replace(state, sequence=take(x, state.tokens()))
+
+    def _refuse_other_count(self, state: Carried, x: Tensor) -> None:
+        """What a block returns is what the next must take: one may write to its input instead."""
+        if not isinstance(state, TokenState) or state.ids is None:
+            return
+        count = state.prefix + state.ids.shape[1]
+        if x.shape[1] != count:
+            raise ModelChanged(
+                f"block {self.block.name!r} got {x.shape[1]} tokens where the block before "
+                f"returned {count}: what a block returns must be what the next one takes"
+            )
 
     def note(self, x: Tensor, state: Carried, *, inside: bool = False) -> None:
         """Keep the state for a backward pass that runs this block, or its inside, again."""
@@ -282,6 +294,13 @@ class BlockRuntime:
     ) -> Reduction | None:
         """What the planner wants to become of these tokens."""
         assert self.planner is not None
+        if attention is not None and attention.q.shape[0] != x.shape[0]:
+            raise InvalidOption(
+                f"block {self.block.name!r} attends in {attention.q.shape[0]} of {x.shape[0]} "
+                "images (stochastic depth on a subset of the batch?), so that the others have no "
+                "scores: set its drop rate to 0, or choose by what reads no attention, e.g. "
+                "token_drop with score='norm'"
+            )
         return self.planner(
             TokenInputs(
                 state.split_suffix(x)[0][:, state.prefix :],

@@ -99,8 +99,12 @@ class PatchState(PatchOwner):
         self._paused = 0
         self._reapply = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # of a pass in training, with its graph, which can be neither copied nor pickled
+        return {**self.__dict__, "last_pass": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, last_pass=None, is_copy=True)
+        self.__dict__.update(state, is_copy=True)
         self.key = new_key()  # a copy is disabled on its own
         # made inside disabled(): the host's switches are turned again at the first forward
         self._reapply, self._paused = bool(self._paused), 0

@@ -100,6 +100,6 @@ def _fill(tensor: Tensor, value: Tensor) -> None:
 
         value, mesh = value.to(tensor.device, tensor.dtype), tensor.device_mesh
         # every process has all of the value already, so that nothing is sent
-        placements = tensor.placements  # type: ignore[attr-defined]
+        placements: Any = getattr(tensor, "placements", None)
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     tensor.copy_(value)

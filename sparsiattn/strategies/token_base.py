@@ -141,6 +141,9 @@ class LearnedTokenPlanner(PlannerWeights):
     ['weight']
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, tokens: TokenInputs) -> Reduction | None:
         raise NotImplementedError(f"{type(self).__name__} must override forward(tokens)")
 

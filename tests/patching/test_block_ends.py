@@ -273,6 +273,66 @@ def test_a_patch_looks_at_training_mode_and_leaves_the_model_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class WritesToInput(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.attn(self.n1(x))
+        x += self.f(x)
+        return x
+
+
+class IgnoresReturned(Model):
+    """Its blocks write to their input, and nobody looks at what they return."""
+
+    def __init__(self) -> None:
+        super().__init__(MIDDLE["plain"][0])
+        self.blocks = nn.ModuleList(
+            WritesToInput(MIDDLE["plain"][0], nn.Identity()) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls, self.patch_embed(x).flatten(2).mT], 1)
+        for block in self.blocks:
+            block(x)
+        return self.head(x[:, 0])
+
+
+def test_blocks_that_write_to_their_input_are_right_or_refused() -> None:
+    torch.manual_seed(0)
+    model = IgnoresReturned()
+    with torch.no_grad():
+        dense = model(images())
+        with sparsiattn.patch(model, "token_drop", keep=5, layers=[2], input=SHAPE):
+            torch.testing.assert_close(model(images()), dense)
+        with pytest.raises(sparsiattn.SparsiattnError, match="returned"):
+            sparsiattn.patch(model, "token_drop", keep=5, layers=[0], input=SHAPE)
+        torch.testing.assert_close(model(images()), dense)
+
+
+class HalfAttends(Block):
+    """DINOv2's stochastic depth on the attention, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        half = torch.arange(len(x) // 2)
+        x = torch.index_add(x, 0, half, self.attn(self.n1(x[half])), alpha=2.0)
+        return subset(self, x)
+
+
+def test_scores_of_half_of_the_images_are_refused() -> None:
+    torch.manual_seed(0)
+    model = Model(MIDDLE["plain"][0])
+    model.blocks = nn.ModuleList(HalfAttends(subset, nn.Identity()) for _ in range(2))
+    x, dense = images(), model.train()(images())
+    with sparsiattn.patch(model, "token_drop", keep=5, layers=[1], input=SHAPE):
+        model.eval()(x)
+        with pytest.raises(sparsiattn.InvalidOption, match="2 of 4 images"):
+            model.train()(x)
+    with sparsiattn.patch(model, "token_drop", keep=5, layers=[1], score="norm", input=SHAPE):
+        torch.testing.assert_close(model(x), dense)
+
+
 STEPS: dict[str, Callable[[Block, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "norm": lambda b, x, f: (x, b.n2(f)),
     "mlp": lambda b, x, f: (x, b.mlp(f)),

@@ -35,6 +35,8 @@ def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | N
     )
     if queries is not None and isinstance(getattr(call.module, "halo_size", None), int):
         return queries, None
+    if queries is not None and call.q_places is not None and not (call.q_places >= 0).any():
+        return queries, (1, call.k[-2])
     if queries is None or keys is None or queries.special_count != keys.special_count:
         return None, None
     return replace(queries, raster=queries.raster and keys.raster), keys.stacked_grid
@@ -59,9 +61,10 @@ def read_structure(places: Tensor | None, image: Sequence[int], source: str) -> 
     """
     if places is None or bool((places == UNKNOWN).any()):
         return None
+    count = places.shape[-1]
     places = places[(places >= 0).any(-1)]  # windows of nothing but padding say nothing
-    if len(places) == 0:
-        return None
+    if len(places) == 0:  # queries of a decoder
+        return Structure((1, count), raster=False, source="none of them comes from the image")
     structure = _window(places, image) if len(places) > 1 else _sequence(places[0], image)
     return None if structure is None else replace(structure, source=source)
 

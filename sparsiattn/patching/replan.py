@@ -1,0 +1,227 @@
+"""What was decided of tokens at patch time, decided again when the model changed since.
+
+A head may come or go, pooling or the input size may change (`reset_classifier`, `set_input_size`).
+Right is what the same model would give that was changed first and patched then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsiattn.attention.block import Block
+from sparsiattn.errors import ModelChanged, SparsiattnError, first_line
+from sparsiattn.patching.discovery.backbone import backbone_named
+from sparsiattn.patching.discovery.blocks import find_blocks, in_training
+from sparsiattn.patching.discovery.consumers import Consumers
+from sparsiattn.patching.known_calls import know_call, know_training
+from sparsiattn.patching.survey import ModelSurvey, survey, survey_again
+from sparsiattn.patching.token_plan import (
+    is_plain,
+    placement_of,
+    reads_prefix,
+    validate_token_plan,
+)
+from sparsiattn.patching.towers import consumers_of, find_towers
+from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.patch_state import SWITCHING, PatchState
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS
+
+_PLAIN = (str, bool, type(None))
+"""Types of attributes that say how a model is built; numbers may be counters."""
+
+
+class AskAgain:
+    """Forward pre-hook of a model that carries fewer tokens: is it what was patched?
+
+    Attributes:
+        owner: The patch.
+        outline: What its decisions depend on, as it was when they were made.
+        rates: Which rates inside the blocks are zero: of those nothing is seen in training.
+    """
+
+    def __init__(self, owner: PatchState) -> None:
+        self.owner = owner
+        self.outline, self.rates = outline_of(owner), _rates(owner)
+        self._enlist()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.key = next(_KEYS)
+        _HOOKS[self.key] = self
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            _ask(self.key)
+        else:
+            self.ask()
+
+    def ask(self) -> None:
+        """Decide again if the model is not what it was."""
+        owner = self.owner
+        if owner.disabled_here or not owner.alive:
+            return
+        outline = outline_of(owner)
+        rates = _rates(owner) if owner.training else self.rates
+        if (outline, rates) == (self.outline, self.rates):
+            return
+        with SWITCHING, _undisturbed():
+            plan_again(owner, resized=outline[0] != self.outline[0])
+        self.outline, self.rates = outline, rates
+
+
+_KEYS = itertools.count(1)
+_HOOKS: weakref.WeakValueDictionary[int, AskAgain] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ask(key: int) -> bool:
+    """Ask while a graph is traced: a model that changed is traced anew.
+
+    Dynamo runs such a function instead of looking into it, and hands it numbers only.
+    """
+    hook = _HOOKS.get(key)
+    if hook is not None:
+        hook.ask()
+    return True
+
+
+def watch_changes(state: PatchState) -> None:
+    """Ask again from now on, before every eager pass of a model that carries fewer tokens."""
+    if state.blocks:
+        # before the other hooks, which go by what is decided
+        hook = state.model.register_forward_pre_hook(AskAgain(state), prepend=True)
+        state.hooks.append(hook)
+
+
+def outline_of(state: PatchState) -> tuple[Any, ...]:
+    """What decisions depend on: the input size, and the model around its blocks."""
+    shape = backbone_named(state.backbone).input_shape(state.model)
+    return shape, tuple(_around(state))
+
+
+def _around(state: PatchState) -> Iterator[Any]:
+    """Kind and switches of every module outside the lists of blocks."""
+    lists = {runtime.block.name.rpartition(".")[0] for runtime in state.blocks} - {""}
+    switched = {override.attribute for override in state.overrides} | {"training"}
+    waiting: list[tuple[str, nn.Module]] = [("", state.model)]
+    while waiting:
+        name, module = waiting.pop()
+        yield name, f"{type(module).__module__}.{type(module).__qualname__}"
+        for key, value in vars(module).items():
+            if isinstance(value, _PLAIN) and key not in switched and not key.startswith("_"):
+                yield key, value
+        yield tuple(key for key, weight in module._parameters.items() if weight is not None)
+        if name not in lists:
+            parts = module.named_children()
+            waiting.extend((f"{name}.{key}" if name else key, part) for key, part in parts)
+
+
+def _rates(state: PatchState) -> tuple[bool, ...]:
+    reducing = (r for r in state.blocks if r.placement in ("middle", "bypass"))
+    modules = (m for r in reducing for m in state.model.get_submodule(r.block.name).modules())
+    return tuple(value == 0 for m in modules for value in vars(m).values() if type(value) is float)
+
+
+def plan_again(state: PatchState, *, resized: bool) -> None:
+    """Decide for the model as it is now.
+
+    Args:
+        state: The patch.
+        resized: Whether the model says another input size than it did.
+
+    Raises:
+        ModelChanged: Another patch would be needed.
+    """
+    names = {site.name for site in state.sites}
+    try:
+        if state.follows_model or resized:
+            surveyed = survey(state.model, None, names, given=state.structure)
+        else:
+            surveyed = survey_again(state, names)
+        attention = surveyed.attention(state.model)
+        known = {site.name for site, _ in attention.sites}
+        _need(state, all(site.name in known for site in state.sites), "its attention")
+        consumers = _renew_blocks(state, surveyed)
+        state.describe_anew(attention)
+        state.reads_prefix = reads_prefix(state, consumers)
+        state.known_calls.clear()
+        know_call(state, surveyed)
+        validate_token_plan(state, consumers, surveyed.returned)
+        if state.shortens:
+            know_training(state, surveyed)
+    except ModelChanged:
+        raise
+    except SparsiattnError as error:
+        raise _changed(state, first_line(error)) from error
+
+
+def _renew_blocks(state: PatchState, surveyed: ModelSurvey) -> Consumers:
+    """Describe the patch's blocks anew, and say who reads what they return."""
+    model, inputs = state.model, surveyed.inputs()
+    sites = {site.name: site for site, _ in surveyed.sites}
+    blocks = find_blocks(surveyed.meta_model, sites, inputs)
+    blocks = in_training(surveyed.meta_model, blocks, inputs)
+    plain = is_plain(blocks, sites)
+    by_name = {block.name: block for block in blocks}
+    consumers = consumers_of(surveyed.meta_model, blocks, sites, inputs) if plain else Consumers()
+    for runtime in state.blocks:
+        block = by_name.get(runtime.block.name)
+        _need(state, block is not None, f"its block {runtime.block.name!r}")
+        assert block is not None
+        _need(state, _reduces_alike(runtime, block, plain), f"how {block.name!r} ends")
+        runtime.block = block
+    if plain:
+        for tower in find_towers(blocks, consumers, type(model).__name__):
+            count = surveyed.backbone.class_tokens(model.get_submodule(tower.root))
+            inside = {block.name for block in tower.blocks}
+            alike = (r.class_tokens == count for r in state.blocks if r.block.name in inside)
+            _need(state, all(alike), "its class tokens")
+    return consumers
+
+
+def _reduces_alike(runtime: BlockRuntime, block: Block, plain: bool) -> bool:
+    """Whether a block still reduces where its hooks are."""
+    before, now = runtime.block.tail, block.tail
+    if runtime.placement in ("middle", "bypass"):
+        ends = [None if tail is None else (tail.entry, tail.exit) for tail in (before, now)]
+        if ends[0] != ends[1]:
+            return False
+    if runtime.strategy is None:
+        return True
+    name = type(runtime.owner.model).__name__
+    return placement_of(runtime.strategy, block, plain, name) == runtime.placement
+
+
+def _need(state: PatchState, condition: bool, what: str) -> None:
+    if not condition:
+        raise _changed(state, f"{what} is not what it was")
+
+
+def _changed(state: PatchState, why: str) -> ModelChanged:
+    return ModelChanged(
+        f"{type(state.model).__name__} was changed after patching ({why}); call unpatch() and "
+        "patch the changed model again"
+    )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Afterwards this thread's records are what they were: another model may be running."""
+    records = (SITE_CALLS, BLOCK_CALL, MODEL_CALL)
+    before = [dict(vars(record)) for record in records]
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        for record, slots in zip(records, before, strict=True):
+            vars(record).update(slots)
