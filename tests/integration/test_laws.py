@@ -25,8 +25,11 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
-@pytest.mark.parametrize("strategy", SPARSE)
+# Hiera's tokens are in no raster order, which `local` refuses
+PAIRS = [(f, s) for s in SPARSE for f in zoo.FAMILIES if (f, s) != ("hiera", "local")]
+
+
+@pytest.mark.parametrize(("family", "strategy"), PAIRS)
 class TestEveryFamily:
     def test_identity_change_and_undo(self, family: str, strategy: str) -> None:
         """Laws 1, 4 and 10: exact at full budget, a real change below it, undone bit for bit."""
