@@ -32,7 +32,10 @@ def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
     if torch.compiler.is_compiling():
         return build(*key, device=device)
     full_key = (build, key, device)
-    built = _TABLES.get(full_key)
+    try:
+        built = _TABLES.get(full_key)
+    except TypeError:  # sizes that an exporter leaves open have no hash
+        return build(*key, device=device)
     if built is None:
         # an inference tensor kept from a warm-up would break a later training step
         with torch.inference_mode(False):

@@ -153,9 +153,7 @@ class TokenMerge(TokenStrategy):
 
     def _by_energy(self, tokens: TokenInputs, keys: Tensor, r: int) -> Reduction:
         """PiToMe, section 3: tokens with many alike are merged first."""
-        order = energy(keys, tokens.layer, tokens.depth).argsort(
-            dim=1, descending=True, stable=True
-        )
+        order = by_rank(energy(keys, tokens.layer, tokens.depth))
         half = math.ceil(tokens.depth / 2)
         early = tokens.layer < half
         split_all = self.bsm is not None and early == (self.bsm == "first")
@@ -164,6 +162,13 @@ class TokenMerge(TokenStrategy):
         likeness = take(keys, first) @ take(keys, second).mT
         protected = None if end is None else order[:, end:]
         return merge_pairs(tokens, likeness, (first, second), r, protected)
+
+
+def by_rank(values: Tensor) -> Tensor:
+    """Numbers along the last of ``[B, n]``, largest value first, equal ones in order."""
+    if torch.compiler.is_exporting():  # torch's ONNX exporter knows no stable sort; its own is one
+        return values.argsort(dim=1, descending=True)
+    return values.argsort(dim=1, descending=True, stable=True)
 
 
 def alternate(count: int, odd: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -212,7 +217,7 @@ def merge_pairs(
     batch, x = likeness.shape[0], tokens.x  # len() would tie an exported program to this batch
     first, second = (side.expand(batch, -1) for side in sides)
     best = likeness.max(-1)
-    ranked = best.values.argsort(dim=1, descending=True, stable=True)
+    ranked = by_rank(best.values)
     source, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
     target = best.indices.gather(1, source)
     moved, kept = first.gather(1, source), first.gather(1, rest)
