@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.thread_state import MODEL_CALL, Carried
 from sparsiattn.strategies.token_base import TokenStrategy
 
@@ -53,7 +54,7 @@ class PatchOwner:
     @property
     def disabled_here(self) -> bool:
         """Whether this thread is inside `Patch.disabled`."""
-        return self.key in MODEL_CALL.disabled
+        return self.key in settings.disabled
 
     def restores_at(self, last: bool) -> bool:
         """Whether a block's output gets its original positions back in the present forward."""

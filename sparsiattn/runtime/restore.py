@@ -139,7 +139,6 @@ class EnterModel:
         inside = is_inside(owner)
         install()  # somebody may have put the original function back
         owner.check_sites()
-        owner.reapply_overrides()
         owner.last_pass = None
         if owner.blocks and not inside:
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
