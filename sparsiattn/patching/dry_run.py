@@ -31,11 +31,12 @@ from sparsiattn.patching.discovery.meta_model import (
 )
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.install import hook_up
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.hook_tools import RecomputeCache
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.restore import modules_with_features, unwatch, watch
-from sparsiattn.runtime.thread_state import MODEL_CALL, Carried
+from sparsiattn.runtime.thread_state import Carried
 from sparsiattn.strategies.base import Planner
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ def dry_run(state: PatchState, counted: bool = True) -> DryRun:
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         run.inputs[site.name] = inputs
 
-    with MODEL_CALL.setting(observer=(copied.key, observe)), run.counter() as counter:
+    with settings.setting("observer", (copied.key, observe)), run.counter() as counter:
         run.output = shapes(run_dry(copied.model, dry_inputs(state), run.counts.clear))
     run.macs = macs_of(counter)
     return run
@@ -137,8 +138,7 @@ def _copied_state(state: PatchState, run: DryRun) -> PatchState:
     """The same patch on a copy of the model."""
     backbone = backbone_named(state.backbone)
     copied = copy.copy(state)
-    copied.model, copied.hooks, copied.places = dry_copy(state, state.model), [], []
-    copied.overrides = []  # of the real model; the copy's are turned below
+    copied.model = dry_copy(state, state.model)
     for override in backbone.attribute_overrides(copied.model):
         override.apply()
     copied.runtimes = [copy.copy(runtime) for runtime in state.runtimes]

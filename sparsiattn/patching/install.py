@@ -32,14 +32,13 @@ def attach(state: PatchState) -> None:
     try:
         state.model.__dict__[PATCH_ATTRIBUTE] = state
         backbone = backbone_named(state.backbone)
-        state.overrides = backbone.attribute_overrides(state.model)
-        for override in state.overrides:
-            override.apply()
         for runtime in state.runtimes:
             _add_planner(state, runtime)
         for module in modules_with_features(state):
             watch(module, state)
         hook_up(state, backbone)
+        # last, and undone first: the class of a switched object stands above all others
+        state.turn_overrides_on(backbone.attribute_overrides(state.model))
     except BaseException:
         remove(state)
         raise
@@ -122,6 +121,7 @@ def remove(state: PatchState) -> None:
     with SWITCHING:
         for hook in state.hooks:
             hook.remove()
+        state.turn_overrides_off()
         for runtime in state.runtimes:
             drop(runtime.module)
         for module in modules_with_features(state):
@@ -130,7 +130,6 @@ def remove(state: PatchState) -> None:
             if runtime.module._modules.get(PLANNER) is runtime.planner:
                 del runtime.module._modules[PLANNER]
             swap_back(runtime.module)
-        state.revert_overrides()
         state.hooks, state.places = [], []
         state.model.__dict__.pop(PATCH_ATTRIBUTE, None)
         state.alive = False

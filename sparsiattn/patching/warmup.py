@@ -10,19 +10,20 @@ import torch
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.model_call import arguments
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.thread_state import MODEL_CALL
 
 
 def warmup(state: PatchState, inputs: Any) -> None:
     """One forward pass whose patched sites let every kernel get ready; see `Patch.warmup`."""
-    if state.disabled_here or MODEL_CALL.observer is not None:
+    if state.disabled_here or settings.observer is not None:
         raise InvalidOption(
             "warmup() inside disabled() or observing() would run dense attention and warm up "
             "nothing; leave that block first"
         )
     args, kwargs = arguments(inputs, "warmup")
-    with torch.no_grad(), unchanged(state), MODEL_CALL.setting(warming=state.key):
+    with torch.no_grad(), unchanged(state), settings.setting("warming", state.key):
         state.model(*args, **kwargs)
 
 

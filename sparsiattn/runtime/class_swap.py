@@ -18,13 +18,23 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        host = vars(type(self)).get(HOST)
-        return reduced if host is None else (_empty, (type(self).__bases__[0], host), *reduced[2:])
+        swapped = HOST in vars(type(self))
+        return (*creation(type(self)), *reduced[2:]) if swapped else reduced
 
     @staticmethod
     def members(host: Any) -> Mapping[str, Any]:
         """What the swapped class adds to the host's."""
         raise NotImplementedError
+
+
+def creation(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What makes an empty object of a class, swapped or not: a function and its arguments."""
+    host = vars(kind).get(HOST)
+    return (_of_host, (kind,)) if host is None else (_empty, (kind.__bases__[0], host))
+
+
+def _of_host(host: Any) -> Any:
+    return host.__new__(host)
 
 
 def _empty(mixin: Any, host: Any) -> Any:

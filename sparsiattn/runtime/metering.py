@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from sparsiattn.runtime.thread_state import MODEL_CALL
+from sparsiattn.runtime import settings
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ def metered(method: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(method)
     def call(self: Any, *args: Any) -> T:
-        meter = MODEL_CALL.meter
+        meter = settings.meter
         if meter is None:
             return method(self, *args)
         with meter.choosing(self):

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Maps
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
 from sparsiattn.strategies.token_base import TokenStrategy
 
@@ -64,7 +65,7 @@ class PatchOwner:
     @property
     def disabled_here(self) -> bool:
         """Whether this thread is inside `Patch.disabled`."""
-        return self.key in MODEL_CALL.disabled
+        return self.key in settings.disabled
 
     @property
     def shortens(self) -> bool:

@@ -16,12 +16,14 @@ from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
 from sparsiattn.runtime.site_hooks import OpenScope
 from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
+from sparsiattn.runtime.switches import switch_off, switch_on
+from sparsiattn.runtime.thread_state import BLOCK_CALL
 from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.config import Config
 
@@ -96,8 +98,6 @@ class PatchState(PatchOwner):
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
         self.is_copy = False
-        self._paused = 0
-        self._reapply = False
 
     def __getstate__(self) -> dict[str, Any]:
         # of a pass in training, with its graph, which can be neither copied nor pickled
@@ -106,8 +106,15 @@ class PatchState(PatchOwner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
         self.key = new_key()  # a copy is disabled on its own
-        # made inside disabled(): the host's switches are turned again at the first forward
-        self._reapply, self._paused = bool(self._paused), 0
+        for override in self.overrides:  # objects copy as the host has them
+            switch_on(override, self)
+
+    def __copy__(self) -> PatchState:
+        """The same decisions, for another model: nothing of this one is switched or hooked."""
+        bare = type(self).__new__(type(self))
+        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], last_pass=None)
+        bare.key = new_key()
+        return bare
 
     @property
     def active(self) -> bool:
@@ -187,41 +194,29 @@ class PatchState(PatchOwner):
                     "patch the changed model again"
                 )
 
-    def reapply_overrides(self) -> None:
-        """Turn the host's switches in a copy that was made inside `disabled`."""
-        if self._reapply:
-            for override in self.overrides:
-                override.apply()
-            self._reapply = False
+    def turn_overrides_on(self, overrides: list[AttributeOverride]) -> None:
+        """Make these attributes of the host read as the patch needs them, where it is on."""
+        self.overrides = overrides
+        for override in overrides:
+            switch_on(override, self)
 
-    def revert_overrides(self) -> None:
-        """Turn the host's switches back, unless `disabled` has done so."""
-        for override in reversed(() if self._paused else self.overrides):
-            override.revert()
+    def turn_overrides_off(self) -> None:
+        """Undo `turn_overrides_on`."""
+        for override in reversed(self.overrides):
+            switch_off(override, self)
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """The host's own path inside the block, bit-equal to the unpatched model, in this thread.
+        """The host's own path inside the block, bit-equal to the unpatched model.
 
-        Switches of the model itself (``fused_attn``) are turned back as well, for all threads. With
-        gradient checkpointing, run the backward pass inside the block too. Only
-        `nn.TransformerEncoderLayer`, which leaves its fused path wherever a hook hangs, can differ
-        by rounding.
+        It holds for the thread, or the task of an event loop, that entered the block, and for what
+        that hands its context on to (`asyncio.to_thread`, tasks it makes); in a generator, only
+        while the generator runs. Everybody else sees the patch. With gradient checkpointing, run
+        the backward pass inside the block too. Only `nn.TransformerEncoderLayer`, which leaves its
+        fused path wherever a hook hangs, can differ by rounding.
         """
-        with MODEL_CALL.setting(disabled=(*MODEL_CALL.disabled, self.key)):
-            self._pause(+1)
-            try:
-                yield self.model
-            finally:
-                self._pause(-1)
-
-    def _pause(self, step: int) -> None:
-        with SWITCHING:
-            # several threads may be inside: only the first and the last turn the switches
-            before, self._paused = self._paused, self._paused + step
-            if self.active and bool(before) != bool(self._paused):
-                for override in self.overrides:
-                    override.revert() if self._paused else override.apply()
+        with settings.setting("disabled", self.key):
+            yield self.model
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[nn.Module]:
@@ -233,11 +228,11 @@ class PatchState(PatchOwner):
             observer: Called as ``observer(site, planner, inputs)`` before the host's attention.
 
         Raises:
-            InvalidOption: This thread is observing already.
+            InvalidOption: This thread, or task, is observing already.
         """
-        if MODEL_CALL.observer is not None:
+        if settings.observer is not None:
             raise InvalidOption("this thread is observing a patch already; leave that block first")
-        with MODEL_CALL.setting(observer=(self.key, observer)):
+        with settings.setting("observer", (self.key, observer)):
             yield self.model
 
 

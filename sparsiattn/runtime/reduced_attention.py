@@ -21,6 +21,7 @@ from sparsiattn.attention.pattern import Lengths
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.base import choose
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.padded_attention import (
     attend_own,
     begin_padded,
@@ -30,7 +31,7 @@ from sparsiattn.runtime.padded_attention import (
     refuse_late_padding,
 )
 from sparsiattn.runtime.site_runtime import Decision, SiteRuntime
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
+from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
 from sparsiattn.strategies.base import Planner
 
 
@@ -156,7 +157,7 @@ def _packed(runtime: SiteRuntime, planner: Planner, packed: PackedTokens, call: 
         BLOCK_CALL.attention = [
             _inputs(runtime, _fitted(runtime, state, part), state) for state, part in images
         ]
-    plain = call.mask is None and not runtime.owner.proportional and MODEL_CALL.observer is None
+    plain = call.mask is None and not runtime.owner.proportional and settings.observer is None
     if plain and runtime.stays_dense(max(packed.lengths)):
         return _by_ragged_kernel(runtime, packed, call)
     rows = [reduced_attention(runtime, planner, state, part) for state, part in images]

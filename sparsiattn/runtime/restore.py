@@ -150,7 +150,6 @@ class EnterModel(ScriptRefusal):
         install()  # somebody may have put the original function back
         owner.check_sites()
         refuse_compiled_parts(owner)
-        owner.reapply_overrides()
         owner.last_pass = None
         if not inside:
             if owner.shortens and not owner.disabled_here:

@@ -20,9 +20,10 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.kernels.base import Choice, Kernel, choose
 from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.kernels.warmup import warm_kernels
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.cross_layer import hand_on, state_at
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS
+from sparsiattn.runtime.thread_state import BLOCK_CALL, SITE_CALLS
 from sparsiattn.strategies import finalize
 from sparsiattn.strategies.base import Planner, Strategy
 
@@ -113,7 +114,7 @@ class SiteRuntime:
 
     def decide(self, n_keys: int) -> Decision:
         """What runs for a call over that many keys."""
-        observer = MODEL_CALL.observer
+        observer = settings.observer
         if observer is not None and observer[0] == self.owner.key:
             return Decision.OBSERVE
         # an interrupt may leave a scope open after unpatch(): then the patch is not alive
@@ -147,7 +148,7 @@ class SiteRuntime:
         if decision is Decision.HOST:
             return self.host(call)
         if decision is Decision.OBSERVE:
-            MODEL_CALL.observer[1](self.site, planner, inputs)  # type: ignore[index]
+            settings.observer[1](self.site, planner, inputs)  # type: ignore[index]
             out = self.host(call)
         else:
             out = self.sparse(planner, inputs, call)
@@ -182,7 +183,7 @@ class SiteRuntime:
                 f"{self.strategy.name!r} needs that; use an attention strategy that does not, e.g. "
                 "'topk', or patch with an input= like this one"
             )
-        meter = MODEL_CALL.meter
+        meter = settings.meter
         plan = self.plan if meter is None else partial(meter.plan, self)
         pattern = plan(planner, inputs)
         if isinstance(pattern, Dense):
@@ -191,7 +192,7 @@ class SiteRuntime:
             if hasattr(planner, "after"):
                 planner.after(inputs, specials_first(self.layout.fold(out), self.site))
             return out
-        if MODEL_CALL.warming == self.owner.key:
+        if settings.warming == self.owner.key:
             warm_kernels(self.kernels, inputs, pattern, training=self.module.training)
         heads = self.compute(self.choose(inputs, pattern), inputs, pattern)
         notify_planner(planner, inputs, heads)
@@ -231,14 +232,14 @@ class SiteRuntime:
 
     def compute(self, choice: Choice, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         """What the chosen kernel returns."""
-        meter = MODEL_CALL.meter
+        meter = settings.meter
         if meter is None:
             return choice.kernel(inputs, pattern)
         return meter.compute(self, choice, inputs, pattern)  # type: ignore[no-any-return]
 
     def host(self, call: HostCall) -> Tensor:
         """What the host's own attention returns."""
-        meter = MODEL_CALL.meter
+        meter = settings.meter
         if meter is None:
             return call.dense()
         return meter.dense(self, call)  # type: ignore[no-any-return]

@@ -8,8 +8,7 @@ dataclass ``__init__`` sets every attribute on the instance in each new thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeAlias
@@ -98,43 +97,19 @@ class BlockCall(threading.local):
 
 @dataclass(eq=False)
 class ModelCall(threading.local):
-    """From the entry of a patched model to its exit, and blocks of user code around it.
+    """From the entry of a patched model to its exit.
 
     Attributes:
         inside: Keys of the patches whose model runs.
         features: Keys of those whose caller wants the original token positions.
         image: Key of a patch, and the height and width of its present image in patches.
         cross_layer: What sites of this forward pass left for later ones.
-        disabled: Keys of the patches inside `Patch.disabled`.
-        observer: Key of a patch inside `Patch.observing`, and the function to call.
-        warming: Key of the patch whose kernels get ready in this forward pass.
-        meter: What counts this forward pass; see `sparsiattn.runtime.metering`.
     """
 
     inside: tuple[int, ...] = ()
     features: tuple[int, ...] = ()
     image: tuple[int, int, int] | None = None
     cross_layer: CrossLayerState | None = None
-    disabled: tuple[int, ...] = ()
-    observer: tuple[int, Any] | None = None
-    warming: int | None = None
-    meter: Any = None
-
-    @contextmanager
-    def setting(self, **slots: Any) -> Iterator[None]:
-        """Other values inside the block, for this thread; afterwards what they were before.
-
-        Not for what torch.compile traces.
-
-        Args:
-            **slots: Attributes by name.
-        """
-        before = {name: getattr(self, name) for name in slots}
-        vars(self).update(slots)
-        try:
-            yield
-        finally:
-            vars(self).update(before)
 
 
 for _record in (SiteCalls, BlockCall, ModelCall):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsiattn
 from sparsiattn import InvalidOption, InvalidType, Pattern, Profile, profile
 from sparsiattn.attention import Lengths
-from sparsiattn.runtime import MODEL_CALL
+from sparsiattn.runtime import settings
 from sparsiattn.strategies import finish
 from sparsiattn.testing import random_inputs
 from tests.support import hosts, zoo
@@ -234,7 +234,7 @@ def test_the_model_is_left_as_found(patched: bool) -> None:
     assert state_of(model) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
-    assert MODEL_CALL.meter is None
+    assert settings.meter is None
     assert live is None or (live.last_pass, live.image) == source
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         assert (grad is None) == (parameter.grad is None)
@@ -283,7 +283,7 @@ def test_wrong_inputs(given: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         profile(model, given)
     assert state_of(model) == before
-    assert MODEL_CALL.meter is None
+    assert settings.meter is None
 
 
 def test_a_fault_in_the_middle_leaves_no_hook() -> None:
@@ -294,7 +294,7 @@ def test_a_fault_in_the_middle_leaves_no_hook() -> None:
         with pytest.raises(InvalidOption, match="no such thing"):
             profile(model, zoo.images(model))
         assert state_of(model) == before
-    assert MODEL_CALL.meter is None
+    assert settings.meter is None
 
 
 def test_wrong_options() -> None:

@@ -104,7 +104,7 @@ def test_an_unpatched_model_gives_dense_figures_alone() -> None:
 def test_both_sides_take_turns_and_one_pass_is_enough() -> None:
     model, seen, passes = tiny_vit(), [], []
     live = sparsiattn.patch(model, "topk", k=0.5)
-    model.register_forward_pre_hook(lambda *_: seen.append(live._paused > 0))
+    model.register_forward_pre_hook(lambda *_: seen.append(live.disabled_here))
 
     def once() -> Any:
         passes.append(1)
@@ -147,7 +147,7 @@ def test_modes_device_and_patch_are_as_before_also_after_an_error() -> None:
     assert [module.training for module in model.modules()] == modes_patched
     assert seen == [False, False]
     assert live.active
-    assert live._paused == 0
+    assert not live.disabled_here
     hook.remove()
     evaluate(model, batches(2))
     live.unpatch()

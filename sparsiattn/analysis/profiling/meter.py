@@ -20,7 +20,7 @@ from sparsiattn.attention import AttentionInputs, ComputedPattern, Dense, HostCa
 from sparsiattn.kernels import Choice, cost
 from sparsiattn.patching.flop_counter import flop_counter, macs_of
 from sparsiattn.patching.report import summary_pairs
-from sparsiattn.runtime import MODEL_CALL, BlockRuntime
+from sparsiattn.runtime import BlockRuntime, settings
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.strategies import Planner
 
@@ -101,7 +101,7 @@ class MacCounter:
     @contextmanager
     def counting(self) -> Iterator[MacCounter]:
         """Count what this thread does inside the block."""
-        with MODEL_CALL.setting(meter=self), self._counter:
+        with settings.setting("meter", self), self._counter:
             yield self
             self._settle()
 
@@ -119,7 +119,7 @@ class MacCounter:
     def _hook(self, action: Callable[[Section], None], section: Section) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             # another thread may run the same module, and is not counted
-            if MODEL_CALL.meter is self:
+            if settings.meter is self:
                 action(section)
 
         return hook

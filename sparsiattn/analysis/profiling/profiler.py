@@ -22,7 +22,7 @@ from sparsiattn.patching import MetaInputs, Patch, eval_mode, patch_of
 from sparsiattn.patching.model_call import arguments
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import unchanged
-from sparsiattn.runtime import MODEL_CALL, Timing
+from sparsiattn.runtime import Timing, settings
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.timing import Quartiles
 
@@ -88,7 +88,7 @@ def _active_patches(model: nn.Module) -> list[Patch]:
     for patch in patches:
         patch.ensure_active("profile")
         refresh(patch)
-        if patch.key in MODEL_CALL.disabled or MODEL_CALL.observer is not None:
+        if patch.key in settings.disabled or settings.observer is not None:
             raise InvalidOption(
                 "profile() inside disabled() or observing() would count dense attention twice; "
                 "leave that block first"
