@@ -83,7 +83,6 @@ _KEYS = itertools.count(1)
 _HOOKS: weakref.WeakValueDictionary[int, AskAgain] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _ask(key: int) -> bool:
     """Ask while a graph is traced: a model that changed is traced anew.
 
@@ -93,6 +92,10 @@ def _ask(key: int) -> bool:
     if hook is not None:
         hook.ask()
     return True
+
+
+# what `torch.compiler.assume_constant_result` does, which imports all of Dynamo
+_ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def watch_changes(state: PatchState) -> None:

@@ -29,6 +29,8 @@ from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
 
 _INSTALL = threading.Lock()
 _FALLBACK = "_sparsiattn_fallback"
+_REGISTERED: list[Any] = []
+"""Functions that torch.jit knows by their address, which nothing else may have: they stay alive."""
 
 _CALL = nn.Module._call_impl.__code__
 MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
@@ -99,6 +101,7 @@ def install() -> None:
         register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
         if register is not None:  # or torch.jit.script of any model that calls SDPA fails
             register(_wrapper, "aten::scaled_dot_product_attention")
+            _REGISTERED.append(_wrapper)
         F.scaled_dot_product_attention = _wrapper
 
 

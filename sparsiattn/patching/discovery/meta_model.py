@@ -6,6 +6,7 @@ The user's weights, hooks and random state are not involved.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -178,7 +179,9 @@ def run_dry(
     """
     args, kwargs = inputs
     devices = sorted({x.device for x in tensors_in(inputs) if x.device.type == "cuda"}, key=str)
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), recalling():
+    quiet = warnings.catch_warnings()  # what a host says of a run without gradients is no news
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), recalling(), quiet:
+        warnings.simplefilter("ignore")
         try:
             return model(*args, **kwargs)
         except SparsiattnError:
