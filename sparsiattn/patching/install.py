@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import get_ident
+
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
@@ -17,7 +19,7 @@ from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSp
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
 from sparsiattn.runtime.restore import EnterModel, LeaveModel, modules_with_features, unwatch, watch
-from sparsiattn.runtime.sdpa_intercept import forget_compiled
+from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled
 from sparsiattn.runtime.sdpa_intercept import install as install_sdpa
 from sparsiattn.runtime.site_hooks import CloseScope, OpenScope
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
@@ -55,7 +57,8 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
         hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
     # before the sites': the model itself may be one
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
-    hooks.append(model.register_forward_hook(LeaveModel(state), always_call=True))
+    state.leave_hook = model.register_forward_hook(LeaveModel(state), always_call=True)
+    hooks.append(state.leave_hook)
     if planner_modules(state):
         hooks.append(model.register_forward_pre_hook(RefuseUnreduced(state)))
     storing = [r.site for r in state.runtimes if r.strategy.uses_cross_layer_state]
@@ -119,8 +122,10 @@ def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
 def remove(state: PatchState) -> None:
     """Undo everything that `attach` did, or as much of it as it came to."""
     with SWITCHING:
+        elsewhere = state.running - {get_ident()}
         for hook in state.hooks:
-            hook.remove()
+            if not (elsewhere and hook is state.leave_hook):  # it tells those passes, and goes then
+                hook.remove()
         state.turn_overrides_off()
         for runtime in state.runtimes:
             drop(runtime.module)
@@ -134,4 +139,5 @@ def remove(state: PatchState) -> None:
         state.model.__dict__.pop(PATCH_ATTRIBUTE, None)
         state.alive = False
         SITE_CALLS.top = None
+        forget_abandoned()
         forget_pass()

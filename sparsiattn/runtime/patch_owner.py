@@ -40,6 +40,8 @@ class PatchOwner:
         other_models: Classes of models that share parts with this one and were seen to run them;
             there they run dense.
         reads_prefix: Whether the model's head reads prefix tokens alone.
+        running: Threads in which a pass of the model began that has not ended.
+        leave_hook: Handle of the hook at the end of a pass.
         last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
 
@@ -51,6 +53,8 @@ class PatchOwner:
         self.tokens: TokenStrategy | None = None
         self.proportional = False
         self.reads_prefix = False
+        self.running: set[int] = set()
+        self.leave_hook: Any = None
         self.parameters: tuple[str, ...] = ()
         self.defaults: dict[str, Any] = {}
         self.known_calls: dict[tuple[Any, ...], bool] = {}

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsiattn.errors import InvalidOption
+from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.compiled_parts import refuse_compiled_parts
@@ -155,18 +156,35 @@ class EnterModel(ScriptRefusal):
             if owner.shortens and not owner.disabled_here:
                 MODEL_CALL.features = _features_of(owner, module, args, kwargs)
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
+            owner.running.add(get_ident())
             note_caller(-owner.key)
 
 
 class LeaveModel(ScriptRefusal):
-    """Forward hook of the model, called also when it raised."""
+    """Forward hook of the model, called also when it raised.
+
+    Raises where another thread undid the patch during the pass, part of which ran dense then.
+    """
 
     def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            leave_model(self.owner.key)
+        owner = self.owner
+        if torch.compiler.is_compiling():
+            return
+        began_here = is_inside(owner)
+        leave_model(owner.key)
+        owner.running.discard(get_ident())
+        if owner.alive:
+            return
+        if not owner.running and owner.leave_hook is not None:  # which `unpatch` left for this
+            owner.leave_hook.remove()
+        if began_here and output is not None and not owner.disabled_here:
+            raise ModelChanged(
+                "unpatch() came from another thread during this forward pass, which is neither "
+                "sparse nor dense: run it again, and let passes end before unpatch()"
+            )
 
 
 def _features_of(

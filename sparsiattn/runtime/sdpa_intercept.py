@@ -132,6 +132,12 @@ def abandoned(key: int) -> bool:
     return True
 
 
+def forget_abandoned() -> None:
+    """Let go of frames, and of the tensors in them, that an interrupt has left in this thread."""
+    for key in [key for key in SITE_CALLS.callers if abandoned(key)]:
+        forget_caller(key)
+
+
 def opened_by_caller(key: int) -> bool:
     """Whether the innermost module that runs is the one that opened this scope.
 
