@@ -14,7 +14,8 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.host_records import HostRecords
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
-from sparsiattn.patching.discovery.token_places import PixelNumbers, places_in, tracking_places
+from sparsiattn.patching.discovery.pixel_numbers import places_in
+from sparsiattn.patching.discovery.pixel_tracking import PixelNumbers, tracking_places
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
@@ -56,7 +57,7 @@ class AttentionCall:
         output_shape: Shape of the first tensor that it returned.
         aspect: Height over width of the image, in patches.
         q_places: Number of the pixel that each query comes from, of ``q``'s shape without its last
-            size; None where no image is known. See `sparsiattn.patching.discovery.token_places`.
+            size; None where no image is known. See `sparsiattn.patching.discovery.pixel_tracking`.
         k_places: The same for keys.
         image: Shape of the image that the numbers count.
         map: The module behind which the tokens' grid shows, and its rows and columns there.

@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.structure import Structure
+from sparsiattn.patching.discovery.pixel_numbers import PADDING, UNKNOWN
 from sparsiattn.patching.discovery.probe import AttentionCall
-from sparsiattn.patching.discovery.token_places import PADDING, UNKNOWN
 
 
 def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | None, Grid | None]:
@@ -52,7 +52,7 @@ def read_structure(places: Tensor | None, image: Sequence[int], source: str) -> 
 
     Args:
         places: Number of the pixel that each token comes from, ``[windows, tokens]``; see
-            `sparsiattn.patching.discovery.token_places`.
+            `sparsiattn.patching.discovery.pixel_tracking`.
         image: Shape of the model's image ``[..., H, W]``.
         source: What to name as the source.
 

@@ -1,0 +1,149 @@
+"""Where each token of a dry run comes from in the image: tensors without data carry it along.
+
+Beside a tensor stands another of the same shape (`places_in`) that holds, for every element, the
+number of the pixel it comes from. Operations that move data move the numbers along, a convolution
+hands on the number at the centre of its window, a linear map that of its row. What no rule covers
+is `UNKNOWN`, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.pixel_numbers import PLACES, UNKNOWN, constant, places_in
+from sparsiattn.patching.discovery.place_rules import RULES, pointwise
+
+
+class PixelNumbers:
+    """Lets the images among a dry run's inputs carry the numbers of their pixels.
+
+    Args:
+        inputs: Arguments and keyword arguments; images are floating-point tensors of four
+            dimensions or more on the meta device, with rows and columns last.
+
+    Attributes:
+        images: The first number and the shape of every image.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.images: list[tuple[int, tuple[int, ...]]] = []
+        start = 0
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, Tensor) and tensor.dim() >= 4 and tensor.is_floating_point():
+                self.images.append((start, tuple(tensor.shape)))
+                start += _number(tensor, start)
+
+    def of_one_image(
+        self, places: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], tuple[int, ...]]:
+        """Numbers counted from the start of the image they are of, and that image's shape.
+
+        None for all where they are of several images, or of none.
+        """
+        numbers = [x[x >= 0] for x in places if x is not None]
+        numbers = [x for x in numbers if x.numel()]
+        for start, shape in self.images if numbers else ():
+            end = start + torch.Size(shape).numel()
+            if all(start <= int(x.min()) and int(x.max()) < end for x in numbers):
+                moved = [x if x is None else torch.where(x >= 0, x - start, x) for x in places]
+                return moved, shape
+        return [None] * len(places), ()
+
+
+def _number(image: Tensor, start: int) -> int:
+    """Number an image's pixels from ``start``; returns how many numbers that took.
+
+    In an image ``[B, C, H, W]`` the channels share them.
+    """
+    shape = (image.shape[0], 1, *image.shape[2:]) if image.dim() == 4 else tuple(image.shape)
+    count = torch.Size(shape).numel()
+    numbers = torch.arange(start, start + count, dtype=torch.int32, device="cpu")
+    setattr(image, PLACES, numbers.view(shape).expand(image.shape))
+    return count
+
+
+@contextmanager
+def tracking_places() -> Iterator[None]:
+    """Operators on meta tensors carry the numbers of pixels along inside the block."""
+    with recalling(), _TrackPlaces():
+        yield
+
+
+class _TrackPlaces(TorchDispatchMode):
+    """Applies `RULES` to every operator that takes a tensor with numbers.
+
+    Blocks of a transformer do the same to the same numbers again and again, so results are kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: dict[Any, Sequence[Tensor | None]] = {}
+        self._kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # operators come here before they are taken apart
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        carried: list[Tensor] = []
+        key = (func, _key(args, carried), _key(kwargs, carried))
+        if carried:
+            places = self._known.get(key)
+            if places is None or func.overloadpacket is torch.ops.aten.copy_:
+                places = _places_of(func, args, kwargs, out)
+                # keys hold addresses of the numbers that came in, which must live as long
+                self._known[key] = places
+                self._kept += carried
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            for tensor, numbers in zip(results, places, strict=False):
+                if isinstance(tensor, Tensor):
+                    _attach(tensor, numbers)
+        return out
+
+
+def _key(value: Any, carried: list[Tensor]) -> Any:
+    """What places depend on in an operator's arguments; numbers in them go to ``carried``."""
+    if isinstance(value, Tensor):
+        numbers = places_in(value)
+        if numbers is not None:
+            carried.append(numbers)
+            return id(numbers)
+        # a tensor with values is known by itself: `Tensor` hashes by identity, and `is` comes first
+        return tuple(value.shape) if value.is_meta else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(item, carried) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _key(item, carried)) for name, item in value.items())
+    return value
+
+
+def _attach(tensor: Tensor, numbers: Tensor | None) -> None:
+    if numbers is None or numbers.shape != tensor.shape:
+        numbers = constant(UNKNOWN, tensor.shape)
+    setattr(tensor, PLACES, numbers)
+
+
+def _places_of(func: Any, args: Any, kwargs: Any, out: Any) -> Sequence[Tensor | None]:
+    """Numbers for each result of an operator; None where they are not known."""
+    rule = RULES.get(func.overloadpacket)
+    if rule is None and torch.Tag.pointwise in func.tags:
+        rule = pointwise
+    if rule is None:
+        return [None] * len(tree_leaves(out))
+    try:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            places = rule(func, args, kwargs, out)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return [None] * len(tree_leaves(out))  # a form of the operator that the rule does not know
+    return places if isinstance(places, (tuple, list)) else (places,)
