@@ -249,6 +249,7 @@ def canonical(
     tokens, keys, placed = heads_q.shape[-2], heads_k.shape[-2], True
     if token_state is None or not token_state.reduced:
         query_grid, key_grid, placed = grids(site, tokens, keys, maps, window)
+        placed = placed and site.placed
     else:  # what is left of the grid is a run of tokens, whose places the state knows
         query_grid = key_grid = (1, tokens - site.prefix_tokens)
     inputs = AttentionInputs(
@@ -264,7 +265,7 @@ def canonical(
         tile=tile_for(tokens) if placed else 1,
         block=block_for(keys) if placed else 1,
         token_state=token_state,
-        placed=placed and not site.is_guess,
+        placed=placed,
     )
     return _reordered(inputs) if site.reordered else inputs
 

@@ -84,8 +84,10 @@ class Site:
 
     @property
     def placed(self) -> bool:
-        """Whether it is known where in the image the tokens are."""
-        return self.raster and not self.is_guess
+        """Whether it is known where in one image, or in the frames of a video, the tokens are."""
+        several = self.structure is not None and self.structure.views > 1
+        apart = several and bool(self.structure and self.structure.specials)
+        return self.raster and not self.is_guess and not apart
 
     def described(self, structure: Structure) -> Site:
         """The same call with another structure of its sequence."""

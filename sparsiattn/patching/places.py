@@ -55,7 +55,8 @@ def _require_known(strategy: Config, site: Site) -> None:
 
 
 def _unknown(strategy: Config, site: Site) -> str:
-    what = "are in no raster order" if not site.raster else "may be no patches"
+    what = "may be no patches" if site.is_guess else "are of several views"
+    what = what if site.raster else "are in no raster order"
     return (
         f"{strategy.name!r} needs to know where tokens are in the image, and those of site "
         f"{site.name!r} {what}: {site.structure}; {_TYPE}, or use an attention strategy that needs "
