@@ -110,7 +110,8 @@ class SiteRuntime:
 
     def stays_dense(self, n_keys: int) -> bool:
         """Whether the host's own attention runs, known without planning."""
-        return self.dense or self.strategy.keeps_all(n_keys)
+        # without patches (all of them masked, say) there is nothing to choose from
+        return self.dense or n_keys <= self.site.prefix_tokens or self.strategy.keeps_all(n_keys)
 
     def decide(self, n_keys: int) -> Decision:
         """What runs for a call over that many keys."""

@@ -8,7 +8,7 @@ and MLP without a copied forward. See `sparsiattn.patching.discovery.tails` for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -160,18 +160,13 @@ class _Trace(OperatorTrace):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note what happens inside the block."""
-        hooks = []
-        for name, module in self.model.named_modules():
-            if not name:
-                continue
-            hooks.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(self._leave(name), with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            for name, module in list(self.model.named_modules())[1:]:  # all but the model itself
+                enter, leave = self._enter(name), self._leave(name)
+                hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
             with self:
                 yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def follows(self, before: str, name: str) -> bool:
         """Whether ``name`` takes what ``before`` gave."""

@@ -7,7 +7,7 @@ to the caller. `Consumers` says for every block whether all of that means the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,17 +149,14 @@ class _Trace(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Follow tokens inside the block."""
-        hooks = []
-        for number, name in enumerate(self.blocks):
-            block = self.model.get_submodule(name)
-            hooks.append(block.register_forward_pre_hook(self._enter(number), with_kwargs=True))
-            hooks.append(block.register_forward_hook(self._leave(number)))
-        try:
+        with ExitStack() as hooks:
+            for number, name in enumerate(self.blocks):
+                block = self.model.get_submodule(name)
+                enter, leave = self._enter(number), self._leave(number)
+                hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(block.register_forward_hook(leave))
             with self:
                 yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _enter(self, number: int) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:

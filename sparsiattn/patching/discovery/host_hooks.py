@@ -43,8 +43,9 @@ def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
         model: The original.
         memo: Of the copy.
     """
-    packages = _host_packages(model)
-    for module in model.modules():
+    hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    packages = _host_packages(model) if hooked else set()
+    for module in hooked:
         copied = memo.get(id(module))
         for kind, options in _KINDS.items() if copied is not None else ():
             for key, hook in vars(module)[kind].items():

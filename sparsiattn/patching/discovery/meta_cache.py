@@ -36,18 +36,21 @@ def recalling() -> Iterator[None]:
     if _get_current_dispatch_mode() is not None:
         yield
         return
-    with _Recalled():  # type: ignore[no-untyped-call]
+    with Recalled():  # type: ignore[no-untyped-call]
         yield
 
 
-class _Recalled(TorchDispatchMode):
+class Recalled(TorchDispatchMode):
     """Answers calls that were made before from the shapes of their arguments.
 
     All tensors must be on the meta device, and the operator must make new ones.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.answer(func, args, kwargs or {})
+
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's result, from memory where it can be."""
         if not _makes_new(func):
             return func(*args, **kwargs)
         tensors: list[Tensor] = []

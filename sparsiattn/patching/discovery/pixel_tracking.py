@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.meta_cache import Recalled
 from sparsiattn.patching.discovery.pixel_numbers import PLACES, UNKNOWN, constant, places_in
 from sparsiattn.patching.discovery.place_rules import RULES, pointwise
 
@@ -73,14 +73,15 @@ def _number(image: Tensor, start: int) -> int:
 @contextmanager
 def tracking_places() -> Iterator[None]:
     """Operators on meta tensors carry the numbers of pixels along inside the block."""
-    with recalling(), _TrackPlaces():
+    with _TrackPlaces():
         yield
 
 
-class _TrackPlaces(TorchDispatchMode):
+class _TrackPlaces(Recalled):
     """Applies `RULES` to every operator that takes a tensor with numbers.
 
-    Blocks of a transformer do the same to the same numbers again and again, so results are kept.
+    It recalls results as well: every mode costs each operator some time. Blocks of a transformer do
+    the same to the same numbers again and again, so places are kept, too.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,7 @@ class _TrackPlaces(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = func(*args, **kwargs)
+        out = self.answer(func, args, kwargs)
         carried: list[Tensor] = []
         key = (func, _key(args, carried), _key(kwargs, carried))
         if carried:
