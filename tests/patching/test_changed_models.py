@@ -94,7 +94,10 @@ def test_patched_then_changed_is_changed_then_patched(name: str, change: str) ->
     assert str(patch.report()) == str(expected.report())
 
 
-@pytest.mark.parametrize("change", ["no head, no pooling", "pooling alone"])
+@pytest.mark.parametrize(
+    "change",
+    ["pooling alone", pytest.param("no head, no pooling", marks=pytest.mark.slow)],
+)
 def test_a_compiled_model_notices_as_well(change: str) -> None:
     model, other = vit(), vit()
     patched(model, "token_merge")
