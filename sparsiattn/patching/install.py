@@ -19,8 +19,7 @@ from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSp
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
 from sparsiattn.runtime.restore import EnterModel, LeaveModel, modules_with_features, unwatch, watch
-from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled
-from sparsiattn.runtime.sdpa_intercept import install as install_sdpa
+from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled, hold, release
 from sparsiattn.runtime.site_hooks import CloseScope, OpenScope
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
@@ -28,7 +27,7 @@ from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
 
 def attach(state: PatchState) -> None:
     """Change the model; a fault on the way is undone before it is raised."""
-    install_sdpa()
+    hold(state)
     for device in {parameter.device for parameter in state.model.parameters()}:
         cost.ready(device)
     try:
@@ -141,3 +140,4 @@ def remove(state: PatchState) -> None:
         SITE_CALLS.top = None
         forget_abandoned()
         forget_pass()
+        release(state)

@@ -20,6 +20,7 @@ from sparsiattn.runtime import settings
 from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
+from sparsiattn.runtime.sdpa_intercept import hold
 from sparsiattn.runtime.site_hooks import OpenScope
 from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
 from sparsiattn.runtime.switches import switch_off, switch_on
@@ -106,6 +107,8 @@ class PatchState(PatchOwner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
         self.key = new_key()  # a copy is disabled on its own
+        if self.alive:
+            hold(self)
         for override in self.overrides:  # objects copy as the host has them
             switch_on(override, self)
 

@@ -1,6 +1,6 @@
 """How attention is reached: hooks open a scope, a wrapper of SDPA looks into it.
 
-`F.scaled_dot_product_attention` is replaced, and never put back, by a function that does what the
+While a patch lives, `F.scaled_dot_product_attention` is replaced by a function that does what the
 original does unless a patched module is on the stack. The stack is a thread-local linked list of
 ``(route, key, rest)`` whose entries are functions and numbers only, which is what torch.compile
 together with gradient checkpointing can follow.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import (
     get_overridable_functions,
@@ -27,21 +30,22 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.sdpa import set_original_attention
 from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
 
-_INSTALL = threading.Lock()
-_FALLBACK = "_sparsiattn_fallback"
-_REGISTERED: list[Any] = []
-"""Functions that torch.jit knows by their address, which nothing else may have: they stay alive."""
+_REPLACING = threading.RLock()
+_HOLDERS: dict[int, ref[Any]] = {}
+"""What needs the wrapper, by its identity: live patches, which may die without `unpatch`."""
+_WRAPPERS: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = []
+"""Every wrapper and what it calls: each function gets one, which stays. torch.jit knows functions
+by their address, and code compiled with a wrapper is right again when the next patch comes."""
 
 _CALL = nn.Module._call_impl.__code__
 MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
 """The code in which torch calls hooks and forward of a module."""
-_wrapper: Callable[..., Tensor] | None = None
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``fallback`` with a look at the stack in front.
 
-    A new function each time, so that wrapping somebody's wrapper of ours cannot recurse.
+    One for each function, so that wrapping somebody's wrapper of ours cannot recurse.
     """
 
     def scaled_dot_product_attention(
@@ -57,8 +61,11 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
         operands = (query, key, value, attn_mask)
         if has_torch_function(operands):  # tensor subclasses ask which function was called
             options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+            # a graph that somebody traces outlives the patch
+            traced = any(isinstance(x, Proxy) for x in operands)
+            called = fallback if traced else scaled_dot_product_attention
             return handle_torch_function(
-                scaled_dot_product_attention, operands, *operands, **options, enable_gqa=enable_gqa
+                called, operands, *operands, **options, enable_gqa=enable_gqa
             )
         top = SITE_CALLS.top
         if top is not None and not torch.compiler.is_compiling():
@@ -79,30 +86,80 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
             SITE_CALLS.top = top
 
     scaled_dot_product_attention.__doc__ = fallback.__doc__
-    setattr(scaled_dot_product_attention, _FALLBACK, fallback)
+    # pickles and generated code name a function by where others find it
+    scaled_dot_product_attention.__module__ = F.__name__
+    scaled_dot_product_attention.__qualname__ = scaled_dot_product_attention.__name__
     return scaled_dot_product_attention
+
+
+def hold(holder: Any) -> None:
+    """Intercept attention until `release`, or as long as the holder lives."""
+    number = id(holder)
+
+    def died(_: ref[Any]) -> None:
+        _HOLDERS.pop(number, None)
+        _put_back()
+
+    _HOLDERS[number] = ref(holder, died)
+    install()
+
+
+def release(holder: Any) -> None:
+    """Undo `hold`; after the last one torch is as it was."""
+    _HOLDERS.pop(id(holder), None)
+    _put_back()
+
+
+class _Block:
+    """Holds the wrapper for a block of code."""
+
+
+@contextmanager
+def intercepted() -> Iterator[None]:
+    """Attention is intercepted inside the block."""
+    block = _Block()
+    hold(block)
+    try:
+        yield
+    finally:
+        release(block)
 
 
 def install() -> None:
     """Put the wrapper in place, over whatever stands there now; again if someone replaced it."""
-    global _wrapper
-    with _INSTALL:
-        if F.scaled_dot_product_attention is _wrapper:
-            return
-        before = getattr(F.scaled_dot_product_attention, _FALLBACK, None)
-        if before is not None:  # an earlier wrapper is back: another one each time would add up
-            _wrapper = F.scaled_dot_product_attention
-            set_original_attention(before)
-            return
-        # torch lists functions once, with those that are there: Dynamo shows modes only these
-        get_overridable_functions()
-        set_original_attention(F.scaled_dot_product_attention)
-        _wrapper = wrap(F.scaled_dot_product_attention)
-        register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
-        if register is not None:  # or torch.jit.script of any model that calls SDPA fails
-            register(_wrapper, "aten::scaled_dot_product_attention")
-            _REGISTERED.append(_wrapper)
-        F.scaled_dot_product_attention = _wrapper
+    # torch lists functions once, with those that are there: Dynamo shows modes only these
+    get_overridable_functions()
+    with _REPLACING:
+        present = F.scaled_dot_product_attention
+        behind = _behind(present)
+        if behind is None:
+            F.scaled_dot_product_attention = _wrapper_of(present)
+        set_original_attention(present if behind is None else behind)
+
+
+def _put_back() -> None:
+    """Take the wrapper away if nothing needs it; where others stand in front, they stay."""
+    with _REPLACING:
+        behind = _behind(F.scaled_dot_product_attention)
+        if behind is not None and not _HOLDERS:
+            F.scaled_dot_product_attention = behind
+
+
+def _behind(present: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """What a wrapper of ours calls; None for any other function."""
+    return next((fallback for wrapper, fallback in _WRAPPERS if wrapper is present), None)
+
+
+def _wrapper_of(present: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    known = next((wrapper for wrapper, fallback in _WRAPPERS if fallback is present), None)
+    if known is not None:
+        return known
+    wrapper = wrap(present)
+    register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
+    if register is not None:  # or torch.jit.script of any model that calls SDPA fails
+        register(wrapper, "aten::scaled_dot_product_attention")
+    _WRAPPERS.append((wrapper, present))
+    return wrapper
 
 
 def note_caller(key: int) -> None:
