@@ -18,9 +18,9 @@ from sparsiattn.attention.token_state import ReductionStep, TokenState, take
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.hook_tools import RecomputeCache, is_functorch
 from sparsiattn.runtime.metering import metered
-from sparsiattn.runtime.ownership import in_backward, is_inside
+from sparsiattn.runtime.ownership import is_inside
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried, in_backward
 from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenPlanner, TokenStrategy
 

@@ -34,11 +34,6 @@ def is_inside(owner: PatchOwner) -> bool:
     return False
 
 
-def in_backward() -> bool:
-    """Whether a backward pass runs, and so a checkpoint runs code again."""
-    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() >= 0)
-
-
 def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:
     """Whether a module runs for another model that shares it with the patched one.
 

@@ -101,8 +101,7 @@ class PatchState(PatchOwner):
         self.is_copy = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # of a pass in training, with its graph, which can be neither copied nor pickled
-        return {**self.__dict__, "last_pass": None, "running": set()}
+        return {**self.__dict__, "running": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
@@ -115,7 +114,7 @@ class PatchState(PatchOwner):
     def __copy__(self) -> PatchState:
         """The same decisions, for another model: nothing of this one is switched or hooked."""
         bare = type(self).__new__(type(self))
-        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], last_pass=None)
+        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[])
         bare.running = set()
         bare.key = new_key()
         return bare

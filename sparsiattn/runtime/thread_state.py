@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
@@ -118,6 +119,11 @@ for _record in (SiteCalls, BlockCall, ModelCall):
 SITE_CALLS = SiteCalls()
 BLOCK_CALL = BlockCall()
 MODEL_CALL = ModelCall()
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs, and so a checkpoint runs code again."""
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() >= 0)
 
 
 def forget_pass() -> None:
