@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from threading import get_ident
-
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
@@ -121,7 +119,7 @@ def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
 def remove(state: PatchState) -> None:
     """Undo everything that `attach` did, or as much of it as it came to."""
     with SWITCHING:
-        elsewhere = state.running - {get_ident()}
+        elsewhere = state.runs_elsewhere()
         for hook in state.hooks:
             if not (elsewhere and hook is state.leave_hook):  # it tells those passes, and goes then
                 hook.remove()

@@ -13,14 +13,13 @@ from torch.fx import GraphModule
 
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.sdpa_intercept import MODULE_CALLS, abandoned, forget_caller
-from sparsiattn.runtime.thread_state import MODEL_CALL, forget_pass
+from sparsiattn.runtime.thread_state import MODEL_CALL, forget_models, forget_pass
 
 
 def leave_model(key: int) -> None:
     """The model of that patch runs no more."""
     forget_caller(-key)
-    MODEL_CALL.inside = tuple(other for other in MODEL_CALL.inside if other != key)
-    MODEL_CALL.features = tuple(other for other in MODEL_CALL.features if other != key)
+    forget_models((key,))
     forget_pass()
 
 

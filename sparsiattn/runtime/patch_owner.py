@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from torch import nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Maps
 from sparsiattn.runtime import settings
+from sparsiattn.runtime.open_call import OpenCall
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried, in_backward
 from sparsiattn.strategies.token_base import TokenStrategy
 
@@ -49,7 +51,7 @@ class PatchOwner:
         other_models: Classes of models that share parts with this one and were seen to run them;
             there they run dense.
         reads_prefix: Whether the model's head reads prefix tokens alone.
-        running: Threads in which a pass of the model began that has not ended.
+        running: By thread, the call of the model that began there and has not ended.
         leave_hook: Handle of the hook at the end of a pass.
     """
 
@@ -61,7 +63,7 @@ class PatchOwner:
         self.tokens: TokenStrategy | None = None
         self.proportional = False
         self.reads_prefix = False
-        self.running: set[int] = set()
+        self.running: dict[int, OpenCall] = {}
         self.leave_hook: Any = None
         self.parameters: tuple[str, ...] = ()
         self.defaults: dict[str, Any] = {}
@@ -100,6 +102,11 @@ class PatchOwner:
     def shortens(self) -> bool:
         """Whether sequences get shorter on their way through the model."""
         return False
+
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread is in a pass of the model."""
+        calls = list(self.running.items())
+        return any(call.exists for thread, call in calls if thread != get_ident())
 
     def call_needs_all(self, args: Any, kwargs: Any) -> bool:
         """Whether a call in a way that is not known yet needs every position."""

@@ -101,7 +101,7 @@ class PatchState(PatchOwner):
         self.is_copy = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": set()}
+        return {**self.__dict__, "running": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
@@ -115,7 +115,7 @@ class PatchState(PatchOwner):
         """The same decisions, for another model: nothing of this one is switched or hooked."""
         bare = type(self).__new__(type(self))
         bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[])
-        bare.running = set()
+        bare.running = {}
         bare.key = new_key()
         return bare
 

@@ -28,7 +28,8 @@ from torch.overrides import (
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.sdpa import set_original_attention
-from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
+from sparsiattn.runtime.open_call import OpenCall
+from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope, forget_models, forget_pass
 
 _REPLACING = threading.RLock()
 _HOLDERS: dict[int, ref[Any]] = {}
@@ -40,6 +41,8 @@ by their address, and code compiled with a wrapper is right again when the next 
 _CALL = nn.Module._call_impl.__code__
 MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
 """The code in which torch calls hooks and forward of a module."""
+_ANY_CALLS = MODULE_CALLS | {nn.Module._wrapped_call_impl.__code__}
+"""Also where that code is compiled."""
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -162,9 +165,10 @@ def _wrapper_of(present: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
-def note_caller(key: int) -> None:
+def note_caller(key: int) -> OpenCall:
     """Remember who calls the hook that calls this, until `pop` or `forget_caller`."""
-    SITE_CALLS.callers[key] = sys._getframe(2)
+    call = SITE_CALLS.callers[key] = OpenCall(sys._getframe(2), key, _let_go)
+    return call
 
 
 def forget_caller(key: int) -> None:
@@ -173,26 +177,45 @@ def forget_caller(key: int) -> None:
 
 
 def abandoned(key: int) -> bool:
-    """Whether what was opened under this key is no longer running.
-
-    An interrupt (Control-C, or whatever is no `Exception`) unwinds a forward pass without calling
-    its forward hooks.
-    """
-    caller_then = SITE_CALLS.callers.get(key)
-    if caller_then is None:
-        return False
-    caller: FrameType | None = sys._getframe(1)
-    while caller is not None:
-        if caller is caller_then:
-            return False
-        caller = caller.f_back
-    return True
+    """Whether what was opened under this key is no longer running: see `OpenCall`."""
+    caller = SITE_CALLS.callers.get(key)
+    return caller is not None and not caller.runs()
 
 
 def forget_abandoned() -> None:
-    """Let go of frames, and of the tensors in them, that an interrupt has left in this thread."""
-    for key in [key for key in SITE_CALLS.callers if abandoned(key)]:
+    """Let go of scopes and tensors that an interrupt has left in this thread."""
+    if torch.compiler.is_compiling():
+        return
+    keys = [key for key in SITE_CALLS.callers if abandoned(key)]
+    if not keys:
+        return
+    for key in keys:
         forget_caller(key)
+    SITE_CALLS.top = _without(SITE_CALLS.top, keys)
+    forget_models([-key for key in keys])
+    if not SITE_CALLS.callers:  # nothing else runs that these could be of
+        SITE_CALLS.shared = None
+        forget_pass()
+
+
+def _without(top: Scope | None, keys: list[int]) -> Scope | None:
+    """A stack without these scopes."""
+    if top is None:
+        return None
+    rest = _without(top[2], keys)
+    return rest if top[1] in keys else (top[0], top[1], rest)
+
+
+def _let_go() -> None:
+    """An interrupt ended a call: what it left goes at once, unless modules run here.
+
+    What these have handed on must stay; the next pass sees to the rest.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in _ANY_CALLS:
+        frame = frame.f_back
+    if frame is None:
+        forget_abandoned()
 
 
 def opened_by_caller(key: int) -> bool:
@@ -201,11 +224,11 @@ def opened_by_caller(key: int) -> bool:
     Attention that another module calls meanwhile, a model in a hook or attention nested in
     attention, is none of the scope's business.
     """
-    caller_then = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
-    if caller_then is None or SITE_CALLS.deferred:
+    caller = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
+    if caller is None or SITE_CALLS.deferred:
         return True
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not caller_then:
+    while frame is not None and not caller.is_of(frame):
         if frame.f_code in MODULE_CALLS:
             return False
         frame = frame.f_back
