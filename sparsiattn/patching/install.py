@@ -15,6 +15,7 @@ from sparsiattn.runtime.image import RecallMap, WatchImage, WatchMap
 from sparsiattn.runtime.lifting import drop, lift, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
+from sparsiattn.runtime.ownership import runs_elsewhere
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
 from sparsiattn.runtime.restore import EnterModel, LeaveModel, modules_with_features, unwatch, watch
 from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled, hold, release
@@ -119,7 +120,7 @@ def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
 def remove(state: PatchState) -> None:
     """Undo everything that `attach` did, or as much of it as it came to."""
     with SWITCHING:
-        elsewhere = state.runs_elsewhere()
+        elsewhere = runs_elsewhere(state)
         for hook in state.hooks:
             if not (elsewhere and hook is state.leave_hook):  # it tells those passes, and goes then
                 hook.remove()

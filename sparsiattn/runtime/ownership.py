@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from threading import get_ident
 from types import CodeType, FrameType
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -31,6 +32,12 @@ def is_inside(owner: PatchOwner) -> bool:
         return True
     leave_model(owner.key)
     return False
+
+
+def runs_elsewhere(owner: PatchOwner) -> bool:
+    """Whether another thread is in a pass of the patched model."""
+    calls = list(owner.running.items())
+    return any(call.exists for thread, call in calls if thread != get_ident())
 
 
 def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:

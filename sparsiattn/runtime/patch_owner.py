@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar
-from threading import get_ident
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -102,11 +101,6 @@ class PatchOwner:
     def shortens(self) -> bool:
         """Whether sequences get shorter on their way through the model."""
         return False
-
-    def runs_elsewhere(self) -> bool:
-        """Whether another thread is in a pass of the model."""
-        calls = list(self.running.items())
-        return any(call.exists for thread, call in calls if thread != get_ident())
 
     def call_needs_all(self, args: Any, kwargs: Any) -> bool:
         """Whether a call in a way that is not known yet needs every position."""

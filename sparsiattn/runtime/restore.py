@@ -21,7 +21,7 @@ from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.compiled_parts import refuse_compiled_parts
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
-from sparsiattn.runtime.ownership import is_inside, leave_model
+from sparsiattn.runtime.ownership import is_inside, leave_model, runs_elsewhere
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.sdpa_intercept import forget_abandoned, install, note_caller
@@ -178,7 +178,7 @@ class LeaveModel(ScriptRefusal):
         owner.running.pop(get_ident(), None)
         if owner.alive:
             return
-        if not owner.runs_elsewhere() and owner.leave_hook is not None:
+        if not runs_elsewhere(owner) and owner.leave_hook is not None:
             owner.leave_hook.remove()
         if began_here and output is not None and not owner.disabled_here:
             raise ModelChanged(

@@ -66,10 +66,11 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
             options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
             # a graph that somebody traces outlives the patch
             traced = any(isinstance(x, Proxy) for x in operands)
-            called = fallback if traced else scaled_dot_product_attention
-            return handle_torch_function(
-                called, operands, *operands, **options, enable_gqa=enable_gqa
-            )
+            called: Any = fallback if traced else scaled_dot_product_attention
+            relevant: Any = operands
+            options["enable_gqa"] = enable_gqa
+            out: Tensor = handle_torch_function(called, relevant, *relevant, **options)
+            return out
         top = SITE_CALLS.top
         if top is not None and not torch.compiler.is_compiling():
             top = innermost(top)
