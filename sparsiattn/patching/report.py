@@ -243,6 +243,7 @@ def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
         lines.append("counts adapt to each image: MACs are known only after a forward pass")
     if state.restores_last:
         lines.append("original positions come back after the last block")
+    lines += [f"{name} keeps every token: {reason}" for name, reason in state.whole_blocks]
     return tuple(lines)
 
 

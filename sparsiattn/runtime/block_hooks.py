@@ -158,8 +158,7 @@ class LeaveBlock(BlockHook):
         if BLOCK_CALL.mlp_input is not None:
             state, reduced = BLOCK_CALL.mlp_input
             runtime.refuse_reentrant(host, reduced)
-            assert BLOCK_CALL.mlp_output is not None
-            tokens = reduced + BLOCK_CALL.mlp_output
+            tokens = reduced + runtime.branch(module)
             BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
         elif runtime.placement == "exit":
             state, tokens = runtime.reduce(state, tokens)

@@ -71,7 +71,7 @@ def _in_both(tail: Tail | None, trained: Block | None) -> Tail | None:
     if tail is None:
         return None
     other = None if trained is None else trained.tail
-    if other is None or (tail.entry, tail.exit) != (other.entry, other.exit):
+    if other is None or tail.ends != other.ends:
         why = "more than its MLP branch is added" if trained else "it cannot run without data"
         return replace(tail, eval_only=why)
     if other.mixes and not tail.mixes:
@@ -224,7 +224,9 @@ class _Trace(OperatorTrace):
     def _note_block(self, left: Step, taken: torch.Size, returned: torch.Size) -> None:
         steps = self._since_entry(left.name)
         x = steps[0].values[0]
-        tail = find_tail(steps, left, self.values, self.sites)
+        block = self.model.get_submodule(left.name)
+        weights = {id(weight): name for name, weight in block.named_parameters(recurse=False)}
+        tail = find_tail(steps, left, self.values, self.sites, weights)
         inside = (step for step in steps[1:] if step.kind == "enter" and x in step.values[:1])
         head = next((step.name for step in inside), None)
         self.spans[left.name] = Block(left.name, taken, returned, (), tail, head)
