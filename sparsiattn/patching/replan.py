@@ -22,12 +22,12 @@ from sparsiattn.patching.discovery.blocks import find_blocks, in_training
 from sparsiattn.patching.discovery.consumers import Consumers
 from sparsiattn.patching.known_calls import know_call, know_training
 from sparsiattn.patching.survey import ModelSurvey, survey, survey_again
+from sparsiattn.patching.token_blocks import token_blocks
 from sparsiattn.patching.token_plan import (
     placement_of,
     reads_prefix,
     validate_token_plan,
 )
-from sparsiattn.patching.token_blocks import token_blocks
 from sparsiattn.patching.towers import consumers_of, find_towers
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_state import SWITCHING, PatchState

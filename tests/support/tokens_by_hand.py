@@ -24,7 +24,8 @@ class Sequence:
     """The tokens of one image on their way. prefix, suffix: tokens before and after the patches,
     which stay; n: patches at first; ids: the
     patch whose position each token has; size: patches merged into it; place: where each patch went,
-    -1 if dropped; last: every patch's last value."""
+    -1 if dropped; last: every patch's last value; short: the tokens that go on, where whoever called
+    the block was handed every position."""
 
     prefix: int
     n: int
@@ -33,6 +34,7 @@ class Sequence:
     size: Tensor = field(init=False)
     place: Tensor = field(init=False)
     last: Tensor | None = None
+    short: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.ids, self.size, self.place = (
@@ -154,14 +156,22 @@ class Short(TorchFunctionMode):
 
 
 class Shortened:
-    """A model whose blocks are driven by hand, one image at a time."""
+    """A model whose blocks are driven by hand, one image at a time, and its frames or tiles one by
+    one. every: whoever reads the output of any block gets every position."""
 
     def __init__(
-        self, model: Any, blocks: list[Any], prefix: int, reduce: Reduce, suffix: int = 0
+        self,
+        model: Any,
+        blocks: list[Any],
+        prefix: int,
+        reduce: Reduce,
+        suffix: int = 0,
+        every: bool = False,
     ) -> None:
-        self.model, self.blocks, self.reduce = model, blocks, reduce
+        self.model, self.blocks, self.reduce, self.every = model, blocks, reduce, every
         self.prefix, self.suffix = prefix, suffix
         self.short = Short(isinstance(reduce, Merge))
+        self.sequences: list[Sequence] = []
 
     def __call__(self, images: Tensor, whole: bool) -> Tensor:
         """The model's output. whole: whether its head gets every position again."""
@@ -188,11 +198,24 @@ class Shortened:
             self.short.sequence = None
 
     def forward(self, block: Any, host: Any, whole: bool) -> Callable[..., Tensor]:
+        row = self.of_row(block, host, whole or self.every)
+
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.short.sequence is None:
+            if block is self.blocks[0]:
                 patches = x.shape[1] - self.prefix - self.suffix
-                self.short.sequence = Sequence(self.prefix, patches, self.suffix)
+                self.sequences = [Sequence(self.prefix, patches, self.suffix) for _ in x]
+            rows = []
+            for self.short.sequence, one in zip(self.sequences, x.split(1), strict=True):
+                rows.append(row(one, *args, **kwargs))
+            return torch.cat(rows)
+
+        return run
+
+    def of_row(self, block: Any, host: Any, whole: bool) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             sequence = self.short.sequence
+            assert sequence is not None
+            x = x if sequence.short is None else sequence.short
             args, kwargs = tuple(map(self.cut, args)), {k: self.cut(v) for k, v in kwargs.items()}
             self.short.calls.clear()
             middle: list[Tensor] = []
@@ -204,6 +227,8 @@ class Shortened:
             y = middle[0] if middle else out
             y = self.change(y, lambda x: self.reduce(x, self.short.calls[0], sequence))
             y = y + _mlp(block, y) if middle else y
+            if self.every:
+                sequence.short = y
             return self.change(y, sequence.whole) if whole else y
 
         return run
@@ -218,6 +243,8 @@ class Shortened:
         """A table of positions among a block's arguments, for the tokens that are left."""
         sequence = self.short.sequence
         assert sequence is not None
+        if isinstance(value, tuple):
+            return tuple(map(self.cut, value))
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2] == sequence.n:
             return value[..., sequence.ids, :]
         return value
@@ -225,13 +252,13 @@ class Shortened:
 
 def _before_mlp(block: Any, middle: list[Tensor]) -> Any:
     """Note the sum between attention and MLP, where the block has one."""
-    norm = getattr(block, "norm2", nn.Identity())
+    norm = getattr(block, "norm2", getattr(block, "layernorm_after", nn.Identity()))
     return norm.register_forward_pre_hook(lambda _, args: middle.append(args[0]))
 
 
 def _mlp(block: Any, y: Tensor) -> Tensor:
-    branch = block.mlp(block.norm2(y))
-    scale = getattr(block, "ls2", None)
+    branch = block.mlp((block.norm2 if hasattr(block, "norm2") else block.layernorm_after)(y))
+    scale = getattr(block, "ls2", getattr(block, "layer_scale2", None))
     if scale is not None:
         return scale(branch)  # type: ignore[no-any-return]
     gamma = getattr(block, "gamma_2", None)
