@@ -115,9 +115,7 @@ def test_dropped_tokens_of_a_tower_skip_its_mlps(name: str) -> None:
     parts = [_part(subject, path) for path in stages.paths]
     if stages.last:
         parts = [parts[0][: -stages.last], parts[0][-stages.last :]]
-    out, _ = _patched(
-        subject, "token_drop", score="norm", keep=0.5, layers=list(stages.reducing)
-    )
+    out, _ = _patched(subject, "token_drop", score="norm", keep=0.5, layers=list(stages.reducing))
     with Spared(parts, stages.norm, stages.reducing, 0.5, stages.prefix).driven():
         expected = subject.forward()
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)

@@ -22,10 +22,9 @@ from tests.support.by_hand import Recorded, flat, logits_of, recorded
 @dataclass
 class Sequence:
     """The tokens of one image on their way. prefix, suffix: tokens before and after the patches,
-    which stay; n: patches at first; ids: the
-    patch whose position each token has; size: patches merged into it; place: where each patch went,
-    -1 if dropped; last: every patch's last value; short: the tokens that go on, where whoever called
-    the block was handed every position."""
+    which stay; n: patches at first; ids: the patch whose position each token has; size: patches
+    merged into it; place: where each patch went, -1 if dropped; last: every patch's last value;
+    short: the tokens that go on, where whoever called the block was handed every position."""
 
     prefix: int
     n: int
@@ -205,7 +204,8 @@ class Shortened:
                 patches = x.shape[1] - self.prefix - self.suffix
                 self.sequences = [Sequence(self.prefix, patches, self.suffix) for _ in x]
             rows = []
-            for self.short.sequence, one in zip(self.sequences, x.split(1), strict=True):
+            for sequence, one in zip(self.sequences, x.split(1), strict=True):
+                self.short.sequence = sequence
                 rows.append(row(one, *args, **kwargs))
             return torch.cat(rows)
 

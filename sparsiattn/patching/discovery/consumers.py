@@ -25,6 +25,7 @@ from sparsiattn.patching.discovery.token_axis import (
     arguments,
     follow,
 )
+from sparsiattn.patching.discovery.token_rows import check_rows
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 
 
@@ -133,6 +134,7 @@ class _Trace(TorchDispatchMode):
         outcome: Outcome
         try:
             outcome = follow(operation)
+            check_rows(operation, outcome)
         except ReadsPositions as reason:
             self.refuse(axes, str(reason))
             # what comes of it is followed, too: it may be what the next block takes

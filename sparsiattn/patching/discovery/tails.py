@@ -132,7 +132,7 @@ def _factor(step: Step, weights: Mapping[int, str]) -> tuple[int, str | None]:
     if step.call is None or step.call[0] is not _MULTIPLY:
         return step.values[0], None
     for value, x in zip(step.values[::-1], step.call[1], strict=False):
-        if id(x) in weights and x.numel() == x.shape[-1]:
+        if id(x) in weights and x.numel() == (x.shape[-1] if x.dim() else 1):
             return value, weights[id(x)]
     return step.values[0], None
 

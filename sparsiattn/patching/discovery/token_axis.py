@@ -37,9 +37,7 @@ class TokenAxis:
         outer: Size of what is flattened into the dimension before them (a batch).
         inner: The same behind them.
         kind: What stands there.
-        rows: How many sequences of one batch may be several of an image (frames, tiles), which must
-            not meet: fewer tokens are others in each. They lie along the first dimension; 1 where
-            every sequence is an image.
+        rows: Sequences in the batch if several may be of one image; see `token_rows`. Else 1.
     """
 
     dim: int
@@ -121,40 +119,7 @@ def follow(operation: Operation) -> Outcome:
         rule = _pointwise
     if rule is None:
         raise ReadsPositions(operation.name)
-    outcome = rule(operation)
-    for x, axis in operation.axes():
-        if axis.rows > 1 and not _keeps_rows(operation, x, outcome):
-            raise ReadsPositions(f"{operation.name} across several sequences of an image")
-    return outcome
-
-
-def _keeps_rows(operation: Operation, x: Tensor, outcome: Outcome) -> bool:
-    """Whether sequences stay apart along the first dimension of what an operation makes of one."""
-    outcomes = outcome if isinstance(outcome, list) else [outcome]
-    results = operation.out if isinstance(operation.out, (list, tuple)) else [operation.out]
-    carried = [(out, axis) for out, axis in zip(results, outcomes, strict=False) if axis]
-    if not carried:  # every sequence was read to its end by itself
-        return True
-    if operation.name not in _REGULAR and any(out.dim() > x.dim() for out, _ in carried):
-        return False
-    if _mixes_first(operation, x):
-        return False
-    return all(
-        axis.outer == axis.rows if axis.dim == 0 else out.shape[0] == axis.rows
-        for out, axis in carried
-    )
-
-
-def _mixes_first(operation: Operation, x: Tensor) -> bool:
-    """Whether an operation moves the first dimension of a tensor away, or sums over it."""
-    args, rank = operation.args, max(1, x.dim())
-    if operation.name in ("mm", "addmm"):
-        return x is args["mat2"]
-    if operation.name == "permute":
-        return bool(args["dims"][0] % rank != 0)
-    if operation.name in ("transpose", "t"):
-        return 0 in [args.get(name, i) % rank for i, name in enumerate(("dim0", "dim1"))]
-    return "softmax" in operation.name and args["dim"] % rank == 0
+    return rule(operation)
 
 
 def _pointwise(operation: Operation) -> TokenAxis:
@@ -197,8 +162,7 @@ def _like(operation: Operation) -> TokenAxis:
 
 
 def _dropout(operation: Operation) -> Outcome:
-    _, axis = operation.only()
-    return [axis, replace(axis, kind="noise")]
+    return [operation.only()[1], _like(operation)]
 
 
 def _without(operation: Operation) -> None:
@@ -405,10 +369,6 @@ def _attention(operation: Operation) -> Outcome:
         raise ReadsPositions("attention among tokens")
     operation.pooled.add("attention")
     return [None, *rest]
-
-
-_REGULAR = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze")
-"""Operators that add dimensions and leave the order of elements."""
 
 
 def _rules(*pairs: tuple[Callable[[Operation], Outcome], str]) -> dict[str, Any]:
