@@ -46,6 +46,7 @@ class Block:
         tail: Its MLP branch; None if it has none of its own.
         head: The first module inside that takes the block's input.
         after: Whether its input is the output of the block before.
+        adds_heads: Whether tables of positions come to it as ``[B, n, D]``, without heads.
     """
 
     name: str
@@ -55,3 +56,4 @@ class Block:
     tail: Tail | None
     head: str | None = None
     after: bool = True
+    adds_heads: bool = False

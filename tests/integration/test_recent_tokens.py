@@ -59,6 +59,7 @@ SHORT = {
     "pe_video": Towers(
         ("embedder.vision_model.timm_model.blocks",), whole=("layers.0", "layers.1")
     ),
+    "gemma4": Towers(("encoder.layers",), 0, 0),
     "vit_mae (masked)": Towers(("vit.layers",), whole=("decoder.decoder_layers.0",)),
 }  # fmt: skip
 STRATEGIES: dict[str, dict[str, Any]] = {"token_drop": {"keep": 0.5}, "token_merge": {"r": 2}}

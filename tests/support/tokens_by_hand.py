@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from tests.support.by_hand import Recorded, flat, logits_of, recorded
 
@@ -204,9 +205,10 @@ class Shortened:
                 patches = x.shape[1] - self.prefix - self.suffix
                 self.sequences = [Sequence(self.prefix, patches, self.suffix) for _ in x]
             rows = []
-            for sequence, one in zip(self.sequences, x.split(1), strict=True):
+            for i, (sequence, one) in enumerate(zip(self.sequences, x.split(1), strict=True)):
                 self.short.sequence = sequence
-                rows.append(row(one, *args, **kwargs))
+                its_args, its_kwargs = (_of_row(value, i, len(x)) for value in (args, kwargs))
+                rows.append(row(one, *its_args, **its_kwargs))
             return torch.cat(rows)
 
         return run
@@ -250,14 +252,33 @@ class Shortened:
         return value
 
 
+NORMS = ("norm2", "layernorm_after", "pre_feedforward_layernorm")
+
+
+def _norm(block: Any) -> str:
+    """The name of the norm before the MLP."""
+    return next((name for name in NORMS if hasattr(block, name)), "")
+
+
+def _of_row(value: Any, row: int, rows: int) -> Any:
+    """A row's part of arguments that have one for each."""
+    return tree_map(lambda x: x[row : row + 1] if _has_rows(x, rows) else x, value)
+
+
+def _has_rows(x: Any, rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 3 and x.shape[0] == rows
+
+
 def _before_mlp(block: Any, middle: list[Tensor]) -> Any:
     """Note the sum between attention and MLP, where the block has one."""
-    norm = getattr(block, "norm2", getattr(block, "layernorm_after", nn.Identity()))
+    norm = getattr(block, _norm(block), nn.Identity())
     return norm.register_forward_pre_hook(lambda _, args: middle.append(args[0]))
 
 
 def _mlp(block: Any, y: Tensor) -> Tensor:
-    branch = block.mlp((block.norm2 if hasattr(block, "norm2") else block.layernorm_after)(y))
+    branch = block.mlp(getattr(block, _norm(block))(y))
+    if hasattr(block, "post_feedforward_layernorm"):
+        return block.post_feedforward_layernorm(branch)  # type: ignore[no-any-return]
     scale = getattr(block, "ls2", getattr(block, "layer_scale2", None))
     if scale is not None:
         return scale(branch)  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from sparsiattn.attention.block import Block, Tail
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
+from sparsiattn.patching.discovery.side_tables import adds_heads
 from sparsiattn.patching.discovery.tails import find_tail
 from sparsiattn.patching.discovery.values import OperatorTrace, Step, address
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, tensors_in
@@ -229,7 +230,9 @@ class _Trace(OperatorTrace):
         tail = find_tail(steps, left, self.values, self.sites, weights)
         inside = (step for step in steps[1:] if step.kind == "enter" and x in step.values[:1])
         head = next((step.name for step in inside), None)
-        self.spans[left.name] = Block(left.name, taken, returned, (), tail, head)
+        self.spans[left.name] = Block(
+            left.name, taken, returned, (), tail, head, adds_heads=adds_heads(steps)
+        )
         self._ends[left.name] = x, left.results[0]
 
     def _since_entry(self, name: str) -> list[Step]:
