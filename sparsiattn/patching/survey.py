@@ -200,9 +200,7 @@ def _with_structure(
         assert site.structure is not None
         try:
             structure = given.applied(site.structure, site.tokens, site.name)
-        except InvalidOption as error:
-            if site.is_guess:
-                raise
+        except InvalidOption as error:  # queries of a decoder: they stay a guess
             misfit = misfit or error
         else:
             fitting += 1
