@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(not find_spec("transformers"), reason="transform
 
 def _subject(name: str) -> matrix.Subject:
     try:
-        return census_recent.subject(name, hosts_recent.HOSTS[name])
+        hosts = hosts_recent.HOSTS if name in hosts_recent.HOSTS else dict(census_recent.heads())
+        return census_recent.subject(name, hosts[name])
     except (AttributeError, ImportError) as error:
         pytest.skip(f"this version of transformers lacks it: {error}")
 
@@ -61,6 +62,13 @@ SHORT = {
     ),
     "gemma4": Towers(("encoder.layers",), 0, 0),
     "vit_mae (masked)": Towers(("vit.layers",), whole=("decoder.decoder_layers.0",)),
+    "videomae: VideoMAEForPreTraining": Towers(
+        ("videomae.encoder.layer",), 0, 0,
+        whole=tuple(f"decoder.decoder_layers.{i}" for i in range(4)),
+    ),
+    "clip: CLIPModel": Towers(
+        ("vision_model.encoder.layers",), whole=("text_model.encoder.layers.0",)
+    ),
 }  # fmt: skip
 STRATEGIES: dict[str, dict[str, Any]] = {"token_drop": {"keep": 0.5}, "token_merge": {"r": 2}}
 
@@ -106,8 +114,12 @@ SPARED = {
     "oneformer (swin)": Stages(SWINS, "layernorm_after", (1, 2, 3), (0,) * 4),
     "rf_detr": Stages(("model.backbone.backbone.encoder.layer",), "norm2", (1, 2), (1,)),
     "lw_detr": Stages(("model.backbone.backbone.encoder.layer",), "layernorm_after", (1, 2), (0,)),
+    "mobilevit: MobileViTModel": Stages(
+        tuple(f"encoder.layer.{i}.transformer.layer" for i in (2, 3, 4)), "layernorm_after",
+        (1, 2, 4), (0, 0, 0),
+    ),
     "videomt": Stages(("layers",), "norm2", (1, 3), (5, 10), last=1),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPARED)

@@ -252,7 +252,8 @@ class Shortened:
         return value
 
 
-NORMS = ("norm2", "layernorm_after", "pre_feedforward_layernorm")
+NORMS_BEHIND = ("post_feedforward_layernorm", "norm4")
+NORMS = ("norm3", "norm2", "layernorm_after", "layer_norm2", "pre_feedforward_layernorm")
 
 
 def _norm(block: Any) -> str:
@@ -276,9 +277,13 @@ def _before_mlp(block: Any, middle: list[Tensor]) -> Any:
 
 
 def _mlp(block: Any, y: Tensor) -> Tensor:
-    branch = block.mlp(getattr(block, _norm(block))(y))
-    if hasattr(block, "post_feedforward_layernorm"):
-        return block.post_feedforward_layernorm(branch)  # type: ignore[no-any-return]
+    x = getattr(block, _norm(block))(y)
+    if not hasattr(block, "mlp"):
+        return block.output(block.intermediate(x), torch.zeros_like(y))  # type: ignore[no-any-return]
+    branch = block.mlp(x)
+    behind = next((name for name in NORMS_BEHIND if hasattr(block, name)), None)
+    if behind is not None:
+        return getattr(block, behind)(branch)  # type: ignore[no-any-return]
     scale = getattr(block, "ls2", getattr(block, "layer_scale2", None))
     if scale is not None:
         return scale(branch)  # type: ignore[no-any-return]
