@@ -287,5 +287,5 @@ def _mlp(block: Any, y: Tensor) -> Tensor:
     scale = getattr(block, "ls2", getattr(block, "layer_scale2", None))
     if scale is not None:
         return scale(branch)  # type: ignore[no-any-return]
-    gamma = getattr(block, "gamma_2", None)
+    gamma = getattr(block, "gamma_2", getattr(block, "lambda_2", None))
     return branch if gamma is None else gamma * branch
