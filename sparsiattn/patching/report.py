@@ -99,6 +99,8 @@ class Report:
         reductions: What token strategies do at which block, in words.
         price_source: By whose prices speeds are expected.
         structures: How the tokens of which sites lie in the image, and where that is known from.
+        whole_blocks: ``(name, reason)`` of blocks that keep every token under a token strategy:
+            decoders, queries, text.
     """
 
     model: str
@@ -116,6 +118,7 @@ class Report:
     reductions: tuple[str, ...] = ()
     price_source: str = ""
     structures: tuple[str, ...] = ()
+    whole_blocks: tuple[tuple[str, str], ...] = ()
 
     @property
     def macs(self) -> int | None:
@@ -150,6 +153,7 @@ class Report:
 
     def _tail(self) -> list[str]:
         lines = [*self.structures, *self.reductions]
+        lines += [f"{name} keeps every token: {reason}" for name, reason in self.whole_blocks]
         lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
@@ -215,6 +219,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         reductions=_reductions(state, run),
         price_source=_price_source(rows, state),
         structures=structure_lines(state.sites),
+        whole_blocks=state.whole_blocks,
     )
 
 
