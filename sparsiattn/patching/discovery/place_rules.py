@@ -42,11 +42,24 @@ def _shift(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
 
 def _view(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     numbers, shape = numbers_of(args[0]), list(out.shape)
-    last = numbers.dim() - 1
-    if last > 0 < len(shape) and numbers.stride(last) == 0 and numbers.shape[last] == shape[-1]:
-        # one value for all channels: a copy, where it takes one, is small
-        return numbers.narrow(last, 0, 1).reshape([*shape[:-1], 1]).expand(shape)
-    return numbers.reshape(shape)
+    try:
+        return numbers.view(shape)
+    except RuntimeError:  # it takes a copy, which is small where one value stands for many
+        small = _alike(numbers)
+    last = small.dim() - 1
+    if shape and last > 0 == small.stride(last) and small.shape[last] == shape[-1]:
+        return small.narrow(last, 0, 1).reshape([*shape[:-1], 1]).expand(shape)
+    return small.reshape(shape)
+
+
+def _alike(numbers: Tensor) -> Tensor:
+    """The same, with stride 0 wherever all values along a dimension are alike."""
+    small = thin(numbers)
+    for dim in range(small.dim()):
+        first = small.narrow(dim, 0, 1) if small.shape[dim] else small
+        if small.shape[dim] > 1 and bool((small == first).all()):
+            small = first
+    return small.expand(numbers.shape)
 
 
 def _same(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
