@@ -20,6 +20,8 @@ ATOMS: frozenset[type] = frozenset(
     | {types.BuiltinFunctionType, torch.dtype}
 )
 """Types whose values are copies of themselves."""
+_COMPILED = "_compiled_call_impl"
+"""What `nn.Module` leaves out of its state."""
 
 
 def copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> Any:
@@ -34,8 +36,10 @@ def copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int,
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
-        attributes = {name: _copied(value, memo) for name, value in vars(module).items()}
-        vars(memo[id(module)]).update(attributes)
+        copied = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            if name != _COMPILED:
+                copied[name] = _copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -51,7 +55,7 @@ def _copies_plainly(kind: Any) -> bool:
         kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
         and kind.__setstate__ is nn.Module.__setstate__
-        and getattr(kind, "__getstate__", None) is getattr(object, "__getstate__", None)
+        and getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
     )
     slots: Any = copyreg._slotnames(kind)  # type: ignore[attr-defined]
     registered = kind in copyreg.dispatch_table
