@@ -33,7 +33,27 @@ class ScriptRefusal:
 
 def tensors_in(values: Any) -> list[Tensor]:
     """Tensors among nested arguments or outputs, in order."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    _collect(values, tensors)
+    return tensors
+
+
+def _collect(values: Any, tensors: list[Tensor]) -> None:
+    """Append tensors; what dry runs meet at every operator does not go through torch's trees."""
+    kind = type(values)
+    if isinstance(values, Tensor):
+        tensors.append(values)
+    elif kind is tuple or kind is list:
+        for value in values:
+            _collect(value, tensors)
+    elif kind is dict:
+        for value in values.values():
+            _collect(value, tensors)
+    elif kind not in _LEAVES:
+        tensors += [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout})
 
 
 def first_tensor(values: Any) -> Tensor | None:

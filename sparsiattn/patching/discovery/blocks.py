@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_map
 
 from sparsiattn.attention.block import Block, Tail
 from sparsiattn.errors import ProbeFailed
-from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
 from sparsiattn.patching.discovery.side_tables import adds_heads
 from sparsiattn.patching.discovery.tails import find_tail
@@ -107,7 +106,7 @@ def _twice(value: Any) -> Any:
 
 def _traced(model: nn.Module, sites: list[str], inputs: MetaInputs) -> _Trace:
     trace = _Trace(model, sites)
-    with recalling(), trace.recording():
+    with trace.recording():
         run_dry(model, inputs, trace.clear)
     return trace
 
@@ -156,6 +155,7 @@ class _Trace(OperatorTrace):
         self.spans: dict[str, Block] = {}
         self.order: list[str] = []
         self._ends: dict[str, tuple[int, int]] = {}
+        self._entries: dict[str, int] = {}
         self._taken: list[tuple[Tensor, Tensor] | None] = []
 
     @contextmanager
@@ -178,6 +178,7 @@ class _Trace(OperatorTrace):
             self.running.append(name)
             if name in self.watched and name not in self.order:
                 self.order.append(name)
+            self._entries[name] = len(self.steps)
             x = first_argument(args, kwargs)
             self._taken.append(None)
             if x is None:
@@ -237,7 +238,4 @@ class _Trace(OperatorTrace):
 
     def _since_entry(self, name: str) -> list[Step]:
         """What happened since this module was entered."""
-        entry = ("enter", name)
-        steps = self.steps
-        last = max(i for i, step in enumerate(steps) if (step.kind, step.name) == entry)
-        return steps[last:]
+        return self.steps[self._entries[name] :]

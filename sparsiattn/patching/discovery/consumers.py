@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.meta_cache import Recalled
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
 from sparsiattn.patching.discovery.token_axis import (
     Operation,
@@ -26,7 +25,7 @@ from sparsiattn.patching.discovery.token_axis import (
     follow,
 )
 from sparsiattn.patching.discovery.token_rows import check_rows
-from sparsiattn.runtime.hook_tools import first_argument, first_tensor
+from sparsiattn.runtime.hook_tools import first_argument, first_tensor, tensors_in
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,14 @@ def find_consumers(
         several: Of each, whether a batch holds several sequences of an image; none by default.
     """
     trace = _Trace(model, blocks, lead, several or [False] * len(blocks))
-    with recalling(), trace.recording():
+    with trace.recording():
         output = run_dry(model, inputs, trace.clear)
     trace.leave_model(output)
     return trace.consumers
 
 
-class _Trace(TorchDispatchMode):
-    """Follows every tensor with tokens outside of blocks."""
+class _Trace(Recalled):
+    """Follows every tensor with tokens outside of blocks; it recalls results as well."""
 
     def __init__(
         self, model: nn.Module, blocks: Sequence[str], lead: Sequence[int], several: Sequence[bool]
@@ -119,14 +118,14 @@ class _Trace(TorchDispatchMode):
         return None if known is None else known[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        named = arguments(func, args, kwargs or {})
-        leaves = tree_leaves(list(named.values()))
-        axes = [(x, axis) for x in leaves if (axis := self.axis_of(x)) is not None]
+        kwargs = kwargs or {}
+        out = self.answer(func, args, kwargs)
+        axes = [(x, a) for x in tensors_in((args, kwargs)) if (a := self.axis_of(x)) is not None]
         if self.inside:
             others = [axis for x, axis in axes if x is not self.entered]
             self.refuse(others, "a block that takes it beside its own input")
         elif axes:
+            named = arguments(func, args, kwargs)
             self._follow(Operation(func, named, out, self.axis_of), [axis for _, axis in axes])
         return out
 

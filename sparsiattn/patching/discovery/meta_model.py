@@ -20,6 +20,7 @@ from sparsiattn.errors import ProbeFailed, SparsiattnError, first_line
 from sparsiattn.patching.discovery.failure import place_of
 from sparsiattn.patching.discovery.host_hooks import copy_host_hooks
 from sparsiattn.patching.discovery.meta_cache import recalling
+from sparsiattn.patching.discovery.module_copy import ATOMS, copy_modules
 from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.lifting import drop
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE
@@ -64,7 +65,8 @@ def _stay_on_the_slow_path(module: nn.Module, args: Any) -> None:
 
 def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         for name in _HOOKS:
             hooks = vars(module).get(name)
             if hooks is not None:
@@ -73,12 +75,14 @@ def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
             if id(tensor) not in memo:
                 memo[id(tensor)] = convert(tensor)
         memo.setdefault(id(vars(module).get(PATCH_ATTRIBUTE)), None)
-    for module in model.modules():
+    for module in modules:
         for name, value in vars(module).items():
-            if id(value) not in memo and (name == _DISPATCH or not _copies(value)):
+            if type(value) in ATOMS or id(value) in memo:
+                continue
+            if name == _DISPATCH or not _copies(value):
                 memo[id(value)] = value  # a lock, a handle: shared, the dry run ignores it
     try:
-        copied = copy.deepcopy(model, memo)
+        copied = copy_modules(model, modules, memo)
     except Exception as error:
         raise ProbeFailed(
             f"{type(model).__name__} cannot be copied for the dry run: {error}"
@@ -122,6 +126,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     waiting: list[Any] = [value for name, value in vars(module).items() if name != "_modules"]
     while waiting:
         value = waiting.pop()
+        if type(value) in ATOMS:
+            continue
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):

@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from sparsiattn.patching.discovery.meta_cache import Recalled
-from sparsiattn.patching.discovery.pixel_numbers import PLACES, UNKNOWN, constant, places_in
+from sparsiattn.patching.discovery.pixel_numbers import (
+    PLACES,
+    UNKNOWN,
+    constant,
+    places_in,
+    thin,
+)
 from sparsiattn.patching.discovery.place_rules import RULES, pointwise
 
 
@@ -48,14 +54,27 @@ class PixelNumbers:
 
         None for all where they are of several images, or of none.
         """
-        numbers = [x[x >= 0] for x in places if x is not None]
-        numbers = [x for x in numbers if x.numel()]
-        for start, shape in self.images if numbers else ():
+        ranges = [_range(x) for x in places if x is not None]
+        ranges = [(low, high) for low, high in ranges if high >= 0]
+        for start, shape in self.images if ranges else ():
             end = start + torch.Size(shape).numel()
-            if all(start <= int(x.min()) and int(x.max()) < end for x in numbers):
-                moved = [x if x is None else torch.where(x >= 0, x - start, x) for x in places]
-                return moved, shape
+            if all(start <= low and high < end for low, high in ranges):
+                return [x if x is None else _counted_from(start, x) for x in places], shape
         return [None] * len(places), ()
+
+
+def _range(numbers: Tensor) -> tuple[int, int]:
+    """The lowest and the highest number of a pixel; the latter is negative if there is none."""
+    numbers = thin(numbers)
+    if not numbers.numel():
+        return 0, UNKNOWN
+    highest = numbers.max()
+    return int(torch.where(numbers >= 0, numbers, highest).min()), int(highest)
+
+
+def _counted_from(start: int, numbers: Tensor) -> Tensor:
+    small = thin(numbers)
+    return torch.where(small >= 0, small - start, small).expand(numbers.shape)
 
 
 def _number(image: Tensor, start: int) -> int:

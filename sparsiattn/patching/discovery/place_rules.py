@@ -31,8 +31,35 @@ def _move(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return func(numbers_of(args[0]), *args[1:], **kwargs)
 
 
+def _shift(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    """What moves elements along given dimensions; those of one value stay so, and small."""
+    numbers = numbers_of(args[0])
+    if kwargs or not args[-1] or len(args) < len(func._schema.arguments):  # of all, as one line
+        return func(numbers, *args[1:], **kwargs)  # type: ignore[no-any-return]
+    moved: Tensor = func(thin(numbers), *args[1:])
+    return moved.expand(out.shape)
+
+
 def _view(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    return numbers_of(args[0]).reshape(out.shape)
+    numbers, shape = numbers_of(args[0]), list(out.shape)
+    try:
+        return numbers.view(shape)
+    except RuntimeError:  # it takes a copy, which is small where one value stands for many
+        small = _alike(numbers)
+    last = small.dim() - 1
+    if shape and last > 0 == small.stride(last) and small.shape[last] == shape[-1]:
+        return small.narrow(last, 0, 1).reshape([*shape[:-1], 1]).expand(shape)
+    return small.reshape(shape)
+
+
+def _alike(numbers: Tensor) -> Tensor:
+    """The same, with stride 0 wherever all values along a dimension are alike."""
+    small = thin(numbers)
+    for dim in range(small.dim()):
+        first = small.narrow(dim, 0, 1) if small.shape[dim] else small
+        if small.shape[dim] > 1 and bool((small == first).all()):
+            small = first
+    return small.expand(numbers.shape)
 
 
 def _same(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -88,8 +115,14 @@ _CAT = aten.cat.default
 
 
 def _pad(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    padded: Tensor = aten.constant_pad_nd(numbers_of(args[0]), args[1], PADDING)
-    return padded
+    numbers, sides = numbers_of(args[0]), args[1]
+    for i in range(numbers.dim()):  # sides come from the last dimension on
+        dim = numbers.dim() - 1 - i
+        is_padded = any(sides[2 * i : 2 * i + 2])
+        if not is_padded and numbers.stride(dim) == 0 and numbers.shape[dim] > 1:
+            numbers = numbers.narrow(dim, 0, 1)
+    padded: Tensor = aten.constant_pad_nd(numbers, sides, PADDING)
+    return padded.expand(out.shape)
 
 
 def _index(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
@@ -244,9 +277,10 @@ def _rules() -> dict[Any, Rule]:
         (
             _move,
             "permute transpose t expand unsqueeze squeeze select slice split split_with_sizes "
-            "unbind flip roll diagonal unfold repeat pixel_shuffle pixel_unshuffle alias detach "
+            "unbind diagonal unfold repeat pixel_shuffle pixel_unshuffle alias detach "
             "lift_fresh rot90 channel_shuffle",
         ),
+        (_shift, "flip roll"),
         (_complex, "view_as_complex view_as_real"),
         (_view, "view _unsafe_view reshape _reshape_alias"),
         (

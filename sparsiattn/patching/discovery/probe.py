@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ProbeFailed
@@ -128,14 +129,20 @@ class _Recorder:
         self.watched: dict[str, WatchWeights] = {}
         self.input_shapes: dict[str, torch.Size] = {}
         self.output_shapes: dict[str, torch.Size] = {}
+        self.hooks: list[RemovableHandle] = []
+        self._placed: dict[Any, tuple[Any, dict[str, Any]]] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 self.watched[name] = WatchWeights(module)
             parents = tuple(_chain(model, name))
             key = -1 - id(module)  # negative: the keys of patched sites count up from 1
             opener = self._opener(name, module, parents, key)
-            module.register_forward_pre_hook(opener, with_kwargs=True)
-            module.register_forward_hook(self._closer(name, key), always_call=True)
+            hooks = (
+                module.register_forward_pre_hook(opener, with_kwargs=True),
+                module.register_forward_hook(self._closer(name, key), always_call=True),
+            )
+            if name not in self.watched:  # which go on attending as in the probe
+                self.hooks += hooks
             self.trial.names[key] = _home_name(name, module)
 
     def clear(self) -> None:
@@ -176,9 +183,12 @@ class _Recorder:
     def _places(self, call: HostCall) -> dict[str, Any]:
         """Where queries and keys come from, as fields of `AttentionCall`."""
         places = [places_in(x) for x in (call.q, call.k)]
-        rows = [None if numbers is None else numbers[..., 0].clone() for numbers in places]
-        rows, image = self.pixels.of_one_image(rows)
-        return {"q_places": rows[0], "k_places": rows[1], "image": image, "map": self.map}
+        key = tuple(map(id, places))
+        if key not in self._placed:
+            rows, image = self.pixels.of_one_image([x if x is None else x[..., 0] for x in places])
+            fields = {"q_places": rows[0], "k_places": rows[1], "image": image}
+            self._placed[key] = places, fields  # with what is known by its address
+        return {**self._placed[key][1], "map": self.map}
 
     def _note_entrance(self, name: str, x: Tensor | None) -> None:
         """Remember what elements of lists take, and which module in them takes the same first."""
@@ -253,7 +263,7 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     """Every attention call of a model, those written by hand included.
 
     Args:
-        model: A `meta_copy`, which keeps the hooks of the probe.
+        model: A `meta_copy`, whose `nn.MultiheadAttention` keep the hooks of the probe.
         inputs: What to call it with.
 
     Raises:
@@ -267,6 +277,8 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
         if records.watch():  # the host registered hooks just now
             recorder.clear()
             output = _run(model, inputs, recorder)
+    for hook in recorder.hooks:
+        hook.remove()
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     returned = shapes(output)
     del output  # was held until here: see `WatchWeights.verdict`

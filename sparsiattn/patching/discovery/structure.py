@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -61,12 +62,21 @@ def read_structure(places: Tensor | None, image: Sequence[int], source: str) -> 
     """
     if places is None or bool((places == UNKNOWN).any()):
         return None
-    count = places.shape[-1]
-    places = places[(places >= 0).any(-1)]  # windows of nothing but padding say nothing
-    if len(places) == 0:  # queries of a decoder
+    if not bool((places >= 0).any()):  # queries of a decoder
+        count = places.shape[-1]
         return Structure((1, count), raster=False, source=NO_PATCHES)
-    structure = _window(places, image) if len(places) > 1 else _sequence(places[0], image)
+    structure = _read(tuple(places.flatten().tolist()), tuple(places.shape), tuple(image))
     return None if structure is None else replace(structure, source=source)
+
+
+@lru_cache(maxsize=256)  # blocks of a model have the same, and so have its copies
+def _read(
+    numbers: tuple[int, ...], shape: tuple[int, ...], image: tuple[int, ...]
+) -> Structure | None:
+    """The structure that places tell, without its source."""
+    places = torch.tensor(numbers, dtype=torch.int32, device="cpu").view(shape)
+    places = places[(places >= 0).any(-1)]  # windows of nothing but padding say nothing
+    return _window(places, image) if len(places) > 1 else _sequence(places[0], image)
 
 
 def _margins(special: Tensor) -> tuple[int, int]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsiattn.patching.discovery.meta_cache import Recalled
 from sparsiattn.runtime.hook_tools import tensors_in
 
 _ATEN = torch.ops.aten
@@ -92,8 +93,8 @@ class Values:
         return self.lineage(a)[-1] == self.lineage(b)[-1]
 
 
-class OperatorTrace(TorchDispatchMode):
-    """Notes every operator as a `Step`.
+class OperatorTrace(Recalled):
+    """Notes every operator as a `Step`; it recalls results as well.
 
     Attributes:
         steps: What happened so far.
@@ -115,9 +116,9 @@ class OperatorTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._paused:
-            return func(*args, **kwargs)
+            return self.answer(func, args, kwargs)
         values = tuple(self.values.number(x) for x in tensors_in((args, kwargs)))
-        out = func(*args, **kwargs)
+        out = self.answer(func, args, kwargs)
         written = frozenset(_written(func, args, kwargs))
         self.values.wrote(written)
         results = tuple(self.values.number(x) for x in tensors_in(out))
@@ -150,8 +151,13 @@ def _is_copy(func: Any, args: Any, out: Any) -> bool:
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterable[int]:
     """Addresses of the memory that an operator writes to, by its schema."""
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = kwargs.get(argument.name, args[i] if i < len(args) else None)
+    for i, name in _targets(func):
+        value = kwargs.get(name, args[i] if i < len(args) else None)
         yield from (address(x) for x in tensors_in(value))
+
+
+@cache
+def _targets(func: Any) -> list[tuple[int, str]]:
+    """Arguments that an operator writes to, by position and name."""
+    arguments = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
