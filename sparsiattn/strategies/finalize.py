@@ -22,6 +22,8 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.attention.top_logits import TopKeys, TopLogits
+from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
 
 
@@ -51,7 +53,9 @@ def finish(
     ranked = isinstance(pattern, Ranked) and pattern.best is not None
     if not ranked:
         _check_size(pattern, inputs, blocks)
-    if isinstance(pattern, Ranked):
+    if isinstance(pattern, TopLogits):
+        pattern = _rank_logits(pattern, inputs, prefix_keys, background)
+    elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask) and inputs.prefix:
         pattern = pattern.with_prefix(inputs.prefix, keys=prefix_keys)
@@ -103,6 +107,31 @@ def _rank(
     # by keyword: Dynamo before torch 2.11 counts the keyword-only `summary` as positional
     rows, tiles = inputs.prefix, inputs.tiles
     return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
+
+
+def _rank_logits(
+    pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, background: int | None
+) -> Pattern:
+    """Lists that the kernel finds, where one can; else as `_rank`."""
+    keys = count_of(pattern.k, inputs.n_keys)
+    every = keys == inputs.n_keys or keys <= inputs.prefix
+    if every or not (prefix_keys or not inputs.prefix) or not native_rows.serves(inputs):
+        return _rank(pattern.ranked(), inputs, prefix_keys, None)
+
+    def make_index() -> Tensor:
+        ranked = _rank(pattern.ranked(), inputs, prefix_keys, None)
+        assert isinstance(ranked, KeyIndex)
+        return ranked.index
+
+    rows, prefix = inputs.prefix, inputs.prefix
+    return TopKeys(
+        inputs.n_queries,
+        inputs.n_keys,
+        keys=keys,
+        prefix=prefix,
+        make_index=make_index,
+        dense_rows=rows,
+    )
 
 
 def _rank_blocks(
@@ -157,6 +186,12 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
         if native.counts(inputs.q, count):
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
+    elif isinstance(pattern, TopKeys):
+        lists = pattern
+        counted = CountedSummary(
+            cells, parts, lambda: _count_by_index(lists.index, cells, count).log()
+        )
+        return replace(pattern, summary=counted)
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
         bias = _count_by_index(pattern.index, cells, count).log()
     else:
