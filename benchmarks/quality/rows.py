@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import common
 
+STAGES = ("quality", "speed")
 CARD = ("date", "commit", "processor", "threads", "torch", "timm")
+FILE = "quality-real"
+Row = dict[str, Any]
 
 
-def typed(line: dict[str, Any]) -> str:
-    """The options of ``patch`` as a user types them."""
-    return ", ".join(f"{name}={value!r}" for name, value in line.items()).replace("'", '"')
+def read() -> dict[str, list[Row]]:
+    """Rows of each stage."""
+    path = common.RESULTS / f"{FILE}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return {stage: content.get(stage, []) for stage in STAGES}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one stage, ``"quality"`` or ``"speed"``. A row is named by what it was measured of.
-
-    Attributes:
-        file: Name of the file of results, without its ending.
-        stage: The list of rows in it.
-    """
-
-    file: str
-    stage: str
-
-    def read(self) -> dict[str, list[dict[str, Any]]]:
-        path = common.RESULTS / f"{self.file}.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        return {stage: found.get(stage, []) for stage in ("quality", "speed")}
-
-    def has(self, of: dict[str, Any]) -> bool:
-        return any(of.items() <= row.items() for row in self._plain())
-
-    def add(self, of: dict[str, Any], figures: dict[str, Any]) -> None:
-        """Write a row, in place of one of the same name. Reads again: others may write too."""
-        stages = self.read()
-        kept = [row for row in stages[self.stage] if not of.items() <= _hashable(row).items()]
-        card = common.machine()
-        made = {name: card[name] for name in CARD}
-        stages[self.stage] = [*kept, {**of, **figures, "made": made}]
-        common.write(self.file, stages)
-
-    def _plain(self) -> list[dict[str, Any]]:
-        return [_hashable(row) for row in self.read()[self.stage]]
+def has(stage: str, name: Row) -> bool:
+    """Whether there is a row of what ``name`` says."""
+    return any(name.items() <= row.items() for row in read()[stage])
 
 
-def _hashable(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if isinstance(value, str | int)}
+def add(stage: str, name: Row, figures: Row) -> None:
+    """Write a row, in place of one of the same name, beside what others have written meanwhile."""
+    rows = read()
+    others = [row for row in rows[stage] if not name.items() <= row.items()]
+    card = common.machine()
+    made = {"made": {key: card[key] for key in CARD}}  # rows of one file come from many runs
+    common.write(FILE, {**rows, stage: [*others, {**name, **figures, **made}]})
+    print(*name.values(), figures, flush=True)

