@@ -21,8 +21,8 @@ from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
-from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.attention.top_logits import TopKeys, TopLogits
+from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
-from sparsiattn.strategies import Connectivity, connectivity
+from sparsiattn.strategies import Connectivity
 from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support import zoo
 
@@ -97,7 +97,7 @@ def at_site(tile: Any, block: Any) -> tuple[Any, sparsiattn.AttentionInputs]:
 def test_the_target_is_exact_attention_averaged(
     tile: Any, block: Any, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connectivity, "MAX_ELEMENTS", most)
+    monkeypatch.setattr(predictor, "MAX_ELEMENTS", most)
     planner, inputs = at_site(tile, block)
     exact = (inputs.q @ inputs.k.mT * inputs.scale).softmax(-1)[..., 1:, :]
     rows = cells(tile)
@@ -119,7 +119,7 @@ def cells(size: Any) -> list[list[int]]:
 
 
 def test_fitting_tiles_makes_no_tensor_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectivity, "MAX_ELEMENTS", 1)
+    monkeypatch.setattr(predictor, "MAX_ELEMENTS", 1)
     planner, inputs = at_site((8, 8), (4, 4))
     for weight in planner.parameters():
         weight.requires_grad_(True)
