@@ -13,14 +13,14 @@ from functools import cached_property
 from torch import Tensor
 
 from sparsiattn.attention.budget import Budget, check_budget, count_of
-from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.inputs import AttentionInputs, products
 from sparsiattn.attention.key_lists import KeyIndex, KeyLists
 from sparsiattn.attention.pattern import Ranked, SizedPattern
 
 
 @dataclass(frozen=True, eq=False)
 class TopLogits(SizedPattern):
-    """A planner's answer: of every query the keys with the largest logits (one list a query).
+    """A planner's answer: of every query, or of a tile's mean query, the keys of largest logits.
 
     Attributes:
         n_queries: Queries, prefix included.
@@ -41,11 +41,20 @@ class TopLogits(SizedPattern):
     @property
     def score_count(self) -> int:
         """Scores among which keys are chosen, of all images and heads."""
-        return self.inputs.q.shape[:-1].numel() * self.n_keys
+        tiles = self.inputs.tiles
+        rows = self.n_queries if tiles is None else tiles.count
+        return self.inputs.q.shape[:2].numel() * rows * self.n_keys
 
     def ranked(self) -> Ranked:
         """The same with logits that are computed now."""
-        return Ranked(self.n_queries, self.n_keys, self.inputs.logits(), self.k)
+        inputs = self.inputs
+        if inputs.tiles is None:
+            scores = inputs.logits()
+        elif inputs.bias is None:
+            scores = products(inputs.row_queries, inputs.k, inputs.scale)
+        else:  # the host's bias is of each query
+            scores = inputs.logits().softmax(-1)
+        return Ranked(scores.shape[-2], self.n_keys, scores, self.k)
 
     def to_mask(self) -> Tensor:
         return self.ranked().to_mask()

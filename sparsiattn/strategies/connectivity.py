@@ -22,7 +22,14 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.errors import InvalidOption, renamed_property
 from sparsiattn.kernels.native import scores as native
-from sparsiattn.strategies.base import Budgets, LearnedPlanner, Strategy, is_number, spawn
+from sparsiattn.strategies.base import (
+    TILE_FROM,
+    Budgets,
+    LearnedPlanner,
+    Strategy,
+    is_number,
+    spawn,
+)
 from sparsiattn.strategies.basis import (
     basis_cells,
     channel_maps,
@@ -43,6 +50,9 @@ from sparsiattn.strategies.predictor import (
     without_hidden_keys,
 )
 
+# Where tiles of 8 x 8 would hold much of the image: on real weights at 37 x 37 patches, lists for
+# 4 x 4 queries lose a third of what lists for 8 x 8 do (benchmarks/results/quality-real.json).
+SMALL_TILE, LARGE_TILE_FROM = (4, 4), 2304
 SCORES = ("auto", "exact", "predictor")
 PREDICTOR_OPTIONS = (
     "tokens_per_basis",
@@ -62,18 +72,16 @@ MAX_COLUMNS = 65_536  # of a predictor; more is a slip
 class Connectivity(Strategy):
     """Keys by a predicted score: softmax(Q (W_down K)^T) W_up (Sparsifiner, section 3).
 
-    Useful before any training. Where every query has keys of its own, they are those of its
-    largest logits until the predictor is fitted: one call finds and uses them, so guessing would
-    save nothing. In tiles the predictor chooses from the start. Its W_down starts as average
-    pooling over the token grid and its W_up as bilinear interpolation back, so its score starts
-    as attention at low resolution.
+    Useful before any training: until the predictor is fitted, the keys of largest logits are
+    kept, which costs no more. W_down starts as average pooling over the token grid and W_up as
+    bilinear interpolation back, so the predicted score starts as attention at low resolution.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
         scores: What ranks the keys. ``"predictor"`` is the method as published, ``"exact"`` the
-            queries' own logits (in tiles, the mean of their softmax), and ``"auto"`` exact logits
-            where every query has keys of its own and the predictor is as it was made, else the
-            predictor. An option below that is set asks for the predictor, too.
+            logits of every query (of a tile, its mean query), and ``"auto"`` these until the
+            predictor is calibrated, trained or loaded. A predictor's option below that is set
+            asks for the predictor, too.
         block: In tile mode keys are chosen in blocks of 4 x 4 (2 x 2 below 128 kept keys) and the
             tables have one row per block; 1 for single keys.
         tokens_per_basis: Patch tokens per basis vector, so about n / tokens_per_basis of them;
@@ -134,6 +142,12 @@ class Connectivity(Strategy):
 
         if self.scores not in SCORES:
             raise InvalidOption(f"scores must be one of {', '.join(SCORES)}, got {self.scores!r}")
+
+    def tile_for(self, tokens: int) -> Tile:
+        small = TILE_FROM <= tokens < LARGE_TILE_FROM
+        if self.tile == "auto" and small and not self.asks_for_predictor:
+            return SMALL_TILE
+        return super().tile_for(tokens)
 
     def planner(self, site: Site) -> ConnectivityPlanner:
         return ConnectivityPlanner(self, site)
@@ -224,9 +238,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def forward(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.strategy.k  # type: ignore[assignment]
         if self._ranks_by_logits(inputs):
-            if inputs.tiles is None:
-                return TopLogits.of(inputs, k)
-            return Pattern.top(inputs.logits().softmax(-1), k)
+            return TopLogits.of(inputs, k)
         count, blocks = 0, inputs.blocks
         if blocks is not None:
             count = blocks_within(k, inputs.n_keys, inputs.prefix, blocks)
@@ -239,9 +251,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def _ranks_by_logits(self, inputs: AttentionInputs) -> bool:
         if self.strategy.scores == "exact":
             return True
-        if self.strategy.asks_for_predictor or inputs.tiles is not None:
-            return False
-        return not self.is_fitted()
+        return not (self.strategy.asks_for_predictor or self.is_fitted())
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``.

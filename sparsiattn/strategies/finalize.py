@@ -100,10 +100,7 @@ def _rank(
     allowed = _row_allowed(inputs)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    if prefix_keys and inputs.prefix:
-        is_prefix = torch.arange(inputs.n_keys, device=scores.device) < inputs.prefix
-        scores = scores.masked_fill(is_prefix, float("inf"))
-    index = Ranked(scores.shape[-2], inputs.n_keys, scores, pattern.k).select()
+    index = native_rows.best_keys(scores, keys, inputs.prefix if prefix_keys else 0)
     # by keyword: Dynamo before torch 2.11 counts the keyword-only `summary` as positional
     rows, tiles = inputs.prefix, inputs.tiles
     return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
@@ -114,8 +111,8 @@ def _rank_logits(
 ) -> Pattern:
     """Lists that the kernel finds, where one can; else as `_rank`."""
     keys = count_of(pattern.k, inputs.n_keys)
-    every = keys == inputs.n_keys or keys <= inputs.prefix
-    if every or not (prefix_keys or not inputs.prefix) or not native_rows.serves(inputs):
+    fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
+    if not fits or inputs.tiles is not None or not native_rows.serves(inputs):
         return _rank(pattern.ranked(), inputs, prefix_keys, None)
 
     def make_index() -> Tensor:

@@ -98,7 +98,7 @@ def test_the_target_is_exact_attention_averaged(
     tile: Any, block: Any, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictor, "MAX_ELEMENTS", most)
-    planner, inputs = at_site(tile, block)
+    _, inputs = at_site(tile, block)
     exact = (inputs.q @ inputs.k.mT * inputs.scale).softmax(-1)[..., 1:, :]
     rows = cells(tile)
     expected = torch.stack([exact[..., row, :].mean(-2) for row in rows], dim=-2)

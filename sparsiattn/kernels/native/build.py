@@ -34,11 +34,14 @@ SECONDS = 120
 
 SOURCES = ("plan.c", "rows.c", "top.c", "attention.c", "chunks.c", "vectors.h")
 
-# The layouts of `Call` in chunks.c, of `Plan` in plan.c, of `Top` in top.c and of `Rows` in rows.c.
+# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` and `Best` in rows.c.
 ATTEND_CALL = struct.Struct("@32q12Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
 ROWS_CALL = struct.Struct("@27q7P2d")
+BEST_CALL = struct.Struct("@7q4Pd")
+
+CALLS = (ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL)
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class Code:
         score: Scores of key blocks, packed as `SCORE_CALL`.
         top: Places of the best scores, packed as `TOP_CALL`; returns 0 where memory ran out.
         rows: Attention of every query to its best keys, packed as `ROWS_CALL`.
+        best: The best columns of every row, packed as `BEST_CALL`.
     """
 
     attend: Callable[[bytes], None]
     score: Callable[[bytes], None]
     top: Callable[[bytes], int]
     rows: Callable[[bytes], None]
+    best: Callable[[bytes], None]
 
 
 @dataclass
@@ -239,18 +244,18 @@ def _compile_in(build_folder: Path, library: Path | None) -> str | None:
 
 def _load(path: Path) -> str | None:
     """Load a library; why it cannot be used, None if it can."""
-    expected = tuple(call.size for call in (ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL))
+    expected = tuple(call.size for call in CALLS)
     try:
         library = ctypes.CDLL(str(path))
-        names = ("attend", "score", "top", "rows")
+        names = ("attend", "score", "top", "rows", "best")
         functions = [getattr(library, f"sparsiattn_{name}") for name in names]
-        names = ("call", "plan", "top", "rows")
+        names = ("call", "plan", "top", "rows", "best")
         sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
     if sizes != expected:
         return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
-    for function, result in zip(functions, (None, None, ctypes.c_int64, None), strict=True):
+    for function, result in zip(functions, (None, None, ctypes.c_int64, None, None), strict=True):
         function.argtypes, function.restype = (ctypes.c_char_p,), result
     set_loaded(True)
     _state.code = Code(*functions)

@@ -407,6 +407,50 @@ static void rows_some(void *data) {
     }
 }
 
+/* The order of `best` in rows.py. `step`: from row to row of the scores. Lists begin with the first
+   `prefix` columns; `keep` others follow, in order. room: numbers that a thread needs. */
+typedef struct {
+    int64_t rows, columns, prefix, keep, step, threads, room;
+    const float *scores;
+    int64_t *out;
+    float *scratch;
+    Parallel parallel;
+    double quantile;
+} Best;
+
+typedef struct {
+    const Best *call;
+    int64_t next, joined;
+} BestJob;
+
+static void best_some(void *data) {
+    BestJob *job = data;
+    const Best *b = job->call;
+    int64_t n = b->columns - b->prefix, whole = (n + 15) / 16 * 16, r;
+    Rows c = {.keys = n, .keep = b->keep, .fixed = whole};
+    float *s = b->scratch + __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED) * b->room;
+    List list = {.weights = s + whole, .index = (int32_t *)(s + 2 * whole + 32)};
+    RowsRoom x = {.order = (uint32_t *)(s + 3 * whole + 64), .guess = (float)b->quantile};
+    for (int64_t i = n; i < whole; i++) s[i] = -__builtin_inff();
+    while ((r = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < b->rows) {
+        int64_t *to = b->out + r * (b->prefix + b->keep);
+        memcpy(s, b->scores + r * b->step + b->prefix, n * sizeof *s);
+        choose(&c, s, &x, &list);
+        for (int64_t i = 0; i < b->prefix; i++) to[i] = i;
+        for (int64_t i = 0; i < b->keep; i++) to[b->prefix + i] = list.index[i] + b->prefix;
+    }
+}
+
+void sparsiattn_best(const Best *b) {
+    BestJob job = {b, 0, 0};
+    if (b->parallel && b->threads > 1)
+        b->parallel(best_some, &job, (unsigned)b->threads, 0);
+    else
+        best_some(&job);
+}
+
+int64_t sparsiattn_best_size(void) { return sizeof(Best); }
+
 /* Writes out [B, H, N, Dv]. */
 void sparsiattn_rows(const Rows *c) {
     RowsJob job = {c, 0, 0};

@@ -21,6 +21,7 @@ from sparsiattn.kernels.native.ops import (
     whole_vectors,
     with_rows,
 )
+from sparsiattn.kernels.native.scores import serves as native_serves
 from sparsiattn.kernels.workspace import SCRATCH
 
 GROUP = 6  # as in rows.c
@@ -110,6 +111,59 @@ def attend_to_best(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     if type(v) is Tensor and is_unobserved(q, k):
         return _attend_to_best(q, k, v, *others)  # type: ignore[arg-type]
     return torch.ops.sparsiattn.native_attend_to_best.default(q, k, v, *others)  # type: ignore[no-any-return]
+
+
+_BEST_KEYS = "sparsiattn::native_best_keys"
+torch.library.define(_BEST_KEYS, "(Tensor scores, int count, int prefix) -> Tensor")
+
+
+@torch.library.impl(_BEST_KEYS, "CPU")
+def _best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
+    """The prefix and the best other columns of every row, in the order of columns.
+
+    Args:
+        scores: ``[B, H, R, Nk]`` float32; NaN counts as largest, and of equal scores the first
+            columns are taken.
+        count: Length of every list, more than ``prefix``.
+        prefix: Leading columns that are in every list.
+
+    Returns:
+        ``[B, H, R, count]``.
+    """
+    scores, columns = scores.contiguous(), scores.shape[-1]
+    out = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
+    if not out.numel():
+        return out
+    rows, threads, keep = scores.numel() // columns, torch.get_num_threads(), count - prefix
+    room = 4 * whole_vectors(columns - prefix) + 3 * BEYOND
+    scratch = SCRATCH.numbers("best", threads * room, scores)
+    sizes = (rows, columns, prefix, keep, columns, threads, room)
+    addresses = (*addresses_of(scores, out, scratch), parallel())
+    quantile = _quantile(keep, columns - prefix)
+    build.code().best(build.BEST_CALL.pack(*sizes, *addresses, quantile))
+    return out
+
+
+@torch.library.register_fake(_BEST_KEYS)  # type: ignore[untyped-decorator]
+def _best_keys_shape(scores: Tensor, count: int, prefix: int) -> Tensor:
+    return scores.new_empty(*scores.shape[:-1], count, dtype=torch.int64)
+
+
+def best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
+    """Lists that begin with the prefix, ``[..., count]``, of the best other keys of every row.
+
+    Args:
+        scores: ``[..., Nk]``.
+        count: Length of a list, at least ``prefix`` and less than ``Nk``.
+        prefix: Leading keys that are in every list.
+    """
+    scores = scores.detach()  # a choice passes no gradient
+    if count > prefix and native_serves(scores):
+        return torch.ops.sparsiattn.native_best_keys.default(scores, count, prefix)  # type: ignore[no-any-return]
+    if prefix:
+        is_prefix = torch.arange(scores.shape[-1], device=scores.device) < prefix
+        scores = scores.masked_fill(is_prefix, float("inf"))
+    return scores.topk(count, dim=-1, sorted=False).indices
 
 
 def _room(columns: int, count: int, dim: int, width: int) -> int:
