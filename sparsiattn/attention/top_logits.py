@@ -12,15 +12,30 @@ from functools import cached_property
 
 from torch import Tensor
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.budget import Budget, check_budget, count_of
+from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs, products
 from sparsiattn.attention.key_lists import KeyIndex, KeyLists
 from sparsiattn.attention.pattern import Ranked, SizedPattern
 
+# Sides of the squares of queries that vote together for the keys of their tile, by the number of
+# tokens up to which they do. Smaller ones choose better, at the square of the price.
+VOTER_SIDES = ((2304, 2), (9216, 4))
+LARGEST_VOTER = 8
+
+
+def voter_side(tokens: int) -> int:
+    """Side of the squares of queries that vote together, at that many tokens."""
+    return next((side for most, side in VOTER_SIDES if tokens < most), LARGEST_VOTER)
+
 
 @dataclass(frozen=True, eq=False)
 class TopLogits(SizedPattern):
-    """A planner's answer: of every query, or of a tile's mean query, the keys of largest logits.
+    """A planner's answer: of every query the keys of largest logits, or of a tile by votes.
+
+    In tiles, the mean of a few neighbouring queries votes for a key with the attention that it
+    gives to it, and the largest vote counts: a key that one part of the tile needs is kept.
 
     Attributes:
         n_queries: Queries, prefix included.
@@ -41,8 +56,7 @@ class TopLogits(SizedPattern):
     @property
     def score_count(self) -> int:
         """Scores among which keys are chosen, of all images and heads."""
-        tiles = self.inputs.tiles
-        rows = self.n_queries if tiles is None else tiles.count
+        rows = self.n_queries if self.inputs.tiles is None else len(self.voters[1])
         return self.inputs.q.shape[:2].numel() * rows * self.n_keys
 
     def ranked(self) -> Ranked:
@@ -51,10 +65,27 @@ class TopLogits(SizedPattern):
         if inputs.tiles is None:
             scores = inputs.logits()
         elif inputs.bias is None:
-            scores = products(inputs.row_queries, inputs.k, inputs.scale)
+            scores = self._votes()
         else:  # the host's bias is of each query
             scores = inputs.logits().softmax(-1)
         return Ranked(scores.shape[-2], self.n_keys, scores, self.k)
+
+    @property
+    def voters(self) -> tuple[Tiles, Tensor]:
+        """Queries that vote together, and their order, tile by tile; see `geometry.voters`."""
+        inputs = self.inputs
+        side = voter_side(inputs.n_queries)
+        return geometry.table(
+            geometry.voters, inputs.query_grid, inputs.tile, side, device=inputs.q.device
+        )
+
+    def _votes(self) -> Tensor:
+        """The largest vote for every key, ``[B, H, T, Nk]``."""
+        inputs, (squares, order) = self.inputs, self.voters
+        assert inputs.tiles is not None
+        voters = squares.mean(inputs.patch_queries).index_select(-2, order)
+        votes = products(voters, inputs.k, inputs.scale).softmax(-1)
+        return votes.unflatten(-2, (inputs.tiles.count, -1)).amax(-2)
 
     def to_mask(self) -> Tensor:
         return self.ranked().to_mask()

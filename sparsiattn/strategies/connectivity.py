@@ -23,7 +23,6 @@ from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.errors import InvalidOption, renamed_property
 from sparsiattn.kernels.native import scores as native
 from sparsiattn.strategies.base import (
-    TILE_FROM,
     Budgets,
     LearnedPlanner,
     Strategy,
@@ -50,9 +49,6 @@ from sparsiattn.strategies.predictor import (
     without_hidden_keys,
 )
 
-# Where tiles of 8 x 8 would hold much of the image: on real weights at 37 x 37 patches, lists for
-# 4 x 4 queries lose a third of what lists for 8 x 8 do (benchmarks/results/quality-real.json).
-SMALL_TILE, LARGE_TILE_FROM = (4, 4), 2304
 SCORES = ("auto", "exact", "predictor")
 PREDICTOR_OPTIONS = (
     "tokens_per_basis",
@@ -79,9 +75,9 @@ class Connectivity(Strategy):
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
         scores: What ranks the keys. ``"predictor"`` is the method as published, ``"exact"`` the
-            logits of every query (of a tile, its mean query), and ``"auto"`` these until the
-            predictor is calibrated, trained or loaded. A predictor's option below that is set
-            asks for the predictor, too.
+            logits of every query (of a tile by votes, see `TopLogits`), and ``"auto"`` these
+            until the predictor is calibrated, trained or loaded. A predictor's option below that
+            is set asks for the predictor, too.
         block: In tile mode keys are chosen in blocks of 4 x 4 (2 x 2 below 128 kept keys) and the
             tables have one row per block; 1 for single keys.
         tokens_per_basis: Patch tokens per basis vector, so about n / tokens_per_basis of them;
@@ -142,12 +138,6 @@ class Connectivity(Strategy):
 
         if self.scores not in SCORES:
             raise InvalidOption(f"scores must be one of {', '.join(SCORES)}, got {self.scores!r}")
-
-    def tile_for(self, tokens: int) -> Tile:
-        small = TILE_FROM <= tokens < LARGE_TILE_FROM
-        if self.tile == "auto" and small and not self.asks_for_predictor:
-            return SMALL_TILE
-        return super().tile_for(tokens)
 
     def planner(self, site: Site) -> ConnectivityPlanner:
         return ConnectivityPlanner(self, site)

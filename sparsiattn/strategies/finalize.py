@@ -23,6 +23,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.attention.top_logits import TopKeys, TopLogits
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.kernels.native import lists as native_lists
 from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
 
@@ -100,7 +101,7 @@ def _rank(
     allowed = _row_allowed(inputs)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    index = native_rows.best_keys(scores, keys, inputs.prefix if prefix_keys else 0)
+    index = native_lists.best_keys(scores, keys, inputs.prefix if prefix_keys else 0)
     # by keyword: Dynamo before torch 2.11 counts the keyword-only `summary` as positional
     rows, tiles = inputs.prefix, inputs.tiles
     return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
@@ -112,15 +113,20 @@ def _rank_logits(
     """Lists that the kernel finds, where one can; else as `_rank`."""
     keys = count_of(pattern.k, inputs.n_keys)
     fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
-    if not fits or inputs.tiles is not None or not native_rows.serves(inputs):
+    if not fits or not native_rows.serves(inputs):
         return _rank(pattern.ranked(), inputs, prefix_keys, None)
+    tiles, rows, prefix = inputs.tiles, inputs.prefix, inputs.prefix
+    if tiles is not None:
+        index = native_lists.voted_keys(
+            inputs.q, inputs.k, *pattern.voters, tiles.count, keys, prefix, inputs.scale
+        )
+        return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
     def make_index() -> Tensor:
         ranked = _rank(pattern.ranked(), inputs, prefix_keys, None)
         assert isinstance(ranked, KeyIndex)
         return ranked.index
 
-    rows, prefix = inputs.prefix, inputs.prefix
     return TopKeys(
         inputs.n_queries,
         inputs.n_keys,
@@ -183,14 +189,14 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
         if native.counts(inputs.q, count):
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
-    elif isinstance(pattern, TopKeys):
+    elif isinstance(pattern, KeyLists) and inputs.bias is None:
         lists = pattern
-        counted = CountedSummary(
+        summary = CountedSummary(
             cells, parts, lambda: _count_by_index(lists.index, cells, count).log()
         )
-        return replace(pattern, summary=counted)
-    elif isinstance(pattern, KeyLists) and inputs.bias is None:
-        bias = _count_by_index(pattern.index, cells, count).log()
+        if isinstance(pattern, TopKeys) or native.counts(inputs.q, count):
+            return replace(pattern, summary=summary)
+        bias = summary.bias
     else:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
         if isinstance(pattern, KeyLists):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.attention import TopKeys, TopLogits
+from sparsiattn.attention import KeyIndex, TopKeys, TopLogits
+from sparsiattn.attention.geometry import tile_parts
 from sparsiattn.kernels import Gather, Native, Reference
 from sparsiattn.strategies import TopK, finish
 from sparsiattn.testing import tiny_images, tiny_vit
@@ -189,3 +190,61 @@ def test_a_pass_with_gradients_has_lists_made_for_it() -> None:
         model(images).sum().backward()
     for found, exact in zip((p.grad for p in model.parameters()), gradients, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    grid=st.tuples(st.integers(1, 13), st.integers(2, 13)),
+    tile=st.sampled_from([(2, 2), (4, 4), (8, 8), (3, 5)]),
+    prefix=st.integers(0, 2),
+    dim=st.sampled_from([8, 13, 64]),
+    seed=st.integers(0, 99),
+)
+def test_tiles_keep_the_keys_that_their_squares_of_queries_vote_for(
+    grid: Grid, tile: Grid, prefix: int, dim: int, seed: int
+) -> None:
+    inputs = operands(grid, prefix, dim, 8, seed, whole=False).replace(tile=tile)
+    rows, columns = grid
+    keep = prefix + max(1, rows * columns // 3)
+    with torch.no_grad():
+        pattern = finish(TopLogits.of(inputs, keep), inputs)
+    assert isinstance(pattern, KeyIndex)
+    places = [(r, c) for r in range(rows) for c in range(columns)]
+    parts = tile_parts(grid, tile)
+    in_row = rows == 1  # a row of tokens is cut into runs
+    sides = (1, -(-tile[0] * tile[1] // 4)) if in_row else (-(-tile[0] // 2), -(-tile[1] // 2))
+    cuts = [max(1, min(side, n // p)) for side, n, p in zip(sides, grid, parts, strict=True)]
+
+    def cell(place: tuple[int, int], factors: list[int]) -> tuple[int, int]:
+        y, x = (a * p * f // n for a, p, f, n in zip(place, parts, factors, grid, strict=True))
+        return y, x
+
+    q, k = inputs.q.double(), inputs.k.double()
+    for number, one in enumerate((y, x) for y in range(parts[0]) for x in range(parts[1])):
+        mine = [i for i, place in enumerate(places) if cell(place, [1, 1]) == one]
+        squares = {cell(places[i], cuts) for i in mine}
+        votes = []
+        for square in squares:
+            tokens = [prefix + i for i in mine if cell(places[i], cuts) == square]
+            mean = q[:, :, tokens].mean(2, keepdim=True)
+            votes.append((mean @ k.mT * inputs.scale).softmax(-1).squeeze(2))
+        best = torch.stack(votes).amax(0)[..., prefix:]
+        expected = best.topk(keep - prefix, dim=-1).values.sum(-1)
+        kept = pattern.index[:, :, number]
+        assert (kept[..., :prefix] == torch.arange(prefix)).all()
+        found = best.gather(-1, kept[..., prefix:] - prefix)
+        assert all(len(set(row.tolist())) == keep for row in kept.flatten(0, 1))
+        torch.testing.assert_close(found.sum(-1), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_votes_without_compiled_code_are_the_same() -> None:
+    inputs = operands((20, 20), 1, 16, 16, 3, whole=False).replace(tile=(8, 8))
+    pattern = TopLogits.of(inputs, 0.1)
+    with torch.no_grad():
+        compiled = finish(pattern, inputs)
+        plain = finish(pattern.ranked(), inputs)
+    assert isinstance(compiled, KeyIndex)
+    assert isinstance(plain, KeyIndex)
+    assert torch.equal(compiled.index.sort(-1).values, plain.index.sort(-1).values)

@@ -6,7 +6,7 @@
    every number once. All products are those of vectors.h: tiles, or channels, are the lanes. */
 
 #include "attention.c"
-#include "rows.c"
+#include "lists.c"
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. group: images at a time,
    `shared` numbers of `room` for each; `each`: for every thread. */

@@ -13,7 +13,7 @@
 #define TRIED 3   /* thresholds of a pass */
 #define CLOSE 16  /* scores around the threshold that are ranked one by one */
 
-/* The order of `attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
+/* The order of `_attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
    first, then from `fixed` on prefix keys and cells, in whole vectors. keep: patch keys of a list.
    parts: items of work for each head. room: numbers that a thread needs. quantile: of the normal
    distribution at keep of all patch keys. */
@@ -53,7 +53,7 @@ typedef struct {
     List lists[GROUP];
 } RowsRoom;
 
-/* Divides it as `_room` in rows.py adds it up. */
+/* Divides it as `room_of` in rows.py adds it up. */
 static RowsRoom rows_room(const Rows *c, int64_t thread) {
     int64_t panels = (c->columns + SPAN - 1) / SPAN, cells = (c->cells + 15) / 16 * 16;
     int64_t listed = c->columns + 32; /* whole vectors are written past the end of a list */
@@ -406,50 +406,6 @@ static void rows_some(void *data) {
                     &room);
     }
 }
-
-/* The order of `best` in rows.py. `step`: from row to row of the scores. Lists begin with the first
-   `prefix` columns; `keep` others follow, in order. room: numbers that a thread needs. */
-typedef struct {
-    int64_t rows, columns, prefix, keep, step, threads, room;
-    const float *scores;
-    int64_t *out;
-    float *scratch;
-    Parallel parallel;
-    double quantile;
-} Best;
-
-typedef struct {
-    const Best *call;
-    int64_t next, joined;
-} BestJob;
-
-static void best_some(void *data) {
-    BestJob *job = data;
-    const Best *b = job->call;
-    int64_t n = b->columns - b->prefix, whole = (n + 15) / 16 * 16, r;
-    Rows c = {.keys = n, .keep = b->keep, .fixed = whole};
-    float *s = b->scratch + __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED) * b->room;
-    List list = {.weights = s + whole, .index = (int32_t *)(s + 2 * whole + 32)};
-    RowsRoom x = {.order = (uint32_t *)(s + 3 * whole + 64), .guess = (float)b->quantile};
-    for (int64_t i = n; i < whole; i++) s[i] = -__builtin_inff();
-    while ((r = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < b->rows) {
-        int64_t *to = b->out + r * (b->prefix + b->keep);
-        memcpy(s, b->scores + r * b->step + b->prefix, n * sizeof *s);
-        choose(&c, s, &x, &list);
-        for (int64_t i = 0; i < b->prefix; i++) to[i] = i;
-        for (int64_t i = 0; i < b->keep; i++) to[b->prefix + i] = list.index[i] + b->prefix;
-    }
-}
-
-void sparsiattn_best(const Best *b) {
-    BestJob job = {b, 0, 0};
-    if (b->parallel && b->threads > 1)
-        b->parallel(best_some, &job, (unsigned)b->threads, 0);
-    else
-        best_some(&job);
-}
-
-int64_t sparsiattn_best_size(void) { return sizeof(Best); }
 
 /* Writes out [B, H, N, Dv]. */
 void sparsiattn_rows(const Rows *c) {

@@ -21,7 +21,6 @@ from sparsiattn.kernels.native.ops import (
     whole_vectors,
     with_rows,
 )
-from sparsiattn.kernels.native.scores import serves as native_serves
 from sparsiattn.kernels.workspace import SCRATCH
 
 GROUP = 6  # as in rows.c
@@ -86,13 +85,13 @@ def _attend_to_best(
         return out
     fixed = whole_vectors(keys - prefix)
     columns = whole_vectors(fixed + prefix + count)
-    threads, room = torch.get_num_threads(), _room(columns, count, d, width)
+    threads, room = torch.get_num_threads(), room_of(columns, count, d, width)
     scratch = SCRATCH.numbers("rows", threads * room, q)
     sizes = (b, h, n, keys, d, width, first, prefix, keep, count, columns, fixed)
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    work = (threads, _parts(b * h, n, threads), room)
+    work = (threads, parts_of(b * h, n, threads), room)
     addresses = (*addresses_of(q, k, v, out, cells, scratch), parallel())
-    options = (scale, _quantile(keep, keys - prefix))
+    options = (scale, quantile_of(keep, keys - prefix))
     build.code().rows(build.ROWS_CALL.pack(*sizes, *steps, *work, *addresses, *options))
     return out
 
@@ -113,60 +112,7 @@ def attend_to_best(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     return torch.ops.sparsiattn.native_attend_to_best.default(q, k, v, *others)  # type: ignore[no-any-return]
 
 
-_BEST_KEYS = "sparsiattn::native_best_keys"
-torch.library.define(_BEST_KEYS, "(Tensor scores, int count, int prefix) -> Tensor")
-
-
-@torch.library.impl(_BEST_KEYS, "CPU")
-def _best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
-    """The prefix and the best other columns of every row, in the order of columns.
-
-    Args:
-        scores: ``[B, H, R, Nk]`` float32; NaN counts as largest, and of equal scores the first
-            columns are taken.
-        count: Length of every list, more than ``prefix``.
-        prefix: Leading columns that are in every list.
-
-    Returns:
-        ``[B, H, R, count]``.
-    """
-    scores, columns = scores.contiguous(), scores.shape[-1]
-    out = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
-    if not out.numel():
-        return out
-    rows, threads, keep = scores.numel() // columns, torch.get_num_threads(), count - prefix
-    room = 4 * whole_vectors(columns - prefix) + 3 * BEYOND
-    scratch = SCRATCH.numbers("best", threads * room, scores)
-    sizes = (rows, columns, prefix, keep, columns, threads, room)
-    addresses = (*addresses_of(scores, out, scratch), parallel())
-    quantile = _quantile(keep, columns - prefix)
-    build.code().best(build.BEST_CALL.pack(*sizes, *addresses, quantile))
-    return out
-
-
-@torch.library.register_fake(_BEST_KEYS)  # type: ignore[untyped-decorator]
-def _best_keys_shape(scores: Tensor, count: int, prefix: int) -> Tensor:
-    return scores.new_empty(*scores.shape[:-1], count, dtype=torch.int64)
-
-
-def best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
-    """Lists that begin with the prefix, ``[..., count]``, of the best other keys of every row.
-
-    Args:
-        scores: ``[..., Nk]``.
-        count: Length of a list, at least ``prefix`` and less than ``Nk``.
-        prefix: Leading keys that are in every list.
-    """
-    scores = scores.detach()  # a choice passes no gradient
-    if count > prefix and native_serves(scores):
-        return torch.ops.sparsiattn.native_best_keys.default(scores, count, prefix)  # type: ignore[no-any-return]
-    if prefix:
-        is_prefix = torch.arange(scores.shape[-1], device=scores.device) < prefix
-        scores = scores.masked_fill(is_prefix, float("inf"))
-    return scores.topk(count, dim=-1, sorted=False).indices
-
-
-def _room(columns: int, count: int, dim: int, width: int) -> int:
+def room_of(columns: int, count: int, dim: int, width: int) -> int:
     """Numbers that a thread needs, as `rows_room` in rows.c divides them."""
     cells = whole_vectors(count)
     packed = -(-columns // SPAN) * SPAN * dim + columns * width
@@ -174,13 +120,13 @@ def _room(columns: int, count: int, dim: int, width: int) -> int:
     return whole_vectors(packed + GROUP * columns + lists + cells * (dim + 1 + GROUP))
 
 
-def _parts(heads: int, queries: int, threads: int) -> int:
+def parts_of(heads: int, queries: int, threads: int) -> int:
     """Parts into which the queries of each head are split, so that no thread waits long."""
     if heads % threads == 0 or heads >= 8 * threads:
         return 1
     return max(1, min(math.ceil(8 * threads / heads), queries // ROWS_OF_PART))
 
 
-def _quantile(keep: int, keys: int) -> float:
+def quantile_of(keep: int, keys: int) -> float:
     """The threshold of the best of normal numbers, in deviations: where the search begins."""
     return NormalDist().inv_cdf(min(max(1 - keep / keys, 1e-6), 1 - 1e-6))
