@@ -82,12 +82,15 @@ class Patch(PatchState):
     def source(self) -> torch.Tensor:
         """Where every original token is in the final sequence of the last eager forward pass.
 
+        Every thread, and every task of an event loop, is told of its own passes.
+
         Returns:
             ``[B, N]`` (prefix tokens first, then patches in raster order) with positions in the
             final sequence: a merged or fused token has that of its cluster, a dropped one -1.
 
         Raises:
-            InvalidOption: No token strategy shortens the sequence, or the model did not run yet.
+            InvalidOption: No token strategy shortens the sequence, or the model did not run yet in
+                this thread, or task.
         """
         self.ensure_active("source")
         refresh(self)
@@ -103,8 +106,8 @@ class Patch(PatchState):
             )
         if self.last_pass is None:
             raise InvalidOption(
-                "source() speaks of the last forward pass: run the model first (eagerly, and not "
-                "disabled: compiled graphs and copies keep no record)"
+                "source() speaks of the last forward pass of this thread, or task: run the model "
+                "first (eagerly, and not disabled: compiled graphs and copies keep no record)"
             )
         return source(*self.last_pass)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from threading import get_ident
-
 from torch import nn
 
 from sparsiattn.errors import InvalidOption
@@ -17,10 +15,10 @@ from sparsiattn.runtime.image import RecallMap, WatchImage, WatchMap
 from sparsiattn.runtime.lifting import drop, lift, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
+from sparsiattn.runtime.ownership import runs_elsewhere
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
 from sparsiattn.runtime.restore import EnterModel, LeaveModel, modules_with_features, unwatch, watch
-from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled
-from sparsiattn.runtime.sdpa_intercept import install as install_sdpa
+from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled, hold, release
 from sparsiattn.runtime.site_hooks import CloseScope, OpenScope
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
@@ -28,7 +26,7 @@ from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
 
 def attach(state: PatchState) -> None:
     """Change the model; a fault on the way is undone before it is raised."""
-    install_sdpa()
+    hold(state)
     for device in {parameter.device for parameter in state.model.parameters()}:
         cost.ready(device)
     try:
@@ -122,7 +120,7 @@ def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
 def remove(state: PatchState) -> None:
     """Undo everything that `attach` did, or as much of it as it came to."""
     with SWITCHING:
-        elsewhere = state.running - {get_ident()}
+        elsewhere = runs_elsewhere(state)
         for hook in state.hooks:
             if not (elsewhere and hook is state.leave_hook):  # it tells those passes, and goes then
                 hook.remove()
@@ -141,3 +139,4 @@ def remove(state: PatchState) -> None:
         SITE_CALLS.top = None
         forget_abandoned()
         forget_pass()
+        release(state)

@@ -18,9 +18,10 @@ from sparsiattn.attention.token_state import ReductionStep, TokenState, take
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.hook_tools import RecomputeCache, is_functorch
 from sparsiattn.runtime.metering import metered
-from sparsiattn.runtime.ownership import in_backward, is_inside
+from sparsiattn.runtime.ownership import is_inside
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
+from sparsiattn.runtime.sdpa_intercept import forget_abandoned
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried, in_backward
 from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenPlanner, TokenStrategy
 
@@ -109,6 +110,7 @@ class BlockRuntime:
         if again and state is not None:
             state = replace(state, layer=self.index)
         elif self.first:
+            forget_abandoned()  # or its end would take with it what this pass hands on
             state = self.begin(x)
         else:
             state = self._recall(x, state)

@@ -14,7 +14,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, in_backward
 
 
 def state_at(
@@ -37,7 +37,7 @@ def state_at(
     state = MODEL_CALL.cross_layer
     if state is not None and state.owner == owner.key:
         return state.copy(group)
-    if not (torch.compiler.is_compiling() or first) and _in_backward():
+    if not first and in_backward():
         raise ModelChanged(
             f"site {site.name!r} runs again in a backward pass, and what earlier blocks kept for "
             "it cannot be found: checkpoint whole blocks, or use a strategy that keeps nothing"
@@ -49,10 +49,6 @@ def hand_on(state: CrossLayerState | None) -> None:
     """Hand a site's state on to the sites that follow."""
     if state is not None and not state.forgets:
         MODEL_CALL.cross_layer = state
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() >= 0)
 
 
 class RecallCrossLayer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from threading import get_ident
 from types import CodeType, FrameType
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -13,14 +14,13 @@ from torch.fx import GraphModule
 
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.sdpa_intercept import MODULE_CALLS, abandoned, forget_caller
-from sparsiattn.runtime.thread_state import MODEL_CALL, forget_pass
+from sparsiattn.runtime.thread_state import MODEL_CALL, forget_models, forget_pass
 
 
 def leave_model(key: int) -> None:
     """The model of that patch runs no more."""
     forget_caller(-key)
-    MODEL_CALL.inside = tuple(other for other in MODEL_CALL.inside if other != key)
-    MODEL_CALL.features = tuple(other for other in MODEL_CALL.features if other != key)
+    forget_models((key,))
     forget_pass()
 
 
@@ -34,9 +34,10 @@ def is_inside(owner: PatchOwner) -> bool:
     return False
 
 
-def in_backward() -> bool:
-    """Whether a backward pass runs, and so a checkpoint runs code again."""
-    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() >= 0)
+def runs_elsewhere(owner: PatchOwner) -> bool:
+    """Whether another thread is in a pass of the patched model."""
+    calls = list(owner.running.items())
+    return any(call.exists for thread, call in calls if thread != get_ident())
 
 
 def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Maps
 from sparsiattn.runtime import settings
-from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried
+from sparsiattn.runtime.open_call import OpenCall
+from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried, in_backward
 from sparsiattn.strategies.token_base import TokenStrategy
 
 _KEYS = itertools.count(1)
@@ -19,6 +23,12 @@ _KEYS = itertools.count(1)
 def new_key() -> int:
     """A number that no other patch or site of this process has."""
     return next(_KEYS)
+
+
+_LAST_PASSES: ContextVar[Mapping[PatchOwner, tuple[Carried, int]]] = ContextVar(
+    "sparsiattn_last_passes"
+)
+"""By patch, which the keys do not keep alive; contexts that end take theirs with them."""
 
 
 class PatchOwner:
@@ -40,9 +50,8 @@ class PatchOwner:
         other_models: Classes of models that share parts with this one and were seen to run them;
             there they run dense.
         reads_prefix: Whether the model's head reads prefix tokens alone.
-        running: Threads in which a pass of the model began that has not ended.
+        running: By thread, the call of the model that began there and has not ended.
         leave_hook: Handle of the hook at the end of a pass.
-        last_pass: Tokens and batch size at the end of the last eager forward pass.
     """
 
     def __init__(self, model: nn.Module, map_size: Grid) -> None:
@@ -53,13 +62,12 @@ class PatchOwner:
         self.tokens: TokenStrategy | None = None
         self.proportional = False
         self.reads_prefix = False
-        self.running: set[int] = set()
+        self.running: dict[int, OpenCall] = {}
         self.leave_hook: Any = None
         self.parameters: tuple[str, ...] = ()
         self.defaults: dict[str, Any] = {}
         self.known_calls: dict[tuple[Any, ...], bool] = {}
         self.other_models: set[str] = set()
-        self.last_pass: tuple[Carried, int] | None = None
 
     @property
     def training(self) -> bool:
@@ -70,6 +78,24 @@ class PatchOwner:
     def disabled_here(self) -> bool:
         """Whether this thread is inside `Patch.disabled`."""
         return self.key in settings.disabled
+
+    @property
+    def last_pass(self) -> tuple[Carried, int] | None:
+        """Tokens and batch size at the end of this thread's, or task's, last eager forward pass.
+
+        What a checkpoint runs again is no forward pass.
+        """
+        return _LAST_PASSES.get({}).get(self)
+
+    @last_pass.setter
+    def last_pass(self, value: tuple[Carried, int] | None) -> None:
+        if in_backward():
+            return
+        passes = WeakKeyDictionary(_LAST_PASSES.get({}))  # a new one: contexts are handed on
+        passes.pop(self, None)
+        if value is not None:
+            passes[self] = value
+        _LAST_PASSES.set(passes)
 
     @property
     def shortens(self) -> bool:

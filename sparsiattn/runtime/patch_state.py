@@ -20,6 +20,7 @@ from sparsiattn.runtime import settings
 from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
+from sparsiattn.runtime.sdpa_intercept import hold
 from sparsiattn.runtime.site_hooks import OpenScope
 from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
 from sparsiattn.runtime.switches import switch_off, switch_on
@@ -100,20 +101,21 @@ class PatchState(PatchOwner):
         self.is_copy = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # of a pass in training, with its graph, which can be neither copied nor pickled
-        return {**self.__dict__, "last_pass": None, "running": set()}
+        return {**self.__dict__, "running": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
         self.key = new_key()  # a copy is disabled on its own
+        if self.alive:
+            hold(self)
         for override in self.overrides:  # objects copy as the host has them
             switch_on(override, self)
 
     def __copy__(self) -> PatchState:
         """The same decisions, for another model: nothing of this one is switched or hooked."""
         bare = type(self).__new__(type(self))
-        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], last_pass=None)
-        bare.running = set()
+        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[])
+        bare.running = {}
         bare.key = new_key()
         return bare
 

@@ -21,10 +21,10 @@ from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.compiled_parts import refuse_compiled_parts
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
-from sparsiattn.runtime.ownership import is_inside, leave_model
+from sparsiattn.runtime.ownership import is_inside, leave_model, runs_elsewhere
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import PatchState
-from sparsiattn.runtime.sdpa_intercept import install, note_caller
+from sparsiattn.runtime.sdpa_intercept import forget_abandoned, install, note_caller
 from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_pass
 
 FEATURE_METHODS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
@@ -145,6 +145,7 @@ class EnterModel(ScriptRefusal):
         owner = self.owner
         if torch.compiler.is_compiling():
             return
+        forget_abandoned()
         SITE_CALLS.top = None  # an interrupt (no Exception) may have left a scope open
         forget_pass()
         inside = is_inside(owner)
@@ -156,8 +157,7 @@ class EnterModel(ScriptRefusal):
             if owner.shortens and not owner.disabled_here:
                 MODEL_CALL.features = _features_of(owner, module, args, kwargs)
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
-            owner.running.add(get_ident())
-            note_caller(-owner.key)
+            owner.running[get_ident()] = note_caller(-owner.key)
 
 
 class LeaveModel(ScriptRefusal):
@@ -175,10 +175,10 @@ class LeaveModel(ScriptRefusal):
             return
         began_here = is_inside(owner)
         leave_model(owner.key)
-        owner.running.discard(get_ident())
+        owner.running.pop(get_ident(), None)
         if owner.alive:
             return
-        if not owner.running and owner.leave_hook is not None:  # which `unpatch` left for this
+        if not runs_elsewhere(owner) and owner.leave_hook is not None:
             owner.leave_hook.remove()
         if began_here and output is not None and not owner.disabled_here:
             raise ModelChanged(

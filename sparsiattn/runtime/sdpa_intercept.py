@@ -1,6 +1,6 @@
 """How attention is reached: hooks open a scope, a wrapper of SDPA looks into it.
 
-`F.scaled_dot_product_attention` is replaced, and never put back, by a function that does what the
+While a patch lives, `F.scaled_dot_product_attention` is replaced by a function that does what the
 original does unless a patched module is on the stack. The stack is a thread-local linked list of
 ``(route, key, rest)`` whose entries are functions and numbers only, which is what torch.compile
 together with gradient checkpointing can follow.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import (
     get_overridable_functions,
@@ -25,23 +28,27 @@ from torch.overrides import (
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.sdpa import set_original_attention
-from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope
+from sparsiattn.runtime.open_call import OpenCall
+from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope, forget_models, forget_pass
 
-_INSTALL = threading.Lock()
-_FALLBACK = "_sparsiattn_fallback"
-_REGISTERED: list[Any] = []
-"""Functions that torch.jit knows by their address, which nothing else may have: they stay alive."""
+_REPLACING = threading.RLock()
+_HOLDERS: dict[int, ref[Any]] = {}
+"""What needs the wrapper, by its identity: live patches, which may die without `unpatch`."""
+_WRAPPERS: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = []
+"""Every wrapper and what it calls: each function gets one, which stays. torch.jit knows functions
+by their address, and code compiled with a wrapper is right again when the next patch comes."""
 
 _CALL = nn.Module._call_impl.__code__
 MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
 """The code in which torch calls hooks and forward of a module."""
-_wrapper: Callable[..., Tensor] | None = None
+_ANY_CALLS = MODULE_CALLS | {nn.Module._wrapped_call_impl.__code__}
+"""Also where that code is compiled."""
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``fallback`` with a look at the stack in front.
 
-    A new function each time, so that wrapping somebody's wrapper of ours cannot recurse.
+    One for each function, so that wrapping somebody's wrapper of ours cannot recurse.
     """
 
     def scaled_dot_product_attention(
@@ -57,9 +64,13 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
         operands = (query, key, value, attn_mask)
         if has_torch_function(operands):  # tensor subclasses ask which function was called
             options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-            return handle_torch_function(
-                scaled_dot_product_attention, operands, *operands, **options, enable_gqa=enable_gqa
-            )
+            # a graph that somebody traces outlives the patch
+            traced = any(isinstance(x, Proxy) for x in operands)
+            called: Any = fallback if traced else scaled_dot_product_attention
+            relevant: Any = operands
+            options["enable_gqa"] = enable_gqa
+            out: Tensor = handle_torch_function(called, relevant, *relevant, **options)
+            return out
         top = SITE_CALLS.top
         if top is not None and not torch.compiler.is_compiling():
             top = innermost(top)
@@ -79,35 +90,86 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
             SITE_CALLS.top = top
 
     scaled_dot_product_attention.__doc__ = fallback.__doc__
-    setattr(scaled_dot_product_attention, _FALLBACK, fallback)
+    # pickles and generated code name a function by where others find it
+    scaled_dot_product_attention.__module__ = F.__name__
+    scaled_dot_product_attention.__qualname__ = scaled_dot_product_attention.__name__
     return scaled_dot_product_attention
+
+
+def hold(holder: Any) -> None:
+    """Intercept attention until `release`, or as long as the holder lives."""
+    number = id(holder)
+
+    def died(_: ref[Any]) -> None:
+        _HOLDERS.pop(number, None)
+        _put_back()
+
+    _HOLDERS[number] = ref(holder, died)
+    install()
+
+
+def release(holder: Any) -> None:
+    """Undo `hold`; after the last one torch is as it was."""
+    _HOLDERS.pop(id(holder), None)
+    _put_back()
+
+
+class _Block:
+    """Holds the wrapper for a block of code."""
+
+
+@contextmanager
+def intercepted() -> Iterator[None]:
+    """Attention is intercepted inside the block."""
+    block = _Block()
+    hold(block)
+    try:
+        yield
+    finally:
+        release(block)
 
 
 def install() -> None:
     """Put the wrapper in place, over whatever stands there now; again if someone replaced it."""
-    global _wrapper
-    with _INSTALL:
-        if F.scaled_dot_product_attention is _wrapper:
-            return
-        before = getattr(F.scaled_dot_product_attention, _FALLBACK, None)
-        if before is not None:  # an earlier wrapper is back: another one each time would add up
-            _wrapper = F.scaled_dot_product_attention
-            set_original_attention(before)
-            return
-        # torch lists functions once, with those that are there: Dynamo shows modes only these
-        get_overridable_functions()
-        set_original_attention(F.scaled_dot_product_attention)
-        _wrapper = wrap(F.scaled_dot_product_attention)
-        register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
-        if register is not None:  # or torch.jit.script of any model that calls SDPA fails
-            register(_wrapper, "aten::scaled_dot_product_attention")
-            _REGISTERED.append(_wrapper)
-        F.scaled_dot_product_attention = _wrapper
+    # torch lists functions once, with those that are there: Dynamo shows modes only these
+    get_overridable_functions()
+    with _REPLACING:
+        present = F.scaled_dot_product_attention
+        behind = _behind(present)
+        if behind is None:
+            F.scaled_dot_product_attention = _wrapper_of(present)
+        set_original_attention(present if behind is None else behind)
 
 
-def note_caller(key: int) -> None:
+def _put_back() -> None:
+    """Take the wrapper away if nothing needs it; where others stand in front, they stay."""
+    with _REPLACING:
+        behind = _behind(F.scaled_dot_product_attention)
+        if behind is not None and not _HOLDERS:
+            F.scaled_dot_product_attention = behind
+
+
+def _behind(present: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """What a wrapper of ours calls; None for any other function."""
+    return next((fallback for wrapper, fallback in _WRAPPERS if wrapper is present), None)
+
+
+def _wrapper_of(present: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    known = next((wrapper for wrapper, fallback in _WRAPPERS if fallback is present), None)
+    if known is not None:
+        return known
+    wrapper = wrap(present)
+    register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
+    if register is not None:  # or torch.jit.script of any model that calls SDPA fails
+        register(wrapper, "aten::scaled_dot_product_attention")
+    _WRAPPERS.append((wrapper, present))
+    return wrapper
+
+
+def note_caller(key: int) -> OpenCall:
     """Remember who calls the hook that calls this, until `pop` or `forget_caller`."""
-    SITE_CALLS.callers[key] = sys._getframe(2)
+    call = SITE_CALLS.callers[key] = OpenCall(sys._getframe(2), key, _let_go)
+    return call
 
 
 def forget_caller(key: int) -> None:
@@ -116,26 +178,45 @@ def forget_caller(key: int) -> None:
 
 
 def abandoned(key: int) -> bool:
-    """Whether what was opened under this key is no longer running.
-
-    An interrupt (Control-C, or whatever is no `Exception`) unwinds a forward pass without calling
-    its forward hooks.
-    """
-    caller_then = SITE_CALLS.callers.get(key)
-    if caller_then is None:
-        return False
-    caller: FrameType | None = sys._getframe(1)
-    while caller is not None:
-        if caller is caller_then:
-            return False
-        caller = caller.f_back
-    return True
+    """Whether what was opened under this key is no longer running: see `OpenCall`."""
+    caller = SITE_CALLS.callers.get(key)
+    return caller is not None and not caller.runs()
 
 
 def forget_abandoned() -> None:
-    """Let go of frames, and of the tensors in them, that an interrupt has left in this thread."""
-    for key in [key for key in SITE_CALLS.callers if abandoned(key)]:
+    """Let go of scopes and tensors that an interrupt has left in this thread."""
+    if torch.compiler.is_compiling():
+        return
+    keys = [key for key in SITE_CALLS.callers if abandoned(key)]
+    if not keys:
+        return
+    for key in keys:
         forget_caller(key)
+    SITE_CALLS.top = _without(SITE_CALLS.top, keys)
+    forget_models([-key for key in keys])
+    if not SITE_CALLS.callers:  # nothing else runs that these could be of
+        SITE_CALLS.shared = None
+        forget_pass()
+
+
+def _without(top: Scope | None, keys: list[int]) -> Scope | None:
+    """A stack without these scopes."""
+    if top is None:
+        return None
+    rest = _without(top[2], keys)
+    return rest if top[1] in keys else (top[0], top[1], rest)
+
+
+def _let_go() -> None:
+    """An interrupt ended a call: what it left goes at once, unless modules run here.
+
+    What these have handed on must stay; the next pass sees to the rest.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in _ANY_CALLS:
+        frame = frame.f_back
+    if frame is None:
+        forget_abandoned()
 
 
 def opened_by_caller(key: int) -> bool:
@@ -144,11 +225,11 @@ def opened_by_caller(key: int) -> bool:
     Attention that another module calls meanwhile, a model in a hook or attention nested in
     attention, is none of the scope's business.
     """
-    caller_then = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
-    if caller_then is None or SITE_CALLS.deferred:
+    caller = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
+    if caller is None or SITE_CALLS.deferred:
         return True
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not caller_then:
+    while frame is not None and not caller.is_of(frame):
         if frame.f_code in MODULE_CALLS:
             return False
         frame = frame.f_back

@@ -17,7 +17,7 @@ from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.patch_owner import new_key
 from sparsiattn.runtime.reduced_attention import full_attention, reduced_attention
-from sparsiattn.runtime.sdpa_intercept import install, note_caller, pop, push
+from sparsiattn.runtime.sdpa_intercept import forget_abandoned, note_caller, pop, push
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS, Route
 from sparsiattn.strategies.base import Planner
@@ -57,7 +57,6 @@ class OpenScope(ScriptRefusal):
         return {"runtime": self.runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        install()  # an unpickled model may come before any patch of this process
         self.runtime: SiteRuntime = state["runtime"]
         self.key = new_key()  # a copy's scopes are its own
         self.route = make_route(self.runtime)
@@ -74,6 +73,7 @@ class OpenScope(ScriptRefusal):
         if self.runtime.site.shared:
             SITE_CALLS.shared = None
         if self.runtime.first_cross_layer:
+            forget_abandoned()
             MODEL_CALL.cross_layer = None
         if not torch.compiler.is_compiling():
             SITE_CALLS.routed.discard(self.key)

@@ -8,11 +8,11 @@ dataclass ``__init__`` sets every attribute on the instance in each new thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
@@ -21,6 +21,7 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.token_state import TokenState
+from sparsiattn.runtime.open_call import OpenCall
 
 Route: TypeAlias = Callable[[HostCall], Tensor]
 """What stands in for a site's call of scaled dot product attention."""
@@ -57,7 +58,7 @@ class SiteCalls(threading.local):
     __slots__ = ()
 
     top: Scope | None = None
-    callers: dict[int, FrameType] = field(default_factory=dict)
+    callers: dict[int, OpenCall] = field(default_factory=dict)
     routed: set[int] = field(default_factory=set)
     shared: Pattern | dict[int, Pattern] | None = None
     deferred: bool = False
@@ -118,6 +119,17 @@ for _record in (SiteCalls, BlockCall, ModelCall):
 SITE_CALLS = SiteCalls()
 BLOCK_CALL = BlockCall()
 MODEL_CALL = ModelCall()
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs, and so a checkpoint runs code again."""
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() >= 0)
+
+
+def forget_models(keys: Collection[int]) -> None:
+    """The models of these patches run no more."""
+    MODEL_CALL.inside = tuple(key for key in MODEL_CALL.inside if key not in keys)
+    MODEL_CALL.features = tuple(key for key in MODEL_CALL.features if key not in keys)
 
 
 def forget_pass() -> None:

@@ -14,7 +14,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 import sparsiattn
 from sparsiattn.attention import AttentionInputs, Site
-from sparsiattn.runtime.sdpa_intercept import install
 from sparsiattn.strategies import Planner
 from sparsiattn.testing import temporary_plugin
 from tests.support import zoo
@@ -44,10 +43,10 @@ def test_an_interrupt_does_not_outlive_the_patch() -> None:
 def test_masks_that_are_tensor_subclasses_still_work() -> None:
     q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 6, 8)
     bias = causal_lower_right(4, 6)
-    install()
-    out = F.scaled_dot_product_attention(q, k, k, attn_mask=bias)
     mask = torch.ones(4, 6, dtype=torch.bool).tril(2)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+    with sparsiattn.patch(zoo.build("vit"), k=0.1):
+        out = F.scaled_dot_product_attention(q, k, k, attn_mask=bias)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
 
 
 @pytest.mark.skipif("attn_mask" not in timm.models.VisionTransformer.forward.__code__.co_varnames,

@@ -19,7 +19,7 @@ import sparsiattn
 from sparsiattn.attention import HostCall
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import Lift, Tally
-from sparsiattn.runtime.sdpa_intercept import install, pop, push
+from sparsiattn.runtime.sdpa_intercept import intercepted, pop, push
 
 B, H, N, D = 4, 2, 15, 8
 
@@ -402,17 +402,17 @@ def test_a_softmax_that_is_no_attention_is_listed() -> None:
 
 def test_routes_run_outside_the_lift() -> None:
     """A planner's own products must not be put off."""
-    install()
     seen: list[type] = []
 
     def route(call: HostCall) -> Tensor:
         seen.append(type(call.q @ call.k.mT))
         return call.dense()
 
-    push(route, 1)
-    try:
-        lifted(plain, *operands())
-        lifted(columns, *operands())
-    finally:
-        pop(1)
+    with intercepted():
+        push(route, 1)
+        try:
+            lifted(plain, *operands())
+            lifted(columns, *operands())
+        finally:
+            pop(1)
     assert seen == [Tensor, Tensor]

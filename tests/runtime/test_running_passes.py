@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -84,26 +86,111 @@ class Timeout(BaseException):
     """As workers of web servers raise it."""
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Timeout])
-@pytest.mark.parametrize(("strategy", "options"), STRATEGIES)
-def test_what_an_interrupt_leaves_is_freed(
-    strategy: str, options: dict[str, Any], error: type[BaseException]
-) -> None:
-    model, batches = vit(), []
-    patch = sparsiattn.patch(model, strategy, **options)
+def request(host: nn.Module, batch: Tensor, method: str = "__call__") -> None:
+    getattr(host, method)(batch)
 
+
+def failing(module: nn.Module, error: type[BaseException]) -> Any:
     def fail(module: nn.Module, args: Any) -> None:
         raise error
 
-    def request(host: nn.Module, batch: Tensor) -> None:
-        batches.append(weakref.ref(batch))
-        host(batch)
+    return module.register_forward_pre_hook(fail)
 
-    model.blocks[2].attn.qkv.register_forward_pre_hook(fail)
+
+def in_thread(action: Any) -> None:
+    def run() -> None:
+        with contextlib.suppress(BaseException):
+            action()
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    worker.join()
+
+
+@pytest.mark.parametrize(
+    ("method", "undone"), [("__call__", True), ("__call__", False), ("forward_features", False)]
+)
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (RuntimeError, "blocks.2.attn.qkv"),
+        (KeyboardInterrupt, "blocks.2.attn.qkv"),
+        (Timeout, "blocks.2.mlp.fc2"),
+        (Timeout, "blocks.2.norm1"),
+    ],
+)
+@pytest.mark.parametrize(("strategy", "options"), STRATEGIES)
+def test_what_an_interrupt_leaves_is_freed(
+    strategy: str,
+    options: dict[str, Any],
+    error: type[BaseException],
+    place: str,
+    method: str,
+    undone: bool,
+) -> None:
+    model, batch = vit(), torch.randn(8, 3, 32, 32)
+    patch, states = sparsiattn.patch(model, strategy, **options), []
+    model.blocks[0].register_forward_hook(lambda _, args, out: states.append(weakref.ref(out)))
+    failing(model.get_submodule(place), error)
     with pytest.raises(error):
-        request(model, torch.randn(8, 3, 32, 32))
-    patch.unpatch()
-    alive = weakref.ref(model)
-    del model, patch
+        request(model, batch, method)
+    in_thread(partial(request, model, batch, method))
+    gone = [weakref.ref(model), weakref.ref(batch), *states]
+    assert len(gone) == 4
+    if undone:
+        patch.unpatch()
+    del model, patch, batch
     gc.collect()
-    assert (alive(), batches[0]()) == (None, None)
+    assert [known() for known in gone] == [None] * 4
+
+
+@pytest.mark.parametrize(("strategy", "options"), STRATEGIES)
+def test_an_interrupted_thread_leaves_no_hook(strategy: str, options: dict[str, Any]) -> None:
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    patch = sparsiattn.patch(model, strategy, **options)
+    handle = failing(model.blocks[1].attn.proj, Timeout)
+    in_thread(partial(request, model, x))
+    handle.remove()
+    patch.unpatch()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["blocks.3.attn.qkv", "blocks.1.mlp.fc2"])
+@pytest.mark.parametrize(("strategy", "options"), STRATEGIES)
+def test_an_interrupt_whose_traceback_is_kept_does_no_harm(
+    strategy: str, options: dict[str, Any], place: str
+) -> None:
+    model, plain, x = vit(), vit(), torch.randn(2, 3, 32, 32)
+    dense, tracebacks = plain(x), []
+
+    def interrupt() -> None:
+        handle = failing(model.get_submodule(place), Timeout)
+        with pytest.raises(Timeout) as kept:
+            model(x)
+        handle.remove()
+        tracebacks.append(kept)
+
+    def drop(*_: Any) -> None:
+        tracebacks.clear()
+        gc.collect()
+
+    def by_hand(before_the_third: Any) -> Tensor:
+        tokens = model._pos_embed(model.patch_embed(x))
+        for index, block in enumerate(model.blocks):
+            if index == 2:
+                before_the_third()
+            tokens = block(tokens)
+        return tokens
+
+    with sparsiattn.patch(model, strategy, **options):
+        sparse, tokens = model(x), by_hand(drop)
+        interrupt()
+        assert torch.equal(plain(x), dense)
+        assert torch.equal(model(x), sparse)
+        interrupt()
+        assert torch.equal(by_hand(drop), tokens)
+        interrupt()
+        with model.blocks[2].register_forward_pre_hook(drop):
+            assert torch.equal(model(x), sparse)
+    assert torch.equal(model(x), dense)

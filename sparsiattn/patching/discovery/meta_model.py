@@ -23,6 +23,7 @@ from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.lifting import drop
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE
+from sparsiattn.runtime.sdpa_intercept import intercepted
 
 MetaInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""
@@ -180,7 +181,8 @@ def run_dry(
     args, kwargs = inputs
     devices = sorted({x.device for x in tensors_in(inputs) if x.device.type == "cuda"}, key=str)
     quiet = warnings.catch_warnings()  # what a host says of a run without gradients is no news
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), recalling(), quiet:
+    randomness = torch.random.fork_rng(devices=devices)
+    with intercepted(), randomness, torch.no_grad(), recalling(), quiet:
         warnings.simplefilter("ignore")
         try:
             return model(*args, **kwargs)

@@ -19,7 +19,7 @@ from sparsiattn.patching.discovery.pixel_tracking import PixelNumbers, tracking_
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
-from sparsiattn.runtime.sdpa_intercept import install, pop, push
+from sparsiattn.runtime.sdpa_intercept import pop, push
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,6 @@ def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
     Raises:
         ProbeFailed: The model does not run with these inputs.
     """
-    install()
     records = HostRecords(model)
     recorder = _Recorder(model, PixelNumbers(inputs))
     records.leave_out()
