@@ -99,6 +99,8 @@ class Report:
         reductions: What token strategies do at which block, in words.
         price_source: By whose prices speeds are expected.
         structures: How the tokens of which sites lie in the image, and where that is known from.
+        speed: Expected speed of the whole model relative to dense: sites at the best known speed,
+            the rest by its MACs.
     """
 
     model: str
@@ -116,6 +118,7 @@ class Report:
     reductions: tuple[str, ...] = ()
     price_source: str = ""
     structures: tuple[str, ...] = ()
+    speed: float | None = None
 
     @property
     def macs(self) -> int | None:
@@ -139,9 +142,14 @@ class Report:
 
     def _head(self) -> list[str]:
         share = 100 * self.mhsa_macs_dense / max(1, self.macs_dense)
-        return [
+        head = (
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
-            f"input {shape_text(self.input_shape)}",
+            f"input {shape_text(self.input_shape)}"
+        )
+        speed = [] if self.speed is None else [_whole_model(self.speed)]
+        return [
+            head,
+            *speed,
             f"model MACs {macs_text(self.macs_dense)} -> {macs_text(self.macs)}, "
             f"MHSA {macs_text(self.mhsa_macs_dense)} -> {macs_text(self.mhsa_macs)}, "
             f"predictor {macs_text(self.predictor_macs)} "
@@ -161,6 +169,14 @@ class Report:
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.skipped]
 
 
+def _whole_model(speed: float) -> str:
+    """What to say of the whole model's expected speed."""
+    line = f"whole model: {speed_text(speed)} of dense expected, from the sites below and MACs"
+    if speed >= SLOWER:
+        return line
+    return f"{line}; it would lose time: token_drop, only_if_faster=True or larger images would not"
+
+
 def not_faster(sites: int) -> str:
     """What to say of that many sites whose best known speed is below that of dense attention."""
     saves = "1 site saves" if sites == 1 else f"{sites} sites save"
@@ -171,6 +187,8 @@ def not_faster(sites: int) -> str:
     )
 
 
+# A whole model below this is expected to lose time; closer to 1.0 the estimate does not tell.
+SLOWER = 0.98
 _COLUMNS = ("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected", "measured")
 
 
@@ -215,7 +233,23 @@ def report(state: PatchState, total: int | None = None) -> Report:
         reductions=_reductions(state, run),
         price_source=_price_source(rows, state),
         structures=structure_lines(state.sites),
+        speed=_speed(rows, state, run, dense, other) if counted and other else None,
     )
+
+
+def _speed(
+    rows: tuple[SiteReport, ...],
+    state: PatchState,
+    run: DryRun | None,
+    dense: int,
+    other: int,
+) -> float:
+    """Of the whole model, as if time were MACs where no site's speed is known."""
+    sites = {runtime.site.name: site_at(runtime.site, run).macs for runtime in state.runtimes}
+    selected = {site.name for site in state.sites}
+    attention = sum(site.macs for site in state.model_sites if site.name not in selected)
+    attention_time = sum(sites[row.name] / row.speed for row in rows if row.speed > 0)
+    return dense / (other + attention + attention_time)
 
 
 _PLACES = {

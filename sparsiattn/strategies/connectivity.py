@@ -40,12 +40,11 @@ from sparsiattn.strategies.basis import (
 )
 from sparsiattn.strategies.config import with_renamed_options
 from sparsiattn.strategies.predictor import (
+    KnownTables,
     ResizedTables,
     bounded_exp,
     exact_rows,
     for_heads,
-    identity_of,
-    whole_tensor,
     without_hidden_keys,
 )
 
@@ -200,34 +199,22 @@ class ConnectivityPlanner(LearnedPlanner):
             maps = channel_maps(site.head_dim, strategy.channels, generator)
             self.project_q, self.project_k = maps
         self._resized = ResizedTables()
-        self._checked, self._fitted = self._identity(), False
-
-    def __getstate__(self) -> dict[str, object]:
-        # addresses of this process
-        return {**self.__dict__, "_checked": None}
+        self._start, self._fitted = KnownTables(self._initial_tables), False
 
     def _initial_tables(self) -> tuple[Tensor, Tensor]:
         return initial_tables(self.grid, self.prefix, self.cells, self.strategy.basis)
-
-    def _identity(self) -> tuple[object, ...]:
-        return identity_of(self.down), identity_of(self.up)
 
     def is_fitted(self) -> bool:
         """Whether the tables are others than an untrained predictor has."""
         # a traced or transformed call has no values to compare
         traced = torch.compiler.is_compiling() or is_tracing() or is_transformed()
-        if traced or self.down.is_meta:
-            return self._fitted
-        identity = self._identity()
-        if identity != self._checked:  # written to, loaded or moved since
-            start = zip(self._initial_tables(), (self.down, self.up), strict=True)
-            self._fitted = any(not torch.equal(a.to(b), whole_tensor(b)) for a, b in start)
-            self._checked = identity
+        if not (traced or self.down.is_meta):
+            self._fitted = not self._start.equals(self.down, self.up)
         return self._fitted
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.strategy.k  # type: ignore[assignment]
-        if self._ranks_by_logits(inputs):
+        if not self.predicts:
             return TopLogits.of(inputs, k)
         count, blocks = 0, inputs.blocks
         if blocks is not None:
@@ -238,10 +225,12 @@ class ConnectivityPlanner(LearnedPlanner):
         scores, best = compiled
         return Ranked(scores.shape[-2], scores.shape[-1], scores, k, best if count else None)
 
-    def _ranks_by_logits(self, inputs: AttentionInputs) -> bool:
+    @property
+    def predicts(self) -> bool:
+        """Whether the predictor ranks keys, and not the queries' own logits."""
         if self.strategy.scores == "exact":
-            return True
-        return not (self.strategy.asks_for_predictor or self.is_fitted())
+            return False
+        return self.strategy.asks_for_predictor or self.is_fitted()
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``.

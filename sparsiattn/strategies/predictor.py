@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,41 @@ def _rows_of(inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
         return target
     shares = inputs.blocks.mean(target[..., inputs.prefix :].mT).mT
     return shares / shares.sum(-1, keepdim=True).clamp_min(1e-6)
+
+
+class KnownTables:
+    """Whether W_down and W_up hold known values.
+
+    On a CPU they are compared in every call, since writes to ``weight.data`` leave no trace. On
+    other devices, where comparing would wait for them, only after writes that autograd counts.
+
+    Args:
+        make: Makes the known tables.
+    """
+
+    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._make = make
+        self._known: tuple[Tensor, ...] | None = None
+        self._last: tuple[object, bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_make": self._make, "_known": None, "_last": None}
+
+    def equals(self, *tables: Tensor) -> bool:
+        """Whether the tables are the known ones."""
+        identity = None
+        if tables[0].device.type != "cpu":
+            identity = tuple(map(identity_of, tables))
+            if self._last is not None and self._last[0] == identity:
+                return self._last[1]
+        whole = [whole_tensor(table) for table in tables]
+        if self._known is None or self._known[0].dtype != whole[0].dtype:
+            with torch.inference_mode(False):
+                self._known = tuple(t.to(whole[0].dtype) for t in self._make())
+        pairs = zip(self._known, whole, strict=True)
+        equal = all(torch.equal(known.to(now.device), now) for known, now in pairs)
+        self._last = identity, equal
+        return equal
 
 
 class ResizedTables:
