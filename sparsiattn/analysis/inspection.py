@@ -94,7 +94,7 @@ class StrategySaving:
         saves: Share of the whole model's MACs, negative where choosing costs more than it saves;
             None if ``reason`` is set, or if only a real input can tell.
         reason: Why this model cannot have the strategy, else empty.
-        notes: What is unusual about its sites.
+        notes: What is unusual about its sites, and blocks that keep every token.
     """
 
     name: str
@@ -346,10 +346,11 @@ def _saving(config: type[Config], outcome: Report | str, total: int) -> Strategy
     strategy = config.build({})
     budgets = {name: getattr(strategy, name, None) for name in BUDGETS}
     notes = Counter(row.note for row in outcome.sites if row.note)
+    whole = [f"{name} keeps every token: {reason}" for name, reason in outcome.whole_blocks]
     return StrategySaving(
         name=config.name,
         kind=config.kind,
         budget=", ".join(f"{name}={value}" for name, value in budgets.items() if value is not None),
         saves=_share(None if outcome.macs is None else total - outcome.macs, total),
-        notes=tuple(f"{note} (sites: {count})" for note, count in notes.items()),
+        notes=(*(f"{note} (sites: {count})" for note, count in notes.items()), *whole),
     )

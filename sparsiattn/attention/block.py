@@ -18,6 +18,7 @@ class Tail:
             so that it needs them all.
         shape: Shape of x for one image; None if not known.
         eval_only: What is different in training mode; None if nothing is.
+        factor: Name of the block's own weight by which it scales f(x); None if it does not.
     """
 
     entry: str
@@ -25,6 +26,12 @@ class Tail:
     mixes: str | None = None
     shape: torch.Size | None = None
     eval_only: str | None = None
+    factor: str | None = None
+
+    @property
+    def ends(self) -> tuple[str, str, str | None]:
+        """Where the branch begins and ends, and its scale."""
+        return self.entry, self.exit, self.factor
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Block:
         tail: Its MLP branch; None if it has none of its own.
         head: The first module inside that takes the block's input.
         after: Whether its input is the output of the block before.
+        adds_heads: Whether tables of positions come to it as ``[B, n, D]``, without heads.
     """
 
     name: str
@@ -48,3 +56,4 @@ class Block:
     tail: Tail | None
     head: str | None = None
     after: bool = True
+    adds_heads: bool = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
-from sparsiattn.attention.structure import Structure
+from sparsiattn.attention.structure import NO_PATCHES, Structure
 from sparsiattn.errors import renamed_property
 
 
@@ -81,6 +81,12 @@ class Site:
     def is_guess(self) -> bool:
         """Whether grid and special tokens follow from a number of tokens alone."""
         return self.structure is not None and not self.structure.known
+
+    @property
+    def of_image(self) -> bool:
+        """Whether its tokens are known to be patches of the image, with special ones around."""
+        queries = self.structure is not None and self.structure.source == NO_PATCHES
+        return not (self.is_guess or queries)
 
     @property
     def placed(self) -> bool:

@@ -13,6 +13,8 @@ from sparsiattn.attention.geometry import Grid
 
 GUESS = "guess"
 """The source of a structure that follows from a number of tokens alone."""
+NO_PATCHES = "none of them comes from the image"
+"""The source of a structure that has no patches: queries of a decoder."""
 
 
 @dataclass(frozen=True)

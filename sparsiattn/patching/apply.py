@@ -178,7 +178,7 @@ def plan_patch(
     selected = select(planned.model_sites, sites)
     resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
     configs = apply_schedule(budgets.get("k", {}), selected, resolved)
-    configs = list(fit_places(dict(zip(selected, configs, strict=True)), tokens).values())
+    configs = list(fit_places(dict(zip(selected, configs, strict=True))).values())
     consumers = None if tokens is None else plan_tokens(planned, surveyed, tokens, budgets)
     _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
     run = None

@@ -10,17 +10,17 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import GuessedStructure, InvalidOption
 from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.config import Config
+from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.token_base import TokenStrategy
 
 _TYPE = "say what they are: patch(..., grid=(rows, columns), prefix=..., suffix=...)"
 
 
-def fit_places(configs: dict[Site, Strategy], tokens: TokenStrategy | None) -> dict[Site, Strategy]:
+def fit_places(configs: dict[Site, Strategy]) -> dict[Site, Strategy]:
     """The strategies of sites, fit for what is known of their sequences.
 
     Args:
         configs: The strategy of every selected site.
-        tokens: The token strategy, if there is one.
 
     Returns:
         Where places are not known, strategies without tiles and summary keys.
@@ -31,16 +31,11 @@ def fit_places(configs: dict[Site, Strategy], tokens: TokenStrategy | None) -> d
     Warns:
         GuessedStructure: Some structure is a guess, and no strategy depends on it.
     """
-    guesses = [site for site in configs if site.is_guess]
-    unplaced = [site for site in configs if not site.placed]
-    for site in unplaced:
-        _require_known(configs[site], site)
-    if tokens is not None:
-        for site in guesses:
-            raise InvalidOption(_unknown(tokens, site))
-        for site in unplaced:
-            _require_known(tokens, site)
-        _check_suffix(tokens, configs)
+    for site, config in configs.items():
+        if not site.placed:
+            _require_known(config, site)
+    choosing = (s for s, config in configs.items() if not isinstance(config, DenseStrategy))
+    guesses = [site for site in choosing if site.is_guess]
     if guesses:
         warnings.warn(_guess(guesses), GuessedStructure, stacklevel=4)
     return {
@@ -49,12 +44,26 @@ def fit_places(configs: dict[Site, Strategy], tokens: TokenStrategy | None) -> d
     }
 
 
+def require_ends(tokens: TokenStrategy, sites: Iterable[Site]) -> None:
+    """Check that a token strategy can serve these sequences of patches.
+
+    Raises:
+        InvalidOption: It needs to know more of their places, or takes special tokens at the two
+            ends of a sequence only.
+    """
+    for site in sites:
+        if not site.placed:
+            _require_known(tokens, site)
+        _check_suffix(tokens, site)
+
+
 def _require_known(strategy: Config, site: Site) -> None:
     if strategy.needs_grid:  # type: ignore[attr-defined]
-        raise InvalidOption(_unknown(strategy, site))
+        raise InvalidOption(unknown_places(strategy, site))
 
 
-def _unknown(strategy: Config, site: Site) -> str:
+def unknown_places(strategy: Config, site: Site) -> str:
+    """What to say of a strategy that needs places, at a site where they are not known."""
     what = "may be no patches" if site.is_guess else "are of several views"
     what = what if site.raster else "are in no raster order"
     return (
@@ -72,18 +81,16 @@ def _guess(sites: list[Site]) -> str:
     )
 
 
-def _check_suffix(tokens: TokenStrategy, sites: Iterable[Site]) -> None:
-    """Token strategies take special tokens at the two ends of a sequence only."""
-    for site in sites:
-        assert site.structure is not None
-        if site.structure.specials:
-            raise InvalidOption(
-                f"{tokens.name!r} cannot make sequences shorter that have special tokens between "
-                f"patches, as site {site.name!r} has: {site.structure}; use an attention strategy, "
-                "e.g. 'connectivity'"
-            )
-        if site.suffix_tokens and tokens.is_ragged():
-            raise InvalidOption(
-                f"{tokens.name!r} with counts that adapt to the image cannot keep tokens behind "
-                f"the patches, as site {site.name!r} has: {site.structure}; use a fixed budget"
-            )
+def _check_suffix(tokens: TokenStrategy, site: Site) -> None:
+    assert site.structure is not None
+    if site.structure.specials:
+        raise InvalidOption(
+            f"{tokens.name!r} cannot make sequences shorter that have special tokens between "
+            f"patches, as site {site.name!r} has: {site.structure}; use an attention strategy, "
+            "e.g. 'connectivity'"
+        )
+    if site.suffix_tokens and tokens.is_ragged():
+        raise InvalidOption(
+            f"{tokens.name!r} with counts that adapt to the image cannot keep tokens behind "
+            f"the patches, as site {site.name!r} has: {site.structure}; use a fixed budget"
+        )

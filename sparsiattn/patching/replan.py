@@ -22,8 +22,8 @@ from sparsiattn.patching.discovery.blocks import find_blocks, in_training
 from sparsiattn.patching.discovery.consumers import Consumers
 from sparsiattn.patching.known_calls import know_call, know_training
 from sparsiattn.patching.survey import ModelSurvey, survey, survey_again
+from sparsiattn.patching.token_blocks import token_blocks
 from sparsiattn.patching.token_plan import (
-    is_plain,
     placement_of,
     reads_prefix,
     validate_token_plan,
@@ -173,8 +173,10 @@ def _renew_blocks(state: PatchState, surveyed: ModelSurvey) -> Consumers:
     model, inputs = state.model, surveyed.inputs()
     sites = {site.name: site for site, _ in surveyed.sites}
     blocks = find_blocks(surveyed.meta_model, sites, inputs)
-    blocks = in_training(surveyed.meta_model, blocks, inputs)
-    plain = is_plain(blocks, sites)
+    assert state.tokens is not None
+    chosen = token_blocks(blocks, sites, surveyed.map_module, state.tokens)
+    state.whole_blocks = chosen.others
+    blocks, plain = in_training(surveyed.meta_model, chosen.blocks, inputs), chosen.plain
     by_name = {block.name: block for block in blocks}
     consumers = consumers_of(surveyed.meta_model, blocks, sites, inputs) if plain else Consumers()
     for runtime in state.blocks:
@@ -196,7 +198,7 @@ def _reduces_alike(runtime: BlockRuntime, block: Block, plain: bool) -> bool:
     """Whether a block still reduces where its hooks are."""
     before, now = runtime.block.tail, block.tail
     if runtime.placement in ("middle", "bypass"):
-        ends = [None if tail is None else (tail.entry, tail.exit) for tail in (before, now)]
+        ends = [None if tail is None else tail.ends for tail in (before, now)]
         if ends[0] != ends[1]:
             return False
     if runtime.strategy is None:

@@ -99,6 +99,8 @@ class Report:
         reductions: What token strategies do at which block, in words.
         price_source: By whose prices speeds are expected.
         structures: How the tokens of which sites lie in the image, and where that is known from.
+        whole_blocks: ``(name, reason)`` of blocks that keep every token under a token strategy:
+            decoders, queries, text.
         speed: Expected speed of the whole model relative to dense: sites at the best known speed,
             the rest by its MACs.
     """
@@ -118,6 +120,7 @@ class Report:
     reductions: tuple[str, ...] = ()
     price_source: str = ""
     structures: tuple[str, ...] = ()
+    whole_blocks: tuple[tuple[str, str], ...] = ()
     speed: float | None = None
 
     @property
@@ -158,6 +161,7 @@ class Report:
 
     def _tail(self) -> list[str]:
         lines = [*self.structures, *self.reductions]
+        lines += [f"{name} keeps every token: {reason}" for name, reason in self.whole_blocks]
         lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
@@ -233,6 +237,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         reductions=_reductions(state, run),
         price_source=_price_source(rows, state),
         structures=structure_lines(state.sites),
+        whole_blocks=state.whole_blocks,
         speed=_speed(rows, state, run, dense, other) if counted and other else None,
     )
 

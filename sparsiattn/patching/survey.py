@@ -27,7 +27,7 @@ from sparsiattn.patching.discovery.meta_model import (
     meta_copy,
     value_copy,
 )
-from sparsiattn.patching.discovery.probe import AttentionCall, probe
+from sparsiattn.patching.discovery.probe import AttentionCall, MapSource, probe
 from sparsiattn.runtime.patch_state import ModelAttention, PatchState
 
 
@@ -64,6 +64,16 @@ class ModelSurvey:
         """Shape of one image, or of the first tensor where there is no image."""
         return self.example.shape
 
+    @property
+    def map_module(self) -> str | None:
+        """Path of the convolution that makes tokens; None where none does."""
+        source = self._map_source
+        return None if source is None else source.name
+
+    @property
+    def _map_source(self) -> MapSource | None:
+        return next((call.map for call in self.calls if call.map is not None), None)
+
     def inputs(self) -> MetaInputs:
         """What to call the copy with."""
         return inputs_of(self.example, self.meta_model, self.backbone)
@@ -80,7 +90,7 @@ class ModelSurvey:
                 f"{type(model).__name__} has no attention to patch: no module of it calls scaled "
                 "dot product attention (or writes it out) in a way that can be served" + reasons
             )
-        tokens = next((call.map for call in self.calls if call.map is not None), None)
+        tokens = self._map_source
         return ModelAttention(
             self.backbone.name,
             without_data(self.example),
@@ -88,7 +98,7 @@ class ModelSurvey:
             tuple(self.skipped),
             unread=frozenset(call.name for call in self.calls if call.weights == "ignored"),
             lifted=frozenset(call.name for call in self.calls if call.lifted),
-            map_module=None if tokens is None else tokens.name,
+            map_module=self.map_module,
             entrances=self.entrances,
             map_size=(self.shape[-2], self.shape[-1]) if tokens is None else tokens.size,
         )
@@ -190,9 +200,7 @@ def _with_structure(
         assert site.structure is not None
         try:
             structure = given.applied(site.structure, site.tokens, site.name)
-        except InvalidOption as error:
-            if site.is_guess:
-                raise
+        except InvalidOption as error:  # queries of a decoder: they stay a guess
             misfit = misfit or error
         else:
             fitting += 1

@@ -19,8 +19,10 @@ from sparsiattn.patching.discovery.blocks import find_blocks, in_training
 from sparsiattn.patching.discovery.consumers import Consumers
 from sparsiattn.patching.dry_run import DryRun, dry_run
 from sparsiattn.patching.place_planner import place_planner
+from sparsiattn.patching.places import require_ends
 from sparsiattn.patching.schedule import token_budgets
 from sparsiattn.patching.survey import ModelSurvey
+from sparsiattn.patching.token_blocks import row_sites, token_blocks
 from sparsiattn.patching.towers import Tower, check_alike, consumers_of, find_towers
 from sparsiattn.runtime.block_runtime import BlockRuntime, Placement
 from sparsiattn.runtime.patch_state import PatchState
@@ -56,23 +58,26 @@ def plan_tokens(
             f"{name} lays the images of a batch end to end in one sequence, where tokens of one "
             "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
         )
-    blocks = in_training(surveyed.meta_model, blocks, inputs)
-    plain = is_plain(blocks, sites)
-    if not plain and any(site.suffix_tokens for site in sites.values()):
+    chosen = token_blocks(blocks, sites, surveyed.map_module, tokens)
+    state.whole_blocks = chosen.others
+    blocks, plain = in_training(surveyed.meta_model, chosen.blocks, inputs), chosen.plain
+    rows = _rows(blocks, sites, name)
+    require_ends(tokens, rows)
+    if not plain and any(site.suffix_tokens for site in rows):
         raise InvalidOption(f"{name}: tokens behind the patches need one sequence for all blocks")
     towers, consumers = [Tower(0, blocks)], Consumers()
     if plain:
         consumers = consumers_of(surveyed.meta_model, blocks, sites, inputs)
         towers = find_towers(blocks, consumers, name)
     else:
-        check_hierarchy(tokens.for_model(0, True, name), name, blocks)
+        check_hierarchy(tokens.for_model(0, True, name), name)
     state.blocks, resolved = [], []
     for tower in towers:
         class_tokens = backbone.class_tokens(model.get_submodule(tower.root)) if plain else 0
         adapted = tokens.for_model(class_tokens, not plain, name)
         adapted, configs = _resolve(adapted, tower.blocks, sites, schedule)
         resolved.append(adapted)
-        runtimes = _runtimes(state, tower, sites, class_tokens)
+        runtimes = _runtimes(state, tower, sites, rows, class_tokens)
         for index, config in configs.items():
             _let_reduce(runtimes[index], config, plain)
         state.blocks += _trimmed(runtimes, plain)
@@ -110,7 +115,11 @@ def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
 
 
 def _runtimes(
-    state: PatchState, tower: Tower, sites: Mapping[str, Site], class_tokens: int
+    state: PatchState,
+    tower: Tower,
+    sites: Mapping[str, Site],
+    rows: Sequence[Site],
+    class_tokens: int,
 ) -> list[BlockRuntime]:
     """A runtime for each block of a tower."""
     return [
@@ -121,6 +130,7 @@ def _runtimes(
             len(tower.blocks),
             state,
             class_tokens,
+            rows[tower.start + i],
             start=tower.start,
             repeated=tower.repeated,
         )
@@ -128,29 +138,26 @@ def _runtimes(
     ]
 
 
-def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:
-    """Whether one sequence ``[B, N, C]`` runs through all blocks, every token attending to all."""
-    shapes = {shape for block in blocks for shape in (block.input_shape, block.output_shape)}
-    everywhere = all(
-        site.windows == 1 and site.tokens == site.keys == blocks[0].input_shape[-2]
-        for block in blocks
-        for site in (sites[name] for name in block.sites)
-    )
-    return len(shapes) == 1 and len(blocks[0].input_shape) == 3 and everywhere
+def _rows(blocks: Sequence[Block], sites: Mapping[str, Site], model: str) -> list[Site]:
+    """`row_sites`, or a refusal."""
+    known = []
+    for block, site in zip(blocks, row_sites(blocks, sites), strict=True):
+        if site is None:
+            raise InvalidOption(
+                f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
+                f"image: {list(block.input_shape)}), which token strategies cannot make shorter; "
+                "use an attention strategy such as 'connectivity'"
+            )
+        known.append(site)
+    return known
 
 
-def check_hierarchy(tokens: TokenStrategy, model: str, blocks: list[Block]) -> None:
+def check_hierarchy(tokens: TokenStrategy, model: str) -> None:
     """In windows and stages the grid must stay: tokens can skip the MLP only.
 
     Raises:
         InvalidOption: The strategy needs more than that.
     """
-    if blocks[0].input_shape[0] != 1:
-        raise InvalidOption(
-            f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
-            f"image: {list(blocks[0].input_shape)}), which token strategies cannot make shorter; "
-            "use an attention strategy such as 'connectivity'"
-        )
     if not (tokens.reads_attention() or tokens.is_ragged() or tokens.merges()):
         return
     raise InvalidOption(

@@ -37,7 +37,9 @@ def consumers_of(
 ) -> Consumers:
     """Who reads what these blocks return; see `find_consumers`."""
     lead = [sites[block.sites[0]].leading_tokens for block in blocks]
-    return find_consumers(meta_model, [block.name for block in blocks], lead, inputs)
+    several = [block.input_shape[0] > 1 for block in blocks]
+    names = [block.name for block in blocks]
+    return find_consumers(meta_model, names, lead, inputs, several=several)
 
 
 def find_towers(blocks: list[Block], consumers: Consumers, model: str) -> list[Tower]:

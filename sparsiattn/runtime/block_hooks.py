@@ -58,7 +58,7 @@ class EnterBlock(BlockHook):
         runtime.note(tokens, state, inside=True)
         if not state.reduced:
             return None
-        return _exchanged((args, kwargs), x, tokens, state)
+        return _exchanged((args, kwargs), x, tokens, state, runtime.block.adds_heads)
 
     def _with_padding(self, state: Carried, arguments: Any, x: Tensor) -> Carried:
         """The state with the padding known that a mask among the arguments tells.
@@ -74,12 +74,14 @@ class EnterBlock(BlockHook):
         return begin_padded(runtime.site, runtime.owner.maps(), state, own)
 
 
-def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried) -> Any:
+def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried, adds_heads: bool) -> Any:
     """The block's arguments with its input exchanged and its position tables cut down."""
 
     def fit(value: Any) -> Any:
         if value is x:
             return tokens
+        if isinstance(value, Tensor) and value.dim() == 3 and adds_heads:
+            return state.fit_side(value[:, None])[:, 0]
         if isinstance(value, Tensor):
             return state.fit_side(value)
         if isinstance(value, tuple):
@@ -158,8 +160,7 @@ class LeaveBlock(BlockHook):
         if BLOCK_CALL.mlp_input is not None:
             state, reduced = BLOCK_CALL.mlp_input
             runtime.refuse_reentrant(host, reduced)
-            assert BLOCK_CALL.mlp_output is not None
-            tokens = reduced + BLOCK_CALL.mlp_output
+            tokens = reduced + runtime.branch(module)
             BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
         elif runtime.placement == "exit":
             state, tokens = runtime.reduce(state, tokens)

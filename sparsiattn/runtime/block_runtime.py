@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsiattn.attention.block import Block
 from sparsiattn.attention.inputs import AttentionInputs
@@ -41,6 +41,7 @@ class BlockRuntime:
         depth: Number of blocks that hand on its sequence.
         owner: The patch.
         class_tokens: Leading prefix tokens that are class tokens.
+        rows: A site, most often its first, that tells where special tokens of its sequences are.
         strategy: The token strategy with this block's budget; None if the block does not reduce.
         planner: What the strategy made for this block.
         placement: Where the block reduces; None if it does not.
@@ -60,6 +61,7 @@ class BlockRuntime:
     depth: int
     owner: PatchOwner
     class_tokens: int
+    rows: Site
     strategy: TokenStrategy | None = None
     planner: TokenPlanner | None = None
     placement: Placement | None = None
@@ -72,9 +74,25 @@ class BlockRuntime:
     inside: RecomputeCache[tuple[Carried, bool]] = field(default_factory=RecomputeCache)
 
     @property
+    def by_rows(self) -> bool:
+        """Whether each sequence that it hands on is one of several images (frames, tiles)."""
+        return self.block.input_shape[:-1] == (self.rows.windows, self.rows.tokens)
+
+    @property
     def wants_attention(self) -> bool:
         """Whether the reduction reads this block's queries and keys."""
         return self.strategy is not None and self.strategy.reads_attention()
+
+    def branch(self, module: nn.Module) -> Tensor:
+        """What this block's MLP branch adds, as it was kept from the host's own addition.
+
+        Args:
+            module: The block.
+        """
+        output, tail = BLOCK_CALL.mlp_output, self.block.tail
+        assert output is not None
+        assert tail is not None
+        return output if tail.factor is None else output * getattr(module, tail.factor)
 
     def is_off(self) -> bool:
         """Whether the host's own forward runs: the patch is disabled here, or undone."""
@@ -86,11 +104,11 @@ class BlockRuntime:
 
     def begin(self, x: Tensor) -> TokenState:
         """The token state of a block that takes every token."""
-        site, maps = self.site, self.owner.maps()
+        site, maps = self.rows, self.owner.maps()
         n = x.shape[1] - site.prefix_tokens if x.dim() == 3 else x.shape[1:-1].numel()
         if x.dim() == 4:  # a map [B, H, W, C], which is cut into windows behind this
             grid = x.shape[1], x.shape[2]
-        elif site.windows > 1:
+        elif site.windows > 1 and not self.by_rows:
             grid = stage_grid(n, maps) or (1, n)
         else:
             grid = patch_grid(site.grid, n, site, maps) or (1, n)

@@ -77,9 +77,8 @@ class LeaveSparedBlock(BlockHook):
         if BLOCK_CALL.mlp_input is None:
             BLOCK_CALL.bypass_state = replace(state, layer=runtime.index + 1, returned=host)
             return None
-        (_, mlp_tokens), branch = BLOCK_CALL.mlp_input, BLOCK_CALL.mlp_output
+        (_, mlp_tokens), branch = BLOCK_CALL.mlp_input, runtime.branch(module)
         BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
-        assert branch is not None
         runtime.refuse_reentrant(host, mlp_tokens)
         flat = host.reshape(host.shape[0], -1, host.shape[-1])
         if state.policy is not None:

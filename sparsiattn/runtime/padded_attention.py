@@ -62,7 +62,10 @@ def find_own_tokens(
 def _may_hide(runtime: SiteRuntime, call: HostCall) -> bool:
     """Whether the mask must be looked at: its values tell padding, and cost a wait."""
     mask, site = call.mask, runtime.site
-    if mask is None or mask.is_meta or site.windows > 1 or runtime.layout.form not in BY_IMAGE:
+    if mask is None or mask.is_meta or runtime.layout.form not in BY_IMAGE:
+        return False
+    # masks of windows are the host's own; blocks with fewer tokens attend in frames or tiles alone
+    if site.windows > 1 and runtime.block is None:
         return False
     if call.q.shape[0] == 0:
         return False

@@ -73,6 +73,7 @@ class PatchState(PatchOwner):
         structure: What the user said of the model's sequences; None for nothing.
         runtimes: One per patched site, in order.
         blocks: One per block that carries fewer tokens, in order.
+        whole_blocks: ``(name, reason)`` of blocks that keep every token beside those.
         overrides: Attributes of the host that patching switched.
         hooks: Handles of every registered hook.
         places: Module path and module of everything that must stay where it was.
@@ -95,6 +96,7 @@ class PatchState(PatchOwner):
         self.follows_model = follows_model
         self.runtimes: list[SiteRuntime] = []
         self.blocks: list[BlockRuntime] = []
+        self.whole_blocks: tuple[tuple[str, str], ...] = ()
         self.overrides: list[AttributeOverride] = []
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
@@ -176,7 +178,7 @@ class PatchState(PatchOwner):
         for runtime in self.runtimes:
             runtime.site, runtime.layout = by_name[runtime.site.name]
         for block in self.blocks:
-            block.site = by_name[block.site.name][0]
+            block.site, block.rows = (by_name[s.name][0] for s in (block.site, block.rows))
 
     def ensure_active(self, action: str) -> None:
         """Raise `ModelChanged` if the patch was undone or its model changed."""

@@ -79,7 +79,7 @@ def test_no_cell_fails(kind: str) -> None:
 def test_most_hosts_of_today_are_patched() -> None:
     connectivity, tokens = census_recent.shares(KNOWN["hosts"])
     assert connectivity >= 0.9
-    assert tokens >= 0.5  # packed sequences, several views and decoders are refused by name
+    assert tokens >= 0.75  # packed sequences and views side by side are refused by name
 
 
 def test_views_side_by_side_are_no_image() -> None:

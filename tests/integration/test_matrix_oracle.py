@@ -198,6 +198,7 @@ SHORT: dict[str, Plain] = {
     "convit": Plain(1, blocks=lambda model: list(model.blocks[1:])),
     "deepseek": Plain(whole=True, blocks=lambda model: list(model.encoder.blocks)),
     "qwen3": Plain(whole=True, blocks=lambda model: list(model.encoder.blocks)),
+    "gemma4": Plain(blocks=lambda model: list(model.encoder.blocks)),
 }
 SHORT |= {
     "wide vit": SHORT["vit"], "wide relpos": SHORT["vit_relpos"], "wide beit": SHORT["beit"],

@@ -74,6 +74,7 @@ class Block(nn.Module):
         self.attn, self.end, self.extra = Attention(), end, extra
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
         self.gamma = nn.Parameter(torch.full((WIDTH,), 0.7))
+        self.scalar = nn.Parameter(torch.tensor(0.3))
         self.place = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
         self.drop_path = nn.Identity()
 
@@ -181,6 +182,9 @@ MIDDLE: Ends = {
     "in-place sum": (lambda b, x: x.add_(b.f(x)), NONE),
     "sum in a module": (lambda b, x: b.extra(x), lambda: Residual(Of(torch.tanh))),
     "x written to": (writes_into_x, lambda: nn.ReLU(inplace=True)),
+    "layer scale outside": (lambda b, x: x + b.gamma * b.f(x), NONE),
+    "layer scale behind": (lambda b, x: b.drop_path(b.f(x)) * b.gamma + x, NONE),
+    "scalar outside": (lambda b, x: x + b.scalar * b.f(x), NONE),
     "inner in-place": (lambda b, x: x + b.extra(b.n2(x)), lambda: nn.ReLU(inplace=True)),
 }
 AFTER: Ends = {
@@ -190,7 +194,6 @@ AFTER: Ends = {
     "scaled sum": (lambda b, x: (x + b.f(x)) * 0.5, NONE),
     "masked sum": (masked, NONE),
     "difference": (lambda b, x: x - b.f(x), NONE),
-    "layer scale outside": (lambda b, x: x + b.gamma * b.f(x), NONE),
     "addcmul": (lambda b, x: torch.addcmul(x, b.gamma, b.f(x)), NONE),
     "post-norm": (lambda b, x: b.n3(x + b.f(x)), NONE),
     "two branches": (lambda b, x: x + b.f(x) + b.extra(x), lambda: nn.Linear(WIDTH, WIDTH)),
@@ -209,6 +212,12 @@ AFTER: Ends = {
         lambda b, x: x + b.extra(b.n2(x)),
         lambda: Of(lambda x: F.avg_pool1d(x.mT, 3, 1, 1).mT),
     ),
+    "scale by place": (lambda b, x: x + b.place * b.f(x), NONE),
+    "scale of another module": (lambda b, x: x + b.n3.weight * b.f(x), NONE),
+    "scale twice": (lambda b, x: x + b.gamma * (b.gamma * b.f(x)), NONE),
+    "scale of both": (lambda b, x: b.gamma * (x + b.f(x)), NONE),
+    "scaled and not": (lambda b, x: x + (f := b.f(x)) + b.gamma * f, NONE),
+    "scale in place": (lambda b, x: x + b.f(x).mul_(b.gamma), NONE),
     "by place": (lambda b, x: x + b.extra(b.n2(x) * b.place), lambda: nn.Linear(WIDTH, WIDTH)),
     "batch norm": (lambda b, x: x + b.extra(b.n2(x)), Norms),
     "drop path": (lambda b, x: x + path(b.f(x), 0.5, b.training), NONE),

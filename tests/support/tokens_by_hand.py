@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from tests.support.by_hand import Recorded, flat, logits_of, recorded
 
@@ -22,9 +23,9 @@ from tests.support.by_hand import Recorded, flat, logits_of, recorded
 @dataclass
 class Sequence:
     """The tokens of one image on their way. prefix, suffix: tokens before and after the patches,
-    which stay; n: patches at first; ids: the
-    patch whose position each token has; size: patches merged into it; place: where each patch went,
-    -1 if dropped; last: every patch's last value."""
+    which stay; n: patches at first; ids: the patch whose position each token has; size: patches
+    merged into it; place: where each patch went, -1 if dropped; last: every patch's last value;
+    short: the tokens that go on, where whoever called the block was handed every position."""
 
     prefix: int
     n: int
@@ -33,6 +34,7 @@ class Sequence:
     size: Tensor = field(init=False)
     place: Tensor = field(init=False)
     last: Tensor | None = None
+    short: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.ids, self.size, self.place = (
@@ -154,14 +156,22 @@ class Short(TorchFunctionMode):
 
 
 class Shortened:
-    """A model whose blocks are driven by hand, one image at a time."""
+    """A model whose blocks are driven by hand, one image at a time, and its frames or tiles one by
+    one. every: whoever reads the output of any block gets every position."""
 
     def __init__(
-        self, model: Any, blocks: list[Any], prefix: int, reduce: Reduce, suffix: int = 0
+        self,
+        model: Any,
+        blocks: list[Any],
+        prefix: int,
+        reduce: Reduce,
+        suffix: int = 0,
+        every: bool = False,
     ) -> None:
-        self.model, self.blocks, self.reduce = model, blocks, reduce
+        self.model, self.blocks, self.reduce, self.every = model, blocks, reduce, every
         self.prefix, self.suffix = prefix, suffix
         self.short = Short(isinstance(reduce, Merge))
+        self.sequences: list[Sequence] = []
 
     def __call__(self, images: Tensor, whole: bool) -> Tensor:
         """The model's output. whole: whether its head gets every position again."""
@@ -188,11 +198,26 @@ class Shortened:
             self.short.sequence = None
 
     def forward(self, block: Any, host: Any, whole: bool) -> Callable[..., Tensor]:
+        row = self.of_row(block, host, whole or self.every)
+
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.short.sequence is None:
+            if block is self.blocks[0]:
                 patches = x.shape[1] - self.prefix - self.suffix
-                self.short.sequence = Sequence(self.prefix, patches, self.suffix)
+                self.sequences = [Sequence(self.prefix, patches, self.suffix) for _ in x]
+            rows = []
+            for i, (sequence, one) in enumerate(zip(self.sequences, x.split(1), strict=True)):
+                self.short.sequence = sequence
+                its_args, its_kwargs = (_of_row(value, i, len(x)) for value in (args, kwargs))
+                rows.append(row(one, *its_args, **its_kwargs))
+            return torch.cat(rows)
+
+        return run
+
+    def of_row(self, block: Any, host: Any, whole: bool) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             sequence = self.short.sequence
+            assert sequence is not None
+            x = x if sequence.short is None else sequence.short
             args, kwargs = tuple(map(self.cut, args)), {k: self.cut(v) for k, v in kwargs.items()}
             self.short.calls.clear()
             middle: list[Tensor] = []
@@ -204,6 +229,8 @@ class Shortened:
             y = middle[0] if middle else out
             y = self.change(y, lambda x: self.reduce(x, self.short.calls[0], sequence))
             y = y + _mlp(block, y) if middle else y
+            if self.every:
+                sequence.short = y
             return self.change(y, sequence.whole) if whole else y
 
         return run
@@ -218,21 +245,47 @@ class Shortened:
         """A table of positions among a block's arguments, for the tokens that are left."""
         sequence = self.short.sequence
         assert sequence is not None
+        if isinstance(value, tuple):
+            return tuple(map(self.cut, value))
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2] == sequence.n:
             return value[..., sequence.ids, :]
         return value
 
 
+NORMS_BEHIND = ("post_feedforward_layernorm", "norm4")
+NORMS = ("norm3", "norm2", "layernorm_after", "layer_norm2", "pre_feedforward_layernorm")
+
+
+def _norm(block: Any) -> str:
+    """The name of the norm before the MLP."""
+    return next((name for name in NORMS if hasattr(block, name)), "")
+
+
+def _of_row(value: Any, row: int, rows: int) -> Any:
+    """A row's part of arguments that have one for each."""
+    return tree_map(lambda x: x[row : row + 1] if _has_rows(x, rows) else x, value)
+
+
+def _has_rows(x: Any, rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 3 and x.shape[0] == rows
+
+
 def _before_mlp(block: Any, middle: list[Tensor]) -> Any:
     """Note the sum between attention and MLP, where the block has one."""
-    norm = getattr(block, "norm2", nn.Identity())
+    norm = getattr(block, _norm(block), nn.Identity())
     return norm.register_forward_pre_hook(lambda _, args: middle.append(args[0]))
 
 
 def _mlp(block: Any, y: Tensor) -> Tensor:
-    branch = block.mlp(block.norm2(y))
-    scale = getattr(block, "ls2", None)
+    x = getattr(block, _norm(block))(y)
+    if not hasattr(block, "mlp"):
+        return block.output(block.intermediate(x), torch.zeros_like(y))  # type: ignore[no-any-return]
+    branch = block.mlp(x)
+    behind = next((name for name in NORMS_BEHIND if hasattr(block, name)), None)
+    if behind is not None:
+        return getattr(block, behind)(branch)  # type: ignore[no-any-return]
+    scale = getattr(block, "ls2", getattr(block, "layer_scale2", None))
     if scale is not None:
         return scale(branch)  # type: ignore[no-any-return]
-    gamma = getattr(block, "gamma_2", None)
+    gamma = getattr(block, "gamma_2", getattr(block, "lambda_2", None))
     return branch if gamma is None else gamma * branch

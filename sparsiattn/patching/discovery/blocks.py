@@ -20,6 +20,7 @@ from sparsiattn.attention.block import Block, Tail
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry
+from sparsiattn.patching.discovery.side_tables import adds_heads
 from sparsiattn.patching.discovery.tails import find_tail
 from sparsiattn.patching.discovery.values import OperatorTrace, Step, address
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, tensors_in
@@ -71,7 +72,7 @@ def _in_both(tail: Tail | None, trained: Block | None) -> Tail | None:
     if tail is None:
         return None
     other = None if trained is None else trained.tail
-    if other is None or (tail.entry, tail.exit) != (other.entry, other.exit):
+    if other is None or tail.ends != other.ends:
         why = "more than its MLP branch is added" if trained else "it cannot run without data"
         return replace(tail, eval_only=why)
     if other.mixes and not tail.mixes:
@@ -224,10 +225,14 @@ class _Trace(OperatorTrace):
     def _note_block(self, left: Step, taken: torch.Size, returned: torch.Size) -> None:
         steps = self._since_entry(left.name)
         x = steps[0].values[0]
-        tail = find_tail(steps, left, self.values, self.sites)
+        block = self.model.get_submodule(left.name)
+        weights = {id(weight): name for name, weight in block.named_parameters(recurse=False)}
+        tail = find_tail(steps, left, self.values, self.sites, weights)
         inside = (step for step in steps[1:] if step.kind == "enter" and x in step.values[:1])
         head = next((step.name for step in inside), None)
-        self.spans[left.name] = Block(left.name, taken, returned, (), tail, head)
+        self.spans[left.name] = Block(
+            left.name, taken, returned, (), tail, head, adds_heads=adds_heads(steps)
+        )
         self._ends[left.name] = x, left.results[0]
 
     def _since_entry(self, name: str) -> list[Step]:

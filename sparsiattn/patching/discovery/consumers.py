@@ -25,6 +25,7 @@ from sparsiattn.patching.discovery.token_axis import (
     arguments,
     follow,
 )
+from sparsiattn.patching.discovery.token_rows import check_rows
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 
 
@@ -70,7 +71,12 @@ class Consumers:
 
 
 def find_consumers(
-    model: nn.Module, blocks: Sequence[str], lead: Sequence[int], inputs: MetaInputs
+    model: nn.Module,
+    blocks: Sequence[str],
+    lead: Sequence[int],
+    inputs: MetaInputs,
+    *,
+    several: Sequence[bool] | None = None,
 ) -> Consumers:
     """Who reads what the blocks of a model return.
 
@@ -79,8 +85,9 @@ def find_consumers(
         blocks: Names of its blocks, each with one sequence ``[B, N, C]``.
         lead: Of each, how many leading tokens always stay.
         inputs: What to call it with.
+        several: Of each, whether a batch holds several sequences of an image; none by default.
     """
-    trace = _Trace(model, blocks, lead)
+    trace = _Trace(model, blocks, lead, several or [False] * len(blocks))
     with recalling(), trace.recording():
         output = run_dry(model, inputs, trace.clear)
     trace.leave_model(output)
@@ -90,9 +97,11 @@ def find_consumers(
 class _Trace(TorchDispatchMode):
     """Follows every tensor with tokens outside of blocks."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], lead: Sequence[int]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], lead: Sequence[int], several: Sequence[bool]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.blocks, self.lead = model, blocks, lead
+        self.model, self.blocks, self.lead, self.several = model, blocks, lead, several
         self.clear()
 
     def clear(self) -> None:
@@ -125,6 +134,7 @@ class _Trace(TorchDispatchMode):
         outcome: Outcome
         try:
             outcome = follow(operation)
+            check_rows(operation, outcome)
         except ReadsPositions as reason:
             self.refuse(axes, str(reason))
             # what comes of it is followed, too: it may be what the next block takes
@@ -186,7 +196,9 @@ class _Trace(TorchDispatchMode):
             out = first_tensor(output)
             if not self.inside and out is not None and out.dim() == 3:
                 run = len(self.consumers.runs) - 1
-                self.axes[id(out)] = out, TokenAxis(1, out.shape[1], self.lead[number], run)
+                rows = out.shape[0] if self.several[number] else 1
+                axis = TokenAxis(1, out.shape[1], self.lead[number], run, rows=rows)
+                self.axes[id(out)] = out, axis
                 self.returned[id(out)] = run
 
         return note

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
-from sparsiattn.attention.structure import Structure
+from sparsiattn.attention.structure import NO_PATCHES, Structure
 from sparsiattn.patching.discovery.pixel_numbers import PADDING, UNKNOWN
 from sparsiattn.patching.discovery.probe import AttentionCall
 
@@ -64,7 +64,7 @@ def read_structure(places: Tensor | None, image: Sequence[int], source: str) -> 
     count = places.shape[-1]
     places = places[(places >= 0).any(-1)]  # windows of nothing but padding say nothing
     if len(places) == 0:  # queries of a decoder
-        return Structure((1, count), raster=False, source="none of them comes from the image")
+        return Structure((1, count), raster=False, source=NO_PATCHES)
     structure = _window(places, image) if len(places) > 1 else _sequence(places[0], image)
     return None if structure is None else replace(structure, source=source)
 

@@ -2,14 +2,15 @@
 
 They may where the block's output is the very sum ``x + f(x)``, where ``f`` handles every token for
 itself, and where nothing else of the host sees the branch: hooks then hand ``f`` fewer tokens, keep
-its result and give the host zeros to add. A factor (``alpha``), something done to the sum, a second
+its result and give the host zeros to add. A weight of the block's own for every channel may scale
+the branch last (layer scale). Any other factor (``alpha``), something done to the sum, a second
 branch, a value that comes from the branch by another way: each would be lost or wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,12 +19,28 @@ from sparsiattn.patching.discovery.token_axes import Axes, Call, TokensMeet, axe
 from sparsiattn.patching.discovery.values import Step, Values
 from sparsiattn.runtime.hook_tools import tensors_in
 
+_MULTIPLY = torch.ops.aten.mul.Tensor
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _COPIES = frozenset({"alias", "clone", "detach", "_to_copy"})
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape"})
 
 
-def find_tail(steps: list[Step], left: Step, values: Values, sites: frozenset[str]) -> Tail | None:
+class _Ends(NamedTuple):
+    """Positions where a branch starts and ends, and where its result is scaled, by which weight."""
+
+    entry: int
+    last: int
+    scaled: int | None = None
+    factor: str | None = None
+
+
+def find_tail(
+    steps: list[Step],
+    left: Step,
+    values: Values,
+    sites: frozenset[str],
+    weights: Mapping[int, str],
+) -> Tail | None:
     """The end ``x + f(x)`` of a block, None if it has no such end.
 
     Args:
@@ -31,18 +48,20 @@ def find_tail(steps: list[Step], left: Step, values: Values, sites: frozenset[st
         left: Its end.
         values: Numbers of the values.
         sites: Names of the attention modules.
+        weights: Names of the block's own parameters by their identity.
     """
     attended = [i for i, s in enumerate(steps) if s.kind == "leave" and s.name in sites]
     added = _final_addition(steps, left, values)
     if not attended or added is None or added < attended[-1]:
         return None
     mixing = None
-    for entry, last in _branches(steps, attended[-1], added, values):
-        branch = _Branch(steps, left, values, entry, last, added)
+    for ends in _branches(steps, attended[-1], added, values, weights):
+        branch = _Branch(steps, left, values, ends, added)
         if not branch.is_apart():
             continue
         shape = steps[added].call[1][0].shape  # type: ignore[index]
-        tail = Tail(steps[entry].name, steps[last].name, branch.mixing, shape)
+        entry, last = steps[ends.entry].name, steps[ends.last].name
+        tail = Tail(entry, last, branch.mixing, shape, factor=ends.factor)
         if tail.mixes is None:
             return tail
         mixing = mixing or tail
@@ -76,11 +95,15 @@ def _lays_out(func: Any, x: Any, out: Any) -> bool:
 
 
 def _branches(
-    steps: list[Step], start: int, added: int, values: Values
-) -> Iterator[tuple[int, int]]:
-    """Positions where a module takes one summand, and where the last one returns the other."""
+    steps: list[Step], start: int, added: int, values: Values, weights: Mapping[int, str]
+) -> Iterator[_Ends]:
+    """Where a module takes one summand, and where the last one returns the other."""
     for x, f in (steps[added].values, steps[added].values[::-1]):
-        line = values.lineage(f)
+        scaled = _scaling(steps, start, added, values.lineage(f), weights)
+        line, factor = values.lineage(f), None
+        if scaled is not None:
+            of_branch, factor = _factor(steps[scaled], weights)
+            line = values.lineage(of_branch)
         returned = [
             i
             for i in range(start, added)
@@ -89,7 +112,29 @@ def _branches(
         for i in range(start, returned[-1] if returned else start):
             step = steps[i]
             if step.kind == "enter" and step.values and values.same(step.values[0], x):
-                yield i, returned[-1]
+                yield _Ends(i, returned[-1], scaled, factor)
+
+
+def _scaling(
+    steps: list[Step], start: int, added: int, line: list[int], weights: Mapping[int, str]
+) -> int | None:
+    """Position of the operator that made this value by the block's own scale, if one did."""
+    for i in reversed(range(start, added)):
+        step = steps[i]
+        if step.kind == "op" and step.results and step.results[0] in line:
+            scales = step.name == steps[added].name and _factor(step, weights)[1] is not None
+            return i if scales else None
+    return None
+
+
+def _factor(step: Step, weights: Mapping[int, str]) -> tuple[int, str | None]:
+    """What an operator scales, and the weight by which: the same for every token."""
+    if step.call is None or step.call[0] is not _MULTIPLY:
+        return step.values[0], None
+    for value, x in zip(step.values[::-1], step.call[1], strict=False):
+        if id(x) in weights and x.numel() == (x.shape[-1] if x.dim() else 1):
+            return value, weights[id(x)]
+    return step.values[0], None
 
 
 class _Branch:
@@ -100,10 +145,11 @@ class _Branch:
     """
 
     def __init__(
-        self, steps: list[Step], left: Step, values: Values, entry: int, last: int, added: int
+        self, steps: list[Step], left: Step, values: Values, ends: _Ends, added: int
     ) -> None:
         self.steps, self.left, self.values = steps, left, values
-        self.entry, self.last, self.added = entry, last, added
+        self.entry, self.last, self.scaled, _ = ends
+        self.added = added
         self.mixing: str | None = None
         # values that come from the tokens, with the axes that hold them; none where they met
         self._axes: dict[int, Axes] = {}
@@ -186,7 +232,7 @@ class _Branch:
                 continue
             name = "" if step.call is None else step.call[0]._schema.name.removeprefix("aten::")
             allowed = _COPIES if i < self.added else _COPIES | _VIEWS
-            if i != self.added and name not in allowed:
+            if i not in (self.added, self.scaled) and name not in allowed:
                 return False
             self._axes.update(dict.fromkeys(step.results, Axes()))
         return not any(map(self._comes_from_tokens, self.left.results[1:]))

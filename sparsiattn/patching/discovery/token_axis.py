@@ -37,6 +37,7 @@ class TokenAxis:
         outer: Size of what is flattened into the dimension before them (a batch).
         inner: The same behind them.
         kind: What stands there.
+        rows: Sequences in the batch if several may be of one image; see `token_rows`. Else 1.
     """
 
     dim: int
@@ -46,6 +47,7 @@ class TokenAxis:
     outer: int = 1
     inner: int = 1
     kind: Kind = "values"
+    rows: int = 1
 
     @property
     def alone(self) -> bool:
@@ -160,8 +162,7 @@ def _like(operation: Operation) -> TokenAxis:
 
 
 def _dropout(operation: Operation) -> Outcome:
-    _, axis = operation.only()
-    return [axis, replace(axis, kind="noise")]
+    return [operation.only()[1], _like(operation)]
 
 
 def _without(operation: Operation) -> None:
