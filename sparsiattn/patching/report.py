@@ -16,6 +16,7 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_d
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.patching.report_lines import not_faster, whole_model
 from sparsiattn.patching.text import (
     Row,
     aligned,
@@ -149,7 +150,7 @@ class Report:
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
             f"input {shape_text(self.input_shape)}"
         )
-        speed = [] if self.speed is None else [_whole_model(self.speed)]
+        speed = [] if self.speed is None else [whole_model(self.speed)]
         return [
             head,
             *speed,
@@ -173,26 +174,6 @@ class Report:
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.skipped]
 
 
-def _whole_model(speed: float) -> str:
-    """What to say of the whole model's expected speed."""
-    line = f"whole model: {speed_text(speed)} of dense expected, from the sites below and MACs"
-    if speed >= SLOWER:
-        return line
-    return f"{line}; it would lose time: token_drop, only_if_faster=True or larger images would not"
-
-
-def not_faster(sites: int) -> str:
-    """What to say of that many sites whose best known speed is below that of dense attention."""
-    saves = "1 site saves" if sites == 1 else f"{sites} sites save"
-    return (
-        f"{saves} MACs, not time: planning and kernel are not expected to beat dense attention "
-        "(larger tile= or more tokens would change that, and only_if_faster=True leaves such sites "
-        "dense)"
-    )
-
-
-# A whole model below this is expected to lose time; closer to 1.0 the estimate does not tell.
-SLOWER = 0.98
 _COLUMNS = ("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected", "measured")
 
 
