@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
@@ -85,7 +86,7 @@ class TopLogits(SizedPattern):
         assert inputs.tiles is not None
         voters = squares.mean(inputs.patch_queries).index_select(-2, order)
         votes = products(voters, inputs.k, inputs.scale).softmax(-1)
-        return votes.unflatten(-2, (inputs.tiles.count, -1)).amax(-2)
+        return torch.amax(votes.unflatten(-2, (inputs.tiles.count, -1)), dim=-2)
 
     def to_mask(self) -> Tensor:
         return self.ranked().to_mask()

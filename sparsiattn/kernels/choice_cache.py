@@ -102,7 +102,7 @@ def _of(value: Any) -> Hashable:
     if kind is Tiles:
         return value.parts, value.columns, value.smallest
     if kind is CountedSummary and value.counted:  # its bias is not made for this
-        return value.count
+        return value.count  # type: ignore[no-any-return]
     if kind is Summary or kind is CountedSummary:
         allowed = value.allowed
         return value.count, value.bias.shape, allowed if allowed is None else allowed.shape

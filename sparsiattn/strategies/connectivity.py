@@ -118,7 +118,7 @@ class Connectivity(Strategy):
     head_scale: bool = False
     mean_query_boost: bool = True
     self_weight: float | None = 0.1
-    background: int | str | None = "auto"
+    background: int | str | None = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

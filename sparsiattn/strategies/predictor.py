@@ -129,7 +129,7 @@ def without_hidden_keys(down: Tensor, inputs: AttentionInputs) -> Tensor:
 def whole_tensor(weight: Tensor) -> Tensor:
     """All of a weight that FSDP has sharded; others as they are."""
     gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()  # type: ignore[no-any-return]
+    return weight if gather is None else gather()
 
 
 def identity_of(table: Tensor) -> tuple[object, ...]:

@@ -160,4 +160,4 @@ def voted_keys(
     held = (squares.weight > 0).sum(-1).index_select(0, places)
     operator = torch.ops.sparsiattn.native_voted_keys.default
     call = _voted_keys if is_unobserved(q, k) and not q.is_meta else operator
-    return call(q, k, order, held, tiles, count, prefix, scale)  # type: ignore[no-any-return]
+    return call(q, k, order, held, tiles, count, prefix, scale)
