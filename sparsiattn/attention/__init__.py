@@ -17,3 +17,4 @@ from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Mask, 
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import ReductionStep, TokenState
+from sparsiattn.attention.top_logits import TopKeys, TopLogits

@@ -267,7 +267,35 @@ def own_shares(
 
 def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
     """The tiles of a grid, at most ``tile`` (rows, columns) large, as equal as they can be."""
+    return tiles_of_parts(grid, tile_parts(grid, tile), device=device)
+
+
+def voters(
+    grid: Grid, tile: tuple[int, int], side: int, *, device: torch.device
+) -> tuple[Tiles, Tensor]:
+    """Small tiles of at most ``side`` x ``side`` tokens into which every tile is cut.
+
+    Returns:
+        The small tiles, and in what order they stand tile by tile, ``[T * m]``.
+
+    >>> voters((4, 4), (4, 2), 2, device=torch.device("cpu"))[1].tolist()
+    [0, 2, 1, 3]
+    """
     parts = tile_parts(grid, tile)
+    wanted = (
+        (1, math.ceil(tile[0] * tile[1] / side**2))
+        if grid[0] == 1
+        else (math.ceil(tile[0] / side), math.ceil(tile[1] / side))
+    )
+    # no small tile is empty; cuts nest, since floors of floors do
+    rows, columns = (max(1, min(w, n // p)) for w, n, p in zip(wanted, grid, parts, strict=True))
+    small = tiles_of_parts(grid, (parts[0] * rows, parts[1] * columns), device=device)
+    ids = torch.arange(small.count, device=device).view(parts[0], rows, parts[1], columns)
+    return small, ids.transpose(1, 2).flatten()
+
+
+def tiles_of_parts(grid: Grid, parts: Grid, *, device: torch.device) -> Tiles:
+    """A grid cut into so many rows and columns of tiles."""
     ids = cell_ids(grid, parts, device=device)
     count, n = parts[0] * parts[1], grid[0] * grid[1]
     size = math.ceil(grid[0] / parts[0]) * math.ceil(grid[1] / parts[1])

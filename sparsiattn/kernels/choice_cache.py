@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.attention.background import Summary
+from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.derivatives import is_transformed
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
@@ -101,7 +101,9 @@ def _of(value: Any) -> Hashable:
         return value.shape  # type: ignore[no-any-return]
     if kind is Tiles:
         return value.parts, value.columns, value.smallest
-    if kind is Summary:
+    if kind is CountedSummary and value.counted:  # its bias is not made for this
+        return value.count  # type: ignore[no-any-return]
+    if kind is Summary or kind is CountedSummary:
         allowed = value.allowed
         return value.count, value.bias.shape, allowed if allowed is None else allowed.shape
     return value  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import torch
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern, Ranked
+from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.compiled import is_loaded
 
@@ -264,4 +265,6 @@ def generation() -> int:
 def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
     """What choosing the keys of one call does, by the planner's pattern and its MACs."""
     scores = pattern.scores.numel() if isinstance(pattern, Ranked) else 0
+    if isinstance(pattern, TopLogits) and macs:  # without any, the kernel chooses
+        scores = pattern.score_count
     return planning(macs, scores, CallShape.of(inputs))

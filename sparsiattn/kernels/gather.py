@@ -15,6 +15,7 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.sdpa import differentiable_attention
+from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.gather_ops import (
@@ -73,6 +74,8 @@ class Gather(Kernel):
         if isinstance(pattern, GatheredMask):
             return pattern.gather(inputs)
         assert isinstance(pattern, KeyLists)
+        if isinstance(pattern, TopKeys):
+            pattern = pattern.listed()
         if needs_grad(inputs) or not can_buffer(inputs.q, inputs.dropout):
             operands, dead = _operands(inputs, pattern)
             rows = attend(operands)

@@ -16,6 +16,7 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_d
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.patching.report_lines import not_faster, whole_model
 from sparsiattn.patching.text import (
     Row,
     aligned,
@@ -101,6 +102,8 @@ class Report:
         structures: How the tokens of which sites lie in the image, and where that is known from.
         whole_blocks: ``(name, reason)`` of blocks that keep every token under a token strategy:
             decoders, queries, text.
+        speed: Expected speed of the whole model relative to dense: sites at the best known speed,
+            the rest by its MACs.
     """
 
     model: str
@@ -119,6 +122,7 @@ class Report:
     price_source: str = ""
     structures: tuple[str, ...] = ()
     whole_blocks: tuple[tuple[str, str], ...] = ()
+    speed: float | None = None
 
     @property
     def macs(self) -> int | None:
@@ -142,9 +146,14 @@ class Report:
 
     def _head(self) -> list[str]:
         share = 100 * self.mhsa_macs_dense / max(1, self.macs_dense)
-        return [
+        head = (
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
-            f"input {shape_text(self.input_shape)}",
+            f"input {shape_text(self.input_shape)}"
+        )
+        speed = [] if self.speed is None else [whole_model(self.speed)]
+        return [
+            head,
+            *speed,
             f"model MACs {macs_text(self.macs_dense)} -> {macs_text(self.macs)}, "
             f"MHSA {macs_text(self.mhsa_macs_dense)} -> {macs_text(self.mhsa_macs)}, "
             f"predictor {macs_text(self.predictor_macs)} "
@@ -163,16 +172,6 @@ class Report:
         if self.not_selected:
             lines.append(f"not selected, dense: {', '.join(self.not_selected)}")
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.skipped]
-
-
-def not_faster(sites: int) -> str:
-    """What to say of that many sites whose best known speed is below that of dense attention."""
-    saves = "1 site saves" if sites == 1 else f"{sites} sites save"
-    return (
-        f"{saves} MACs, not time: planning and kernel are not expected to beat dense attention "
-        "(larger tile= or more tokens would change that, and only_if_faster=True leaves such sites "
-        "dense)"
-    )
 
 
 _COLUMNS = ("site", "tokens", "k", "tile", "kernel", "density", "MHSA MACs", "expected", "measured")
@@ -220,7 +219,23 @@ def report(state: PatchState, total: int | None = None) -> Report:
         price_source=_price_source(rows, state),
         structures=structure_lines(state.sites),
         whole_blocks=state.whole_blocks,
+        speed=_speed(rows, state, run, dense, other) if counted and other else None,
     )
+
+
+def _speed(
+    rows: tuple[SiteReport, ...],
+    state: PatchState,
+    run: DryRun | None,
+    dense: int,
+    other: int,
+) -> float:
+    """Of the whole model, as if time were MACs where no site's speed is known."""
+    sites = {runtime.site.name: site_at(runtime.site, run).macs for runtime in state.runtimes}
+    selected = {site.name for site in state.sites}
+    attention = sum(site.macs for site in state.model_sites if site.name not in selected)
+    attention_time = sum(sites[row.name] / row.speed for row in rows if row.speed > 0)
+    return dense / (other + attention + attention_time)
 
 
 _PLACES = {

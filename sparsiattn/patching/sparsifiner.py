@@ -59,6 +59,7 @@ def load_sparsifiner(
     first = next(iter(predictors.values()))
     strategy = Connectivity(
         k=keep,
+        scores="predictor",
         basis=first["down"].shape[1],
         channels=first["project_q.weight"].shape[0],
         basis_threshold=basis_threshold,

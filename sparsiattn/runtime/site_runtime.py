@@ -216,7 +216,7 @@ class SiteRuntime:
             pattern,
             inputs,
             prefix_keys=self.strategy.prefix_keys,
-            background=self.strategy.background if inputs.placed else None,
+            background=self.strategy.background_for(inputs.key_grid) if inputs.placed else None,
         )
 
     def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:

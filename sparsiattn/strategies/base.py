@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.budget import Budget, check_budget, count_of
-from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.site import Site
@@ -23,6 +23,9 @@ TILE_FROM = 1024
 AUTO_TILE = (8, 8)
 # The largest blocks that "auto" chooses keys in.
 AUTO_BLOCK = (4, 4)
+
+# Below, the default has 2 x 2 summary keys: windows of 7 x 7 have few keys to stand for.
+SMALL_GRID = 100
 
 Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
 
@@ -60,7 +63,8 @@ class Strategy(Config):
         block: Patch keys that are kept or dropped together in tile mode: 1, ``(rows, columns)``,
             or ``"auto"``, more of them for larger budgets. Under a host's mask that forbids keys
             every key is chosen by itself.
-        background: Pool dropped keys into g x g summary keys; None to drop them.
+        background: Pool dropped keys into g x g summary keys; ``"auto"`` for a g that fits the
+            token grid (5 at 14 x 14, 8 from 32 x 32 on); None to drop them.
         prefix_keys: Whether CLS and register columns are always kept, within the budget.
 
     Attributes:
@@ -95,7 +99,7 @@ class Strategy(Config):
 
     tile: Tile | str = field(default="auto", kw_only=True)
     block: Tile | str = field(default=1, kw_only=True)
-    background: int | None = field(default=None, kw_only=True)
+    background: int | str | None = field(default=None, kw_only=True)
     prefix_keys: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -150,6 +154,12 @@ class Strategy(Config):
             return self.block
         count = self._count(keys) or 0
         return AUTO_BLOCK if count >= 128 else (2, 2) if count >= 32 else 1
+
+    def background_for(self, grid: Grid) -> int | None:
+        """g of the g x g summary keys on a grid of patch tokens, with ``"auto"`` resolved."""
+        if isinstance(self.background, str):
+            return auto_background(grid)
+        return self.background
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """This config with one budget instead of a list or a function of budgets.
@@ -251,10 +261,22 @@ def _check_tile(tile: object, name: str) -> Tile | str:
 
 
 def _check_background(g: object) -> None:
-    if g is not None and (type(g) is not int or g < 1):
+    if g is not None and g != "auto" and (type(g) is not int or g < 1):
         raise InvalidOption(
-            f"background must be None or an int g >= 1 for g x g summary keys, got {g!r}"
+            f"background must be None, 'auto' or an int g >= 1 for g x g summary keys, got {g!r}"
         )
+
+
+def auto_background(grid: Grid) -> int:
+    """Cells in each direction for a token grid.
+
+    More of them lose less of what is dropped and cost more; these are where the gain levels off.
+
+    >>> auto_background((7, 7)), auto_background((14, 14)), auto_background((37, 37))
+    (2, 5, 8)
+    """
+    tokens = grid[0] * grid[1]
+    return 2 if tokens < SMALL_GRID else min(8, round(1.4 * tokens**0.25))
 
 
 def check_flag(name: str, value: object) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,21 @@ from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.budget import Budget, blocks_within
+from sparsiattn.attention.derivatives import is_tracing, is_transformed
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs, products
 from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.errors import InvalidOption, renamed_property
 from sparsiattn.kernels.native import scores as native
-from sparsiattn.strategies.base import Budgets, LearnedPlanner, Strategy, is_number, spawn
+from sparsiattn.strategies.base import (
+    Budgets,
+    LearnedPlanner,
+    Strategy,
+    is_number,
+    spawn,
+)
 from sparsiattn.strategies.basis import (
     basis_cells,
     channel_maps,
@@ -28,13 +36,30 @@ from sparsiattn.strategies.basis import (
     initial_tables,
     own_keys,
     pooled_by_block,
-    resize_tables,
     unit_grid,
 )
 from sparsiattn.strategies.config import with_renamed_options
+from sparsiattn.strategies.predictor import (
+    KnownTables,
+    ResizedTables,
+    bounded_exp,
+    exact_rows,
+    for_heads,
+    without_hidden_keys,
+)
 
+SCORES = ("auto", "exact", "predictor")
+PREDICTOR_OPTIONS = (
+    "tokens_per_basis",
+    "basis",
+    "channels",
+    "basis_threshold",
+    "basis_coef_topk",
+    "head_scale",
+    "mean_query_boost",
+    "self_weight",
+)
 MAX_COLUMNS = 65_536  # of a predictor; more is a slip
-MAX_ELEMENTS = 1 << 24  # of exact attention that calibration holds at once
 
 
 @with_renamed_options(own="self_weight", salience="mean_query_boost", reduce="tokens_per_basis")
@@ -42,11 +67,16 @@ MAX_ELEMENTS = 1 << 24  # of exact attention that calibration holds at once
 class Connectivity(Strategy):
     """Keys by a predicted score: softmax(Q (W_down K)^T) W_up (Sparsifiner, section 3).
 
-    Useful before any training: W_down starts as average pooling over the token grid and W_up as
-    bilinear interpolation back, so the score starts as attention at low resolution.
+    Useful before any training: until the predictor is fitted, the keys of largest logits are
+    kept, which costs no more. W_down starts as average pooling over the token grid and W_up as
+    bilinear interpolation back, so the predicted score starts as attention at low resolution.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
+        scores: What ranks the keys. ``"predictor"`` is the method as published, ``"exact"`` the
+            logits of every query (of a tile by votes, see `TopLogits`), and ``"auto"`` these
+            until the predictor is calibrated, trained or loaded. A predictor's option below that
+            is set asks for the predictor, too.
         block: In tile mode keys are chosen in blocks of 4 x 4 (2 x 2 below 128 kept keys) and the
             tables have one row per block; 1 for single keys.
         tokens_per_basis: Patch tokens per basis vector, so about n / tokens_per_basis of them;
@@ -78,6 +108,7 @@ class Connectivity(Strategy):
     )
 
     k: Budgets = 0.25
+    scores: str = field(default="auto", kw_only=True)
     block: Tile | str = field(default="auto", kw_only=True)
     tokens_per_basis: float | None = None
     basis: int | None = None
@@ -87,7 +118,7 @@ class Connectivity(Strategy):
     head_scale: bool = False
     mean_query_boost: bool = True
     self_weight: float | None = 0.1
-    background: int | None = 2
+    background: int | str | None = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,8 +135,25 @@ class Connectivity(Strategy):
                     f"{name} must be None or an int in 1..{MAX_COLUMNS}, got {value!r}"
                 )
 
+        if self.scores not in SCORES:
+            raise InvalidOption(f"scores must be one of {', '.join(SCORES)}, got {self.scores!r}")
+
     def planner(self, site: Site) -> ConnectivityPlanner:
         return ConnectivityPlanner(self, site)
+
+    @cached_property
+    def asks_for_predictor(self) -> bool:
+        """Whether the options say that the predictor ranks, fitted or not."""
+        own = (f for f in fields(self) if f.name in PREDICTOR_OPTIONS)
+        is_set = any(getattr(self, f.name) != f.default for f in own)
+        return self.scores == "predictor" or (self.scores == "auto" and is_set)
+
+    @classmethod
+    def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+        current = super().current_options(options, warn=warn)
+        if not warn and "scores" not in current:  # a file from before there was a choice
+            current["scores"] = "predictor"
+        return current
 
 
 def _number_from(value: object, least: float) -> bool:
@@ -135,8 +183,8 @@ class ConnectivityPlanner(LearnedPlanner):
         self.strategy = strategy
         self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys))
         self.prefix = site.prefix_tokens
-        cells = basis_cells(site.key_grid, strategy.tokens_per_basis, strategy.basis)
-        down, up = initial_tables(self.grid, self.prefix, cells, strategy.basis)
+        self.cells = basis_cells(site.key_grid, strategy.tokens_per_basis, strategy.basis)
+        down, up = self._initial_tables()
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
         self.self_weight: nn.Parameter | None = None
@@ -150,14 +198,24 @@ class ConnectivityPlanner(LearnedPlanner):
             generator = spawn(zlib.crc32(site.name.encode()))
             maps = channel_maps(site.head_dim, strategy.channels, generator)
             self.project_q, self.project_k = maps
-        self._resized: tuple[object, Tensor, Tensor] | None = None
+        self._resized = ResizedTables()
+        self._start, self._fitted = KnownTables(self._initial_tables), False
 
-    def __getstate__(self) -> dict[str, object]:
-        # what is cached can be made again, and its key holds addresses of this process
-        return {**self.__dict__, "_resized": None}
+    def _initial_tables(self) -> tuple[Tensor, Tensor]:
+        return initial_tables(self.grid, self.prefix, self.cells, self.strategy.basis)
+
+    def is_fitted(self) -> bool:
+        """Whether the tables are others than an untrained predictor has."""
+        # a traced or transformed call has no values to compare
+        traced = torch.compiler.is_compiling() or is_tracing() or is_transformed()
+        if not (traced or self.down.is_meta):
+            self._fitted = not self._start.equals(self.down, self.up)
+        return self._fitted
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.strategy.k  # type: ignore[assignment]
+        if not self.predicts:
+            return TopLogits.of(inputs, k)
         count, blocks = 0, inputs.blocks
         if blocks is not None:
             count = blocks_within(k, inputs.n_keys, inputs.prefix, blocks)
@@ -166,6 +224,13 @@ class ConnectivityPlanner(LearnedPlanner):
             return Pattern.top(self.scores(inputs), k)
         scores, best = compiled
         return Ranked(scores.shape[-2], scores.shape[-1], scores, k, best if count else None)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the predictor ranks keys, and not the queries' own logits."""
+        if self.strategy.scores == "exact":
+            return False
+        return self.strategy.asks_for_predictor or self.is_fitted()
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``.
@@ -176,10 +241,10 @@ class ConnectivityPlanner(LearnedPlanner):
         if compiled is not None:
             return compiled[0]
         down, up = self._tables(inputs)
-        units, down = self._units(inputs), _without_hidden_keys(down, inputs)
+        units, down = self._units(inputs), without_hidden_keys(down, inputs)
         coefficients = self._keep_top(self.coefficients(inputs, inputs.row_queries, units, down))
         basis = up if inputs.blocks is None else up[..., self.prefix :, :]
-        scores = coefficients @ _for_heads(self._basis(basis)).mT.to(coefficients.dtype)
+        scores = coefficients @ for_heads(self._basis(basis)).mT.to(coefficients.dtype)
         if self.strategy.mean_query_boost:
             scores = scores.float() * self._boost(inputs, units, down, up)
         if self.self_weight is None or inputs.n_queries != inputs.n_keys:
@@ -223,17 +288,14 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _own_shares(self, inputs: AttentionInputs, block: Tile) -> Tensor:
         """The share of each tile's queries that each key or block is, ``[T, U]``."""
-        return geometry.table(
-            geometry.own_shares, inputs.query_grid, inputs.tile, block, device=inputs.q.device
-        )
+        return inputs.table(geometry.own_shares, inputs.query_grid, inputs.tile, block)
 
     def _add_own_keys(self, scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
         """A share of every row's score more for the row's own key; of a tile, for its queries'."""
         extra = weight.to(scores.dtype) * scores.sum(-1, keepdim=True)
         if inputs.tiles is None:
             if torch.compiler.is_compiling():  # ONNX has no view to write through
-                shape = scores.shape[-2:]
-                here = geometry.table(own_keys, *shape, self.prefix, device=scores.device)
+                here = inputs.table(own_keys, *scores.shape[-2:], self.prefix)
                 return torch.addcmul(scores, extra, here.to(scores.dtype))
             scores.diagonal(self.prefix, -2, -1).add_(extra.squeeze(-1))
             return scores
@@ -248,13 +310,13 @@ class ConnectivityPlanner(LearnedPlanner):
         """
         mean = inputs.mean_query * inputs.scale
         exact = mean @ units.mT
-        down, up = (_for_heads(table).to(exact.dtype) for table in (down, up))
+        down, up = (for_heads(table).to(exact.dtype) for table in (down, up))
         low, blocks = (exact @ down @ up.mT).float(), inputs.blocks
         if blocks is None:
-            return _bounded_exp(exact.float() - low)
+            return bounded_exp(exact.float() - low)
         logits = (mean @ inputs.k[..., self.prefix :, :].mT).float()
         above = blocks.gather(logits.mT).squeeze(-1) - low[..., self.prefix :].mT
-        return blocks.weigh(_bounded_exp(above)).unsqueeze(-2)
+        return blocks.weigh(bounded_exp(above)).unsqueeze(-2)
 
     def coefficients(
         self, inputs: AttentionInputs, rows: Tensor, units: Tensor, down: Tensor
@@ -270,7 +332,7 @@ class ConnectivityPlanner(LearnedPlanner):
         q, k = rows, units
         if self.project_q is not None and self.project_k is not None:
             q, k = self.project_q(q), self.project_k(k)
-        basis_keys = _for_heads(down).to(k.dtype).mT @ k
+        basis_keys = for_heads(down).to(k.dtype).mT @ k
         return products(q, basis_keys, self._scale(inputs)).softmax(-1).to(q.dtype)
 
     def _scale(self, inputs: AttentionInputs) -> float:
@@ -298,7 +360,7 @@ class ConnectivityPlanner(LearnedPlanner):
         """
         scores = self.scores(inputs).float()
         shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-6)
-        target = self._target(inputs).float()
+        target = exact_rows(inputs).float()
         return F.kl_div(shares.clamp_min(1e-8).log(), target, reduction="none").sum(-1).mean()
 
     @torch.no_grad()
@@ -306,36 +368,10 @@ class ConnectivityPlanner(LearnedPlanner):
         """Channel maps from one batch; see `fit_channel_maps`."""
         if self.project_q is None or self.project_k is None:
             return
-        units, down = self._units(inputs), _without_hidden_keys(self._tables(inputs)[0], inputs)
-        basis_keys = _for_heads(down).to(units.dtype).mT @ units
+        units, down = self._units(inputs), without_hidden_keys(self._tables(inputs)[0], inputs)
+        basis_keys = for_heads(down).to(units.dtype).mT @ units
         maps, scale = (self.project_q, self.project_k), inputs.scale / self._scale(inputs)
         fit_channel_maps(maps, inputs.row_queries, basis_keys, scale)
-
-    @torch.no_grad()
-    def _target(self, inputs: AttentionInputs) -> Tensor:
-        """The exact attention of every row, ``[B, H, R, n]``, or its share in every block.
-
-        From a few rows at a time, so that no ``N x N`` tensor is made where tiles share their keys.
-        """
-        tiles = inputs.tiles
-        if tiles is None:
-            alone = torch.arange(inputs.n_queries - inputs.prefix, device=inputs.q.device)
-            rows, weight = alone.unsqueeze(-1), torch.ones_like(alone.unsqueeze(-1))
-        else:
-            rows, weight = tiles.order, tiles.weight
-        per_row = inputs.q.shape[:-2].numel() * rows.shape[1] * inputs.n_keys
-        at_once = max(1, MAX_ELEMENTS // per_row)
-        parts = zip(rows.split(at_once), weight.split(at_once), strict=True)
-        return torch.cat([self._target_part(inputs, *part) for part in parts], dim=-2)
-
-    def _target_part(self, inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
-        exact = inputs.logits(rows.flatten() + inputs.prefix).softmax(-1).nan_to_num(0.0)
-        share = weight.to(exact.dtype).unsqueeze(-1)
-        target: Tensor = (exact.unflatten(-2, rows.shape) * share).sum(-2)
-        if inputs.blocks is None:
-            return target
-        shares = inputs.blocks.mean(target[..., self.prefix :].mT).mT
-        return shares / shares.sum(-1, keepdim=True).clamp_min(1e-6)
 
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """W_down and W_up at this call's resolution, ``[U, K]``.
@@ -356,42 +392,4 @@ class ConnectivityPlanner(LearnedPlanner):
         """The tables for all tokens of an image; resized ones are kept while weights stay."""
         if grid == self.grid:
             return self.down, self.up
-        resize = partial(resize_tables, self.down, self.up, self.grid, grid, self.prefix)
-        # a kept table has no gradient, and a compiler would bake it in
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return resize()
-        key = (grid, _identity(self.down), _identity(self.up))
-        if self._resized is None or self._resized[0] != key:
-            # calls outside inference mode could not use tensors that were made in it
-            with torch.inference_mode(False):
-                down, up = resize()
-                self._resized = key, down.detach(), up.detach()
-        return self._resized[1:]
-
-
-def _bounded_exp(x: Tensor) -> Tensor:
-    """In single precision and bounded: half precision ends at e^11."""
-    return x.clamp_max(30.0).exp()
-
-
-def _for_heads(table: Tensor) -> Tensor:
-    """``[B, Nk, K]`` with an axis for heads, others as they are."""
-    return table.unsqueeze(1) if table.dim() == 3 else table
-
-
-def _without_hidden_keys(down: Tensor, inputs: AttentionInputs) -> Tensor:
-    """W_down without keys that no query sees (padding), the others making up for them."""
-    visible = inputs.visible_keys
-    if visible is None:
-        return down
-    every = _for_heads(down)
-    left = every * visible.unsqueeze(-1)
-    return left * (
-        every.abs().sum(-2, keepdim=True) / left.abs().sum(-2, keepdim=True).clamp_min(1e-6)
-    )
-
-
-def _identity(table: Tensor) -> tuple[object, ...]:
-    """What tells these values from others: tensors of inference mode count no versions."""
-    version = 0 if table.is_inference() else table._version
-    return table.data_ptr(), version, table.dtype, table.device
+        return self._resized(self.down, self.up, self.grid, grid, self.prefix)

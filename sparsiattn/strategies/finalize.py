@@ -21,7 +21,10 @@ from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
+from sparsiattn.attention.top_logits import TopKeys, TopLogits
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.kernels.native import lists as native_lists
+from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
 
 
@@ -51,7 +54,9 @@ def finish(
     ranked = isinstance(pattern, Ranked) and pattern.best is not None
     if not ranked:
         _check_size(pattern, inputs, blocks)
-    if isinstance(pattern, Ranked):
+    if isinstance(pattern, TopLogits):
+        pattern = _rank_logits(pattern, inputs, prefix_keys, background)
+    elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask) and inputs.prefix:
         pattern = pattern.with_prefix(inputs.prefix, keys=prefix_keys)
@@ -96,13 +101,40 @@ def _rank(
     allowed = _row_allowed(inputs)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    if prefix_keys and inputs.prefix:
-        is_prefix = torch.arange(inputs.n_keys, device=scores.device) < inputs.prefix
-        scores = scores.masked_fill(is_prefix, float("inf"))
-    index = Ranked(scores.shape[-2], inputs.n_keys, scores, pattern.k).select()
+    index = native_lists.best_keys(scores, keys, inputs.prefix if prefix_keys else 0)
     # by keyword: Dynamo before torch 2.11 counts the keyword-only `summary` as positional
     rows, tiles = inputs.prefix, inputs.tiles
     return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
+
+
+def _rank_logits(
+    pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, background: int | None
+) -> Pattern:
+    """Lists that the kernel finds, where one can; else as `_rank`."""
+    keys = count_of(pattern.k, inputs.n_keys)
+    fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
+    if not fits or not native_rows.serves(inputs):
+        return _rank(pattern.ranked(), inputs, prefix_keys, None)
+    tiles, rows, prefix = inputs.tiles, inputs.prefix, inputs.prefix
+    if tiles is not None:
+        index = native_lists.voted_keys(
+            inputs.q, inputs.k, *pattern.voters, tiles.count, keys, prefix, inputs.scale
+        )
+        return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
+
+    def make_index() -> Tensor:
+        ranked = _rank(pattern.ranked(), inputs, prefix_keys, None)
+        assert isinstance(ranked, KeyIndex)
+        return ranked.index
+
+    return TopKeys(
+        inputs.n_queries,
+        inputs.n_keys,
+        keys=keys,
+        prefix=prefix,
+        make_index=make_index,
+        dense_rows=rows,
+    )
 
 
 def _rank_blocks(
@@ -158,7 +190,13 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
-        bias = _count_by_index(pattern.index, cells, count).log()
+        lists = pattern
+        summary = CountedSummary(
+            cells, parts, lambda: _count_by_index(lists.index, cells, count).log()
+        )
+        if isinstance(pattern, TopKeys) or native.counts(inputs.q, count):
+            return replace(pattern, summary=summary)
+        bias = summary.bias
     else:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
         if isinstance(pattern, KeyLists):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Local(Strategy):
     needs_grid = True
 
     k: Budgets = 0.25
-    background: int | None = 2
+    background: int | str | None = field(default=2, kw_only=True)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         if inputs.reduced is None:

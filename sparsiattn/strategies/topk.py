@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsiattn.attention.budget import Budget
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.strategies.base import Budgets, Strategy
 
 
@@ -30,7 +32,8 @@ class TopK(Strategy):
     k: Budgets = 0.25
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
-        logits = inputs.logits()
+        k: Budget = self.k  # type: ignore[assignment]
         # the softmax keeps each row's order, so one query alone does not need it
-        scores = logits if inputs.tiles is None else logits.softmax(-1)
-        return Pattern.top(scores, self.k)  # type: ignore[arg-type]
+        if inputs.tiles is None:
+            return TopLogits.of(inputs, k)
+        return Pattern.top(inputs.logits().softmax(-1), k)

@@ -41,7 +41,8 @@ class StrategySuite(PatchSuite):
         """The finished pattern of one call."""
         pattern = self.strategy.planner(inputs.site)(inputs)
         options = {"prefix_keys": self.strategy.prefix_keys}
-        return finish(pattern, inputs, background=self.strategy.background, **options)
+        background = self.strategy.background_for(inputs.key_grid)
+        return finish(pattern, inputs, background=background, **options)
 
     def _has_budget(self) -> bool:
         return "k" in self.strategy.option_names()

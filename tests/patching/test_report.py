@@ -45,7 +45,9 @@ def test_deit_small_mhsa_macs_by_hand() -> None:
 
 
 def test_predictor_macs_by_hand() -> None:
-    live = sparsiattn.patch(model_of("deit_small_patch16_224"), "connectivity", k=0.1)
+    live = sparsiattn.patch(
+        model_of("deit_small_patch16_224"), "connectivity", k=0.1, scores="predictor"
+    )
     basis = math.prod(basis_cells((14, 14), None, None))
     down, coefficients, up = 197 * basis * 64, 196 * basis * 64, 196 * basis * 197
     boost = 197 * 64 + 2 * 197 * basis

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
-from sparsiattn.strategies import Connectivity, connectivity
+from sparsiattn.strategies import Connectivity, predictor
 from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support import zoo
 
@@ -97,15 +97,15 @@ def at_site(tile: Any, block: Any) -> tuple[Any, sparsiattn.AttentionInputs]:
 def test_the_target_is_exact_attention_averaged(
     tile: Any, block: Any, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connectivity, "MAX_ELEMENTS", most)
-    planner, inputs = at_site(tile, block)
+    monkeypatch.setattr(predictor, "MAX_ELEMENTS", most)
+    _, inputs = at_site(tile, block)
     exact = (inputs.q @ inputs.k.mT * inputs.scale).softmax(-1)[..., 1:, :]
     rows = cells(tile)
     expected = torch.stack([exact[..., row, :].mean(-2) for row in rows], dim=-2)
     if block != 1:
         expected = torch.stack([expected[..., 1:][..., c].mean(-1) for c in cells(block)], dim=-1)
         expected = expected / expected.sum(-1, keepdim=True)
-    torch.testing.assert_close(planner._target(inputs), expected)
+    torch.testing.assert_close(predictor.exact_rows(inputs), expected)
 
 
 def cells(size: Any) -> list[list[int]]:
@@ -119,7 +119,7 @@ def cells(size: Any) -> list[list[int]]:
 
 
 def test_fitting_tiles_makes_no_tensor_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectivity, "MAX_ELEMENTS", 1)
+    monkeypatch.setattr(predictor, "MAX_ELEMENTS", 1)
     planner, inputs = at_site((8, 8), (4, 4))
     for weight in planner.parameters():
         weight.requires_grad_(True)

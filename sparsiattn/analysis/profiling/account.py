@@ -49,7 +49,7 @@ class Account:
         planned = chosen + self.spent[TOKENS, name]
         computed = sum(call.macs if call.computed is None else call.computed for call in calls)
         paper = [
-            paper_macs(call, runtime.strategy, runtime.site.keys, chosen / len(calls))
+            paper_macs(call, runtime.planner, runtime.site.keys, chosen / len(calls))
             for call in calls
         ]
         return {

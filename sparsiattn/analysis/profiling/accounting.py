@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from sparsiattn.analysis.profiling.meter import CountedCall
-from sparsiattn.strategies import Connectivity, Strategy
+from sparsiattn.strategies.base import Planner
+from sparsiattn.strategies.connectivity import ConnectivityPlanner
 
 Accounting = Literal["own", "computed", "paper"]
 """How the headline figures count.
@@ -24,7 +25,7 @@ the rows themselves deviate from a line. Its joint table of tokens and keys does
 
 
 def paper_macs(
-    call: CountedCall, strategy: Strategy | None, keys: int, planned: float
+    call: CountedCall, planner: Planner | None, keys: int, planned: float
 ) -> tuple[float, float]:
     """Count one call as the Sparsifiner paper does.
 
@@ -34,9 +35,10 @@ def paper_macs(
 
     Args:
         call: What was counted.
-        strategy: Of the site; None where the host's own attention ran.
+        planner: Of the site; None where the host's own attention ran.
         keys: Keys of the site while no token is dropped, which ``K`` goes by.
-        planned: MACs of the planner that ran; the paper has none but `connectivity`'s.
+        planned: MACs of the planner that ran; the paper has none but `connectivity`'s. Where keys
+            are ranked by logits as attention computes them, those that it does not need count.
 
     Returns:
         MACs of QK^T and AV over the kept pairs, and of the predictor.
@@ -49,8 +51,9 @@ def paper_macs(
     rows = call.pairs * call.width * call.lists
     if call.choice is None:
         return rows, 0.0
-    if not isinstance(strategy, Connectivity):
-        return rows, planned
+    if not isinstance(planner, ConnectivityPlanner) or not planner.predicts:
+        return rows, planned or max(0.0, call.macs - rows)
+    strategy = planner.strategy
     basis = strategy.basis or int(keys // (strategy.tokens_per_basis or TOKENS_PER_BASIS))
     products = (call.queries + call.keys) * basis * call.dim
     return rows, call.lists * (products + UP_MACS * call.queries * call.keys)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from sparsiattn.analysis.profiling.result import Profile, SiteProfile
-from sparsiattn.patching.report import not_faster
+from sparsiattn.patching.report_lines import not_faster
 from sparsiattn.patching.text import macs_text, percent
 
 SMALL_SHARE = 0.15

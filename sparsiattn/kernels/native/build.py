@@ -32,12 +32,18 @@ COMPILERS = ("cc", "gcc", "clang")
 # ample for `cc` with a cold disk; a compiler that hangs must not hang the caller
 SECONDS = 120
 
-SOURCES = ("plan.c", "top.c", "attention.c", "chunks.c", "vectors.h")
+SOURCES = ("plan.c", "lists.c", "rows.c", "top.c", "attention.c", "chunks.c", "vectors.h")
 
-# The layouts of `Call` in chunks.c, of `Plan` in plan.c and of `Top` in top.c.
+# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, and of
+# `Best` and `Votes` in lists.c.
 ATTEND_CALL = struct.Struct("@32q12Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
+ROWS_CALL = struct.Struct("@27q7P2d")
+BEST_CALL = struct.Struct("@7q4Pd")
+VOTES_CALL = struct.Struct("@20q7P2d")
+
+CALLS = (ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL)
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,17 @@ class Code:
         attend: Attention, packed as `ATTEND_CALL`.
         score: Scores of key blocks, packed as `SCORE_CALL`.
         top: Places of the best scores, packed as `TOP_CALL`; returns 0 where memory ran out.
+        rows: Attention of every query to its best keys, packed as `ROWS_CALL`.
+        best: The best columns of every row, packed as `BEST_CALL`.
+        votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
     """
 
     attend: Callable[[bytes], None]
     score: Callable[[bytes], None]
     top: Callable[[bytes], int]
+    rows: Callable[[bytes], None]
+    best: Callable[[bytes], None]
+    votes: Callable[[bytes], None]
 
 
 @dataclass
@@ -236,17 +248,20 @@ def _compile_in(build_folder: Path, library: Path | None) -> str | None:
 
 def _load(path: Path) -> str | None:
     """Load a library; why it cannot be used, None if it can."""
-    expected = ATTEND_CALL.size, SCORE_CALL.size, TOP_CALL.size
+    expected = tuple(call.size for call in CALLS)
     try:
         library = ctypes.CDLL(str(path))
-        functions = [getattr(library, f"sparsiattn_{name}") for name in ("attend", "score", "top")]
-        names = ("call", "plan", "top")
+        names = ("attend", "score", "top", "rows", "best", "votes")
+        functions = [getattr(library, f"sparsiattn_{name}") for name in names]
+        names = ("call", "plan", "top", "rows", "best", "votes")
         sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
     if sizes != expected:
         return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
-    for function, result in zip(functions, (None, None, ctypes.c_int64), strict=True):
+    for function, result in zip(
+        functions, (None, None, ctypes.c_int64, None, None, None), strict=True
+    ):
         function.argtypes, function.restype = (ctypes.c_char_p,), result
     set_loaded(True)
     _state.code = Code(*functions)

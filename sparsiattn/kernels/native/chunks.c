@@ -51,11 +51,11 @@ INLINE void score_all(int wide, const float *q, const Room *room, int64_t count,
     for (; i + 6 <= count; i += 6) {
         ahead(room->k, i + 6, i + 12 < count ? i + 12 : count, c->dim);
         ahead(room->v, i, i + 6, c->value_dim);
-        score(wide, 6, q, room->k + i, c->dim, s + i * SPAN);
+        score(wide, 6, q, room->k + i, c->dim, s + i * SPAN, SPAN);
     }
-    if (i + 4 <= count) score(wide, 4, q, room->k + i, c->dim, s + i * SPAN), i += 4;
-    if (i + 2 <= count) score(wide, 2, q, room->k + i, c->dim, s + i * SPAN), i += 2;
-    if (i < count) score(wide, 1, q, room->k + i, c->dim, s + i * SPAN);
+    if (i + 4 <= count) score(wide, 4, q, room->k + i, c->dim, s + i * SPAN, SPAN), i += 4;
+    if (i + 2 <= count) score(wide, 2, q, room->k + i, c->dim, s + i * SPAN, SPAN), i += 2;
+    if (i < count) score(wide, 1, q, room->k + i, c->dim, s + i * SPAN, SPAN);
 }
 
 INLINE void fetch_some(Room *room, int64_t dim) {

@@ -9,6 +9,7 @@ from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
+from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.compiled import is_loaded
@@ -17,6 +18,7 @@ from sparsiattn.kernels.derivatives import transform_refusals
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import attention
+from sparsiattn.kernels.native.rows import attend_to_best
 from sparsiattn.kernels.native.scores import CELLS, group_sizes
 from sparsiattn.kernels.padding import list_count, row_keys, slot_macs, summary_count, tile_size
 
@@ -25,6 +27,8 @@ WIDEST = 256  # as in vectors.h
 LANES, FEW = 16, 4
 # operations of torch that take as long as the start of a call
 CALLS = 20.0
+# finding the best keys of a query takes as long as reading and writing so many rows
+ROWS_WORTH = 6
 _NOT_COMPILED = "not compiled yet on this machine: run patch.warmup(images) once"
 
 
@@ -61,6 +65,8 @@ class Native(Kernel):
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyLists)
+        if isinstance(pattern, TopKeys):
+            return _best_work(inputs, pattern)
         call, lists, keys = CallShape.of(inputs), list_count(pattern), row_keys(pattern)
         pairs = lists * _padded(tile_size(pattern)) * keys + pattern.dense_rows * call.keys
         # every tile reads its rows from a cache that is not its thread's own
@@ -68,11 +74,15 @@ class Native(Kernel):
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyLists)
+        if isinstance(pattern, TopKeys):
+            return int(inputs.q.shape[:-2].numel() * _best_macs(inputs, pattern))
         tile = _padded(tile_size(pattern))
         return slot_macs(inputs, pattern, row_keys(pattern), tile=tile)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
+        if isinstance(pattern, TopKeys):
+            return _attend_to_best(inputs, pattern)
         summary, tiles = pattern.summary, pattern.tiles
         if isinstance(pattern, KeyBlocks):
             blocks, prefix = pattern.blocks, pattern.prefix
@@ -93,6 +103,40 @@ class Native(Kernel):
             pattern.dense_rows,
             inputs.scale,
         )
+
+
+def _attend_to_best(inputs: AttentionInputs, pattern: TopKeys) -> Tensor:
+    summary, keep = pattern.summary, pattern.keys - pattern.prefix
+    cells = None if summary is None else summary.cells
+    return attend_to_best(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        cells,
+        summary_count(pattern),
+        keep,
+        pattern.prefix,
+        pattern.dense_rows,
+        inputs.scale,
+    )
+
+
+def _best_macs(inputs: AttentionInputs, pattern: TopKeys) -> int:
+    """Multiply-accumulates of one head: every logit, and values of the listed keys."""
+    cells, rows, dense = summary_count(pattern), inputs.n_queries, pattern.dense_rows
+    columns, dim, width = inputs.n_keys + cells, inputs.q.shape[-1], inputs.v.shape[-1]
+    listed = dense * inputs.n_keys + (rows - dense) * row_keys(pattern)
+    pooled = inputs.n_keys * (dim + width) if cells else 0
+    return rows * columns * dim + listed * width + pooled
+
+
+def _best_work(inputs: AttentionInputs, pattern: TopKeys) -> Work:
+    call = CallShape.of(inputs)
+    heads = call.batch * call.heads
+    scored = heads * call.queries * (call.keys + summary_count(pattern))
+    macs = heads * _best_macs(inputs, pattern)
+    rows = heads * call.queries * ROWS_WORTH
+    return Work(CALLS, macs, scored, call.rows_bytes(call.keys), rows)
 
 
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:

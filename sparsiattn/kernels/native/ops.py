@@ -91,15 +91,15 @@ def _attention(
     Returns:
         ``[B, H, first + n, Dv]``.
     """
-    q, k, v, chosen = _with_rows(q), _with_rows(k), _with_rows(v), chosen.contiguous()
+    q, k, v, chosen = with_rows(q), with_rows(k), with_rows(v), chosen.contiguous()
     bias = None if bias is None else bias.to(torch.float32)
-    optional = [_contiguous(x) for x in (table, held, order, cells, bias)]
+    optional = [contiguous(x) for x in (table, held, order, cells, bias)]
     (b, h, n, d), width = q.shape, v.shape[-1]
     # [B, N, H, Dv] in memory, which the host's reshape need not copy
     strides = (n * h * width, width, h * width, 1)
     out = torch.empty_strided((b, h, n, width), strides, dtype=q.dtype)
     # divided by `head_of` in attention.c
-    pooled = SCRATCH.numbers("pooled", b * h * (_whole_vectors(count * (d + width)) + 16), q)
+    pooled = SCRATCH.numbers("pooled", b * h * (whole_vectors(count * (d + width)) + 16), q)
     tiles, slots = chosen.shape[-2], 1 if order is None else order.shape[1]
     sizes = (b, h, k.shape[-2], d, width, first, tiles, slots)
     unit = 0 if table is None else table.shape[1]
@@ -107,7 +107,7 @@ def _attention(
     counted, by_tile = count > 0 and bias is None, bias is not None and bias.shape[-2] == tiles
     summary = (count, counted, by_tile, *_lead_strides(bias))
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    addresses = _addresses(q, k, v, out, chosen, *optional, pooled)
+    addresses = addresses_of(q, k, v, out, chosen, *optional, pooled)
     numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads())
     build.code().attend(build.ATTEND_CALL.pack(*numbers, *addresses, parallel(), scale))
     return out
@@ -174,24 +174,24 @@ def _scores(
         Scores ``[B, H, T, U]``, and places of the best of each row, ``[B, H, T, count]``, as
         `_top` gives them.
     """
-    q, k = _with_rows(q), _with_rows(k)
+    q, k = with_rows(q), with_rows(k)
     tables = (order, held, block_order, block_held, down, up, own, shares)
-    tensors = [q, k, *(_contiguous(x) for x in tables)]
+    tensors = [q, k, *(contiguous(x) for x in tables)]
     (b, h, _, d), (tiles, tile), (blocks, block) = q.shape, order.shape, block_order.shape
     basis, threads = down.shape[1], torch.get_num_threads()
     units, width = prefix + blocks, -(-d // SPAN) * SPAN
     # divided by `head_plan` in plan.c
-    shared = h * ((1 + tiles + units) * width + _whole_vectors(blocks) * block)
+    shared = h * ((1 + tiles + units) * width + whole_vectors(blocks) * block)
     each = _thread_room(units, blocks, basis, width)
     group = max(1, min(b, PLANNED_AT_ONCE // shared))
-    size = _whole_vectors(blocks * basis) + group * shared + threads * each
+    size = whole_vectors(blocks * basis) + group * shared + threads * each
     room = SCRATCH.numbers("plan", size, q) if size < PLAN_KEPT else torch.empty(size)
     out = torch.empty(b, h, tiles, blocks)
     chosen = torch.empty(b, h, tiles, count, dtype=torch.int64)
     sizes = (b, h, d, prefix, tiles, tile, blocks, block, basis)
     steps = (*q.stride()[:3], *k.stride()[:3])
     numbers = (*sizes, *steps, count, threads, group, shared, each)
-    addresses = _addresses(*tensors, out, room, chosen)
+    addresses = addresses_of(*tensors, out, room, chosen)
     scales = (scale, basis_scale, threshold, salience)
     build.code().score(build.SCORE_CALL.pack(*numbers, *addresses, parallel(), *scales))
     return out, chosen
@@ -203,8 +203,8 @@ torch.library.impl(_SCORES, "CPU", _scores)
 def _thread_room(units: int, blocks: int, basis: int, width: int) -> int:
     """Numbers that a thread needs, as `score_head` in plan.c divides them."""
     rows = 2 * max(units, basis) + 16 + (SPAN + basis) * width
-    columns = (units + basis + blocks) * SPAN + basis + _whole_vectors(blocks) + 64
-    return _whole_vectors(rows + columns)
+    columns = (units + basis + blocks) * SPAN + basis + whole_vectors(blocks) + 64
+    return whole_vectors(rows + columns)
 
 
 @torch.library.register_fake(_SCORES)  # type: ignore[untyped-decorator]
@@ -252,7 +252,7 @@ def _top(scores: Tensor, count: int) -> Tensor:
     if not out.numel():
         return out
     rows, threads = scores.numel() // columns, torch.get_num_threads()
-    addresses = _addresses(scores, out)
+    addresses = addresses_of(scores, out)
     call = build.TOP_CALL.pack(rows, columns, count, threads, *addresses, parallel())
     if not build.code().top(call):
         raise MemoryError(f"no room to choose {count} of {columns} scores")
@@ -267,20 +267,20 @@ def _top_shape(scores: Tensor, count: int) -> Tensor:
 native_top = torch.ops.sparsiattn.native_top.default
 
 
-def _with_rows(x: Tensor) -> Tensor:
+def with_rows(x: Tensor) -> Tensor:
     """With rows that are contiguous, as the compiled code reads them; the other axes have steps."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
+def addresses_of(*tensors: Tensor | None) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-def _whole_vectors(numbers: int) -> int:
+def whole_vectors(numbers: int) -> int:
     """Rounded up to the widest vectors."""
     return -(-numbers // 16) * 16
 

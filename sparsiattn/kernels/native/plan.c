@@ -6,7 +6,7 @@
    every number once. All products are those of vectors.h: tiles, or channels, are the lanes. */
 
 #include "attention.c"
-#include "top.c"
+#include "lists.c"
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. group: images at a time,
    `shared` numbers of `room` for each; `each`: for every thread. */
@@ -131,8 +131,8 @@ static void mean_keys(const PlanJob *job, int64_t i) {
 INLINE void product_of(int wide, const float *q, const float *const *rows, int64_t count,
                        int64_t dim, float *s) {
     int64_t i = 0;
-    for (; i + 6 <= count; i += 6) score(wide, 6, q, rows + i, dim, s + i * SPAN);
-    for (; i < count; i++) score(wide, 1, q, rows + i, dim, s + i * SPAN);
+    for (; i + 6 <= count; i += 6) score(wide, 6, q, rows + i, dim, s + i * SPAN, SPAN);
+    for (; i < count; i++) score(wide, 1, q, rows + i, dim, s + i * SPAN, SPAN);
 }
 
 /* s[row][lane] = rows[row] . q[.][lane] for whole vectors of lanes. */

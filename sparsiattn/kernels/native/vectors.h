@@ -8,6 +8,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define WIDTH 16
 #define MOST 4 /* vectors of queries at a time: 6 rows of them must fit the registers */
@@ -98,9 +102,9 @@ INLINE void turn(const float *r0, const float *r1, const float *r2, const float 
     memcpy(to + 2 * step, &c, 16), memcpy(to + 3 * step, &d, 16);
 }
 
-/* `rows` keys against `wide` vectors of queries: s[row][query]. */
+/* `rows` keys against `wide` vectors of queries: s[row][query], `apart` from each other. */
 INLINE void score(int wide, int rows, const float *q, const float *const *keys, int64_t dim,
-                  float *s) {
+                  float *s, int64_t apart) {
     vec sum[6][MOST];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -120,7 +124,7 @@ INLINE void score(int wide, int rows, const float *q, const float *const *keys, 
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < wide; j++) store(s + r * SPAN + j * WIDTH, sum[r][j]);
+        for (int j = 0; j < wide; j++) store(s + r * apart + j * WIDTH, sum[r][j]);
 }
 
 /* `rows` channels of the result: what was there, faded, and the values of `count` keys. */
@@ -167,10 +171,97 @@ static inline void await(const int64_t *at, int64_t value) {
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE float total(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     quad part[WIDTH / 4];
     memcpy(part, &x, sizeof x);
     for (int j = 1; j < WIDTH / 4; j++) part[0] += part[j];
     return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
+}
+
+INLINE int32_t sum_of(ints x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t sum = 0;
+    for (int j = 0; j < WIDTH; j++) sum += x[j];
+    return sum;
+#endif
+}
+
+INLINE float largest(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int j = 1; j < WIDTH; j++) most = x[j] > most ? x[j] : most;
+    return most;
+#endif
+}
+
+/* Numbers of the lanes from `first` on. */
+INLINE ints lanes_at(int64_t first) {
+#if WIDTH == 16
+    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif WIDTH == 8
+    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    const ints lanes = {0, 1, 2, 3};
+#endif
+    return lanes + (int32_t)first;
+}
+
+/* Some lanes of a vector: masks of AVX-512 are registers of their own. */
+#if defined(__AVX512F__)
+typedef __mmask16 Lanes;
+INLINE Lanes lanes_from(vec x, vec least) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_GE_OQ);
+}
+INLINE ints count_lanes(ints count, Lanes lanes) {
+    __m512i x = (__m512i)count;
+    return (ints)_mm512_mask_add_epi32(x, lanes, x, _mm512_set1_epi32(1));
+}
+#else
+typedef ints Lanes;
+INLINE Lanes lanes_from(vec x, vec least) { return x >= least; }
+INLINE ints count_lanes(ints count, Lanes lanes) { return count - lanes; }
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/* Places of the bits of a byte, lowest first. */
+static uint64_t bit_places[256];
+static __attribute__((constructor)) void find_bit_places(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int bit = 0, n = 0; bit < 8; bit++)
+            if (mask >> bit & 1) bit_places[mask] |= (uint64_t)bit << 8 * n++;
+}
+#endif
+
+/* Writes some lanes in order, and numbers that go with them; how many. Whole vectors are written. */
+INLINE int64_t keep_pairs(Lanes lanes, vec x, ints numbers, float *to, int32_t *places) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(lanes, (__m512)x));
+    _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(lanes, (__m512i)numbers));
+    return __builtin_popcount(lanes);
+#elif defined(__AVX2__)
+    int mask = _mm256_movemask_ps((__m256)lanes);
+    __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bit_places[mask]));
+    _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)x, order));
+    _mm256_storeu_si256((__m256i *)places, _mm256_permutevar8x32_epi32((__m256i)numbers, order));
+    return __builtin_popcount((unsigned)mask);
+#else
+    int64_t n = 0;
+    for (int j = 0; j < WIDTH; j++) to[n] = x[j], places[n] = numbers[j], n -= lanes[j];
+    return n;
+#endif
+}
+
+/* Counts as numbers; exact below 2^22. */
+INLINE vec floats(ints x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23, whose last bits count */
+    ints bits = x + (ints)all(magic);
+    return (vec)bits - magic;
 }
 
 INLINE float dot(const float *a, const float *b, int64_t dim) {

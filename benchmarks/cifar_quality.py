@@ -1,7 +1,7 @@
 """The share of exact attention mass that each strategy's mask keeps, relative to the exact top-k
 mask, on a ViT trained on CIFAR-10 (`benchmarks/cifar.py`) and patched without any training.
 
-``python benchmarks/quality.py --data DIR``
+``python benchmarks/cifar_quality.py --data DIR``
 """
 
 from __future__ import annotations

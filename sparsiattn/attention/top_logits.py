@@ -1,0 +1,142 @@
+"""Every query's best keys by its own logits, left to the kernel to find.
+
+Finding them takes all logits of a query, which attention needs anyway: a kernel that does both at
+once writes no list. Other kernels ask for the lists, which are then made with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention import geometry
+from sparsiattn.attention.budget import Budget, check_budget, count_of
+from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.inputs import AttentionInputs, products
+from sparsiattn.attention.key_lists import KeyIndex, KeyLists
+from sparsiattn.attention.pattern import Ranked, SizedPattern
+
+# Sides of the squares of queries that vote together for the keys of their tile, by the number of
+# tokens up to which they do. Smaller ones choose better, at the square of the price.
+VOTER_SIDES = ((2304, 2), (9216, 4))
+LARGEST_VOTER = 8
+
+
+def voter_side(tokens: int) -> int:
+    """Side of the squares of queries that vote together, at that many tokens."""
+    return next((side for most, side in VOTER_SIDES if tokens < most), LARGEST_VOTER)
+
+
+@dataclass(frozen=True, eq=False)
+class TopLogits(SizedPattern):
+    """A planner's answer: of every query the keys of largest logits, or of a tile by votes.
+
+    In tiles, the mean of a few neighbouring queries votes for a key with the attention that it
+    gives to it, and the largest vote counts: a key that one part of the tile needs is kept.
+
+    Attributes:
+        n_queries: Queries, prefix included.
+        n_keys: Keys, prefix included.
+        k: The budget.
+        inputs: Those of the call.
+        summary: Pooled keys that stand for the dropped ones; None without.
+    """
+
+    k: Budget
+    inputs: AttentionInputs
+
+    @staticmethod
+    def of(inputs: AttentionInputs, k: Budget) -> TopLogits:
+        """The best keys of a call."""
+        return TopLogits(inputs.n_queries, inputs.n_keys, check_budget(k), inputs)
+
+    @property
+    def score_count(self) -> int:
+        """Scores among which keys are chosen, of all images and heads."""
+        rows = self.n_queries if self.inputs.tiles is None else len(self.voters[1])
+        return self.inputs.q.shape[:2].numel() * rows * self.n_keys
+
+    def ranked(self) -> Ranked:
+        """The same with logits that are computed now."""
+        inputs = self.inputs
+        if inputs.tiles is None:
+            scores = inputs.logits()
+        elif inputs.bias is None:
+            scores = self._votes()
+        else:  # the host's bias is of each query
+            scores = inputs.logits().softmax(-1)
+        return Ranked(scores.shape[-2], self.n_keys, scores, self.k)
+
+    @property
+    def voters(self) -> tuple[Tiles, Tensor]:
+        """Queries that vote together, and their order, tile by tile; see `geometry.voters`."""
+        inputs = self.inputs
+        side = voter_side(inputs.n_queries)
+        return geometry.table(
+            geometry.voters, inputs.query_grid, inputs.tile, side, device=inputs.q.device
+        )
+
+    def _votes(self) -> Tensor:
+        """The largest vote for every key, ``[B, H, T, Nk]``."""
+        inputs, (squares, order) = self.inputs, self.voters
+        assert inputs.tiles is not None
+        voters = squares.mean(inputs.patch_queries).index_select(-2, order)
+        votes = products(voters, inputs.k, inputs.scale).softmax(-1)
+        return torch.amax(votes.unflatten(-2, (inputs.tiles.count, -1)), dim=-2)
+
+    def to_mask(self) -> Tensor:
+        return self.ranked().to_mask()
+
+    def pairs(self) -> float:
+        return float(self.n_queries * count_of(self.k, self.n_keys))
+
+
+@dataclass(frozen=True, eq=False)
+class TopKeys(KeyLists):
+    """Lists of the best keys of every query, which the kernel finds; see `KeyLists`.
+
+    Attributes:
+        keys: Length of every list, the prefix included.
+        prefix: Leading keys that are in every list.
+        make_index: Makes the lists, ``[B, H, n, K]``, for kernels that need them.
+    """
+
+    keys: int
+    prefix: int
+    make_index: Callable[[], Tensor]
+    dense_rows: int = 0
+    tiles = None
+
+    @property
+    def width(self) -> int:
+        return self.keys
+
+    def macs(self, dim: int, value_dim: int) -> float:
+        # every logit is computed, that of a summary key, too
+        cells = 0 if self.summary is None else self.summary.count
+        pooled = cells * self.n_keys * (dim + value_dim)
+        return self.n_queries * (self.n_keys + cells) * dim + self.pairs() * value_dim + pooled
+
+    @cached_property
+    def index(self) -> Tensor:  # type: ignore[override]
+        """Ids of the keys, made at the first request."""
+        return self.make_index()
+
+    def listed(self) -> KeyIndex:
+        """The same with its lists."""
+        return KeyIndex(
+            self.n_queries,
+            self.n_keys,
+            index=self.index,
+            dense_rows=self.dense_rows,
+            summary=self.summary,
+        )
+
+    def describe(self) -> Hashable:
+        summary = self.summary
+        cells = 0 if summary is None else summary.count
+        return self.n_queries, self.n_keys, self.keys, self.prefix, self.dense_rows, cells

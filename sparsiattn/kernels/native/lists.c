@@ -1,0 +1,148 @@
+/* Lists of the best keys: of rows of scores, and of tiles whose queries vote for keys.
+
+   A vote is the attention that a voter, the mean of a few queries, gives to a key; of a tile's voters
+   the largest counts. Logarithms are compared, which are spread more evenly than what they stand
+   for. */
+
+#include "rows.c"
+
+/* The order of `_best_keys` in lists.py. `step`: from row to row of the scores. Lists begin with the first
+   `prefix` columns; `keep` others follow, in order. room: numbers that a thread needs. */
+typedef struct {
+    int64_t rows, columns, prefix, keep, step, threads, room;
+    const float *scores;
+    int64_t *out;
+    float *scratch;
+    Parallel parallel;
+    double quantile;
+} Best;
+
+typedef struct {
+    const Best *call;
+    int64_t next, joined;
+} BestJob;
+
+static void best_some(void *data) {
+    BestJob *job = data;
+    const Best *b = job->call;
+    int64_t n = b->columns - b->prefix, whole = (n + 15) / 16 * 16, r;
+    Rows c = {.keys = n, .keep = b->keep, .fixed = whole};
+    float *s = b->scratch + __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED) * b->room;
+    List list = {.weights = s + whole, .index = (int32_t *)(s + 2 * whole + 32)};
+    RowsRoom x = {.order = (uint32_t *)(s + 3 * whole + 64), .guess = (float)b->quantile};
+    for (int64_t i = n; i < whole; i++) s[i] = -__builtin_inff();
+    while ((r = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < b->rows) {
+        int64_t *to = b->out + r * (b->prefix + b->keep);
+        memcpy(s, b->scores + r * b->step + b->prefix, n * sizeof *s);
+        choose(&c, s, &x, &list);
+        for (int64_t i = 0; i < b->prefix; i++) to[i] = i;
+        for (int64_t i = 0; i < b->keep; i++) to[b->prefix + i] = list.index[i] + b->prefix;
+    }
+}
+
+void sparsiattn_best(const Best *b) {
+    BestJob job = {b, 0, 0};
+    if (b->parallel && b->threads > 1)
+        b->parallel(best_some, &job, (unsigned)b->threads, 0);
+    else
+        best_some(&job);
+}
+
+int64_t sparsiattn_best_size(void) { return sizeof(Best); }
+
+/* The order of `_voted_keys` in lists.py. order: tokens of every voter, `slots` of them, of which
+   the first `held` count; tile by tile. parts, room: as in `Rows`. */
+typedef struct {
+    int64_t batch, heads, keys, dim, prefix, keep, columns, fixed;
+    int64_t tiles, voters, slots;
+    int64_t q_b, q_h, q_n, k_b, k_h, k_n;
+    int64_t threads, parts, room;
+    const float *q, *k;
+    const int64_t *order, *held;
+    int64_t *out;
+    float *scratch;
+    Parallel parallel;
+    double scale, quantile;
+} Votes;
+
+typedef struct {
+    const Votes *call;
+    int64_t next, joined;
+} VotesJob;
+
+/* The mean query of a voter. */
+static void mean_voter(const Votes *v, const float *q, int64_t voter, float *to) {
+    const int64_t *tokens = v->order + voter * v->slots;
+    int64_t held = v->held[voter];
+    clear(to, v->dim);
+    for (int64_t i = 0; i < held; i++) {
+        const float *row = q + (v->prefix + tokens[i]) * v->q_n;
+        int64_t d = 0;
+        for (; d + WIDTH <= v->dim; d += WIDTH) store(to + d, load(to + d) + load(row + d));
+        for (; d < v->dim; d++) to[d] += row[d];
+    }
+    for (int64_t d = 0; d < v->dim; d++) to[d] *= 1.0f / (float)held;
+}
+
+/* The logarithm of what a row of scores gives to each key, where it is the largest so far. */
+static void vote(const Votes *v, const float *s, float *votes) {
+    vec top = load(s), sum = {0}, scale = all((float)(v->scale * LOG2E));
+    for (int64_t i = WIDTH; i < v->columns; i += WIDTH) top = larger(load(s + i), top);
+    vec base = all(largest(top));
+    for (int64_t i = 0; i < v->columns; i += WIDTH) sum += power((load(s + i) - base) * scale);
+    vec share = all(log2f(total(sum)));
+    for (int64_t i = 0; i < v->fixed; i += WIDTH)
+        store(votes + i, larger((load(s + i) - base) * scale - share, load(votes + i)));
+}
+
+static void list_tile(const Votes *v, const Rows *c, int64_t head, int64_t tile, RowsRoom *x,
+                      float *votes, float *means) {
+    const float *q = v->q + head / v->heads * v->q_b + head % v->heads * v->q_h;
+    int64_t *to = v->out + (head * v->tiles + tile) * (v->prefix + v->keep);
+    for (int64_t i = 0; i < v->fixed; i += WIDTH) store(votes + i, all(-__builtin_inff()));
+    for (int64_t from = 0; from < v->voters; from += GROUP) {
+        const float *rows[GROUP];
+        int64_t count = smaller(GROUP, v->voters - from);
+        for (int64_t r = 0; r < count; r++)
+            mean_voter(v, q, tile * v->voters + from + r, means + r * v->dim);
+        for (int64_t r = 0; r < GROUP; r++) rows[r] = means + smaller(r, count - 1) * v->dim;
+        score_rows(c, rows, x, c->columns);
+        for (int64_t r = 0; r < count; r++) vote(v, x->scores + r * c->columns, votes);
+    }
+    for (int64_t i = c->keys - c->prefix; i < c->fixed; i++) votes[i] = -__builtin_inff();
+    choose(c, votes, x, x->lists);
+    for (int64_t i = 0; i < v->prefix; i++) to[i] = i;
+    for (int64_t i = 0; i < v->keep; i++) to[v->prefix + i] = x->lists[0].index[i] + v->prefix;
+}
+
+static void votes_some(void *data) {
+    VotesJob *job = data;
+    const Votes *v = job->call;
+    int64_t i, items = v->batch * v->heads * v->parts, packed = -1;
+    Rows c = {
+        .heads = v->heads, .keys = v->keys, .dim = v->dim, .prefix = v->prefix, .keep = v->keep,
+        .columns = v->columns, .fixed = v->fixed, .k_b = v->k_b, .k_h = v->k_h, .k_n = v->k_n,
+        .room = v->room, .k = v->k, .v = v->k, .scratch = v->scratch,
+    };
+    int64_t thread = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED);
+    RowsRoom x = rows_room(&c, thread);
+    float *means = v->scratch + (thread + 1) * v->room - GROUP * v->dim;
+    float *votes = means - v->columns;
+    while ((i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < items) {
+        int64_t head = i / v->parts, part = i % v->parts;
+        if (head != packed) pack_head(&c, packed = head, &x), x.guess = (float)v->quantile;
+        for (int64_t t = part * v->tiles / v->parts; t < (part + 1) * v->tiles / v->parts; t++)
+            list_tile(v, &c, head, t, &x, votes, means);
+    }
+}
+
+/* Writes lists [B, H, T, P + keep]. */
+void sparsiattn_votes(const Votes *v) {
+    VotesJob job = {v, 0, 0};
+    if (v->parallel && v->threads > 1)
+        v->parallel(votes_some, &job, (unsigned)v->threads, 0);
+    else
+        votes_some(&job);
+}
+
+int64_t sparsiattn_votes_size(void) { return sizeof(Votes); }

@@ -1,0 +1,163 @@
+"""Lists of the best keys by compiled code: of rows of scores, and of tiles by votes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.geometry import Tiles
+from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native.ops import (
+    FLOP_FORMULAS,
+    addresses_of,
+    is_unobserved,
+    parallel,
+    whole_vectors,
+    with_rows,
+)
+from sparsiattn.kernels.native.rows import BEYOND, GROUP, parts_of, quantile_of, room_of
+from sparsiattn.kernels.native.scores import serves
+from sparsiattn.kernels.workspace import SCRATCH
+
+_BEST_KEYS = "sparsiattn::native_best_keys"
+torch.library.define(_BEST_KEYS, "(Tensor scores, int count, int prefix) -> Tensor")
+
+
+@torch.library.impl(_BEST_KEYS, "CPU")
+def _best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
+    """The prefix and the best other columns of every row, in the order of columns.
+
+    Args:
+        scores: ``[B, H, R, Nk]`` float32; NaN counts as largest, and of equal scores the first
+            columns are taken.
+        count: Length of every list, more than ``prefix``.
+        prefix: Leading columns that are in every list.
+
+    Returns:
+        ``[B, H, R, count]``.
+    """
+    scores, columns = scores.contiguous(), scores.shape[-1]
+    out = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
+    if not out.numel():
+        return out
+    rows, threads, keep = scores.numel() // columns, torch.get_num_threads(), count - prefix
+    room = 4 * whole_vectors(columns - prefix) + 3 * BEYOND
+    scratch = SCRATCH.numbers("best", threads * room, scores)
+    sizes = (rows, columns, prefix, keep, columns, threads, room)
+    addresses = (*addresses_of(scores, out, scratch), parallel())
+    quantile = quantile_of(keep, columns - prefix)
+    build.code().best(build.BEST_CALL.pack(*sizes, *addresses, quantile))
+    return out
+
+
+@torch.library.register_fake(_BEST_KEYS)  # type: ignore[untyped-decorator]
+def _best_keys_shape(scores: Tensor, count: int, prefix: int) -> Tensor:
+    return scores.new_empty(*scores.shape[:-1], count, dtype=torch.int64)
+
+
+def best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
+    """Lists that begin with the prefix, ``[..., count]``, of the best other keys of every row.
+
+    Args:
+        scores: ``[..., Nk]``.
+        count: Length of a list, at least ``prefix`` and less than ``Nk``.
+        prefix: Leading keys that are in every list.
+    """
+    scores = scores.detach()  # a choice passes no gradient
+    if count > prefix and serves(scores):
+        return torch.ops.sparsiattn.native_best_keys.default(scores, count, prefix)  # type: ignore[no-any-return]
+    if prefix:
+        is_prefix = torch.arange(scores.shape[-1], device=scores.device) < prefix
+        scores = scores.masked_fill(is_prefix, float("inf"))
+    return scores.topk(count, dim=-1, sorted=False).indices
+
+
+_VOTED_KEYS = "sparsiattn::native_voted_keys"
+torch.library.define(
+    _VOTED_KEYS,
+    "(Tensor q, Tensor k, Tensor order, Tensor held, int tiles, int count, int prefix, "
+    "float scale) -> Tensor",
+)
+
+
+def _voted_keys(
+    q: Tensor,
+    k: Tensor,
+    order: Tensor,
+    held: Tensor,
+    tiles: int,
+    count: int,
+    prefix: int,
+    scale: float,
+) -> Tensor:
+    """The keys to which any voter of a tile gives the most attention.
+
+    Args:
+        q: Queries ``[B, H, N, D]`` float32.
+        k: Keys ``[B, H, Nk, D]``, with the prefix.
+        order: Patch queries of every voter, tile by tile, ``[T * m, s]``.
+        held: How many of them count, ``[T * m]``.
+        tiles: Tiles, T.
+        count: Length of every list, more than ``prefix``.
+        prefix: Leading tokens, whose keys are in every list.
+        scale: Factor of QK^T, above 0.
+
+    Returns:
+        ``[B, H, T, count]``.
+    """
+    q, k = with_rows(q), with_rows(k)
+    (b, h, _, d), keys = q.shape, k.shape[-2]
+    out = torch.empty(b, h, tiles, count, dtype=torch.int64)
+    if not out.numel():
+        return out
+    fixed = whole_vectors(keys - prefix)
+    columns, threads, keep = whole_vectors(fixed + prefix), torch.get_num_threads(), count - prefix
+    room = room_of(columns, 0, d, 0) + columns + whole_vectors(GROUP * d)
+    scratch = SCRATCH.numbers("votes", threads * room, q)
+    voters = order.shape[0] // tiles
+    sizes = (b, h, keys, d, prefix, keep, columns, fixed, tiles, voters, order.shape[1])
+    work = (threads, parts_of(b * h, tiles * voters, threads), room)
+    addresses = (*addresses_of(q, k, order, held, out, scratch), parallel())
+    options = (scale, quantile_of(keep, keys - prefix))
+    steps = (*q.stride()[:3], *k.stride()[:3])
+    build.code().votes(build.VOTES_CALL.pack(*sizes, *steps, *work, *addresses, *options))
+    return out
+
+
+torch.library.impl(_VOTED_KEYS, "CPU", _voted_keys)
+
+
+@torch.library.register_fake(_VOTED_KEYS)  # type: ignore[untyped-decorator]
+def _voted_keys_shape(
+    q: Tensor, k: Tensor, order: Tensor, held: Tensor, tiles: int, count: int, *others: object
+) -> Tensor:
+    return q.new_empty(*q.shape[:2], tiles, count, dtype=torch.int64)
+
+
+def _votes_flops(q_shape: Any, k_shape: Any, order: Any, *others: Any, **options: Any) -> int:
+    """Those of the voters' logits."""
+    return int(2 * math.prod(k_shape) * order[0])
+
+
+FLOP_FORMULAS[torch.ops.sparsiattn.native_voted_keys] = _votes_flops
+
+
+def voted_keys(
+    q: Tensor,
+    k: Tensor,
+    squares: Tiles,
+    places: Tensor,
+    tiles: int,
+    count: int,
+    prefix: int,
+    scale: float,
+) -> Tensor:
+    """As the operator ``native_voted_keys``, with the voters as `geometry.voters` gives them."""
+    order = squares.order.index_select(0, places)
+    held = (squares.weight > 0).sum(-1).index_select(0, places)
+    operator = torch.ops.sparsiattn.native_voted_keys.default
+    call = _voted_keys if is_unobserved(q, k) and not q.is_meta else operator
+    return call(q, k, order, held, tiles, count, prefix, scale)

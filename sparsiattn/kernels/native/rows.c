@@ -1,0 +1,419 @@
+/* Attention of every query to its own best keys, float32 (k-NN attention, arXiv 2106.00515).
+
+   A few rows of scores at a time stay in the nearest cache. Of each the exact best patch keys are
+   found by counting, and softmax and values follow for those, for prefix keys and for the summary
+   alone. Keys are packed once for each head so that a vector holds one channel of several. */
+
+#include <math.h>
+
+#include "top.c"
+
+#define GROUP 6   /* queries whose scores are computed together */
+#define PASSES 10 /* over a row, at most, to find its threshold */
+#define TRIED 3   /* thresholds of a pass */
+#define CLOSE 16  /* scores around the threshold that are ranked one by one */
+
+/* The order of `_attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
+   first, then from `fixed` on prefix keys and cells, in whole vectors. keep: patch keys of a list.
+   parts: items of work for each head. room: numbers that a thread needs. quantile: of the normal
+   distribution at keep of all patch keys. */
+typedef struct {
+    int64_t batch, heads, queries, keys, dim, value_dim;
+    int64_t first, prefix, keep, cells, columns, fixed;
+    int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
+    int64_t threads, parts, room;
+    const float *q, *k, *v;
+    float *out;
+    const int64_t *cell;
+    float *scratch;
+    Parallel parallel;
+    double scale, quantile;
+} Rows;
+
+typedef struct {
+    const Rows *call;
+    int64_t next, joined;
+} RowsJob;
+
+/* What a row sees: columns and weights, the last `cells` for the summary, of whose keys the list
+   holds `picked`. */
+typedef struct {
+    float *weights, sum;
+    int32_t *index, *picked;
+    int64_t count, cells;
+} List;
+
+/* One thread's memory. keys: panels of SPAN columns, channel by channel. values: a row for every
+   column. scores: GROUP rows. order: of `top.c`. cell: of every patch key. held: keys of every cell.
+   guess: see `bracket_of`. */
+typedef struct {
+    float *keys, *values, *scores, *cells, *held, guess;
+    int32_t *cell;
+    uint32_t *order;
+    List lists[GROUP];
+} RowsRoom;
+
+/* Divides it as `room_of` in rows.py adds it up. */
+static RowsRoom rows_room(const Rows *c, int64_t thread) {
+    int64_t panels = (c->columns + SPAN - 1) / SPAN, cells = (c->cells + 15) / 16 * 16;
+    int64_t listed = c->columns + 32; /* whole vectors are written past the end of a list */
+    RowsRoom x;
+    float *at = c->scratch + thread * c->room;
+    x.keys = at, at += panels * SPAN * c->dim;
+    x.values = at, at += c->columns * c->value_dim;
+    x.scores = at, at += GROUP * c->columns;
+    x.cells = at, at += cells * c->dim;
+    x.held = at, at += cells;
+    x.cell = (int32_t *)at, at += listed;
+    x.order = (uint32_t *)at, at += listed;
+    for (int r = 0; r < GROUP; r++) {
+        x.lists[r].weights = at, at += listed;
+        x.lists[r].index = (int32_t *)at, at += listed;
+        x.lists[r].picked = (int32_t *)at, at += cells;
+    }
+    return x;
+}
+
+/* Column of a patch key, a prefix key or a cell, by its key; cells follow the keys. */
+INLINE int64_t column_of(const Rows *c, int64_t key) {
+    return key < c->prefix ? c->fixed + key
+           : key < c->keys ? key - c->prefix
+                           : c->fixed + c->prefix + key - c->keys;
+}
+
+/* The summary: means of the keys and values of every cell. */
+static void pool_rows(const Rows *c, const float *k, const float *v, const RowsRoom *x) {
+    int64_t at = c->fixed + c->prefix;
+    float *values = x->values + at * c->value_dim;
+    clear(x->cells, c->cells * c->dim);
+    clear(values, c->cells * c->value_dim);
+    for (int64_t i = c->prefix; i < c->keys; i++) {
+        if (i + 8 < c->keys) touch(k + (i + 8) * c->k_n, c->dim);
+        float *to = x->cells + c->cell[i] * c->dim, *sum = values + c->cell[i] * c->value_dim;
+        for (int64_t d = 0; d < c->dim; d++) to[d] += k[i * c->k_n + d];
+        for (int64_t d = 0; d < c->value_dim; d++) sum[d] += v[i * c->v_n + d];
+    }
+    for (int64_t g = 0; g < c->cells; g++) {
+        float share = 1.0f / (x->held[g] > 0 ? x->held[g] : 1.0f);
+        for (int64_t d = 0; d < c->dim; d++) x->cells[g * c->dim + d] *= share;
+        for (int64_t d = 0; d < c->value_dim; d++) values[g * c->value_dim + d] *= share;
+    }
+}
+
+/* Keys of SPAN columns, transposed; `rows` repeats any key where a column has none. */
+static void pack_panel(const Rows *c, const float *const *rows, float *to) {
+    for (int64_t n = 0; n < SPAN; n += 4) {
+        int64_t d = 0;
+        for (; d + 4 <= c->dim; d += 4)
+            turn(rows[n] + d, rows[n + 1] + d, rows[n + 2] + d, rows[n + 3] + d, to + d * SPAN + n,
+                 SPAN);
+        for (; d < c->dim; d++)
+            for (int64_t i = 0; i < 4; i++) to[d * SPAN + n + i] = rows[n + i][d];
+    }
+}
+
+static void pack_head(const Rows *c, int64_t head, const RowsRoom *x) {
+    const float *k = c->k + head / c->heads * c->k_b + head % c->heads * c->k_h;
+    const float *v = c->v + head / c->heads * c->v_b + head % c->heads * c->v_h;
+    memset(x->held, 0, (c->cells + 15) / 16 * 64);
+    for (int64_t i = c->prefix; i < c->keys && c->cells; i++) {
+        x->cell[i - c->prefix] = (int32_t)c->cell[i];
+        x->held[c->cell[i]]++;
+    }
+    for (int64_t i = 0; i < c->keys; i++) {
+        if (i + 8 < c->keys) touch(v + (i + 8) * c->v_n, c->value_dim);
+        memcpy(x->values + column_of(c, i) * c->value_dim, v + i * c->v_n, c->value_dim * 4);
+    }
+    if (c->cells) pool_rows(c, k, v, x);
+    for (int64_t from = 0; from < c->columns; from += SPAN) {
+        const float *rows[SPAN];
+        for (int64_t n = 0; n < SPAN; n++) rows[n] = k;
+        for (int64_t n = 0; n < SPAN; n++) {
+            int64_t at = from + n, key = at < c->fixed ? at + c->prefix : at - c->fixed;
+            if (at >= c->fixed && key >= c->prefix + c->cells) continue;
+            if (at < c->fixed && key >= c->keys) continue;
+            if (at >= c->fixed && key >= c->prefix)
+                rows[n] = x->cells + (key - c->prefix) * c->dim;
+            else
+                rows[n] = k + key * c->k_n;
+        }
+        pack_panel(c, rows, x->keys + from * c->dim);
+    }
+}
+
+INLINE void score_span(int wide, const float *keys, const float *const *rows, int64_t dim, float *to,
+                       int64_t apart) {
+    score(wide, GROUP, keys, rows, dim, to, apart);
+}
+
+/* Scores of some queries, `columns` in whole vectors apart; columns without a key are minus
+   infinity. */
+static void score_rows(const Rows *c, const float *const *rows, const RowsRoom *x, int64_t apart) {
+    for (int64_t from = 0; from < c->columns; from += MOST * WIDTH) {
+        int64_t wide = smaller(MOST, (c->columns - from + WIDTH - 1) / WIDTH);
+        const float *keys = x->keys + from / SPAN * SPAN * c->dim + from % SPAN;
+#define SCORE_SPAN(n) score_span(n, keys, rows, c->dim, x->scores + from, apart)
+        FOR_WIDTH(wide, SCORE_SPAN)
+    }
+    int64_t patches = c->keys - c->prefix, end = c->fixed + c->prefix + c->cells;
+    for (int r = 0; r < GROUP; r++) {
+        float *s = x->scores + r * apart;
+        for (int64_t i = patches; i < c->fixed; i++) s[i] = -__builtin_inff();
+        for (int64_t i = end; i < c->columns; i++) s[i] = -__builtin_inff();
+    }
+}
+
+/* How many of a row are at least each threshold. */
+INLINE void count_from(const float *s, int64_t columns, const float *tried, int64_t *count) {
+    ints sum[TRIED] = {{0}};
+    for (int64_t i = 0; i < columns; i += WIDTH)
+#pragma GCC unroll 3
+        for (int j = 0; j < TRIED; j++)
+            sum[j] = count_lanes(sum[j], lanes_from(load(s + i), all(tried[j])));
+    for (int j = 0; j < TRIED; j++) count[j] = sum_of(sum[j]);
+}
+
+/* Two thresholds around the one sought: `below` numbers, at least `keep`, are at or above `lower`,
+   and `above` of them, at most `keep`, at or above `upper`. */
+typedef struct {
+    float lower, upper;
+    int64_t below, above;
+} Bracket;
+
+/* Narrows a bracket down by thresholds that are `step` apart. */
+INLINE void try_thresholds(const Rows *c, const float *s, float middle, float step, Bracket *x) {
+    float tried[TRIED];
+    int64_t count[TRIED];
+    for (int j = 0; j < TRIED; j++) tried[j] = middle + (float)(j - 1) * step;
+    count_from(s, c->fixed, tried, count);
+    for (int j = 0; j < TRIED; j++) {
+        if (count[j] >= c->keep && tried[j] > x->lower) x->lower = tried[j], x->below = count[j];
+        if (count[j] <= c->keep && tried[j] < x->upper) x->upper = tried[j], x->above = count[j];
+    }
+}
+
+INLINE int is_narrow(const Rows *c, const Bracket *x) {
+    return x->below == c->keep || x->above == c->keep || x->below - x->above <= CLOSE;
+}
+
+/* A bracket with few numbers in it, or one that could not be narrowed down. guess: the first
+   threshold in deviations from the mean, that of the last row of this head. */
+static Bracket bracket_of(const Rows *c, const float *s, float mean, float deviation, float *guess) {
+    Bracket x = {-__builtin_inff(), __builtin_inff(), c->keys - c->prefix, 0};
+    float step = 0.12f * deviation, middle = mean + *guess * deviation;
+    for (int pass = 0; pass < PASSES && !is_narrow(c, &x); pass++) {
+        if (x.lower > -__builtin_inff() && x.upper < __builtin_inff()) {
+            float share = (float)(x.below - c->keep) / (float)(x.below - x.above);
+            middle = x.lower + share * (x.upper - x.lower);
+            step = 0.2f * (x.upper - x.lower);
+        } else if (pass) {
+            step *= 3;
+            middle = x.lower > -__builtin_inff() ? x.lower + 2 * step : x.upper - 2 * step;
+        }
+        try_thresholds(c, s, middle, step, &x);
+    }
+    float lower = x.lower > -__builtin_inff() ? x.lower : x.upper;
+    if (lower < __builtin_inff()) *guess = (lower - mean) / deviation;
+    return x;
+}
+
+/* The `keep`th best of a row, by ranking the few numbers within a bracket. */
+static float threshold_within(const Rows *c, const float *s, const Bracket *x) {
+    float close[CLOSE + WIDTH];
+    int32_t places[CLOSE + WIDTH];
+    int64_t count = 0, need = c->keep - x->above - 1;
+    for (int64_t i = 0; i < c->fixed; i += WIDTH) {
+        vec a = load(s + i);
+        Lanes within = lanes_from(a, all(x->lower)) & ~lanes_from(a, all(x->upper));
+        count += keep_pairs(within, a, (ints){0}, close + count, places);
+    }
+    vec parts[CLOSE / WIDTH], sought = {0};
+    for (int i = 0; i < CLOSE / WIDTH; i++)
+        parts[i] = pick(lanes_at(i * WIDTH) < (int32_t)count, load(close + i * WIDTH),
+                        all(-__builtin_inff()));
+#pragma GCC unroll 4
+    for (int i = 0; i < CLOSE / WIDTH; i++) {
+        vec mine = parts[i];
+        ints rank = {0}, lane = lanes_at(i * WIDTH);
+#pragma GCC unroll 16
+        for (int j = 0; j < CLOSE; j++) {
+            vec other = all(parts[j / WIDTH][j % WIDTH]);
+            rank -= (other > mine) | ((other == mine) & (lane > j));
+        }
+        sought += pick(rank == (int32_t)need, mine, (vec){0});
+    }
+    return total(sought);
+}
+
+/* Takes as many of the smallest, which are all alike, out of a list of `count`, the last first. */
+static void drop_last_alike(const Rows *c, float least, int64_t count, const List *list) {
+    int64_t n = 0, spare = c->keep;
+    for (int64_t i = 0; i < count; i++) spare -= list->weights[i] > least;
+    for (int64_t i = 0; i < count; i++) {
+        if (list->weights[i] == least && spare-- <= 0) continue;
+        list->index[n] = list->index[i];
+        list->weights[n++] = list->weights[i];
+    }
+}
+
+/* For rows that are not finite, or of which too many numbers are alike. */
+static void choose_by_order(const Rows *c, const float *s, const RowsRoom *x, const List *list) {
+    int64_t patches = c->keys - c->prefix, n = 0;
+    for (int64_t i = 0; i < patches; i++) x->order[i] = (uint32_t)(ranked(s[i], i) >> 32);
+    uint32_t least = least_of(x->order, patches, c->keep);
+    int64_t alike = c->keep;
+    for (int64_t i = 0; i < patches; i++) alike -= x->order[i] > least;
+    for (int64_t i = 0; i < patches; i++) {
+        if (x->order[i] < least || (x->order[i] == least && alike-- <= 0)) continue;
+        list->index[n] = (int32_t)i;
+        list->weights[n++] = s[i];
+    }
+}
+
+/* The `keep` best patch keys of a row and their scores, in the order of keys. */
+static void choose(const Rows *c, const float *s, RowsRoom *x, const List *list) {
+    int64_t patches = c->keys - c->prefix, whole = patches / WIDTH * WIDTH, n = 0;
+    vec sum = {0}, squares = {0};
+    for (int64_t i = 0; i < whole; i += WIDTH) {
+        vec a = load(s + i);
+        sum += a, squares += a * a;
+    }
+    float share = 1.0f / (float)(whole ? whole : 1), mean = total(sum) * share;
+    float spread = total(squares) * share - mean * mean;
+    if (!(spread - spread == 0) || !whole) {
+        choose_by_order(c, s, x, list);
+        return;
+    }
+    float deviation = sqrtf(spread > 1e-12f ? spread : 1e-12f);
+    Bracket bracket = bracket_of(c, s, mean, deviation, &x->guess);
+    if (!is_narrow(c, &bracket)) {
+        choose_by_order(c, s, x, list);
+        return;
+    }
+    float least = bracket.lower;
+    if (bracket.above == c->keep)
+        least = bracket.upper;
+    else if (bracket.below > c->keep)
+        least = threshold_within(c, s, &bracket);
+    for (int64_t i = 0; i < c->fixed; i += WIDTH) {
+        vec a = load(s + i);
+        n += keep_pairs(lanes_from(a, all(least)), a, lanes_at(i), list->weights + n,
+                        list->index + n);
+    }
+    if (n > c->keep) drop_last_alike(c, least, n, list);
+}
+
+/* Sum of weighted values, written times `share`. */
+INLINE void mix(int wide, const float *values, int64_t apart, const int32_t *index, const float *w,
+                int64_t count, float share, float *to) {
+    vec even[4], odd[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < wide; j++) even[j] = odd[j] = (vec){0};
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+        const float *a = values + index[i] * apart, *b = values + index[i + 1] * apart;
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) {
+            even[j] += load(a + j * WIDTH) * all(w[i]);
+            odd[j] += load(b + j * WIDTH) * all(w[i + 1]);
+        }
+    }
+    if (i < count)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++)
+            even[j] += load(values + index[i] * apart + j * WIDTH) * all(w[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < wide; j++) store(to + j * WIDTH, (even[j] + odd[j]) * all(share));
+}
+
+static void mix_row(const Rows *c, const RowsRoom *x, const List *list, float *to) {
+    int64_t d = 0, apart = c->value_dim, count = list->count;
+    const float *w = list->weights, share = 1.0f / list->sum;
+    for (; d + 4 * WIDTH <= apart; d += 4 * WIDTH)
+        mix(4, x->values + d, apart, list->index, w, count, share, to + d);
+    for (; d + WIDTH <= apart; d += WIDTH)
+        mix(1, x->values + d, apart, list->index, w, count, share, to + d);
+    for (; d < apart; d++) {
+        float sum = 0;
+        for (int64_t i = 0; i < count; i++) sum += w[i] * x->values[list->index[i] * apart + d];
+        to[d] = sum * share;
+    }
+}
+
+/* Which keys a row sees, and their scores. */
+static void list_row(const Rows *c, const float *s, int dense, RowsRoom *x, List *list) {
+    int64_t count = c->keep, fixed = c->prefix;
+    list->cells = dense ? 0 : c->cells;
+    if (dense) {
+        count = c->keys - c->prefix;
+        for (int64_t i = 0; i < count; i++) list->index[i] = (int32_t)i, list->weights[i] = s[i];
+    } else {
+        choose(c, s, x, list);
+        memset(list->picked, 0, (c->cells + 15) / 16 * 64);
+        for (int64_t i = 0; i < count && c->cells; i++) list->picked[x->cell[list->index[i]]]++;
+        fixed += c->cells;
+    }
+    for (int64_t i = 0; i < fixed; i++) list->index[count + i] = (int32_t)(c->fixed + i);
+    memcpy(list->weights + count, s + c->fixed, fixed * sizeof *s);
+    list->count = count + fixed;
+}
+
+/* Scores of a list to weights. Cells stand for as many keys as the list does not hold. */
+static void weigh_list(const Rows *c, const RowsRoom *x, List *list) {
+    float *w = list->weights, *last = w + list->count - list->cells;
+    int64_t count = list->count;
+    store(w + count, all(-__builtin_inff()));
+    vec top = load(w), sum = {0};
+    for (int64_t i = WIDTH; i < count; i += WIDTH) top = larger(load(w + i), top);
+    vec base = all(largest(top)), scale = all((float)(c->scale * LOG2E));
+    for (int64_t i = 0; i < count; i += WIDTH) store(w + i, power((load(w + i) - base) * scale));
+    for (int64_t g = 0; g < list->cells; g += WIDTH) {
+        ints picked;
+        memcpy(&picked, list->picked + g, sizeof picked);
+        store(last + g, load(last + g) * (load(x->held + g) - floats(picked)));
+    }
+    for (int64_t i = 0; i < count; i += WIDTH) sum += load(w + i);
+    list->sum = total(sum);
+}
+
+/* Stage by stage for all rows of a group: what one has written is then in the cache when the next
+   reads it in other pieces. */
+static void attend_rows(const Rows *c, int64_t head, int64_t from, int64_t end, RowsRoom *x) {
+    const float *q = c->q + head / c->heads * c->q_b + head % c->heads * c->q_h;
+    float *out = c->out + head / c->heads * c->out_b + head % c->heads * c->out_h;
+    for (; from < end; from += GROUP) {
+        const float *rows[GROUP];
+        int64_t count = smaller(GROUP, end - from);
+        for (int64_t r = 0; r < GROUP; r++) rows[r] = q + (from + smaller(r, count - 1)) * c->q_n;
+        score_rows(c, rows, x, c->columns);
+        for (int64_t r = 0; r < count; r++)
+            list_row(c, x->scores + r * c->columns, from + r < c->first, x, x->lists + r);
+        for (int64_t r = 0; r < count; r++) weigh_list(c, x, x->lists + r);
+        for (int64_t r = 0; r < count; r++)
+            mix_row(c, x, x->lists + r, out + (from + r) * c->out_n);
+    }
+}
+
+static void rows_some(void *data) {
+    RowsJob *job = data;
+    const Rows *c = job->call;
+    RowsRoom room = rows_room(c, __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED));
+    int64_t i, items = c->batch * c->heads * c->parts, packed = -1;
+    while ((i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < items) {
+        int64_t head = i / c->parts, part = i % c->parts;
+        if (head != packed) pack_head(c, packed = head, &room), room.guess = (float)c->quantile;
+        attend_rows(c, head, part * c->queries / c->parts, (part + 1) * c->queries / c->parts,
+                    &room);
+    }
+}
+
+/* Writes out [B, H, N, Dv]. */
+void sparsiattn_rows(const Rows *c) {
+    RowsJob job = {c, 0, 0};
+    if (c->parallel && c->threads > 1)
+        c->parallel(rows_some, &job, (unsigned)c->threads, 0);
+    else
+        rows_some(&job);
+}
+
+int64_t sparsiattn_rows_size(void) { return sizeof(Rows); }

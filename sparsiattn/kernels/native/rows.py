@@ -1,0 +1,132 @@
+"""Attention of every query to its own best keys in one call of compiled code."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.derivatives import is_transformed
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.kernels.compiled import is_loaded
+from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native.ops import (
+    SPAN,
+    addresses_of,
+    contiguous,
+    is_unobserved,
+    parallel,
+    whole_vectors,
+    with_rows,
+)
+from sparsiattn.kernels.workspace import SCRATCH
+
+GROUP = 6  # as in rows.c
+BEYOND = 32  # numbers written past the end of a list
+# queries of an item of work, at least: each packs the keys of its head anew
+ROWS_OF_PART = 48
+
+
+def serves(inputs: AttentionInputs) -> bool:
+    """Whether compiled code takes a call, so that nobody needs lists of its keys."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    if inputs.bias is not None or inputs.dropout or not inputs.scale > 0:
+        return False
+    if inputs.device.type != "cpu" or not (is_loaded() or build.is_ready()):
+        return False
+    grad_mode = torch.is_grad_enabled()
+    return all(x.dtype is torch.float32 and not (grad_mode and x.requires_grad) for x in (q, k, v))
+
+
+_BEST = "sparsiattn::native_attend_to_best"
+torch.library.define(
+    _BEST,
+    "(Tensor q, Tensor k, Tensor v, Tensor? cells, int count, int keep, int prefix, int first, "
+    "float scale) -> Tensor",
+)
+
+
+def _attend_to_best(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cells: Tensor | None,
+    count: int,
+    keep: int,
+    prefix: int,
+    first: int,
+    scale: float,
+) -> Tensor:
+    """Attention of every query to prefix keys, its best patch keys and the summary of the others.
+
+    Args:
+        q: Queries ``[B, H, N, D]`` float32 of any strides.
+        k: Keys ``[B, H, Nk, D]``, with the prefix.
+        v: Values ``[B, H, Nk, Dv]``.
+        cells: The summary's cell of every key, ``[Nk]``, G for prefix keys; None without one.
+        count: Keys of the summary, G; 0 without one.
+        keep: Patch keys of every list; of equal logits the first keys are taken.
+        prefix: Leading keys that are in every list.
+        first: Leading queries, which see every key and no summary.
+        scale: Factor of QK^T, above 0.
+
+    Returns:
+        ``[B, H, N, Dv]``.
+    """
+    q, k, v, cells = with_rows(q), with_rows(k), with_rows(v), contiguous(cells)
+    (b, h, n, d), keys, width = q.shape, k.shape[-2], v.shape[-1]
+    # [B, N, H, Dv] in memory, which the host's reshape need not copy
+    out = torch.empty_strided((b, h, n, width), (n * h * width, width, h * width, 1), dtype=q.dtype)
+    if not out.numel():
+        return out
+    fixed = whole_vectors(keys - prefix)
+    columns = whole_vectors(fixed + prefix + count)
+    threads, room = torch.get_num_threads(), room_of(columns, count, d, width)
+    scratch = SCRATCH.numbers("rows", threads * room, q)
+    sizes = (b, h, n, keys, d, width, first, prefix, keep, count, columns, fixed)
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    work = (threads, parts_of(b * h, n, threads), room)
+    addresses = (*addresses_of(q, k, v, out, cells, scratch), parallel())
+    options = (scale, quantile_of(keep, keys - prefix))
+    build.code().rows(build.ROWS_CALL.pack(*sizes, *steps, *work, *addresses, *options))
+    return out
+
+
+torch.library.impl(_BEST, "CPU", _attend_to_best)
+
+
+@torch.library.register_fake(_BEST)  # type: ignore[untyped-decorator]
+def _best_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+    b, h, n, _ = q.shape
+    return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
+
+
+def attend_to_best(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+    """As the operator ``native_attend_to_best``."""
+    if type(v) is Tensor and is_unobserved(q, k):
+        return _attend_to_best(q, k, v, *others)  # type: ignore[arg-type]
+    return torch.ops.sparsiattn.native_attend_to_best.default(q, k, v, *others)  # type: ignore[no-any-return]
+
+
+def room_of(columns: int, count: int, dim: int, width: int) -> int:
+    """Numbers that a thread needs, as `rows_room` in rows.c divides them."""
+    cells = whole_vectors(count)
+    packed = -(-columns // SPAN) * SPAN * dim + columns * width
+    lists = (2 + 2 * GROUP) * (columns + BEYOND)
+    return whole_vectors(packed + GROUP * columns + lists + cells * (dim + 1 + GROUP))
+
+
+def parts_of(heads: int, queries: int, threads: int) -> int:
+    """Parts into which the queries of each head are split, so that no thread waits long."""
+    if heads % threads == 0 or heads >= 8 * threads:
+        return 1
+    return max(1, min(math.ceil(8 * threads / heads), queries // ROWS_OF_PART))
+
+
+def quantile_of(keep: int, keys: int) -> float:
+    """The threshold of the best of normal numbers, in deviations: where the search begins."""
+    return NormalDist().inv_cdf(min(max(1 - keep / keys, 1e-6), 1 - 1e-6))

@@ -1,0 +1,138 @@
+"""What predictors of attention are fitted to and made of: exact rows, and tables of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.strategies.basis import resize_tables
+
+MAX_ELEMENTS = 1 << 24  # of exact attention that calibration holds at once
+
+
+@torch.no_grad()
+def exact_rows(inputs: AttentionInputs) -> Tensor:
+    """The exact attention of every row, ``[B, H, R, n]``, or its share in every block.
+
+    From a few rows at a time, so that no ``N x N`` tensor is made where tiles share their keys.
+    """
+    tiles = inputs.tiles
+    if tiles is None:
+        alone = torch.arange(inputs.n_queries - inputs.prefix, device=inputs.q.device)
+        rows, weight = alone.unsqueeze(-1), torch.ones_like(alone.unsqueeze(-1))
+    else:
+        rows, weight = tiles.order, tiles.weight
+    per_row = inputs.q.shape[:-2].numel() * rows.shape[1] * inputs.n_keys
+    at_once = max(1, MAX_ELEMENTS // per_row)
+    parts = zip(rows.split(at_once), weight.split(at_once), strict=True)
+    return torch.cat([_rows_of(inputs, *part) for part in parts], dim=-2)
+
+
+def _rows_of(inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
+    exact = inputs.logits(rows.flatten() + inputs.prefix).softmax(-1).nan_to_num(0.0)
+    share = weight.to(exact.dtype).unsqueeze(-1)
+    target: Tensor = (exact.unflatten(-2, rows.shape) * share).sum(-2)
+    if inputs.blocks is None:
+        return target
+    shares = inputs.blocks.mean(target[..., inputs.prefix :].mT).mT
+    return shares / shares.sum(-1, keepdim=True).clamp_min(1e-6)
+
+
+class KnownTables:
+    """Whether W_down and W_up hold known values.
+
+    On a CPU they are compared in every call, since writes to ``weight.data`` leave no trace. On
+    other devices, where comparing would wait for them, only after writes that autograd counts.
+
+    Args:
+        make: Makes the known tables.
+    """
+
+    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._make = make
+        self._known: tuple[Tensor, ...] | None = None
+        self._last: tuple[object, bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_make": self._make, "_known": None, "_last": None}
+
+    def equals(self, *tables: Tensor) -> bool:
+        """Whether the tables are the known ones."""
+        identity = None
+        if tables[0].device.type != "cpu":
+            identity = tuple(map(identity_of, tables))
+            if self._last is not None and self._last[0] == identity:
+                return self._last[1]
+        whole = [whole_tensor(table) for table in tables]
+        if self._known is None or self._known[0].dtype != whole[0].dtype:
+            with torch.inference_mode(False):
+                self._known = tuple(t.to(whole[0].dtype) for t in self._make())
+        pairs = zip(self._known, whole, strict=True)
+        equal = all(torch.equal(known.to(now.device), now) for known, now in pairs)
+        self._last = identity, equal
+        return equal
+
+
+class ResizedTables:
+    """W_down and W_up for another grid than they were made for; the last ones are kept."""
+
+    def __init__(self) -> None:
+        self._last: tuple[object, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # they can be made again, and their key holds addresses of this process
+        return {"_last": None}
+
+    def __call__(
+        self, down: Tensor, up: Tensor, old: Grid, new: Grid, prefix: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `resize_tables`."""
+        # a kept table has no gradient, and a compiler would bake it in
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return resize_tables(down, up, old, new, prefix)
+        key = (new, identity_of(down), identity_of(up))
+        if self._last is None or self._last[0] != key:
+            # calls outside inference mode could not use tensors that were made in it
+            with torch.inference_mode(False):
+                tables = resize_tables(down, up, old, new, prefix)
+            self._last = key, tables[0].detach(), tables[1].detach()
+        return self._last[1:]
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """In single precision and bounded: half precision ends at e^11."""
+    return x.clamp_max(30.0).exp()
+
+
+def for_heads(table: Tensor) -> Tensor:
+    """``[B, Nk, K]`` with an axis for heads, others as they are."""
+    return table.unsqueeze(1) if table.dim() == 3 else table
+
+
+def without_hidden_keys(down: Tensor, inputs: AttentionInputs) -> Tensor:
+    """W_down without keys that no query sees (padding), the others making up for them."""
+    visible = inputs.visible_keys
+    if visible is None:
+        return down
+    every = for_heads(down)
+    left = every * visible.unsqueeze(-1)
+    return left * (
+        every.abs().sum(-2, keepdim=True) / left.abs().sum(-2, keepdim=True).clamp_min(1e-6)
+    )
+
+
+def whole_tensor(weight: Tensor) -> Tensor:
+    """All of a weight that FSDP has sharded; others as they are."""
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
+
+
+def identity_of(table: Tensor) -> tuple[object, ...]:
+    """What tells these values from others: tensors of inference mode count no versions."""
+    version = 0 if table.is_inference() else table._version
+    return table.data_ptr(), version, table.dtype, table.device
