@@ -64,8 +64,12 @@ HOST = {"proj_drop_rate": 0.2, "drop_path_rate": 0.2}
 
 @pytest.mark.parametrize(
     ("data", "steps"),
-    [(shuffled, [2, 6, 11]), (ours, [8])],
-    ids=["the user's loader", "ours"],
+    [
+        (shuffled, [6]),
+        (ours, [8]),
+        pytest.param(shuffled, [2, 6, 11], marks=pytest.mark.slow),
+    ],
+    ids=["the user's loader", "ours", "again and again"],
 )
 def test_the_curve_is_the_same_bit_for_bit(data: Any, steps: list[int], tmp_path: Path) -> None:
     """Killed again and again: in the first stage, at its end, within epochs of the second."""
@@ -84,7 +88,11 @@ def test_the_curve_is_the_same_bit_for_bit(data: Any, steps: list[int], tmp_path
     assert [json.loads(line) for line in lines] == whole.history
 
 
-@pytest.mark.parametrize("data", [shuffled, ours], ids=["the user's loader", "ours"])
+@pytest.mark.parametrize(
+    "data",
+    [shuffled, pytest.param(ours, marks=pytest.mark.slow)],
+    ids=["the user's loader", "ours"],
+)
 def test_a_kill_after_any_checkpoint(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int,
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return "__deepcopy__" not in vars(module) and _copies_plainly(type(module))
+    return "__deepcopy__" not in vars(module) and _copies_plainly(type(module))  # type: ignore[arg-type]
 
 
 @cache

@@ -189,7 +189,8 @@ def _product(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
         return None
     rows, columns = thin(numbers_of(left)[..., :1]), thin(numbers_of(right)[..., :1, :])
     # attention over channels: rows are channels, all alike, and columns are tokens
-    by_column = rows.shape[-2] == 1 < columns.shape[-1] or places_in(left) is None
+    alike = rows.shape[-2] == 1 < columns.shape[-1] and not bool((rows == UNKNOWN).any())
+    by_column = alike or places_in(left) is None
     return (columns if by_column else rows).expand(out.shape)
 
 
