@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -141,7 +140,7 @@ class Connectivity(Strategy):
     def planner(self, site: Site) -> ConnectivityPlanner:
         return ConnectivityPlanner(self, site)
 
-    @cached_property
+    @property
     def asks_for_predictor(self) -> bool:
         """Whether the options say that the predictor ranks, fitted or not."""
         own = (f for f in fields(self) if f.name in PREDICTOR_OPTIONS)
@@ -149,11 +148,9 @@ class Connectivity(Strategy):
         return self.scores == "predictor" or (self.scores == "auto" and is_set)
 
     @classmethod
-    def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
-        current = super().current_options(options, warn=warn)
-        if not warn and "scores" not in current:  # a file from before there was a choice
-            current["scores"] = "predictor"
-        return current
+    def from_dict(cls, saved: Mapping[str, Any]) -> Connectivity:
+        # a file without the option is from before there was a choice
+        return super().from_dict({**saved, "options": {"scores": "predictor", **saved["options"]}})
 
 
 def _number_from(value: object, least: float) -> bool:
@@ -199,6 +196,7 @@ class ConnectivityPlanner(LearnedPlanner):
             maps = channel_maps(site.head_dim, strategy.channels, generator)
             self.project_q, self.project_k = maps
         self._resized = ResizedTables()
+        self._asked = strategy.asks_for_predictor
         self._start, self._fitted = KnownTables(self._initial_tables), False
 
     def _initial_tables(self) -> tuple[Tensor, Tensor]:
@@ -230,7 +228,7 @@ class ConnectivityPlanner(LearnedPlanner):
         """Whether the predictor ranks keys, and not the queries' own logits."""
         if self.strategy.scores == "exact":
             return False
-        return self.strategy.asks_for_predictor or self.is_fitted()
+        return self._asked or self.is_fitted()
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``.

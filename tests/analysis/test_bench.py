@@ -149,7 +149,7 @@ def test_sites_are_measured_and_reported(took: dict[str, list[float]]) -> None:
     live = sparsiattn.patch(model, "topk", k=[0.25, 1.0])
     before = live.report()
     assert [row.measured for row in before.sites] == [None, None]
-    assert str(before).splitlines()[3].rstrip().endswith("-")
+    assert str(before).splitlines()[4].rstrip().endswith("-")
     assert measure_sites(live, zoo.images(model)) == {"blocks.0.attn": 4.0}
     first, second = live.report().sites
     assert (first.measured, first.speed, second.measured) == (4.0, 4.0, None)

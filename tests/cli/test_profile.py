@@ -48,7 +48,8 @@ def test_unpatched_and_accountings() -> None:
     dense = document()
     assert dense["macs"] == dense["macs_dense"]
     assert dense["strategy"] == ""
-    paper = document("--strategy", "connectivity", "--k", "0.1", "--accounting", "paper")
+    options = ("--strategy", "connectivity", "--k", "0.1", "-o", "scores=predictor")
+    paper = document(*options, "--accounting", "paper")
     rows = 2 * 2 * 48 * (64 * math.ceil(6.5) + 65)
     assert paper["mhsa_macs"] == rows + paper["predictor_macs"]
     assert paper["predictor_macs"] == 2 * 2 * 65 * 10 * 48 + 11 * 3 * 65**2

@@ -70,8 +70,9 @@ class TestOptions:
 
     def test_saved_options_warn_nobody(self, old: str, new: str, value: Any) -> None:
         saved = {"name": "connectivity", "version": 1, "options": {old: value}}
-        assert Connectivity.from_dict(saved) == Connectivity(**{new: value})
-        assert Hybrid(attention=saved).attention == Connectivity(**{new: value})
+        loaded = Connectivity(scores="predictor", **{new: value})
+        assert Connectivity.from_dict(saved) == loaded
+        assert Hybrid(attention=saved).attention == loaded
 
     def test_old_names_are_not_offered(self, old: str, new: str, value: Any) -> None:
         assert old not in Connectivity.option_names()

@@ -188,7 +188,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("g", [0, -2, 1.5, True, "2", (2, 2), float("nan")], ids=repr)
     def test_background(self, model: nn.Module, g: Any) -> None:
-        says = ("background must be None or an int", repr(g))
+        says = ("background must be None, 'auto' or an int", repr(g))
         all_refuse(model, ValueError, says, zoo.ATTENTION, background=g)
 
     @pytest.mark.parametrize("value", [0, 1, None, "yes"], ids=repr)
