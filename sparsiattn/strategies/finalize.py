@@ -190,13 +190,10 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
             return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
         bias = count_bias()
     elif isinstance(pattern, KeyLists) and inputs.bias is None:
-        lists = pattern
-        summary = CountedSummary(
-            cells, parts, lambda: _count_by_index(lists.index, cells, count).log()
-        )
+        count_lists = partial(_bias_by_index, pattern, cells, count)
         if isinstance(pattern, TopKeys) or native.counts(inputs.q, count):
-            return replace(pattern, summary=summary)
-        bias = summary.bias
+            return replace(pattern, summary=CountedSummary(cells, parts, count_lists))
+        bias = count_lists()
     else:
         bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
         if isinstance(pattern, KeyLists):
@@ -233,6 +230,10 @@ def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
     picked = torch.zeros(*index.shape[:-1], count + 1, dtype=torch.float, device=index.device)
     picked = picked.scatter_add(-1, cells[index], torch.ones_like(index, dtype=torch.float))
     return (total - picked)[..., :count]
+
+
+def _bias_by_index(pattern: KeyLists, cells: Tensor, count: int) -> Tensor:
+    return _count_by_index(pattern.index, cells, count).log()
 
 
 def _bias_by_block(pattern: KeyBlocks, *grids: Any) -> Tensor:

@@ -32,7 +32,10 @@ def copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int,
         modules: All modules in it, itself among them.
         memo: Copies that exist, by the identity of the original; others are added.
     """
-    plain = [m for m in modules if id(m) not in memo and _is_plain(m)]
+    special = [module for module in modules if not _is_plain(module)]
+    # a special one may look at those inside it while it is copied, so these must be whole by then
+    inside = {id(part) for module in special for part in module.modules()}
+    plain = [m for m in modules if id(m) not in memo and id(m) not in inside]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
