@@ -18,6 +18,7 @@ import command_line
 import export_tables
 import kernel_features
 import method_tables
+import quality_tables
 import reliability_tables
 import serving_tables
 import support_tables
@@ -188,6 +189,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **accuracy_tables.BLOCKS,
     **reliability_tables.BLOCKS,
     **method_tables.BLOCKS,
+    **quality_tables.BLOCKS,
     **export_tables.BLOCKS,
     **serving_tables.BLOCKS,
 }
