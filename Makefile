@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ plugin-check: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/plugin_check.py
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or census"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow or census"
 
 # warnings are no errors there: old libraries have old ones
 test-oldest: $(READY_OLDEST)

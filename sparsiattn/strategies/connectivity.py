@@ -206,8 +206,11 @@ class ConnectivityPlanner(LearnedPlanner):
         """Whether the tables are others than an untrained predictor has."""
         # a traced or transformed call has no values to compare
         traced = torch.compiler.is_compiling() or is_tracing() or is_transformed()
-        if not (traced or self.down.is_meta):
-            self._fitted = not self._start.equals(self.down, self.up)
+        down = self.down
+        if not (traced or down.is_meta):
+            fitted = not self._start.equals(down, self.up)
+            if fitted != self._fitted:  # modules set attributes slowly
+                self._fitted = fitted
         return self._fitted
 
     def forward(self, inputs: AttentionInputs) -> Pattern:

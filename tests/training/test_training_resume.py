@@ -90,7 +90,7 @@ def test_the_curve_is_the_same_bit_for_bit(data: Any, steps: list[int], tmp_path
 
 @pytest.mark.parametrize(
     "data",
-    [shuffled, pytest.param(ours, marks=pytest.mark.slow)],
+    [pytest.param(data, marks=pytest.mark.slow) for data in (shuffled, ours)],
     ids=["the user's loader", "ours"],
 )
 def test_a_kill_after_any_checkpoint(
