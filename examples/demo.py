@@ -328,7 +328,7 @@ def keys_kept(model: nn.Module, image: Tensor, name: str) -> tuple[Tensor, tuple
         found.append((mask.float().mean((0, 1)), inputs.query_grid))
 
     # until it is fitted, connectivity keeps what topk does: this is what its predictor would
-    rule = {"scores": "predictor"} if name == "connectivity" else {}
+    rule: dict[str, Any] = {"scores": "predictor"} if name == "connectivity" else {}
     with sparsiattn.patch(model, name, k=0.1, input=image[None], tile=1, **rule) as live:
         whole = [site for site in live.sites if site.windows == 1 and site.raster] or live.sites
         middle = whole[len(whole) // 2].name

@@ -22,6 +22,7 @@ from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
+from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.connectivity import Connectivity
 
 
@@ -87,6 +88,8 @@ def expect(
     inputs, planner = dry_site(runtime, run), runtime.planner
     if runtime.strategy.uses_cross_layer_state:
         inputs = inputs.replace(cross_layer=cross_layer or CrossLayerState())
+    if isinstance(planner, LearnedPlanner):
+        planner.note_weights()
     if isinstance(planner, nn.Module):
         planner = meta_copy(planner) if inputs.q.is_meta else value_copy(planner)
     planned: Pattern = Pattern.dense(inputs.n_queries, inputs.n_keys)

@@ -235,6 +235,12 @@ class LearnedPlanner(RenamedMembers, PlannerWeights):
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
+    def note_weights(self) -> None:
+        """Called before a copy without data plans in its place, as for a report.
+
+        Override it to keep, as attributes, what planning reads off the values of weights.
+        """
+
     def init_from_batch(self, inputs: AttentionInputs) -> None:
         """Set weights in closed form from a first batch, where that is known to be a better start.
 

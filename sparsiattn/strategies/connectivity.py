@@ -213,6 +213,9 @@ class ConnectivityPlanner(LearnedPlanner):
                 self._fitted = fitted
         return self._fitted
 
+    def note_weights(self) -> None:
+        self.is_fitted()
+
     def forward(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.strategy.k  # type: ignore[assignment]
         if not self.predicts:

@@ -80,6 +80,19 @@ def test_a_fitted_predictor_takes_over(model: nn.Module, write: str) -> None:
         assert not torch.equal(found, model(images))
 
 
+def test_the_report_knows_a_fitted_predictor_before_it_ran(model: nn.Module) -> None:
+    with sparsiattn.patch(model, "connectivity", k=0.2, kernel="reference") as patch:
+        untrained = patch.report().predictor_macs
+        for runtime in patch.runtimes:
+            assert isinstance(runtime.planner, nn.Module)
+            runtime.planner.up.data.mul_(2.0)  # type: ignore[operator, union-attr]
+        fitted = patch.report().predictor_macs
+    with sparsiattn.patch(
+        model, "connectivity", k=0.2, scores="predictor", kernel="reference"
+    ) as patch:
+        assert fitted == patch.report().predictor_macs != untrained
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_files_from_before_load_with_the_predictor(
     model: nn.Module, tmp_path: Path, old: bool
