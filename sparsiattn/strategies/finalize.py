@@ -55,7 +55,7 @@ def finish(
     if not ranked:
         _check_size(pattern, inputs, blocks)
     if isinstance(pattern, TopLogits):
-        pattern = _rank_logits(pattern, inputs, prefix_keys, background)
+        pattern = _rank_logits(pattern, inputs, prefix_keys)
     elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask) and inputs.prefix:
@@ -107,9 +107,7 @@ def _rank(
     return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
 
-def _rank_logits(
-    pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, background: int | None
-) -> Pattern:
+def _rank_logits(pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool) -> Pattern:
     """Lists that the kernel finds, where one can; else as `_rank`."""
     keys = count_of(pattern.k, inputs.n_keys)
     fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
