@@ -3,6 +3,7 @@ fixtures skip where the folder is absent."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,17 @@ SHARED = Path(__file__).resolve().parent.parent / "shared"
 
 def pytest_collectstart() -> None:
     SEED(0)  # for what modules draw when they are imported
+
+
+def pytest_collection_finish() -> None:
+    # thousands of tests and all that they import: every full collection would walk through them,
+    # and accelerate asks for one at the start and the end of each training
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extension modules report leaks at exit
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
