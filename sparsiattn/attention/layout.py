@@ -224,7 +224,7 @@ def canonical(
     maps: Maps | None,
     *,
     tile_for: Callable[[int], Tile] = lambda tokens: 1,
-    block_for: Callable[[int], Tile] = lambda keys: 1,
+    block_for: Callable[[int, Tile], Tile] = lambda keys, tile: 1,
     window: object = None,
     token_state: TokenState | None = None,
 ) -> AttentionInputs:
@@ -236,7 +236,7 @@ def canonical(
         call: The host's arguments.
         maps: Sizes of the map that tokens are made of.
         tile_for: Queries that share their keys, by number of queries.
-        block_for: Keys that are chosen together, by number of keys.
+        block_for: Keys that are chosen together, by number of keys and that tile.
         window: The host's window at this call's resolution, if it has one.
         token_state: Which tokens are left.
     """
@@ -247,11 +247,15 @@ def canonical(
     if call.causal:
         mask = causal_mask(mask, q, k)
     tokens, keys, placed = heads_q.shape[-2], heads_k.shape[-2], True
+    image_tokens = tokens
     if token_state is None or not token_state.reduced:
         query_grid, key_grid, placed = grids(site, tokens, keys, maps, window)
         placed = placed and site.placed
     else:  # what is left of the grid is a run of tokens, whose places the state knows
         query_grid = key_grid = (1, tokens - site.prefix_tokens)
+        # tiles stay as large as they are where the image is whole
+        image_tokens = token_state.n_original + site.prefix_tokens
+    tile = tile_for(image_tokens) if placed else 1
     inputs = AttentionInputs(
         heads_q,
         heads_k,
@@ -262,8 +266,8 @@ def canonical(
         dropout=call.dropout,
         query_grid=query_grid,
         key_grid=key_grid,
-        tile=tile_for(tokens) if placed else 1,
-        block=block_for(keys) if placed else 1,
+        tile=tile,
+        block=block_for(keys, tile),
         token_state=token_state,
         placed=placed,
     )

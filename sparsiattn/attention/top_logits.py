@@ -14,21 +14,12 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.auto_options import auto_options
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs, products
 from sparsiattn.attention.key_lists import KeyIndex, KeyLists
 from sparsiattn.attention.pattern import Ranked, SizedPattern
-
-# Sides of the squares of queries that vote together for the keys of their tile, by the number of
-# tokens up to which they do. Smaller ones choose better, at the square of the price.
-VOTER_SIDES = ((2304, 2), (9216, 4))
-LARGEST_VOTER = 8
-
-
-def voter_side(tokens: int) -> int:
-    """Side of the squares of queries that vote together, at that many tokens."""
-    return next((side for most, side in VOTER_SIDES if tokens < most), LARGEST_VOTER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +66,8 @@ class TopLogits(SizedPattern):
     def voters(self) -> tuple[Tiles, Tensor]:
         """Queries that vote together, and their order, tile by tile; see `geometry.voters`."""
         inputs = self.inputs
-        side = voter_side(inputs.n_queries)
+        # a tile that was asked for below the size where "auto" has some
+        side = max(2, auto_options(inputs.n_queries).voter)
         return geometry.table(
             geometry.voters, inputs.query_grid, inputs.tile, side, device=inputs.q.device
         )

@@ -124,6 +124,7 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
     They have no data, unless what earlier blocks noted of their tokens has.
     """
     site, strategy = site_at(runtime.site, run), runtime.strategy
+    tile = strategy.tile_for(runtime.site.tokens)
     module = runtime.planner if isinstance(runtime.planner, nn.Module) else runtime.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     like = next(runtime.module.parameters(), None) if like is None else like
@@ -142,8 +143,8 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         site.head_dim**-0.5,
         None if site.bias == "none" else empty(site.tokens, site.keys),
         site,
-        tile=strategy.tile_for(site.tokens),
-        block=strategy.block_for(site.keys),
+        tile=tile,
+        block=strategy.block_for(site.keys, tile),
         token_state=None if reached is None else reached.token_state,
         target_device=None if like is None else like.device,
     )

@@ -13,6 +13,7 @@ from sparsiattn.patching.apply import patch
 from sparsiattn.patching.handle import Patch
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import unwrap
+from sparsiattn.serialization.auto_values import with_saved_values
 from sparsiattn.serialization.files import HOST, WEIGHTS, Saved, read, read_tensors
 from sparsiattn.serialization.fingerprint import fingerprint
 from sparsiattn.serialization.host import make_host
@@ -157,7 +158,8 @@ def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
 def _strategy(config: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     kind: type[Config] = REGISTRY.get("strategies", config["strategy"]["name"])
     budgets = {n: s["k"] for n, s in config["sites"].items() if s["k"] is not None}
-    return kind.from_dict(config["strategy"]), budgets
+    strategy = with_saved_values(kind.from_dict(config["strategy"]), config["sites"])
+    return strategy, budgets
 
 
 def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from sparsiattn._version import __version__
 from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import is_planner_key
+from sparsiattn.serialization.auto_values import of_site
 from sparsiattn.serialization.files import FORMAT, HOST, WEIGHTS, write
 from sparsiattn.serialization.fingerprint import fingerprint
 from sparsiattn.serialization.origin import origin_of
@@ -49,6 +50,9 @@ def save(state: PatchState, directory: Path, *, include_model: bool = False) -> 
             runtime.site.name: {
                 "k": getattr(runtime.strategy, "k", None),
                 "tokens": runtime.site.tokens,
+                "keys": runtime.site.keys,
+                "grid": list(runtime.site.key_grid),
+                "auto": of_site(runtime.strategy, runtime.site),
                 "heads": runtime.site.heads,
                 "head_dim": runtime.site.head_dim,
                 "dense": runtime.dense,

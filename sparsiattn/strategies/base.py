@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparsiattn.attention.auto_options import auto_background, auto_block, auto_options
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
@@ -17,15 +18,6 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, RenamedMembers
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.planner_weights import PlannerWeights
-
-# From this many tokens on, queries share keys in tiles: only then can a sparse kernel win.
-TILE_FROM = 1024
-AUTO_TILE = (8, 8)
-# The largest blocks that "auto" chooses keys in.
-AUTO_BLOCK = (4, 4)
-
-# Below, the default has 2 x 2 summary keys: windows of 7 x 7 have few keys to stand for.
-SMALL_GRID = 100
 
 Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
 
@@ -138,22 +130,26 @@ class Strategy(Config):
     def tile_for(self, tokens: int) -> Tile:
         """The tile at this many tokens, with ``"auto"`` and ``(1, 1)`` resolved."""
         if self.tile == "auto":
-            return AUTO_TILE if tokens >= TILE_FROM else 1
+            return auto_options(tokens).tile
         assert not isinstance(self.tile, str)
         return 1 if self.tile == (1, 1) else self.tile
 
-    def block_for(self, keys: int) -> Tile:
+    def block_for(self, keys: int, tile: Tile | None = None) -> Tile:
         """The block at this many keys, with ``"auto"`` resolved.
 
         1 where every query chooses alone or prefix keys have to compete.
+
+        Args:
+            keys: Keys of a query, prefix included.
+            tile: Queries that share their keys; None for those of an image of so many tokens.
         """
-        if self.tile_for(keys) == 1 or not self.prefix_keys or self.block in (1, (1, 1)):
+        tile = self.tile_for(keys) if tile is None else tile
+        if tile == 1 or not self.prefix_keys or self.block in (1, (1, 1)):
             return 1
         if self.block != "auto":
             assert not isinstance(self.block, str)
             return self.block
-        count = self._count(keys) or 0
-        return AUTO_BLOCK if count >= 128 else (2, 2) if count >= 32 else 1
+        return auto_block(self._count(keys) or 0)
 
     def background_for(self, grid: Grid) -> int | None:
         """g of the g x g summary keys on a grid of patch tokens, with ``"auto"`` resolved."""
@@ -271,18 +267,6 @@ def _check_background(g: object) -> None:
         raise InvalidOption(
             f"background must be None, 'auto' or an int g >= 1 for g x g summary keys, got {g!r}"
         )
-
-
-def auto_background(grid: Grid) -> int:
-    """Cells in each direction for a token grid.
-
-    More of them lose less of what is dropped and cost more; these are where the gain levels off.
-
-    >>> auto_background((7, 7)), auto_background((14, 14)), auto_background((37, 37))
-    (2, 5, 8)
-    """
-    tokens = grid[0] * grid[1]
-    return 2 if tokens < SMALL_GRID else min(8, round(1.4 * tokens**0.25))
 
 
 def check_flag(name: str, value: object) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.auto_options import TILE_FROM
 from sparsiattn.attention.geometry import Grid, Tile, Tiles
-from sparsiattn.strategies.base import TILE_FROM
 
 MapPair = tuple[nn.Linear, nn.Linear]
 

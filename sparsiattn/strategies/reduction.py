@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.auto_options import AUTO_TILE, LARGEST_BLOCK, TILE_FROM
 from sparsiattn.attention.budget import Budget, count_of
 from sparsiattn.attention.token_state import Assign, ReductionStep, TokenState, Unfold, take
 from sparsiattn.errors import InvalidType
-from sparsiattn.strategies.base import AUTO_BLOCK, AUTO_TILE, TILE_FROM
 
 Reduced = tuple[TokenState, Tensor]
 """A token state and the sequence ``[B, N, C]`` that it describes."""
@@ -253,7 +253,7 @@ def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
     if state.n_original < TILE_FROM:
         return index
     rank = geometry.table(
-        geometry.nested_rank, state.grid, AUTO_TILE, AUTO_BLOCK, device=index.device
+        geometry.nested_rank, state.grid, AUTO_TILE, LARGEST_BLOCK, device=index.device
     )
     return index.gather(1, rank[index].argsort(dim=1))
 
