@@ -34,16 +34,18 @@ class TopLogits(SizedPattern):
         n_keys: Keys, prefix included.
         k: The budget.
         inputs: Those of the call.
+        in_blocks: Whether keys are kept by the block, by the mean of their votes.
         summary: Pooled keys that stand for the dropped ones; None without.
     """
 
     k: Budget
     inputs: AttentionInputs
+    in_blocks: bool = False
 
     @staticmethod
-    def of(inputs: AttentionInputs, k: Budget) -> TopLogits:
+    def of(inputs: AttentionInputs, k: Budget, *, in_blocks: bool = False) -> TopLogits:
         """The best keys of a call."""
-        return TopLogits(inputs.n_queries, inputs.n_keys, check_budget(k), inputs)
+        return TopLogits(inputs.n_queries, inputs.n_keys, check_budget(k), inputs, in_blocks)
 
     @property
     def score_count(self) -> int:

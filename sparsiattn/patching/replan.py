@@ -119,7 +119,8 @@ def _around(state: PatchState) -> Iterator[Any]:
     waiting: list[tuple[str, nn.Module]] = [("", state.model)]
     while waiting:
         name, module = waiting.pop()
-        yield name, f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = _host_class(module)
+        yield name, f"{kind.__module__}.{kind.__qualname__}"
         for key, value in vars(module).items():
             if isinstance(value, _PLAIN) and key not in switched and not key.startswith("_"):
                 yield key, value
@@ -127,6 +128,14 @@ def _around(state: PatchState) -> Iterator[Any]:
         if name not in lists:
             parts = module.named_children()
             waiting.extend((f"{name}.{key}" if name else key, part) for key, part in parts)
+
+
+def _host_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class; `fully_shard` puts one above it, which computes the same."""
+    classes = type(module).__mro__
+    names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in classes]
+    below = names.index("torch.FSDPModule") + 1 if "torch.FSDPModule" in names else 0
+    return classes[below]
 
 
 def _rates(state: PatchState) -> tuple[bool, ...]:

@@ -76,8 +76,9 @@ class Connectivity(Strategy):
             logits of every query (of a tile by votes, see `TopLogits`), and ``"auto"`` these
             until the predictor is calibrated, trained or loaded. A predictor's option below that
             is set asks for the predictor, too.
-        block: In tile mode keys are chosen in blocks of 4 x 4 (2 x 2 below 128 kept keys) and the
-            tables have one row per block; 1 for single keys.
+        block: Keys that are kept together in tile mode. With ``"auto"`` the predictor chooses
+            blocks of 4 x 4 (2 x 2 below 128 kept keys), and votes choose single keys. The kernels
+            ``flex`` and ``xformers`` need blocks.
         tokens_per_basis: Patch tokens per basis vector, so about n / tokens_per_basis of them;
             None is 6 as in the paper below 1,024 tokens and 16 from there on.
         basis: The number of basis vectors instead.
@@ -219,7 +220,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def forward(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.strategy.k  # type: ignore[assignment]
         if not self.predicts:
-            return TopLogits.of(inputs, k)
+            return TopLogits.of(inputs, k, in_blocks=self.strategy.block != "auto")
         count, blocks = 0, inputs.blocks
         if blocks is not None:
             count = blocks_within(k, inputs.n_keys, inputs.prefix, blocks)

@@ -55,7 +55,8 @@ def finish(
     if not ranked:
         _check_size(pattern, inputs, blocks)
     if isinstance(pattern, TopLogits):
-        pattern = _rank_logits(pattern, inputs, prefix_keys)
+        in_blocks = blocks if pattern.in_blocks else None
+        pattern = _rank_logits(pattern, inputs, prefix_keys, in_blocks)
     elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
     elif isinstance(pattern, Mask) and inputs.prefix:
@@ -107,12 +108,14 @@ def _rank(
     return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
 
-def _rank_logits(pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool) -> Pattern:
+def _rank_logits(
+    pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, blocks: Tiles | None
+) -> Pattern:
     """Lists that the kernel finds, where one can; else as `_rank`."""
     keys = count_of(pattern.k, inputs.n_keys)
     fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
-    if not fits or not native_rows.serves(inputs):
-        return _rank(pattern.ranked(), inputs, prefix_keys, None)
+    if blocks is not None or not fits or not native_rows.serves(inputs):
+        return _rank(pattern.ranked(), inputs, prefix_keys, blocks)
     tiles, rows, prefix = inputs.tiles, inputs.prefix, inputs.prefix
     if tiles is not None:
         index = native_lists.voted_keys(

@@ -117,7 +117,10 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
     entries = set(re.findall(r'id="([\w.]+)"', (site / "api" / "index.html").read_text()))
     for name in sparsiattn.__all__:
         home = getattr(getattr(sparsiattn, name), "__module__", "")
-        assert entries & {f"sparsiattn.{name}", f"{home}.{name}"}, name
+        if not home.startswith("sparsiattn"):  # an alias does not say where it was defined
+            assert any(entry.endswith(f".{name}") for entry in entries), name
+        else:
+            assert entries & {f"sparsiattn.{name}", f"{home}.{name}"}, name
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
