@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedPatch
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching.apply import patch_quietly
 from sparsiattn.patching.handle import Patch
+from sparsiattn.patching.model_speed import note_speed
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.serialization.files import HOST, WEIGHTS, Saved, read, read_tensors
@@ -108,18 +109,20 @@ def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
     _check_host(unwrap(model), config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
-    patched = patch(
+    patched = patch_quietly(
         model,
         strategy,
         sites="*" if isinstance(strategy, TokenStrategy) else _selected(config),
         kernel=config["kernel"],
         schedule={"k": budgets} if budgets else None,
         input=_example(config) if input is None else input,
+        cut_to_grid=True,
         **config.get("structure", {}),  # what the user said of the sequences
     )
     try:
         _restore_sites(patched, config)
         _fill(patched, tensors)
+        note_speed(patched)
     except BaseException:
         patched.unpatch()
         raise
