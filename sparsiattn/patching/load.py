@@ -54,8 +54,8 @@ def from_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with sparsiattn.patch(timm.create_model("test_vit"), k=0.2) as patch:
     ...         _ = patch.save(folder, include_model=True)
-    ...     from_pretrained(folder)
-    <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
+    ...     from_pretrained(folder).title
+    'connectivity on 6 sites of VisionTransformer'
     """
     if model is not None and pretrained is not None:
         raise InvalidOption("pretrained= is for a host that is made here, and model= was given")
@@ -97,8 +97,8 @@ def load(model: nn.Module, directory: str | PathLike[str], *, input: Any = None)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with sparsiattn.patch(model, k=0.2) as patch:
     ...         _ = patch.save(folder)
-    ...     sparsiattn.load(model, folder)
-    <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
+    ...     sparsiattn.load(model, folder).title
+    'connectivity on 6 sites of VisionTransformer'
     """
     return apply_saved(model, read(Path(directory)), input)
 
