@@ -96,10 +96,14 @@ class MacTally:
         formula = self._formulas.get(func.overloadpacket)
         if formula is None:
             return
-        key = func, *(x.shape if isinstance(x, Tensor) else str(x) for x in args)
-        macs = None if kwargs else self._known.get(key)
+        # with the result: packed weights, which are no tensors, say nothing of their shape
+        shapes = (x.shape if isinstance(x, Tensor) else str(x) for x in (*args, out))
+        key = (func, *shapes) if isinstance(out, Tensor) and not kwargs else None
+        macs = self._known.get(key)
         if macs is None:
-            macs = self._known[key] = int(formula(*args, **kwargs, out_val=out)) // 2
+            macs = int(formula(*args, **kwargs, out_val=out)) // 2
+            if key is not None:
+                self._known[key] = macs
         self.macs += macs
 
     def clear(self) -> None:
