@@ -17,6 +17,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import PLANNING, Planning, Work
+from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
@@ -104,7 +105,8 @@ def expect(
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
     planning = cost.planning_of(planned, macs, inputs)
-    choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
+    with recalling():  # a kernel may ask for lists that are made only then
+        choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
     return Expected(pattern, macs, planning, choice.after(planning))
 
 
