@@ -254,6 +254,7 @@ def plan_patch(
         run = validate_token_plan(planned, consumers, surveyed.returned)
         if planned.shortens:
             know_training(planned, surveyed)
+    planned.only_if_faster = only_if_faster
     settle_sites(planned, run, only_if_faster)
     return planned
 

@@ -83,25 +83,36 @@ class MacTally:
     A mode of its own would cost every operator of a trace some time.
 
     Attributes:
-        macs: Multiply-accumulates so far.
+        macs: Multiply-accumulates so far; None once an operator came that torch cannot count, where
+            that is no error.
+
+    Args:
+        strict: Whether it is.
     """
 
-    def __init__(self) -> None:
-        self.macs = 0
+    def __init__(self, *, strict: bool = True) -> None:
+        self.macs: int | None = 0
+        self._strict = strict
         self._formulas = flop_counter().flop_registry
         self._known: dict[Any, int] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Count one operator."""
         formula = self._formulas.get(func.overloadpacket)
-        if formula is None:
+        if formula is None or self.macs is None:
             return
         # with the result: packed weights, which are no tensors, say nothing of their shape
         shapes = (x.shape if isinstance(x, Tensor) else str(x) for x in (*args, out))
         key = (func, *shapes) if isinstance(out, Tensor) and not kwargs else None
         macs = self._known.get(key)
         if macs is None:
-            macs = int(formula(*args, **kwargs, out_val=out)) // 2
+            try:
+                macs = int(formula(*args, **kwargs, out_val=out)) // 2
+            except Exception:  # grouped heads, say, in older versions
+                if self._strict:
+                    raise
+                self.macs = None
+                return
             if key is not None:
                 self._known[key] = macs
         self.macs += macs
@@ -114,5 +125,5 @@ class MacTally:
 def macs_of(counter: Any) -> int:
     """Multiply-accumulates that a counter saw; 0 without a counter."""
     if isinstance(counter, MacTally):
-        return counter.macs
+        return counter.macs or 0
     return 0 if counter is None else int(counter.get_total_flops()) // 2

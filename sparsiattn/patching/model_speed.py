@@ -52,20 +52,22 @@ def note_speed(state: PatchState) -> None:
     where the user named a kernel, and where prices are no more than a guess: on GPUs and in half
     precision before `tune`.
     """
-    state.speed_note = ""
+    state.speed_note, dense = "", state.attention.macs
     sparse = [r for r in state.runtimes if not (r.dense or r.strategy.keeps_all(r.site.keys))]
-    if not sparse or state.kernel != "auto" or not _is_priced(state.model):
+    if not (sparse and dense) or state.only_if_faster or state.kernel != "auto":
+        return
+    if not _is_priced(state.model):
         return
     try:
         run = dry_run(state) if state.blocks else None
         choices = dict(_choices(state, sparse, run))
     except Exception:  # plans of plug-ins may need values; `report` raises what they do
         return
-    speeds = {name: choice.expected for name, choice in choices.items()}
-    if min(speeds.values()) < SLOWER and not (run is not None and run.ragged):
-        speed = model_speed(state, run, state.attention.macs, speeds)
-        if speed < SLOWER:
-            state.speed_note = loses_time(speed, instead(state, choices))
+    slow = {name: choice for name, choice in choices.items() if choice.expected < SLOWER}
+    if slow and not (run is not None and run.ragged):
+        speeds = {name: choice.expected for name, choice in choices.items()}
+        speed = model_speed(state, run, dense, speeds)
+        state.speed_note = loses_time(speed, instead(state, slow)) if speed < SLOWER else ""
 
 
 def _is_priced(model: nn.Module) -> bool:
@@ -102,7 +104,12 @@ def _kind(runtime: SiteRuntime, run: DryRun | None) -> object:
 
 
 def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
-    """What to type where the model would lose time with these kernels at its sites."""
+    """What to type where the model would lose time.
+
+    Args:
+        state: The patch.
+        choices: The kernels of sites that are slower than dense, as expected or as measured.
+    """
     slow = [r for r in state.runtimes if r.site.name in choices]
     refusals = [why for choice in choices.values() for _, why in choice.refusals]
     advice = []
@@ -112,7 +119,8 @@ def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
         advice += ["strategy='token_drop'", "strategy='token_merge'"]
     if slow and pays_if_larger(slow[0]):
         advice.append("larger images")
-    return [*advice, "only_if_faster=True"]
+    known = all(choice.expected < 1.0 for choice in choices.values())
+    return [*advice, "only_if_faster=True" if known else "only_if_faster=True after tune()"]
 
 
 def _can_shorten(sites: Sequence[Site]) -> bool:

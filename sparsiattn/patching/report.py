@@ -212,7 +212,8 @@ def report(state: PatchState, total: int | None = None) -> Report:
     speed = None
     if other and not (run is not None and run.ragged):
         speed = model_speed(state, run, dense, {row.name: row.speed for row in rows})
-    choices = {site.site.name: e.choice for site, e in expected if e.choice.expected < SLOWER}
+    slow = {row.name for row in rows if row.speed < SLOWER}
+    choices = {site.site.name: e.choice for site, e in expected if site.site.name in slow}
     return Report(
         model=type(state.model).__name__,
         backbone=state.backbone,

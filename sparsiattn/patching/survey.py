@@ -47,7 +47,7 @@ class ModelSurvey:
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
         given: What the user said of the model's sequences.
         entrances: As in `Probe`.
-        macs: Multiply-accumulates of the dense model for one image.
+        macs: Multiply-accumulates of the dense model for one image, None where not all are known.
     """
 
     backbone: Backbone
@@ -60,7 +60,7 @@ class ModelSurvey:
     read_by_hooks: frozenset[str] = frozenset()
     given: GivenStructure | None = None
     entrances: tuple[str, ...] = ()
-    macs: int = 0
+    macs: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ def _survey_with(
     copied = value_copy(model) if example.with_values else meta_copy(model)
     for override in backbone.attribute_overrides(copied):
         override.apply()
-    tally = MacTally()
+    tally = MacTally(strict=False)
     run = probe(copied, inputs_of(example, copied, backbone), tally)
     sites, skipped = backbone.sites(run.calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes

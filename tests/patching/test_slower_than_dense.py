@@ -17,6 +17,7 @@ from timm import models
 import sparsiattn
 from sparsiattn import SlowerThanDense
 from sparsiattn.kernels import Gather, cost
+from sparsiattn.patching.estimate import expect
 from tests.support import zoo
 
 FIGURE = re.compile(r"(\d\.\d\d)x of dense expected")
@@ -85,11 +86,17 @@ def test_larger_images_are_advised_where_they_help(strategy: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("vit", "topk"), ("vit", "longformer"), ("swin", "topk"), ("hiera", "topk")],
+    [
+        ("vit", "topk"),
+        ("vit", "longformer"),
+        ("swin", "topk"),
+        ("hiera", "topk"),
+        ("vit_relpos", "hybrid"),
+    ],
 )
 def test_warning_and_report_agree(name: str, strategy: str) -> None:
     model = zoo.build(name)
-    with heard() as told, sparsiattn.patch(model, strategy) as patch:
+    with heard() as told, sparsiattn.patch(model, strategy, only_if_faster=False) as patch:
         report = patch.report()
     assert report.speed is not None
     (warning,) = told
@@ -151,3 +158,14 @@ def test_as_an_error_it_leaves_the_model_alone() -> None:
         with pytest.raises(SlowerThanDense, match="of dense expected"):
             sparsiattn.patch(model, "topk", k=0.25)
     assert sparsiattn.patch_of(model) is None
+
+
+def test_sites_measured_to_be_slower_than_expected_ask_for_tuning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Gather, "speed", lambda *_: 50.0)
+    monkeypatch.setattr(cost.Planning, "share", lambda *_: 0.0)
+    with sparsiattn.patch(zoo.build("vit"), "local", k=0.25) as patch:
+        for runtime in patch.runtimes:
+            runtime.note_measured(0.5, expect(runtime, None).choice)
+        assert patch.report().instead[-1] == "only_if_faster=True after tune()"
