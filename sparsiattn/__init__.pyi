@@ -39,6 +39,7 @@ from .errors import ModelChanged as ModelChanged
 from .errors import NothingToPatch as NothingToPatch
 from .errors import PluginError as PluginError
 from .errors import ProbeFailed as ProbeFailed
+from .errors import SlowerThanDense as SlowerThanDense
 from .errors import SparsiattnError as SparsiattnError
 from .errors import TrainingDiverged as TrainingDiverged
 from .errors import UnknownName as UnknownName

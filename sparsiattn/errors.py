@@ -77,6 +77,10 @@ class GuessedStructure(UserWarning):
     """Grid and special tokens of a sequence follow from its length alone; see `patch`."""
 
 
+class SlowerThanDense(UserWarning):
+    """The patched model is expected to take longer than the dense one; see `patch`."""
+
+
 class PluginError(SparsiattnError, RuntimeError):
     """A plug-in returned something that cannot be registered."""
 

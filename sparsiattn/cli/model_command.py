@@ -140,6 +140,8 @@ class ModelRequest:
             InvalidOption: The checkpoint is of a patched model, and nothing says of which patch.
         """
         import sparsiattn
+        from sparsiattn.patching import patch_quietly
+        from sparsiattn.patching.model_speed import note_speed
 
         arguments, saved = self.patch_arguments(default_strategy), self.saved_patch()
         model = self.create()
@@ -153,7 +155,10 @@ class ModelRequest:
                     "which --strategy and options, or give --planners"
                 )
             return model, None
-        patch = sparsiattn.patch(model, **arguments)
+        patch = patch_quietly(model, **arguments)
+        note_speed(patch)
+        if patch.speed_note and is_first_process():
+            typer.secho(f"{patch.title}: {patch.speed_note}", fg="yellow", err=True)
         # Once more: planners that look at the model's weights had to find them when it was patched,
         # and the checkpoint's own planners have a place only now.
         if planners and self.checkpoint is not None:

@@ -4,7 +4,7 @@ May import `sparsiattn.serialization` and what stands below it; training, analys
 the command line build on it. `discovery` finds the attention of a model that was never seen.
 """
 
-from sparsiattn.patching.apply import apply_strategy, patch, resolve
+from sparsiattn.patching.apply import apply_strategy, patch, patch_quietly, resolve
 from sparsiattn.patching.discovery import AttentionCall, Backbone, Pooling, count_class_tokens
 from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch, patch_of, unpatch

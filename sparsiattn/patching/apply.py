@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -11,13 +12,15 @@ from torch import nn
 from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType
+from sparsiattn.errors import AlreadyPatched, InvalidOption, InvalidType, SlowerThanDense
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.patching.distributed import refuse_inside, refuse_wrapped
 from sparsiattn.patching.estimate import settle_sites
+from sparsiattn.patching.fit_grid import check_grids
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.install import attach
 from sparsiattn.patching.known_calls import know_call, know_training
+from sparsiattn.patching.model_speed import note_speed
 from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.places import fit_places
 from sparsiattn.patching.replan import watch_changes
@@ -79,6 +82,8 @@ def patch(
 
     Warns:
         GuessedStructure: Nothing tells which tokens are patches.
+        SlowerThanDense: One image is expected to take longer than without the patch; the warning
+            says what to type instead. Never for ``"dense"`` and where ``kernel`` is named.
 
     Raises:
         SparsiattnError: The message names the fault; the model is unchanged.
@@ -93,8 +98,62 @@ def patch(
     ...     changed, torch.equal(model(x), before)
     (True, True)
     """
-    model, outermost = unwrap(model), model
-    config = resolve(strategy, k, options)
+    planned = plan_call(
+        model,
+        strategy,
+        k=k,
+        sites=sites,
+        kernel=kernel,
+        only_if_faster=only_if_faster,
+        schedule=schedule,
+        input=input,
+        grid=grid,
+        prefix=prefix,
+        suffix=suffix,
+        specials=specials,
+        **options,
+    )
+    note_speed(planned)
+    if planned.speed_note:  # before the model changes: a warning may be an error
+        warnings.warn(f"{planned.title}: {planned.speed_note}", SlowerThanDense, stacklevel=2)
+    return _put_on(planned)
+
+
+def patch_quietly(model: nn.Module, *args: Any, **options: Any) -> Patch:
+    """As `patch`, without a word on speed: for code that measures it, or patches many times.
+
+    Args:
+        model: The model.
+        *args: Others of `plan_call`.
+        **options: Others of `plan_call`.
+    """
+    return _put_on(plan_call(model, *args, **options))
+
+
+def plan_call(
+    model: nn.Module,
+    strategy: str | Config = "connectivity",
+    *,
+    k: Budgets | None = None,
+    sites: Sites = "*",
+    kernel: str = "auto",
+    only_if_faster: bool | None = None,
+    schedule: Schedule = None,
+    input: Any = None,
+    grid: tuple[int, ...] | None = None,
+    prefix: int | None = None,
+    suffix: int | None = None,
+    specials: int | Sequence[int] | None = None,
+    cut_to_grid: bool = False,
+    **options: Any,
+) -> Patch:
+    """What `patch` was asked for, checked and planned; the model is not touched yet.
+
+    Args:
+        model: As in `patch`, and so are the others but the next.
+        cut_to_grid: As in `plan_patch`.
+    """
+    inner, config = unwrap(model), resolve(strategy, k, options)
     if only_if_faster is None:
         only_if_faster = isinstance(config, Hybrid)
     if not isinstance(only_if_faster, bool):
@@ -104,10 +163,10 @@ def patch(
             f"{config.name!r} makes the sequence shorter for whole blocks, so it takes "
             f"layers=[...] (block indices) instead of sites={sites!r}"
         )
-    _refuse_second(model)
-    refuse_inside(model)
-    return apply_strategy(
-        model,
+    _refuse_second(inner)
+    refuse_inside(inner)
+    planned = plan_patch(
+        inner,
         config,
         sites=sites,
         kernel=kernel,
@@ -115,23 +174,26 @@ def patch(
         example=input,
         only_if_faster=only_if_faster,
         structure=GivenStructure.read(grid, prefix, suffix, specials),
-        outermost=outermost,
+        cut_to_grid=cut_to_grid,
     )
+    refuse_wrapped(model, planned)
+    return planned
 
 
-def apply_strategy(
-    model: nn.Module, strategy: Config, outermost: nn.Module | None = None, **options: Any
-) -> Patch:
+def apply_strategy(model: nn.Module, strategy: Config, **options: Any) -> Patch:
     """Plan a patch and put it into the model; arguments as `plan_patch` takes them.
 
     Args:
         model: The model.
         strategy: The strategy object.
-        outermost: The model with what is wrapped around it.
         **options: Others of `plan_patch`.
     """
     planned = plan_patch(model, strategy, **options)
-    refuse_wrapped(model if outermost is None else outermost, planned)
+    refuse_wrapped(model, planned)
+    return _put_on(planned)
+
+
+def _put_on(planned: Patch) -> Patch:
     attach(planned)
     watch_changes(planned)
     return planned
@@ -148,6 +210,7 @@ def plan_patch(
     only_if_faster: bool = False,
     surveyed: ModelSurvey | None = None,
     structure: GivenStructure | None = None,
+    cut_to_grid: bool = False,
 ) -> Patch:
     """A patch that knows what to do at every site and block; the model is not touched yet.
 
@@ -161,6 +224,8 @@ def plan_patch(
         only_if_faster: As in `patch`, decided.
         surveyed: The model's attention; None to look for it.
         structure: What the user says of the model's sequences.
+        cut_to_grid: Whether tiles and summary keys for which a grid is too small are cut to it:
+            files saved before that was refused may ask for such.
     """
     attention, tokens = parts_of(strategy)
     kernels = _kernels(kernel)
@@ -178,15 +243,18 @@ def plan_patch(
     selected = select(planned.model_sites, sites)
     resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
     configs = apply_schedule(budgets.get("k", {}), selected, resolved)
-    configs = list(fit_places(dict(zip(selected, configs, strict=True))).values())
+    fitted = fit_places(dict(zip(selected, configs, strict=True)))
+    if not cut_to_grid:
+        check_grids(fitted)
     consumers = None if tokens is None else plan_tokens(planned, surveyed, tokens, budgets)
-    _add_sites(planned, dict(zip(selected, configs, strict=True)), kernels)
+    _add_sites(planned, fitted, kernels)
     run = None
     if consumers is not None:
         know_call(planned, surveyed)
         run = validate_token_plan(planned, consumers, surveyed.returned)
         if planned.shortens:
             know_training(planned, surveyed)
+    planned.only_if_faster = only_if_faster
     settle_sites(planned, run, only_if_faster)
     return planned
 

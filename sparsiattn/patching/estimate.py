@@ -17,9 +17,11 @@ from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import PLANNING, Planning, Work
+from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.runtime.measured_speed import predicts
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
 from sparsiattn.strategies.base import LearnedPlanner
@@ -103,7 +105,8 @@ def expect(
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
     planning = cost.planning_of(planned, macs, inputs)
-    choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
+    with recalling():  # a kernel may ask for lists that are made only then
+        choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
     return Expected(pattern, macs, planning, choice.after(planning))
 
 
@@ -151,16 +154,21 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
 
 
 def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
-    """What `measure_sites`, else `tune`, found for a site; None if neither did."""
-    return tuned_ratio(runtime, site, choice) if runtime.measured is None else runtime.measured
+    """What `measure_sites`, else `tune`, found for calls like this one; None if neither did."""
+    measured = runtime.measured
+    if measured is not None and measured.holds_for(choice, runtime.planner):
+        return measured.ratio
+    return tuned_ratio(runtime, site, choice)
 
 
 def tuned_ratio(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
     """Speed of planning and kernel relative to dense attention as `tune` measured it.
 
-    None if it measured no call of this very shape, budget and tile.
+    None if it measured no call of this very shape, budget and tile, whose keys no predictor ranks.
     """
     call, strategy = choice.call, runtime.strategy
+    if predicts(runtime.planner):
+        return None
     if call is None or not isinstance(strategy, Connectivity) or site.windows > 1:
         return None
     if site.prefix_tokens != 1 or site.bias != "none" or call.dim != call.value_dim:

@@ -158,10 +158,8 @@ class Patch(PatchState):
 
     def __repr__(self) -> str:
         state = "" if self.active else " (undone)"
-        return (
-            f"<Patch{state}: {self.strategy.name} on {len(self.runtimes)} sites of "
-            f"{type(self.model).__name__}, kernel={self.kernel!r}>"
-        )
+        note = f": {self.speed_note}" if self.active and self.speed_note else ""
+        return f"<Patch{state}: {self.title}, kernel={self.kernel!r}{note}>"
 
 
 def patch_of(model: nn.Module) -> Patch | None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsiattn.errors import InvalidOption, MismatchedPatch
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching.apply import patch_quietly
 from sparsiattn.patching.handle import Patch
+from sparsiattn.patching.model_speed import note_speed
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.serialization.auto_values import with_saved_values
@@ -54,8 +55,8 @@ def from_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with sparsiattn.patch(timm.create_model("test_vit"), k=0.2) as patch:
     ...         _ = patch.save(folder, include_model=True)
-    ...     from_pretrained(folder)
-    <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
+    ...     from_pretrained(folder).title
+    'connectivity on 6 sites of VisionTransformer'
     """
     if model is not None and pretrained is not None:
         raise InvalidOption("pretrained= is for a host that is made here, and model= was given")
@@ -97,8 +98,8 @@ def load(model: nn.Module, directory: str | PathLike[str], *, input: Any = None)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with sparsiattn.patch(model, k=0.2) as patch:
     ...         _ = patch.save(folder)
-    ...     sparsiattn.load(model, folder)
-    <Patch: connectivity on 6 sites of VisionTransformer, kernel='auto'>
+    ...     sparsiattn.load(model, folder).title
+    'connectivity on 6 sites of VisionTransformer'
     """
     return apply_saved(model, read(Path(directory)), input)
 
@@ -109,18 +110,20 @@ def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
     _check_host(unwrap(model), config)  # first: names of sites mean nothing in another model
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
-    patched = patch(
+    patched = patch_quietly(
         model,
         strategy,
         sites="*" if isinstance(strategy, TokenStrategy) else _selected(config),
         kernel=config["kernel"],
         schedule={"k": budgets} if budgets else None,
         input=_example(config) if input is None else input,
+        cut_to_grid=True,
         **config.get("structure", {}),  # what the user said of the sequences
     )
     try:
         _restore_sites(patched, config)
         _fill(patched, tensors)
+        note_speed(patched)
     except BaseException:
         patched.unpatch()
         raise

@@ -37,7 +37,7 @@ def fit_places(configs: dict[Site, Strategy]) -> dict[Site, Strategy]:
     choosing = (s for s, config in configs.items() if not isinstance(config, DenseStrategy))
     guesses = [site for site in choosing if site.is_guess]
     if guesses:
-        warnings.warn(_guess(guesses), GuessedStructure, stacklevel=4)
+        warnings.warn(_guess(guesses), GuessedStructure, stacklevel=5)
     return {
         site: config if site.placed else replace(config, tile=1, background=None)
         for site, config in configs.items()

@@ -12,11 +12,13 @@ from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import ProbeFailed, renamed_property
 from sparsiattn.kernels import cost, tuning_cache
+from sparsiattn.patching.alternatives import tile_lines
 from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_dry
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
-from sparsiattn.patching.report_lines import not_faster, whole_model
+from sparsiattn.patching.model_speed import instead, model_speed, other_macs
+from sparsiattn.patching.report_lines import SLOWER, loses_time, not_faster, whole_model
 from sparsiattn.patching.text import (
     Row,
     aligned,
@@ -104,6 +106,8 @@ class Report:
             decoders, queries, text.
         speed: Expected speed of the whole model relative to dense: sites at the best known speed,
             the rest by its MACs.
+        instead: What to type instead, where that is below 0.98.
+        tiles: Which queries share their keys, why, and what another tile would bring.
     """
 
     model: str
@@ -123,6 +127,8 @@ class Report:
     structures: tuple[str, ...] = ()
     whole_blocks: tuple[tuple[str, str], ...] = ()
     speed: float | None = None
+    instead: tuple[str, ...] = ()
+    tiles: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int | None:
@@ -150,10 +156,12 @@ class Report:
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
             f"input {shape_text(self.input_shape)}"
         )
-        speed = [] if self.speed is None else [whole_model(self.speed)]
+        lines = [head]
+        if self.speed is not None:
+            note = loses_time(self.speed, self.instead)
+            lines = [f"{head}: {note}" if note else head, whole_model(self.speed)]
         return [
-            head,
-            *speed,
+            *lines,
             f"model MACs {macs_text(self.macs_dense)} -> {macs_text(self.macs)}, "
             f"MHSA {macs_text(self.mhsa_macs_dense)} -> {macs_text(self.mhsa_macs)}, "
             f"predictor {macs_text(self.predictor_macs)} "
@@ -161,7 +169,7 @@ class Report:
         ]
 
     def _tail(self) -> list[str]:
-        lines = [*self.structures, *self.reductions]
+        lines = [*self.structures, *self.reductions, *self.tiles]
         lines += [f"{name} keeps every token: {reason}" for name, reason in self.whole_blocks]
         lines += [f"{row.name}: {row.note}" for row in self.sites if row.note]
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
@@ -194,14 +202,18 @@ def report(state: PatchState, total: int | None = None) -> Report:
         total: MACs of the dense model, where they are known.
     """
     run, dense = _runs(state, total)
-    rows = tuple(_site_report(*site, run) for site in expect_all(state, run))
+    expected = list(expect_all(state, run))
+    rows = tuple(_site_report(*site, run) for site in expected)
     not_selected = [site for site in state.model_sites if site not in state.sites]
     known = [row.macs for row in rows if row.macs is not None]
     mhsa_dense = sum(site.macs for site in state.model_sites)
-    other: int | None = dense - mhsa_dense
-    if run is not None:
-        other = run.macs - run.planning - sum(site_at(site, run).macs for site in state.sites)
+    other = other_macs(state, run, dense)
     counted = len(known) == len(rows) and not (run is not None and run.ragged)
+    speed = None
+    if other and not (run is not None and run.ragged):
+        speed = model_speed(state, run, dense, {row.name: row.speed for row in rows})
+    slow = {row.name for row in rows if row.speed < SLOWER}
+    choices = {site.site.name: e.choice for site, e in expected if site.site.name in slow}
     return Report(
         model=type(state.model).__name__,
         backbone=state.backbone,
@@ -219,23 +231,10 @@ def report(state: PatchState, total: int | None = None) -> Report:
         price_source=_price_source(rows, state),
         structures=structure_lines(state.sites),
         whole_blocks=state.whole_blocks,
-        speed=_speed(rows, state, run, dense, other) if counted and other else None,
+        speed=speed,
+        tiles=tile_lines(expected, run),
+        instead=() if speed is None or speed >= SLOWER else tuple(instead(state, choices)),
     )
-
-
-def _speed(
-    rows: tuple[SiteReport, ...],
-    state: PatchState,
-    run: DryRun | None,
-    dense: int,
-    other: int,
-) -> float:
-    """Of the whole model, as if time were MACs where no site's speed is known."""
-    sites = {runtime.site.name: site_at(runtime.site, run).macs for runtime in state.runtimes}
-    selected = {site.name for site in state.sites}
-    attention = sum(site.macs for site in state.model_sites if site.name not in selected)
-    attention_time = sum(sites[row.name] / row.speed for row in rows if row.speed > 0)
-    return dense / (other + attention + attention_time)
 
 
 _PLACES = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.errors import MismatchedPatch
-from sparsiattn.patching.apply import patch
+from sparsiattn.patching.apply import patch_quietly
 from sparsiattn.patching.handle import Patch
 from sparsiattn.strategies.base import Budgets
 from sparsiattn.strategies.connectivity import Connectivity
@@ -71,7 +71,7 @@ def load_sparsifiner(
         background=None,
         prefix_keys=False,
     )
-    patched = patch(model, strategy, sites=list(predictors))
+    patched = patch_quietly(model, strategy, sites=list(predictors))
     try:
         for runtime in patched.runtimes:
             planner = runtime.planner

@@ -28,6 +28,7 @@ from sparsiattn.patching.discovery.meta_model import (
     value_copy,
 )
 from sparsiattn.patching.discovery.probe import AttentionCall, MapSource, probe
+from sparsiattn.patching.flop_counter import MacTally
 from sparsiattn.runtime.patch_state import ModelAttention, PatchState
 
 
@@ -46,6 +47,7 @@ class ModelSurvey:
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
         given: What the user said of the model's sequences.
         entrances: As in `Probe`.
+        macs: Multiply-accumulates of the dense model for one image, None where not all are known.
     """
 
     backbone: Backbone
@@ -58,6 +60,7 @@ class ModelSurvey:
     read_by_hooks: frozenset[str] = frozenset()
     given: GivenStructure | None = None
     entrances: tuple[str, ...] = ()
+    macs: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,6 +103,7 @@ class ModelSurvey:
             lifted=frozenset(call.name for call in self.calls if call.lifted),
             map_module=self.map_module,
             entrances=self.entrances,
+            macs=self.macs,
             map_size=(self.shape[-2], self.shape[-1]) if tokens is None else tokens.size,
         )
 
@@ -164,7 +168,8 @@ def _survey_with(
     copied = value_copy(model) if example.with_values else meta_copy(model)
     for override in backbone.attribute_overrides(copied):
         override.apply()
-    run = probe(copied, inputs_of(example, copied, backbone))
+    tally = MacTally(strict=False)
+    run = probe(copied, inputs_of(example, copied, backbone), tally)
     sites, skipped = backbone.sites(run.calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes
     if given is not None:
@@ -180,6 +185,7 @@ def _survey_with(
         run.read_by_hooks,
         given=given,
         entrances=run.entrances,
+        macs=tally.macs,
     )
 
 

@@ -49,6 +49,7 @@ class ModelAttention:
         map_module: Path of the convolution that makes tokens; None where none does.
         map_size: Rows and columns of what it returns, or of the image.
         entrances: Paths of modules whose input a checkpoint may hand in once more.
+        macs: Multiply-accumulates of the dense model for one image, None where not all are known.
     """
 
     backbone: str
@@ -60,6 +61,7 @@ class ModelAttention:
     map_module: str | None = None
     map_size: Grid = (1, 1)
     entrances: tuple[str, ...] = ()
+    macs: int | None = None
 
 
 class PatchState(PatchOwner):
@@ -78,6 +80,9 @@ class PatchState(PatchOwner):
         hooks: Handles of every registered hook.
         places: Module path and module of everything that must stay where it was.
         is_copy: Whether it came with a copy of its model, or of a part of it, or from a file.
+        only_if_faster: Whether sites that were expected to lose time stay dense.
+        speed_note: What to say of its speed and what to type instead, where it was expected to lose
+            time when it was made; else empty.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class PatchState(PatchOwner):
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
         self.is_copy = False
+        self.only_if_faster, self.speed_note = False, ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": {}}
@@ -125,6 +131,12 @@ class PatchState(PatchOwner):
     def active(self) -> bool:
         """Whether the model still carries this patch."""
         return vars(self.model).get(PATCH_ATTRIBUTE) is self
+
+    @property
+    def title(self) -> str:
+        """What was patched, in a few words."""
+        sites = f"{len(self.runtimes)} sites of {type(self.model).__name__}"
+        return f"{self.strategy.name} on {sites}"
 
     @property
     def backbone(self) -> str:

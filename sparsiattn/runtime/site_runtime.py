@@ -22,6 +22,7 @@ from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.kernels.warmup import warm_kernels
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.cross_layer import hand_on, state_at
+from sparsiattn.runtime.measured_speed import MeasuredSpeed
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.thread_state import BLOCK_CALL, SITE_CALLS
 from sparsiattn.strategies import finalize
@@ -83,7 +84,7 @@ class SiteRuntime:
         last_cross_layer: Whether it is the last one.
         block: Index of the block that it stands in, where tokens may be fewer.
         last_choice: The kernel of the last eager call.
-        measured: Measured speed relative to dense attention, planning included.
+        measured: What `measure_sites` found, None before.
         choices: Kernels chosen for calls alike.
     """
 
@@ -101,12 +102,17 @@ class SiteRuntime:
     last_cross_layer: bool = False
     block: int | None = None
     last_choice: Choice | None = None
-    measured: float | None = None
+    measured: MeasuredSpeed | None = None
     choices: ChoiceCache = field(default_factory=ChoiceCache)
 
     def __getstate__(self) -> dict[str, Any]:
         # what was measured holds for this machine, and a copy chooses for itself
         return {**self.__dict__, "measured": None, "choices": ChoiceCache()}
+
+    def note_measured(self, ratio: float, choice: Choice) -> None:
+        """Keep a speed that was measured, with the kernel that ran for it."""
+        self.last_choice = choice
+        self.measured = MeasuredSpeed.of(ratio, choice, self.planner)
 
     def stays_dense(self, n_keys: int) -> bool:
         """Whether the host's own attention runs, known without planning."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.patching import Backbone, patch
+from sparsiattn.patching import Backbone, patch_quietly
 from sparsiattn.strategies import TopK
 from sparsiattn.testing.laws import restored
 
@@ -49,11 +49,11 @@ class BackboneSuite:
         x = self.images(model)
         with torch.no_grad():
             dense = model(x)
-            with patch(model, TopK(k=1.0), input=x) as patched:
+            with patch_quietly(model, TopK(k=1.0), input=x) as patched:
                 assert patched.backbone == self.backbone.name
                 assert len(patched.sites) >= self.least_sites
                 torch.testing.assert_close(model(x), dense, **self.tolerance)
-            with patch(model, TopK(k=0.25), input=x) as patched:
+            with patch_quietly(model, TopK(k=0.25), input=x) as patched:
                 assert not torch.equal(model(x), dense)
                 with patched.disabled():
                     assert torch.equal(model(x), dense)
@@ -64,7 +64,7 @@ class BackboneSuite:
         model = self.model().eval()
         x = self.images(model)
         keys, overrides = set(model.state_dict()), self.backbone.attribute_overrides(model)
-        with torch.no_grad(), restored(model), patch(model, TopK(k=0.25), input=x):
+        with torch.no_grad(), restored(model), patch_quietly(model, TopK(k=0.25), input=x):
             model(x)
             assert set(model.state_dict()) == keys
         for override in overrides:
@@ -74,19 +74,19 @@ class BackboneSuite:
     def test_images_do_not_influence_each_other(self) -> None:
         model = self.model().eval()
         x = self.images(model)
-        with torch.no_grad(), patch(model, TopK(k=0.25), input=x):
+        with torch.no_grad(), patch_quietly(model, TopK(k=0.25), input=x):
             torch.testing.assert_close(model(x)[:1], model(x[:1]), **self.batch_tolerance)
 
     def test_sites_describe_their_tokens(self) -> None:
         model = self.model().eval()
-        with patch(model, TopK(k=0.5), input=self.images(model)) as patched:
+        with patch_quietly(model, TopK(k=0.5), input=self.images(model)) as patched:
             for site in patched.sites:
                 assert site.grid[0] * site.grid[1] + site.prefix_tokens == site.tokens
                 assert site.key_grid[0] * site.key_grid[1] + site.prefix_tokens == site.keys
 
     def test_class_tokens_are_prefix_tokens(self) -> None:
         model = self.model().eval()
-        with patch(model, TopK(k=0.5), input=self.images(model)) as patched:
+        with patch_quietly(model, TopK(k=0.5), input=self.images(model)) as patched:
             prefix = min(site.prefix_tokens for site in patched.sites)
         assert 0 <= self.backbone.class_tokens(model) <= prefix
         assert self.backbone.pooling(model) in ("prefix", "avg", "max", "other")

@@ -13,7 +13,7 @@ import torch
 
 from sparsiattn.errors import first_line
 from sparsiattn.kernels import xformers as fmha
-from sparsiattn.patching import patch
+from sparsiattn.patching import patch_quietly
 from sparsiattn.patching.text import aligned
 from sparsiattn.registry import list_kernels, list_plugins
 from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -161,7 +161,7 @@ def _patch_and_undo() -> None:
     model, images = tiny_vit(), tiny_images(1)
     with torch.no_grad():
         before = model(images)
-        with patch(model, "connectivity", k=0.2):
+        with patch_quietly(model, "connectivity", k=0.2):
             changed = not torch.equal(model(images), before)
         restored = torch.equal(model(images), before)
     if not (changed and restored):

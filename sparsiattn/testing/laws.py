@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsiattn.analysis.profiling.profiler import profile
 from sparsiattn.errors import SparsiattnError, UnknownName
-from sparsiattn.patching import Patch, patch, patch_of
+from sparsiattn.patching import Patch, patch_of, patch_quietly
 from sparsiattn.patching.load import load
 from sparsiattn.strategies import Config, LearnedPlanner
 from sparsiattn.testing.fresh import HEAVY, imported_by
@@ -61,7 +61,7 @@ class PatchSuite:
     def _patched(self) -> Iterator[tuple[Any, Tensor, Patch]]:
         """The model, patched inside the block, its images, and the patch."""
         model = self.model()
-        with torch.no_grad(), patch(model, self.strategy) as patched:
+        with torch.no_grad(), patch_quietly(model, self.strategy) as patched:
             yield model, self.images(), patched
 
     def _ragged(self) -> bool:
@@ -98,7 +98,7 @@ class PatchSuite:
         full = dataclasses.replace(self.strategy, **self.identity)
         with torch.no_grad():
             dense = model(x)
-            with patch(model, full):
+            with patch_quietly(model, full):
                 torch.testing.assert_close(model(x), dense, **self.tolerance)
 
     def test_images_do_not_influence_each_other(self) -> None:
@@ -109,7 +109,7 @@ class PatchSuite:
         model, x = self.model(), self.images()
         with torch.no_grad():
             dense = model(x)
-            with restored(model), patch(model, self.strategy) as patched:
+            with restored(model), patch_quietly(model, self.strategy) as patched:
                 sparse = model(x)
                 assert not self.changes or not torch.equal(sparse, dense), "nothing was changed"
                 with patched.disabled():
@@ -120,7 +120,7 @@ class PatchSuite:
         model, x = self.model(), self.images()
         with torch.no_grad():
             dense = model(x)
-            with restored(model), patch(model, self.strategy):
+            with restored(model), patch_quietly(model, self.strategy):
                 sparse = model(x)
                 with pytest.raises((RuntimeError, AssertionError, ValueError)):
                     model(x[:, :1])  # one channel
@@ -130,7 +130,7 @@ class PatchSuite:
     def test_host_keys_stay_and_dense_checkpoints_load(self) -> None:
         model = self.model()
         dense = copy.deepcopy(model.state_dict())
-        with patch(model, self.strategy) as patched:
+        with patch_quietly(model, self.strategy) as patched:
             added = set(model.state_dict()) - set(dense)
             prefixes = tuple(f"{site.name}.sparsiattn." for site in patched.sites)
             assert all(name.startswith(prefixes) for name in added)
@@ -152,7 +152,7 @@ class PatchSuite:
         model, x = self.model(), self.images()
         model_copy = copy.deepcopy(model)
         found_by_name = registered("strategies", type(self.strategy))
-        with torch.no_grad(), found_by_name, patch(model, self.strategy) as patched:
+        with torch.no_grad(), found_by_name, patch_quietly(model, self.strategy) as patched:
             patched.save(tmp_path / "saved")
             with load(model_copy, tmp_path / "saved") as loaded:
                 assert type(loaded.strategy) is type(patched.strategy)
@@ -161,7 +161,7 @@ class PatchSuite:
     def test_host_weights_get_gradients(self) -> None:
         """Also after a warm-up in inference mode, whose tensors must not be kept."""
         model, x = self.model(), self.images()
-        with patch(model, self.strategy):
+        with patch_quietly(model, self.strategy):
             with torch.inference_mode():
                 model(x)
             model.train()(x).square().sum().backward()
@@ -184,7 +184,7 @@ class PatchSuite:
         if not hasattr(model, "set_grad_checkpointing"):
             pytest.skip("the host knows no gradient checkpointing")
         x = self.images()
-        with patch(model, self.strategy):
+        with patch_quietly(model, self.strategy):
             direct = _gradients(model, x)
             model.set_grad_checkpointing(True)
             torch.testing.assert_close(_gradients(model, x), direct)
@@ -193,7 +193,7 @@ class PatchSuite:
         """A planner with weights has a loss (`LearnedPlanner`), or the model's own reaches them in
         training mode."""
         model, x = self.model(), self.images()
-        with patch(model, self.strategy) as patched:
+        with patch_quietly(model, self.strategy) as patched:
             weights = {n: p for n, p in model.named_parameters() if ".sparsiattn." in n}
             if not weights:
                 return
@@ -216,7 +216,7 @@ class PatchSuite:
         state = torch.get_rng_state()
         outputs = []
         for _ in range(2):
-            with torch.no_grad(), patch(model, self.strategy):
+            with torch.no_grad(), patch_quietly(model, self.strategy):
                 outputs += [model(x), model(x)]
         assert all(torch.equal(output, outputs[0]) for output in outputs)
         assert torch.equal(state, torch.get_rng_state()), "the global RNG was touched"
@@ -260,7 +260,7 @@ class PatchSuite:
             dense = model(x)
             with restored(model):
                 try:
-                    patched = patch(model, self.strategy)
+                    patched = patch_quietly(model, self.strategy)
                 except SparsiattnError as refusal:
                     assert str(refusal)  # noqa: PT017 - a refusal is one of two answers
                 else:

@@ -12,7 +12,7 @@ import torch
 from sparsiattn.attention import AttentionInputs, CrossLayerState, Dense, Pattern
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels import Reference
-from sparsiattn.patching import patch
+from sparsiattn.patching import patch_quietly
 from sparsiattn.strategies import Strategy, finish
 from sparsiattn.testing.hosts import random_inputs, tiny_vit
 from sparsiattn.testing.laws import PatchSuite
@@ -105,7 +105,7 @@ class StrategySuite(PatchSuite):
         """Five leading tokens instead of one: all of them reach the head in full."""
         model, x = tiny_vit(reg_tokens=4), self.images()
         names: list[str] = []
-        with torch.no_grad(), patch(model, self.strategy, input=x) as patched:
+        with torch.no_grad(), patch_quietly(model, self.strategy, input=x) as patched:
             assert all(site.prefix_tokens == 5 for site in patched.sites)
             with patched.observing(lambda site, planner, inputs: names.append(site.name)):
                 assert torch.isfinite(model(x)).all()

@@ -60,8 +60,14 @@ def repatch(patch: Patch, strategy: Any) -> Patch:
     selected = [runtime.site.name for runtime in patch.runtimes if runtime.selected]
     sites = selected if isinstance(strategy, Hybrid) else "*"
     patch.unpatch()
-    fresh = apply.patch(
-        model, strategy, kernel=kernel, input=example, only_if_faster=False, sites=sites
+    fresh = apply.patch_quietly(
+        model,
+        strategy,
+        kernel=kernel,
+        input=example,
+        only_if_faster=False,
+        sites=sites,
+        cut_to_grid=True,
     )
     for runtime in fresh.runtimes:  # where sparse attention was too slow it stays dense
         runtime.dense = dense.get(runtime.site.name, False)

@@ -119,7 +119,7 @@ def _patched(model: nn.Module, recipe: Recipe) -> Iterator[Patch]:
         raise InvalidOption(
             "train() needs a patched model or a recipe with a strategy: patch(model, ...) first"
         )
-    patch = apply.patch(model, recipe.strategy, **recipe.options)
+    patch = apply.patch_quietly(model, recipe.strategy, **recipe.options)
     # torch counts in-place changes of a tensor: an optimizer's step shows
     versions = [weight._version for weight in model.parameters()]
     try:

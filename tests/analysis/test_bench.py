@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn import InvalidOption, bench, measure_sites
+from sparsiattn.kernels import Gather, MaskedSDPA, cost
 from sparsiattn.runtime import timing
 from tests.support import zoo
 
@@ -218,3 +219,42 @@ def test_an_undone_patch_is_refused() -> None:
     live.unpatch()
     with pytest.raises(sparsiattn.ModelChanged, match="measure_sites"):
         measure_sites(live, zoo.images(model))
+
+
+def test_a_measured_speed_holds_for_calls_like_the_one_timed(
+    took: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("vit").eval()
+    live = sparsiattn.patch(model, "local", k=0.25)
+    x = zoo.images(model)
+
+    def shown() -> set[float | None]:
+        return {row.measured for row in live.report().sites}
+
+    measure_sites(live, x)
+    assert shown() == {4.0}
+    with torch.no_grad():
+        for images, known in ((x[:1], None), (x, 4.0)):  # fewer images, and as before
+            model(images)
+            assert shown() == {known}
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "get_num_threads", lambda: 77)
+            assert shown() == {None}
+        assert shown() == {4.0}
+        kernel = live.report().sites[0].kernel
+        other = Gather if kernel != "gather" else MaskedSDPA
+        monkeypatch.setattr(other, "speed", lambda *_: 50.0)
+        cost.reload()
+        model(x)
+        assert live.report().sites[0].kernel != kernel
+        assert shown() == {None}
+    cost.reload()
+
+
+def test_a_measured_speed_is_of_the_rule_that_was_timed(took: dict[str, list[float]]) -> None:
+    model = zoo.build("vit").eval()
+    live = sparsiattn.patch(model, "connectivity", k=0.25, kernel="reference")
+    measure_sites(live, zoo.images(model))
+    with torch.no_grad():  # as `calibrate` does at the first of both sites
+        model.get_parameter("blocks.0.attn.sparsiattn.down").mul_(1.5)
+    assert [row.measured for row in live.report().sites] == [None, 4.0]

@@ -158,6 +158,9 @@ def test_a_shape_that_tune_covered_is_reported_as_measured(
         row = live.report().sites[0]
         kernels = {"gather": 1 / (1 + 0.5), "sdpa": 1 / (0.5 + 0.5)}
         assert row.measured == pytest.approx(kernels[row.kernel])
+        with torch.no_grad():  # a predictor that was fitted ranks by another rule
+            live.runtimes[0].planner.down.mul_(1.5)
+        assert [site.measured is None for site in live.report().sites] == [True, False]
     for other in ({"k": 0.3}, {"k": 0.25, "background": 3}, {"strategy": "topk", "k": 0.25}):
         with sparsiattn.patch(model, **other) as live:
             assert live.report().sites[0].measured is None

@@ -319,7 +319,9 @@ class TestInAModel:
     def test_copies_ask_for_themselves(self, live: sparsiattn.Patch) -> None:
         with torch.no_grad():
             live.model(zoo.images(live.model))
-        live.runtimes[0].measured = 1.5
+        choice = live.runtimes[0].last_choice
+        assert choice is not None
+        live.runtimes[0].note_measured(1.5, choice)
         twin = copy.deepcopy(live.model)
         copied = sparsiattn.patch_of(twin)
         assert copied is not None

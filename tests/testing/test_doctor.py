@@ -87,7 +87,7 @@ def test_a_core_that_cannot_patch_fails_the_command(monkeypatch: pytest.MonkeyPa
     def patch(*arguments: object, **options: object) -> None:
         raise RuntimeError("hooks are gone")
 
-    monkeypatch.setattr(diagnosis, "patch", patch)
+    monkeypatch.setattr(diagnosis, "patch_quietly", patch)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "RuntimeError: hooks are gone" in result.stdout

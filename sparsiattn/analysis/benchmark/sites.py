@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import AttentionInputs, Dense, Site, dense_attention
-from sparsiattn.kernels import choose
+from sparsiattn.kernels import Choice, choose
 from sparsiattn.patching import Patch, eval_mode
 from sparsiattn.patching.model_call import arguments
 from sparsiattn.patching.survey import refresh
@@ -22,9 +22,10 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
     """Measure every sparse site of a patch against its own dense attention, planning included.
 
     The patched model runs once with dense attention. At each site, dense attention and planning
-    with kernel run alternately on what reaches it; the ratio of their median times is kept, so that
-    reports show it. A site that calls attention more than once in a forward pass counts all its
-    calls. Neither gradients nor the model's state change.
+    with kernel run alternately on what reaches it; the ratio of their median times is kept, and
+    reports show it while calls have this kernel, shape and number of threads. A site that calls
+    attention more than once in a forward pass counts all its calls. Neither gradients nor the
+    model's state change.
 
     Args:
         patch: The live patch.
@@ -49,13 +50,15 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
     refresh(patch)
     runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
     timings: defaultdict[str, list[Timing]] = defaultdict(list)
+    choices: dict[str, Choice] = {}
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         runtime = runtimes[site.name]
         if runtime.stays_dense(inputs.n_keys):
             return
-        call_timing = _time_call(runtime, planner, inputs, rounds)
-        if call_timing is not None:
+        timed = _time_call(runtime, planner, inputs, rounds)
+        if timed is not None:
+            choices[site.name], call_timing = timed
             timings[site.name].append(call_timing)
 
     args, kwargs = arguments(input, "measure_sites")
@@ -66,14 +69,14 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
         for name, calls in timings.items()
     }
     for name, ratio in ratios.items():
-        runtimes[name].measured = ratio
+        runtimes[name].note_measured(ratio, choices[name])
     return ratios
 
 
 def _time_call(
     runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs, rounds: int
-) -> Timing | None:
-    """Planning with kernel, then dense attention; None if all keys are kept."""
+) -> tuple[Choice, Timing] | None:
+    """The kernel, and planning with it, then dense attention; None if all keys are kept."""
     pattern = runtime.finish(planner(inputs), inputs)
 
     def dense() -> Tensor:
@@ -85,12 +88,12 @@ def _time_call(
         if hasattr(planner, "after"):
             notify_planner(planner, inputs, dense())
         return None
-    kernel = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit).kernel
+    choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
     times = timing.alternate(
         {
             "dense": dense,
-            "sparse": lambda: kernel(inputs, runtime.finish(planner(inputs), inputs)),
+            "sparse": lambda: choice.kernel(inputs, runtime.finish(planner(inputs), inputs)),
         },
         rounds,
     )
-    return Timing.of(times["sparse"], times["dense"])
+    return choice, Timing.of(times["sparse"], times["dense"])

@@ -265,7 +265,8 @@ def _prepare(
     planner = strategy.planner(site).to(device, dtype)
     with mac_counter() as counter:
         work = cost.planning_of(planner(inputs), macs_of(counter), inputs).work
-    return inputs, lambda: finish(planner(inputs), inputs, background=2), work
+    background = strategy.background_for(inputs.key_grid)
+    return inputs, lambda: finish(planner(inputs), inputs, background=background), work
 
 
 def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching.apply import patch as patch_model
+from sparsiattn.patching.apply import patch_quietly
 from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.patching.model_call import arguments, eval_mode
@@ -145,7 +145,7 @@ def _patched(
     """The patch that the model carries, else one that ends with the block."""
     patch = patch_of(model)
     if patch is None:
-        with patch_model(model, "connectivity" if strategy is None else strategy, **options) as new:
+        with patch_quietly(model, strategy or "connectivity", **options) as new:
             yield new
     elif strategy is None and not options:
         yield patch

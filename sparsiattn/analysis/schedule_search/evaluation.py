@@ -65,6 +65,7 @@ class TrialRunner:
         self.model = deepcopy(self.model).eval()
         self.planners: dict[str, Tensor] = {}
         patch = patch_of(self.model)
+        self.was_patched = patch is not None
         if patch is not None:
             # kept aside, as they leave the model with the patch
             weights = self.model.state_dict().items()
@@ -83,6 +84,7 @@ class TrialRunner:
             example=self.example,
             only_if_faster=self.only_if_faster,
             surveyed=self.survey,
+            cut_to_grid=self.was_patched,
         ) as patch:
             unexpected = self.model.load_state_dict(self.planners, strict=False).unexpected_keys
             if unexpected:

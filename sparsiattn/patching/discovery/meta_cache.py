@@ -26,6 +26,19 @@ class _NotRecalled(Exception):
     """The result of this call may depend on more than can be noted."""
 
 
+def taken_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator's result by the operators it is made of, each shown to the mode.
+
+    Returns:
+        NotImplemented where there are none, or where it was taken apart before; inference mode
+        alone shows operators as they were called.
+    """
+    if not torch.is_inference_mode_enabled():
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
 @contextmanager
 def recalling() -> Iterator[None]:
     """Operators on the meta device are quick inside.

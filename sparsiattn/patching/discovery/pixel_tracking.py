@@ -8,7 +8,7 @@ is `UNKNOWN`, never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.patching.discovery.meta_cache import Recalled
+from sparsiattn.patching.discovery.meta_cache import Recalled, taken_apart
 from sparsiattn.patching.discovery.pixel_numbers import (
     PLACES,
     UNKNOWN,
@@ -26,6 +26,8 @@ from sparsiattn.patching.discovery.pixel_numbers import (
     thin,
 )
 from sparsiattn.patching.discovery.place_rules import RULES, pointwise
+
+Tally = Callable[[Any, Any, Any, Any], None]
 
 
 class PixelNumbers:
@@ -90,9 +92,13 @@ def _number(image: Tensor, start: int) -> int:
 
 
 @contextmanager
-def tracking_places() -> Iterator[None]:
-    """Operators on meta tensors carry the numbers of pixels along inside the block."""
-    with _TrackPlaces():
+def tracking_places(tally: Tally | None = None) -> Iterator[None]:
+    """Operators on meta tensors carry the numbers of pixels along inside the block.
+
+    Args:
+        tally: Called with every operator, its arguments, keyword arguments and result.
+    """
+    with _TrackPlaces(tally):
         yield
 
 
@@ -103,19 +109,20 @@ class _TrackPlaces(Recalled):
     the same to the same numbers again and again, so places are kept, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._tally = tally
         self._known: dict[Any, Sequence[Tensor | None]] = {}
         self._kept: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # operators come here before they are taken apart
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+        out = taken_apart(self, func, args, kwargs)
+        if out is not NotImplemented:
+            return out
         out = self.answer(func, args, kwargs)
+        if self._tally is not None:
+            self._tally(func, args, kwargs, out)
         carried: list[Tensor] = []
         key = (func, _key(args, carried), _key(kwargs, carried))
         if carried:

@@ -113,9 +113,9 @@ def _home_name(name: str, module: nn.Module) -> str:
 class _Recorder:
     """Hooks on every module of a `meta_copy` that tell which one is innermost."""
 
-    def __init__(self, model: nn.Module, pixels: PixelNumbers) -> None:
+    def __init__(self, model: nn.Module, pixels: PixelNumbers, tally: Any) -> None:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
-        self.pixels = pixels
+        self.pixels, self.tally = pixels, tally
         self.map: MapSource | None = None
         self.listed = {
             f"{name}.{child}".lstrip(".")
@@ -147,6 +147,8 @@ class _Recorder:
 
     def clear(self) -> None:
         self.calls.clear()
+        if self.tally is not None:
+            self.tally.clear()
         self.entered.clear()
         self.heads.clear()
         self.map = None
@@ -259,20 +261,22 @@ class Probe:
     entrances: tuple[str, ...] = ()
 
 
-def probe(model: nn.Module, inputs: MetaInputs) -> Probe:
+def probe(model: nn.Module, inputs: MetaInputs, tally: Any = None) -> Probe:
     """Every attention call of a model, those written by hand included.
 
     Args:
         model: A `meta_copy`, whose `nn.MultiheadAttention` keep the hooks of the probe.
         inputs: What to call it with.
+        tally: Told of every operator of the run, see `tracking_places`; cleared where it starts
+            again.
 
     Raises:
         ProbeFailed: The model does not run with these inputs.
     """
     records = HostRecords(model)
-    recorder = _Recorder(model, PixelNumbers(inputs))
+    recorder = _Recorder(model, PixelNumbers(inputs), tally)
     records.leave_out()
-    with tracking_places():
+    with tracking_places(tally):
         output = _run(model, inputs, recorder)
         if records.watch():  # the host registered hooks just now
             recorder.clear()

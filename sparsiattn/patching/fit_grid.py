@@ -1,0 +1,65 @@
+"""Tiles, blocks and summary keys that a user gives must fit the grids of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.site import Site
+from sparsiattn.errors import InvalidOption
+from sparsiattn.strategies.base import Strategy
+
+
+def check_grids(configs: Mapping[Site, Strategy]) -> None:
+    """Check the options of all sites against their grids at patch time.
+
+    Smaller images, and sequences with fewer tokens, cut what is too large for them down.
+
+    Args:
+        configs: The strategy of every selected site.
+
+    Raises:
+        InvalidOption: A site has fewer rows or columns than ``background``, or no site is as large
+            as a ``tile`` or ``block``.
+    """
+    placed = {site: config for site, config in configs.items() if site.placed}
+    for site, config in placed.items():
+        _check_background(site, config)
+    for name, grids in (
+        ("tile", {site: site.grid for site in placed}),
+        ("block", {site: site.key_grid for site in placed}),
+    ):
+        asked = {getattr(config, name) for config in placed.values()}
+        for sides in sorted(side for side in asked if isinstance(side, tuple)):
+            _check_sides(name, sides, grids.values())
+
+
+def _check_background(site: Site, config: Strategy) -> None:
+    g, (rows, columns) = config.background, site.key_grid
+    if not isinstance(g, int) or not rows * columns:
+        return
+    largest = min(rows, columns) if rows > 1 else math.isqrt(columns)
+    if g > largest:
+        raise InvalidOption(
+            f"background={g} does not fit site {site.name!r}, whose keys are {rows} x {columns} "
+            f"patches: at most background={largest} there, or background='auto', which fits every "
+            "site"
+        )
+
+
+def _check_sides(name: str, sides: tuple[int, int], grids: Iterable[Grid]) -> None:
+    if any(_fits(sides, grid) for grid in grids):
+        return
+    rows, columns = max(grids, key=math.prod)
+    raise InvalidOption(
+        f"no site of this model has a grid for {name}={sides}: the largest is {rows} x {columns} "
+        f"patches, so at most {name}=({rows}, {columns}), or {name}='auto'"
+    )
+
+
+def _fits(sides: tuple[int, int], grid: Grid) -> bool:
+    """Whether a tile lies within a grid; in a single row it is a run of tokens."""
+    if grid[0] == 1:
+        return math.prod(sides) <= grid[1]
+    return sides[0] <= grid[0] and sides[1] <= grid[1]

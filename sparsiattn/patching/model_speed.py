@@ -1,0 +1,136 @@
+"""The speed expected of the whole model, and what to type where it would lose time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sparsiattn.attention.site import Site
+from sparsiattn.kernels import cost
+from sparsiattn.kernels.base import Choice
+from sparsiattn.patching.alternatives import pays_if_larger
+from sparsiattn.patching.dry_run import DryRun, dry_run
+from sparsiattn.patching.estimate import expect, expect_all, site_at
+from sparsiattn.patching.report_lines import SLOWER, loses_time
+from sparsiattn.runtime.patch_state import PatchState
+from sparsiattn.runtime.site_runtime import SiteRuntime
+
+
+def model_speed(
+    state: PatchState, run: DryRun | None, dense: int, speeds: Mapping[str, float]
+) -> float:
+    """Speed of the whole model relative to dense, as if the rest of it took time by its MACs.
+
+    Args:
+        state: The patch.
+        run: The dry run, counted, of a patch that carries fewer tokens.
+        dense: MACs of the dense model.
+        speeds: Of attention by the name of the site; of others it is taken to be that of dense
+            attention, and so it is where a speed is not known (0).
+    """
+    attention = 0.0
+    for site in state.model_sites:
+        macs = site_at(site, run).macs
+        attention += macs / (speeds.get(site.name) or 1.0)
+    return dense / (other_macs(state, run, dense) + attention)
+
+
+def other_macs(state: PatchState, run: DryRun | None, dense: int) -> int:
+    """MACs of all but attention and planning; arguments as `model_speed` takes them."""
+    if run is None:
+        return dense - sum(site.macs for site in state.model_sites)
+    return run.macs - run.planning - sum(site_at(site, run).macs for site in state.model_sites)
+
+
+def note_speed(state: PatchState) -> None:
+    """Let a patch know what to say of itself where it is expected to lose time.
+
+    It is judged by one image at patch time, and by one of the sites that are alike. Nothing is said
+    where the user named a kernel, and where prices are no more than a guess: on GPUs and in half
+    precision before `tune`.
+    """
+    state.speed_note, dense = "", state.attention.macs
+    sparse = [r for r in state.runtimes if not (r.dense or r.strategy.keeps_all(r.site.keys))]
+    if not (sparse and dense) or state.only_if_faster or state.kernel != "auto":
+        return
+    if not _is_priced(state.model):
+        return
+    try:
+        run = dry_run(state) if state.blocks else None
+        choices = dict(_choices(state, sparse, run))
+    except Exception:  # plans of plug-ins may need values; `report` raises what they do
+        return
+    slow = {name: choice for name, choice in choices.items() if choice.expected < SLOWER}
+    if slow and not (run is not None and run.ragged):
+        speeds = {name: choice.expected for name, choice in choices.items()}
+        speed = model_speed(state, run, dense, speeds)
+        state.speed_note = loses_time(speed, instead(state, slow)) if speed < SLOWER else ""
+
+
+def _is_priced(model: nn.Module) -> bool:
+    """Whether prices are of the model's device and precision, and no guess."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return False
+    shipped = like.device.type == "cpu" and like.dtype == torch.float32
+    return shipped or cost.is_tuned(like.device, like.dtype)
+
+
+def _choices(
+    state: PatchState, sparse: Sequence[SiteRuntime], run: DryRun | None
+) -> Iterator[tuple[str, Choice]]:
+    """The kernel of every sparse site by name; of sites alike only one is asked."""
+    if any(runtime.strategy.uses_cross_layer_state for runtime in sparse):
+        for runtime, expected in expect_all(state, run):
+            yield runtime.site.name, expected.choice
+        return
+    asked: list[tuple[object, Choice]] = []
+    for runtime in sparse:
+        kind = _kind(runtime, run)
+        choice = next((choice for other, choice in asked if other == kind), None)
+        if choice is None:
+            choice = expect(runtime, run).choice
+            asked.append((kind, choice))
+        yield runtime.site.name, choice
+
+
+def _kind(runtime: SiteRuntime, run: DryRun | None) -> object:
+    """All that speed depends on, but not which site of the model it is."""
+    site = replace(site_at(runtime.site, run), name="", index=0)
+    return site, runtime.strategy, type(runtime.planner)
+
+
+def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
+    """What to type where the model would lose time.
+
+    Args:
+        state: The patch.
+        choices: The kernels of sites that are slower than dense, as expected or as measured.
+    """
+    slow = [r for r in state.runtimes if r.site.name in choices]
+    refusals = [why for choice in choices.values() for _, why in choice.refusals]
+    advice = []
+    if any("patch.warmup" in reason for why in refusals for reason in why):
+        advice.append("patch.warmup(images), after which compiled kernels run")
+    if state.tokens is None and _can_shorten(state.model_sites):
+        advice += ["strategy='token_drop'", "strategy='token_merge'"]
+    if slow and pays_if_larger(slow[0]):
+        advice.append("larger images")
+    known = all(choice.expected < 1.0 for choice in choices.values())
+    return [*advice, "only_if_faster=True" if known else "only_if_faster=True after tune()"]
+
+
+def _can_shorten(sites: Sequence[Site]) -> bool:
+    """Whether one sequence of patches runs through the model, so that tokens can leave it."""
+    first = sites[0]
+    return all(
+        (site.tokens, site.keys, site.grid) == (first.tokens, first.tokens, first.grid)
+        and (site.windows, site.calls, site.halo) == (1, 1, 0)
+        and site.placed
+        and site.of_image
+        and not site.reordered
+        for site in sites
+    )
