@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from sparsiattn.attention.auto_options import AUTO_TILE, TILE_FROM
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.site import Site
@@ -15,7 +16,7 @@ from sparsiattn.patching.place_planner import place_planner
 from sparsiattn.patching.text import shape_text
 from sparsiattn.runtime.measured_speed import predicts
 from sparsiattn.runtime.site_runtime import SiteRuntime
-from sparsiattn.strategies.base import AUTO_TILE, TILE_FROM, Strategy
+from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.connectivity import Connectivity
 
 LARGE_GRID = (48, 48)
@@ -62,20 +63,21 @@ def tile_lines(
         if not isinstance(expected.pattern, KeyLists) or runtime.dense:
             continue
         site = site_at(runtime.site, run)
-        choice = runtime.strategy.tile, runtime.strategy.tile_for(site.tokens), site.tokens
+        tile = runtime.strategy.tile_for(runtime.site.tokens)
+        choice = runtime.strategy.tile, tile, site.tokens
         if choice not in lines:
             lines[choice] = _tile_line(runtime, site, expected.choice.expected)
     return tuple(lines.values())
 
 
 def _tile_line(runtime: SiteRuntime, site: Site, speed: float) -> str:
-    strategy = runtime.strategy
-    tile = strategy.tile_for(site.tokens)
-    head = f"tile {shape_text(tile)} ({_why(strategy, site)}): {_meaning(tile)}"
+    strategy, image = runtime.strategy, runtime.site
+    tile = strategy.tile_for(image.tokens)
+    head = f"tile {shape_text(tile)} ({_why(strategy, image)}): {_meaning(tile)}"
     other: Tile = SMALL_TILE if tile == 1 else 1
     if tile == 1 and site.tokens >= TILE_FROM:
         other = AUTO_TILE
-    if not site.placed or strategy.uses_cross_layer_state or site != runtime.site:
+    if not site.placed or strategy.uses_cross_layer_state or site != image:
         return head
     changed = replace(strategy, tile=other)
     if isinstance(changed, Connectivity) and predicts(runtime.planner):

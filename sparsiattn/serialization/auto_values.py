@@ -70,7 +70,7 @@ def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) 
                 f"{values[option]} at another; this version has one value for both: patch the "
                 f"model with {option}= set, then load the planners' weights"
             )
-    fixed = {o: tuple(v) if isinstance(v, list) else v for o, v in values.items()}
+    fixed: Values = {o: tuple(v) if isinstance(v, list) else v for o, v in values.items()}
     if isinstance(strategy, Hybrid):
         both = {name: value for name, value in fixed.items() if name in Hybrid.option_names()}
         return replace(strategy, attention=replace(attention, **fixed), **both)

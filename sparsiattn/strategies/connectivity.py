@@ -134,7 +134,6 @@ class Connectivity(Strategy):
                 raise InvalidOption(
                     f"{name} must be None or an int in 1..{MAX_COLUMNS}, got {value!r}"
                 )
-
         if self.scores not in SCORES:
             raise InvalidOption(f"scores must be one of {', '.join(SCORES)}, got {self.scores!r}")
 
