@@ -294,6 +294,19 @@ def voters(
     return small, ids.transpose(1, 2).flatten()
 
 
+def voter_tokens(
+    grid: Grid, tile: tuple[int, int], side: int, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tokens of every voter, tile by tile, ``[T * m, s]``, and how many of them count.
+
+    >>> voter_tokens((2, 2), (2, 2), 1, device=torch.device("cpu"))[0].flatten().tolist()
+    [0, 1, 2, 3]
+    """
+    squares, places = voters(grid, tile, side, device=device)
+    counts = (squares.weight > 0).sum(-1)
+    return squares.order.index_select(0, places), counts.index_select(0, places)
+
+
 def tiles_of_parts(grid: Grid, parts: Grid, *, device: torch.device) -> Tiles:
     """A grid cut into so many rows and columns of tiles."""
     ids = cell_ids(grid, parts, device=device)

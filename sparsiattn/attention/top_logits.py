@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.auto_options import auto_options
 from sparsiattn.attention.budget import Budget, check_budget, count_of
-from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.geometry import T, Tiles
 from sparsiattn.attention.inputs import AttentionInputs, products
 from sparsiattn.attention.key_lists import KeyIndex, KeyLists
 from sparsiattn.attention.pattern import Ranked, SizedPattern
@@ -67,12 +67,19 @@ class TopLogits(SizedPattern):
     @property
     def voters(self) -> tuple[Tiles, Tensor]:
         """Queries that vote together, and their order, tile by tile; see `geometry.voters`."""
+        return self._voter_table(geometry.voters)
+
+    @property
+    def voter_tokens(self) -> tuple[Tensor, Tensor]:
+        """The queries of every voter, for compiled code; see `geometry.voter_tokens`."""
+        return self._voter_table(geometry.voter_tokens)
+
+    def _voter_table(self, build: Callable[..., T]) -> T:
         inputs = self.inputs
         # a tile that was asked for below the size where "auto" has some
         side = max(2, auto_options(inputs.n_queries).voter)
-        return geometry.table(
-            geometry.voters, inputs.query_grid, inputs.tile, side, device=inputs.q.device
-        )
+        device = inputs.q.device
+        return geometry.table(build, inputs.query_grid, inputs.tile, side, device=device)
 
     def _votes(self) -> Tensor:
         """The largest vote for every key, ``[B, H, T, Nk]``."""

@@ -181,9 +181,9 @@ def padding_among(arguments: Any, x: Tensor, prefix: int) -> tuple[bool, OwnToke
     args, kwargs = arguments
     batch, tokens = x.shape[:2]
     named: list[tuple[str, Any]] = [("", value) for value in args] + list(kwargs.items())
-    masks = [
-        mask for pair in named if (mask := _as_mask(pair[0], pair[1], batch, tokens)) is not None
-    ]
+    # without an assignment inside, which Dynamo does not always follow
+    candidates = [_as_mask(name, value, batch, tokens) for name, value in named]
+    masks = [mask for mask in candidates if mask is not None]
     for mask in masks:
         if not mask.is_meta and hides_keys(mask):
             own = own_tokens(mask, batch, tokens, prefix)

@@ -119,7 +119,7 @@ def _rank_logits(
     tiles, rows, prefix = inputs.tiles, inputs.prefix, inputs.prefix
     if tiles is not None:
         index = native_lists.voted_keys(
-            inputs.q, inputs.k, *pattern.voters, tiles.count, keys, prefix, inputs.scale
+            inputs.q, inputs.k, *pattern.voter_tokens, tiles.count, keys, prefix, inputs.scale
         )
         return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 

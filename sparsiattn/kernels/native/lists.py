@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.geometry import Tiles
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import (
     FLOP_FORMULAS,
@@ -145,19 +144,8 @@ def _votes_flops(q_shape: Any, k_shape: Any, order: Any, *others: Any, **options
 FLOP_FORMULAS[torch.ops.sparsiattn.native_voted_keys] = _votes_flops
 
 
-def voted_keys(
-    q: Tensor,
-    k: Tensor,
-    squares: Tiles,
-    places: Tensor,
-    tiles: int,
-    count: int,
-    prefix: int,
-    scale: float,
-) -> Tensor:
-    """As the operator ``native_voted_keys``, with the voters as `geometry.voters` gives them."""
-    order = squares.order.index_select(0, places)
-    held = (squares.weight > 0).sum(-1).index_select(0, places)
+def voted_keys(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+    """As the operator ``native_voted_keys``."""
     operator = torch.ops.sparsiattn.native_voted_keys.default
     call = _voted_keys if is_unobserved(q, k) and not q.is_meta else operator
-    return call(q, k, order, held, tiles, count, prefix, scale)
+    return call(q, k, *others)
