@@ -77,6 +77,10 @@ class GuessedStructure(UserWarning):
     """Grid and special tokens of a sequence follow from its length alone; see `patch`."""
 
 
+class CalibrationDiscarded(UserWarning):
+    """Calibrated planners lose more than what is kept without them; see `calibrate`."""
+
+
 class PluginError(SparsiattnError, RuntimeError):
     """A plug-in returned something that cannot be registered."""
 
