@@ -188,7 +188,7 @@ class Calibration:
             return None
         for runtime in self.patch.runtimes:
             if runtime.site.name in worse:
-                runtime.planner.reset_parameters()  # type: ignore[union-attr]
+                runtime.planner.reset_parameters()  # type: ignore[attr-defined]
         fitted, unfitted = (sum(pair) / len(worse) for pair in zip(*worse.values(), strict=True))
         return (
             f"at {len(worse)} of {len(self.planners)} sites calibrated planners lose "
