@@ -60,7 +60,8 @@ def calibrate(
             matter.
         steps: Number of steps. Images are gone through again if there are fewer and they can be,
             once if None.
-        lr: Of Adam, decayed to zero over ``steps`` where that is set.
+        lr: Of Adam, decayed to zero over ``steps`` where that is set. Lower it, or take more steps,
+            if the loss ends above where it began.
         batch_size: Images of a folder, tar or dataset in one step.
         seed: The order of such images depends on it.
         closed_form: Begin with weights from the second moments of the first batch, where planners
