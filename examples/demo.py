@@ -193,7 +193,7 @@ def measure(live: sparsiattn.Patch, data: Data, dense: Tensor, name: str, rounds
 
 
 def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterator[Row]:
-    """The dense model, then every strategy at every budget; `connectivity` also fitted."""
+    """The dense model, then every strategy at every budget; predictors also fitted."""
     dense = predict(model, data.test)
     with sparsiattn.patch(model, "dense", input=data.test[:1]) as live:
         yield measure(live, data, dense, "dense", rounds)
@@ -201,9 +201,12 @@ def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterat
         for k in BUDGETS:
             with sparsiattn.patch(model, name, k=k, input=data.test[:1]) as live:
                 yield measure(live, data, dense, name, rounds)
-                if live.has_learned_planners:
+                learns = live.has_learned_planners
+            if learns:
+                options: dict[str, Any] = {"scores": "predictor", "input": data.test[:1]}
+                with sparsiattn.patch(model, name, k=k, **options) as live:
                     fit(live, data, fit_steps)
-                    yield measure(live, data, dense, f"{name}, fitted", rounds)
+                    yield measure(live, data, dense, f"{name}, predictor fitted", rounds)
 
 
 def attention_strategies() -> list[str]:

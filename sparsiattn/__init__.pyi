@@ -26,6 +26,7 @@ from .attention.pattern import Pattern as Pattern
 from .attention.site import Site as Site
 from .attention.structure import Structure as Structure
 from .errors import AlreadyPatched as AlreadyPatched
+from .errors import CalibrationDiscarded as CalibrationDiscarded
 from .errors import CheckpointNotWritten as CheckpointNotWritten
 from .errors import DataError as DataError
 from .errors import ExportFailed as ExportFailed

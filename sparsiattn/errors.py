@@ -81,6 +81,10 @@ class SlowerThanDense(UserWarning):
     """The patched model is expected to take longer than the dense one; see `patch`."""
 
 
+class CalibrationDiscarded(UserWarning):
+    """Calibrated planners lose more than what is kept without them; see `calibrate`."""
+
+
 class PluginError(SparsiattnError, RuntimeError):
     """A plug-in returned something that cannot be registered."""
 

@@ -42,7 +42,10 @@ class BenchResult:
         if method.strategy == "dense" and method.fit == "none":
             yield model
             return
-        with sparsiattn.patch(model, method.strategy, **method.options) as live:
+        options = dict(method.options)
+        if method.strategy == "connectivity" and method.fit != "none":
+            options["scores"] = "predictor"  # also where ranking by logits would lose less
+        with sparsiattn.patch(model, method.strategy, **options) as live:
             if method.fit == "calibrated" and not live.has_learned_planners:
                 yield None
                 return

@@ -231,6 +231,14 @@ class LearnedPlanner(RenamedMembers, PlannerWeights):
         """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
+    def unfitted_plan(self, inputs: AttentionInputs) -> Pattern | None:
+        """What is kept of these inputs while the planner is as `reset_parameters` makes it.
+
+        None where its own plan is. Where the plan of fitted weights loses no less, `calibrate`
+        resets them.
+        """
+        return None
+
     def note_weights(self) -> None:
         """Called before a copy without data plans in its place, as for a report.
 

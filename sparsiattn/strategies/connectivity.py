@@ -44,6 +44,7 @@ from sparsiattn.strategies.predictor import (
     bounded_exp,
     exact_rows,
     for_heads,
+    largest,
     without_hidden_keys,
 )
 
@@ -74,8 +75,8 @@ class Connectivity(Strategy):
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
         scores: What ranks the keys. ``"predictor"`` is the method as published, ``"exact"`` the
             logits of every query (of a tile by votes, see `TopLogits`), and ``"auto"`` these
-            until the predictor is calibrated, trained or loaded. A predictor's option below that
-            is set asks for the predictor, too.
+            until the predictor is trained, loaded, or calibrated and then better. A predictor's
+            option below that is set asks for the predictor, too.
         block: Keys that are kept together in tile mode. With ``"auto"`` the predictor chooses
             blocks of 4 x 4 (2 x 2 below 128 kept keys), and votes choose single keys. The kernels
             ``flex`` and ``xformers`` need blocks.
@@ -219,7 +220,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def forward(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.strategy.k  # type: ignore[assignment]
         if not self.predicts:
-            return TopLogits.of(inputs, k, in_blocks=self.strategy.block != "auto")
+            return self._best_keys(inputs)
         count, blocks = 0, inputs.blocks
         if blocks is not None:
             count = blocks_within(k, inputs.n_keys, inputs.prefix, blocks)
@@ -236,6 +237,14 @@ class ConnectivityPlanner(LearnedPlanner):
             return False
         return self._asked or self.is_fitted()
 
+    def unfitted_plan(self, inputs: AttentionInputs) -> Pattern | None:
+        can_rank = self.strategy.scores == "auto" and not self._asked
+        return self._best_keys(inputs) if can_rank else None
+
+    def _best_keys(self, inputs: AttentionInputs) -> TopLogits:
+        k, block = self.strategy.k, self.strategy.block
+        return TopLogits.of(inputs, k, in_blocks=block != "auto")  # type: ignore[arg-type]
+
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``.
 
@@ -246,7 +255,8 @@ class ConnectivityPlanner(LearnedPlanner):
             return compiled[0]
         down, up = self._tables(inputs)
         units, down = self._units(inputs), without_hidden_keys(down, inputs)
-        coefficients = self._keep_top(self.coefficients(inputs, inputs.row_queries, units, down))
+        coefficients = self.coefficients(inputs, inputs.row_queries, units, down)
+        coefficients = largest(coefficients, self.strategy.basis_coef_topk)
         basis = up if inputs.blocks is None else up[..., self.prefix :, :]
         scores = coefficients @ for_heads(self._basis(basis)).mT.to(coefficients.dtype)
         if self.strategy.mean_query_boost:
@@ -341,13 +351,6 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _scale(self, inputs: AttentionInputs) -> float:
         return inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
-
-    def _keep_top(self, coefficients: Tensor) -> Tensor:
-        top = self.strategy.basis_coef_topk
-        if top is None or top >= coefficients.shape[-1]:
-            return coefficients
-        kept = coefficients.topk(top, dim=-1)
-        return torch.zeros_like(coefficients).scatter(-1, kept.indices, kept.values)
 
     def _basis(self, up: Tensor) -> Tensor:
         """abs(W_up) without its small entries (the authors' inference rule)."""

@@ -116,6 +116,14 @@ def bounded_exp(x: Tensor) -> Tensor:
     return x.clamp_max(30.0).exp()
 
 
+def largest(coefficients: Tensor, count: int | None) -> Tensor:
+    """So many largest entries of every row, zero elsewhere; None for all."""
+    if count is None or count >= coefficients.shape[-1]:
+        return coefficients
+    kept = coefficients.topk(count, dim=-1)
+    return torch.zeros_like(coefficients).scatter(-1, kept.indices, kept.values)
+
+
 def for_heads(table: Tensor) -> Tensor:
     """``[B, Nk, K]`` with an axis for heads, others as they are."""
     return table.unsqueeze(1) if table.dim() == 3 else table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sparsiattn.errors import InvalidOption, TrainingDiverged
+from sparsiattn.errors import CalibrationDiscarded, InvalidOption, TrainingDiverged
 from sparsiattn.kernels.atomic_io import recover_folder
 from sparsiattn.patching.handle import Patch, patch_of
 from sparsiattn.strategies.base import LearnedPlanner
@@ -22,8 +23,10 @@ from sparsiattn.training import checkpoint
 from sparsiattn.training.data import loader
 from sparsiattn.training.field_kinds import check_counts
 from sparsiattn.training.progress import bar
-from sparsiattn.training.reconstruction import site_losses, start_planners
+from sparsiattn.training.reconstruction import output_errors, site_losses, start_planners
 from sparsiattn.training.sources import is_path
+
+COMPARED_IMAGES = 8  # of the last batch, on which fitted planners must prove themselves
 
 
 def calibrate(
@@ -42,6 +45,11 @@ def calibrate(
 ) -> list[float]:
     """Train the planners of a patched model to reproduce its dense attention.
 
+    Where something else may choose instead (``scores="auto"`` of `connectivity`), a planner must
+    then prove itself on images of the last batch: at a site where attention's output with it is
+    not nearer to dense attention than without it, its weights go back to where they began, and
+    a warning says so.
+
     Memory grows with the rows of the patterns: exact attention is computed again from a few rows at
     a time.
 
@@ -52,7 +60,8 @@ def calibrate(
             matter.
         steps: Number of steps. Images are gone through again if there are fewer and they can be,
             once if None.
-        lr: Of Adam, decayed to zero over ``steps`` where that is set.
+        lr: Of Adam, decayed to zero over ``steps`` where that is set. Lower it, or take more steps,
+            if the loss ends above where it began.
         batch_size: Images of a folder, tar or dataset in one step.
         seed: The order of such images depends on it.
         closed_form: Begin with weights from the second moments of the first batch, where planners
@@ -74,10 +83,13 @@ def calibrate(
         MismatchedCheckpoint: ``out`` holds a checkpoint of another calibration.
         CheckpointNotWritten: The disk is full.
 
+    Warns:
+        CalibrationDiscarded: At some sites planners lose more than what is kept without them.
+
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
     >>> model = tiny_vit()
-    >>> with sparsiattn.patch(model, k=0.2):
+    >>> with sparsiattn.patch(model, k=0.2, scores="predictor"):
     ...     losses = calibrate(model, [tiny_images(4)], steps=20)
     >>> losses[-1] < losses[0]
     True
@@ -101,6 +113,9 @@ def calibrate(
             advance(step + 1)
             if on_step is not None:
                 on_step(step, loss)
+    discarded = calibration.discard_worse()
+    if discarded is not None:
+        warnings.warn(discarded, CalibrationDiscarded, stacklevel=2)
     return calibration.losses
 
 
@@ -139,14 +154,15 @@ class Calibration:
         self.optimizer = torch.optim.Adam(self.weights, self.plan["lr"])
         self.identity = {**checkpoint.patch_identity(self.patch), "calibration": self.plan}
         self.losses: list[float] = []
+        self.images: Any = None  # of the last batch
 
     def run(self, batches: Iterable[Any]) -> Iterator[tuple[int, float]]:
         """Steps and their losses, from where a checkpoint is."""
         if self.folder is not None:
             self._resume(self.folder)
         steps, done = self.plan["steps"], len(self.losses)
-        for step, batch in enumerate(islice(_repeated(batches, steps), done, steps), done):
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        every = self._noted(_repeated(batches, steps))
+        for step, images in enumerate(islice(every, done, steps), done):
             if step == 0 and self.plan["closed_form"]:
                 start_planners(self.patch, images)
             self._step(step, images)
@@ -154,8 +170,33 @@ class Calibration:
             if due and self.folder is not None:
                 checkpoint.write(self.folder, self._save)
             yield step, self.losses[-1]
-        if not self.losses:
+        if self.images is None:
             raise InvalidOption("calibrate() got no images: pass at least one batch [B, C, H, W]")
+
+    def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Images of every batch, also of those that a checkpoint has gone through already."""
+        for batch in batches:
+            self.images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            yield self.images
+
+    def discard_worse(self) -> str | None:
+        """Reset planners that lose no less than what is kept without them; says what was reset."""
+        images = self.images
+        few = images[:COMPARED_IMAGES] if isinstance(images, Tensor) else images
+        errors = output_errors(self.patch, few)
+        worse = {name: pair for name, pair in errors.items() if pair[0] and not pair[0] < pair[1]}
+        if not worse:
+            return None
+        for runtime in self.patch.runtimes:
+            if runtime.site.name in worse:
+                runtime.planner.reset_parameters()  # type: ignore[attr-defined]
+        fitted, unfitted = (sum(pair) / len(worse) for pair in zip(*worse.values(), strict=True))
+        return (
+            f"at {len(worse)} of {len(self.planners)} sites calibrated planners lose "
+            f"{fitted:.1%} of attention's output (on images of the last batch), and what is kept "
+            f"without them loses {unfitted:.1%}: these sites go on without them, with the planner "
+            "weights from before any fit. Patch with scores='predictor' to have them all the same"
+        )
 
     def _step(self, step: int, images: Tensor) -> None:
         if self.plan["steps"]:

@@ -40,7 +40,18 @@ def run(*arguments: object, code: int = 0) -> Any:
 def start(tmp_path: Path) -> list[object]:
     save_file(small().state_dict(), tmp_path / "weights.safetensors")
     data = folder(tmp_path / "images")
-    fitting = ["--steps", 4, "--batch-size", 2, "--k", "0.3", "--out", tmp_path / "fitted"]
+    fitting = [
+        "--steps",
+        4,
+        "--batch-size",
+        2,
+        "--k",
+        "0.3",
+        "-o",
+        "scores=predictor",
+        "--out",
+        tmp_path / "fitted",
+    ]
     weights = ["--checkpoint", tmp_path / "weights.safetensors"]
     return ["calibrate", *MODEL, "--data", data, *weights, *fitting]
 
@@ -48,7 +59,7 @@ def start(tmp_path: Path) -> list[object]:
 def test_it_equals_calibrate_and_eval_reads_it(start: list[object], tmp_path: Path) -> None:
     found = json.loads(run(*start, "--json").stdout)
     model = small()
-    with sparsiattn.patch(model, k=0.3):
+    with sparsiattn.patch(model, k=0.3, scores="predictor"):
         losses = sparsiattn.calibrate(model, tmp_path / "images", steps=4, batch_size=2)
         fitted = {n: t.clone() for n, t in model.state_dict().items() if ".sparsiattn." in n}
     assert found["losses"] == losses
@@ -65,6 +76,7 @@ def test_it_equals_calibrate_and_eval_reads_it(start: list[object], tmp_path: Pa
 
 
 def test_what_cannot_be_fitted_is_a_failure(start: list[object]) -> None:
-    result = run(*start, "--strategy", "topk", code=1)
+    plain = [x for x in start if x not in ("-o", "scores=predictor")]
+    result = run(*plain, "--strategy", "topk", code=1)
     assert "fits learned planners" in result.stderr
     assert "nowhere" in run(*start, "--data", "nowhere", code=1).stderr

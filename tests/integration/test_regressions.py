@@ -208,7 +208,7 @@ def test_half_models_report_and_inference_mode_patches_train() -> None:
 def test_calibrate_gives_every_module_its_own_mode_back() -> None:
     model = zoo.build("vit").train()
     model.norm_pre.eval()
-    with sparsiattn.patch(model, k=0.25):
+    with sparsiattn.patch(model, k=0.25, scores="predictor"):
         sparsiattn.calibrate(model, [torch.randn(2, 3, 32, 32)])
         assert model.training
         assert not model.norm_pre.training

@@ -217,7 +217,7 @@ def test_calibrated_weights_come_back(model: nn.Module, tmp_path: Path) -> None:
     twin = copy.deepcopy(model)
     with torch.no_grad():
         dense = features(model)
-    live = patch(model, "connectivity", k=0.25)
+    live = patch(model, "connectivity", k=0.25, scores="predictor")
     before = _all_weights(live)
     losses = sparsiattn.calibrate(model, [x() for _ in range(3)], lr=0.05)
     assert len(losses) == 3

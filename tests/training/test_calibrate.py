@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsiattn
+from sparsiattn.errors import CalibrationDiscarded
 from sparsiattn.strategies import Connectivity, predictor
 from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support import zoo
@@ -25,7 +28,7 @@ def test_it_lowers_the_loss_and_leaves_the_host_alone(tile: object) -> None:
     model = tiny_vit()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     seen: list[int] = []
-    with sparsiattn.patch(model, k=0.2, tile=tile) as live:
+    with sparsiattn.patch(model, k=0.2, scores="predictor", tile=tile) as live:
         for runtime in live.runtimes:  # a start as bad as can be, so that there is much to learn
             runtime.planner.up.data.uniform_(0, 1)  # type: ignore[attr-defined]
         losses = sparsiattn.calibrate(
@@ -49,7 +52,7 @@ def test_channel_maps_learn_too() -> None:
 
 
 def test_training_mode_is_given_back() -> None:
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+    with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
         live.model.train()
         sparsiattn.calibrate(live.model, batches(1))
         assert live.model.training
@@ -160,7 +163,7 @@ def test_it_goes_on_exactly_where_it_was_killed(
             if step + 1 == stop:
                 raise Killed
 
-        with sparsiattn.patch(tiny_vit(), k=0.2, **options) as live:
+        with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor", **options) as live:
             losses = sparsiattn.calibrate(
                 live.model, data, steps=8, out=out, checkpoint_steps=2, on_step=on_step
             )
@@ -185,9 +188,9 @@ def test_it_goes_on_exactly_where_it_was_killed(
 def test_another_calibrations_checkpoint_is_refused(
     options: dict[str, Any], arguments: dict[str, Any], where: str, tmp_path: Any
 ) -> None:
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+    with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
         sparsiattn.calibrate(live.model, batches(2), steps=2, out=tmp_path)
-    with sparsiattn.patch(tiny_vit(), **{"k": 0.2, **options}) as live:
+    with sparsiattn.patch(tiny_vit(), **{"k": 0.2, "scores": "predictor", **options}) as live:
         before = planners(live)
         with pytest.raises(sparsiattn.MismatchedCheckpoint, match=where):
             sparsiattn.calibrate(live.model, batches(2), **{"steps": 2, **arguments}, out=tmp_path)
@@ -232,7 +235,7 @@ def test_the_closed_form_start_is_taken_only_where_it_helps() -> None:
 
 
 def test_images_are_gone_through_again() -> None:
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+    with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
         assert len(sparsiattn.calibrate(live.model, batches(2), steps=5)) == 5
         assert len(sparsiattn.calibrate(live.model, iter(batches(2)), steps=5)) == 2
         assert len(sparsiattn.calibrate(live.model, batches(2))) == 2
@@ -243,7 +246,7 @@ def test_the_order_of_a_dataset_depends_on_the_seed_alone() -> None:
     data = torch.utils.data.TensorDataset(torch.cat(batches(4)))
 
     def run(seed: int) -> list[float]:
-        with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+        with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
             return sparsiattn.calibrate(live.model, data, steps=6, batch_size=4, seed=seed)
 
     first = run(0)
@@ -256,15 +259,18 @@ def test_folders_need_no_labels(tmp_path: Any) -> None:
     image = pytest.importorskip("PIL.Image")
     for i in range(4):
         image.new("RGB", (40, 36), (60 * i, 10, 200 - 50 * i)).save(tmp_path / f"{i}.png")
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+    with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
         losses = sparsiattn.calibrate(live.model, tmp_path, steps=3, batch_size=2)
     assert len(losses) == 3
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live, pytest.raises(sparsiattn.DataError):
+    with (
+        sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live,
+        pytest.raises(sparsiattn.DataError),
+    ):
         sparsiattn.calibrate(live.model, tmp_path / "nowhere", steps=3)
 
 
 def test_bad_numbers_stop_it_before_a_step() -> None:
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+    with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
         sparsiattn.calibrate(live.model, batches(1))
         before = planners(live)
         bad = batches(1)[0]
@@ -277,17 +283,130 @@ def test_bad_numbers_stop_it_before_a_step() -> None:
 @pytest.mark.parametrize("arguments", [{"steps": 0}, {"lr": 0.0}, {"checkpoint_steps": 0}])
 def test_wrong_numbers_are_errors(arguments: dict[str, Any]) -> None:
     with (
-        sparsiattn.patch(tiny_vit(), k=0.2) as live,
+        sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live,
         pytest.raises(sparsiattn.InvalidOption, match=next(iter(arguments))),
     ):
         sparsiattn.calibrate(live.model, batches(1), **arguments)
 
 
 def test_a_bar_is_shown_on_stderr_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    with sparsiattn.patch(tiny_vit(), k=0.2) as live:
+    with sparsiattn.patch(tiny_vit(), k=0.2, scores="predictor") as live:
         sparsiattn.calibrate(live.model, batches(1), steps=2)
         assert capsys.readouterr() == ("", "")
         sparsiattn.calibrate(live.model, batches(1), steps=2, progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "2/2" in err
+
+
+def lost(live: Any, images: torch.Tensor) -> float:
+    """Mean over sites of the error of attention's output with the keys that are kept, relative to
+    dense attention, in plain torch."""
+    shares: list[float] = []
+
+    def compare(site: Any, planner: Any, inputs: sparsiattn.AttentionInputs) -> None:
+        logits = inputs.q @ inputs.k.mT * inputs.scale
+        runtime = next(r for r in live.runtimes if r.site is site)
+        kept = runtime.finish(planner(inputs), inputs).to_mask()
+        dense = logits.softmax(-1) @ inputs.v
+        sparse = logits.masked_fill(~kept, -math.inf).softmax(-1) @ inputs.v
+        shares.append(float((sparse - dense).norm() / dense.norm()))
+
+    with torch.no_grad(), live.observing(compare):
+        live.model(images)
+    return sum(shares) / len(shares)
+
+
+def sharp_vit() -> Any:
+    """A model whose queries see a few keys each."""
+    model: Any = tiny_vit()
+    for block in model.blocks:
+        block.attn.qkv.weight.data[: 2 * 48] *= 8**0.5
+    return model
+
+
+def test_a_fit_that_loses_more_than_exact_ranking_is_discarded() -> None:
+    data = batches(3)
+    options: dict[str, Any] = {"k": 0.2, "background": None}
+    with sparsiattn.patch(sharp_vit(), **options, scores="predictor") as live:
+        sparsiattn.calibrate(live.model, data, steps=8)
+        by_predictor = lost(live, data[1])  # batch 8 is the second again
+    with sparsiattn.patch(sharp_vit(), **options) as live:
+        first, by_logits = planners(live), lost(live, data[1])
+        with pytest.warns(CalibrationDiscarded, match="at 2 of 2 sites") as caught:
+            sparsiattn.calibrate(live.model, data, steps=8)
+        assert all(torch.equal(first[name], t) for name, t in planners(live).items())
+        assert lost(live, data[1]) == by_logits
+    said = [float(text) / 100 for text in re.findall(r"([\d.]+)%", str(caught[0].message))]
+    assert said == pytest.approx([by_predictor, by_logits], abs=5e-4)
+    assert by_predictor > by_logits
+
+
+def test_a_fit_that_loses_less_is_kept() -> None:
+    """Where attention is nearly flat, the largest logits tell little of what is lost."""
+    data = batches(3)
+    with sparsiattn.patch(tiny_vit(), k=0.2, background=None) as live:
+        before = lost(live, data[1])
+        sparsiattn.calibrate(live.model, data, steps=8)
+        assert lost(live, data[1]) < before
+
+
+def test_a_discarded_fit_stays_discarded_when_it_goes_on(tmp_path: Any) -> None:
+    for stop in (5, 8, None, None):  # on the way, after the last checkpoint, at the end, finished
+
+        def on_step(step: int, loss: float, stop: int | None = stop) -> None:
+            if step + 1 == stop:
+                raise Killed
+
+        with sparsiattn.patch(sharp_vit(), k=0.2) as live:
+            first = planners(live)
+            with pytest.raises(Killed) if stop else pytest.warns(CalibrationDiscarded):
+                sparsiattn.calibrate(
+                    live.model, batches(3), steps=8, out=tmp_path, checkpoint_steps=2,
+                    on_step=on_step,
+                )  # fmt: skip
+            kept = all(torch.equal(first[name], t) for name, t in planners(live).items())
+            assert kept is (stop is None)
+
+
+@dataclass(frozen=True)
+class Signed(sparsiattn.Strategy):
+    """Fitted, it keeps the keys of largest logits at the first site and of smallest at others."""
+
+    name = "signed"
+    k: float = 0.2
+
+    def planner(self, site: sparsiattn.Site) -> Any:
+        return SignedPlanner(1.0 if site.index == 0 else -1.0, self.k)
+
+
+class SignedPlanner(sparsiattn.LearnedPlanner):
+    def __init__(self, sign: float, k: float) -> None:
+        super().__init__()
+        self.sign, self.k = sign, k
+        self.gain = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, inputs: sparsiattn.AttentionInputs) -> sparsiattn.Pattern:
+        return sparsiattn.Pattern.top(self.sign * inputs.logits(), self.k)
+
+    def unfitted_plan(self, inputs: sparsiattn.AttentionInputs) -> sparsiattn.Pattern:
+        return sparsiattn.Pattern.top(-self.sign * inputs.logits(), self.k)
+
+    def loss(self, inputs: sparsiattn.AttentionInputs) -> torch.Tensor:
+        return self.gain.square().sum()
+
+
+def test_every_site_decides_for_itself() -> None:
+    with sparsiattn.patch(tiny_vit(), Signed()) as live:
+        with pytest.warns(CalibrationDiscarded, match="at 1 of 2 sites"):
+            sparsiattn.calibrate(live.model, batches(1), steps=2)
+        gains = [runtime.planner.gain.item() for runtime in live.runtimes]  # type: ignore[attr-defined]
+    assert gains[0] < 1.0
+    assert gains[1] == 1.0
+
+
+def test_where_every_key_is_kept_there_is_nothing_to_compare() -> None:
+    with sparsiattn.patch(tiny_vit(), k=1.0) as live:
+        first = planners(live)
+        sparsiattn.calibrate(live.model, batches(1), steps=2)
+        assert not any(torch.equal(first[name], t) for name, t in planners(live).items())

@@ -95,24 +95,34 @@ static void vote(const Votes *v, const float *s, float *votes) {
         store(votes + i, larger((load(s + i) - base) * scale - share, load(votes + i)));
 }
 
-static void list_tile(const Votes *v, const Rows *c, int64_t head, int64_t tile, RowsRoom *x,
-                      float *votes, float *means) {
-    const float *q = v->q + head / v->heads * v->q_b + head % v->heads * v->q_h;
-    int64_t *to = v->out + (head * v->tiles + tile) * (v->prefix + v->keep);
-    for (int64_t i = 0; i < v->fixed; i += WIDTH) store(votes + i, all(-__builtin_inff()));
-    for (int64_t from = 0; from < v->voters; from += GROUP) {
-        const float *rows[GROUP];
-        int64_t count = smaller(GROUP, v->voters - from);
-        for (int64_t r = 0; r < count; r++)
-            mean_voter(v, q, tile * v->voters + from + r, means + r * v->dim);
-        for (int64_t r = 0; r < GROUP; r++) rows[r] = means + smaller(r, count - 1) * v->dim;
-        score_rows(c, rows, x, c->columns);
-        for (int64_t r = 0; r < count; r++) vote(v, x->scores + r * c->columns, votes);
-    }
+static void write_list(const Votes *v, const Rows *c, RowsRoom *x, float *votes, int64_t *to) {
     for (int64_t i = c->keys - c->prefix; i < c->fixed; i++) votes[i] = -__builtin_inff();
     choose(c, votes, x, x->lists);
     for (int64_t i = 0; i < v->prefix; i++) to[i] = i;
     for (int64_t i = 0; i < v->keep; i++) to[v->prefix + i] = x->lists[0].index[i] + v->prefix;
+}
+
+/* Lists of some tiles. Scores are computed for voters of several tiles at a time. */
+static void list_tiles(const Votes *v, const Rows *c, int64_t head, int64_t first, int64_t end,
+                       RowsRoom *x, float *votes, float *means) {
+    const float *q = v->q + head / v->heads * v->q_b + head % v->heads * v->q_h;
+    int64_t last = end * v->voters, list = v->prefix + v->keep;
+    for (int64_t from = first * v->voters; from < last; from += GROUP) {
+        const float *rows[GROUP];
+        int64_t count = smaller(GROUP, last - from);
+        for (int64_t r = 0; r < count; r++) mean_voter(v, q, from + r, means + r * v->dim);
+        for (int64_t r = 0; r < GROUP; r++) rows[r] = means + smaller(r, count - 1) * v->dim;
+        score_rows(c, rows, x, c->columns);
+        for (int64_t r = 0; r < count; r++) {
+            int64_t tile = (from + r) / v->voters, place = (from + r) % v->voters;
+            if (!place)
+                for (int64_t i = 0; i < v->fixed; i += WIDTH)
+                    store(votes + i, all(-__builtin_inff()));
+            vote(v, x->scores + r * c->columns, votes);
+            if (place == v->voters - 1)
+                write_list(v, c, x, votes, v->out + (head * v->tiles + tile) * list);
+        }
+    }
 }
 
 static void votes_some(void *data) {
@@ -131,8 +141,8 @@ static void votes_some(void *data) {
     while ((i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < items) {
         int64_t head = i / v->parts, part = i % v->parts;
         if (head != packed) pack_head(&c, packed = head, &x), x.guess = (float)v->quantile;
-        for (int64_t t = part * v->tiles / v->parts; t < (part + 1) * v->tiles / v->parts; t++)
-            list_tile(v, &c, head, t, &x, votes, means);
+        list_tiles(v, &c, head, part * v->tiles / v->parts, (part + 1) * v->tiles / v->parts, &x,
+                   votes, means);
     }
 }
 
