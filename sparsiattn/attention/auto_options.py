@@ -23,6 +23,9 @@ class AutoOptions:
             below each query choosing for itself costs about as much as dense attention.
         voter: Side of the squares of queries that vote together for the keys of their tile.
             Smaller ones choose better, at the square of the price.
+
+    Where attention is most of the time, tiles are larger and the summary smaller: with so many
+    keys less is lost.
     """
 
     tokens: int
@@ -37,7 +40,7 @@ TABLE = (
     AutoOptions(239, background=6),
     AutoOptions(465, background=7),
     AutoOptions(824, background=8),
-    AutoOptions(1024, background=8, tile=(8, 8), voter=2),
+    AutoOptions(1024, background=10, tile=(8, 4), voter=2),
     AutoOptions(2304, background=8, tile=(8, 8), voter=4),
     AutoOptions(9216, background=8, tile=(8, 8), voter=8),
 )
@@ -48,15 +51,13 @@ BLOCKS: tuple[tuple[int, Tile], ...] = ((32, (2, 2)), (128, (4, 4)))
 
 TILE_FROM = next(row.tokens for row in TABLE if row.tile != 1)
 """From this many tokens on, queries share keys in tiles."""
-AUTO_TILE = next(row.tile for row in TABLE if row.tile != 1)
-LARGEST_BLOCK = BLOCKS[-1][1]
 
 
 def auto_options(tokens: int) -> AutoOptions:
     """The row for that many tokens.
 
     >>> auto_options(197).tile, auto_options(1370).tile
-    (1, (8, 8))
+    (1, (8, 4))
     """
     return next(row for row in reversed(TABLE) if tokens >= row.tokens)
 
@@ -65,7 +66,7 @@ def auto_background(grid: Grid) -> int:
     """Summary keys in each direction of a token grid.
 
     >>> auto_background((7, 7)), auto_background((14, 14)), auto_background((37, 37))
-    (2, 5, 8)
+    (2, 5, 10)
     """
     return auto_options(grid[0] * grid[1]).background
 

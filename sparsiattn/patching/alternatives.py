@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from sparsiattn.attention.auto_options import AUTO_TILE, TILE_FROM
+from sparsiattn.attention.auto_options import TILE_FROM, auto_options
 from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.site import Site
@@ -76,7 +76,7 @@ def _tile_line(runtime: SiteRuntime, site: Site, speed: float) -> str:
     head = f"tile {shape_text(tile)} ({_why(strategy, image)}): {_meaning(tile)}"
     other: Tile = SMALL_TILE if tile == 1 else 1
     if tile == 1 and site.tokens >= TILE_FROM:
-        other = AUTO_TILE
+        other = auto_options(site.tokens).tile
     if not site.placed or strategy.uses_cross_layer_state or site != image:
         return head
     changed = replace(strategy, tile=other)

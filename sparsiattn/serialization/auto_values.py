@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sparsiattn.attention.geometry import infer_grid
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import MismatchedPatch
 from sparsiattn.strategies.base import Strategy
@@ -55,10 +56,10 @@ def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) 
     if not isinstance(attention, Strategy):
         return strategy
     changed = [
-        (name, option, site["auto"][option])
+        (name, option, value)
         for name, site in saved.items()
-        for option, value in _here(attention, site).items()
-        if site["auto"].get(option, value) != value
+        for option, value in _values_then(attention, site).items()
+        if _values_now(attention, site).get(option, value) != value
     ]
     if not changed:
         return strategy
@@ -77,11 +78,21 @@ def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) 
     return replace(attention, **fixed)
 
 
-def _here(strategy: Strategy, site: Mapping[str, Any]) -> Values:
+def _values_then(strategy: Strategy, site: Mapping[str, Any]) -> Values:
+    """What ``"auto"`` meant at a site when it was saved."""
+    if "auto" in site:
+        return dict(site["auto"])
+    values = {} if site["tokens"] < 1024 else _BEFORE_FILES_SAID_SO
+    return {name: value for name, value in values.items() if getattr(strategy, name) == "auto"}
+
+
+_BEFORE_FILES_SAID_SO: Values = {"tile": [8, 8], "background": 8}
+"""From 1,024 tokens on; below, it meant what it means now."""
+
+
+def _values_now(strategy: Strategy, site: Mapping[str, Any]) -> Values:
     """What ``"auto"`` means now at a saved site."""
-    if "auto" not in site:  # files from before had one table only
-        return {}
-    rows, columns = site["grid"]
-    k = site["k"]
+    rows, columns = site.get("grid") or infer_grid(site["tokens"])
+    keys, k = site.get("keys", site["tokens"]), site["k"]
     strategy = strategy if k is None else replace(strategy, k=k)  # type: ignore[call-arg]
-    return auto_values(strategy, site["tokens"], site["keys"], (rows, columns))
+    return auto_values(strategy, site["tokens"], keys, (rows, columns))

@@ -51,12 +51,12 @@ class Strategy(Config):
 
     Args:
         tile: Queries that share one key set: 1, ``(rows, columns)`` of patches, or ``"auto"``: 1
-            below 1,024 tokens, else ``(8, 8)``.
+            below 1,024 tokens, ``(8, 4)`` below 2,304, else ``(8, 8)``.
         block: Patch keys that are kept or dropped together in tile mode: 1, ``(rows, columns)``,
             or ``"auto"``, more of them for larger budgets. Under a host's mask that forbids keys
             every key is chosen by itself.
         background: Pool dropped keys into g x g summary keys; ``"auto"`` for a g that fits the
-            token grid (5 at 14 x 14, 8 from 32 x 32 on); None to drop them.
+            token grid (5 at 14 x 14, 10 at 37 x 37); None to drop them.
         prefix_keys: Whether CLS and register columns are always kept, within the budget.
 
     Attributes:

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.auto_options import AUTO_TILE, LARGEST_BLOCK, TILE_FROM
+from sparsiattn.attention.auto_options import TILE_FROM
 from sparsiattn.attention.budget import Budget, count_of
 from sparsiattn.attention.token_state import Assign, ReductionStep, TokenState, Unfold, take
 from sparsiattn.errors import InvalidType
+
+COMPACT_RUNS = ((8, 8), (4, 4))
+"""Runs of 64, 32 and 16 tokens are neighbours in the image, whatever tiles a strategy has."""
 
 Reduced = tuple[TokenState, Tensor]
 """A token state and the sequence ``[B, N, C]`` that it describes."""
@@ -252,9 +255,7 @@ def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
     """
     if state.n_original < TILE_FROM:
         return index
-    rank = geometry.table(
-        geometry.nested_rank, state.grid, AUTO_TILE, LARGEST_BLOCK, device=index.device
-    )
+    rank = geometry.table(geometry.nested_rank, state.grid, *COMPACT_RUNS, device=index.device)
     return index.gather(1, rank[index].argsort(dim=1))
 
 

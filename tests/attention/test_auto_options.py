@@ -35,7 +35,8 @@ def model() -> VisionTransformer:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "tile"), [(1, 1), (197, 1), (1023, 1), (1024, (8, 8)), (16385, (8, 8))]
+    ("tokens", "tile"),
+    [(1, 1), (197, 1), (1023, 1), (1024, (8, 4)), (2304, (8, 8)), (16385, (8, 8))],
 )
 def test_tiles_by_the_number_of_tokens(tokens: int, tile: object) -> None:
     for strategy in (Connectivity(), TopK()):
@@ -47,11 +48,11 @@ def test_tiles_stay_when_tokens_are_dropped(model: VisionTransformer) -> None:
     strategy = Hybrid(k=0.1, keep=0.3, layers=[0])
     patch = sparsiattn.patch(model, strategy)
     with patch, torch.no_grad():
-        assert {row.tile for row in patch.report().sites} == {(8, 8)}
+        assert {row.tile for row in patch.report().sites} == {(8, 4)}
         with patch.observing(lambda site, planner, inputs: seen.append(inputs)):
             model(torch.randn(1, 3, 32, 32))
     assert [inputs.n_queries for inputs in seen] == [1025, 309, 309]
-    assert {inputs.tile for inputs in seen} == {(8, 8)}
+    assert {inputs.tile for inputs in seen} == {(8, 4)}
 
 
 class Keys(nn.Module):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import sparsiattn
+from sparsiattn.attention.auto_options import auto_background
 from sparsiattn.errors import InvalidOption
 from sparsiattn.serialization.files import with_checksum
 from sparsiattn.strategies import Connectivity, TopK
-from sparsiattn.strategies.base import auto_background
 from sparsiattn.testing import tiny_images, tiny_vit
 
 OPTIONS: list[dict[str, Any]] = [{}, {"tile": (4, 4)}, {"tile": (4, 4), "background": None}]
@@ -115,7 +115,7 @@ def test_a_rule_that_there_is_not() -> None:
 
 def test_summary_keys_follow_the_grid() -> None:
     grids = [(4, 4), (7, 7), (14, 14), (24, 24), (37, 37), (1, 196), (128, 128)]
-    assert [auto_background(grid) for grid in grids] == [2, 2, 5, 7, 8, 5, 8]
+    assert [auto_background(grid) for grid in grids] == [2, 2, 5, 7, 10, 5, 8]
     assert Connectivity().background_for((14, 14)) == 5
     assert Connectivity(background=3).background_for((14, 14)) == 3
     assert Connectivity(background=None).background_for((14, 14)) is None
