@@ -126,7 +126,7 @@ def test_tables_are_computed_once() -> None:
     """The keys of `local` depend on no image: nothing is left that ranks them."""
     model = zoo.build("vit")
     sparsiattn.patch(model, "local", k=0.25)
-    twin = exporters.program.twin_of(model, None)
+    twin = exporters.program.exportable_copy(model, None)
     program = exporters.program.traced(twin, images(2), dynamic=True)
     assert "topk" not in str(program.graph)
 
