@@ -18,7 +18,8 @@ from sparsiattn.kernels import cost
 # what someone tuned on this machine must not decide which kernels are tested
 os.environ["SPARSIATTN_CACHE"] = str(Path(__file__).with_name("no-tuning-here"))
 # nor must compiled code, but in the tests of it: without a compiler there is none
-COMPILER = os.environ.get("CC", "")
+# (processes that pytest-xdist starts find CC as it is left here)
+COMPILER = os.environ.setdefault("CC_OF_NATIVE_TESTS", os.environ.get("CC", ""))
 os.environ["CC"] = "no-compiler-in-these-tests"
 
 # `torch.manual_seed` notes a traceback for devices that are not there: longer than many a test

@@ -20,7 +20,8 @@ from tests.support.native_calls import KERNEL, call, same
 def test_the_best_come_with_the_scores(grid: tuple[int, int], prefix: int) -> None:
     inputs, _ = call(grid, (8, 8), 1, prefix=prefix, heads=3)
     inputs = inputs.replace(block=(2, 2))
-    planner = Connectivity(k=0.2, tile=(8, 8), block=(2, 2)).planner(inputs.site)
+    strategy = Connectivity(k=0.2, tile=(8, 8), block=(2, 2), scores="predictor")
+    planner = strategy.planner(inputs.site)
     with torch.no_grad():
         wish = planner(inputs)
         assert isinstance(wish, Ranked)
