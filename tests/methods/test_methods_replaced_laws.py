@@ -299,6 +299,10 @@ def test_other_hosts_reuse_what_fits(family: str) -> None:
     model = zoo.build(family)
     x = zoo.images(model)
     for strategy in CARRY:
+        if family == "hiera" and strategy.needs_grid:  # its tokens are in the order of windows
+            with pytest.raises(sparsiattn.InvalidOption, match="in no raster order"):
+                sparsiattn.patch(model, type(strategy)())
+            continue
         with sparsiattn.patch(model, type(strategy)()) as live, torch.no_grad():
             assert model(x).isfinite().all()
             assert live.report().mhsa_macs is not None
