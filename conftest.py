@@ -27,11 +27,21 @@ SEED = (
     torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
 )
 
+SLOW_VARIANTS = frozenset(
+    Path(__file__).with_name("tests").joinpath("slow_variants.txt").read_text().splitlines()
+)
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
 
 def pytest_collectstart() -> None:
     SEED(0)  # for what modules draw when they are imported
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid in SLOW_VARIANTS:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -35,7 +35,7 @@ def test_the_best_come_with_the_scores(grid: tuple[int, int], prefix: int) -> No
 
 
 @pytest.mark.usefixtures("compiled_native")
-@pytest.mark.parametrize(("background", "counted"), [(2, True), (8, True), (9, False)])
+@pytest.mark.parametrize(("background", "counted"), [(2, True), (12, True), (13, False)])
 def test_the_bias_is_counted_on_the_way(background: int, counted: bool) -> None:
     inputs, pattern = call((16, 16), (4, 4), (2, 2), background=background, k=0.6)
     assert isinstance(pattern, KeyBlocks)

@@ -5,7 +5,7 @@
 #include "vectors.h"
 
 #define CHUNK 60
-#define CELLS 64 /* up to this many cells of a summary are counted here */
+#define CELLS 144 /* up to this many cells of a summary are counted here */
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. */
 typedef struct {

@@ -15,7 +15,7 @@ from sparsiattn.attention.geometry import Tiles
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build, ops
 
-CELLS = 64  # as in chunks.c
+CELLS = 144  # as in chunks.c
 
 
 def serves(*tensors: Tensor) -> bool:
