@@ -32,7 +32,7 @@ def test_many_tokens_share() -> None:
         planner = patch.runtimes[0].planner
         (line,) = patch.report().tiles
         assert line.startswith(
-            "tile 8x8 (auto: 1,025 tokens, at least 1,024): one list for up to 64"
+            "tile 8x4 (auto: 1,025 tokens, at least 1,024): one list for up to 32"
         )
         with torch.no_grad():
             planner.down.mul_(1.5)  # type: ignore[attr-defined]
