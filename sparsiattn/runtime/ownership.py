@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from threading import get_ident
-from types import CodeType, FrameType
+from types import FrameType
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.sdpa_intercept import MODULE_CALLS, abandoned, forget_caller
+from sparsiattn.runtime.sdpa_intercept import MODULE_CALL, abandoned, forget_caller
 from sparsiattn.runtime.thread_state import MODEL_CALL, forget_models, forget_pass
 
 
@@ -77,9 +77,9 @@ def _is_part(owner: PatchOwner, module: nn.Module) -> bool:
 def _running() -> Iterator[nn.Module]:
     """Modules that are being called in this thread, innermost first."""
     frame: FrameType | None = sys._getframe(1)
-    codes: frozenset[CodeType] = MODULE_CALLS
     while frame is not None:
-        if frame.f_code in codes:
+        # the outer of torch's two functions around a call, since locals of a frame are dear
+        if frame.f_code is MODULE_CALL:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
                 yield module

@@ -38,8 +38,11 @@ _WRAPPERS: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = []
 """Every wrapper and what it calls: each function gets one, which stays. torch.jit knows functions
 by their address, and code compiled with a wrapper is right again when the next patch comes."""
 
-_CALL = nn.Module._call_impl.__code__
-MODULE_CALLS = frozenset({_CALL, *(c for c in _CALL.co_consts if isinstance(c, CodeType))})
+MODULE_CALL = nn.Module._call_impl.__code__
+"""The code in which torch calls a module, hooks included."""
+MODULE_CALLS = frozenset(
+    {MODULE_CALL, *(c for c in MODULE_CALL.co_consts if isinstance(c, CodeType))}
+)
 """The code in which torch calls hooks and forward of a module."""
 _ANY_CALLS = MODULE_CALLS | {nn.Module._wrapped_call_impl.__code__}
 """Also where that code is compiled."""
