@@ -68,7 +68,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _values(slot: str) -> tuple[Any, ...]:
-    return tuple(s.value for s in _SETTINGS.get() if s.slot == slot and s.counts())
+    settings = _SETTINGS.get()
+    if not settings:  # as nearly always, and every site asks
+        return ()
+    return tuple(s.value for s in settings if s.slot == slot and s.counts())
 
 
 @contextmanager
