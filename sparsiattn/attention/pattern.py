@@ -395,8 +395,5 @@ class Output(ComputedPattern):
 
 def scatter_true(index: Tensor, n_keys: int) -> Tensor:
     """Indices ``[..., R, K]`` to a boolean ``[..., R, n_keys]``."""
-    return torch.zeros(*index.shape[:-1], n_keys, dtype=torch.bool, device=index.device).scatter(
-        -1,
-        index,
-        1,  # not True, which torch.jit.trace cannot record
-    )
+    rows = torch.zeros(*index.shape[:-1], n_keys, dtype=torch.bool, device=index.device)
+    return rows.scatter(-1, index, 1)  # not True, which torch.jit.trace cannot record

@@ -45,6 +45,7 @@ from sparsiattn.strategies.predictor import (
     exact_rows,
     for_heads,
     largest,
+    sizes_above,
     without_hidden_keys,
 )
 
@@ -258,7 +259,8 @@ class ConnectivityPlanner(LearnedPlanner):
         coefficients = self.coefficients(inputs, inputs.row_queries, units, down)
         coefficients = largest(coefficients, self.strategy.basis_coef_topk)
         basis = up if inputs.blocks is None else up[..., self.prefix :, :]
-        scores = coefficients @ for_heads(self._basis(basis)).mT.to(coefficients.dtype)
+        basis = sizes_above(basis, self.strategy.basis_threshold)
+        scores = coefficients @ for_heads(basis).mT.to(coefficients.dtype)
         if self.strategy.mean_query_boost:
             scores = scores.float() * self._boost(inputs, units, down, up)
         if self.self_weight is None or inputs.n_queries != inputs.n_keys:
@@ -351,13 +353,6 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _scale(self, inputs: AttentionInputs) -> float:
         return inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
-
-    def _basis(self, up: Tensor) -> Tensor:
-        """abs(W_up) without its small entries (the authors' inference rule)."""
-        size = up.abs()
-        if not self.strategy.basis_threshold:
-            return size
-        return torch.where(size > self.strategy.basis_threshold, size, 0.0)
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
         """Kullback-Leibler divergence of the scores, scaled to sum to one, from exact attention.

@@ -124,6 +124,12 @@ def largest(coefficients: Tensor, count: int | None) -> Tensor:
     return torch.zeros_like(coefficients).scatter(-1, kept.indices, kept.values)
 
 
+def sizes_above(up: Tensor, threshold: float) -> Tensor:
+    """abs(W_up) without its small entries (the authors' inference rule)."""
+    size = up.abs()
+    return torch.where(size > threshold, size, 0.0) if threshold else size
+
+
 def for_heads(table: Tensor) -> Tensor:
     """``[B, Nk, K]`` with an axis for heads, others as they are."""
     return table.unsqueeze(1) if table.dim() == 3 else table

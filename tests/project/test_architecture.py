@@ -159,3 +159,9 @@ def test_no_import_hides_inside_a_function() -> None:
     modules = [path for path in MODULES if not any(path.is_relative_to(place) for place in allowed)]
     assert [line for path in modules for line in late_imports(path)] == []
     assert all(list(late_imports(PACKAGE / path)) for path in LATE), "no longer late"
+
+
+def test_files_stay_short() -> None:
+    """One idea a file: what grows past this is cut by idea, not by size."""
+    long = [path for path in MODULES if len(path.read_text().splitlines()) >= 400]
+    assert [path.relative_to(ROOT).as_posix() for path in long] == []
