@@ -31,6 +31,24 @@ def is_transformed() -> bool:
     return interpreters is not None or forward_ad._current_level >= 0
 
 
+def is_unobserved(q: Tensor, k: Tensor) -> bool:
+    """Whether nothing wants to see operators on these: no tracer, mode, transform or profiler.
+
+    They may then be left out: between two layers, where the caches hold other code, torch's
+    dispatch of one operator takes a tenth of the time of a small site.
+    """
+    return (
+        type(q) is Tensor
+        and type(k) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -103,6 +103,18 @@ class Kernel(RenamedMembers):
         `Patch.warmup` calls it with calls that `why_not` lets through, with operands that want a
         gradient if the model trains.
         """
+
+    def repeatable(
+        self, inputs: AttentionInputs, pattern: Pattern
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """A function of q, k and v that is this call for operands laid out alike.
+
+        It must not hold the operands.
+
+        Returns:
+            The function; None where the pattern says something of their values.
+        """
+        return None
 
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
         """Expected speed relative to dense attention (1.0), from shapes alone, without planning."""

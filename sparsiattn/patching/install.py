@@ -66,6 +66,7 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
         _hook_site(state, runtime)
     for block in state.blocks:
         _hook_block(state, block)
+    state.note_links()
     for name in state.attention.entrances:
         recall, entrance = RecallMap(state), model.get_submodule(name)
         # last and in front: whatever else runs there asks for the map
@@ -133,7 +134,7 @@ def remove(state: PatchState) -> None:
             if runtime.module._modules.get(PLANNER) is runtime.planner:
                 del runtime.module._modules[PLANNER]
             swap_back(runtime.module)
-        state.hooks, state.places = [], []
+        state.hooks, state.places, state.links = [], [], []
         state.model.__dict__.pop(PATCH_ATTRIBUTE, None)
         state.alive = False
         SITE_CALLS.top = None

@@ -85,7 +85,10 @@ def refuse_fx(values: Any) -> None:
     Raises:
         InvalidOption: There are some.
     """
-    if not torch.compiler.is_compiling() and any(isinstance(x, Proxy) for x in values):
+    symbols = False
+    for value in values:  # a loop, since this is asked at every site
+        symbols = symbols or isinstance(value, Proxy)
+    if symbols and not torch.compiler.is_compiling():
         raise InvalidOption(
             "torch.fx (a feature extractor, a graph rewriter) cannot trace a patched model: take "
             "features of the patched model with forward hooks, forward_intermediates or "

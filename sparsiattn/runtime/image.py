@@ -45,10 +45,10 @@ class RecallMap:
         self.entered: RecomputeCache[tuple[int, int, int]] = RecomputeCache()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        x = args[0] if args and isinstance(args[0], Tensor) else first_argument(args, kwargs)
+        if x is None or not (torch.is_grad_enabled() or x.requires_grad):
             return
-        x = first_argument(args, kwargs)
-        if x is None or not (torch.is_grad_enabled() or x.requires_grad) or is_functorch(x):
+        if torch.compiler.is_compiling() or is_functorch(x):
             return
         if torch._C._current_graph_task_id() >= 0:  # in a backward pass
             MODEL_CALL.image = self.entered.find(x) or MODEL_CALL.image

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from threading import get_ident
 from types import FrameType
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ref
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from sparsiattn.runtime.open_call import OpenCall
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.sdpa_intercept import MODULE_CALL, abandoned, forget_caller
-from sparsiattn.runtime.thread_state import MODEL_CALL, forget_models, forget_pass
+from sparsiattn.runtime.sdpa_intercept import HOOKED_CALL, MODULE_CALL, abandoned, forget_caller
+from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_models, forget_pass
 
 
 def leave_model(key: int) -> None:
@@ -52,35 +52,58 @@ def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    for other in _running():
-        if other is owner.model or "_is_replica" in vars(other) or isinstance(other, GraphModule):
-            return False
-        if other is module or _is_part(owner, other):
+    return surroundings(owner, module, sys._getframe(2))[0]
+
+
+def surroundings(
+    owner: PatchOwner, module: nn.Module, caller: FrameType | None
+) -> tuple[bool, OpenCall | None]:
+    """What `runs_in_another` says of an eager call, and the call of the model that it is part of.
+
+    The call is None where the part runs by itself or for another model.
+
+    Args:
+        owner: The patch.
+        module: A part of its model.
+        caller: Who called its hook.
+    """
+    model_call = SITE_CALLS.callers.get(-owner.key)
+    number = model_call.number if isinstance(model_call, OpenCall) else None
+    frame = caller
+    while frame is not None:
+        code = frame.f_code
+        if code is HOOKED_CALL and frame is caller and frame.f_back is not None:
+            frame = frame.f_back.f_back  # that is the call of this very module
             continue
-        held = set(other.modules())
-        if module in held and owner.model not in held:
-            owner.other_models.add(type(other).__name__)
-            return True
-    return False
+        if code is HOOKED_CALL and id(frame) == number:
+            if isinstance(model_call, OpenCall) and model_call.exists:
+                return False, model_call
+        # one of torch's two functions around a call, since locals of a frame are dear
+        elif code is MODULE_CALL:
+            other = frame.f_locals.get("self")
+            if other is owner.model:
+                return False, None
+            if isinstance(other, nn.Module) and other is not module and not _is_part(owner, other):
+                if "_is_replica" in vars(other) or isinstance(other, GraphModule):
+                    return False, None
+                if _shares(owner, module, other):
+                    return True, None
+        frame = frame.f_back
+    return False, None
 
 
-_PARTS: WeakKeyDictionary[PatchOwner, WeakSet[nn.Module]] = WeakKeyDictionary()
+def _shares(owner: PatchOwner, module: nn.Module, other: nn.Module) -> bool:
+    """Whether another model holds the module and not the patched model; it is noted then."""
+    held = set(other.modules())
+    if module not in held or owner.model in held:
+        return False
+    owner.other_models.add(type(other).__name__)
+    return True
 
 
 def _is_part(owner: PatchOwner, module: nn.Module) -> bool:
-    """Whether a module belongs to the patched model."""
-    if module not in _PARTS.get(owner, ()):
-        _PARTS[owner] = WeakSet(owner.model.modules())
-    return module in _PARTS[owner]
-
-
-def _running() -> Iterator[nn.Module]:
-    """Modules that are being called in this thread, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        # the outer of torch's two functions around a call, since locals of a frame are dear
-        if frame.f_code is MODULE_CALL:
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module):
-                yield module
-        frame = frame.f_back
+    """Whether a module belongs to the patched model, and is no traced program."""
+    if ref(module) in owner.parts:
+        return True
+    owner.parts = {ref(m) for m in owner.model.modules() if not isinstance(m, GraphModule)}
+    return ref(module) in owner.parts

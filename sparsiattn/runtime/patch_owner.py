@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -50,6 +50,7 @@ class PatchOwner:
         other_models: Classes of models that share parts with this one and were seen to run them;
             there they run dense.
         reads_prefix: Whether the model's head reads prefix tokens alone.
+        parts: The model's modules, as they were when last looked through.
         running: By thread, the call of the model that began there and has not ended.
         leave_hook: Handle of the hook at the end of a pass.
     """
@@ -68,6 +69,7 @@ class PatchOwner:
         self.defaults: dict[str, Any] = {}
         self.known_calls: dict[tuple[Any, ...], bool] = {}
         self.other_models: set[str] = set()
+        self.parts: set[ref[nn.Module]] = set()
 
     @property
     def training(self) -> bool:
@@ -77,7 +79,7 @@ class PatchOwner:
     @property
     def disabled_here(self) -> bool:
         """Whether this thread is inside `Patch.disabled`."""
-        return self.key in settings.disabled
+        return settings.are_set() and self.key in settings.disabled
 
     @property
     def last_pass(self) -> tuple[Carried, int] | None:
@@ -89,7 +91,7 @@ class PatchOwner:
 
     @last_pass.setter
     def last_pass(self, value: tuple[Carried, int] | None) -> None:
-        if in_backward():
+        if in_backward() or (value is None and self.last_pass is None):
             return
         passes = WeakKeyDictionary(_LAST_PASSES.get({}))  # a new one: contexts are handed on
         passes.pop(self, None)

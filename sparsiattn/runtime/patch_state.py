@@ -79,6 +79,7 @@ class PatchState(PatchOwner):
         overrides: Attributes of the host that patching switched.
         hooks: Handles of every registered hook.
         places: Module path and module of everything that must stay where it was.
+        links: Every module on those paths with its holder and its name there.
         is_copy: Whether it came with a copy of its model, or of a part of it, or from a file.
         only_if_faster: Whether sites that were expected to lose time stay dense.
         speed_note: What to say of its speed and what to type instead, where it was expected to lose
@@ -105,11 +106,12 @@ class PatchState(PatchOwner):
         self.overrides: list[AttributeOverride] = []
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
+        self.links: list[tuple[nn.Module, str, nn.Module]] = []
         self.is_copy = False
         self.only_if_faster, self.speed_note = False, ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": {}}
+        return {**self.__dict__, "running": {}, "parts": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
@@ -122,8 +124,8 @@ class PatchState(PatchOwner):
     def __copy__(self) -> PatchState:
         """The same decisions, for another model: nothing of this one is switched or hooked."""
         bare = type(self).__new__(type(self))
-        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[])
-        bare.running = {}
+        bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], links=[])
+        bare.running, bare.parts = {}, set()
         bare.key = new_key()
         return bare
 
@@ -192,6 +194,18 @@ class PatchState(PatchOwner):
         for block in self.blocks:
             block.site, block.rows = (by_name[s.name][0] for s in (block.site, block.rows))
 
+    def note_links(self) -> None:
+        """Note the way to every place, which `check_sites` then finds unchanged at a glance."""
+        links = {}
+        for path, _ in self.places:
+            holder = self.model
+            for name in path.split(".") if path else ():
+                child = holder._modules[name]
+                assert child is not None
+                links[holder, name] = holder, name, child
+                holder = child
+        self.links = list(links.values())
+
     def ensure_active(self, action: str) -> None:
         """Raise `ModelChanged` if the patch was undone or its model changed."""
         if not self.active:
@@ -200,6 +214,8 @@ class PatchState(PatchOwner):
 
     def check_sites(self) -> None:
         """Raise `ModelChanged` if a patched module, or one that holds it, is gone or another."""
+        if all(holder._modules.get(name) is child for holder, name, child in self.links):
+            return
         for path, module in self.places:
             present: nn.Module | None = self.model
             for name in path.split(".") if path else ():

@@ -27,8 +27,8 @@ from torch.overrides import (
 )
 
 from sparsiattn.attention.layout import HostCall
-from sparsiattn.attention.sdpa import set_original_attention
-from sparsiattn.runtime.open_call import OpenCall
+from sparsiattn.attention.sdpa import original_attention, set_original_attention
+from sparsiattn.runtime.open_call import NestedCall, OpenCall
 from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope, forget_models, forget_pass
 
 _REPLACING = threading.RLock()
@@ -40,12 +40,16 @@ by their address, and code compiled with a wrapper is right again when the next 
 
 MODULE_CALL = nn.Module._call_impl.__code__
 """The code in which torch calls a module, hooks included."""
-MODULE_CALLS = frozenset(
-    {MODULE_CALL, *(c for c in MODULE_CALL.co_consts if isinstance(c, CodeType))}
-)
-"""The code in which torch calls hooks and forward of a module."""
-_ANY_CALLS = MODULE_CALLS | {nn.Module._wrapped_call_impl.__code__}
+HOOKED_CALL = next((c for c in MODULE_CALL.co_consts if isinstance(c, CodeType)), MODULE_CALL)
+"""The code inside it that calls the hooks and the forward of a module with hooks."""
+_ANY_CALLS = (MODULE_CALL, HOOKED_CALL, nn.Module._wrapped_call_impl.__code__)
 """Also where that code is compiled."""
+
+
+def is_module_call(code: CodeType) -> bool:
+    """Whether torch calls a module in this code."""
+    # by identity: to look a code object up in a set, Python hashes all of it
+    return code is HOOKED_CALL or code is MODULE_CALL
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -75,15 +79,17 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
             out: Tensor = handle_torch_function(called, relevant, *relevant, **options)
             return out
         top = SITE_CALLS.top
-        if top is not None and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        plain = top is None or compiling or is_called_by(top[1])
+        if top is not None and not plain:
             top = innermost(top)
         route = None if top is None else top[0]
-        if top is None or route is None or not opened_by_caller(top[1]):
+        if top is None or route is None or not (plain or opened_by_caller(top[1])):
             extra: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
             return fallback(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **extra
             )
-        if not torch.compiler.is_compiling():
+        if not compiling:
             SITE_CALLS.routed.add(top[1])
         SITE_CALLS.top = None  # a route may call attention itself
         call = HostCall(*operands, dropout_p, is_causal, scale, enable_gqa)
@@ -134,6 +140,8 @@ def intercepted() -> Iterator[None]:
 
 def install() -> None:
     """Put the wrapper in place, over whatever stands there now; again if someone replaced it."""
+    if F.scaled_dot_product_attention is _installed():
+        return
     # torch lists functions once, with those that are there: Dynamo shows modes only these
     get_overridable_functions()
     with _REPLACING:
@@ -142,6 +150,12 @@ def install() -> None:
         if behind is None:
             F.scaled_dot_product_attention = _wrapper_of(present)
         set_original_attention(present if behind is None else behind)
+
+
+def _installed() -> Callable[..., Tensor] | None:
+    """The wrapper in front of the function that `dense_attention` calls, if there is one."""
+    original = original_attention()
+    return next((wrapper for wrapper, fallback in _WRAPPERS if fallback is original), None)
 
 
 def _put_back() -> None:
@@ -173,6 +187,11 @@ def note_caller(key: int) -> OpenCall:
     """Remember who calls the hook that calls this, until `pop` or `forget_caller`."""
     call = SITE_CALLS.callers[key] = OpenCall(sys._getframe(2), key, _let_go)
     return call
+
+
+def note_nested_caller(key: int, model_call: OpenCall) -> None:
+    """As `note_caller`, for a hook that runs in this call of its model."""
+    SITE_CALLS.callers[key] = NestedCall(sys._getframe(2), model_call)
 
 
 def forget_caller(key: int) -> None:
@@ -216,7 +235,7 @@ def _let_go() -> None:
     What these have handed on must stay; the next pass sees to the rest.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code not in _ANY_CALLS:
+    while frame is not None and not any(frame.f_code is code for code in _ANY_CALLS):
         frame = frame.f_back
     if frame is None:
         forget_abandoned()
@@ -233,10 +252,23 @@ def opened_by_caller(key: int) -> bool:
         return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not caller.is_of(frame):
-        if frame.f_code in MODULE_CALLS:
+        if is_module_call(frame.f_code):
             return False
         frame = frame.f_back
     return True
+
+
+def is_called_by(key: int) -> bool:
+    """Whether the innermost module that runs is known to have opened this scope, and still runs.
+
+    The usual case, told by the nearest frames; where this is False, `innermost` and
+    `opened_by_caller` tell.
+    """
+    caller = SITE_CALLS.callers.get(key)
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not is_module_call(frame.f_code):
+        frame = frame.f_back
+    return caller is not None and frame is not None and caller.is_of(frame)
 
 
 def innermost(top: Scope) -> Scope | None:
@@ -260,8 +292,6 @@ def pop(key: int) -> None:
     top = SITE_CALLS.top
     if top is not None and top[1] == key:
         SITE_CALLS.top = top[2]
-    if not torch.compiler.is_compiling():
-        forget_caller(key)
 
 
 def forget_compiled() -> None:

@@ -22,6 +22,8 @@ from dis import opmap
 from types import FrameType
 from typing import Any
 
+import torch
+
 disabled: tuple[int, ...]
 observer: tuple[int, Any] | None
 warming: int | None
@@ -58,6 +60,11 @@ class _Setting:
 _SETTINGS: ContextVar[tuple[_Setting, ...]] = ContextVar("sparsiattn_settings", default=())
 
 
+def are_set() -> bool:
+    """Whether there may be any; a traced program has to look at each."""
+    return torch.compiler.is_compiling() or bool(_SETTINGS.get())
+
+
 def __getattr__(name: str) -> Any:
     if name == "disabled":
         return _values(name)
@@ -68,10 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _values(slot: str) -> tuple[Any, ...]:
-    settings = _SETTINGS.get()
-    if not settings:  # as nearly always, and every site asks
-        return ()
-    return tuple(s.value for s in settings if s.slot == slot and s.counts())
+    return tuple(s.value for s in _SETTINGS.get() if s.slot == slot and s.counts())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ route (`sparsiattn.runtime.sdpa_intercept`).
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,17 @@ from torch import Tensor, nn
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
-from sparsiattn.runtime.ownership import runs_in_another
+from sparsiattn.runtime.ownership import runs_in_another, surroundings
 from sparsiattn.runtime.patch_owner import new_key
 from sparsiattn.runtime.reduced_attention import full_attention, reduced_attention
-from sparsiattn.runtime.sdpa_intercept import forget_abandoned, note_caller, pop, push
+from sparsiattn.runtime.sdpa_intercept import (
+    forget_abandoned,
+    forget_caller,
+    note_caller,
+    note_nested_caller,
+    pop,
+    push,
+)
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS, Route
 from sparsiattn.strategies.base import Planner
@@ -36,6 +44,10 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
     def route(call: HostCall) -> Tensor:
         planner = runtime.planner if replica is None else cast(Planner, replica)
         state = BLOCK_CALL.token_state
+        if state is None and replica is None:
+            out = runtime.repeated.run(runtime, call)
+            if out is not None:
+                return out
         here = runtime.owner.key, runtime.block
         if state is not None and (state.owner, state.layer) == here:
             return reduced_attention(runtime, planner, state, call)
@@ -63,8 +75,11 @@ class OpenScope(ScriptRefusal):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         refuse_fx(args)
-        owner = self.runtime.owner
-        if owner.disabled_here or runs_in_another(owner, module):
+        owner, elsewhere, model_call = self.runtime.owner, False, None
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            elsewhere, model_call = surroundings(owner, module, sys._getframe(1))
+        if elsewhere or owner.disabled_here:
             push(None, self.key)
         elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
@@ -75,9 +90,13 @@ class OpenScope(ScriptRefusal):
         if self.runtime.first_cross_layer:
             forget_abandoned()
             MODEL_CALL.cross_layer = None
-        if not torch.compiler.is_compiling():
-            SITE_CALLS.routed.discard(self.key)
+        if compiling:
+            return
+        SITE_CALLS.routed.discard(self.key)
+        if model_call is None:
             note_caller(self.key)
+        else:
+            note_nested_caller(self.key, model_call)
 
 
 class CloseScope(ScriptRefusal):
@@ -91,7 +110,10 @@ class CloseScope(ScriptRefusal):
         pop(key)
         if runtime.last_cross_layer:
             MODEL_CALL.cross_layer = None
-        if torch.compiler.is_compiling() or output is None or runtime.owner.disabled_here:
+        if torch.compiler.is_compiling():
+            return
+        forget_caller(key)
+        if output is None or runtime.owner.disabled_here:
             return
         if key not in SITE_CALLS.routed and not runs_in_another(runtime.owner, module):
             raise ModelChanged(

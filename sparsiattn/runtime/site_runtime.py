@@ -24,6 +24,7 @@ from sparsiattn.runtime import settings
 from sparsiattn.runtime.cross_layer import hand_on, state_at
 from sparsiattn.runtime.measured_speed import MeasuredSpeed
 from sparsiattn.runtime.patch_owner import PatchOwner
+from sparsiattn.runtime.repeated_calls import RepeatedCalls
 from sparsiattn.runtime.thread_state import BLOCK_CALL, SITE_CALLS
 from sparsiattn.strategies import finalize
 from sparsiattn.strategies.base import Planner, Strategy
@@ -52,6 +53,11 @@ class PlannerHome(nn.Module):
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
         return self.planner(inputs)
+
+    @property
+    def plans_by_shape(self) -> bool:
+        """As the planner says."""
+        return bool(getattr(self.planner, "plans_by_shape", False))
 
 
 class Decision(Enum):
@@ -86,6 +92,7 @@ class SiteRuntime:
         last_choice: The kernel of the last eager call.
         measured: What `measure_sites` found, None before.
         choices: Kernels chosen for calls alike.
+        repeated: Calls that need no plan.
     """
 
     site: Site
@@ -104,6 +111,7 @@ class SiteRuntime:
     last_choice: Choice | None = None
     measured: MeasuredSpeed | None = None
     choices: ChoiceCache = field(default_factory=ChoiceCache)
+    repeated: RepeatedCalls = field(default_factory=RepeatedCalls)
 
     def __getstate__(self) -> dict[str, Any]:
         # what was measured holds for this machine, and a copy chooses for itself
@@ -121,7 +129,7 @@ class SiteRuntime:
 
     def decide(self, n_keys: int) -> Decision:
         """What runs for a call over that many keys."""
-        observer = settings.observer
+        observer = settings.observer if settings.are_set() else None
         if observer is not None and observer[0] == self.owner.key:
             return Decision.OBSERVE
         # an interrupt may leave a scope open after unpatch(): then the patch is not alive
@@ -201,7 +209,9 @@ class SiteRuntime:
             return out
         if settings.warming == self.owner.key:
             warm_kernels(self.kernels, inputs, pattern, training=self.module.training)
-        heads = self.compute(self.choose(inputs, pattern), inputs, pattern)
+        choice = self.choose(inputs, pattern)
+        heads = self.compute(choice, inputs, pattern)
+        self.repeated.note(self, call, inputs, pattern, choice)
         notify_planner(planner, inputs, heads)
         return self.layout.unfold(host_order(heads, self.site), call.q)
 
@@ -246,7 +256,7 @@ class SiteRuntime:
 
     def host(self, call: HostCall) -> Tensor:
         """What the host's own attention returns."""
-        meter = settings.meter
+        meter = settings.meter if settings.are_set() else None
         if meter is None:
             return call.dense()
         return meter.dense(self, call)  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.token_state import TokenState
-from sparsiattn.runtime.open_call import OpenCall
+from sparsiattn.runtime.open_call import NestedCall, OpenCall
 
 Route: TypeAlias = Callable[[HostCall], Tensor]
 """What stands in for a site's call of scaled dot product attention."""
@@ -58,7 +58,7 @@ class SiteCalls(threading.local):
     __slots__ = ()
 
     top: Scope | None = None
-    callers: dict[int, OpenCall] = field(default_factory=dict)
+    callers: dict[int, OpenCall | NestedCall] = field(default_factory=dict)
     routed: set[int] = field(default_factory=set)
     shared: Pattern | dict[int, Pattern] | None = None
     deferred: bool = False

@@ -27,7 +27,7 @@ class Planner(Protocol):
     """What a strategy makes for one site: called with `AttentionInputs`, it returns a `Pattern`.
 
     If it also has a method ``after(inputs, output)``, that gets what attention then returned at
-    the site, ``[B, H, Nq, Dv]``.
+    the site, ``[B, H, Nq, Dv]``. If it has an attribute ``plans_by_shape``, see `Strategy`.
 
     >>> x = torch.randn(1, 2, 16, 8)
     >>> def first_keys(inputs: AttentionInputs) -> Pattern:
@@ -64,6 +64,9 @@ class Strategy(Config):
             `Pattern.logits` and `Pattern.output` do not, and ``background`` cannot complete them.
         uses_cross_layer_state: Whether planners use `AttentionInputs.store` and `load`.
         needs_grid: Whether plans say nothing where the places of tokens in the image are not known.
+        plans_by_shape: Whether plans depend on shapes and options alone, as where the kernel finds
+            the keys, so that calls alike need one plan. A class that overrides ``plan`` has to say
+            so anew.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Pattern, Strategy
@@ -88,6 +91,12 @@ class Strategy(Config):
     selects_keys: ClassVar[bool] = True
     uses_cross_layer_state: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    plans_by_shape: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "plan" in vars(cls) and "plans_by_shape" not in vars(cls):
+            cls.plans_by_shape = False
 
     tile: Tile | str = field(default="auto", kw_only=True)
     block: Tile | str = field(default=1, kw_only=True)
@@ -189,6 +198,11 @@ class Stateless:
 
     def __call__(self, inputs: AttentionInputs, /) -> Pattern:
         return self.strategy.plan(inputs)
+
+    @property
+    def plans_by_shape(self) -> bool:
+        """As the strategy says."""
+        return self.strategy.plans_by_shape
 
 
 class LearnedPlanner(RenamedMembers, PlannerWeights):

@@ -232,6 +232,11 @@ class ConnectivityPlanner(LearnedPlanner):
         return Ranked(scores.shape[-2], scores.shape[-1], scores, k, best if count else None)
 
     @property
+    def plans_by_shape(self) -> bool:
+        """Whether the queries' own logits rank, which the kernel computes."""
+        return not self.predicts
+
+    @property
     def predicts(self) -> bool:
         """Whether the predictor ranks keys, and not the queries' own logits."""
         if self.strategy.scores == "exact":

@@ -28,6 +28,7 @@ class TopK(Strategy):
         "as published (k-NN attention), which trains with it; tiles and summary keys are "
         "this library's"
     )
+    plans_by_shape = True
 
     k: Budgets = 0.25
 

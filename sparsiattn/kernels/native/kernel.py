@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,6 +66,14 @@ class Native(Kernel):
     def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
         build.compile_here()
 
+    def repeatable(
+        self, inputs: AttentionInputs, pattern: Pattern
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        if type(pattern) is not TopKeys:
+            return None
+        options = _best_options(inputs, pattern)
+        return lambda q, k, v: attend_to_best(q, k, v, *options, unobserved=True)
+
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyLists)
         if isinstance(pattern, TopKeys):
@@ -82,7 +93,8 @@ class Native(Kernel):
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
         if isinstance(pattern, TopKeys):
-            return _attend_to_best(inputs, pattern)
+            options = _best_options(inputs, pattern)
+            return attend_to_best(inputs.q, inputs.k, inputs.v, *options)
         summary, tiles = pattern.summary, pattern.tiles
         if isinstance(pattern, KeyBlocks):
             blocks, prefix = pattern.blocks, pattern.prefix
@@ -105,20 +117,12 @@ class Native(Kernel):
         )
 
 
-def _attend_to_best(inputs: AttentionInputs, pattern: TopKeys) -> Tensor:
+def _best_options(inputs: AttentionInputs, pattern: TopKeys) -> tuple[Any, ...]:
+    """Arguments of `attend_to_best` after the operands."""
     summary, keep = pattern.summary, pattern.keys - pattern.prefix
     cells = None if summary is None else summary.cells
-    return attend_to_best(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        cells,
-        summary_count(pattern),
-        keep,
-        pattern.prefix,
-        pattern.dense_rows,
-        inputs.scale,
-    )
+    count = summary_count(pattern)
+    return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale
 
 
 def _best_macs(inputs: AttentionInputs, pattern: TopKeys) -> int:

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derivatives import is_transformed
+from sparsiattn.attention.derivatives import is_transformed, is_unobserved
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build
@@ -16,7 +16,6 @@ from sparsiattn.kernels.native.ops import (
     SPAN,
     addresses_of,
     contiguous,
-    is_unobserved,
     parallel,
     whole_vectors,
     with_rows,
@@ -105,9 +104,11 @@ def _best_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
 
 
-def attend_to_best(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
-    """As the operator ``native_attend_to_best``."""
-    if type(v) is Tensor and is_unobserved(q, k):
+def attend_to_best(
+    q: Tensor, k: Tensor, v: Tensor, *others: object, unobserved: bool = False
+) -> Tensor:
+    """As the operator ``native_attend_to_best``; ``unobserved`` where `is_unobserved` was asked."""
+    if unobserved or (type(v) is Tensor and is_unobserved(q, k)):
         return _attend_to_best(q, k, v, *others)  # type: ignore[arg-type]
     return torch.ops.sparsiattn.native_attend_to_best.default(q, k, v, *others)  # type: ignore[no-any-return]
 
