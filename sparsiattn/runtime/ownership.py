@@ -13,7 +13,13 @@ from torch.fx import GraphModule
 
 from sparsiattn.runtime.open_call import OpenCall
 from sparsiattn.runtime.patch_owner import PatchOwner
-from sparsiattn.runtime.sdpa_intercept import HOOKED_CALL, MODULE_CALL, abandoned, forget_caller
+from sparsiattn.runtime.sdpa_intercept import (
+    HOOKED_CALL,
+    MODULE_CALL,
+    OUTER_CALL,
+    abandoned,
+    forget_caller,
+)
 from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_models, forget_pass
 
 
@@ -78,8 +84,7 @@ def surroundings(
         if code is HOOKED_CALL and id(frame) == number:
             if isinstance(model_call, OpenCall) and model_call.exists:
                 return False, model_call
-        # one of torch's two functions around a call, since locals of a frame are dear
-        elif code is MODULE_CALL:
+        elif _names_module(frame):
             other = frame.f_locals.get("self")
             if other is owner.model:
                 return False, None
@@ -90,6 +95,14 @@ def surroundings(
                     return True, None
         frame = frame.f_back
     return False, None
+
+
+def _names_module(frame: FrameType) -> bool:
+    """Whether this is the frame of a module's call whose locals are the fewest, for they are dear."""
+    code = frame.f_code
+    if code is not MODULE_CALL:
+        return code is OUTER_CALL
+    return frame.f_back is None or frame.f_back.f_code is not OUTER_CALL
 
 
 def _shares(owner: PatchOwner, module: nn.Module, other: nn.Module) -> bool:

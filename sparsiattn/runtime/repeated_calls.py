@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.derivatives import is_unobserved
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall, Layout
+from sparsiattn.attention.layout import HostCall, Layout, autocast_dtype
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
@@ -132,7 +132,7 @@ def _is_plain(runtime: PlannedSite, call: HostCall) -> bool:
         return False
     if type(call.v) is not Tensor or not is_unobserved(call.q, call.k):
         return False
-    if torch.is_autocast_enabled(call.q.device.type):
+    if autocast_dtype(call.q) is not None:
         return False
     return bool(getattr(runtime.planner, "plans_by_shape", False))
 

@@ -42,8 +42,9 @@ MODULE_CALL = nn.Module._call_impl.__code__
 """The code in which torch calls a module, hooks included."""
 HOOKED_CALL = next((c for c in MODULE_CALL.co_consts if isinstance(c, CodeType)), MODULE_CALL)
 """The code inside it that calls the hooks and the forward of a module with hooks."""
-_ANY_CALLS = (MODULE_CALL, HOOKED_CALL, nn.Module._wrapped_call_impl.__code__)
-"""Also where that code is compiled."""
+OUTER_CALL = nn.Module._wrapped_call_impl.__code__
+"""The code around it, where a module is called by its name."""
+_ANY_CALLS = (MODULE_CALL, HOOKED_CALL, OUTER_CALL)
 
 
 def is_module_call(code: CodeType) -> bool:
