@@ -98,7 +98,7 @@ def surroundings(
 
 
 def _names_module(frame: FrameType) -> bool:
-    """Whether this is the frame of a module's call whose locals are the fewest, for they are dear."""
+    """Whether this is the frame of a module's call with the fewest locals, which are dear."""
     code = frame.f_code
     if code is not MODULE_CALL:
         return code is OUTER_CALL
