@@ -26,8 +26,9 @@ from sparsiattn.attention.pattern import Ranked, SizedPattern
 class TopLogits(SizedPattern):
     """A planner's answer: of every query the keys of largest logits, or of a tile by votes.
 
-    In tiles, the mean of a few neighbouring queries votes for a key with the attention that it
-    gives to it, and the largest vote counts: a key that one part of the tile needs is kept.
+    In tiles, the mean of a few neighbouring queries, under the mean of the host's bias on them,
+    votes for a key with the attention that it gives to it, and the largest vote counts: a key that
+    one part of the tile needs is kept.
 
     Attributes:
         n_queries: Queries, prefix included.
@@ -58,11 +59,17 @@ class TopLogits(SizedPattern):
         inputs = self.inputs
         if inputs.tiles is None:
             scores = inputs.logits()
-        elif inputs.bias is None:
+        elif self.votes:
             scores = self._votes()
-        else:  # the host's bias is of each query
+        else:  # every query may see other keys
             scores = inputs.logits().softmax(-1)
         return Ranked(scores.shape[-2], self.n_keys, scores, self.k)
+
+    @property
+    def votes(self) -> bool:
+        """Whether queries of a tile can vote together: all of them may see the same keys."""
+        allowed = self.inputs.allowed()
+        return allowed is None or allowed.shape[-2] == 1
 
     @property
     def voters(self) -> tuple[Tiles, Tensor]:
@@ -86,7 +93,12 @@ class TopLogits(SizedPattern):
         inputs, (squares, order) = self.inputs, self.voters
         assert inputs.tiles is not None
         voters = squares.mean(inputs.patch_queries).index_select(-2, order)
-        votes = products(voters, inputs.k, inputs.scale).softmax(-1)
+        logits = products(voters, inputs.k, inputs.scale)
+        bias = inputs.bias
+        if bias is not None and bias.shape[-2] > 1:
+            bias = squares.mean(bias[..., inputs.prefix :, :].to(logits.dtype))
+            bias = bias.index_select(-2, order)
+        votes = inputs.replace(bias=bias).biased(logits).softmax(-1)
         return torch.amax(votes.unflatten(-2, (inputs.tiles.count, -1)), dim=-2)
 
     def to_mask(self) -> Tensor:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from sparsiattn.attention.background import Summary
+from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.derivatives import differentiable_again, is_transformed
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
@@ -37,11 +37,13 @@ def twice_differentiable(
         pattern: What it computed.
     """
     summary = pattern.summary
-    rows = None if summary is None else summary.bias
+    # logs of counts pass no gradient, so nobody counts them before they are needed
+    counted = isinstance(summary, CountedSummary) and summary.counted and inputs.bias is None
+    rows = None if summary is None or counted else summary.bias
     # operands are saved by autograd alone, so that checkpoints can let go of them
     none = inputs.q.new_empty(0)
     call = inputs.replace(q=none, k=none, v=none, bias=None, token_state=None, cross_layer=None)
-    if summary is not None:
+    if summary is not None and not counted:
         rest = Summary(summary.cells, summary.parts, none, summary.allowed)
         pattern = replace(pattern, summary=rest)  # type: ignore[type-var]
     recompute = partial(_by_reference, name, call, pattern)

@@ -16,6 +16,9 @@ from torch import Tensor
 LARGEST_KEPT = 1 << 25
 
 
+_FLOAT32 = torch.empty(0)
+
+
 class Scratch(threading.local):
     """Buffers by name.
 
@@ -42,6 +45,10 @@ class Scratch(threading.local):
             if size * like.element_size() <= LARGEST_KEPT:
                 self._kept[name, like.dtype] = buffer
         return buffer
+
+    def room_for(self, name: str, size: int) -> Tensor:
+        """The same for float32."""
+        return self.numbers(name, size, _FLOAT32)
 
     def clear(self) -> None:
         """Give this thread's buffers back."""

@@ -7,6 +7,7 @@ of keys per tile, forbidden keys last, and the summary keys that stand for what 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -114,17 +115,25 @@ def _rank_logits(
     """Lists that the kernel finds, where one can; else as `_rank`."""
     keys = count_of(pattern.k, inputs.n_keys)
     fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
-    if blocks is not None or not fits or not native_rows.serves(inputs):
+    if inputs.tiles is None:
+        compiled = native_rows.serves(inputs)
+    else:
+        compiled = native_rows.plans(inputs) and pattern.votes
+    if blocks is not None or not fits or not compiled:
         return _rank(pattern.ranked(), inputs, prefix_keys, blocks)
     tiles, rows, prefix = inputs.tiles, inputs.prefix, inputs.prefix
     if tiles is not None:
-        index = native_lists.voted_keys(
-            inputs.q, inputs.k, *pattern.voter_tokens, tiles.count, keys, prefix, inputs.scale
-        )
+        # a choice passes no gradient
+        q, k = inputs.q.detach(), inputs.k.detach()
+        bias = None if inputs.bias is None else inputs.bias.detach()
+        sizes = (tiles.count, keys, prefix, inputs.scale)
+        hard = inputs.site.bias != "bias"
+        index = native_lists.voted_keys(q, k, *pattern.voter_tokens, *sizes, bias, hard)
         return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
     def make_index() -> Tensor:
-        ranked = _rank(pattern.ranked(), inputs, prefix_keys, None)
+        exact = replace(pattern, inputs=_at_least_float32(inputs))  # as the kernel compares
+        ranked = _rank(exact.ranked(), inputs, prefix_keys, None)
         assert isinstance(ranked, KeyIndex)
         return ranked.index
 
@@ -136,6 +145,12 @@ def _rank_logits(
         make_index=make_index,
         dense_rows=rows,
     )
+
+
+def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:
+    if inputs.q.dtype.itemsize > 2:
+        return inputs
+    return inputs.replace(q=inputs.q.float(), k=inputs.k.float())
 
 
 def _rank_blocks(
@@ -181,26 +196,33 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
-    # biases are logs of counts: log(0) is minus infinity, so a cell without keys weighs nothing
+    assert isinstance(pattern, (KeyIndex, KeyBlocks, TopKeys, Mask))
     parts = _cell_parts(inputs.key_grid, g)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
+    count_bias = _bias_counter(pattern, inputs, allowed, cells, parts)
+    shared = allowed is None or allowed.shape[-2] == 1
+    can_count = shared and isinstance(pattern, KeyLists) and native.counts(inputs.q, count)
+    if can_count or isinstance(pattern, TopKeys):
+        return replace(pattern, summary=CountedSummary(cells, parts, count_bias, allowed))
+    return replace(pattern, summary=Summary(cells, parts, count_bias(), allowed))
+
+
+def _bias_counter(
+    pattern: Pattern,
+    inputs: AttentionInputs,
+    allowed: Tensor | None,
+    cells: Tensor,
+    parts: geometry.Grid,
+) -> Callable[[], Tensor]:
+    """Makes the summary's bias, with logs of counts: log(0) is minus infinity, so a cell without
+    keys weighs nothing."""
+    count = parts[0] * parts[1]
     if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        count_bias = partial(_bias_by_block, pattern, inputs.key_grid, inputs.block, parts, cells)
-        if native.counts(inputs.q, count):
-            return replace(pattern, summary=CountedSummary(cells, parts, count_bias))
-        bias = count_bias()
-    elif isinstance(pattern, KeyLists) and inputs.bias is None:
-        count_lists = partial(_bias_by_index, pattern, cells, count)
-        if isinstance(pattern, TopKeys) or native.counts(inputs.q, count):
-            return replace(pattern, summary=CountedSummary(cells, parts, count_lists))
-        bias = count_lists()
-    else:
-        bias = _bias_by_mask(pattern.to_mask(), inputs, allowed, cells, count)
-        if isinstance(pattern, KeyLists):
-            bias = bias[..., inputs.prefix :, :]
-    assert isinstance(pattern, (KeyIndex, KeyBlocks, Mask))
-    return replace(pattern, summary=Summary(cells, parts, bias, allowed))
+        return partial(_bias_by_block, pattern, inputs.key_grid, inputs.block, parts, cells)
+    if isinstance(pattern, KeyLists) and inputs.bias is None:
+        return partial(_bias_by_index, pattern, cells, count)
+    return partial(_bias_by_mask, pattern, inputs, allowed, cells, count)
 
 
 def _cell_parts(grid: geometry.Grid, g: int) -> geometry.Grid:
@@ -275,9 +297,19 @@ def _members_of_first(
 
 
 def _bias_by_mask(
+    pattern: Pattern, inputs: AttentionInputs, allowed: Tensor | None, cells: Tensor, count: int
+) -> Tensor:
+    """Log count of each query's dropped keys, plus the mean of the host's bias over them.
+
+    Lists have no rows for prefix queries.
+    """
+    bias = _bias_of_dropped(pattern.to_mask(), inputs, allowed, cells, count)
+    return bias[..., inputs.prefix :, :] if isinstance(pattern, KeyLists) else bias
+
+
+def _bias_of_dropped(
     keep: Tensor, inputs: AttentionInputs, allowed: Tensor | None, cells: Tensor, count: int
 ) -> Tensor:
-    """Log count of each query's dropped keys, plus the mean of the host's bias over them."""
     dropped = ~keep if allowed is None else ~keep & allowed
     is_member = (cells[:, None] == torch.arange(count, device=cells.device)).float()
     counts = dropped.float() @ is_member

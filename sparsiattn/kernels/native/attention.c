@@ -17,22 +17,23 @@ typedef struct {
     int64_t next, end, apart[14];
 } Range;
 
-/* total: keys of every cell. */
+/* bands: of the cells. */
 typedef struct {
     const Call *call;
     int64_t parts, each, chunk, ranges, joined;
     Range range[TEAM];
-    const int64_t *total;
+    Bands bands;
 } Job;
 
 enum { UNTOUCHED, BEGUN, PREPARED };
 
-/* One image and head. state: of what all its tiles share. */
+/* One image and head. total: keys of every cell. state: of what all its tiles share. */
 typedef struct {
     const float *q, *k, *v, *bias;
-    float *out, *pooled_k, *pooled_v;
+    float *out, *pooled_k, *pooled_v, *total;
     const int64_t *chosen;
     int64_t *state;
+    const char *host;
 } Head;
 
 /* Where in a tile's list the next key is. */
@@ -43,7 +44,7 @@ typedef struct {
 
 /* Numbers that one head's summary takes, and its state. */
 INLINE int64_t lead_of(const Call *c) {
-    return (c->cells * (c->dim + c->value_dim) + 15) / 16 * 16 + 16;
+    return (c->cells * (c->dim + c->value_dim + 1) + 15) / 16 * 16 + 16;
 }
 
 static Head head_of(const Call *c, int64_t i) {
@@ -53,9 +54,20 @@ static Head head_of(const Call *c, int64_t i) {
         c->q + b * c->q_b + h * c->q_h, c->k + b * c->k_b + h * c->k_h,
         c->v + b * c->v_b + h * c->v_h, c->bias ? c->bias + b * c->bias_b + h * c->bias_h : 0,
         c->out + b * c->out_b + h * c->out_h, pooled, pooled + c->cells * c->dim,
-        c->chosen + b * c->list_b + h * c->list_h, (int64_t *)(pooled - 16),
+        pooled + c->cells * (c->dim + c->value_dim), c->chosen + b * c->list_b + h * c->list_h,
+        (int64_t *)(pooled - 16), 0,
     };
+    if (c->host) x.host = element(c->host, c->host_kind, b * c->host_b + h * c->host_h);
     return x;
+}
+
+INLINE const char *host_row(const Call *c, const Head *x, int64_t token) {
+    return element(x->host, c->host_kind, token * c->host_n);
+}
+
+/* Whether the queries that have this row of the host's bias may see a key. */
+INLINE int is_seen(const Call *c, const char *row, int64_t key) {
+    return !c->hard || host_at(c, row, key) != -__builtin_inff();
 }
 
 INLINE int64_t key_of(const Call *c, Cursor *at) {
@@ -72,9 +84,10 @@ static int64_t next_listed(const Call *c, const Head *x, Cursor *at, int64_t mos
     int64_t n = 0;
     while (n < most && at->done < c->listed) {
         int64_t key = key_of(c, at);
+        room->key[n] = key;
         room->k[n] = x->k + key * c->k_n;
         room->v[n++] = x->v + key * c->v_n;
-        if (c->counted) room->picked[c->cell[key]]++;
+        if (c->counted && is_seen(c, x->host, key)) room->picked[c->cell[key]]++;
         at->done++;
         if (at->entry >= c->entries && c->unit) at->done = c->listed;
     }
@@ -88,8 +101,10 @@ static int64_t next_keys(const Job *job, const Head *x, Cursor *at, int64_t most
     if (n == most || at->done < c->listed || at->cell == c->cells) return n;
     if (!at->cell) {
         await(x->state, PREPARED); /* by the thread that pools this head's keys */
-        for (int64_t g = 0; g < c->cells && c->counted; g++)
-            room->counted[g] = logf((float)(job->total[g] - room->picked[g]));
+        for (int64_t g = 0; g < c->cells && c->counted; g++) {
+            room->kept[g] = x->total[g] - (float)room->picked[g];
+            room->counted[g] = logf(room->kept[g]);
+        }
     }
     for (; n < most && at->cell < c->cells; at->cell++) {
         room->k[n] = x->pooled_k + at->cell * c->dim;
@@ -118,8 +133,18 @@ static void add_bias(const Call *c, const Head *x, int64_t tile, int64_t slot, i
                      int64_t lanes, int64_t from, int64_t end, const Room *room, float *s) {
     for (int64_t n = 0; n < lanes; n++) {
         const float *bias = bias_of(c, x, tile, slot + smaller(n, count - 1), room);
-        for (int64_t g = from; g < end; g++) s[(g - from) * SPAN + n] += bias[g] * LOG2E;
+        for (int64_t g = from; g < end; g++)
+            s[(g - from) * SPAN + n] += cell_bias(c, bias, g, n, room);
     }
+}
+
+/* Adds all that is no product to the logits of a chunk. */
+static void end_logits(const Call *c, const Head *x, int64_t tile, int64_t slot, int64_t count,
+                       int64_t lanes, int64_t keys, int64_t cell, int64_t end, Room *room) {
+    int64_t listed = keys - (end - cell);
+    if (c->host) add_host(c, room, listed, lanes);
+    if (end > cell)
+        add_bias(c, x, tile, slot, count, lanes, cell, end, room, room->s + listed * SPAN);
 }
 
 /* Queues the rows that this part writes, and those of `q` (or none) that the next part reads. */
@@ -150,8 +175,10 @@ static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot,
         int64_t token = c->first + token_of(c, tile, slot + smaller(n, count - 1));
         from[n] = x->q + token * c->q_n;
         to[n] = x->out + token * c->out_n;
+        if (c->host) room->host[n] = host_row(c, x, token);
     }
-    take_queries(c, from, lanes, room);
+    if (c->host) sum_host(c, &job->bands, lanes, room);
+    take_rows(from, c->dim, (float)(c->scale * LOG2E), lanes, room->q);
     for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
     for (int64_t d = 0; d < c->value_dim; d++) clear(room->o + d * SPAN, lanes);
     int64_t part = then < 0 ? 0 : then % job->each;
@@ -160,25 +187,38 @@ static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot,
     for (; keys > 0; keys = next_keys(job, x, &at, job->chunk, room)) {
         for (int64_t n = 0; n < lanes; n += MOST * WIDTH)
             score_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
-        if (at.cell > cell)
-            add_bias(c, x, tile, slot, count, lanes, cell, at.cell, room,
-                     room->s + (keys - (at.cell - cell)) * SPAN);
+        end_logits(c, x, tile, slot, count, lanes, keys, cell, at.cell, room);
         cell = at.cell;
         weigh_chunk(c, keys, lanes, room);
     }
     give_rows(c, to, count, lanes, room);
 }
 
+/* Rows of the host's bias of a small tile, and their sums. */
+static void begin_hosts(const Job *job, const Head *x, int64_t tile, Room *room) {
+    const Call *c = job->call;
+    if (!c->host) return;
+    for (int64_t slot = 0; slot < c->slots; slot++)
+        room->host[slot] = host_row(c, x, c->first + token_of(c, tile, slot));
+    sum_host(c, &job->bands, c->slots, room);
+}
+
+/* Whether a slot of a tile repeats its last token. */
+INLINE int repeats(const Call *c, int64_t tile, int64_t slot) {
+    return slot && token_of(c, tile, slot) == token_of(c, tile, slot - 1);
+}
+
 static void small_tile(const Job *job, const Head *x, int64_t tile, Room *room) {
     const Call *c = job->call;
+    begin_hosts(job, x, tile, room);
     for (int64_t slot = 0; slot < c->slots; slot++) {
         int64_t token = c->first + token_of(c, tile, slot), cell = 0, keys;
         Cursor at = {x->chosen + tile * c->entries, 0, 0, 0, 0};
         begin_list(c, room);
         begin_query(c, room);
         while ((keys = next_keys(job, x, &at, CHUNK, room)) > 0) {
-            const float *bias = c->cells ? bias_of(c, x, tile, slot, room) + cell : 0;
-            one_query(c, x->q + token * c->q_n, keys, at.cell - cell, bias, room);
+            const float *bias = c->cells ? bias_of(c, x, tile, slot, room) : 0;
+            one_query(c, x->q + token * c->q_n, keys, cell, at.cell, bias, slot, room);
             cell = at.cell;
         }
         end_query(c, x->out + token * c->out_n, room);
@@ -197,44 +237,61 @@ static void add_cells(const Call *c, const float *const *rows, const int64_t *ce
     }
 }
 
+/* Rows of some keys in a row. */
+static void take_keys(const Call *c, const Head *x, int64_t from, int64_t count, Room *room) {
+    for (int64_t i = 0; i < count; i++) {
+        room->key[i] = from + i;
+        room->k[i] = x->k + (from + i) * c->k_n;
+        room->v[i] = x->v + (from + i) * c->v_n;
+    }
+}
+
 /* One pass over all keys and values: prefix query `n`, which sees every key and no summary, unless
    there is none, and the sums of the summary if asked for. */
 static void pass(const Call *c, const Head *x, int64_t n, int sums, Room *room) {
     if (n < c->first) begin_query(c, room);
+    if (n < c->first && c->host) room->host[0] = host_row(c, x, n);
     for (int64_t from = 0; from < c->keys; from += CHUNK) {
         int64_t count = smaller(CHUNK, c->keys - from);
-        for (int64_t i = 0; i < count; i++) {
-            room->k[i] = x->k + (from + i) * c->k_n;
-            room->v[i] = x->v + (from + i) * c->v_n;
-        }
+        take_keys(c, x, from, count, room);
         if (n < c->first) {
-            one_query(c, x->q + n * c->q_n, count, 0, 0, room);
+            one_query(c, x->q + n * c->q_n, count, 0, 0, 0, -1, room);
         } else {
             ahead(room->k, 0, count, c->dim);
             ahead(room->v, 0, count, c->value_dim);
         }
         if (!sums) continue;
-        add_cells(c, room->k, c->cell + from, count, c->dim, x->pooled_k);
-        add_cells(c, room->v, c->cell + from, count, c->value_dim, x->pooled_v);
+        int64_t cell[CHUNK];
+        for (int64_t i = 0; i < count; i++) {
+            cell[i] = is_seen(c, x->host, from + i) ? c->cell[from + i] : c->cells;
+            if (cell[i] < c->cells) x->total[cell[i]]++;
+        }
+        add_cells(c, room->k, cell, count, c->dim, x->pooled_k);
+        add_cells(c, room->v, cell, count, c->value_dim, x->pooled_v);
     }
     if (n < c->first) end_query(c, x->out + n * c->out_n, room);
+}
+
+/* The summary of a head, and on the way the row of prefix query `n`, as in `pass`. */
+static void pool_head(const Call *c, const Head *x, int64_t n, Room *room) {
+    clear(x->pooled_k, c->cells * (c->dim + c->value_dim + 1));
+    if (c->cells || n < c->first) pass(c, x, n, c->cells > 0, room);
+    for (int64_t g = 0; g < c->cells; g++) {
+        float share = 1.0f / (x->total[g] > 0 ? x->total[g] : 1);
+        for (int64_t d = 0; d < c->dim; d++) x->pooled_k[g * c->dim + d] *= share;
+        for (int64_t d = 0; d < c->value_dim; d++) x->pooled_v[g * c->value_dim + d] *= share;
+    }
 }
 
 /* What the tiles of a head share, by the thread that comes first: the summary, and the rows of
    prefix queries; both fetch the keys and values that the others read from. */
 static void prepare(const Job *job, const Head *x, Room *room) {
     const Call *c = job->call;
-    int64_t untouched = UNTOUCHED, dim = c->dim + c->value_dim;
+    int64_t untouched = UNTOUCHED;
     if (!__atomic_compare_exchange_n(x->state, &untouched, BEGUN, 0, __ATOMIC_ACQUIRE,
                                      __ATOMIC_RELAXED))
         return;
-    clear(x->pooled_k, c->cells * dim);
-    if (c->cells || c->first) pass(c, x, 0, c->cells > 0, room);
-    for (int64_t g = 0; g < c->cells; g++) {
-        float share = 1.0f / (float)(job->total[g] ? job->total[g] : 1);
-        for (int64_t d = 0; d < c->dim; d++) x->pooled_k[g * c->dim + d] *= share;
-        for (int64_t d = 0; d < c->value_dim; d++) x->pooled_v[g * c->value_dim + d] *= share;
-    }
+    pool_head(c, x, 0, room);
     __atomic_store_n(x->state, PREPARED, __ATOMIC_RELEASE);
     for (int64_t n = 1; n < c->first; n++) pass(c, x, n, 0, room);
 }
@@ -265,16 +322,22 @@ static int64_t chunk_of(const Call *c) {
     return smaller(CHUNK, (each + 5) / 6 * 6);
 }
 
-/* Writes out [B, H, P + n, Dv]. */
-void sparsiattn_attend(const Call *c) {
+static Job job_of(const Call *c) {
     int64_t heads = c->batch * c->heads, parts = c->slots <= FEW ? 1 : (c->slots + SPAN - 1) / SPAN;
     Job job = {.call = c, .parts = parts, .each = c->tiles ? c->tiles * parts : 1, .chunk = chunk_of(c)};
-    int64_t items = heads * job.each;
     for (int64_t i = 0; i < heads; i++) *head_of(c, i).state = UNTOUCHED;
-    int64_t total[c->cells + 1];
-    memset(total, 0, sizeof total);
-    for (int64_t i = 0; i < c->keys && c->cells; i++) total[c->cell[i]]++;
-    job.total = total;
+    if (c->host && c->counted) {
+        int64_t prefix = 0;
+        while (prefix < c->keys && c->cell[prefix] == c->cells) prefix++;
+        job.bands = find_bands(c->cell + prefix, c->keys - prefix, c->pooled + heads * lead_of(c));
+    }
+    return job;
+}
+
+/* Writes out [B, H, P + n, Dv]. */
+void sparsiattn_attend(const Call *c) {
+    Job job = job_of(c);
+    int64_t items = c->batch * c->heads * job.each;
     job.ranges = c->parallel ? smaller(smaller(c->threads, TEAM), items) : 1;
     for (int64_t n = 0; n < job.ranges; n++)
         job.range[n] = (Range){.next = n * items / job.ranges, .end = (n + 1) * items / job.ranges};

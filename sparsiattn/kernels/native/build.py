@@ -32,16 +32,29 @@ COMPILERS = ("cc", "gcc", "clang")
 # ample for `cc` with a cold disk; a compiler that hangs must not hang the caller
 SECONDS = 120
 
-SOURCES = ("plan.c", "lists.c", "rows.c", "top.c", "attention.c", "chunks.c", "vectors.h")
+SOURCES = (
+    "plan.c",
+    "lists.c",
+    "rows.c",
+    "top.c",
+    "attention.c",
+    "backward.c",
+    "chunks.c",
+    "bands.h",
+    "numbers.h",
+    "vectors.h",
+)
 
 # The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, and of
 # `Best` and `Votes` in lists.c.
-ATTEND_CALL = struct.Struct("@32q12Pd")
+ATTEND_CALL = struct.Struct("@37q13Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
-ROWS_CALL = struct.Struct("@27q7P2d")
+ROWS_CALL = struct.Struct("@34q8P2d")
 BEST_CALL = struct.Struct("@7q4Pd")
-VOTES_CALL = struct.Struct("@20q7P2d")
+VOTES_CALL = struct.Struct("@25q8P2d")
+# what follows `ATTEND_CALL` in a call of backward.c
+BACKWARD_REST = struct.Struct("@2q4P")
 
 CALLS = (ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL)
 
@@ -57,6 +70,7 @@ class Code:
         rows: Attention of every query to its best keys, packed as `ROWS_CALL`.
         best: The best columns of every row, packed as `BEST_CALL`.
         votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
+        backward: Gradients of attention, packed as `ATTEND_CALL` and `BACKWARD_REST`.
     """
 
     attend: Callable[[bytes], None]
@@ -65,6 +79,7 @@ class Code:
     rows: Callable[[bytes], None]
     best: Callable[[bytes], None]
     votes: Callable[[bytes], None]
+    backward: Callable[[bytes], None]
 
 
 @dataclass
@@ -248,19 +263,19 @@ def _compile_in(build_folder: Path, library: Path | None) -> str | None:
 
 def _load(path: Path) -> str | None:
     """Load a library; why it cannot be used, None if it can."""
-    expected = tuple(call.size for call in CALLS)
+    expected = (*(call.size for call in CALLS), ATTEND_CALL.size + BACKWARD_REST.size)
     try:
         library = ctypes.CDLL(str(path))
-        names = ("attend", "score", "top", "rows", "best", "votes")
+        names = ("attend", "score", "top", "rows", "best", "votes", "backward")
         functions = [getattr(library, f"sparsiattn_{name}") for name in names]
-        names = ("call", "plan", "top", "rows", "best", "votes")
+        names = ("call", "plan", "top", "rows", "best", "votes", "backward")
         sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
     if sizes != expected:
         return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
     for function, result in zip(
-        functions, (None, None, ctypes.c_int64, None, None, None), strict=True
+        functions, (None, None, ctypes.c_int64, None, None, None, None), strict=True
     ):
         function.argtypes, function.restype = (ctypes.c_char_p,), result
     set_loaded(True)

@@ -2,12 +2,14 @@
    all that a thread works on stays in its own cache: tiles of queries, transposed so that a vector
    holds one channel of several, or a single query. */
 
-#include "vectors.h"
+#include "bands.h"
 
 #define CHUNK 60
 #define CELLS 144 /* up to this many cells of a summary are counted here */
 
-/* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. */
+/* The order of `_attention` in ops.py. Steps are in elements. host: the bias of the host for every
+   query and key, float32 or boolean. hard: whether it forbids keys of which it is low; where there is a
+   summary, those are the same for all queries of a head. */
 typedef struct {
     int64_t batch, heads, keys, dim, value_dim;
     int64_t first, tiles, slots;
@@ -16,11 +18,13 @@ typedef struct {
     int64_t cells, counted, by_tile, bias_b, bias_h;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
     int64_t threads;
+    int64_t host_kind, host_b, host_h, host_n, hard;
     const float *q, *k, *v;
     float *out;
     const int64_t *chosen, *table, *held, *order, *cell;
     const float *bias;
     float *pooled;
+    const void *host;
     Parallel parallel;
     double scale;
 } Call;
@@ -39,7 +43,82 @@ typedef struct {
     int64_t left, pace;
     int32_t picked[CELLS + 1]; /* keys of every cell in the list at hand */
     float counted[CELLS];      /* the bias that follows from them */
+    float kept[CELLS];         /* how many keys a cell keeps */
+    /* rows of the host's bias, its entries for the chunk at hand, and its sums over the keys that each
+       cell keeps, queries side by side */
+    const char *host[SPAN];
+    int64_t key[CHUNK];
+    float b[CHUNK * SPAN] __attribute__((aligned(64)));
+    float sums[CELLS * SPAN] __attribute__((aligned(64)));
 } Room;
+
+/* The host's bias of a query for a key, minus infinity where it may not see it. */
+INLINE float host_at(const Call *c, const char *row, int64_t key) {
+    if (c->host_kind == BOOL) return row[key] ? 0 : -__builtin_inff();
+    float bias = ((const float *)row)[key];
+    return c->hard && !(bias > MASKED_BELOW) ? -__builtin_inff() : bias;
+}
+
+/* Keys that its cell does not keep, as the sums go. */
+INLINE int is_counted(const Call *c, int64_t key) { return c->counted && c->cell[key] < c->cells; }
+
+/* Adds the host's bias to the first `count` rows of a chunk. Entries are fetched for the whole chunk
+   before any is used, or vectors would wait for what was just written. */
+static void add_host(const Call *c, Room *room, int64_t count, int64_t lanes) {
+    for (int64_t n = 0; n < lanes; n++)
+        if (c->host_kind == BOOL)
+            for (int64_t i = 0; i < count; i++)
+                room->b[i * SPAN + n] = host_at(c, room->host[n], room->key[i]);
+        else
+            for (int64_t i = 0; i < count; i++)
+                room->b[i * SPAN + n] = ((const float *)room->host[n])[room->key[i]];
+    for (int64_t i = 0; i < count; i++) {
+        float *s = room->s + i * SPAN, *b = room->b + i * SPAN;
+        float *sums = is_counted(c, room->key[i]) ? room->sums + c->cell[room->key[i]] * SPAN : 0;
+        for (int64_t n = 0; n < lanes; n += WIDTH) {
+            vec x = load(b + n), none = all(-__builtin_inff());
+            if (c->hard) x = pick(x > all(MASKED_BELOW), x, none);
+            store(s + n, pick(x == none, none, load(s + n) + x * all(LOG2E)));
+            if (sums) store(sums + n, load(sums + n) - bounded(c->hard != 0, x));
+        }
+    }
+}
+
+/* Sums over all cells of the rows of the host's bias in the room. */
+static void sum_host(const Call *c, const Bands *bands, int64_t lanes, Room *room) {
+    const float *rows[ROWS_AT_ONCE];
+    if (!c->counted) return;
+    if (c->host_kind == BOOL) {
+        clear(room->sums, c->cells * SPAN);
+        return;
+    }
+    for (int64_t n = 0; n < lanes; n += ROWS_AT_ONCE) {
+        float some[CELLS * ROWS_AT_ONCE];
+        int64_t count = smaller(ROWS_AT_ONCE, lanes - n);
+        for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
+            rows[r] = (const float *)room->host[n + smaller(r, count - 1)] + c->keys - bands->patches;
+        sum_cells(bands, c->hard != 0, rows, c->cells, some, ROWS_AT_ONCE);
+        for (int64_t g = 0; g < c->cells; g++)
+            memcpy(room->sums + g * SPAN + n, some + g * ROWS_AT_ONCE, count * sizeof *some);
+    }
+}
+
+INLINE void product_of(int wide, const float *q, const float *const *rows, int64_t count,
+                       int64_t dim, float *s) {
+    int64_t i = 0;
+    for (; i + 6 <= count; i += 6) score(wide, 6, q, rows + i, dim, s + i * SPAN, SPAN);
+    for (; i < count; i++) score(wide, 1, q, rows + i, dim, s + i * SPAN, SPAN);
+}
+
+/* s[row][lane] = rows[row] . q[.][lane] for whole vectors of lanes. */
+static void product(const float *q, const float *const *rows, int64_t count, int64_t dim, float *s,
+                    int64_t lanes) {
+    for (int64_t n = 0; n < lanes; n += MOST * WIDTH) {
+        int64_t wide = smaller(MOST, (lanes - n) / WIDTH);
+#define PRODUCT(w) product_of(w, q + n, rows, count, dim, s + n)
+        FOR_WIDTH(wide, PRODUCT)
+    }
+}
 
 INLINE void ahead(const float *const *rows, int64_t from, int64_t to, int64_t dim) {
     for (int64_t i = from; i < to; i++) touch(rows[i], dim);
@@ -109,20 +188,37 @@ static __attribute__((noinline)) void blend_chunk(Room *room, int64_t count, con
     FOR_WIDTH(wide, BLEND)
 }
 
-/* Queries of a part, scaled and transposed. Empty lanes repeat the last query. */
-static void take_queries(const Call *c, const float *const *rows, int64_t lanes, Room *room) {
-    float scale = (float)(c->scale * LOG2E);
+/* Rows of a part, scaled and transposed. Empty lanes repeat the last one. */
+static void take_rows(const float *const *rows, int64_t dim, float scale, int64_t lanes, float *to) {
     for (int64_t n = 0; n < lanes; n += 4) {
         int64_t d = 0;
-        for (; d + 4 <= c->dim; d += 4)
-            turn(rows[n] + d, rows[n + 1] + d, rows[n + 2] + d, rows[n + 3] + d,
-                 room->q + d * SPAN + n, SPAN);
-        for (; d < c->dim; d++)
-            for (int64_t i = 0; i < 4; i++) room->q[d * SPAN + n + i] = rows[n + i][d];
+        for (; d + 4 <= dim; d += 4)
+            turn(rows[n] + d, rows[n + 1] + d, rows[n + 2] + d, rows[n + 3] + d, to + d * SPAN + n,
+                 SPAN);
+        for (; d < dim; d++)
+            for (int64_t i = 0; i < 4; i++) to[d * SPAN + n + i] = rows[n + i][d];
     }
-    for (int64_t d = 0; d < c->dim; d++)
+    for (int64_t d = 0; d < dim; d++)
         for (int64_t n = 0; n < lanes; n += WIDTH)
-            store(room->q + d * SPAN + n, load(room->q + d * SPAN + n) * all(scale));
+            store(to + d * SPAN + n, load(to + d * SPAN + n) * all(scale));
+}
+
+/* Columns of queries, SPAN apart, to their rows. */
+static void put_rows(const float *columns, float *const *rows, int64_t count, int64_t dim) {
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) {
+        int64_t d = 0;
+        for (; d + 4 <= dim; d += 4) {
+            float turned[16];
+            const float *o = columns + d * SPAN + n;
+            turn(o, o + SPAN, o + 2 * SPAN, o + 3 * SPAN, turned, 4);
+            for (int64_t i = 0; i < 4; i++) memcpy(rows[n + i] + d, turned + 4 * i, 16);
+        }
+        for (; d < dim; d++)
+            for (int64_t i = 0; i < 4; i++) rows[n + i][d] = columns[d * SPAN + n + i];
+    }
+    for (; n < count; n++)
+        for (int64_t d = 0; d < dim; d++) rows[n][d] = columns[d * SPAN + n];
 }
 
 static void give_rows(const Call *c, float *const *rows, int64_t count, int64_t lanes, Room *room) {
@@ -132,20 +228,7 @@ static void give_rows(const Call *c, float *const *rows, int64_t count, int64_t 
         for (int64_t d = 0; d < c->value_dim; d++)
             store(room->o + d * SPAN + n, load(room->o + d * SPAN + n) * share);
     }
-    int64_t n = 0;
-    for (; n + 4 <= count; n += 4) {
-        int64_t d = 0;
-        for (; d + 4 <= c->value_dim; d += 4) {
-            float turned[16];
-            const float *o = room->o + d * SPAN + n;
-            turn(o, o + SPAN, o + 2 * SPAN, o + 3 * SPAN, turned, 4);
-            for (int64_t i = 0; i < 4; i++) memcpy(rows[n + i] + d, turned + 4 * i, 16);
-        }
-        for (; d < c->value_dim; d++)
-            for (int64_t i = 0; i < 4; i++) rows[n + i][d] = room->o[d * SPAN + n + i];
-    }
-    for (; n < count; n++)
-        for (int64_t d = 0; d < c->value_dim; d++) rows[n][d] = room->o[d * SPAN + n];
+    put_rows(room->o, rows, count, c->value_dim);
 }
 
 static void weigh_chunk(const Call *c, int64_t keys, int64_t lanes, Room *room) {
@@ -154,16 +237,38 @@ static void weigh_chunk(const Call *c, int64_t keys, int64_t lanes, Room *room) 
         blend_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
 }
 
-/* One query over the rows of a chunk, under a running softmax whose state is in lane 0. */
-static void one_query(const Call *c, const float *q, int64_t count, int64_t biased,
-                      const float *bias, Room *room) {
-    float *s = room->s, top = room->top[0];
+/* What the logit of a cell has more, for a query of the part; see `counted` and `sums`. */
+INLINE float cell_bias(const Call *c, const float *bias, int64_t g, int64_t lane, const Room *room) {
+    float x = bias[g];
+    if (!c->counted || !c->host || x == -__builtin_inff()) return x * LOG2E;
+    return (x + room->sums[g * SPAN + lane] / room->kept[g]) * LOG2E;
+}
+
+/* Logits of one query for the rows of a chunk, in base 2. The last rows are cells `from` to `end`.
+   slot: of a tile, or -1 for a query that sees every key. */
+static void score_query(const Call *c, const float *q, int64_t count, int64_t from, int64_t end,
+                        const float *bias, int64_t slot, Room *room) {
+    int64_t lane = slot < 0 ? 0 : slot, biased = end - from;
+    float *s = room->s;
     for (int64_t i = 0; i < count; i++) {
         if (i + 8 < count) touch(room->k[i + 8], c->dim);
         touch(room->v[i], c->value_dim);
         s[i] = dot(q, room->k[i], c->dim) * (float)(c->scale * LOG2E);
     }
-    for (int64_t g = 0; g < biased; g++) s[count - biased + g] += bias[g] * LOG2E;
+    for (int64_t i = 0; i < count - biased && c->host; i++) {
+        float x = host_at(c, room->host[lane], room->key[i]);
+        s[i] = x == -__builtin_inff() ? x : s[i] + x * LOG2E;
+        if (slot >= 0 && is_counted(c, room->key[i]) && !(c->hard && x == -__builtin_inff()))
+            room->sums[c->cell[room->key[i]] * SPAN + lane] -= x > -1e4f ? x : -1e4f;
+    }
+    for (int64_t g = from; g < end; g++) s[count - end + g] += cell_bias(c, bias, g, lane, room);
+}
+
+/* One query over the rows of a chunk, under a running softmax whose state is in lane 0. */
+static void one_query(const Call *c, const float *q, int64_t count, int64_t from, int64_t end,
+                      const float *bias, int64_t slot, Room *room) {
+    float *s = room->s, top = room->top[0];
+    score_query(c, q, count, from, end, bias, slot, room);
     vec most = all(top), sum = {0};
     for (int64_t i = count; i % WIDTH; i++) s[i] = -__builtin_inff();
     for (int64_t i = 0; i < count; i += WIDTH) most = larger(load(s + i), most);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.cost import CallShape, Work
-from sparsiattn.kernels.derivatives import transform_refusals
+from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
-from sparsiattn.kernels.native.ops import attention
+from sparsiattn.kernels.native.gradients import differentiable_attention
+from sparsiattn.kernels.native.ops import FLOATS, attention
 from sparsiattn.kernels.native.rows import attend_to_best
 from sparsiattn.kernels.native.scores import CELLS, group_sizes
 from sparsiattn.kernels.padding import list_count, row_keys, slot_macs, summary_count, tile_size
@@ -32,19 +34,22 @@ LANES, FEW = 16, 4
 CALLS = 20.0
 # finding the best keys of a query takes as long as reading and writing so many rows
 ROWS_WORTH = 6
+# reading and adding a host's bias of a pair takes as long as so many softmax entries
+BIAS_WORTH = 2
 _NOT_COMPILED = "not compiled yet on this machine: run patch.warmup(images) once"
 
 
 class Native(Kernel):
     """Key lists and key blocks by a C loop over query tiles under a running softmax.
 
-    FlashAttention's way (arXiv 2205.14135), for float32 inference on a CPU. The system's C
-    compiler compiles it for the processor at hand, in some seconds, when `Patch.warmup`, `tune` or
-    `compile_native` asks for it; the library is kept beside the tuning file.
+    FlashAttention's way (arXiv 2205.14135), on a CPU. All arithmetic is in float32; operands may be
+    of half precision, and the host may have a mask or a bias. The system's C compiler compiles it
+    for the processor at hand, in some seconds, when `Patch.warmup`, `tune` or `compile_native` asks
+    for it; the library is kept beside the tuning file.
     """
 
     name = "native"
-    summary = "key lists on a CPU in compiled C (saves time and memory; no training)"
+    summary = "key lists on a CPU in compiled C (saves time and memory)"
 
     def why_unavailable(self) -> list[str]:
         if torch.compiler.is_compiling():  # a traced program cannot look for files
@@ -56,6 +61,8 @@ class Native(Kernel):
         reasons = self.why_unavailable()
         if not isinstance(pattern, KeyLists):
             reasons.append(f"needs key lists, got a {type(pattern).__name__} pattern")
+        elif not isinstance(pattern, TopKeys) and pattern.summary is not None:
+            reasons += _summary_refusals(pattern.summary)
         return reasons + _operand_refusals(inputs)
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
@@ -69,7 +76,8 @@ class Native(Kernel):
     def repeatable(
         self, inputs: AttentionInputs, pattern: Pattern
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        if type(pattern) is not TopKeys:
+        # a bias may have other values in the next call, and a gradient needs the lists
+        if type(pattern) is not TopKeys or inputs.bias is not None or needs_grad(inputs):
             return None
         options = _best_options(inputs, pattern)
         return lambda q, k, v: attend_to_best(q, k, v, *options, unobserved=True)
@@ -81,7 +89,9 @@ class Native(Kernel):
         call, lists, keys = CallShape.of(inputs), list_count(pattern), row_keys(pattern)
         pairs = lists * _padded(tile_size(pattern)) * keys + pattern.dense_rows * call.keys
         # every tile reads its rows from a cache that is not its thread's own
-        return call.attending(pairs, calls=CALLS, moved=call.rows_bytes(lists * keys + call.keys))
+        moved = call.rows_bytes(lists * keys + call.keys)
+        work = call.attending(pairs, calls=CALLS, moved=moved)
+        return replace(work, logits=work.logits + _bias_logits(inputs))
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyLists)
@@ -92,37 +102,50 @@ class Native(Kernel):
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
+        if needs_grad(inputs):
+            lists = pattern.listed() if isinstance(pattern, TopKeys) else pattern
+            out = _attend_to_lists(inputs, lists, differentiable_attention)
+            return twice_differentiable(self.name, out, inputs, lists)
         if isinstance(pattern, TopKeys):
             options = _best_options(inputs, pattern)
             return attend_to_best(inputs.q, inputs.k, inputs.v, *options)
-        summary, tiles = pattern.summary, pattern.tiles
-        if isinstance(pattern, KeyBlocks):
-            blocks, prefix = pattern.blocks, pattern.prefix
-            lists = [pattern.chosen, blocks.order, group_sizes(blocks)]
-        else:
-            lists, prefix = [pattern.index, None, None], 0
-        return attention(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            *lists,
-            None if tiles is None else tiles.order,
-            None if summary is None else summary.cells,
-            None if summary is None or _kernel_counts(summary) else summary.bias,
-            summary_count(pattern),
-            pattern.width,
-            prefix,
-            pattern.dense_rows,
-            inputs.scale,
-        )
+        return _attend_to_lists(inputs, pattern, attention)
+
+
+def _attend_to_lists(
+    inputs: AttentionInputs, pattern: KeyLists, attend: Callable[..., Tensor]
+) -> Tensor:
+    summary, tiles = pattern.summary, pattern.tiles
+    if isinstance(pattern, KeyBlocks):
+        blocks, prefix = pattern.blocks, pattern.prefix
+        lists = [pattern.chosen, blocks.order, group_sizes(blocks)]
+    else:
+        lists, prefix = [pattern.index, None, None], 0
+    return attend(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        *lists,
+        None if tiles is None else tiles.order,
+        None if summary is None else summary.cells,
+        None if summary is None or _kernel_counts(summary) else summary.bias,
+        summary_count(pattern),
+        pattern.width,
+        prefix,
+        pattern.dense_rows,
+        inputs.scale,
+        inputs.bias,
+        inputs.site.bias != "bias",
+    )
 
 
 def _best_options(inputs: AttentionInputs, pattern: TopKeys) -> tuple[Any, ...]:
     """Arguments of `attend_to_best` after the operands."""
     summary, keep = pattern.summary, pattern.keys - pattern.prefix
     cells = None if summary is None else summary.cells
+    given = inputs.bias, inputs.site.bias != "bias"
     count = summary_count(pattern)
-    return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale
+    return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale, *given
 
 
 def _best_macs(inputs: AttentionInputs, pattern: TopKeys) -> int:
@@ -137,10 +160,26 @@ def _best_macs(inputs: AttentionInputs, pattern: TopKeys) -> int:
 def _best_work(inputs: AttentionInputs, pattern: TopKeys) -> Work:
     call = CallShape.of(inputs)
     heads = call.batch * call.heads
-    scored = heads * call.queries * (call.keys + summary_count(pattern))
+    scored = heads * call.queries * (call.keys + summary_count(pattern)) + _bias_logits(inputs)
     macs = heads * _best_macs(inputs, pattern)
     rows = heads * call.queries * ROWS_WORTH
     return Work(CALLS, macs, scored, call.rows_bytes(call.keys), rows)
+
+
+def _bias_logits(inputs: AttentionInputs) -> float:
+    """Softmax entries that take as long as the host's bias."""
+    if inputs.bias is None:
+        return 0.0
+    call = CallShape.of(inputs)
+    return BIAS_WORTH * call.batch * call.heads * call.queries * call.keys
+
+
+def _summary_refusals(summary: Summary) -> list[str]:
+    if summary.per_query:
+        return ["background keys differ between queries under this host mask"]
+    if not _kernel_counts(summary) and torch.is_grad_enabled() and summary.bias.requires_grad:
+        return ["has no gradient of the summary's bias"]
+    return []
 
 
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:
@@ -148,16 +187,18 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
     # a dry run on shapes alone says nothing of the device that the call will run on
     if q.device.type not in ("cpu", "meta") or inputs.device.type not in ("cpu", "meta"):
         reasons.append(f"needs CPU tensors, got {inputs.device.type}")
-    if {q.dtype, k.dtype, v.dtype} != {torch.float32}:
-        reasons.append(f"needs q, k and v of float32, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.dtype not in FLOATS or {k.dtype, v.dtype} != {q.dtype}:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        got = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        reasons.append(f"needs q, k and v of one type of {names}, got {got}")
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         reasons.append(f"needs head dims up to {WIDEST}, got {q.shape[-1]} and {v.shape[-1]}")
-    if inputs.bias is not None:
-        reasons.append("takes no mask or bias of the host")
     if inputs.dropout:
         reasons.append("has no dropout")
-    if needs_grad(inputs):
-        reasons.append("has no backward pass")
+    if needs_grad(inputs) and torch.compiler.is_compiling():
+        reasons.append("has no backward pass in compiled programs")
+    if torch.is_grad_enabled() and inputs.bias is not None and inputs.bias.requires_grad:
+        reasons.append("has no gradient of the host's bias")
     return reasons + transform_refusals()
 
 

@@ -57,9 +57,11 @@ typedef struct {
     int64_t tiles, voters, slots;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n;
     int64_t threads, parts, room;
+    int64_t bias_kind, bias_b, bias_h, bias_n, hard;
     const float *q, *k;
     const int64_t *order, *held;
     int64_t *out;
+    const void *bias;
     float *scratch;
     Parallel parallel;
     double scale, quantile;
@@ -84,11 +86,28 @@ static void mean_voter(const Votes *v, const float *q, int64_t voter, float *to)
     for (int64_t d = 0; d < v->dim; d++) to[d] *= 1.0f / (float)held;
 }
 
+/* The mean of the host's bias on the queries of a voter, added to its scores. */
+static void bias_voter(const Votes *v, const Rows *c, int64_t head, int64_t voter, RowsRoom *x,
+                       float *s) {
+    const int64_t *tokens = v->order + voter * v->slots;
+    int64_t held = v->bias_n ? v->held[voter] : 1;
+    float *mean = x->bias, *row = x->bias + v->columns;
+    take_bias(c, head, v->prefix + tokens[0], mean);
+    for (int64_t i = 1; i < held; i++) {
+        take_bias(c, head, v->prefix + tokens[i], row);
+        for (int64_t n = 0; n < v->columns; n += WIDTH) store(mean + n, load(mean + n) + load(row + n));
+    }
+    vec share = all(1.0f / (float)held);
+    for (int64_t n = 0; n < v->columns && held > 1; n += WIDTH) store(mean + n, load(mean + n) * share);
+    bias_row(c, 0, mean, x->views, x, s);
+}
+
 /* The logarithm of what a row of scores gives to each key, where it is the largest so far. */
 static void vote(const Votes *v, const float *s, float *votes) {
-    vec top = load(s), sum = {0}, scale = all((float)(v->scale * LOG2E));
+    vec top = load(s), sum = {0}, scale = all(v->bias ? LOG2E : (float)(v->scale * LOG2E));
     for (int64_t i = WIDTH; i < v->columns; i += WIDTH) top = larger(load(s + i), top);
     vec base = all(largest(top));
+    if (v->bias && base[0] == -__builtin_inff()) return; /* it may see no key */
     for (int64_t i = 0; i < v->columns; i += WIDTH) sum += power((load(s + i) - base) * scale);
     vec share = all(log2f(total(sum)));
     for (int64_t i = 0; i < v->fixed; i += WIDTH)
@@ -118,6 +137,7 @@ static void list_tiles(const Votes *v, const Rows *c, int64_t head, int64_t firs
             if (!place)
                 for (int64_t i = 0; i < v->fixed; i += WIDTH)
                     store(votes + i, all(-__builtin_inff()));
+            if (v->bias) bias_voter(v, c, head, from + r, x, x->scores + r * c->columns);
             vote(v, x->scores + r * c->columns, votes);
             if (place == v->voters - 1)
                 write_list(v, c, x, votes, v->out + (head * v->tiles + tile) * list);
@@ -132,7 +152,9 @@ static void votes_some(void *data) {
     Rows c = {
         .heads = v->heads, .keys = v->keys, .dim = v->dim, .prefix = v->prefix, .keep = v->keep,
         .columns = v->columns, .fixed = v->fixed, .k_b = v->k_b, .k_h = v->k_h, .k_n = v->k_n,
-        .room = v->room, .k = v->k, .v = v->k, .scratch = v->scratch,
+        .room = v->room, .k = v->k, .v = v->k, .scratch = v->scratch, .scale = v->scale,
+        .bias_kind = v->bias_kind, .bias_b = v->bias_b, .bias_h = v->bias_h, .bias_n = v->bias_n,
+        .hard = v->hard, .bias = v->bias,
     };
     int64_t thread = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED);
     RowsRoom x = rows_room(&c, thread);

@@ -12,12 +12,21 @@ from sparsiattn.attention.derivatives import is_unobserved
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import (
     FLOP_FORMULAS,
+    KINDS,
     addresses_of,
+    host_bias,
     parallel,
     whole_vectors,
     with_rows,
 )
-from sparsiattn.kernels.native.rows import BEYOND, GROUP, parts_of, quantile_of, room_of
+from sparsiattn.kernels.native.rows import (
+    BEYOND,
+    GROUP,
+    parts_of,
+    quantile_of,
+    room_of,
+    room_of_host,
+)
 from sparsiattn.kernels.native.scores import serves
 from sparsiattn.kernels.workspace import SCRATCH
 
@@ -78,7 +87,7 @@ _VOTED_KEYS = "sparsiattn::native_voted_keys"
 torch.library.define(
     _VOTED_KEYS,
     "(Tensor q, Tensor k, Tensor order, Tensor held, int tiles, int count, int prefix, "
-    "float scale) -> Tensor",
+    "float scale, Tensor? bias=None, bool hard=False) -> Tensor",
 )
 
 
@@ -91,6 +100,8 @@ def _voted_keys(
     count: int,
     prefix: int,
     scale: float,
+    bias: Tensor | None = None,
+    hard: bool = False,
 ) -> Tensor:
     """The keys to which any voter of a tile gives the most attention.
 
@@ -103,11 +114,13 @@ def _voted_keys(
         count: Length of every list, more than ``prefix``.
         prefix: Leading tokens, whose keys are in every list.
         scale: Factor of QK^T, above 0.
+        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean.
+        hard: Whether the bias forbids keys, the same ones to every query of a head.
 
     Returns:
         ``[B, H, T, count]``.
     """
-    q, k = with_rows(q), with_rows(k)
+    q, k = with_rows(q.float()), with_rows(k.float())
     (b, h, _, d), keys = q.shape, k.shape[-2]
     out = torch.empty(b, h, tiles, count, dtype=torch.int64)
     if not out.numel():
@@ -115,11 +128,17 @@ def _voted_keys(
     fixed = whole_vectors(keys - prefix)
     columns, threads, keep = whole_vectors(fixed + prefix), torch.get_num_threads(), count - prefix
     room = room_of(columns, 0, d, 0) + columns + whole_vectors(GROUP * d)
+    host: tuple[int, ...] = (0, 0, 0, 0, 0)
+    if bias is not None:
+        bias = host_bias(bias, (b, h, q.shape[-2], keys))
+        hard = hard or bias.dtype is torch.bool
+        host = (KINDS[bias.dtype], *bias.stride()[:3], hard)
+        room += room_of_host(columns, fixed, 0, d, 0, 0, True, 0)
     scratch = SCRATCH.numbers("votes", threads * room, q)
     voters = order.shape[0] // tiles
     sizes = (b, h, keys, d, prefix, keep, columns, fixed, tiles, voters, order.shape[1])
-    work = (threads, parts_of(b * h, tiles * voters, threads), room)
-    addresses = (*addresses_of(q, k, order, held, out, scratch), parallel())
+    work = (threads, parts_of(b * h, tiles * voters, threads), room, *host)
+    addresses = (*addresses_of(q, k, order, held, out, bias, scratch), parallel())
     options = (scale, quantile_of(keep, keys - prefix))
     steps = (*q.stride()[:3], *k.stride()[:3])
     build.code().votes(build.VOTES_CALL.pack(*sizes, *steps, *work, *addresses, *options))

@@ -16,6 +16,7 @@ from sparsiattn.kernels.workspace import SCRATCH
 
 # as in vectors.h
 SPAN = 64
+BAND_NUMBERS = 6  # of every patch, as `find_bands` in bands.h divides them
 # numbers of all images that are planned at once, about
 PLANNED_AT_ONCE = 1 << 21
 # a larger workspace is not kept: using it takes longer than getting it
@@ -49,8 +50,8 @@ _ATTENTION = "sparsiattn::native_attention"
 torch.library.define(
     _ATTENTION,
     "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor? table, Tensor? held, Tensor? order, "
-    "Tensor? cells, Tensor? bias, int count, int listed, int prefix, int first, float scale) "
-    "-> Tensor",
+    "Tensor? cells, Tensor? bias, int count, int listed, int prefix, int first, float scale, "
+    "Tensor? host=None, bool hard=False) -> Tensor",
 )
 
 
@@ -69,6 +70,8 @@ def _attention(
     prefix: int,
     first: int,
     scale: float,
+    host: Tensor | None = None,
+    hard: bool = False,
 ) -> Tensor:
     """Attention of query tiles to their lists.
 
@@ -88,19 +91,59 @@ def _attention(
         prefix: Leading keys that begin every list of blocks.
         first: Leading queries, which see every key.
         scale: Factor of QK^T.
+        host: The host's bias, ``[B|1, H|1, N|1, Nk]``, additive or boolean.
+        hard: Whether it forbids keys; with a summary, the same keys to every query of a head.
 
     Returns:
-        ``[B, H, first + n, Dv]``.
+        ``[B, H, first + n, Dv]``, in the type of the operands.
     """
-    q, k, v, chosen = with_rows(q), with_rows(k), with_rows(v), chosen.contiguous()
-    bias = None if bias is None else bias.to(torch.float32)
-    optional = [contiguous(x) for x in (table, held, order, cells, bias)]
-    (b, h, n, d), width = q.shape, v.shape[-1]
+    dtype, n = q.dtype, q.shape[-2]
+    # a tile reads its keys many times: converted once, they cost less than converted on the way
+    q, k, v = (with_rows(x.float()) for x in (q, k, v))
+    b, h, width = *q.shape[:2], v.shape[-1]
     # [B, N, H, Dv] in memory, which the host's reshape need not copy
     strides = (n * h * width, width, h * width, 1)
     out = torch.empty_strided((b, h, n, width), strides, dtype=q.dtype)
+    lists = (chosen, table, held, order, cells, bias)
+    options = (count, listed, prefix, first, scale)
+    packed, _kept = attention_call(q, k, v, out, *lists, *options, host, hard)
+    build.code().attend(packed)
+    return out.to(dtype)
+
+
+def attention_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    chosen: Tensor,
+    table: Tensor | None,
+    held: Tensor | None,
+    order: Tensor | None,
+    cells: Tensor | None,
+    bias: Tensor | None,
+    count: int,
+    listed: int,
+    prefix: int,
+    first: int,
+    scale: float,
+    host: Tensor | None,
+    hard: bool,
+) -> tuple[bytes, list[Tensor | None]]:
+    """A packed `ATTEND_CALL`, arguments as in `_attention`, and what must live until it ends."""
+    chosen = chosen.contiguous()
+    bias = None if bias is None else bias.to(torch.float32)
+    optional = [contiguous(x) for x in (table, held, order, cells, bias)]
+    (b, h, n, d), width = q.shape, v.shape[-1]
     # divided by `head_of` in attention.c
-    pooled = SCRATCH.numbers("pooled", b * h * (whole_vectors(count * (d + width)) + 16), q)
+    room = b * h * (whole_vectors(count * (d + width + 1)) + 16)
+    given: tuple[int, ...] = (0, 0, 0, 0, 0)
+    if host is not None:
+        exact = host if host.dtype in (torch.float32, torch.bool) else host.float()
+        host = host_bias(exact, (b, h, n, k.shape[-2]))
+        given = (KINDS[host.dtype], *host.stride()[:3], hard or host.dtype is torch.bool)
+        room += BAND_NUMBERS * k.shape[-2]
+    pooled = SCRATCH.numbers("pooled", room, q)
     tiles, slots = chosen.shape[-2], 1 if order is None else order.shape[1]
     sizes = (b, h, k.shape[-2], d, width, first, tiles, slots)
     unit = 0 if table is None else table.shape[1]
@@ -108,10 +151,10 @@ def _attention(
     counted, by_tile = count > 0 and bias is None, bias is not None and bias.shape[-2] == tiles
     summary = (count, counted, by_tile, *_lead_strides(bias))
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    addresses = addresses_of(q, k, v, out, chosen, *optional, pooled)
-    numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads())
-    build.code().attend(build.ATTEND_CALL.pack(*numbers, *addresses, parallel(), scale))
-    return out
+    tensors = [q, k, v, out, chosen, *optional, pooled, host]
+    numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads(), *given)
+    addresses = (*addresses_of(*tensors), parallel())
+    return build.ATTEND_CALL.pack(*numbers, *addresses, scale), tensors
 
 
 torch.library.impl(_ATTENTION, "CPU", _attention)
@@ -266,6 +309,19 @@ def _top_shape(scores: Tensor, count: int) -> Tensor:
 
 
 native_top = torch.ops.sparsiattn.native_top.default
+
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+"""Types that compiled code reads, as in numbers.h."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def host_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The host's bias for every query and key, ``[B, H, Nq, Nk]``; shared rows are not copied."""
+    if bias.dtype not in KINDS:
+        bias = bias.float()
+    return with_rows(bias.expand(shape))
 
 
 def with_rows(x: Tensor) -> Tensor:

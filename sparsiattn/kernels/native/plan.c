@@ -5,7 +5,7 @@
    stand side by side in the hosts' layout, so the first two go through them token by token and read
    every number once. All products are those of vectors.h: tiles, or channels, are the lanes. */
 
-#include "attention.c"
+#include "backward.c"
 #include "lists.c"
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. group: images at a time,
@@ -125,23 +125,6 @@ static void mean_keys(const PlanJob *job, int64_t i) {
                 x.key_logits[j * job->room + u] =
                     dot(x.mean, k + h * p->k_h + tokens[j] * p->k_n, p->dim) * (float)p->scale;
         }
-    }
-}
-
-INLINE void product_of(int wide, const float *q, const float *const *rows, int64_t count,
-                       int64_t dim, float *s) {
-    int64_t i = 0;
-    for (; i + 6 <= count; i += 6) score(wide, 6, q, rows + i, dim, s + i * SPAN, SPAN);
-    for (; i < count; i++) score(wide, 1, q, rows + i, dim, s + i * SPAN, SPAN);
-}
-
-/* s[row][lane] = rows[row] . q[.][lane] for whole vectors of lanes. */
-static void product(const float *q, const float *const *rows, int64_t count, int64_t dim, float *s,
-                    int64_t lanes) {
-    for (int64_t n = 0; n < lanes; n += MOST * WIDTH) {
-        int64_t wide = smaller(MOST, (lanes - n) / WIDTH);
-#define PRODUCT(w) product_of(w, q + n, rows, count, dim, s + n)
-        FOR_WIDTH(wide, PRODUCT)
     }
 }
 

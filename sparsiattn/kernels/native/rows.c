@@ -1,30 +1,39 @@
-/* Attention of every query to its own best keys, float32 (k-NN attention, arXiv 2106.00515).
+/* Attention of every query to its own best keys (k-NN attention, arXiv 2106.00515).
 
    A few rows of scores at a time stay in the nearest cache. Of each the exact best patch keys are
    found by counting, and softmax and values follow for those, for prefix keys and for the summary
-   alone. Keys are packed once for each head so that a vector holds one channel of several. */
+   alone. Keys are packed once for each head so that a vector holds one channel of several.
+
+   Under a mask, a cell of the summary stands for those of its keys that the query may see. Queries
+   that may see the same keys are of one view; the means of a few views are kept. */
 
 #include <math.h>
 
+#include "bands.h"
 #include "top.c"
 
-#define GROUP 6   /* queries whose scores are computed together */
+#define GROUP ROWS_AT_ONCE /* queries whose scores are computed together */
 #define PASSES 10 /* over a row, at most, to find its threshold */
 #define TRIED 3   /* thresholds of a pass */
 #define CLOSE 16  /* scores around the threshold that are ranked one by one */
+#define VIEWS 8   /* kept at a time, more than a group may need */
 
 /* The order of `_attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
    first, then from `fixed` on prefix keys and cells, in whole vectors. keep: patch keys of a list.
-   parts: items of work for each head. room: numbers that a thread needs. quantile: of the normal
-   distribution at keep of all patch keys. */
+   parts: items of work for each head. room: numbers that a thread needs. kind: of q, k, v and out.
+   hard: whether the host's bias forbids keys of which it is low. views: VIEWS where queries differ in
+   the keys that they may see and there is a summary, else 0. quantile: of the normal distribution at
+   keep of all patch keys. */
 typedef struct {
     int64_t batch, heads, queries, keys, dim, value_dim;
     int64_t first, prefix, keep, cells, columns, fixed;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
     int64_t threads, parts, room;
-    const float *q, *k, *v;
-    float *out;
+    int64_t kind, bias_kind, bias_b, bias_h, bias_n, hard, views;
+    const void *q, *k, *v;
+    void *out;
     const int64_t *cell;
+    const void *bias;
     float *scratch;
     Parallel parallel;
     double scale, quantile;
@@ -35,21 +44,34 @@ typedef struct {
     int64_t next, joined;
 } RowsJob;
 
-/* What a row sees: columns and weights, the last `cells` for the summary, of whose keys the list
-   holds `picked`. */
+/* Keys that some queries may see, one or zero for each patch key, how many in every cell, and their
+   means; `values` is the column of the first. */
+typedef struct {
+    float *seen, *held, *keys;
+    int64_t values, used;
+} View;
+
+/* What a row sees: columns and weights, the last `cells` for the summary of `view`, of whose keys the
+   list holds `picked`. */
 typedef struct {
     float *weights, sum;
     int32_t *index, *picked;
     int64_t count, cells;
+    const View *view;
 } List;
 
 /* One thread's memory. keys: panels of SPAN columns, channel by channel. values: a row for every
-   column. scores: GROUP rows. order: of `top.c`. cell: of every patch key. held: keys of every cell.
-   guess: see `bracket_of`. */
+   column, and for the means of the views behind the first. scores, bias: GROUP rows. rows: SPAN as
+   float32. total: bias of every cell, rows of a
+   group side by side. order: of `top.c`. cell: of every patch key. clock: counts uses
+   of views. guess: see `bracket_of`. */
 typedef struct {
-    float *keys, *values, *scores, *cells, *held, guess;
+    float *keys, *values, *scores, *rows, *bias, *total, *band_room, guess;
+    Bands bands;
     int32_t *cell;
     uint32_t *order;
+    int64_t clock;
+    View views[1 + VIEWS];
     List lists[GROUP];
 } RowsRoom;
 
@@ -57,13 +79,19 @@ typedef struct {
 static RowsRoom rows_room(const Rows *c, int64_t thread) {
     int64_t panels = (c->columns + SPAN - 1) / SPAN, cells = (c->cells + 15) / 16 * 16;
     int64_t listed = c->columns + 32; /* whole vectors are written past the end of a list */
-    RowsRoom x;
+    int64_t widest = c->dim > c->value_dim ? c->dim : c->value_dim;
+    RowsRoom x = {0};
     float *at = c->scratch + thread * c->room;
     x.keys = at, at += panels * SPAN * c->dim;
-    x.values = at, at += c->columns * c->value_dim;
+    x.values = at, at += (c->columns + c->views * c->cells) * c->value_dim;
     x.scores = at, at += GROUP * c->columns;
-    x.cells = at, at += cells * c->dim;
-    x.held = at, at += cells;
+    for (int64_t n = 0; n <= c->views; n++) {
+        View *view = x.views + n;
+        view->values = n ? c->columns + (n - 1) * c->cells : c->fixed + c->prefix;
+        view->keys = at, at += cells * c->dim;
+        view->held = at, at += cells;
+        view->seen = at, at += c->bias ? c->fixed : 0;
+    }
     x.cell = (int32_t *)at, at += listed;
     x.order = (uint32_t *)at, at += listed;
     for (int r = 0; r < GROUP; r++) {
@@ -71,6 +99,10 @@ static RowsRoom rows_room(const Rows *c, int64_t thread) {
         x.lists[r].index = (int32_t *)at, at += listed;
         x.lists[r].picked = (int32_t *)at, at += cells;
     }
+    x.rows = at, at += c->kind ? SPAN * (widest + 16) : 0;
+    x.bias = at, at += c->bias ? GROUP * c->columns : 0;
+    x.total = at, at += GROUP * cells;
+    x.band_room = at;
     return x;
 }
 
@@ -81,23 +113,88 @@ INLINE int64_t column_of(const Rows *c, int64_t key) {
                            : c->fixed + c->prefix + key - c->keys;
 }
 
-/* The summary: means of the keys and values of every cell. */
-static void pool_rows(const Rows *c, const float *k, const float *v, const RowsRoom *x) {
-    int64_t at = c->fixed + c->prefix;
-    float *values = x->values + at * c->value_dim;
-    clear(x->cells, c->cells * c->dim);
+/* A row of an operand as float32: where it stands, or in `to`. */
+INLINE const float *row_of(const Rows *c, const void *x, int64_t at, int64_t count, float *to) {
+    if (!c->kind) return (const float *)x + at;
+    widen(c->kind, element(x, c->kind, at), to, count);
+    return to;
+}
+
+INLINE void add_to(float *to, const float *row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d++) to[d] += row[d];
+}
+
+/* The summary of a view: means of the keys and values of every cell. seen: none where all are. */
+static void pool_view(const Rows *c, const void *k, const float *seen, View *view, RowsRoom *x) {
+    float *values = x->values + view->values * c->value_dim;
+    memset(view->held, 0, (c->cells + 15) / 16 * 64);
+    clear(view->keys, c->cells * c->dim);
     clear(values, c->cells * c->value_dim);
     for (int64_t i = c->prefix; i < c->keys; i++) {
-        if (i + 8 < c->keys) touch(k + (i + 8) * c->k_n, c->dim);
-        float *to = x->cells + c->cell[i] * c->dim, *sum = values + c->cell[i] * c->value_dim;
-        for (int64_t d = 0; d < c->dim; d++) to[d] += k[i * c->k_n + d];
-        for (int64_t d = 0; d < c->value_dim; d++) sum[d] += v[i * c->v_n + d];
+        int64_t cell = x->cell[i - c->prefix];
+        if (seen && seen[i - c->prefix] == 0) continue;
+        view->held[cell]++;
+        add_to(view->keys + cell * c->dim, row_of(c, k, i * c->k_n, c->dim, x->rows), c->dim);
+        add_to(values + cell * c->value_dim, x->values + (i - c->prefix) * c->value_dim,
+               c->value_dim);
     }
     for (int64_t g = 0; g < c->cells; g++) {
-        float share = 1.0f / (x->held[g] > 0 ? x->held[g] : 1.0f);
-        for (int64_t d = 0; d < c->dim; d++) x->cells[g * c->dim + d] *= share;
+        float share = 1.0f / (view->held[g] > 0 ? view->held[g] : 1.0f);
+        for (int64_t d = 0; d < c->dim; d++) view->keys[g * c->dim + d] *= share;
         for (int64_t d = 0; d < c->value_dim; d++) values[g * c->value_dim + d] *= share;
     }
+}
+
+/* Where the host's bias of a query stands. */
+INLINE const char *bias_at(const Rows *c, int64_t head, int64_t query) {
+    int64_t at = head / c->heads * c->bias_b + head % c->heads * c->bias_h + query * c->bias_n;
+    return element(c->bias, c->bias_kind, at);
+}
+
+/* The host's bias of a query for every column, minus infinity at keys that it may not see. */
+static void take_bias(const Rows *c, int64_t head, int64_t query, float *to) {
+    int64_t patches = c->keys - c->prefix;
+    const char *at = bias_at(c, head, query);
+    clear(to + patches, c->columns - patches);
+    widen(c->bias_kind, element(at, c->bias_kind, c->prefix), to, patches);
+    widen(c->bias_kind, at, to + c->fixed, c->prefix);
+    for (int64_t i = 0; i < c->columns && c->hard; i += WIDTH) {
+        vec b = load(to + i);
+        store(to + i, pick(b > all(MASKED_BELOW), b, all(-__builtin_inff())));
+    }
+}
+
+/* What a query may see by its bias. */
+static void take_view(const Rows *c, const float *bias, float *seen) {
+    for (int64_t i = 0; i < c->fixed; i += WIDTH)
+        store(seen + i, pick(load(bias + i) == all(-__builtin_inff()), (vec){0}, all(1)));
+}
+
+static int is_view(const Rows *c, const float *bias, const View *view) {
+    for (int64_t i = 0; i < c->fixed; i += WIDTH) {
+        ints hidden = load(bias + i) == all(-__builtin_inff());
+        if (sum_of(hidden ^ (load(view->seen + i) == 0))) return 0;
+    }
+    return 1;
+}
+
+/* The view of a query, pooled now if it is not among those kept; then the one not used for longest
+   makes room. */
+static const View *view_of(const Rows *c, const void *k, const float *bias, RowsRoom *x) {
+    View *oldest = x->views + 1;
+    if (!c->views || is_view(c, bias, x->views)) return x->views;
+    for (int64_t n = 1; n <= c->views; n++) {
+        View *view = x->views + n;
+        if (view->used && is_view(c, bias, view)) {
+            view->used = ++x->clock;
+            return view;
+        }
+        if (view->used < oldest->used) oldest = view;
+    }
+    take_view(c, bias, oldest->seen);
+    pool_view(c, k, oldest->seen, oldest, x);
+    oldest->used = ++x->clock;
+    return oldest;
 }
 
 /* Keys of SPAN columns, transposed; `rows` repeats any key where a column has none. */
@@ -112,30 +209,42 @@ static void pack_panel(const Rows *c, const float *const *rows, float *to) {
     }
 }
 
-static void pack_head(const Rows *c, int64_t head, const RowsRoom *x) {
-    const float *k = c->k + head / c->heads * c->k_b + head % c->heads * c->k_h;
-    const float *v = c->v + head / c->heads * c->v_b + head % c->heads * c->v_h;
-    memset(x->held, 0, (c->cells + 15) / 16 * 64);
-    for (int64_t i = c->prefix; i < c->keys && c->cells; i++) {
-        x->cell[i - c->prefix] = (int32_t)c->cell[i];
-        x->held[c->cell[i]]++;
+INLINE const void *keys_of(const Rows *c, int64_t head) {
+    return element(c->k, c->kind, head / c->heads * c->k_b + head % c->heads * c->k_h);
+}
+
+/* The summary of what the first patch query may see; the others may as well, or have their own. */
+static void pool_first(const Rows *c, int64_t head, RowsRoom *x) {
+    for (int64_t n = 1; n <= c->views; n++) x->views[n].used = 0;
+    for (int64_t i = c->prefix; i < c->keys; i++) x->cell[i - c->prefix] = (int32_t)c->cell[i];
+    if (c->bias && !x->bands.count)
+        x->bands = find_bands(c->cell + c->prefix, c->keys - c->prefix, x->band_room);
+    if (c->hard) {
+        take_bias(c, head, smaller(c->first, c->queries - 1), x->bias);
+        take_view(c, x->bias, x->views[0].seen);
     }
+    pool_view(c, keys_of(c, head), c->hard ? x->views[0].seen : 0, x->views, x);
+}
+
+static void pack_head(const Rows *c, int64_t head, RowsRoom *x) {
+    const void *k = keys_of(c, head);
+    const void *v = element(c->v, c->kind, head / c->heads * c->v_b + head % c->heads * c->v_h);
     for (int64_t i = 0; i < c->keys; i++) {
-        if (i + 8 < c->keys) touch(v + (i + 8) * c->v_n, c->value_dim);
-        memcpy(x->values + column_of(c, i) * c->value_dim, v + i * c->v_n, c->value_dim * 4);
+        if (i + 8 < c->keys) touch(element(v, c->kind, (i + 8) * c->v_n), c->value_dim);
+        widen(c->kind, element(v, c->kind, i * c->v_n), x->values + column_of(c, i) * c->value_dim,
+              c->value_dim);
     }
-    if (c->cells) pool_rows(c, k, v, x);
+    if (c->cells) pool_first(c, head, x);
     for (int64_t from = 0; from < c->columns; from += SPAN) {
         const float *rows[SPAN];
-        for (int64_t n = 0; n < SPAN; n++) rows[n] = k;
+        const float *any = row_of(c, k, 0, c->dim, x->rows + SPAN * c->dim);
         for (int64_t n = 0; n < SPAN; n++) {
             int64_t at = from + n, key = at < c->fixed ? at + c->prefix : at - c->fixed;
-            if (at >= c->fixed && key >= c->prefix + c->cells) continue;
-            if (at < c->fixed && key >= c->keys) continue;
-            if (at >= c->fixed && key >= c->prefix)
-                rows[n] = x->cells + (key - c->prefix) * c->dim;
-            else
-                rows[n] = k + key * c->k_n;
+            rows[n] = any;
+            if (at < c->fixed ? key < c->keys : key < c->prefix)
+                rows[n] = row_of(c, k, key * c->k_n, c->dim, x->rows + n * c->dim);
+            else if (at >= c->fixed && key < c->prefix + c->cells)
+                rows[n] = x->views[0].keys + (key - c->prefix) * c->dim;
         }
         pack_panel(c, rows, x->keys + from * c->dim);
     }
@@ -160,6 +269,19 @@ static void score_rows(const Rows *c, const float *const *rows, const RowsRoom *
         float *s = x->scores + r * apart;
         for (int64_t i = patches; i < c->fixed; i++) s[i] = -__builtin_inff();
         for (int64_t i = end; i < c->columns; i++) s[i] = -__builtin_inff();
+    }
+}
+
+/* Scaled scores with the host's bias. Of the summary, scores of the view are put where those of the
+   first one are. */
+static void bias_row(const Rows *c, const float *q, const float *bias, const View *view,
+                     const RowsRoom *x, float *s) {
+    float *cells = s + c->fixed + c->prefix;
+    for (int64_t g = 0; g < c->cells && view != x->views; g++)
+        cells[g] = dot(q, view->keys + g * c->dim, c->dim);
+    for (int64_t i = 0; i < c->columns; i += WIDTH) {
+        vec b = load(bias + i), none = all(-__builtin_inff());
+        store(s + i, pick(b == none, none, load(s + i) * all((float)c->scale) + b));
     }
 }
 
@@ -219,8 +341,9 @@ static Bracket bracket_of(const Rows *c, const float *s, float mean, float devia
 
 /* The `keep`th best of a row, by ranking the few numbers within a bracket. */
 static float threshold_within(const Rows *c, const float *s, const Bracket *x) {
-    float close[CLOSE + WIDTH];
-    int32_t places[CLOSE + WIDTH];
+    /* columns without a key, up to 15, may be among them, and whole vectors are written */
+    float close[CLOSE + 16 + WIDTH];
+    int32_t places[CLOSE + 16 + WIDTH];
     int64_t count = 0, need = c->keep - x->above - 1;
     for (int64_t i = 0; i < c->fixed; i += WIDTH) {
         vec a = load(s + i);
@@ -274,13 +397,17 @@ static void choose_by_order(const Rows *c, const float *s, const RowsRoom *x, co
 static void choose(const Rows *c, const float *s, RowsRoom *x, const List *list) {
     int64_t patches = c->keys - c->prefix, whole = patches / WIDTH * WIDTH, n = 0;
     vec sum = {0}, squares = {0};
+    ints hidden = {0};
     for (int64_t i = 0; i < whole; i += WIDTH) {
         vec a = load(s + i);
-        sum += a, squares += a * a;
+        ints is_hidden = a == all(-__builtin_inff());
+        a = pick(is_hidden, (vec){0}, a);
+        hidden -= is_hidden, sum += a, squares += a * a;
     }
+    whole -= sum_of(hidden);
     float share = 1.0f / (float)(whole ? whole : 1), mean = total(sum) * share;
     float spread = total(squares) * share - mean * mean;
-    if (!(spread - spread == 0) || !whole) {
+    if (!(spread - spread == 0) || whole < smaller(c->keep, WIDTH)) {
         choose_by_order(c, s, x, list);
         return;
     }
@@ -340,57 +467,130 @@ static void mix_row(const Rows *c, const RowsRoom *x, const List *list, float *t
     }
 }
 
-/* Which keys a row sees, and their scores. */
-static void list_row(const Rows *c, const float *s, int dense, RowsRoom *x, List *list) {
-    int64_t count = c->keep, fixed = c->prefix;
-    list->cells = dense ? 0 : c->cells;
+/* Which of a list's keys every cell loses, and the mean bias of those that it keeps, which is added to
+   its score; a cell without any is minus infinity. row: of the group. */
+static void lose_keys(const Rows *c, const float *bias, const RowsRoom *x, int64_t row, float *s) {
+    const List *list = x->lists + row;
+    const float *held = list->view->held;
+    float *total = x->total + row;
+    memset(list->picked, 0, (c->cells + 15) / 16 * 64);
+    if (!bias) {
+        for (int64_t i = 0; i < c->keep; i++) list->picked[x->cell[list->index[i]]]++;
+        return;
+    }
+    for (int64_t i = 0; i < c->keep; i++) {
+        int64_t key = list->index[i], cell = x->cell[key];
+        if (c->hard && bias[key] == -__builtin_inff()) continue;
+        list->picked[cell]++;
+        total[cell * GROUP] -= bias[key] > -1e4f ? bias[key] : -1e4f;
+    }
+    for (int64_t g = 0; g < c->cells; g++) {
+        float left = held[g] - (float)list->picked[g];
+        s[g] = left > 0 ? s[g] + total[g * GROUP] / left : -__builtin_inff();
+    }
+}
+
+/* Which keys a row of the group sees, and their scores. */
+static void list_row(const Rows *c, int64_t row, int dense, RowsRoom *x) {
+    float *s = x->scores + row * c->columns;
+    const float *bias = c->bias ? x->bias + row * c->columns : 0;
+    List *list = x->lists + row;
+    int64_t count = c->keep, cells = dense ? 0 : c->cells, last;
+    list->cells = cells;
     if (dense) {
         count = c->keys - c->prefix;
         for (int64_t i = 0; i < count; i++) list->index[i] = (int32_t)i, list->weights[i] = s[i];
     } else {
         choose(c, s, x, list);
-        memset(list->picked, 0, (c->cells + 15) / 16 * 64);
-        for (int64_t i = 0; i < count && c->cells; i++) list->picked[x->cell[list->index[i]]]++;
-        fixed += c->cells;
+        if (cells) lose_keys(c, bias, x, row, s + c->fixed + c->prefix);
     }
-    for (int64_t i = 0; i < fixed; i++) list->index[count + i] = (int32_t)(c->fixed + i);
-    memcpy(list->weights + count, s + c->fixed, fixed * sizeof *s);
-    list->count = count + fixed;
+    last = count + c->prefix;
+    for (int64_t i = 0; i < c->prefix; i++) list->index[count + i] = (int32_t)(c->fixed + i);
+    for (int64_t i = 0; i < cells; i++) list->index[last + i] = (int32_t)(list->view->values + i);
+    memcpy(list->weights + count, s + c->fixed, (c->prefix + cells) * sizeof *s);
+    list->count = last + cells;
+}
+
+/* Whether a row of weights has one that is more than minus infinity, or no number. */
+static int has_key(const float *w, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (w[i] != -__builtin_inff()) return 1;
+    return 0;
 }
 
 /* Scores of a list to weights. Cells stand for as many keys as the list does not hold. */
-static void weigh_list(const Rows *c, const RowsRoom *x, List *list) {
+static void weigh_list(const Rows *c, List *list) {
     float *w = list->weights, *last = w + list->count - list->cells;
     int64_t count = list->count;
     store(w + count, all(-__builtin_inff()));
     vec top = load(w), sum = {0};
     for (int64_t i = WIDTH; i < count; i += WIDTH) top = larger(load(w + i), top);
-    vec base = all(largest(top)), scale = all((float)(c->scale * LOG2E));
+    float most = largest(top);
+    if (c->bias && most == -__builtin_inff() && !has_key(w, count)) {
+        clear(w, count);
+        list->sum = __builtin_inff(); /* the mixture, a share of it, is zero */
+        return;
+    }
+    vec base = all(most), scale = all(c->bias ? LOG2E : (float)(c->scale * LOG2E));
     for (int64_t i = 0; i < count; i += WIDTH) store(w + i, power((load(w + i) - base) * scale));
     for (int64_t g = 0; g < list->cells; g += WIDTH) {
         ints picked;
         memcpy(&picked, list->picked + g, sizeof picked);
-        store(last + g, load(last + g) * (load(x->held + g) - floats(picked)));
+        store(last + g, load(last + g) * (load(list->view->held + g) - floats(picked)));
     }
     for (int64_t i = 0; i < count; i += WIDTH) sum += load(w + i);
     list->sum = total(sum);
 }
 
+/* Bias of the rows of a group, and scores with it. */
+static void bias_rows(const Rows *c, int64_t head, int64_t from, int64_t count,
+                      const float *const *rows, RowsRoom *x) {
+    for (int64_t r = 0; r < count; r++) {
+        float *bias = x->bias + r * c->columns;
+        if (r && !c->bias_n)
+            memcpy(bias, x->bias, c->columns * sizeof *bias);
+        else
+            take_bias(c, head, from + r, bias);
+        if (c->cells && from + r >= c->first)
+            x->lists[r].view = view_of(c, keys_of(c, head), bias, x);
+        bias_row(c, rows[r], bias, x->lists[r].view, x, x->scores + r * c->columns);
+    }
+    if (!c->cells) return;
+    const float *each[ROWS_AT_ONCE];
+    for (int64_t r = 0; r < GROUP; r++) each[r] = x->bias + smaller(r, count - 1) * c->columns;
+    sum_cells(&x->bands, c->hard != 0, each, c->cells, x->total, GROUP);
+}
+
+/* Writes a row of the result. */
+static void give_row(const Rows *c, RowsRoom *x, const List *list, void *out, int64_t at) {
+    if (!c->kind) {
+        mix_row(c, x, list, (float *)out + at);
+        return;
+    }
+    mix_row(c, x, list, x->rows);
+    narrow(c->kind, x->rows, (void *)element(out, c->kind, at), c->value_dim);
+}
+
 /* Stage by stage for all rows of a group: what one has written is then in the cache when the next
    reads it in other pieces. */
 static void attend_rows(const Rows *c, int64_t head, int64_t from, int64_t end, RowsRoom *x) {
-    const float *q = c->q + head / c->heads * c->q_b + head % c->heads * c->q_h;
-    float *out = c->out + head / c->heads * c->out_b + head % c->heads * c->out_h;
+    const void *q = element(c->q, c->kind, head / c->heads * c->q_b + head % c->heads * c->q_h);
+    int64_t to = head / c->heads * c->out_b + head % c->heads * c->out_h;
+    void *out = (void *)element(c->out, c->kind, to);
     for (; from < end; from += GROUP) {
         const float *rows[GROUP];
         int64_t count = smaller(GROUP, end - from);
-        for (int64_t r = 0; r < GROUP; r++) rows[r] = q + (from + smaller(r, count - 1)) * c->q_n;
+        for (int64_t r = 0; r < GROUP; r++) {
+            int64_t at = (from + smaller(r, count - 1)) * c->q_n;
+            rows[r] = row_of(c, q, at, c->dim, x->rows + (1 + r) * c->dim);
+            x->lists[r].view = x->views;
+        }
         score_rows(c, rows, x, c->columns);
+        if (c->bias) bias_rows(c, head, from, count, rows, x);
         for (int64_t r = 0; r < count; r++)
-            list_row(c, x->scores + r * c->columns, from + r < c->first, x, x->lists + r);
-        for (int64_t r = 0; r < count; r++) weigh_list(c, x, x->lists + r);
-        for (int64_t r = 0; r < count; r++)
-            mix_row(c, x, x->lists + r, out + (from + r) * c->out_n);
+            list_row(c, r, from + r < c->first, x);
+        for (int64_t r = 0; r < count; r++) weigh_list(c, x->lists + r);
+        for (int64_t r = 0; r < count; r++) give_row(c, x, x->lists + r, out, (from + r) * c->out_n);
     }
 }
 

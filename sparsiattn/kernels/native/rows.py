@@ -13,16 +13,20 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import (
+    BAND_NUMBERS,
+    FLOATS,
+    KINDS,
     SPAN,
     addresses_of,
     contiguous,
+    host_bias,
     parallel,
     whole_vectors,
     with_rows,
 )
 from sparsiattn.kernels.workspace import SCRATCH
 
-GROUP = 6  # as in rows.c
+GROUP, VIEWS = 6, 8  # as in rows.c
 BEYOND = 32  # numbers written past the end of a list
 # queries of an item of work, at least: each packs the keys of its head anew
 ROWS_OF_PART = 48
@@ -30,22 +34,28 @@ ROWS_OF_PART = 48
 
 def serves(inputs: AttentionInputs) -> bool:
     """Whether compiled code takes a call, so that nobody needs lists of its keys."""
+    operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
+    wants_gradient = any(x is not None and x.requires_grad for x in operands)
+    return plans(inputs) and not (torch.is_grad_enabled() and wants_gradient)
+
+
+def plans(inputs: AttentionInputs) -> bool:
+    """Whether compiled code may choose the keys of a call, which takes no gradient."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if torch.compiler.is_compiling() or is_transformed():
         return False
-    if inputs.bias is not None or inputs.dropout or not inputs.scale > 0:
+    if inputs.dropout or not inputs.scale > 0:
         return False
     if inputs.device.type != "cpu" or not (is_loaded() or build.is_ready()):
         return False
-    grad_mode = torch.is_grad_enabled()
-    return all(x.dtype is torch.float32 and not (grad_mode and x.requires_grad) for x in (q, k, v))
+    return q.dtype in FLOATS and k.dtype is q.dtype and v.dtype is q.dtype
 
 
 _BEST = "sparsiattn::native_attend_to_best"
 torch.library.define(
     _BEST,
     "(Tensor q, Tensor k, Tensor v, Tensor? cells, int count, int keep, int prefix, int first, "
-    "float scale) -> Tensor",
+    "float scale, Tensor? bias=None, bool hard=False) -> Tensor",
 )
 
 
@@ -59,11 +69,13 @@ def _attend_to_best(
     prefix: int,
     first: int,
     scale: float,
+    bias: Tensor | None = None,
+    hard: bool = False,
 ) -> Tensor:
     """Attention of every query to prefix keys, its best patch keys and the summary of the others.
 
     Args:
-        q: Queries ``[B, H, N, D]`` float32 of any strides.
+        q: Queries ``[B, H, N, D]`` of a type of `FLOATS` and of any strides.
         k: Keys ``[B, H, Nk, D]``, with the prefix.
         v: Values ``[B, H, Nk, Dv]``.
         cells: The summary's cell of every key, ``[Nk]``, G for prefix keys; None without one.
@@ -72,9 +84,11 @@ def _attend_to_best(
         prefix: Leading keys that are in every list.
         first: Leading queries, which see every key and no summary.
         scale: Factor of QK^T, above 0.
+        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean.
+        hard: Whether the bias forbids keys, so that no cell stands for those.
 
     Returns:
-        ``[B, H, N, Dv]``.
+        ``[B, H, N, Dv]``, in the type of the operands.
     """
     q, k, v, cells = with_rows(q), with_rows(k), with_rows(v), contiguous(cells)
     (b, h, n, d), keys, width = q.shape, k.shape[-2], v.shape[-1]
@@ -84,12 +98,21 @@ def _attend_to_best(
         return out
     fixed = whole_vectors(keys - prefix)
     columns = whole_vectors(fixed + prefix + count)
-    threads, room = torch.get_num_threads(), room_of(columns, count, d, width)
-    scratch = SCRATCH.numbers("rows", threads * room, q)
+    host: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    if bias is not None:
+        bias = host_bias(bias, (b, h, n, keys))
+        hard = hard or bias.dtype is torch.bool
+        views = VIEWS if hard and count and bias.stride(2) else 0
+        host = (KINDS[bias.dtype], *bias.stride()[:3], hard, views)
+    threads, kind = torch.get_num_threads(), KINDS[q.dtype]
+    room = room_of(columns, count, d, width)
+    if kind or bias is not None:
+        room += room_of_host(columns, fixed, count, d, width, kind, bias is not None, host[5])
+    scratch = SCRATCH.room_for("rows", threads * room)
     sizes = (b, h, n, keys, d, width, first, prefix, keep, count, columns, fixed)
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    work = (threads, parts_of(b * h, n, threads), room)
-    addresses = (*addresses_of(q, k, v, out, cells, scratch), parallel())
+    work = (threads, parts_of(b * h, n, threads), room, kind, *host)
+    addresses = (*addresses_of(q, k, v, out, cells, bias, scratch), parallel())
     options = (scale, quantile_of(keep, keys - prefix))
     build.code().rows(build.ROWS_CALL.pack(*sizes, *steps, *work, *addresses, *options))
     return out
@@ -118,7 +141,17 @@ def room_of(columns: int, count: int, dim: int, width: int) -> int:
     cells = whole_vectors(count)
     packed = -(-columns // SPAN) * SPAN * dim + columns * width
     lists = (2 + 2 * GROUP) * (columns + BEYOND)
-    return whole_vectors(packed + GROUP * columns + lists + cells * (dim + 1 + GROUP))
+    return whole_vectors(packed + GROUP * columns + lists + cells * (dim + 1 + 2 * GROUP))
+
+
+def room_of_host(
+    columns: int, fixed: int, count: int, dim: int, width: int, kind: int, biased: bool, views: int
+) -> int:
+    """What a thread needs beside `room_of` for other types and for the host's bias."""
+    rows = SPAN * (max(dim, width) + 16) if kind else 0
+    host = GROUP * columns + (1 + BAND_NUMBERS) * fixed  # bias, what is seen, bands
+    each = whole_vectors(count) * (dim + 1) + count * width + fixed
+    return whole_vectors(rows + (biased * host) + views * each)
 
 
 def parts_of(heads: int, queries: int, threads: int) -> int:

@@ -20,20 +20,24 @@ CELLS = 144  # as in chunks.c
 
 def serves(*tensors: Tensor) -> bool:
     """Whether compiled code may take these operands."""
+    return _serves(tensors, torch.float32)
+
+
+def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     if torch.compiler.is_compiling() or not (is_loaded() or build.is_ready()):
         return False
     if is_transformed():
         return False
     grad_mode = torch.is_grad_enabled()
     for x in tensors:
-        if not x.is_cpu or x.dtype is not torch.float32 or (grad_mode and x.requires_grad):
+        if not x.is_cpu or x.dtype is not dtype or (grad_mode and x.requires_grad):
             return False
     return True
 
 
 def counts(q: Tensor, cells: int) -> bool:
     """Whether a kernel that counts the keys of so many cells itself is likely to come."""
-    return cells <= CELLS and serves(q)
+    return cells <= CELLS and q.dtype in ops.FLOATS and _serves((q,), q.dtype)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

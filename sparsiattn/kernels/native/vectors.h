@@ -39,6 +39,7 @@
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
 typedef float quad __attribute__((vector_size(16)));
 typedef int32_t quads __attribute__((vector_size(16)));
 typedef void (*Region)(void *);
@@ -77,8 +78,9 @@ INLINE vec power(vec x) {
     p = p * f + 2.4022650695910072e-1f;
     p = p * f + 6.9314718055994531e-1f;
     p = p * f + 1.0f;
-    ints exponent = ((ints)shifted - (ints)magic) << 23;
-    vec result = (vec)((ints)p + exponent);
+    /* unsigned, which may wrap around where x is out of bounds */
+    words exponent = ((words)shifted - (words)magic) << 23;
+    vec result = (vec)((words)p + exponent);
     vec nan = x - x; /* NaN only where x is not finite; infinity is caught below */
     result = pick(nan == nan, result, x);
     return pick(x < all(-126.0f), (vec){0}, result);

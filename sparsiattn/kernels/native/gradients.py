@@ -1,0 +1,92 @@
+"""Attention over key lists in compiled code whose gradient is compiled, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native.ops import (
+    SPAN,
+    attention,
+    attention_call,
+    whole_vectors,
+    with_rows,
+)
+from sparsiattn.kernels.workspace import SCRATCH
+
+
+def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    """`ops.attention` with gradients of q, k and v."""
+    return _Attention.apply(q, k, v, *others)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    """Nothing but the operands is kept for the backward pass, which computes weights anew."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+        is_tensor = [isinstance(x, Tensor) for x in others]
+        ctx.save_for_backward(q, k, v, *(x for x in others if isinstance(x, Tensor)))
+        ctx.others = [None if known else x for x, known in zip(others, is_tensor, strict=True)]
+        ctx.is_tensor = is_tensor
+        return attention(q, k, v, *others)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        each = iter(saved)
+        others = [
+            next(each) if known else x for x, known in zip(ctx.others, ctx.is_tensor, strict=True)
+        ]
+        return (*_gradients(grad, q, k, v, *others), *(None for _ in others))
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    table: Tensor | None,
+    held: Tensor | None,
+    order: Tensor | None,
+    cells: Tensor | None,
+    bias: Tensor | None,
+    count: int,
+    listed: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their types.
+
+    Args:
+        grad: That of the result, ``[B, H, N, Dv]``.
+        q: This and what follows as in `ops.attention`.
+    """
+    dtype = q.dtype
+    q, k, v, grad = (with_rows(x.float()) for x in (q, k, v, grad))
+    to = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    lists = (chosen, table, held, order, cells, bias, count, listed)
+    packed, _kept = attention_call(q, k, v, grad, *lists, *options)
+    room = room_of(listed + count, k.shape[-2], count, q.shape[-1] + v.shape[-1])
+    scratch = SCRATCH.numbers("backward", torch.get_num_threads() * room, q)
+    addresses = (x.data_ptr() for x in (*to, scratch))
+    rest = build.BACKWARD_REST.pack(q.shape[-2], room, *addresses)
+    build.code().backward(packed + rest)
+    grad_q, grad_k, grad_v = (x.to(dtype) for x in to)
+    return grad_q, grad_k, grad_v
+
+
+def room_of(width: int, keys: int, count: int, dims: int) -> int:
+    """Numbers that a thread needs, as `sums_of` in backward.c divides them.
+
+    Args:
+        width: Keys of a list, those of the summary included.
+        keys: All keys.
+        count: Keys of the summary.
+        dims: Channels of a key and its value.
+    """
+    most = max(width, keys)
+    return whole_vectors(8 * most + 2 * (width * SPAN + most + SPAN) + count * dims)
