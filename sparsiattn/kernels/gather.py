@@ -36,6 +36,10 @@ PACKED_AT_ONCE = 1 << 21
 # Tensor operations of a call, and those of each chunk of tiles on top.
 FIXED_CALLS, CHUNK_CALLS = 40.0, 6.0
 
+# Softmax entries that take as long as the host's bias of a query and a key, which is copied tile by
+# tile, and as its mean over the keys that each cell of a summary keeps.
+BIAS_WORTH, MEANS_WORTH = 6.0, 20.0
+
 
 class Gather(Kernel):
     """Key lists by gathering K and V per query tile; differentiable, never an N x N tensor.
@@ -64,11 +68,16 @@ class Gather(Kernel):
         tile, keys = tile_size(pattern), row_keys(pattern)
         lists = call.batch * call.heads * rows
         chunks = lists / tiles_at_once(inputs.device, keys * (call.dim + call.value_dim + tile))
-        return call.attending(
+        work = call.attending(
             rows * tile * keys + pattern.dense_rows * call.keys,
             calls=FIXED_CALLS + CHUNK_CALLS * max(1.0, chunks),
             moved=call.rows_bytes(rows * keys + call.keys),
         )
+        if inputs.bias is None or inputs.bias.shape[-2] == 1:
+            return work
+        each = BIAS_WORTH + (0.0 if pattern.summary is None else MEANS_WORTH)
+        pairs = call.batch * call.heads * call.queries * call.keys
+        return replace(work, logits=work.logits + each * pairs)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         if isinstance(pattern, GatheredMask):
