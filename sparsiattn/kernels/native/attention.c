@@ -266,7 +266,7 @@ static int64_t chunk_of(const Call *c) {
 }
 
 /* Writes out [B, H, P + n, Dv]. */
-void sparsiattn_attend(const Call *c) {
+EXPORT void sparsiattn_attend(const Call *c) {
     int64_t heads = c->batch * c->heads, parts = c->slots <= FEW ? 1 : (c->slots + SPAN - 1) / SPAN;
     Job job = {.call = c, .parts = parts, .each = c->tiles ? c->tiles * parts : 1, .chunk = chunk_of(c)};
     int64_t items = heads * job.each;
@@ -284,4 +284,4 @@ void sparsiattn_attend(const Call *c) {
         attend(&job);
 }
 
-int64_t sparsiattn_call_size(void) { return sizeof(Call); }
+EXPORT int64_t sparsiattn_attend_size(void) { return sizeof(Call); }
