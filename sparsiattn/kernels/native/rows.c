@@ -219,8 +219,9 @@ static Bracket bracket_of(const Rows *c, const float *s, float mean, float devia
 
 /* The `keep`th best of a row, by ranking the few numbers within a bracket. */
 static float threshold_within(const Rows *c, const float *s, const Bracket *x) {
-    float close[CLOSE + WIDTH];
-    int32_t places[CLOSE + WIDTH];
+    /* without a lower threshold the columns that fill the last 16 and hold no key come along */
+    float close[CLOSE + 16 + WIDTH];
+    int32_t places[WIDTH];
     int64_t count = 0, need = c->keep - x->above - 1;
     for (int64_t i = 0; i < c->fixed; i += WIDTH) {
         vec a = load(s + i);
