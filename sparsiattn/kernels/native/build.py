@@ -54,9 +54,9 @@ def problem() -> str | None:
     try:
         if is_ready() or _state.problem is not None:
             return None if _state.code is not None else _state.problem
+        asked = shipped.wanted()
     except InvalidOption as error:
         return str(error)
-    asked = shipped.wanted()
     if asked == "off":
         return f"is switched off by {shipped.VARIABLE}=off"
     if asked in shipped.LEVELS:
@@ -73,14 +73,21 @@ def _why_not_compiled() -> str | None:
 
 def faults() -> tuple[str, ...]:
     """What is wrong with libraries of the package that should have been taken, a line each."""
-    is_ready()
+    try:
+        is_ready()
+    except InvalidOption as error:
+        return (str(error),)
     return _state.faults
 
 
 def source() -> str:
-    """Where the code is from, in words; empty where there is none."""
-    is_ready()
+    """Where the code that was loaded is from, in words; empty where there is none."""
     return _state.source
+
+
+def is_chosen() -> bool:
+    """Whether the user said which code may run."""
+    return bool(os.environ.get(shipped.VARIABLE))
 
 
 def is_ready() -> bool:

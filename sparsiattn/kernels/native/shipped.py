@@ -19,8 +19,6 @@ VARIABLE = "SPARSIATTN_NATIVE"
 FOLDER = toolchain.HERE / "lib"
 LEVELS = (*toolchain.X86, *toolchain.ARM)
 VALUES = ("off", *LEVELS, "local")
-# taken only if asked for
-OPTIONAL = ("v4",)
 
 
 class Found(NamedTuple):
@@ -57,7 +55,7 @@ def find() -> Found:
     suiting, problem = _suiting()
     if problem:
         return Found(None, "", (problem,) if asked or _are_there() else ())
-    for level in (asked,) if asked else [x for x in suiting if x not in OPTIONAL]:
+    for level in (asked,) if asked else suiting:
         path = FOLDER / toolchain.file_name(level)
         if asked and level not in suiting:
             faults.append(f"{VARIABLE}={level} is not for this processor")
