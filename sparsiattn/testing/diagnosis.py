@@ -102,7 +102,7 @@ def doctor() -> Diagnosis:
     for name, info in list_kernels().items():
         status = "off" if info.reasons else "ok"
         findings.append(Finding("kernels", name, status, "; ".join(info.reasons)))
-    findings += _native()
+    findings += native_code()
     findings += [_plugin(plugin) for plugin in list_plugins().values()]
     problem = _problem(_patch_and_undo)
     status = "broken" if problem else "ok"
@@ -120,7 +120,7 @@ def _system() -> Iterator[Finding]:
         yield Finding("system", f"cuda:{index}", "ok", detail)
 
 
-def _native() -> Iterator[Finding]:
+def native_code() -> Iterator[Finding]:
     """Where compiled code for the CPU is from, and why not from the package where it is not."""
     for fault in native.faults():
         fix = "" if native.is_chosen() else f"{_AGAIN} sparsiattn"

@@ -65,13 +65,22 @@ class Code:
     votes: Callable[[bytes], None]
 
 
-def open_library(path: Path) -> Code | str:
-    """The functions of a library, or why it cannot be used."""
+def load(path: Path) -> ctypes.CDLL:
+    """A library.
+
+    Raises:
+        OSError: It cannot be loaded.
+    """
     damage = _cut_short(path)
     if damage:
-        return f"{path.name} cannot be loaded: {damage}"
+        raise OSError(damage)
+    return ctypes.CDLL(str(path))
+
+
+def open_library(path: Path) -> Code | str:
+    """The functions of a library, or why it cannot be used."""
     try:
-        library = ctypes.CDLL(str(path))
+        library = load(path)
         functions = {name: getattr(library, f"sparsiattn_{name}") for name in ENTRIES}
         sizes = {name: getattr(library, f"sparsiattn_{name}_size")() for name in ENTRIES}
         library.sparsiattn_fingerprint.restype = ctypes.c_char_p
@@ -97,10 +106,7 @@ def _cut_short(path: Path) -> str | None:
 
     The loaders of other systems look themselves.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return str(error)
+    content = path.read_bytes()
     if not content.startswith(b"\x7fELF"):
         return None if content else "the file is empty"
     if len(content) < _ELF.size:

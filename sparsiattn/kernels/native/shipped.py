@@ -7,13 +7,12 @@ library that suits the processor is taken.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from typing import NamedTuple
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels.native import toolchain
-from sparsiattn.kernels.native.entries import Code, open_library
+from sparsiattn.kernels.native.entries import Code, load, open_library
 
 VARIABLE = "SPARSIATTN_NATIVE"
 FOLDER = toolchain.HERE / "lib"
@@ -82,7 +81,7 @@ def _suiting() -> tuple[list[str], str]:
     path = FOLDER / toolchain.file_name("level")
     try:
         # of the psABI's levels 2 is "v2"
-        levels = levels[: ctypes.CDLL(str(path)).sparsiattn_level() - 1]
+        levels = levels[: load(path).sparsiattn_level() - 1]
     except (OSError, AttributeError) as error:
         return [], f"the processor's level is not known: {error}"
     return levels[::-1], ""
