@@ -18,6 +18,7 @@ from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.model_speed import instead, model_speed, other_macs
+from sparsiattn.patching.reduction_lines import reduction_lines
 from sparsiattn.patching.report_lines import (
     SLOWER,
     loses_time,
@@ -35,7 +36,6 @@ from sparsiattn.patching.text import (
     speed_text,
     structure_lines,
 )
-from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -242,7 +242,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         mhsa_macs=sum(site.macs for site in not_selected) + sum(known) if counted else None,
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
         other_macs=other if counted else None,
-        reductions=_reductions(state, run),
+        reductions=reduction_lines(state, run),
         price_source=price_source(
             like, sparse=any(row.kernel != "dense" or row.note for row in rows)
         ),
@@ -254,34 +254,6 @@ def report(state: PatchState, total: int | None = None) -> Report:
         no_fast_kernel=no_fast_kernel(device),
         native_faults=build.faults() if device == "cpu" else (),
     )
-
-
-_PLACES = {
-    "entry": "before attention",
-    "middle": "between attention and MLP",
-    "exit": "after the block",
-    "bypass": "the MLP alone: the grid must stay",
-}
-
-
-def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
-    """One line for every block that reduces: from how many patch tokens, where in the block."""
-    if run is None or state.tokens is None:
-        return ()
-    lines = []
-    for block in state.blocks:
-        if block.strategy is None or block.placement is None:
-            continue
-        # of a block that runs several times, one after the other
-        counts = ", then ".join(map(str, run.counts.get(block.index, [])))
-        tokens = f"{counts} patch tokens, " if counts else ""
-        place = _PLACES[block.placement] + _why_after(block)
-        lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{place}")
-    if run.ragged:
-        lines.append("counts adapt to each image: MACs are known only after a forward pass")
-    if state.restores_last:
-        lines.append("original positions come back after the last block")
-    return tuple(lines)
 
 
 def _dense_elsewhere(state: PatchState) -> tuple[tuple[str, str], ...]:
@@ -307,19 +279,6 @@ def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
     example = replace(state.attention.example, with_values=True)
     state.attention = replace(state.attention, example=example)
     return _runs(state, total)
-
-
-def _why_after(runtime: BlockRuntime) -> str:
-    """Why a block does not reduce between attention and MLP, where its strategy would."""
-    assert runtime.strategy is not None
-    if runtime.placement != "exit" or runtime.strategy.placement() != "middle":
-        return ""
-    tail = runtime.block.tail
-    if tail is None:
-        return ", whose attention and MLP are one step"
-    if tail.mixes:
-        return f", whose MLP needs all tokens ({tail.mixes})"
-    return f": in training mode {tail.eval_only}" if tail.eval_only else ""
 
 
 def dense_macs(copied: torch.nn.Module, inputs: MetaInputs) -> int:
