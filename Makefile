@@ -11,9 +11,9 @@ VENV_OLDEST := .venv-oldest
 READY_OLDEST := $(VENV_OLDEST)/.ready
 
 .PHONY: demo test test-slow test-census test-oldest lint wheel plugin-check audit constraints
-.PHONY: map docs docs-serve census support reliability clean
+.PHONY: levels map docs docs-serve census support reliability clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml setup.py $(wildcard sparsiattn/kernels/native/*.[ch])
 	$(PYTHON) -m venv $(VENV) || $(MAKE) venv-without-ensurepip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
@@ -63,6 +63,10 @@ $(READY_OLDEST): pyproject.toml constraints/oldest.txt
 wheel: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
 	OMP_NUM_THREADS=1 $(BIN)/python tools/wheel_check.py dist
+
+# the compiled code for every level of processor, under qemu-user where this one is another
+levels: $(READY)
+	$(BIN)/python -m pytest -m "" -rs tests/kernels/test_levels.py
 
 # known vulnerabilities of what development runs with; asks PyPI
 audit: $(READY)

@@ -17,7 +17,9 @@ from sparsiattn.kernels import cost
 
 # what someone tuned on this machine must not decide which kernels are tested
 os.environ["SPARSIATTN_CACHE"] = str(Path(__file__).with_name("no-tuning-here"))
-# nor must compiled code, but in the tests of it: without a compiler there is none
+# nor must compiled code, but in the tests of it: what the package brings is not looked for, and
+# without a compiler there is no other
+os.environ["SPARSIATTN_NATIVE"] = "local"
 # (processes that pytest-xdist starts find CC as it is left here)
 COMPILER = os.environ.setdefault("CC_OF_NATIVE_TESTS", os.environ.get("CC", ""))
 os.environ["CC"] = "no-compiler-in-these-tests"
@@ -95,12 +97,14 @@ def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled_native(native_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The native kernel, compiled; afterwards nobody knows of it."""
     from sparsiattn.kernels import compile_native
-    from sparsiattn.kernels.native import build
+    from sparsiattn.kernels.native import build, toolchain
 
+    library = os.environ.get("NATIVE_OF_TESTS", "local")  # or one of the package's: "v3"
+    monkeypatch.setenv("SPARSIATTN_NATIVE", library)
     monkeypatch.setenv("SPARSIATTN_CACHE", str(native_cache))
     monkeypatch.setenv("CC", COMPILER)
     build.forget()
-    if build.compiler() is None:
+    if library == "local" and toolchain.compiler() is None:
         pytest.skip("no C compiler")
     assert compile_native() is None
     yield
@@ -111,14 +115,14 @@ def compiled_native(native_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache without compiled code, and a compiler that is quick."""
-    from sparsiattn.kernels.native import build
+    from sparsiattn.kernels.native import build, toolchain
 
     monkeypatch.setenv("SPARSIATTN_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", COMPILER)
     build.forget()
-    if build.compiler() is None:
+    if toolchain.compiler() is None:
         pytest.skip("no C compiler")
-    monkeypatch.setattr(build, "FLAGS", tuple(x for x in build.FLAGS if x != "-O3"))
+    monkeypatch.setattr(toolchain, "FLAGS", tuple(x for x in toolchain.FLAGS if x != "-O3"))
     yield tmp_path
     build.forget()
     cost.reload()

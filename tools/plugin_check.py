@@ -46,11 +46,12 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def run(command: list[str | Path], folder: Path) -> None:
+def run(command: list[str | Path], folder: Path, **environment: str) -> None:
     """In a folder without a checkout, and without the caller's import path."""
-    hidden = ("PYTHONPATH", "PYTEST_ADDOPTS", "SPARSIATTN_PLUGINS")
+    hidden = ("PYTHONPATH", "PYTEST_ADDOPTS", "SPARSIATTN_PLUGINS", "SPARSIATTN_NATIVE")
     clean = {name: value for name, value in os.environ.items() if name not in hidden}
-    subprocess.run([str(part) for part in command], cwd=folder, env=clean, check=True)
+    words = [str(part) for part in command]
+    subprocess.run(words, cwd=folder, env={**clean, **environment}, check=True)
 
 
 def main(arguments: list[str]) -> None:

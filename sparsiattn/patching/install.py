@@ -6,6 +6,7 @@ from torch import nn
 
 from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels import cost
+from sparsiattn.kernels.native import build
 from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
 from sparsiattn.patching.distributed import RefuseUnreduced, planner_modules
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
@@ -26,6 +27,7 @@ from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
 
 def attach(state: PatchState) -> None:
     """Change the model; a fault on the way is undone before it is raised."""
+    build.is_ready()  # loads what the package brings, before a compiler traces what asks for it
     hold(state)
     for device in {parameter.device for parameter in state.model.parameters()}:
         cost.ready(device)

@@ -11,14 +11,22 @@ from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import ProbeFailed, renamed_property
-from sparsiattn.kernels import cost, tuning_cache
+from sparsiattn.kernels.native import build
 from sparsiattn.patching.alternatives import tile_lines
 from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_dry
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.model_speed import instead, model_speed, other_macs
-from sparsiattn.patching.report_lines import SLOWER, loses_time, not_faster, whole_model
+from sparsiattn.patching.reduction_lines import reduction_lines
+from sparsiattn.patching.report_lines import (
+    SLOWER,
+    loses_time,
+    no_fast_kernel,
+    not_faster,
+    price_source,
+    whole_model,
+)
 from sparsiattn.patching.text import (
     Row,
     aligned,
@@ -28,7 +36,6 @@ from sparsiattn.patching.text import (
     speed_text,
     structure_lines,
 )
-from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -108,6 +115,8 @@ class Report:
             the rest by its MACs.
         instead: What to type instead, where that is below 0.98.
         tiles: Which queries share their keys, why, and what another tile would bring.
+        no_fast_kernel: That the model's device has none, in words; empty where it has.
+        native_faults: Why compiled code that came with the package does not run.
     """
 
     model: str
@@ -129,6 +138,8 @@ class Report:
     speed: float | None = None
     instead: tuple[str, ...] = ()
     tiles: tuple[str, ...] = ()
+    no_fast_kernel: str = ""
+    native_faults: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int | None:
@@ -156,7 +167,7 @@ class Report:
             f"{self.model} ({self.backbone}), {self.strategy} on {len(self.sites)} sites, "
             f"input {shape_text(self.input_shape)}"
         )
-        lines = [head]
+        lines = [f"{head}: {self.no_fast_kernel}" if self.no_fast_kernel else head]
         if self.speed is not None:
             note = loses_time(self.speed, self.instead)
             lines = [f"{head}: {note}" if note else head, whole_model(self.speed)]
@@ -175,6 +186,7 @@ class Report:
         slow = [row for row in self.sites if row.kernel != "dense" and row.speed < 1]
         if slow:
             lines.append(not_faster(len(slow)))
+        lines += [f"native: {fault}" for fault in self.native_faults]
         if self.price_source:
             lines.append(self.price_source)
         if self.not_selected:
@@ -210,7 +222,10 @@ def report(state: PatchState, total: int | None = None) -> Report:
     other = other_macs(state, run, dense)
     counted = len(known) == len(rows) and not (run is not None and run.ragged)
     speed = None
-    if other and not (run is not None and run.ragged):
+    like = next(state.model.parameters(), None)
+    device = "cpu" if like is None else like.device.type
+    # what is known of other devices says nothing of one without kernels
+    if other and not (run is not None and run.ragged) and not no_fast_kernel(device):
         speed = model_speed(state, run, dense, {row.name: row.speed for row in rows})
     slow = {row.name for row in rows if row.speed < SLOWER}
     choices = {site.site.name: e.choice for site, e in expected if site.site.name in slow}
@@ -227,42 +242,18 @@ def report(state: PatchState, total: int | None = None) -> Report:
         mhsa_macs=sum(site.macs for site in not_selected) + sum(known) if counted else None,
         predictor_macs=sum(row.predictor_macs for row in rows) + (run.planning if run else 0),
         other_macs=other if counted else None,
-        reductions=_reductions(state, run),
-        price_source=_price_source(rows, state),
+        reductions=reduction_lines(state, run),
+        price_source=price_source(
+            like, sparse=any(row.kernel != "dense" or row.note for row in rows)
+        ),
         structures=structure_lines(state.sites),
         whole_blocks=state.whole_blocks,
         speed=speed,
         tiles=tile_lines(expected, run),
         instead=() if speed is None or speed >= SLOWER else tuple(instead(state, choices)),
+        no_fast_kernel=no_fast_kernel(device),
+        native_faults=build.faults() if device == "cpu" else (),
     )
-
-
-_PLACES = {
-    "entry": "before attention",
-    "middle": "between attention and MLP",
-    "exit": "after the block",
-    "bypass": "the MLP alone: the grid must stay",
-}
-
-
-def _reductions(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
-    """One line for every block that reduces: from how many patch tokens, where in the block."""
-    if run is None or state.tokens is None:
-        return ()
-    lines = []
-    for block in state.blocks:
-        if block.strategy is None or block.placement is None:
-            continue
-        # of a block that runs several times, one after the other
-        counts = ", then ".join(map(str, run.counts.get(block.index, [])))
-        tokens = f"{counts} patch tokens, " if counts else ""
-        place = _PLACES[block.placement] + _why_after(block)
-        lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{place}")
-    if run.ragged:
-        lines.append("counts adapt to each image: MACs are known only after a forward pass")
-    if state.restores_last:
-        lines.append("original positions come back after the last block")
-    return tuple(lines)
 
 
 def _dense_elsewhere(state: PatchState) -> tuple[tuple[str, str], ...]:
@@ -290,39 +281,11 @@ def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
     return _runs(state, total)
 
 
-def _why_after(runtime: BlockRuntime) -> str:
-    """Why a block does not reduce between attention and MLP, where its strategy would."""
-    assert runtime.strategy is not None
-    if runtime.placement != "exit" or runtime.strategy.placement() != "middle":
-        return ""
-    tail = runtime.block.tail
-    if tail is None:
-        return ", whose attention and MLP are one step"
-    if tail.mixes:
-        return f", whose MLP needs all tokens ({tail.mixes})"
-    return f": in training mode {tail.eval_only}" if tail.eval_only else ""
-
-
 def dense_macs(copied: torch.nn.Module, inputs: MetaInputs) -> int:
     """MACs of the unpatched model for one image, counted from what a dry run of a copy executes."""
     with mac_counter() as counter:
         run_dry(copied, inputs)
     return macs_of(counter)
-
-
-def _price_source(rows: tuple[SiteReport, ...], state: PatchState) -> str:
-    """By whose prices the speeds of sparse sites are expected, or why a tuning file is ignored."""
-    fault = tuning_cache.fault()
-    if fault is not None:
-        return f"tuning file {fault}"
-    if all(row.kernel == "dense" and not row.note for row in rows):
-        return ""
-    like = next(state.model.parameters(), None)
-    if like is not None and cost.is_tuned(like.device, like.dtype):
-        return "expected speeds: by what `sparsiattn tune` measured on this machine"
-    return (
-        "expected speeds: by shipped figures of other machines; `sparsiattn tune` measures this one"
-    )
 
 
 def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -> SiteReport:

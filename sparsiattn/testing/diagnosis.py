@@ -13,6 +13,7 @@ import torch
 
 from sparsiattn.errors import first_line
 from sparsiattn.kernels import xformers as fmha
+from sparsiattn.kernels.native import build as native
 from sparsiattn.patching import patch_quietly
 from sparsiattn.patching.text import aligned
 from sparsiattn.registry import list_kernels, list_plugins
@@ -37,6 +38,7 @@ EXTRAS = {
     "viz": ("matplotlib", "sklearn"),
     "xformers": ("xformers",),
 }
+_AGAIN = "pip install --force-reinstall --no-deps"
 _DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 
 
@@ -100,6 +102,7 @@ def doctor() -> Diagnosis:
     for name, info in list_kernels().items():
         status = "off" if info.reasons else "ok"
         findings.append(Finding("kernels", name, status, "; ".join(info.reasons)))
+    findings += native_code()
     findings += [_plugin(plugin) for plugin in list_plugins().values()]
     problem = _problem(_patch_and_undo)
     status = "broken" if problem else "ok"
@@ -115,6 +118,17 @@ def _system() -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(index)
         detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {gpu.major}.{gpu.minor}"
         yield Finding("system", f"cuda:{index}", "ok", detail)
+
+
+def native_code() -> Iterator[Finding]:
+    """Where compiled code for the CPU is from, and why not from the package where it is not."""
+    for fault in native.faults():
+        fix = "" if native.is_chosen() else f"{_AGAIN} sparsiattn"
+        yield Finding("native code", "library", "broken", fault, fix)
+    reason = native.problem()
+    otherwise = reason or "none yet: patch.warmup(images) compiles it"
+    status = "off" if reason else "ok"
+    yield Finding("native code", "in use", status, native.source() or otherwise)
 
 
 def _packages() -> Iterator[Finding]:
@@ -136,8 +150,7 @@ def _package(group: str, name: str, fix: str) -> Finding:
     problem = fmha.probe().reason if name == "xformers" else _problem(lambda: import_module(name))
     if not problem:
         return Finding(group, name, "ok", version)
-    again = f"pip install --force-reinstall --no-deps {distribution}"
-    return Finding(group, name, "broken", f"{version}: {problem}", again)
+    return Finding(group, name, "broken", f"{version}: {problem}", f"{_AGAIN} {distribution}")
 
 
 def _problem(action: Callable[[], Any]) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsiattn.kernels import tuning_cache
-from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native import toolchain
 from tests.support import ROOT
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -37,7 +37,7 @@ def test_random_calls_are_clean(
     processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", os.environ["CC_OF_NATIVE_TESTS"])  # as conftest.py keeps it
-    command = build.compiler()
+    command = toolchain.compiler()
     libraries = [] if command is None else [runtime(command[0], x) for x in ("asan", "ubsan")]
     if not libraries or None in libraries:
         pytest.skip("the C compiler has no sanitizers")
@@ -45,6 +45,7 @@ def test_random_calls_are_clean(
     environment = {
         **os.environ,
         "SPARSIATTN_CACHE": str(tmp_path),
+        "SPARSIATTN_NATIVE": "local",
         "CC": f"{command[0]} {SANITIZE}",
         "LD_PRELOAD": ":".join(map(str, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own

@@ -11,8 +11,10 @@ import torch
 
 import sparsiattn
 from sparsiattn.kernels import Gather, cost
+from sparsiattn.patching import patch_quietly, report_lines
 from sparsiattn.patching.estimate import dry_site, expect
 from sparsiattn.strategies.connectivity import basis_cells
+from sparsiattn.testing import tiny_vit
 from tests.support import zoo
 
 
@@ -193,3 +195,16 @@ def test_an_unknown_mask_density_is_unknown_until_it_ran() -> None:
     report = sparsiattn.patch(zoo.build("vit"), Positive()).report()
     assert report.macs is None
     assert "unknown" in str(report)
+
+
+def test_a_device_without_a_fast_kernel_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Apple's MPS, which no machine of these tests has: here the CPU plays its part."""
+    with patch_quietly(tiny_vit(), "connectivity", k=0.2) as patch:
+        known = patch.report()
+        assert known.no_fast_kernel == ""
+        assert known.speed is not None
+        monkeypatch.setattr(report_lines, "SERVED", frozenset({"cuda"}))
+        found = patch.report()
+    assert "no fast kernel for cpu" in str(found).splitlines()[0]
+    assert found.speed is None  # of which nothing is known there
+    assert "whole model" not in str(found)

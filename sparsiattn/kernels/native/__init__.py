@@ -1,1 +1,1 @@
-"""Attention over key lists in C, compiled by the system's compiler when `warmup` asks for it."""
+"""Attention over key lists in C: compiled in the wheel, or here when `warmup` asks for it."""

@@ -335,7 +335,7 @@ static Job job_of(const Call *c) {
 }
 
 /* Writes out [B, H, P + n, Dv]. */
-void sparsiattn_attend(const Call *c) {
+EXPORT void sparsiattn_attend(const Call *c) {
     Job job = job_of(c);
     int64_t items = c->batch * c->heads * job.each;
     job.ranges = c->parallel ? smaller(smaller(c->threads, TEAM), items) : 1;
@@ -347,4 +347,4 @@ void sparsiattn_attend(const Call *c) {
         attend(&job);
 }
 
-int64_t sparsiattn_call_size(void) { return sizeof(Call); }
+EXPORT int64_t sparsiattn_attend_size(void) { return sizeof(Call); }

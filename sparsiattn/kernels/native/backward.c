@@ -268,7 +268,7 @@ static void back_some(void *data) {
 }
 
 /* Writes the gradients of q, k and v. */
-void sparsiattn_backward(const Back *back) {
+EXPORT void sparsiattn_backward(const Back *back) {
     const Call *c = &back->call;
     Job lists = job_of(c);
     BackJob job = {back, &lists, 0, 0};
@@ -278,4 +278,4 @@ void sparsiattn_backward(const Back *back) {
         back_some(&job);
 }
 
-int64_t sparsiattn_backward_size(void) { return sizeof(Back); }
+EXPORT int64_t sparsiattn_backward_size(void) { return sizeof(Back); }

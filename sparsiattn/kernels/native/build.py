@@ -1,99 +1,47 @@
-"""Compiles plan.c, and what it includes, for this processor; keeps the library in the user's cache.
+"""Finds compiled code, and compiles it for this processor where that is asked for.
 
-The file's name holds a hash of source, compiler, flags and processor, so a file of that name fits.
-Nothing is compiled by `sparsiattn.patch` or in a forward pass: only `compile_here` does, which
-`Patch.warmup` and `tune` call.
+Code comes from the package (`shipped`), else from the user's cache, where `compile_here` puts what
+it compiles. A file's name there holds a hash of source, compiler, flags and processor, so a file of
+that name fits. Nothing is compiled by `sparsiattn.patch` or in a forward pass: only `compile_here`
+does, which `Patch.warmup` and `tune` call.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
+from sparsiattn.errors import InvalidOption
 from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.atomic_io import replace_file
 from sparsiattn.kernels.compiled import set_loaded
-
-FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-COMPILERS = ("cc", "gcc", "clang")
-# ample for `cc` with a cold disk; a compiler that hangs must not hang the caller
-SECONDS = 120
-
-SOURCES = (
-    "plan.c",
-    "lists.c",
-    "rows.c",
-    "top.c",
-    "attention.c",
-    "backward.c",
-    "chunks.c",
-    "bands.h",
-    "numbers.h",
-    "vectors.h",
-)
-
-# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, and of
-# `Best` and `Votes` in lists.c.
-ATTEND_CALL = struct.Struct("@37q13Pd")
-SCORE_CALL = struct.Struct("@20q14P3dq")
-TOP_CALL = struct.Struct("@4q3P")
-ROWS_CALL = struct.Struct("@34q8P2d")
-BEST_CALL = struct.Struct("@7q4Pd")
-VOTES_CALL = struct.Struct("@25q8P2d")
-# what follows `ATTEND_CALL` in a call of backward.c
-BACKWARD_REST = struct.Struct("@2q4P")
-
-CALLS = (ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL)
-
-
-@dataclass(frozen=True)
-class Code:
-    """The compiled functions; each takes a packed call.
-
-    Attributes:
-        attend: Attention, packed as `ATTEND_CALL`.
-        score: Scores of key blocks, packed as `SCORE_CALL`.
-        top: Places of the best scores, packed as `TOP_CALL`; returns 0 where memory ran out.
-        rows: Attention of every query to its best keys, packed as `ROWS_CALL`.
-        best: The best columns of every row, packed as `BEST_CALL`.
-        votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
-        backward: Gradients of attention, packed as `ATTEND_CALL` and `BACKWARD_REST`.
-    """
-
-    attend: Callable[[bytes], None]
-    score: Callable[[bytes], None]
-    top: Callable[[bytes], int]
-    rows: Callable[[bytes], None]
-    best: Callable[[bytes], None]
-    votes: Callable[[bytes], None]
-    backward: Callable[[bytes], None]
+from sparsiattn.kernels.native import shipped, toolchain
+from sparsiattn.kernels.native.entries import Code, open_library
 
 
 @dataclass
 class _State:
-    """What this process knows of the compiled code.
+    """What this process knows of compiled code.
 
     Attributes:
         code: The functions, once loaded.
+        source: Where they are from.
         problem: Why compiling failed; None if it was not tried.
+        faults: What is wrong with libraries of the package.
         searched_in: The environment in which `is_ready` last looked for a library.
     """
 
     code: Code | None = None
+    source: str = ""
     problem: str | None = None
+    faults: tuple[str, ...] = ()
     searched_in: list[str | None] | None = None
 
 
@@ -101,44 +49,76 @@ _state = _State()
 _LOCK = threading.Lock()
 
 
-def compiler() -> list[str] | None:
-    """The command of the C compiler: ``$CC``, else the first of cc, gcc and clang; None if there
-    is none."""
-    command = shlex.split(os.environ.get("CC", ""))
-    if command:
-        return command if shutil.which(command[0]) else None
-    return next(([path] for name in COMPILERS if (path := shutil.which(name))), None)
-
-
 def problem() -> str | None:
     """Why there can be no compiled code here; None if there is some, or may be."""
-    if _state.code is not None or _state.problem is not None:
-        return _state.problem
+    try:
+        if is_ready() or _state.problem is not None:
+            return None if _state.code is not None else _state.problem
+        asked = shipped.wanted()
+    except InvalidOption as error:
+        return str(error)
+    if asked == "off":
+        return f"is switched off by {shipped.VARIABLE}=off"
+    if asked in shipped.LEVELS:
+        return "; ".join(_state.faults)
+    return _why_not_compiled()
+
+
+def _why_not_compiled() -> str | None:
+    """Why nothing can be compiled here."""
     if os.name != "posix":
-        return f"is built on Linux and macOS only, not on {platform.system()}"
-    if compiler() is None:
-        name = os.environ.get("CC")
-        if name:
-            return f"$CC names the C compiler {name!r}, which is not there"
-        return f"no C compiler was found ({', '.join(COMPILERS)} or $CC)"
-    return None
+        return f"is compiled on Linux and macOS only, not on {platform.system()}"
+    return toolchain.missing()
+
+
+def faults() -> tuple[str, ...]:
+    """What is wrong with libraries of the package that should have been taken, a line each."""
+    try:
+        is_ready()
+    except InvalidOption as error:
+        return (str(error),)
+    return _state.faults
+
+
+def source() -> str:
+    """Where the code that was loaded is from, in words; empty where there is none."""
+    return _state.source
+
+
+def is_chosen() -> bool:
+    """Whether the user said which code may run."""
+    return bool(os.environ.get(shipped.VARIABLE))
 
 
 def is_ready() -> bool:
-    """Whether compiled code can be loaded without compiling."""
+    """Whether there is compiled code, or some can be loaded without compiling.
+
+    Raises:
+        InvalidOption: ``$SPARSIATTN_NATIVE`` has no such value.
+    """
     if _state.code is not None:
         return True
-    # every choice of a kernel asks this, so look for the file once per place only
-    names = ("CC", "PATH", "SPARSIATTN_CACHE", "XDG_CACHE_HOME")
+    # every choice of a kernel asks this, so look for files once per place only
+    names = (shipped.VARIABLE, "CC", "PATH", "SPARSIATTN_CACHE", "XDG_CACHE_HOME")
     environment = [os.environ.get(name) for name in names]
-    if _state.searched_in == environment or problem() is not None:
+    if _state.searched_in == environment:
         return False
-    _state.searched_in = environment
+    found = shipped.find()
+    _state.searched_in, _state.faults = environment, found.faults
+    if found.code is not None:
+        _take(found.code, f"shipped with the package, for {found.level}")
+        return True
+    if not _may_compile() or _why_not_compiled() is not None:
+        return False
     return folder().is_dir() and path().exists() and _load(path()) is None
 
 
+def _may_compile() -> bool:
+    return shipped.wanted() in ("", "local")
+
+
 def compile_here() -> str | None:
-    """Compile what is missing and load it.
+    """Load compiled code, compiled now if there was none.
 
     Where the cache cannot be written, the library lives in a temporary folder as long as this
     process does.
@@ -147,7 +127,7 @@ def compile_here() -> str | None:
         Why that failed; None if all is well.
     """
     with _LOCK:
-        if _state.code is not None or problem() is not None:
+        if problem() is not None or _state.code is not None:
             return problem()
         library = path()
         loads = library.exists() and _load(library) is None
@@ -178,7 +158,7 @@ def forget() -> None:
 
 def path() -> Path:
     """Where the library is kept, or would be."""
-    command = tuple(compiler() or ())
+    command = tuple(toolchain.compiler() or ())
     return folder() / f"attention-{_identity(command)}.so"
 
 
@@ -188,36 +168,22 @@ def folder() -> Path:
 
 
 @cache
-def sources() -> dict[str, str]:
-    """The C code, by file name."""
-    files = resources.files(__package__)
-    return {name: files.joinpath(name).read_text(encoding="utf-8") for name in SOURCES}
-
-
-@cache
 def _identity(command: tuple[str, ...]) -> str:
     """Hash of all that the library depends on."""
     # virtual machines hide features of a processor, so its name alone does not identify it
     features = tuning_cache.cpuinfo("flags", "Features") or platform.machine()
-    parts = (*sources().values(), *command, _version_of(command), *_flags())
+    parts = (toolchain.fingerprint(), *command, _version_of(command), *toolchain.FLAGS, _flag())
     text = "\0".join((*parts, tuning_cache.processor(), features))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _flags() -> tuple[str, ...]:
-    arm = platform.machine() in ("arm64", "aarch64")
-    return *FLAGS, "-mcpu=native" if arm else "-march=native"
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=SECONDS, errors="replace"
-    )
+def _flag() -> str:
+    return "-mcpu=native" if toolchain.machine() == "arm" else "-march=native"
 
 
 def _version_of(command: tuple[str, ...]) -> str:
     try:
-        completed = _run([*command, "--version"])
+        completed = toolchain.run([*command, "--version"])
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return completed.stdout + completed.stderr
@@ -236,25 +202,10 @@ def _compile(library: Path) -> str | None:
 def _compile_in(build_folder: Path, library: Path | None) -> str | None:
     """Compile in a folder of this process's own and move the library to its place in one step, so
     that other processes see all of it or nothing; why that failed, or None."""
-    for name, text in sources().items():
-        (build_folder / name).write_text(text, encoding="utf-8")
     new = build_folder / "attention.so"
-    command = [
-        *(compiler() or ()),
-        *_flags(),
-        str(build_folder / SOURCES[0]),
-        "-o",
-        str(new),
-        "-lm",
-    ]
-    program = shlex.join(command[:1])
-    try:
-        completed = _run(command)
-    except subprocess.TimeoutExpired:
-        return f"{program} did not end within {SECONDS} s"
-    if completed.returncode or not new.exists():
-        output = (completed.stderr or completed.stdout).strip() or "it said nothing"
-        return f"{program} failed with status {completed.returncode}: {output.splitlines()[0]}"
+    failure = toolchain.compile_library(toolchain.HERE / toolchain.MAIN, (_flag(),), new)
+    if failure:
+        return failure
     if library is None:
         return _load(new)
     replace_file(new, library)
@@ -262,22 +213,14 @@ def _compile_in(build_folder: Path, library: Path | None) -> str | None:
 
 
 def _load(path: Path) -> str | None:
-    """Load a library; why it cannot be used, None if it can."""
-    expected = (*(call.size for call in CALLS), ATTEND_CALL.size + BACKWARD_REST.size)
-    try:
-        library = ctypes.CDLL(str(path))
-        names = ("attend", "score", "top", "rows", "best", "votes", "backward")
-        functions = [getattr(library, f"sparsiattn_{name}") for name in names]
-        names = ("call", "plan", "top", "rows", "best", "votes", "backward")
-        sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
-    except (OSError, AttributeError) as error:
-        return f"{path.name} cannot be loaded: {error}"
-    if sizes != expected:
-        return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
-    for function, result in zip(
-        functions, (None, None, ctypes.c_int64, None, None, None, None), strict=True
-    ):
-        function.argtypes, function.restype = (ctypes.c_char_p,), result
-    set_loaded(True)
-    _state.code = Code(*functions)
+    """Load a library that was compiled here; why it cannot be used, None if it can."""
+    opened = open_library(path)
+    if isinstance(opened, str):
+        return opened
+    _take(opened, "compiled on this machine")
     return None
+
+
+def _take(code: Code, source: str) -> None:
+    set_loaded(True)
+    _state.code, _state.source = code, source

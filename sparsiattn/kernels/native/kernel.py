@@ -43,9 +43,9 @@ class Native(Kernel):
     """Key lists and key blocks by a C loop over query tiles under a running softmax.
 
     FlashAttention's way (arXiv 2205.14135), on a CPU. All arithmetic is in float32; operands may be
-    of half precision, and the host may have a mask or a bias. The system's C compiler compiles it
-    for the processor at hand, in some seconds, when `Patch.warmup`, `tune` or `compile_native` asks
-    for it; the library is kept beside the tuning file.
+    of half precision, and the host may have a mask or a bias. Its library comes with the package;
+    where there is none, the system's C compiler makes one for the processor at hand, in some
+    seconds, when `Patch.warmup`, `tune` or `compile_native` asks for it.
     """
 
     name = "native"
@@ -213,7 +213,7 @@ def _padded(size: int) -> int:
 
 
 def compile_native() -> str | None:
-    """Compile the `native` kernel now, unless it was before.
+    """Compile the `native` kernel now, unless it is there.
 
     Live patches choose anew at their next forward pass.
 

@@ -40,7 +40,7 @@ static void best_some(void *data) {
     }
 }
 
-void sparsiattn_best(const Best *b) {
+EXPORT void sparsiattn_best(const Best *b) {
     BestJob job = {b, 0, 0};
     if (b->parallel && b->threads > 1)
         b->parallel(best_some, &job, (unsigned)b->threads, 0);
@@ -48,7 +48,7 @@ void sparsiattn_best(const Best *b) {
         best_some(&job);
 }
 
-int64_t sparsiattn_best_size(void) { return sizeof(Best); }
+EXPORT int64_t sparsiattn_best_size(void) { return sizeof(Best); }
 
 /* The order of `_voted_keys` in lists.py. order: tokens of every voter, `slots` of them, of which
    the first `held` count; tile by tile. parts, room: as in `Rows`. */
@@ -169,7 +169,7 @@ static void votes_some(void *data) {
 }
 
 /* Writes lists [B, H, T, P + keep]. */
-void sparsiattn_votes(const Votes *v) {
+EXPORT void sparsiattn_votes(const Votes *v) {
     VotesJob job = {v, 0, 0};
     if (v->parallel && v->threads > 1)
         v->parallel(votes_some, &job, (unsigned)v->threads, 0);
@@ -177,4 +177,4 @@ void sparsiattn_votes(const Votes *v) {
         votes_some(&job);
 }
 
-int64_t sparsiattn_votes_size(void) { return sizeof(Votes); }
+EXPORT int64_t sparsiattn_votes_size(void) { return sizeof(Votes); }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.derivatives import is_unobserved
-from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native import build, entries
 from sparsiattn.kernels.native.ops import (
     FLOP_FORMULAS,
     KINDS,
@@ -57,7 +57,7 @@ def _best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
     sizes = (rows, columns, prefix, keep, columns, threads, room)
     addresses = (*addresses_of(scores, out, scratch), parallel())
     quantile = quantile_of(keep, columns - prefix)
-    build.code().best(build.BEST_CALL.pack(*sizes, *addresses, quantile))
+    build.code().best(entries.BEST_CALL.pack(*sizes, *addresses, quantile))
     return out
 
 
@@ -141,7 +141,7 @@ def _voted_keys(
     addresses = (*addresses_of(q, k, order, held, out, bias, scratch), parallel())
     options = (scale, quantile_of(keep, keys - prefix))
     steps = (*q.stride()[:3], *k.stride()[:3])
-    build.code().votes(build.VOTES_CALL.pack(*sizes, *steps, *work, *addresses, *options))
+    build.code().votes(entries.VOTES_CALL.pack(*sizes, *steps, *work, *addresses, *options))
     return out
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsiattn.attention.derivatives import is_unobserved
-from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native import build, entries
 from sparsiattn.kernels.workspace import SCRATCH
 
 # as in vectors.h
@@ -23,25 +20,10 @@ PLANNED_AT_ONCE = 1 << 21
 PLAN_KEPT = 1 << 20
 
 
-@cache
 def parallel() -> int:
-    """Address of the function by which torch's own OpenMP runs a region in its threads.
-
-    With it, no second pool of threads competes with torch's.
-
-    Returns:
-        The address; 0 where there is none, and calls then run in one thread.
-    """
-    torch_folder = Path(torch.__file__).parent
-    inside = torch_folder.glob("lib/lib*omp*.so*")
-    beside = torch_folder.parent.glob("torch.libs/lib*omp*")
-    for path in sorted((*inside, *beside)):
-        try:
-            function = ctypes.CDLL(str(path)).GOMP_parallel
-        except (OSError, AttributeError):  # another library, or one of another interface
-            continue
-        return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0
+    """Address of the function by which the compiled code runs a region in torch's own threads; 0
+    where there is none, and calls then run in one thread."""
+    return build.code().parallel
 
 
 # Operators are defined by hand: the Python around `torch.library.custom_op` costs as much as a
@@ -154,7 +136,7 @@ def attention_call(
     tensors = [q, k, v, out, chosen, *optional, pooled, host]
     numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads(), *given)
     addresses = (*addresses_of(*tensors), parallel())
-    return build.ATTEND_CALL.pack(*numbers, *addresses, scale), tensors
+    return entries.ATTEND_CALL.pack(*numbers, *addresses, scale), tensors
 
 
 torch.library.impl(_ATTENTION, "CPU", _attention)
@@ -237,7 +219,7 @@ def _scores(
     numbers = (*sizes, *steps, count, threads, group, shared, each)
     addresses = addresses_of(*tensors, out, room, chosen)
     scales = (scale, basis_scale, threshold, salience)
-    build.code().score(build.SCORE_CALL.pack(*numbers, *addresses, parallel(), *scales))
+    build.code().score(entries.SCORE_CALL.pack(*numbers, *addresses, parallel(), *scales))
     return out, chosen
 
 
@@ -297,7 +279,7 @@ def _top(scores: Tensor, count: int) -> Tensor:
         return out
     rows, threads = scores.numel() // columns, torch.get_num_threads()
     addresses = addresses_of(scores, out)
-    call = build.TOP_CALL.pack(rows, columns, count, threads, *addresses, parallel())
+    call = entries.TOP_CALL.pack(rows, columns, count, threads, *addresses, parallel())
     if not build.code().top(call):
         raise MemoryError(f"no room to choose {count} of {columns} scores")
     return out

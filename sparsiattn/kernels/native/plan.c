@@ -7,6 +7,7 @@
 
 #include "backward.c"
 #include "lists.c"
+#include "threads.c"
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. group: images at a time,
    `shared` numbers of `room` for each; `each`: for every thread. */
@@ -293,7 +294,7 @@ static void plan_some(void *data) {
 }
 
 /* Writes scores [B, H, T, U] and, where `count` is not 0, the places of the best [B, H, T, C]. */
-void sparsiattn_score(const Plan *p) {
+EXPORT void sparsiattn_score(const Plan *p) {
     int64_t sizes = p->blocks * p->basis, run = p->block < RUN ? RUN / p->block : 1;
     float *size = p->room, *shared = size + (sizes + 15) / 16 * 16;
     const float *up = p->up + p->prefix * p->basis;
@@ -316,4 +317,4 @@ void sparsiattn_score(const Plan *p) {
     }
 }
 
-int64_t sparsiattn_plan_size(void) { return sizeof(Plan); }
+EXPORT int64_t sparsiattn_score_size(void) { return sizeof(Plan); }

@@ -608,7 +608,7 @@ static void rows_some(void *data) {
 }
 
 /* Writes out [B, H, N, Dv]. */
-void sparsiattn_rows(const Rows *c) {
+EXPORT void sparsiattn_rows(const Rows *c) {
     RowsJob job = {c, 0, 0};
     if (c->parallel && c->threads > 1)
         c->parallel(rows_some, &job, (unsigned)c->threads, 0);
@@ -616,4 +616,4 @@ void sparsiattn_rows(const Rows *c) {
         rows_some(&job);
 }
 
-int64_t sparsiattn_rows_size(void) { return sizeof(Rows); }
+EXPORT int64_t sparsiattn_rows_size(void) { return sizeof(Rows); }

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsiattn.attention.derivatives import is_transformed, is_unobserved
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.kernels.compiled import is_loaded
-from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native import build, entries
 from sparsiattn.kernels.native.ops import (
     BAND_NUMBERS,
     FLOATS,
@@ -114,7 +114,7 @@ def _attend_to_best(
     work = (threads, parts_of(b * h, n, threads), room, kind, *host)
     addresses = (*addresses_of(q, k, v, out, cells, bias, scratch), parallel())
     options = (scale, quantile_of(keep, keys - prefix))
-    build.code().rows(build.ROWS_CALL.pack(*sizes, *steps, *work, *addresses, *options))
+    build.code().rows(entries.ROWS_CALL.pack(*sizes, *steps, *work, *addresses, *options))
     return out
 
 

@@ -110,7 +110,7 @@ static void top_some(void *data) {
 
 /* Places of the `most` best of every row, best first. Whether all rows were done: memory may be
    lacking. */
-int64_t sparsiattn_top(const Top *c) {
+EXPORT int64_t sparsiattn_top(const Top *c) {
     TopJob job = {c, 0};
     if (c->parallel && c->threads > 1 && c->rows > 1)
         c->parallel(top_some, &job, (unsigned)c->threads, 0);
@@ -119,4 +119,4 @@ int64_t sparsiattn_top(const Top *c) {
     return job.next >= c->rows;
 }
 
-int64_t sparsiattn_top_size(void) { return sizeof(Top); }
+EXPORT int64_t sparsiattn_top_size(void) { return sizeof(Top); }

@@ -4,15 +4,25 @@
 
 #pragma once
 
-#include <sched.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+__declspec(dllimport) int __stdcall SwitchToThread(void);
+#define LET_OTHERS_RUN SwitchToThread()
+#else
+#include <sched.h>
+#define EXPORT __attribute__((visibility("default")))
+#define LET_OTHERS_RUN sched_yield()
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+/* WIDE: vectors of 16 on any processor, to test what is compiled for AVX-512 elsewhere */
+#if defined(__AVX512F__) || defined(WIDE)
 #define WIDTH 16
 #define MOST 4 /* vectors of queries at a time: 6 rows of them must fit the registers */
 #elif defined(__AVX__)
@@ -165,7 +175,7 @@ INLINE void touch(const float *row, int64_t dim) {
 static inline void await(const int64_t *at, int64_t value) {
     for (int n = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) != value; n++)
         if (n > 1000)
-            sched_yield();
+            LET_OTHERS_RUN;
         else
             RELAX;
 }
@@ -230,7 +240,7 @@ INLINE Lanes lanes_from(vec x, vec least) { return x >= least; }
 INLINE ints count_lanes(ints count, Lanes lanes) { return count - lanes; }
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && WIDTH == 8
 /* Places of the bits of a byte, lowest first. */
 static uint64_t bit_places[256];
 static __attribute__((constructor)) void find_bit_places(void) {
@@ -246,7 +256,7 @@ INLINE int64_t keep_pairs(Lanes lanes, vec x, ints numbers, float *to, int32_t *
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(lanes, (__m512)x));
     _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(lanes, (__m512i)numbers));
     return __builtin_popcount(lanes);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && WIDTH == 8
     int mask = _mm256_movemask_ps((__m256)lanes);
     __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bit_places[mask]));
     _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)x, order));
