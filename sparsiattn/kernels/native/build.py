@@ -32,18 +32,25 @@ COMPILERS = ("cc", "gcc", "clang")
 # ample for `cc` with a cold disk; a compiler that hangs must not hang the caller
 SECONDS = 120
 
-SOURCES = ("plan.c", "lists.c", "rows.c", "top.c", "attention.c", "chunks.c", "vectors.h")
+SOURCES = (
+    "plan.c", "lists.c", "rows.c", "top.c", "merge.c", "attention.c", "chunks.c", "vectors.h",
+)  # fmt: skip
 
-# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, and of
-# `Best` and `Votes` in lists.c.
+# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, of `Best` and
+# `Votes` in lists.c, and of `Merge` and `Proportional` in merge.c.
 ATTEND_CALL = struct.Struct("@32q12Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
 ROWS_CALL = struct.Struct("@27q7P2d")
 BEST_CALL = struct.Struct("@7q4Pd")
 VOTES_CALL = struct.Struct("@20q7P2d")
+MERGE_CALL = struct.Struct("@17q9P")
+PROPORTIONAL_CALL = struct.Struct("@20q7Pd")
 
-CALLS = (ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL)
+CALLS = (
+    ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL, MERGE_CALL,
+    PROPORTIONAL_CALL,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Code:
         rows: Attention of every query to its best keys, packed as `ROWS_CALL`.
         best: The best columns of every row, packed as `BEST_CALL`.
         votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
+        merge: Merged tokens, packed as `MERGE_CALL`.
+        proportional: Attention to merged tokens, packed as `PROPORTIONAL_CALL`.
     """
 
     attend: Callable[[bytes], None]
@@ -65,6 +74,8 @@ class Code:
     rows: Callable[[bytes], None]
     best: Callable[[bytes], None]
     votes: Callable[[bytes], None]
+    merge: Callable[[bytes], None]
+    proportional: Callable[[bytes], None]
 
 
 @dataclass
@@ -251,18 +262,17 @@ def _load(path: Path) -> str | None:
     expected = tuple(call.size for call in CALLS)
     try:
         library = ctypes.CDLL(str(path))
-        names = ("attend", "score", "top", "rows", "best", "votes")
+        names = ("attend", "score", "top", "rows", "best", "votes", "merge", "proportional")
         functions = [getattr(library, f"sparsiattn_{name}") for name in names]
-        names = ("call", "plan", "top", "rows", "best", "votes")
+        names = ("call", "plan", "top", "rows", "best", "votes", "merge", "proportional")
         sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
     if sizes != expected:
         return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
-    for function, result in zip(
-        functions, (None, None, ctypes.c_int64, None, None, None), strict=True
-    ):
-        function.argtypes, function.restype = (ctypes.c_char_p,), result
+    for function in functions:
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
+    library.sparsiattn_top.restype = ctypes.c_int64
     set_loaded(True)
     _state.code = Code(*functions)
     return None

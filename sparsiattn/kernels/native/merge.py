@@ -1,0 +1,182 @@
+"""Merged tokens by compiled code: the search for alike ones, the shorter sequence, and attention to
+tokens that stand for several patches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.derivatives import is_tracing
+from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native.ops import (
+    FLOP_FORMULAS,
+    SPAN,
+    addresses_of,
+    contiguous,
+    is_unobserved,
+    parallel,
+    whole_vectors,
+    with_rows,
+)
+from sparsiattn.kernels.native.scores import serves
+from sparsiattn.kernels.workspace import SCRATCH
+
+# as in vectors.h
+WIDEST = 256
+# as in merge.c
+ROWS_AT_ONCE = 6
+# numbers of all images that are merged at once, about
+MERGED_AT_ONCE = 1 << 20
+
+_MERGED = "sparsiattn::native_merged"
+torch.library.define(
+    _MERGED,
+    "(Tensor k, Tensor x, Tensor? size, int merged, int prefix, int ahead) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+Merged = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _merged(
+    k: Tensor, x: Tensor, size: Tensor | None, merged: int, prefix: int, ahead: int
+) -> Merged:
+    """Bipartite soft matching of alternate tokens (ToMe, section 3.1), and the means it leads to.
+
+    Args:
+        k: Keys ``[B, H, P + n, D]`` float32 of any strides; their mean over heads says what is
+            alike.
+        x: Tokens ``[B, n, C]`` float32.
+        size: Patches in each, ``[B, n]`` float32; None for one each.
+        merged: Tokens fewer, 1 to n // 2.
+        prefix: Leading keys that are never merged, P. With them, tokens of even places are matched
+            to those of odd ones.
+        ahead: Rows to leave free at the front of every new sequence.
+
+    Returns:
+        The new sequences ``[B, ahead + m, C]``: tokens of even places that stay, in order, then
+        those of odd ones. Which token each stands for, ``[B, m]``, and where each went,
+        ``[B, n]``. The new sizes ``[B, m]``.
+    """
+    k, x, size = with_rows(k), with_rows(x), contiguous(size)
+    (b, h, _, d), (n, width) = k.shape, x.shape[1:]
+    left, threads = n - merged, torch.get_num_threads()
+    # divided by `pairs_of` in merge.c
+    side = whole_vectors(n // 2 + 1)
+    shared = side * whole_vectors(d) + (side + SPAN) * d + 8 * side
+    each = max(whole_vectors(d), ROWS_AT_ONCE * SPAN)
+    group = max(1, min(b, MERGED_AT_ONCE // shared))
+    scratch = SCRATCH.numbers("merge", group * shared + threads * each, k)
+    out, sizes = torch.empty(b, ahead + left, width), torch.empty(b, left)
+    index = torch.empty(b, left, dtype=torch.int64)
+    assign = torch.empty(b, n, dtype=torch.int64)
+    steps = (*k.stride()[:3], *x.stride()[:2])
+    numbers = (b, h, d, prefix, n, merged, width, ahead, *steps, threads, group, shared, each)
+    addresses = addresses_of(k, x, size, out, sizes, index, assign, scratch)
+    build.code().merge(build.MERGE_CALL.pack(*numbers, *addresses, parallel()))
+    return out, index, assign, sizes
+
+
+torch.library.impl(_MERGED, "CPU", _merged)
+
+
+@torch.library.register_fake(_MERGED)  # type: ignore[untyped-decorator]
+def _merged_shape(
+    k: Tensor, x: Tensor, size: Tensor | None, merged: int, prefix: int, ahead: int
+) -> Merged:
+    b, n, width = x.shape
+    index, left = k.new_empty(b, n, dtype=torch.int64), n - merged
+    out, sizes = x.new_empty(b, ahead + left, width), x.new_empty(b, left)
+    return out, index[:, :left].clone(), index, sizes
+
+
+def _merged_flops(k_shape: Any, x_shape: Any, *others: Any, **options: Any) -> int:
+    """Those of the cosines."""
+    (b, *_, d), n = k_shape, x_shape[1]
+    return int(2 * b * d * (n // 2) * (n - n // 2))
+
+
+FLOP_FORMULAS[torch.ops.sparsiattn.native_merged] = _merged_flops
+
+
+def merges(k: Tensor, x: Tensor, size: Tensor | None) -> bool:
+    """Whether `merged` may take these operands: float32 on a CPU, without gradients."""
+    return not is_tracing() and serves(k, x) and (size is None or serves(size))
+
+
+def merged(k: Tensor, x: Tensor, *others: Any) -> Merged:
+    """As the operator ``native_merged``."""
+    operator = _merged if is_unobserved(k, x) else torch.ops.sparsiattn.native_merged.default
+    return operator(k, x, *others)  # type: ignore[no-any-return]
+
+
+_PROPORTIONAL = "sparsiattn::native_proportional"
+torch.library.define(
+    _PROPORTIONAL, "(Tensor q, Tensor k, Tensor v, Tensor size, int lead, float scale) -> Tensor"
+)
+
+
+def _proportional(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor, lead: int, scale: float
+) -> Tensor:
+    """Attention of all tokens to all, whose keys weigh by their size (ToMe, eq. 1).
+
+    Args:
+        q: Queries ``[B, H, N, D]`` float32 of any strides.
+        k: Keys, as many.
+        v: Values ``[B, H, N, Dv]``.
+        size: Sizes of the tokens from ``lead`` on, ``[B, n]``; others count once.
+        lead: Tokens before those.
+        scale: Factor of QK^T.
+
+    Returns:
+        ``[B, H, N, Dv]``.
+    """
+    q, k, v, size = with_rows(q), with_rows(k), with_rows(v), size.contiguous()
+    (b, h, n, d), width = q.shape, v.shape[-1]
+    # [B, N, H, Dv] in memory, which the host's reshape need not copy
+    out = torch.empty_strided((b, h, n, width), (n * h * width, width, h * width, 1))
+    logs = SCRATCH.numbers("log sizes", b * n, q)
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    numbers = (b, h, n, d, width, lead, size.shape[1], *steps, torch.get_num_threads())
+    addresses = addresses_of(q, k, v, out, size, logs)
+    build.code().proportional(
+        build.PROPORTIONAL_CALL.pack(*numbers, *addresses, parallel(), scale)
+    )
+    return out
+
+
+torch.library.impl(_PROPORTIONAL, "CPU", _proportional)
+
+
+@torch.library.register_fake(_PROPORTIONAL)  # type: ignore[untyped-decorator]
+def _proportional_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+    b, h, n, _ = q.shape
+    return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
+
+
+def _proportional_flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **options: Any) -> int:
+    """Those of both products."""
+    return int(2 * math.prod(q_shape[:3]) * k_shape[-2] * (q_shape[-1] + v_shape[-1]))
+
+
+FLOP_FORMULAS[torch.ops.sparsiattn.native_proportional] = _proportional_flops
+
+
+def weighs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `proportional` may take these operands: float32 on a CPU, without gradients, all
+    tokens among themselves, heads up to 256 wide."""
+    fits = q.dim() == 4 and q.shape == k.shape and q.shape[:3] == v.shape[:3]
+    fits = fits and max(q.shape[-1], v.shape[-1]) <= WIDEST
+    return fits and not is_tracing() and serves(q, k, v)
+
+
+def proportional(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    """As the operator ``native_proportional``."""
+    if type(v) is Tensor and is_unobserved(q, k):
+        return _proportional(q, k, v, *others)
+    operator = torch.ops.sparsiattn.native_proportional.default
+    return operator(q, k, v, *others)  # type: ignore[no-any-return]
