@@ -101,7 +101,9 @@ class TokenState:
 
     def bare(self) -> TokenState:
         """The same without activations: enough to say what became of every token."""
-        steps = tuple(replace(step, unfold=None) for step in self.steps)
+        steps = self.steps
+        if any(step.unfold is not None for step in steps):
+            steps = tuple(replace(step, unfold=None) for step in steps)
         return replace(self, sequence=None, returned=None, last=None, steps=steps)
 
     def advance(self, step: ReductionStep, size: Tensor | None = None) -> TokenState:

@@ -170,7 +170,7 @@ class LeaveBlock(BlockHook):
         state = replace(state, layer=runtime.index + 1, sequence=sequence, returned=returned)
         BLOCK_CALL.token_state = state if runtime.repeated or not runtime.last else None
         if not torch.compiler.is_compiling():  # a write to the patch would break the graph
-            runtime.owner.last_pass = (state.bare(), tokens.shape[0])
+            runtime.owner.note_block((state.bare(), tokens.shape[0]))
         return None if returned is host else replace_first(output, host, returned)
 
     def _returned(self, state: Carried, tokens: Tensor) -> Tensor:

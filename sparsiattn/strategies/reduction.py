@@ -225,6 +225,27 @@ class Merge(Reduction):
 
 
 @dataclass(frozen=True, eq=False)
+class Merged(Merge):
+    """A merge whose values were written behind room for the prefix, so that nothing is copied.
+
+    Attributes:
+        sequence: ``[B, room + m, C]``; `apply` fills the room and returns this very tensor.
+    """
+
+    sequence: Tensor = None  # type: ignore[assignment]
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        room = self.sequence.shape[1] - self.index.shape[1]
+        if room != state.prefix:
+            return replace(self, values=self.sequence[:, room:])._apart(state, x)
+        self.sequence[:, :room] = x[:, :room]
+        return state.advance(self.step(x.shape[1] - room), self.size), self.sequence
+
+    def _apart(self, state: TokenState, x: Tensor) -> Reduced:
+        return super().apply(state, x)
+
+
+@dataclass(frozen=True, eq=False)
 class Mix(Merge):
     """New tokens are weighted sums of all, so they stand for no patch alone; see `Merge`."""
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import take
 from sparsiattn.errors import InvalidOption
+from sparsiattn.kernels.native import merge
 from sparsiattn.strategies.base import check_flag
-from sparsiattn.strategies.reduction import Merge, Reduction
+from sparsiattn.strategies.reduction import Merge, Merged, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")
@@ -142,6 +144,8 @@ class TokenMerge(TokenStrategy):
             return None
         inputs = tokens.attention
         assert inputs is not None
+        if self.method == "tome" and merge.merges(inputs.k, tokens.x, tokens.size):
+            return merge_natively(tokens, inputs, r)
         # the direction of the mean over heads is that of their sum
         keys = F.normalize(inputs.k.sum(1)[:, inputs.prefix :], dim=-1)
         if self.method == "tome":
@@ -235,6 +239,14 @@ def merge_pairs(
     shift = (take(x, moved) - take(x, second.gather(1, target))) * share
     assign = partial(assignment, kept, second, moved, target)
     return Merge(index, assign, size=size, added=(into, shift))
+
+
+def merge_natively(tokens: TokenInputs, inputs: AttentionInputs, r: int) -> Reduction:
+    """What `merge_pairs` makes of alternate tokens, in one call of compiled code."""
+    room = tokens.site.leading_tokens
+    operands = inputs.k, tokens.x, tokens.size
+    sequence, index, assign, size = merge.merged(*operands, r, inputs.prefix, room)
+    return Merged(index, assign, size=size, sequence=sequence)
 
 
 def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:

@@ -33,11 +33,11 @@ COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 
 SOURCES = (
-    "plan.c", "lists.c", "rows.c", "top.c", "merge.c", "attention.c", "chunks.c", "vectors.h",
+    "plan.c", "lists.c", "rows.c", "top.c", "merge.c", "biased.c", "attention.c", "chunks.c", "vectors.h",
 )  # fmt: skip
 
 # The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, of `Best` and
-# `Votes` in lists.c, and of `Merge` and `Proportional` in merge.c.
+# `Votes` in lists.c, of `Merge` in merge.c, and of `KeyBiased` in biased.c.
 ATTEND_CALL = struct.Struct("@32q12Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
@@ -45,11 +45,10 @@ ROWS_CALL = struct.Struct("@27q7P2d")
 BEST_CALL = struct.Struct("@7q4Pd")
 VOTES_CALL = struct.Struct("@20q7P2d")
 MERGE_CALL = struct.Struct("@17q9P")
-PROPORTIONAL_CALL = struct.Struct("@20q7Pd")
+BIASED_CALL = struct.Struct("@18q6Pd")
 
 CALLS = (
-    ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL, MERGE_CALL,
-    PROPORTIONAL_CALL,
+    ATTEND_CALL, SCORE_CALL, TOP_CALL, ROWS_CALL, BEST_CALL, VOTES_CALL, MERGE_CALL, BIASED_CALL,
 )  # fmt: skip
 
 
@@ -65,7 +64,7 @@ class Code:
         best: The best columns of every row, packed as `BEST_CALL`.
         votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
         merge: Merged tokens, packed as `MERGE_CALL`.
-        proportional: Attention to merged tokens, packed as `PROPORTIONAL_CALL`.
+        biased: Attention with a logit for every key, packed as `BIASED_CALL`.
     """
 
     attend: Callable[[bytes], None]
@@ -75,7 +74,7 @@ class Code:
     best: Callable[[bytes], None]
     votes: Callable[[bytes], None]
     merge: Callable[[bytes], None]
-    proportional: Callable[[bytes], None]
+    biased: Callable[[bytes], None]
 
 
 @dataclass
@@ -262,9 +261,9 @@ def _load(path: Path) -> str | None:
     expected = tuple(call.size for call in CALLS)
     try:
         library = ctypes.CDLL(str(path))
-        names = ("attend", "score", "top", "rows", "best", "votes", "merge", "proportional")
+        names = ("attend", "score", "top", "rows", "best", "votes", "merge", "biased")
         functions = [getattr(library, f"sparsiattn_{name}") for name in names]
-        names = ("call", "plan", "top", "rows", "best", "votes", "merge", "proportional")
+        names = ("call", "plan", "top", "rows", "best", "votes", "merge", "biased")
         sizes = tuple(getattr(library, f"sparsiattn_{name}_size")() for name in names)
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"

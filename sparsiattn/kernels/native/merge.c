@@ -1,5 +1,5 @@
-/* Merged tokens (the strategy `token_merge`): the search for alike ones (ToMe, section 3.1), the
-   shorter sequence, and attention to tokens that stand for several patches (eq. 1).
+/* Merged tokens (the strategy `token_merge`): the search for alike ones (ToMe, section 3.1), and the
+   shorter sequence.
 
    Tokens take sides in turn. Four stages, each begun when the one before is done: mean keys of length
    one; the best partner of every token of the first side; the best of these edges, image by image;
@@ -240,80 +240,3 @@ void sparsiattn_merge(const Merge *m) {
 }
 
 int64_t sparsiattn_merge_size(void) { return sizeof(Merge); }
-
-/* The order of `_proportional` in merge.py: attention of all tokens to all. Of `sized` tokens from
-   `lead` on, each has a size; others count once. logs: room for a number of every token. */
-typedef struct {
-    int64_t batch, heads, tokens, dim, value_dim, lead, sized;
-    int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
-    int64_t threads;
-    const float *q, *k, *v;
-    float *out;
-    const float *size;
-    float *logs;
-    Parallel parallel;
-    double scale;
-} Proportional;
-
-typedef struct {
-    const Proportional *call;
-    int64_t parts, chunk, next;
-} ProportionalJob;
-
-/* Some queries of one head over all keys. */
-static void attend_part(const ProportionalJob *job, int64_t head, int64_t part, Room *room) {
-    const Proportional *p = job->call;
-    const Call c = {.dim = p->dim, .value_dim = p->value_dim, .scale = p->scale};
-    int64_t b = head / p->heads, h = head % p->heads, first = part * SPAN;
-    int64_t count = smaller(SPAN, p->tokens - first), lanes = (count + WIDTH - 1) / WIDTH * WIDTH;
-    const float *k = p->k + b * p->k_b + h * p->k_h, *v = p->v + b * p->v_b + h * p->v_h;
-    const float *logs = p->logs + b * p->tokens, *from[SPAN];
-    float *to[SPAN];
-    for (int64_t n = 0; n < lanes; n++) {
-        int64_t token = first + smaller(n, count - 1);
-        from[n] = p->q + b * p->q_b + h * p->q_h + token * p->q_n;
-        to[n] = p->out + b * p->out_b + h * p->out_h + token * p->out_n;
-    }
-    take_queries(&c, from, lanes, room);
-    for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
-    for (int64_t d = 0; d < p->value_dim; d++) clear(room->o + d * SPAN, lanes);
-    for (int64_t at = 0, keys; at < p->tokens; at += keys) {
-        keys = smaller(job->chunk, p->tokens - at);
-        for (int64_t i = 0; i < keys; i++)
-            room->k[i] = k + (at + i) * p->k_n, room->v[i] = v + (at + i) * p->v_n;
-        for (int64_t n = 0; n < lanes; n += MOST * WIDTH)
-            score_chunk(room, keys, &c, smaller(MOST, (lanes - n) / WIDTH), n);
-        for (int64_t i = 0; i < keys; i++)
-            for (int64_t n = 0; n < lanes && logs[at + i] != 0; n += WIDTH)
-                store(room->s + i * SPAN + n, load(room->s + i * SPAN + n) + all(logs[at + i]));
-        weigh_chunk(&c, keys, lanes, room);
-    }
-    give_rows(&c, to, count, lanes, room);
-}
-
-static void attend_some(void *data) {
-    ProportionalJob *job = data;
-    const Proportional *p = job->call;
-    Room room;
-    int64_t i, items = p->batch * p->heads * job->parts;
-    room.left = room.pace = 0;
-    while ((i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < items)
-        attend_part(job, i / job->parts, i % job->parts, &room);
-}
-
-void sparsiattn_proportional(const Proportional *p) {
-    int64_t chunks = runs_of(p->tokens, CHUNK), each = runs_of(p->tokens, chunks);
-    ProportionalJob job = {p, runs_of(p->tokens, SPAN), smaller(CHUNK, runs_of(each, 6) * 6), 0};
-    for (int64_t b = 0; b < p->batch; b++)
-        for (int64_t n = 0; n < p->tokens; n++) {
-            int64_t at = n - p->lead;
-            float size = at >= 0 && at < p->sized ? p->size[b * p->sized + at] : 1;
-            p->logs[b * p->tokens + n] = size == 1 ? 0 : log2f(size);
-        }
-    if (p->parallel && p->threads > 1)
-        p->parallel(attend_some, &job, (unsigned)p->threads, 0);
-    else
-        attend_some(&job);
-}
-
-int64_t sparsiattn_proportional_size(void) { return sizeof(Proportional); }

@@ -1,9 +1,7 @@
-"""Merged tokens by compiled code: the search for alike ones, the shorter sequence, and attention to
-tokens that stand for several patches."""
+"""Merged tokens by compiled code: the search for alike ones, and the shorter sequence."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,8 +22,6 @@ from sparsiattn.kernels.native.ops import (
 from sparsiattn.kernels.native.scores import serves
 from sparsiattn.kernels.workspace import SCRATCH
 
-# as in vectors.h
-WIDEST = 256
 # as in merge.c
 ROWS_AT_ONCE = 6
 # numbers of all images that are merged at once, about
@@ -111,72 +107,3 @@ def merged(k: Tensor, x: Tensor, *others: Any) -> Merged:
     """As the operator ``native_merged``."""
     operator = _merged if is_unobserved(k, x) else torch.ops.sparsiattn.native_merged.default
     return operator(k, x, *others)  # type: ignore[no-any-return]
-
-
-_PROPORTIONAL = "sparsiattn::native_proportional"
-torch.library.define(
-    _PROPORTIONAL, "(Tensor q, Tensor k, Tensor v, Tensor size, int lead, float scale) -> Tensor"
-)
-
-
-def _proportional(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor, lead: int, scale: float
-) -> Tensor:
-    """Attention of all tokens to all, whose keys weigh by their size (ToMe, eq. 1).
-
-    Args:
-        q: Queries ``[B, H, N, D]`` float32 of any strides.
-        k: Keys, as many.
-        v: Values ``[B, H, N, Dv]``.
-        size: Sizes of the tokens from ``lead`` on, ``[B, n]``; others count once.
-        lead: Tokens before those.
-        scale: Factor of QK^T.
-
-    Returns:
-        ``[B, H, N, Dv]``.
-    """
-    q, k, v, size = with_rows(q), with_rows(k), with_rows(v), size.contiguous()
-    (b, h, n, d), width = q.shape, v.shape[-1]
-    # [B, N, H, Dv] in memory, which the host's reshape need not copy
-    out = torch.empty_strided((b, h, n, width), (n * h * width, width, h * width, 1))
-    logs = SCRATCH.numbers("log sizes", b * n, q)
-    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    numbers = (b, h, n, d, width, lead, size.shape[1], *steps, torch.get_num_threads())
-    addresses = addresses_of(q, k, v, out, size, logs)
-    build.code().proportional(
-        build.PROPORTIONAL_CALL.pack(*numbers, *addresses, parallel(), scale)
-    )
-    return out
-
-
-torch.library.impl(_PROPORTIONAL, "CPU", _proportional)
-
-
-@torch.library.register_fake(_PROPORTIONAL)  # type: ignore[untyped-decorator]
-def _proportional_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
-    b, h, n, _ = q.shape
-    return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
-
-
-def _proportional_flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **options: Any) -> int:
-    """Those of both products."""
-    return int(2 * math.prod(q_shape[:3]) * k_shape[-2] * (q_shape[-1] + v_shape[-1]))
-
-
-FLOP_FORMULAS[torch.ops.sparsiattn.native_proportional] = _proportional_flops
-
-
-def weighs(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `proportional` may take these operands: float32 on a CPU, without gradients, all
-    tokens among themselves, heads up to 256 wide."""
-    fits = q.dim() == 4 and q.shape == k.shape and q.shape[:3] == v.shape[:3]
-    fits = fits and max(q.shape[-1], v.shape[-1]) <= WIDEST
-    return fits and not is_tracing() and serves(q, k, v)
-
-
-def proportional(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    """As the operator ``native_proportional``."""
-    if type(v) is Tensor and is_unobserved(q, k):
-        return _proportional(q, k, v, *others)
-    operator = torch.ops.sparsiattn.native_proportional.default
-    return operator(q, k, v, *others)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@
 #include "attention.c"
 #include "lists.c"
 #include "merge.c"
+#include "biased.c"
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. group: images at a time,
    `shared` numbers of `room` for each; `each`: for every thread. */
