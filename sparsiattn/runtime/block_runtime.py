@@ -335,6 +335,7 @@ class BlockRuntime:
                 training=self.owner.training,
                 grid=state.grid,
                 ids=state.ids,
+                ahead=state.prefix,
             )
         )
 

@@ -226,23 +226,19 @@ class Merge(Reduction):
 
 @dataclass(frozen=True, eq=False)
 class Merged(Merge):
-    """A merge whose values were written behind room for the prefix, so that nothing is copied.
+    """A merge that is already carried out, prefix tokens included.
 
     Attributes:
-        sequence: ``[B, room + m, C]``; `apply` fills the room and returns this very tensor.
+        sequence: ``[B, P + m, C]``.
+        logs: Logarithms of its sizes, ``[B, 1, 1, P + m]``.
     """
 
     sequence: Tensor = None  # type: ignore[assignment]
+    logs: Tensor | None = None
 
     def apply(self, state: TokenState, x: Tensor) -> Reduced:
-        room = self.sequence.shape[1] - self.index.shape[1]
-        if room != state.prefix:
-            return replace(self, values=self.sequence[:, room:])._apart(state, x)
-        self.sequence[:, :room] = x[:, :room]
-        return state.advance(self.step(x.shape[1] - room), self.size), self.sequence
-
-    def _apart(self, state: TokenState, x: Tensor) -> Reduced:
-        return super().apply(state, x)
+        step = self.step(x.shape[1] - state.prefix)
+        return state.advance(step, self.size, self.logs), self.sequence
 
 
 @dataclass(frozen=True, eq=False)

@@ -243,10 +243,10 @@ def merge_pairs(
 
 def merge_natively(tokens: TokenInputs, inputs: AttentionInputs, r: int) -> Reduction:
     """What `merge_pairs` makes of alternate tokens, in one call of compiled code."""
-    room = tokens.site.leading_tokens
     operands = inputs.k, tokens.x, tokens.size
-    sequence, index, assign, size = merge.merged(*operands, r, inputs.prefix, room)
-    return Merged(index, assign, size=size, sequence=sequence)
+    merged = merge.merged(*operands, r, inputs.prefix, tokens.ahead)
+    sequence, index, assign, size, logs = merged
+    return Merged(index, assign, size=size, sequence=sequence, logs=logs)
 
 
 def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:

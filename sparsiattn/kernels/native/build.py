@@ -44,7 +44,7 @@ TOP_CALL = struct.Struct("@4q3P")
 ROWS_CALL = struct.Struct("@27q7P2d")
 BEST_CALL = struct.Struct("@7q4Pd")
 VOTES_CALL = struct.Struct("@20q7P2d")
-MERGE_CALL = struct.Struct("@17q9P")
+MERGE_CALL = struct.Struct("@17q10P")
 BIASED_CALL = struct.Struct("@18q6Pd")
 
 CALLS = (

@@ -6,14 +6,14 @@
    rows of the new sequence. */
 
 /* The order of `_merged` in merge.py. Steps are in elements. tokens: those after `prefix` keys.
-   ahead: rows of `out` that are left for special tokens. group: images at a time, `shared` numbers
+   ahead: rows before `x` that are copied. logs: of sizes, those rows counting once. group: images at a time, `shared` numbers
    of `scratch` for each; `each`: for every thread. size: of every token; 0 where all count once. */
 typedef struct {
     int64_t batch, heads, dim, prefix, tokens, merged, width, ahead;
     int64_t k_b, k_h, k_n, x_b, x_n;
     int64_t threads, group, shared, each;
     const float *k, *x, *size;
-    float *out, *sizes;
+    float *out, *sizes, *logs;
     int64_t *index, *assign;
     float *scratch;
     Parallel parallel;
@@ -141,6 +141,7 @@ static void cut_edges(const MergeJob *job, int64_t i) {
     int64_t image = job->from + i, left = m->tokens - m->merged, kept = 0, odd = job->odd;
     int64_t *index = m->index + image * left, *assign = m->assign + image * m->tokens;
     float *sizes = m->sizes + image * left;
+    float *logs = m->logs + image * (m->ahead + left);
     top_of(x.likeness, job->first, m->merged, x.order, x.best);
     for (int64_t j = 0; j < job->second; j++) x.source[j] = -1;
     for (int64_t a = 0; a < job->first; a++) assign[2 * a + odd] = 0;
@@ -161,6 +162,8 @@ static void cut_edges(const MergeJob *job, int64_t i) {
             size += size_of(m, image, 2 * a + odd);
         index[kept + j] = token, sizes[kept + j] = size, assign[token] = kept + j;
     }
+    clear(logs, m->ahead);
+    for (int64_t n = 0; n < left; n++) logs[m->ahead + n] = sizes[n] == 1 ? 0 : logf(sizes[n]);
 }
 
 /* to[] (+)= from[] by */
@@ -181,8 +184,11 @@ static void mean_rows(const MergeJob *job, int64_t i) {
     int64_t stay = job->first - m->merged, *index = m->index + image * left;
     Pairs pairs = pairs_of(job, i / runs);
     const float *x = m->x + image * m->x_b;
+    float *out = m->out + image * (m->ahead + left) * m->width;
+    for (int64_t n = 0; n < m->ahead && !from; n++)
+        memcpy(out + n * m->width, x + (n - m->ahead) * m->x_n, m->width * sizeof *out);
     for (int64_t n = from; n < smaller(from + MEANS_AT_ONCE, left); n++) {
-        float *to = m->out + (image * (m->ahead + left) + m->ahead + n) * m->width;
+        float *to = out + (m->ahead + n) * m->width;
         const float *row = x + index[n] * m->x_n;
         int32_t a = n < stay ? -1 : pairs.source[n - stay];
         if (a < 0) {

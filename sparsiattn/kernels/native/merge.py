@@ -31,10 +31,10 @@ _MERGED = "sparsiattn::native_merged"
 torch.library.define(
     _MERGED,
     "(Tensor k, Tensor x, Tensor? size, int merged, int prefix, int ahead) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-Merged = tuple[Tensor, Tensor, Tensor, Tensor]
+Merged = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _merged(
@@ -50,14 +50,15 @@ def _merged(
         merged: Tokens fewer, 1 to n // 2.
         prefix: Leading keys that are never merged, P. With them, tokens of even places are matched
             to those of odd ones.
-        ahead: Rows to leave free at the front of every new sequence.
+        ahead: Rows that stand before ``x`` in memory, with its steps, and in front of every new
+            sequence.
 
     Returns:
         The new sequences ``[B, ahead + m, C]``: tokens of even places that stay, in order, then
         those of odd ones. Which token each stands for, ``[B, m]``, and where each went,
-        ``[B, n]``. The new sizes ``[B, m]``.
+        ``[B, n]``. The new sizes ``[B, m]``, and their logarithms, ``[B, 1, 1, ahead + m]``.
     """
-    k, x, size = with_rows(k), with_rows(x), contiguous(size)
+    k, size = with_rows(k), contiguous(size)
     (b, h, _, d), (n, width) = k.shape, x.shape[1:]
     left, threads = n - merged, torch.get_num_threads()
     # divided by `pairs_of` in merge.c
@@ -67,13 +68,13 @@ def _merged(
     group = max(1, min(b, MERGED_AT_ONCE // shared))
     scratch = SCRATCH.numbers("merge", group * shared + threads * each, k)
     out, sizes = torch.empty(b, ahead + left, width), torch.empty(b, left)
-    index = torch.empty(b, left, dtype=torch.int64)
+    logs, index = torch.empty(b, 1, 1, ahead + left), torch.empty(b, left, dtype=torch.int64)
     assign = torch.empty(b, n, dtype=torch.int64)
     steps = (*k.stride()[:3], *x.stride()[:2])
     numbers = (b, h, d, prefix, n, merged, width, ahead, *steps, threads, group, shared, each)
-    addresses = addresses_of(k, x, size, out, sizes, index, assign, scratch)
+    addresses = addresses_of(k, x, size, out, sizes, logs, index, assign, scratch)
     build.code().merge(build.MERGE_CALL.pack(*numbers, *addresses, parallel()))
-    return out, index, assign, sizes
+    return out, index, assign, sizes, logs
 
 
 torch.library.impl(_MERGED, "CPU", _merged)
@@ -86,7 +87,7 @@ def _merged_shape(
     b, n, width = x.shape
     index, left = k.new_empty(b, n, dtype=torch.int64), n - merged
     out, sizes = x.new_empty(b, ahead + left, width), x.new_empty(b, left)
-    return out, index[:, :left].clone(), index, sizes
+    return out, index[:, :left].clone(), index, sizes, x.new_empty(b, 1, 1, ahead + left)
 
 
 def _merged_flops(k_shape: Any, x_shape: Any, *others: Any, **options: Any) -> int:
@@ -100,7 +101,7 @@ FLOP_FORMULAS[torch.ops.sparsiattn.native_merged] = _merged_flops
 
 def merges(k: Tensor, x: Tensor, size: Tensor | None) -> bool:
     """Whether `merged` may take these operands: float32 on a CPU, without gradients."""
-    return not is_tracing() and serves(k, x) and (size is None or serves(size))
+    return x.stride(-1) == 1 and not is_tracing() and serves(k, x) and (size is None or serves(size))
 
 
 def merged(k: Tensor, x: Tensor, *others: Any) -> Merged:
