@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from statistics import quantiles
 from typing import Any
 
@@ -28,9 +29,12 @@ def models(name: str) -> dict[str, torch.nn.Module]:
     return {"dense": dense, "rewrite": tome.apply(deepcopy(dense), R), "ours": ours}
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, list[float]]:
+def in_turn(
+    calls: dict[str, Callable[[], Any]], rounds: int, repeats: int
+) -> dict[str, list[float]]:
     """Fastest of some calls of each, in every round, whose order turns."""
-    names, took = list(calls), {name: [] for name in calls}
+    names = list(calls)
+    took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         at = turn % len(names)
         for name in names[at:] + names[:at]:
@@ -64,7 +68,9 @@ def main() -> None:
         x = torch.randn(batch, 3, 224, 224)
         with torch.inference_mode():
             outs = {name: model(x) for name, model in three.items()}
-            calls = {name: (lambda m=model: m(x)) for name, model in three.items()}
+            calls: dict[str, Callable[[], Any]] = {
+                name: partial(model, x) for name, model in three.items()
+            }
             took = in_turn(calls, options.rounds, repeats)
         apart = float((outs["ours"] - outs["rewrite"]).abs().max())
         found[f"batch {batch}"] = {**row(took), "largest_difference": apart}

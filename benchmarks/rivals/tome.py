@@ -17,7 +17,7 @@ from torch.nn import functional as F
 Merge = Callable[[Tensor], Tensor]
 
 
-class MergingAttention(Attention):
+class MergingAttention(Attention):  # type: ignore[misc]
     """Attention that adds the log size of every key (eq. 1) and returns its mean keys, too."""
 
     def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ class MergingAttention(Attention):
         return self.proj(out), k.mean(1)
 
 
-class MergingBlock(Block):
+class MergingBlock(Block):  # type: ignore[misc]
     """A block that merges tokens between attention and MLP (section 3.1).
 
     Attributes:
@@ -54,7 +54,8 @@ class MergingBlock(Block):
         size = torch.ones_like(x[..., :1]) if schedule.size is None else schedule.size
         x, size = merge(x * size), merge(size)
         x, schedule.size = x / size, size
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        rest: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + rest
 
 
 class Schedule:

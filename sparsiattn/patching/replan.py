@@ -120,7 +120,7 @@ def _around(state: PatchState) -> Iterator[Any]:
     waiting: list[tuple[str, nn.Module]] = [("", state.model)]
     while waiting:
         name, module = waiting.pop()
-        yield name, _host_class(type(module))
+        yield name, _host_class(type(module))  # type: ignore[arg-type]
         for key, value in vars(module).items():
             if isinstance(value, _PLAIN) and key not in switched and not key.startswith("_"):
                 yield key, value

@@ -29,7 +29,9 @@ class NoBranch(Tensor):
             if len(others) == 1 and isinstance(others[0], Tensor):
                 return others[0]
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*(_plain(x) for x in args), **{k: _plain(x) for k, x in (kwargs or {}).items()})
+            return func(
+                *(_plain(x) for x in args), **{k: _plain(x) for k, x in (kwargs or {}).items()}
+            )
 
 
 def _plain(x: Any) -> Any:

@@ -33,11 +33,12 @@ COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 
 SOURCES = (
-    "plan.c", "lists.c", "rows.c", "top.c", "merge.c", "biased.c", "attention.c", "chunks.c", "vectors.h",
+    "plan.c", "lists.c", "rows.c", "top.c", "merge.c", "biased.c", "attention.c", "chunks.c",
+    "vectors.h",
 )  # fmt: skip
 
-# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, of `Best` and
-# `Votes` in lists.c, of `Merge` in merge.c, and of `KeyBiased` in biased.c.
+# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, `Merge` in
+# merge.c, `KeyBiased` in biased.c, and of `Best` and `Votes` in lists.c.
 ATTEND_CALL = struct.Struct("@32q12Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")

@@ -101,10 +101,12 @@ FLOP_FORMULAS[torch.ops.sparsiattn.native_merged] = _merged_flops
 
 def merges(k: Tensor, x: Tensor, size: Tensor | None) -> bool:
     """Whether `merged` may take these operands: float32 on a CPU, without gradients."""
-    return x.stride(-1) == 1 and not is_tracing() and serves(k, x) and (size is None or serves(size))
+    return (
+        x.stride(-1) == 1 and not is_tracing() and serves(k, x) and (size is None or serves(size))
+    )
 
 
 def merged(k: Tensor, x: Tensor, *others: Any) -> Merged:
     """As the operator ``native_merged``."""
     operator = _merged if is_unobserved(k, x) else torch.ops.sparsiattn.native_merged.default
-    return operator(k, x, *others)  # type: ignore[no-any-return]
+    return operator(k, x, *others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ def _scores_flops(q_shape: Any, k_shape: Any, *others: Any, **options: Any) -> i
     return int(2 * b * h * macs)
 
 
-FLOP_FORMULAS = {torch.ops.sparsiattn.native_scores: _scores_flops}
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.sparsiattn.native_scores: _scores_flops}
 """For `torch.utils.flop_counter`, whose import brings triton: `mac_counter` gives it these."""
 
 
