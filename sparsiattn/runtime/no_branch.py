@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.kernels.native.ops import is_unobserved
+from sparsiattn.attention.derivatives import is_unobserved
 
 _ADDS = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}

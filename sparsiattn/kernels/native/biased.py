@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derivatives import is_tracing
+from sparsiattn.attention.derivatives import is_tracing, is_unobserved
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import (
     FLOP_FORMULAS,
     addresses_of,
-    is_unobserved,
     parallel,
     with_rows,
 )

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derivatives import is_tracing
+from sparsiattn.attention.derivatives import is_tracing, is_unobserved
 from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.ops import (
     FLOP_FORMULAS,
     SPAN,
     addresses_of,
     contiguous,
-    is_unobserved,
     parallel,
     whole_vectors,
     with_rows,
