@@ -23,6 +23,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "token_drop keep=0.7, fused": {"strategy": "token_drop", "keep": 0.7, "fuse": True},
     "token_drop keep=0.5": {"strategy": "token_drop", "keep": 0.5},
     "token_drop adaptive, mass=0.6": {"strategy": "token_drop", "keep": "adaptive", "mass": 0.6},
+    "token_merge": {"strategy": "token_merge"},
     "token_merge r=13": {"strategy": "token_merge", "r": 13},
     "token_merge r=13, not proportional": {
         "strategy": "token_merge", "r": 13, "proportional": False,

@@ -68,6 +68,7 @@ class TokenState:
         ids: ``[B, n]``, the original patch each token stands for (a fused one is written
             ``-1 - id``); None while all are there.
         size: ``[B, n]``, patches merged into each token; None if one each.
+        logs: Their logarithms ``[B, 1, 1, P + n]``, where they are known.
         steps: The reductions so far.
         policy: ``[B, n]``, tokens kept while a learned score trains (1 or 0, with gradient).
         last: ``[B, n0, C]``, every original token's last value, kept where original positions
@@ -88,6 +89,7 @@ class TokenState:
     sequence: Tensor | None = None
     returned: Tensor | None = None
     suffix: int = 0
+    logs: Tensor | None = None
 
     @property
     def n_original(self) -> int:
@@ -101,18 +103,23 @@ class TokenState:
 
     def bare(self) -> TokenState:
         """The same without activations: enough to say what became of every token."""
-        steps = tuple(replace(step, unfold=None) for step in self.steps)
+        steps = self.steps
+        if any(step.unfold is not None for step in steps):
+            steps = tuple(replace(step, unfold=None) for step in steps)
         return replace(self, sequence=None, returned=None, last=None, steps=steps)
 
-    def advance(self, step: ReductionStep, size: Tensor | None = None) -> TokenState:
-        """The state after a reduction; ``size`` ``[B, m]`` where that changed sizes."""
+    def advance(
+        self, step: ReductionStep, size: Tensor | None = None, logs: Tensor | None = None
+    ) -> TokenState:
+        """The state after a reduction; ``size`` ``[B, m]`` where that changed sizes, and ``logs``
+        where their logarithms are known."""
         index = unsigned(step.index) if step.fused else step.index
         ids = index if self.ids is None else self.ids.gather(1, index)
         if step.fused:
             ids = torch.where(step.index < 0, -1 - unsigned(ids), ids)
         if size is None and self.size is not None:
             size = self.size.gather(1, index)
-        return replace(self, ids=ids, size=size, steps=(*self.steps, step))
+        return replace(self, ids=ids, size=size, logs=logs, steps=(*self.steps, step))
 
     def positions(self) -> Tensor:
         """``[B, n]``: the original patch whose position each token has."""
@@ -226,6 +233,8 @@ class TokenState:
         """
         if self.size is None:
             return None
+        if self.logs is not None and not self.suffix and self.logs.dtype == dtype:
+            return self.logs
         log = self.size.log().to(dtype)
         return torch.nn.functional.pad(log, (self.prefix, self.suffix))[:, None, None, :]
 

@@ -10,6 +10,7 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -119,8 +120,7 @@ def _around(state: PatchState) -> Iterator[Any]:
     waiting: list[tuple[str, nn.Module]] = [("", state.model)]
     while waiting:
         name, module = waiting.pop()
-        kind = _host_class(module)
-        yield name, f"{kind.__module__}.{kind.__qualname__}"
+        yield name, _host_class(type(module))  # type: ignore[arg-type]
         for key, value in vars(module).items():
             if isinstance(value, _PLAIN) and key not in switched and not key.startswith("_"):
                 yield key, value
@@ -130,12 +130,13 @@ def _around(state: PatchState) -> Iterator[Any]:
             waiting.extend((f"{name}.{key}" if name else key, part) for key, part in parts)
 
 
-def _host_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class; `fully_shard` puts one above it, which computes the same."""
-    classes = type(module).__mro__
+@lru_cache(maxsize=256)  # asked of every module around the blocks, before every pass
+def _host_class(kind: type[nn.Module]) -> str:
+    """The name of a module's class; `fully_shard` puts one above it, which computes the same."""
+    classes = kind.__mro__
     names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in classes]
     below = names.index("torch.FSDPModule") + 1 if "torch.FSDPModule" in names else 0
-    return classes[below]
+    return f"{classes[below].__module__}.{classes[below].__qualname__}"
 
 
 def _rates(state: PatchState) -> tuple[bool, ...]:

@@ -19,6 +19,7 @@ from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor, refuse_fx, replace_first
+from sparsiattn.runtime.no_branch import no_branch
 from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.padded_attention import begin_padded, padding_among
 from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
@@ -76,22 +77,28 @@ class EnterBlock(BlockHook):
 
 def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried, adds_heads: bool) -> Any:
     """The block's arguments with its input exchanged and its position tables cut down."""
-
-    def fit(value: Any) -> Any:
-        if value is x:
-            return tokens
-        if isinstance(value, Tensor) and value.dim() == 3 and adds_heads:
-            return state.fit_side(value[:, None])[:, 0]
-        if isinstance(value, Tensor):
-            return state.fit_side(value)
-        if isinstance(value, tuple):
-            return tuple(fit(part) for part in value)
-        return value
-
     args, kwargs = arguments
+    if not kwargs and len(args) == 1 and args[0] is x:
+        return (tokens,), {}
+    how = x, tokens, state, adds_heads
     # a mask of as many images as patches looks like a table, and is cut down where it is used
-    tables = {name: a if "mask" in name else fit(a) for name, a in kwargs.items()}
-    return tuple(fit(a) for a in args), tables
+    tables = {name: a if "mask" in name else _fitted(a, *how) for name, a in kwargs.items()}
+    return tuple(_fitted(a, *how) for a in args), tables
+
+
+# no function inside of another that calls itself: such a pair keeps activations until garbage is
+# collected
+def _fitted(value: Any, x: Tensor, tokens: Tensor, state: Carried, adds_heads: bool) -> Any:
+    """One argument of a block: its input exchanged, a position table cut down."""
+    if value is x:
+        return tokens
+    if isinstance(value, Tensor) and value.dim() == 3 and adds_heads:
+        return state.fit_side(value[:, None])[:, 0]
+    if isinstance(value, Tensor):
+        return state.fit_side(value)
+    if isinstance(value, tuple):
+        return tuple(_fitted(part, x, tokens, state, adds_heads) for part in value)
+    return value
 
 
 class ReopenBlock(BlockHook):
@@ -140,8 +147,7 @@ class LeaveTail:
         if BLOCK_CALL.mlp_input is None:
             return None
         BLOCK_CALL.mlp_output = output
-        # of one element: it broadcasts to whatever the host adds it to
-        return output.new_zeros((1,) * output.dim())
+        return no_branch(output)
 
 
 class LeaveBlock(BlockHook):
@@ -170,7 +176,7 @@ class LeaveBlock(BlockHook):
         state = replace(state, layer=runtime.index + 1, sequence=sequence, returned=returned)
         BLOCK_CALL.token_state = state if runtime.repeated or not runtime.last else None
         if not torch.compiler.is_compiling():  # a write to the patch would break the graph
-            runtime.owner.last_pass = (state.bare(), tokens.shape[0])
+            runtime.owner.note_block((state.bare(), tokens.shape[0]))
         return None if returned is host else replace_first(output, host, returned)
 
     def _returned(self, state: Carried, tokens: Tensor) -> Tensor:

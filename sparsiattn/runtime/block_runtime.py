@@ -286,7 +286,7 @@ class BlockRuntime:
     ) -> tuple[TokenState, Tensor]:
         if reduction is None:
             return state, x
-        body, suffix = state.split_suffix(x)
+        body, suffix = state.split_suffix(x) if state.suffix else (x, x)
         remembers = self.owner.restores_from(self.index) or self._padding_needs_all()
         if remembers and not isinstance(reduction, Policy):
             state = state.remember(body[:, state.prefix :])
@@ -321,9 +321,10 @@ class BlockRuntime:
                 "scores: set its drop rate to 0, or choose by what reads no attention, e.g. "
                 "token_drop with score='norm'"
             )
+        end = x.shape[1] - state.suffix
         return self.planner(
             TokenInputs(
-                state.split_suffix(x)[0][:, state.prefix :],
+                x[:, state.prefix : end],
                 self.site,
                 attention,
                 self.index - self.start,
@@ -334,6 +335,7 @@ class BlockRuntime:
                 training=self.owner.training,
                 grid=state.grid,
                 ids=state.ids,
+                ahead=state.prefix,
             )
         )
 

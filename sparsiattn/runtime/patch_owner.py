@@ -25,7 +25,7 @@ def new_key() -> int:
     return next(_KEYS)
 
 
-_LAST_PASSES: ContextVar[Mapping[PatchOwner, tuple[Carried, int]]] = ContextVar(
+_LAST_PASSES: ContextVar[Mapping[PatchOwner, list[tuple[Carried, int] | None]]] = ContextVar(
     "sparsiattn_last_passes"
 )
 """By patch, which the keys do not keep alive; contexts that end take theirs with them."""
@@ -87,17 +87,24 @@ class PatchOwner:
 
         What a checkpoint runs again is no forward pass.
         """
-        return _LAST_PASSES.get({}).get(self)
+        passed = _LAST_PASSES.get({}).get(self)
+        return None if passed is None else passed[0]
 
     @last_pass.setter
     def last_pass(self, value: tuple[Carried, int] | None) -> None:
         if in_backward() or (value is None and self.last_pass is None):
             return
         passes = WeakKeyDictionary(_LAST_PASSES.get({}))  # a new one: contexts are handed on
-        passes.pop(self, None)
-        if value is not None:
-            passes[self] = value
+        passes[self] = [value]
         _LAST_PASSES.set(passes)
+
+    def note_block(self, value: tuple[Carried, int]) -> None:
+        """Set `last_pass` behind a block; within a pass, whose entry made a record, in place."""
+        passed = _LAST_PASSES.get({}).get(self)
+        if passed is None or self.key not in MODEL_CALL.inside:
+            self.last_pass = value
+        elif not in_backward():
+            passed[0] = value
 
     @property
     def shortens(self) -> bool:

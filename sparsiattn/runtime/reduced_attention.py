@@ -6,7 +6,7 @@ Masks are cut down, merged tokens weigh by their size, packed images are kept ap
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from sparsiattn.attention.padding import OwnTokens, with_explicit_mask
 from sparsiattn.attention.pattern import Lengths
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.base import choose
+from sparsiattn.kernels.native import biased
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.padded_attention import (
@@ -33,6 +34,19 @@ from sparsiattn.runtime.padded_attention import (
 from sparsiattn.runtime.site_runtime import Decision, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, Carried
 from sparsiattn.strategies.base import Planner
+
+
+@dataclass(frozen=True, eq=False)
+class ProportionalCall(HostCall):
+    """A call whose mask is the log size of merged tokens, ``[B, 1, 1, N]``, and no more."""
+
+    def dense(self) -> Tensor:
+        operands = self.q, self.k, self.v
+        if self.causal or self.dropout or not biased.serves_call(*operands):
+            return super().dense()
+        assert self.mask is not None
+        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return biased.key_biased(*operands, self.mask[:, 0, 0], scale)
 
 
 def reduced_attention(
@@ -119,7 +133,7 @@ def _fitted(runtime: SiteRuntime, state: TokenState, call: HostCall) -> HostCall
     if log_size is None:
         pass
     elif mask is None:
-        mask = log_size
+        return ProportionalCall(**{**vars(call), "mask": log_size})
     elif mask.dtype == torch.bool:
         mask = torch.where(mask, log_size, float("-inf"))
     else:

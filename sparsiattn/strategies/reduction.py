@@ -225,6 +225,23 @@ class Merge(Reduction):
 
 
 @dataclass(frozen=True, eq=False)
+class Merged(Merge):
+    """A merge that is already carried out, prefix tokens included.
+
+    Attributes:
+        sequence: ``[B, P + m, C]``.
+        logs: Logarithms of its sizes, ``[B, 1, 1, P + m]``.
+    """
+
+    sequence: Tensor = None  # type: ignore[assignment]
+    logs: Tensor | None = None
+
+    def apply(self, state: TokenState, x: Tensor) -> Reduced:
+        step = self.step(x.shape[1] - state.prefix)
+        return state.advance(step, self.size, self.logs), self.sequence
+
+
+@dataclass(frozen=True, eq=False)
 class Mix(Merge):
     """New tokens are weighted sums of all, so they stand for no patch alone; see `Merge`."""
 

@@ -39,6 +39,7 @@ class TokenInputs:
         training: Whether the model is in training mode.
         grid: Rows and columns of all patches.
         ids: Which of them each token stands for, see `positions`.
+        ahead: Rows of the sequence that stand before ``x`` in memory: leading special tokens.
     """
 
     x: Tensor
@@ -52,6 +53,7 @@ class TokenInputs:
     training: bool = False
     grid: Grid = (0, 0)
     ids: Tensor | None = None
+    ahead: int = 0
 
     @property
     def count(self) -> int:

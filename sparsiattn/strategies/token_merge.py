@@ -4,7 +4,7 @@ written from the papers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -15,14 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import take
 from sparsiattn.errors import InvalidOption
+from sparsiattn.kernels.native import merge
 from sparsiattn.strategies.base import check_flag
-from sparsiattn.strategies.reduction import Merge, Reduction
+from sparsiattn.strategies.reduction import Merge, Merged, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")
+SHARE = 0.95
+"""What every block keeps where neither ``r`` nor ``ratio`` is given: at 196 patches as many tokens
+go through 12 blocks as with ``r=8``, and in proportion as many at every other size."""
 BSM = ("first", "last", None)
 
 Rate = int | Sequence[Any] | Callable[[Site], int]
@@ -30,14 +35,18 @@ Rate = int | Sequence[Any] | Callable[[Site], int]
 
 @dataclass(frozen=True)
 class TokenMerge(TokenStrategy):
-    """Merges the ``r`` most similar pairs of patch tokens in every block.
+    """Merges the most similar pairs of patch tokens in every block: a share of them, or ``r``.
+
+    A share costs and saves alike at every size, which a number does not: ``r=8`` is much of 196
+    tokens, and of 1,369 so little that the search for it takes longer than it saves.
 
     Args:
         r: Tokens fewer after each block: an int, a list with one per layer, a function of the
             `Site`, or ``(r, inflect)`` with a float in [-1, 1] for a rate that grows (inflect > 0)
             or falls linearly with the same total (ToMe, appendix). At most half of the tokens can
-            go at once.
-        ratio: Keep this share in every layer instead, ``r = floor(n - ratio * n)``, as PiToMe does.
+            go at once. None to go by ``ratio``.
+        ratio: Share of the tokens that every layer keeps, ``r = floor(n - ratio * n)``, as PiToMe
+            does; 0.95 where neither is given, so that fewer than 20 tokens stay as they are.
         method: ``"tome"`` pairs alternate tokens by the cosine of their keys; ``"pitome"`` merges
             those of high energy, i.e. with many alike, and protects the rest.
         proportional: Whether a merged token weighs as a key by the patches in it.
@@ -47,6 +56,8 @@ class TokenMerge(TokenStrategy):
 
     >>> TokenMerge(r=(8, 0.5)).rates(4)
     [4, 6, 9, 12]
+    >>> TokenMerge().rate(196), TokenMerge().rate(1369)
+    (9, 68)
     """
 
     name = "token_merge"
@@ -56,7 +67,7 @@ class TokenMerge(TokenStrategy):
     needs_attention = True
     suite = MappingProxyType({"ordered": True})  # alternate tokens are paired
 
-    r: Rate = 8
+    r: Rate | None = None
     ratio: float | None = None
     method: str = "tome"
     proportional: bool = True
@@ -72,12 +83,31 @@ class TokenMerge(TokenStrategy):
         ratio = self.ratio
         if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
             raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
-        if ratio is not None and self.r != TokenMerge.r:
+        if ratio is not None and self.r is not None:
             raise InvalidOption(
                 f"r and ratio are two ways to give one rate, got r={self.r!r} and ratio={ratio!r}: "
                 "give one of them"
             )
-        self._check_rates()
+        if self.r is not None:
+            self._check_rates()
+
+    @property
+    def share(self) -> float | None:
+        """What every layer keeps; None where ``r`` says how many tokens it loses."""
+        return SHARE if self.r is None and self.ratio is None else self.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        saved = super().to_dict()
+        # a later version may have another default
+        return {**saved, "options": {**saved["options"], "ratio": self.share}}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> TokenMerge:
+        options = saved["options"]
+        if options.get("ratio") is not None:
+            # before shares were the default, a file named the default number beside a share
+            options = {**options, "r": None}
+        return super().from_dict({**saved, "options": options})
 
     def _check_rates(self) -> None:
         rates: Sequence[Any] = self.r if isinstance(self.r, (list, tuple)) else [self.r]
@@ -119,11 +149,14 @@ class TokenMerge(TokenStrategy):
     def _resolve(self, name: str, site: Site, position: int, count: int) -> Any:
         if name == "r" and self._inflected():
             return self.rates(count)[position]
-        return super()._resolve(name, site, position, count)
+        value = super()._resolve(name, site, position, count)
+        if name == "r" and value is None and self.r is not None:
+            raise InvalidOption(f"r must give a number of tokens at {site.name!r}, got None")
+        return value
 
     def check(self, tokens: int, first: bool) -> None:
         limit = tokens // 2 if first else tokens
-        if self.ratio is None and isinstance(self.r, int) and self.r > limit:
+        if isinstance(self.r, int) and self.r > limit:
             raise InvalidOption(
                 f"r={self.r} tokens cannot be merged of {tokens} patch tokens: at most half of "
                 "them at once"
@@ -131,8 +164,9 @@ class TokenMerge(TokenStrategy):
 
     def rate(self, tokens: int) -> int:
         """Tokens to merge out of so many."""
-        if self.ratio is not None:
-            return min(math.floor(tokens - tokens * self.ratio), tokens // 2)
+        share = self.share
+        if share is not None:
+            return min(math.floor(tokens - tokens * share), tokens // 2)
         assert isinstance(self.r, int)
         return min(self.r, tokens // 2)
 
@@ -142,6 +176,8 @@ class TokenMerge(TokenStrategy):
             return None
         inputs = tokens.attention
         assert inputs is not None
+        if self.method == "tome" and merge.merges(inputs.k, tokens.x, tokens.size):
+            return merge_natively(tokens, inputs, r)
         # the direction of the mean over heads is that of their sum
         keys = F.normalize(inputs.k.sum(1)[:, inputs.prefix :], dim=-1)
         if self.method == "tome":
@@ -235,6 +271,14 @@ def merge_pairs(
     shift = (take(x, moved) - take(x, second.gather(1, target))) * share
     assign = partial(assignment, kept, second, moved, target)
     return Merge(index, assign, size=size, added=(into, shift))
+
+
+def merge_natively(tokens: TokenInputs, inputs: AttentionInputs, r: int) -> Reduction:
+    """What `merge_pairs` makes of alternate tokens, in one call of compiled code."""
+    operands = inputs.k, tokens.x, tokens.size
+    merged = merge.merged(*operands, r, inputs.prefix, tokens.ahead)
+    sequence, index, assign, size, logs = merged
+    return Merged(index, assign, size=size, sequence=sequence, logs=logs)
 
 
 def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:

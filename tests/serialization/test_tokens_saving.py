@@ -28,6 +28,7 @@ SAVED: dict[str, Any] = {
     "threshold": TokenDrop(keep="adaptive", threshold=1.0, fuse=True),
     "never": TokenDrop(restore=None),
     "merge": TokenMerge(r=6),
+    "share": TokenMerge(),
     "inflect": TokenMerge(r=(6, 0.5)),
     "lists": TokenMerge(r=[6, 3], proportional=False),
     "rates": TokenMerge(r=lambda site: 3 + site.index),
@@ -60,6 +61,27 @@ def test_round_trip_gives_the_same_bits(which: str, only_if_faster: bool, tmp_pa
         assert torch.equal(model(x), dense)
     for name in ("sparsiattn.json", "planners.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [({"r": 8, "ratio": None}, [8, 8]), ({"r": 8, "ratio": 0.8}, [12, 10])],
+    ids=["the number that was the default", "a share beside that number"],
+)
+def test_rates_of_files_from_before_shares_were_the_default(
+    options: dict[str, Any], rates: list[int], tmp_path: Path
+) -> None:
+    model = zoo.build("vit")
+    with sparsiattn.patch(model, TokenMerge(ratio=0.9)) as live:
+        live.save(tmp_path)
+    config = json.loads((tmp_path / "sparsiattn.json").read_text())
+    config["strategy"]["options"].update(options)
+    (tmp_path / "sparsiattn.json").write_text(json.dumps(with_checksum(config)))
+    with sparsiattn.load(model, tmp_path) as live, torch.no_grad():
+        model(zoo.images(model))
+        assert live.last_pass is not None
+        steps = live.last_pass[0].steps
+    assert [step.before - step.index.shape[1] for step in steps][:2] == rates
 
 
 def _shake(model: nn.Module) -> None:

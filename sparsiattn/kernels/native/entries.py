@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from sparsiattn.kernels.native import threads, toolchain
 
-# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, and of
-# `Best` and `Votes` in lists.c.
+# The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, `Merge` in
+# merge.c, `KeyBiased` in biased.c, `Back` in backward.c, and of `Best` and `Votes` in lists.c.
 ATTEND_CALL = struct.Struct("@37q13Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
@@ -26,6 +26,8 @@ VOTES_CALL = struct.Struct("@25q8P2d")
 # what follows `ATTEND_CALL` in a call of backward.c
 BACKWARD_REST = struct.Struct("@2q4P")
 BACKWARD_CALL = struct.Struct("@37q13Pd2q4P")
+MERGE_CALL = struct.Struct("@17q10P")
+BIASED_CALL = struct.Struct("@18q6Pd")
 
 
 class Entry(NamedTuple):
@@ -43,6 +45,8 @@ ENTRIES = {
     "best": Entry(BEST_CALL),
     "votes": Entry(VOTES_CALL),
     "backward": Entry(BACKWARD_CALL),
+    "merge": Entry(MERGE_CALL),
+    "biased": Entry(BIASED_CALL),
 }
 
 
@@ -59,6 +63,8 @@ class Code:
         best: The best columns of every row, packed as `BEST_CALL`.
         votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
         backward: Gradients of attention, packed as `ATTEND_CALL` and `BACKWARD_REST`.
+        merge: Merged tokens, packed as `MERGE_CALL`.
+        biased: Attention with a logit for every key, packed as `BIASED_CALL`.
     """
 
     parallel: int
@@ -69,6 +75,8 @@ class Code:
     best: Callable[[bytes], None]
     votes: Callable[[bytes], None]
     backward: Callable[[bytes], None]
+    merge: Callable[[bytes], None]
+    biased: Callable[[bytes], None]
 
 
 def load(path: Path) -> ctypes.CDLL:

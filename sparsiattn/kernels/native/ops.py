@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -251,7 +252,7 @@ def _scores_flops(q_shape: Any, k_shape: Any, *others: Any, **options: Any) -> i
     return int(2 * b * h * macs)
 
 
-FLOP_FORMULAS = {torch.ops.sparsiattn.native_scores: _scores_flops}
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.sparsiattn.native_scores: _scores_flops}
 """For `torch.utils.flop_counter`, whose import brings triton: `mac_counter` gives it these."""
 
 

@@ -7,6 +7,8 @@
 
 #include "backward.c"
 #include "lists.c"
+#include "merge.c"
+#include "biased.c"
 #include "threads.c"
 
 /* The order of `sparsiattn.kernels.native.launch`. Steps are in elements. group: images at a time,

@@ -1,0 +1,51 @@
+"""A zero that the host adds for nothing.
+
+A block that carries fewer tokens adds its MLP branch itself, and what the host makes of its own
+addition is not used; so that it takes no time either, adding this returns the other operand.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.derivatives import is_unobserved
+
+_ADDS = frozenset(
+    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+)
+
+
+class NoBranch(Tensor):
+    """A zero of one element; whatever is not an addition gets a plain one in its place."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ADDS and not kwargs and len(args) == 2:
+            others = [x for x in args if type(x) is not cls]
+            if len(others) == 1 and isinstance(others[0], Tensor):
+                return others[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(
+                *(_plain(x) for x in args), **{k: _plain(x) for k, x in (kwargs or {}).items()}
+            )
+
+
+def _plain(x: Any) -> Any:
+    return torch.zeros_like(x).as_subclass(Tensor) if type(x) is NoBranch else x
+
+
+@lru_cache(maxsize=64)
+def _zero(dims: int, dtype: torch.dtype, device: torch.device) -> NoBranch:
+    with torch.inference_mode(False):
+        return torch.zeros((1,) * dims, dtype=dtype, device=device).as_subclass(NoBranch)
+
+
+def no_branch(output: Tensor) -> Tensor:
+    """What stands in for the output of an MLP branch: it broadcasts to whatever it is added to."""
+    if torch.is_grad_enabled() or output.requires_grad or not is_unobserved(output, output):
+        return output.new_zeros((1,) * output.dim())
+    return _zero(output.dim(), output.dtype, output.device)
