@@ -21,7 +21,7 @@ typedef struct {
 /* Some queries of one head over all keys. */
 static void attend_part(const KeyBiasedJob *job, int64_t head, int64_t part, Room *room) {
     const KeyBiased *p = job->call;
-    const Call c = {.dim = p->dim, .value_dim = p->value_dim, .scale = p->scale};
+    const Call c = {.dim = p->dim, .value_dim = p->value_dim};
     int64_t b = head / p->heads, h = head % p->heads, first = part * SPAN;
     int64_t count = smaller(SPAN, p->tokens - first), lanes = (count + WIDTH - 1) / WIDTH * WIDTH;
     const float *k = p->k + b * p->k_b + h * p->k_h, *v = p->v + b * p->v_b + h * p->v_h;
@@ -32,7 +32,7 @@ static void attend_part(const KeyBiasedJob *job, int64_t head, int64_t part, Roo
         from[n] = p->q + b * p->q_b + h * p->q_h + token * p->q_n;
         to[n] = p->out + b * p->out_b + h * p->out_h + token * p->out_n;
     }
-    take_queries(&c, from, lanes, room);
+    take_rows(from, p->dim, (float)(p->scale * LOG2E), lanes, room->q);
     for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
     for (int64_t d = 0; d < p->value_dim; d++) clear(room->o + d * SPAN, lanes);
     for (int64_t at = 0, keys; at < p->tokens; at += keys) {
