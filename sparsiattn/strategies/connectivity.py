@@ -208,9 +208,8 @@ class ConnectivityPlanner(LearnedPlanner):
         """Whether the tables are others than an untrained predictor has."""
         # a traced or transformed call has no values to compare
         traced = torch.compiler.is_compiling() or is_tracing() or is_transformed()
-        down = self.down
-        if not (traced or down.is_meta):
-            fitted = not self._start.equals(down, self.up)
+        if not (traced or self.down.is_meta):
+            fitted = not self._start.equals(self.down, self.up)
             if fitted != self._fitted:  # modules set attributes slowly
                 self._fitted = fitted
         return self._fitted
@@ -239,9 +238,7 @@ class ConnectivityPlanner(LearnedPlanner):
     @property
     def predicts(self) -> bool:
         """Whether the predictor ranks keys, and not the queries' own logits."""
-        if self.strategy.scores == "exact":
-            return False
-        return self._asked or self.is_fitted()
+        return self.strategy.scores != "exact" and (self._asked or self.is_fitted())
 
     def unfitted_plan(self, inputs: AttentionInputs) -> Pattern | None:
         can_rank = self.strategy.scores == "auto" and not self._asked

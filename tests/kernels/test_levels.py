@@ -3,6 +3,7 @@ for: calls are recorded here, and made again by a C program under an emulator of
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shutil
 import subprocess
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsiattn.attention import TopLogits
 from sparsiattn.kernels import Native, Reference
-from sparsiattn.kernels.native import lists, ops, shipped, toolchain
+from sparsiattn.kernels.native import biased, lists, merge, ops, shipped, toolchain
 from sparsiattn.kernels.native.entries import ENTRIES
+from sparsiattn.strategies import finish
 from tests.kernels.test_native_rows import finished, operands
 from tests.support import ROOT
+from tests.support.host_masks import HALVES, KINDS, Case, tolerances
 from tests.support.native_calls import call
 from tests.support.recorded_calls import Recorded, record, results_of
 
@@ -87,6 +91,35 @@ def _planning() -> list[Recorded]:
     return calls + record(lambda: lists._voted_keys(q, k, tiles, held, 4, 30, 1, 0.125))
 
 
+def _masked() -> list[Recorded]:
+    """Rows and tiles under masks and biases of hosts, in other types, too."""
+    calls = []
+    for kind, dtype in itertools.product(KINDS, (torch.float32, *HALVES)):
+        case = Case((9, 6), 1, (40, 24), kind, (1, 3), dtype, seed=0)
+        # tiles are converted by torch before, and after
+        for tile in (1, (4, 4)) if dtype is torch.float32 else (1,):
+            inputs = case.inputs(tile=tile)
+            pattern = finish(TopLogits.of(inputs, 0.3), inputs, background=None)
+            calls += record(lambda i=inputs, p=pattern: Native()(i, p))  # type: ignore[misc]
+    return calls
+
+
+def _gradients() -> list[Recorded]:
+    inputs, pattern = call((9, 7), (5, 3), (4, 3), dim=40, value_dim=24, prefix=3)
+    q, k, v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    with torch.enable_grad():
+        out = Native()(inputs.replace(q=q, k=k, v=v), pattern)
+        return record(lambda: torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+
+
+def _merging() -> list[Recorded]:
+    k, x = torch.randn(2, 3, 41, 24), torch.randn(2, 40, 37)
+    size, bias = torch.randint(1, 5, (2, 40)).float(), torch.rand(2, 41)
+    calls = record(lambda: merge._merged(k, x, size, 11, 1, 0))
+    calls += record(lambda: merge._merged(k, x, None, 20, 1, 0))
+    return calls + record(lambda: biased._key_biased(k, k, k, bias, 0.2))
+
+
 @cache
 def _recorded() -> list[Recorded]:
     torch.manual_seed(0)
@@ -94,7 +127,7 @@ def _recorded() -> list[Recorded]:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            calls += _attention() + _planning()
+            calls += _attention() + _planning() + _masked() + _gradients() + _merging()
     finally:
         torch.set_num_threads(threads)
     assert {call.name for call in calls} == set(ENTRIES), "record a call of every function"
@@ -142,7 +175,7 @@ def test_the_same_comes_out_everywhere(
 
 def _same(name: str, found: torch.Tensor, exact: torch.Tensor) -> None:
     if found.is_floating_point():
-        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, exact, **tolerances(found.dtype))
     elif name in SUMS:
         assert (found == exact).float().mean() > 0.99
     else:

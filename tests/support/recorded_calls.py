@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.kernels.native import build, lists, ops, rows
+from sparsiattn.kernels.native import biased, build, gradients, lists, merge, ops, rows
 from sparsiattn.kernels.native.entries import ENTRIES
 
 
@@ -78,7 +78,7 @@ def record(function: Callable[[], Any]) -> list[Recorded]:
     code = build.code()
     wrapped = {name: recording(name, getattr(code, name)) for name in ENTRIES}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ops, rows, lists):
+        for module in (ops, rows, lists, gradients, merge, biased):
             patch.setattr(module, "addresses_of", noting)
         patch.setattr(build._state, "code", replace(code, **wrapped))
         returned = [x for x in tree_leaves(function()) if isinstance(x, Tensor)]

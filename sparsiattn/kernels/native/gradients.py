@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsiattn.kernels.native import build, entries
 from sparsiattn.kernels.native.ops import (
     SPAN,
+    addresses_of,
     attention,
     attention_call,
     whole_vectors,
@@ -72,8 +73,7 @@ def _gradients(
     packed, _kept = attention_call(q, k, v, grad, *lists, *options)
     room = room_of(listed + count, k.shape[-2], count, q.shape[-1] + v.shape[-1])
     scratch = SCRATCH.numbers("backward", torch.get_num_threads() * room, q)
-    addresses = (x.data_ptr() for x in (*to, scratch))
-    rest = entries.BACKWARD_REST.pack(q.shape[-2], room, *addresses)
+    rest = entries.BACKWARD_REST.pack(q.shape[-2], room, *addresses_of(*to, scratch))
     build.code().backward(packed + rest)
     grad_q, grad_k, grad_v = (x.to(dtype) for x in to)
     return grad_q, grad_k, grad_v
