@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparsiattn.errors import InvalidOption
+from sparsiattn.kernels.native import build
 from sparsiattn.patching.model_call import arguments
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.patch_state import PatchState
@@ -23,8 +24,17 @@ def warmup(state: PatchState, inputs: Any) -> None:
             "nothing; leave that block first"
         )
     args, kwargs = arguments(inputs, "warmup")
+    if state.tokens is not None and state.tokens.merges():
+        _compile_merging(state)
     with torch.no_grad(), unchanged(state), settings.setting("warming", state.key):
         state.model(*args, **kwargs)
+
+
+def _compile_merging(state: PatchState) -> None:
+    """Merging has no kernel that would ask for it; without a compiler, torch's operations stay."""
+    first = next(state.model.parameters(), None)
+    if first is not None and first.is_cpu and first.dtype is torch.float32:
+        build.compile_here()
 
 
 @contextmanager

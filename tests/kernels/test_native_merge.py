@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import sparsiattn
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
-from sparsiattn.kernels.native import biased, merge
+from sparsiattn.kernels.native import biased, build, merge
 from sparsiattn.strategies import TokenMerge
 from sparsiattn.strategies.token_base import TokenInputs
 from tests.support import zoo
@@ -213,3 +213,23 @@ def test_macs_are_those_of_the_path_of_torch() -> None:
                     model(x)
             counted.append(counter.get_total_flops())
     assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "compiles"),
+    [
+        ("token_merge", torch.float32, True),
+        ("token_merge", torch.float64, False),
+        ("token_drop", torch.float32, False),
+    ],
+)
+def test_warmup_compiles_what_merges(
+    strategy: str, dtype: torch.dtype, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(build, "compile_here", lambda: asked.append(True))
+    model = zoo.build("vit").to(dtype)
+    with sparsiattn.patch(model, strategy) as live:
+        assert not asked  # patching compiles nothing
+        live.warmup(zoo.images(model).to(dtype))
+    assert bool(asked) == compiles
