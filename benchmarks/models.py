@@ -9,6 +9,7 @@ import copy
 import gc
 import json
 import warnings
+from functools import partial
 from typing import Any
 
 import common
@@ -71,10 +72,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             rows.append({**row, "refused": str(error).splitlines()[0]})
             continue
         other(image)
-        times = alternate({"dense": lambda: model(image), "patched": lambda: other(image)}, rounds)  # noqa: B023
+        calls = {"dense": partial(model, image), "patched": partial(other, image)}
+        times = alternate(calls, rounds)
         rows.append({**row, **Timing.of(times["patched"], times["dense"]).to_dict()})
         rows[-1] |= _about(patch.report())
-        del other, patch
     return rows
 
 

@@ -16,6 +16,8 @@
 #define PASSES 10 /* over a row, at most, to find its threshold */
 #define TRIED 3   /* thresholds of a pass */
 #define CLOSE 16  /* scores around the threshold that are ranked one by one */
+#define TRIES 3   /* to take out at once what is at or above a threshold */
+#define MARGIN 0.25f /* how far below the expected threshold that is at first, in deviations */
 #define VIEWS 8   /* kept at a time, more than a group may need */
 
 /* The order of `_attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
@@ -51,10 +53,10 @@ typedef struct {
     int64_t values, used;
 } View;
 
-/* What a row sees: columns and weights, the last `cells` for the summary of `view`, of whose keys the
-   list holds `picked`. */
+/* What a row sees: columns and weights, and weights of the cells of `view`, of whose keys the list
+   holds `picked`. Those stand where the cells' scores stood. */
 typedef struct {
-    float *weights, sum;
+    float *weights, *cell_weights, sum;
     int32_t *index, *picked;
     int64_t count, cells;
     const View *view;
@@ -64,7 +66,8 @@ typedef struct {
    column, and for the means of the views behind the first. scores, bias: GROUP rows. rows: SPAN as
    float32. total: bias of every cell, rows of a
    group side by side. order: of `top.c`. cell: of every patch key. clock: counts uses
-   of views. guess: see `bracket_of`. */
+   of views. guess: the last row's
+   threshold, in deviations from its mean. */
 typedef struct {
     float *keys, *values, *scores, *rows, *bias, *total, *band_room, guess;
     Bands bands;
@@ -295,6 +298,12 @@ INLINE void count_from(const float *s, int64_t columns, const float *tried, int6
     for (int j = 0; j < TRIED; j++) count[j] = sum_of(sum[j]);
 }
 
+/* Numbers of which the `keep` largest are sought, in whole vectors whose end is minus infinity. */
+typedef struct {
+    const float *numbers;
+    int64_t columns, count, keep;
+} Contest;
+
 /* Two thresholds around the one sought: `below` numbers, at least `keep`, are at or above `lower`,
    and `above` of them, at most `keep`, at or above `upper`. */
 typedef struct {
@@ -303,50 +312,45 @@ typedef struct {
 } Bracket;
 
 /* Narrows a bracket down by thresholds that are `step` apart. */
-INLINE void try_thresholds(const Rows *c, const float *s, float middle, float step, Bracket *x) {
+INLINE void try_thresholds(const Contest *c, float middle, float step, Bracket *x) {
     float tried[TRIED];
     int64_t count[TRIED];
     for (int j = 0; j < TRIED; j++) tried[j] = middle + (float)(j - 1) * step;
-    count_from(s, c->fixed, tried, count);
+    count_from(c->numbers, c->columns, tried, count);
     for (int j = 0; j < TRIED; j++) {
         if (count[j] >= c->keep && tried[j] > x->lower) x->lower = tried[j], x->below = count[j];
         if (count[j] <= c->keep && tried[j] < x->upper) x->upper = tried[j], x->above = count[j];
     }
 }
 
-INLINE int is_narrow(const Rows *c, const Bracket *x) {
+INLINE int is_narrow(const Contest *c, const Bracket *x) {
     return x->below == c->keep || x->above == c->keep || x->below - x->above <= CLOSE;
 }
 
-/* A bracket with few numbers in it, or one that could not be narrowed down. guess: the first
-   threshold in deviations from the mean, that of the last row of this head. */
-static Bracket bracket_of(const Rows *c, const float *s, float mean, float deviation, float *guess) {
-    Bracket x = {-__builtin_inff(), __builtin_inff(), c->keys - c->prefix, 0};
-    float step = 0.12f * deviation, middle = mean + *guess * deviation;
-    for (int pass = 0; pass < PASSES && !is_narrow(c, &x); pass++) {
-        if (x.lower > -__builtin_inff() && x.upper < __builtin_inff()) {
-            float share = (float)(x.below - c->keep) / (float)(x.below - x.above);
-            middle = x.lower + share * (x.upper - x.lower);
-            step = 0.2f * (x.upper - x.lower);
+/* Narrows a bracket down until few numbers are in it, if it can be. middle, step: the first thresholds
+   to try. */
+static void narrow_down(const Contest *c, float middle, float step, Bracket *x) {
+    for (int pass = 0; pass < PASSES && !is_narrow(c, x); pass++) {
+        if (x->lower > -__builtin_inff() && x->upper < __builtin_inff()) {
+            float share = (float)(x->below - c->keep) / (float)(x->below - x->above);
+            middle = x->lower + share * (x->upper - x->lower);
+            step = 0.2f * (x->upper - x->lower);
         } else if (pass) {
             step *= 3;
-            middle = x.lower > -__builtin_inff() ? x.lower + 2 * step : x.upper - 2 * step;
+            middle = x->lower > -__builtin_inff() ? x->lower + 2 * step : x->upper - 2 * step;
         }
-        try_thresholds(c, s, middle, step, &x);
+        try_thresholds(c, middle, step, x);
     }
-    float lower = x.lower > -__builtin_inff() ? x.lower : x.upper;
-    if (lower < __builtin_inff()) *guess = (lower - mean) / deviation;
-    return x;
 }
 
-/* The `keep`th best of a row, by ranking the few numbers within a bracket. */
-static float threshold_within(const Rows *c, const float *s, const Bracket *x) {
+/* The `keep`th best, by ranking the few numbers within a bracket. */
+static float threshold_within(const Contest *c, const Bracket *x) {
     /* columns without a key, up to 15, may be among them, and whole vectors are written */
     float close[CLOSE + 16 + WIDTH];
     int32_t places[CLOSE + 16 + WIDTH];
     int64_t count = 0, need = c->keep - x->above - 1;
-    for (int64_t i = 0; i < c->fixed; i += WIDTH) {
-        vec a = load(s + i);
+    for (int64_t i = 0; i < c->columns; i += WIDTH) {
+        vec a = load(c->numbers + i);
         Lanes within = lanes_from(a, all(x->lower)) & ~lanes_from(a, all(x->upper));
         count += keep_pairs(within, a, (ints){0}, close + count, places);
     }
@@ -393,50 +397,101 @@ static void choose_by_order(const Rows *c, const float *s, const RowsRoom *x, co
     }
 }
 
-/* The `keep` best patch keys of a row and their scores, in the order of keys. */
-static void choose(const Rows *c, const float *s, RowsRoom *x, const List *list) {
-    int64_t patches = c->keys - c->prefix, whole = patches / WIDTH * WIDTH, n = 0;
+/* Mean and deviation of a row's numbers, those that are minus infinity left out if there are any; 0
+   where it has others that are not finite, or too few. */
+static int spread_of(const Rows *c, const float *s, float *mean, float *deviation) {
+    int64_t patches = c->keys - c->prefix, whole = patches / WIDTH * WIDTH;
     vec sum = {0}, squares = {0};
     ints hidden = {0};
     for (int64_t i = 0; i < whole; i += WIDTH) {
         vec a = load(s + i);
-        ints is_hidden = a == all(-__builtin_inff());
-        a = pick(is_hidden, (vec){0}, a);
-        hidden -= is_hidden, sum += a, squares += a * a;
+        sum += a, squares += a * a;
     }
-    whole -= sum_of(hidden);
-    float share = 1.0f / (float)(whole ? whole : 1), mean = total(sum) * share;
-    float spread = total(squares) * share - mean * mean;
-    if (!(spread - spread == 0) || whole < smaller(c->keep, WIDTH)) {
-        choose_by_order(c, s, x, list);
-        return;
+    float added = total(sum);
+    if (added == -__builtin_inff()) {
+        sum = squares = (vec){0};
+        for (int64_t i = 0; i < whole; i += WIDTH) {
+            vec a = load(s + i);
+            ints is_hidden = a == all(-__builtin_inff());
+            a = pick(is_hidden, (vec){0}, a);
+            hidden -= is_hidden, sum += a, squares += a * a;
+        }
+        added = total(sum), whole -= sum_of(hidden);
     }
-    float deviation = sqrtf(spread > 1e-12f ? spread : 1e-12f);
-    Bracket bracket = bracket_of(c, s, mean, deviation, &x->guess);
-    if (!is_narrow(c, &bracket)) {
-        choose_by_order(c, s, x, list);
-        return;
-    }
-    float least = bracket.lower;
-    if (bracket.above == c->keep)
-        least = bracket.upper;
-    else if (bracket.below > c->keep)
-        least = threshold_within(c, s, &bracket);
-    for (int64_t i = 0; i < c->fixed; i += WIDTH) {
-        vec a = load(s + i);
-        n += keep_pairs(lanes_from(a, all(least)), a, lanes_at(i), list->weights + n,
-                        list->index + n);
-    }
-    if (n > c->keep) drop_last_alike(c, least, n, list);
+    float share = 1.0f / (float)(whole ? whole : 1);
+    *mean = added * share;
+    float spread = total(squares) * share - *mean * *mean;
+    *deviation = sqrtf(spread > 1e-12f ? spread : 1e-12f);
+    return spread - spread == 0 && whole >= smaller(c->keep, WIDTH);
 }
 
-/* Sum of weighted values, written times `share`. */
-INLINE void mix(int wide, const float *values, int64_t apart, const int32_t *index, const float *w,
-                int64_t count, float share, float *to) {
+/* Numbers from a threshold on and their places, in order; how many. May write over what it reads. */
+INLINE int64_t keep_from(const float *s, const int32_t *index, int64_t columns, float least,
+                         const List *list) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < columns; i += WIDTH) {
+        vec a = load(s + i);
+        ints places = lanes_at(i);
+        if (index) memcpy(&places, index + i, sizeof places);
+        n += keep_pairs(lanes_from(a, all(least)), a, places, list->weights + n, list->index + n);
+    }
+    return n;
+}
+
+/* The largest of a list of `count`, in order; 0 where too many are alike. from: what all of them are
+   at least. middle, step: of `narrow_down`. */
+static int keep_largest(const Rows *c, int64_t count, float from, float middle, float step,
+                        const List *list, float *least) {
+    Contest contest = {list->weights, (count + WIDTH - 1) / WIDTH * WIDTH, count, c->keep};
+    Bracket x = {from, __builtin_inff(), count, 0};
+    store(list->weights + count, all(-__builtin_inff()));
+    narrow_down(&contest, middle, step, &x);
+    if (!is_narrow(&contest, &x)) return 0;
+    *least = x.lower;
+    if (x.above == c->keep)
+        *least = x.upper;
+    else if (x.below > c->keep)
+        *least = threshold_within(&contest, &x);
+    int64_t n = keep_from(list->weights, list->index, contest.columns, *least, list);
+    if (n > c->keep) drop_last_alike(c, *least, n, list);
+    return 1;
+}
+
+/* The `keep` best patch keys of a row and their scores, in the order of keys. A threshold near that of
+   the last row of this head takes the best and some more out of the row at once; what is left to do
+   goes through those alone. */
+static void choose(const Rows *c, const float *s, RowsRoom *x, const List *list) {
+    float mean, deviation, least;
+    if (!spread_of(c, s, &mean, &deviation)) {
+        choose_by_order(c, s, x, list);
+        return;
+    }
+    float middle = mean + x->guess * deviation, margin = MARGIN, from = middle;
+    int64_t n = 0;
+    for (int tries = 0; n < c->keep && tries < TRIES; tries++, margin *= 3) {
+        from = middle - margin * deviation;
+        n = keep_from(s, 0, c->fixed, from, list);
+    }
+    if (n < c->keep) {
+        from = -__builtin_inff();
+        n = keep_from(s, 0, c->fixed, from, list);
+    }
+    if (n != c->keep && !keep_largest(c, n, from, middle, 0.12f * deviation, list, &least)) {
+        choose_by_order(c, s, x, list);
+        return;
+    }
+    if (n != c->keep) x->guess = (least - mean) / deviation;
+}
+
+/* Sum of weighted values, of a list's columns and of its cells, written times `share`. */
+INLINE void mix(int wide, const float *values, int64_t apart, const List *list, float share,
+                float *to) {
+    const float *w = list->weights, *more = list->cell_weights;
+    const int32_t *index = list->index;
     vec even[4], odd[4];
 #pragma GCC unroll 4
     for (int j = 0; j < wide; j++) even[j] = odd[j] = (vec){0};
-    int64_t i = 0;
+    int64_t i = 0, count = list->count;
     for (; i + 2 <= count; i += 2) {
         const float *a = values + index[i] * apart, *b = values + index[i + 1] * apart;
 #pragma GCC unroll 4
@@ -449,20 +504,31 @@ INLINE void mix(int wide, const float *values, int64_t apart, const int32_t *ind
 #pragma GCC unroll 4
         for (int j = 0; j < wide; j++)
             even[j] += load(values + index[i] * apart + j * WIDTH) * all(w[i]);
+    if (list->cells) values += list->view->values * apart;
+    for (i = 0; i + 2 <= list->cells; i += 2, values += 2 * apart)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) {
+            even[j] += load(values + j * WIDTH) * all(more[i]);
+            odd[j] += load(values + apart + j * WIDTH) * all(more[i + 1]);
+        }
+    if (i < list->cells)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) even[j] += load(values + j * WIDTH) * all(more[i]);
 #pragma GCC unroll 4
     for (int j = 0; j < wide; j++) store(to + j * WIDTH, (even[j] + odd[j]) * all(share));
 }
 
 static void mix_row(const Rows *c, const RowsRoom *x, const List *list, float *to) {
-    int64_t d = 0, apart = c->value_dim, count = list->count;
-    const float *w = list->weights, share = 1.0f / list->sum;
-    for (; d + 4 * WIDTH <= apart; d += 4 * WIDTH)
-        mix(4, x->values + d, apart, list->index, w, count, share, to + d);
-    for (; d + WIDTH <= apart; d += WIDTH)
-        mix(1, x->values + d, apart, list->index, w, count, share, to + d);
+    int64_t d = 0, apart = c->value_dim;
+    const float share = 1.0f / list->sum;
+    for (; d + 4 * WIDTH <= apart; d += 4 * WIDTH) mix(4, x->values + d, apart, list, share, to + d);
+    for (; d + WIDTH <= apart; d += WIDTH) mix(1, x->values + d, apart, list, share, to + d);
     for (; d < apart; d++) {
         float sum = 0;
-        for (int64_t i = 0; i < count; i++) sum += w[i] * x->values[list->index[i] * apart + d];
+        for (int64_t i = 0; i < list->count; i++)
+            sum += list->weights[i] * x->values[list->index[i] * apart + d];
+        for (int64_t i = 0; i < list->cells; i++)
+            sum += list->cell_weights[i] * x->values[(list->view->values + i) * apart + d];
         to[d] = sum * share;
     }
 }
@@ -495,20 +561,21 @@ static void list_row(const Rows *c, int64_t row, int dense, RowsRoom *x) {
     float *s = x->scores + row * c->columns;
     const float *bias = c->bias ? x->bias + row * c->columns : 0;
     List *list = x->lists + row;
-    int64_t count = c->keep, cells = dense ? 0 : c->cells, last;
-    list->cells = cells;
+    int64_t count = c->keep;
+    list->cells = dense ? 0 : c->cells, list->cell_weights = s + c->fixed + c->prefix;
     if (dense) {
         count = c->keys - c->prefix;
         for (int64_t i = 0; i < count; i++) list->index[i] = (int32_t)i, list->weights[i] = s[i];
     } else {
         choose(c, s, x, list);
-        if (cells) lose_keys(c, bias, x, row, s + c->fixed + c->prefix);
+        if (c->cells) lose_keys(c, bias, x, row, list->cell_weights);
     }
-    last = count + c->prefix;
-    for (int64_t i = 0; i < c->prefix; i++) list->index[count + i] = (int32_t)(c->fixed + i);
-    for (int64_t i = 0; i < cells; i++) list->index[last + i] = (int32_t)(list->view->values + i);
-    memcpy(list->weights + count, s + c->fixed, (c->prefix + cells) * sizeof *s);
-    list->count = last + cells;
+    for (int64_t i = 0; i < c->prefix; i++) {
+        list->index[count + i] = (int32_t)(c->fixed + i);
+        list->weights[count + i] = s[c->fixed + i];
+    }
+    list->count = count + c->prefix;
+    store(list->weights + list->count, all(-__builtin_inff()));
 }
 
 /* Whether a row of weights has one that is more than minus infinity, or no number. */
@@ -518,27 +585,55 @@ static int has_key(const float *w, int64_t count) {
     return 0;
 }
 
-/* Scores of a list to weights. Cells stand for as many keys as the list does not hold. */
+/* Scores of cells to weights, as many times as they stand for keys that the list does not hold; their
+   sum. */
+INLINE vec weigh_cells(const List *list, vec base, vec scale) {
+    vec sum = {0};
+    for (int64_t g = 0; g < list->cells; g += WIDTH) {
+        int64_t rest = smaller(WIDTH, list->cells - g);
+        ints picked;
+        memcpy(&picked, list->picked + g, sizeof picked);
+        vec left = load(list->view->held + g) - floats(picked);
+        vec w = power((load(list->cell_weights + g) - base) * scale) * left;
+        w = pick(lanes_at(0) < (int32_t)rest, w, (vec){0});
+        sum += w;
+        if (rest == WIDTH)
+            store(list->cell_weights + g, w);
+        else
+            memcpy(list->cell_weights + g, &w, rest * sizeof(float));
+    }
+    return sum;
+}
+
+/* The largest score of a list and its cells. */
+INLINE float largest_of(const List *list) {
+    const float *w = list->weights;
+    vec top = load(w), none = all(-__builtin_inff());
+    for (int64_t i = WIDTH; i < list->count; i += WIDTH) top = larger(load(w + i), top);
+    for (int64_t g = 0; g < list->cells; g += WIDTH) {
+        ints is_cell = lanes_at(g) < (int32_t)list->cells;
+        top = larger(pick(is_cell, load(list->cell_weights + g), none), top);
+    }
+    return largest(top);
+}
+
+/* Scores of a list to weights. */
 static void weigh_list(const Rows *c, List *list) {
-    float *w = list->weights, *last = w + list->count - list->cells;
-    int64_t count = list->count;
-    store(w + count, all(-__builtin_inff()));
-    vec top = load(w), sum = {0};
-    for (int64_t i = WIDTH; i < count; i += WIDTH) top = larger(load(w + i), top);
-    float most = largest(top);
-    if (c->bias && most == -__builtin_inff() && !has_key(w, count)) {
-        clear(w, count);
+    float *w = list->weights, most = largest_of(list);
+    if (c->bias && most == -__builtin_inff() && !has_key(w, list->count) &&
+        !has_key(list->cell_weights, list->cells)) {
+        clear(w, list->count);
+        clear(list->cell_weights, list->cells);
         list->sum = __builtin_inff(); /* the mixture, a share of it, is zero */
         return;
     }
     vec base = all(most), scale = all(c->bias ? LOG2E : (float)(c->scale * LOG2E));
-    for (int64_t i = 0; i < count; i += WIDTH) store(w + i, power((load(w + i) - base) * scale));
-    for (int64_t g = 0; g < list->cells; g += WIDTH) {
-        ints picked;
-        memcpy(&picked, list->picked + g, sizeof picked);
-        store(last + g, load(last + g) * (load(list->view->held + g) - floats(picked)));
+    vec sum = weigh_cells(list, base, scale);
+    for (int64_t i = 0; i < list->count; i += WIDTH) {
+        vec x = power((load(w + i) - base) * scale);
+        sum += x;
+        store(w + i, x);
     }
-    for (int64_t i = 0; i < count; i += WIDTH) sum += load(w + i);
     list->sum = total(sum);
 }
 
