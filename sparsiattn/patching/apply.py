@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsiattn.attention.given_structure import GivenStructure
@@ -199,6 +200,8 @@ def _put_on(planned: Patch) -> Patch:
     return planned
 
 
+# inference mode shows dry runs other operators, and marks all that is made in it
+@torch.inference_mode(False)
 def plan_patch(
     model: nn.Module,
     strategy: Config,
