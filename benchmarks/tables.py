@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,45 @@ def source(name: str) -> str:
         f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
         f"timm {card['timm']}."
     )
+
+
+def models() -> str:
+    """Many models as typed, by budget."""
+    rows = read("models-cpu")["models"]
+    by_name = {row["model"]: [r for r in rows if r["model"] == row["model"]] for row in rows}
+    head = ["model", "k = 0.1", "k = 0.25", "sites", "kernels"]
+    return table(head, [_model(name, found) for name, found in by_name.items()])
+
+
+def _model(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    if "refused" in rows[0]:
+        return [f"`{name}`", "refused", "refused", "", ""]
+    ratios = [f"{row['ratio']:.2f}x" for row in rows]
+    kernels = ", ".join(f"`{kernel}`" for kernel in rows[0]["kernels"])
+    return [f"`{name}`", *ratios, str(rows[0]["sites"]), kernels]
+
+
+def train_step() -> str:
+    """Training steps, by budget."""
+    rows = read("train-step-cpu")["steps"]
+    body = [
+        [str(row["k"]), f"{row['ratio']:.2f}x", _quartiles(row["ratio_quartiles"])] for row in rows
+    ]
+    return table(["k", "whole step", "quartiles"], body)
+
+
+def _quartiles(ratios: list[float]) -> str:
+    return " to ".join(f"{ratio:.2f}x" for ratio in ratios)
+
+
+def merging() -> str:
+    """Merged tokens and a plain rewrite of their paper."""
+    rows = read("merge-cpu")["speedup"]
+    body = [
+        [name, *(f"{row[key]:.2f}x" for key in ("rewrite", "ours", "ours_over_rewrite"))]
+        for name, row in rows.items()
+    ]
+    return table(["", "rewrite", "`token_merge`", "over the rewrite"], body)
 
 
 def mass() -> str:
@@ -134,7 +174,7 @@ def resolution() -> str:
     return table(
         head,
         [
-            [name, f"{r['ratio']:.2f}x", " to ".join(f"{q:.2f}x" for q in r["ratio_quartiles"])]
+            [name, f"{r['ratio']:.2f}x", _quartiles(r["ratio_quartiles"])]
             for name, r in rows.items()
         ],
     )
@@ -156,7 +196,31 @@ def search() -> str:
     return table(["budget", "schedule", "MACs", "top-1", "agreement"], rows)
 
 
+SOURCES = (
+    "accuracy-cifar",
+    "export-cpu",
+    "kernels-cpu",
+    "kernels-native-cpu",
+    "kernels-native-epyc",
+    "memory-cpu",
+    "merge-cpu",
+    "models-cpu",
+    "overhead-cpu",
+    "proportional-cpu",
+    "quality-cifar",
+    "reliability-cpu",
+    "resolution-cpu",
+    "search-cifar",
+    "serving-cpu",
+    "speed-cpu",
+    "support",
+    "token-quality-cifar",
+    "tokens-cpu",
+    "train-step-cpu",
+)
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    **{f"source {name}": partial(source, name) for name in SOURCES},
     "mass": mass,
     "kernels": kernels,
     "overhead": overhead,
@@ -165,27 +229,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "proportional": proportional,
     "memory": memory,
     "resolution": resolution,
+    "models": models,
+    "train-step": train_step,
+    "merging": merging,
     "search": search,
     "command line": command_line.text,
     "kernel features": lambda: table(*kernel_features.table()),
-    "source search-cifar": lambda: source("search-cifar"),
-    "source resolution-cpu": lambda: source("resolution-cpu"),
-    "source memory-cpu": lambda: source("memory-cpu"),
-    "source proportional-cpu": lambda: source("proportional-cpu"),
-    "source tokens-cpu": lambda: source("tokens-cpu"),
-    "source token-quality-cifar": lambda: source("token-quality-cifar"),
-    "source quality-cifar": lambda: source("quality-cifar"),
-    "source kernels-native-cpu": lambda: source("kernels-native-cpu"),
-    "source kernels-native-epyc": lambda: source("kernels-native-epyc"),
-    "source kernels-cpu": lambda: source("kernels-cpu"),
-    "source overhead-cpu": lambda: source("overhead-cpu"),
-    "source support": lambda: source("support"),
-    "source serving-cpu": lambda: source("serving-cpu"),
-    "source export-cpu": lambda: source("export-cpu"),
-    "source speed-cpu": lambda: source("speed-cpu"),
-    "source accuracy-cifar": lambda: source("accuracy-cifar"),
     **support_tables.BLOCKS,
-    "source reliability-cpu": lambda: source("reliability-cpu"),
     **accuracy_tables.BLOCKS,
     **reliability_tables.BLOCKS,
     **method_tables.BLOCKS,
