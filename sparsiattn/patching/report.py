@@ -226,8 +226,11 @@ def report(state: PatchState, total: int | None = None) -> Report:
     device = "cpu" if like is None else like.device.type
     # what is known of other devices says nothing of one without kernels
     if other and not (run is not None and run.ragged) and not no_fast_kernel(device):
-        speed = model_speed(state, run, dense, {row.name: row.speed for row in rows})
+        speeds = {row.name: row.speed for row in rows}
+        sparse = sum(row.kernel != "dense" for row in rows)
+        speed = model_speed(state, run, dense, speeds, sparse)
     slow = {row.name for row in rows if row.speed < SLOWER}
+    slow = slow or {row.name for row in rows if row.kernel != "dense"}
     choices = {site.site.name: e.choice for site, e in expected if site.site.name in slow}
     return Report(
         model=type(state.model).__name__,

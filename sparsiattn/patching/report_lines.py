@@ -42,9 +42,12 @@ def loses_time(speed: float, instead: Sequence[str]) -> str:
     """
     if speed >= SLOWER:
         return ""
+    expected = f"{speed_text(speed)} of dense expected"
+    if not instead:
+        return expected
     *others, last = instead
     options = f"{', '.join(others)} or {last}" if others else last
-    return f"{speed_text(speed)} of dense expected; instead: {options}"
+    return f"{expected}; instead: {options}"
 
 
 def whole_model(speed: float) -> str:

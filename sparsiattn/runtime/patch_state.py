@@ -166,6 +166,12 @@ class PatchState(PatchOwner):
         return [runtime.site for runtime in self.runtimes]
 
     @property
+    def runs_on_cpu(self) -> bool:
+        """Whether the model's first weight is there, or not yet anywhere."""
+        first = next(self.model.parameters(), None)
+        return first is None or first.device.type in ("cpu", "meta")
+
+    @property
     def has_learned_planners(self) -> bool:
         """Whether `calibrate` has planners to fit here."""
         return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)

@@ -80,6 +80,8 @@ class TokenMerge(TokenStrategy):
         if self.bsm not in BSM:
             raise InvalidOption(f"bsm must be one of {BSM}, got {self.bsm!r}")
         check_flag("proportional", self.proportional)
+        if self.r is None and self.ratio is None:  # a later version may have another default
+            object.__setattr__(self, "ratio", SHARE)
         ratio = self.ratio
         if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
             raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
@@ -90,16 +92,6 @@ class TokenMerge(TokenStrategy):
             )
         if self.r is not None:
             self._check_rates()
-
-    @property
-    def share(self) -> float | None:
-        """What every layer keeps; None where ``r`` says how many tokens it loses."""
-        return SHARE if self.r is None and self.ratio is None else self.ratio
-
-    def to_dict(self) -> dict[str, Any]:
-        saved = super().to_dict()
-        # a later version may have another default
-        return {**saved, "options": {**saved["options"], "ratio": self.share}}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TokenMerge:
@@ -164,9 +156,8 @@ class TokenMerge(TokenStrategy):
 
     def rate(self, tokens: int) -> int:
         """Tokens to merge out of so many."""
-        share = self.share
-        if share is not None:
-            return min(math.floor(tokens - tokens * share), tokens // 2)
+        if self.ratio is not None:
+            return min(math.floor(tokens - tokens * self.ratio), tokens // 2)
         assert isinstance(self.r, int)
         return min(self.r, tokens // 2)
 

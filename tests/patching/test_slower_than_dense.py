@@ -17,6 +17,7 @@ from timm import models
 import sparsiattn
 from sparsiattn import SlowerThanDense
 from sparsiattn.kernels import Gather, cost
+from sparsiattn.patching import model_speed
 from sparsiattn.patching.estimate import expect
 from tests.support import zoo
 
@@ -126,9 +127,31 @@ def test_nobody_is_told(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert not told
 
 
-def test_a_kernel_that_wins_needs_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes no time, and neither does planning."""
     monkeypatch.setattr(Gather, "speed", lambda *_: 50.0)
     monkeypatch.setattr(cost.Planning, "share", lambda *_: 0.0)
+
+
+@pytest.mark.usefixtures("fast_kernel")
+def test_small_models_lose_by_what_python_takes_at_every_site() -> None:
+    small, large = (
+        models.VisionTransformer(img_size=96, embed_dim=dim, depth=2, num_heads=4).eval()
+        for dim in (64, 1024)
+    )
+    with heard() as told, sparsiattn.patch(small, "local", k=0.25) as patch:
+        assert patch.report().speed < 0.5  # type: ignore[operator]
+        assert "only_if_faster" not in repr(patch)  # every site is expected to win
+    assert len(told) == 1
+    with heard() as told, sparsiattn.patch(large, "local", k=0.25) as patch:
+        assert patch.report().speed > 0.98  # type: ignore[operator]
+    assert not told
+
+
+@pytest.mark.usefixtures("fast_kernel")
+def test_a_kernel_that_wins_needs_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_speed, "SITE_MACS", 0)
     with heard() as told, sparsiattn.patch(zoo.build("vit"), "local", k=0.25) as patch:
         report = patch.report()
     assert not told
