@@ -92,7 +92,7 @@ class PatchOwner:
 
     @last_pass.setter
     def last_pass(self, value: tuple[Carried, int] | None) -> None:
-        if in_backward() or (value is None and self.last_pass is None):
+        if in_backward() or (value is None and self not in _LAST_PASSES.get({})):
             return
         passes = WeakKeyDictionary(_LAST_PASSES.get({}))  # a new one: contexts are handed on
         passes[self] = [value]

@@ -68,7 +68,7 @@ class TokenMerge(TokenStrategy):
     suite = MappingProxyType({"ordered": True})  # alternate tokens are paired
 
     r: Rate | None = None
-    ratio: float | None = None
+    ratio: float | None = SHARE
     method: str = "tome"
     proportional: bool = True
     bsm: str | None = "first"
@@ -80,8 +80,10 @@ class TokenMerge(TokenStrategy):
         if self.bsm not in BSM:
             raise InvalidOption(f"bsm must be one of {BSM}, got {self.bsm!r}")
         check_flag("proportional", self.proportional)
-        if self.r is None and self.ratio is None:  # a later version may have another default
+        if self.r is None and self.ratio is None:
             object.__setattr__(self, "ratio", SHARE)
+        elif self.r is not None and self.ratio == SHARE:  # the default gives way to a number
+            object.__setattr__(self, "ratio", None)
         ratio = self.ratio
         if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
             raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
