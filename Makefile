@@ -10,7 +10,7 @@ OLDEST ?= python3.10
 VENV_OLDEST := .venv-oldest
 READY_OLDEST := $(VENV_OLDEST)/.ready
 
-.PHONY: demo test test-slow test-census test-oldest lint wheel plugin-check audit constraints
+.PHONY: demo test test-slow test-oldest lint wheel plugin-check audit constraints
 .PHONY: levels map docs docs-serve census support reliability clean
 
 $(READY): pyproject.toml setup.py $(wildcard sparsiattn/kernels/native/*.[ch])
@@ -45,10 +45,6 @@ plugin-check: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not census"
 
-# every model of timm, torchvision and transformers by name: hours on two cores
-test-census: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m census
-
 # warnings are no errors there: old libraries have old ones
 test-oldest: $(READY_OLDEST)
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto -o filterwarnings=default
@@ -79,7 +75,7 @@ constraints: $(READY)
 	$(BIN)/python tools/pins.py
 
 census: $(READY)
-	$(BIN)/python -m pytest -m census
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m census
 
 # goes on with the rows that are missing under benchmarks/results/census
 support: $(READY)
