@@ -52,14 +52,16 @@ def models() -> str:
     """Many models as typed, by budget."""
     rows = read("models-cpu")["models"]
     by_name = {row["model"]: [r for r in rows if r["model"] == row["model"]] for row in rows}
-    head = ["model", "k = 0.1", "k = 0.25", "sites", "kernels"]
+    head = ["model", "k = 0.1", "k = 0.25", "k = 0.1, `only_if_faster`", "sites", "kernels"]
     return table(head, [_model(name, found) for name, found in by_name.items()])
 
 
 def _model(name: str, rows: list[dict[str, Any]]) -> list[str]:
     if "refused" in rows[0]:
-        return [f"`{name}`", "refused", "refused", "", ""]
+        return [f"`{name}`", *(["refused"] * len(rows)), "", ""]
     ratios = [f"{row['ratio']:.2f}x" for row in rows]
+    if rows[-1]["sparse_sites"] < rows[-1]["sites"]:
+        ratios[-1] += f" ({rows[-1]['sparse_sites']} sites)"
     kernels = ", ".join(f"`{kernel}`" for kernel in rows[0]["kernels"])
     return [f"`{name}`", *ratios, str(rows[0]["sites"]), kernels]
 

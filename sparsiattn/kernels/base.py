@@ -152,6 +152,14 @@ class Choice:
         """Expected speed relative to dense attention with planning paid."""
         return 0.0 if self.speed <= 0 else 1.0 / (1.0 / self.speed + self.planning)
 
+    @property
+    def pays(self) -> bool:
+        """Whether it is expected to save more time than Python takes at the site."""
+        if self.call is None or self.expected <= 0:
+            return self.expected >= 1.0
+        saved = cost.dense_seconds(self.call) * (1.0 - 1.0 / self.expected)
+        return saved >= cost.site_seconds(self.call.device)
+
     def after(self, planning: Planning) -> Choice:
         """The same choice with the time of planning counted."""
         return self if self.call is None else replace(self, planning=planning.share(self.call))

@@ -31,6 +31,10 @@ MASK_WORTH = 2.0
 
 _COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+SITE_SECONDS = 1.5e-4
+"""What Python takes at a site on the way to a kernel and back, on a core of a server: most of it
+waits for code and objects that the layers in between have driven out of the caches."""
+
 # The batch by which kernels are compared while a compiler traces.
 TRACED_IMAGES = 8
 
@@ -253,6 +257,11 @@ def prices(kernel: str, call: CallShape) -> Prices:
 def dense_seconds(call: CallShape) -> float:
     """Expected time of the host's dense attention."""
     return prices(DENSE, call).of(call.dense)
+
+
+def site_seconds(device: torch.device) -> float:
+    """What Python takes at a site; nothing where it runs ahead of the device."""
+    return SITE_SECONDS if device.type in ("cpu", "meta") else 0.0
 
 
 def speed(kernel: str, work: Work, call: CallShape) -> float:

@@ -51,8 +51,8 @@ def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) ->
     Args:
         state: The patch, not in the model yet.
         run: The dry run of a patch that carries fewer tokens.
-        only_if_faster: Whether sites stay dense whose best kernel, planning paid, is not expected
-            to beat dense attention.
+        only_if_faster: Whether sites stay dense whose best kernel, planning and Python paid, is not
+            expected to beat dense attention.
 
     Raises:
         KernelRefused: The kernel that the user named cannot serve one of the sites.
@@ -60,7 +60,7 @@ def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) ->
     if state.kernel != "auto":  # every site first, while none is dense
         deque(expect_all(state, run), maxlen=0)
     for runtime, expected in expect_all(state, run) if only_if_faster else ():
-        runtime.dense = expected.choice.expected < 1.0
+        runtime.dense = not expected.choice.pays
 
 
 def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:

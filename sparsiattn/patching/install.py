@@ -11,8 +11,9 @@ from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
 from sparsiattn.patching.distributed import RefuseUnreduced, planner_modules
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
 from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.compiled_parts import RefuseCompiledParts, places_that_hand_on
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
-from sparsiattn.runtime.image import RecallMap, WatchImage, WatchMap
+from sparsiattn.runtime.image import WatchImage, WatchMap
 from sparsiattn.runtime.lifting import drop, lift, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
@@ -59,6 +60,8 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
     state.leave_hook = model.register_forward_hook(LeaveModel(state), always_call=True)
     hooks.append(state.leave_hook)
+    if places_that_hand_on(state):
+        hooks.append(model.register_forward_pre_hook(RefuseCompiledParts(state)))
     if planner_modules(state):
         hooks.append(model.register_forward_pre_hook(RefuseUnreduced(state)))
     storing = [r.site for r in state.runtimes if r.strategy.uses_cross_layer_state]
@@ -69,10 +72,6 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
     for block in state.blocks:
         _hook_block(state, block)
     state.note_links()
-    for name in state.attention.entrances:
-        recall, entrance = RecallMap(state), model.get_submodule(name)
-        # last and in front: whatever else runs there asks for the map
-        hooks.append(entrance.register_forward_pre_hook(recall, prepend=True, with_kwargs=True))
 
 
 def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:

@@ -18,9 +18,8 @@ from sparsiattn.patching.report_lines import SLOWER, loses_time
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
-SITE_MACS = 10_000_000
-"""What two cores of a server compute while Python finds its way to a kernel and back (0.15 ms, most
-of it waiting for code and objects that the layers in between have driven out of the caches)."""
+SITE_MACS = round(cost.SITE_SECONDS / 1.5e-11)
+"""What linear layers compute on two cores of a server while Python runs at a site."""
 
 
 def model_speed(
@@ -132,7 +131,7 @@ def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
         advice += ["strategy='token_drop'", "strategy='token_merge'"]
     if slow and pays_if_larger(slow[0]):
         advice.append("larger images")
-    known = [choice.expected < 1.0 for choice in choices.values()]
+    known = [not choice.pays for choice in choices.values()]
     if all(known):
         advice.append("only_if_faster=True")
     elif any(known) or any(runtime.measured is not None for runtime in slow):

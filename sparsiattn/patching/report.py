@@ -326,9 +326,10 @@ def _note(runtime: SiteRuntime, site: Site, expected: Expected) -> str:
     if isinstance(k, int) and k > site.keys:
         return f"k={k} is more than the {site.keys} keys there are: all are kept"
     if runtime.dense and not dense:
-        when = "" if choice.expected < 1 else ", decided elsewhere or before tuning"
+        when = ", decided elsewhere or before tuning" if choice.pays else ""
         speed = f"{choice.kernel.name}, planning paid, would run at {speed_text(choice.expected)}"
-        return f"left dense{when}: {speed} of dense"
+        paid = ", less than Python takes there" if choice.expected >= 1 and not choice.pays else ""
+        return f"left dense{when}: {speed} of dense{paid}"
     if dense:
         if not strategy.selects_keys:
             return "attends as the host does"

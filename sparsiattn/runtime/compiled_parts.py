@@ -6,15 +6,30 @@ What one compiled part writes for the next is lost: Dynamo replays writes to a s
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.patch_state import PatchState
 
 
-def refuse_compiled_parts(state: PatchState) -> None:
-    """Raise `ModelChanged` where places that hand each other state are compiled one by one."""
-    handing_on = _places_that_hand_on(state)
+class RefuseCompiledParts:
+    """Forward pre-hook of a model in which places hand each other state.
+
+    Raises `ModelChanged` where such places are compiled one by one.
+    """
+
+    def __init__(self, state: PatchState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _refuse_compiled_parts(self.state, places_that_hand_on(self.state))
+
+
+def _refuse_compiled_parts(state: PatchState, handing_on: list[str]) -> None:
     for name in handing_on:
         part: nn.Module = state.model
         path = ""
@@ -29,7 +44,7 @@ def refuse_compiled_parts(state: PatchState) -> None:
                 )
 
 
-def _places_that_hand_on(state: PatchState) -> list[str]:
+def places_that_hand_on(state: PatchState) -> list[str]:
     """Blocks that carry fewer tokens, attention that their reductions read, and sites with
     cross-layer state."""
     names = [runtime.block.name for runtime in state.blocks]

@@ -12,19 +12,39 @@ from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE
 from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch
 from sparsiattn.runtime.patch_owner import PatchOwner
+from sparsiattn.runtime.patch_state import SWITCHING, PatchState
 from sparsiattn.runtime.thread_state import MODEL_CALL
 
 
-def _note(owner: PatchOwner, size: Grid) -> None:
+def _note(owner: PatchState, size: Grid) -> None:
     MODEL_CALL.image = (owner.key, *size)
-    if not torch.compiler.is_compiling():  # for a backward pass in another thread
-        owner.image = size
+    if torch.compiler.is_compiling():
+        return
+    owner.image = size  # for a backward pass in another thread
+    if not owner.recalls_maps and torch.is_grad_enabled():
+        _recall_maps(owner)
+
+
+def _recall_maps(owner: PatchState) -> None:
+    """Let every place that a checkpoint may run again bring back its map.
+
+    From the first pass with gradients on: without any, these hooks would only take time.
+    """
+    with SWITCHING:
+        if owner.recalls_maps or not owner.active:
+            return
+        owner.recalls_maps = True
+        for name in owner.attention.entrances:
+            recall, entrance = RecallMap(owner), owner.model.get_submodule(name)
+            # in front: whatever else runs there asks for the map
+            hook = entrance.register_forward_pre_hook(recall, prepend=True, with_kwargs=True)
+            owner.hooks.append(hook)
 
 
 class WatchMap:
     """Forward hook of the convolution that makes tokens: notes rows and columns of its result."""
 
-    def __init__(self, owner: PatchOwner) -> None:
+    def __init__(self, owner: PatchState) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -59,7 +79,7 @@ class RecallMap:
 class WatchImage:
     """Forward pre-hook of a module that takes the image, where no convolution makes its tokens."""
 
-    def __init__(self, owner: PatchOwner) -> None:
+    def __init__(self, owner: PatchState) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:

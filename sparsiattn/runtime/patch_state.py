@@ -80,6 +80,7 @@ class PatchState(PatchOwner):
         hooks: Handles of every registered hook.
         places: Module path and module of everything that must stay where it was.
         links: Every module on those paths with its holder and its name there.
+        recalls_maps: Whether hooks bring the map of tokens back to what a checkpoint runs again.
         is_copy: Whether it came with a copy of its model, or of a part of it, or from a file.
         only_if_faster: Whether sites that were expected to lose time stay dense.
         speed_note: What to say of its speed and what to type instead, where it was expected to lose
@@ -107,7 +108,7 @@ class PatchState(PatchOwner):
         self.hooks: list[Any] = []
         self.places: list[tuple[str, nn.Module]] = []
         self.links: list[tuple[nn.Module, str, nn.Module]] = []
-        self.is_copy = False
+        self.is_copy = self.recalls_maps = False
         self.only_if_faster, self.speed_note = False, ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class PatchState(PatchOwner):
         """The same decisions, for another model: nothing of this one is switched or hooked."""
         bare = type(self).__new__(type(self))
         bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], links=[])
-        bare.running, bare.parts = {}, set()
+        bare.running, bare.parts, bare.recalls_maps = {}, set(), False
         bare.key = new_key()
         return bare
 
@@ -220,7 +221,10 @@ class PatchState(PatchOwner):
 
     def check_sites(self) -> None:
         """Raise `ModelChanged` if a patched module, or one that holds it, is gone or another."""
-        if all(holder._modules.get(name) is child for holder, name, child in self.links):
+        for holder, name, child in self.links:  # no generator: this runs before every pass
+            if holder._modules.get(name) is not child:
+                break
+        else:
             return
         for path, module in self.places:
             present: nn.Module | None = self.model

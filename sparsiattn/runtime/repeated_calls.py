@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.derivatives import is_unobserved
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall, Layout, autocast_dtype
+from sparsiattn.attention.layout import HostCall, Layout
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice, Kernel
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.patch_owner import PatchOwner
+from sparsiattn.runtime.thread_state import MODEL_CALL
 from sparsiattn.strategies.base import Planner, Strategy
 
 _MOST_CALLS = 16
@@ -80,17 +81,30 @@ class RepeatedCalls:
 
     Attributes:
         known: By `_key`.
+        by_shape: Whether the site's plans depend on shapes alone, as it was when the present pass
+            of the model began.
     """
 
     known: dict[Hashable, RepeatableCall] = field(default_factory=dict)
+    by_shape: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"known": {}}
 
+    def look_at(self, planner: Planner) -> None:
+        """Ask a planner whether its plans depend on shapes alone.
+
+        All planners are asked before the model runs: one that learns looks at its weights for that,
+        which takes several times as long between two layers.
+        """
+        self.by_shape = bool(getattr(planner, "plans_by_shape", False))
+
     def run(self, runtime: PlannedSite, call: HostCall) -> Tensor | None:
         """What an equal call would return; None where none was noted."""
         # in this order, or Dynamo guards what is known
-        if settings.are_set() or not self.known or not _is_plain(runtime, call):
+        if settings.are_set() or not self.known or not _is_plain(call):
+            return None
+        if not self._plans_by_shape(runtime):
             return None
         known = self.known.get(_key(runtime, call))
         if known is None or not known.holds_for(runtime):
@@ -107,7 +121,9 @@ class RepeatedCalls:
         choice: Choice,
     ) -> None:
         """Note a call, if the next one like it may leave planning out."""
-        if not _is_plain(runtime, call) or not _took_operands_as_they_are(runtime, call, inputs):
+        if settings.are_set() or not _is_plain(call) or not self._plans_by_shape(runtime):
+            return
+        if not _took_operands_as_they_are(runtime, call, inputs):
             return
         attend = choice.kernel.repeatable(inputs, pattern)
         if attend is None:
@@ -119,22 +135,25 @@ class RepeatedCalls:
             attend, choice, *decided, cost.generation()
         )
 
+    def _plans_by_shape(self, runtime: PlannedSite) -> bool:
+        """Whether the site is sparse, by plans that depend on shapes alone."""
+        if not runtime.owner.alive or runtime.dense:
+            return False
+        if runtime.owner.key not in MODEL_CALL.inside:  # a part of the model, called by itself
+            self.look_at(runtime.planner)
+        return self.by_shape
 
-def _is_plain(runtime: PlannedSite, call: HostCall) -> bool:
+
+def _is_plain(call: HostCall) -> bool:
     """Whether nothing beside layouts and modes has a say in this call.
 
-    No block of user code, mask, dropout, gradient, autocast or transform, and a planner that says
-    of itself that its plans depend on shapes alone.
+    No mask, dropout, gradient, autocast or transform.
     """
-    if settings.are_set() or torch.is_grad_enabled() or not runtime.owner.alive or runtime.dense:
-        return False
     if call.mask is not None or call.dropout or call.causal or call.gqa:
         return False
-    if type(call.v) is not Tensor or not is_unobserved(call.q, call.k):
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
         return False
-    if autocast_dtype(call.q) is not None:
-        return False
-    return bool(getattr(runtime.planner, "plans_by_shape", False))
+    return type(call.v) is Tensor and is_unobserved(call.q, call.k)
 
 
 def _took_operands_as_they_are(

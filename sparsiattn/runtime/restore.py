@@ -19,7 +19,6 @@ from torch import nn
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
-from sparsiattn.runtime.compiled_parts import refuse_compiled_parts
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.ownership import is_inside, leave_model, runs_elsewhere
 from sparsiattn.runtime.patch_owner import PatchOwner
@@ -151,11 +150,12 @@ class EnterModel(ScriptRefusal):
         inside = is_inside(owner)
         install()  # somebody may have put the original function back
         owner.check_sites()
-        refuse_compiled_parts(owner)
         owner.last_pass = None
         if not inside:
             if owner.shortens and not owner.disabled_here:
                 MODEL_CALL.features = _features_of(owner, module, args, kwargs)
+            for runtime in owner.runtimes:
+                runtime.repeated.look_at(runtime.planner)
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
             owner.running[get_ident()] = note_caller(-owner.key)
 
@@ -173,7 +173,8 @@ class LeaveModel(ScriptRefusal):
         owner = self.owner
         if torch.compiler.is_compiling():
             return
-        began_here = is_inside(owner)
+        # only where it matters: it looks through the stack
+        began_here = not owner.alive and is_inside(owner)
         leave_model(owner.key)
         owner.running.pop(get_ident(), None)
         if owner.alive:

@@ -156,7 +156,10 @@ def install() -> None:
 def _installed() -> Callable[..., Tensor] | None:
     """The wrapper in front of the function that `dense_attention` calls, if there is one."""
     original = original_attention()
-    return next((wrapper for wrapper, fallback in _WRAPPERS if fallback is original), None)
+    for wrapper, fallback in _WRAPPERS:  # no generator: this runs before every pass
+        if fallback is original:
+            return wrapper
+    return None
 
 
 def _put_back() -> None:

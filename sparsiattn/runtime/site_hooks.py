@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
+from sparsiattn.runtime import settings
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.ownership import runs_in_another, surroundings
 from sparsiattn.runtime.patch_owner import new_key
@@ -75,6 +76,8 @@ class OpenScope(ScriptRefusal):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         refuse_fx(args)
+        if self.runtime.is_idle and not settings.are_set():  # nobody looks, and nothing changes
+            return
         owner, elsewhere, model_call = self.runtime.owner, False, None
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -110,7 +113,7 @@ class CloseScope(ScriptRefusal):
         pop(key)
         if runtime.last_cross_layer:
             MODEL_CALL.cross_layer = None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or key not in SITE_CALLS.callers:
             return
         forget_caller(key)
         if output is None or runtime.owner.disabled_here:

@@ -28,6 +28,7 @@ from sparsiattn.runtime.repeated_calls import RepeatedCalls
 from sparsiattn.runtime.thread_state import BLOCK_CALL, SITE_CALLS
 from sparsiattn.strategies import finalize
 from sparsiattn.strategies.base import Planner, Strategy
+from sparsiattn.strategies.dense import DenseStrategy
 
 PLANNER = "sparsiattn"
 """Name of the child module that holds a site's learned planner."""
@@ -116,6 +117,13 @@ class SiteRuntime:
     def __getstate__(self) -> dict[str, Any]:
         # what was measured holds for this machine, and a copy chooses for itself
         return {**self.__dict__, "measured": None, "choices": ChoiceCache()}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the host's own attention runs in every call, and no other block asks for it."""
+        if not (self.dense or isinstance(self.strategy, DenseStrategy)):
+            return False
+        return self.block is None and not self.strategy.uses_cross_layer_state
 
     def note_measured(self, ratio: float, choice: Choice) -> None:
         """Keep a speed that was measured, with the kernel that ran for it."""

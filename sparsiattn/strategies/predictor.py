@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.strategies.basis import resize_tables
 
 MAX_ELEMENTS = 1 << 24  # of exact attention that calibration holds at once
+PART = 1 << 8  # elements of a table that are compared in one call
+
+Pair = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -46,8 +49,10 @@ def _rows_of(inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
 class KnownTables:
     """Whether W_down and W_up hold known values.
 
-    On a CPU they are compared in every call, since writes to ``weight.data`` leave no trace. On
-    other devices, where comparing would wait for them, only after writes that autograd counts.
+    They are compared after every write that autograd counts. Writes to ``weight.data`` leave no
+    trace: on a CPU, a part of the values is compared in every call, the next part in the next one
+    (all of them are more than the caches hold beside a model's weights). On other devices comparing
+    would wait for them.
 
     Args:
         make: Makes the known tables.
@@ -57,32 +62,49 @@ class KnownTables:
         self._make = make
         self._known: tuple[Tensor, ...] | None = None
         self._last: tuple[object, bool] | None = None
+        self._parts: list[tuple[Pair, ...]] = []
+        self._next = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_make": self._make, "_known": None, "_last": None}
+        return KnownTables(self._make).__dict__
 
     def equals(self, down: Tensor, up: Tensor) -> bool:
         """Whether the tables are the known ones."""
-        known = self._known
-        plain = type(down) is nn.Parameter and down.device.type == "cpu"
-        if plain and known is not None and known[0].dtype == down.dtype:
-            return torch.equal(known[0], down) and torch.equal(known[1], up)
-        return self._compare((down, up))
+        on_cpu = down.is_cpu
+        if on_cpu and type(down) is not nn.Parameter:  # a shard, which has no address
+            return self._compare((down, up))
+        identity = identity_of(down), identity_of(up)
+        if self._last is None or self._last[0] != identity:
+            equal = self._compare((down, up))
+            self._last, self._parts = (identity, equal), []
+            if on_cpu and equal and self._known is not None:
+                self._parts = _parts_of(self._known, (down, up))
+        elif on_cpu and not self._next_part_equals():
+            self._last = identity, self._compare((down, up))
+        return self._last[1]
+
+    def _next_part_equals(self) -> bool:
+        """Whether the next part of both tables is as known; not where none is known to be."""
+        if not self._parts:
+            return False
+        self._next = (self._next + 1) % len(self._parts)
+        return all(torch.equal(known, now) for known, now in self._parts[self._next])
 
     def _compare(self, tables: tuple[Tensor, ...]) -> bool:
-        identity = None
-        if tables[0].device.type != "cpu":
-            identity = tuple(map(identity_of, tables))
-            if self._last is not None and self._last[0] == identity:
-                return self._last[1]
         whole = [whole_tensor(table) for table in tables]
         if self._known is None or self._known[0].dtype != whole[0].dtype:
             with torch.inference_mode(False):
                 self._known = tuple(t.to(whole[0].dtype) for t in self._make())
         pairs = zip(self._known, whole, strict=True)
-        equal = all(torch.equal(known.to(now.device), now) for known, now in pairs)
-        self._last = identity, equal
-        return equal
+        return all(torch.equal(known.to(now.device), now) for known, now in pairs)
+
+
+def _parts_of(known: Sequence[Tensor], tables: Sequence[Tensor]) -> list[tuple[Pair, ...]]:
+    """Rows of every table beside the known ones, as views, in parts that are quick to compare."""
+    count = max(1, tables[0].numel() // PART)
+    with torch.inference_mode(False), torch.no_grad():
+        split = [table.detach().tensor_split(count) for table in (*known, *tables)]
+    return [((d, down), (u, up)) for d, u, down, up in zip(*split, strict=True)]
 
 
 class ResizedTables:

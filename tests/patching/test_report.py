@@ -113,6 +113,9 @@ def test_a_site_left_dense_elsewhere_says_so(monkeypatch: pytest.MonkeyPatch) ->
     live = sparsiattn.patch(zoo.build("vit"), "local", k=0.25, only_if_faster=True)
     monkeypatch.setattr(Gather, "speed", lambda *_: 50.0)
     monkeypatch.setattr(cost.Planning, "share", lambda *_: 0.0)
+    note = "left dense: gather, planning paid, would run at 50.00x of dense, less than Python takes"
+    assert live.report().sites[0].note.startswith(note)
+    monkeypatch.setattr(cost, "SITE_SECONDS", 0.0)
     note = "left dense, decided elsewhere or before tuning: gather, planning paid, would run at 50"
     assert live.report().sites[0].note.startswith(note)
 

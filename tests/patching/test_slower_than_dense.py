@@ -142,11 +142,24 @@ def test_small_models_lose_by_what_python_takes_at_every_site() -> None:
     )
     with heard() as told, sparsiattn.patch(small, "local", k=0.25) as patch:
         assert patch.report().speed < 0.5  # type: ignore[operator]
-        assert "only_if_faster" not in repr(patch)  # every site is expected to win
+        assert "only_if_faster=True" in repr(patch)  # attention would win, were there no Python
     assert len(told) == 1
     with heard() as told, sparsiattn.patch(large, "local", k=0.25) as patch:
         assert patch.report().speed > 0.98  # type: ignore[operator]
     assert not told
+
+
+@pytest.mark.usefixtures("fast_kernel")
+def test_a_site_stays_dense_that_saves_less_than_python_takes() -> None:
+    tokens = {"img_size": 384, "embed_dim": 384, "num_heads": 6, "depth": 1}
+    few, many = (
+        models.VisionTransformer(**{**tokens, "img_size": size}).eval() for size in (32, 384)
+    )
+    for model, dense in ((few, True), (many, False)):
+        with sparsiattn.patch(model, "local", k=0.25, only_if_faster=True) as patch:
+            (site,) = patch.report().sites
+        assert (site.kernel == "dense") is dense
+        assert ("less than Python takes there" in site.note) is dense
 
 
 @pytest.mark.usefixtures("fast_kernel")
@@ -188,6 +201,7 @@ def test_sites_measured_to_be_slower_than_expected_ask_for_tuning(
 ) -> None:
     monkeypatch.setattr(Gather, "speed", lambda *_: 50.0)
     monkeypatch.setattr(cost.Planning, "share", lambda *_: 0.0)
+    monkeypatch.setattr(cost, "SITE_SECONDS", 0.0)
     with sparsiattn.patch(zoo.build("vit"), "local", k=0.25) as patch:
         for runtime in patch.runtimes:
             runtime.note_measured(0.5, expect(runtime, None).choice)
