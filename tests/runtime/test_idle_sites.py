@@ -110,7 +110,7 @@ class Outer(nn.Module):
 def test_inside_a_sparse_site_it_stays_dense() -> None:
     host = nn.Sequential(Outer()).eval()
     x = torch.randn(1, 17, 48, generator=torch.Generator().manual_seed(0))
-    options = {"input": (x,), "grid": (4, 4)}
+    options = {"input": (x,), "grid": (4, 4), "prefix": 1}
     with sparsiattn.patch(host, "topk", k=0.25, sites="0", **options) as patch:
         expected = host(x)
     with sparsiattn.patch(host, "topk", k=0.25, **options) as patch:
