@@ -76,13 +76,14 @@ class OpenScope(ScriptRefusal):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         refuse_fx(args)
-        if self.runtime.is_idle and not settings.are_set():  # nobody looks, and nothing changes
+        watched = settings.are_set()
+        if not watched and self.runtime.is_idle:
             return
         owner, elsewhere, model_call = self.runtime.owner, False, None
-        compiling = torch.compiler.is_compiling()
+        compiling = watched and torch.compiler.is_compiling()
         if not compiling:
             elsewhere, model_call = surroundings(owner, module, sys._getframe(1))
-        if elsewhere or owner.disabled_here:
+        if elsewhere or (watched and owner.disabled_here):
             push(None, self.key)
         elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
@@ -113,10 +114,11 @@ class CloseScope(ScriptRefusal):
         pop(key)
         if runtime.last_cross_layer:
             MODEL_CALL.cross_layer = None
-        if torch.compiler.is_compiling() or key not in SITE_CALLS.callers:
+        watched = settings.are_set()
+        if (watched and torch.compiler.is_compiling()) or key not in SITE_CALLS.callers:
             return
         forget_caller(key)
-        if output is None or runtime.owner.disabled_here:
+        if output is None or (watched and runtime.owner.disabled_here):
             return
         if key not in SITE_CALLS.routed and not runs_in_another(runtime.owner, module):
             raise ModelChanged(
