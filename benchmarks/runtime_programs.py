@@ -45,7 +45,8 @@ class Pair:
         model = deepcopy(self.model)
         prepare(model)
         if side == "patched":
-            sparsiattn.patch(model, **self.line)
+            example = self.images[:1].to(next(model.parameters()).dtype)
+            sparsiattn.patch(model, **self.line, input=example)
         return model
 
     def onnx(self, side: str) -> Path:
@@ -151,9 +152,7 @@ def openvino_int8(pair: Pair, side: str) -> Call:
 
     model = openvino.Core().read_model(pair.onnx(side))
     known = nncf.Dataset([pair.arrays()])
-    quantised = nncf.quantize(
-        model, known, subset_size=1, model_type=nncf.ModelType.TRANSFORMER
-    )
+    quantised = nncf.quantize(model, known, subset_size=1, model_type=nncf.ModelType.TRANSFORMER)
     return _openvino(quantised, pair)
 
 

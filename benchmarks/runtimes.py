@@ -1,7 +1,7 @@
 """Dense and patched side by side in the runtimes that people deploy with, on a CPU.
 
 ``python benchmarks/runtimes.py --shared DIR --wheels DIR``, alone on the machine; rows that were
-measured before are kept without ``--again``. A runtime that is not installed is left out by name.
+measured before, and did not fail, are kept without ``--again``. A runtime that is not installed is left out by name.
 Beside torch it takes ``pip install onnx onnxscript onnxruntime openvino nncf torchao``.
 """
 
@@ -117,7 +117,11 @@ def main() -> None:
     path = RESULTS / f"{NAME}.json"
     rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
     for case in given.cases:
-        wanted = [one for one in given.runtimes if given.again or f"{case}, {one}" not in rows]
+        wanted = [
+            one
+            for one in given.runtimes
+            if given.again or "ratio" not in rows.get(f"{case}, {one}", {})
+        ]
         if wanted:
             measure(case, wanted, given, rows)
 
