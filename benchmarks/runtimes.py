@@ -1,8 +1,8 @@
 """Dense and patched side by side in the runtimes that people deploy with, on a CPU.
 
 ``python benchmarks/runtimes.py --shared DIR --wheels DIR``, alone on the machine; rows that were
-measured before, and did not fail, are kept without ``--again``. A runtime that is not installed is left out by name.
-Beside torch it takes ``pip install onnx onnxscript onnxruntime openvino nncf torchao``.
+measured before, and did not fail, are kept without ``--again``. A runtime that is not installed
+is left out by name. Beside torch it takes ``pip install onnx onnxscript onnxruntime openvino nncf torchao``.
 """
 
 from __future__ import annotations
