@@ -2,7 +2,8 @@
 
 ``python benchmarks/runtimes.py --shared DIR --wheels DIR``, alone on the machine; rows that were
 measured before, and did not fail, are kept without ``--again``. A runtime that is not installed
-is left out by name. Beside torch it takes ``pip install onnx onnxscript onnxruntime openvino nncf torchao``.
+is left out by name. Beside torch it takes
+``pip install onnx onnxscript onnxruntime openvino nncf torchao``.
 """
 
 from __future__ import annotations
