@@ -21,6 +21,7 @@ import kernel_features
 import method_tables
 import quality_tables
 import reliability_tables
+import runtime_tables
 import serving_tables
 import support_tables
 
@@ -212,6 +213,7 @@ SOURCES = (
     "quality-cifar",
     "reliability-cpu",
     "resolution-cpu",
+    "runtimes-cpu",
     "search-cifar",
     "serving-cpu",
     "speed-cpu",
@@ -244,6 +246,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **quality_tables.BLOCKS,
     **export_tables.BLOCKS,
     **serving_tables.BLOCKS,
+    **runtime_tables.BLOCKS,
 }
 
 

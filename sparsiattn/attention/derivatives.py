@@ -20,6 +20,14 @@ def is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
+def is_exporting() -> bool:
+    """Whether what runs becomes a program for any batch size (`torch.export`, `torch.jit.trace`).
+
+    Such a program is read by runtimes that fuse other operations than torch does.
+    """
+    return torch.compiler.is_exporting() or is_tracing()
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` (`vmap`, `grad`, `jvp`) or forward-mode AD is active.
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from sparsiattn.attention.derivatives import is_exporting
+
 Grid = tuple[int, int]
 """Rows and columns of patch tokens."""
 Tile = int | tuple[int, int]
@@ -29,11 +31,12 @@ _LOCK = threading.Lock()
 
 def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
     """``build(*key, device=device)``, kept for the next call with the same arguments."""
-    if torch.compiler.is_compiling():
+    # Dynamo builds anew: it would guard what is kept. `torch.export` takes that as a constant.
+    if torch.compiler.is_dynamo_compiling():
         return build(*key, device=device)
     full_key = (build, key, device)
     try:
-        built = _TABLES.get(full_key)
+        built: T | None = _TABLES.get(full_key)
     except TypeError:  # sizes that an exporter leaves open have no hash
         return build(*key, device=device)
     if built is None:
@@ -212,6 +215,8 @@ class Tiles:
 
     def mean(self, x: Tensor) -> Tensor:
         """``[..., n, D]`` to the mean over every tile, ``[..., T, D]``."""
+        if is_exporting():  # runtimes sum along other axes than the last slowly
+            return (self.weight.to(x.dtype).unsqueeze(-2) @ self.gather(x)).squeeze(-2)
         if self.even and x.dim() == 4:
             return self._mean_by_sides(x)
         return (self.gather(x) * self.weight.to(x.dtype).unsqueeze(-1)).sum(-2)

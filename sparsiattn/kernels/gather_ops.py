@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsiattn.attention.derivatives import is_tracing, is_transformed
+from sparsiattn.attention.derivatives import is_exporting, is_tracing, is_transformed
+from sparsiattn.attention.inputs import products
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.kernels.workspace import SCRATCH
 
@@ -124,8 +125,7 @@ def _chunks(flat: Flat) -> list[slice]:
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
     step = tiles_at_once(q.device, size)
     # counting tiles, or comparing their number, would tie the traced program to this batch
-    traced = torch.compiler.is_exporting() or is_tracing()
-    if traced or (torch.compiler.is_compiling() and q.shape[0] <= step):
+    if is_exporting() or (torch.compiler.is_compiling() and q.shape[0] <= step):
         return [slice(None)]
     # one chunk, if an empty one, also where a batch has no image
     return [slice(i, min(i + step, len(q))) for i in range(0, max(1, len(q)), step)]
@@ -134,6 +134,8 @@ def _chunks(flat: Flat) -> list[slice]:
 def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
     """Torch's own attention chunk by chunk: any device, precision, compiler, dropout."""
     q, k, v, index, bias = flat
+    if is_exporting() and not dropout:
+        return _exported(flat, scale)
     parts = []
     for chunk in _chunks(flat):
         units = index[chunk].flatten()
@@ -149,6 +151,23 @@ def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
         )
         parts.append(part.squeeze(1))
     return torch.cat(parts)
+
+
+def _exported(flat: Flat, scale: float) -> Tensor:
+    """All tiles at once in bare matrix products, which runtimes fuse with what stands between.
+
+    A chunk loop would be unrolled, and the masked attention of ONNX scales and transposes every
+    gathered key in passes of their own.
+    """
+    q, k, v, index, bias = flat
+    units = index.flatten()
+    keys, values = (
+        x.index_select(0, units).view(-1, index.shape[-1] * x.shape[1], x.shape[2]) for x in (k, v)
+    )
+    logits = products(q, keys, scale)
+    if bias is not None:
+        logits = logits + F.pad(bias, (logits.shape[-1] - bias.shape[-1], 0))
+    return logits.softmax(-1).to(v.dtype) @ values
 
 
 class _Buffers:

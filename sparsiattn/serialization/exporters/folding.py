@@ -7,17 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 _MOST_ELEMENTS = 1 << 25
 """Elements of the largest table that is kept: 128 MiB of float32."""
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
+_CHECKS = ("aten::_assert_tensor_metadata",)
+
+
+def is_functional(graph: Graph) -> bool:
+    """Whether nothing in a program writes to a tensor."""
+    targets = (node.target for node in graph.nodes)
+    return not any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets)
+
+
 def fold(module: GraphModule) -> int:
     """Replace what a functional program computes from constants alone by buffers.
 
-    Weights stay weights. Besides time this saves agreement: another runtime breaks ties between
+    What it computes twice, such as one table at every site, it computes once. Weights stay
+    weights. Besides time this saves agreement: another runtime breaks ties between
     equal scores (of patches equally far away, say) in its own way, and would choose other keys.
 
     Args:
@@ -26,6 +36,7 @@ def fold(module: GraphModule) -> int:
     Returns:
         The number of buffers.
     """
+    _share(module)
     values: dict[Node, Any] = {}
     for node in module.graph.nodes:
         value = _value(module, node, values)
@@ -43,6 +54,33 @@ def fold(module: GraphModule) -> int:
     module.graph.eliminate_dead_code()
     module.recompile()
     return len(used)
+
+
+def _share(module: GraphModule) -> None:
+    """Let equal calls of pure functions, and equal constants, be one."""
+    known: dict[Any, Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and _is_check(node.target):
+            module.graph.erase_node(node)
+            continue
+        first = known.setdefault(_key(module, node), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+
+
+def _key(module: GraphModule, node: Node) -> Any:
+    """Equal for nodes that give the same."""
+    if node.op == "get_attr":
+        return id(operator.attrgetter(str(node.target))(module))
+    if node.op == "call_function" and _is_pure(node.target):
+        return f"{node.target} {node.args} {node.kwargs}"  # nodes print as their unique names
+    return node
+
+
+def _is_check(target: Any) -> bool:
+    """Whether a call only checks what tracing has seen."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name in _CHECKS
 
 
 def _value(module: GraphModule, node: Node, values: dict[Node, Any]) -> Any:

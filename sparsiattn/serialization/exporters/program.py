@@ -15,7 +15,7 @@ from sparsiattn.errors import ExportFailed, InvalidOption
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.registry.registry import REGISTRY
 from sparsiattn.runtime.patch_state import PatchState, state_of, unwrap
-from sparsiattn.serialization.exporters.folding import fold
+from sparsiattn.serialization.exporters.folding import fold, is_functional
 
 KERNELS = ("gather", "sdpa", "reference")
 """Kernels of plain operators, which every runtime has; the fastest that takes a call is exported.
@@ -83,7 +83,9 @@ def traced(model: nn.Module, images: Tensor, dynamic: bool) -> torch.export.Expo
     with _readable(model), torch.no_grad():
         # twice: tables are folded in the functional program, which then is exported anew
         first = torch.export.export(model, (images,), dynamic_shapes=shapes)
-        module = first.run_decompositions({}).module(check_guards=False)
+        if not is_functional(first.graph):
+            first = first.run_decompositions({})
+        module = first.module(check_guards=False)
         fold(module)
         return torch.export.export(module, (images,), dynamic_shapes=shapes)
 
