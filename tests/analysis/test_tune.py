@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import sparsiattn
-from sparsiattn.analysis.benchmark import tuning
-from sparsiattn.analysis.benchmark.tuning import Case, Measured
+from sparsiattn.analysis.benchmark import price_fit, tuning, tuning_cases
+from sparsiattn.analysis.benchmark.tuning_cases import Case, Measured
 from sparsiattn.kernels import Prices, Work, cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.tuning_cache import TuningIgnored
@@ -66,7 +66,7 @@ def works() -> list[Work]:
 def test_the_fit_finds_the_prices_that_made_the_times() -> None:
     truth = Prices(2e-5, 1e-11, 5e-10, 3e-10)
     start = Prices(1e-4, 1e-12, 1e-8, 1e-9)
-    found = tuning.fit([(work, truth.of(work)) for work in works()], start, ridge=1e-6)
+    found = price_fit.fit([(work, truth.of(work)) for work in works()], start, ridge=1e-6)
     for name in ("call", "mac", "logit", "byte"):
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.05), name
 
@@ -74,7 +74,7 @@ def test_the_fit_finds_the_prices_that_made_the_times() -> None:
 def test_prices_that_nothing_tells_stay_where_they_were() -> None:
     truth, start = Prices(1e-5, 1e-11, 1e-12, 1e-10), Prices(1e-5, 3e-11, 7e-9, 5e-8)
     known = [(Work(1, macs), truth.of(Work(1, macs))) for macs in (1e6, 1e7, 1e8, 1e9)]
-    found = tuning.fit(known, start)
+    found = price_fit.fit(known, start)
     assert found.mac == pytest.approx(1e-11, rel=0.05)
     assert (found.logit, found.byte) == pytest.approx((7e-9, 5e-8), rel=0.01)
 
@@ -83,7 +83,7 @@ def test_the_fit_is_positive_on_noise_too() -> None:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(16, generator=generator).exp().tolist()
     known = [(work, 1e-3 * factor) for work, factor in zip(works(), noise, strict=True)]
-    found = tuning.fit(known, Prices(1e-5, 1e-11, 1e-9, 1e-10))
+    found = price_fit.fit(known, Prices(1e-5, 1e-11, 1e-9, 1e-10))
     assert all(0 < getattr(found, name) < math.inf for name in ("call", "mac", "logit", "byte"))
 
 
@@ -185,14 +185,14 @@ def test_refusals(options: dict[str, Any], error: type[Exception], says: str) ->
 
 
 def test_real_measurements_of_one_small_case() -> None:
-    rows = tuning.measure(CASES[1], CPU, torch.float32, rounds=2)
+    rows = tuning_cases.measure(CASES[1], CPU, torch.float32, rounds=2)
     assert {row.kernel for row in rows} >= {"dense", "planning", "gather", "sdpa"}
     assert all(row.seconds > 0 and row.ratio > 0 for row in rows)
     assert all(isinstance(row, Measured) and row.work is not None for row in rows)
 
 
 def test_whole_matrices_are_not_measured_where_they_are_huge() -> None:
-    assert 16 * 17**2 < tuning.MOST_LOGITS < 6 * 4097**2
+    assert 16 * 17**2 < tuning_cases.MOST_LOGITS < 6 * 4097**2
 
 
 # -- the file -----------------------------------------------------------------------------------

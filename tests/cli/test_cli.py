@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsiattn.analysis.benchmark import tuning
-from sparsiattn.analysis.benchmark.tuning import Case
+from sparsiattn.analysis.benchmark.tuning_cases import Case
 from sparsiattn.cli import app
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
