@@ -34,12 +34,17 @@ class WindowCut:
     @classmethod
     def of(cls, block: Any, parameters: Iterable[str] = ()) -> WindowCut | None:
         """As a block's attributes say, or those of its attention; None if none do."""
-        for module in (block, getattr(block, "attn", None)):
-            sizes = [getattr(module, name, None) for name in ("window_size", "shift_size")]
-            window, shift = map(_sides, sizes)
-            if window is not None and shift is not None:
-                return cls(window, shift, tuple(parameters))
-        return None
+        return cls._said_by(block, parameters) or cls._said_by(
+            getattr(block, "attn", None), parameters
+        )
+
+    @classmethod
+    def _said_by(cls, module: Any, parameters: Iterable[str]) -> WindowCut | None:
+        sizes = [getattr(module, name, None) for name in ("window_size", "shift_size")]
+        window, shift = map(_sides, sizes)
+        if window is None or shift is None:
+            return None
+        return cls(window, shift, tuple(parameters))
 
     def at(self, grid: Grid) -> WindowCut:
         """The cut of a map of this size: one window as large as the map is not shifted.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.layout import stage_grid
 from sparsiattn.attention.windows import WindowCut
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.discovery.meta_model import has_data
@@ -30,10 +31,12 @@ def cut_of(runtime: BlockRuntime) -> WindowCut:
     cut = WindowCut.of(module, inspect.signature(module.forward).parameters)
     if cut is None:
         raise _refused(runtime, "it has no window_size and shift_size")
-    grid = runtime.begin(torch.empty(runtime.block.input_shape, device="meta")).grid
-    here = cut.at(grid)
-    if grid[0] * grid[1] != runtime.block.input_shape[1:-1].numel():
+    *size, _ = runtime.block.input_shape[1:]
+    then = runtime.owner.map_size
+    grid = (size[0], size[1]) if len(size) == 2 else stage_grid(size[0], (then, then))
+    if grid is None:
         raise _refused(runtime, "the size of its map is not known")
+    here = cut.at(grid)
     if runtime.block.input_shape != runtime.block.output_shape:
         raise _refused(runtime, "it changes its map")
     if has_data(module):
@@ -45,7 +48,8 @@ def _try_out(runtime: BlockRuntime, module: nn.Module, cut: WindowCut, grid: Gri
     """Compare the block on windows apart with the block on its map; both are copies."""
     sites, block = runtime.block.sites, runtime.block
     inner = sites[0].removeprefix(f"{block.name}.")
-    whole, apart = (copy.deepcopy(module).float().eval() for _ in range(2))
+    whole = _awake(copy.deepcopy(module).float().eval())
+    apart = copy.deepcopy(whole)
     like = next(module.parameters())
     x = torch.randn(block.input_shape, generator=torch.Generator().manual_seed(0)).to(like.device)
     with torch.inference_mode(False), torch.no_grad():
@@ -59,12 +63,22 @@ def _try_out(runtime: BlockRuntime, module: nn.Module, cut: WindowCut, grid: Gri
         raise _refused(runtime, "on windows apart it does not give what it gives on its map")
 
 
+def _awake(module: nn.Module) -> nn.Module:
+    """The module with other weights where all are zero, so that no branch adds zeros alone."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        if not bool(parameter.detach().any()):
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(values)
+    return module
+
+
 def _alike(got: Tensor, expected: Tensor, x: Tensor) -> bool:
     if got.shape != expected.shape or not bool(torch.isfinite(expected).all()):
         return False
     # of what the block adds: its input goes through unchanged either way
     added = (expected - x).abs().max()
-    return bool((got - expected).abs().max() <= CLOSE * added)
+    return bool(added > 0) and bool((got - expected).abs().max() <= CLOSE * added)
 
 
 def _refused(runtime: BlockRuntime, why: str) -> InvalidOption:

@@ -106,7 +106,8 @@ def all_windows(x: Tensor, cut: WindowCut, grid: Grid) -> Tensor:
     """The windows of a map, ``[B, W, n, C]``."""
     order = cut.order(grid, x.device)
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    return flat.index_select(1, order.flatten()).unflatten(1, order.shape)
+    windows: Tensor = flat.index_select(1, order.flatten()).unflatten(1, order.shape)
+    return windows
 
 
 class EnterWindows(BlockHook):

@@ -117,11 +117,9 @@ class TokenDrop(TokenStrategy):
         return self.skip == "window"
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        return (
-            tuple(range(max(1, depth // 6)))
-            if self.skips_windows()
-            else super().default_layers(depth)
-        )
+        if not self.skips_windows():
+            return super().default_layers(depth)
+        return tuple(range(max(1, depth // 6)))
 
     def placement(self) -> Place:
         return "entry" if self.score == "learned" else "middle"
