@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,11 @@ def tune_here(
         list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="A small grid of shapes, or a larger one.")] = True,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Seconds to take at most, about; 45 with --quick, else no limit."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Every time, in a table.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure attention on this machine, so that kernel="auto" knows what is fast here.
@@ -32,14 +38,16 @@ def tune_here(
     from sparsiattn import tune
 
     dtypes = None if not dtype else [dtype_of(name) for name in dtype]
-    with Console(stderr=as_json).status("measuring") as status:
+    start = time.perf_counter()
+    with Console(stderr=True).status("measuring, under a minute" if quick else "measuring") as bar:
 
         def show(done: int, total: int) -> None:
-            status.update(f"measured {done} of {total} shapes")
+            left = (time.perf_counter() - start) / done * (total - done)
+            bar.update(f"measured {done} of {total} shapes, about {left:.0f} s left")
 
-        tuning = tune(device, dtypes, quick, on_case=show)
-    written = f"wrote {tuning.path}" if tuning.path else "nothing written: see the warning above"
-    print_result(as_json, tuning.to_dict(), _table(tuning), written, indent=1)
+        tuning = tune(device, dtypes, quick, on_case=show, budget=budget)
+    table = _table(tuning) if verbose else None
+    print_result(as_json, tuning.to_dict(), table, tuning, indent=1)
 
 
 def _table(tuning: Tuning) -> Table:

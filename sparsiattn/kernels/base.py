@@ -193,6 +193,7 @@ def _ask(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[lis
     """Why ``auto`` should not take a kernel, and its speed if there is no reason."""
     try:
         reasons = _refusals(kernel, inputs, pattern) or kernel.not_ready(inputs, pattern)
+        reasons = reasons or cost.failures(kernel.name, CallShape.of(inputs))
         return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
     except Exception as error:
         return [_fault(error)], 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,14 +20,18 @@ from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.compiled import is_loaded
 
-# Names under which dense attention and planning are priced, beside those of the kernels.
-DENSE, PLANNING = "dense", "planning"
+# Names under which dense attention, the same under a mask or bias of the host, and planning are
+# priced, beside those of the kernels.
+DENSE, MASKED, PLANNING = "dense", "masked", "planning"
 
 # What compiled code takes for a vote, and for the host's bias of a query and a key, against a score
-# from which torch chooses: 1.6e-9 and 0.8e-9 s of 1.3e-8 s at 1,024 to 4,096 tokens of a Xeon.
+# from which torch chooses: 1.6e-9 and 0.8e-9 s of 1.3e-8 s at 1,024 to 4,096 tokens of a Xeon. That
+# is one processor with AVX-512, under other load; both are right to a factor of 1.5 or so. `tune`
+# measures votes, so its price of planning makes up for a wrong VOTE_WORTH, but not for BIAS_WORTH.
 VOTE_WORTH, BIAS_WORTH = 0.125, 0.06
 
-# A softmax entry under a mask against one without, in torch's attention: 1.1x to 1.2x of the whole.
+# A softmax entry under a mask against one without, in torch's attention: the whole took 1.1x to
+# 1.2x on that processor. Shipped prices of MASKED come of it; `tune` measures them.
 MASK_WORTH = 2.0
 
 _COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -173,9 +178,13 @@ class CallShape:
 
     @property
     def dense(self) -> Work:
-        """The work of dense attention, the host's mask included."""
-        work = self.attending(self.queries * self.keys)
-        return replace(work, logits=MASK_WORTH * work.logits) if self.biased else work
+        """The work of dense attention, with or without a mask of the host."""
+        return self.attending(self.queries * self.keys)
+
+
+def masked_prices(dense: Prices) -> Prices:
+    """What dense attention should cost under a mask, by what it costs without."""
+    return replace(dense, logit=MASK_WORTH * dense.logit)
 
 
 # Fitted to fp32 on one and two cores of a Xeon and of an EPYC server (torch 2.15), the geometric
@@ -190,12 +199,14 @@ _CPU = {
     "gather": Prices(7.3e-6, 1.71e-11, 6.81e-10, 2.5e-11, 5.1e-7),
     "native": Prices(1.1e-06, 7.95e-12, 5.17e-10, 1.9e-11, 3.6e-08),
 }
+_CPU[MASKED] = masked_prices(_CPU[DENSE])
 # where the code that `native` compiles plans, too
 _CPU_COMPILED = {**_CPU, PLANNING: Prices(5.6e-06, 4.78e-12, 1.29e-08, 9.6e-12, 5.1e-08)}
 # Torch's products of bfloat16 with AMX, against those of float32: dense attention took 0.42 to 0.54
-# of the time at 197 to 1,370 tokens. Compiled code computes in float32 and plans as it does there.
+# of the time at 197 to 1,370 tokens, on one processor. Compiled code computes in float32 and plans
+# as it does there. `tune` with bfloat16 among its dtypes replaces all of it.
 _AMX_SHARE = 0.45
-_BY_TORCH = (DENSE, "reference", "sdpa", "gather")
+_BY_TORCH = (DENSE, MASKED, "reference", "sdpa", "gather")
 # Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
 _CUDA_HALF = {
     DENSE: Prices(1.2e-5, 4.5e-15, 1e-14, 5e-13),
@@ -205,11 +216,13 @@ _CUDA_HALF = {
     "gather": Prices(8e-6, 7e-15, 1e-13, 8e-13),
     "varlen": Prices(1.5e-5, 5e-15, 1e-14, 5e-13),
 }
+_CUDA_HALF[MASKED] = masked_prices(_CUDA_HALF[DENSE])
 _CUDA_SINGLE = {
     name: Prices(price.call, price.mac * 8, price.logit * 2, price.byte, price.row)
     for name, price in _CUDA_HALF.items()
 }
 _TUNED: dict[tuple[torch.device, torch.dtype], dict[str, Prices]] = {}
+_FAILED: dict[tuple[torch.device, torch.dtype], dict[str, dict[str, Any]]] = {}
 _generation = 0
 
 
@@ -256,7 +269,7 @@ def prices(kernel: str, call: CallShape) -> Prices:
 
 def dense_seconds(call: CallShape) -> float:
     """Expected time of the host's dense attention."""
-    return prices(DENSE, call).of(call.dense)
+    return prices(MASKED if call.biased else DENSE, call).of(call.dense)
 
 
 def site_seconds(device: torch.device) -> float:
@@ -291,7 +304,25 @@ def ready(device: torch.device) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
         entry = tuning_cache.find(device, dtype)
         measured = {} if entry is None else entry["prices"]
-        _TUNED[device, dtype] = {name: Prices(**price) for name, price in measured.items()}
+        table = {name: Prices(**price) for name, price in measured.items()}
+        if DENSE in table and MASKED not in table:  # no masked call was measured
+            table[MASKED] = masked_prices(table[DENSE])
+        _FAILED[device, dtype] = {} if entry is None else entry.get("failed", {})
+        _TUNED[device, dtype] = table
+
+
+def failures(kernel: str, call: CallShape) -> list[str]:
+    """Why ``auto`` should not take a kernel that raised when `tune` tried it on this machine."""
+    if not torch.compiler.is_compiling():  # else the patch has read the file
+        ready(call.device)
+    known = _FAILED.get((call.device, call.dtype))
+    failed = None if not known else known.get(kernel)
+    pairs = call.batch * call.heads * call.queries * call.keys
+    if failed is None or pairs < failed["pairs"]:
+        return []
+    return [
+        f"raised when `sparsiattn tune` tried it here: {failed['error']}; tune again once mended"
+    ]
 
 
 def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
@@ -304,6 +335,7 @@ def reload() -> None:
     """Look prices up again, as after `tune`; every live patch asks its kernels anew."""
     global _generation
     _TUNED.clear()
+    _FAILED.clear()
     _generation += 1
 
 

@@ -146,6 +146,16 @@ def _check(name: str, entry: Any) -> None:
         if not fits or not all(_is_price(value) for value in price.values()):
             count = len(PRICE_FIELDS)
             raise ValueError(f"entry {name!r}: {kernel!r} needs {count} positive prices")
+    _check_failed(name, content.get("failed", {}))
+
+
+def _check_failed(name: str, failed: Any) -> None:
+    if not isinstance(failed, dict):
+        raise ValueError(f"entry {name!r}: 'failed' is no table of kernels")
+    for kernel, record in failed.items():
+        content = record if isinstance(record, dict) else {}
+        if not isinstance(content.get("error"), str) or type(content.get("pairs")) is not int:
+            raise ValueError(f"entry {name!r}: failed {kernel!r} needs an error and pairs")
 
 
 def _is_price(value: object) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from sparsiattn.attention.auto_options import TILE_FROM, auto_options
-from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.key_lists import KeyLists
+from sparsiattn.attention.layout import stage_grid
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.windows import WindowCut
 from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.estimate import Expected, expect, site_at
@@ -21,6 +25,7 @@ from sparsiattn.strategies.connectivity import Connectivity
 
 LARGE_GRID = (48, 48)
 """Rows and columns of a sequence in which a strategy should pay if it ever does."""
+WINDOW_LINE = "sparsiattn.patch(model, 'token_drop', score='norm', skip='window', keep=0.25{})"
 SMALL_TILE = (4, 4)
 """The tile to compare with where few tokens have none."""
 
@@ -52,6 +57,56 @@ def pays_if_larger(runtime: SiteRuntime) -> bool:
         return False
     large = replace(site, tokens=count, keys=count, grid=LARGE_GRID, key_grid=LARGE_GRID)
     return (expected_at(runtime, large, runtime.strategy) or 0.0) >= 1.0
+
+
+def window_line(sites: Sequence[Site], model: nn.Module, size: Grid) -> str:
+    """The call by which a model in windows gains time, ready to type; empty where none is known.
+
+    Args:
+        sites: All of its attention.
+        model: The model.
+        size: Rows and columns of its map of patches.
+    """
+    for site in sites:
+        whole = stage_grid(site.windows * site.tokens, (size, size))
+        cut = _cut_around(model, site.name)
+        if cut is None or whole is None or cut.window[0] * cut.window[1] != site.tokens:
+            return ""
+    first = model.get_submodule(sites[0].name)
+    # torchvision's attention cuts windows itself, and knows the mask of shifted ones alone
+    return WINDOW_LINE.format(", layers=[0]" if hasattr(first, "shift_size") else "")
+
+
+def _cut_around(model: nn.Module, site: str) -> WindowCut | None:
+    """How the block around a site cuts its map, where one says so."""
+    while "." in site:
+        site = site.rpartition(".")[0]
+        cut = WindowCut.of(model.get_submodule(site))
+        if cut is not None:
+            return cut
+    return None
+
+
+def in_windows(sites: Sequence[Site]) -> bool:
+    """Whether all attention is in windows, the last of which may span the whole map."""
+    largest = max((site.tokens for site in sites if site.windows > 1), default=0)
+    return bool(sites) and all(site.tokens <= largest for site in sites)
+
+
+def window_note(sites: Sequence[Site], speeds: Iterable[float], line: str) -> str:
+    """What to say where attention in small windows is sparse and no site gains; else empty.
+
+    Args:
+        sites: Those with sparse attention.
+        speeds: Of each, relative to dense attention.
+        line: See `window_line`.
+    """
+    if not in_windows(sites) or any(speed >= 1 for speed in speeds):
+        return ""
+    counts = sorted({site.tokens for site in sites})
+    tokens = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = f"windows of {tokens} tokens gain nothing from sparse attention"
+    return f"{note}; what helps: {line}" if line else note
 
 
 def tile_lines(

@@ -30,6 +30,7 @@ from sparsiattn.patching.site_selection import Sites, named, select
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.patching.token_plan import plan_tokens, validate_token_plan
 from sparsiattn.registry.registry import REGISTRY
+from sparsiattn.runtime.block_runtime import KEEP_GRID
 from sparsiattn.runtime.patch_state import live_patches, unwrap
 from sparsiattn.runtime.site_runtime import PlannerHome, SiteRuntime
 from sparsiattn.strategies.base import Budgets, Strategy
@@ -336,8 +337,8 @@ def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Ker
         planned.runtimes.append(runtime)
     by_name = {runtime.site.name: runtime for runtime in planned.runtimes}
     for block in planned.blocks:
-        # where only the MLP is spared, attention sees every token, as without a patch
-        for name in block.block.sites if block.placement != "bypass" else ():
+        # where the grid stays, attention sees whole windows, as without a patch
+        for name in () if block.placement in KEEP_GRID else block.block.sites:
             by_name[name].block = block.index
         if isinstance(block.planner, nn.Module):
             _house(block.planner, by_name[block.site.name])

@@ -24,6 +24,7 @@ from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled,
 from sparsiattn.runtime.site_hooks import CloseScope, OpenScope
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
+from sparsiattn.runtime.window_skip import EnterWindows, LeaveWindows, MaskWindows
 
 
 def attach(state: PatchState) -> None:
@@ -93,6 +94,9 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
 def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
     model, block, hooks = state.model, runtime.block, state.hooks
     module, bypass = model.get_submodule(block.name), runtime.placement == "bypass"
+    if runtime.placement == "windows":
+        _hook_windows(state, runtime, module)
+        return
     enter = EnterSparedBlock(runtime) if bypass else EnterBlock(runtime)
     leave = LeaveSparedBlock(runtime) if bypass else LeaveBlock(runtime)
     # first, so that hooks of others see the sequence as it goes on
@@ -109,6 +113,14 @@ def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
         enter_tail = EnterBypass(runtime) if bypass else EnterTail(runtime)
         hooks.append(entry.register_forward_pre_hook(enter_tail))
         hooks.append(last.register_forward_hook(LeaveTail()))
+
+
+def _hook_windows(state: PatchState, runtime: BlockRuntime, module: nn.Module) -> None:
+    hooks, attention = state.hooks, state.model.get_submodule(runtime.block.sites[0])
+    enter, leave, mask = (kind(runtime) for kind in (EnterWindows, LeaveWindows, MaskWindows))
+    hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+    hooks.append(module.register_forward_hook(leave, prepend=True))
+    hooks.append(attention.register_forward_pre_hook(mask, with_kwargs=True))
 
 
 def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:

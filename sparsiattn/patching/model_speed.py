@@ -11,7 +11,7 @@ from torch import nn
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
-from sparsiattn.patching.alternatives import pays_if_larger
+from sparsiattn.patching.alternatives import in_windows, pays_if_larger, window_line
 from sparsiattn.patching.dry_run import DryRun, dry_run
 from sparsiattn.patching.estimate import expect, expect_all, site_at
 from sparsiattn.patching.report_lines import SLOWER, loses_time
@@ -124,7 +124,9 @@ def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
     """
     slow = [r for r in state.runtimes if r.site.name in choices]
     refusals = [why for choice in choices.values() for _, why in choice.refusals]
-    advice = []
+    advice: list[str] = []
+    if state.tokens is None and in_windows(state.sites):
+        advice += filter(None, [window_line(state.model_sites, state.model, state.map_size)])
     if any("patch.warmup" in reason for why in refusals for reason in why):
         advice.append("patch.warmup(images), after which compiled kernels run")
     if state.tokens is None and _can_shorten(state.model_sites):

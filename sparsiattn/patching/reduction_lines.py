@@ -11,6 +11,7 @@ _PLACES = {
     "middle": "between attention and MLP",
     "exit": "after the block",
     "bypass": "the MLP alone: the grid must stay",
+    "windows": "whole windows skip the block: the grid must stay",
 }
 
 
@@ -24,7 +25,8 @@ def reduction_lines(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
             continue
         # of a block that runs several times, one after the other
         counts = ", then ".join(map(str, run.counts.get(block.index, [])))
-        tokens = f"{counts} patch tokens, " if counts else ""
+        unit = "windows" if block.placement == "windows" else "patch tokens"
+        tokens = f"{counts} {unit}, " if counts else ""
         place = _PLACES[block.placement] + _why_after(block)
         lines.append(f"{block.block.name}: {block.strategy.name}, {tokens}{place}")
     if run.ragged:

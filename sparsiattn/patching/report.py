@@ -12,7 +12,7 @@ from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import ProbeFailed, renamed_property
 from sparsiattn.kernels.native import build
-from sparsiattn.patching.alternatives import tile_lines
+from sparsiattn.patching.alternatives import tile_lines, window_line, window_note
 from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_dry
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
 from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
@@ -117,6 +117,7 @@ class Report:
         tiles: Which queries share their keys, why, and what another tile would bring.
         no_fast_kernel: That the model's device has none, in words; empty where it has.
         native_faults: Why compiled code that came with the package does not run.
+        windows: That attention in small windows gains nothing, and what helps; else empty.
     """
 
     model: str
@@ -140,6 +141,7 @@ class Report:
     tiles: tuple[str, ...] = ()
     no_fast_kernel: str = ""
     native_faults: tuple[str, ...] = ()
+    windows: str = ""
 
     @property
     def macs(self) -> int | None:
@@ -169,7 +171,7 @@ class Report:
         )
         lines = [f"{head}: {self.no_fast_kernel}" if self.no_fast_kernel else head]
         if self.speed is not None:
-            note = loses_time(self.speed, self.instead)
+            note = self.windows or loses_time(self.speed, self.instead)
             lines = [f"{head}: {note}" if note else head, whole_model(self.speed)]
         return [
             *lines,
@@ -256,7 +258,16 @@ def report(state: PatchState, total: int | None = None) -> Report:
         instead=() if speed is None or speed >= SLOWER else tuple(instead(state, choices)),
         no_fast_kernel=no_fast_kernel(device),
         native_faults=build.faults() if device == "cpu" else (),
+        windows=_windows(state, rows),
     )
+
+
+def _windows(state: PatchState, rows: tuple[SiteReport, ...]) -> str:
+    """See `window_note`."""
+    speeds = {row.name: row.speed for row in rows if row.kernel != "dense"}
+    sparse = [site for site in state.sites if site.name in speeds]
+    line = window_line(state.model_sites, state.model, state.map_size)
+    return window_note(sparse, speeds.values(), line if state.tokens is None else "")
 
 
 def _dense_elsewhere(state: PatchState) -> tuple[tuple[str, str], ...]:

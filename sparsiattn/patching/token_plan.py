@@ -24,6 +24,7 @@ from sparsiattn.patching.schedule import token_budgets
 from sparsiattn.patching.survey import ModelSurvey
 from sparsiattn.patching.token_blocks import row_sites, token_blocks
 from sparsiattn.patching.towers import Tower, check_alike, consumers_of, find_towers
+from sparsiattn.patching.window_plan import cut_of
 from sparsiattn.runtime.block_runtime import BlockRuntime, Placement
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.strategies.token_base import TokenStrategy
@@ -71,6 +72,8 @@ def plan_tokens(
         towers = find_towers(blocks, consumers, name)
     else:
         check_hierarchy(tokens.for_model(0, True, name), name)
+    if tokens.skips_windows():
+        check_windows(state, plain, name)
     state.blocks, resolved = [], []
     for tower in towers:
         class_tokens = backbone.class_tokens(model.get_submodule(tower.root)) if plain else 0
@@ -80,6 +83,8 @@ def plan_tokens(
         runtimes = _runtimes(state, tower, sites, rows, class_tokens)
         for index, config in configs.items():
             _let_reduce(runtimes[index], config, plain)
+            if runtimes[index].placement == "windows":
+                runtimes[index].cut = cut_of(runtimes[index])
         state.blocks += _trimmed(runtimes, plain)
     check_alike(towers, resolved, name)
     state.tokens, state.proportional = resolved[0], resolved[0].proportional_attention()
@@ -164,8 +169,27 @@ def check_hierarchy(tokens: TokenStrategy, model: str) -> None:
         f"{model} attends in windows or changes its grid between stages, so every token must stay; "
         f"{tokens.name!r} with these options cannot be honoured there. What can: dropped tokens "
         "skip the MLP only, with token_drop and score='norm', 'random' or 'learned' (and a fixed "
-        "keep), or an attention strategy such as 'connectivity'"
+        "keep); whole windows skip blocks with skip='window'; or use an attention strategy such as "
+        "'connectivity'"
     )
+
+
+def check_windows(state: PatchState, plain: bool, model: str) -> None:
+    """Whole windows skip blocks only where there are some, and where attention stays dense.
+
+    Raises:
+        InvalidOption: Another strategy is needed.
+    """
+    if plain:
+        raise InvalidOption(
+            f"skip='window' needs blocks that attend in windows, and {model} has none: leave skip= "
+            "out, so that dropped tokens leave the sequence"
+        )
+    if not isinstance(state.strategy, TokenStrategy):
+        raise InvalidOption(
+            "skip='window' runs blocks on some of their windows, of which an attention strategy "
+            f"knows the number: use it alone, got {state.strategy.name!r} beside it"
+        )
 
 
 def _resolve(
@@ -213,6 +237,8 @@ def placement_of(tokens: TokenStrategy, block: Block, plain: bool, model: str) -
     Raises:
         InvalidOption: It cannot.
     """
+    if tokens.skips_windows():
+        return "windows"
     if plain:
         placement = tokens.placement()
         tail = block.tail
@@ -245,7 +271,8 @@ def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
         shapes = {before.block.output_shape, block.input_shape, block.output_shape}
         same_stage = block.after and len(shapes) == 1
         can_spare = block.tail is not None and not block.tail.mixes
-        if runtime.placement is None and same_stage and before.placement and can_spare:
+        spares = before.placement == "bypass"
+        if runtime.placement is None and same_stage and spares and can_spare:
             runtime.placement = "bypass"
         runtime.first = not same_stage or before.placement is None
     return [runtime for runtime in blocks if runtime.placement]

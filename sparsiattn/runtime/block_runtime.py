@@ -15,6 +15,7 @@ from sparsiattn.attention.packed import PackedTokens, pack
 from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import ReductionStep, TokenState, take
+from sparsiattn.attention.windows import WindowCut
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.runtime.hook_tools import RecomputeCache, is_functorch
 from sparsiattn.runtime.metering import metered
@@ -25,9 +26,11 @@ from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried, in_
 from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenPlanner, TokenStrategy
 
-Placement = Literal["entry", "middle", "exit", "bypass"]
+Placement = Literal["entry", "middle", "exit", "bypass", "windows"]
 """Where a block reduces: before its attention, between attention and MLP, after it (also where it
-has no tail), or nowhere, as the grid must stay and dropped tokens skip the MLP only."""
+has no tail), or nowhere, as the grid must stay: dropped tokens skip the MLP only, dropped windows
+the whole block."""
+KEEP_GRID: tuple[Placement, ...] = ("bypass", "windows")
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class BlockRuntime:
         strategy: The token strategy with this block's budget; None if the block does not reduce.
         planner: What the strategy made for this block.
         placement: Where the block reduces; None if it does not.
+        cut: How its windows lie in its map, where whole ones skip it.
         first: Whether no block before it carries a token state.
         last: Whether no block after it does.
         start: Index of the first block that hands on the same sequence.
@@ -65,6 +69,7 @@ class BlockRuntime:
     strategy: TokenStrategy | None = None
     planner: TokenPlanner | None = None
     placement: Placement | None = None
+    cut: WindowCut | None = None
     first: bool = False
     last: bool = False
     start: int = 0
@@ -295,7 +300,10 @@ class BlockRuntime:
 
     @metered
     def spare(self, state: TokenState, kept: Tensor) -> TokenState:
-        """The state after it was decided which of these tokens ``[B, P + n, C]`` skip the MLP."""
+        """The state after it was decided which of these tokens ``[B, P + n, C]`` skip the MLP.
+
+        Or which windows, as one token each, skip the block.
+        """
         reduction = self.plan(state, kept, None)
         if reduction is None:
             return state

@@ -18,7 +18,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.attribute_override import AttributeOverride
-from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.block_runtime import KEEP_GRID, BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
 from sparsiattn.runtime.sdpa_intercept import hold
 from sparsiattn.runtime.site_hooks import OpenScope
@@ -180,7 +180,7 @@ class PatchState(PatchOwner):
     @property
     def shortens(self) -> bool:
         """Whether sequences get shorter on their way through the model."""
-        return bool(self.blocks) and self.blocks[0].placement != "bypass"
+        return bool(self.blocks) and self.blocks[0].placement not in KEEP_GRID
 
     @property
     def restores_last(self) -> bool:

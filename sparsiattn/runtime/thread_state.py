@@ -74,6 +74,8 @@ class BlockCall(threading.local):
         restoring: Whether every block of this pass gives original positions back.
         wants_attention: Whether the block's reduction reads its queries and keys.
         attention: Those, once attention ran; one record per image for packed images.
+        windows: The windows on which the block runs, where others pass through unchanged
+            (`ChosenWindows` in `window_skip`).
         mlp_input: The token state and the tokens that the MLP branch took.
         mlp_output: What the MLP branch returned, kept from the host's own addition.
         masked: Whether attention got a mask that the model was not seen to give at patch time, or
@@ -85,6 +87,7 @@ class BlockCall(threading.local):
     restoring: bool = False
     wants_attention: bool = False
     attention: AttentionInputs | list[AttentionInputs] | None = None
+    windows: Any = None
     mlp_input: tuple[Carried, Tensor] | None = None
     mlp_output: Tensor | None = None
     masked: bool = False
@@ -134,6 +137,6 @@ def forget_models(keys: Collection[int]) -> None:
 
 def forget_pass() -> None:
     """Drop what hooks of one forward pass hand each other."""
-    BLOCK_CALL.token_state = BLOCK_CALL.bypass_state = None
+    BLOCK_CALL.token_state = BLOCK_CALL.bypass_state = BLOCK_CALL.windows = None
     BLOCK_CALL.attention = BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
     MODEL_CALL.cross_layer = None

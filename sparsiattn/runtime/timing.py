@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -141,6 +142,54 @@ def alternate(
         if on_round is not None:
             on_round(turn + 1)
     return times
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What became of calls that were timed within limits.
+
+    Attributes:
+        times: Seconds of every round in which a call took part; of a slow one, those of the run
+            that should have warmed it up.
+        failed: What the others raised.
+    """
+
+    times: dict[str, list[float]]
+    failed: dict[str, Exception]
+
+
+def alternate_within(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, limit: float = math.inf
+) -> Sampled:
+    """As `alternate`, but calls that are slow run less often, and one that raises runs no more.
+
+    Args:
+        calls: What to time, by name; the first is what the others are compared with, and takes
+            part in every round.
+        rounds: How often at most.
+        limit: Seconds for all of it; after an equal share of them a call rests. Each runs once
+            whatever that takes.
+    """
+    times: dict[str, list[float]] = {}
+    failed: dict[str, Exception] = {}
+    first = next(iter(calls))
+    spent = dict.fromkeys(calls, 0.0)
+    for turn in range(rounds + 1):
+        share = limit / max(1, len(calls) - len(failed))
+        active = [n for n in calls if n not in failed and (n == first or spent[n] < share)]
+        if first in failed or (turn > 1 and active == [first]):
+            break
+        for name in active[:: -1 if turn % 2 else 1]:
+            try:
+                took = seconds(calls[name])
+            except Exception as error:
+                failed[name] = error
+                times.pop(name, None)
+                continue
+            spent[name] += took
+            # the first run is kept only where no other follows
+            times[name] = [took] if turn < 2 else [*times[name], took]
+    return Sampled(times, failed)
 
 
 def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> Timing:

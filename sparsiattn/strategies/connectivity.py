@@ -208,9 +208,8 @@ class ConnectivityPlanner(LearnedPlanner):
         """Whether the tables are others than an untrained predictor has."""
         # a traced or transformed call has no values to compare
         traced = torch.compiler.is_compiling() or is_tracing() or is_transformed()
-        down, up = self._parameters["down"], self._parameters["up"]
-        if not (traced or down is None or up is None or down.is_meta):
-            fitted = not self._start.equals(down, up)
+        if not (traced or self.down.is_meta):
+            fitted = not self._start.equals(self.down, self.up)
             if fitted != self._fitted:  # modules set attributes slowly
                 self._fitted = fitted
         return self._fitted

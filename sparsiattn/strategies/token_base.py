@@ -234,6 +234,10 @@ class TokenStrategy(Config):
         """Whether a token may stand for several patches, so that plain averages would be wrong."""
         return False
 
+    def skips_windows(self) -> bool:
+        """Whether whole windows skip blocks where the grid must stay, each scored as one token."""
+        return False
+
     def check(self, tokens: int, first: bool) -> None:
         """Raise `InvalidOption` where the budget is larger than the patch tokens there.
 

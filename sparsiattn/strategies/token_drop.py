@@ -21,6 +21,7 @@ from sparsiattn.strategies.token_base import Place, TokenInputs, TokenPlanner, T
 
 SCORES = ("cls", "mean_query", "learned", "norm", "random")
 ADAPTIVE = "adaptive"
+SKIPS = ("mlp", "window")
 
 Keep = Budget | str | Sequence[Budget] | Callable[[Site], Budget]
 
@@ -43,6 +44,11 @@ class TokenDrop(TokenStrategy):
         threshold: With ``keep="adaptive"``, instead: keep those that score at least so many times
             the mean.
         seed: Of ``score="random"``.
+        skip: What is skipped where the grid must stay, as in Swin: ``"mlp"`` (dropped tokens skip
+            the MLP, from there to the end of the stage) or ``"window"`` (windows, each scored by
+            its mean token, skip the whole block and pass through it unchanged; ``keep`` is the
+            share of windows that do not, ``layers`` are the blocks that choose, each anew; by
+            default the first sixth of them, where a window costs most and tells least).
 
     >>> TokenDrop(keep=[0.7, 0.5], layers=[3, 6]).layers_in(12)
     (3, 6)
@@ -60,6 +66,7 @@ class TokenDrop(TokenStrategy):
     mass: float | None = None
     threshold: float | None = None
     seed: int = 0
+    skip: str = "mlp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,9 +82,22 @@ class TokenDrop(TokenStrategy):
         for keep in keeps:
             if self.keep != ADAPTIVE and not callable(keep):
                 check_budget(keep, "keep")
+        self._check_skip()
         if type(self.seed) is not int:
             raise InvalidType(f"seed must be an int, got {self.seed!r}")
         self._check_adaptive()
+
+    def _check_skip(self) -> None:
+        if self.skip not in SKIPS:
+            raise InvalidOption(f"skip must be one of {SKIPS}, got {self.skip!r}")
+        if self.skip != "window":
+            return
+        if self.score not in ("norm", "random"):
+            raise InvalidOption(
+                f"skip='window' scores windows by score='norm' or 'random', got {self.score!r}"
+            )
+        if self.keep == ADAPTIVE:
+            raise InvalidOption("skip='window' needs the same count for every image: a fixed keep")
 
     def _check_adaptive(self) -> None:
         rules = [name for name in ("mass", "threshold") if getattr(self, name) is not None]
@@ -92,6 +112,14 @@ class TokenDrop(TokenStrategy):
 
     def is_ragged(self) -> bool:
         return self.keep == ADAPTIVE
+
+    def skips_windows(self) -> bool:
+        return self.skip == "window"
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        if not self.skips_windows():
+            return super().default_layers(depth)
+        return tuple(range(max(1, depth // 6)))
 
     def placement(self) -> Place:
         return "entry" if self.score == "learned" else "middle"

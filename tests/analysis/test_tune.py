@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ import pytest
 import torch
 
 import sparsiattn
-from sparsiattn.analysis.benchmark import tuning
-from sparsiattn.analysis.benchmark.tuning import Case, Measured
-from sparsiattn.kernels import Prices, Work, cost
+from sparsiattn import AttentionInputs, Pattern, Site
+from sparsiattn.analysis.benchmark import price_fit, tuning, tuning_cases
+from sparsiattn.analysis.benchmark.tuning_cases import Case, Measured
+from sparsiattn.analysis.benchmark.tuning_verdict import verdict_of
+from sparsiattn.kernels import CallShape, Gather, Prices, Reference, Work, choose, cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 from sparsiattn.kernels.tuning_cache import TuningIgnored
+from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import timing
+from sparsiattn.strategies import finish
 from tests.support import zoo
 
 CPU = torch.device("cpu")
@@ -43,12 +49,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Every call takes the time it is given here, and 1 ms otherwise; each still runs once."""
     given: dict[str, float] = {}
 
-    def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-        for call in calls.values():
-            call()
-        return {name: [given.get(name, 1e-3)] * rounds for name in calls}
+    def seconds(call: Callable[[], Any]) -> float:
+        call()
+        return given.get(names[call], 1e-3)
 
-    monkeypatch.setattr(timing, "alternate", alternate)
+    def alternate_within(
+        calls: Mapping[str, Callable[[], Any]], rounds: int, limit: float
+    ) -> timing.Sampled:
+        names.update({call: name for name, call in calls.items()})
+        return real(calls, rounds, limit)
+
+    names: dict[Callable[[], Any], str] = {}
+    real = timing.alternate_within
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(timing, "alternate_within", alternate_within)
     monkeypatch.setattr(tuning, "QUICK", CASES)
     return given
 
@@ -66,7 +80,7 @@ def works() -> list[Work]:
 def test_the_fit_finds_the_prices_that_made_the_times() -> None:
     truth = Prices(2e-5, 1e-11, 5e-10, 3e-10)
     start = Prices(1e-4, 1e-12, 1e-8, 1e-9)
-    found = tuning.fit([(work, truth.of(work)) for work in works()], start, ridge=1e-6)
+    found = price_fit.fit([(work, truth.of(work)) for work in works()], start, ridge=1e-6)
     for name in ("call", "mac", "logit", "byte"):
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.05), name
 
@@ -74,7 +88,7 @@ def test_the_fit_finds_the_prices_that_made_the_times() -> None:
 def test_prices_that_nothing_tells_stay_where_they_were() -> None:
     truth, start = Prices(1e-5, 1e-11, 1e-12, 1e-10), Prices(1e-5, 3e-11, 7e-9, 5e-8)
     known = [(Work(1, macs), truth.of(Work(1, macs))) for macs in (1e6, 1e7, 1e8, 1e9)]
-    found = tuning.fit(known, start)
+    found = price_fit.fit(known, start)
     assert found.mac == pytest.approx(1e-11, rel=0.05)
     assert (found.logit, found.byte) == pytest.approx((7e-9, 5e-8), rel=0.01)
 
@@ -83,7 +97,7 @@ def test_the_fit_is_positive_on_noise_too() -> None:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(16, generator=generator).exp().tolist()
     known = [(work, 1e-3 * factor) for work, factor in zip(works(), noise, strict=True)]
-    found = tuning.fit(known, Prices(1e-5, 1e-11, 1e-9, 1e-10))
+    found = price_fit.fit(known, Prices(1e-5, 1e-11, 1e-9, 1e-10))
     assert all(0 < getattr(found, name) < math.inf for name in ("call", "mac", "logit", "byte"))
 
 
@@ -97,7 +111,8 @@ def test_tune_measures_fits_and_writes(clock: dict[str, float], cache: Path) -> 
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert found.path == cache
     by = {(row.case, row.kernel): row for row in found.rows}
-    assert {name for _, name in by} == {"dense", "planning", "reference", "sdpa", "gather"}
+    ways = {"dense", "masked", "planning", "reference", "sdpa", "gather"}
+    assert {name for _, name in by} == ways
     tiled = by[CASES[1], "gather"]
     assert tiled.ratio == pytest.approx(10)
     assert (CASES[2], "sdpa") in by
@@ -172,6 +187,9 @@ def test_a_shape_that_tune_covered_is_reported_as_measured(
         ({"device": "mps"}, ValueError, "'mps'"),
         ({"device": "cpu", "dtypes": []}, TypeError, "dtypes must be"),
         ({"device": "cpu", "dtypes": [torch.int8]}, TypeError, "int8"),
+        ({"device": "cpu", "budget": 0}, ValueError, "budget must be"),
+        ({"device": "cpu", "budget": float("nan")}, ValueError, "budget must be"),
+        ({"device": "cpu", "budget": True}, ValueError, "budget must be"),
         pytest.param(
             {"device": "cuda"}, ValueError, "no CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
@@ -185,14 +203,198 @@ def test_refusals(options: dict[str, Any], error: type[Exception], says: str) ->
 
 
 def test_real_measurements_of_one_small_case() -> None:
-    rows = tuning.measure(CASES[1], CPU, torch.float32, rounds=2)
-    assert {row.kernel for row in rows} >= {"dense", "planning", "gather", "sdpa"}
+    rows, failures = tuning_cases.measure(CASES[1], CPU, torch.float32, rounds=2)
+    assert failures == []
+    assert {row.kernel for row in rows} >= {"dense", "masked", "planning", "gather", "sdpa"}
     assert all(row.seconds > 0 and row.ratio > 0 for row in rows)
     assert all(isinstance(row, Measured) and row.work is not None for row in rows)
 
 
 def test_whole_matrices_are_not_measured_where_they_are_huge() -> None:
-    assert 16 * 17**2 < tuning.MOST_LOGITS < 6 * 4097**2
+    assert 16 * 17**2 < tuning_cases.MOST_LOGITS < 6 * 4097**2
+
+
+def test_masks_and_votes_are_priced_by_what_they_took(clock: dict[str, float]) -> None:
+    """A host's bias costs what masked attention took, not a constant times dense attention."""
+    clock |= {"dense": 1e-3, "masked": 5e-3}
+    sparsiattn.tune("cpu")
+    plain = CallShape(1, 2, 65, 65, 8, 8, torch.float32, CPU)
+    ratio = cost.dense_seconds(replace(plain, biased=True)) / cost.dense_seconds(plain)
+    assert ratio == pytest.approx(5, rel=0.1)
+
+
+@pytest.mark.parametrize("case", [case for case in tuning.QUICK[:5] if case.tile != 1], ids=str)
+def test_planning_is_priced_by_the_votes_that_it_takes(case: Case) -> None:
+    """Counted over the whole plan: the planner itself only puts votes off."""
+    with torch.inference_mode():
+        _, _, work = tuning_cases._prepare(case, CPU, torch.float32)
+    assert work is not None
+    # squares of queries vote for every key, at least one square for each tile
+    tiles = case.tokens // math.prod(case.tile)  # type: ignore[arg-type]
+    assert work.macs >= case.heads * tiles * case.tokens * case.dim
+    assert work.logits > 0
+
+
+# -- kernels that fail ----------------------------------------------------------------------------
+
+
+class Failing(sparsiattn.Kernel):
+    """Takes every call, says that it is fast, and raises."""
+
+    name = "failing"
+    summary = "raises"
+    error: Exception = RuntimeError("no such instruction\nsecond line")
+    at_least = 0  # queries
+
+    def why_not(self, inputs: Any, pattern: Any) -> list[str]:
+        return []
+
+    def speed(self, inputs: Any, pattern: Any) -> float:
+        return 100.0
+
+    def __call__(self, inputs: Any, pattern: Any) -> torch.Tensor:
+        if inputs.n_queries >= self.at_least:
+            raise self.error
+        return Reference()(inputs, pattern)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    kernel, known = Failing(), REGISTRY.all("kernels")
+    monkeypatch.setattr(
+        type(REGISTRY), "all",
+        lambda self, kind, *rest: {"failing": kernel, **known} if kind == "kernels" else {},
+    )  # fmt: skip
+    return kernel
+
+
+def chosen_by(kernel: Failing, tokens: int) -> str:
+    q = torch.randn(1, 2, tokens, 8)
+    inputs = AttentionInputs(q, q, q, 0.3, None, Site.of(q, q, q))
+    pattern = finish(Pattern.top(q @ q.mT, 0.25), inputs)
+    return choose([kernel, Gather()], inputs, pattern, explicit=False).kernel.name
+
+
+def test_a_kernel_that_raises_is_named_recorded_and_not_chosen(
+    clock: dict[str, float], cache: Path, failing: Failing
+) -> None:
+    assert chosen_by(failing, 17) == "failing"
+    found = sparsiattn.tune("cpu")
+    assert {f.kernel for f in found.failures} == {"failing"}
+    assert {row.kernel for row in found.rows} >= {"dense", "gather"}  # the others went on
+    said = "\n".join(found.verdict())
+    assert "failed: failing (float32, 16 tokens): RuntimeError: no such instruction" in said
+    assert "second line" not in said
+    (entry,) = json.loads(cache.read_text())["entries"].values()
+    assert entry["failed"] == {
+        "failing": {"error": "RuntimeError: no such instruction", "pairs": 0}
+    }
+    for again in range(2):  # in this process, and in one that reads the file
+        assert chosen_by(failing, 17) == "gather", again
+        tuningfile.forget()
+        cost.reload()
+    failing.error, failing.at_least = RuntimeError("mended"), 10**9
+    sparsiattn.tune("cpu")
+    assert chosen_by(failing, 17) == "failing"
+
+
+def test_a_named_kernel_raises_its_own_error(clock: dict[str, float], failing: Failing) -> None:
+    sparsiattn.tune("cpu")
+    q = torch.randn(1, 2, 17, 8)
+    inputs = AttentionInputs(q, q, q, 0.3, None, Site.of(q, q, q))
+    pattern = finish(Pattern.top(q @ q.mT, 0.25), inputs)
+    assert choose([failing], inputs, pattern, explicit=True).kernel is failing
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_where_memory_was_short_larger_calls_are_refused_alone(
+    clock: dict[str, float], failing: Failing, error: Exception
+) -> None:
+    failing.error, failing.at_least = error, 65
+    sparsiattn.tune("cpu")
+    assert [chosen_by(failing, tokens) for tokens in (17, 65, 100)] == ["failing", *["gather"] * 2]
+
+
+def test_where_dense_attention_itself_fails_tune_says_so(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(tuning_cases, "dense_attention", broken)
+    with pytest.raises(sparsiattn.SparsiattnError, match=r"no shape on cpu: .*not implemented"):
+        sparsiattn.tune("cpu")
+    assert not cache.exists()
+
+
+# -- the budget -----------------------------------------------------------------------------------
+
+
+def test_the_budget_ends_it_and_says_what_is_left_out(clock: dict[str, float]) -> None:
+    found = sparsiattn.tune("cpu", budget=1e-9)
+    assert {row.case for row in found.rows} == {CASES[0]}
+    assert found.unmeasured == len(CASES) - 1
+    assert found.verdict()[-1] == "left out, as the budget was spent: 2 shapes"
+    full = sparsiattn.tune("cpu", budget=1e9)
+    assert (full.unmeasured, {row.case for row in full.rows}) == (0, set(CASES))
+
+
+def test_calls_that_are_slow_run_less_often() -> None:
+    ran: dict[str, int] = {"first": 0, "slow": 0, "fast": 0}
+
+    def call(name: str, pause: float) -> Callable[[], None]:
+        def run() -> None:
+            ran[name] += 1
+            time.sleep(pause)
+
+        return run
+
+    pauses = {"first": 0.0, "slow": 0.05, "fast": 0.0}
+    calls = {name: call(name, pause) for name, pause in pauses.items()}
+    sampled = timing.alternate_within(calls, rounds=6, limit=0.06)
+    assert ran == {"first": 7, "slow": 1, "fast": 7}
+    assert {name: len(times) for name, times in sampled.times.items()} == {
+        "first": 6, "slow": 1, "fast": 6,
+    }  # fmt: skip
+    assert sampled.times["slow"][0] >= 0.05
+
+
+# -- the verdict ----------------------------------------------------------------------------------
+
+
+def rows_of(speeds: dict[int, dict[str, float]]) -> list[Measured]:
+    return [
+        Measured(Case(tokens, 0.1), "float32", name, 1.0, ratio, None)
+        for tokens, ratios in speeds.items()
+        for name, ratio in {"dense": 1.0, "planning": 4.0, **ratios}.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "fastest", "pays"),
+    [
+        ({196: {"a": 0.5, "b": 0.9}, 576: {"a": 4.0, "b": 2.0}, 4096: {"a": 2.0, "b": 12.0}},
+         "dense at 196 tokens, a at 576 tokens, b at 4,096 tokens",
+         "from 576 tokens on, planning included (2.00x at 576, 3.00x at 4,096)"),
+        ({196: {"a": 4.0}, 576: {"a": 1.2}, 1024: {"a": 12.0}},
+         "a at 196 tokens, dense at 576 tokens, a at 1,024 tokens",
+         "from 1,024 tokens on, planning included (3.00x at 1,024)"),
+        ({196: {"a": 0.4}, 576: {"a": 1.0}}, "dense at 196 to 576 tokens",
+         "at no size that was tried (0.80x at 576 tokens at best): carry fewer tokens instead"),
+    ],
+)  # fmt: skip
+def test_the_verdict(speeds: dict[int, dict[str, float]], fastest: str, pays: str) -> None:
+    rows = rows_of(speeds)
+    assert list(verdict_of(rows)) == [
+        f"fastest here, float32: {fastest}", f"sparse attention pays {pays}",
+    ]  # fmt: skip
+    found = tuning.Tuning("cpu x", tuple(rows), {}, Path("there.json"))
+    assert str(found).splitlines()[2:] == ["kernel='auto' judges by it from now on: there.json"]
 
 
 # -- the file -----------------------------------------------------------------------------------
@@ -231,6 +433,10 @@ BROKEN = {
     },
     "a price that is no number": '{"format": 1, "entries": {"x": {"rows": [], "prices": '
     '{"dense": {"call": NaN, "mac": 1, "logit": 1, "byte": 1, "row": 1}}}}}',
+    "a failure that is text": {"format": 1, "entries": {"x": entry(failed={"gather": "broken"})}},
+    "a failure of no size": {
+        "format": 1, "entries": {"x": entry(failed={"gather": {"error": "x", "pairs": 1.5}})},
+    },
     "no rows": {"format": 1, "entries": {"x": entry(rows=7)}},
 }  # fmt: skip
 
@@ -332,7 +538,7 @@ def test_neither_patch_nor_forward_measures(monkeypatch: pytest.MonkeyPatch) -> 
     def never(*_: object) -> float:
         raise AssertionError("a clock was read")
 
-    for name in ("seconds", "alternate"):
+    for name in ("seconds", "alternate", "alternate_within"):
         monkeypatch.setattr(timing, name, never)
     monkeypatch.setattr(timing.time, "perf_counter", never)
     model = zoo.build("vit")

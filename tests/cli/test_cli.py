@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsiattn.analysis.benchmark import tuning
-from sparsiattn.analysis.benchmark.tuning import Case
+from sparsiattn.analysis.benchmark.tuning_cases import Case
 from sparsiattn.cli import app
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
@@ -46,13 +46,21 @@ def test_tune_prints_expected_beside_measured(
     monkeypatch.setenv("SPARSIATTN_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "160")
     try:
-        result = CliRunner().invoke(app, ["tune", "--device", "cpu", "--dtype", "float32"])
+        options = ["tune", "--device", "cpu", "--dtype", "float32", "--budget", "30"]
+        result = CliRunner().invoke(app, options)
         assert result.exit_code == 0, result.output
-        for word in ("measured", "expected", "gather", "planning", "tuning.json"):
-            assert word in result.output
+        fastest, pays, file = result.stdout.splitlines()  # and nothing else
+        assert fastest.startswith("fastest here, float32: ")
+        assert pays.startswith("sparse attention pays ")
+        assert file.endswith(str(tmp_path / "tuning.json"))
         assert (tmp_path / "tuning.json").is_file()
-        again = CliRunner().invoke(app, ["tune", "--device", "cpu", "--json"])
-        assert json.loads(again.stdout)["path"] == str(tmp_path / "tuning.json")
+        table = CliRunner().invoke(app, [*options, "--verbose"]).stdout
+        for word in ("measured", "expected", "gather", "planning", "tuning.json"):
+            assert word in table
+        again = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+        assert again["path"] == str(tmp_path / "tuning.json")
+        assert {row["kernel"] for row in again["rows"]} >= {"dense", "planning", "gather"}
+        assert len(again["verdict"]) == 3
     finally:
         monkeypatch.undo()
         tuningfile.forget()

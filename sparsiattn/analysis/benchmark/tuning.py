@@ -2,124 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Site, Tile, dense_attention
-from sparsiattn.errors import InvalidOption, InvalidType
-from sparsiattn.kernels import (
-    CallShape,
-    Kernel,
-    Prices,
-    Work,
-    compile_native,
-    cost,
-    refusals,
-    tuning_cache,
+from sparsiattn.analysis.benchmark.price_fit import fit
+from sparsiattn.analysis.benchmark.tuning_cases import (
+    MORE,
+    QUICK,
+    Failure,
+    Measured,
+    dtype_name,
+    measure,
+    sized,
 )
-from sparsiattn.kernels.cost import DENSE, PLANNING
-from sparsiattn.patching.flop_counter import mac_counter, macs_of
-from sparsiattn.registry import REGISTRY
-from sparsiattn.runtime import Timing, timing
-from sparsiattn.strategies import Connectivity, finish
+from sparsiattn.analysis.benchmark.tuning_verdict import failure_line, verdict_of
+from sparsiattn.errors import InvalidOption, InvalidType, SparsiattnError
+from sparsiattn.kernels import Prices, Work, compile_native, cost, tuning_cache
+from sparsiattn.kernels.cost import DENSE, MASKED, PLANNING
 
-# The slowest kernels write whole matrices of logits; above this many they are not measured.
-MOST_LOGITS = 8 << 20
-# A GPU is not busy with one image.
-GPU_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention call to measure.
-
-    Attributes:
-        tokens: Patches, beside a CLS token.
-        k: Budget of `connectivity`; None for images of different lengths in one packed sequence.
-        tile: Queries that share their keys.
-        heads: Attention heads.
-        dim: Width of a query and a key.
-        batch: Images.
-    """
-
-    tokens: int
-    k: float | None
-    tile: Tile = 1
-    heads: int = 6
-    dim: int = 64
-    batch: int = 1
-
-
-QUICK = (
-    Case(196, 0.25),
-    Case(196, 0.25, (7, 7)),
-    Case(196, 0.25, (7, 7), batch=8),
-    Case(576, 0.1),
-    Case(576, 0.25, (8, 8)),
-    Case(1024, 0.1, (8, 4)),
-    Case(1024, 0.25, (8, 4)),
-    Case(1024, 0.1, (8, 4), heads=12),
-    Case(1024, 0.1, (8, 4), heads=6, dim=32),
-    Case(1024, 0.1, (8, 4), batch=4),
-    Case(2304, 0.1, (8, 8)),
-    Case(4096, 0.1, (8, 8)),
-    Case(4096, 0.1, (16, 8)),
-    Case(4096, 0.25, (8, 8)),
-    Case(196, None, batch=8),
-)
-MORE = (
-    Case(196, 0.1, batch=8),
-    Case(784, 0.1, (7, 7), heads=3),
-    Case(784, 0.5, (7, 7), heads=3),
-    Case(1024, 0.5, (16, 16)),
-    Case(2304, 0.25, (16, 16), heads=12),
-    Case(4096, 0.5, (16, 16)),
-    Case(4096, 0.05, (16, 16)),
-    Case(4096, 0.1, (8, 8), heads=16, dim=80),
-    Case(9216, 0.1, (8, 8)),
-    Case(9216, 0.1, (16, 16)),
-    Case(784, None, batch=8),
-)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one kernel took for one `Case`.
-
-    Attributes:
-        case: What was measured.
-        dtype: Data type, as ``"float32"``.
-        kernel: Name of the kernel, ``"dense"`` or ``"planning"``.
-        seconds: Median time.
-        ratio: Dense time over this time, the median of paired runs.
-        work: What the kernel does, where it says so.
-        expected: ``ratio`` by the prices in force after fitting.
-    """
-
-    case: Case
-    dtype: str
-    kernel: str
-    seconds: float
-    ratio: float
-    work: Work | None
-    expected: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+# Seconds that `tune` takes at most, about, with the small grid of shapes.
+BUDGET = 45.0
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` found.
+    """What `tune` found. As text it is its `verdict`.
 
     Attributes:
         device: The machine.
@@ -127,16 +42,34 @@ class Tuning:
         prices: Fitted to the rows, by data type and kernel.
         path: The file that holds them; None if it could not be written, and then they hold in this
             process only.
+        failures: What raised. ``auto`` does not take such a kernel on this machine.
+        unmeasured: Shapes left out because the budget was spent.
     """
 
     device: str
     rows: tuple[Measured, ...]
     prices: dict[str, dict[str, Prices]]
     path: Path | None
+    failures: tuple[Failure, ...] = ()
+    unmeasured: int = 0
+
+    def __str__(self) -> str:
+        return "\n".join(self.verdict())
+
+    def verdict(self) -> list[str]:
+        """What is fastest where, from how many tokens sparse attention pays, where the file is."""
+        written = f"kernel='auto' judges by it from now on: {self.path}"
+        unwritten = "no file could be written; this process judges by it until it ends"
+        lines = [*verdict_of(self.rows), unwritten if self.path is None else written]
+        lines += [failure_line(failure) for failure in self.failures]
+        if self.unmeasured:
+            lines.append(f"left out, as the budget was spent: {self.unmeasured} shapes")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "path": None if self.path is None else str(self.path)}
+        path = None if self.path is None else str(self.path)
+        return {**asdict(self), "path": path, "verdict": self.verdict()}
 
 
 def tune(
@@ -144,52 +77,109 @@ def tune(
     dtypes: Sequence[torch.dtype] | None = None,
     quick: bool = True,
     on_case: Callable[[int, int], Any] | None = None,
+    *,
+    budget: float | None = None,
 ) -> Tuning:
     """Measure dense attention, every kernel that works here, and planning, in paired runs.
 
     Prices are fitted to the times and kept in a file; ``auto``, ``only_if_faster`` and reports
-    judge by them. Live patches choose anew at their next forward pass.
+    judge by them. Live patches choose anew at their next forward pass. A kernel that raises is
+    named in the result and the file, and ``auto`` takes it no more on this machine (from that size
+    on, where memory was short) until `tune` runs again.
 
     Args:
         device: The GPU where there is one, else the CPU.
         dtypes: By default float32 on a CPU, and bfloat16, float16 and float32 on a GPU.
         quick: A small grid of shapes, under a minute on two CPU cores; otherwise more of them.
         on_case: Called with the number of cases done and of all cases.
+        budget: Seconds to take at most, compiling included: slow kernels run less often, and
+            shapes for which no time is left are left out, but every shape that is begun is
+            finished, and one is measured in any case. 45 if ``quick``, else as long as it takes.
 
     Returns:
         Times, prices and the file.
 
     Raises:
-        InvalidOption: The device is not there, or is of another kind.
+        InvalidOption: The device is not there, or is of another kind, or ``budget`` is no positive
+            number.
         InvalidType: ``dtypes`` holds something that is no floating-point type.
+        SparsiattnError: Dense attention itself raised at every shape.
 
     >>> print(tune())  # doctest: +SKIP
     """
+    start = time.perf_counter()
     device = _device(device)
+    dtypes = _dtypes(device, dtypes)
+    budget = _budget(budget, quick)
     if device.type == "cpu":
         compile_native()
-    dtypes = _dtypes(device, dtypes)
-    cases = [_sized(case, device) for case in (QUICK if quick else QUICK + MORE)]
+    cases = [sized(case, device) for case in (QUICK if quick else QUICK + MORE)]
+    todo = list(product(cases, dtypes))
     rows: list[Measured] = []
-    for done, (dtype, case) in enumerate(product(dtypes, cases), 1):
-        rows += measure(case, device, dtype, rounds=5 if quick else 11)
+    failures: list[Failure] = []
+    done = 0
+    for done, (case, dtype) in enumerate(todo, 1):
+        left = budget - (time.perf_counter() - start)
+        if left <= 0 and rows:
+            done -= 1
+            break
+        limit = left / (1 + len(todo) - done)
+        measured, failed = measure(case, device, dtype, 5 if quick else 11, limit)
+        rows, failures = [*rows, *measured], [*failures, *failed]
         if on_case is not None:
-            on_case(done, len(dtypes) * len(cases))
-    by_dtype = {dtype: [row for row in rows if row.dtype == _name(dtype)] for dtype in dtypes}
-    prices = {_name(d): fit_all(rows, device, d) for d, rows in by_dtype.items()}
-    judged = {d: tuple(_judged(rows, prices[_name(d)])) for d, rows in by_dtype.items()}
-    entries = {
-        tuning_cache.key(device, dtype): {
+            on_case(done, len(todo))
+    return _keep(device, dtypes, rows, failures, len(todo) - done)
+
+
+def _budget(budget: float | None, quick: bool) -> float:
+    if budget is None:
+        return BUDGET if quick else math.inf
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+        raise InvalidOption(f"budget must be a positive number of seconds, got {budget!r}")
+    return float(budget)
+
+
+def _keep(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    rows: Sequence[Measured],
+    failures: Sequence[Failure],
+    unmeasured: int,
+) -> Tuning:
+    """Fit, write the file, and let every live patch ask anew."""
+    if not rows:
+        said = "; ".join(sorted({failure.error for failure in failures}))
+        raise SparsiattnError(f"tune() could measure no shape on {device}: {said}")
+    prices: dict[str, dict[str, Prices]] = {}
+    judged: list[Measured] = []
+    entries = {}
+    for dtype in dtypes:
+        name = dtype_name(dtype)
+        own = [row for row in rows if row.dtype == name]
+        if not own:
+            continue
+        prices[name] = fit_all(own, device, dtype)
+        own = list(_judged(own, prices[name]))
+        judged += own
+        entries[tuning_cache.key(device, dtype)] = {
             "date": date.today().isoformat(),
-            "prices": {name: asdict(price) for name, price in prices[_name(dtype)].items()},
-            "rows": [row.to_dict() for row in rows],
+            "prices": {kernel: asdict(price) for kernel, price in prices[name].items()},
+            "rows": [row.to_dict() for row in own],
+            "failed": _failed([failure for failure in failures if failure.dtype == name]),
         }
-        for dtype, rows in judged.items()
-    }
     path = tuning_cache.write(entries)
     cost.reload()
-    all_rows = tuple(chain.from_iterable(judged.values()))
-    return Tuning(tuning_cache.device_name(device), all_rows, prices, path)
+    place = tuning_cache.device_name(device)
+    return Tuning(place, tuple(judged), prices, path, tuple(failures), unmeasured)
+
+
+def _failed(failures: Iterable[Failure]) -> dict[str, dict[str, Any]]:
+    """What `cost.failures` reads: of each kernel the failure that counts from the fewest pairs."""
+    found: dict[str, dict[str, Any]] = {}
+    for failure in sorted(failures, key=lambda failure: -failure.pairs):
+        if failure.kernel not in (DENSE, MASKED, PLANNING):
+            found[failure.kernel] = {"error": failure.error, "pairs": failure.pairs}
+    return found
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -213,75 +203,6 @@ def _dtypes(device: torch.device, dtypes: Sequence[torch.dtype] | None) -> list[
     return list(dtypes)
 
 
-def _sized(case: Case, device: torch.device) -> Case:
-    grows = device.type != "cpu" and case.k is not None
-    return replace(case, batch=case.batch * GPU_BATCH) if grows else case
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Measured]:
-    """Times of one case: dense, planning, and each kernel that takes it."""
-    with torch.inference_mode():
-        inputs, plan, planning = _prepare(case, device, dtype)
-        pattern = plan()
-        kernels = {kernel.name: kernel for kernel in _kernels(inputs, pattern)}
-        calls: dict[str, Callable[[], Any]] = {
-            DENSE: partial(dense_attention, inputs.q, inputs.k, inputs.v, scale=inputs.scale)
-        }
-        if planning is not None:
-            calls[PLANNING] = plan
-        calls |= {name: partial(kernel, inputs, pattern) for name, kernel in kernels.items()}
-        times = timing.alternate(calls, rounds)
-    works = {DENSE: CallShape.of(inputs).dense, PLANNING: planning}
-    works |= {name: kernel.work(inputs, pattern) for name, kernel in kernels.items()}
-    speeds = {name: kernel.speed(inputs, pattern) for name, kernel in kernels.items()}
-    rows = []
-    for name, seconds in times.items():
-        paired = Timing.of(seconds, times[DENSE])
-        took, ratio = paired.first.median, paired.ratio.median
-        rows.append(Measured(case, _name(dtype), name, took, ratio, works[name], speeds.get(name)))
-    return rows
-
-
-def _prepare(
-    case: Case, device: torch.device, dtype: torch.dtype
-) -> tuple[AttentionInputs, Callable[[], Pattern], Work | None]:
-    """Random operands, what plans for them, and the work of planning."""
-    lengths = tuple(case.tokens * (8 + i % 8) // 16 for i in range(case.batch))
-    batch, rows = (1, sum(lengths)) if case.k is None else (case.batch, case.tokens + 1)
-    shape = (3, batch, rows, case.heads, case.dim)
-    qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    q, k, v = qkv.transpose(2, 3).unbind(0)  # laid out as a host's are: views of one projection
-    site = Site.of(q, k, v, prefix_tokens=0 if case.k is None else 1)
-    inputs = AttentionInputs(q, k, v, case.dim**-0.5, None, site)
-    if case.k is None:
-        packed = Lengths(rows, rows, lengths)
-        return inputs, lambda: packed, None
-    strategy = Connectivity(k=case.k, tile=case.tile)
-    inputs = inputs.replace(tile=case.tile, block=strategy.block_for(site.keys))
-    planner = strategy.planner(site).to(device, dtype)
-    with mac_counter() as counter:
-        work = cost.planning_of(planner(inputs), macs_of(counter), inputs).work
-    background = strategy.background_for(inputs.key_grid)
-    return inputs, lambda: finish(planner(inputs), inputs, background=background), work
-
-
-def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
-    """Kernels that take the call, without those whose matrices of logits would be huge."""
-    logits = inputs.q.shape[:2].numel() * inputs.n_queries * inputs.n_keys
-    skipped: set[str] = {"reference", "sdpa"} if logits > MOST_LOGITS else set()
-    if isinstance(pattern, Lengths):  # here it runs image by image
-        skipped -= {"sdpa"}
-    return [
-        kernel
-        for kernel in REGISTRY.all("kernels").values()
-        if kernel.name not in skipped and not refusals(kernel, inputs, pattern)
-    ]
-
-
 def fit_all(
     rows: Iterable[Measured], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Prices]:
@@ -292,41 +213,6 @@ def fit_all(
         if row.work is not None:
             works.setdefault(row.kernel, []).append((row.work, row.seconds))
     return {name: fit(known, shipped.get(name, shipped["gather"])) for name, known in works.items()}
-
-
-def fit(known: Sequence[tuple[Work, float]], start: Prices, ridge: float = 0.01) -> Prices:
-    """Fit prices under which works take about their seconds.
-
-    Least squares of log time over log prices, by the method of Levenberg and Marquardt: prices are
-    positive, and short calls count as much as long ones.
-
-    Args:
-        known: Works and their seconds.
-        start: Prices to begin with.
-        ridge: Pull to where a price started; it holds those that the works cannot tell.
-    """
-    features = torch.tensor([work.features() for work, _ in known], dtype=torch.float64)
-    log_seconds = torch.tensor([seconds for _, seconds in known], dtype=torch.float64).log()
-    begin = torch.tensor(astuple(start), dtype=torch.float64).log()
-    identity = torch.eye(len(begin), dtype=torch.float64)
-
-    def loss(log_prices: Tensor) -> float:
-        error = (features @ log_prices.exp()).log() - log_seconds
-        return float((error**2).sum() + ridge * ((log_prices - begin) ** 2).sum())
-
-    log_prices, damping = begin.clone(), 1.0
-    for _ in range(100):
-        paid = features * log_prices.exp()
-        slope = paid / paid.sum(1, keepdim=True)
-        error = paid.sum(1).log() - log_seconds
-        normal = slope.mT @ slope + ridge * identity
-        gradient = slope.mT @ error + ridge * (log_prices - begin)
-        step = torch.linalg.solve(normal + damping * identity, gradient)
-        if loss(log_prices - step) < loss(log_prices):
-            log_prices, damping = log_prices - step, damping / 3
-        else:
-            damping *= 3
-    return Prices(*log_prices.exp().tolist())
 
 
 def _judged(rows: list[Measured], prices: dict[str, Prices]) -> Iterator[Measured]:

@@ -1,0 +1,46 @@
+"""Prices under which works take the seconds that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from sparsiattn.kernels import Prices, Work
+
+
+def fit(known: Sequence[tuple[Work, float]], start: Prices, ridge: float = 0.01) -> Prices:
+    """Fit prices under which works take about their seconds.
+
+    Least squares of log time over log prices, by the method of Levenberg and Marquardt: prices are
+    positive, and short calls count as much as long ones.
+
+    Args:
+        known: Works and their seconds.
+        start: Prices to begin with.
+        ridge: Pull to where a price started; it holds those that the works cannot tell.
+    """
+    features = torch.tensor([work.features() for work, _ in known], dtype=torch.float64)
+    log_seconds = torch.tensor([seconds for _, seconds in known], dtype=torch.float64).log()
+    begin = torch.tensor(astuple(start), dtype=torch.float64).log()
+    identity = torch.eye(len(begin), dtype=torch.float64)
+
+    def loss(log_prices: Tensor) -> float:
+        error = (features @ log_prices.exp()).log() - log_seconds
+        return float((error**2).sum() + ridge * ((log_prices - begin) ** 2).sum())
+
+    log_prices, damping = begin.clone(), 1.0
+    for _ in range(100):
+        paid = features * log_prices.exp()
+        slope = paid / paid.sum(1, keepdim=True)
+        error = paid.sum(1).log() - log_seconds
+        normal = slope.mT @ slope + ridge * identity
+        gradient = slope.mT @ error + ridge * (log_prices - begin)
+        step = torch.linalg.solve(normal + damping * identity, gradient)
+        if loss(log_prices - step) < loss(log_prices):
+            log_prices, damping = log_prices - step, damping / 3
+        else:
+            damping *= 3
+    return Prices(*log_prices.exp().tolist())
