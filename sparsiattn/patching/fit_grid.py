@@ -14,7 +14,8 @@ from sparsiattn.strategies.base import Strategy
 def check_grids(configs: Mapping[Site, Strategy]) -> None:
     """Check the options of all sites against their grids at patch time.
 
-    Smaller images, and sequences with fewer tokens, cut what is too large for them down.
+    Smaller images, and sequences with fewer tokens, cut what is too large for them down, and so
+    does a site that is too small for a strategy's default.
 
     Args:
         configs: The strategy of every selected site.
@@ -37,7 +38,8 @@ def check_grids(configs: Mapping[Site, Strategy]) -> None:
 
 def _check_background(site: Site, config: Strategy) -> None:
     g, (rows, columns) = config.background, site.key_grid
-    if not isinstance(g, int) or not rows * columns:
+    default = type(config).__dataclass_fields__["background"].default
+    if not isinstance(g, int) or g == default or not rows * columns:
         return
     largest = min(rows, columns) if rows > 1 else math.isqrt(columns)
     if g > largest:

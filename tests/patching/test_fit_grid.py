@@ -50,6 +50,29 @@ def test_summary_keys_must_fit_every_window_and_a_tile_one_grid() -> None:
             assert patch.sites
 
 
+class OfStrips(torch.nn.Module):
+    """Attention of a strip of patches, too narrow for two summary keys in each direction."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+
+def test_a_default_that_does_not_fit_is_cut_down() -> None:
+    model, x = torch.nn.Sequential(OfStrips()), torch.randn(1, 64, 16)
+    options: dict[str, Any] = {"k": 0.25, "input": (x,), "grid": (64, 1)}
+    with torch.no_grad():
+        with sparsiattn.patch(model, "local", background=None, **options):
+            bare = model(x)
+        with sparsiattn.patch(model, "local", **options):
+            summarised = model(x)
+    assert torch.isfinite(summarised).all()
+    assert not torch.equal(summarised, bare)
+    for strategy in ("local", "topk"):
+        with pytest.raises(InvalidOption, match="at most background=1"):
+            sparsiattn.patch(model, strategy, background=3, **options)
+
+
 def test_smaller_images_and_fewer_tokens_cut_them_down() -> None:
     model = models.VisionTransformer(**zoo.TINY, dynamic_img_size=True).eval()
     with torch.no_grad(), sparsiattn.patch(model, k=0.25, background=8, tile=(8, 8)):
