@@ -21,6 +21,7 @@ from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native.factors import host_bias_of, is_factored
 from sparsiattn.kernels.native.gradients import differentiable_attention
 from sparsiattn.kernels.native.ops import FLOATS, attention
 from sparsiattn.kernels.native.rows import attend_to_best
@@ -36,6 +37,8 @@ CALLS = 20.0
 ROWS_WORTH = 6
 # reading and adding a host's bias of a pair takes as long as so many softmax entries
 BIAS_WORTH = 2
+# and transposing a factor of it
+FACTORS_WORTH = 1
 _NOT_COMPILED = "not compiled yet on this machine: run patch.warmup(images) once"
 
 
@@ -134,8 +137,7 @@ def _attend_to_lists(
         prefix,
         pattern.dense_rows,
         inputs.scale,
-        inputs.bias,
-        inputs.site.bias != "bias",
+        *host_bias_of(inputs),
     )
 
 
@@ -143,7 +145,7 @@ def _best_options(inputs: AttentionInputs, pattern: TopKeys) -> tuple[Any, ...]:
     """Arguments of `attend_to_best` after the operands."""
     summary, keep = pattern.summary, pattern.keys - pattern.prefix
     cells = None if summary is None else summary.cells
-    given = inputs.bias, inputs.site.bias != "bias"
+    given = host_bias_of(inputs)
     count = summary_count(pattern)
     return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale, *given
 
@@ -171,6 +173,8 @@ def _bias_logits(inputs: AttentionInputs) -> float:
     if inputs.bias is None:
         return 0.0
     call = CallShape.of(inputs)
+    if is_factored(inputs):
+        return FACTORS_WORTH * call.batch * call.heads * call.queries * sum(inputs.bias.sides)
     return BIAS_WORTH * call.batch * call.heads * call.queries * call.keys
 
 

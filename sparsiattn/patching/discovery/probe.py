@@ -54,6 +54,8 @@ class AttentionCall:
         uniform: Whether all of them had these shapes.
         weights: What became of the attention weights that `nn.MultiheadAttention` also returns.
         lifted: Whether the module writes its attention out; see `sparsiattn.runtime.lifting`.
+        sums_bias: Whether its mask is a sum of a number for each row of keys and one for each
+            column; see `FactoredBias`.
         input_shape: Shape of the first tensor that the module took.
         output_shape: Shape of the first tensor that it returned.
         aspect: Height over width of the image, in patches.
@@ -77,6 +79,7 @@ class AttentionCall:
     uniform: bool = True
     weights: Weights = "unasked"
     lifted: bool = False
+    sums_bias: bool = False
     input_shape: torch.Size | None = None
     output_shape: torch.Size | None = None
     aspect: float = 1.0
@@ -169,6 +172,7 @@ class _Recorder:
                 mask_dtype=None if call.mask is None else call.mask.dtype,
                 causal=call.causal,
                 lifted=self.trial.attending,
+                sums_bias=self.trial.is_sum(call.mask),
                 **self._places(call),
             )
             before = self.calls.get(name)

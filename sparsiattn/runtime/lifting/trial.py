@@ -8,7 +8,11 @@ from torch import Tensor
 
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.lifting.sums import SUMS, can_put_off
 from sparsiattn.runtime.thread_state import SITE_CALLS
+
+SUM_VIEWS = ("view", "reshape", "reshape_as", "view_as", "unsqueeze", "to", "type_as", "contiguous")
+"""What hosts do to a sum on its way to attention."""
 
 
 class Trial(Lift):
@@ -23,6 +27,11 @@ class Trial(Lift):
         self.attending = False
         self.softmaxes: dict[str, str] = {}
         self._computed: dict[str, str] = {}
+        self._sums: dict[int, Tensor] = {}
+
+    def is_sum(self, mask: Tensor | None) -> bool:
+        """Whether a mask is a sum that a patched module need not compute, or a view of one."""
+        return id(mask) in self._sums
 
     def attend(self, *operands: Any, **options: Any) -> Tensor:
         self.attending = True
@@ -45,6 +54,10 @@ class Trial(Lift):
         if func.__name__.strip("_") == "softmax" and not isinstance(result, Scores):
             name = self.names.get(self.home(), "")
             self.softmaxes.setdefault(name, self._reason(name))
+        name = func.__name__.strip("_")
+        viewed = name in SUM_VIEWS and self.is_sum(args[0])
+        if viewed or (name in SUMS and can_put_off(args, kwargs)):
+            self._sums[id(result)] = result  # which lives as long as what is known of it
         return result
 
     def _reason(self, name: str) -> str:

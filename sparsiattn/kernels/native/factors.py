@@ -1,0 +1,54 @@
+"""The host's bias as compiled code takes it: every entry, or its factors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsiattn.attention.factored_bias import FactoredBias, plain
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.kernels.native import scores
+
+WIDEST = 256  # as in vectors.h
+
+
+class HostBias(NamedTuple):
+    """Arguments of the operators.
+
+    Attributes:
+        bias: ``[B|1, H|1, N|1, Nk]``, or its factors ``[B|1, H|1, N|1, kh + kw]``; None without.
+        hard: Whether it forbids keys.
+        across: Keys side by side, kw, where these are factors, else 0.
+    """
+
+    bias: Tensor | None
+    hard: bool
+    across: int
+
+
+def serves(a: Tensor, b: Tensor) -> bool:
+    """Whether compiled code may take the sum of these operands as its factors."""
+    return max(a.shape[-2:]) + max(b.shape[-2:]) <= WIDEST and scores.serves(a, b)
+
+
+def host_bias_of(inputs: AttentionInputs) -> HostBias:
+    """The host's bias of a call."""
+    bias, hard = inputs.bias, inputs.site.bias != "bias"
+    if is_factored(inputs):
+        assert isinstance(bias, FactoredBias)
+        return HostBias(bias.factors(), False, bias.sides[1])
+    return HostBias(plain(bias), hard, 0)
+
+
+def is_factored(inputs: AttentionInputs) -> bool:
+    """Whether compiled code takes the factors of a call's bias.
+
+    They forbid no key, and there is no prefix, which has no place in a grid.
+    """
+    bias = inputs.bias
+    if not isinstance(bias, FactoredBias) or not bias.merged or bias.origin.value is not None:
+        return False
+    fits = bias.dtype is torch.float32 and sum(bias.sides) <= WIDEST
+    return fits and inputs.site.bias == "bias" and not inputs.prefix and not inputs.site.reordered
