@@ -201,6 +201,8 @@ def _unless_other(func: Any, bias: FactoredBias, *args: Any, **kwargs: Any) -> F
 
 @_operation(_ATEN.expand)
 def _expand(_: Any, bias: FactoredBias, size: Sequence[int], **__: Any) -> FactoredBias | None:
+    if tuple(size) == bias.shape:
+        return _same(_, bias)
     if not bias.merged or size[-1] not in (-1, bias.shape[-1]):
         return None
     rows, columns = (x.expand(*size[:-1], x.shape[-1]) for x in (bias.rows, bias.columns))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from sparsiattn.runtime.lifting.sums import put_off_sum
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
@@ -150,8 +151,11 @@ class Scores:
     def bias(self) -> Tensor | None:
         """What was added to the scores, broadcastable to their present shape."""
         shape = flip(self.shape) if self.flipped else self.shape
-        bias = None
+        sums: dict[tuple[int, ...], Tensor] = {}
         for term, then in self.terms:
+            sums[then] = term if then not in sums else _added(sums[then], term)
+        bias = None
+        for then, term in sums.items():
             fitted = term if then == shape else term.expand(then).reshape(shape)
             bias = fitted if bias is None else bias + fitted
         return bias
@@ -178,6 +182,11 @@ class Scores:
             )
         finally:
             SITE_CALLS.deferred = False
+
+
+def _added(a: Tensor, b: Tensor) -> Tensor:
+    bias = put_off_sum((a, b))
+    return a + b if bias is None else bias
 
 
 def flip(shape: tuple[int, ...]) -> torch.Size:

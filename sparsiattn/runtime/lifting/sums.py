@@ -20,7 +20,7 @@ from sparsiattn.runtime.thread_state import SITE_CALLS
 SUMS = ("add",)
 
 
-def put_off_sum(args: Sequence[Any], kwargs: Any) -> FactoredBias | None:
+def put_off_sum(args: Sequence[Any], kwargs: Any = None) -> FactoredBias | None:
     """A sum of the host's that need not be computed, as compiled code takes its two operands.
 
     Args:
