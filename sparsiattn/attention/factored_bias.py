@@ -1,8 +1,8 @@
 """A bias that is a sum of a number for the key's row and one for its column, kept as these two.
 
-Decomposed relative positions (MViTv2, arXiv 2112.01526, section 4.1; SAM's image encoder) give every
-query such a bias. Built, it is as large as all logits of the site, and takes as long to write and to
-read as attention does.
+Decomposed relative positions (MViTv2, arXiv 2112.01526, section 4.1; SAM's image encoder) give
+every query such a bias. Built, it is as large as all logits of the site, and takes as long to write
+and to read as attention does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class FactoredBias(Tensor):
     ) -> FactoredBias:
         sides = (rows.shape[-1], columns.shape[-1])
         shape = (*rows.shape[:-1], math.prod(sides)) if merged else (*rows.shape[:-1], *sides)
-        self: FactoredBias = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: FactoredBias = Tensor._make_wrapper_subclass(
             cls, shape, dtype=rows.dtype, device=rows.device
         )
         self.rows, self.columns, self.merged = rows, columns, merged
@@ -84,7 +84,7 @@ class FactoredBias(Tensor):
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"FactoredBias({tuple(self.shape)}, sides={self.sides})"
 
     @property
@@ -103,7 +103,9 @@ class FactoredBias(Tensor):
         return (self.rows.unsqueeze(-1) + self.columns.unsqueeze(-2)).reshape(self.shape)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         bias = args[0] if args else None
         if isinstance(bias, FactoredBias) and bias.origin.value is None:
@@ -158,7 +160,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
     return targets[0] if targets else out
 
 
-Operation = Callable[..., "FactoredBias | None"]
+Operation = Callable[..., Tensor | None]
 
 OPERATIONS: dict[Any, Operation] = {}
 """What can be done to factors, by torch's operator; None where it cannot in this case."""

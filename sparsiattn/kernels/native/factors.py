@@ -36,19 +36,19 @@ def serves(a: Tensor, b: Tensor) -> bool:
 def host_bias_of(inputs: AttentionInputs) -> HostBias:
     """The host's bias of a call."""
     bias, hard = inputs.bias, inputs.site.bias != "bias"
-    if is_factored(inputs):
-        assert isinstance(bias, FactoredBias)
+    if isinstance(bias, FactoredBias) and factor_sides(inputs) is not None:
         return HostBias(bias.factors(), False, bias.sides[1])
     return HostBias(plain(bias), hard, 0)
 
 
-def is_factored(inputs: AttentionInputs) -> bool:
-    """Whether compiled code takes the factors of a call's bias.
+def factor_sides(inputs: AttentionInputs) -> tuple[int, int] | None:
+    """Rows and columns of keys, where compiled code takes the factors of a call's bias.
 
     They forbid no key, and there is no prefix, which has no place in a grid.
     """
     bias = inputs.bias
     if not isinstance(bias, FactoredBias) or not bias.merged or bias.origin.value is not None:
-        return False
+        return None
     fits = bias.dtype is torch.float32 and sum(bias.sides) <= WIDEST
-    return fits and inputs.site.bias == "bias" and not inputs.prefix and not inputs.site.reordered
+    fits = fits and inputs.site.bias == "bias" and not inputs.prefix and not inputs.site.reordered
+    return bias.sides if fits else None

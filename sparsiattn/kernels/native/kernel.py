@@ -21,7 +21,7 @@ from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
-from sparsiattn.kernels.native.factors import host_bias_of, is_factored
+from sparsiattn.kernels.native.factors import factor_sides, host_bias_of
 from sparsiattn.kernels.native.gradients import differentiable_attention
 from sparsiattn.kernels.native.ops import FLOATS, attention
 from sparsiattn.kernels.native.rows import attend_to_best
@@ -173,9 +173,9 @@ def _bias_logits(inputs: AttentionInputs) -> float:
     if inputs.bias is None:
         return 0.0
     call = CallShape.of(inputs)
-    if is_factored(inputs):
-        return FACTORS_WORTH * call.batch * call.heads * call.queries * sum(inputs.bias.sides)
-    return BIAS_WORTH * call.batch * call.heads * call.queries * call.keys
+    rows = call.batch * call.heads * call.queries
+    sides = factor_sides(inputs)
+    return BIAS_WORTH * rows * call.keys if sides is None else FACTORS_WORTH * rows * sum(sides)
 
 
 def _summary_refusals(summary: Summary) -> list[str]:

@@ -12,4 +12,13 @@ from sparsiattn.runtime.lifting.modules import drop, lift, show_weights, without
 from sparsiattn.runtime.lifting.sums import put_off_sums_of
 from sparsiattn.runtime.lifting.trial import Trial
 
-__all__ = ["Lift", "Tally", "Trial", "drop", "lift", "put_off_sums_of", "show_weights", "without_scores"]
+__all__ = [
+    "Lift",
+    "Tally",
+    "Trial",
+    "drop",
+    "lift",
+    "put_off_sums_of",
+    "show_weights",
+    "without_scores",
+]

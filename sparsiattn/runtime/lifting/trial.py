@@ -11,7 +11,10 @@ from sparsiattn.runtime.lifting.scores import Scores
 from sparsiattn.runtime.lifting.sums import SUMS, can_put_off
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
-SUM_VIEWS = ("view", "reshape", "reshape_as", "view_as", "unsqueeze", "to", "type_as", "contiguous")
+SUM_VIEWS = (
+    *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze"),
+    *("expand", "expand_as", "to", "type_as", "float", "contiguous"),
+)
 """What hosts do to a sum on its way to attention."""
 
 
