@@ -62,7 +62,7 @@ class FactoredBias(Tensor):
     """
 
     # functions run as on any tensor, and the operators that they are made of come to the class
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     rows: Tensor
     columns: Tensor
@@ -195,16 +195,16 @@ def _same(_: Any, bias: FactoredBias) -> FactoredBias:
 
 
 @_operation(*_MAYBE_SAME)
-def _unless_other(func: Any, bias: FactoredBias, *args: Any, **kwargs: Any) -> FactoredBias | None:
+def _unless_other(func: Any, bias: FactoredBias, *args: Any, **kwargs: Any) -> Tensor | None:
     """A change of type, device or memory layout that changes nothing."""
     probe = bias.rows.new_empty(0)
     return bias if func(probe, *args, **kwargs) is probe else None
 
 
 @_operation(_ATEN.expand)
-def _expand(_: Any, bias: FactoredBias, size: Sequence[int], **__: Any) -> FactoredBias | None:
+def _expand(_: Any, bias: FactoredBias, size: Sequence[int], **__: Any) -> Tensor | None:
     if tuple(size) == bias.shape:
-        return _same(_, bias)
+        return FactoredBias(bias.rows, bias.columns, bias.merged, bias.origin)
     if not bias.merged or size[-1] not in (-1, bias.shape[-1]):
         return None
     rows, columns = (x.expand(*size[:-1], x.shape[-1]) for x in (bias.rows, bias.columns))

@@ -51,8 +51,6 @@ STEPS: dict[str, Step] = {
     "comparison": lambda x: (x > 0).float(),
     "joined": lambda x: torch.cat([x, x]),
     "listed": lambda x: x.gather(-1, torch.full_like(x, x.shape[-1] // 2).long()[..., :1]),
-        -1, torch.zeros(x.shape, dtype=torch.long)[..., :1] + x.shape[-1] // 2
-    ),
 }
 LAZY = {
     *("first row", "rows", "some rows", "an image", "one more axis", "same type", "as large"),

@@ -29,8 +29,14 @@ class HostBias(NamedTuple):
 
 
 def serves(a: Tensor, b: Tensor) -> bool:
-    """Whether compiled code may take the sum of these operands as its factors."""
-    return max(a.shape[-2:]) + max(b.shape[-2:]) <= WIDEST and scores.serves(a, b)
+    """Whether compiled code may take the sum of these operands as its factors.
+
+    Operands without data stand for such as it may take.
+    """
+    fits = max(a.shape[-2:]) + max(b.shape[-2:]) <= WIDEST
+    if not (a.is_meta and b.is_meta):
+        return fits and scores.serves(a, b)
+    return fits and a.dtype is torch.float32 and scores.is_ready()
 
 
 def host_bias_of(inputs: AttentionInputs) -> HostBias:

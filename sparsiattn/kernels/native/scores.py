@@ -23,10 +23,15 @@ def serves(*tensors: Tensor) -> bool:
     return _serves(tensors, torch.float32)
 
 
-def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+def is_ready() -> bool:
+    """Whether there is compiled code, and nothing that traces or transforms what runs."""
     if torch.compiler.is_compiling() or not (is_loaded() or build.is_ready()):
         return False
-    if is_transformed():
+    return not is_transformed()
+
+
+def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    if not is_ready():
         return False
     grad_mode = torch.is_grad_enabled()
     for x in tensors:

@@ -40,9 +40,11 @@ class LiftMode(Protocol):
 
     Attributes:
         idle: Whether it lets products be computed for the moment.
+        puts_off_sums: Whether it puts sums off, too.
     """
 
     idle: bool
+    puts_off_sums: bool
 
     def attend(self, *operands: Any, **options: Any) -> Tensor:
         """Scaled dot product attention; arguments as torch takes them."""
@@ -153,12 +155,16 @@ class Scores:
         shape = flip(self.shape) if self.flipped else self.shape
         sums: dict[tuple[int, ...], Tensor] = {}
         for term, then in self.terms:
-            sums[then] = term if then not in sums else _added(sums[then], term)
+            sums[then] = term if then not in sums else self._added(sums[then], term)
         bias = None
         for then, term in sums.items():
             fitted = term if then == shape else term.expand(then).reshape(shape)
             bias = fitted if bias is None else bias + fitted
         return bias
+
+    def _added(self, a: Tensor, b: Tensor) -> Tensor:
+        bias = put_off_sum((a, b)) if self.lift.puts_off_sums else None
+        return a + b if bias is None else bias
 
     def add_part(self, bias: Tensor | None, starts: tuple[int, int]) -> None:
         """Adds in place to the scores ``[..., i:, j:]``."""
@@ -182,11 +188,6 @@ class Scores:
             )
         finally:
             SITE_CALLS.deferred = False
-
-
-def _added(a: Tensor, b: Tensor) -> Tensor:
-    bias = put_off_sum((a, b))
-    return a + b if bias is None else bias
 
 
 def flip(shape: tuple[int, ...]) -> torch.Size:

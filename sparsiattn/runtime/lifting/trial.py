@@ -21,6 +21,8 @@ SUM_VIEWS = (
 class Trial(Lift):
     """The dry run's: puts scores off in every module, and notes what becomes of each softmax."""
 
+    puts_off_sums = False  # where a host's tokens come from is traced by plain tensors
+
     def __init__(self) -> None:
         super().__init__(Tally())
         self.names: dict[int, str] = {}
