@@ -203,7 +203,8 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     allowed = inputs.allowed()
     count_bias = _bias_counter(pattern, inputs, allowed, cells, parts)
     shared = allowed is None or allowed.shape[-2] == 1
-    can_count = shared and isinstance(pattern, KeyLists) and native.counts(inputs.q, count)
+    can_count = shared and isinstance(pattern, KeyLists)
+    can_count = can_count and native.counts(inputs.q, count, inputs.device)
     if can_count or isinstance(pattern, TopKeys):
         return replace(pattern, summary=CountedSummary(cells, parts, count_bias, allowed))
     return replace(pattern, summary=Summary(cells, parts, count_bias(), allowed))

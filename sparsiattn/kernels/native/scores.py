@@ -40,9 +40,18 @@ def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     return True
 
 
-def counts(q: Tensor, cells: int) -> bool:
-    """Whether a kernel that counts the keys of so many cells itself is likely to come."""
-    return cells <= CELLS and q.dtype in ops.FLOATS and _serves((q,), q.dtype)
+def counts(q: Tensor, cells: int, device: torch.device) -> bool:
+    """Whether a kernel that counts the keys of so many cells itself is likely to come.
+
+    Args:
+        q: The queries.
+        cells: Keys of the summary.
+        device: Where the call runs; in a dry run, where it would.
+    """
+    if cells > CELLS or q.dtype not in ops.FLOATS:
+        return False
+    dry = q.is_meta and device.type == "cpu"
+    return is_ready() if dry else _serves((q,), q.dtype)
 
 
 def top(scores: Tensor, count: int) -> Tensor:
