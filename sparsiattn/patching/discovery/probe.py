@@ -54,8 +54,6 @@ class AttentionCall:
         uniform: Whether all of them had these shapes.
         weights: What became of the attention weights that `nn.MultiheadAttention` also returns.
         lifted: Whether the module writes its attention out; see `sparsiattn.runtime.lifting`.
-        sums_bias: Whether its mask is a sum of a number for each row of keys and one for each
-            column; see `FactoredBias`.
         input_shape: Shape of the first tensor that the module took.
         output_shape: Shape of the first tensor that it returned.
         aspect: Height over width of the image, in patches.
@@ -64,6 +62,8 @@ class AttentionCall:
         k_places: The same for keys.
         image: Shape of the image that the numbers count.
         map: The module behind which the tokens' grid shows, and its rows and columns there.
+        sums_bias: Whether its mask is a sum of a number for each row of keys and one for each
+            column; see `FactoredBias`.
     """
 
     name: str
@@ -79,7 +79,6 @@ class AttentionCall:
     uniform: bool = True
     weights: Weights = "unasked"
     lifted: bool = False
-    sums_bias: bool = False
     input_shape: torch.Size | None = None
     output_shape: torch.Size | None = None
     aspect: float = 1.0
@@ -87,6 +86,7 @@ class AttentionCall:
     k_places: Tensor | None = field(default=None, repr=False, compare=False)
     image: tuple[int, ...] = ()
     map: MapSource | None = None
+    sums_bias: bool = False
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
