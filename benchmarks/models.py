@@ -36,6 +36,7 @@ PLAIN = (
     "vit_base_patch16_siglip_256",
     "vit_base_patch16_siglip_384",
     "samvit_base_patch16_512",
+    "samvit_base_patch16_1024",
     "cait_s24_384",
     "xcit_small_12_p16_224",
 )
@@ -48,7 +49,10 @@ WINDOWED = (
     "levit_256",
     "pvt_v2_b2",
 )
-NAMES = {"samvit_base_patch16_512": ("samvit_base_patch16", {"img_size": 512})}
+NAMES = {
+    f"samvit_base_patch16_{size}": ("samvit_base_patch16", {"img_size": size})
+    for size in (512, 1024)
+}
 LINES: tuple[dict[str, Any], ...] = ({"k": 0.1}, {"k": 0.25}, {"k": 0.1, "only_if_faster": True})
 
 
@@ -75,8 +79,14 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         calls = {"dense": partial(model, image), "patched": partial(other, image)}
         times = alternate(calls, rounds)
         rows.append({**row, **Timing.of(times["patched"], times["dense"]).to_dict()})
-        rows[-1] |= _about(patch.report())
+        rows[-1] |= {"cosine": _cosine(model, other, image)} | _about(patch.report())
     return rows
+
+
+def _cosine(model: Any, other: Any, image: torch.Tensor) -> float:
+    """Of the last features; weights are random, so it says little of trained ones."""
+    dense, sparse = (x.forward_features(image).flatten(1) for x in (model, other))
+    return round(torch.cosine_similarity(dense, sparse).mean().item(), 5)
 
 
 def _about(report: sparsiattn.Report) -> dict[str, Any]:

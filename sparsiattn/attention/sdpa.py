@@ -13,6 +13,7 @@ from sparsiattn.attention.derivatives import (
     is_transformed,
     plain_attention,
 )
+from sparsiattn.attention.factored_bias import plain
 
 _original: Callable[..., Tensor] = F.scaled_dot_product_attention
 
@@ -42,7 +43,7 @@ def dense_attention(
     """The host's own attention; arguments as `F.scaled_dot_product_attention` takes them."""
     # enable_gqa only where it is needed: replacements of SDPA often do not know it
     extra = {"enable_gqa": True} if gqa else {}
-    return _original(q, k, v, mask, dropout, causal, scale=scale, **extra)
+    return _original(q, k, v, plain(mask), dropout, causal, scale=scale, **extra)
 
 
 def differentiable_attention(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.derivatives import is_transformed
+from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex
@@ -79,7 +80,8 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
     types = (q.dtype, k.dtype, v.dtype, q.device)
     mask = None
     if bias is not None:
-        mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad)
+        sides = bias.sides if isinstance(bias, FactoredBias) else None
+        mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad, sides)
     options = (inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid)
     groups = (inputs.tile, inputs.block, None if token_state is None else token_state.reduced)
     modes = (

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.attention.top_logits import TopLogits
@@ -33,6 +34,9 @@ VOTE_WORTH, BIAS_WORTH = 0.125, 0.06
 # A softmax entry under a mask against one without, in torch's attention: the whole took 1.1x to
 # 1.2x on that processor. Shipped prices of MASKED come of it; `tune` measures them.
 MASK_WORTH = 2.0
+
+# How often a bias is written when it is built: added up, then copied to the form of a mask.
+BUILT_WORTH = 2.0
 
 _COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,6 +141,7 @@ class CallShape:
         dtype: Dtype of the operands.
         device: Where the call runs; in a dry run, where it would.
         biased: Whether the host adds a mask or a bias.
+        built: Whether it builds one that is not built for a sparse kernel; see `FactoredBias`.
     """
 
     batch: int
@@ -148,6 +153,7 @@ class CallShape:
     dtype: torch.dtype
     device: torch.device
     biased: bool = False
+    built: bool = False
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> CallShape:
@@ -156,8 +162,8 @@ class CallShape:
         if torch.compiler.is_compiling():  # the program must fit any batch, so none may decide
             batch = TRACED_IMAGES * inputs.site.windows
         keys, value_dim = v.shape[-2:]
-        biased = inputs.bias is not None
-        return cls(batch, heads, queries, keys, dim, value_dim, q.dtype, inputs.device, biased)
+        masks = inputs.bias is not None, isinstance(inputs.bias, FactoredBias)
+        return cls(batch, heads, queries, keys, dim, value_dim, q.dtype, inputs.device, *masks)
 
     def attending(self, pairs: float, *, calls: float = 1.0, moved: float = 0.0) -> Work:
         """The work of attention.
@@ -178,8 +184,10 @@ class CallShape:
 
     @property
     def dense(self) -> Work:
-        """The work of dense attention, with or without a mask of the host."""
-        return self.attending(self.queries * self.keys)
+        """The work of dense attention, with or without a mask of the host, and of building that."""
+        pairs = self.queries * self.keys
+        built = BUILT_WORTH * self.batch * self.heads * pairs * self.dtype.itemsize
+        return self.attending(pairs, moved=built if self.built else 0.0)
 
 
 def masked_prices(dense: Prices) -> Prices:
@@ -344,6 +352,12 @@ def generation() -> int:
     return _generation
 
 
+def _width(inputs: AttentionInputs) -> int:
+    """Numbers by which the bias of a query is given."""
+    bias = inputs.bias
+    return sum(bias.sides) if isinstance(bias, FactoredBias) else inputs.n_keys
+
+
 def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
     """What choosing the keys of one call does, by the planner's pattern and its MACs."""
     scores = pattern.scores.numel() if isinstance(pattern, Ranked) else 0
@@ -351,6 +365,6 @@ def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Plannin
         scores = pattern.score_count
         if is_loaded() and pattern.votes and inputs.q.dtype in _COMPILED_TYPES:
             # without copies; the host's bias is read for every query
-            bias = 0 if inputs.bias is None else math.prod(inputs.q.shape[:3]) * inputs.n_keys
+            bias = 0 if inputs.bias is None else math.prod(inputs.q.shape[:3]) * _width(inputs)
             scores = round(VOTE_WORTH * scores + BIAS_WORTH * bias)
     return planning(macs, scores, CallShape.of(inputs))

@@ -357,7 +357,9 @@ def _runtime(
 ) -> SiteRuntime:
     module = planned.model.get_submodule(site.name)
     planner = place_planner(lambda: config.planner(site), module, training=module.training)
-    return SiteRuntime(site, layout, config, planner, kernels, explicit, planned, module)
+    runtime = SiteRuntime(site, layout, config, planner, kernels, explicit, planned, module)
+    runtime.sums_bias = site.name in planned.attention.sums_bias
+    return runtime
 
 
 def _house(planner: nn.Module, runtime: SiteRuntime) -> None:

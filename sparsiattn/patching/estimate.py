@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.cross_layer_state import CrossLayerState
+from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import PLANNING, Planning, Work
+from sparsiattn.kernels.native import factors
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.dry_run import DryRun
@@ -144,13 +146,28 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         empty(site.keys, site.head_dim),
         empty(site.keys, site.value_dim),
         site.head_dim**-0.5,
-        None if site.bias == "none" else empty(site.tokens, site.keys),
+        _dry_bias(runtime, site, empty),
         site,
         tile=tile,
         block=strategy.block_for(site.keys, tile),
         token_state=None if reached is None else reached.token_state,
         target_device=None if like is None else like.device,
     )
+
+
+def _dry_bias(
+    runtime: SiteRuntime, site: Site, empty: Callable[[int, int], Tensor]
+) -> Tensor | None:
+    """The host's bias, as its factors where that is what compiled code will get."""
+    if site.bias == "none":
+        return None
+    if runtime.sums_bias and site.key_grid[0] * site.key_grid[1] == site.keys:
+        rows, columns = (empty(site.tokens, side) for side in site.key_grid)
+        weight = next(runtime.module.parameters(), None)
+        on_cpu = weight is not None and weight.device.type == "cpu"
+        if on_cpu and factors.serves(rows.unsqueeze(-1), columns.unsqueeze(-2)):
+            return FactoredBias(rows, columns)
+    return empty(site.tokens, site.keys)
 
 
 def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:

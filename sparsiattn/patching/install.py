@@ -14,7 +14,7 @@ from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.compiled_parts import RefuseCompiledParts, places_that_hand_on
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
 from sparsiattn.runtime.image import WatchImage, WatchMap
-from sparsiattn.runtime.lifting import drop, lift, show_weights
+from sparsiattn.runtime.lifting import drop, lift, put_off_sums_of, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
 from sparsiattn.runtime.ownership import runs_elsewhere
@@ -85,6 +85,8 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
     if name in state.attention.lifted:
         lift(module)
         hooks += show_weights(module)
+    elif name in state.attention.sums_bias:
+        put_off_sums_of(module)
     opener = OpenScope(runtime)
     hooks.append(module.register_forward_pre_hook(opener))
     # always: a module that raised must not leave its scope open

@@ -101,6 +101,7 @@ class ModelSurvey:
             tuple(self.skipped),
             unread=frozenset(call.name for call in self.calls if call.weights == "ignored"),
             lifted=frozenset(call.name for call in self.calls if call.lifted),
+            sums_bias=frozenset(call.name for call in self.calls if call.sums_bias),
             map_module=self.map_module,
             entrances=self.entrances,
             macs=self.macs,

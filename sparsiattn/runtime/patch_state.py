@@ -46,6 +46,7 @@ class ModelAttention:
         skipped: ``(name, reason)`` of attention that cannot be patched.
         unread: Names of sites whose attention weights nothing reads.
         lifted: Names of sites that write their softmax by hand.
+        sums_bias: Names of sites whose bias is a sum that need not be computed.
         map_module: Path of the convolution that makes tokens; None where none does.
         map_size: Rows and columns of what it returns, or of the image.
         entrances: Paths of modules whose input a checkpoint may hand in once more.
@@ -58,6 +59,7 @@ class ModelAttention:
     skipped: tuple[tuple[str, str], ...]
     unread: frozenset[str] = frozenset()
     lifted: frozenset[str] = frozenset()
+    sums_bias: frozenset[str] = frozenset()
     map_module: str | None = None
     map_size: Grid = (1, 1)
     entrances: tuple[str, ...] = ()

@@ -90,6 +90,7 @@ class SiteRuntime:
         first_cross_layer: Whether it is the first site that uses cross-layer state.
         last_cross_layer: Whether it is the last one.
         block: Index of the block that it stands in, where tokens may be fewer.
+        sums_bias: Whether the host's bias is a sum that need not be computed.
         last_choice: The kernel of the last eager call.
         measured: What `measure_sites` found, None before.
         choices: Kernels chosen for calls alike.
@@ -109,6 +110,7 @@ class SiteRuntime:
     first_cross_layer: bool = False
     last_cross_layer: bool = False
     block: int | None = None
+    sums_bias: bool = False
     last_choice: Choice | None = None
     measured: MeasuredSpeed | None = None
     choices: ChoiceCache = field(default_factory=ChoiceCache)

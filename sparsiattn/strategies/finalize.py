@@ -27,6 +27,7 @@ from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels.native import lists as native_lists
 from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
+from sparsiattn.kernels.native.factors import host_bias_of
 
 
 def finish(
@@ -125,10 +126,10 @@ def _rank_logits(
     if tiles is not None:
         # a choice passes no gradient
         q, k = inputs.q.detach(), inputs.k.detach()
-        bias = None if inputs.bias is None else inputs.bias.detach()
+        bias, *about = host_bias_of(inputs)
+        bias = None if bias is None else bias.detach()
         sizes = (tiles.count, keys, prefix, inputs.scale)
-        hard = inputs.site.bias != "bias"
-        index = native_lists.voted_keys(q, k, *pattern.voter_tokens, *sizes, bias, hard)
+        index = native_lists.voted_keys(q, k, *pattern.voter_tokens, *sizes, bias, *about)
         return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
     def make_index() -> Tensor:
@@ -202,7 +203,8 @@ def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     allowed = inputs.allowed()
     count_bias = _bias_counter(pattern, inputs, allowed, cells, parts)
     shared = allowed is None or allowed.shape[-2] == 1
-    can_count = shared and isinstance(pattern, KeyLists) and native.counts(inputs.q, count)
+    can_count = shared and isinstance(pattern, KeyLists)
+    can_count = can_count and native.counts(inputs.q, count, inputs.device)
     if can_count or isinstance(pattern, TopKeys):
         return replace(pattern, summary=CountedSummary(cells, parts, count_bias, allowed))
     return replace(pattern, summary=Summary(cells, parts, count_bias(), allowed))

@@ -95,7 +95,7 @@ def _masked() -> list[Recorded]:
     """Rows and tiles under masks and biases of hosts, in other types, too."""
     calls = []
     for kind, dtype in itertools.product(KINDS, (torch.float32, *HALVES)):
-        case = Case((9, 6), 1, (40, 24), kind, (1, 3), dtype, seed=0)
+        case = Case((9, 6), 1, (40, 24), kind, (1, 3), dtype, seed=1).as_sam()
         # tiles are converted by torch before, and after
         for tile in (1, (4, 4)) if dtype is torch.float32 else (1,):
             inputs = case.inputs(tile=tile)

@@ -29,7 +29,7 @@ CASES = st.builds(
     lead=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 3])),
     dtype=st.sampled_from([torch.float32, *HALVES]),
     seed=st.integers(0, 999),
-)
+).map(lambda case: case.as_sam() if case.seed % 4 else case)
 
 
 @SETTINGS

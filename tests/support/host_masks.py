@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsiattn import AttentionInputs, Site
+from sparsiattn.attention.factored_bias import FactoredBias
 
-KINDS = ("none", "bias", "mask", "bool", "padding", "regions", "dead rows")
+KINDS = ("none", "bias", "factors", "mask", "bool", "padding", "regions", "dead rows")
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -35,6 +36,10 @@ class Case:
     dtype: torch.dtype
     seed: int
 
+    def as_sam(self) -> Case:
+        """The same without a prefix where a bias is given by factors: compiled code reads these."""
+        return replace(self, prefix=0) if self.kind == "factors" else self
+
     def inputs(self, *, tile: object = 1, block: object = 1) -> AttentionInputs:
         """The operands, laid out as a host's."""
         (dim, width), n = self.dims, self.grid[0] * self.grid[1] + self.prefix
@@ -44,7 +49,7 @@ class Case:
         bias = self._bias(n, generator)
         site = Site.of(
             q, k, v, prefix_tokens=self.prefix, grid=self.grid, key_grid=self.grid,
-            bias={"none": "none", "bias": "bias"}.get(self.kind, "mask"),
+            bias={"none": "none", "bias": "bias", "factors": "bias"}.get(self.kind, "mask"),
         )  # fmt: skip
         return AttentionInputs(
             q, k, v, dim**-0.5, bias, site, tile=tile, block=block  # type: ignore[arg-type]
@@ -52,6 +57,8 @@ class Case:
 
     def _bias(self, n: int, generator: torch.Generator) -> Tensor | None:
         images, heads = self.lead
+        if self.kind == "factors":
+            return self._factors(n, generator)
         favours = 2 * torch.randn(images, heads, n, n, generator=generator)
         chance = torch.rand(images, heads, n, n, generator=generator)
         region = torch.randint(0, 3, (images, 1, n), generator=generator)
@@ -68,6 +75,13 @@ class Case:
             "regions": favours - 100.0 * apart,
             "dead rows": torch.zeros_like(chance).masked_fill(~seen, float("-inf")),
         }[self.kind]
+
+    def _factors(self, n: int, generator: torch.Generator) -> Tensor:
+        """Of the grid of patches, or of one with its sides exchanged; of one row with a prefix."""
+        down, across = (1, n) if self.prefix else self.grid[:: 1 if self.seed % 3 else -1]
+        shape = (*self.lead, n, down + across)
+        rows, columns = torch.randn(shape, generator=generator).split((down, across), dim=-1)
+        return FactoredBias(rows, columns)
 
 
 def tolerances(dtype: torch.dtype) -> dict[str, float]:

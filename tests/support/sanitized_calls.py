@@ -33,7 +33,7 @@ def one_call(draw: random.Random) -> None:
         lead=(draw.choice((1, 2)), draw.choice((1, 3))),
         dtype=draw.choice((torch.float32, *HALVES)),
         seed=draw.randint(0, 999),
-    )
+    ).as_sam()
     tile, block = draw.choice(TILES), draw.choice((1, (2, 2), (4, 3)))
     inputs = case.inputs(tile=tile, block=block)
     keep, background = draw.randint(1, inputs.n_keys), draw.choice((None, 1, 3, 12))

@@ -200,7 +200,9 @@ static void begin_hosts(const Job *job, const Head *x, int64_t tile, Room *room)
     if (!c->host) return;
     for (int64_t slot = 0; slot < c->slots; slot++)
         room->host[slot] = host_row(c, x, c->first + token_of(c, tile, slot));
-    sum_host(c, &job->bands, c->slots, room);
+    int64_t lanes = c->slots;
+    for (; c->across && lanes % WIDTH; lanes++) room->host[lanes] = room->host[c->slots - 1];
+    sum_host(c, &job->bands, lanes, room);
 }
 
 /* Whether a slot of a tile repeats its last token. */

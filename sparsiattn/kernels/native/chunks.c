@@ -9,7 +9,9 @@
 
 /* The order of `_attention` in ops.py. Steps are in elements. host: the bias of the host for every
    query and key, float32 or boolean. hard: whether it forbids keys of which it is low; where there is a
-   summary, those are the same for all queries of a head. */
+   summary, those are the same for all queries of a head. across: 0, or how many keys stand side by side
+   in the grid: a query's bias is then given by its factors, a number for each row of the grid and
+   one for each column, whose sum is meant (`FactoredBias` in factored_bias.py). */
 typedef struct {
     int64_t batch, heads, keys, dim, value_dim;
     int64_t first, tiles, slots;
@@ -18,7 +20,7 @@ typedef struct {
     int64_t cells, counted, by_tile, bias_b, bias_h;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
     int64_t threads;
-    int64_t host_kind, host_b, host_h, host_n, hard;
+    int64_t host_kind, host_b, host_h, host_n, hard, across;
     const float *q, *k, *v;
     float *out;
     const int64_t *chosen, *table, *held, *order, *cell;
@@ -50,21 +52,48 @@ typedef struct {
     int64_t key[CHUNK];
     float b[CHUNK * SPAN] __attribute__((aligned(64)));
     float sums[CELLS * SPAN] __attribute__((aligned(64)));
+    /* factors of the host's bias, queries side by side */
+    float factors[WIDEST * SPAN] __attribute__((aligned(64)));
 } Room;
 
 /* The host's bias of a query for a key, minus infinity where it may not see it. */
 INLINE float host_at(const Call *c, const char *row, int64_t key) {
     if (c->host_kind == BOOL) return row[key] ? 0 : -__builtin_inff();
-    float bias = ((const float *)row)[key];
+    const float *at = (const float *)row;
+    float bias = c->across ? at[key / c->across] + at[c->keys / c->across + key % c->across] : at[key];
     return c->hard && !(bias > MASKED_BELOW) ? -__builtin_inff() : bias;
 }
 
 /* Keys that its cell does not keep, as the sums go. */
 INLINE int is_counted(const Call *c, int64_t key) { return c->counted && c->cell[key] < c->cells; }
 
+/* A factor as it enters the mean of a cell: what is in it must stay a number. */
+INLINE vec factor_at(const float *at) { return larger(load(at), all(-1e4f)); }
+
+/* As `add_host`, from factors. */
+static void add_factors(const Call *c, Room *room, int64_t count, int64_t lanes) {
+    const float *rights = room->factors + c->keys / c->across * SPAN;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t key = room->key[i];
+        const float *down = room->factors + key / c->across * SPAN;
+        const float *right = rights + key % c->across * SPAN;
+        float *s = room->s + i * SPAN;
+        float *sums = is_counted(c, key) ? room->sums + c->cell[key] * SPAN : 0;
+        for (int64_t n = 0; n < lanes; n += WIDTH) {
+            vec x = load(down + n) + load(right + n), none = all(-__builtin_inff());
+            store(s + n, pick(x == none, none, load(s + n) + x * all(LOG2E)));
+            if (sums) store(sums + n, load(sums + n) - (factor_at(down + n) + factor_at(right + n)));
+        }
+    }
+}
+
 /* Adds the host's bias to the first `count` rows of a chunk. Entries are fetched for the whole chunk
    before any is used, or vectors would wait for what was just written. */
 static void add_host(const Call *c, Room *room, int64_t count, int64_t lanes) {
+    if (c->across) {
+        add_factors(c, room, count, lanes);
+        return;
+    }
     for (int64_t n = 0; n < lanes; n++)
         if (c->host_kind == BOOL)
             for (int64_t i = 0; i < count; i++)
@@ -84,9 +113,66 @@ static void add_host(const Call *c, Room *room, int64_t count, int64_t lanes) {
     }
 }
 
-/* Sums over all cells of the rows of the host's bias in the room. */
+/* Rows of a part, scaled and transposed. Empty lanes repeat the last one. */
+static void take_rows(const float *const *rows, int64_t dim, float scale, int64_t lanes, float *to) {
+    for (int64_t n = 0; n < lanes; n += 4) {
+        int64_t d = 0;
+        for (; d + 4 <= dim; d += 4)
+            turn(rows[n] + d, rows[n + 1] + d, rows[n + 2] + d, rows[n + 3] + d, to + d * SPAN + n,
+                 SPAN);
+        for (; d < dim; d++)
+            for (int64_t i = 0; i < 4; i++) to[d * SPAN + n + i] = rows[n + i][d];
+    }
+    for (int64_t d = 0; d < dim; d++)
+        for (int64_t n = 0; n < lanes; n += WIDTH)
+            store(to + d * SPAN + n, load(to + d * SPAN + n) * all(scale));
+}
+
+/* Sums over a run of a band, of `count` rows of keys from `start` on, `width` apart. */
+INLINE vec sum_run(const Call *c, const Room *room, const Band *band, int64_t from, int64_t end,
+                   int64_t lane) {
+    const float *downs = room->factors + lane, *rights = downs + c->keys / c->across * SPAN;
+    vec down = {0}, right = {0};
+    if (band->width == c->across && band->start % c->across == 0) { /* a rectangle of the grid */
+        for (int64_t r = 0; r < band->count; r++)
+            down += factor_at(downs + (band->start / c->across + r) * SPAN);
+        for (int64_t i = from; i < end; i++) right += factor_at(rights + i * SPAN);
+        return down * all((float)(end - from)) + right * all((float)band->count);
+    }
+    for (int64_t r = 0; r < band->count; r++)
+        for (int64_t i = from; i < end; i++) {
+            int64_t key = band->start + r * band->width + i;
+            down += factor_at(downs + key / c->across * SPAN);
+            right += factor_at(rights + key % c->across * SPAN);
+        }
+    return down + right;
+}
+
+/* As `sum_host`, from factors. */
+static void sum_factors(const Call *c, const Bands *bands, int64_t lanes, Room *room) {
+    clear(room->sums, c->cells * SPAN);
+    for (int64_t n = 0; n < lanes; n += WIDTH) {
+        const Run *run = bands->runs;
+        for (int64_t i = 0; i < bands->count; i++) {
+            int64_t from = 0;
+            for (int64_t left = bands->bands[i].runs; left > 0; left--, from = run->end, run++) {
+                float *to = room->sums + run->cell * SPAN + n;
+                store(to, load(to) + sum_run(c, room, bands->bands + i, from, run->end, n));
+            }
+        }
+    }
+}
+
+/* Sums over all cells of the rows of the host's bias in the room. Of factors, `lanes` are whole vectors,
+   and all of them have rows. */
 static void sum_host(const Call *c, const Bands *bands, int64_t lanes, Room *room) {
     const float *rows[ROWS_AT_ONCE];
+    if (c->across) {
+        const float *const *factors = (const float *const *)room->host;
+        take_rows(factors, c->keys / c->across + c->across, 1, lanes, room->factors);
+        if (c->counted) sum_factors(c, bands, lanes, room);
+        return;
+    }
     if (!c->counted) return;
     if (c->host_kind == BOOL) {
         clear(room->sums, c->cells * SPAN);
@@ -186,21 +272,6 @@ static __attribute__((noinline)) void blend_chunk(Room *room, int64_t count, con
                                                   int64_t wide, int64_t at) {
 #define BLEND(n) blend_all(n, room, count, c->value_dim, at)
     FOR_WIDTH(wide, BLEND)
-}
-
-/* Rows of a part, scaled and transposed. Empty lanes repeat the last one. */
-static void take_rows(const float *const *rows, int64_t dim, float scale, int64_t lanes, float *to) {
-    for (int64_t n = 0; n < lanes; n += 4) {
-        int64_t d = 0;
-        for (; d + 4 <= dim; d += 4)
-            turn(rows[n] + d, rows[n + 1] + d, rows[n + 2] + d, rows[n + 3] + d, to + d * SPAN + n,
-                 SPAN);
-        for (; d < dim; d++)
-            for (int64_t i = 0; i < 4; i++) to[d * SPAN + n + i] = rows[n + i][d];
-    }
-    for (int64_t d = 0; d < dim; d++)
-        for (int64_t n = 0; n < lanes; n += WIDTH)
-            store(to + d * SPAN + n, load(to + d * SPAN + n) * all(scale));
 }
 
 /* Columns of queries, SPAN apart, to their rows. */

@@ -17,15 +17,15 @@ from sparsiattn.kernels.native import threads, toolchain
 
 # The layouts of `Call` in chunks.c, `Plan` in plan.c, `Top` in top.c, `Rows` in rows.c, `Merge` in
 # merge.c, `KeyBiased` in biased.c, `Back` in backward.c, and of `Best` and `Votes` in lists.c.
-ATTEND_CALL = struct.Struct("@37q13Pd")
+ATTEND_CALL = struct.Struct("@38q13Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
-ROWS_CALL = struct.Struct("@34q8P2d")
+ROWS_CALL = struct.Struct("@35q8P2d")
 BEST_CALL = struct.Struct("@7q4Pd")
-VOTES_CALL = struct.Struct("@25q8P2d")
+VOTES_CALL = struct.Struct("@26q8P2d")
 # what follows `ATTEND_CALL` in a call of backward.c
 BACKWARD_REST = struct.Struct("@2q4P")
-BACKWARD_CALL = struct.Struct("@37q13Pd2q4P")
+BACKWARD_CALL = struct.Struct("@38q13Pd2q4P")
 MERGE_CALL = struct.Struct("@17q10P")
 BIASED_CALL = struct.Struct("@18q6Pd")
 

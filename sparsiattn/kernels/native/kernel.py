@@ -21,6 +21,7 @@ from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native.factors import factor_sides, host_bias_of
 from sparsiattn.kernels.native.gradients import differentiable_attention
 from sparsiattn.kernels.native.ops import FLOATS, attention
 from sparsiattn.kernels.native.rows import attend_to_best
@@ -36,6 +37,8 @@ CALLS = 20.0
 ROWS_WORTH = 6
 # reading and adding a host's bias of a pair takes as long as so many softmax entries
 BIAS_WORTH = 2
+# and transposing a factor of it
+FACTORS_WORTH = 1
 _NOT_COMPILED = "not compiled yet on this machine: run patch.warmup(images) once"
 
 
@@ -134,8 +137,7 @@ def _attend_to_lists(
         prefix,
         pattern.dense_rows,
         inputs.scale,
-        inputs.bias,
-        inputs.site.bias != "bias",
+        *host_bias_of(inputs),
     )
 
 
@@ -143,7 +145,7 @@ def _best_options(inputs: AttentionInputs, pattern: TopKeys) -> tuple[Any, ...]:
     """Arguments of `attend_to_best` after the operands."""
     summary, keep = pattern.summary, pattern.keys - pattern.prefix
     cells = None if summary is None else summary.cells
-    given = inputs.bias, inputs.site.bias != "bias"
+    given = host_bias_of(inputs)
     count = summary_count(pattern)
     return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale, *given
 
@@ -171,7 +173,9 @@ def _bias_logits(inputs: AttentionInputs) -> float:
     if inputs.bias is None:
         return 0.0
     call = CallShape.of(inputs)
-    return BIAS_WORTH * call.batch * call.heads * call.queries * call.keys
+    rows = call.batch * call.heads * call.queries
+    sides = factor_sides(inputs)
+    return BIAS_WORTH * rows * call.keys if sides is None else FACTORS_WORTH * rows * sum(sides)
 
 
 def _summary_refusals(summary: Summary) -> list[str]:

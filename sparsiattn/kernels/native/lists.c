@@ -57,7 +57,7 @@ typedef struct {
     int64_t tiles, voters, slots;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n;
     int64_t threads, parts, room;
-    int64_t bias_kind, bias_b, bias_h, bias_n, hard;
+    int64_t bias_kind, bias_b, bias_h, bias_n, hard, across;
     const float *q, *k;
     const int64_t *order, *held;
     int64_t *out;
@@ -86,12 +86,27 @@ static void mean_voter(const Votes *v, const float *q, int64_t voter, float *to)
     for (int64_t d = 0; d < v->dim; d++) to[d] *= 1.0f / (float)held;
 }
 
+/* The mean of the factors of the host's bias on some queries, for every column. */
+static void mean_factors(const Rows *c, int64_t head, const int64_t *tokens, int64_t held, float *to) {
+    float mean[WIDEST];
+    int64_t count = c->keys / c->across + c->across;
+    clear(mean, count);
+    for (int64_t i = 0; i < held; i++) add_to(mean, (const float *)bias_at(c, head, tokens[i]), count);
+    for (int64_t i = 0; i < count; i++) mean[i] *= 1.0f / (float)held;
+    spread(c, mean, to);
+}
+
 /* The mean of the host's bias on the queries of a voter, added to its scores. */
 static void bias_voter(const Votes *v, const Rows *c, int64_t head, int64_t voter, RowsRoom *x,
                        float *s) {
     const int64_t *tokens = v->order + voter * v->slots;
     int64_t held = v->bias_n ? v->held[voter] : 1;
     float *mean = x->bias, *row = x->bias + v->columns;
+    if (v->across) {
+        mean_factors(c, head, tokens, held, mean);
+        bias_row(c, 0, mean, x->views, x, s);
+        return;
+    }
     take_bias(c, head, v->prefix + tokens[0], mean);
     for (int64_t i = 1; i < held; i++) {
         take_bias(c, head, v->prefix + tokens[i], row);
@@ -154,7 +169,7 @@ static void votes_some(void *data) {
         .columns = v->columns, .fixed = v->fixed, .k_b = v->k_b, .k_h = v->k_h, .k_n = v->k_n,
         .room = v->room, .k = v->k, .v = v->k, .scratch = v->scratch, .scale = v->scale,
         .bias_kind = v->bias_kind, .bias_b = v->bias_b, .bias_h = v->bias_h, .bias_n = v->bias_n,
-        .hard = v->hard, .bias = v->bias,
+        .hard = v->hard, .across = v->across, .bias = v->bias,
     };
     int64_t thread = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED);
     RowsRoom x = rows_room(&c, thread);

@@ -15,6 +15,7 @@ from sparsiattn.kernels.native.ops import (
     KINDS,
     addresses_of,
     host_bias,
+    host_width,
     parallel,
     whole_vectors,
     with_rows,
@@ -87,7 +88,7 @@ _VOTED_KEYS = "sparsiattn::native_voted_keys"
 torch.library.define(
     _VOTED_KEYS,
     "(Tensor q, Tensor k, Tensor order, Tensor held, int tiles, int count, int prefix, "
-    "float scale, Tensor? bias=None, bool hard=False) -> Tensor",
+    "float scale, Tensor? bias=None, bool hard=False, int across=0) -> Tensor",
 )
 
 
@@ -102,6 +103,7 @@ def _voted_keys(
     scale: float,
     bias: Tensor | None = None,
     hard: bool = False,
+    across: int = 0,
 ) -> Tensor:
     """The keys to which any voter of a tile gives the most attention.
 
@@ -114,8 +116,9 @@ def _voted_keys(
         count: Length of every list, more than ``prefix``.
         prefix: Leading tokens, whose keys are in every list.
         scale: Factor of QK^T, above 0.
-        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean.
+        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
         hard: Whether the bias forbids keys, the same ones to every query of a head.
+        across: As in `HostBias`.
 
     Returns:
         ``[B, H, T, count]``.
@@ -128,11 +131,11 @@ def _voted_keys(
     fixed = whole_vectors(keys - prefix)
     columns, threads, keep = whole_vectors(fixed + prefix), torch.get_num_threads(), count - prefix
     room = room_of(columns, 0, d, 0) + columns + whole_vectors(GROUP * d)
-    host: tuple[int, ...] = (0, 0, 0, 0, 0)
+    host: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if bias is not None:
-        bias = host_bias(bias, (b, h, q.shape[-2], keys))
+        bias = host_bias(bias, (b, h, q.shape[-2], host_width(keys, across)))
         hard = hard or bias.dtype is torch.bool
-        host = (KINDS[bias.dtype], *bias.stride()[:3], hard)
+        host = (KINDS[bias.dtype], *bias.stride()[:3], hard, across)
         room += room_of_host(columns, fixed, 0, d, 0, 0, True, 0)
     scratch = SCRATCH.numbers("votes", threads * room, q)
     voters = order.shape[0] // tiles

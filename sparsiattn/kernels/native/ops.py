@@ -34,7 +34,7 @@ torch.library.define(
     _ATTENTION,
     "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor? table, Tensor? held, Tensor? order, "
     "Tensor? cells, Tensor? bias, int count, int listed, int prefix, int first, float scale, "
-    "Tensor? host=None, bool hard=False) -> Tensor",
+    "Tensor? host=None, bool hard=False, int across=0) -> Tensor",
 )
 
 
@@ -55,6 +55,7 @@ def _attention(
     scale: float,
     host: Tensor | None = None,
     hard: bool = False,
+    across: int = 0,
 ) -> Tensor:
     """Attention of query tiles to their lists.
 
@@ -74,8 +75,9 @@ def _attention(
         prefix: Leading keys that begin every list of blocks.
         first: Leading queries, which see every key.
         scale: Factor of QK^T.
-        host: The host's bias, ``[B|1, H|1, N|1, Nk]``, additive or boolean.
+        host: The host's bias, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
         hard: Whether it forbids keys; with a summary, the same keys to every query of a head.
+        across: As in `HostBias`.
 
     Returns:
         ``[B, H, first + n, Dv]``, in the type of the operands.
@@ -89,7 +91,7 @@ def _attention(
     out = torch.empty_strided((b, h, n, width), strides, dtype=q.dtype)
     lists = (chosen, table, held, order, cells, bias)
     options = (count, listed, prefix, first, scale)
-    packed, _kept = attention_call(q, k, v, out, *lists, *options, host, hard)
+    packed, _kept = attention_call(q, k, v, out, *lists, *options, host, hard, across)
     build.code().attend(packed)
     return out.to(dtype)
 
@@ -112,6 +114,7 @@ def attention_call(
     scale: float,
     host: Tensor | None,
     hard: bool,
+    across: int = 0,
 ) -> tuple[bytes, list[Tensor | None]]:
     """A packed `ATTEND_CALL`, arguments as in `_attention`, and what must live until it ends."""
     chosen = chosen.contiguous()
@@ -120,11 +123,12 @@ def attention_call(
     (b, h, n, d), width = q.shape, v.shape[-1]
     # divided by `head_of` in attention.c
     room = b * h * (whole_vectors(count * (d + width + 1)) + 16)
-    given: tuple[int, ...] = (0, 0, 0, 0, 0)
+    given: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if host is not None:
         exact = host if host.dtype in (torch.float32, torch.bool) else host.float()
-        host = host_bias(exact, (b, h, n, k.shape[-2]))
-        given = (KINDS[host.dtype], *host.stride()[:3], hard or host.dtype is torch.bool)
+        host = host_bias(exact, (b, h, n, host_width(k.shape[-2], across)))
+        hard = hard or host.dtype is torch.bool
+        given = (KINDS[host.dtype], *host.stride()[:3], hard, across)
         room += BAND_NUMBERS * k.shape[-2]
     pooled = SCRATCH.numbers("pooled", room, q)
     tiles, slots = chosen.shape[-2], 1 if order is None else order.shape[1]
@@ -298,6 +302,11 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 """Types that compiled code reads, as in numbers.h."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def host_width(keys: int, across: int) -> int:
+    """Numbers that the host's bias of a query is given by: of every key, or factors."""
+    return keys // across + across if across else keys
 
 
 def host_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -23,7 +23,8 @@
 /* The order of `_attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
    first, then from `fixed` on prefix keys and cells, in whole vectors. keep: patch keys of a list.
    parts: items of work for each head. room: numbers that a thread needs. kind: of q, k, v and out.
-   hard: whether the host's bias forbids keys of which it is low. views: VIEWS where queries differ in
+   hard: whether the host's bias forbids keys of which it is low. across: as in `Call` of chunks.c, then
+   without a prefix. views: VIEWS where queries differ in
    the keys that they may see and there is a summary, else 0. quantile: of the normal distribution at
    keep of all patch keys. */
 typedef struct {
@@ -31,7 +32,7 @@ typedef struct {
     int64_t first, prefix, keep, cells, columns, fixed;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
     int64_t threads, parts, room;
-    int64_t kind, bias_kind, bias_b, bias_h, bias_n, hard, views;
+    int64_t kind, bias_kind, bias_b, bias_h, bias_n, hard, views, across;
     const void *q, *k, *v;
     void *out;
     const int64_t *cell;
@@ -154,10 +155,28 @@ INLINE const char *bias_at(const Rows *c, int64_t head, int64_t query) {
     return element(c->bias, c->bias_kind, at);
 }
 
+/* A bias for every column from its factors. */
+static void spread(const Rows *c, const float *factors, float *to) {
+    int64_t across = c->across, rows = c->keys / across;
+    const float *right = factors + rows;
+    for (int64_t y = 0; y < rows; y++, to += across) {
+        int64_t x = 0;
+        for (; x + WIDTH <= across; x += WIDTH) store(to + x, load(right + x) + all(factors[y]));
+        if (x < across && across >= WIDTH) /* some are written twice */
+            x = across - WIDTH, store(to + x, load(right + x) + all(factors[y])), x = across;
+        for (; x < across; x++) to[x] = right[x] + factors[y];
+    }
+    clear(to, c->columns - c->keys);
+}
+
 /* The host's bias of a query for every column, minus infinity at keys that it may not see. */
 static void take_bias(const Rows *c, int64_t head, int64_t query, float *to) {
     int64_t patches = c->keys - c->prefix;
     const char *at = bias_at(c, head, query);
+    if (c->across) {
+        spread(c, (const float *)at, to);
+        return;
+    }
     clear(to + patches, c->columns - patches);
     widen(c->bias_kind, element(at, c->bias_kind, c->prefix), to, patches);
     widen(c->bias_kind, at, to + c->fixed, c->prefix);

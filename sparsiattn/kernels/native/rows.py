@@ -20,6 +20,7 @@ from sparsiattn.kernels.native.ops import (
     addresses_of,
     contiguous,
     host_bias,
+    host_width,
     parallel,
     whole_vectors,
     with_rows,
@@ -55,7 +56,7 @@ _BEST = "sparsiattn::native_attend_to_best"
 torch.library.define(
     _BEST,
     "(Tensor q, Tensor k, Tensor v, Tensor? cells, int count, int keep, int prefix, int first, "
-    "float scale, Tensor? bias=None, bool hard=False) -> Tensor",
+    "float scale, Tensor? bias=None, bool hard=False, int across=0) -> Tensor",
 )
 
 
@@ -71,6 +72,7 @@ def _attend_to_best(
     scale: float,
     bias: Tensor | None = None,
     hard: bool = False,
+    across: int = 0,
 ) -> Tensor:
     """Attention of every query to prefix keys, its best patch keys and the summary of the others.
 
@@ -84,8 +86,9 @@ def _attend_to_best(
         prefix: Leading keys that are in every list.
         first: Leading queries, which see every key and no summary.
         scale: Factor of QK^T, above 0.
-        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean.
+        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
         hard: Whether the bias forbids keys, so that no cell stands for those.
+        across: As in `HostBias`.
 
     Returns:
         ``[B, H, N, Dv]``, in the type of the operands.
@@ -98,12 +101,12 @@ def _attend_to_best(
         return out
     fixed = whole_vectors(keys - prefix)
     columns = whole_vectors(fixed + prefix + count)
-    host: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    host: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
     if bias is not None:
-        bias = host_bias(bias, (b, h, n, keys))
+        bias = host_bias(bias, (b, h, n, host_width(keys, across)))
         hard = hard or bias.dtype is torch.bool
         views = VIEWS if hard and count and bias.stride(2) else 0
-        host = (KINDS[bias.dtype], *bias.stride()[:3], hard, views)
+        host = (KINDS[bias.dtype], *bias.stride()[:3], hard, views, across)
     threads, kind = torch.get_num_threads(), KINDS[q.dtype]
     room = room_of(columns, count, d, width)
     if kind or bias is not None:

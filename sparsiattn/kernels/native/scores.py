@@ -23,10 +23,15 @@ def serves(*tensors: Tensor) -> bool:
     return _serves(tensors, torch.float32)
 
 
-def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+def is_ready() -> bool:
+    """Whether there is compiled code, and nothing that traces or transforms what runs."""
     if torch.compiler.is_compiling() or not (is_loaded() or build.is_ready()):
         return False
-    if is_transformed():
+    return not is_transformed()
+
+
+def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    if not is_ready():
         return False
     grad_mode = torch.is_grad_enabled()
     for x in tensors:
@@ -35,9 +40,18 @@ def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     return True
 
 
-def counts(q: Tensor, cells: int) -> bool:
-    """Whether a kernel that counts the keys of so many cells itself is likely to come."""
-    return cells <= CELLS and q.dtype in ops.FLOATS and _serves((q,), q.dtype)
+def counts(q: Tensor, cells: int, device: torch.device) -> bool:
+    """Whether a kernel that counts the keys of so many cells itself is likely to come.
+
+    Args:
+        q: The queries.
+        cells: Keys of the summary.
+        device: Where the call runs; in a dry run, where it would.
+    """
+    if cells > CELLS or q.dtype not in ops.FLOATS:
+        return False
+    dry = q.is_meta and device.type == "cpu"
+    return is_ready() if dry else _serves((q,), q.dtype)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -62,6 +62,8 @@ class AttentionCall:
         k_places: The same for keys.
         image: Shape of the image that the numbers count.
         map: The module behind which the tokens' grid shows, and its rows and columns there.
+        sums_bias: Whether its mask is a sum of a number for each row of keys and one for each
+            column; see `FactoredBias`.
     """
 
     name: str
@@ -84,6 +86,7 @@ class AttentionCall:
     k_places: Tensor | None = field(default=None, repr=False, compare=False)
     image: tuple[int, ...] = ()
     map: MapSource | None = None
+    sums_bias: bool = False
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module itself or of the closest parent that has it, else None."""
@@ -169,6 +172,7 @@ class _Recorder:
                 mask_dtype=None if call.mask is None else call.mask.dtype,
                 causal=call.causal,
                 lifted=self.trial.attending,
+                sums_bias=self.trial.is_sum(call.mask),
                 **self._places(call),
             )
             before = self.calls.get(name)

@@ -9,6 +9,16 @@ if nothing had happened.
 
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.modules import drop, lift, show_weights, without_scores
+from sparsiattn.runtime.lifting.sums import put_off_sums_of
 from sparsiattn.runtime.lifting.trial import Trial
 
-__all__ = ["Lift", "Tally", "Trial", "drop", "lift", "show_weights", "without_scores"]
+__all__ = [
+    "Lift",
+    "Tally",
+    "Trial",
+    "drop",
+    "lift",
+    "put_off_sums_of",
+    "show_weights",
+    "without_scores",
+]

@@ -13,6 +13,7 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.lifting import operations as operations
 from sparsiattn.runtime.lifting.equations import equation, is_product
 from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.lifting.sums import SUMS, put_off_sum
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
@@ -38,7 +39,10 @@ class Lift(TorchFunctionMode):
     Attributes:
         tally: Counts the products that became attention.
         idle: Whether nothing is put off for the moment.
+        puts_off_sums: Whether biases are not built either; see `sparsiattn.runtime.lifting.sums`.
     """
+
+    puts_off_sums = True
 
     def __init__(self, tally: Tally) -> None:
         super().__init__()
@@ -85,6 +89,10 @@ class Lift(TorchFunctionMode):
             operands = factors(name, args)
             if operands is not None:
                 return Scores(self, *operands)
+        if name in SUMS and self.puts_off_sums and not self.idle:
+            bias = put_off_sum(args, kwargs)
+            if bias is not None:
+                return bias
         return func(*args, **(kwargs or {}))
 
 

@@ -12,6 +12,7 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.lifting.sums import build_sums_of
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
@@ -112,5 +113,6 @@ def lift(module: nn.Module) -> None:
 
 
 def drop(module: nn.Module) -> None:
-    """Give a lifted module its own class back."""
+    """Give a lifted module, or one that builds no bias, its own class back."""
     swap_class_back(module, Lifted)
+    build_sums_of(module)

@@ -93,6 +93,13 @@ def _view(scores: Any, *sizes: Any) -> Any:
     return scores.but(shape=torch.Size(shape), view_of=scores)
 
 
+@operation("reshape_as", "view_as")
+def _view_as(x: Any, other: Any) -> Any:
+    if isinstance(x, Scores):
+        return _view(x, *other.shape) if isinstance(other, (Scores, Tensor)) else NotImplemented
+    return x.reshape(other.shape)
+
+
 @operation("unsqueeze")
 def _unsqueeze(scores: Any, dim: int) -> Any:
     shape = list(scores.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from sparsiattn.runtime.lifting.sums import put_off_sum
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
@@ -39,9 +40,11 @@ class LiftMode(Protocol):
 
     Attributes:
         idle: Whether it lets products be computed for the moment.
+        puts_off_sums: Whether it puts sums off, too.
     """
 
     idle: bool
+    puts_off_sums: bool
 
     def attend(self, *operands: Any, **options: Any) -> Tensor:
         """Scaled dot product attention; arguments as torch takes them."""
@@ -150,11 +153,18 @@ class Scores:
     def bias(self) -> Tensor | None:
         """What was added to the scores, broadcastable to their present shape."""
         shape = flip(self.shape) if self.flipped else self.shape
-        bias = None
+        sums: dict[tuple[int, ...], Tensor] = {}
         for term, then in self.terms:
+            sums[then] = term if then not in sums else self._added(sums[then], term)
+        bias = None
+        for then, term in sums.items():
             fitted = term if then == shape else term.expand(then).reshape(shape)
             bias = fitted if bias is None else bias + fitted
         return bias
+
+    def _added(self, a: Tensor, b: Tensor) -> Tensor:
+        bias = put_off_sum((a, b)) if self.lift.puts_off_sums else None
+        return a + b if bias is None else bias
 
     def add_part(self, bias: Tensor | None, starts: tuple[int, int]) -> None:
         """Adds in place to the scores ``[..., i:, j:]``."""

@@ -8,11 +8,20 @@ from torch import Tensor
 
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.scores import Scores
+from sparsiattn.runtime.lifting.sums import SUMS, can_put_off
 from sparsiattn.runtime.thread_state import SITE_CALLS
+
+SUM_VIEWS = (
+    *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze"),
+    *("expand", "expand_as", "to", "type_as", "float", "contiguous"),
+)
+"""What hosts do to a sum on its way to attention."""
 
 
 class Trial(Lift):
     """The dry run's: puts scores off in every module, and notes what becomes of each softmax."""
+
+    puts_off_sums = False  # where a host's tokens come from is traced by plain tensors
 
     def __init__(self) -> None:
         super().__init__(Tally())
@@ -23,6 +32,11 @@ class Trial(Lift):
         self.attending = False
         self.softmaxes: dict[str, str] = {}
         self._computed: dict[str, str] = {}
+        self._sums: dict[int, Tensor] = {}
+
+    def is_sum(self, mask: Tensor | None) -> bool:
+        """Whether a mask is a sum that a patched module need not compute, or a view of one."""
+        return id(mask) in self._sums
 
     def attend(self, *operands: Any, **options: Any) -> Tensor:
         self.attending = True
@@ -45,6 +59,10 @@ class Trial(Lift):
         if func.__name__.strip("_") == "softmax" and not isinstance(result, Scores):
             name = self.names.get(self.home(), "")
             self.softmaxes.setdefault(name, self._reason(name))
+        name = func.__name__.strip("_")
+        viewed = name in SUM_VIEWS and self.is_sum(args[0])
+        if viewed or (name in SUMS and can_put_off(args, kwargs)):
+            self._sums[id(result)] = result  # which lives as long as what is known of it
         return result
 
     def _reason(self, name: str) -> str:
