@@ -21,6 +21,8 @@ ATTEND_CALL = struct.Struct("@38q13Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
 ROWS_CALL = struct.Struct("@35q8P2d")
+# its parts: of calls alike, only the addresses differ
+ROWS_HEAD, ROWS_ADDRESSES, ROWS_TAIL = map(struct.Struct, ("@35q", "@8P", "@2d"))
 BEST_CALL = struct.Struct("@7q4Pd")
 VOTES_CALL = struct.Struct("@26q8P2d")
 # what follows `ATTEND_CALL` in a call of backward.c

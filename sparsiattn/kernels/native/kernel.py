@@ -24,7 +24,7 @@ from sparsiattn.kernels.native import build
 from sparsiattn.kernels.native.factors import factor_sides, host_bias_of
 from sparsiattn.kernels.native.gradients import differentiable_attention
 from sparsiattn.kernels.native.ops import FLOATS, attention
-from sparsiattn.kernels.native.rows import attend_to_best
+from sparsiattn.kernels.native.rows import attend_to_best, repeat_best
 from sparsiattn.kernels.native.scores import CELLS, group_sizes
 from sparsiattn.kernels.padding import list_count, row_keys, slot_macs, summary_count, tile_size
 
@@ -82,8 +82,8 @@ class Native(Kernel):
         # a bias may have other values in the next call, and a gradient needs the lists
         if type(pattern) is not TopKeys or inputs.bias is not None or needs_grad(inputs):
             return None
-        options = _best_options(inputs, pattern)
-        return lambda q, k, v: attend_to_best(q, k, v, *options, unobserved=True)
+        options = _best_options(inputs, pattern)[:-3]  # without those of a bias
+        return repeat_best(inputs.q, inputs.k, inputs.v, *options)
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyLists)

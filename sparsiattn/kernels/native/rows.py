@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +29,12 @@ from sparsiattn.kernels.native.ops import (
 )
 from sparsiattn.kernels.workspace import SCRATCH
 
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q, k and v."""
+
 GROUP, VIEWS = 6, 8  # as in rows.c
+NO_HOST = (0, 0, 0, 0, 0, 0, 0)
+"""What stands in a call for the type, strides and options of the host's bias without one."""
 BEYOND = 32  # numbers written past the end of a list
 # queries of an item of work, at least: each packs the keys of its head anew
 ROWS_OF_PART = 48
@@ -94,31 +101,111 @@ def _attend_to_best(
         ``[B, H, N, Dv]``, in the type of the operands.
     """
     q, k, v, cells = with_rows(q), with_rows(k), with_rows(v), contiguous(cells)
-    (b, h, n, d), keys, width = q.shape, k.shape[-2], v.shape[-1]
-    # [B, N, H, Dv] in memory, which the host's reshape need not copy
-    out = torch.empty_strided((b, h, n, width), (n * h * width, width, h * width, 1), dtype=q.dtype)
-    if not out.numel():
-        return out
-    fixed = whole_vectors(keys - prefix)
-    columns = whole_vectors(fixed + prefix + count)
-    host: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
+    (b, h, n, _), keys = q.shape, k.shape[-2]
+    host: tuple[int, ...] = NO_HOST
     if bias is not None:
         bias = host_bias(bias, (b, h, n, host_width(keys, across)))
         hard = hard or bias.dtype is torch.bool
         views = VIEWS if hard and count and bias.stride(2) else 0
         host = (KINDS[bias.dtype], *bias.stride()[:3], hard, views, across)
+    call = rows_call(q, k, v, (first, prefix, keep, count), scale, host, biased=bias is not None)
+    return call.attend(q, k, v, cells, bias)
+
+
+class RowsCall(NamedTuple):
+    """All of a call but its addresses: it holds for operands that are laid out alike.
+
+    Attributes:
+        shape: Of the output, ``[B, H, N, Dv]``.
+        strides: Of the output.
+        dtype: Of the output.
+        threads: Torch's threads.
+        room: Numbers that all of them need.
+        head: What stands before the addresses in `entries.ROWS_CALL`.
+        tail: What stands behind them.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    threads: int
+    room: int
+    head: bytes
+    tail: bytes
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cells: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Run it."""
+        out = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        if out.numel():
+            scratch = SCRATCH.room_for("rows", self.room)
+            addresses = addresses_of(q, k, v, out, cells, bias, scratch)
+            packed = entries.ROWS_ADDRESSES.pack(*addresses, parallel())
+            build.code().rows(self.head + packed + self.tail)
+        return out
+
+
+def rows_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: tuple[int, int, int, int],
+    scale: float,
+    host: tuple[int, ...],
+    *,
+    biased: bool,
+) -> RowsCall:
+    """What compiled code is told of a call; operands as in `_attend_to_best`, with rows.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        counts: ``first``, ``prefix``, ``keep`` and ``count`` of `_attend_to_best`.
+        scale: Factor of QK^T.
+        host: Type, strides and options of the host's bias, or `NO_HOST`.
+        biased: Whether there is one.
+    """
+    (b, h, n, d), keys, width = q.shape, k.shape[-2], v.shape[-1]
+    _, prefix, keep, count = counts
+    # [B, N, H, Dv] in memory, which the host's reshape need not copy
+    strides = (n * h * width, width, h * width, 1)
+    fixed = whole_vectors(keys - prefix)
+    columns = whole_vectors(fixed + prefix + count)
     threads, kind = torch.get_num_threads(), KINDS[q.dtype]
     room = room_of(columns, count, d, width)
-    if kind or bias is not None:
-        room += room_of_host(columns, fixed, count, d, width, kind, bias is not None, host[5])
-    scratch = SCRATCH.room_for("rows", threads * room)
-    sizes = (b, h, n, keys, d, width, first, prefix, keep, count, columns, fixed)
-    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    if kind or biased:
+        room += room_of_host(columns, fixed, count, d, width, kind, biased, host[5])
+    sizes = (b, h, n, keys, d, width, *counts, columns, fixed)
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides[:3])
     work = (threads, parts_of(b * h, n, threads), room, kind, *host)
-    addresses = (*addresses_of(q, k, v, out, cells, bias, scratch), parallel())
-    options = (scale, quantile_of(keep, keys - prefix))
-    build.code().rows(entries.ROWS_CALL.pack(*sizes, *steps, *work, *addresses, *options))
-    return out
+    head = entries.ROWS_HEAD.pack(*sizes, *steps, *work)
+    tail = entries.ROWS_TAIL.pack(scale, quantile_of(keep, keys - prefix))
+    return RowsCall((b, h, n, width), strides, q.dtype, threads, threads * room, head, tail)
+
+
+def repeat_best(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Attend:
+    """`attend_to_best` for operands laid out like these, of which nobody sees an operator.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        *options: The other arguments of `attend_to_best`, without a bias.
+    """
+    cells, count, keep, prefix, first, scale = options
+    if not all(x is with_rows(x) for x in (q, k, v)):
+        return lambda q, k, v: _attend_to_best(q, k, v, *options)
+    cells = contiguous(cells)
+    call = rows_call(q, k, v, (first, prefix, keep, count), scale, NO_HOST, biased=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.get_num_threads() != call.threads:
+            return _attend_to_best(q, k, v, *options)
+        return call.attend(q, k, v, cells)
+
+    return attend
 
 
 torch.library.impl(_BEST, "CPU", _attend_to_best)
@@ -130,11 +217,9 @@ def _best_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
 
 
-def attend_to_best(
-    q: Tensor, k: Tensor, v: Tensor, *others: object, unobserved: bool = False
-) -> Tensor:
-    """As the operator ``native_attend_to_best``; ``unobserved`` where `is_unobserved` was asked."""
-    if unobserved or (type(v) is Tensor and is_unobserved(q, k)):
+def attend_to_best(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+    """As the operator ``native_attend_to_best``."""
+    if type(v) is Tensor and is_unobserved(q, k):
         return _attend_to_best(q, k, v, *others)  # type: ignore[arg-type]
     return torch.ops.sparsiattn.native_attend_to_best.default(q, k, v, *others)  # type: ignore[no-any-return]
 
