@@ -155,6 +155,7 @@ def test_sites_left_dense_stay_dense(
     with monkeypatch.context() as context, torch.no_grad():
         context.setattr(Gather, "speed", _few_keys_win)
         context.setattr(cost.Planning, "share", lambda *_: 0.0)
+        context.setattr(cost, "SITE_SECONDS", 0.0)
         live = patch(model, strategy, k=[0.1, 0.9], only_if_faster=True)
         assert [runtime.dense for runtime in live.runtimes] == [False, True]
         sparse = features(model)

@@ -280,7 +280,7 @@ def test_two_processes_count_as_one_does(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29631", str(script), str(data), str(tmp_path / "found")]
+    command += ["--standalone", str(script), str(data), str(tmp_path / "found")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     model = tiny_vit(global_pool="avg")

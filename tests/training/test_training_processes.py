@@ -35,7 +35,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(CODE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29583", str(script), str(tmp_path / "two")]
+    command += ["--standalone", str(script), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     model = patched()

@@ -57,7 +57,7 @@ def test_what_cannot_be_is_refused(found: Any, change: Any, words: str) -> None:
 
 def launch(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29584", str(RUN), str(folder), how]
+    command += ["--standalone", str(RUN), str(folder), how]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=580, env=environment(**FSDP)
     )
