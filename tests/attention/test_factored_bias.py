@@ -33,7 +33,7 @@ MERGED: dict[str, Step] = {
 }
 STEPS: dict[str, Step] = {
     "first row": lambda x: x[..., 0, :],
-    "rows": lambda x: x[..., 3:7, :] if x.shape[-2] > 3 else x,
+    "rows": lambda x: x[..., 3:7, :],
     "some rows": lambda x: x.index_select(-2, torch.tensor([x.shape[-2] - 1, 0, 0])),
     "rows by list": lambda x: x[..., [0, -1], :],
     "an image": lambda x: x[:1],
@@ -68,7 +68,7 @@ def test_every_operation_sees_the_sum(merged: str, steps: list[str], inference: 
     with torch.inference_mode(inference):
         found, exact = (MERGED[merged](x) for x in pair())
         for step in steps:
-            if exact.dim() < 2:
+            if exact.dim() < 2 or not exact.numel():
                 break
             found, exact = STEPS[step](found), STEPS[step](exact)
             assert found.shape == exact.shape
