@@ -55,16 +55,17 @@ def models() -> str:
     by_name = {row["model"]: [r for r in rows if r["model"] == row["model"]] for row in rows}
     lines = ["k = 0.1", "k = 0.25", "k = 0.1, `only_if_faster`"]
     head = ["model", *lines[: max(map(len, by_name.values()))], "sites", "kernels"]
-    return table(head, [_model(name, found) for name, found in by_name.items()])
+    return table(head, [_model(name, found, len(head) - 3) for name, found in by_name.items()])
 
 
-def _model(name: str, rows: list[dict[str, Any]]) -> list[str]:
+def _model(name: str, rows: list[dict[str, Any]], lines: int) -> list[str]:
     if "refused" in rows[0]:
-        return [f"`{name}`", *(["refused"] * len(rows)), "", ""]
+        return [f"`{name}`", *(["refused"] * lines), "", ""]
     ratios = [f"{row['ratio']:.2f}x" for row in rows]
     if rows[-1]["sparse_sites"] < rows[-1]["sites"]:
         ratios[-1] += f" ({rows[-1]['sparse_sites']} sites)"
     kernels = ", ".join(f"`{kernel}`" for kernel in rows[0]["kernels"])
+    ratios += [""] * (lines - len(ratios))  # measured before that line was
     return [f"`{name}`", *ratios, str(rows[0]["sites"]), kernels]
 
 
