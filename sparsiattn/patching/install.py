@@ -11,6 +11,7 @@ from sparsiattn.patching.discovery.backbone import Backbone, backbone_named
 from sparsiattn.patching.distributed import RefuseUnreduced, planner_modules
 from sparsiattn.runtime.block_hooks import EnterBlock, EnterTail, LeaveBlock, LeaveTail, ReopenBlock
 from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.class_swap import Hooked, mark_hooked, swap_class_back
 from sparsiattn.runtime.compiled_parts import RefuseCompiledParts, places_that_hand_on
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
 from sparsiattn.runtime.image import WatchImage, WatchMap
@@ -79,7 +80,8 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
     name, hooks = runtime.site.name, state.hooks
     module = state.model.get_submodule(name)
     state.places.append((name, module))
-    if swap(module) and name not in state.attention.unread:
+    is_multihead = swap(module)
+    if is_multihead and name not in state.attention.unread:
         refuse = RefuseWeights(state, name)
         hooks.append(module.register_forward_pre_hook(refuse, with_kwargs=True))
     if name in state.attention.lifted:
@@ -87,6 +89,8 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
         hooks += show_weights(module)
     elif name in state.attention.sums_bias:
         put_off_sums_of(module)
+    if not is_multihead:  # whose class is another already
+        mark_hooked(module)
     opener = OpenScope(runtime)
     hooks.append(module.register_forward_pre_hook(opener))
     # always: a module that raised must not leave its scope open
@@ -96,6 +100,8 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
 def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
     model, block, hooks = state.model, runtime.block, state.hooks
     module, bypass = model.get_submodule(block.name), runtime.placement == "bypass"
+    state.places.append((block.name, module))
+    mark_hooked(module)
     if runtime.placement == "windows":
         _hook_windows(state, runtime, module)
         return
@@ -141,6 +147,8 @@ def remove(state: PatchState) -> None:
             if not (elsewhere and hook is state.leave_hook):  # it tells those passes, and goes then
                 hook.remove()
         state.turn_overrides_off()
+        for _, module in state.places:
+            swap_class_back(module, Hooked)
         for runtime in state.runtimes:
             drop(runtime.module)
         for module in modules_with_features(state):

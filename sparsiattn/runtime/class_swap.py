@@ -27,6 +27,24 @@ class Swapped:
         raise NotImplementedError
 
 
+class Hooked(Swapped):
+    """Mixin of the class of a module with hooks of a patch, which says the same as the host's.
+
+    Dynamo guards the types of modules and not their hooks: a copy that is not patched, compiled in
+    the same process, would lend its program to the patched model.
+    """
+
+    @staticmethod
+    def members(host: Any) -> Mapping[str, Any]:
+        return {}
+
+
+def mark_hooked(module: nn.Module) -> None:
+    """Tell a module from unpatched ones of its class, unless its class does so already."""
+    if not isinstance(module, Swapped):
+        swap_class(module, Hooked)
+
+
 def creation(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     """What makes an empty object of a class, swapped or not: a function and its arguments."""
     host = vars(kind).get(HOST)
