@@ -14,7 +14,8 @@ def runtimes() -> str:
     found: dict[str, Any] = json.loads((RESULTS / "runtimes-cpu.json").read_text())
     head = ["model", "runtime", "dense", "patched", "ratio", "cosine, dense", "cosine, patched"]
     lines = [head, ["---"] * len(head)]
-    for name, row in found["rows"].items():
+    cases = list(dict.fromkeys(name.split(",")[0] for name in found["rows"]))
+    for name, row in sorted(found["rows"].items(), key=lambda x: cases.index(x[0].split(",")[0])):
         case, _, runtime = name.partition(", batch ")
         batch, _, runtime = runtime.partition(", ")
         weights = "" if row["real_weights"] else ", random weights"
