@@ -7,8 +7,7 @@ once writes no list. Other kernels ask for the lists, which are then made with t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -122,6 +121,7 @@ class TopKeys(KeyLists):
     prefix: int
     make_index: Callable[[], Tensor]
     dense_rows: int = 0
+    _made: Tensor | None = field(default=None, init=False, repr=False)
     tiles = None
 
     @property
@@ -134,10 +134,14 @@ class TopKeys(KeyLists):
         pooled = cells * self.n_keys * (dim + value_dim)
         return self.n_queries * (self.n_keys + cells) * dim + self.pairs() * value_dim + pooled
 
-    @cached_property
+    @property
     def index(self) -> Tensor:  # type: ignore[override]
         """Ids of the keys, made at the first request."""
-        return self.make_index()
+        # not `cached_property`, whose lock Dynamo cannot trace before Python 3.12
+        if self._made is None:
+            object.__setattr__(self, "_made", self.make_index())
+        assert self._made is not None
+        return self._made
 
     def listed(self) -> KeyIndex:
         """The same with its lists."""

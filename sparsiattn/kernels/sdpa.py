@@ -7,6 +7,7 @@ from torch import Tensor
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Logits, Mask, Pattern
+from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 
@@ -44,6 +45,8 @@ class MaskedSDPA(Kernel):
 def _masks(call: CallShape, pattern: Pattern) -> int:
     """Over how many images and heads the pattern's mask differs."""
     lists: Tensor | None = None
+    if isinstance(pattern, TopKeys):  # whose lists are not made
+        return call.batch * call.heads
     if isinstance(pattern, KeyLists):
         lists = pattern.chosen if isinstance(pattern, KeyBlocks) else pattern.index
     elif isinstance(pattern, Mask):

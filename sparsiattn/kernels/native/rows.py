@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derivatives import is_transformed, is_unobserved
+from sparsiattn.attention.derivatives import is_unobserved
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build, entries
 from sparsiattn.kernels.native.ops import (
     BAND_NUMBERS,
@@ -27,6 +26,7 @@ from sparsiattn.kernels.native.ops import (
     whole_vectors,
     with_rows,
 )
+from sparsiattn.kernels.native.scores import is_ready
 from sparsiattn.kernels.workspace import SCRATCH
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,11 +50,9 @@ def serves(inputs: AttentionInputs) -> bool:
 def plans(inputs: AttentionInputs) -> bool:
     """Whether compiled code may choose the keys of a call, which takes no gradient."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    if torch.compiler.is_compiling() or is_transformed():
-        return False
     if inputs.dropout or not inputs.scale > 0:
         return False
-    if inputs.device.type != "cpu" or not (is_loaded() or build.is_ready()):
+    if inputs.device.type != "cpu" or not is_ready():
         return False
     return q.dtype in FLOATS and k.dtype is q.dtype and v.dtype is q.dtype
 

@@ -1,8 +1,8 @@
 """Planning in compiled code.
 
 It decides over small sites, where torch's calls cost more than the arithmetic. Only where the
-`native` kernel was compiled before, in float32 on a CPU without a gradient; elsewhere, and while a
-compiler traces, torch's own operations do the same.
+`native` kernel was compiled before, in float32 on a CPU without a gradient. Elsewhere, and in
+programs that are exported, torch's own operations do the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.derivatives import is_transformed
+from sparsiattn.attention.derivatives import is_exporting, is_transformed
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.kernels.compiled import is_loaded
 from sparsiattn.kernels.native import build, ops
@@ -24,10 +24,13 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def is_ready() -> bool:
-    """Whether there is compiled code, and nothing that traces or transforms what runs."""
-    if torch.compiler.is_compiling() or not (is_loaded() or build.is_ready()):
-        return False
-    return not is_transformed()
+    """Whether there is compiled code, which also those find who run what is traced now.
+
+    `torch.compile` keeps its operators in the program. An exported program runs elsewhere.
+    """
+    if torch.compiler.is_compiling():  # a traced program cannot look for files
+        return is_loaded() and not is_exporting()
+    return (is_loaded() or build.is_ready()) and not is_transformed()
 
 
 def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
