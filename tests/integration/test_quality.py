@@ -21,6 +21,7 @@ from quality import __main__ as command
 from quality import speed
 from quality.metrics import Features, compare, spread
 from quality.sources import Sources
+from quality.variants import variant
 
 LINE = {"strategy": "topk", "k": 0.1}
 
@@ -66,7 +67,8 @@ def test_what_is_not_finite_is_no_figure() -> None:
 @torch.no_grad()
 def test_features_and_answers_are_the_models_own() -> None:
     model, images, text = tiny_vit(num_classes=6), tiny_images(3), torch.randn(7, 6)
-    features = Features.of(model, images, text, batch=2)
+    with variant(model, {}) as made:
+        features = Features.of(made, images, batch=2, text=text)
     tokens, embeddings = model.forward_features(images), model(images)
     torch.testing.assert_close(features.tokens, tokens)
     assert features.prefix == 1
@@ -99,7 +101,7 @@ def test_a_speed_row_is_of_the_dense_time(monkeypatch: pytest.MonkeyPatch) -> No
         return {"dense": [2.0, 6.0], "patched": [1.0, 3.0], "free": [0.5, 1.5]}
 
     monkeypatch.setattr(speed, "alternate", alternate)
-    row = speed.measure(model, images, LINE, 2)
+    row = speed.measure(model, images, 2, LINE)
     assert (row["patched"]["ratio"], row["limit"]["ratio"]) == (2.0, 4.0)
     assert 0.05 < row["density"] < 0.15
     with torch.inference_mode():
@@ -122,6 +124,9 @@ class Tiny:
 
     def images(self, sources: Sources, count: int) -> Tensor:
         return tiny_images(count)
+
+    def decoder(self, sources: Sources) -> None:
+        return None
 
     def text(self, sources: Sources) -> Tensor:
         return torch.randn(7, 6, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Compiled programs keep the library's own operators; exported ones, which run elsewhere, do not."""
+"""`torch.compile` keeps the native operators; exported programs, which run elsewhere, do not."""
 
 from __future__ import annotations
 
