@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsiattn.testing import tiny_images, tiny_vit
@@ -18,7 +20,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import common
 from quality import __main__ as command
-from quality import speed
+from quality import rows as rows_module
+from quality import speed, study
 from quality.metrics import Features, compare, spread
 from quality.sources import Sources
 from quality.variants import variant
@@ -187,3 +190,64 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "data" / "photos").mkdir(parents=True)
     with pytest.raises(SystemExit, match="--photos must be 1 to 0"):
         Sources(tmp_path, tmp_path).photos(1)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.tuples(st.integers(0, 5), st.integers(0, 5))))
+def test_layers_are_those_of_non_dominated_sorting(points: dict[str, tuple[int, int]]) -> None:
+    sorted_into = study.layers(points)
+    assert sorted(name for layer in sorted_into for name in layer) == sorted(points)
+    rank = {name: order for order, layer in enumerate(sorted_into) for name in layer}
+
+    def beaten_by(name: str) -> list[str]:
+        x, y = points[name]
+        return [other for other, (u, v) in points.items() if u >= x and v >= y and (u > x or v > y)]
+
+    for name in points:
+        expected = max((rank[other] + 1 for other in beaten_by(name)), default=0)
+        assert rank[name] == expected
+
+
+@torch.no_grad()
+def test_what_people_do_instead() -> None:
+    model, images = tiny_vit(num_classes=0), tiny_images(2)
+    dense = model.forward_features(images)
+    with variant(model, {"layers": 1}) as made:
+        assert len(made.model.blocks) == 1
+        expected = model.norm(model.blocks[0](model._pos_embed(model.patch_embed(images))))
+        torch.testing.assert_close(made.tokens(images, 8), expected)
+    with variant(model, {"resolution": 0.5}) as made:
+        assert made.size == 16
+        tokens = made.tokens(images, 8)
+        assert tokens.shape == dense.shape
+        small = torch.nn.functional.interpolate(
+            images, (16, 16), mode="bicubic", antialias=True
+        )  # corners of a map that is twice as large are those of the small one
+        corner = made.model.forward_features(small)[:, 1]
+        torch.testing.assert_close(tokens[:, 1], corner)
+    with variant(model, {"dtype": "bfloat16"}) as made:
+        rounded = made.tokens(images, 8)
+        assert rounded.dtype is torch.float32
+        assert 0 < (rounded - dense).abs().max() < 0.2
+    assert len(model.blocks) == 2
+    torch.testing.assert_close(model.forward_features(images), dense, rtol=0, atol=0)
+
+
+def test_a_study_chooses_the_best_and_what_is_always_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "KEPT", len(study.ALWAYS) + 1)
+    sweep = rows_module.Rows("sweep")
+    lines = [{"strategy": "local", "k": 0.1}, {"layers": 11}, {"strategy": "atc"}]
+    for line, speed_, mean in zip(lines, (2.0, 1.5, 3.0), (0.9, 0.8, 0.99), strict=True):
+        name = {"model": "m", "line": study.typed(line)}
+        refused = {"refused": "no"} if "atc" in str(line) else {"patches": {"mean": mean}}
+        sweep.add("quality", name, refused)
+        sweep.add("speed", name, {"patched": {"ratio": speed_}})
+    assert study.chosen(sweep, "m") == [*study.ALWAYS, lines[0]]
+
+
+def test_refused_lines_are_rows(tiny: Tiny, tmp_path: Path) -> None:
+    run("--quality", "--speed", "--rounds", "1", lines=({"strategy": "topk", "k": 0.0},))
+    for stage in ("quality", "speed"):
+        assert "k" in rows(tmp_path, stage)[0]["refused"]
