@@ -82,8 +82,7 @@ class SlowerThanDense(UserWarning):
 
 
 class LowAttentionMass(UserWarning):
-    """The keys that a patch keeps hold less of exact attention than asked for; see
-    `Patch.monitor`."""
+    """What a patch keeps holds less of exact attention than asked for; see `Patch.monitor`."""
 
 
 class CalibrationDiscarded(UserWarning):

@@ -142,8 +142,8 @@ class Patch(PatchState):
 
         Args:
             every: Of so many calls one is watched.
-            bound: Mass below which a call is low: that of any image at any site. None to watch
-                only.
+            bound: A call is low where any image, at any site, has a mass below it; with summary
+                keys, an overlap. None to watch only.
             on_low: ``"warn"`` for one `LowAttentionMass` warning; ``"dense"`` to run calls of the
                 model dense as well, from the next one on, as `disabled` does, until
                 `Monitor.resume` or `Monitor.close`.

@@ -42,13 +42,13 @@ class MonitorReport:
         every: Of so many calls one is watched.
         rows: Query rows of a site that are looked at.
         sites: Number of sites that are watched.
-        bound: Mass below which a call is low; None for no bound.
-        on_low: What happens then.
+        bound: What must be held, see `Monitor`; None for no bound.
+        on_low: What happens to a call that holds less.
         calls: Calls of the model in eval mode since it began.
         watched: Those in which mass was measured.
         below: Watched calls in which an image was below the bound at some site.
         lowest: Lowest mass of an image at a site.
-        lowest_site: Name of that site.
+        lowest_site: Name of the site that held least, summary keys counted where there are some.
         median: Median over images and sites, of the last 10,000.
         lowest_overlap: As ``lowest``, with summary keys; None where there are none.
         median_overlap: As ``median``, with summary keys; None where there are none.
@@ -80,21 +80,23 @@ class MonitorReport:
                 "exported programs do not"
             )
             return f"{watched} ({note})"
-        where = f"{self.rows} rows of {self.sites} sites in every {self.every}th call"
-        text = (
-            f"{watched} ({where}): kept keys hold {self.lowest:.3f} of exact attention or more "
-            f"(lowest at {self.lowest_site}), median {self.median:.3f}"
-        )
+        parts = [
+            f"{watched} (1 in {self.every:,}, {self.rows} rows of {self.sites} sites): kept keys "
+            f"hold at least {self.lowest:.3f} of exact attention, median {self.median:.3f}"
+        ]
         if self.lowest_overlap is not None and self.median_overlap is not None:
-            text += (
-                f"; with summary keys {self.lowest_overlap:.3f} or more, median "
+            parts.append(
+                f"with summary keys at least {self.lowest_overlap:.3f}, median "
                 f"{self.median_overlap:.3f}"
             )
+        parts.append(f"least at {self.lowest_site}")
         if self.bound is not None:
-            text += f"; {self.below:,} calls below {self.bound:g}"
+            parts.append(f"calls below {self.bound:g}: {self.below:,}")
+        if self.dense_calls:
+            parts.append(f"calls that ran dense: {self.dense_calls:,}")
         if self.is_dense:
-            text += "; dense now: active_monitor.resume() makes the patch sparse again"
-        return text if not self.dense_calls else f"{text}; {self.dense_calls:,} calls ran dense"
+            parts.append("dense now: active_monitor.resume() makes the patch sparse again")
+        return "; ".join(parts)
 
 
 class Monitor:
@@ -105,7 +107,8 @@ class Monitor:
         sites: Names of the sites that are watched.
         every: Of so many calls one is watched, the first among them.
         rows: Query rows of a site that are looked at.
-        bound: Mass below which a call is low; None for no bound.
+        bound: What must be held, of the overlap where a pattern has summary keys, else of the mass;
+            None for no bound.
         on_low: ``"warn"`` or ``"dense"``.
         is_dense: Whether the patch runs dense as a call was low.
         closed: Whether the watch has ended.
@@ -124,7 +127,8 @@ class Monitor:
         self.every, self.rows, self.bound, self.on_low = every, rows, bound, on_low
         self.is_dense = self.closed = self._warned = False
         self._calls = self._watched = self._below = self._dense_calls = 0
-        self._lowest: tuple[float, str] | None = None
+        self._held: tuple[float, str] | None = None
+        self._lowest: float | None = None
         self._lowest_overlap: float | None = None
         self._masses: deque[float] = deque(maxlen=KEPT)
         self._overlaps: deque[float] = deque(maxlen=KEPT)
@@ -143,7 +147,6 @@ class Monitor:
         """What was seen up to now, also after `close`."""
         with self._lock:
             masses, overlaps = list(self._masses), list(self._overlaps)
-            lowest, site = self._lowest or (None, None)
             return MonitorReport(
                 every=self.every,
                 rows=self.rows,
@@ -153,8 +156,8 @@ class Monitor:
                 calls=self._calls,
                 watched=self._watched,
                 below=self._below,
-                lowest=lowest,
-                lowest_site=site,
+                lowest=self._lowest,
+                lowest_site=None if self._held is None else self._held[1],
                 median=median(masses) if masses else None,
                 lowest_overlap=self._lowest_overlap,
                 median_overlap=median(overlaps) if overlaps else None,
@@ -195,16 +198,17 @@ class Monitor:
         figures = watched.figures()
         if not figures or self.closed:
             return
-        mass, name = min((mass, name) for name, mass, _ in figures)
+        held, name = min((m if o is None else o, name) for name, m, o in figures)
+        masses = [mass for _, mass, _ in figures]
+        overlaps = [overlap for _, _, overlap in figures if overlap is not None]
         with self._lock:
             self._watched += 1
-            self._masses += [mass for _, mass, _ in figures]
-            self._lowest = min(self._lowest or (mass, name), (mass, name))
-            overlaps = [overlap for _, _, overlap in figures if overlap is not None]
+            self._masses += masses
             self._overlaps += overlaps
-            known = [] if self._lowest_overlap is None else [self._lowest_overlap]
-            self._lowest_overlap = min(overlaps + known, default=None)
-            if self.bound is None or mass >= self.bound:
+            self._held = min(self._held or (held, name), (held, name))
+            self._lowest = min([*masses, *_known(self._lowest)])
+            self._lowest_overlap = min([*overlaps, *_known(self._lowest_overlap)], default=None)
+            if self.bound is None or held >= self.bound:
                 return
             self._below += 1
             first, self._warned = not self._warned, True
@@ -214,12 +218,12 @@ class Monitor:
         if goes_dense:
             forget_compiled()
         if first:
-            self._warn(mass, name)
+            self._warn(held, name)
 
-    def _warn(self, mass: float, name: str) -> None:
+    def _warn(self, held: float, name: str) -> None:
         what = (
-            f"at site {name!r} the kept keys hold {mass:.3f} of exact attention for an image, "
-            f"below bound={self.bound:g}"
+            f"at site {name!r} the kept keys, summary keys included, hold {held:.3f} of exact "
+            f"attention for an image, below bound={self.bound:g}"
         )
         then = "warned once, patch.report() counts further calls"
         if self.on_low == "dense":
@@ -228,6 +232,10 @@ class Monitor:
                 "it sparse again, close() does too and stops watching"
             )
         warnings.warn(f"{what}: {then}", LowAttentionMass, stacklevel=2)
+
+
+def _known(value: float | None) -> list[float]:
+    return [] if value is None else [value]
 
 
 def check_options(every: Any, rows: Any, bound: Any, on_low: Any) -> None:

@@ -273,7 +273,7 @@ def test_what_is_not_a_number_holds_nothing() -> None:
     patch = sparsiattn.patch(model, "topk", k=0.25)
     images = tiny_images(2)
     images[1] = float("nan")
-    low = pytest.warns(LowAttentionMass, match=r"hold 0\.000 of exact attention")
+    low = pytest.warns(LowAttentionMass, match=r"hold 0\.000 of exact")
     with patch.monitor(bound=0.1) as monitor, torch.no_grad(), low:
         model(images)
     assert monitor.report().lowest == 0.0
@@ -431,7 +431,7 @@ def test_one_warning_and_a_count() -> None:
         assert len(caught) == 1
         found = monitor.report()
         assert (found.below, found.is_dense, found.dense_calls) == (3, False, 0)
-        assert "3 calls below 0.999" in str(patch.report())
+        assert "calls below 0.999: 3" in str(patch.report())
         monitor.resume()
         with pytest.warns(LowAttentionMass):
             run(model)
@@ -483,6 +483,24 @@ def test_dense_is_for_token_strategies_as_well() -> None:
             model.forward_features(tiny_images(2)),  # type: ignore[operator]
         )
     assert torch.equal(run(model), sparse)
+
+
+def test_the_bound_counts_summary_keys() -> None:
+    model = tiny_vit()
+    patch = sparsiattn.patch(model, "local", k=9, background=2)
+    with patch.monitor() as monitor:
+        run(model)
+    found = monitor.report()
+    assert found.lowest is not None
+    assert found.lowest_overlap is not None
+    between = (found.lowest + found.lowest_overlap) / 2
+    with patch.monitor(bound=between) as monitor:
+        run(model)  # no warning, which would be an error here
+    assert monitor.report().below == 0
+    above = (found.lowest_overlap + 1) / 2
+    with patch.monitor(bound=above) as monitor, pytest.warns(LowAttentionMass, match="summary"):
+        run(model)
+    assert monitor.report().below == 1
 
 
 def test_training_stays_sparse_while_calls_run_dense() -> None:
@@ -561,7 +579,7 @@ def test_a_report_has_it_as_data() -> None:
         assert (data["calls"], data["watched"], data["every"]) == (11, 2, 10)
         line = str(patch.report()).splitlines()
         assert any(
-            text.startswith("monitor: 2 of 11 calls watched (8 rows of 2 sites in every 10th call)")
+            text.startswith("monitor: 2 of 11 calls watched (1 in 10, 8 rows of 2 sites): kept")
             for text in line
         )
 
