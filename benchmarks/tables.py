@@ -151,6 +151,22 @@ def proportional() -> str:
     )
 
 
+def monitor() -> str:
+    rows = read("monitor-cpu")["over_a_call_without_a_monitor"]
+    return table(
+        ["strategy", "images", "a watched call", "every 100th watched"],
+        [
+            [
+                f"`{row['strategy']}`",
+                str(row["batch"]),
+                f"{row['watched']['ratio']:.2f}x",
+                f"+{100 * row['share_at_every_100']:.2f} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def token_quality() -> str:
     found = read("token-quality-cifar")
     rows = [["dense", f"{found['dense_top1']:.2f}", "64", ""]]
@@ -210,6 +226,7 @@ SOURCES = (
     "memory-cpu",
     "merge-cpu",
     "models-cpu",
+    "monitor-cpu",
     "overhead-cpu",
     "proportional-cpu",
     "quality-cifar",
@@ -233,6 +250,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tokens": tokens,
     "token-quality": token_quality,
     "proportional": proportional,
+    "monitor": monitor,
     "memory": memory,
     "resolution": resolution,
     "models": models,

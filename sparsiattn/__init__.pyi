@@ -34,6 +34,7 @@ from .errors import GuessedStructure as GuessedStructure
 from .errors import InvalidOption as InvalidOption
 from .errors import InvalidType as InvalidType
 from .errors import KernelRefused as KernelRefused
+from .errors import LowAttentionMass as LowAttentionMass
 from .errors import MismatchedCheckpoint as MismatchedCheckpoint
 from .errors import MismatchedPatch as MismatchedPatch
 from .errors import ModelChanged as ModelChanged

@@ -81,6 +81,10 @@ class SlowerThanDense(UserWarning):
     """The patched model is expected to take longer than the dense one; see `patch`."""
 
 
+class LowAttentionMass(UserWarning):
+    """What a patch keeps holds less of exact attention than asked for; see `Patch.monitor`."""
+
+
 class CalibrationDiscarded(UserWarning):
     """Calibrated planners lose more than what is kept without them; see `calibrate`."""
 

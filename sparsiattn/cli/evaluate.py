@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -25,6 +26,13 @@ from sparsiattn.cli.options import (
 )
 
 
+class Compared(Enum):
+    """Values of ``--metric``."""
+
+    FEATURES = "features"
+    CLASSES = "classes"
+
+
 @model_command(*PATCH_OPTIONS)
 def evaluate_model(
     *,
@@ -38,6 +46,10 @@ def evaluate_model(
     limit: Annotated[
         int | None, typer.Option(min=1, help="So many images, spread over the split.")
     ] = None,
+    metric: Annotated[
+        Compared | None,
+        typer.Option(help="What is compared without labels; default: as the model has a head."),
+    ] = None,
     batch_size: BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: DeviceOrGPU = None,
@@ -46,6 +58,7 @@ def evaluate_model(
 ) -> None:
     """Accuracy and images/s of a model, dense and patched in one pass, and how often they agree.
 
+    Of headless models, or with --metric features, how much of the features stays, without labels.
     Under torchrun every process takes its share. Weights are random without --pretrained or
     --checkpoint. Example: sparsiattn eval deit_small_patch16_224 --pretrained --data imagenet
     --strategy connectivity --k 0.25
@@ -66,6 +79,7 @@ def evaluate_model(
             workers=workers,
             image_size=request.image_size,
             augment=preprocessing,
+            metric=None if metric is None else metric.value,
             progress=progress,
             device=device or _device(),
         )

@@ -10,5 +10,6 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.patching.handle import Patch, patch_of, unpatch
 from sparsiattn.patching.load import from_pretrained
 from sparsiattn.patching.model_call import eval_mode, logits_of
+from sparsiattn.patching.model_outputs import OutputMetric
 from sparsiattn.patching.report import Report, SiteReport
 from sparsiattn.patching.sparsifiner import load_sparsifiner

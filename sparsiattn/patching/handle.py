@@ -14,8 +14,10 @@ from sparsiattn.errors import InvalidOption, renamed_property, warn_renamed
 from sparsiattn.patching.install import remove
 from sparsiattn.patching.known_calls import call_needs_all
 from sparsiattn.patching.report import Report, report
+from sparsiattn.patching.site_selection import Sites, watchable
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import warmup
+from sparsiattn.runtime.monitor import Monitor, OnLow, check_options
 from sparsiattn.runtime.patch_state import PatchState, live_patches, state_of, unwrap
 from sparsiattn.runtime.sdpa_intercept import forget_compiled
 from sparsiattn.serialization import hub
@@ -113,6 +115,66 @@ class Patch(PatchState):
 
     def call_needs_all(self, args: Any, kwargs: Any) -> bool:
         return call_needs_all(self, args, kwargs)
+
+    def monitor(
+        self,
+        every: int = 100,
+        *,
+        bound: float | None = None,
+        on_low: OnLow = "warn",
+        sites: Sites | None = None,
+        rows: int = 8,
+    ) -> Monitor:
+        """Watch in use how much of exact attention the kept keys hold.
+
+        On the first forward call of the model and every ``every``-th after it, a few query rows of
+        every watched site are computed exactly: the softmax over all keys that the host allows, and
+        its sum over those that the pattern keeps one by one, a mean over rows and heads by image.
+        Summary keys (``background``) count apart, as the overlap: the sum over keys of the smaller
+        of exact and patched attention, where a summary key's share is spread evenly over the
+        dropped keys that it stands for. `report` shows all of it in a line.
+
+        Calls of the model in eval mode count, in every thread; outputs stay as they are. Compiled
+        and exported programs are not watched (run the model itself, or use
+        ``torch.compiler.set_stance("force_eager")``), nor are copies, training, parts that are
+        called alone, and queries that see every key, as class tokens do. Of several processes each
+        watches its own calls.
+
+        Args:
+            every: Of so many calls one is watched.
+            bound: A call is low where any image, at any site, has a mass below it; with summary
+                keys, an overlap. None to watch only.
+            on_low: ``"warn"`` for one `LowAttentionMass` warning; ``"dense"`` to run calls of the
+                model dense as well, from the next one on, as `disabled` does, until
+                `Monitor.resume` or `Monitor.close`.
+            sites: Which of the patched sites, as `patch` takes them; all sparse ones if None.
+            rows: Query rows of a site, of patches and evenly spaced; other ones in every call.
+
+        Returns:
+            The running watch, also `active_monitor`; it can be closed, or be used with ``with``.
+
+        Raises:
+            InvalidOption: An option is out of range, no such site keeps some of its keys, or the
+                patch is watched already.
+
+        >>> import torch, sparsiattn
+        >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+        >>> patch = sparsiattn.patch(tiny_vit(), "topk", k=0.25)
+        >>> with patch.monitor(every=2) as monitor, torch.no_grad():
+        ...     for _ in range(4):
+        ...         outputs = patch.model(tiny_images(2))
+        >>> found = monitor.report()
+        >>> found.calls, found.watched, 0.25 < found.lowest < 1
+        (4, 2, True)
+        """
+        self.ensure_active("monitor")
+        refresh(self)
+        check_options(every, rows, bound, on_low)
+        if self.active_monitor is not None:
+            raise InvalidOption("this patch is watched already: close active_monitor first")
+        names = watchable(self, sites)
+        monitor = self.active_monitor = Monitor(self, names, every, rows, bound, on_low)
+        return monitor
 
     def save(self, directory: str | PathLike[str], *, include_model: bool = False) -> Path:
         """Write a JSON config and the planners' weights as safetensors.

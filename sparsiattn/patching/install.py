@@ -141,6 +141,8 @@ def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
 
 def remove(state: PatchState) -> None:
     """Undo everything that `attach` did, or as much of it as it came to."""
+    if state.active_monitor is not None:
+        state.active_monitor.close()
     with SWITCHING:
         elsewhere = runs_elsewhere(state)
         for hook in state.hooks:

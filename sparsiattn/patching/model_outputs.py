@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.errors import DataError, InvalidOption, InvalidType
 
 Metric = Literal["features", "classes"] | Callable[[Any, Any], Any]
 METRICS = ("features", "classes")
 
 # fields of transformers' output objects, the first that is there counts
-FIELDS = ("logits", "image_embeds", "last_hidden_state", "predicted_depth")
+FIELDS = ("logits", "image_embeds", "feature_maps", "last_hidden_state", "predicted_depth")
+
+HEADS = ("head", "heads", "classifier", "fc")
+"""Names of what users replace by `nn.Identity` to get features."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,18 @@ class OutputMetric:
     """How two outputs of one model are compared.
 
     Attributes:
-        kind: ``"classes"``: the share of images with the same first choice; ``"features"``: the
-            cosine of the channels, mean over positions; ``"callable"``: a function of the user.
+        kind: ``"classes"``: the share of first choices that stay, by image, or by pixel where a
+            model labels those; ``"features"``: the cosine of the channels, mean over positions and
+            over maps; ``"callable"``: a function of the user.
         guessed: Whether the model was asked, not the user.
         function: Of dense and patched output, gives ``[B]`` or a number; for ``"callable"`` only.
+
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> model, images = tiny_vit(num_classes=0), tiny_images(2)
+    >>> metric = OutputMetric.of(model, model(images))
+    >>> features = metric.outputs(model, (images,), {})
+    >>> metric.kind, features.shape, metric.compare(model, features, -features).tolist()
+    ('features', torch.Size([2, 65, 48]), [-1.0, -1.0])
     """
 
     kind: str
@@ -43,11 +55,22 @@ class OutputMetric:
             metric: ``"features"``, ``"classes"``, a callable, or None.
 
         Raises:
-            InvalidOption: ``metric`` is something else.
+            InvalidOption: ``metric`` is something else, or asks a model without a head for classes.
             DataError: The output has nothing that can be compared.
         """
         if metric is None:
             return cls("classes" if has_classes(model, output) else "features", guessed=True)
+        if metric == "classes":
+            refuse_headless(model)
+        return cls.named(metric)
+
+    @classmethod
+    def named(cls, metric: Metric) -> OutputMetric:
+        """The metric that the user named, before there is any output.
+
+        Raises:
+            InvalidOption: ``metric`` is neither a known name nor a callable.
+        """
         if callable(metric):
             return cls("callable", function=metric)
         if metric not in METRICS:
@@ -65,85 +88,261 @@ class OutputMetric:
     def outputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is compared: the model's output, or its features at all positions.
 
-        A headless timm model returns one pooled vector; its ``forward_features`` has them all.
+        A timm model returns one pooled vector, or the answers of its head; its ``forward_features``
+        has all positions. A compiled model runs as it was compiled.
         """
-        pools = getattr(model, "num_classes", None) == 0 and hasattr(model, "forward_features")
-        if self.kind == "features" and pools and not kwargs:
+        has_features = hasattr(model, "forward_features") and hasattr(model, "num_classes")
+        compiled = "_orig_mod" in model._modules
+        if self.kind == "features" and has_features and not compiled and not kwargs:
             return model.forward_features(*args)  # type: ignore[operator]
         return model(*args, **kwargs)
 
     def compare(self, model: nn.Module, dense: Any, patched: Any) -> Tensor | float:
         """How much stays, by image ``[B]`` (or one number of the user's function); 1 is all.
 
+        What is not a number in the patched output counts as lost.
+
         Raises:
-            DataError: The dense output is not finite.
+            DataError: The dense output is not finite, or the patched one has another shape.
+            InvalidType: The user's function gave neither a number nor ``[B]``.
         """
         if self.function is not None:
-            return self.function(dense, patched)  # type: ignore[no-any-return]
-        before, after = main_tensor(dense), main_tensor(patched)
-        if not before.isfinite().all():
-            raise DataError(
-                "the dense model's output is not finite, so nothing can be compared with it: "
-                "check the images and the weights"
-            )
+            return _checked(self.function(dense, patched))
         if self.kind == "classes":
-            return same_choice(before, after)
-        axis = channel_axis(model, before)
-        return cosine(before.movedim(axis, -1), after.movedim(axis, -1))
+            before, after = _pair(main_tensor(dense), main_tensor(patched))
+            return same_choice(before, after, 1 if before.dim() == 4 else -1)
+        maps = zip(main_tensors(dense), main_tensors(patched), strict=True)
+        return torch.stack([_map_cosine(model, *_pair(*both)) for both in maps]).mean(0)
 
 
-def same_choice(dense: Tensor, patched: Tensor) -> Tensor:
-    """1 where both ``[B, classes]`` choose the same class, else 0, also where one is not finite."""
-    same = dense.argmax(-1) == patched.argmax(-1)
-    return (same & patched.isfinite().all(-1)).double()
+def _checked(value: Any) -> Tensor | float:
+    """What the user's function gave, if that is a number or ``[B]``."""
+    if isinstance(value, Tensor) and value.dim() < 2 and not value.is_complex():
+        return value.detach() if value.dim() else float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidType(
+            f"metric(dense, patched) must give a number or one for each image [B], got {got}"
+        ) from error
+
+
+def _pair(dense: Tensor, patched: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, if the dense one is finite and their shapes agree."""
+    if dense.shape != patched.shape:
+        raise DataError(
+            f"the patched model gives {tuple(patched.shape)} where the dense one gives "
+            f"{tuple(dense.shape)}: pass metric=function(dense, patched), or let token strategies "
+            "give original positions back (restore='auto')"
+        )
+    if not dense.isfinite().all():
+        raise DataError(
+            "the dense model's output is not finite, so nothing can be compared with it: "
+            "check the images and the weights"
+        )
+    return dense, patched
+
+
+def same_choice(dense: Tensor, patched: Tensor, axis: int = -1) -> Tensor:
+    """Share of positions with the same first choice, ``[B]``; one that is not finite has none.
+
+    Args:
+        dense: ``[B, classes]``, ``[B, N, classes]`` or ``[B, classes, H, W]``.
+        patched: Likewise.
+        axis: That of the classes.
+
+    >>> same_choice(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()
+    [1.0, 0.0]
+    """
+    same = dense.argmax(axis) == patched.argmax(axis)
+    return _by_image((same & patched.isfinite().all(axis)).to(_wide(dense)))
 
 
 def cosine(dense: Tensor, patched: Tensor) -> Tensor:
-    """Cosine over the last axis of ``[B, ..., D]``, mean over positions; 0 where not finite."""
-    values = F.cosine_similarity(patched.double(), dense.double(), dim=-1)
-    return values.nan_to_num(0.0).reshape(len(values), -1).mean(1)
+    """Cosine over the last axis of ``[B, ..., D]``, mean over positions; 0 where not finite.
+
+    Positions that are equal to the last bit count as 1, zeros among them.
+
+    >>> cosine(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[4.0, 3.0], [0.0, 0.0]]))
+    tensor([0.9600, 1.0000], dtype=torch.float64)
+    """
+    equal = (dense == patched).all(-1)
+    dense, patched = (_unit_scale(x.to(_wide(x))) for x in (dense, patched))
+    values = F.cosine_similarity(patched, dense, dim=-1)
+    return _by_image(values.nan_to_num(0.0).masked_fill(equal, 1.0))
+
+
+def _unit_scale(x: Tensor) -> Tensor:
+    """Rows scaled to a largest entry of 1: squares of very small or large ones do not vanish."""
+    return x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # which has no float64
+
+
+def _by_image(values: Tensor) -> Tensor:
+    """Means of ``[B, ...]`` over all but the first axis."""
+    return values[:, None].flatten(1).mean(1)
+
+
+def _map_cosine(model: nn.Module, dense: Tensor, patched: Tensor) -> Tensor:
+    axis = channel_axis(model, dense)
+    return cosine(dense.movedim(axis, -1), patched.movedim(axis, -1))
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The tensor of an output that says most.
+    """The first tensor of what `main_tensors` gives: answers stand before all else.
 
     Raises:
-        DataError: There is none, or there are several that no rule tells apart.
+        DataError: As there.
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
-    fields = output if isinstance(output, Mapping) else {}
-    known = [fields[name] for name in FIELDS if isinstance(fields.get(name), Tensor)]
-    tensors = known[:1] or [value for value in fields.values() if isinstance(value, Tensor)]
-    if isinstance(output, Tensor):
-        tensors = [output]
-    if len(tensors) != 1 or not tensors[0].is_floating_point() or tensors[0].dim() < 2:
-        got = sorted(fields) if fields else type(output).__name__
+    return main_tensors(output)[0]
+
+
+def main_tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output that are compared: one, or all maps where a model returns several.
+
+    Args:
+        output: A tensor, a sequence of maps, an output object of transformers (of which one field
+            counts, see `FIELDS`), or a dict of maps.
+
+    Raises:
+        DataError: There is none, or not all are ``[B, ...]`` of floats.
+
+    >>> [x.shape for x in main_tensors([torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 2, 2)])]
+    [torch.Size([2, 8, 4, 4]), torch.Size([2, 16, 2, 2])]
+    """
+    found: Any = next(filter(None, (_field(output, name) for name in FIELDS)), None)
+    if found is None:
+        found = list(output.values()) if isinstance(output, Mapping) else output
+    tensors = [found] if isinstance(found, Tensor) else found
+    if not isinstance(tensors, Sequence) or not tensors or not all(map(_is_map, tensors)):
+        got = sorted(output) if isinstance(output, Mapping) else type(output).__name__
         raise DataError(
-            "outputs are compared by one tensor [B, ...] of floats: pass "
+            "outputs are compared by tensors [B, ...] of floats with 2 to 4 axes: pass "
             f"metric=function(dense, patched) to compare yours, got {got}"
         )
-    return tensors[0]
+    if len({len(tensor) for tensor in tensors}) > 1:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise DataError(
+            f"outputs of shapes {shapes} are not all of the same images: pass "
+            "metric=function(dense, patched) to compare yours"
+        )
+    return list(tensors)
+
+
+def _field(output: Any, name: str) -> list[Tensor] | None:
+    """Tensors of a field of an output object or dict; None without such a field."""
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if name == "predicted_depth" and isinstance(value, Tensor):
+        return [value.flatten(1)]  # its rows are no channels
+    if isinstance(value, Tensor):
+        return [value]
+    return list(value) if isinstance(value, (tuple, list)) else None
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.dim() <= 4
 
 
 def has_classes(model: nn.Module, output: Any) -> bool:
-    """Whether a model is a classifier, by what it says of itself and by its output's shape."""
-    if main_tensor(output).dim() != 2:
+    """Whether a model names classes, of images or of pixels, by what it and its output say."""
+    answers = main_tensor(output)
+    named = _field(output, "logits") is not None
+    if says_headless(model):
         return False
+    if answers.dim() != 2:
+        return named and answers.dim() == 4
     count = getattr(model, "num_classes", None)
     if isinstance(count, int):
         return count > 0
-    if isinstance(output, Mapping):
-        return "logits" in output
-    width = main_tensor(output).shape[1]
+    return named or _ends_in_head(model, answers.shape[1])
+
+
+def says_headless(model: nn.Module) -> bool:
+    """Whether a model says that it returns features: known before it runs.
+
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> says_headless(tiny_vit(num_classes=0)), says_headless(tiny_vit())
+    (True, False)
+    """
+    heads = [model._modules[name] for name in HEADS if name in model._modules]
+    if heads and all(isinstance(head, nn.Identity) for head in heads):
+        return True  # put there by a user, num_classes may be that of before
+    count = getattr(model, "num_classes", None)
+    if isinstance(count, int):
+        return count == 0
+    # a transformers model without a head is its own base
+    return getattr(model, "base_model", None) is model and "For" not in type(model).__name__
+
+
+def refuse_headless(model: nn.Module) -> None:
+    """Raise `InvalidOption` for a model that says it has no head, where classes are asked for."""
+    if says_headless(model):
+        raise InvalidOption(
+            f"metric='classes' needs a head, and this {type(model).__name__} has none "
+            "(num_classes=0, or nn.Identity in its place): use metric='features'"
+        )
+
+
+def is_headless(model: nn.Module, output: Any) -> bool:
+    """Whether a model is known to return features: it says so, or its output is as wide as a layer.
+
+    What neither this nor `has_classes` knows may be either.
+    """
+    if says_headless(model):
+        return True
+    if isinstance(getattr(model, "num_classes", None), int) or _field(output, "logits"):
+        return False
+    if any(_field(output, name) for name in FIELDS):
+        return True
+    features = main_tensor(output)
+    return features.dim() != 2 or features.shape[1] in _inner_widths(model)
+
+
+def _ends_in_head(model: nn.Module, width: int) -> bool:
+    """Whether the last linear layer makes an output of that width that no layer inside has.
+
+    That of a headless ViT belongs to a block, and projections of embeddings have no bias.
+    """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # the last linear layer of a headless ViT belongs to a block, whose width the output has, too
-    return bool(linear) and linear[-1].out_features == width != linear[-1].in_features
+    if not linear or linear[-1].out_features != width or linear[-1].bias is None:
+        return False
+    return width not in _inner_widths(model)
+
+
+def _inner_widths(model: nn.Module) -> set[int]:
+    norms = (module for module in model.modules() if isinstance(module, nn.LayerNorm))
+    return {norm.normalized_shape[-1] for norm in norms}
+
+
+def _said_widths(model: nn.Module) -> set[Any]:
+    """Numbers of channels that a model, or its config, names."""
+    config = getattr(model, "config", None)
+    places = (model, "num_features"), (model, "channels"), (config, "hidden_size")
+    named = [getattr(holder, name, ()) for holder, name in places]
+    several = [widths if isinstance(widths, (list, tuple)) else [widths] for widths in named]
+    return {width for widths in several for width in widths}
 
 
 def channel_axis(model: nn.Module, features: Tensor) -> int:
-    """Where the channels of ``[B, D]``, ``[B, N, D]``, ``[B, H, W, D]`` or ``[B, D, H, W]`` are."""
+    """Where the channels of ``[B, D]``, ``[B, N, D]``, ``[B, H, W, D]`` or ``[B, D, H, W]`` are.
+
+    Of four axes: where the model says so, else where one of its widths stands, else behind or
+    before the two that are equal.
+    """
     if features.dim() != 4:
         return -1
-    width = getattr(model, "num_features", None)
-    return -1 if width == features.shape[-1] != features.shape[1] else 1
+    layout = getattr(model, "output_fmt", None)  # timm's
+    layout = str(getattr(layout, "value", layout))
+    if layout in ("NHWC", "NCHW"):
+        return -1 if layout == "NHWC" else 1
+    _, first, middle, last = features.shape
+    widths = _inner_widths(model) | _said_widths(model)
+    if (first in widths) != (last in widths):
+        return 1 if first in widths else -1
+    return -1 if first == middle != last else 1

@@ -36,6 +36,7 @@ from sparsiattn.patching.text import (
     speed_text,
     structure_lines,
 )
+from sparsiattn.runtime.monitor import MonitorReport
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
@@ -118,6 +119,7 @@ class Report:
         no_fast_kernel: That the model's device has none, in words; empty where it has.
         native_faults: Why compiled code that came with the package does not run.
         windows: That attention in small windows gains nothing, and what helps; else empty.
+        monitor: What `Patch.monitor` saw; None where nothing watches.
     """
 
     model: str
@@ -142,6 +144,7 @@ class Report:
     no_fast_kernel: str = ""
     native_faults: tuple[str, ...] = ()
     windows: str = ""
+    monitor: MonitorReport | None = None
 
     @property
     def macs(self) -> int | None:
@@ -191,6 +194,8 @@ class Report:
         lines += [f"native: {fault}" for fault in self.native_faults]
         if self.price_source:
             lines.append(self.price_source)
+        if self.monitor is not None:
+            lines.append(str(self.monitor))
         if self.not_selected:
             lines.append(f"not selected, dense: {', '.join(self.not_selected)}")
         return lines + [f"left alone: {name}: {reason}" for name, reason in self.skipped]
@@ -259,6 +264,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         no_fast_kernel=no_fast_kernel(device),
         native_faults=build.faults() if device == "cpu" else (),
         windows=_windows(state, rows),
+        monitor=None if state.active_monitor is None else state.active_monitor.report(),
     )
 
 

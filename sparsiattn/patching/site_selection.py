@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from typing import cast
 
 from sparsiattn.attention.site import Site
-from sparsiattn.errors import InvalidType, unknown
+from sparsiattn.errors import InvalidOption, InvalidType, unknown
+from sparsiattn.runtime.patch_state import PatchState
+from sparsiattn.strategies.dense import DenseStrategy
 
 Sites = str | re.Pattern[str] | Iterable[str] | Callable[[Site], bool]
 
@@ -47,6 +49,31 @@ def select(sites: list[Site], selection: Sites) -> list[Site]:
         )
     matched = {s.name for glob in globs for s in select(sites, str(glob))}
     return [s for s in sites if s.name in matched]
+
+
+def watchable(state: PatchState, selection: Sites | None) -> list[str]:
+    """Names of the patched sites that keep some of their keys, of those that are asked for.
+
+    Raises:
+        InvalidOption: There is none.
+    """
+    sites = state.sites if selection is None else select(state.sites, selection)
+    asked = {site.name for site in sites}
+    names = [
+        runtime.site.name
+        for runtime in state.runtimes
+        if runtime.site.name in asked
+        and not runtime.dense
+        and runtime.strategy.selects_keys
+        and not isinstance(runtime.strategy, DenseStrategy)
+    ]
+    if not names:
+        raise InvalidOption(
+            f"monitor() watches attention that keeps some of its keys, and {state.strategy.name!r} "
+            f"does so at none of {sorted(asked)}: they are dense (as only_if_faster=True leaves "
+            "those that would lose time), or compute keys of their own"
+        )
+    return names
 
 
 def named(selection: Sites) -> frozenset[str]:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from sparsiattn.attention.geometry import Grid
@@ -53,6 +54,9 @@ class PatchOwner:
         parts: The model's modules, as they were when last looked through.
         running: By thread, the call of the model that began there and has not ended.
         leave_hook: Handle of the hook at the end of a pass.
+        active_monitor: What watches the patch in use, see `Patch.monitor`; None for nothing.
+        monitored: By thread, the monitor and the setting of the pass that it watches there.
+        went_dense: Whether a monitor made it run dense.
     """
 
     def __init__(self, model: nn.Module, map_size: Grid) -> None:
@@ -65,6 +69,9 @@ class PatchOwner:
         self.reads_prefix = False
         self.running: dict[int, OpenCall] = {}
         self.leave_hook: Any = None
+        self.active_monitor: Any = None
+        self.monitored: dict[int, tuple[Any, Any]] = {}
+        self.went_dense = False
         self.parameters: tuple[str, ...] = ()
         self.defaults: dict[str, Any] = {}
         self.known_calls: dict[tuple[Any, ...], bool] = {}
@@ -78,8 +85,26 @@ class PatchOwner:
 
     @property
     def disabled_here(self) -> bool:
-        """Whether this thread is inside `Patch.disabled`."""
+        """Whether this thread is inside `Patch.disabled`, or a monitor made the patch dense."""
+        if self.went_dense and self._runs_dense():
+            return True
         return settings.are_set() and self.key in settings.disabled
+
+    def _runs_dense(self) -> bool:
+        """Whether what a monitor decided holds here; within a pass, what held at its entry does."""
+        if torch.compiler.is_compiling():
+            return not self.training
+        if self.training or self.is_examined:
+            return False
+        return self.key not in MODEL_CALL.inside
+
+    @property
+    def is_examined(self) -> bool:
+        """Whether calls are recorded, counted or warmed up in this context."""
+        if not settings.are_set():
+            return False
+        examiners = settings.observer, settings.warming, settings.meter
+        return any(examiner is not None for examiner in examiners)
 
     @property
     def last_pass(self) -> tuple[Carried, int] | None:

@@ -114,7 +114,8 @@ class PatchState(PatchOwner):
         self.only_if_faster, self.speed_note = False, ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": {}, "parts": set()}
+        unwatched: dict[str, Any] = {"active_monitor": None, "monitored": {}, "went_dense": False}
+        return {**self.__dict__, "running": {}, "parts": set(), **unwatched}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
@@ -129,6 +130,7 @@ class PatchState(PatchOwner):
         bare = type(self).__new__(type(self))
         bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], links=[])
         bare.running, bare.parts, bare.recalls_maps = {}, set(), False
+        bare.active_monitor, bare.monitored, bare.went_dense = None, {}, False
         bare.key = new_key()
         return bare
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparsiattn.errors import InvalidOption, ModelChanged
+from sparsiattn.runtime import monitor
 from sparsiattn.runtime.call_key import call_key
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
@@ -152,6 +153,8 @@ class EnterModel(ScriptRefusal):
         owner.check_sites()
         owner.last_pass = None
         if not inside:
+            if owner.active_monitor is not None:
+                monitor.enter(owner, training=module.training or "_is_replica" in vars(module))
             if owner.shortens and not owner.disabled_here:
                 MODEL_CALL.features = _features_of(owner, module, args, kwargs)
             for runtime in owner.runtimes:
@@ -175,13 +178,16 @@ class LeaveModel(ScriptRefusal):
             return
         # only where it matters: it looks through the stack
         began_here = not owner.alive and is_inside(owner)
+        disabled = began_here and owner.disabled_here
+        if owner.monitored:
+            monitor.leave(owner, finished=output is not None)
         leave_model(owner.key)
         owner.running.pop(get_ident(), None)
         if owner.alive:
             return
         if not runs_elsewhere(owner) and owner.leave_hook is not None:
             owner.leave_hook.remove()
-        if began_here and output is not None and not owner.disabled_here:
+        if began_here and output is not None and not disabled:
             raise ModelChanged(
                 "unpatch() came from another thread during this forward pass, which is neither "
                 "sparse nor dense: run it again, and let passes end before unpatch()"

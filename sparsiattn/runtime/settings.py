@@ -4,10 +4,10 @@ It belongs to a context (`contextvars`): to a thread, or a task of an event loop
 context of their own, so a block inside one counts only while the generator runs.
 
 Read the settings as attributes of this module: ``disabled`` (keys of patches), ``observer`` (key of
-a patch and a function), ``warming`` (key of the patch whose kernels get ready) and ``meter`` (see
-`sparsiattn.runtime.metering`). Dynamo cannot read a context variable. It does read attributes of
-modules, and its guards ask for them again before each call, so compiled code follows the context
-as well.
+a patch and a function), ``warming`` (key of the patch whose kernels get ready), ``meter`` (see
+`sparsiattn.runtime.metering`) and ``watched`` (a `sparsiattn.runtime.monitor.WatchedPass`). Dynamo
+cannot read a context variable. It does read attributes of modules, and its guards ask for them
+again before each call, so compiled code follows the context as well.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ disabled: tuple[int, ...]
 observer: tuple[int, Any] | None
 warming: int | None
 meter: Any
+watched: Any
 
-_ONE = ("observer", "warming", "meter")
+_ONE = ("observer", "warming", "meter", "watched")
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _EVENT_LOOPS = ("asyncio", "trio", "curio", "uvloop")
 _BLOCKS_OF_OTHERS = ("contextlib", "_pytest", "pytest_asyncio")
@@ -86,15 +87,28 @@ def setting(slot: str, value: Any) -> Iterator[None]:
         slot: Name of the setting.
         value: Its value.
     """
-    entry = _Setting(slot, value, _generator_around(sys._getframe(1)))
-    _SETTINGS.set((*(s for s in _SETTINGS.get() if not s.ended), entry))
+    entry = begin(slot, value, _generator_around(sys._getframe(1)))
     try:
         yield
     finally:
-        _end(entry)
+        end(entry)
 
 
-def _end(entry: _Setting) -> None:
+def begin(slot: str, value: Any, frame: FrameType | None = None) -> _Setting:
+    """A setting that holds until `end`: for hooks, which are no block.
+
+    Args:
+        slot: Name of the setting.
+        value: Its value.
+        frame: The generator that all of it stands in, if its reader may go on before it ends.
+    """
+    entry = _Setting(slot, value, frame)
+    _SETTINGS.set((*(s for s in _SETTINGS.get() if not s.ended), entry))
+    return entry
+
+
+def end(entry: _Setting) -> None:
+    """Undo `begin`; twice is no error."""
     settings = _SETTINGS.get()
     if entry in settings:
         _SETTINGS.set(tuple(s for s in settings if s is not entry))

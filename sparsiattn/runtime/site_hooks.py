@@ -83,7 +83,7 @@ class OpenScope(ScriptRefusal):
         compiling = watched and torch.compiler.is_compiling()
         if not compiling:
             elsewhere, model_call = surroundings(owner, module, sys._getframe(1))
-        if elsewhere or (watched and owner.disabled_here):
+        if elsewhere or ((watched or owner.went_dense) and owner.disabled_here):
             push(None, self.key)
         elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
@@ -118,9 +118,10 @@ class CloseScope(ScriptRefusal):
         if (watched and torch.compiler.is_compiling()) or key not in SITE_CALLS.callers:
             return
         forget_caller(key)
-        if output is None or (watched and runtime.owner.disabled_here):
+        owner = runtime.owner
+        if output is None or ((watched or owner.went_dense) and owner.disabled_here):
             return
-        if key not in SITE_CALLS.routed and not runs_in_another(runtime.owner, module):
+        if key not in SITE_CALLS.routed and not runs_in_another(owner, module):
             raise ModelChanged(
                 f"site {runtime.site.name!r} ran without calling scaled dot product "
                 "attention, so the patch had no effect there: was fused_attn switched off, or "

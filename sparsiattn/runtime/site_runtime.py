@@ -221,6 +221,10 @@ class SiteRuntime:
             warm_kernels(self.kernels, inputs, pattern, training=self.module.training)
         choice = self.choose(inputs, pattern)
         heads = self.compute(choice, inputs, pattern)
+        if settings.are_set() and not torch.compiler.is_compiling():
+            watched = settings.watched
+            if watched is not None:
+                watched.measure(self.owner, inputs, pattern)
         self.repeated.note(self, call, inputs, pattern, choice)
         notify_planner(planner, inputs, heads)
         return self.layout.unfold(host_order(heads, self.site), call.q)

@@ -305,13 +305,25 @@ def _bias_by_mask(
 
     Lists have no rows for prefix queries.
     """
-    bias = _bias_of_dropped(pattern.to_mask(), inputs, allowed, cells, count)
+    bias = bias_of_dropped(pattern.to_mask(), inputs, allowed, cells, count)
     return bias[..., inputs.prefix :, :] if isinstance(pattern, KeyLists) else bias
 
 
-def _bias_of_dropped(
+def bias_of_dropped(
     keep: Tensor, inputs: AttentionInputs, allowed: Tensor | None, cells: Tensor, count: int
 ) -> Tensor:
+    """Logits of summary keys beside their means: log counts, and means of the host's bias.
+
+    Args:
+        keep: Keys that each row keeps, ``[B|1, H|1, R, Nk]``.
+        inputs: The call; its bias must broadcast to those rows.
+        allowed: Keys that the host allows them; None for all.
+        cells: Cell of every key, ``[Nk]``.
+        count: Number of cells, G.
+
+    Returns:
+        ``[B|1, H|1, R, G]``.
+    """
     dropped = ~keep if allowed is None else ~keep & allowed
     is_member = (cells[:, None] == torch.arange(count, device=cells.device)).float()
     counts = dropped.float() @ is_member

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.training.field_kinds import check_counts
 from sparsiattn.training.preprocess import (
+    Preprocessing,
     check_options,
     data_config,
     head_size,
@@ -26,6 +27,9 @@ from sparsiattn.training.sources import Source, is_path, open_source
 
 Share = tuple[int, int]
 """Rank of a process, and number of processes."""
+
+_LABELLED = "(images [B, C, H, W], labels [B], ...)"
+_UNLABELLED = "images [B, C, H, W], or a tuple that begins with them"
 
 
 def loader(
@@ -69,7 +73,8 @@ def loader(
             classes]`` float32.
         share: ``(rank, world)``, every world-th image from rank on. Shares of unequal length are
             filled up with the first image, `Loader.image_count` says how many count.
-        labels: False where they do not matter: none is looked at or needed, all are 0.
+        labels: False where they do not matter: none is looked at or needed, all are 0; ready
+            batches may be images alone.
 
     Raises:
         DataError: Data is missing, empty, broken or of other classes than the head's.
@@ -90,7 +95,7 @@ def loader(
         raise InvalidOption(f"share must be (rank, world) with 0 <= rank < world, got {share!r}")
     classes = head_size(model) if labels else None
     if not is_path(source) and not isinstance(source, Dataset):
-        return Batches(source, limit, share)
+        return Batches(source, limit, share, labels)
     config = data_config(model, image_size, options)
     channels = config["input_size"][0]
     images = open_source(source, split, channels, training, seed)
@@ -102,7 +107,7 @@ def loader(
     finish = Finish(transform, channels, classes, seed, training, labels)
     collate = partial(_collate, mix=mix, seed=seed)
     reading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
-    return Loader(images, finish, limit, share, **reading)
+    return Loader(images, finish, limit, share, Preprocessing.of(config), **reading)
 
 
 class Order(Sampler[tuple[int, int]]):
@@ -141,11 +146,21 @@ class Loader(DataLoader[Any]):
 
     It has `set_epoch`, as distributed samplers have, and can be given to ``accelerate``'s
     ``prepare``.
+
+    Attributes:
+        preprocessing: How images that are no finished tensors are read, augmentation left out.
     """
 
     def __init__(
-        self, source: Source, finish: Finish, limit: int | None, share: Share, **options: Any
+        self,
+        source: Source,
+        finish: Finish,
+        limit: int | None,
+        share: Share,
+        preprocessing: Preprocessing,
+        **options: Any,
     ) -> None:
+        self.preprocessing = preprocessing
         self.limit: int | None = None  # of a stream, in images of this share
         self.order: Order | None = None
         # else every epoch draws a seed for the workers from the global one
@@ -183,7 +198,7 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
         try:
-            yield from _limited(batches, self.limit)
+            yield from _limited(batches, self.limit, labels=True)
         except DataError as error:
             # its frames would keep the worker processes waiting until they are collected
             cause = error.with_traceback(None) if self.num_workers else error
@@ -193,13 +208,15 @@ class Loader(DataLoader[Any]):
 class Batches:
     """Ready batches, cut off after so many images; of several processes each takes its own."""
 
-    def __init__(self, source: Iterable[Any], limit: int | None, share: Share) -> None:
+    def __init__(
+        self, source: Iterable[Any], limit: int | None, share: Share, labels: bool = True
+    ) -> None:
         if not isinstance(source, Iterable):
             raise DataError(
                 "data must be a path, a timm reader's name, a Dataset or an iterable of batches "
                 f"(images, labels), got {type(source).__name__}"
             )
-        self.source, self.limit, self.share = source, limit, share
+        self.source, self.limit, self.share, self.labels = source, limit, share, labels
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on, where the source knows epochs."""
@@ -213,7 +230,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         rank, world = self.share
-        return islice(_limited(self.source, self.limit), rank, None, world)
+        return islice(_limited(self.source, self.limit, self.labels), rank, None, world)
 
 
 def _collate(samples: list[Sample], mix: Any, seed: int) -> Any:
@@ -237,21 +254,23 @@ def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
     return tuple(indices[i * count // limit] for i in range(limit))
 
 
-def _limited(batches: Iterable[Any], limit: int | None) -> Iterator[Any]:
-    """Batches up to so many images, the last one cut."""
+def _limited(batches: Iterable[Any], limit: int | None, labels: bool) -> Iterator[Any]:
+    """Batches up to so many images, the last one cut; labels are zeros where they do not matter."""
     for batch in batches:
         match batch:
-            case (Tensor(ndim=4) as images, labels, *_):
+            case (Tensor(ndim=4) as images, given, *_) if labels:
                 pass
+            case (Tensor(ndim=4) as images) | (Tensor(ndim=4) as images, *_) if not labels:
+                given = images.new_zeros(len(images), dtype=torch.int64)
             case _:
                 raise DataError(
-                    "every batch must be (images [B, C, H, W], labels [B], ...), got "
+                    f"every batch must be {_LABELLED if labels else _UNLABELLED}, got "
                     f"{_described(batch)}"
                 )
         if limit is not None:
-            images, labels = images[:limit], labels[:limit]
+            images, given = images[:limit], given[:limit]
             limit -= len(images)
-        yield images, labels
+        yield images, given
         if limit == 0:
             return
 

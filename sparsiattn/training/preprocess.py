@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -88,6 +89,44 @@ def data_config(model: nn.Module, image_size: Any = None, options: Options | Non
     if min(sides) < SMALL and not crops:
         config["crop_pct"] = 1.0
     return config
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images were read for evaluation.
+
+    Attributes:
+        size: Rows and columns of what the model gets, in pixels.
+        interpolation: Name of the filter.
+        crop_pct: Share of the resized image's side that is kept.
+        crop_mode: Where it is cut out: ``"center"``, ``"squash"`` or ``"border"``.
+        mean: Subtracted, by channel, of values in 0 to 1.
+        std: Divided by, likewise.
+
+    >>> print(Preprocessing((224, 224), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3))
+    224 x 224 pixels, bicubic, crop 0.9 (center), mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)
+    """
+
+    size: tuple[int, int]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> Preprocessing:
+        """Of the result of `data_config`."""
+        _, rows, columns = config["input_size"]
+        return cls((rows, columns), **{name: config[name] for name in _CONFIG})
+
+    def __str__(self) -> str:
+        mean, std = (
+            ", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std)
+        )
+        crop = f"crop {self.crop_pct:.4g} ({self.crop_mode})"
+        size = " x ".join(map(str, self.size))
+        return f"{size} pixels, {self.interpolation}, {crop}, mean ({mean}), std ({std})"
 
 
 def _per_channel(name: str, values: Any, channels: int) -> tuple[float, ...] | None:

@@ -217,7 +217,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
 def test_too_many_queries_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     every = shown(k=0.2)
     monkeypatch.setattr(recording, "MOST", 2 * 3 * 65 * 20)
-    monkeypatch.setattr("sparsiattn.analysis.visualization.attention_rows.CHUNK", 3 * 65 * 7)
+    monkeypatch.setattr("sparsiattn.runtime.attention_rows.CHUNK", 3 * 65 * 7)
     thin = shown(k=0.2)
     assert thin.step == 2
     site = thin[0]

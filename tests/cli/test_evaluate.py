@@ -63,6 +63,20 @@ def test_json_is_one_document_equal_to_evaluate(data: Path, tmp_path: Path) -> N
     assert document["images_per_second"] > 0
 
 
+def test_features_of_a_headless_model_need_no_labels(data: Path) -> None:
+    arguments = ["--data", data, "--device", "cpu", "--strategy", "local", "--k", "3"]
+    headless = ["--model-option", "num_classes=0"]
+    text = run(*MODEL, *headless, *arguments).stdout
+    assert "cosine of features: mean" in text
+    assert "read     32 x 32 pixels" in text
+    document = json.loads(run(*MODEL, *arguments, "--metric", "classes", "--json").stdout)
+    assert document["metric"] == "classes"
+    assert document["top1"] is None
+    assert 0 <= document["similarity_mean"] <= 1
+    assert document["preprocessing"]["interpolation"] == "bicubic"
+    run(*MODEL, *arguments, "--metric", "top1", code=2)
+
+
 def test_without_a_strategy_the_model_is_dense(data: Path) -> None:
     result = run(*MODEL, "--data", data, "--limit", 5, "--device", "cpu")
     assert "5 images\ndense" in result.stdout

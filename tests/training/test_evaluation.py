@@ -20,7 +20,7 @@ from sparsiattn.errors import DataError, InvalidOption
 from sparsiattn.testing import tiny_vit
 from sparsiattn.training import Evaluation
 from sparsiattn.training import processes as launched
-from sparsiattn.training.evaluation import _Tally
+from sparsiattn.training.two_sides import Tally
 from tests.support.pictures import folder
 
 
@@ -116,10 +116,140 @@ def test_both_sides_take_turns_and_one_pass_is_enough() -> None:
 
 
 def test_speed_is_the_median_of_whole_batches_without_the_first() -> None:
-    tally = _Tally(times={"dense": [(4, 9.0), (4, 2.0), (4, 1.0), (4, 4.0), (1, 0.001)]})
+    tally = Tally(times={"dense": [(4, 9.0), (4, 2.0), (4, 1.0), (4, 4.0), (1, 0.001)]})
     assert tally.speed("dense") == 2.0
-    assert _Tally(times={"dense": [(4, 2.0)]}).speed("dense") == 2.0
-    assert _Tally().speed("dense") == 0.0
+    assert Tally(times={"dense": [(4, 2.0)]}).speed("dense") == 2.0
+    assert Tally().speed("dense") == 0.0
+
+
+def test_ratios_are_of_pairs_of_whole_batches_without_the_first() -> None:
+    dense = [(4, 9.0), (4, 2.0), (4, 3.0), (1, 50.0)]
+    patched = [(4, 1.0), (4, 1.0), (4, 2.0), (1, 1.0)]
+    assert Tally(times={"dense": dense, "patched": patched}).ratios() == [2.0, 1.5]
+    assert Tally(times={"dense": dense[:1], "patched": patched[:1]}).ratios() == [9.0]
+    assert Tally(times={"dense": dense}).ratios() == []
+
+
+def test_speed_is_one_of_pairs_with_quartiles() -> None:
+    model = tiny_vit()
+    sparsiattn.patch(model, "topk", k=0.5)
+    found = evaluate(model, batches(4, 4, 4, 4, 1))
+    assert found.speedup_batches == 3
+    assert found.speedup is not None
+    assert found.speedup_quartiles is not None
+    assert found.speedup_quartiles[0] <= found.speedup <= found.speedup_quartiles[1]
+    assert f"{found.speedup:.2f}x of dense" in str(found)
+    assert "3 batches run in pairs, without the first" in str(found)
+    dense = evaluate(tiny_vit(), batches(4))
+    assert (dense.speedup, dense.speedup_quartiles, dense.speedup_batches) == (None, None, 0)
+
+
+def cosines(model: nn.Module, live: Any, data: Any) -> list[float]:
+    """By image: mean over positions of the cosine of dense and patched features."""
+    found = []
+    with torch.no_grad():
+        for images, _ in data:
+            with live.disabled():
+                dense = model.forward_features(images)  # type: ignore[operator]
+            patched = model.forward_features(images)  # type: ignore[operator]
+            dots = torch.einsum("bnd,bnd->bn", dense, patched)
+            found += (dots / dense.norm(dim=-1) / patched.norm(dim=-1)).mean(1).tolist()
+    return found
+
+
+@pytest.mark.parametrize("named", [None, "features"])
+def test_headless_models_give_features_and_need_no_labels(named: Any) -> None:
+    model = varied(num_classes=0)
+    data = batches(7, 7, 3)
+    live = sparsiattn.patch(model, "local", k=1, background=None)
+    expected = sorted(cosines(model, live, data))
+    found = evaluate(model, [images for images, _ in data], metric=named)
+    assert (found.images, found.metric, found.metric_guessed) == (17, "features", named is None)
+    assert found.similarity_mean == pytest.approx(sum(expected) / 17, rel=1e-4)
+    assert found.similarity_median == pytest.approx(expected[8], rel=1e-4)
+    # 5 % of 16 gaps between 17 values: 0.8 of the way from the lowest to the next
+    assert found.similarity_p5 == pytest.approx(0.2 * expected[0] + 0.8 * expected[1], rel=1e-4)
+    nothing = (found.top1, found.dense_top1, found.dense_top5, found.agreement)
+    assert nothing == (None,) * 4
+    assert "cosine of features: mean" in str(found)
+    assert ("metric= names another" in str(found)) is (named is None)
+    assert "top-1" not in str(found)
+
+
+def test_models_that_show_features_only_when_they_run() -> None:
+    """No attribute says so here; labels are there, and are not counted."""
+    inner = varied(num_classes=0)
+    model = nn.Sequential(inner)
+    sparsiattn.patch(model, "local", k=1, background=None, input=(1, 3, 32, 32))
+    found = evaluate(model, batches(4, 4))
+    assert (found.metric, found.metric_guessed, found.dense_top1) == ("features", True, None)
+
+
+def test_classes_and_functions_look_at_no_label() -> None:
+    model = varied()
+    data = batches(5, 3)
+    sparsiattn.patch(model, "local", k=1, background=None)
+    by_labels = evaluate(model, data)
+    unlabelled = [(images, None) for images, _ in data]
+    classes = evaluate(model, unlabelled, metric="classes")
+    assert classes.agreement == by_labels.agreement
+    assert classes.similarity_mean == pytest.approx(by_labels.agreement / 100)  # type: ignore[operator]
+    assert (classes.top1, classes.metric, classes.metric_guessed) == (None, "classes", False)
+    assert "first choices kept: mean" in str(classes)
+    calls = []
+
+    def distance(dense: Tensor, patched: Tensor) -> Tensor:
+        calls.append(len(dense))
+        return (dense - patched).abs().amax(1)
+
+    found = evaluate(model, unlabelled, metric=distance)
+    assert calls == [5, 3]
+    assert found.metric == "callable"
+    assert found.similarity_mean is not None
+    assert found.similarity_mean > 0
+    # a number counts for every image of its batch
+    numbers = iter([1.0, 5.0])
+    counted = evaluate(model, unlabelled, metric=lambda dense, patched: next(numbers))
+    assert counted.similarity_mean == pytest.approx((5 * 1.0 + 3 * 5.0) / 8)
+    with pytest.raises(DataError, match="gave 2 values for 5 images"):
+        evaluate(model, unlabelled, metric=lambda dense, patched: torch.zeros(2))
+
+
+def test_metrics_need_a_patch_and_a_head() -> None:
+    with pytest.raises(InvalidOption, match="has no patch"):
+        evaluate(tiny_vit(), batches(2), metric="features")
+    with pytest.raises(InvalidOption, match="has no patch"):
+        evaluate(tiny_vit(num_classes=0), batches(2))
+    model = tiny_vit(num_classes=0)
+    sparsiattn.patch(model, "topk", k=0.5)
+    with pytest.raises(InvalidOption, match="needs a head"):
+        evaluate(model, batches(2), metric="classes")
+    with pytest.raises(InvalidOption, match="metric must be 'features' or 'classes'"):
+        evaluate(model, batches(2), metric="top1")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"every batch must be images \[B, C, H, W\], or a tuple"):
+        evaluate(model, [torch.zeros(2, 3)])
+
+
+def test_it_says_how_images_were_read(tmp_path: Path) -> None:
+    model = tiny_vit()
+    found = evaluate(
+        model, folder(tmp_path / "x"), augment={"mean": [0.4], "interpolation": "bilinear"}
+    )
+    how = found.preprocessing
+    assert how is not None
+    assert (how.size, how.interpolation, how.crop_pct) == ((32, 32), "bilinear", 1.0)
+    assert how.mean == (0.4,) * 3
+    assert found.images_from == "files"
+    says = "32 x 32 pixels, bilinear, crop 1 (center), mean (0.4, 0.4, 0.4), std (0.229"
+    assert f"read     {says}" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["preprocessing"]["size"] == [32, 32]
+    ready = evaluate(model, batches(2))
+    assert (ready.preprocessing, ready.images_from) == (None, "batches")
+    assert "read     ready batches, used as they came" in str(ready)
+    tensors = torch.utils.data.TensorDataset(*batches(2)[0])
+    given = evaluate(model, tensors)
+    assert given.images_from == "dataset"
+    assert "read     tensors as the dataset gives them, else 32 x 32" in str(given)
 
 
 def test_it_reads_as_text_and_as_json() -> None:
@@ -252,6 +382,31 @@ def test_shares_add_up_to_every_image_once(
     for name in ("top1", "dense_top1", "agreement"):
         hits = [getattr(part, name) * part.images / 100 for part in parts]
         assert sum(hits) == pytest.approx(getattr(whole, name) * whole.images / 100)
+
+
+class _Heard(launched.World):
+    """One process of two, where the other has told what it counted before."""
+
+    told: list[Any] = []  # noqa: RUF012
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told.append(value)
+        return list(self.told)
+
+
+def test_processes_put_features_and_ratios_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [images for images, _ in batches(4, 4, 4, 4, 1)]
+    model = varied(num_classes=0)
+    sparsiattn.patch(model, "local", k=1, background=None)
+    whole = evaluate(model, data)
+    monkeypatch.setattr(_Heard, "told", [])
+    for rank in range(2):
+        monkeypatch.setattr(launched, "world", lambda device=None, rank=rank: _Heard(rank, 2))
+        both = evaluate(model, data)
+    assert both.images == whole.images
+    for name in ("similarity_mean", "similarity_median", "similarity_p5"):
+        assert getattr(both, name) == pytest.approx(getattr(whole, name))
+    assert both.speedup_batches == 2  # each process has two whole batches, of which one counts
 
 
 def test_launched_without_accelerate_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsiattn.analysis.visualization import attention_rows, token_places
+from sparsiattn.analysis.visualization import token_places
 from sparsiattn.analysis.visualization.photo import photo
 from sparsiattn.analysis.visualization.result import BlockTokens, Point, SiteAttention
 from sparsiattn.analysis.visualization.view import AttentionView
@@ -22,6 +22,7 @@ from sparsiattn.patching import Patch, eval_mode, patch_of
 from sparsiattn.patching.site_selection import select
 from sparsiattn.patching.survey import refresh
 from sparsiattn.patching.warmup import unchanged
+from sparsiattn.runtime import attention_rows
 from sparsiattn.runtime.patch_state import unwrap
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL
@@ -50,13 +51,6 @@ class RecordedCall:
         if self.runtime.stays_dense(n_keys):
             return Dense(self.inputs.n_queries, n_keys)
         return self.runtime.finish(self.planner(self.inputs), self.inputs)
-
-    def float_inputs(self) -> AttentionInputs:
-        """The call in float32, but for values, which no picture needs."""
-        q, k, bias = self.inputs.q, self.inputs.k, self.inputs.bias
-        if bias is not None and bias.is_floating_point():
-            bias = bias.float()
-        return self.inputs.replace(q=q.float(), k=k.float(), bias=bias)
 
 
 class Recorder:
@@ -299,7 +293,7 @@ def _query_tokens(call: RecordedCall, points: Sequence[Point] | None, step: int)
 def _site_attention(call: RecordedCall, heads: list[int], queries: Tensor) -> SiteAttention:
     """Attention of some queries of a call, and means over all patch queries."""
     # the pattern is made here and not while recording: no two sites' are in memory together
-    inputs, pattern = call.float_inputs(), call.pattern()
+    inputs, pattern = attention_rows.in_float32(call.inputs), call.pattern()
     n, windows = inputs.n_queries, inputs.q.shape[0]
     window, row = queries // n, queries % n
     exact, weights = torch.zeros(2, len(heads), len(queries), inputs.n_keys)
