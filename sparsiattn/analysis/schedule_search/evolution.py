@@ -79,9 +79,12 @@ class Search:
             InvalidOption: None keeps to it.
         """
         for candidate in self.plan.uniforms:
-            self.run_and_time(candidate)
+            trial = None if self.costs.is_idle(candidate) else self.run_and_time(candidate)
+            if trial is not None:
+                self.costs.note_idle(trial)
         for candidate in self.plan.singles:
-            self.run(candidate)
+            if not self.costs.is_idle(candidate):
+                self.run(candidate)
         self.costs.learn(self.trials)
         self.learn_times()
         until = len(self.trials) + self.plan.proposals
@@ -140,6 +143,7 @@ class Search:
         """Run what estimates say is best, in a third of the trials that are left."""
         until = len(self.trials) + max(min(4, until - len(self.trials)), self.plan.proposals // 3)
         candidates = [*self.costs.front(), *self.every_uniform()]
+        candidates = [self.space.canonical(c) for c in candidates if not self.costs.is_idle(c)]
         candidates = [c for c in dict.fromkeys(candidates) if c not in self.trials]
         if self.budget.kind == "agreement":
             return self.bisect(sorted(candidates, key=self.costs.macs), until)
@@ -192,9 +196,14 @@ class Search:
                 limit = self.costs.cost(parent.candidate) if self.budget.met_by(parent) else 1.0
             limit *= 1.05**stuck
             child = mutated(self.costs, parent.candidate, limit, self.generator)
-            if child is not None and child not in self.trials and not self.space.keeps_all(child):
+            if child is not None and self.is_new(child):
                 self.run_and_time(child)
                 stuck = 0
+
+    def is_new(self, candidate: Candidate) -> bool:
+        """Whether a candidate is like no other that was run, and not the dense model."""
+        known = candidate in self.trials or self.space.keeps_all(candidate)
+        return not known and not self.costs.is_idle(candidate)
 
     def parent(self, rank: int) -> Trial:
         """One of the best so far, or the nearest where nothing keeps to the budget."""

@@ -29,6 +29,7 @@ class CostModel:
         time_rates: Share of the dense model's time that goes with a share of its MACs, by setting
             and whether keys or tokens save them; None to go by MACs.
         time_overhead: Share of the time that any patch adds.
+        idle: Settings and shares of keys that change nothing, as where sites stay dense.
     """
 
     space: Space
@@ -37,6 +38,19 @@ class CostModel:
     key_factors: dict[tuple[int, float], tuple[float, float]] = field(default_factory=dict)
     time_rates: dict[tuple[int, bool], float] | None = None
     time_overhead: float = 0.0
+    idle: set[tuple[int, float]] = field(default_factory=set)
+
+    def note_idle(self, trial: Trial) -> None:
+        """Remember it where a uniform share of keys left the model as it was."""
+        shares = set(trial.candidate.shares) - {1.0}
+        unchanged = trial.divergence == 0 and trial.macs == self.space.macs
+        if unchanged and len(shares) == 1 and _keeps_tokens(self.space, trial.candidate):
+            self.idle.add((trial.candidate.setting, shares.pop()))
+
+    def is_idle(self, candidate: Candidate) -> bool:
+        """Whether another candidate, with more keys, is the same."""
+        pairs = zip(self.space.genes, candidate.shares, strict=True)
+        return any(g.kind == "k" and (candidate.setting, s) in self.idle for g, s in pairs)
 
     def learn(self, trials: Mapping[Candidate, Trial]) -> None:
         """Fill the tables from trials of single changes and of uniform shares of keys.
@@ -227,12 +241,17 @@ def mutated(
         None if it drew the parent again, or a neighbour above the limit.
     """
     genes, shares, setting = costs.space.genes, list(parent.shares), parent.setting
-    for _ in range(generator.choice((1, 2, 2, 3))):
-        i = generator.randrange(len(genes))
+    useful = [
+        i
+        for i, gene in enumerate(genes)
+        if gene.kind != "k" or any((setting, share) not in costs.idle for share in gene.shares[1:])
+    ]
+    for _ in range(generator.choice((1, 2, 2, 3)) if useful else 0):
+        i = generator.choice(useful)
         choices = genes[i].shares
         step = choices.index(shares[i]) + generator.choice((-1, 1))
         shares[i] = choices[min(max(step, 0), len(choices) - 1)]
     if len(costs.space.settings) > 1 and generator.random() < 0.2:
         setting = generator.randrange(len(costs.space.settings))
-    child = Candidate(setting, tuple(shares))
+    child = costs.space.canonical(Candidate(setting, tuple(shares)))
     return child if child != parent and costs.cost(child) <= limit else None

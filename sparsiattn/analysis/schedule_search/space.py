@@ -18,6 +18,9 @@ TOKENS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 MERGED_TOKENS = (1.0, 0.98, 0.95, 0.92, 0.88, 0.8)
 """For strategies that merge at every block, where ``TOKENS`` would leave next to nothing."""
 
+OF_ATTENTION = {"tile", "block", "background", "prefix_keys"}
+"""Options that say nothing where all keys are kept."""
+
 
 @dataclass(frozen=True)
 class Gene:
@@ -77,6 +80,13 @@ class Space:
     def keeps_all(self, candidate: Candidate) -> bool:
         """Whether a candidate is the dense model."""
         return self.is_exact and candidate.shares == self.dense.shares
+
+    def canonical(self, candidate: Candidate) -> Candidate:
+        """With the first options, where all keys are kept and only attention has other ones."""
+        keys = [s for g, s in zip(self.genes, candidate.shares, strict=True) if g.kind == "k"]
+        of_attention = set(self.settings[candidate.setting].options) <= OF_ATTENTION
+        same = bool(keys) and min(keys) == 1.0 and self.is_exact and of_attention
+        return Candidate(0, candidate.shares) if same else candidate
 
     def uniforms(self) -> dict[Candidate, dict[str, float]]:
         """Candidates of equal shares, with these shares by option, the dense model left out.
