@@ -226,22 +226,25 @@ class Search:
     def race(self) -> None:
         """Time the best together, until none is left that may be better than the best of them.
 
-        Otherwise the luck of a short timing would decide. Those that lead take part in every race,
-        so that found and uniform have their times from the same rounds.
+        Otherwise the luck of a short timing would decide. Those that lead are timed once more, with
+        the next or alone: what is picked for its time was lucky, and found and uniform should have
+        their times from the same rounds.
         """
         near = replace(self.budget, limit=MARGIN * self.budget.limit)
         fitting = sorted(filter(near.met_by, self.trials.values()), key=self.budget.order)
         waiting = [trial.candidate for trial in fitting]
         self.raced = {self.space.dense}
-        while waiting:
-            uniform, best = self.best_uniform(), self.best()
+        led: list[Candidate] = []
+        while True:
+            best, uniform = self.best(), self.best_uniform()
             rest = [c for c in waiting if c in self.uniforms]
             wanted = self.better(waiting, best)[: FINALISTS - 2] + self.better(rest, uniform)[:2]
-            if not wanted:
+            leading = [trial.candidate for trial in (best, uniform) if trial is not None]
+            if not wanted and leading == led:
                 return
-            leading = [t.candidate for t in (best, uniform) if t is not None]
             self.time_together([*leading, *wanted])
             waiting = [c for c in waiting if c not in self.raced]
+            led = leading
 
     def better(self, candidates: Iterable[Candidate], than: Trial | None) -> list[Candidate]:
         """Those whose trials are better than one."""
@@ -251,7 +254,7 @@ class Search:
     def time_together(self, candidates: Iterable[Candidate]) -> None:
         """Time candidates in the same rounds."""
         group = [c for c in dict.fromkeys(candidates) if not self.space.keeps_all(c)]
-        times = self.runner.time(self.space, group, self.plan.rounds)
+        times = self.runner.time(self.space, group, self.plan.rounds) if group else []
         for candidate, latency in zip(group, times, strict=True):
             self.trials[candidate] = replace(self.trials[candidate], latency=latency)
         self.raced |= set(group)

@@ -71,6 +71,11 @@ class Plan:
         """Paired runs of the timings that find finalists."""
         return max(1, self.rounds // 3)
 
+    @property
+    def race_runs(self) -> int:
+        """Forward passes of the final timings, about: all finalists, then the two that lead."""
+        return (FINALISTS + 1 + 3) * (self.rounds + 1) if self.rounds else 0
+
     def seconds(self, runner: TrialRunner, patch_seconds: float) -> float:
         """Expected time of the whole search.
 
@@ -81,8 +86,7 @@ class Plan:
         total = self.trials * (runner.dense_seconds + patch_seconds)
         if self.rounds:
             quick = (len(self.uniforms) + self.proposals) * 2 * (self.quick_rounds + 1)
-            final = (FINALISTS + 3) * (self.rounds + 1)
-            total += (quick + final) * runner.batch_seconds
+            total += (quick + self.race_runs) * runner.batch_seconds
             total += (len(self.uniforms) + self.proposals) * patch_seconds
         return total
 

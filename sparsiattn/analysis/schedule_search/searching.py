@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsiattn.analysis.schedule_search.budget import Budget
 from sparsiattn.analysis.schedule_search.evaluation import TrialRunner
 from sparsiattn.analysis.schedule_search.evolution import Search
-from sparsiattn.analysis.schedule_search.plan import FINALISTS, Plan, shown
+from sparsiattn.analysis.schedule_search.plan import Plan, shown
 from sparsiattn.analysis.schedule_search.result import SearchResult
 from sparsiattn.analysis.schedule_search.settings import (
     OptionsGrid,
@@ -125,8 +125,7 @@ def search(
     plan = Plan.of(space, trials, rounds if timed_by else 0)
     deadline = float("inf")
     if budget_s is not None:
-        race = (FINALISTS + 3) * (plan.rounds + 1) * runner.batch_seconds if timed_by else 0.0
-        deadline = start + budget_s - race
+        deadline = start + budget_s - plan.race_runs * runner.batch_seconds
     with shown(plan.text(runner, patch_seconds), plan.trials, progress) as show:
         runner.tick = show
         job = Search(runner, space, target, plan, random.Random(seed), show, deadline)
