@@ -47,6 +47,7 @@ class SearchResult:
         measure: What was compared: ``"classes"``, ``"features"`` or ``"callable"``.
         trials_planned: Schedules to run at most; fewer were run where ``budget_s`` was over, or
             nothing new was left to propose.
+        uniform_trials: How many of the schedules run were uniform.
         out_of_time: Whether ``budget_s`` was over.
     """
 
@@ -64,6 +65,7 @@ class SearchResult:
     uniform_options: dict[str, Any] | None = None
     measure: str = "classes"
     trials_planned: int = 0
+    uniform_trials: int = 0
     out_of_time: bool = False
 
     @classmethod
@@ -86,6 +88,7 @@ class SearchResult:
             options=options_of(chosen, runner.only_if_faster),
             measure=runner.measure.kind,
             trials_planned=job.plan.trials,
+            uniform_trials=len(job.uniforms & job.trials.keys()),
             out_of_time=late and len(job.trials) < job.plan.trials,
         )
         if uniform is None:
@@ -150,9 +153,9 @@ class SearchResult:
             named = ", ".join(f"{name}={value}" for name, value in shares.items())
             same = self.uniform.candidate == self.found.candidate
             figures = "this is it, nothing tried was better" if same else self._text(self.uniform)
-            lines.append(f"best uniform ({named}): {figures}")
+            lines.append(f"best of {self.uniform_trials} uniform ({named}): {figures}")
         else:
-            lines.append("no uniform schedule that was tried keeps to this budget")
+            lines.append(f"none of {self.uniform_trials} uniform schedules keeps to this budget")
         early = f", of {self.trials_planned} when its time was over" if self.out_of_time else ""
         lines.append(f"{self.trials} trials on {self.images} images{early}")
         if self.found.divergence == 0 and self.found.macs == self.macs_dense:
