@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sparsiattn.analysis.schedule_search.space import Candidate, Space
 from sparsiattn.errors import InvalidOption, ModelChanged
 from sparsiattn.patching import Patch, apply_strategy, patch_of
-from sparsiattn.patching.model_outputs import Metric, OutputMetric, main_tensor
+from sparsiattn.patching.model_outputs import Metric, OutputMetric, channel_axis, main_tensor
 from sparsiattn.patching.report import report
 from sparsiattn.patching.survey import survey
 from sparsiattn.runtime.site_runtime import is_planner_key
@@ -157,8 +157,10 @@ class TrialRunner:
             same = self.measure.compare(self.model, dense, patched)
             agreement += len(batch) * float(torch.as_tensor(same, dtype=torch.double).mean())
             if self.measure.kind == "classes":
-                p, q = patched.float().log_softmax(-1), dense.float().log_softmax(-1)
-                divergence += float(F.kl_div(p, q, reduction="sum", log_target=True))
+                axis = channel_axis(self.model, dense)
+                p, q = patched.float().log_softmax(axis), dense.float().log_softmax(axis)
+                nats = F.kl_div(p, q, reduction="none", log_target=True).sum(axis)
+                divergence += float(nats.reshape(len(nats), -1).mean(1).sum())
         if self.measure.kind != "classes":
             divergence = count - agreement
         return divergence / count if math.isfinite(divergence) else math.inf, agreement / count
