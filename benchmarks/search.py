@@ -21,11 +21,12 @@ BUDGETS = (("hybrid", 0.8), ("hybrid", 0.65), ("token_drop", 0.65))
 
 
 def judged(
-    model: nn.Module, test: tuple[Tensor, Tensor], dense: Tensor, strategy: str, schedule: Any
-) -> dict[str, float]:
+    model: nn.Module, test: tuple[Tensor, Tensor], dense: Tensor, strategy: str, schedule: Any,
+    options: Any,
+) -> dict[str, float]:  # fmt: skip
     """Top-1 and agreement with the dense model, per cent, and MACs, on the test images."""
     with (
-        sparsiattn.patch(model, strategy, schedule=schedule, only_if_faster=False) as live,
+        sparsiattn.patch(model, strategy, schedule=schedule, **options) as live,
         torch.inference_mode(),
     ):
         said = torch.cat([model(cifar.normalise(x)).argmax(-1) for x in test[0].split(250)])
@@ -39,7 +40,7 @@ def judged(
 
 def row(
     model: nn.Module, images: Tensor, test: tuple[Tensor, Tensor], dense: Tensor, strategy: str,
-    share: float, trials: int,
+    share: float, trials: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     found = sparsiattn.search(
         model, list(cifar.normalise(images).split(128)), {"macs": share}, strategy=strategy,
@@ -50,10 +51,13 @@ def row(
     result: dict[str, Any] = {
         "strategy": strategy, "budget": share, "schedule": found.schedule,
         "macs_dense": found.macs_dense, "uniform_shares": found.uniform_shares,
+        "options": found.options, "uniform_options": found.uniform_options,
         "trials": found.trials,
     }  # fmt: skip
-    result["searched"] = judged(model, test, dense, strategy, found.schedule)
-    result["uniform"] = judged(model, test, dense, strategy, found.uniform_schedule)
+    result["searched"] = judged(model, test, dense, strategy, found.schedule, found.options)
+    result["uniform"] = judged(
+        model, test, dense, strategy, found.uniform_schedule, found.uniform_options
+    )
     return result
 
 
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=cifar.WEIGHTS)
     parser.add_argument("--images", type=int, default=512, help="to search with")
     parser.add_argument("--test", type=int, default=5000)
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--trials", type=int, default=None, help="in all; see search()")
     given = parser.parse_args()
     model = cifar.load(given.weights)
     generator = torch.Generator().manual_seed(0)

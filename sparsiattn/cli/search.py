@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson, BatchSize, UnlabelledImages, budget, pairs
+
+if TYPE_CHECKING:
+    from sparsiattn import SearchResult
 
 
 @model_command("strategy", "option", "planners", *MODEL_OPTIONS)
@@ -25,20 +29,44 @@ def search_model(
         float | None, typer.Option(help="Budget: a share of the dense model's time here.")
     ] = None,
     agreement: Annotated[
-        float | None, typer.Option(help="Floor: share of images predicted as by the dense model.")
+        float | None,
+        typer.Option(
+            help="Floor: share of images predicted as by the dense model; mean cosine of features."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The schedule, as JSON.")] = None,
     images: Annotated[int, typer.Option(min=1, help="So many, spread over the data.")] = 256,
     batch_size: BatchSize = 64,
-    trials: Annotated[int, typer.Option(min=1, help="Schedules to run.")] = 60,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Schedules to run on the images at most, all counted: uniform ones, single "
+            "changes, proposals. By default all of the first two, and 60.",
+        ),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="Run nothing new after that, and take the best so far.")
+    ] = None,
+    options_grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=LIST to choose from, e.g. tile=[1,[4,4]]; may be repeated. tile and "
+            "background are tried where it is not given; none leaves options alone."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="classes or features; what the model has by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     request: ModelRequest,
     as_json: AsJson = False,
 ) -> None:
     """Find which sites and blocks can do with fewer keys and tokens, for one budget of the model.
 
-    Use what it writes with -o schedule=FILE. Example: sparsiattn search deit_small_patch16_224
-    --pretrained --data photos --strategy hybrid --macs 0.7 --out schedule.json
+    Says on stderr how much it will run. Use what it writes with -o schedule=FILE and the options
+    that it names. Example: sparsiattn search deit_small_patch16_224 --pretrained --data photos
+    --strategy hybrid --macs 0.7 --out schedule.json
     """
     from sparsiattn import search
     from sparsiattn.training.data import loader
@@ -65,11 +93,34 @@ def search_model(
         target,
         trials=trials,
         seed=seed,
-        progress=sys.stderr.isatty(),
+        budget_s=budget_seconds,
+        options_grid=grid_of(options_grid),
+        metric=metric,  # type: ignore[arg-type]
         strategy=None if saved else request.strategy or "hybrid",
         **options,
     )
     if out is not None:
         result.save(out)
     document = {"name": request.model, "data": data, "out": None if out is None else str(out)}
-    print_result(as_json, {**document, **result.to_dict()}, result)
+    again = "" if out is None else f"in commands: {flags(result, out)}"
+    print_result(as_json, {**document, **result.to_dict()}, result, again)
+
+
+def grid_of(texts: list[str] | None) -> dict[str, Any] | None:
+    """``["tile=[1,[4,4]]"]`` as `search` takes it; ``["none"]`` is an empty grid."""
+    return {} if texts == ["none"] else pairs(texts, "--options-grid", "NAME=LIST") or None
+
+
+def flags(result: SearchResult, schedule: Path) -> str:
+    """What commands that patch need to use a schedule."""
+    options = dict(result.to_dict()["options"])
+    faster = options.pop("only_if_faster", None)
+    pairs = {"schedule": str(schedule)} | {
+        name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for name, value in options.items()
+    }
+    words = ["--strategy", result.strategy["name"]]
+    words += [word for name, value in pairs.items() for word in ("-o", f"{name}={value}")]
+    if faster is not None:
+        words.append("--only-if-faster" if faster else "--no-only-if-faster")
+    return shlex.join(words)

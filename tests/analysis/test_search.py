@@ -13,7 +13,14 @@ import torch
 from torch.nn import functional as F
 
 import sparsiattn
-from sparsiattn.analysis.schedule_search import CostModel, Space, TrialRunner, space_of
+from sparsiattn.analysis.schedule_search import (
+    Candidate,
+    CostModel,
+    Setting,
+    Space,
+    TrialRunner,
+    space_of,
+)
 from sparsiattn.strategies import Hybrid
 from tests.support import zoo
 
@@ -35,7 +42,13 @@ def images(count: int = 12) -> torch.Tensor:
 
 
 KEYS, TOKENS = (0.1,), (0.5,)
-QUICK: dict[str, Any] = {"keys": KEYS, "tokens": TOKENS, "trials": 4}
+QUICK: dict[str, Any] = {
+    "keys": KEYS,
+    "tokens": TOKENS,
+    "trials": 10,
+    "options_grid": {},
+    "progress": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +77,7 @@ def test_the_budget_is_met_and_what_is_said_is_so(strategy: str) -> None:
 def test_no_other_schedule_of_few_is_better() -> None:
     """Where all can be tried, the search finds the best of them."""
     model, x = host(), images()
-    options: dict[str, Any] = {"strategy": "token_drop", "tokens": (0.5,), "trials": 2}
+    options: dict[str, Any] = {"strategy": "token_drop", "tokens": (0.5,), "trials": 5}
     result = sparsiattn.search(model, x, {"macs": 0.8}, **options)
     best = torch.inf
     with torch.no_grad():
@@ -92,17 +105,17 @@ def test_agreement_is_kept_with_few_macs() -> None:
 def test_latency_is_kept_with_little_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that says what MACs say, so that a test can know the answer."""
 
-    def latency(self: TrialRunner, space: Space, choice: Any, rounds: int) -> float:
-        return self.run(space, choice).macs / space.macs
+    def by_macs(self: TrialRunner, space: Space, candidates: Any, rounds: int) -> list[float]:
+        return [self.run(space, candidate).macs / space.macs for candidate in candidates]
 
-    monkeypatch.setattr(TrialRunner, "latency", latency)
+    monkeypatch.setattr(TrialRunner, "time", by_macs)
     model, x = host(), images()
     result = sparsiattn.search(model, x, {"latency": 0.7}, strategy="token_drop", **QUICK)
     assert result.found.latency is not None
     assert result.found.latency <= 0.7
     assert result.found.latency == pytest.approx(result.found.macs / result.macs_dense)
     assert result.uniform is not None
-    assert result.found.divergence <= 1.5 * result.uniform.divergence
+    assert result.found.divergence <= result.uniform.divergence
 
 
 @pytest.mark.slow
@@ -140,10 +153,10 @@ def test_a_patched_models_planners_are_searched_with() -> None:
     with sparsiattn.patch(model, k=0.3) as live:
         runs = []
         for _ in range(2):
-            runner = TrialRunner(model, live.strategy, [x], None, only_if_faster=False)
-            with runner.patched(None) as probe:
-                space = space_of(probe, KEYS, TOKENS)
-            runs.append(runner.run(space, (0.1,) * len(space.genes)))
+            runner = TrialRunner(model, [x], None, only_if_faster=False)
+            with runner.patched(None, live.strategy) as probe:
+                space = space_of(probe, [Setting(live.strategy)], KEYS, TOKENS)
+            runs.append(runner.run(space, Candidate(0, (0.1,) * len(space.genes))))
             with sparsiattn.patch(host(), k=0.1) as other, torch.no_grad():
                 other.model.load_state_dict(model.state_dict())
                 wanted = other.model(x).argmax(-1)
@@ -179,23 +192,25 @@ def test_sums_of_macs_are_near_the_truth() -> None:
     """The estimate that orders schedules, against the report of the patch itself."""
     model = host()
     base = Hybrid(keep=0.5, layers=(0,))
-    runner = TrialRunner(model, base, [images(2)], None, only_if_faster=False)
+    runner = TrialRunner(model, [images(2)], None, only_if_faster=False)
     with runner.patched(None, base) as live:
-        space = space_of(live, (1.0, 0.1), (1.0, 0.7, 0.5))
+        space = space_of(live, [Setting(Hybrid())], (1.0, 0.1), (1.0, 0.7, 0.5))
     saved = {}
     for i, gene in enumerate(space.genes):
         for share in gene.shares[1:]:
-            alone = (*space.dense[:i], share, *space.dense[i + 1 :])
-            saved[i, share] = float(space.macs - runner.run(space, alone).macs)
+            dense = space.dense.shares
+            alone = (*dense[:i], share, *dense[i + 1 :])
+            saved[i, share] = float(space.macs - runner.run(space, Candidate(0, alone)).macs)
     estimates = CostModel(space, {}, saved)
     assert estimates.macs(space.dense) == pytest.approx(space.macs, rel=1e-6)
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         picks = [int(torch.randint(9, (), generator=generator)) for _ in space.genes]
-        choice = tuple(
+        shares = tuple(
             gene.shares[p % len(gene.shares)] for gene, p in zip(space.genes, picks, strict=True)
         )
-        assert estimates.macs(choice) == pytest.approx(runner.run(space, choice).macs, rel=0.06)
+        picked = Candidate(0, shares)
+        assert estimates.macs(picked) == pytest.approx(runner.run(space, picked).macs, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +225,33 @@ def test_sums_of_macs_are_near_the_truth() -> None:
 )  # fmt: skip
 def test_budgets_that_cannot_be(budget: Any, match: str) -> None:
     with pytest.raises(sparsiattn.InvalidOption, match=match):
-        sparsiattn.search(host(), images(4), budget, strategy="token_drop", tokens=(0.5,), trials=2)
+        sparsiattn.search(
+            host(),
+            images(4),
+            budget,
+            strategy="token_drop",
+            tokens=(0.5,),
+            trials=2,
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize(
     ("strategy", "options", "match"),
     [
-        ("dense", {}, "varies k per site"), ("token_merge", {}, "varies k per site"),
+        ("dense", {}, "varies k per site"),
+        ("token_merge", {"tokens": (0.4,)}, "at most half"),
+        ("token_drop", {"layers": [1, 7]}, r"layers=\[7\] are no blocks"),
+        ("token_drop", {"trials": 0}, "trials must be an int >= 1, got 0"),
+        ("token_drop", {"rounds": None}, "rounds must be an int >= 1, got None"),
+        ("token_drop", {"budget_s": -1}, "budget_s must be seconds > 0"),
+        ("token_drop", {"metric": "colour"}, "metric must be"),
+        ("connectivity", {"options_grid": {"k": [0.5]}}, "give shares to choose from as keys="),
+        ("token_merge", {"options_grid": {"ratio": [0.9]}}, "as tokens="),
+        ("connectivity", {"options_grid": {"tile": (9, 9)}}, "tile must be"),
+        ("connectivity", {"options_grid": {"tile": [1, (9, 9)]}}, "grid for tile"),
+        ("connectivity", {"options_grid": {"tile": []}}, "a list of values for every option"),
+        ("connectivity", {"options_grid": {"colour": [1]}}, "colour"),
         ("connectivity", {"keys": (0.5, 2)}, "keys must be floats"),
         ("connectivity", {"keys": ()}, "keys must be floats"),
         ("connectivity", {"colour": 1}, "colour"),

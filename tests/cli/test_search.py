@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
 from sparsiattn.cli import app
+from sparsiattn.cli.search import grid_of
 from tests.support.pictures import folder
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "embed_dim": 48}
@@ -41,3 +43,27 @@ def test_one_budget_is_needed(tmp_path: Path) -> None:
     for budgets in ([], ["--macs", "0.5", "--latency", "0.5"]):
         result = run("search", *MODEL, "--data", tmp_path, *budgets, code=2)
         assert "one of --macs, --latency and --agreement" in " ".join(result.stderr.split())
+
+
+def test_it_says_how_much_it_runs_and_what_commands_need_to_use_it(tmp_path: Path) -> None:
+    data, out = folder(tmp_path / "images"), tmp_path / "schedule.json"
+    result = run(
+        "search", *MODEL, "--data", data, "--strategy", "hybrid", "--macs", "0.95", "--images", 4,
+        "--trials", 4, "--options-grid", "tile=[[2,2]]", "--budget-seconds", 600, "--out", out,
+    )  # fmt: skip
+    assert "up to 4 trials" in result.stderr
+    assert "x 4 images = 16 forward passes" in result.stderr
+    line = next(x for x in result.stdout.splitlines() if x.startswith("in commands: "))
+    flags = shlex.split(line.removeprefix("in commands: "))
+    assert "tile=[2,2]" in flags
+    profile = json.loads(run("profile", *MODEL, *flags, "--json").stdout)
+    assert profile["macs"] == json.loads(out.read_text())["about"]["found"]["macs"]
+
+
+def test_grids_on_the_command_line() -> None:
+    assert grid_of(None) is None
+    assert grid_of(["none"]) == {}
+    assert grid_of(['tile=["auto",[4,4]]', "background=[null,2]"]) == {
+        "tile": ["auto", [4, 4]],
+        "background": [None, 2],
+    }

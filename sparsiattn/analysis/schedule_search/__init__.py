@@ -1,13 +1,31 @@
 """Budgets per site and per block that meet one budget of the whole model.
 
-`space` says what there is to choose, `evaluation` runs a choice, `pareto` estimates choices from
-single changes, `evolution` puts them together.
+`settings` and `space` say what there is to choose, `evaluation` runs a candidate, `budget` compares
+candidates, `pareto` estimates them from single changes, `plan` says how many run, `evolution` puts
+them together, `searching` is what users call.
 """
 
-from sparsiattn.analysis.schedule_search.evaluation import TrialRunner
-from sparsiattn.analysis.schedule_search.evolution import search
+from sparsiattn.analysis.schedule_search.budget import Budget
+from sparsiattn.analysis.schedule_search.evaluation import Trial, TrialRunner
+from sparsiattn.analysis.schedule_search.evolution import Search
 from sparsiattn.analysis.schedule_search.pareto import CostModel
+from sparsiattn.analysis.schedule_search.plan import Plan
 from sparsiattn.analysis.schedule_search.result import SearchResult
-from sparsiattn.analysis.schedule_search.space import Space, space_of
+from sparsiattn.analysis.schedule_search.searching import search
+from sparsiattn.analysis.schedule_search.settings import Setting
+from sparsiattn.analysis.schedule_search.space import Candidate, Space, space_of
 
-__all__ = ["CostModel", "SearchResult", "Space", "TrialRunner", "search", "space_of"]
+__all__ = [
+    "Budget",
+    "Candidate",
+    "CostModel",
+    "Plan",
+    "Search",
+    "SearchResult",
+    "Setting",
+    "Space",
+    "Trial",
+    "TrialRunner",
+    "search",
+    "space_of",
+]

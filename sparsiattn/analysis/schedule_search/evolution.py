@@ -1,180 +1,32 @@
-"""`search`: budgets per site and per block for one budget of the whole model."""
+"""The search itself: uniform candidates, single changes, and proposals made from them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from torch import Tensor, nn
-
-from sparsiattn.analysis.schedule_search.evaluation import Trial, TrialRunner
+from sparsiattn.analysis.schedule_search.budget import Budget
+from sparsiattn.analysis.schedule_search.evaluation import Trial
 from sparsiattn.analysis.schedule_search.pareto import CostModel, mutated
-from sparsiattn.analysis.schedule_search.result import SearchResult
-from sparsiattn.analysis.schedule_search.space import (
-    KEYS,
-    TOKENS,
-    Choice,
-    Space,
-    kinds_of,
-    space_of,
-)
+from sparsiattn.analysis.schedule_search.plan import FINALISTS, Plan
+from sparsiattn.analysis.schedule_search.space import Candidate, Space
 from sparsiattn.errors import InvalidOption
-from sparsiattn.patching import patch_of, resolve
-from sparsiattn.runtime.patch_state import unwrap
-from sparsiattn.strategies import Config
-from sparsiattn.training import Progress, bar
 
-BUDGETS = ("macs", "latency", "agreement")
+MARGIN = 1.05
+"""Times up to this over the limit are measured again: the first timings are short."""
 
 
-def search(
-    model: nn.Module,
-    images: Any,
-    budget: Mapping[str, float],
-    *,
-    strategy: str | Config | None = None,
-    keys: Sequence[float] = KEYS,
-    tokens: Sequence[float] = TOKENS,
-    trials: int = 60,
-    rounds: int = 9,
-    seed: int = 0,
-    input: Any = None,
-    progress: bool = False,
-    **options: Any,
-) -> SearchResult:
-    """Find how many keys each site and how many tokens each block can do without.
+class Runner(Protocol):
+    """What measures candidates."""
 
-    First it measures the divergence of the predictions for each change alone. Sums of these order
-    all schedules (a Lagrangian knapsack, as MACs of blocks multiply with the tokens that are left).
-    Then an evolutionary search runs the most promising ones and their neighbours. Uniform schedules
-    are among them, so the result is at least as good as the best of those on these images.
+    def run(self, space: Space, candidate: Candidate) -> Trial:
+        """A trial of the candidate, not timed."""
 
-    Args:
-        model: A classifier. If it is patched, its strategy and planners are searched with. It is
-            left as it was: a copy is tried on.
-        images: A batch ``[B, 3, H, W]`` or several, unlabelled; some hundreds tell more than noise.
-        budget: One of ``{"macs": 0.7}`` (at most this share of the dense model's, or an int: MACs
-            per image), ``{"latency": 0.8}`` (of its time on this machine, on the first batch) and
-            ``{"agreement": 0.99}`` (the least share of images where the patched model must predict
-            as the dense one does; MACs as few as can be).
-        strategy: What to search with where the model is not patched, as `patch` takes it.
-        keys: Shares of keys to choose from.
-        tokens: Shares of tokens to choose from.
-        trials: Schedules to run after every share was run alone at every site and block.
-        rounds: Paired runs per timing.
-        seed: Of the evolutionary search.
-        input: An image batch or shape, where the model does not say which.
-        progress: Show a bar.
-        **options: Of the strategy.
-
-    Returns:
-        The schedule, how it did, and the best uniform one for comparison.
-
-    Raises:
-        InvalidOption: No schedule meets the budget, the strategy has none, or an argument is out of
-            range.
-
-    >>> import sparsiattn
-    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
-    >>> model = tiny_vit()
-    >>> result = search(model, tiny_images(8), {"macs": 0.9}, strategy="token_drop", trials=4)
-    >>> result.found.macs <= 0.9 * result.macs_dense
-    True
-    >>> patch = sparsiattn.patch(model, "token_drop", schedule=result.schedule)
-    """
-    host = unwrap(model)
-    kind, bound = _checked_budget(budget)
-    patch = patch_of(host)
-    if patch is not None and (strategy is not None or options):
-        raise InvalidOption("this model is patched, so its own strategy is searched: no strategy=")
-    base = resolve(strategy or "connectivity", None, options) if patch is None else patch.strategy
-    probe = base
-    if "keep" in kinds_of(base):  # tokens leave at the first block: the patch knows of all blocks
-        probe = replace(base, layers=(0,), keep=0.5)  # type: ignore[call-arg]
-    runner = TrialRunner(host, base, _batches(images), input, only_if_faster=kind == "latency")
-    with runner.patched(None, probe) as probed:
-        space = space_of(probed, _shares(keys, "keys"), _shares(tokens, "tokens"))
-    limit = bound * space.macs if kind == "macs" and isinstance(bound, float) else bound
-    singles = sum(len(gene.shares) - 1 for gene in space.genes)
-    with bar("searching", singles + trials, shown=progress) as advance:
-        costs = CostModel(space)
-        job = Search(runner, space, costs, trials, rounds, random.Random(seed), advance)
-        job.measure_singles()
-        best = job.solve(Budget(kind, limit))
-        uniform = job.best_uniform(Budget(kind, limit))
-    return SearchResult(
-        strategy=base.to_dict(),
-        budget={kind: bound},
-        schedule=space.schedule(best.choice),
-        found=best,
-        uniform=uniform,
-        uniform_shares=None if uniform is None else space.uniforms()[uniform.choice],
-        uniform_schedule=None if uniform is None else space.schedule(uniform.choice),
-        macs_dense=space.macs,
-        images=sum(len(batch) for batch in runner.images),
-        trials=len(runner.trials),
-    )
-
-
-def _checked_budget(budget: Mapping[str, float]) -> tuple[str, float]:
-    choices = f"one of {', '.join(f'{{{name!r}: ...}}' for name in BUDGETS)}"
-    if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in BUDGETS:
-        raise InvalidOption(f"budget must be {choices}, got {budget!r}")
-    kind, bound = next(iter(budget.items()))
-    number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-    most = float("inf") if kind == "macs" and isinstance(bound, int) else 1.0
-    if not number or not 0 < bound <= most:
-        raise InvalidOption(f"the budget of {kind} must be in (0, 1], got {bound!r}")
-    return kind, bound
-
-
-def _shares(shares: Sequence[float], name: str) -> tuple[float, ...]:
-    if not shares or not all(isinstance(share, float) and 0 < share <= 1 for share in shares):
-        raise InvalidOption(f"{name} must be floats in (0, 1], got {shares!r}")
-    return tuple(sorted({1.0, *shares}, reverse=True))
-
-
-def _batches(images: Any) -> list[Tensor]:
-    batches = [images] if isinstance(images, Tensor) else list(images)
-    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
-    if not batches or any(not isinstance(x, Tensor) or x.dim() != 4 or not len(x) for x in batches):
-        raise InvalidOption("images must be a batch [B, C, H, W], or several, and not empty")
-    return batches
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a schedule must keep to, and which of those that do is the best.
-
-    Attributes:
-        kind: One of `BUDGETS`.
-        limit: MACs per image or time over the dense model's at most, or agreement at least.
-    """
-
-    kind: str
-    limit: float
-
-    def met_by(self, trial: Trial) -> bool:
-        """Whether a trial keeps to it; not where its time was not measured."""
-        if self.kind == "agreement":
-            return trial.agreement >= self.limit
-        cost = trial.macs if self.kind == "macs" else trial.latency
-        return cost is not None and cost <= self.limit
-
-    def order(self, trial: Trial) -> tuple[float, float]:
-        """The least is the best."""
-        if self.kind == "agreement":
-            return trial.macs, trial.divergence
-        return trial.divergence, trial.macs
-
-    def __str__(self) -> str:
-        if self.kind == "macs":
-            return f"MACs <= {self.limit:.4g}"
-        if self.kind == "agreement":
-            return f"agreement >= {self.limit}"
-        return f"time <= {self.limit} of the dense model's"
+    def time(self, space: Space, candidates: Sequence[Candidate], rounds: int) -> list[float]:
+        """Their times over the dense model's, measured together."""
 
 
 @dataclass
@@ -182,126 +34,245 @@ class Search:
     """One search under way.
 
     Attributes:
-        runner: Runs choices on a copy of the model.
+        runner: Measures candidates.
         space: What there is to choose.
-        costs: Estimates from the single changes that were run.
-        trials: Choices to run, those of single changes apart.
-        rounds: Paired runs for each time.
+        budget: What they must keep to.
+        plan: How many to run.
         generator: Draws neighbours.
-        advance: Called with the number of choices run.
+        advance: Called with the number of candidates run.
+        deadline: Seconds of `time.monotonic` after which no other candidate is run.
+        trials: What was run.
+        raced: Those whose times were measured together, and the dense one.
+        costs: Estimates from single changes.
     """
 
-    runner: TrialRunner
+    runner: Runner
     space: Space
-    costs: CostModel
-    trials: int
-    rounds: int
+    budget: Budget
+    plan: Plan
     generator: random.Random
-    advance: Progress
+    advance: Callable[[int], Any] = lambda done: None
+    deadline: float = float("inf")
+    trials: dict[Candidate, Trial] = field(default_factory=dict)
+    raced: set[Candidate] = field(default_factory=set)
 
-    def run(self, choice: Choice) -> Trial:
-        """The trial of a choice."""
-        trial = self.runner.run(self.space, choice)
-        self.advance(len(self.runner.trials))
-        return trial
+    def __post_init__(self) -> None:
+        self.costs = CostModel(self.space)
+        self.uniforms = set(self.space.uniforms())
 
-    def measure_singles(self) -> None:
-        """Harm and saving of every share at every gene, all else dense."""
-        for i, gene in enumerate(self.space.genes):
-            for share in gene.shares[1:]:
-                choice = (*self.space.dense[:i], share, *self.space.dense[i + 1 :])
-                trial = self.run(choice)
-                self.costs.harm[i, share] = trial.divergence
-                self.costs.saved[i, share] = float(self.space.macs - trial.macs)
+    @property
+    def timed(self) -> bool:
+        """Whether the budget is one of time."""
+        return self.budget.kind == "latency"
 
-    def solve(self, budget: Budget) -> Trial:
-        """The best trial within a budget.
+    @property
+    def is_late(self) -> bool:
+        """Whether time is up; never before the first trial."""
+        return bool(self.trials) and time.monotonic() > self.deadline
+
+    def solve(self) -> Trial:
+        """The best candidate within the budget.
+
+        No uniform one that was run and keeps to the budget is better, by the figures in `trials`.
 
         Raises:
-            InvalidOption: No schedule meets it.
+            InvalidOption: None keeps to it.
         """
-        if budget.kind == "macs":
-            return self._within_macs(budget, self.trials)
-        if budget.kind == "agreement":
-            return self._agreeing(budget)
-        return self._fast(budget)
+        for candidate in self.plan.uniforms:
+            trial = None if self.costs.is_idle(candidate) else self.run_and_time(candidate)
+            if trial is not None:
+                self.costs.note_idle(trial)
+        for candidate in self.plan.singles:
+            if not self.costs.is_idle(candidate):
+                self.run(candidate)
+        self.costs.learn(self.trials)
+        self.learn_times()
+        until = len(self.trials) + self.plan.proposals
+        self.propose(until)
+        self.evolve(until)
+        if self.timed:
+            self.race()
+        return self.best() or self.fail()
 
-    def best_uniform(self, budget: Budget) -> Trial | None:
-        """The best uniform schedule within a budget; all of them are run."""
-        trials = [self.run(choice) for choice in self.space.uniforms()]
-        if budget.kind == "latency":
-            trials = [self.runner.timed(self.space, trial, self.rounds) for trial in trials]
-        return min(filter(budget.met_by, trials), key=budget.order, default=None)
+    def best(self) -> Trial | None:
+        """The best so far; where times are the budget, of those raced, once any were."""
+        return self.budget.best([*self.final(), *self.dense()])
 
-    def _within_macs(self, budget: Budget, runs: int) -> Trial:
-        """The least divergence for so many MACs, with so many new runs."""
-        candidates = [*self.costs.front(), *self.space.uniforms()]
-        fitting = [c for c in candidates if self.costs.macs(c) <= 1.02 * budget.limit]
-        fitting.sort(key=self.costs.divergence)
-        self._evolve(fitting[: max(4, runs // 3)], budget, runs)
-        return self._best_or_raise(budget)
+    def best_uniform(self) -> Trial | None:
+        """The best uniform one."""
+        return self.budget.best(t for t in self.final() if t.candidate in self.uniforms)
 
-    def _agreeing(self, budget: Budget) -> Trial:
-        """The fewest MACs that keep the predictions."""
-        front = sorted([*self.space.uniforms(), *self.costs.front()], key=self.costs.macs)
-        low, high, runs = 0, len(front) - 1, self.trials
-        while low < high:  # agreement falls with MACs, nearly
+    def final(self) -> list[Trial]:
+        """Trials whose figures count."""
+        return [t for c, t in self.trials.items() if not self.raced or c in self.raced]
+
+    def dense(self) -> list[Trial]:
+        """The dense model, where a candidate is that; it need not be run."""
+        exact = self.space.is_exact
+        return [Trial(self.space.dense, 0.0, 1.0, self.space.macs, 1.0)] if exact else []
+
+    def run(self, candidate: Candidate) -> Trial | None:
+        """The trial of a candidate, from before where there is one; None where time is up."""
+        if self.space.keeps_all(candidate):
+            return self.dense()[0]
+        if candidate not in self.trials:
+            if self.is_late:
+                return None
+            self.trials[candidate] = self.runner.run(self.space, candidate)
+            self.advance(len(self.trials))
+        return self.trials[candidate]
+
+    def run_and_time(self, candidate: Candidate) -> Trial | None:
+        """As `run`; where the budget is time, timed as well if it would be the best."""
+        trial = self.run(candidate)
+        if trial is None or not self.timed or trial.latency is not None:
+            return trial
+        best = self.best()
+        useful = best is None or self.budget.order(trial) < self.budget.order(best)
+        if useful or candidate in self.uniforms:
+            latency = self.runner.time(self.space, [candidate], self.plan.quick_rounds)[0]
+            trial = self.trials[candidate] = replace(trial, latency=latency)
+        return trial
+
+    def learn_times(self) -> None:
+        """Let estimates go by what was timed so far."""
+        if self.timed:
+            self.costs.learn_times(self.trials.values())
+
+    def propose(self, until: int) -> None:
+        """Run what estimates say is best, in a third of the trials that are left."""
+        until = len(self.trials) + max(min(4, until - len(self.trials)), self.plan.proposals // 3)
+        candidates = [*self.costs.front(), *self.every_uniform()]
+        candidates = [self.space.canonical(c) for c in candidates if not self.costs.is_idle(c)]
+        candidates = [c for c in dict.fromkeys(candidates) if c not in self.trials]
+        if self.budget.kind == "agreement":
+            return self.bisect(sorted(candidates, key=self.costs.macs), until)
+        limit = self.limit * (MARGIN if self.timed else 1.02)
+        fitting = [c for c in candidates if self.costs.cost(c) <= limit]
+        for candidate in sorted(fitting, key=self.costs.divergence):
+            if len(self.trials) < until:
+                self.run_and_time(candidate)
+        self.learn_times()
+        return None
+
+    def every_uniform(self) -> list[Candidate]:
+        """Uniform candidates with any options, also those that are not run by themselves."""
+        shares = [candidate.shares for candidate in self.uniforms]
+        return [Candidate(s, row) for s in range(len(self.space.settings)) for row in shares]
+
+    @property
+    def limit(self) -> float:
+        """Of estimated costs: the budget, over the dense model's."""
+        if self.budget.kind == "macs":
+            return self.budget.limit / self.space.macs
+        return self.budget.limit
+
+    def bisect(self, candidates: list[Candidate], until: int) -> None:
+        """Of candidates by ascending MACs, find where agreement begins to suffice."""
+        low, high = 0, len(candidates) - 1
+        while low <= high and len(self.trials) < until:
             middle = (low + high) // 2
-            if budget.met_by(self.run(front[middle])):
-                high = middle
-            else:
-                low = middle + 1
-            runs -= 1
-        self.run(self.space.dense)
-        self._evolve([], budget, max(0, runs))
-        return self._best_or_raise(budget)
-
-    def _fast(self, budget: Budget) -> Trial:
-        """The least divergence for so much time.
-
-        The dearest schedule of the front that is measured to keep to it, or one that the search
-        finds for its MACs.
-        """
-        front = sorted(self.costs.front(), key=self.costs.macs)
-        low, high = 0, len(front) - 1
-        while low <= high:
-            middle = (low + high) // 2
-            # an estimate may be too low: with its MACs alone, nothing might fit
-            most = max(self.costs.macs(front[middle]), self.run(front[middle]).macs) * 1.001 + 1
-            trial = self._within_macs(Budget("macs", most), self.trials // 6 + 1)
-            if budget.met_by(self.runner.timed(self.space, trial, self.rounds)):
-                low = middle + 1
-            else:
-                high = middle - 1
-        return self._best_or_raise(budget)
-
-    def _evolve(self, candidates: Iterable[Choice], budget: Budget, runs: int) -> None:
-        """Run the candidates, then neighbours of the best so far, as long as runs are left."""
-        trials = self.runner.trials
-        until, dense = len(trials) + runs, Trial(self.space.dense, 0.0, 1.0, self.space.macs)
-        for choice in candidates:
-            if len(trials) < until:
-                self.run(choice)
-        for _ in range(50 * runs):  # draws may repeat, so they are bounded as well
-            if len(trials) >= until:
+            trial = self.run(candidates[middle])
+            if trial is None:
                 return
-            parent = self._best(budget) or dense
-            most = budget.limit if budget.kind == "macs" else float(parent.macs)
-            child = mutated(self.costs, parent.choice, most, self.generator)
-            if child is not None and child not in trials:
-                self.run(child)
+            # agreement falls with MACs, nearly
+            low, high = (low, middle - 1) if self.budget.met_by(trial) else (middle + 1, high)
 
-    def _best(self, budget: Budget) -> Trial | None:
-        trials = filter(budget.met_by, self.runner.trials.values())
-        return min(trials, key=budget.order, default=None)
+    def evolve(self, until: int) -> None:
+        """Run neighbours of the best so far, as long as trials are left.
 
-    def _best_or_raise(self, budget: Budget) -> Trial:
-        best = self._best(budget)
-        if best is not None:
-            return best
-        cheapest = min(self.runner.trials.values(), key=lambda trial: trial.macs)
+        Where 50 draws bring nothing new, those of the next best, and dearer ones: estimates may be
+        too high, and then nothing seems to fit.
+        """
+        stuck = 0
+        for draw in range(1, 50 * (self.plan.proposals + 10)):
+            if len(self.trials) >= until or self.is_late:
+                return
+            if draw % 50 == 0:
+                self.learn_times()
+                stuck += 1
+            parent, limit = self.parent(stuck), self.limit
+            if self.budget.kind == "agreement":
+                limit = self.costs.cost(parent.candidate) if self.budget.met_by(parent) else 1.0
+            limit *= 1.05**stuck
+            child = mutated(self.costs, parent.candidate, limit, self.generator)
+            if child is not None and self.is_new(child):
+                self.run_and_time(child)
+                stuck = 0
+
+    def is_new(self, candidate: Candidate) -> bool:
+        """Whether a candidate is like no other that was run, and not the dense model."""
+        known = candidate in self.trials or self.space.keeps_all(candidate)
+        return not known and not self.costs.is_idle(candidate)
+
+    def parent(self, rank: int) -> Trial:
+        """One of the best so far, or the nearest where nothing keeps to the budget."""
+        if rank == 0:
+            return self.best() or self.nearest()
+        fitting = filter(self.budget.met_by, self.trials.values())
+        ranked = sorted(fitting, key=self.budget.order) or [self.nearest()]
+        return ranked[rank % len(ranked)]
+
+    def nearest(self) -> Trial:
+        """What to start from where nothing keeps to the budget."""
+
+        def distance(trial: Trial) -> float:
+            if self.budget.kind == "agreement":
+                return -trial.agreement
+            return trial.macs / self.space.macs if trial.latency is None else trial.latency
+
+        return min(self.trials.values(), key=distance)
+
+    def race(self) -> None:
+        """Time the best together, until none is left that may be better than the best of them.
+
+        Otherwise the luck of a short timing would decide. Those that lead are timed once more, with
+        the next or alone: what is picked for its time was lucky, and found and uniform should have
+        their times from the same rounds.
+        """
+        near = replace(self.budget, limit=MARGIN * self.budget.limit)
+        fitting = sorted(filter(near.met_by, self.trials.values()), key=self.budget.order)
+        waiting = [trial.candidate for trial in fitting]
+        self.raced = {self.space.dense}
+        led: list[Candidate] = []
+        while True:
+            best, uniform = self.best(), self.best_uniform()
+            rest = [c for c in waiting if c in self.uniforms]
+            wanted = self.better(waiting, best)[: FINALISTS - 2] + self.better(rest, uniform)[:2]
+            leading = [trial.candidate for trial in (best, uniform) if trial is not None]
+            if not wanted and leading == led:
+                return
+            self.time_together([*leading, *wanted])
+            waiting = [c for c in waiting if c not in self.raced]
+            led = leading
+
+    def better(self, candidates: Iterable[Candidate], than: Trial | None) -> list[Candidate]:
+        """Those whose trials are better than one."""
+        order, trials = self.budget.order, self.trials
+        return [c for c in candidates if than is None or order(trials[c]) < order(than)]
+
+    def time_together(self, candidates: Iterable[Candidate]) -> None:
+        """Time candidates in the same rounds."""
+        group = [c for c in dict.fromkeys(candidates) if not self.space.keeps_all(c)]
+        times = self.runner.time(self.space, group, self.plan.rounds) if group else []
+        for candidate, latency in zip(group, times, strict=True):
+            self.trials[candidate] = replace(self.trials[candidate], latency=latency)
+        self.raced |= set(group)
+
+    def fail(self) -> Trial:
+        """Say that nothing keeps to the budget, and what came nearest."""
+        trials, name = self.trials.values(), self.space.settings[0].strategy.name
+        if self.timed:
+            nearest = f"fastest took {min(t.latency for t in trials if t.latency is not None)}"
+        elif self.budget.kind == "agreement":
+            nearest = f"nearest has {max(t.agreement for t in trials):.4g}"
+        else:
+            macs = min(trial.macs for trial in trials)
+            nearest = f"cheapest has {macs:,} of {self.space.macs:,} MACs"
+        late = " before budget_s was over" if self.is_late else ""
+        other = "" if name == "hybrid" else ", or search 'hybrid'"
         raise InvalidOption(
-            f"no schedule of {self.runner.strategy.name!r} met {budget}: the cheapest of "
-            f"{len(self.runner.trials)} tried has {cheapest.macs:,} of {self.space.macs:,} MACs; "
-            "allow more, offer smaller shares (keys=, tokens=), or search 'hybrid'"
+            f"no schedule of {name!r} met {self.budget}: of {len(trials)} tried{late}, the "
+            f"{nearest}; allow more, offer other shares (keys=, tokens=), try more (trials=)"
+            f"{other}"
         )

@@ -1,88 +1,257 @@
-"""From what single choices cost and save to choices for all genes at once."""
+"""From what single changes cost and save to candidates with all changes at once."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from sparsiattn.analysis.schedule_search.space import Choice, Space
+import numpy as np
+
+from sparsiattn.analysis.schedule_search.evaluation import Trial
+from sparsiattn.analysis.schedule_search.space import Candidate, Gene, Space
+
+Table = dict[tuple[int, float], float]
+"""By number of the gene, and share."""
 
 
 @dataclass
 class CostModel:
-    """Estimates of any choice: sums of measured single changes.
+    """Estimates of any candidate: sums of measured single changes.
 
     Attributes:
         space: What there is to choose.
-        harm: Divergence of each gene's share by itself, by number of the gene and share.
+        harm: Divergence of each gene's share by itself.
         saved: MACs that it saves by itself.
+        key_factors: By setting and share of keys: harm and savings of keys over those with the
+            first options.
+        time_rates: Share of the dense model's time that goes with a share of its MACs, by setting
+            and whether keys or tokens save them; None to go by MACs.
+        time_overhead: Share of the time that any patch adds.
+        idle: Settings and shares of keys that change nothing, as where sites stay dense.
     """
 
     space: Space
-    harm: dict[tuple[int, float], float] = field(default_factory=dict)
-    saved: dict[tuple[int, float], float] = field(default_factory=dict)
+    harm: Table = field(default_factory=dict)
+    saved: Table = field(default_factory=dict)
+    key_factors: dict[tuple[int, float], tuple[float, float]] = field(default_factory=dict)
+    time_rates: dict[tuple[int, bool], float] | None = None
+    time_overhead: float = 0.0
+    idle: set[tuple[int, float]] = field(default_factory=set)
 
-    def macs(self, choice: Choice) -> float:
-        """Estimated MACs per image.
+    def note_idle(self, trial: Trial) -> None:
+        """Remember it where a uniform share of keys left the model as it was."""
+        shares = set(trial.candidate.shares) - {1.0}
+        unchanged = trial.divergence == 0 and trial.macs == self.space.macs
+        if unchanged and len(shares) == 1 and _keeps_tokens(self.space, trial.candidate):
+            self.idle.add((trial.candidate.setting, shares.pop()))
+
+    def is_idle(self, candidate: Candidate) -> bool:
+        """Whether another candidate, with more keys, is the same."""
+        pairs = zip(self.space.genes, candidate.shares, strict=True)
+        return any(g.kind == "k" and (candidate.setting, s) in self.idle for g, s in pairs)
+
+    def learn(self, trials: Mapping[Candidate, Trial]) -> None:
+        """Fill the tables from trials of single changes and of uniform shares of keys.
+
+        Single changes that were not run are estimated from those that were.
+        """
+        dense = self.space.dense.shares
+        for i, gene in enumerate(self.space.genes):
+            for share in gene.shares[1:]:
+                trial = trials.get(Candidate(0, (*dense[:i], share, *dense[i + 1 :])))
+                if trial is not None:
+                    self.harm[i, share] = max(0.0, trial.divergence)
+                    self.saved[i, share] = float(self.space.macs - trial.macs)
+        reach, macs = _reach(self.space.genes), self.space.macs
+        harms = {c: trial.divergence for c, trial in trials.items()}
+        savings = {c: float(macs - trial.macs) for c, trial in trials.items()}
+        even = [1.0] * len(dense)
+        self._complete(self.harm, even, harms)
+        self._complete(self.saved, reach, savings)
+        self._learn_factors(trials)
+
+    def _complete(
+        self, table: Table, reach: list[float], values: Mapping[Candidate, float]
+    ) -> None:
+        """Estimate the entries that a table lacks.
+
+        Args:
+            table: Of harm or savings. A missing share of a gene has that of the nearest share which
+                is there, in proportion to what goes; a gene without any has the mean of its kind.
+            reach: How much depends on each gene, relative to the others.
+            values: Harm or savings of whole candidates.
+        """
+        known = dict(table)
+        means = {
+            kind: self._mean(kind, reach, values) for kind in {g.kind for g in self.space.genes}
+        }
+        for i, gene in enumerate(self.space.genes):
+            own = [(share, value) for (j, share), value in known.items() if j == i]
+            for share in gene.shares[1:]:
+                if own and (i, share) not in known:
+                    near, value = min(own, key=lambda pair: abs(pair[0] - share))
+                    table[i, share] = value * (1.0 - share) / (1.0 - near)
+                elif not own:
+                    table[i, share] = means[gene.kind] * (1.0 - share) * reach[i]
+
+    def _mean(self, kind: str, reach: list[float], values: Mapping[Candidate, float]) -> float:
+        """Harm or savings by what goes at a gene, mean over candidates.
+
+        Those that change genes of this kind alone, or all where there are none.
+        """
+        alone: list[float] = []
+        mixed: list[float] = []
+        for candidate, value in values.items():
+            gone = {i: 1.0 - s for i, s in enumerate(candidate.shares) if s < 1.0}
+            if candidate.setting == 0 and gone:
+                one = all(self.space.genes[i].kind == kind for i in gone)
+                (alone if one else mixed).append(value / sum(reach[i] * gone[i] for i in gone))
+        return max(0.0, fmean(alone or mixed or [0.0]))
+
+    def _learn_factors(self, trials: Mapping[Candidate, Trial]) -> None:
+        uniforms = self.space.uniforms()
+        keys_only = {c: names["k"] for c, names in uniforms.items() if _keeps_tokens(self.space, c)}
+        for candidate, share in keys_only.items():
+            own = trials.get(candidate)
+            first = trials.get(Candidate(0, candidate.shares))
+            if own is None or first is None or share == 1.0:
+                continue
+            saved = (self.space.macs - own.macs) / ((self.space.macs - first.macs) or 1)
+            harm = own.divergence / first.divergence if first.divergence > 0 else 1.0
+            self.key_factors[candidate.setting, share] = (min(harm, 1e6), saved)
+
+    def learn_times(self, trials: Iterable[Trial]) -> None:
+        """Fit times to what keys and tokens save, by least squares over timed trials."""
+        timed = [(trial, trial.latency) for trial in trials if trial.latency is not None]
+        names = [(s, keys) for s in range(len(self.space.settings)) for keys in (True, False)]
+        rows, times = [], []
+        for trial, latency in timed:
+            keys, tokens = self.saved_shares(trial.candidate)
+            # what tokens save does not depend on options of attention
+            filled = {(trial.candidate.setting, True): keys, (0, False): tokens}
+            rows.append([filled.get(name, 0.0) for name in names] + [1.0])
+            times.append(1.0 - latency)
+        if not rows:
+            return
+        rates = np.linalg.lstsq(np.array(rows), np.array(times), rcond=1e-6)[0]
+        self.time_rates = dict(zip(names, map(float, rates), strict=False))
+        self.time_overhead = -float(rates[-1])
+
+    def saved_shares(self, candidate: Candidate) -> tuple[float, float]:
+        """Estimated savings by fewer keys and by fewer tokens, over the dense model's MACs.
 
         Tokens that are gone cannot save again: savings further on shrink with the share of tokens
         left, those of keys with its square.
         """
-        total, left = float(self.space.macs), 1.0
-        for i, (gene, share) in enumerate(zip(self.space.genes, choice, strict=True)):
+        keys = tokens = 0.0
+        left = 1.0
+        for i, (gene, share) in enumerate(zip(self.space.genes, candidate.shares, strict=True)):
             saved = self.saved.get((i, share), 0.0)
-            total -= saved * (left**2 if gene.kind == "k" else left)
-            left *= 1.0 if gene.kind == "k" else share
+            if gene.kind == "k":
+                keys += (
+                    saved * left**2 * self.key_factors.get((candidate.setting, share), (1, 1))[1]
+                )
+            else:
+                tokens += saved * left
+                left *= share
+        return keys / self.space.macs, tokens / self.space.macs
+
+    def macs(self, candidate: Candidate) -> float:
+        """Estimated MACs per image."""
+        return self.space.macs * (1.0 - sum(self.saved_shares(candidate)))
+
+    def cost(self, candidate: Candidate) -> float:
+        """Estimated share of the dense model's time where times were learnt, else of its MACs."""
+        keys, tokens = self.saved_shares(candidate)
+        if self.time_rates is None:
+            return 1.0 - keys - tokens
+        by_keys = self.time_rates.get((candidate.setting, True), 0.0) * keys
+        return 1.0 + self.time_overhead - by_keys - self.time_rates[0, False] * tokens
+
+    def divergence(self, candidate: Candidate) -> float:
+        """Estimated divergence from the dense model."""
+        total = 0.0
+        for i, (gene, share) in enumerate(zip(self.space.genes, candidate.shares, strict=True)):
+            harm = self.harm.get((i, share), 0.0)
+            factors = self.key_factors.get((candidate.setting, share), (1.0, 1.0))
+            total += harm * (factors[0] if gene.kind == "k" else 1.0)
         return total
 
-    def divergence(self, choice: Choice) -> float:
-        """Estimated divergence from the dense model."""
-        return sum(self.harm.get((i, share), 0.0) for i, share in enumerate(choice))
+    def at_price(self, price: float, start: Candidate) -> Candidate:
+        """The candidate that no change of a single gene improves.
 
-    def at_price(self, price: float, start: Choice) -> Choice:
-        """The choice that no change of a single gene improves, where a MAC costs ``price``."""
-        best, best_cost = start, self.divergence(start) + price * self.macs(start)
+        Args:
+            price: Of the dense model's whole cost, in units of divergence.
+            start: The options are its own.
+        """
+        best, best_cost = start, self.divergence(start) + price * self.cost(start)
         improved = True
         while improved:
             improved = False
             for i, gene in enumerate(self.space.genes):
                 for share in gene.shares:
-                    choice = (*best[:i], share, *best[i + 1 :])
-                    cost = self.divergence(choice) + price * self.macs(choice)
+                    shares = (*best.shares[:i], share, *best.shares[i + 1 :])
+                    candidate = Candidate(start.setting, shares)
+                    cost = self.divergence(candidate) + price * self.cost(candidate)
                     if cost < best_cost - 1e-12:
-                        best, best_cost, improved = choice, cost, True
+                        best, best_cost, improved = candidate, cost, True
         return best
 
-    def front(self, points: int = 48) -> list[Choice]:
-        """Choices from dense to cheap, each the best for some price of a MAC.
+    def front(self, points: int = 48) -> list[Candidate]:
+        """Candidates from dense to cheap, each the best of its options for some price.
 
-        What a Lagrangian relaxation of the knapsack can reach; prices ascend, so MACs descend.
+        What a Lagrangian relaxation of the knapsack can reach; prices ascend, so costs descend.
         """
-        choices = [self.space.dense]
-        for i in range(points):
-            choices.append(self.at_price(10 ** (-16 + 13 * i / (points - 1)), choices[-1]))
-        return list(dict.fromkeys(choices))
+        found: list[Candidate] = []
+        for setting in range(len(self.space.settings)):
+            candidates = [Candidate(setting, self.space.dense.shares)]
+            for i in range(points):
+                price = 10 ** (-9 + 14 * i / (points - 1))
+                candidates.append(self.at_price(price, candidates[-1]))
+            found += candidates
+        return [c for c in dict.fromkeys(found) if not self.space.keeps_all(c)]
+
+
+def _reach(genes: tuple[Gene, ...]) -> list[float]:
+    """Tokens that go are gone in all blocks behind; keys at their own site alone."""
+    last = max((gene.depth for gene in genes), default=0.0) + 1.0
+    return [1.0 if gene.kind == "k" else 1.0 - gene.depth / last for gene in genes]
+
+
+def _keeps_tokens(space: Space, candidate: Candidate) -> bool:
+    pairs = list(zip(space.genes, candidate.shares, strict=True))
+    keys = any(gene.kind == "k" for gene in space.genes)
+    return keys and all(share == 1.0 for gene, share in pairs if gene.kind != "k")
 
 
 def mutated(
-    costs: CostModel, parent: Choice, budget: float, generator: random.Random
-) -> Choice | None:
-    """A neighbour of a choice: one to three genes a step up or down.
+    costs: CostModel, parent: Candidate, limit: float, generator: random.Random
+) -> Candidate | None:
+    """A neighbour of a candidate: one to three genes a step up or down, at times other options.
 
     Args:
-        costs: Estimates the neighbour's MACs.
-        parent: The choice to change.
-        budget: MACs per image that the neighbour may have at most.
+        costs: Estimates the neighbour's cost.
+        parent: The candidate to change.
+        limit: Cost that the neighbour may have at most.
         generator: Draws the genes and steps.
 
     Returns:
-        None if it drew the parent again, or a neighbour above the budget.
+        None if it drew the parent again, or a neighbour above the limit.
     """
-    genes, child = costs.space.genes, list(parent)
-    for _ in range(generator.choice((1, 2, 2, 3))):
-        i = generator.randrange(len(genes))
-        shares = genes[i].shares
-        step = shares.index(child[i]) + generator.choice((-1, 1))
-        child[i] = shares[min(max(step, 0), len(shares) - 1)]
-    choice = tuple(child)
-    return choice if choice != parent and costs.macs(choice) <= budget else None
+    genes, shares, setting = costs.space.genes, list(parent.shares), parent.setting
+    useful = [
+        i
+        for i, gene in enumerate(genes)
+        if gene.kind != "k" or any((setting, share) not in costs.idle for share in gene.shares[1:])
+    ]
+    for _ in range(generator.choice((1, 2, 2, 3)) if useful else 0):
+        i = generator.choice(useful)
+        choices = genes[i].shares
+        step = choices.index(shares[i]) + generator.choice((-1, 1))
+        shares[i] = choices[min(max(step, 0), len(choices) - 1)]
+    if len(costs.space.settings) > 1 and generator.random() < 0.2:
+        setting = generator.randrange(len(costs.space.settings))
+    child = costs.space.canonical(Candidate(setting, tuple(shares)))
+    return child if child != parent and costs.cost(child) <= limit else None

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparsiattn.analysis.schedule_search.evaluation import Trial
+from sparsiattn.analysis.schedule_search.budget import Budget
+from sparsiattn.analysis.schedule_search.evaluation import Trial, TrialRunner
+from sparsiattn.analysis.schedule_search.evolution import Search
+from sparsiattn.analysis.schedule_search.settings import patch_options
 from sparsiattn.patching.text import macs_text
+from sparsiattn.strategies import Config, Hybrid
+
+Schedule = dict[str, dict[str, Any]]
+
+LABELS = {
+    "classes": ("agreement", "divergence"),
+    "features": ("mean cosine", "1 - cosine"),
+    "callable": ("metric", "1 - metric"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,9 +30,10 @@ class SearchResult:
     """A schedule that meets a budget.
 
     Attributes:
-        strategy: The strategy searched, in JSON form.
+        strategy: The strategy with the options that were found, in JSON form.
         budget: The one that was asked for.
-        schedule: ``{"k": {site: share}, "keep": {block: share}}``, for `patch` with ``strategy``.
+        schedule: ``{"k": {site: share}, "keep": {block: share}}``, or ``"r"``: tokens to merge by
+            block.
         found: How the schedule did on the images.
         uniform: The best schedule of equal shares within the same budget, for comparison; None
             where none meets it.
@@ -28,38 +41,104 @@ class SearchResult:
         uniform_schedule: Its schedule.
         macs_dense: MACs of the dense model, per image.
         images: Images searched on.
-        trials: Schedules run.
+        trials: Schedules run on the images, with whatever options.
+        options: What to pass to `patch` beside strategy and schedule.
+        uniform_options: The same for the uniform one.
+        measure: What was compared: ``"classes"``, ``"features"`` or ``"callable"``.
+        trials_planned: Schedules to run at most; fewer were run where ``budget_s`` was over, or
+            nothing new was left to propose.
+        uniform_trials: How many of the schedules run were uniform.
+        out_of_time: Whether ``budget_s`` was over.
     """
 
     strategy: Mapping[str, Any]
     budget: Mapping[str, float]
-    schedule: dict[str, dict[str, float]]
+    schedule: Schedule
     found: Trial
     uniform: Trial | None
     uniform_shares: dict[str, float] | None
-    uniform_schedule: dict[str, dict[str, float]] | None
+    uniform_schedule: Schedule | None
     macs_dense: int
     images: int
     trials: int
+    options: dict[str, Any] = field(default_factory=dict)
+    uniform_options: dict[str, Any] | None = None
+    measure: str = "classes"
+    trials_planned: int = 0
+    uniform_trials: int = 0
+    out_of_time: bool = False
+
+    @classmethod
+    def of(cls, job: Search, found: Trial, budget: Budget, runner: TrialRunner) -> SearchResult:
+        """What is worth knowing of a search that is over."""
+        space, uniform, late = job.space, job.best_uniform(), job.is_late
+        strategies = [setting.strategy for setting in space.settings]
+        chosen = strategies[found.candidate.setting]
+        result = cls(
+            strategy=chosen.to_dict(),
+            budget={budget.kind: budget.limit},
+            schedule=space.schedule(found.candidate),
+            found=found,
+            uniform=None,
+            uniform_shares=None,
+            uniform_schedule=None,
+            macs_dense=space.macs,
+            images=sum(map(len, runner.images)),
+            trials=len(job.trials),
+            options=options_of(chosen, runner.only_if_faster),
+            measure=runner.measure.kind,
+            trials_planned=job.plan.trials,
+            uniform_trials=len(job.uniforms & job.trials.keys()),
+            out_of_time=late and len(job.trials) < job.plan.trials,
+        )
+        if uniform is None:
+            return result
+        return replace(
+            result,
+            uniform=uniform,
+            uniform_shares=space.uniforms()[uniform.candidate],
+            uniform_schedule=space.schedule(uniform.candidate),
+            uniform_options=options_of(
+                strategies[uniform.candidate.setting], runner.only_if_faster
+            ),
+        )
+
+    @property
+    def call(self) -> str:
+        """The line that patches a model with what was found."""
+        return self.call_with(repr(self.schedule))
+
+    def call_with(self, schedule: str) -> str:
+        """The line that patches a model.
+
+        Args:
+            schedule: As Python writes the schedule, or the name of a file that has it.
+        """
+        options = [f"{name}={value!r}" for name, value in self.options.items()]
+        arguments = ["model", repr(self.strategy["name"]), f"schedule={schedule}", *options]
+        return f"sparsiattn.patch({', '.join(arguments)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        content = asdict(replace(self, options={}, uniform_options=None))
+        for name in ("found", "uniform"):
+            if content[name] is not None:
+                content[name].pop("candidate")
+        others = None if self.uniform_options is None else plain(self.uniform_options)
+        return {**content, "options": plain(self.options), "uniform_options": others}
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the schedule as JSON, with what is known of it under ``about``.
 
         Args:
-            path: A file that `patch` takes as ``schedule=``.
+            path: A file that `patch` takes as ``schedule=``; `options` go beside it.
 
         Returns:
             The path written.
         """
         about = self.to_dict()
         schedule = about.pop("schedule")
-        for name in ("found", "uniform"):
-            if about[name] is not None:
-                about[name].pop("choice")
+        about["patch"] = self.call_with(repr(str(path)))
         path = Path(path)
         text = json.dumps({**schedule, "about": about}, indent=2)
         path.write_text(text + "\n", encoding="utf-8")
@@ -69,18 +148,46 @@ class SearchResult:
         budget = ", ".join(f"{name}={value:g}" for name, value in self.budget.items())
         lines = [f"{self.strategy['name']}, {budget}: {self._text(self.found)}"]
         if self.uniform is not None and self.uniform_shares is not None:
-            shares = ", ".join(f"{name}={value}" for name, value in self.uniform_shares.items())
-            lines.append(f"best uniform ({shares}): {self._text(self.uniform)}")
-        lines.append(f"{self.trials} schedules tried on {self.images} images")
+            shares = {**self.uniform_shares, **(self.uniform_options or {})}
+            shares.pop("only_if_faster", None)
+            named = ", ".join(f"{name}={value}" for name, value in shares.items())
+            same = self.uniform.candidate == self.found.candidate
+            figures = "this is it, nothing tried was better" if same else self._text(self.uniform)
+            lines.append(f"best of {self.uniform_trials} uniform ({named}): {figures}")
+        else:
+            lines.append(f"none of {self.uniform_trials} uniform schedules keeps to this budget")
+        early = f", of {self.trials_planned} when its time was over" if self.out_of_time else ""
+        lines.append(f"{self.trials} trials on {self.images} images{early}")
+        if self.found.divergence == 0 and self.found.macs == self.macs_dense:
+            lines.append("nothing better keeps to this budget than the model without a patch")
         for kind, budgets in self.schedule.items():
-            text = ", ".join(f"{name} {share:g}" for name, share in budgets.items() if share < 1)
-            lines.append(f"{kind}: {text or 'all'}")
-        return "\n".join(lines)
+            parts = [f"{n} {v:g}" for n, v in budgets.items() if v != (0 if kind == "r" else 1)]
+            lines.append(f"{kind}: {', '.join(parts) or 'all'}")
+        return "\n".join([*lines, self.call])
 
     def _text(self, trial: Trial) -> str:
         left = 100 * trial.macs / max(1, self.macs_dense)
         time = "" if trial.latency is None else f", {trial.latency:.2f} of dense time"
-        return (
-            f"{macs_text(trial.macs)} MACs ({left:.1f} % of dense){time}, agreement "
-            f"{100 * trial.agreement:.2f} %, divergence {trial.divergence:.4g}"
+        kept, lost = LABELS[self.measure]
+        share = (
+            f"{100 * trial.agreement:.2f} %"
+            if self.measure == "classes"
+            else (f"{trial.agreement:.4f}")
         )
+        return (
+            f"{macs_text(trial.macs)} MACs ({left:.1f} % of dense){time}, {kept} {share}, "
+            f"{lost} {trial.divergence:.4g}"
+        )
+
+
+def options_of(strategy: Config, only_if_faster: bool) -> dict[str, Any]:
+    """What `patch` takes beside name and schedule: options that are not as by default."""
+    options = patch_options(strategy)
+    if only_if_faster != isinstance(strategy, Hybrid):  # what `patch` does by itself
+        options["only_if_faster"] = only_if_faster
+    return options
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them."""
+    return {n: v.to_dict() if isinstance(v, Config) else v for n, v in options.items()}

@@ -1,9 +1,13 @@
-"""What a search chooses from: a share of keys per site, a share of tokens per block."""
+"""What a search chooses from: shares of keys and tokens, and options of the whole model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from sparsiattn.analysis.schedule_search.settings import Setting
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching import Patch
 from sparsiattn.patching.apply import parts_of
@@ -11,6 +15,11 @@ from sparsiattn.strategies import Config
 
 KEYS = (1.0, 0.5, 0.25, 0.1, 0.05)
 TOKENS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+MERGED_TOKENS = (1.0, 0.98, 0.95, 0.92, 0.88, 0.8)
+"""For strategies that merge at every block, where ``TOKENS`` would leave next to nothing."""
+
+OF_ATTENTION = {"tile", "block", "background", "prefix_keys"}
+"""Options that say nothing where all keys are kept."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Gene:
 
     Attributes:
         name: Of the site or block.
-        kind: ``"k"`` or ``"keep"``.
+        kind: ``"k"``, ``"keep"``, or ``"r"``, which a schedule has as a number of tokens.
         depth: Place in the order of execution; tokens that leave at a block are gone for all that
             comes after.
         shares: To choose from, 1 first.
@@ -31,8 +40,16 @@ class Gene:
     shares: tuple[float, ...]
 
 
-Choice = tuple[float, ...]
-"""A share for every gene."""
+class Candidate(NamedTuple):
+    """One way to patch the whole model.
+
+    Attributes:
+        setting: Number of its options among `Space.settings`.
+        shares: One for every gene.
+    """
+
+    setting: int
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -42,88 +59,184 @@ class Space:
     Attributes:
         genes: In the order of execution.
         macs: MACs of the dense model per image.
+        settings: Options of the whole model.
+        uniform_blocks: Numbers of the genes of tokens that a uniform schedule sets.
+        patches: Patch tokens of one image, where counts of them are needed.
+        is_exact: Whether the model with shares of 1 everywhere is the dense one.
     """
 
     genes: tuple[Gene, ...]
     macs: int
+    settings: tuple[Setting, ...]
+    uniform_blocks: frozenset[int] = field(default=frozenset())
+    patches: int = 0
+    is_exact: bool = True
 
     @property
-    def dense(self) -> Choice:
-        """The choice that keeps all."""
-        return (1.0,) * len(self.genes)
+    def dense(self) -> Candidate:
+        """The candidate that keeps all, with the first options."""
+        return Candidate(0, (1.0,) * len(self.genes))
 
-    def uniforms(self) -> dict[Choice, dict[str, float]]:
-        """Choices of equal shares everywhere but the dense one, with these shares by kind.
+    def keeps_all(self, candidate: Candidate) -> bool:
+        """Whether a candidate is the dense model."""
+        return self.is_exact and candidate.shares == self.dense.shares
 
-        Tokens leave at a quarter, half and three quarters of the blocks.
+    def canonical(self, candidate: Candidate) -> Candidate:
+        """With the first options, where all keys are kept and only attention has other ones."""
+        keys = [s for g, s in zip(self.genes, candidate.shares, strict=True) if g.kind == "k"]
+        of_attention = set(self.settings[candidate.setting].options) <= OF_ATTENTION
+        same = bool(keys) and min(keys) == 1.0 and self.is_exact and of_attention
+        return Candidate(0, candidate.shares) if same else candidate
+
+    def uniforms(self) -> dict[Candidate, dict[str, float]]:
+        """Candidates of equal shares, with these shares by option, the dense model left out.
+
+        Tokens leave at the blocks that the strategy takes by itself. The first setting has every
+        pair of shares, the others those of keys, or of tokens where only these are chosen.
         """
-        blocks = [i for i, gene in enumerate(self.genes) if gene.kind == "keep"]
-        drops = {blocks[len(blocks) * quarter // 4] for quarter in (1, 2, 3)} if blocks else set()
         shares = {gene.kind: gene.shares for gene in self.genes}
-        choices: dict[Choice, dict[str, float]] = {}
-        for k in shares.get("k", (1.0,)):
-            for keep in shares.get("keep", (1.0,)):
-                choice = tuple(
-                    k if gene.kind == "k" else (keep if i in drops else 1.0)
-                    for i, gene in enumerate(self.genes)
-                )
-                choices.setdefault(choice, {x: {"k": k, "keep": keep}[x] for x in shares})
-        choices.pop(self.dense, None)
-        return choices
+        tokens = next((kind for kind in shares if kind != "k"), "keep")
+        candidates: dict[Candidate, dict[str, float]] = {}
+        for setting in range(len(self.settings)):
+            both = setting == 0 or "k" not in shares
+            for k in shares.get("k", (1.0,)):
+                for keep in shares.get(tokens, (1.0,)) if both else (1.0,):
+                    named = {"k": k, "keep": keep, "ratio": keep}
+                    names = ["ratio" if kind == "r" else kind for kind in shares]
+                    candidate = Candidate(setting, self._equal(k, keep))
+                    candidates.setdefault(candidate, {name: named[name] for name in names})
+        return {c: names for c, names in candidates.items() if not self.keeps_all(c)}
 
-    def schedule(self, choice: Choice) -> dict[str, dict[str, float]]:
-        """A choice as `patch` takes it."""
-        schedule: dict[str, dict[str, float]] = {}
-        for gene, share in zip(self.genes, choice, strict=True):
-            if gene.kind == "k" or share < 1.0:
+    def _equal(self, k: float, keep: float) -> tuple[float, ...]:
+        return tuple(
+            k if gene.kind == "k" else (keep if i in self.uniform_blocks else 1.0)
+            for i, gene in enumerate(self.genes)
+        )
+
+    def singles(self) -> list[Candidate]:
+        """Every share at every gene, all else dense; the first ones say most.
+
+        A round of shares from the middle, then one of the least, then the others.
+        """
+        dense, rounds = self.dense.shares, []
+        for i, gene in enumerate(self.genes):
+            shares = list(gene.shares[1:])
+            first = shares[(len(shares) - 1) // 2 :][:1] + shares[-1:] + shares
+            rounds.append([(*dense[:i], s, *dense[i + 1 :]) for s in dict.fromkeys(first)])
+        longest = max(map(len, rounds), default=0)
+        turns = [row[turn] for turn in range(longest) for row in rounds if turn < len(row)]
+        return [Candidate(0, shares) for shares in turns]
+
+    def schedule(self, candidate: Candidate) -> dict[str, dict[str, Any]]:
+        """The shares of a candidate as `patch` takes them."""
+        schedule: dict[str, dict[str, Any]] = {}
+        left = self.patches
+        for gene, share in zip(self.genes, candidate.shares, strict=True):
+            if gene.kind == "r":
+                merged = min(math.floor(left - left * share), left // 2)
+                left -= merged
+                if merged:
+                    schedule.setdefault("r", {})[gene.name] = merged
+            elif gene.kind == "k" or share < 1.0:
                 schedule.setdefault(gene.kind, {})[gene.name] = share
         for gene in self.genes:  # at least one block must be named
-            schedule.setdefault(gene.kind, {gene.name: 1.0})
+            schedule.setdefault(gene.kind, {gene.name: 0 if gene.kind == "r" else 1.0})
         return schedule
 
 
-def space_of(patch: Patch, keys: tuple[float, ...], tokens: tuple[float, ...]) -> Space:
+def space_of(
+    patch: Patch,
+    settings: Sequence[Setting],
+    keys: tuple[float, ...] = KEYS,
+    tokens: tuple[float, ...] | None = None,
+) -> Space:
     """The space of a patched model.
 
     Args:
         patch: If it reduces tokens, then at its first block, so that it knows of all blocks.
+        settings: Options to choose from.
         keys: Shares of keys to choose from.
-        tokens: Shares of tokens to choose from.
+        tokens: Shares of tokens to choose from; None for those that fit the strategy.
 
     Raises:
-        InvalidOption: The strategy has no fixed cost, or nothing that a schedule sets.
+        InvalidOption: The strategy has no fixed cost, nothing that a schedule sets, or asks for a
+            block that there is not.
     """
-    report = patch.report()
+    report, strategy = patch.report(), settings[0].strategy
     if report.macs is None:
         raise InvalidOption(
             f"{patch.strategy.name!r} with these options decides per image how much it keeps, so a "
             "schedule has no fixed cost: search() needs shares, e.g. keep=0.7 instead of 'adaptive'"
         )
-    depths = {runtime.site.name: float(i) for i, runtime in enumerate(patch.runtimes)}
-    kinds, genes = kinds_of(patch.strategy), []
-    for block in patch.blocks:
-        depths |= dict.fromkeys(block.block.sites, float(block.index))
-        if "keep" in kinds:  # tokens leave between attention and MLP
-            genes.append(Gene(block.block.name, "keep", block.index + 0.5, tokens))
+    kinds = kinds_of(strategy)
+    genes = _token_genes(patch, strategy, kinds[-1], tokens) if kinds[-1] != "k" else []
     if "k" in kinds:
+        depths = {runtime.site.name: float(i) for i, runtime in enumerate(patch.runtimes)}
+        for block in patch.blocks:
+            depths |= dict.fromkeys(block.block.sites, float(block.index))
         names = [runtime.site.name for runtime in patch.runtimes]
         genes = [Gene(name, "k", depths[name], keys) for name in names] + genes
-    return Space(tuple(sorted(genes, key=lambda gene: gene.depth)), report.macs_dense)
+    genes = sorted(genes, key=lambda gene: gene.depth)
+    first = patch.blocks[0].site if patch.blocks else None
+    return Space(
+        tuple(genes),
+        report.macs_dense,
+        tuple(settings),
+        uniform_blocks=_uniform_blocks(genes, strategy),
+        patches=0 if first is None else first.tokens - first.prefix_tokens,
+        is_exact=all(part is None or part.exact_at_full for part in parts_of(strategy)),
+    )
+
+
+def _token_genes(
+    patch: Patch, strategy: Config, kind: str, shares: tuple[float, ...] | None
+) -> list[Gene]:
+    """A gene for every block where the strategy may reduce tokens: all, or its ``layers``."""
+    shares = shares or (MERGED_TOKENS if kind == "r" else TOKENS)
+    if kind == "r" and shares[-1] < 0.5:
+        raise InvalidOption(
+            f"{strategy.name!r} merges at most half of the tokens at once: tokens must be floats "
+            f"in [0.5, 1], got {shares!r}"
+        )
+    tokens = parts_of(strategy)[1]
+    layers = None if tokens is None else tokens.layers
+    known = {block.index for block in patch.blocks}
+    missing = sorted(set(layers or ()) - known)
+    if missing:
+        raise InvalidOption(
+            f"layers={missing} are no blocks of this model where tokens can be reduced: those are "
+            f"{sorted(known)}"
+        )
+    # tokens leave between attention and MLP
+    return [
+        Gene(block.block.name, kind, block.index + 0.5, shares)
+        for block in patch.blocks
+        if layers is None or block.index in layers
+    ]
+
+
+def _uniform_blocks(genes: Sequence[Gene], strategy: Config) -> frozenset[int]:
+    blocks = [i for i, gene in enumerate(genes) if gene.kind != "k"]
+    tokens = parts_of(strategy)[1]
+    if tokens is None or tokens.layers is not None or not blocks:
+        return frozenset(blocks)
+    return frozenset(blocks[layer] for layer in tokens.default_layers(len(blocks)))
 
 
 def kinds_of(strategy: Config) -> list[str]:
-    """What a schedule of this strategy sets: ``k`` per site, ``keep`` per block.
+    """What a schedule of this strategy sets: ``k`` per site, ``keep`` or ``r`` per block.
 
     Raises:
         InvalidOption: Neither, or tokens are reduced in another way.
     """
     attention, tokens = parts_of(strategy)
     kinds = ["k"] if "k" in attention.option_names() else []
-    if tokens is not None and "keep" in tokens.per_layer:
-        kinds.append("keep")
-    if not kinds or (tokens is not None and "keep" not in kinds):
+    if tokens is not None:
+        kinds += [kind for kind in ("keep", "r") if kind in tokens.per_layer][:1]
+    if not kinds or (tokens is not None and kinds == ["k"]):
         raise InvalidOption(
-            f"search() varies k per site and keep per block, and {strategy.name!r} has not both: "
-            "search 'connectivity' or another attention strategy, 'token_drop', or 'hybrid'"
+            f"search() varies k per site and keep or r per block, and {strategy.name!r} has none "
+            "of them: search 'connectivity' or another attention strategy, 'token_drop', "
+            "'token_merge', or 'hybrid'"
         )
     return kinds

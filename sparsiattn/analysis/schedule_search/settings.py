@@ -1,0 +1,108 @@
+"""Options of the whole model that a search chooses, beside the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import product
+from typing import Any
+
+from sparsiattn.errors import InvalidOption, unknown
+from sparsiattn.patching.apply import parts_of
+from sparsiattn.strategies import Config, Hybrid
+
+OptionsGrid = Mapping[str, Sequence[Any]]
+
+SCHEDULED = ("k", "keep", "r", "ratio", "layers")
+"""Options that a schedule sets."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One choice of options.
+
+    Attributes:
+        strategy: With these options.
+        options: Those that were chosen.
+    """
+
+    strategy: Config
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def settings_of(strategy: Config, grid: OptionsGrid) -> list[Setting]:
+    """Every combination of a grid, as `sklearn`'s ``ParameterGrid`` makes them, the first first.
+
+    Args:
+        strategy: What is searched.
+        grid: Values to choose from, by option.
+
+    Raises:
+        InvalidOption: An option is one that a schedule sets, or a value is out of range.
+        UnknownName: The strategy has no such option.
+    """
+    known = [name for name in strategy.option_names() if name not in SCHEDULED]
+    for name, values in grid.items():
+        if name in SCHEDULED:
+            raise InvalidOption(
+                f"options_grid cannot have {name!r}, which the schedule sets: give shares to "
+                f"choose from as {'keys' if name == 'k' else 'tokens'}=, and blocks as layers="
+            )
+        if name not in known:
+            raise unknown(f"option of strategy {strategy.name!r}:", name, known)
+        if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence) or not values:
+            raise InvalidOption(
+                f"options_grid must be a list of values for every option, got {name}={values!r}"
+            )
+    found: dict[str, Setting] = {}
+    for chosen_values in product(*grid.values()):
+        options = dict(zip(grid, chosen_values, strict=True))
+        chosen = replace(strategy, **options)
+        found.setdefault(repr(chosen), Setting(chosen, options))
+    return list(found.values())
+
+
+def default_grid(strategy: Config) -> OptionsGrid:
+    """Tiles and summary keys that are worth a trial beside the strategy's own."""
+    attention, _ = parts_of(strategy)
+    if "k" not in attention.option_names() or not attention.selects_keys:
+        return {}
+    backgrounds = [attention.background, "auto" if attention.background is None else None]
+    grid: dict[str, list[Any]] = {"tile": [attention.tile, (4, 4)], "background": backgrounds}
+    return {name: values for name, values in grid.items() if name in strategy.option_names()}
+
+
+def without_budgets(strategy: Config) -> Config:
+    """The strategy with numbers of merged tokens as by default, so that a schedule can set them."""
+    if isinstance(strategy, Hybrid):
+        return replace(strategy, tokens=without_budgets(strategy.tokens))
+    if {"r", "ratio"} <= set(strategy.option_names()):
+        defaults = type(strategy)()
+        return replace(strategy, r=defaults.r, ratio=defaults.ratio)  # type: ignore[attr-defined,call-arg]
+    return strategy
+
+
+def patch_options(strategy: Config) -> dict[str, Any]:
+    """What `patch` needs beside the name and a schedule to make this strategy."""
+    names = [f for f in fields(strategy) if f.init and f.name not in SCHEDULED]
+    required = any(f.default is MISSING and f.default_factory is MISSING for f in names)
+    defaults = None if required else type(strategy)()
+    options = {
+        f.name: getattr(strategy, f.name)
+        for f in names
+        if defaults is None or getattr(strategy, f.name) != getattr(defaults, f.name)
+    }
+    if isinstance(strategy, Hybrid) and isinstance(defaults, Hybrid):
+        for part in ("attention", "tokens"):
+            if _differs_by_own_options(strategy, getattr(defaults, part), part):
+                options.pop(part, None)
+    return options
+
+
+def _differs_by_own_options(hybrid: Hybrid, default: Config, part: str) -> bool:
+    """Whether the hybrid's own options say all that sets a part of it apart from the default."""
+    present = getattr(hybrid, part)
+    if type(present) is not type(default):
+        return False
+    shared = set(hybrid.option_names()) & set(default.option_names())
+    return bool(replace(default, **{name: getattr(present, name) for name in shared}) == present)
