@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from sparsiattn.errors import InvalidOption
@@ -30,7 +30,7 @@ class Clock:
 
     budget_s: float
     show: Callable[[float, str], Any] = lambda gone, doing: None
-    start: float = field(default_factory=lambda: time.perf_counter())
+    start: float = field(default_factory=lambda: perf_counter())
 
     def __post_init__(self) -> None:
         budget = self.budget_s
@@ -40,7 +40,7 @@ class Clock:
     @property
     def gone(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self.start
+        return perf_counter() - self.start
 
     @property
     def left(self) -> float:

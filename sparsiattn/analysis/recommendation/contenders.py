@@ -169,14 +169,12 @@ class Runner:
         Args:
             contender: One without a reason.
             rounds: Pairs in all at most, those that ran before counted.
-            seconds: Time for all of them; two may take more.
+            seconds: After so many no other begins.
         """
         start = self.clock.gone
         while contender.rounds < rounds and not contender.reason:
             used = self.clock.gone - start
-            if contender.rounds and (self.clock.left < used / max(1, contender.rounds)):
-                return
-            if contender.rounds > 1 and used > seconds:
+            if contender.rounds and (used > seconds or self.clock.left < used / contender.rounds):
                 return
             self.pair(contender)
 

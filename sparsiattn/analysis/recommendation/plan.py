@@ -11,7 +11,7 @@ from sparsiattn.analysis.recommendation.families import Family
 MARGIN = 0.97
 """Aim at so much less time than is asked for: figures vary from run to run."""
 CLOSE = 1.05
-"""A setting that is no more than so much faster than asked for needs no refining."""
+"""Speeds that differ by no more than this factor need no setting between them."""
 GROWTH = 2.5
 """Losses grow about by this power of the time that is saved."""
 START = 0.75
@@ -56,41 +56,50 @@ class Track:
     def _towards_speed(self) -> float | None:
         """The most that stays among what is fast enough."""
         speed = self.goal.speedup or 1.0
-        fast = [x for x, c in self.measured.items() if (c.ratio or 0.0) >= speed]
+        fast = {x: c.ratio or 0.0 for x, c in self.measured.items() if self.goal.is_fast(c)}
         slow = [x for x in self.measured if x not in fast]
-        if fast and (self.measured[max(fast)].ratio or 0.0) <= CLOSE * speed:
+        low, high = max(fast, default=None), min(slow, default=None)
+        if low is not None and fast[low] <= CLOSE * speed:
             return None
-        return self._between(self._aimed(MARGIN / speed), max(fast, default=None), _least(slow))
+        share = MARGIN / speed
+        x, c = min(self.measured.items(), key=lambda item: abs(1.0 / (item[1].ratio or 1) - share))
+        # what it took beyond what was expected, it will take again
+        return self._between(low, high, share - 1.0 / (c.ratio or 1) + self.family.time(x))
 
     def _towards_quality(self) -> float | None:
         """The least that stays among what is good enough."""
         good = [x for x, c in self.measured.items() if self.goal.is_good(c)]
         bad = [x for x in self.measured if x not in good]
+        low, high = max(bad, default=None), min(good, default=None)
         x = min(self.measured, key=lambda x: abs(self._loss(x) - self._allowed))
-        share = 1.0 / (self.measured[x].ratio or 1.0)
-        # what was measured to lose so much, lets more or less be saved
-        change = (self._allowed / max(self._loss(x), 1e-6)) ** (1.0 / GROWTH)
-        saved = max(0.02, 1.0 - self.family.time(x)) * min(1.8, max(0.4, 0.95 * change))
-        aimed = self.family.solve(1.0 - saved) if share else x
-        return self._between(aimed, max(bad, default=None), _least(good))
+        change = (max(self._allowed, 1e-4) / max(self._loss(x), 1e-4)) ** (1.0 / GROWTH)
+        saved = max(0.02, 1.0 - self.family.time(x)) * min(1.8, max(0.4, 0.97 * change))
+        return self._between(low, high, 1.0 - saved)
 
-    def _between(self, x: float, low: float | None, high: float | None) -> float | None:
-        """A number strictly between two that were tried: this one, else one in the middle."""
-        step = self.family.step
-        low = self.family.low - step if low is None else low
-        high = self.family.high + step if high is None else high
-        if high - low <= 1.5 * step or (x in self.tried and not low < x < high):
-            x = self.family.rounded((low + high) / 2)
-        if not low < x < high:
-            x = self.family.rounded((low + high) / 2)
-        return x if low < x < high else None
+    def _between(self, low: float | None, high: float | None, share: float) -> float | None:
+        """The number for a share of the dense time, if it is between two that were tried.
 
-    def _aimed(self, share: float) -> float:
-        """The number for a share of the dense time, by what the nearest one took."""
-        x, contender = min(
-            self.measured.items(), key=lambda item: abs(1.0 / (item[1].ratio or 1.0) - share)
-        )
-        return self.family.solve(share - 1.0 / (contender.ratio or 1.0) + self.family.time(x))
+        Args:
+            low: The largest number at which too little stays; None if there is none yet.
+            high: The least at which too much does.
+            share: Of the dense time, as the family expects it.
+        """
+        if low is not None and high is not None:
+            if (self.tried[low].ratio or 0.0) <= CLOSE * (self.tried[high].ratio or 0.0):
+                return None
+            margin = (high - low) / 5
+            x = min(high - margin, max(low + margin, self.family.solve(share)))
+            x = self.family.rounded(x)
+            return x if low < x < high else None
+        x = self.family.solve(share)
+        if low is not None:
+            return x if x > low else self._middle(low, self.family.high)
+        assert high is not None
+        return x if x < high else self._middle(self.family.low, high)
+
+    def _middle(self, low: float, high: float) -> float | None:
+        x = self.family.rounded((low + high) / 2)
+        return x if low <= x <= high else None
 
     @property
     def _allowed(self) -> float:
@@ -172,7 +181,3 @@ class Plan:
         known = track if track.measured else relative
         loss, share = known.promise()
         return (share, loss) if self.goal.speedup is None else (loss, share)
-
-
-def _least(numbers: list[float]) -> float | None:
-    return min(numbers, default=None)

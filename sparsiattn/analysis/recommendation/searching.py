@@ -55,22 +55,28 @@ class Search:
     def run(self) -> Recommendation:
         """Measure as long as there is time and something to gain."""
         self.dense_s = self.runner.warm()
-        while self._explore() | self._confirm():
+        while self._explore() or self._confirm():
             pass
         return self._result([*self.plan.contenders, *self._smaller_images()])
 
     def _explore(self) -> bool:
         """Try what the plan says; returns whether anything was tried."""
-        clock, tried = self.runner.clock, False
-        reserve = min(0.3 * clock.budget_s, 2.0 * FINE * self.dense_s)
+        tried = self.is_cut = False
         while step := self.plan.next():
-            is_first = not any(c.rounds for c in self.plan.contenders)
-            if not is_first and clock.left < reserve + 3.0 * self.dense_s:
+            if not self._has_time():
                 self.is_cut = True
                 break
             self._try(*step)
             tried = True
         return tried
+
+    def _has_time(self) -> bool:
+        """Whether one more setting can be tried, and be run again if it is the best."""
+        clock, best = self.runner.clock, self.goal.pick(self.plan.contenders)
+        if best is None:
+            return clock.left > 0 or not any(c.rounds for c in self.plan.contenders)
+        again = FINE - best.rounds if self.goal.met_by(best) else 2
+        return clock.left > min(0.3 * clock.budget_s, 2.0 * again * self.dense_s) + 4 * self.dense_s
 
     def _try(self, track: Track, x: float) -> None:
         clock, settings = self.runner.clock, self._settings(track.family.build(x))
@@ -91,7 +97,8 @@ class Search:
         rounds = min(MOST, max(FINE, len(self.runner.batches)))
         while needy := [c for c in self._best_two() if c.rounds < rounds]:
             contender = min(needy, key=lambda c: c.rounds)
-            if clock.left < 4.0 * self.dense_s:
+            is_met = self.goal.met_by(contender)
+            if clock.left < 4.0 * self.dense_s or not (is_met or self.plan.next() is None):
                 break
             clock.tell(f"again: {line_of(contender.settings)}")
             self.runner.pair(contender)
