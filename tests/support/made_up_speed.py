@@ -12,6 +12,8 @@ from torch import Tensor
 
 import sparsiattn
 
+DEPTH = 4
+
 Options = dict[str, Any]
 """Of a patch, its strategy's name among them; empty for a dense model."""
 
@@ -47,10 +49,10 @@ class World:
 
 
 class MadeUp(VisionTransformer):  # type: ignore[misc]
-    """Twelve blocks; all it answers is its quality."""
+    """Its blocks are real; all it answers is its quality."""
 
     def __init__(self, world: World) -> None:
-        options = {"img_size": 32, "patch_size": 4, "embed_dim": 12, "num_heads": 1, "depth": 12}
+        options = {"img_size": 32, "patch_size": 4, "embed_dim": 12, "num_heads": 1, "depth": DEPTH}
         super().__init__(**options, num_classes=5, mlp_ratio=1.0)
         self.world = world
 

@@ -89,7 +89,7 @@ class Track:
                 return None
             margin = (high - low) / 5
             x = min(high - margin, max(low + margin, self.family.solve(share)))
-            x = self.family.rounded(x)
+            x = max(self.family.rounded(x), self.family.rounded(low + self.family.step))
             return x if low < x < high else None
         x = self.family.solve(share)
         if low is not None:
