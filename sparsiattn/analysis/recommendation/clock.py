@@ -26,11 +26,13 @@ class Clock:
         budget_s: Seconds there are.
         show: Called with the seconds gone and what is being done.
         start: The time when it was made.
+        doing: What was said last.
     """
 
     budget_s: float
     show: Callable[[float, str], Any] = lambda gone, doing: None
     start: float = field(default_factory=lambda: perf_counter())
+    doing: str = ""
 
     def __post_init__(self) -> None:
         budget = self.budget_s
@@ -47,9 +49,10 @@ class Clock:
         """Seconds that are left, negative after the budget is spent."""
         return self.budget_s - self.gone
 
-    def tell(self, doing: str) -> None:
-        """Show how far it is and what comes now."""
-        self.show(min(self.gone, self.budget_s), doing)
+    def tell(self, doing: str = "") -> None:
+        """Show how far it is, and what comes now if that is something else."""
+        self.doing = doing or self.doing
+        self.show(min(self.gone, self.budget_s), self.doing)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,8 @@ from sparsiattn.runtime import timing
 from sparsiattn.runtime.timing import Quartiles
 from sparsiattn.strategies.hybrid import Hybrid
 
+REASON = 110
+"""Letters of a reason."""
 Compare = Callable[[Any, Any], "Tensor | float"]
 
 
@@ -177,6 +180,7 @@ class Runner:
             if contender.rounds and (used > seconds or self.clock.left < used / contender.rounds):
                 return
             self.pair(contender)
+            self.clock.tell()
 
     def close(self) -> None:
         """Undo every patch."""
@@ -208,4 +212,4 @@ def short(error: Exception) -> str:
     'tokens must stay: this model has windows'
     """
     text = first_line(error).split("; ")[0].rstrip(".")
-    return text if len(text) <= 72 else f"{text[:69].rstrip()}..."
+    return textwrap.shorten(text, REASON, placeholder=" ...")

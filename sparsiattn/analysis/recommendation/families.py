@@ -103,7 +103,7 @@ def families(shape: Shape) -> Iterator[Family]:
     yield Family("token_merge", _option("token_merge", "ratio"), everywhere, 0.6, 0.985, 0.005)
     yield _attention("connectivity", shape, {})
     yield Family(
-        "token_merge, first half",
+        "token_merge in the first half",
         lambda x: {"strategy": "token_merge", "ratio": x, "layers": half},
         early, 0.5, 0.985, 0.005,
     )  # fmt: skip
@@ -121,8 +121,8 @@ def families(shape: Shape) -> Iterator[Family]:
         lambda x: max(0.05, _dropped(shape, x) - 0.3 * shape.attention), 0.3, 0.95, 0.01,
     )  # fmt: skip
     if shape.tokens >= TILED:
-        yield _attention("connectivity, small tile", shape, {"tile": (4, 4)})
-        yield _attention("connectivity, tile=1", shape, {"tile": 1})
+        yield _attention("connectivity with small tiles", shape, {"tile": (4, 4)})
+        yield _attention("connectivity with tile=1", shape, {"tile": 1})
     yield _attention("connectivity where faster", shape, {"only_if_faster": True})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from sparsiattn.analysis.recommendation.choice import Goal
+from sparsiattn.analysis.recommendation.families import line_of
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching.apply import patch_quietly
 from sparsiattn.patching.handle import Patch
@@ -52,10 +53,11 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """The line without what all lines have."""
+        """The line without what all lines of the table have."""
         text = self.line
         if self.settings:
-            text = text.removeprefix("sparsiattn.patch(model, ").removesuffix(")")
+            shown = {name: value for name, value in self.settings.items() if name != "input"}
+            text = line_of(shown).removeprefix("sparsiattn.patch(model, ").removesuffix(")")
         return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
 
     def cells(self) -> Row:
