@@ -46,7 +46,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 QUIET: dict[str, Any] = {"progress": False}
-SHORT: dict[str, Any] = {"budget_s": 0.3, **QUIET}
+SHORT: dict[str, Any] = {"budget_s": 0.15, **QUIET}
 
 
 # --- the rule -----------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def time_and_quality(options: Options) -> tuple[float, float]:
             return 0.75 + 0.25 * options["k"], 1.0 - 0.0003 / options["k"]
         case "token_merge":
             layers = len(options["layers"] or range(DEPTH))
-            left = sum(options["ratio"] ** min(i, layers) for i in range(DEPTH)) / DEPTH
+            left = sum(options["ratio"] ** min(i + 1, layers) for i in range(DEPTH)) / DEPTH
             return left, 1.0 - 0.03 * (1 - left) ** 2 * (1.5 if layers < DEPTH else 1)
         case "token_drop":
             return 0.4 + 0.6 * options["keep"], options["keep"]
@@ -222,7 +222,7 @@ def test_where_nothing_is_faster_nothing_is_recommended(
         found.apply(tiny_vit())
 
 
-@pytest.mark.parametrize("budget_s", [3.0, 10.0, 30.0])
+@pytest.mark.parametrize("budget_s", [3.0, 10.0])
 def test_the_budget_is_kept_by_one_measurement(world: World, budget_s: float) -> None:
     found = made_up(world, speedup=1.4, budget_s=budget_s)
     # one pair, and the pass before it
@@ -364,7 +364,7 @@ def test_the_metric_that_fits_is_found_and_named(
 
 def test_the_line_makes_the_patch_that_was_measured() -> None:
     model, x = tiny_vit(), tiny_images(4)
-    found = sparsiattn.recommend(model, x, quality=0.0, budget_s=1.0, **QUIET)
+    found = sparsiattn.recommend(model, x, quality=0.0, budget_s=0.4, **QUIET)
     for row in found.table:
         if row.reason or not row.settings:
             continue
@@ -427,7 +427,7 @@ def test_the_model_stays_as_it_was_whatever_ends_it(error: type[BaseException]) 
             raise error("stop")
         return 1.0
 
-    options = {"speedup": 1.1, "metric": metric, **SHORT}
+    options = {"speedup": 1.1, "metric": metric, "budget_s": 0.4, **QUIET}
     if error is KeyboardInterrupt:
         with pytest.raises(error):
             sparsiattn.recommend(model, tiny_images(4), **options)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sparsiattn
 
-DEPTH = 4
+DEPTH = 2
 
 Options = dict[str, Any]
 """Of a patch, its strategy's name among them; empty for a dense model."""

@@ -12,6 +12,8 @@ MARGIN = 0.97
 """Aim at so much less time than is asked for: figures vary from run to run."""
 CLOSE = 1.05
 """Speeds that differ by no more than this factor need no setting between them."""
+STRIDE = 1.03
+"""The least change of time from one setting to the next, where the goal is not between two."""
 GROWTH = 2.5
 """Losses grow about by this power of the time that is saved."""
 START = 0.75
@@ -91,15 +93,16 @@ class Track:
             x = min(high - margin, max(low + margin, self.family.solve(share)))
             x = max(self.family.rounded(x), self.family.rounded(low + self.family.step))
             return x if low < x < high else None
-        x = self.family.solve(share)
+        x, time = self.family.solve(share), self.family.time
+        # where the figures contradict what is expected, they vary: go on by a step
         if low is not None:
-            return x if x > low else self._middle(low, self.family.high)
+            x = max(x, self.family.solve(time(low) * STRIDE), low + self.family.step)
+            x = self.family.rounded(x)
+            return x if x > low else None
         assert high is not None
-        return x if x < high else self._middle(self.family.low, high)
-
-    def _middle(self, low: float, high: float) -> float | None:
-        x = self.family.rounded((low + high) / 2)
-        return x if low <= x <= high else None
+        x = min(x, self.family.solve(time(high) / STRIDE), high - self.family.step)
+        x = self.family.rounded(x)
+        return x if x < high else None
 
     @property
     def _allowed(self) -> float:
