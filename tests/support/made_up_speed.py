@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
 import sparsiattn
+from sparsiattn.analysis.recommendation import clock
+from sparsiattn.runtime import timing
 
 DEPTH = 2
 
@@ -75,3 +79,13 @@ def options_of(model: torch.nn.Module) -> Options:
         return {}
     saved = patch.strategy.to_dict()
     return {"strategy": saved["name"], **saved["options"]}
+
+
+def on_its_own_clock(
+    monkeypatch: pytest.MonkeyPatch, rule: Callable[[Options], tuple[float, float]]
+) -> World:
+    """A world whose time is that of budgets and timings, until the patcher undoes it."""
+    world = World(rule)
+    monkeypatch.setattr(clock, "perf_counter", world.perf_counter)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=world.perf_counter))
+    return world
