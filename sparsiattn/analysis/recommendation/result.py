@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -64,8 +65,9 @@ class Measurement:
         """As text, of a row that ran."""
         low, high = self.ratio_quartiles or (0.0, 0.0)
         met = "yes" if self.met else "no"
-        quality = f"{self.quality or 0.0:.4f}"
-        return self.name, speed_text(self.ratio), f"{low:.2f}-{high:.2f}", quality, met
+        # rounded down: what is just short of the goal must not look as if it met it
+        speed, quality = _floor(self.ratio or 0.0, 2), _floor(self.quality or 0.0, 4)
+        return self.name, speed_text(speed), f"{low:.2f}-{high:.2f}", f"{quality:.4f}", met
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Recommendation:
         goal, row = str(Goal(self.speedup, self.quality)), self.picked
         if row is None:
             return f"nothing tried meets {goal} and is faster than the dense model; {self.limit}"
-        figures = f"{speed_text(row.ratio)} at {self.label} {row.quality:.4f}"
+        figures = f"{row.cells()[1]} at {self.label} {row.cells()[3]}"
         if self.met:
             return f"{goal}: met, {figures}"
         return f"{goal}: not met; the closest is {figures}; {self.limit}"
@@ -180,6 +182,15 @@ class Recommendation:
                 families.setdefault(row.reason, {})[row.family] = None
         lines = (f"left out: {', '.join(names)}: {why}" for why, names in families.items())
         return [part for line in lines for part in _wrapped(line)]
+
+
+def _floor(value: float, digits: int) -> float:
+    """A value rounded down.
+
+    >>> _floor(1.999, 2), _floor(1.4, 2)
+    (1.99, 1.4)
+    """
+    return math.floor(value * 10.0**digits + 1e-6) / 10.0**digits
 
 
 def _wrapped(text: str) -> list[str]:
