@@ -12,6 +12,9 @@ from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect as inspect
 from .analysis.profiling.profiler import profile as profile
 from .analysis.profiling.result import Profile as Profile
+from .analysis.recommendation.recommending import recommend as recommend
+from .analysis.recommendation.result import Measurement as Measurement
+from .analysis.recommendation.result import Recommendation as Recommendation
 from .analysis.schedule_search import SearchResult as SearchResult
 from .analysis.schedule_search import search as search
 from .analysis.visualization import AttentionView as AttentionView

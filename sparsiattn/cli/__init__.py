@@ -21,6 +21,7 @@ from sparsiattn.cli.inspect import inspect_model
 from sparsiattn.cli.list import list_all
 from sparsiattn.cli.new_plugin import write_plugin
 from sparsiattn.cli.profile import profile_model
+from sparsiattn.cli.recommend import recommend_setting
 from sparsiattn.cli.search import search_model
 from sparsiattn.cli.show import show_model
 from sparsiattn.cli.train import train_model
@@ -50,6 +51,7 @@ for _name, _command in (
     ("doctor", diagnose),
     ("inspect", inspect_model),
     ("tune", tune_here),
+    ("recommend", recommend_setting),
     ("bench", bench_model),
     ("show", show_model),
     ("calibrate", calibrate_model),
