@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +53,15 @@ class Exam:
         """What is left of the dense model's features and answers, as JSON."""
         with variant(self.model, line) as made:
             row = compare(dense, self.features(made)) | speed.settings(made.patch)
-            return row if self.labelled is None else row | {"top1": self.top1(made)}
+            if self.labelled is None:
+                return row
+            return row | {"top1": self.top1(made), "top1_dense": self.dense_top1}
+
+    @cached_property
+    def dense_top1(self) -> float:
+        """`top1` of the dense model."""
+        with variant(self.model, {}) as made:
+            return self.top1(made)
 
     def top1(self, made: Variant) -> float:
         """The share of labelled images that are named rightly."""

@@ -59,7 +59,7 @@ def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) 
         (name, option, value)
         for name, site in saved.items()
         for option, value in _values_then(attention, site).items()
-        if _values_now(attention, site).get(option, value) != value
+        if _values_now(attention, site)[option] != value
     ]
     if not changed:
         return strategy
@@ -95,4 +95,6 @@ def _values_now(strategy: Strategy, site: Mapping[str, Any]) -> Values:
     rows, columns = site.get("grid") or infer_grid(site["tokens"])
     keys, k = site.get("keys", site["tokens"]), site["k"]
     strategy = strategy if k is None else replace(strategy, k=k)  # type: ignore[call-arg]
-    return auto_values(strategy, site["tokens"], keys, (rows, columns))
+    fixed = {name: getattr(strategy, name) for name in ("tile", "block", "background")}
+    # an option that was "auto" may have been settled when the strategy was built
+    return fixed | auto_values(strategy, site["tokens"], keys, (rows, columns))

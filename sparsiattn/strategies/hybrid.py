@@ -26,9 +26,10 @@ class Hybrid(Config):
     """An attention strategy and a token strategy together; by default connectivity and class-token
     drop, i.e. the paper's Sparsifiner-EViT (CVPR 2023, table 2).
 
-    Predictor tables, windows and tiles follow the tokens that are left. Sites where the sparse
-    kernel would lose stay dense unless ``only_if_faster=False``. None leaves an option at its
-    default (or at what the object says).
+    Predictor tables, windows and tiles follow the tokens that are left. Merged tokens have no
+    neighbours that could share keys, so ``tile="auto"`` is 1 with a strategy that merges. Sites
+    where the sparse kernel would lose stay dense unless ``only_if_faster=False``. None leaves an
+    option at its default (or at what the object says).
 
     Args:
         k: Share or count of the keys.
@@ -64,6 +65,8 @@ class Hybrid(Config):
     def __post_init__(self) -> None:
         attention = self._part("attention", Strategy, _ATTENTION)
         tokens = self._part("tokens", TokenStrategy, _TOKENS)
+        if tokens.merges() and attention.tile == "auto":
+            attention = replace(attention, tile=1)
         object.__setattr__(self, "attention", attention)
         object.__setattr__(self, "tokens", tokens)
         for part, names in ((attention, _ATTENTION), (tokens, _TOKENS)):
