@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-real.json"
+FINAL = RESULTS.with_name("quality-final.json")
 NAMES = {
     "clip-224": "CLIP ViT-B/16, 224 px",
     "clip-384": "CLIP ViT-B/16, 384 px",
@@ -64,21 +66,110 @@ def speeds() -> str:
     )
 
 
-def sources() -> str:
+def sources(file: Path = RESULTS, options: str = "--quality --speed") -> str:
     """Where the figures come from."""
-    result = json.loads(RESULTS.read_text())
+    result = json.loads(file.read_text())
     cards = [row["made"] for row in (*result["quality"], *result["speed"])]
     places = sorted({(card["processor"], card["date"]) for card in cards})
     where = "; ".join(f"{processor}, {date}" for processor, date in places)
     versions = f"torch {cards[0]['torch']}, timm {cards[0]['timm']}"
     return (
-        "`benchmarks/results/quality-real.json`: `python benchmarks/quality --quality --speed`, "
+        f"`benchmarks/results/{file.name}`: `python benchmarks/quality {options}`, "
         f"{where}, {versions}; speed with 2 threads."
     )
+
+
+class Row(NamedTuple):
+    """One line of a final on one model: what it keeps, and how fast it is for one image."""
+
+    line: str
+    kept: dict[str, Any]
+    speed: dict[str, Any]
+
+    @property
+    def ratio(self) -> float:
+        return float(self.speed["patched"]["ratio"])
+
+    @property
+    def cosine(self) -> float:
+        return float(self.kept["patches"]["mean"])
+
+
+def final(model: str) -> list[Row]:
+    """Lines of a final that have both figures, the fastest last."""
+    result = json.loads(FINAL.read_text())
+    speeds = {
+        row["line"]: row
+        for row in result["speed"]
+        if row["model"] == model and row["batch"] == 1 and "refused" not in row
+    }
+    rows = [
+        Row(row["line"], row, speeds[row["line"]])
+        for row in result["quality"]
+        if row["model"] == model and row["line"] in speeds and "refused" not in row
+    ]
+    return sorted(rows, key=lambda row: row.ratio)
+
+
+def finals(model: str) -> str:
+    """All lines of a final on one model."""
+    rows = final(model)
+    columns: dict[str, Callable[[Row], str]] = {
+        "line": lambda row: f"`{row.line}`",
+        "speed": lambda row: f"{row.ratio:.2f}x",
+        "patch features": lambda row: f"{row.cosine:.3f}",
+        "worst 5 %": lambda row: f"{row.kept['patches']['worst_5']:.3f}",
+    }
+    if "answers_kept" in rows[0].kept:
+        columns["answers kept"] = lambda row: f"{100 * row.kept['answers_kept']:.1f} %"
+        columns["top-1, dense"] = lambda row: _top1(row.kept)
+    if "saliency_error" in rows[0].kept:
+        columns["saliency off by"] = lambda row: f"{row.kept['saliency_error']:.3f}"
+    columns["GMACs"] = lambda row: f"{row.speed['macs'] / 1e9:.1f}"
+    columns["peak MB"] = lambda row: f"{row.speed['peak_bytes'] / 1e6:.0f}"
+    return _table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
+def _top1(kept: dict[str, Any]) -> str:
+    if "top1" not in kept:
+        return ""
+    return f"{100 * kept['top1']:.1f} % of {100 * kept['top1_dense']:.1f} %"
+
+
+# a model and the line that the README shows of it
+SIZES = {
+    "clip-224": 'strategy="token_merge"',
+    "clip-384": 'strategy="token_merge"',
+    "s14-518": 'strategy="token_merge"',
+    "s14-1036": 'strategy="connectivity", k=0.1',
+}
+
+
+def sizes() -> str:
+    """One line as typed at each of four sizes."""
+    head = ["model", "`patch(model, ...)`", "speed", "quartiles", "cosine", "answers kept"]
+    return _table(head, [_size(model, line) for model, line in SIZES.items()])
+
+
+def _size(model: str, line: str) -> list[str]:
+    row = next(row for row in final(model) if row.line == line)
+    low, high = row.speed["patched"]["ratio_quartiles"]
+    answers = row.kept.get("answers_kept")
+    return [
+        NAMES[model],
+        f"`{line}`",
+        f"{row.ratio:.2f}x",
+        f"{low:.2f} to {high:.2f}",
+        f"{row.cosine:.3f}",
+        "" if answers is None else f"{100 * answers:.0f} %",
+    ]
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "real weights": kept,
     "real speeds": speeds,
     "source quality-real": sources,
+    "sizes": sizes,
+    **{f"final {model}": partial(finals, model) for model in SIZES},
+    "source quality-final": partial(sources, FINAL, "--study final --quality --speed"),
 }
