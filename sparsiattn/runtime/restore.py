@@ -158,7 +158,8 @@ class EnterModel(ScriptRefusal):
             if owner.shortens and not owner.disabled_here:
                 MODEL_CALL.features = _features_of(owner, module, args, kwargs)
             for runtime in owner.runtimes:
-                runtime.repeated.look_at(runtime.planner)
+                if not runtime.dense:
+                    runtime.repeated.look_at(runtime.planner)
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
             owner.running[get_ident()] = note_caller(-owner.key)
 

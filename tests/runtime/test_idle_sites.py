@@ -118,3 +118,18 @@ def test_inside_a_sparse_site_it_stays_dense() -> None:
         inner = next(r for r in patch.runtimes if r.site.name == "0.inner")
         inner.dense = True
         assert torch.equal(host(x), expected)
+
+
+@torch.no_grad()
+def test_planners_of_sites_left_dense_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    model, images = tiny_vit(), tiny_images(2)
+    sparsiattn.patch(model, "connectivity", k=0.25, only_if_faster=True)
+    planner = type(sparsiattn.patch_of(model).runtimes[0].planner)
+    monkeypatch.setattr(planner, "plans_by_shape", property(lambda self: asked.append(self)))
+    model(images)
+    assert not asked
+    sparsiattn.unpatch(model)
+    sparsiattn.patch(model, "connectivity", k=0.25)
+    model(images)
+    assert asked
