@@ -86,7 +86,7 @@ def test_the_default_grid_has_the_strategys_own_options_first() -> None:
         (TokenMerge(ratio=0.9, method="pitome"), {"method": "pitome"}),
         (Hybrid(k=0.1, keep=0.5, tile=(2, 2)), {"tile": (2, 2)}),
         (Hybrid(attention=Connectivity(channels=8)), {"attention": Connectivity(channels=8)}),
-        (Hybrid(tokens="token_merge"), {"tokens": TokenMerge()}),
+        (Hybrid(tokens="token_merge"), {"tokens": TokenMerge(), "tile": 1}),
     ],
 )
 def test_what_to_pass_beside_the_schedule(strategy: Any, options: dict[str, Any]) -> None:
