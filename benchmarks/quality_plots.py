@@ -7,12 +7,12 @@ the lines that no other beats in both.
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from plots import ASSETS, COLOURS, MARKERS, RESULTS, STYLE
+from plots import ASSETS, COLOURS, MARKERS, STYLE
+from quality_tables import SWEEP, frontier, rows_of
 
 PANELS = {
     "clip-224": "CLIP ViT-B/16, 224 px",
@@ -27,6 +27,25 @@ KINDS = {
     "fewer keys": ('"connectivity"', '"topk"', '"local"', '"random"'),
     "fewer tokens": ('"token_drop"', '"token_merge"'),
     "other methods": ("",),
+}
+# what the axes show: slower lines are on the page alone; a loss, at least
+SLOWEST, FASTEST, LEAST = 0.85, 6.0, 1e-4
+LABELS = {
+    "clip-224": {
+        'strategy="connectivity", k=0.25': "connectivity k=.25",
+        'strategy="token_drop", keep=0.8': "drop keep=.8",
+        'strategy="hybrid", k=0.25, keep=0.7': "hybrid k=.25 keep=.7",
+        "resolution=0.75": "image 0.75",
+        "resolution=0.5": "image 0.5",
+    },
+    "s14-518": {
+        'strategy="token_merge", ratio=0.975': "merge .975",
+        'strategy="connectivity", k=0.1': "connectivity k=.1",
+        'strategy="token_merge"': "merge .95, as typed",
+        'strategy="token_merge", ratio=0.9': "merge .9",
+        "resolution=0.875": "image .875",
+        "resolution=0.625": "image .625",
+    },
 }
 THEMES = {
     "light": {},
@@ -43,7 +62,7 @@ class Point(NamedTuple):
     Attributes:
         line: As typed.
         speed: Time of the dense model over the line's.
-        loss: 1 minus the mean cosine of patch features.
+        loss: 1 minus the mean cosine of features: of the class token of CLIP, of patches else.
     """
 
     line: str
@@ -52,27 +71,8 @@ class Point(NamedTuple):
 
 
 def points(model: str) -> list[Point]:
-    """All lines of the final, and those of the sweep that the final left out."""
-    found: dict[str, Point] = {}
-    for file in ("quality-sweep", "quality-final"):
-        path = RESULTS / f"{file}.json"
-        rows = json.loads(path.read_text()) if path.exists() else {"quality": [], "speed": []}
-        kept = {r["line"]: r for r in rows["quality"] if r["model"] == model and "patches" in r}
-        for row in rows["speed"]:
-            if row["model"] == model and row["batch"] == 1 and row["line"] in kept:
-                ratio = row["patched"]["ratio"]
-                mean = kept[row["line"]]["patches"]["mean"]
-                found[row["line"]] = Point(row["line"], ratio, 1 - mean)
-    return sorted(found.values(), key=lambda point: point.speed)
-
-
-def frontier(found: list[Point]) -> list[Point]:
-    """Those that no other beats in both, by speed; only what is faster than dense."""
-    best: list[Point] = []
-    for point in sorted(found, key=lambda point: (-point.speed, point.loss)):
-        if point.speed > 1 and (not best or point.loss < best[-1].loss):
-            best.append(point)
-    return best[::-1]
+    """All lines of the sweep, by speed."""
+    return [Point(row.line, row.ratio, 1 - row.cosine) for row in rows_of(SWEEP, model)]
 
 
 def kind(line: str) -> str:
@@ -80,34 +80,36 @@ def kind(line: str) -> str:
     return next(name for name, parts in KINDS.items() if any(part in line for part in parts))
 
 
-def draw(axes: Any, title: str, found: list[Point]) -> None:
+def draw(axes: Any, model: str, title: str) -> None:
+    found = points(model)
     for order, name in enumerate(KINDS):
         style = {"color": [*COLOURS, "#999999"][order], "marker": [*MARKERS, "x"][order]}
         own = [point for point in found if kind(point.line) == name]
         axes.scatter(
-            [p.speed for p in own], [max(p.loss, 1e-4) for p in own], s=30, label=name, **style
+            [p.speed for p in own], [max(p.loss, LEAST) for p in own], s=30, label=name, **style
         )
-    best = frontier(found)
-    axes.step(
-        [p.speed for p in best],
-        [max(p.loss, 1e-4) for p in best],
-        where="pre",
-        color="#888888",
-        zorder=0,
-    )
+    best = [Point(r.line, r.ratio, 1 - r.cosine) for r in frontier(rows_of(SWEEP, model))]
+    shown = [point for point in best if point.speed < FASTEST]
+    losses = [max(point.loss, LEAST) for point in shown]
+    axes.plot([point.speed for point in shown], losses, color="#888888", linewidth=1.5, zorder=0)
     axes.axvline(1, color="#888888", linewidth=1, linestyle=":")
     axes.set(xscale="log", yscale="log", title=title, xlabel="speed of the whole model (dense = 1)")
-    axes.invert_yaxis()
-    axes.set_xticks([0.5, 0.75, 1, 1.5, 2, 3, 4])
+    axes.set_xlim(SLOWEST, FASTEST)
+    axes.set_ylim(1, LEAST / 1.5)
+    axes.set_xticks([1, 1.5, 2, 3, 4, 5])
     axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%gx"))
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    for line, text in LABELS[model].items():
+        point = next(point for point in found if point.line == line)
+        place = point.speed * 1.04, max(point.loss, LEAST) / 1.12
+        axes.text(*place, text, fontsize=8.5)
 
 
 def figure(theme: str) -> None:
     with mpl.rc_context({**STYLE, **THEMES[theme]}):
         drawing, panels = plt.subplots(1, len(PANELS), figsize=(11, 4.8))
         for axes, (model, title) in zip(panels, PANELS.items(), strict=True):
-            draw(axes, title, points(model))
+            draw(axes, model, title)
         panels[0].set_ylabel("features lost (1 - cosine), less is better")
         handles, labels = panels[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)

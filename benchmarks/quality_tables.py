@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-real.json"
-FINAL = RESULTS.with_name("quality-final.json")
+SWEEP = RESULTS.with_name("quality-sweep.json")
 NAMES = {
     "clip-224": "CLIP ViT-B/16, 224 px",
     "clip-384": "CLIP ViT-B/16, 384 px",
@@ -80,7 +80,7 @@ def sources(file: Path = RESULTS, options: str = "--quality --speed") -> str:
 
 
 class Row(NamedTuple):
-    """One line of a final on one model: what it keeps, and how fast it is for one image."""
+    """One line on one model: what it keeps, and how fast it is for one image."""
 
     line: str
     kept: dict[str, Any]
@@ -91,13 +91,19 @@ class Row(NamedTuple):
         return float(self.speed["patched"]["ratio"])
 
     @property
+    def features(self) -> dict[str, Any]:
+        """Cosines of the class token where answers come from it, else of patch features."""
+        of_class: dict[str, Any] = self.kept["class_token"]
+        return of_class if "answers_kept" in self.kept else self.kept["patches"]
+
+    @property
     def cosine(self) -> float:
-        return float(self.kept["patches"]["mean"])
+        return float(self.features["mean"])
 
 
-def final(model: str) -> list[Row]:
-    """Lines of a final that have both figures, the fastest last."""
-    result = json.loads(FINAL.read_text())
+def rows_of(file: Path, model: str) -> list[Row]:
+    """Lines that have both figures, the fastest last."""
+    result = json.loads(file.read_text())
     speeds = {
         row["line"]: row
         for row in result["speed"]
@@ -111,29 +117,38 @@ def final(model: str) -> list[Row]:
     return sorted(rows, key=lambda row: row.ratio)
 
 
-def finals(model: str) -> str:
-    """All lines of a final on one model."""
-    rows = final(model)
+def frontier(rows: list[Row]) -> list[Row]:
+    """Lines faster than the dense model that no other beats in speed and cosine, by speed."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (-row.ratio, -row.cosine)):
+        if row.ratio > 1 and (not best or row.cosine > best[-1].cosine):
+            best.append(row)
+    return best[::-1]
+
+
+# lines that people ask for, whether they are on the frontier or not
+ASKED = (
+    'strategy="connectivity", k=0.1', 'strategy="connectivity", k=0.25', 'strategy="token_merge"',
+    'strategy="token_drop", keep=0.7', "resolution=0.75", "resolution=0.875", 'dtype="bfloat16"',
+)  # fmt: skip
+
+
+def settings(model: str) -> str:
+    """The frontier of a sweep, and lines that people ask for."""
+    rows = rows_of(SWEEP, model)
+    best = frontier(rows)
+    shown = [row for row in rows if row in best or row.line in ASKED]
     columns: dict[str, Callable[[Row], str]] = {
-        "line": lambda row: f"`{row.line}`",
+        "line": lambda row: f"`{row.line}`" + (" *" if row in best else ""),
         "speed": lambda row: f"{row.ratio:.2f}x",
-        "patch features": lambda row: f"{row.cosine:.3f}",
-        "worst 5 %": lambda row: f"{row.kept['patches']['worst_5']:.3f}",
+        "cosine": lambda row: f"{row.cosine:.3f}",
+        "worst 5 %": lambda row: f"{row.features['worst_5']:.3f}",
     }
-    if "answers_kept" in rows[0].kept:
-        columns["answers kept"] = lambda row: f"{100 * row.kept['answers_kept']:.1f} %"
-        columns["top-1, dense"] = lambda row: _top1(row.kept)
     if "saliency_error" in rows[0].kept:
         columns["saliency off by"] = lambda row: f"{row.kept['saliency_error']:.3f}"
     columns["GMACs"] = lambda row: f"{row.speed['macs'] / 1e9:.1f}"
     columns["peak MB"] = lambda row: f"{row.speed['peak_bytes'] / 1e6:.0f}"
-    return _table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
-
-
-def _top1(kept: dict[str, Any]) -> str:
-    if "top1" not in kept:
-        return ""
-    return f"{100 * kept['top1']:.1f} % of {100 * kept['top1_dense']:.1f} %"
+    return _table(list(columns), [[cell(row) for cell in columns.values()] for row in shown])
 
 
 # a model and the line that the README shows of it
@@ -147,21 +162,21 @@ SIZES = {
 
 def sizes() -> str:
     """One line as typed at each of four sizes."""
-    head = ["model", "`patch(model, ...)`", "speed", "quartiles", "cosine", "answers kept"]
+    head = ["model", "`patch(model, ...)`", "speed", "cosine", "answers kept", "photos"]
     return _table(head, [_size(model, line) for model, line in SIZES.items()])
 
 
 def _size(model: str, line: str) -> list[str]:
-    row = next(row for row in final(model) if row.line == line)
-    low, high = row.speed["patched"]["ratio_quartiles"]
+    rows = [row for row in rows_of(RESULTS, model) if row.line == line]
+    row = max(rows, key=lambda row: row.kept["photos"])
     answers = row.kept.get("answers_kept")
     return [
         NAMES[model],
         f"`{line}`",
         f"{row.ratio:.2f}x",
-        f"{low:.2f} to {high:.2f}",
         f"{row.cosine:.3f}",
         "" if answers is None else f"{100 * answers:.0f} %",
+        str(row.kept["photos"]),
     ]
 
 
@@ -170,6 +185,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real speeds": speeds,
     "source quality-real": sources,
     "sizes": sizes,
-    **{f"final {model}": partial(finals, model) for model in SIZES},
-    "source quality-final": partial(sources, FINAL, "--study final --quality --speed"),
+    **{f"settings {model}": partial(settings, model) for model in ("clip-224", "s14-518")},
+    "source quality-sweep": partial(sources, SWEEP, "--study sweep --quality --speed"),
 }

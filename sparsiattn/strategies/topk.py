@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparsiattn.attention.budget import Budget
+from sparsiattn.attention.geometry import Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.top_logits import TopLogits
@@ -16,10 +17,12 @@ class TopK(Strategy):
     """The keys with the largest attention weight (an oracle: it computes all logits to choose).
 
     In tile mode the keys with the largest mean weight over the tile's queries, which is the shared
-    set that keeps the most attention mass.
+    set that keeps the most attention mass. That takes the softmax of all logits, so every query
+    has keys of its own unless ``tile`` is set.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
+        tile: As in `Strategy`; 1 by default.
     """
 
     name = "topk"
@@ -31,6 +34,7 @@ class TopK(Strategy):
     plans_by_shape = True
 
     k: Budgets = 0.25
+    tile: Tile | str = field(default=1, kw_only=True)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.k  # type: ignore[assignment]

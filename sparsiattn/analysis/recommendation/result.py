@@ -63,7 +63,7 @@ class Measurement:
 
     def cells(self) -> Row:
         """As text, of a row that ran."""
-        low, high = self.ratio_quartiles or (0.0, 0.0)
+        low, high = (_floor(value, 2) for value in self.ratio_quartiles or (0.0, 0.0))
         met = "yes" if self.met else "no"
         # rounded down: what is just short of the goal must not look as if it met it
         speed, quality = _floor(self.ratio or 0.0, 2), _floor(self.quality or 0.0, 4)
