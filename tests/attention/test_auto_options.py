@@ -23,6 +23,7 @@ STRATEGIES = [
     Connectivity(k=0.2, tile=(4, 4), background=None),
     Connectivity(k=0.1, tile=(8, 8), scores="predictor"),
     TopK(k=0.1, background="auto"),
+    TopK(k=0.1, tile="auto", background="auto"),
 ]
 
 
@@ -39,8 +40,9 @@ def model() -> VisionTransformer:
     [(1, 1), (197, 1), (1023, 1), (1024, (8, 4)), (2304, (8, 8)), (16385, (8, 8))],
 )
 def test_tiles_by_the_number_of_tokens(tokens: int, tile: object) -> None:
-    for strategy in (Connectivity(), TopK()):
+    for strategy in (Connectivity(), TopK(tile="auto")):
         assert strategy.tile_for(tokens) == tile
+    assert TopK().tile_for(tokens) == 1  # exact, and faster than the tiles of an oracle
 
 
 def test_tiles_stay_when_tokens_are_dropped(model: VisionTransformer) -> None:
