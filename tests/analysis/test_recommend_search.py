@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sparsiattn
@@ -232,6 +232,7 @@ def test_what_raises_while_it_runs_is_listed(world: World) -> None:
 
 
 @settings(deadline=None, max_examples=40)
+@example(0.4391552321232079, 1.1, 0.20567595332928143, 1.0)  # 1.09999 is 1.1
 @given(
     st.floats(0.05, 0.8),
     st.floats(1.1, 4.0),
@@ -247,7 +248,8 @@ def test_refining_ends_just_beyond_the_goal(
     track = Track(family, Goal(speedup))
 
     def ratio(x: float) -> float:
-        return 1.0 / (overhead + (1 - overhead) * family.time(x) ** power)
+        # to four digits, as contenders have it
+        return round(1.0 / (overhead + (1 - overhead) * family.time(x) ** power), 4)
 
     for _ in range(12):
         x = track.next()
