@@ -242,6 +242,26 @@ def _read_weights(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read as weights: {error}") from error
 
 
+def unlabelled(
+    data: str, model: Any, limit: int, batch_size: int, image_size: int | None
+) -> list[Any]:
+    """Batches of images, read as the model takes them.
+
+    Args:
+        data: Folder or .tar; labels do not matter.
+        model: Says how images are read.
+        limit: Number of images, spread over the data.
+        batch_size: Images in a batch.
+        image_size: Pixels; what the model was built for if None.
+    """
+    from sparsiattn.training.data import loader
+
+    batches = loader(
+        data, model, batch_size=batch_size, limit=limit, labels=False, image_size=image_size
+    )
+    return [images for images, _ in batches]
+
+
 def noise(model: Any, size: int | None, batch: int) -> Any:
     """A batch of noise of the size the model takes, of its own precision and device."""
     import torch

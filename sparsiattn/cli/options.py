@@ -16,8 +16,12 @@ DeviceOrGPU = Annotated[
 ]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Pixels, square.")]
+ImageCount = Annotated[int, typer.Option(min=1, help="Number of images, spread over the data.")]
 LabelledImages = Annotated[
     str, typer.Option(help="Folder or .tar of images, or READER/NAME[@FOLDER] of timm.")
+]
+Metric = Annotated[
+    str | None, typer.Option(help="classes or features; what the model has by default.")
 ]
 ModelName = Annotated[
     str,

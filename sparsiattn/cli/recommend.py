@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
-from sparsiattn.cli.options import AsJson, Device, DType, dtype_of
+from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command, unlabelled
+from sparsiattn.cli.options import AsJson, Device, DType, ImageCount, Metric, dtype_of
 
 
 @model_command(*MODEL_OPTIONS)
@@ -23,10 +23,8 @@ def recommend_setting(
     quality: Annotated[
         float | None, typer.Option(help="The least share of answers kept, or cosine of features.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="classes or features; what fits the model if not given.")
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="So many, spread over the data.")] = 32,
+    metric: Metric = None,
+    images: ImageCount = 32,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images of a forward pass; what the budget allows.")
     ] = None,
@@ -42,7 +40,6 @@ def recommend_setting(
     Example: sparsiattn recommend deit_small_patch16_224 --pretrained --data photos --speedup 1.5
     """
     from sparsiattn import recommend
-    from sparsiattn.training.data import loader
 
     if data is None:
         raise typer.BadParameter(
@@ -54,17 +51,10 @@ def recommend_setting(
         raise typer.BadParameter("give one or both", param_hint="--speedup, --quality")
     torch_dtype = dtype_of(dtype)
     model = request.create().eval().to(device, torch_dtype)
-    batches = loader(
-        data,
-        model,
-        batch_size=min(images, batch_size or 32),
-        limit=images,
-        labels=False,
-        image_size=request.image_size,
-    )
+    size = min(images, batch_size or 32)
     found = recommend(
         model,
-        batches,
+        unlabelled(data, model, images, size, request.image_size),
         speedup=speedup,
         quality=quality,
         metric=metric,  # type: ignore[arg-type]

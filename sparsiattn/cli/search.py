@@ -11,53 +11,63 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
-from sparsiattn.cli.options import AsJson, BatchSize, UnlabelledImages, budget, pairs
+from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command, unlabelled
+from sparsiattn.cli.options import (
+    AsJson,
+    BatchSize,
+    ImageCount,
+    Metric,
+    UnlabelledImages,
+    budget,
+    pairs,
+)
 
 if TYPE_CHECKING:
     from sparsiattn import SearchResult
+
+
+Budget = Annotated[str | None, typer.Option(help="Budget: a share of the dense MACs, or a count.")]
+Latency = Annotated[float | None, typer.Option(help="Budget: a share of the dense time here.")]
+Agreement = Annotated[
+    float | None,
+    typer.Option(
+        help="Floor: share of images predicted as by the dense model; mean cosine of features."
+    ),
+]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Schedules to run on the images at most, all counted: uniform ones, single changes, "
+        "proposals. By default all of the first two, and 60.",
+    ),
+]
+Seconds = Annotated[
+    float | None, typer.Option(help="Run nothing new after that, and take the best so far.")
+]
+OptionsGrid = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=LIST to choose from, e.g. tile=[1,[4,4]]; may be repeated. tile and background "
+        "are tried where it is not given; none leaves options alone."
+    ),
+]
 
 
 @model_command("strategy", "option", "planners", *MODEL_OPTIONS)
 def search_model(
     *,
     data: UnlabelledImages,
-    macs: Annotated[
-        str | None, typer.Option(help="Budget: a share of the dense model's MACs, or a count.")
-    ] = None,
-    latency: Annotated[
-        float | None, typer.Option(help="Budget: a share of the dense model's time here.")
-    ] = None,
-    agreement: Annotated[
-        float | None,
-        typer.Option(
-            help="Floor: share of images predicted as by the dense model; mean cosine of features."
-        ),
-    ] = None,
+    macs: Budget = None,
+    latency: Latency = None,
+    agreement: Agreement = None,
     out: Annotated[Path | None, typer.Option(help="The schedule, as JSON.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="So many, spread over the data.")] = 256,
+    images: ImageCount = 256,
     batch_size: BatchSize = 64,
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Schedules to run on the images at most, all counted: uniform ones, single "
-            "changes, proposals. By default all of the first two, and 60.",
-        ),
-    ] = None,
-    budget_seconds: Annotated[
-        float | None, typer.Option(help="Run nothing new after that, and take the best so far.")
-    ] = None,
-    options_grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=LIST to choose from, e.g. tile=[1,[4,4]]; may be repeated. tile and "
-            "background are tried where it is not given; none leaves options alone."
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="classes or features; what the model has by default.")
-    ] = None,
+    trials: Trials = None,
+    budget_seconds: Seconds = None,
+    options_grid: OptionsGrid = None,
+    metric: Metric = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     request: ModelRequest,
     as_json: AsJson = False,
@@ -69,27 +79,15 @@ def search_model(
     --strategy hybrid --macs 0.7 --out schedule.json
     """
     from sparsiattn import search
-    from sparsiattn.training.data import loader
 
-    budgets = {"macs": budget(macs), "latency": latency, "agreement": agreement}
-    target = {name: value for name, value in budgets.items() if value is not None}
-    if len(target) != 1:
-        raise typer.BadParameter("give one of --macs, --latency and --agreement")
+    target = _target({"macs": budget(macs), "latency": latency, "agreement": agreement})
     options, saved = pairs(request.option, "--option"), request.saved_patch()
     if saved is not None and (request.strategy is not None or options):
         raise typer.BadParameter("a saved patch has its own strategy", param_hint="--planners")
     model, _ = replace(request, strategy=None, option=None).build()
-    batches = loader(
-        data,
-        model,
-        batch_size=batch_size,
-        limit=images,
-        labels=False,
-        image_size=request.image_size,
-    )
     result = search(
         model,
-        [batch for batch, _ in batches],
+        unlabelled(data, model, images, batch_size, request.image_size),
         target,
         trials=trials,
         seed=seed,
@@ -104,6 +102,14 @@ def search_model(
     document = {"name": request.model, "data": data, "out": None if out is None else str(out)}
     again = "" if out is None else f"in commands: {flags(result, out)}"
     print_result(as_json, {**document, **result.to_dict()}, result, again)
+
+
+def _target(budgets: dict[str, Any]) -> dict[str, Any]:
+    """The one budget that was given."""
+    target = {name: value for name, value in budgets.items() if value is not None}
+    if len(target) != 1:
+        raise typer.BadParameter("give one of --macs, --latency and --agreement")
+    return target
 
 
 def grid_of(texts: list[str] | None) -> dict[str, Any] | None:

@@ -10,16 +10,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import sparsiattn
-from sparsiattn.cli import app
+from tests.support.commands import NAME, model_options, run, small
 from tests.support.pictures import folder
 
-SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
-SMALL |= {"num_heads": 3}
-MODEL = ["vit_tiny_patch16_224"]
-MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
+SMALL = small()
+MODEL = [NAME, *model_options(SMALL)]
 
 
 def small() -> Any:
@@ -28,12 +25,6 @@ def small() -> Any:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(text) for text in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture

@@ -11,18 +11,15 @@ import timm
 import torch
 import typer
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import sparsiattn
-from sparsiattn.cli import app
 from sparsiattn.cli.model_command import ModelRequest
 from sparsiattn.cli.options import pairs, value_of
+from tests.support.commands import NAME, model_options, run, small
 from tests.support.pictures import folder
 
-SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
-SMALL |= {"num_heads": 3}
-MODEL = ["eval", "vit_tiny_patch16_224"]
-MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
+SMALL = small()
+MODEL = ["eval", NAME, *model_options(SMALL)]
 
 
 def small() -> Any:
@@ -36,12 +33,6 @@ def small() -> Any:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return folder(tmp_path / "images")
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(text) for text in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_json_is_one_document_equal_to_evaluate(data: Path, tmp_path: Path) -> None:

@@ -14,17 +14,10 @@ from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn.cli import app
+from tests.support.commands import model_options, run, small
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
-SMALL |= {"num_heads": 3}
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(text) for text in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
+SMALL = small()
 
 
 def profiled(*arguments: object) -> dict[str, Any]:
@@ -208,7 +201,7 @@ def test_export(tmp_path: Path, saved: Path) -> None:
     ],
 )
 def test_export_refuses(saved: Path, tmp_path: Path, arguments: Any, says: str) -> None:
-    options = [text for n, v in SMALL.items() for text in ("--model-option", f"{n}={v}")]
+    options = model_options(SMALL)
     given = ("vit_tiny_patch16_224", *options, "--format", "pt2", "--out", tmp_path / "a.pt2")
     result = run("export", *given, *arguments, code=1)
     assert says in " ".join(result.output.split())

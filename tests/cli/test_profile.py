@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from typer.testing import CliRunner
 
 import sparsiattn
-from sparsiattn.cli import app
+from tests.support.commands import NAME, model_options, run, small
 
-SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 5, "depth": 2, "embed_dim": 48}
-SMALL |= {"num_heads": 3}
-MODEL = ["profile", "vit_tiny_patch16_224"]
-MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(text) for text in arguments])
-    assert result.exit_code == code, result.output
-    return result
+SMALL = small()
+MODEL = ["profile", NAME, *model_options(SMALL)]
 
 
 def document(*arguments: object) -> dict[str, Any]:

@@ -5,24 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
-from typer.testing import CliRunner
-
-from sparsiattn.cli import app
 from sparsiattn.cli.search import grid_of
+from tests.support.commands import NAME, model_options, run, small
 from tests.support.pictures import folder
 
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "embed_dim": 48}
-SMALL |= {"num_heads": 3}
-MODEL = ["vit_tiny_patch16_224"]
-MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(text) for text in arguments])
-    assert result.exit_code == code, result.output
-    return result
+SMALL = small(8)
+MODEL = [NAME, *model_options(SMALL)]
 
 
 def test_the_file_it_writes_is_a_schedule_that_commands_take(tmp_path: Path) -> None:

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import sparsiattn
-from sparsiattn.cli import app
 from sparsiattn.training import train
+from tests.support.commands import NAME, model_options, run, small
 from tests.support.pictures import folder
 from tests.support.training_help import two_stages
 
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "embed_dim": 48}
-SMALL |= {"num_heads": 3}
-MODEL = ["train", "vit_tiny_patch16_224"]
-MODEL += [text for name, value in SMALL.items() for text in ("--model-option", f"{name}={value}")]
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(text) for text in arguments])
-    assert result.exit_code == code, result.output
-    return result
+SMALL = small(8)
+MODEL = ["train", NAME, *model_options(SMALL)]
 
 
 @pytest.fixture
