@@ -151,6 +151,51 @@ def settings(model: str) -> str:
     return _table(list(columns), [[cell(row) for cell in columns.values()] for row in shown])
 
 
+# what people want, and the lines for it on CLIP at 224 px and on the ViT-S/14 at 518
+GOALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "nearly the same features": (
+        ('strategy="token_merge", ratio=0.975',),
+        ('strategy="token_merge", ratio=0.975',),
+    ),
+    "every token, fewer keys": (
+        ('strategy="connectivity", k=0.25',),
+        ('strategy="connectivity", k=0.25', 'strategy="connectivity", k=0.1'),
+    ),
+    "1.2x": (
+        ('strategy="token_drop", keep=0.8', 'strategy="token_merge"'),
+        ('strategy="token_merge"',),
+    ),
+    "1.35x to 1.5x": (
+        ('strategy="hybrid", k=0.25, keep=0.7', 'strategy="token_drop", keep=0.6'),
+        ('strategy="token_merge"',),
+    ),
+    "2x": (("resolution=0.75",), ('strategy="token_merge", ratio=0.9', "resolution=0.75")),
+    "3x and more": (("resolution=0.5",), ("resolution=0.625",)),
+}
+
+
+def goals() -> str:
+    """Lines by what people want."""
+    models = ("clip-224", "s14-518")
+    by_line = [{row.line: row for row in rows_of(SWEEP, model)} for model in models]
+    body = [
+        [
+            goal,
+            *(
+                "; ".join(_point(rows[x]) for x in xs)
+                for rows, xs in zip(by_line, lines, strict=True)
+            ),
+        ]
+        for goal, lines in GOALS.items()
+    ]
+    return _table(["you want", *(f"at {NAMES[model]}" for model in models)], body)
+
+
+def _point(row: Row) -> str:
+    line = row.line.removeprefix("strategy=").replace('"', "")
+    return f"`{line}`: {row.ratio:.2f}x at {row.cosine:.3f}"
+
+
 # a model and the line that the README shows of it
 SIZES = {
     "clip-224": 'strategy="token_merge"',
@@ -185,6 +230,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real speeds": speeds,
     "source quality-real": sources,
     "sizes": sizes,
+    "goals": goals,
     **{f"settings {model}": partial(settings, model) for model in ("clip-224", "s14-518")},
     "source quality-sweep": partial(sources, SWEEP, "--study sweep --quality --speed"),
 }

@@ -242,7 +242,18 @@ SOURCES = (
     "train-step-cpu",
 )
 
+
+def printed(*keys: str) -> str:
+    """What a line of the README printed."""
+    found = read("printed-cpu")
+    for key in keys:
+        found = found[key]
+    return f"```text\n{found['text']}\n```"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "printed bench": partial(printed, "bench"),
+    "printed recommend": partial(printed, "recommend", "1.4"),
     **{f"source {name}": partial(source, name) for name in SOURCES},
     "mass": mass,
     "kernels": kernels,
