@@ -115,6 +115,7 @@ def families(shape: Shape) -> Iterator[Family]:
     yield Family(
         "hybrid of merged tokens and connectivity", _merging_hybrid,
         lambda x: max(0.05, everywhere(x) - 0.3 * shape.attention), 0.6, 0.985, 0.005,
+        parent="token_merge",
     )  # fmt: skip
     yield Family(
         "hybrid", lambda x: {"strategy": "hybrid", "k": 0.25, "keep": x},

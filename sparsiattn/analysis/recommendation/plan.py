@@ -8,9 +8,9 @@ from sparsiattn.analysis.recommendation.choice import Goal
 from sparsiattn.analysis.recommendation.contenders import Contender
 from sparsiattn.analysis.recommendation.families import Family
 
-MARGIN = 0.98
+MARGIN = 0.96
 """Aim at so much less time than is asked for: figures vary from run to run."""
-CLOSE = 1.04
+CLOSE = 1.06
 """Speeds that differ by no more than this factor need no setting between them."""
 STRIDE = 1.03
 """The least change of time from one setting to the next, where the goal is not between two."""
@@ -156,7 +156,7 @@ class Plan:
         return min(open_tracks, key=lambda pair: self._rank(pair[0]), default=None)
 
     def _next_of(self, track: Track) -> float | None:
-        parent = next((t for t in self.tracks if t.family.name == track.family.parent), None)
+        parent = self._parent_of(track)
         if track.tried or parent is None:
             return track.next() if self._is_hopeful(track) else None
         if not parent.measured or not self._is_hopeful(parent):
@@ -170,6 +170,8 @@ class Plan:
 
     def _is_hopeful(self, track: Track) -> bool:
         """Whether a family may still give what is recommended."""
+        if self._is_beaten(track):
+            return False
         best = self.goal.pick(self.contenders)
         if not track.measured or best is None or not self.goal.met_by(best):
             return True
@@ -178,9 +180,24 @@ class Plan:
             return share < 1.0 / (best.ratio or 1.0)
         return loss <= HOPELESS * max(1e-6, 1.0 - (best.quality or 0.0))
 
+    def _is_beaten(self, track: Track) -> bool:
+        """Whether a variant is slower and loses more than its parent with the same number."""
+        parent = self._parent_of(track)
+        if parent is None:
+            return False
+        shared = track.measured.keys() & parent.measured.keys()
+        return any(
+            (own.ratio or 0.0) <= (other.ratio or 0.0)
+            and (own.quality or 0.0) <= (other.quality or 0.0)
+            for own, other in ((track.tried[x], parent.tried[x]) for x in shared)
+        )
+
+    def _parent_of(self, track: Track) -> Track | None:
+        return next((t for t in self.tracks if t.family.name == track.family.parent), None)
+
     def _rank(self, track: Track) -> tuple[float, float]:
         """Those that promise most first; of speed alone where quality is the goal."""
-        relative = next((t for t in self.tracks if t.family.name == track.family.parent), track)
+        relative = self._parent_of(track) or track
         known = track if track.measured else relative
         loss, share = known.promise()
         return (share, loss) if self.goal.speedup is None else (loss, share)
