@@ -222,6 +222,7 @@ SOURCES = (
     "export-cpu",
     "kernels-cpu",
     "kernels-native-cpu",
+    "printed-cpu",
     "kernels-native-epyc",
     "memory-cpu",
     "merge-cpu",
@@ -243,16 +244,17 @@ SOURCES = (
 )
 
 
-def printed(*keys: str) -> str:
-    """What a line of the README printed."""
+def printed(*keys: str, lines: int | None = None) -> str:
+    """What a line of the README printed, or so many lines of it."""
     found = read("printed-cpu")
     for key in keys:
         found = found[key]
-    return f"```text\n{found['text']}\n```"
+    return "\n".join(["```text", *found["text"].splitlines()[:lines], "```"])
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "printed bench": partial(printed, "bench"),
+    "printed verdict": partial(printed, "recommend", "1.4", lines=2),
     "printed recommend": partial(printed, "recommend", "1.4"),
     **{f"source {name}": partial(source, name) for name in SOURCES},
     "mass": mass,
