@@ -1,8 +1,8 @@
 """A study: every line on a few photos, then the best of them on all.
 
-``--study sweep`` measures each line of `lines` on eight photos and in a few paired runs. Of the lines
-faster than the dense model, those that no other beats in both figures are the frontier; the rest
-follow in layers, as in non-dominated sorting, until ``KEPT`` lines of a model are chosen for
+``--study sweep`` measures each line of `lines` on eight photos, in a few paired runs. Lines slower
+than the dense model are left out. Those that no other beats in both figures are the frontier; the
+rest follow in layers, as in non-dominated sorting, until ``KEPT`` lines of a model are chosen for
 ``--study final``: all photos, labelled images where the model has text vectors, more rounds.
 """
 
