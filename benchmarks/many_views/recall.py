@@ -54,7 +54,7 @@ def inputs_of(features: Tensor, views: int, strategy: Strategy, scale: float) ->
 def kept(inputs: AttentionInputs, strategy: Strategy) -> Tensor:
     """Keys that every query keeps, ``[1, 1, N, N]``."""
     pattern = strategy.planner(inputs.site)(inputs)
-    background = strategy.background_for(inputs.key_grid)
+    background = strategy.background_for(inputs.key_grid, inputs.key_views)
     return finish(pattern, inputs, background=background).to_mask()
 
 

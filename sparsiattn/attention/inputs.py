@@ -53,6 +53,8 @@ class AttentionInputs(RenamedMembers):
         target_device: The device that a dry run's meta tensors stand for.
         cross_layer: What `store` and `load` write to and read from.
         placed: Whether it is known where in the image the tokens are, so that grids say so.
+        views: Images or frames in the sequence, one below the other in the grids; by default as
+            ``site`` says, where the grid of the queries can be cut into so many.
 
     >>> x = torch.zeros(1, 2, 17, 8)
     >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
@@ -87,11 +89,16 @@ class AttentionInputs(RenamedMembers):
     target_device: torch.device | None = None
     cross_layer: CrossLayerState | None = None
     placed: bool = True
+    views: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("query_grid", self.site.grid), ("key_grid", self.site.key_grid)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, known)
+        if not self.views:
+            views = self.site.views
+            fits = self.query_grid[0] % views == 0 and self.query_grid[0] > 1
+            object.__setattr__(self, "views", views if fits else 1)
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +125,11 @@ class AttentionInputs(RenamedMembers):
         """The token state if tokens were dropped or merged, else None."""
         state = self.token_state
         return state if state is not None and state.reduced else None
+
+    @property
+    def key_views(self) -> int:
+        """Images or frames among the keys; 1 where they are not the queries' own tokens."""
+        return self.views if self.key_grid == self.query_grid else 1
 
     @property
     def image_grid(self) -> Grid:
@@ -159,7 +171,8 @@ class AttentionInputs(RenamedMembers):
         """The query tiles over patch tokens (prefix not counted), None if every query is alone."""
         if self.tile == 1 or isinstance(self.tile, int):
             return None
-        return geometry.table(geometry.tiles, self.query_grid, self.tile, device=self.q.device)
+        sizes = self.query_grid, self.tile, self.views
+        return geometry.table(geometry.tiles, *sizes, device=self.q.device)
 
     @property
     def blocks(self) -> Tiles | None:
@@ -169,7 +182,8 @@ class AttentionInputs(RenamedMembers):
         """
         if isinstance(self.block, int) or isinstance(self.tile, int) or self.allowed() is not None:
             return None
-        return geometry.table(geometry.tiles, self.key_grid, self.block, device=self.k.device)
+        sizes = self.key_grid, self.block, self.key_views
+        return geometry.table(geometry.tiles, *sizes, device=self.k.device)
 
     @property
     def patch_queries(self) -> Tensor:

@@ -160,10 +160,15 @@ class Strategy(Config):
             return self.block
         return auto_block(self._count(keys) or 0)
 
-    def background_for(self, grid: Grid) -> int | None:
-        """g of the g x g summary keys on a grid of patch tokens, with ``"auto"`` resolved."""
+    def background_for(self, grid: Grid, views: int = 1) -> int | None:
+        """g of the g x g summary keys on a grid of patch tokens, with ``"auto"`` resolved.
+
+        Args:
+            grid: Rows and columns, of all views one below the other.
+            views: Images or frames in the grid; each has g x g summary keys.
+        """
         if isinstance(self.background, str):
-            return auto_background(grid)
+            return auto_background(grid, views)
         return self.background
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
