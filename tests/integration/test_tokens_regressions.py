@@ -119,7 +119,7 @@ def test_source_speaks_of_the_last_forward_only() -> None:
     swin = zoo.build("swin")
     with torch.no_grad(), sparsiattn.patch(swin, "token_drop", score="norm") as live:
         swin(zoo.images(swin))
-        with pytest.raises(sparsiattn.InvalidOption, match="stays in its place"):
+        with pytest.raises(sparsiattn.InvalidOption, match="keeps its position"):
             live.source()
 
 

@@ -322,7 +322,7 @@ def test_half_precision_does_not_overflow() -> None:
 
 def test_shapes_must_agree() -> None:
     for metric in (FEATURES, CLASSES):
-        with pytest.raises(DataError, match=r"gives \(2, 1, 8\) where the dense one gives"):
+        with pytest.raises(DataError, match=r"returns shape \(2, 1, 8\), the dense one"):
             metric.compare(NOTHING, noise(2, 5, 8), noise(2, 1, 8))
 
 
