@@ -47,8 +47,8 @@ def inputs_of(features: Tensor, views: int, strategy: Strategy, scale: float) ->
     structure = Structure((side, side), views=views, source="benchmark")
     site = Site.of(features, features, features).described(structure)
     tile, block = strategy.tile_for(n), strategy.block_for(n)
-    shapes = {"tile": tile, "block": block}
-    return AttentionInputs(features, features, features, scale, None, site, **shapes)
+    operands = features, features, features
+    return AttentionInputs(*operands, scale, None, site, tile=tile, block=block)
 
 
 def kept(inputs: AttentionInputs, strategy: Strategy) -> Tensor:

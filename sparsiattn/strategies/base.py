@@ -64,6 +64,8 @@ class Strategy(Config):
             `Pattern.logits` and `Pattern.output` do not, and ``background`` cannot complete them.
         uses_cross_layer_state: Whether planners use `AttentionInputs.store` and `load`.
         needs_grid: Whether plans say nothing where the places of tokens in the image are not known.
+        supports_views: Whether a strategy with ``needs_grid`` can plan for a sequence of several
+            images with special tokens between them; it is refused there without this.
         plans_by_shape: Whether plans depend on shapes and options alone, as where the kernel finds
             the keys, so that calls alike need one plan. A class that overrides ``plan`` has to say
             so anew.
@@ -91,6 +93,7 @@ class Strategy(Config):
     selects_keys: ClassVar[bool] = True
     uses_cross_layer_state: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    supports_views: ClassVar[bool] = False
     plans_by_shape: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
