@@ -92,7 +92,7 @@ twine-check: $(READY)
 
 # examples/quickstart.ipynb, run again with its outputs
 notebook: $(READY)
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/python tools/notebook.py examples/quickstart.ipynb
 
 # writes constraints/dev.txt from what is installed
 constraints: $(READY)
