@@ -23,7 +23,7 @@ from typing import Any
 
 # the least share of words that a stored and a fresh output have in common, by the cell's tag
 ALIKE = {"measured": 0.6, "searched": 0.0}
-DPI, COLOURS = 80, 256  # pictures of some 200 kB
+DPI, COLOURS = 80, 256  # pictures of some 150 kB
 
 Cell = dict[str, Any]
 Outputs = list[dict[str, Any]]
@@ -77,7 +77,9 @@ def picture(figure: Any) -> str:
 
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI, facecolor="white")
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(small, format="png", optimize=True)
+    # this method keeps rare colours, such as a mark's
+    few = Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
+    few.save(small, format="png", optimize=True)
     return base64.b64encode(small.getvalue()).decode() + "\n"
 
 
