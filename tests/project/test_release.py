@@ -7,8 +7,10 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sparsiattn_backbones
@@ -41,26 +43,38 @@ def _bare(name: str) -> str:
     return name.partition("(")[0].removeprefix("sparsiattn.")
 
 
-def renamed_members() -> Listed:
-    """Members of classes that still answer to their old name."""
-    found: Listed = {}
+def classes() -> Iterator[type]:
+    """All of the packages, once each."""
     for package in PACKAGES:
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if "_triton" in info.name or info.name.endswith("__main__"):
                 continue
             for kind in vars(import_module(info.name)).values():
                 if inspect.isclass(kind) and kind.__module__ == info.name:
-                    found |= _renamed_of(kind)
-    return found
+                    yield kind
 
 
-def _renamed_of(kind: type) -> Listed:
-    place = getattr(kind, "name", "") if getattr(kind, "renamed_options", None) else kind.__name__
-    return {
-        (place, member.old): (member.new, member.removed_in)
+def renamed_members() -> list[tuple[type, RenamedMember]]:
+    """Members of classes that still answer to their old name."""
+    return [
+        (kind, member)
+        for kind in classes()
         for member in vars(kind).values()
         if isinstance(member, RenamedMember)
+    ]
+
+
+def renamed_in_classes() -> Listed:
+    """Options of a strategy stand under its name, other members under that of the class."""
+    return {
+        (_place(kind), member.old): (member.new, member.removed_in)
+        for kind, member in renamed_members()
     }
+
+
+def _place(kind: Any) -> str:
+    name: str = kind.name if getattr(kind, "renamed_options", None) else kind.__name__
+    return name
 
 
 def renamed_at_the_root() -> Listed:
@@ -94,7 +108,7 @@ def calls() -> list[ast.Call]:
 
 class TestDeprecations:
     def test_each_one_in_the_code_is_in_the_changelog(self) -> None:
-        code = renamed_members() | renamed_at_the_root() | warned_by_name()
+        code = renamed_in_classes() | renamed_at_the_root() | warned_by_name()
         assert len(code) > 40
         assert listed() == code
 
@@ -114,6 +128,12 @@ class TestDeprecations:
         here = versions.stated(ROOT)[versions.PROJECT]
         assert tuple(map(int, re.findall(r"\d+", here)[:3])) < due, f"remove what {due} removes"
         assert tuple(map(int, re.findall(r"\d+", PLUGIN_REMOVED_IN))) > PLUGIN_API
+
+    def test_each_member_warns_with_its_new_name_and_the_version(self) -> None:
+        for kind, member in renamed_members():
+            said = f"{kind.__name__}.{member.old} is now {member.new}; the old name is removed in "
+            with pytest.warns(DeprecationWarning, match=re.escape(said + member.removed_in)):
+                getattr(kind, member.old, None)  # fields without a default are not on the class
 
 
 @pytest.mark.parametrize(
