@@ -5,7 +5,7 @@
 
 Jupyter is not needed; lines such as ``%matplotlib inline`` are for it alone. Numbers may always
 differ. Cells whose words depend on the machine too, such as names of kernels, carry the tag
-``measured``; those whose whole answer does, ``searched``.
+``measured``; those whose whole answer does, ``machine``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 # the least share of words that a stored and a fresh output have in common, by the cell's tag
-ALIKE = {"measured": 0.6, "searched": 0.0}
+ALIKE = {"measured": 0.6, "machine": 0.0}
 DPI, COLOURS = 80, 256  # pictures of some 150 kB
 
 Cell = dict[str, Any]
