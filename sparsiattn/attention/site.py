@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.structure import NO_PATCHES, Structure
-from sparsiattn.errors import renamed_property
+from sparsiattn.errors import PLUGIN_REMOVED_IN, renamed_property
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Site:
     halo: int = 0
     structure: Structure | None = None
 
-    margin = renamed_property("margin", "halo")
+    margin = renamed_property("margin", "halo", PLUGIN_REMOVED_IN)
 
     @property
     def leading_tokens(self) -> int:

@@ -98,7 +98,8 @@ class Config(RenamedMembers):
         """
         for old in options:
             if warn and old in cls.renamed_options:
-                warn_renamed(f"{cls.__name__}({old}=)", f"{cls.renamed_options[old]}=", 4)
+                new = f"{cls.renamed_options[old]}="
+                warn_renamed(f"{cls.__name__}({old}=)", new, stacklevel=4)
         return {cls.renamed_options.get(name, name): value for name, value in options.items()}
 
 
