@@ -25,7 +25,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 # what differs from model to model, and what to say instead
 PLAIN = (
     (
-        r"^[A-Z]\w+(?= (?:has|attends|does|cannot|hands|passes|with|keeps|reads|lays|packs|runs)|:)",
+        r"^[A-Z]\w+(?= (?:has|attends|does|cannot|hands|passes|with|keeps|reads|lays|packs)|:)",
         "the model",
     ),
     (r"a dry run of \w+", "a dry run"),

@@ -7,9 +7,13 @@ Speeds, which differ between machines, choose the kernel but never the keys. The
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sparsiattn.attention.geometry import Grid, Tile
+
+MOST_CELLS = 144
+"""Summary keys of all views together: compiled code counts up to so many cells."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,20 @@ def auto_options(tokens: int) -> AutoOptions:
     return next(row for row in reversed(TABLE) if tokens >= row.tokens)
 
 
-def auto_background(grid: Grid) -> int:
-    """Summary keys in each direction of a token grid.
+def auto_background(grid: Grid, views: int = 1) -> int:
+    """Summary keys in each direction of a token grid, or of each of its views.
+
+    Args:
+        grid: Rows and columns, of all views one below the other.
+        views: Images or frames in the grid.
 
     >>> auto_background((7, 7)), auto_background((14, 14)), auto_background((37, 37))
     (2, 5, 10)
+    >>> auto_background((6 * 28, 37), 6), auto_background((20 * 28, 37), 20)
+    (4, 2)
     """
-    return auto_options(grid[0] * grid[1]).background
+    most = auto_options(grid[0] * grid[1]).background
+    return most if views == 1 else max(1, min(most, math.isqrt(MOST_CELLS // views)))
 
 
 def auto_block(kept_keys: int) -> Tile:

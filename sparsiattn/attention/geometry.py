@@ -244,19 +244,27 @@ class Tiles:
         return x.index_select(-2, self.slot // self.size)
 
 
-def tile_parts(grid: Grid, tile: tuple[int, int]) -> Grid:
-    """How many tiles in each direction; a single row of tokens is cut into runs of rows x columns.
+def tile_parts(grid: Grid, tile: tuple[int, int], views: int = 1) -> Grid:
+    """How many tiles in each direction.
 
-    >>> tile_parts((14, 14), (8, 8)), tile_parts((1, 100), (8, 8))
-    ((2, 2), (1, 2))
+    A single row of tokens is cut into runs of rows x columns. No tile reaches from one view into
+    the next: the views of a grid stand one below the other and are cut alike.
+
+    >>> tile_parts((14, 14), (8, 8)), tile_parts((1, 100), (8, 8)), tile_parts((9, 3), (2, 3), 3)
+    ((2, 2), (1, 2), (6, 1))
     """
     if grid[0] == 1:
         return 1, math.ceil(grid[1] / (tile[0] * tile[1]))
-    return math.ceil(grid[0] / tile[0]), math.ceil(grid[1] / tile[1])
+    return views * math.ceil(grid[0] / views / tile[0]), math.ceil(grid[1] / tile[1])
 
 
 def own_shares(
-    grid: Grid, tile: tuple[int, int], block: int | tuple[int, int], *, device: torch.device
+    grid: Grid,
+    tile: tuple[int, int],
+    block: int | tuple[int, int],
+    views: int = 1,
+    *,
+    device: torch.device,
 ) -> Tensor:
     """The share of a tile's tokens that each key (or block of keys) makes up.
 
@@ -267,21 +275,21 @@ def own_shares(
     tensor([[0.5000, 0.5000, 0.0000, 0.0000],
             [0.0000, 0.0000, 0.5000, 0.5000]])
     """
-    parts = tile_parts(grid, tile)
-    units = grid if isinstance(block, int) else tile_parts(grid, block)
+    parts = tile_parts(grid, tile, views)
+    units = grid if isinstance(block, int) else tile_parts(grid, block, views)
     rows, columns = (cell_ids(grid, cells, device=device) for cells in (parts, units))
     counts = torch.zeros(math.prod(parts), math.prod(units), device=device)
     counts.index_put_((rows, columns), torch.ones(len(rows), device=device), accumulate=True)
     return counts / counts.sum(1, keepdim=True)
 
 
-def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
+def tiles(grid: Grid, tile: tuple[int, int], views: int = 1, *, device: torch.device) -> Tiles:
     """The tiles of a grid: at most ``tile`` (rows, columns) large, and as equal as possible."""
-    return tiles_of_parts(grid, tile_parts(grid, tile), device=device)
+    return tiles_of_parts(grid, tile_parts(grid, tile, views), device=device)
 
 
 def voters(
-    grid: Grid, tile: tuple[int, int], side: int, *, device: torch.device
+    grid: Grid, tile: tuple[int, int], side: int, views: int = 1, *, device: torch.device
 ) -> tuple[Tiles, Tensor]:
     """Small tiles of at most ``side`` x ``side`` tokens into which every tile is cut.
 
@@ -291,7 +299,7 @@ def voters(
     >>> voters((4, 4), (4, 2), 2, device=torch.device("cpu"))[1].tolist()
     [0, 2, 1, 3]
     """
-    parts = tile_parts(grid, tile)
+    parts = tile_parts(grid, tile, views)
     wanted = (
         (1, math.ceil(tile[0] * tile[1] / side**2))
         if grid[0] == 1
@@ -305,14 +313,14 @@ def voters(
 
 
 def voter_tokens(
-    grid: Grid, tile: tuple[int, int], side: int, *, device: torch.device
+    grid: Grid, tile: tuple[int, int], side: int, views: int = 1, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Tokens of every voter, tile by tile, ``[T * m, s]``, and how many are distinct, ``[T * m]``.
 
     >>> voter_tokens((2, 2), (2, 2), 1, device=torch.device("cpu"))[0].flatten().tolist()
     [0, 1, 2, 3]
     """
-    squares, places = voters(grid, tile, side, device=device)
+    squares, places = voters(grid, tile, side, views, device=device)
     counts = (squares.weight > 0).sum(-1)
     return squares.order.index_select(0, places), counts.index_select(0, places)
 

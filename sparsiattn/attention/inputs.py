@@ -55,6 +55,8 @@ class AttentionInputs(RenamedMembers):
             not use them.
         placed: Whether the positions of the tokens in the image are known, so that the grids
             have a meaning.
+        views: Images or frames in the sequence, one below the other in the grids; by default as
+            ``site`` says, if the query grid can be cut into so many.
 
     >>> x = torch.zeros(1, 2, 17, 8)
     >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
@@ -89,11 +91,16 @@ class AttentionInputs(RenamedMembers):
     target_device: torch.device | None = None
     cross_layer: CrossLayerState | None = None
     placed: bool = True
+    views: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("query_grid", self.site.grid), ("key_grid", self.site.key_grid)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, known)
+        if not self.views:
+            views = self.site.views
+            fits = self.query_grid[0] % views == 0 and self.query_grid[0] > 1
+            object.__setattr__(self, "views", views if fits else 1)
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +127,11 @@ class AttentionInputs(RenamedMembers):
         """The token state if tokens were dropped or merged, else None."""
         state = self.token_state
         return state if state is not None and state.reduced else None
+
+    @property
+    def key_views(self) -> int:
+        """Images or frames among the keys; 1 where they are not the queries' own tokens."""
+        return self.views if self.key_grid == self.query_grid else 1
 
     @property
     def image_grid(self) -> Grid:
@@ -161,7 +173,8 @@ class AttentionInputs(RenamedMembers):
         """The tiles of patch queries (prefix not counted); None if each query has its own keys."""
         if self.tile == 1 or isinstance(self.tile, int):
             return None
-        return geometry.table(geometry.tiles, self.query_grid, self.tile, device=self.q.device)
+        sizes = self.query_grid, self.tile, self.views
+        return geometry.table(geometry.tiles, *sizes, device=self.q.device)
 
     @property
     def blocks(self) -> Tiles | None:
@@ -171,7 +184,8 @@ class AttentionInputs(RenamedMembers):
         """
         if isinstance(self.block, int) or isinstance(self.tile, int) or self.allowed() is not None:
             return None
-        return geometry.table(geometry.tiles, self.key_grid, self.block, device=self.k.device)
+        sizes = self.key_grid, self.block, self.key_views
+        return geometry.table(geometry.tiles, *sizes, device=self.k.device)
 
     @property
     def patch_queries(self) -> Tensor:

@@ -91,10 +91,18 @@ class Site:
 
     @property
     def placed(self) -> bool:
-        """Whether the positions of the tokens in the image (or in video frames) are known."""
-        several = self.structure is not None and self.structure.views > 1
-        apart = several and bool(self.structure and self.structure.specials)
-        return self.raster and not self.is_guess and not apart
+        """Whether the positions of the tokens in the image (or images) are known."""
+        return self.raster and not self.is_guess
+
+    @property
+    def views(self) -> int:
+        """Images or frames in the sequence, which stand one below the other in ``grid``."""
+        return 1 if self.structure is None else self.structure.views
+
+    @property
+    def has_views_apart(self) -> bool:
+        """Whether special tokens stand between the patches of several images."""
+        return self.views > 1 and bool(self.structure and self.structure.specials)
 
     def described(self, structure: Structure) -> Site:
         """A copy with another structure of its sequence."""

@@ -84,8 +84,8 @@ class TopLogits(SizedPattern):
         inputs = self.inputs
         # at least 2, for a tile that the user set where "auto" has none
         side = max(2, auto_options(inputs.n_queries).voter)
-        device = inputs.q.device
-        return geometry.table(build, inputs.query_grid, inputs.tile, side, device=device)
+        sizes = inputs.query_grid, inputs.tile, side, inputs.views
+        return geometry.table(build, *sizes, device=inputs.q.device)
 
     def _votes(self) -> Tensor:
         """The largest vote for every key, ``[B, H, T, Nk]``."""

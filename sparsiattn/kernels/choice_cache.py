@@ -84,7 +84,8 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
     if bias is not None:
         sides = bias.sides if isinstance(bias, FactoredBias) else None
         mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad, sides)
-    options = (inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid)
+    grids = inputs.query_grid, inputs.key_grid, inputs.views
+    options = (inputs.scale, inputs.dropout, *grids)
     groups = (inputs.tile, inputs.block, None if token_state is None else token_state.reduced)
     modes = (
         torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),

@@ -55,7 +55,7 @@ def expected_at(runtime: SiteRuntime, site: Site, strategy: Strategy) -> float |
 def pays_if_larger(runtime: SiteRuntime) -> bool:
     """Whether a site that attends to the whole image would beat dense attention on larger ones."""
     site = runtime.site
-    if site.windows > 1 or site.halo or not site.placed or not site.of_image:
+    if site.windows > 1 or site.halo or site.views > 1 or not site.placed or not site.of_image:
         return False
     count = site.prefix_tokens + LARGE_GRID[0] * LARGE_GRID[1]
     if site.tokens >= count or site.keys != site.tokens:

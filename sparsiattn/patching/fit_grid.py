@@ -28,16 +28,22 @@ def check_grids(configs: Mapping[Site, Strategy]) -> None:
     for site, config in placed.items():
         _check_background(site, config)
     for name, grids in (
-        ("tile", {site: site.grid for site in placed}),
-        ("block", {site: site.key_grid for site in placed}),
+        ("tile", {site: _of_one_view(site.grid, site) for site in placed}),
+        ("block", {site: _of_one_view(site.key_grid, site) for site in placed}),
     ):
         asked = {getattr(config, name) for config in placed.values()}
         for sides in sorted(side for side in asked if isinstance(side, tuple)):
             _check_sides(name, sides, grids.values())
 
 
+def _of_one_view(grid: Grid, site: Site) -> Grid:
+    """Rows and columns of one of the site's images."""
+    rows, columns = grid
+    return (rows // site.views, columns) if rows % site.views == 0 else grid
+
+
 def _check_background(site: Site, config: Strategy) -> None:
-    g, (rows, columns) = config.background, site.key_grid
+    g, (rows, columns) = config.background, _of_one_view(site.key_grid, site)
     default = type(config).__dataclass_fields__["background"].default
     if not isinstance(g, int) or g == default or not rows * columns:
         return

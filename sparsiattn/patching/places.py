@@ -32,7 +32,7 @@ def fit_places(configs: dict[Site, Strategy]) -> dict[Site, Strategy]:
         GuessedStructure: The structure of a sequence is a guess, but no strategy depends on it.
     """
     for site, config in configs.items():
-        if not site.placed:
+        if not site.placed or (site.has_views_apart and not config.supports_views):
             _require_known(config, site)
     choosing = (s for s, config in configs.items() if not isinstance(config, DenseStrategy))
     guesses = [site for site in choosing if site.is_guess]

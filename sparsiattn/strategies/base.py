@@ -65,6 +65,8 @@ class Strategy(Config):
             combined with ``background``.
         uses_cross_layer_state: Whether planners use `AttentionInputs.store` and `load`.
         needs_grid: Whether the strategy needs to know the positions of tokens in the image.
+        supports_views: Whether a strategy with ``needs_grid`` supports sequences of several images
+            with special tokens between them; without it, such sequences are refused.
         plans_by_shape: Whether patterns depend on shapes and options only (for example because the
             kernel finds the keys), so that one plan serves all calls of the same shape. A subclass
             that overrides ``plan`` must set it again.
@@ -92,6 +94,7 @@ class Strategy(Config):
     selects_keys: ClassVar[bool] = True
     uses_cross_layer_state: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    supports_views: ClassVar[bool] = False
     plans_by_shape: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -162,10 +165,15 @@ class Strategy(Config):
             return self.block
         return auto_block(self._count(keys) or 0)
 
-    def background_for(self, grid: Grid) -> int | None:
-        """The g of g x g summary keys for a grid of patch tokens, with ``"auto"`` resolved."""
+    def background_for(self, grid: Grid, views: int = 1) -> int | None:
+        """The g of g x g summary keys for a grid of patch tokens, with ``"auto"`` resolved.
+
+        Args:
+            grid: Rows and columns, of all views stacked vertically.
+            views: Number of images or frames in the grid; each has g x g summary keys.
+        """
         if isinstance(self.background, str):
-            return auto_background(grid)
+            return auto_background(grid, views)
         return self.background
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:

@@ -13,6 +13,8 @@ from sparsiattn.attention.auto_options import TILE_FROM
 from sparsiattn.attention.geometry import Grid, Tile, Tiles
 
 MapPair = tuple[nn.Linear, nn.Linear]
+MOST_BASIS = 1024
+"""Cells of the default basis: tables grow with the product of tokens and cells."""
 
 
 def pooled_by_block(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = False) -> Tensor:
@@ -24,9 +26,9 @@ def pooled_by_block(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = Fals
     return torch.cat([x[..., :prefix, :], rows], dim=-2) if prefix else rows
 
 
-def unit_grid(grid: Grid, block: Tile) -> Grid:
+def unit_grid(grid: Grid, block: Tile, views: int = 1) -> Grid:
     """The grid of the units that are chosen: patch keys, or blocks of them."""
-    return grid if isinstance(block, int) else geometry.tile_parts(grid, block)
+    return grid if isinstance(block, int) else geometry.tile_parts(grid, block, views)
 
 
 def own_keys(rows: int, keys: int, prefix: int, *, device: torch.device) -> Tensor:
@@ -44,11 +46,12 @@ def basis_cells(grid: Grid, tokens_per_basis: float | None, basis: int | None) -
 
     Args:
         grid: Rows and columns of patch tokens.
-        tokens_per_basis: Tokens in a cell; None is 6 below 1,024 tokens, else 16.
+        tokens_per_basis: Tokens in a cell. None is 6 below 1,024 tokens and 16 from there on, or
+            more if there would be more than `MOST_BASIS` cells.
         basis: Largest number of cells, used instead of ``tokens_per_basis``.
     """
     n = grid[0] * grid[1]
-    per_cell = tokens_per_basis or (6.0 if n < TILE_FROM else 16.0)
+    per_cell = tokens_per_basis or (6.0 if n < TILE_FROM else max(16.0, n / MOST_BASIS))
     if basis:
         per_cell = max(1.0, n / basis)
     side = math.sqrt(per_cell)

@@ -180,7 +180,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def __init__(self, strategy: Connectivity, site: Site) -> None:
         super().__init__()
         self.strategy = strategy
-        self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys))
+        self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys), site.views)
         self.prefix = site.prefix_tokens
         self.cells = basis_cells(site.key_grid, strategy.tokens_per_basis, strategy.basis)
         down, up = self._initial_tables()
@@ -306,7 +306,8 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _own_shares(self, inputs: AttentionInputs, block: Tile) -> Tensor:
         """The share of each tile's tokens that each key or block makes up, ``[T, U]``."""
-        return inputs.table(geometry.own_shares, inputs.query_grid, inputs.tile, block)
+        sizes = inputs.query_grid, inputs.tile, block, inputs.views
+        return inputs.table(geometry.own_shares, *sizes)
 
     def _add_own_keys(self, scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
         """Add a share of every row's total score to the row's own key, or to a tile's own keys."""
@@ -386,7 +387,7 @@ class ConnectivityPlanner(LearnedPlanner):
         """
         grid, blocks = inputs.image_grid, inputs.blocks
         if blocks is not None and grid == inputs.key_grid:
-            return self._image_tables(unit_grid(grid, inputs.block))
+            return self._image_tables(unit_grid(grid, inputs.block, inputs.key_views))
         down, up = (inputs.gather_rows(table) for table in self._image_tables(grid))
         if blocks is None:
             return down, up

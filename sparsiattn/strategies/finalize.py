@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.auto_options import MOST_CELLS
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.budget import blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
@@ -198,7 +199,7 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     assert isinstance(pattern, (KeyIndex, KeyBlocks, TopKeys, Mask))
-    parts = _cell_parts(inputs.key_grid, g)
+    parts = cell_parts(inputs.key_grid, g, inputs.key_views)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
     count_bias = _bias_counter(pattern, inputs, allowed, cells, parts)
@@ -223,15 +224,26 @@ def _bias_counter(
     """
     count = parts[0] * parts[1]
     if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        return partial(_bias_by_block, pattern, inputs.key_grid, inputs.block, parts, cells)
+        sizes = inputs.key_grid, inputs.block, parts, inputs.key_views
+        return partial(_bias_by_block, pattern, cells, *sizes)
     if isinstance(pattern, KeyLists) and inputs.bias is None:
         return partial(_bias_by_index, pattern, cells, count)
     return partial(_bias_by_mask, pattern, inputs, allowed, cells, count)
 
 
-def _cell_parts(grid: geometry.Grid, g: int) -> geometry.Grid:
-    """Rows and columns of cells; a single row of tokens gets g * g cells in one row."""
-    return (min(g, grid[0]), min(g, grid[1])) if grid[0] > 1 else (1, min(g * g, grid[1]))
+def cell_parts(grid: geometry.Grid, g: int, views: int = 1) -> geometry.Grid:
+    """Rows and columns of cells: g x g for each view.
+
+    A single row of tokens gets g * g cells in one row. If one cell per view would be more cells
+    than compiled code can count, cells span several views.
+
+    >>> cell_parts((14, 14), 5), cell_parts((1, 100), 5), cell_parts((3 * 14, 14), 2, 3)
+    ((5, 5), (1, 25), (6, 2))
+    """
+    if grid[0] == 1:
+        return 1, min(g * g, grid[1])
+    rows = views * min(g, grid[0] // views)
+    return (min(rows, MOST_CELLS) if views > 1 == g else rows), min(g, grid[1])
 
 
 def _cells(inputs: AttentionInputs, parts: geometry.Grid) -> tuple[Tensor, int]:
@@ -263,23 +275,25 @@ def _bias_by_index(pattern: KeyLists, cells: Tensor, count: int) -> Tensor:
     return _count_by_index(pattern.index, cells, count).log()
 
 
-def _bias_by_block(pattern: KeyBlocks, *grids: Any) -> Tensor:
-    return _count_by_block(pattern, *grids).log()
+def _bias_by_block(pattern: KeyBlocks, cells: Tensor, *sizes: Any) -> Tensor:
+    return _count_by_block(pattern, cells, *sizes).log()
 
 
 def _count_by_block(
     pattern: KeyBlocks,
+    cells: Tensor,
     grid: geometry.Grid,
     block: geometry.Tile,
     parts: geometry.Grid,
-    cells: Tensor,
+    views: int,
 ) -> Tensor:
     """As `_count_by_index`, using tables of how many keys of each cell a block holds."""
     if not pattern.blocks.even:
         return _count_by_index(pattern.index, cells, parts[0] * parts[1])
     size = pattern.blocks.size
     full_blocks, partial_keys = divmod(pattern.keys - pattern.prefix, size)
-    members = geometry.table(_members_of_first, grid, block, parts, device=cells.device)
+    sizes = grid, block, parts, views
+    members = geometry.table(_members_of_first, *sizes, device=cells.device)
     lists = pattern.chosen[..., :full_blocks]
     rows = members[size].index_select(0, lists.flatten())
     picked = rows.view(*lists.shape, parts[0] * parts[1]).sum(-2)
@@ -289,12 +303,17 @@ def _count_by_block(
 
 
 def _members_of_first(
-    grid: geometry.Grid, block: geometry.Tile, parts: geometry.Grid, *, device: torch.device
+    grid: geometry.Grid,
+    block: geometry.Tile,
+    parts: geometry.Grid,
+    views: int,
+    *,
+    device: torch.device,
 ) -> Tensor:
     """How many of the first i keys of a block lie in each cell, ``[size + 1, blocks, cells]``."""
     assert not isinstance(block, int)
     cells = geometry.cell_ids(grid, parts, device=device)
-    order = geometry.tiles(grid, block, device=device).order
+    order = geometry.tiles(grid, block, views, device=device).order
     ids = torch.arange(parts[0] * parts[1], device=device)
     is_member = (cells[order].mT.unsqueeze(-1) == ids).float()
     return torch.cat([torch.zeros_like(is_member[:1]), is_member.cumsum(0)])

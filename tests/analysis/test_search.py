@@ -240,7 +240,7 @@ def test_budgets_that_cannot_be(budget: Any, match: str) -> None:
     ("strategy", "options", "match"),
     [
         ("dense", {}, "varies k per site"),
-        ("token_merge", {"tokens": (0.4,)}, "exceeds half"),
+        ("token_merge", {"tokens": (0.4,)}, "at most half"),
         ("token_drop", {"layers": [1, 7]}, r"layers=\[7\] are no blocks"),
         ("token_drop", {"trials": 0}, "trials must be an int >= 1, got 0"),
         ("token_drop", {"rounds": None}, "rounds must be an int >= 1, got None"),
