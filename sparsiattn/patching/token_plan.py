@@ -155,9 +155,9 @@ def _rows(blocks: Sequence[Block], sites: Mapping[str, Site], model: str) -> lis
     for block, site in zip(blocks, row_sites(blocks, sites), strict=True):
         if site is None:
             raise InvalidOption(
-                f"token strategies need tokens of shape [B, N, C] between blocks, but {model} "
-                f"passes {list(block.input_shape)} (for one image); use an attention strategy such "
-                "as 'connectivity'"
+                f"{model} passes tokens between blocks in a form other than [B, N, C] (for one "
+                f"image: {list(block.input_shape)}), which token strategies cannot shorten; use an "
+                "attention strategy such as 'connectivity'"
             )
         known.append(site)
     return known

@@ -17,10 +17,10 @@ from sparsiattn.strategies.base import Budgets, Strategy
 
 @dataclass(frozen=True)
 class Local(Strategy):
-    """The nearest patches of the image grid (a window that stays full at the border).
+    """The nearest patches in the image grid (at the border, windows keep their full size).
 
-    Distances are Euclidean between patch centres; where keys are pooled, queries and keys lie over
-    the same image. In tile mode, nearest to the tile as a whole.
+    Distances are Euclidean, between patch centres; if keys are pooled, their grid covers the same
+    image as that of the queries. With tiles, the keys nearest to the tile's centre are kept.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
@@ -60,18 +60,18 @@ def nearness(
 ) -> Tensor:
     """Minus the squared distance in units of key patches, ``[1, 1, R, prefix + m]``.
 
-    From every patch query, or from the middle of every tile: the mean distance from a tile's
-    queries differs from that by a constant, so both name the same keys. Prefix keys come after
-    every patch (the core keeps them where the user wants it).
+    Distances are from every patch query, or from the centre of every tile. (The mean squared
+    distance from a tile's queries differs by a constant, so it would rank keys in the same way.)
+    Prefix keys get the lowest score; the core keeps them if the user wants it.
 
     Args:
         queries: Grid of the patch queries.
         keys: Grid of the patch keys, over the same image.
-        prefix: Prefix keys.
+        prefix: Number of prefix keys.
         tile: As in `AttentionInputs`.
-        halo: Key patches by which keys reach beyond the queries on every side.
-        views: Images or frames in the grids; the next one is one patch away.
-        device: Where to.
+        halo: Number of key patches by which keys extend beyond the queries on every side.
+        views: Number of images or frames in the grids; they are one patch apart.
+        device: Device of the result.
     """
     sides = (keys[0] // views, keys[1], views)
     size = torch.tensor(sides, device=device, dtype=torch.float)
@@ -97,12 +97,12 @@ def places(grid: Grid, views: int, *, device: torch.device) -> Tensor:
 
 
 def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:
-    """`nearness` of the tokens that are left of a grid, ``[B, 1, R, P + n]``."""
+    """`nearness` for the tokens that remain of a grid, ``[B, 1, R, P + n]``."""
     views = inputs.site.views if grid[0] % inputs.site.views == 0 else 1
     sides = [grid[0] // views, grid[1], views]
     size = torch.tensor(sides, device=inputs.k.device, dtype=torch.float)
     positions = inputs.table(places, grid, views) * size
-    # prefix tokens have no position; zeros stand in their rows
+    # prefix tokens have no position; their rows are padded with zeros
     patches = inputs.gather_rows(F.pad(positions, (0, 0, inputs.prefix, 0)))[:, inputs.prefix :]
     rows = patches if inputs.tiles is None else inputs.tiles.mean(patches)
     score = -(rows[:, :, None] - patches[:, None]).square().sum(-1)

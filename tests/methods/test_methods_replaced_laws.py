@@ -240,7 +240,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("strategy", ALL, ids=by_name)
     def test_background_has_nothing_to_stand_for(self, strategy: Strategy) -> None:
-        with pytest.raises(sparsiattn.InvalidOption, match="background must be None, got 2"):
+        with pytest.raises(sparsiattn.InvalidOption, match=r"background must be None for .* got 2"):
             type(strategy)(background=2)
 
     @pytest.mark.parametrize(

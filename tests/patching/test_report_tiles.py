@@ -45,4 +45,6 @@ def test_no_line_where_no_lists_are_shared() -> None:
         with sparsiattn.patch(zoo.build(name), strategy) as patch:
             assert patch.report().tiles == ()
     with sparsiattn.patch(zoo.build("hiera"), "topk", k=0.25) as patch:
-        assert all("is not known): one key list per query" in line for line in patch.report().tiles)
+        assert all(
+            "are not known): one key list per query" in line for line in patch.report().tiles
+        )

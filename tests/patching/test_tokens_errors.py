@@ -112,7 +112,7 @@ class TestMergeOptions:
             bad("method must be one of", "'tome'", "'dpc'", method="dpc"),
             bad("method", method=None),
             bad("proportional must be True or False", proportional="no"),
-            bad("give one of them", r=4, ratio=0.9),
+            bad("only one of r and ratio", r=4, ratio=0.9),
             bad("ratio must be", "0.3", ratio=0.3),
             bad("ratio must be", ratio=1.5),
             bad("ratio must be", ratio=NAN),

@@ -246,9 +246,9 @@ def test_it_exports(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "says"),
     [
-        ("swin", {"score": "cls"}, "scores windows by score='norm' or 'random'"),
-        ("swin", {"score": "learned"}, "scores windows by score='norm' or 'random'"),
-        ("swin", {"keep": "adaptive"}, "needs the same count for every image"),
+        ("swin", {"score": "cls"}, "needs score='norm' or score='random'"),
+        ("swin", {"score": "learned"}, "needs score='norm' or score='random'"),
+        ("swin", {"keep": "adaptive"}, "needs a fixed keep, the same for every image"),
         ("swin", {"skip": "block"}, "skip must be one of"),
         ("swin", {"input": (3, 72, 64)}, "multiples of the window .4, 4., got .18, 16."),
         ("vit", {}, "needs blocks that attend in windows, and VisionTransformer has none"),
