@@ -11,10 +11,10 @@ class AttributeOverride:
     """One attribute of one module, or of its configuration.
 
     Attributes:
-        module: What holds the attribute.
-        attribute: Its name.
-        value: What patching sets.
-        before: What unpatching restores; ``...`` where there was none.
+        module: The object that holds the attribute.
+        attribute: Name of the attribute.
+        value: The value that patching sets.
+        before: The value that unpatching restores; ``...`` if the attribute did not exist.
     """
 
     module: Any
