@@ -1,4 +1,4 @@
-"""What `sparsiattn.train` returns."""
+"""`TrainResult`: the result of `sparsiattn.train`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` did.
+    """The result of `train`.
 
     Attributes:
-        history: Rows of the log: one an update (``stage, epoch, step, lr, loss, parts``), and one
-            an epoch (``epoch_loss``, and with eval_data ``top1, dense_top1, agreement``).
-        best: Row of the best epoch, by top-1; without eval_data by the epoch's loss in the last
-            stage.
+        history: Rows of the log: one per update (``stage, epoch, step, lr, loss, parts``) and one
+            per epoch (``epoch_loss``; with eval_data also ``top1, dense_top1, agreement``).
+        best: Row of the best epoch by top-1; without eval_data, by the epoch's loss in the last
+            stage. None if no epoch was completed.
         last: Row of the last epoch.
-        path: The folder with ``last/``, ``best/`` and ``log.jsonl``, None if nothing was written.
+        path: The folder with ``last/``, ``best/`` and ``log.jsonl``; None if nothing was written.
     """
 
     history: list[dict[str, Any]]

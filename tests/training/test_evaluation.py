@@ -172,7 +172,7 @@ def test_headless_models_give_features_and_need_no_labels(named: Any) -> None:
     nothing = (found.top1, found.dense_top1, found.dense_top5, found.agreement)
     assert nothing == (None,) * 4
     assert "cosine of features: mean" in str(found)
-    assert ("metric= names another" in str(found)) is (named is None)
+    assert ("metric= sets another" in str(found)) is (named is None)
     assert "top-1" not in str(found)
 
 
@@ -216,9 +216,9 @@ def test_classes_and_functions_look_at_no_label() -> None:
 
 
 def test_metrics_need_a_patch_and_a_head() -> None:
-    with pytest.raises(InvalidOption, match="has no patch"):
+    with pytest.raises(InvalidOption, match="is not patched"):
         evaluate(tiny_vit(), batches(2), metric="features")
-    with pytest.raises(InvalidOption, match="has no patch"):
+    with pytest.raises(InvalidOption, match="is not patched"):
         evaluate(tiny_vit(num_classes=0), batches(2))
     model = tiny_vit(num_classes=0)
     sparsiattn.patch(model, "topk", k=0.5)
@@ -338,13 +338,13 @@ def test_faults_say_what_is_needed() -> None:
     ):
         with pytest.raises(DataError, match=says):
             evaluate(model, [(images, labels)])
-    with pytest.raises(DataError, match="not one batch"):
+    with pytest.raises(DataError, match="has no batches"):
         evaluate(model, [])
     with pytest.raises(DataError, match=r"needs a classifier: .* gave \(2, 3, 4\)"):
         evaluate(Answers(lambda t: t, torch.zeros(2, 3, 4)), [(images, torch.tensor([0, 1]))])
     sampler: Any = torch.utils.data.DistributedSampler(batches(1), num_replicas=2, rank=0)
     prepared = torch.utils.data.DataLoader(batches(1), sampler=sampler)  # type: ignore[arg-type]
-    with pytest.raises(InvalidOption, match="shares out the data among processes by itself"):
+    with pytest.raises(InvalidOption, match="divides the data among processes itself"):
         evaluate(model, prepared)
 
 
