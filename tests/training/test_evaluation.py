@@ -139,7 +139,7 @@ def test_speed_is_one_of_pairs_with_quartiles() -> None:
     assert found.speedup_quartiles is not None
     assert found.speedup_quartiles[0] <= found.speedup <= found.speedup_quartiles[1]
     assert f"{found.speedup:.2f}x of dense" in str(found)
-    assert "3 batches run in pairs, without the first" in str(found)
+    assert "3 paired batches, without the first" in str(found)
     dense = evaluate(tiny_vit(), batches(4))
     assert (dense.speedup, dense.speedup_quartiles, dense.speedup_batches) == (None, None, 0)
 
@@ -211,7 +211,7 @@ def test_classes_and_functions_look_at_no_label() -> None:
     numbers = iter([1.0, 5.0])
     counted = evaluate(model, unlabelled, metric=lambda dense, patched: next(numbers))
     assert counted.similarity_mean == pytest.approx((5 * 1.0 + 3 * 5.0) / 8)
-    with pytest.raises(DataError, match="gave 2 values for 5 images"):
+    with pytest.raises(DataError, match="got 2 values for 5 images"):
         evaluate(model, unlabelled, metric=lambda dense, patched: torch.zeros(2))
 
 
@@ -245,7 +245,7 @@ def test_it_says_how_images_were_read(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found.to_dict()))["preprocessing"]["size"] == [32, 32]
     ready = evaluate(model, batches(2))
     assert (ready.preprocessing, ready.images_from) == (None, "batches")
-    assert "read     ready batches, used as they came" in str(ready)
+    assert "read     batches, used unchanged" in str(ready)
     tensors = torch.utils.data.TensorDataset(*batches(2)[0])
     given = evaluate(model, tensors)
     assert given.images_from == "dataset"
@@ -331,8 +331,8 @@ def test_transformers_models() -> None:
 def test_faults_say_what_is_needed() -> None:
     model, images = tiny_vit(), torch.zeros(2, 3, 32, 32)
     for labels, says in (
-        (torch.tensor([0, 5]), "label 5, but the model's head tells 5 classes"),
-        (torch.tensor([0, -1]), "label -1: it is not labelled"),
+        (torch.tensor([0, 5]), "label 5, but the model's head has 5 classes"),
+        (torch.tensor([0, -1]), "label -1, but class indices start at 0"),
         (torch.tensor([0.0, 1.0]), "must be class indices .int64., got torch.float32"),
         (torch.zeros(2, 5), r"labels must be class indices \[2\], got \(2, 5\)"),
     ):

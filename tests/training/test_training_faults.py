@@ -103,7 +103,7 @@ def test_no_patch_and_no_strategy() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ([], "gives 0 batches an epoch"),
+        ([], "an epoch has 0"),
         (None, "data must be a path"),
         ("/nowhere/at/all", "no such folder or file"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([1, 5]))], "label 5.*5 classes"),

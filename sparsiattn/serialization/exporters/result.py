@@ -1,4 +1,4 @@
-"""What `export` gives."""
+"""`ExportResult`: the result of `export`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A program on disk that answered as the model does. ``print`` it, or take `to_dict`.
+    """An exported program whose outputs equal the model's. Print it, or use `to_dict`.
 
     Attributes:
-        path: What to load.
+        path: Path of the file to load.
         format: ``"onnx"``, ``"pt2"`` or ``"aoti"``.
-        model: Class of the model.
-        strategy: Name of the strategy; None for a dense model.
-        kernels: How many sites each kernel serves; ``"dense"`` is the host's own attention.
-        input_shape: Of the images that it was made with, ``(B, C, H, W)``.
-        dynamic_batch: Whether it takes any batch size.
+        model: Class name of the model.
+        strategy: Name of the strategy; None if the model is not patched.
+        kernels: Number of sites by kernel; ``"dense"`` is the host's own attention.
+        input_shape: Shape of the example images, ``(B, C, H, W)``.
+        dynamic_batch: Whether the program takes any batch size.
         batches: Batch sizes at which it was compared with the model.
-        max_difference: The largest absolute difference to the eager model's outputs, on images it
-            was not made with.
-        tolerance: What was allowed, relative to the largest output where that is above 1.
-        bytes: Size of all files.
-        files: All that was written.
+        max_difference: Largest absolute difference from the eager model's outputs, on images other
+            than the example.
+        tolerance: Allowed difference, relative to the largest output if that is above 1.
+        bytes: Size of all files in bytes.
+        files: Paths of all files.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class ExportResult:
     files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: one entry a field."""
+        """Plain data for JSON, with one entry per field."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
