@@ -124,6 +124,11 @@ class Inspection:
         skipped: ``(name, reason)`` of every other attention call.
         strategies: The saving of each strategy.
         patched: Description of the active patch; empty without one.
+
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> inspection = inspect(tiny_vit(), strategies=["local"])
+    >>> inspection.backbone, len(inspection.sites), inspection.mhsa_macs < inspection.macs
+    ('timm_vit', 2, True)
     """
 
     model: str

@@ -125,7 +125,7 @@ def why_not_reached(module: nn.Module) -> str | None:
     if type(module).forward is nn.MultiheadAttention.forward:
         return "a subclass of nn.MultiheadAttention: its fused path would bypass the patch"
     if module.bias_k is not None or module.add_zero_attn:
-        return "attends to a key that is no token (add_bias_kv or add_zero_attn)"
+        return "attends to a key that is not a token (add_bias_kv or add_zero_attn)"
     return None
 
 

@@ -69,6 +69,10 @@ class Diagnosis:
     Attributes:
         works: Whether a small model can be patched and restored.
         findings: The results of all checks.
+
+    >>> diagnosis = doctor()
+    >>> next(finding.status for finding in diagnosis.findings if finding.name == "torch")
+    'ok'
     """
 
     works: bool

@@ -16,6 +16,9 @@ def tiny_vit(**options: Any) -> nn.Module:
 
     Args:
         **options: Options of timm's `VisionTransformer`.
+
+    >>> tiny_vit(num_classes=3)(tiny_images(2)).shape
+    torch.Size([2, 3])
     """
     from timm.models import VisionTransformer
 
@@ -24,7 +27,11 @@ def tiny_vit(**options: Any) -> nn.Module:
 
 
 def windowed_vit() -> nn.Module:
-    """A Swin in eval mode with two blocks; the second has shifted windows of 4 x 4 tokens."""
+    """A Swin in eval mode with two blocks; the second has shifted windows of 4 x 4 tokens.
+
+    >>> windowed_vit()(windowed_images(2)).shape
+    torch.Size([2, 5])
+    """
     from timm.models import SwinTransformer
 
     options = {"window_size": 4, "embed_dim": 24, "depths": (2,), "num_heads": (2,)}
@@ -83,7 +90,11 @@ def windowed_images(batch: int = 2) -> Tensor:
 
 
 def tiny_images(batch: int = 3) -> Tensor:
-    """Fixed random images ``[B, 3, 32, 32]``."""
+    """Fixed random images ``[B, 3, 32, 32]``.
+
+    >>> tiny_images(2).shape
+    torch.Size([2, 3, 32, 32])
+    """
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
@@ -122,6 +133,10 @@ def random_inputs(
 
     Returns:
         Queries and keys ``[B, H, N, D]``, values ``[B, H, N, value_dim]``.
+
+    >>> inputs = random_inputs((4, 5), prefix=1, value_dim=6)
+    >>> inputs.q.shape, inputs.v.shape
+    (torch.Size([2, 3, 21, 8]), torch.Size([2, 3, 21, 6]))
     """
     generator = torch.Generator().manual_seed(seed)
     n = grid[0] * grid[1] + prefix

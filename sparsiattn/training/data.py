@@ -217,7 +217,18 @@ class Loader(DataLoader[Any]):
 
 
 class Batches:
-    """Batches of the user, up to a number of images; every process takes its own batches."""
+    """Batches of the user, up to a number of images; every process takes its own batches.
+
+    Args:
+        source: The batches.
+        limit: Largest number of images; None for all.
+        share: Rank and number of processes.
+        labels: Whether to read labels; if False, all labels are 0.
+
+    >>> batches = Batches([(torch.zeros(4, 3, 8, 8), torch.arange(4))], limit=2, share=(0, 1))
+    >>> [labels.tolist() for _, labels in batches]
+    [[0, 1]]
+    """
 
     def __init__(
         self, source: Iterable[Any], limit: int | None, share: Share, labels: bool = True

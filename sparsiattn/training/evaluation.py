@@ -54,6 +54,13 @@ class Evaluation:
         images_from: ``"files"``, ``"dataset"`` or ``"batches"``, which are used unchanged.
         preprocessing: The preprocessing of files and of dataset items that are not preprocessed
             tensors; None for batches.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> with sparsiattn.patch(tiny_vit(), "topk", k=1.0) as patch:
+    ...     result = evaluate(patch.model, [tiny_images(4)], metric="classes")
+    >>> result.metric, result.agreement, result.similarity_mean
+    ('classes', 100.0, 1.0)
     """
 
     images: int

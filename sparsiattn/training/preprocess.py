@@ -175,7 +175,13 @@ def image_transform(config: Any, training: bool, options: Options) -> Callable[[
             preprocessing have an effect.
 
     Raises:
-        InvalidOption: timm refuses the options.
+        InvalidOption: timm does not accept the options.
+
+    >>> from PIL import Image
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> transform = image_transform(data_config(tiny_vit()), training=False, options={})
+    >>> transform(Image.new("RGB", (64, 48))).shape
+    torch.Size([3, 32, 32])
     """
     from timm.data import create_transform
     from torchvision import transforms

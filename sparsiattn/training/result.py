@@ -18,6 +18,11 @@ class TrainResult:
             stage. None if no epoch was completed.
         last: Row of the last epoch.
         path: The folder with ``last/``, ``best/`` and ``log.jsonl``; None if nothing was written.
+
+    >>> row = {"stage": "train", "step": 10, "epoch_loss": 0.5, "top1": 80.0}
+    >>> print(TrainResult([row], best=row, last=row, path=None))
+    10 updates, last epoch: loss 0.5000, top-1 80.00
+    best: loss 0.5000, top-1 80.00, after 10 updates
     """
 
     history: list[dict[str, Any]]

@@ -44,6 +44,9 @@ class Tuning:
             to this process only.
         failures: Calls that raised. ``auto`` does not use these kernels on this machine.
         unmeasured: Number of shapes that were skipped because the time limit was reached.
+
+    >>> tuning = tune(budget=10)  # doctest: +SKIP
+    >>> print(tuning)  # doctest: +SKIP
     """
 
     device: str

@@ -45,6 +45,11 @@ class BenchResult:
         ratio_quartiles: First and third quartile of the ratio.
         report: The patch's report after the runs.
         machine: Versions and hardware.
+
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> result = bench(tiny_vit(), tiny_images(), strategy="topk", k=0.25, rounds=2)
+    >>> result.strategy, result.rounds, result.dense_ms > 0
+    ('topk', 2, True)
     """
 
     model: str

@@ -164,6 +164,12 @@ class Profile:
         latency: Time; None if not requested.
         memory: Peak memory; None if not requested.
         notes: Explanations of where fewer MACs do not save time.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> cost = sparsiattn.profile(tiny_vit(), tiny_images(1))
+    >>> cost.tokens, cost.flops == 2 * cost.macs, cost.macs == cost.macs_dense
+    ((65, 65), True, True)
     """
 
     model: str

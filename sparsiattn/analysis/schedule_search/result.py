@@ -49,6 +49,13 @@ class SearchResult:
             ``budget_s`` was reached or there was nothing new to propose.
         uniform_trials: Number of uniform schedules that were run.
         out_of_time: Whether the time limit ``budget_s`` was reached.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> options = {"strategy": "token_drop", "trials": 6, "progress": False}
+    >>> result = sparsiattn.search(tiny_vit(), tiny_images(4), {"macs": 0.9}, **options)
+    >>> result.strategy["name"], result.images, result.call[:36]
+    ('token_drop', 4, "sparsiattn.patch(model, 'token_drop'")
     """
 
     strategy: Mapping[str, Any]

@@ -18,7 +18,15 @@ from sparsiattn.errors import InvalidOption
 class AttentionView(AttentionRecord):
     """A patched model's attention in one image, and its pictures.
 
-    Index it by a site's name or number.
+    Index it by a site's name or position.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> model = tiny_vit()
+    >>> with sparsiattn.patch(model, "topk", k=0.25):
+    ...     view = sparsiattn.show(model, tiny_images(1))
+    >>> view.title, [site.name for site in view.sites]
+    ('VisionTransformer, topk k=0.25', ['blocks.0.attn', 'blocks.1.attn'])
     """
 
     def figure(self, view: str = "overview", site: str | int | None = None) -> Any:
