@@ -1,13 +1,13 @@
-"""The main job on real input: train a small ViT, patch it with every strategy, compare.
+"""Compare all strategies on real images: train a small ViT, patch it, and measure.
 
     python examples/demo.py                                  # scikit-learn's scanned digits
     python examples/demo.py --model deit_small_patch16_224 --pretrained --images DIR
 
 Without ``--model`` it trains a timm ViT on 1,797 scanned digits, patches it with each attention
-strategy at k = 0.5, 0.25 and 0.1, fits the predictor of `connectivity` for a moment, then drops,
+strategy at k = 0.5, 0.25 and 0.1, briefly fits the predictor of `connectivity`, and then drops,
 fuses and merges tokens. With ``--model`` it patches that timm model and measures how often its
-top-1 agrees with the dense model on a folder of images. Both write a picture of the keys some query
-patches attend to.
+top-1 agrees with the dense model on a folder of images. Both write a picture of the keys that some
+query patches attend to.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ console = Console(width=None if sys.stdout.isatty() else 100)
 
 @dataclass(frozen=True)
 class Data:
-    """Images to fit and to test on, ``[N, C, H, W]``; labels where there are any."""
+    """Images for training and testing, ``[N, C, H, W]``, and their labels if there are any."""
 
     train: Tensor
     test: Tensor
@@ -59,7 +59,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``ratio``: images per second over the dense model's, paired runs."""
+    """One row of the table.
+
+    Attributes:
+        strategy: Name of the strategy.
+        k: Share of keys kept; None if it does not apply.
+        score: Accuracy or agreement, in per cent.
+        mhsa_macs: MACs of attention with planning; None if they depend on values.
+        macs: MACs of the whole model; None if they depend on values.
+        rate: Images per second.
+        ratio: Images per second divided by those of the dense model, in paired runs.
+    """
 
     strategy: str
     k: float | None
@@ -83,14 +93,14 @@ def digits() -> Data:
 
 
 def photos(folder: Path, model: nn.Module) -> Data:
-    """The images of a folder as the model wants them; the first quarter fits the predictor."""
+    """The images of a folder, preprocessed for the model; the first quarter is for fitting."""
     from PIL import Image
 
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
     if len(paths) < 4:
-        raise SystemExit(f"{folder} holds {len(paths)} images, at least 4 are needed")
+        raise SystemExit(f"{folder} must contain at least 4 images, got {len(paths)}")
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     count = max(1, len(images) // 4)
     return Data(images[:count], images[count:])
@@ -104,8 +114,10 @@ def progress() -> Progress:
 
 
 def small_vit() -> nn.Module:
-    """A timm ViT with one token per pixel (64 and CLS), a 3 x 3 stem and sine positions: with so
-    few images it has to be told what is next to what."""
+    """A timm ViT with one token per pixel (64 and a class token) and a 3 x 3 stem.
+
+    It has fixed sine positions, as it cannot learn them from so few images.
+    """
     width = 64
     model: Any = timm.models.VisionTransformer(
         img_size=8, patch_size=1, in_chans=1, num_classes=10, embed_dim=width, depth=4, num_heads=4
@@ -146,7 +158,7 @@ def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Moves a batch by up to one pixel each way and adds a little noise."""
+    """Shift a batch by up to one pixel in each direction, and add a little noise."""
     rows, columns = torch.randint(-1, 2, (2,)).tolist()
     moved = F.pad(images, (1, 1, 1, 1), value=-1.0)
     moved = moved[..., 1 + rows : 9 + rows, 1 + columns : 9 + columns]
@@ -159,18 +171,18 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def score(model: nn.Module, data: Data, dense: Tensor) -> float:
-    """Accuracy in per cent, or agreement with the dense model where there are no labels."""
-    truth = dense if data.test_labels is None else data.test_labels
-    return 100 * (predict(model, data.test) == truth).float().mean().item()
+    """Accuracy in per cent, or agreement with the dense model if there are no labels."""
+    expected = dense if data.test_labels is None else data.test_labels
+    return 100 * (predict(model, data.test) == expected).float().mean().item()
 
 
 @torch.inference_mode()
-def speed(live: sparsiattn.Patch, images: Tensor, rounds: int) -> tuple[float, float]:
+def speed(patch: sparsiattn.Patch, images: Tensor, rounds: int) -> tuple[float, float]:
     """Images per second patched, and the median ratio to dense over paired runs."""
-    model, rates, ratios = live.model, [], []
+    model, rates, ratios = patch.model, [], []
     for round_ in range(rounds + 1):
         sparse = timed(model, images)
-        with live.disabled():
+        with patch.disabled():
             dense = timed(model, images)
         if round_:  # the first pair warms up
             rates.append(len(images) / sparse)
@@ -184,51 +196,54 @@ def timed(model: nn.Module, images: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(live: sparsiattn.Patch, data: Data, dense: Tensor, name: str, rounds: int) -> Row:
-    report = live.report()
-    rate, ratio = speed(live, data.test[:64], rounds)
-    k = None if live.tokens is not None else getattr(live.strategy, "k", None)
+def measure(patch: sparsiattn.Patch, data: Data, dense: Tensor, name: str, rounds: int) -> Row:
+    report = patch.report()
+    rate, ratio = speed(patch, data.test[:64], rounds)
+    k = None if patch.tokens is not None else getattr(patch.strategy, "k", None)
     mhsa = None if report.mhsa_macs is None else report.mhsa_macs + report.predictor_macs
-    return Row(name, k, score(live.model, data, dense), mhsa, report.macs, rate, ratio)
+    return Row(name, k, score(patch.model, data, dense), mhsa, report.macs, rate, ratio)
 
 
 def compare(model: nn.Module, data: Data, fit_steps: int, rounds: int) -> Iterator[Row]:
-    """The dense model, then every strategy at every budget; predictors also fitted."""
+    """Yield the row of the dense model, and those of every strategy at every budget.
+
+    Strategies with learned planners have a second row with fitted predictors.
+    """
     dense = predict(model, data.test)
-    with sparsiattn.patch(model, "dense", input=data.test[:1]) as live:
-        yield measure(live, data, dense, "dense", rounds)
+    with sparsiattn.patch(model, "dense", input=data.test[:1]) as patch:
+        yield measure(patch, data, dense, "dense", rounds)
     for name in attention_strategies():
         for k in BUDGETS:
-            with sparsiattn.patch(model, name, k=k, input=data.test[:1]) as live:
-                yield measure(live, data, dense, name, rounds)
-                learns = live.has_learned_planners
+            with sparsiattn.patch(model, name, k=k, input=data.test[:1]) as patch:
+                yield measure(patch, data, dense, name, rounds)
+                learns = patch.has_learned_planners
             if learns:
                 options: dict[str, Any] = {"scores": "predictor", "input": data.test[:1]}
-                with sparsiattn.patch(model, name, k=k, **options) as live:
-                    fit(live, data, fit_steps)
-                    yield measure(live, data, dense, f"{name}, predictor fitted", rounds)
+                with sparsiattn.patch(model, name, k=k, **options) as patch:
+                    fit(patch, data, fit_steps)
+                    yield measure(patch, data, dense, f"{name}, predictor fitted", rounds)
 
 
 def attention_strategies() -> list[str]:
-    """Those that choose keys within a budget; published methods are compared in the docs."""
+    """Names of the built-in attention strategies; published methods are compared in the docs."""
     strategies = sparsiattn.list_strategies().items()
     core = [(name, info) for name, info in strategies if info.plugin != "sparsiattn.methods"]
     return [name for name, info in core if info.kind == "attention" and name != "dense"]
 
 
 def compare_tokens(model: nn.Module, data: Data, rounds: int) -> Iterator[Row]:
-    """Schedules that carry fewer tokens."""
+    """Yield the rows of the token strategies."""
     dense = predict(model, data.test)
     for name, schedule in TOKENS.items():
-        with sparsiattn.patch(model, input=data.test[:1], **schedule) as live:
-            yield measure(live, data, dense, name, rounds)
+        with sparsiattn.patch(model, input=data.test[:1], **schedule) as patch:
+            yield measure(patch, data, dense, name, rounds)
 
 
-def fit(live: sparsiattn.Patch, data: Data, steps: int) -> None:
-    """A brief calibration: the predictor learns the model's own attention, no labels."""
+def fit(patch: sparsiattn.Patch, data: Data, steps: int) -> None:
+    """Calibrate briefly: the predictor learns the model's own attention, without labels."""
     size = min(64, len(data.train))
     draws = (data.train[torch.randperm(len(data.train))[:size]] for _ in range(steps))
-    sparsiattn.calibrate(live.model, draws, steps=steps, lr=3e-3)
+    sparsiattn.calibrate(patch.model, draws, steps=steps, lr=3e-3)
 
 
 def show(rows: list[Row], labelled: bool) -> None:
@@ -244,9 +259,9 @@ def show(rows: list[Row], labelled: bool) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(
-        "MHSA MACs count QK^T, AV and what choosing costs; where every image keeps its own number\n"
-        "of tokens they are not known beforehand. With so few tokens and one key list per query\n"
-        "sparse attention saves little, and no time; it takes many tokens and shared lists:"
+        "MHSA MACs count QK^T, AV and the selection of keys; they are not known in advance where\n"
+        "images keep different numbers of tokens. With few tokens and one key list per query,\n"
+        "sparse attention saves few MACs and no time. It needs many tokens and shared key lists:"
     )
 
 
@@ -255,15 +270,15 @@ def millions(macs: int | None, digits: int) -> str:
 
 
 def high_resolution(rounds: int) -> None:
-    """Where it pays: 4,097 tokens, key lists shared by 8 x 8 queries; random weights."""
+    """Measure a model with 4,097 tokens and random weights; 8 x 8 queries share a key list."""
     model = timm.models.VisionTransformer(
         img_size=512, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=10
     ).eval()
     image = torch.randn(1, 3, 512, 512)
     for k in BUDGETS[1:]:
-        with sparsiattn.patch(model, "connectivity", k=k) as live:
-            _, ratio = speed(live, image, rounds)
-            report = live.report()
+        with sparsiattn.patch(model, "connectivity", k=k) as patch:
+            _, ratio = speed(patch, image, rounds)
+            report = patch.report()
         assert report.macs is not None
         console.print(
             f"  ViT of 4,097 tokens, connectivity k={k}: {ratio:.2f}x the images/s of dense, "
@@ -272,7 +287,7 @@ def high_resolution(rounds: int) -> None:
 
 
 def draw(model: nn.Module, image: Tensor, path: Path) -> None:
-    """Which keys a few query patches keep, at the middle site, averaged over heads."""
+    """Draw the keys that a few query patches keep, at the middle site, averaged over heads."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -295,8 +310,8 @@ def draw(model: nn.Module, image: Tensor, path: Path) -> None:
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=13)
     figure.suptitle(
-        "Keys that the query in the blue square keeps at k = 0.1; the deeper the orange, the more "
-        "heads keep it",
+        "Keys that the query in the blue square keeps at k = 0.1; deeper orange means that more "
+        "heads keep the key",
         fontsize=10,
     )
     figure.tight_layout()
@@ -306,7 +321,7 @@ def draw(model: nn.Module, image: Tensor, path: Path) -> None:
 
 
 def overlay(axis: object, picture: Tensor, share: Tensor, query: tuple[int, int]) -> None:
-    """The image in grey, kept keys over it, the query marked."""
+    """Draw the image in grey with the kept keys on top and the query marked."""
     from matplotlib.patches import Rectangle
 
     height, width = picture.shape[:2]
@@ -324,22 +339,22 @@ def overlay(axis: object, picture: Tensor, share: Tensor, query: tuple[int, int]
 
 def keys_kept(model: nn.Module, image: Tensor, name: str) -> tuple[Tensor, tuple[int, int]]:
     """Share of heads that keep each patch key, ``[n, n]``, and the patch grid."""
-    found: list[tuple[Tensor, tuple[int, int]]] = []
+    shares: list[tuple[Tensor, tuple[int, int]]] = []
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         pattern = finish(planner(inputs), inputs)
         mask = pattern.to_mask()[..., inputs.prefix :, inputs.prefix :]
-        found.append((mask.float().mean((0, 1)), inputs.query_grid))
+        shares.append((mask.float().mean((0, 1)), inputs.query_grid))
 
-    # until it is fitted, connectivity keeps what topk does: this is what its predictor would
+    # an unfitted connectivity keeps the same keys as topk, so use its predictor explicitly
     rule: dict[str, Any] = {"scores": "predictor"} if name == "connectivity" else {}
-    with sparsiattn.patch(model, name, k=0.1, input=image[None], tile=1, **rule) as live:
-        whole = [site for site in live.sites if site.windows == 1 and site.raster] or live.sites
-        middle = whole[len(whole) // 2].name
-        with live.observing(observe), torch.no_grad():
+    with sparsiattn.patch(model, name, k=0.1, input=image[None], tile=1, **rule) as patch:
+        global_sites = [s for s in patch.sites if s.windows == 1 and s.raster] or patch.sites
+        middle = global_sites[len(global_sites) // 2].name
+        with patch.observing(observe), torch.no_grad():
             model(image[None])
-        names = [site.name for site in live.sites]
-    return found[names.index(middle)]
+        names = [site.name for site in patch.sites]
+    return shares[names.index(middle)]
 
 
 def main() -> None:
@@ -352,7 +367,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     parser.add_argument("--rounds", type=int, default=8, help="paired timings per row")
     options = parser.parse_args()
-    # every row is timed, and the model of digits is too small to gain any time
+    # every row is timed, and the model for digits is too small to become faster
     warnings.simplefilter("ignore", sparsiattn.SlowerThanDense)
     torch.manual_seed(0)
     if options.model is None:

@@ -1,14 +1,15 @@
-"""Serve a patched timm model over HTTP: micro-batches, bounded in every direction.
+"""Serve a patched timm model over HTTP, with micro-batches and limits on all resources.
 
     pip install "sparsiattn[serve]"
     python examples/serve.py --model deit_small_patch16_224 --pretrained --keep 0.7
     curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
 
-``POST /predict`` takes an image's bytes and gives its five best classes; ``GET /health`` says
-whether requests are taken; ``GET /metrics`` is for Prometheus. Requests that come together are
-computed together, in batches of one size, so that one compiled graph serves all. What does not fit
-is refused at once: 413 for too many bytes or pixels, 400 for what is no image, 503 when the queue
-is full, 504 for what waited too long. On SIGTERM no more is taken and what was taken is answered.
+``POST /predict`` takes the bytes of an image and returns its five best classes; ``GET /health``
+returns whether requests are accepted; ``GET /metrics`` is for Prometheus. Requests that arrive
+together are computed in one batch. Batches have a fixed size, so that one compiled graph is enough.
+Errors: 413 for too many bytes or pixels, 400 for data that is not an image, 503 if the queue is
+full, 504 for requests that waited too long. After SIGTERM, new requests are refused and accepted
+ones are answered.
 """
 
 from __future__ import annotations
@@ -36,8 +37,16 @@ import sparsiattn
 
 @dataclass(frozen=True)
 class Limits:
-    """batch: images computed together. wait: seconds that a request waits for others. queue:
-    requests that may wait. bytes, pixels: of one image. seconds: from arrival to answer."""
+    """Limits of the service.
+
+    Attributes:
+        batch: Number of images in a batch.
+        wait: Seconds that a request waits for others to fill a batch.
+        queue: Largest number of waiting requests.
+        bytes: Largest size of an image in bytes.
+        pixels: Largest number of pixels of an image.
+        seconds: Largest time from the arrival of a request to its answer.
+    """
 
     batch: int = 8
     wait: float = 0.004
@@ -49,7 +58,14 @@ class Limits:
 
 @dataclass
 class Metrics:
-    """What happened so far."""
+    """Counters since the start.
+
+    Attributes:
+        answers: Number of responses by status code.
+        batches: Number of batches.
+        images: Number of images.
+        seconds: Total time of the model.
+    """
 
     answers: Counter[int] = field(default_factory=Counter)
     batches: int = 0
@@ -57,7 +73,7 @@ class Metrics:
     seconds: float = 0.0
 
     def text(self, waiting: int) -> str:
-        """In Prometheus' format."""
+        """The metrics in Prometheus' text format."""
         lines = ["# TYPE serve_requests_total counter"]
         lines += [
             f'serve_requests_total{{status="{code}"}} {count}'
@@ -76,7 +92,7 @@ Job = tuple[Tensor, "asyncio.Future[Tensor]"]
 
 
 class Batcher:
-    """Collects images into batches and runs the model on them in one thread of its own."""
+    """Collects images into batches and runs the model on them in a separate thread."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], limits: Limits, metrics: Metrics) -> None:
         self.model, self.limits, self.metrics = model, limits, metrics
@@ -85,13 +101,17 @@ class Batcher:
         self.open = True
 
     async def submit(self, image: Tensor) -> Tensor:
-        """The logits ``[classes]`` of one image ``[C, H, W]``. Raises `asyncio.QueueFull`."""
+        """Compute the logits ``[classes]`` of one image ``[C, H, W]``.
+
+        Raises:
+            asyncio.QueueFull: Too many requests are waiting.
+        """
         answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         self.queue.put_nowait((image, answer))
         return await answer
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Process batches until cancelled."""
         while True:
             jobs = [await self.queue.get()]
             deadline = time.monotonic() + self.limits.wait
@@ -112,7 +132,7 @@ class Batcher:
         if not jobs:
             return
         images = torch.stack([image for image, _ in jobs])
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             loop = asyncio.get_running_loop()
             logits = await loop.run_in_executor(self.thread, self._compute, images)
@@ -123,28 +143,34 @@ class Batcher:
             return
         self.metrics.batches += 1
         self.metrics.images += len(jobs)
-        self.metrics.seconds += time.perf_counter() - begun
+        self.metrics.seconds += time.perf_counter() - start
         for (_, answer), row in zip(jobs, logits, strict=True):
             if not answer.done():
                 answer.set_result(row)
 
     def _compute(self, images: Tensor) -> Tensor:
-        """Filled up to a full batch, so that every call has the shape that was compiled."""
+        """Pad images to a full batch, so that every call has the compiled shape, and run them."""
         count = len(images)
-        filled = images.new_zeros(self.limits.batch, *images.shape[1:])
-        filled[:count] = images
+        padded = images.new_zeros(self.limits.batch, *images.shape[1:])
+        padded[:count] = images
         with torch.inference_mode():
-            return self.model(filled)[:count].clone()
+            return self.model(padded)[:count].clone()
 
     async def close(self) -> None:
-        """Answer what waits, take nothing more."""
+        """Refuse new requests, and answer the waiting ones."""
         self.open = False
         await self.queue.join()
         self.thread.shutdown()
 
 
 def make_app(model: nn.Module, limits: Limits, run: Callable[[Tensor], Tensor]) -> FastAPI:
-    """The service. run: computes a batch; ``model`` itself, or what it was compiled to."""
+    """Create the service.
+
+    Args:
+        model: The model.
+        limits: The limits of the service.
+        run: Computes a batch: the model itself, or its compiled version.
+    """
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
     metrics = Metrics()
     batcher = Batcher(run, limits, metrics)
@@ -170,8 +196,8 @@ def make_app(model: nn.Module, limits: Limits, run: Callable[[Tensor], Tensor]) 
     async def health() -> dict[str, Any]:
         if not batcher.open:
             raise HTTPException(503, "stopping")
-        live = sparsiattn.patch_of(model)
-        return {"status": "ok", "patch": None if live is None else live.strategy.to_dict()}
+        patch = sparsiattn.patch_of(model)
+        return {"status": "ok", "patch": None if patch is None else patch.strategy.to_dict()}
 
     @app.get("/metrics")
     async def report() -> Response:
@@ -192,7 +218,7 @@ def make_app(model: nn.Module, limits: Limits, run: Callable[[Tensor], Tensor]) 
             raise HTTPException(504, f"no answer within {limits.seconds:g} s") from None
         except asyncio.QueueFull:
             raise HTTPException(
-                503, f"{limits.queue} requests wait already", {"Retry-After": "1"}
+                503, f"{limits.queue} requests are waiting already", {"Retry-After": "1"}
             ) from None
         best = logits.softmax(-1).topk(min(5, len(logits)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -202,12 +228,12 @@ def make_app(model: nn.Module, limits: Limits, run: Callable[[Tensor], Tensor]) 
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The request's bytes, read no further than allowed."""
+    """Read the body of a request, up to a number of bytes."""
     data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > most:
-            raise HTTPException(413, f"an image may have {most} bytes")
+            raise HTTPException(413, f"an image must have at most {most} bytes")
     return bytes(data)
 
 
@@ -217,14 +243,14 @@ def _decode(data: bytes, transform: Any, limits: Limits) -> Tensor:
         width, height = image.size
         if width * height > limits.pixels:
             raise HTTPException(
-                413, f"an image may have {limits.pixels} pixels, not {width}x{height}"
+                413, f"an image must have at most {limits.pixels} pixels, got {width}x{height}"
             )
-        found: Tensor = transform(image.convert("RGB"))
+        pixels: Tensor = transform(image.convert("RGB"))
     except HTTPException:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HTTPException(400, f"this is no image that can be read: {error}") from error
-    return found
+        raise HTTPException(400, f"the data cannot be read as an image: {error}") from error
+    return pixels
 
 
 def arguments() -> argparse.Namespace:
@@ -245,20 +271,19 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    given = arguments()
-    model = timm.create_model(given.model, pretrained=given.pretrained).eval()
-    limits = Limits(batch=given.batch, queue=given.queue)
-    options = {name: getattr(given, name) for name in ("k", "keep") if getattr(given, name)}
-    if given.strategy != "none":
-        print(sparsiattn.patch(model, given.strategy, **options).report())
-    run: Callable[[Tensor], Tensor] = torch.compile(model) if given.compile else model
+    args = arguments()
+    model = timm.create_model(args.model, pretrained=args.pretrained).eval()
+    limits = Limits(batch=args.batch, queue=args.queue)
+    options = {name: getattr(args, name) for name in ("k", "keep") if getattr(args, name)}
+    if args.strategy != "none":
+        print(sparsiattn.patch(model, args.strategy, **options).report())
+    run: Callable[[Tensor], Tensor] = torch.compile(model) if args.compile else model
     side = timm.data.resolve_data_config({}, model=model)["input_size"]
     with torch.inference_mode():
-        run(
-            torch.zeros(limits.batch, *side)
-        )  # compiles, and fills caches, before the first request
+        # compile and fill caches before the first request
+        run(torch.zeros(limits.batch, *side))
     uvicorn.run(
-        make_app(model, limits, run), host=given.host, port=given.port,
+        make_app(model, limits, run), host=args.host, port=args.port,
         timeout_graceful_shutdown=30, log_level="warning",
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Sparse attention for any Vision Transformer: patch at run time, undo in one call.
 
-This import is light (PEP 562): a public name is imported, and torch with it, where it is first
-used. ``__init__.pyi`` lists the names and says where each one lives.
+The import is lazy (PEP 562): public names, and torch with them, are imported at their first use.
+``__init__.pyi`` lists the names and their modules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import lazy_loader
 from sparsiattn._version import __version__ as __version__
 from sparsiattn.errors import warn_renamed
 
-# Names of earlier versions and the present ones; using an old one warns.
+# Deprecated names and the present ones; using an old one warns.
 _RENAMED = {
     "Bench": "BenchResult",
     "Exported": "ExportResult",
@@ -28,7 +28,7 @@ _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported now and kept, or a sub-package."""
+    """Import a public name or a sub-package at its first use."""
     if name in _RENAMED:
         warn_renamed(f"sparsiattn.{name}", f"sparsiattn.{_RENAMED[name]}")
         name = _RENAMED[name]

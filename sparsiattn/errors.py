@@ -1,6 +1,7 @@
-"""Everything this library raises on purpose derives from `SparsiattnError`.
+"""The exceptions and warnings of this library.
 
-Each leaf also inherits the built-in exception a caller expects: ``except ValueError`` works.
+Every exception derives from `SparsiattnError` and from the built-in exception that fits, so
+``except ValueError`` works too.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ class SparsiattnError(Exception):
 
 
 class UnknownName(SparsiattnError, LookupError):
-    """A strategy, kernel, backbone, site or option of that name does not exist."""
+    """There is no strategy, kernel, backbone, site or option of this name."""
 
 
 class InvalidOption(SparsiattnError, ValueError):
-    """An option's value is out of range or does not fit the others."""
+    """The value of an option is out of range or does not fit the other options."""
 
 
 class InvalidType(SparsiattnError, TypeError):
@@ -30,19 +31,19 @@ class InvalidType(SparsiattnError, TypeError):
 
 
 class NothingToPatch(SparsiattnError, LookupError):
-    """The model has no attention that can be reached."""
+    """The model has no attention that can be patched."""
 
 
 class ProbeFailed(SparsiattnError, RuntimeError):
-    """The dry run that looks for attention calls could not be made."""
+    """The dry run that looks for attention calls failed."""
 
 
 class AlreadyPatched(SparsiattnError, RuntimeError):
-    """The model carries a live patch."""
+    """The model has an active patch."""
 
 
 class ModelChanged(SparsiattnError, RuntimeError):
-    """A patched site was replaced or deleted after patching."""
+    """The model or the way it is called no longer fits the patch."""
 
 
 class KernelRefused(SparsiattnError, RuntimeError):
@@ -54,7 +55,7 @@ class MismatchedPatch(SparsiattnError, ValueError):
 
 
 class ExportFailed(SparsiattnError, RuntimeError):
-    """A model cannot be exported, or what was exported answers otherwise than the model."""
+    """A model cannot be exported, or the exported program returns other values than the model."""
 
 
 class DataError(SparsiattnError, ValueError):
@@ -62,11 +63,11 @@ class DataError(SparsiattnError, ValueError):
 
 
 class MismatchedCheckpoint(SparsiattnError, ValueError):
-    """A checkpoint of training belongs to another run, or cannot be read."""
+    """A training checkpoint belongs to another run or cannot be read."""
 
 
 class CheckpointNotWritten(SparsiattnError, OSError):
-    """A checkpoint or log cannot be written; those that were there before are whole."""
+    """A checkpoint or log cannot be written; files written earlier are intact."""
 
 
 class TrainingDiverged(SparsiattnError, FloatingPointError):
@@ -74,27 +75,27 @@ class TrainingDiverged(SparsiattnError, FloatingPointError):
 
 
 class GuessedStructure(UserWarning):
-    """Grid and special tokens of a sequence follow from its length alone; see `patch`."""
+    """Grid and special tokens of a sequence were guessed from its length; see `patch`."""
 
 
 class SlowerThanDense(UserWarning):
-    """The patched model is expected to take longer than the dense one; see `patch`."""
+    """The patched model is expected to be slower than the dense one; see `patch`."""
 
 
 class LowAttentionMass(UserWarning):
-    """What a patch keeps holds less of exact attention than asked for; see `Patch.monitor`."""
+    """The kept keys hold less of exact attention than the bound; see `Patch.monitor`."""
 
 
 class CalibrationDiscarded(UserWarning):
-    """Calibrated planners lose more than what is kept without them; see `calibrate`."""
+    """Calibrated planners lose more attention than uncalibrated ones; see `calibrate`."""
 
 
 class PluginError(SparsiattnError, RuntimeError):
-    """A plug-in returned something that cannot be registered."""
+    """A plug-in returned an object that cannot be registered."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:
-    """An `UnknownName` with close matches and the whole list.
+    """An `UnknownName` error that lists close matches and all known names.
 
     >>> print(unknown("strategy", "topk2", ["topk", "random"]))
     unknown strategy 'topk2'. Did you mean 'topk'? Known: random, topk
@@ -125,37 +126,37 @@ def warn_renamed(old: str, new: str, removed_in: str = REMOVED_IN, *, stacklevel
 
 
 def _is_compiling() -> bool:
-    torch = sys.modules.get("torch")  # not imported here: errors are all that `--help` needs
+    torch = sys.modules.get("torch")  # not imported here, so that `--help` stays fast
     return torch is not None and torch.compiler.is_compiling()
 
 
 class RenamedMember:
-    """A method or attribute under its old name, with a warning."""
+    """Descriptor that gives access to a method or attribute by its old name, with a warning."""
 
     def __init__(self, old: str, new: str, removed_in: str = REMOVED_IN) -> None:
         self.old, self.new, self.removed_in = old, new, removed_in
 
     def __get__(self, instance: object, owner: type) -> Any:
         holder: Any = owner if instance is None else instance
-        if _is_compiling():  # Dynamo can trace neither a warning nor a look through classes
+        if _is_compiling():  # Dynamo can trace neither a warning nor a search through classes
             return getattr(holder, self.new)
         warn_renamed(f"{owner.__name__}.{self.old}", self.new, self.removed_in)
-        # where a subclass overrides the old name, only its super().old can have come here
+        # if a subclass overrides the old name, only its call of super().old gets here
         overriding = [cls for cls in owner.__mro__ if _overrides(cls, self.old)]
         return getattr(super(overriding[-1], holder) if overriding else holder, self.new)
 
 
 def renamed_property(old: str, new: str, removed_in: str = REMOVED_IN) -> Any:
-    """A class attribute ``old`` that gives the member ``new``, with a warning."""
+    """A class attribute ``old`` that returns the member ``new``, with a warning."""
     return RenamedMember(old, new, removed_in)
 
 
 def first_line(error: BaseException, named: bool = False) -> str:
-    """What another library's error says, without the paragraphs that follow.
+    """The first line of an error message.
 
     Args:
         error: Any error.
-        named: Whether its class comes first, as in a traceback.
+        named: Whether to start with the name of its class, as in a traceback.
 
     >>> first_line(ValueError("no such file. See below:")), first_line(KeyError(), named=True)
     ('no such file. See below:', 'KeyError: ')
@@ -166,12 +167,12 @@ def first_line(error: BaseException, named: bool = False) -> str:
 
 
 class RenamedMembers:
-    """Base of contracts some of whose members have new names.
+    """Base of contracts with renamed members.
 
-    Subclasses that override an old name still work, and so do calls by it, both with a warning.
+    Subclasses that override an old name and calls by an old name still work, with a warning.
 
     Attributes:
-        renamed_members: Old names to new ones.
+        renamed_members: New names by old names.
 
     >>> import warnings
     >>> class Shape(RenamedMembers):
@@ -200,7 +201,7 @@ class RenamedMembers:
 
 
 def _overrides(cls: type, name: str) -> bool:
-    """Whether a class defines that member itself; an option of a dataclass is none."""
+    """Whether a class itself defines this member; dataclass fields do not count."""
     annotation = get_annotations(cls).get(name, "ClassVar")
     return (
         name in vars(cls)

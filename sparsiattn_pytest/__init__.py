@@ -1,8 +1,8 @@
 """pytest plug-in: ``pytest --sparsiattn-suite my_package`` runs sparsiattn's conformance suites.
 
-They run over every strategy, kernel and backbone that the package's entry points register. Outside
-of the library, because importing that imports torch, and pytest loads this wherever it is
-installed: without the option nothing else is imported.
+The suites run on every strategy, kernel and backbone that the package's entry points register. This
+module is separate from the library because pytest always loads it: without the option, neither the
+library nor torch is imported.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 OPTION = "--sparsiattn-suite"
 _package = ""
 
-if "sparsiattn.testing" not in sys.modules:  # else it is too late, and pytest warns
+if "sparsiattn.testing" not in sys.modules:  # pytest warns about modules that are imported already
     pytest.register_assert_rewrite("sparsiattn.testing")
 
 
 def package() -> str:
-    """The package that was asked for, empty if none was."""
+    """The package that the option names; empty without the option."""
     return _package
 
 
@@ -31,8 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         OPTION,
         metavar="PACKAGE",
         default="",
-        help="run sparsiattn's conformance suites over what this installed package registers: by "
-        "distribution, entry point or import name ('sparsiattn' for the built-ins)",
+        help="run sparsiattn's conformance suites on everything that an installed package "
+        "registers; PACKAGE is a distribution, entry point or import name ('sparsiattn' for the "
+        "built-ins)",
     )
 
 
@@ -46,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     suites = str(_suites())
     source = pytest.Config.ArgsSource
     if config.args_source in (source.INVOCATION_DIR, source.TESTPATHS):
-        config.args = [suites]  # nothing else was asked for
+        config.args = [suites]  # no other tests were requested
     elif suites not in config.args:
         config.args = [*config.args, suites]
 
@@ -58,20 +59,20 @@ def _suites() -> Path:
 
 
 def _check(package: str) -> None:
-    """Nothing found is an error: it must not pass for a run without failures."""
+    """Raise an error for a package without plug-ins, as an empty run would look successful."""
     from sparsiattn.registry import REGISTRY
 
     if REGISTRY.of_package(package):
         return
     known = sorted({plugin.distribution for plugin in REGISTRY.plugins()})
     raise pytest.UsageError(
-        f"{OPTION} {package}: no plug-in of that name is installed. Known: {', '.join(known)}; an "
-        "entry point in the group 'sparsiattn' makes a package known (see `sparsiattn list`)"
+        f"{OPTION} {package}: no plug-in of that name is installed. Known: {', '.join(known)}; a "
+        "package must have an entry point in the group 'sparsiattn' (see `sparsiattn list`)"
     )
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Any:
-    """Ids that begin with the package instead of with where sparsiattn is installed."""
+    """Make test ids start with the package instead of the path of sparsiattn."""
     if not _package or module_path != _suites():
         return None
     return pytest.Module.from_parent(parent, path=module_path, nodeid=_package)

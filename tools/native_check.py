@@ -1,4 +1,6 @@
-"""Runs every library of the installed package that suits this processor against `reference`.
+"""Compare every compiled library of the installed package that this processor supports.
+
+Each one must give the same results as the kernel `reference`.
 
 python tools/native_check.py
 """
@@ -18,7 +20,7 @@ from sparsiattn.testing import random_inputs
 
 
 def check(level: str) -> None:
-    """Raise if a level's library is not there, or gives something else."""
+    """Raise if a level's library is missing or gives other results than the reference."""
     os.environ[shipped.VARIABLE] = level
     build.forget()
     if not build.is_ready():
@@ -27,8 +29,8 @@ def check(level: str) -> None:
         inputs = random_inputs((9, 10), prefix=2, dim=dim, tile=tile, block=(2, 2))
         scores = torch.rand(2, 3, inputs.n_keys, inputs.n_keys)
         pattern = finish(Pattern.top(scores, 29), inputs, background=2)
-        found, exact = Native()(inputs, pattern), Reference()(inputs, pattern)
-        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+        out, exact = Native()(inputs, pattern), Reference()(inputs, pattern)
+        torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
     print(f"{level or 'chosen'}: {build.source()}, {torch.get_num_threads()} threads")
 
 

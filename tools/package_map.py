@@ -1,6 +1,6 @@
-"""Draw which package imports which, from the import graph: ``docs/assets/packages.svg``.
+"""Draw the imports between packages as ``docs/assets/packages.svg``.
 
-``python tools/package_map.py`` writes the picture; ``--check`` fails if it is not current.
+``python tools/package_map.py`` writes the picture; ``--check`` fails if it is out of date.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ PICTURE = ROOT / "docs" / "assets" / "packages.svg"
 
 ADAPTERS = "sparsiattn_backbones"
 PUBLIC = "public names"
-"""The column of the root, which gives public names to those that may see nothing else."""
+"""The column of the root package, whose public names plug-in packages import."""
 
 ROLES = {
     ADAPTERS: "adapters for model families (backbones/)",
     "methods": "published methods, written as plug-ins",
-    "cli": "the commands; a file holds one",
+    "cli": "the commands, one per file",
     "testing": "suites for plug-ins, tiny models, doctor",
     "analysis": "inspect, profile, bench, search, show",
     "training": "calibrate, train, evaluate, data",
-    "patching": "patch and its handle; finds attention",
-    "serialization": "save and load, the hub, export",
-    "runtime": "hooks: what runs in a forward pass",
-    "strategies": "which keys and tokens stay",
-    "kernels": "how a pattern is computed",
+    "patching": "patch and its handle; discovery of attention",
+    "serialization": "save, load, the Hub, export",
+    "runtime": "hooks that run in a forward pass",
+    "strategies": "selection of keys and tokens",
+    "kernels": "computation of patterns",
     "attention": "sites, inputs, patterns, grids",
-    "registry": "plug-ins, and what they register",
-    "errors": "every exception",
+    "registry": "plug-ins and registered names",
+    "errors": "all exceptions",
 }
 
 LEFT, BOX, ROW, STEP, TOP, GAP = 16, 436, 30, 34, 112, 8
@@ -44,7 +44,7 @@ INK, GREY, BLUE = "#212121", "#808080", "#5c6bc0"  # grey and blue show on white
 
 
 def layers() -> list[list[str]]:
-    """The packages, highest layer first, as the contract of imports in pyproject.toml has them."""
+    """The packages, highest layer first, from the import contract in pyproject.toml."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     (contract,) = (c for c in settings["importlinter"]["contracts"] if c["type"] == "layers")
     rows = [[name.strip() for name in row.split("|")] for row in contract["layers"]]
@@ -53,13 +53,13 @@ def layers() -> list[list[str]]:
 
 
 def package_of(module: str) -> str:
-    """Row or column of a module."""
+    """The package of a module, which is its row or column."""
     root, _, rest = module.partition(".")
     return ADAPTERS if root == ADAPTERS else rest.split(".")[0] or PUBLIC
 
 
 def imports() -> set[tuple[str, str]]:
-    """``(importing, imported)`` for packages; imports inside functions count, too."""
+    """Pairs ``(importing, imported)`` of packages; imports inside functions count too."""
     sys.path[:0] = [str(ROOT), str(ROOT / "backbones")]
     graph = grimp.build_graph("sparsiattn", ADAPTERS, cache_dir=None)
     return {
@@ -70,13 +70,13 @@ def imports() -> set[tuple[str, str]]:
 
 
 def text(x: float, y: float, words: str, **attributes: str | int) -> str:
-    """An SVG text; underscores in attribute names stand for hyphens."""
+    """An SVG text element; underscores in attribute names become hyphens."""
     extra = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
     return f'<text x="{x:g}" y="{y:g}"{extra}>{words}</text>'
 
 
 def draw(edges: set[tuple[str, str]]) -> str:
-    """The picture: a row for each package, a dot for each package that it imports."""
+    """The picture: one row per package, and a dot for each package that it imports."""
     rows = layers()
     columns = [PUBLIC, *(name for row in rows[1:] for name in row)]
     place = {name: LEFT + BOX + 28 + STEP * i for i, name in enumerate(columns)}
@@ -98,7 +98,7 @@ def draw(edges: set[tuple[str, str]]) -> str:
         y += GAP
     size = f'viewBox="0 0 {width} {y + 28}" width="{width}"'
     note = (
-        "A dot: the package on the left imports the one above. Dots lie right of the squares only."
+        "A dot: the package on the left imports the one above. All dots are right of the squares."
     )
     return "\n".join(
         [
@@ -136,7 +136,7 @@ def main() -> int:
     if "--check" not in sys.argv[1:]:
         PICTURE.write_text(picture, encoding="utf-8")
     elif PICTURE.read_text(encoding="utf-8") != picture:
-        print(f"{PICTURE.relative_to(ROOT)} is not what the imports say: run `make map`")
+        print(f"{PICTURE.relative_to(ROOT)} does not match the imports: run `make map`")
         return 1
     return 0
 

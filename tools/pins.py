@@ -1,4 +1,4 @@
-"""Writes constraints/dev.txt: the versions of everything installed beside this, without builds."""
+"""Write constraints/dev.txt: the versions of all installed packages, without build tools."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 FILE = Path(__file__).resolve().parent.parent / "constraints" / "dev.txt"
 OWN = ("sparsiattn", "pip", "setuptools", "wheel")
 HEAD = """# The versions that development and CI were last run with (Linux x86-64), written by
-# `make constraints`; `pip install -c constraints/dev.txt -e .[dev]` gives them again.
+# `make constraints`; `pip install -c constraints/dev.txt -e .[dev]` installs them again.
 """
 
 
 def pins() -> list[str]:
-    found = {
-        one.name.lower().replace("_", "-"): one.version.partition("+")[0] for one in distributions()
+    versions = {
+        package.name.lower().replace("_", "-"): package.version.partition("+")[0]
+        for package in distributions()
     }
-    return [f"{name}=={version}" for name, version in sorted(found.items()) if name not in OWN]
+    return [f"{name}=={version}" for name, version in sorted(versions.items()) if name not in OWN]
 
 
 if __name__ == "__main__":

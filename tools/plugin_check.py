@@ -1,8 +1,9 @@
-"""Builds both wheels, installs them into a clean environment, runs the template's tests there.
+"""Build the wheels of sparsiattn and of the plug-in template, and test them in a new environment.
 
-The environment is new and sees no checkout. Torch, timm and the other dependencies are not
-downloaded again: a .pth file puts the site-packages of the interpreter that runs this behind its
-own, where the wheels are. Needs pip and setuptools >= 77 in that interpreter; no network.
+The environment does not see the checkout. Torch, timm and the other dependencies are not downloaded
+again: a .pth file adds the site-packages of the running interpreter after the environment's own,
+which contain the wheels. The running interpreter needs pip and setuptools >= 77; no network is
+needed.
 
     python tools/plugin_check.py [--slow] [more arguments for pytest]
 """
@@ -23,31 +24,31 @@ TEMPLATE = ROOT / "examples" / "plugin-template"
 
 
 def wheel(source: Path, work: Path) -> Path:
-    """The wheel of a copy: building leaves nothing in the tree and takes nothing stale from it."""
+    """Build the wheel of a copy, so that the tree is not changed and no stale files are used."""
     copy = work / "source" / source.name
     skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "benchmarks", "__pycache__")
     shutil.copytree(source, copy, ignore=skip)
     wheels = work / "wheels" / source.name
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir"]
     run([sys.executable, "-m", "pip", "wheel", *options, str(wheels), str(copy)], work)
-    (found,) = wheels.glob("*.whl")
-    return found
+    (built,) = wheels.glob("*.whl")
+    return built
 
 
 def environment(folder: Path) -> Path:
-    """A new virtual environment; returns its interpreter."""
+    """Create a virtual environment, and return its interpreter."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     inside = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", inside], capture_output=True, text=True, check=True)
     paths = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    # paths alone: .pth files in there, such as an editable sparsiattn's, are not read
+    # only paths: .pth files in these folders, such as an editable sparsiattn's, are not read
     Path(own.stdout.strip(), "behind.pth").write_text("\n".join(paths) + "\n")
     return python
 
 
 def run(command: list[str | Path], folder: Path, **environment: str) -> None:
-    """In a folder without a checkout, and without the caller's import path."""
+    """Run a command in a folder without a checkout, and without the caller's import path."""
     hidden = ("PYTHONPATH", "PYTEST_ADDOPTS", "SPARSIATTN_PLUGINS", "SPARSIATTN_NATIVE")
     clean = {name: value for name, value in os.environ.items() if name not in hidden}
     words = [str(part) for part in command]

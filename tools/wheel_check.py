@@ -1,9 +1,9 @@
-"""Builds the sdist, a wheel from it, installs that into a clean environment and uses it there.
+"""Build the sdist and a wheel from it, install the wheel into a new environment and use it there.
 
-Where there is a C compiler to build with, the environment gets none, and compiled code must run all
-the same. What `plugin_check` says of environments holds here, too. Needs pip and setuptools >= 77.
+If the wheel was built with a C compiler, the environment has no access to one, and the compiled
+code must run nevertheless. For the environment see `plugin_check`. Needs pip and setuptools >= 77.
 
-    python tools/wheel_check.py [FOLDER]    # keeps sdist and wheel in FOLDER
+    python tools/wheel_check.py [FOLDER]    # stores sdist and wheel in FOLDER
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ assert not any(plugin.error for plugin in sparsiattn.list_plugins().values())
 model, x = timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
 with torch.inference_mode():
     dense = model(x)
-    # at 101 tokens choosing keys by logits costs more than it saves
+    # at 101 tokens, selecting keys by logits costs more than it saves
     for name, saves in (("connectivity", False), ("token_drop", True), ("bilevel", True)):
         with sparsiattn.patch(model, name) as patch:
             assert not torch.equal(model(x), dense), name
@@ -62,14 +62,14 @@ print("compiled code runs without a compiler")
 
 
 def sdist(work: Path) -> Path:
-    """The source archive of a copy without what a checkout gathers."""
+    """Build the source archive of a copy without generated files."""
     copy = work / "checkout"
     skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "site")
     shutil.copytree(ROOT, copy, ignore=skip)
     code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
     run([sys.executable, "-c", code], copy)
-    (found,) = (copy / "dist").glob("*.tar.gz")
-    return found
+    (archive,) = (copy / "dist").glob("*.tar.gz")
+    return archive
 
 
 def unpacked(archive: Path, work: Path) -> Path:
@@ -84,7 +84,7 @@ def check_names(built: Path) -> None:
     missing = [name for name in IN_WHEEL if name not in names]
     foreign = [name for name in names if name.startswith(NOT_IN_WHEEL)]
     if missing or foreign:
-        raise SystemExit(f"{built.name}: missing {missing}, and should not have {foreign}")
+        raise SystemExit(f"{built.name}: missing {missing}, unexpected {foreign}")
 
 
 def compiles() -> bool:
@@ -95,7 +95,7 @@ def use_compiled(built: Path, python: Path, work: Path) -> None:
     if "-py3-none-" not in built.name:
         raise SystemExit(f"{built.name} is not for every Python")
     if built.stem.endswith("-any"):
-        raise SystemExit(f"{built.name} holds no compiled code, though there is a compiler")
+        raise SystemExit(f"{built.name} has no compiled code, although there is a compiler")
     away = {"PATH": str(python.parent), "CC": "", "SPARSIATTN_CACHE": str(work / "cache")}
     run([python, "-c", USE_COMPILED.format(root=str(work))], work, **away)
 

@@ -1,4 +1,4 @@
-"""Adapters for families of models; the first that fits a model is taken, `generic` last."""
+"""Adapters for families of models. The first one that fits a model is used; `generic` is last."""
 
 from __future__ import annotations
 

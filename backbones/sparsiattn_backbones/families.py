@@ -1,4 +1,4 @@
-"""timm's plain, Swin, SAM and Hiera Vision Transformers, and whatever else calls SDPA."""
+"""Adapters for timm's plain, Swin, SAM and Hiera models, and for any other model with SDPA."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ POOLS: dict[str, Pooling] = {"token": "prefix", "avg": "avg", "max": "max"}
 
 
 def _adds_class_late(model: nn.Module) -> bool:
-    """CaiT, XCiT: the class token joins after the main blocks, to attend to all patch tokens."""
+    """Whether the class token is added after the main blocks, as in CaiT and XCiT."""
     late = ("blocks_token_only", "cls_attn_blocks")
     return any(getattr(part, name, None) is not None for part in model.modules() for name in late)
 
 
 def _head_pooling(model: nn.Module) -> Pooling:
-    """What a classifier head of timm's averages or maximises."""
+    """The pooling of a classifier head of timm."""
     head = getattr(model, "head", None)
-    pool = getattr(head, "global_pool", head)  # Hiera's head has the name itself
+    pool = getattr(head, "global_pool", head)  # Hiera's head itself has the pool_type
     return POOLS.get(str(getattr(pool, "pool_type", getattr(head, "pool_type", ""))), "other")
 
 
@@ -46,16 +46,16 @@ class TimmViT(Backbone):
             return "other"
         kind = getattr(model, "global_pool", "")
         if not getattr(model, "num_prefix_tokens", 0) and kind not in ("avg", "max"):
-            return "other"  # Gemma's and Qwen's own kinds
+            return "other"  # special kinds of Gemma and Qwen
         if hasattr(model, "embeds"):
-            return POOLS.get(kind, "other")  # NaFlexViT pools under its mask, by a function
+            return POOLS.get(kind, "other")  # NaFlexViT pools with its mask, in a function
         if kind not in ("", "avg") and not hasattr(model, "pool"):
-            return "prefix"  # BEiT and relative positions: average or first token
+            return "prefix"  # BEiT and ViT with relative positions: average or first token
         return POOLS.get(kind, "other")
 
 
 class _PatchesOnly(Backbone):
-    """Families whose sequences hold patch tokens alone."""
+    """Families whose sequences contain only patch tokens."""
 
     def prefix_tokens(self, call: AttentionCall) -> int:
         return 0
@@ -65,8 +65,7 @@ class _PatchesOnly(Backbone):
 
 
 class Swin(_PatchesOnly):
-    """Swin, v2 and v2-CR: attention in windows of a fixed grid, every second block shifted under a
-    mask."""
+    """Swin, v2 and v2-CR: attention in windows of fixed size, every second block shifted."""
 
     name = "timm_swin"
 
@@ -98,7 +97,7 @@ class Sam(_PatchesOnly):
 
 
 class Hiera(_PatchesOnly):
-    """Hiera: mask units of tokens in unrolled order, queries pooled where stages change."""
+    """Hiera: tokens in mask units in unrolled order; queries are pooled between stages."""
 
     name = "timm_hiera"
 
@@ -137,7 +136,7 @@ class Generic(Backbone):
 
 
 def sole_part(model: nn.Module, adapter: Backbone) -> nn.Module:
-    """The one element of a chain of `nn.Sequential` that an adapter fits; else the model."""
+    """The only element of nested `nn.Sequential` that an adapter fits; else the model itself."""
     while isinstance(model, nn.Sequential):
         fitting = [part for part in model if not adapter.why_not(part)]
         nested = [part for part in model if isinstance(part, nn.Sequential)]

@@ -1,7 +1,7 @@
-"""Vision Transformers from outside timm: Hugging Face's, torchvision's and CLIP's own.
+"""Adapters for models outside timm: Hugging Face transformers, torchvision and CLIP.
 
-None of these libraries is imported; a model is known by the attributes it has, and also where it
-is a part of a larger one.
+None of these libraries is imported. A model is recognised by its attributes, also if it is part of
+a larger model.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ BIAS_TABLES = (
     *("relative_position_bias", "shared_position_bias", "relative_position_bias_table"),
     "continuous_position_bias_mlp",
 )
-"""Relative positions by Hugging Face's names, one table for all windows of an image."""
+"""Hugging Face's names of relative position biases, with one table for all windows of an image."""
 
 
 class _StemFamily(Backbone):
-    """What the families of this module share: their tokens are made in a stem."""
+    """Base of the families in this module, whose tokens are made in a stem."""
 
     def stem(self, model: nn.Module) -> nn.Module:
         return next(stems.stems(model), model)
 
     def image_module(self, model: nn.Module) -> nn.Module:
-        # it takes the image as its first argument, whatever the caller's keywords are
+        # its first argument is the image, while the model may be called with keyword arguments
         layer = stems.patch_layer(self.stem(model))
         return model if stems.first_of(layer, nn.Conv2d) is None else layer
 
@@ -51,7 +51,7 @@ class _StemFamily(Backbone):
         return (1, 1) if layer is None else (layer.stride[-2], layer.stride[-1])
 
     def channels(self, model: nn.Module) -> int:
-        """Channels of the image that the model takes."""
+        """Number of channels of the model's images."""
         layer = stems.convolution(self.stem(model))
         return 3 if layer is None else layer.in_channels
 
@@ -67,7 +67,7 @@ class _StemFamily(Backbone):
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
-    """Rows and columns of a size in any of the forms in use."""
+    """Rows and columns of a size that is an int or a pair; None for other forms."""
     if isinstance(size, int):
         return size, size
     if isinstance(size, (tuple, list)) and len(size) == 2:
@@ -76,7 +76,7 @@ def _sides(size: Any) -> tuple[int, int] | None:
 
 
 class HuggingFace(_StemFamily):
-    """Hugging Face's vision models: ViT, DeiT, DINOv2 and v3, CLIP, SigLIP, BEiT and others."""
+    """Hugging Face's vision models: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT and others."""
 
     name = "huggingface"
 
@@ -97,12 +97,12 @@ class HuggingFace(_StemFamily):
         return super().input_shape(model)
 
     def attribute_overrides(self, model: nn.Module) -> list[AttributeOverride]:
-        # one for each distinct configuration; modules look it up in every forward
+        # one for each distinct configuration; modules read it in every forward pass
         switched = [c for c in _configs(model) if _unfused(vars(c)[IMPLEMENTATION])]
         fused = [
             AttributeOverride(c, IMPLEMENTATION, "sdpa", vars(c)[IMPLEMENTATION]) for c in switched
         ]
-        # eager attention has no causal order of its own; "sdpa" takes one where nothing denies it
+        # eager attention is not causal by default, but "sdpa" is unless is_causal is False
         not_causal = [
             AttributeOverride(m, "is_causal", False, ...) for m in _undirected(model, switched)
         ]
@@ -138,7 +138,7 @@ class HuggingFace(_StemFamily):
             return 1, n
         time = 1 if stem is None else stems.steps(stem, call.nearest("config"))
         rows, columns = super().grid(call, n // time, aspect)
-        return rows * time, columns  # the frames of a video one below the other
+        return rows * time, columns  # frames of a video are stacked vertically
 
     def is_raster_order(self, call: AttentionCall) -> bool:
         return stems.in_raster_order(call, stems.stem_of(call))
@@ -146,7 +146,7 @@ class HuggingFace(_StemFamily):
     def bias(self, call: AttentionCall) -> Literal["none", "bias", "mask"]:
         kind = super().bias(call)
         if call.mask is None or call.mask[0] != 1 or call.mask_dtype == torch.bool:
-            return kind  # Swin's shifted windows forbid keys
+            return kind  # Swin masks keys in shifted windows
         return "bias" if any(call.nearest(name) is not None for name in BIAS_TABLES) else kind
 
     def sites(
@@ -173,28 +173,30 @@ class HuggingFace(_StemFamily):
 
 
 IMPLEMENTATION = "_attn_implementation_internal"
-"""Attribute of a configuration behind the property ``_attn_implementation``, whose setter would
-also overwrite what was chosen for the parts of a composite model."""
+"""Attribute behind a configuration's property ``_attn_implementation``. The setter of the property
+would also overwrite the setting for the parts of a composite model."""
 
 
 def _configs(model: nn.Module) -> list[Any]:
     """Distinct configurations whose attention can be switched, outermost first."""
     configs = (getattr(module, "config", None) for module in model.modules())
-    # not a set: configurations are compared by their values, and have no hash
+    # by id and not in a set, as configurations compare by value and have no hash
     switchable = {id(c): c for c in configs if IMPLEMENTATION in getattr(c, "__dict__", {})}
     return list(switchable.values())
 
 
 def _undirected(model: nn.Module, configs: list[Any]) -> list[nn.Module]:
-    """Modules of an image encoder with one of these configurations that do not say whether their
-    attention is causal. (Text that is to be causal may rely on "sdpa" taking it for that.)"""
+    """Modules of image encoders with one of these configurations that do not set ``is_causal``.
+
+    Text encoders are left out: "sdpa" treats them as causal, and they may rely on it.
+    """
     images = {id(config) for config in configs if getattr(config, "patch_size", None) is not None}
     encoders = (m for m in model.modules() if id(getattr(m, "config", None)) in images)
     return [m for m in encoders if not hasattr(m, "is_causal")]
 
 
 def _predicts(model: nn.Module) -> bool:
-    """V-JEPA 2 runs a predictor behind the encoder, unless it is told not to."""
+    """Whether the model runs a predictor after the encoder that can be skipped (V-JEPA 2)."""
     return "skip_predictor" in signature(model.forward).parameters
 
 
@@ -211,12 +213,12 @@ def _predictor_attention(calls: list[AttentionCall]) -> list[str]:
 
 
 def _unfused(implementation: str | None) -> bool:
-    """Implementations that do not call scaled dot product attention; others are the user's own."""
+    """Whether an implementation does not call SDPA; unknown ones belong to the user."""
     return implementation in (None, "eager", "flex_attention") or "flash" in str(implementation)
 
 
 def _classifier_pooling(model: nn.Module, stem: nn.Module) -> Pooling:
-    """What a Hugging Face ``...ForImageClassification`` reads, from the parts it is made of."""
+    """The pooling of a Hugging Face ``...ForImageClassification``, derived from its parts."""
     body: Any = next((part for part in model.children() if stem in list(part.modules())), model)
     pooler = getattr(body, "pooler", None)
     head: Any = getattr(model, "classifier", None)
@@ -235,17 +237,17 @@ def _classifier_pooling(model: nn.Module, stem: nn.Module) -> Pooling:
 
 
 def _fits(head: nn.Module, width: int | None) -> bool:
-    """Whether a head reads one token's width: DINOv2's reads two, CLS and average."""
+    """Whether a head reads one token; DINOv2's reads two, the class token and the average."""
     return isinstance(head, nn.Linear) and head.in_features == width
 
 
 class _AttributeFamily(_StemFamily):
-    """A model that is known by attributes, and may be a part of a larger one."""
+    """A model that is recognised by its attributes, also as part of a larger model."""
 
     attributes: tuple[str, ...] = ()
 
     def inner(self, model: nn.Module) -> Any:
-        """The part with all the attributes, None if there is none."""
+        """The first module with all of the attributes; None if there is none."""
         parts = (
             part
             for part in model.modules()
@@ -274,7 +276,7 @@ class TorchvisionViT(_AttributeFamily):
     attributes = ("conv_proj", "class_token", "encoder", "image_size", "patch_size", "heads")
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        side = int(self.inner(model).patch_size)  # of all layers of a convolutional stem
+        side = int(self.inner(model).patch_size)  # total stride of a convolutional stem
         return side, side
 
     def pooling(self, model: nn.Module) -> Pooling:

@@ -1,6 +1,6 @@
-"""Where the tokens of a vision model are made, and in which order they stand then.
+"""Stems: the modules that make the tokens of a vision model, and the order of those tokens.
 
-None of the libraries is imported; modules are known by the attributes they have.
+No model library is imported. Modules are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -17,48 +17,51 @@ M = TypeVar("M", bound=nn.Module)
 
 EMBEDDINGS = ("patch_embeddings", "patch_embedding", "patch_embed")
 PATCH_LAYERS = (*EMBEDDINGS, "conv_proj", "conv1")
-"""Names of the layer that makes tokens of an image."""
+"""Names of the layer that turns an image into tokens."""
 REGISTERS = ("register_tokens", "reg_token")
 FRAMES = ("num_frames", "frames_per_clip")
-"""Names of a configuration's frames in a video."""
+"""Names of a configuration's number of video frames."""
 
 UNORDERED = (
     *("num_group_token", "message_attn", "positional_embedding_vlm"),
     *("reroll", "encoder_attn", "self_attends"),
 )
-"""Marks of groups (GroupViT), messages (X-CLIP) and a class token (Llama 4) behind the patches, of
-mask units (Hiera), of queries that are no patches (DETR's decoder, Perceiver's latents)."""
+"""Attributes of models whose tokens are not in raster order: groups (GroupViT), messages (X-CLIP)
+or a class token (Llama 4) after the patches, mask units (Hiera), and queries that are not patches
+(DETR's decoder, Perceiver's latents)."""
 
 
 def _is_stem(module: nn.Module) -> bool:
-    """Whether this module puts class tokens in front of patches, or at least makes the patches."""
+    """Whether a module makes patch tokens or adds class tokens."""
     embeds = any(isinstance(getattr(module, name, None), nn.Module) for name in EMBEDDINGS)
     return embeds or count_class_tokens(module) > 0
 
 
 def stems(model: nn.Module) -> Iterator[nn.Module]:
-    """The stems of a model's towers; stages that add a class token of their own are none."""
+    """The stems of a model's towers; stages that add a class token do not count."""
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     stages = {id(stage) for stage_list in lists for stage in stage_list}
     return (m for m in model.modules() if _is_stem(m) and id(m) not in stages)
 
 
 def stem_of(call: AttentionCall) -> nn.Module | None:
-    """The stem of the tower (or stage) that a call is in: of its closest parent that is one or
-    holds one."""
+    """The stem of the tower or stage that a call is in.
+
+    It is the closest parent of the call that is a stem, or a child of such a parent.
+    """
     for parent in reversed(call.parents):
-        # elements of a list are stages, and none of them holds the stem of another
+        # elements of a list are stages, which do not contain the stem of another stage
         children = [] if isinstance(parent, nn.ModuleList) else parent.children()
         for module in (parent, *children):
             if _is_stem(module):
                 return _of_stage(module, call)
-            if hasattr(module, "token_embedding"):  # of text
+            if hasattr(module, "token_embedding"):  # a text tower
                 return module
     return None
 
 
 def _of_stage(stem: nn.Module, call: AttentionCall) -> nn.Module:
-    """The layer that makes the tokens of this call's stage, where a stem has one for each (PVT)."""
+    """The layer that makes the tokens of the call's stage, if the stem has one per stage (PVT)."""
     layers: Any = getattr(stem, "patch_embeddings", None)
     if not isinstance(layers, nn.ModuleList):
         return stem
@@ -73,55 +76,57 @@ def _of_stage(stem: nn.Module, call: AttentionCall) -> nn.Module:
 
 
 def patch_layer(stem: nn.Module) -> nn.Module:
-    """The layer of a stem that makes tokens of the image; the stem itself if it has none."""
+    """The layer of a stem that turns the image into tokens; the stem itself if it has none."""
     layers = (getattr(stem, name, None) for name in PATCH_LAYERS)
     return next((layer for layer in layers if isinstance(layer, nn.Module)), stem)
 
 
 def first_of(module: nn.Module, kind: type[M]) -> M | None:
-    """The first part of that kind."""
+    """The first submodule of a class; None if there is none."""
     return next((part for part in module.modules() if isinstance(part, kind)), None)
 
 
 def convolution(stem: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
-    """What makes tokens of an image, or of several frames of a video."""
+    """The convolution that turns an image, or several frames of a video, into tokens."""
     layer = patch_layer(stem)
     return first_of(layer, nn.Conv3d) or first_of(layer, nn.Conv2d)
 
 
 def class_rows(stem: nn.Module) -> int:
-    """Class tokens at the head of the sequence; Pixio has several in one parameter."""
+    """Number of class tokens at the start of the sequence; Pixio has several in one parameter."""
     if hasattr(stem, "positional_embedding_vlm"):
-        return 0  # Llama 4 appends its own
+        return 0  # Llama 4 appends its class token
     count = getattr(stem, "n_cls_tokens", None)
     return count if isinstance(count, int) else count_class_tokens(stem)
 
 
 def prefix_rows(stem: nn.Module) -> int:
-    """Class tokens and registers at the head of the sequence."""
+    """Number of class tokens and registers at the start of the sequence."""
     registers = (getattr(stem, name, None) for name in REGISTERS)
     rows = sum(tokens.shape[-2] for tokens in registers if isinstance(tokens, torch.Tensor))
     return class_rows(stem) + rows
 
 
 def takes_patches(stem: nn.Module) -> bool:
-    """SigLIP 2 with native aspect ratios: cut, flattened and padded patches instead of an image."""
+    """Whether the input is flattened, padded patches (SigLIP 2 with native aspect ratios)."""
     return isinstance(getattr(stem, "patch_embedding", None), nn.Linear)
 
 
 def packs(stem: nn.Module) -> bool:
-    """Pixtral: patches of all images in one sequence, turned by tables of rotary positions."""
+    """Whether the patches of all images are in one sequence with rotary positions (Pixtral)."""
     return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
 
 
 def takes_packed(config: Any) -> bool:
-    """Qwen-VL, GLM-V and their like: patches of all images in one sequence, sorted by the groups
-    that are merged at the end."""
+    """Whether the patches of all images are in one sequence (Qwen-VL, GLM-V and similar models).
+
+    They are sorted by the groups that are merged at the end.
+    """
     return getattr(config, "spatial_merge_size", None) is not None
 
 
 def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
-    """Whether nothing but the patches of the image, in their order, follows the prefix."""
+    """Whether the tokens after the prefix are exactly the image's patches in raster order."""
     if any(call.nearest(name) is not None for name in UNORDERED):
         return False
     if takes_packed(call.nearest("config")):
@@ -129,40 +134,40 @@ def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
     if stem is None:
         return True
     if getattr(stem, "attention_type", "") == "joint_space_time":
-        return False  # TimeSformer's frames are the inner dimension then
-    # YOLOS appends tokens too, masked autoencoders shuffle theirs
+        return False  # frames are the inner dimension in TimeSformer then
+    # YOLOS appends tokens, masked autoencoders shuffle them
     changed = hasattr(stem, "detection_tokens") or hasattr(stem, "random_masking")
     return not (changed or takes_patches(stem))
 
 
 def frames(stem: nn.Module, config: Any) -> int | None:
-    """Frames of a video that the stem takes at once; None if it takes images."""
+    """Number of video frames in the stem's input; None if it takes images."""
     counts = (getattr(config, name, None) for name in FRAMES)
     count = next((n for n in counts if isinstance(n, int)), None)
-    # TimeSformer's convolution takes single frames
+    # in TimeSformer the convolution takes single frames
     takes_video = _cubes(stem) is not None or hasattr(stem, "attention_type")
     return count if takes_video else None
 
 
 def _cubes(stem: nn.Module) -> nn.Conv3d | None:
-    """The convolution that makes tokens of several frames of a video."""
+    """The convolution that turns several frames of a video into tokens; None if there is none."""
     return first_of(patch_layer(stem), nn.Conv3d)
 
 
 def steps(stem: nn.Module, config: Any) -> int:
-    """Steps in time among the tokens of one sequence; 1 for an image, or a frame by itself."""
+    """Number of time steps in one sequence; 1 for an image or a single frame."""
     count, layer = frames(stem, config), _cubes(stem)
     return 1 if count is None or layer is None else count // layer.stride[0]
 
 
 def along_time(call: AttentionCall) -> bool:
-    """Whether a sequence is one place in all frames (TimeSformer)."""
+    """Whether a sequence is one position in all frames (TimeSformer)."""
     modules = (call.module, *call.parents)
     temporal = [getattr(parent, "temporal_attention", None) for parent in call.parents]
     return any(module is attention for attention in temporal for module in modules)
 
 
 def per_frame(call: AttentionCall, stem: nn.Module, sequences: int) -> bool:
-    """Whether every sequence is one frame with class tokens of its own (TimeSformer)."""
+    """Whether every sequence is one frame with its own class tokens (TimeSformer)."""
     spatial = call.nearest("temporal_attention") is not None and not along_time(call)
     return spatial and sequences > 1 and sequences == frames(stem, call.nearest("config"))

@@ -1,5 +1,5 @@
-"""What a patch is worth: times, costs, findings, searched budgets, pictures.
+"""Analysis of models and patches: timing, MACs, inspection, search of budgets, visualization.
 
-May import `sparsiattn.training` and what stands below it; testing and the command line may import
-it. Each part is a package of its own, so that a command imports only the one it needs.
+It may import `sparsiattn.training` and the packages below it; testing and the command line may
+import it. Each part is a separate package, so that a command imports only the part it needs.
 """

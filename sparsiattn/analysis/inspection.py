@@ -1,4 +1,4 @@
-"""`inspect`: a model's attention and what every strategy could save there, nothing changed."""
+"""`inspect`: describe a model's attention and the possible savings, without changing the model."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from sparsiattn.strategies import Config
 T = TypeVar("T")
 
 NO_SITES = (
-    "no module of the model calls scaled dot product attention (or writes it out) in a way that "
-    "can be served"
+    "no module of the model computes scaled dot product attention (by torch's function or by hand) "
+    "in a way that can be patched"
 )
-# Options that say how much a strategy leaves, by the names in use.
+# Names of the options that are budgets of strategies.
 BUDGETS = ("k", "keep", "r", "ratio")
-# What `SiteInspection` takes over from `Site`, beside its name and MACs.
+# Fields of `SiteInspection` that are copied from `Site`, in addition to name and MACs.
 _SIZES = ("tokens", "keys", "heads", "head_dim", "grid", "prefix_tokens", "windows", "calls")
 
 
@@ -53,19 +53,19 @@ class SiteInspection:
 
     Attributes:
         name: Module path.
-        tokens: Queries, prefix included.
-        keys: Keys, prefix included.
-        heads: Attention heads.
-        head_dim: Width of a query and a key.
-        grid: Rows and columns of the patch tokens; those of several views one below the other.
-        prefix_tokens: Tokens that are not image patches.
-        structure: Where these stand and where that is known from, in words.
-        windows: Windows of one image.
-        calls: Attention calls in one forward pass.
-        macs: Of QK^T and AV for one image, dense.
-        share: Those as a share of the whole model's MACs.
+        tokens: Number of queries, prefix included.
+        keys: Number of keys, prefix included.
+        heads: Number of attention heads.
+        head_dim: Channels of a query and a key.
+        grid: Rows and columns of the patch tokens; several views are stacked vertically.
+        prefix_tokens: Number of tokens that are not image patches.
+        structure: Description of the positions of these tokens, and how they are known.
+        windows: Number of windows per image.
+        calls: Number of attention calls in one forward pass.
+        macs: MACs of QK^T and AV for one image, dense.
+        share: Share of these in the whole model's MACs.
         saves: By attention strategy, the share of the whole model's MACs that it would save here,
-            the cost of choosing keys subtracted; None where only a real input can tell.
+            minus the cost of selecting keys; None if it depends on the input's values.
     """
 
     name: str
@@ -85,16 +85,16 @@ class SiteInspection:
 
 @dataclass(frozen=True)
 class StrategySaving:
-    """What one strategy would save, with its default options and at every site or block it takes.
+    """The saving of one strategy with default options, at every site or block that it supports.
 
     Attributes:
         name: Name of the strategy.
-        kind: What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
-        budget: Its options that say how much stays.
-        saves: Share of the whole model's MACs, negative where choosing costs more than it saves;
-            None if ``reason`` is set, or if only a real input can tell.
-        reason: Why this model cannot have the strategy, else empty.
-        notes: What is unusual about its sites, and blocks that keep every token.
+        kind: What it reduces: ``"attention"``, ``"tokens"`` or ``"both"``.
+        budget: Its budget options.
+        saves: Saved share of the whole model's MACs, negative if selecting costs more than it
+            saves; None if ``reason`` is set, or if it depends on the input's values.
+        reason: Why the strategy does not fit this model; empty if it does.
+        notes: Notes on unusual sites, and on blocks that keep every token.
     """
 
     name: str
@@ -107,23 +107,28 @@ class StrategySaving:
     def __str__(self) -> str:
         name = f"{self.name} {self.budget}".rstrip()
         if self.reason:
-            return f"{self.name}: not on this model: {self.reason}"
+            return f"{self.name}: not for this model: {self.reason}"
         return "; ".join([f"{name}: {percent(self.saves)}", *self.notes])
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The attention of a model, as it is unpatched. ``print`` it, or take `to_dict`.
+    """The attention of the unpatched model. Print it, or use `to_dict`.
 
     Attributes:
-        model: Class of the model.
-        backbone: The adapter that knows the model.
-        input_shape: Shape of the images it ran with.
-        macs: Of the whole model for one image.
-        sites: What can be patched.
+        model: Class name of the model.
+        backbone: Name of the adapter for the model.
+        input_shape: Shape of the input images.
+        macs: MACs of the whole model for one image.
+        sites: Attention calls that can be patched.
         skipped: ``(name, reason)`` of every other attention call.
-        strategies: What each strategy would save.
-        patched: The live patch in words, empty without one.
+        strategies: The saving of each strategy.
+        patched: Description of the active patch; empty without one.
+
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> inspection = inspect(tiny_vit(), strategies=["local"])
+    >>> inspection.backbone, len(inspection.sites), inspection.mhsa_macs < inspection.macs
+    ('timm_vit', 2, True)
     """
 
     model: str
@@ -156,10 +161,10 @@ class Inspection:
             f"{shape_text(self.input_shape)}, {macs_text(self.macs)} MACs, of them MHSA "
             f"{macs_text(self.mhsa_macs)} ({percent(self.mhsa_macs / max(1, self.macs))})"
         ]
-        return lines + ([f"described as it is without {self.patched}"] if self.patched else [])
+        return lines + ([f"described without {self.patched}"] if self.patched else [])
 
     def table(self) -> list[Row]:
-        """Cells of the sites, a heading first; columns that would say nothing are left out."""
+        """Rows of the table of sites, header first; columns without information are left out."""
         if not self.sites:
             return []
         columns = {"site": [site.name for site in self.sites]}
@@ -190,21 +195,19 @@ class Inspection:
 def inspect(
     model: nn.Module, input: Any = None, *, strategies: str | Iterable[str] | None = None
 ) -> Inspection:
-    """Describe a model's attention: what can be patched, and what that could save.
+    """Describe a model's attention: the calls that can be patched, and the possible savings.
 
-    Figures come from dry runs of a copy, without data wherever the model runs so: weights, hooks
-    and random numbers stay as they are. A model without attention to patch is no error: it has no
-    sites.
+    Figures come from dry runs of a copy, on the meta device if possible. Weights, hooks and random
+    state are not changed. A model without attention to patch has no sites, which is not an error.
 
     Args:
-        model: Any module, also one on the meta device or a patched one, which is described as it is
-            without the patch.
-        input: Image shape or example, as `patch` takes it.
-        strategies: Names of those to try with their default options; by default all that are
-            registered but the published methods of ``sparsiattn.methods``.
+        model: Any module, also on the meta device. A patched model is described without its patch.
+        input: Image shape or example, as in `patch`.
+        strategies: Names of the strategies to try with their default options; None for all
+            registered ones except the published methods of ``sparsiattn.methods``.
 
     Returns:
-        Sites and savings.
+        The sites and the savings.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_vit
@@ -217,7 +220,7 @@ def inspect(
     patches = patches_in(model)
     example = example_input(model, input, patches)
     copied, surveyed = survey_unpatched(model, patches, lambda copied: survey(copied, example))
-    # a plug-in's planner may draw its first weights from the global generator
+    # a plug-in's planner may draw its initial weights from the global generator
     with torch.random.fork_rng(devices=[]):
         total = dense_macs(_copy_like(surveyed, copied), surveyed.inputs())
         outcomes = {config: _try(config, copied, example, surveyed, total) for config in configs}
@@ -251,12 +254,14 @@ def inspect(
 def survey_unpatched(
     model: nn.Module, patches: list[Patch], look: Callable[[nn.Module], T]
 ) -> tuple[nn.Module, T]:
-    """A copy without patches, and what was found in it; it has no data if the model runs without.
+    """A copy without patches, and the result of a function of it.
+
+    The copy has no data (it is on the meta device), if the model can run this way.
 
     Args:
         model: The model.
-        patches: Its live patches.
-        look: Takes the copy.
+        patches: Its active patches.
+        look: Function that gets the copy.
     """
     copied = unpatched_meta_copy(model, patches)
     try:
@@ -282,19 +287,19 @@ def _configs(names: str | Iterable[str] | None) -> list[type[Config]]:
 
 
 def patches_in(model: nn.Module) -> list[Patch]:
-    """Live patches of a model and of its parts, each once."""
+    """Active patches of a model and of its submodules, each once."""
     return list(dict.fromkeys(patch for _, patch in live_patches(model)))
 
 
 def unpatched_meta_copy(model: nn.Module, patches: list[Patch]) -> nn.Module:
-    """A copy of a model without data and without the marks of these patches."""
+    """A copy of a model without data and without these patches."""
     return _unpatched(model, meta_copy(model), patches)
 
 
 def _unpatched(model: nn.Module, copied_model: nn.Module, patches: list[Patch]) -> nn.Module:
-    """A copy that still carries the marks of these patches, without them."""
+    """Remove these patches from a copy of the model."""
     planners = {id(runtime.planner) for patch in patches for runtime in patch.runtimes}
-    # listed, because the loop takes modules out
+    # a list, because the loop removes modules
     for module, copied in zip(model.modules(), list(copied_model.modules()), strict=True):
         if id(module._modules.get(PLANNER)) in planners:
             del copied._modules[PLANNER]
@@ -305,7 +310,7 @@ def _unpatched(model: nn.Module, copied_model: nn.Module, patches: list[Patch]) 
 
 
 def example_input(model: nn.Module, example: Any, patches: list[Patch]) -> Any:
-    """The input to describe a model for: where none is given, that of the model's own patch."""
+    """The input for the description: the user's, or else that of the model's own patch."""
     examples = [
         patch.attention.example
         for patch in patches
@@ -317,18 +322,18 @@ def example_input(model: nn.Module, example: Any, patches: list[Patch]) -> Any:
 def _try(
     config: type[Config], meta_model: nn.Module, example: Any, surveyed: ModelSurvey, total: int
 ) -> Report | str:
-    """The report of a patch that is never attached, or why there can be none."""
+    """The report of a patch that is planned but not attached, or why there is none."""
     if not surveyed.sites:
         return NO_SITES
     try:
         with warnings.catch_warnings():
-            # the inspection itself names what is a guess
+            # the inspection itself shows guessed structures
             warnings.simplefilter("ignore", GuessedStructure)
             planned = plan_patch(meta_model, config.build({}), example=example, surveyed=surveyed)
         return report(planned, total)
     except SparsiattnError as error:
         return str(error)
-    except Exception as error:  # of a plug-in: its fault must not hide what the others could do
+    except Exception as error:  # an error of a plug-in must not hide other strategies
         return f"{type(error).__name__}: {error}"
 
 

@@ -1,8 +1,8 @@
-"""Published methods as plug-ins: each one file, written against the public names alone.
+"""Published methods as plug-ins, one file each, which use only public names of the library.
 
-They register through the same hooks as a third party's, and import nothing from the library that
-is not in ``sparsiattn.__all__`` (a test reads their imports). Nothing in the library imports them;
-the root says where `block_mask` lives.
+They register through the same hooks as third-party plug-ins, and import only names in
+``sparsiattn.__all__`` (a test checks their imports). No other module of the library imports them,
+except that the root package exports `block_mask`.
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ METHODS: list[type[Strategy] | type[TokenStrategy]] = [
 
 @hookimpl
 def sparsiattn_strategies() -> list[type[Strategy] | type[TokenStrategy]]:
-    """What chooses keys or computes attention, then what drops or merges tokens."""
+    """Return the attention strategies first, then the token strategies."""
     return METHODS

@@ -1,4 +1,4 @@
-"""What methods share that compute their own keys, logits or outputs."""
+"""Base classes of methods that compute their own keys, logits or outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsiattn import AttentionInputs, InvalidOption, LearnedPlanner, Pattern, 
 
 
 class ComputedPlanner(LearnedPlanner):
-    """Base of planners that learn and choose no keys, so that losses reach their weights."""
+    """Base of learned planners that select no keys, so that any loss reaches their weights."""
 
     differentiable = True
 
@@ -23,10 +23,10 @@ class ComputedPlanner(LearnedPlanner):
 
 
 class MixedKeysPlanner(ComputedPlanner):
-    """Base of planners whose keys are mixtures of the host's, behind the prefix keys as they are.
+    """Base of planners whose keys are mixtures of the host's patch keys, after the prefix keys.
 
     Attributes:
-        prefix_keys: Prefix keys that every query attends to.
+        prefix_keys: Number of prefix keys that every query attends to.
     """
 
     def __init__(self, strategy: Strategy, site: Site) -> None:
@@ -36,17 +36,24 @@ class MixedKeysPlanner(ComputedPlanner):
         self.refuse_mask(site, site.bias == "mask")
 
     def refuse_mask(self, site: Site, forbids: bool) -> None:
-        """Keys that a host's mask forbids to some queries cannot be mixed with others."""
+        """Raise `InvalidOption` if the host masks keys, as masked keys cannot be mixed."""
         if forbids:
             raise InvalidOption(
-                f"{self.name!r} mixes keys, and at site {site.name!r} the host's mask forbids some "
-                "of them (shifted windows, padding): leave such sites out with sites="
+                f"{self.name!r} mixes keys, but at site {site.name!r} the host masks some of them "
+                "(shifted windows, padding): exclude such sites with sites="
             )
 
     def pattern(
         self, inputs: AttentionInputs, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> Pattern:
-        """Attention to the prefix keys and to mixtures ``k``, ``v`` and their ``bias``."""
+        """Attention to the prefix keys and to the mixed keys.
+
+        Args:
+            inputs: The call.
+            k: Mixed keys, ``[B, H, r, D]``.
+            v: Mixed values, ``[B, H, r, Dv]``.
+            bias: Bias of the mixed keys, ``[B|1, H|1, n|1, r]``; None for none.
+        """
         count = self.prefix_keys
         if count:
             k = torch.cat([inputs.k[..., :count, :], k], dim=-2)
@@ -73,10 +80,10 @@ def relative_error(output: Tensor, exact: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReusingStrategy(Strategy):
-    """Base of strategies whose listed sites use what the site before them computed.
+    """Base of strategies in which some sites use the result of the previous site.
 
     Args:
-        layers: Indices of those sites; None for `default_layers`.
+        layers: Indices of the sites that reuse a result; None for `default_layers`.
     """
 
     exact_at_full = False
@@ -92,33 +99,33 @@ class ReusingStrategy(Strategy):
         layers = self.layers if isinstance(self.layers, (tuple, list)) else ()
         if not layers or not all(type(layer) is int and layer >= 1 for layer in layers):
             raise InvalidOption(
-                f"layers of {self.name!r} must be None or site indices >= 1 (the first site has "
-                f"nothing to reuse), got {self.layers!r}"
+                f"layers of {self.name!r} must be None or site indices >= 1 (the first site has no "
+                f"result to reuse), got {self.layers!r}"
             )
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
     def default_layers(self, depth: int) -> Sequence[int]:
-        """Sites of a model of so many that reuse where ``layers`` is None, ascending."""
+        """Indices of the sites that reuse a result in a model with ``depth`` sites, ascending."""
         raise NotImplementedError(f"{type(self).__name__} must override default_layers(depth)")
 
     def reads_and_writes(self, site: Site) -> tuple[bool, bool]:
-        """Whether ``site`` uses what the site before left, and whether the next one uses its."""
+        """Whether a site uses the previous site's result, and whether the next one uses its own."""
         layers = self.layers or self.default_layers(site.depth)
         if layers and layers[-1] >= site.depth:
             raise InvalidOption(
-                f"layers of {self.name!r} name site {layers[-1]}, and the model has {site.depth} "
-                f"(0 to {site.depth - 1})"
+                f"layers of {self.name!r} must be below {site.depth}, the number of sites of the "
+                f"model, got {layers[-1]}"
             )
         return site.index in layers, site.index + 1 in layers
 
 
 @dataclass(frozen=True)
 class Role:
-    """A planner that attends; subclasses do something with the tensor that sites pass on.
+    """A planner of dense attention; subclasses store and reuse a tensor between sites.
 
     Attributes:
-        reads: Whether this site uses what the site before it left.
-        writes: Whether the next site will use what this one leaves.
+        reads: Whether this site uses the tensor of the previous site.
+        writes: Whether the next site uses the tensor of this site.
     """
 
     tensor_name: ClassVar[str] = ""
@@ -130,10 +137,10 @@ class Role:
         return Pattern.dense(inputs.n_queries, inputs.n_keys)
 
     def load(self, inputs: AttentionInputs, width: int) -> Tensor | None:
-        """What the site before left, ``[B, H, Nq, width]``, if it is to be used and fits."""
+        """The previous site's tensor, ``[B, H, Nq, width]``; None if unused or of another shape."""
         return inputs.load(self.tensor_name, (*inputs.q.shape[:3], width)) if self.reads else None
 
     def store(self, inputs: AttentionInputs, tensor: Tensor) -> None:
-        """Leaves a tensor for the next site, if that uses it."""
+        """Store a tensor for the next site, if it uses one."""
         if self.writes:
             inputs.store(self.tensor_name, tensor)

@@ -1,4 +1,4 @@
-"""Masks that are the same for every image, and tables over the grid of patches."""
+"""Static masks and tables over the grid of patches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class GridPlanner:
     """Plans the same mask among patches for every image.
 
     Attributes:
-        build: Makes a boolean ``[H|1, n, n]`` from a grid and ``options``; a function of a module.
-        options: Its other arguments.
+        build: Module-level function that makes a boolean ``[H|1, n, n]`` from a grid and
+            ``options``.
+        options: Other arguments of ``build``.
     """
 
     build: Callable[..., Tensor]
@@ -33,8 +34,8 @@ class GridPlanner:
 def patch_pattern(mask: Tensor, inputs: AttentionInputs) -> Pattern:
     """The pattern of a boolean ``[H|1, n, n]`` among the patches of `AttentionInputs.image_grid`.
 
-    Where queries lie on another grid than keys, or tokens were dropped or merged, each one stands
-    for the patch that it is nearest to. The core adds rows and columns of prefix tokens.
+    If queries have another grid than keys, or tokens were dropped or merged, each token uses the
+    row of the nearest patch. The core adds rows and columns of prefix tokens.
     """
     token_state, prefix = inputs.token_state, inputs.prefix
     if token_state is not None and token_state.reduced:
@@ -49,19 +50,19 @@ def patch_pattern(mask: Tensor, inputs: AttentionInputs) -> Pattern:
 
 
 def _remaining_patches(inputs: AttentionInputs) -> Tensor:
-    """The patch nearest to each token that is left, ``[B, n]``."""
+    """The patch nearest to each remaining token, ``[B, n]``."""
     (rows, columns), prefix = inputs.image_grid, inputs.prefix
     patch = torch.arange(rows * columns, device=inputs.k.device)
     places = torch.stack([patch // columns, patch % columns], -1).float()
-    # rows of prefix tokens are there only because gather_rows expects them
+    # gather_rows expects rows for the prefix tokens
     place = inputs.gather_rows(F.pad(places, (0, 0, prefix, 0)))[:, prefix:].round().long()
     return place[..., 0] * columns + place[..., 1]
 
 
 def _patch_under(queries: Grid, keys: Grid, halo: int, *, device: torch.device) -> Tensor:
-    """The key patch under the middle of every query, ``[n]``.
+    """The key patch at the centre of every query, ``[n]``.
 
-    Queries lie over the keys but for a margin of ``halo`` key patches on every side.
+    Queries cover the keys except for a margin of ``halo`` key patches on every side.
     """
     row, column = (
         ((torch.arange(size, device=device) + 0.5) * (keys_along - 2 * halo) / size + halo)
@@ -73,10 +74,16 @@ def _patch_under(queries: Grid, keys: Grid, halo: int, *, device: torch.device) 
 
 
 def grid_pairs(rows: Tensor, columns: Tensor) -> Tensor:
-    """Pairs of patches of which ``[R, R']`` allows the rows and ``[C, C']`` the columns.
+    """Pairs of patches whose rows and columns are both allowed.
+
+    This is much cheaper than comparing the positions of all pairs.
+
+    Args:
+        rows: ``[R, R']``, allowed pairs of rows.
+        columns: ``[C, C']``, allowed pairs of columns.
 
     Returns:
-        ``[R C, R' C']``, much cheaper than to compare the places of all pairs.
+        ``[R C, R' C']``.
     """
     pairs = rows[:, None, :, None] & columns[None, :, None, :]
     return pairs.reshape(len(rows) * len(columns), -1)
@@ -93,13 +100,15 @@ def window_pairs(grid: Grid, side: int, dilation: int, *, device: torch.device) 
 
 
 def middles(size: int, parts: int, *, device: torch.device) -> Tensor:
-    """The index in the middle of each of ``parts`` near-equal parts of ``size``, ``[parts]``."""
+    """The middle index of each of ``parts`` nearly equal parts of ``size``, ``[parts]``."""
     return (2 * torch.arange(parts, device=device) + 1) * size // max(1, 2 * parts)
 
 
 def global_patches(grid: Grid, side: int, *, device: torch.device) -> Tensor:
-    """Which patches are global, ``[n]``: the middles of side x side equal cells, fewer where the
-    grid has fewer rows or columns."""
+    """Boolean mask of global patches, ``[n]``: the centres of side x side equal cells.
+
+    There are fewer if the grid has fewer rows or columns.
+    """
     row, column = (
         (torch.arange(n, device=device)[:, None] == middles(n, min(side, n), device=device)).any(-1)
         for n in grid
@@ -110,14 +119,14 @@ def global_patches(grid: Grid, side: int, *, device: torch.device) -> Tensor:
 def local_and_global(
     grid: Grid, side: int, dilation: int, global_side: int, *, device: torch.device
 ) -> Tensor:
-    """A window, and patches that see all and that all see, ``[1, n, n]``."""
-    sees_all = global_patches(grid, global_side, device=device)
-    mask = window_pairs(grid, side, dilation, device=device) | sees_all | sees_all[:, None]
+    """Pairs in a window, and pairs with a global patch, ``[1, n, n]``."""
+    is_global = global_patches(grid, global_side, device=device)
+    mask = window_pairs(grid, side, dilation, device=device) | is_global | is_global[:, None]
     return mask.unsqueeze(0)
 
 
 def resized(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
-    """The patch rows of ``[P + n, K]`` laid over another grid; prefix rows stay."""
+    """Resize the patch rows of ``[P + n, K]`` to another grid; prefix rows are unchanged."""
     if old == new:
         return table
     image = table[prefix:].mT.reshape(1, -1, *old).float()

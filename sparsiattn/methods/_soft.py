@@ -1,4 +1,4 @@
-"""What learned soft mergers share: every new token is a weighted mean of all old ones."""
+"""Base classes of learned soft mergers: every new token is a weighted mean of all old tokens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from sparsiattn.methods._tokens import BudgetedTokens
 
 @dataclass(frozen=True)
 class SoftMerger(BudgetedTokens):
-    """Base of strategies whose number of new tokens is a size of their weights.
+    """Base of strategies whose number of new tokens is a dimension of their weights.
 
     Args:
-        keep: Share of the patch tokens present (``ceil``) or count, one for all layers or a list.
-            As weights are made when a model is patched, a function of the `Site` must return a
-            count.
+        keep: Share (``ceil``) or count of the patch tokens present, one for all layers or a list. A
+            function of the `Site` must return a count, as weights are made at patch time.
     """
 
     place = "entry"
@@ -36,7 +35,7 @@ class SoftMerger(BudgetedTokens):
         return True
 
     def resolve_for(self, site: Site, position: int, count: int) -> SoftMerger:
-        """This config with ``keep`` as the count of tokens after layer ``position``."""
+        """A copy with ``keep`` set to the number of tokens after layer ``position``."""
         if callable(self.keep):
             tokens = self.keep(site)
             if type(tokens) is not int:
@@ -51,16 +50,16 @@ class SoftMerger(BudgetedTokens):
         return replace(self, keep=tokens)
 
     def count(self) -> int:
-        """Tokens to make; for a config that `resolve_for` returned."""
+        """Number of tokens to make; only for a config that `resolve_for` returned."""
         assert isinstance(self.keep, int)
         return self.keep
 
 
 class SoftPlanner(LearnedTokenPlanner):
-    """Base of planners that mix tokens by weights; override `weights`."""
+    """Base of planners that mix tokens by weights: override `weights`."""
 
     def weights(self, x: Tensor) -> Tensor:
-        """``[B, m, n]``, whose rows sum to one, for tokens ``[B, n, C]``."""
+        """Weights ``[B, m, n]`` for tokens ``[B, n, C]``; every row sums to one."""
         raise NotImplementedError(f"{type(self).__name__} must override weights(x)")
 
     def forward(self, tokens: TokenInputs) -> Reduction:

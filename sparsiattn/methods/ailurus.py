@@ -21,33 +21,34 @@ from sparsiattn.methods.dpc_knn import density_peaks
 
 @dataclass(frozen=True)
 class AiluRus(Clustering):
-    """Merges tokens into representatives near by, runs the other blocks on those, and gives every
-    position its representative's output.
+    """Merges tokens into nearby representatives, runs the later blocks on these, and gives every
+    position the output of its representative.
 
-    Representatives are density peaks (see `density_peaks`) under feature distances that grow with
-    the distance in the image: times ``alpha + (1 - alpha) rank / neighbours`` for the ``rank``-th
-    nearest token in the image, infinite beyond ``neighbours`` of them.
+    Representatives are density peaks (see `density_peaks`) of feature distances that grow with the
+    distance in the image. The distance to the ``rank``-th nearest token in the image is multiplied
+    by ``alpha + (1 - alpha) rank / neighbours``, and is infinite beyond ``neighbours`` tokens.
 
     Args:
         keep: See `Clustering`.
-        k: Nearest neighbours that make the density.
-        alpha: Factor of the distance to the token nearest in the image, from 0 to 1.
-        neighbours: Share or count of the tokens that may be merged with one.
-        proportional: Whether a merged token weighs as a key by the patches in it.
-        detail: Whether every position also gets what it differed from its cluster by when it was
-            merged (not in the paper).
-        layers: Blocks at whose entry tokens are merged; one, a twelfth into the depth, where None.
+        k: Number of nearest neighbours that determine the density.
+        alpha: Factor of the distance to the nearest token in the image, from 0 to 1.
+        neighbours: Share or count of the tokens that a token may be merged with.
+        proportional: Whether attention weights a merged token by its number of patches.
+        detail: Whether every position also gets the difference from its cluster at the time of
+            merging (not in the paper).
+        layers: Blocks at whose entry tokens are merged; None for one block at a twelfth of the
+            depth.
 
     >>> AiluRus(keep=0.4).layers_in(24)
     (2,)
     """
 
     name = "ailurus"
-    suite = MappingProxyType({"ordered": True})  # what is near in the image decides
+    suite = MappingProxyType({"ordered": True})  # it depends on positions in the image
     paper = "https://arxiv.org/abs/2311.01197"
     fidelity = (
-        "inspired by: no code was published; the distances' spatial factor and its constants "
-        "(alpha, neighbours, k) are a reconstruction, and detail is our own"
+        "inspired by: no code was published; the spatial factor of distances and its constants "
+        "(alpha, neighbours, k) are a reconstruction, and detail is an addition"
     )
     needs_grid = True
     place = "entry"
@@ -83,11 +84,11 @@ class AiluRus(Clustering):
 
 
 def spatial_order(positions: Tensor, columns: int) -> Tensor:
-    """Integers that sort tokens by their distance in the image, those equally far by number.
+    """Integers that sort tokens by their distance in the image, and by index for equal distances.
 
     Args:
-        positions: ``[B|1, n]``, patch numbers in raster order.
-        columns: Of the grid.
+        positions: ``[B|1, n]``, indices of patches in raster order.
+        columns: Number of columns of the grid.
 
     Returns:
         ``[B|1, n, n]``; row ``i`` sorts the tokens by their distance from token ``i``.
@@ -101,13 +102,14 @@ def spatial_order(positions: Tensor, columns: int) -> Tensor:
 
 
 def spatial_distances(distances: Tensor, order: Tensor, near: int, alpha: float) -> Tensor:
-    """Distances that grow with the rank in the image, infinite but for the ``near`` first.
+    """Feature distances that grow with the rank in the image, infinite beyond the ``near`` nearest.
 
     Args:
-        distances: ``[B, n, n]``, of features.
+        distances: ``[B, n, n]``, distances of features.
         order: ``[B|1, n, n]``, see `spatial_order`.
-        near: Tokens at a finite distance.
-        alpha: The token of rank ``r``, 0 for itself, is ``alpha + (1 - alpha) r / near`` as far.
+        near: Number of tokens at a finite distance.
+        alpha: The distance to the token of rank ``r`` (0 for itself) is multiplied by
+            ``alpha + (1 - alpha) r / near``.
 
     Returns:
         ``[B, n, n]``.
@@ -116,13 +118,15 @@ def spatial_distances(distances: Tensor, order: Tensor, near: int, alpha: float)
     rank = torch.arange(near, device=order.device, dtype=distances.dtype)
     near_factor = (alpha + (1 - alpha) * rank / near).expand(first.shape)
     factor = distances.new_full(order.shape, float("inf")).scatter(2, first, near_factor)
-    # not the product alone: a distance of zero times infinity is no number
+    # not only the product, as zero times infinity is NaN
     return torch.where(factor.isinf(), factor, distances * factor)
 
 
 def to_reachable(local: Tensor, order: Tensor, centres: Tensor) -> Tensor:
-    """``[B, n]``: the cluster of every token; where all ``centres`` ``[B, m]`` are infinitely far,
-    that of the nearest in the image."""
+    """The cluster of every token, ``[B, n]``.
+
+    If all ``centres`` ``[B, m]`` are at infinite distance, it is the one nearest in the image.
+    """
     columns = centres[:, None].expand(-1, local.shape[1], -1)
     reachable = local.gather(2, columns).isfinite().any(2)
     nearest = to_nearest(order.expand_as(local), centres)
@@ -130,5 +134,5 @@ def to_reachable(local: Tensor, order: Tensor, centres: Tensor) -> Tensor:
 
 
 def with_detail(assign: Tensor, residual: Tensor, x: Tensor) -> Tensor:
-    """``[B, n, C]``: the clusters' values ``[B, m, C]`` at every token, with its own residual."""
+    """Values ``[B, n, C]`` of every token: those of its cluster ``[B, m, C]`` plus its residual."""
     return gather_tokens(x, assign) + residual

@@ -1,6 +1,6 @@
-"""Agglomerative Token Clustering: the closest clusters of tokens merge, pair by pair.
+"""Agglomerative Token Clustering: the closest clusters of tokens are merged, pair by pair.
 
-ECCV 2024, arXiv 2409.11923, written from the paper.
+ECCV 2024, arXiv 2409.11923, implemented from the paper.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ MergedTokens = int | Sequence[int] | Callable[[Site], int] | None
 
 @dataclass(frozen=True)
 class ATC(Clustering):
-    """Merges the closest clusters of tokens, pair by pair, until few enough are left.
+    """Merges the closest clusters of tokens, pair by pair, until the budget is reached.
 
-    Closeness is the cosine of the block's keys, averaged over heads.
+    Similarity is the cosine of the block's keys, averaged over heads.
 
-    All images are clustered in lockstep on the device, ``n - m`` steps of one argmin each, in
-    memory ``[B, n, n]``. Compiled and exported programs hold the steps as one operator,
+    All images are clustered together on the device, in ``n - m`` steps of one argmin each, with
+    memory ``[B, n, n]``. Compiled and exported programs contain the steps as one operator,
     ``sparsiattn::agglomerate``; to load such a program, import `sparsiattn` first.
 
     Args:
-        keep: See `Clustering`; `published_counts` gives those of the paper's tables.
+        keep: See `Clustering`; `published_counts` returns the counts in the paper's tables.
         linkage: Whether the distance of two clusters is the ``"average"``, ``"complete"``
-            (largest) or ``"single"`` (smallest) one of their tokens.
-        proportional: Whether a merged token weighs as a key by the patches in it.
-        r: Tokens to merge at each layer instead of ``keep`` (an int, a list, or a function of the
-            `Site`), in all blocks where ``layers`` is None: the paper's setting without training.
+            (largest) or ``"single"`` (smallest) distance of their tokens.
+        proportional: Whether attention weights a merged token by its number of patches.
+        r: Number of tokens to merge at each layer instead of ``keep``: an int, a list, or a
+            function of the `Site`. If ``layers`` is None it applies to all blocks, the paper's
+            setting without training.
 
     >>> ATC(keep=[137, 96, 67], layers=[3, 6, 9], linkage="complete").layers_in(12)
     (3, 6, 9)
@@ -46,8 +47,8 @@ class ATC(Clustering):
     name = "atc"
     paper = "https://arxiv.org/abs/2409.11923"
     fidelity = (
-        "as published; sizes always weigh the means, also without proportional attention, where "
-        "the published code forgets them"
+        "as published; means are always weighted by size, also without proportional attention, "
+        "where the published code ignores sizes"
     )
     per_layer = ("keep", "r")
     needs_attention = True
@@ -70,7 +71,9 @@ class ATC(Clustering):
         if self.r is None:
             super().check(tokens, first)
         elif isinstance(self.r, int) and self.r >= tokens:
-            raise InvalidOption(f"r={self.r} would leave none of the {tokens} patch tokens there")
+            raise InvalidOption(
+                f"r must be below {tokens}, the number of patch tokens there, got {self.r}"
+            )
 
     def target_count(self, tokens: int) -> int:
         if self.r is None:
@@ -85,8 +88,10 @@ class ATC(Clustering):
 
 
 def cosine_distances(keys: Tensor) -> Tensor:
-    """``[B, n, n]``: one minus the cosine of unit vectors ``[B, n, D]``; what is no number (of keys
-    that overflowed) is farther than any."""
+    """One minus the cosine of unit vectors ``[B, n, D]``: ``[B, n, n]``.
+
+    NaN, which keys that overflowed give, becomes a distance larger than any other.
+    """
     with full_precision(keys):
         cosine = keys @ keys.mT
     return (1 - cosine).clamp(0, 2).nan_to_num(nan=4.0)
@@ -98,17 +103,17 @@ def cosine_distances(keys: Tensor) -> Tensor:
     schema="(Tensor distances, int clusters, str linkage) -> Tensor",
 )
 def agglomerate(distances: Tensor, clusters: int, linkage: str) -> Tensor:
-    """Agglomerative clustering of a batch by the updates of Lance and Williams (1967).
+    """Agglomerative clustering of a batch with the updates of Lance and Williams (1967).
 
-    Of pairs equally close, the first in raster order merges.
+    Of equally close pairs, the first in raster order is merged.
 
     Args:
-        distances: ``[B, n, n]``, of which the upper triangle counts.
-        clusters: Clusters to leave.
+        distances: ``[B, n, n]``; only the upper triangle is used.
+        clusters: Number of clusters.
         linkage: One of `LINKAGES`.
 
     Returns:
-        ``[B, n]``, for every token the lowest one of its cluster.
+        ``[B, n]``, for every token the smallest token index in its cluster.
 
     >>> points = torch.tensor([0.0, 1.0, 5.0, 5.5, 9.0])
     >>> agglomerate((points - points[:, None]).abs()[None], 3, "average").tolist()
@@ -122,7 +127,7 @@ def agglomerate(distances: Tensor, clusters: int, linkage: str) -> Tensor:
     label = torch.arange(n, device=matrix.device).repeat(batch, 1)
     size = matrix.new_ones(batch, n)
     for _ in range(n - clusters):
-        # the first minimum of a symmetric matrix lies above its diagonal: i < j
+        # the first minimum of a symmetric matrix is above its diagonal: i < j
         i = matrix.amin(2).argmin(1)
         j = matrix[images, i].argmin(1)
         share = size[images, i] / (size[images, i] + size[images, j])
@@ -136,7 +141,10 @@ def agglomerate(distances: Tensor, clusters: int, linkage: str) -> Tensor:
 
 
 def _linked(a: Tensor, b: Tensor, share: Tensor, linkage: str) -> Tensor:
-    """``[B, n]``: distances of the union of two clusters, of whose tokens ``share`` are in a."""
+    """Distances from the union of two clusters, ``[B, n]``.
+
+    ``share`` is the share of its tokens that are in the first cluster.
+    """
     if linkage == "single":
         return torch.minimum(a, b)
     if linkage == "complete":
@@ -150,11 +158,11 @@ def _(distances: Tensor, clusters: int, linkage: str) -> Tensor:
 
 
 def numbered(label: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Numbers the clusters of labels ``[B, n]`` as `agglomerate` gives them.
+    """Number the clusters of labels ``[B, n]`` that `agglomerate` returned.
 
     Returns:
-        The lowest token of every cluster ``[B, m]``, ascending, and the number of every token's
-        cluster ``[B, n]``.
+        The smallest token index of every cluster ``[B, m]``, ascending, and the number of every
+        token's cluster ``[B, n]``.
     """
     token = torch.arange(label.shape[1], device=label.device)
     lowest = label == token

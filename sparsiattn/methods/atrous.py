@@ -1,4 +1,4 @@
-"""Atrous attention of ACC-ViT: windows of patches that lie apart, at another rate per head.
+"""Atrous attention of ACC-ViT: windows of dilated patches, with a dilation rate per head.
 
 ACC-ViT: Atrous Convolution's Comeback in Vision Transformers, arXiv 2403.04200.
 """
@@ -19,19 +19,19 @@ from sparsiattn.methods._options import check_count, check_flag
 class Atrous(Strategy):
     """Windowed attention on interleaved sub-grids of the image (section 3.1 of the paper).
 
-    At dilation d the grid falls into d x d sub-grids, each with every d-th row and column, and
-    every sub-grid into windows of w x w patches; a patch sees those of its window. Dilation 1 is
-    regional attention, larger ones are sparse. Windows at the border are smaller where sizes do not
-    divide. Prefix tokens see all, and all see them.
+    At dilation d the grid is divided into d x d sub-grids, each with every d-th row and column, and
+    every sub-grid into windows of w x w patches. A patch attends to the patches of its window.
+    Dilation 1 is regional attention. Windows at the border are smaller if sizes are not divisible.
+    Prefix tokens attend to all tokens, and all tokens attend to them.
 
     Args:
-        window: Side w, in patches of a sub-grid. The grid's longer side at dilation 1, by itself or
-            fused, reaches every key.
-        dilations: Shared out evenly among the heads, in order.
-        fuse: Whether every head sees the keys of all dilations at once, in one softmax.
+        window: Side w, in patches of a sub-grid. The grid's longer side at dilation 1 reaches every
+            key, alone or with ``fuse``.
+        dilations: Dilation rates, divided evenly among the heads in order.
+        fuse: Whether every head attends to the keys of all dilations in one softmax.
 
     Raises:
-        InvalidOption: For no dilation, or more of them than heads without ``fuse``.
+        InvalidOption: There is no dilation, or without ``fuse`` there are more than heads.
 
     >>> Atrous(dilations=[1, 2, 4], fuse=True).to_dict()["options"]["dilations"]
     [1, 2, 4]
@@ -40,9 +40,9 @@ class Atrous(Strategy):
     name = "atrous"
     paper = "https://arxiv.org/abs/2403.04200"
     fidelity = (
-        "inspired by: the branches are heads of one attention, or one softmax over their keys, "
-        "where the paper runs attention once per branch and mixes outputs by a learned gate; no "
-        "relative position bias per branch, no convolutions"
+        "inspired by: branches are heads of one attention, or one softmax over their keys, while "
+        "the paper runs attention once per branch and mixes outputs by a learned gate; there is no "
+        "relative position bias per branch and there are no convolutions"
     )
     needs_training = True
     needs_grid = True
@@ -59,7 +59,7 @@ class Atrous(Strategy):
                 f"dilations must be a list of at least one int >= 1, got {self.dilations!r}"
             )
         for dilation in self.dilations:
-            check_count("every one of dilations", dilation)
+            check_count("every element of dilations", dilation)
         object.__setattr__(self, "dilations", tuple(self.dilations))
         check_flag("fuse", self.fuse)
 
@@ -67,8 +67,8 @@ class Atrous(Strategy):
         count, rates = len(self.dilations), tuple(self.dilations)
         if not self.fuse and count > site.heads:
             raise InvalidOption(
-                f"atrous attention gives every head one of {count} dilations, and site "
-                f"{site.name!r} has {site.heads} heads: name fewer dilations or pass fuse=True"
+                f"atrous attention gives every head one of {count} dilations, but site "
+                f"{site.name!r} has {site.heads} heads: pass fewer dilations or fuse=True"
             )
         if not self.fuse:
             rates = tuple(rates[head * count // site.heads] for head in range(site.heads))
@@ -78,14 +78,14 @@ class Atrous(Strategy):
 def regions(
     grid: Grid, window: int, rates: tuple[int, ...], fuse: bool, *, device: torch.device
 ) -> Tensor:
-    """Pairs of patches in one window.
+    """Pairs of patches in the same window.
 
     Args:
         grid: Rows and columns of patches.
         window: Side of the window, in patches of a sub-grid.
-        rates: The dilation of every head, or those that each head sees together.
-        fuse: Which of the two.
-        device: Where to make the mask.
+        rates: The dilation of every head; with ``fuse``, the dilations that every head combines.
+        fuse: Whether dilations are combined.
+        device: Device of the mask.
 
     Returns:
         ``[H, n, n]``; ``[1, n, n]`` if fused.
@@ -96,11 +96,11 @@ def regions(
 
 
 def _together(grid: Grid, window: int, rate: int, device: torch.device) -> Tensor:
-    """Pairs of patches in one window of one sub-grid, ``[n, n]``."""
+    """Pairs of patches in the same window of the same sub-grid, ``[n, n]``."""
     same = []
     for size in grid:
         index = torch.arange(size, device=device)
-        # the sub-grid, and the window within it, as one number
+        # one number for the sub-grid and the window within it
         region = index // (rate * window) * rate + index % rate
         same.append(region[:, None] == region)
     return grid_pairs(*same)

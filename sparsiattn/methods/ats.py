@@ -1,4 +1,4 @@
-"""Adaptive Token Sampling: as many tokens per image as carry its attention.
+"""Adaptive Token Sampling: the number of tokens per image depends on its attention.
 
 ECCV 2022, arXiv 2111.15667.
 """
@@ -19,14 +19,14 @@ class ATS(BudgetedTokens):
     """Samples tokens where the cumulative significance, class attention times norm of the value,
     crosses evenly spaced levels.
 
-    A token hit twice is there once, so every image keeps its own number. Models without class
-    tokens are scored by the attention of the mean query.
+    A token that several levels hit is kept once, so images keep different numbers of tokens. Models
+    without class tokens use the attention of the mean query.
 
     Args:
-        keep: The most tokens to keep, share or count, one for all layers, a list, or a function of
+        keep: Largest share or count of tokens to keep: one for all layers, a list, or a function of
             the `Site`.
-        static: Whether to keep exactly so many, the most significant ones filling up where levels
-            fell on one token; needed by `torch.compile` and export.
+        static: Whether to keep exactly this many, adding the most significant tokens if levels
+            hit a token twice; needed by `torch.compile` and export.
 
     >>> ATS(keep=0.5, static=True).is_ragged()
     False
@@ -36,18 +36,18 @@ class ATS(BudgetedTokens):
     needs_attention = True
     check_first_only = True
     exact_at_full = False
-    inexact_reason = "significant tokens are hit by several levels, so fewer than the budget stay"
+    inexact_reason = "several levels hit the same token, so fewer tokens than the budget stay"
     paper = "https://arxiv.org/abs/2111.15667"
     fidelity = (
-        "as published code: scores sorted ascending, norm of the joined heads' values; sampling "
-        "levels (2j - 1) / 2K; its least count of 8 tokens is left out; images of a "
-        "batch are packed, not padded; static=True is our own"
+        "as published code: scores sorted ascending, norm of the values of all heads together, "
+        "sampling levels (2j - 1) / 2K; without its minimum of 8 tokens; images of a batch are "
+        "packed, not padded; static=True is an addition"
     )
 
     static: bool = False
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        """From a quarter of the depth to the end: blocks 3 to 11 of 12, as published."""
+        """Blocks from a quarter of the depth to the end: 3 to 11 of 12, as published."""
         return tuple(range(depth // 4, depth))
 
     def is_ragged(self) -> bool:
@@ -64,7 +64,7 @@ class ATS(BudgetedTokens):
 
 
 def significance(tokens: TokenInputs) -> Tensor:
-    """``[B, n]``, summing to one: class attention times the norm of the value, section 3.1."""
+    """Class attention times the norm of the value, ``[B, n]``, summing to one (section 3.1)."""
     inputs = tokens.attention
     assert inputs is not None
     values = inputs.v[..., inputs.prefix :, :].float()
@@ -76,11 +76,11 @@ def sampled(scores: Tensor, count: int) -> Tensor:
     """The tokens whose cumulative score is nearest to one of evenly spaced levels (section 3.2).
 
     Args:
-        scores: ``[B, n]``; they cumulate in ascending order.
-        count: Levels, at ``(2j - 1) / (2 count)``.
+        scores: ``[B, n]``; they are accumulated in ascending order.
+        count: Number of levels, which are at ``(2j - 1) / (2 count)``.
 
     Returns:
-        ``[B, n]``, boolean.
+        Boolean ``[B, n]``.
 
     >>> sampled(torch.tensor([[0.05, 0.6, 0.35]]), 2)
     tensor([[False,  True,  True]])
@@ -88,8 +88,8 @@ def sampled(scores: Tensor, count: int) -> Tensor:
     ordered, order = scores.sort(dim=1, stable=True)
     cumulative = ordered.cumsum(1)
     levels = (torch.arange(count, device=scores.device) + 0.5) / count
-    # the nearest entry is told by how many midpoints between neighbours lie below: counted, as ONNX
-    # knows no searchsorted
+    # the index of the nearest entry is the number of midpoints between neighbours below the level;
+    # counted, as ONNX has no searchsorted
     midpoints = (cumulative[:, 1:] + cumulative[:, :-1]) / 2
     nearest = (midpoints[:, None] < levels.to(midpoints)[:, None]).sum(-1)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order.gather(1, nearest), True)

@@ -1,4 +1,4 @@
-"""Attention reuse: a layer takes the scores of the layer before it instead of making its own.
+"""Attention reuse: a layer uses the scores of the previous layer instead of computing its own.
 
 After LaViT, arXiv 2406.00427.
 """
@@ -23,14 +23,15 @@ from sparsiattn.methods._weights import frozen
 class AttentionReuse(ReusingStrategy):
     """Layers without QK^T: ``A_l = Psi(Theta(A_{l-1})^T)^T``, then ``softmax(A_l) V``.
 
-    A site that finds no scores of its own shape (the first of a stage, fewer tokens) makes its own.
+    A site without earlier scores of its own shape (the first of a stage, or after a reduction of
+    tokens) computes its own scores.
 
     Args:
-        layers: Indices of the sites that use the scores of the site before them again, every second
-            one if None.
-        rank: Of ``Theta = I + U V^T`` and ``Psi``, which start as the identity; ``"full"`` for ``N
-            x N`` tables as in the paper (a loss in MACs beyond small N); None for the identity
-            alone, which learns nothing.
+        layers: Indices of the sites that reuse the scores of the previous site; None for every
+            second site.
+        rank: Rank of ``Theta = I + U V^T`` and of ``Psi``, which start as the identity; ``"full"``
+            for ``N x N`` tables as in the paper (more MACs than it saves unless N is small); None
+            for the identity, without learning.
 
     >>> AttentionReuse(layers=[1, 3]).to_dict()["options"]["layers"]
     [1, 3]
@@ -39,11 +40,11 @@ class AttentionReuse(ReusingStrategy):
     name = "attention_reuse"
     paper = "https://arxiv.org/abs/2406.00427"
     fidelity = (
-        "inspired by: the host still makes the queries and keys of layers that do not use them, "
-        "stages are not joined by a residual of scores, and its diagonality loss is left out; "
-        "Theta and Psi start as the identity, low-rank by choice"
+        "inspired by: the host still computes the queries and keys of layers that do not use them, "
+        "stages have no residual connection of scores, and the diagonality loss is left out; Theta "
+        "and Psi start as the identity, optionally low-rank"
     )
-    inexact_reason = "there is no budget: the listed layers never make their own scores"
+    inexact_reason = "there is no budget: the listed layers never compute their own scores"
 
     rank: int | str | None = None
 
@@ -64,7 +65,7 @@ class AttentionReuse(ReusingStrategy):
 
 @dataclass(frozen=True)
 class ScoreRole(Role):
-    """A planner with Theta and Psi the identity."""
+    """A planner with the identity as Theta and Psi."""
 
     tensor_name = "logits"
 
@@ -74,7 +75,7 @@ class ScoreRole(Role):
     def pattern(
         self, inputs: AttentionInputs, transform: Callable[[Tensor, AttentionInputs], Tensor]
     ) -> Pattern:
-        """Attention by the earlier scores after ``transform``, or by the site's own."""
+        """Attention with the transformed earlier scores, or with the site's own scores."""
         earlier = self.load(inputs, inputs.n_keys)
         if earlier is None and not self.writes:
             return super().__call__(inputs)
@@ -84,13 +85,13 @@ class ScoreRole(Role):
 
 
 class ReusePlanner(LearnedPlanner):
-    """Theta and Psi of one site, less the identity and shared by its heads.
+    """Theta and Psi of one site without the identity, shared by its heads.
 
-    A site that only leaves its scores has none.
+    A site that only stores its scores has none.
 
     Attributes:
-        theta: ``[P + n, r]``, or ``[P + n, P + n]`` of full rank.
-        theta_in: ``[P + n, r]``; absent of full rank.
+        theta: ``[P + n, r]``, or ``[P + n, P + n]`` with full rank.
+        theta_in: ``[P + n, r]``; absent with full rank.
         psi: As ``theta``.
         psi_in: As ``theta_in``.
     """
@@ -107,7 +108,7 @@ class ReusePlanner(LearnedPlanner):
             width = size if rank == "full" else min(cast(int, rank), size)
             setattr(self, name, frozen(torch.zeros(size, width)))
             if rank != "full":
-                # only one factor is zero, or neither would get a gradient
+                # only one factor is zero, otherwise neither would get a gradient
                 factor = torch.randn(size, width, generator=random) / math.sqrt(size)
                 setattr(self, f"{name}_in", frozen(factor))
 
@@ -120,10 +121,10 @@ class ReusePlanner(LearnedPlanner):
         return self._mix_rows("psi", rows.mT, inputs.key_grid).mT
 
     def _mix_rows(self, name: str, x: Tensor, grid: Grid) -> Tensor:
-        """``(I + T) x`` with T laid over the present grid."""
+        """``(I + T) x`` with T resized to the current grid."""
         old, prefix = self.grids[name], self.prefix
         out = resized(getattr(self, name), old, grid, prefix)
-        ratio = old[0] * old[1] / (grid[0] * grid[1])  # sums over more tokens, or fewer
+        ratio = old[0] * old[1] / (grid[0] * grid[1])  # the sum is over another number of tokens
         if hasattr(self, f"{name}_in"):
             into = resized(getattr(self, f"{name}_in"), old, grid, prefix) * ratio
             return x + out.to(x.dtype) @ (into.mT.to(x.dtype) @ x)
@@ -131,7 +132,7 @@ class ReusePlanner(LearnedPlanner):
         return x + square.to(x.dtype) @ x
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Divergence of reused attention from the site's own; zero where nothing is reused."""
+        """KL divergence of reused attention from the site's own; zero if nothing is reused."""
         earlier, exact_logits = self.role.load(inputs, inputs.n_keys), own_logits(inputs).detach()
         reused = exact_logits if earlier is None else self.transform(earlier, inputs)
         self.role.store(inputs, reused)

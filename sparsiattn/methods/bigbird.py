@@ -1,4 +1,4 @@
-"""BigBird: a window around every patch, random keys, and tokens that see all.
+"""BigBird: a window around every patch, random keys, and global tokens.
 
 Big Bird: Transformers for Longer Sequences, arXiv 2007.14062.
 """
@@ -20,20 +20,20 @@ from sparsiattn.methods._options import check_count, check_odd
 class BigBird(Strategy):
     """Window, random and global keys (section 2 of the paper), on the 2-D grid of patches.
 
-    A patch sees those at most ``window // 2`` steps away in both directions, and in every head
-    ``random`` more patches, distinct, drawn among all of them (so that some may lie in the window).
-    Prefix tokens are global: they see all, and all see them.
+    A patch attends to patches at most ``window // 2`` steps away in both directions and, in every
+    head, to ``random`` distinct patches drawn from all patches (so that some may be in the window).
+    Prefix tokens are global: they attend to all tokens, and all tokens attend to them.
 
     Args:
         window: Side of the window in patches, odd.
-        random: Keys drawn per patch and head; as many as patches reach every key.
-        seed: Of the draw, together with the site's name; a counter hash, the same on every device,
-            that touches no global state.
-        global_patches: g for g x g patches, spread evenly, that are global too, for hosts without
-            CLS.
+        random: Number of random keys per patch and head; the number of patches reaches every key.
+        seed: Seed of the random keys, together with the site's name. They come from a counter hash,
+            equal on every device, without global state.
+        global_patches: g for g x g evenly spaced patches that are global too, for models without a
+            class token.
 
     Raises:
-        InvalidOption: For an even window.
+        InvalidOption: The window is even.
 
     >>> BigBird(random=2).to_dict()["options"]["window"]
     3
@@ -42,8 +42,8 @@ class BigBird(Strategy):
     name = "bigbird"
     paper = "https://arxiv.org/abs/2007.14062"
     fidelity = (
-        "inspired by: single keys instead of blocks of 64 tokens, the window is square on the "
-        "image, and the draw is another one"
+        "inspired by: single keys instead of blocks of 64 tokens, a square window on the image, "
+        "and another random generator"
     )
     needs_training = True
     needs_grid = True
@@ -69,9 +69,9 @@ class BigBirdPlanner:
     """Plans for one site.
 
     Attributes:
-        strategy: The options.
-        key: Stands for the site's name and the seed.
-        heads: Heads of the site.
+        strategy: The strategy with its options.
+        key: Hash of the seed and the site's name.
+        heads: Number of heads of the site.
     """
 
     strategy: BigBird
@@ -84,22 +84,22 @@ class BigBirdPlanner:
         if not options.random:
             return patch_pattern(mask, inputs)
         n = grid[0] * grid[1]
-        # lists are kept, H x n x r, and not what they make: H x n x n for every site
+        # the table caches lists, H x n x r, and not the mask, H x n x n, of every site
         keys = inputs.table(draw, self.key, self.heads, n, min(options.random, n))
         return patch_pattern(mask.expand(self.heads, -1, -1).scatter(-1, keys, True), inputs)
 
 
 def draw(key: int, heads: int, n: int, count: int, *, device: torch.device) -> Tensor:
-    """Distinct keys for each of n queries, all sets of them equally likely.
+    """Draw distinct keys for each of n queries, with equal probability for all sets of keys.
 
     Floyd's sampling needs no table of H x n x n numbers.
 
     Args:
-        key: Seed of the draw.
-        heads: Heads, each with keys of its own.
-        n: Patches to draw from.
-        count: Keys of each query.
-        device: Where to draw; the keys are the same everywhere.
+        key: Seed.
+        heads: Number of heads, each with its own keys.
+        n: Number of patches to draw from.
+        count: Number of keys of each query.
+        device: Device of the result; the keys are the same on every device.
 
     Returns:
         ``[H, n, count]``.

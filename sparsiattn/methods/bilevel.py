@@ -1,4 +1,4 @@
-"""Bi-level routing attention: queries choose regions first, then tokens within those.
+"""Bi-level routing attention: queries select regions first, then attend within those.
 
 BiFormer: Vision Transformer with Bi-Level Routing Attention, arXiv 2303.08810.
 """
@@ -22,26 +22,26 @@ class BiLevel(Strategy):
     """Queries of a region attend to the tokens of the k best-matching regions (section 3.2).
 
     ``A_r = q_r k_r^T`` for the mean query and mean key of every region of an S x S partition (eqs.
-    3 and 4); the best regions of every row are kept, and token attention runs within (eqs. 5 and
-    6). A region is a ``tile`` of queries and a ``block`` of keys, so kernels read whole blocks.
+    3 and 4). The best regions of every row are kept, and tokens attend within them (eqs. 5 and 6).
+    A region is a ``tile`` of queries and a ``block`` of keys, so kernels read whole blocks.
 
     Predictor MACs: ``R^2 D`` per head for R regions.
 
     Args:
-        k: Keys per query, as a share of all or a count, prefix keys included; the last region kept
-            gives as many keys as the budget still allows. To keep m whole regions of p patches
-            pass the count ``prefix + m * p`` (topk of the paper is m).
-        regions: S, or (rows, columns). A region has at least 2 x 2 patches, since smaller ones
-            would be chosen at the price of all logits, so small windows have fewer. Grids that S
-            does not divide get regions of ceil(side / S) patches or nearly so.
-        shared: Whether all heads have one choice, by the sum of their affinities, as published;
-            else each head chooses.
-        tile: ``"auto"`` is the regions; anything else groups queries in another way.
-        block: The same for keys.
+        k: Share or count of keys per query, prefix keys included. The last region is kept in part
+            if the budget requires it. To keep m complete regions of p patches, pass the count
+            ``prefix + m * p`` (m is topk in the paper).
+        regions: S, or (rows, columns). A region has at least 2 x 2 patches, as selecting smaller
+            ones would cost as much as all logits; small windows therefore have fewer regions.
+            Grids that S does not divide get regions of about ceil(side / S) patches.
+        shared: Whether all heads use the same regions, selected by the sum of their affinities, as
+            published; else each head selects its own.
+        tile: ``"auto"`` for the regions; other values group queries in another way.
+        block: ``"auto"`` for the regions; other values group keys in another way.
 
     >>> from sparsiattn.testing.hosts import random_inputs
     >>> inputs = random_inputs((4, 4), prefix=1)
-    >>> strategy = BiLevel(k=1 + 2 * 4, regions=2)  # the CLS token and two regions of four
+    >>> strategy = BiLevel(k=1 + 2 * 4, regions=2)  # the class token and two regions of four
     >>> strategy.plan(inputs).to_mask()[0, 0].sum(-1).unique().tolist()
     [9]
     """
@@ -49,9 +49,9 @@ class BiLevel(Strategy):
     name = "bilevel"
     paper = "https://arxiv.org/abs/2303.08810"
     fidelity = (
-        "as published code without LePE (a convolution on the values): regions are tiles and key "
-        "blocks of the core, padding does not enter their means, the last region kept may be "
-        "partial, and pretrained models keep their own scale"
+        "as published code, without LePE (a convolution on the values); regions are tiles and key "
+        "blocks of the core, padding is not part of their means, the last region may be kept in "
+        "part, and pretrained models keep their own scale"
     )
     needs_grid = True
 
@@ -73,25 +73,25 @@ class BiLevel(Strategy):
         check_flag("shared", self.shared, InvalidOption)
 
     def _sides(self) -> tuple[int, ...]:
-        """Rows and columns of regions."""
+        """Number of rows and columns of regions."""
         sides = self.regions
         return tuple(sides) if isinstance(sides, (tuple, list)) else (sides, sides)
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
-        """Regions of this site as the core's tiles and blocks."""
+        """A copy with the regions of this site as tiles and blocks."""
         resolved = super().resolve_for(site, position, count)
         regions = {"tile": self.region(site.grid), "block": self.region(site.key_grid)}
         auto: dict[str, Any] = {n: r for n, r in regions.items() if getattr(self, n) == "auto"}
         return replace(resolved, **auto)
 
     def region(self, grid: Grid) -> Grid:
-        """Rows and columns of patches in a region of that grid.
+        """Rows and columns of patches in a region of a grid.
 
         >>> BiLevel().region((14, 14)), BiLevel(regions=(2, 4)).region((8, 12))
         ((2, 2), (4, 3))
         """
         rows, columns = self._sides()
-        if grid[0] == 1:  # the order of these tokens is not a raster: runs of them
+        if grid[0] == 1:  # tokens are not in raster order: regions are runs of tokens
             return 1, min(grid[1], max(4, math.ceil(grid[1] / (rows * columns))))
         side, other = (
             min(size, max(2, math.ceil(size / parts)))
@@ -103,7 +103,7 @@ class BiLevel(Strategy):
         tile = self.region(inputs.query_grid) if isinstance(inputs.tile, int) else inputs.tile
         block = self.region(inputs.key_grid) if isinstance(inputs.block, int) else inputs.block
         regional = inputs.replace(tile=tile, block=block)
-        # without the host's mask there are blocks also where the core chooses key by key
+        # without the host's mask there are blocks even where the core selects individual keys
         tiles, blocks = regional.tiles, regional.replace(bias=None).blocks
         assert tiles is not None
         assert blocks is not None
@@ -122,6 +122,6 @@ class BiLevel(Strategy):
         return Pattern.top(tiles.spread(scores) if inputs.tiles is None else scores, self.k)
 
     def _affinity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """``[B, H, R, D]`` and ``[B, H, M, D]`` to ``[B, H, R, M]``, or ``[B, 1, R, M]``."""
+        """Affinity ``[B, H, R, M]``, or ``[B, 1, R, M]`` if shared, of queries and keys."""
         affinity = queries @ keys.mT
         return affinity.sum(1, keepdim=True) if self.shared else affinity

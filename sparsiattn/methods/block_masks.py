@@ -1,9 +1,10 @@
 """Binary block masking: any boolean mask as lists of key blocks for the `gather` kernel.
 
 After Sharma & Geiping, "Efficiently Dispatching Flash Attention for Partially Filled Attention
-Masks" (arXiv 2409.15097): tiles of the mask without a single pair are skipped, full tiles need no
-mask, and reverse Cuthill-McKee may first bring the pairs together. Unlike the paper's kernel every
-tile of queries has a list of its active blocks, full ones first, so they need not be one run.
+Masks" (arXiv 2409.15097): empty tiles of the mask are skipped, full tiles need no mask, and a
+reverse Cuthill-McKee permutation can move pairs into fewer tiles. Unlike in the paper's kernel,
+every tile of queries has a list of its active blocks (full ones first), which need not be
+contiguous.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from sparsiattn import (
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Query tiles whose lists are about as long, for one batched product.
+    """Query tiles with lists of similar length, for one batched product.
 
     Attributes:
-        tiles: Numbers of the query tiles, ``[R]``.
-        index: Key blocks of each, ``[B|1, H|1, R, C]``, full ones first, padded with blocks that
-            ``bias`` shuts.
+        tiles: Indices of the query tiles, ``[R]``.
+        index: Key blocks of each tile, ``[B|1, H|1, R, C]``, full ones first, padded with blocks
+            that ``bias`` masks.
         bias: 0 or minus infinity on the last ``W`` of the ``C * block`` keys,
-            ``[B|1, H|1, R, tile, W]``; before them every block is full.
-        dead: True for rows without a key, ``[B|1, H|1, R, tile, 1]``; ``bias`` is open there.
+            ``[B|1, H|1, R, tile, W]``; all blocks before them are full.
+        dead: True for rows without a key, ``[B|1, H|1, R, tile, 1]``; ``bias`` is 0 there.
     """
 
     tiles: Tensor
@@ -48,15 +49,15 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class BlockMask(GatheredMask):
-    """A mask with its active blocks; made by `block_mask`. ``keep`` stays in the tokens' order.
+    """A mask with its active blocks, made by `block_mask`. ``keep`` has the original token order.
 
     Attributes:
-        tile: Queries of a tile of the mask.
-        block: Keys of a tile of the mask.
-        buckets: The lists; tiles without a key are in none.
-        order: Which token stands at each place, ``[N]``; None where all stay in their places.
-        active_tiles: ``[B|1, H|1, T, U]``, True where a tile of the (reordered) mask has any pair.
-        full_tiles: ``[B|1, H|1, T, U]``, True where it has every pair.
+        tile: Number of queries in a tile of the mask.
+        block: Number of keys in a tile of the mask.
+        buckets: The lists; tiles without a key are in no list.
+        order: Index of the token at each position, ``[N]``; None without reordering.
+        active_tiles: ``[B|1, H|1, T, U]``, True if a tile of the (reordered) mask has any pair.
+        full_tiles: ``[B|1, H|1, T, U]``, True if it has every pair.
     """
 
     tile: int = field(default=64, kw_only=True)
@@ -68,36 +69,36 @@ class BlockMask(GatheredMask):
 
     @property
     def active(self) -> int:
-        """Tiles with at least one pair, over all images and heads whose lists differ."""
+        """Number of tiles with at least one pair, over all images and heads with separate lists."""
         return int(self.active_tiles.sum())
 
     @property
     def full(self) -> int:
-        """Tiles with every pair, counted in the same way."""
+        """Number of tiles with every pair, counted in the same way."""
         return int(self.full_tiles.sum())
 
     @property
     def lists(self) -> int:
-        """Heads and images whose lists differ."""
+        """Number of separate lists: images times heads of the mask."""
         return self.keep.shape[0] * self.keep.shape[1]
 
     def active_macs(self, width: int) -> int:
-        """MACs per head on active tiles; ``width`` is that of a key and its value together."""
+        """MACs per head on active tiles; ``width`` is the channels of a key plus its value."""
         return self.active * self.tile * self.block * width // max(1, self.lists)
 
     def computed_macs(self, width: int) -> int:
-        """MACs per head with the lists' padding, which is what a kernel computes."""
+        """MACs per head that a kernel computes, including the padding of lists."""
         slots = sum(bucket.index.shape[-1] * len(bucket.tiles) for bucket in self.buckets)
         return slots * self.tile * self.block * width
 
     def ideal_macs(self, width: int) -> int:
-        """MACs per head on the surviving pairs alone."""
+        """MACs per head on kept pairs only."""
         return int(self.keep.sum()) * width // max(1, self.lists)
 
     def with_prefix(self, prefix: int, *, keys: bool) -> BlockMask:
-        """Still in block form; itself where the prefix is open already.
+        """The mask with prefix tokens added, in block form; itself if the mask has them already.
 
-        A mask that opens it beforehand spares the search for its blocks in every call.
+        Masks that already include the prefix avoid recomputing the blocks in every call.
         """
         columns = prefix if keys else 0
         parts = self.keep[..., :prefix, :], self.keep[..., :columns]
@@ -118,9 +119,9 @@ class BlockMask(GatheredMask):
     def why_not_gather(self, inputs: AttentionInputs) -> list[str]:
         reasons = []
         if inputs.bias is not None:
-            reasons.append("block masks take no host mask beside them; join it with the mask first")
+            reasons.append("block masks do not support a host mask; combine both masks first")
         if self.summary is not None:
-            reasons.append("block masks have no background keys; use background=None")
+            reasons.append("block masks do not support background keys; use background=None")
         return reasons
 
     def gather_work(self, inputs: AttentionInputs) -> Work:
@@ -150,7 +151,7 @@ def _reordered(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _units(x: Tensor, size: int) -> Tensor:
-    """``[B, H, N, D]`` to ``[B, H, U, size, D]``, zeros behind the last token."""
+    """``[B, H, N, D]`` to ``[B, H, U, size, D]``, padded with zeros."""
     units: Tensor = F.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
     return units
 
@@ -158,22 +159,25 @@ def _units(x: Tensor, size: int) -> Tensor:
 def block_mask(
     mask: Mask | Tensor, *, tile: int = 64, block: int = 32, reorder: bool = False
 ) -> BlockMask:
-    """The pattern of a boolean mask in block form; equal to it, always.
+    """The pattern of a boolean mask in block form, which is always equal to the mask.
 
-    It looks at the mask's values: do it once for a static mask and keep the result; for one that
-    depends on the image its cost, about ``Nq * Nk`` reads and a sort, comes with every call. In a
-    dry run, where masks have no values, every tile counts as active.
+    It reads the values of the mask. Compute it once for a static mask and keep the result; for a
+    mask that depends on the image, every call costs about ``Nq * Nk`` reads and a sort. In a dry
+    run, in which masks have no values, every tile counts as active.
 
     Args:
-        mask: Boolean ``[B|1, H|1, Nq, Nk]``, or `Pattern.mask` of one.
-        tile: Queries of a tile.
-        block: Keys of a tile.
-        reorder: Permute tokens by reverse Cuthill-McKee (SciPy; needs as many queries as keys) to
-            have fewer active tiles; kernels undo it.
+        mask: Boolean ``[B|1, H|1, Nq, Nk]``, or `Pattern.mask` of such a tensor.
+        tile: Number of queries in a tile.
+        block: Number of keys in a tile.
+        reorder: Whether to permute tokens by reverse Cuthill-McKee for fewer active tiles. It needs
+            SciPy and as many queries as keys; kernels undo the permutation.
+
+    Returns:
+        The pattern.
 
     Raises:
-        InvalidType: It is no mask.
-        InvalidOption: A size is below 1, or the reordering cannot be had.
+        InvalidType: ``mask`` is not a boolean mask.
+        InvalidOption: A size is below 1, or tokens cannot be reordered.
 
     >>> import torch
     >>> near = torch.arange(256)
@@ -186,7 +190,7 @@ def block_mask(
         got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep)
         raise InvalidType(
             f"block_mask needs a boolean [B|1, H|1, Nq, Nk] tensor or Pattern.mask of one, got "
-            f"{got}; ranked patterns are lists of keys already"
+            f"{got}; pass the mask itself, as ranked patterns are key lists already"
         )
     for name, size in (("tile", tile), ("block", block)):
         if type(size) is not int or size < 1:
@@ -210,7 +214,7 @@ def block_mask(
 
 
 def rcm_order(keep: Tensor) -> Tensor:
-    """Token of every place, ``[N]``, by reverse Cuthill-McKee on ``M | M^T``, over all heads."""
+    """Token order ``[N]`` by reverse Cuthill-McKee on ``M | M^T``, over all heads."""
     if keep.shape[-2] != keep.shape[-1]:
         raise InvalidOption(
             f"reorder=True needs as many queries as keys, got {keep.shape[-2]} and "
@@ -223,7 +227,7 @@ def rcm_order(keep: Tensor) -> Tensor:
         raise InvalidOption(
             "reorder=True needs SciPy, which is not installed; install scipy or use reorder=False"
         ) from error
-    if keep.is_meta:  # a dry run: any order stands for it
+    if keep.is_meta:  # a dry run: any order will do
         return torch.arange(keep.shape[-1], device=keep.device)
     shared = keep.flatten(0, 1).any(0)
     graph = csr_matrix((shared | shared.mT).cpu().numpy())
@@ -240,10 +244,10 @@ def _cells(keep: Tensor, tile: int, block: int) -> Tensor:
 
 
 def _sizes(keep: Tensor, tile: int, block: int) -> Tensor:
-    """Pairs of every tile when full, ``[T, 1]``.
+    """Number of pairs of a full tile, ``[T, 1]``.
 
-    Nobody reads places past the last query, so a ragged last row of tiles can be full; places past
-    the last key must be shut, so a ragged last column never is.
+    Positions past the last query are not read, so a partial last row of tiles can be full.
+    Positions past the last key must be masked, so a partial last column is never full.
     """
     rows = torch.arange(-(-keep.shape[-2] // tile), device=keep.device)
     queries = (keep.shape[-2] - rows * tile).clamp_max(tile)
@@ -251,9 +255,9 @@ def _sizes(keep: Tensor, tile: int, block: int) -> Tensor:
 
 
 def _buckets(cells: Tensor, active: Tensor, full: Tensor) -> tuple[Bucket, ...]:
-    """Tiles by the length of their lists, in powers of two.
+    """Group tiles by the length of their lists, in powers of two.
 
-    So one row that sees every key does not make all lists as long.
+    One row that attends to every key therefore does not lengthen all lists.
     """
     lengths = active.sum(-1)
     if lengths.is_meta:  # a dry run: without values every tile counts as active
@@ -280,7 +284,7 @@ def _bucket(numbers: list[int], cells: Tensor, ranked: Tensor, full: Tensor) -> 
     pairs = cells[:, :, tiles].transpose(3, 4)  # [B, H, R, U, tile, block]
     pairs = pairs.gather(3, mixed[..., None, None].expand(*mixed.shape, tile, block))
     pairs = pairs.transpose(3, 4).flatten(-2)  # [B, H, R, tile, W]
-    # rows past the last query are open where a full block says so, which nobody reads
+    # rows past the last query are unmasked in full blocks, but are not read
     dead = pairs.new_zeros(*pairs.shape[:-1], 1) if always_full else ~pairs.any(-1, keepdim=True)
     bias = torch.zeros_like(pairs, dtype=torch.float32).masked_fill(~(pairs | dead), float("-inf"))
     return Bucket(tiles, index, bias, dead)

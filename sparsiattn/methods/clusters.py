@@ -1,4 +1,4 @@
-"""What the clusterings of tokens have in common: one token takes the place of every cluster."""
+"""Base class and functions of clustering methods, which replace every cluster by one token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sparsiattn.methods._tokens import BudgetedTokens, full_precision
 
 @dataclass(frozen=True)
 class Clustering(BudgetedTokens):
-    """A token strategy that puts one token in the place of every cluster: override `cluster`.
+    """A token strategy that replaces every cluster by one token: override `cluster`.
 
     Args:
-        keep: Clusters, as a share (``ceil``) or count of the patch tokens present: one for all
-            layers, a list, or a function of the `Site`. Budgets that keep every token change
-            nothing.
+        keep: Number of clusters, as a share (``ceil``) or count of the patch tokens present: one
+            for all layers, a list, or a function of the `Site`. Budgets that keep every token
+            change nothing.
     """
 
     def merges(self) -> bool:
@@ -29,7 +29,7 @@ class Clustering(BudgetedTokens):
         return None if count >= tokens.count else self.cluster(tokens, count)
 
     def cluster(self, tokens: TokenInputs, count: int) -> Reduction:
-        """The reduction to ``count`` tokens, fewer than there are."""
+        """The reduction to ``count`` tokens, which is less than the present number."""
         raise NotImplementedError(f"{type(self).__name__} must override cluster(tokens, count)")
 
 
@@ -37,8 +37,8 @@ def published_counts(tokens: int, rate: float, times: int) -> list[int]:
     """Patch tokens after each reduction in the ATC and TokenReduction papers, for ``keep``.
 
     Args:
-        tokens: Patch tokens at the start.
-        rate: The paper's keep rate; a count is this to a power, times ``tokens``, rounded down.
+        tokens: Number of patch tokens at the start.
+        rate: The paper's keep rate; the i-th count is ``tokens * rate ** i``, rounded down.
         times: Number of reductions.
 
     >>> published_counts(196, 0.7, 3)
@@ -48,8 +48,10 @@ def published_counts(tokens: int, rate: float, times: int) -> list[int]:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """``[B, n, m]``: squared Euclidean distances of ``[B, n, C]`` to ``[B, m, C]``, by one matrix
-    product, not negative."""
+    """Squared Euclidean distances from ``[B, n, C]`` to ``[B, m, C]``: ``[B, n, m]``.
+
+    They are computed with one matrix product and clamped to at least 0.
+    """
     middle = a.mean(1, keepdim=True)  # smaller norms, less cancellation
     a, b = a - middle, b - middle
     with full_precision(a):
@@ -58,17 +60,17 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pairwise_distances(x: Tensor) -> Tensor:
-    """``[B, n, n]``: squared Euclidean distances within ``[B, n, C]``, zero on the diagonal."""
+    """Squared Euclidean distances within ``[B, n, C]``: ``[B, n, n]``, zero on the diagonal."""
     diagonal = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     return squared_distances(x, x).masked_fill(diagonal, 0.0)
 
 
 def to_nearest(distances: Tensor, centres: Tensor) -> Tensor:
-    """``[B, n]``: the cluster of every token, that of the nearest centre.
+    """The cluster of every token, ``[B, n]``: the one with the nearest centre.
 
     Args:
         distances: ``[B, n, n]``.
-        centres: ``[B, m]``, tokens, each of which is in its own cluster.
+        centres: ``[B, m]``, indices of the centres; each centre is in its own cluster.
     """
     columns = centres[:, None].expand(-1, distances.shape[1], -1)
     assign = distances.gather(2, columns).argmin(2)
@@ -77,6 +79,6 @@ def to_nearest(distances: Tensor, centres: Tensor) -> Tensor:
 
 
 def ranks(order: Tensor) -> Tensor:
-    """``[B, n]``: the place of every token in an ``order`` ``[B, n]`` of tokens."""
+    """The rank of every token in an ``order`` of tokens, both ``[B, n]``."""
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place)

@@ -1,6 +1,6 @@
-"""DiffRate: dropping and merging in one step, at rates found per block.
+"""DiffRate: dropping and merging in one step, with a rate for each block.
 
-ICCV 2023, arXiv 2305.17997, written from the paper's description.
+ICCV 2023, arXiv 2305.17997, implemented from the paper's description.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Share = float | Sequence[float] | Callable[[Site], float]
 
 @dataclass(frozen=True)
 class DiffRate(BudgetedTokens):
-    """Of the least attended tokens some are dropped and the others merged into the most alike.
+    """Drops some of the least attended tokens, and merges others into the most similar kept ones.
 
-    Models without class tokens are scored by the mean query's attention.
+    Models without class tokens use the mean query's attention.
 
     Args:
-        keep: Tokens that a layer leaves, share or count, one for all layers, a list, or a function
-            of the `Site`; `sparsiattn.search` finds one for every block from unlabelled images, in
-            place of the paper's differentiable rates.
-        drop: Share of the tokens that go that is dropped, the least attended (a list or a
-            function, too); the others merge into the nearest that stays, by the cosine of the
+        keep: Share or count of tokens that a layer keeps: one for all layers, a list, or a function
+            of the `Site`. `sparsiattn.search` finds a value for every block from unlabelled images,
+            instead of the paper's differentiable rates.
+        drop: Share of the removed tokens that are dropped, the least attended first (also a list or
+            a function). The others are merged into the most similar kept token by the cosine of the
             block's keys. 0 only merges, 1 only drops.
-        proportional: Whether a merged token weighs as a key by the patches in it.
+        proportional: Whether attention weights a merged token by its number of patches.
 
     >>> DiffRate(keep=[0.9, 0.8], layers=[4, 8], drop=0.25).layers_in(12)
     (4, 8)
@@ -45,8 +45,8 @@ class DiffRate(BudgetedTokens):
     name = "diffrate"
     paper = "https://arxiv.org/abs/2305.17997"
     fidelity = (
-        "inspired by: rates per block are searched (sparsiattn search) instead of learned with the "
-        "gradient, and the paper's code was not looked at for its licence"
+        "inspired by: rates per block are searched (sparsiattn search) instead of learned by "
+        "gradient; the paper's code was not used because of its licence"
     )
     per_layer = ("keep", "drop")
     needs_attention = True
@@ -78,13 +78,13 @@ class DiffRate(BudgetedTokens):
 
 
 def merged_into(tokens: TokenInputs, stay: Tensor, moved: Tensor, target: Tensor) -> Reduction:
-    """Keeps some tokens, merges others into them by size, and drops the rest.
+    """Keep some tokens, merge others into them weighted by size, and drop the rest.
 
     Args:
         tokens: All tokens.
-        stay: ``[B, m]``, those that stay.
-        moved: ``[B, r]``, those that are merged.
-        target: ``[B, r]``, into which of those that stay.
+        stay: ``[B, m]``, indices of the kept tokens.
+        moved: ``[B, r]``, indices of the merged tokens.
+        target: ``[B, r]``, for every merged token the position in ``stay`` that it is merged into.
     """
     members = torch.cat([stay, moved], dim=1)
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)

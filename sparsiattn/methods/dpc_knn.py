@@ -1,4 +1,4 @@
-"""Density peaks of k nearest neighbours: tokens merge into the middle of dense groups of them.
+"""Density peaks of k nearest neighbours: tokens are merged into centres of dense groups.
 
 TCFormer, CVPR 2022, arXiv 2204.08680, section 3.2.
 """
@@ -17,15 +17,15 @@ from sparsiattn.methods.clusters import Clustering, pairwise_distances, ranks, t
 
 @dataclass(frozen=True)
 class DPCKNN(Clustering):
-    """Merges every token into the nearest of those in the middle of dense groups.
+    """Merges every token into the nearest centre of a dense group.
 
-    A token is such a centre if it has near neighbours and is far from any that has nearer ones.
+    A token is a centre if its neighbours are near, and tokens of higher density are far.
 
     Args:
-        keep: See `Clustering`; `published_counts` gives those of the TokenReduction study.
-        k: Nearest neighbours, the token itself among them, whose distance makes the density.
-        proportional: Whether a merged token weighs as a key by the patches in it; it does not in
-            the published models.
+        keep: See `Clustering`; `published_counts` returns the counts of the TokenReduction study.
+        k: Number of nearest neighbours, including the token itself, that determine the density.
+        proportional: Whether attention weights a merged token by its number of patches; the
+            published models do not.
 
     >>> DPCKNN(keep=0.5, layers=[4]).target_count(196)
     98
@@ -34,8 +34,9 @@ class DPCKNN(Clustering):
     name = "dpc_knn"
     paper = "https://arxiv.org/abs/2204.08680"
     fidelity = (
-        "as published code (the TokenReduction study's) with equal weights in place of a trained "
-        "score; sizes weigh the means, and ties of density go by order instead of by noise"
+        "as published code (of the TokenReduction study) with equal weights instead of a trained "
+        "score; means are weighted by size, and ties of density are broken by order instead of "
+        "noise"
     )
     place = "entry"
 
@@ -55,17 +56,17 @@ class DPCKNN(Clustering):
 def density_peaks(distances: Tensor, count: int, k: int) -> Tensor:
     """The tokens with the largest product of density and separation.
 
-    Density is ``exp(-mean of squares)`` of a token's ``k`` smallest distances, separation its
-    distance to the nearest token that is denser (of equally dense ones the first is), at most the
-    largest in the image.
+    Density is ``exp(-mean of squares)`` of a token's ``k`` smallest distances. Separation is the
+    distance to the nearest denser token (the first one of equally dense tokens), limited to the
+    largest distance in the image.
 
     Args:
-        distances: ``[B, n, n]``, infinite where two tokens are no neighbours.
-        count: Tokens to return.
-        k: Neighbours that make the density.
+        distances: ``[B, n, n]``, infinite for tokens that are not neighbours.
+        count: Number of tokens to return.
+        k: Number of neighbours that determine the density.
 
     Returns:
-        ``[B, count]``, ascending.
+        ``[B, count]``, indices in ascending order.
     """
     neighbours = distances.topk(min(k, distances.shape[1]), dim=2, largest=False).values
     sparsity = neighbours.square().mean(2)
@@ -73,7 +74,7 @@ def density_peaks(distances: Tensor, count: int, k: int) -> Tensor:
     denser = rank[:, None] < rank[:, :, None]
     farthest = distances.masked_fill(distances.isinf(), 0.0).amax((1, 2))
     separation = distances.masked_fill(~denser, float("inf")).amin(2).minimum(farthest[:, None])
-    # the logarithm of the product: far tokens have a density that would round to zero
+    # the logarithm of the product, as the density of isolated tokens would round to zero
     score = separation.log() - sparsity
     best = score.argsort(dim=1, descending=True, stable=True)[:, :count]
     return best.sort(dim=1).values

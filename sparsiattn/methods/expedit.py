@@ -1,4 +1,4 @@
-"""Expedit: the later blocks of a model for dense prediction run on soft superpixels, untrained.
+"""Expedit: later blocks of a dense prediction model run on soft superpixels, without training.
 
 Expediting large vision transformers for dense prediction without fine-tuning (NeurIPS 2022, arXiv
 2210.01035): a clustering layer, and a reconstruction layer at the end.
@@ -24,31 +24,30 @@ from sparsiattn.methods.clusters import Clustering, squared_distances
 
 @dataclass(frozen=True)
 class Expedit(Clustering):
-    """Runs the later blocks on a coarse grid of soft superpixels and reconstructs every position
-    from the superpixels that it was most alike.
+    """Runs the later blocks on a coarse grid of soft superpixels, and reconstructs every position
+    from its most similar superpixels.
 
     Args:
-        keep: Share (or count) of the patch tokens; the grid of superpixels is the image's, both
-            sides times the root of it, rounded.
+        keep: Share or count of the patch tokens. Both sides of the image's grid are multiplied by
+            the square root of the share and rounded to get the grid of superpixels.
         cells: Rows and columns of superpixels, instead of ``keep``.
-        iterations: Updates of the soft assignment.
-        radius: Superpixels to each side to which a token may belong.
-        neighbours: Superpixels that a position is reconstructed from.
-        temperature: Of both the assignment and the reconstruction; weights are ``exp(- temperature
-            x squared distance)``.
-        layers: The one block at whose entry tokens are clustered; at five twelfths of the depth
-            where None.
+        iterations: Number of updates of the soft assignment.
+        radius: Number of superpixels in each direction that a token may belong to.
+        neighbours: Number of superpixels that a position is reconstructed from.
+        temperature: Temperature of the assignment and the reconstruction; weights are
+            ``exp(- temperature x squared distance)``.
+        layers: The block at whose entry tokens are clustered; None for five twelfths of the depth.
 
     >>> Expedit(keep=0.49).grid_of(40, 40), Expedit(keep=0.49).layers_in(24)
     ((28, 28), (10,))
     """
 
     name = "expedit"
-    suite = MappingProxyType({"ordered": True})  # what is near in the image decides
+    suite = MappingProxyType({"ordered": True})  # it depends on positions in the image
     paper = "https://arxiv.org/abs/2210.01035"
     fidelity = (
-        "as published; the reconstruction comes after the last block (the paper's default) and its "
-        "weights sum to one as in the paper, where the published code scales them to unit length"
+        "as published; reconstruction is after the last block (the paper's default), and its "
+        "weights sum to one as in the paper, while the published code scales them to unit length"
     )
     needs_grid = True
     place = "entry"
@@ -73,12 +72,12 @@ class Expedit(Clustering):
         check_number("temperature", self.temperature, 0, 1e18, above=True)
         if self.restore == "scatter":
             raise InvalidOption(
-                "expedit's superpixels stand for no patch in particular, so restore='scatter' has "
-                "nothing to put back; use 'auto', 'unfold' or None"
+                "expedit's superpixels do not correspond to single patches, so restore='scatter' "
+                "is not possible; use 'auto', 'unfold' or None"
             )
         if self.layers is not None and len(self.layers) != 1:
             raise InvalidOption(
-                "expedit clusters a whole grid of tokens, so only once: layers must hold one block "
+                "expedit clusters the complete grid of tokens once: layers must contain one block "
                 f"index, got {list(self.layers)}"
             )
 
@@ -86,7 +85,7 @@ class Expedit(Clustering):
         return (depth * 5 // 12,)
 
     def grid_of(self, rows: int, columns: int) -> Grid:
-        """Rows and columns of superpixels for an image of so many patches."""
+        """Rows and columns of superpixels for an image with these rows and columns of patches."""
         if self.cells is not None:
             return min(self.cells[0], rows), min(self.cells[1], columns)
         keep = self.keep if isinstance(self.keep, float) else min(1.0, self.keep / (rows * columns))
@@ -95,12 +94,15 @@ class Expedit(Clustering):
 
     def reduce(self, tokens: TokenInputs) -> Reduction | None:
         if tokens.ids is not None:
-            raise InvalidOption("expedit needs the whole grid of tokens; some were merged before")
+            raise InvalidOption(
+                "expedit needs the complete grid of tokens, but some were merged before: use it "
+                "without other reductions before its layer"
+            )
         cells = self.grid_of(*tokens.grid)
         return None if cells == tokens.grid else self.superpixels(tokens, cells)
 
     def superpixels(self, tokens: TokenInputs, cells: Grid) -> Reduction:
-        """The reduction to a grid of ``cells``."""
+        """The reduction to a grid of superpixels with ``cells`` rows and columns."""
         x, device = precise(tokens.x), tokens.x.device
         near = adjacent(tokens.grid, cells, self.radius, device=device)
         image = x.mT.unflatten(2, tokens.grid)
@@ -114,7 +116,7 @@ class Expedit(Clustering):
         )
         index = (row[:, None] * tokens.grid[1] + column).reshape(1, -1)
         return Reduction.cluster(
-            index.expand(x.shape[0], -1),  # len() would tie an export to this batch
+            index.expand(x.shape[0], -1),  # len() would fix the batch size of an export
             squared_distances(x, centroids).argmin(2),
             values=values,
             unfold=partial(
@@ -124,12 +126,13 @@ class Expedit(Clustering):
 
 
 def adjacent(grid: Grid, cells: Grid, radius: int, *, device: torch.device) -> Tensor:
-    """The superpixels to which a patch may belong: those near the one it lies in.
+    """The superpixels that each patch may belong to: those near the superpixel that contains it.
 
     Args:
         grid: Rows and columns of patches.
         cells: Rows and columns of superpixels.
-        radius: Rows and columns to each side that are near.
+        radius: Largest distance of a superpixel in rows and columns.
+        device: Device of the result.
 
     Returns:
         Boolean ``[m, n]``.
@@ -145,13 +148,13 @@ def adjacent(grid: Grid, cells: Grid, radius: int, *, device: torch.device) -> T
 def soft_assignment(
     x: Tensor, centroids: Tensor, near: Tensor, iterations: int, temperature: float
 ) -> Tensor:
-    """How much every token belongs to each superpixel (the paper's eq. 2).
+    """Soft assignment of tokens to superpixels (eq. 2 of the paper).
 
     Args:
         x: Tokens ``[B, n, C]``.
-        centroids: ``[B, m, C]`` at the start.
-        near: Boolean ``[m, n]``, the superpixels to which a token may belong.
-        iterations: Assignments; centroids are updated between them.
+        centroids: Initial centroids ``[B, m, C]``.
+        near: Boolean ``[m, n]``, the superpixels that a token may belong to.
+        iterations: Number of assignments; centroids are updated between them.
         temperature: Factor of squared distances.
 
     Returns:
@@ -167,7 +170,7 @@ def soft_assignment(
 
 
 def weighted_means(affinity: Tensor, x: Tensor) -> Tensor:
-    """``[B, m, C]``: centroids of ``x`` ``[B, n, C]`` under weights ``[B, m, n]``."""
+    """Centroids ``[B, m, C]`` of ``x`` ``[B, n, C]`` with weights ``[B, m, n]``."""
     shares = affinity / affinity.sum(2, keepdim=True).clamp_min(1e-16)
     with full_precision(x):
         return (shares @ x.to(shares.dtype)).to(x.dtype)
@@ -176,14 +179,14 @@ def weighted_means(affinity: Tensor, x: Tensor) -> Tensor:
 def reconstruct(
     before: Tensor, centroids: Tensor, neighbours: int, temperature: float, x: Tensor
 ) -> Tensor:
-    """At every position the mean of the values of nearby superpixels (the paper's eq. 4).
+    """Reconstruct every position as a weighted mean of superpixels (eq. 4 of the paper).
 
     Args:
-        before: Tokens ``[B, n, C]`` when they were clustered.
-        centroids: Of the superpixels then, ``[B, m, C]``.
-        neighbours: Superpixels that a position is reconstructed from, the nearest by ``before``.
-        temperature: They weigh by ``exp(-temperature x squared distance)``.
-        x: The superpixels' later values ``[B, m, C]``.
+        before: Tokens ``[B, n, C]`` at the time of clustering.
+        centroids: Centroids ``[B, m, C]`` of the superpixels at that time.
+        neighbours: Number of superpixels per position, the nearest ones by ``before``.
+        temperature: Weights are ``exp(-temperature x squared distance)``.
+        x: Values ``[B, m, C]`` of the superpixels after the last block.
 
     Returns:
         ``[B, n, C]``.

@@ -1,4 +1,4 @@
-"""Fibottention: every head sees the tokens at offsets of its own Fibonacci-like sequence.
+"""Fibottention: every head attends to tokens at offsets of its own Fibonacci-like sequence.
 
 Fibottention, arXiv 2406.19391.
 """
@@ -20,24 +20,25 @@ Offsets = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Fibottention(Strategy):
-    """Patch j sees patch k if |j - k|, in raster order, is in the head's sequence of offsets.
+    """Patch j attends to patch k if |j - k|, in raster order, is in the head's list of offsets.
 
     Head i = 1..H starts at the Wythoff pair ``a = floor(floor(i phi) phi)``, ``b = floor(floor(i
-    phi) phi^2)`` and goes on a, b, a + b, ... up to its window ``w_i = w_min + floor((w_max -
-    w_min) (i - 1) / (H - 1))`` (sections 3.2 and 3.3 of the paper). Prefix tokens see all and are
-    seen by all; without them every patch also sees itself, which the sequences do not contain.
+    phi) phi^2)`` and continues a, b, a + b, ... up to its window ``w_i = w_min + floor((w_max -
+    w_min) (i - 1) / (H - 1))`` (sections 3.2 and 3.3 of the paper). Prefix tokens attend to all
+    tokens, and all attend to them. Without prefix tokens every patch also attends to itself, as the
+    sequences do not contain 0.
 
-    Inside windows of the host, offsets are those of one window; they wrap across rows of the image
-    by design. The mask is ``[1, H, N, N]``, since rows at the border have fewer keys.
+    In windowed models offsets are within one window. By design, offsets wrap across rows of the
+    image. The mask is ``[1, H, N, N]``, as rows at the border have fewer keys.
 
     Args:
         w_min: Window of the first head, in tokens.
         w_max: Window of the last head; None for a third of the patches.
         modified: Whether to add the two terms before a and b, which may be 0.
-        shuffle: Whether the heads of every layer have another order, drawn by the layer's index.
+        shuffle: Whether to shuffle the heads of every layer, seeded by the layer's index.
 
     Raises:
-        InvalidOption: For ``w_max < w_min``.
+        InvalidOption: ``w_max < w_min``.
 
     >>> offsets(heads=6, patches=196)[:2]
     ((1, 2, 3, 5), (4, 7, 11))
@@ -48,8 +49,8 @@ class Fibottention(Strategy):
     name = "fibottention"
     paper = "https://arxiv.org/abs/2406.19391"
     fidelity = (
-        "as published: offsets exact, other pairs masked out as in the paper (its first code sets "
-        "their logits to zero); the order of heads is drawn by another generator"
+        "as published: exact offsets, other pairs masked as in the paper (its first code sets "
+        "their logits to zero); heads are shuffled by another generator"
     )
     needs_training = True
     exact_at_full = False
@@ -75,7 +76,7 @@ class Fibottention(Strategy):
         order = torch.arange(site.heads)
         if self.shuffle:
             order = torch.randperm(site.heads, generator=torch.Generator().manual_seed(site.index))
-        # without prefix tokens, which all see, a patch without neighbours would see nothing
+        # without prefix keys, a patch without neighbours would have no key at all
         itself = not (site.prefix_tokens and self.prefix_keys)
         return GridPlanner(offset_pairs, (self, tuple(order.tolist()), itself))
 
@@ -83,14 +84,14 @@ class Fibottention(Strategy):
 def offset_pairs(
     grid: Grid, options: Fibottention, order: tuple[int, ...], itself: bool, *, device: torch.device
 ) -> Tensor:
-    """Pairs of patches that are one of their head's offsets apart.
+    """Pairs of patches at one of their head's offsets.
 
     Args:
         grid: Rows and columns of patches.
-        options: The windows, and whether sequences are modified.
-        order: Which sequence each head has.
-        itself: Whether every patch also sees itself.
-        device: Where to make the mask.
+        options: The strategy with its windows and ``modified``.
+        order: Index of the sequence of each head.
+        itself: Whether every patch also attends to itself.
+        device: Device of the mask.
 
     Returns:
         ``[H, n, n]``.
@@ -104,9 +105,9 @@ def offset_pairs(
 def offsets(
     heads: int, patches: int, w_min: int = 5, w_max: int | None = None, modified: bool = False
 ) -> tuple[Offsets, ...]:
-    """The offsets of every head, in order and each once; head 1 first.
+    """The distinct offsets of every head, ascending.
 
-    A head whose sequence starts beyond its window keeps offset 1.
+    A head whose sequence starts beyond its window gets offset 1.
     """
     last = patches // 3 if w_max is None else w_max
     sequences = []
@@ -118,7 +119,7 @@ def offsets(
 
 
 def wythoff(i: int) -> tuple[int, int]:
-    """The start of row i of the Wythoff array.
+    """The first pair of row i of the Wythoff array.
 
     >>> wythoff(1), wythoff(12)
     ((1, 2), (30, 49))
@@ -138,11 +139,11 @@ def _sequence(a: int, b: int, limit: int, modified: bool) -> Offsets:
 
 
 def banded(lists: tuple[Offsets, ...], n: int, *, device: torch.device) -> Tensor:
-    """Pairs of n tokens that are one of a head's offsets apart, ``[H, n, n]``."""
+    """Pairs of n tokens at one of a head's offsets, ``[H, n, n]``."""
     distance = torch.arange(1 - n, n, device=device).abs()
     near = torch.zeros(len(lists), 2 * n - 1, dtype=torch.bool, device=device)
     for head, head_offsets in enumerate(lists):
         for offset in head_offsets:
             near[head] |= distance == offset
-    # row j holds the offsets k - j for k = 0 to n - 1: a run of n that starts at place n - 1 - j
+    # row j has the offsets k - j for k = 0 to n - 1: a run of n values that starts at n - 1 - j
     return near.unfold(-1, n, 1).flip(-2)

@@ -1,4 +1,4 @@
-"""Hypergraph attention: tokens exchange values through hyperedges, groups of alike patches.
+"""Hypergraph attention: tokens exchange values through hyperedges, groups of similar patches.
 
 After HGFormer, arXiv 2504.02440.
 """
@@ -21,15 +21,16 @@ from sparsiattn.methods._weights import frozen
 class Hypergraph(Strategy):
     """Tokens attend to hyperedges, which have attended to tokens (HGFormer, CS-KNN).
 
-    The centres of hyperedges are the patches that the CLS query (else the mean query) sees best.
-    Node to edge: an edge's mean query attends to all patches, mixed with the mean of its members'
-    values. Edge to node: patch queries attend to the edges' mean keys, those that they belong to
-    favoured.
+    The centres of hyperedges are the patches with the largest scores of the class token's query (or
+    the mean query). Node to edge: an edge's mean query attends to all patches, and the result is
+    mixed with the mean of its members' values. Edge to node: patch queries attend to the edges'
+    mean keys, with a learned bonus for edges that they belong to.
 
     Args:
-        k: Hyperedges, as a share of all keys or a count; prefix keys come on top, within the
-            budget.
-        members: Patches that join each centre, the nearest by the product of their keys.
+        k: Number of hyperedges, as a share of all keys or a count; the budget includes the prefix
+            keys.
+        members: Number of patches of each hyperedge: those with the most similar keys to the
+            centre.
 
     >>> Hypergraph(k=0.25).to_dict()["options"]["members"]
     8
@@ -39,8 +40,8 @@ class Hypergraph(Strategy):
     paper = "https://arxiv.org/abs/2504.02440"
     fidelity = (
         "inspired by (details of the layers could not be confirmed): the host's own queries, keys "
-        "and values stand for the paper's projections, its residuals and activations become a "
-        "learned mixture that starts at one half, and incidence a learned logit"
+        "and values replace the paper's projections, a learned mixture that starts at one half "
+        "replaces its residuals and activations, and incidence is a learned logit"
     )
     needs_training = True
     selects_keys = False
@@ -57,10 +58,10 @@ class Hypergraph(Strategy):
 
 
 class HypergraphPlanner(MixedKeysPlanner):
-    """What one site learns.
+    """The learned weights of one site.
 
     Attributes:
-        values: ``[Dv, Dv]``, map of mean values, at first the identity.
+        values: ``[Dv, Dv]``, map of mean values, initially the identity.
         mixture: Scalar; its sigmoid is the share of mapped means in an edge's value.
         incidence: Scalar, added to the logit of an edge that a query belongs to.
     """
@@ -69,8 +70,8 @@ class HypergraphPlanner(MixedKeysPlanner):
         super().__init__(strategy, site)
         if site.tokens != site.keys:
             raise InvalidOption(
-                f"{strategy.name!r} needs queries and keys of the same tokens, and site "
-                f"{site.name!r} has {site.tokens} queries for {site.keys} keys: leave it out with "
+                f"{strategy.name!r} needs queries and keys of the same tokens, but site "
+                f"{site.name!r} has {site.tokens} queries and {site.keys} keys: exclude it with "
                 "sites="
             )
         self.strategy = strategy
@@ -94,8 +95,11 @@ class HypergraphPlanner(MixedKeysPlanner):
         return min(patches, max(1, budget))
 
     def _bias(self, inputs: AttentionInputs, nodes: Tensor) -> Tensor:
-        """Log of the patches for each edge, incidence, and the mean of the host's bias over its
-        members: ``[B, H|1, n, E]``."""
+        """Bias of the hyperedges, ``[B, H|1, n, E]``.
+
+        It is the sum of the log of the number of patches per edge, the incidence, and the mean of
+        the host's bias over the edge's members.
+        """
         patches, (batch, edges, size) = inputs.n_keys - inputs.prefix, nodes.shape
         empty = inputs.q.new_zeros(batch, edges, patches)
         joins = empty.scatter(2, nodes, 1.0).mT.unsqueeze(1)
@@ -108,7 +112,7 @@ class HypergraphPlanner(MixedKeysPlanner):
 
 
 def hyperedges(inputs: AttentionInputs, edges: int, members: int) -> Tensor:
-    """The patches of every hyperedge, the same for all heads: ``[B, E, m]``."""
+    """The patches of every hyperedge, ``[B, E, m]``, shared by all heads."""
     keys = inputs.k[..., inputs.prefix :, :]
     query = inputs.q[..., :1, :] if inputs.prefix else inputs.mean_query
     score = (query @ keys.mT).sum(1).squeeze(1)
@@ -120,7 +124,7 @@ def hyperedges(inputs: AttentionInputs, edges: int, members: int) -> Tensor:
 
 
 def _mean_of(x: Tensor, nodes: Tensor) -> Tensor:
-    """The mean over every hyperedge of ``[B, H, n, D]``: ``[B, H, E, D]``."""
+    """The mean of ``x`` ``[B, H, n, D]`` over the members of every hyperedge: ``[B, H, E, D]``."""
     index = nodes.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
     members: Tensor = x.gather(2, index).unflatten(2, nodes.shape[1:])
     return members.mean(3)

@@ -1,4 +1,4 @@
-"""Weighted K-medoids: the tokens stay from which all others are nearest.
+"""Weighted K-medoids: keep the tokens with the smallest distances to all others.
 
 Token Pooling, WACV 2023, arXiv 2110.03860; as compared in the TokenReduction study, arXiv
 2308.04657.
@@ -18,18 +18,18 @@ from sparsiattn.methods.clusters import Clustering, pairwise_distances, ranks, t
 
 @dataclass(frozen=True)
 class KMedoids(Clustering):
-    """Keeps the tokens from which all others are nearest, those that get attention counting more.
+    """Keeps the medoids of all tokens, weighted by the attention that tokens receive.
 
-    Weights are the attention that every token receives, over all queries and heads. The heaviest
-    tokens are the first medoids. In every iteration each token joins the nearest medoid, and the
-    medoid of a cluster becomes the member whose distances to the others, weighted, sum to the
-    least.
+    Weights are the attention that every token receives from all queries and heads. The tokens with
+    the largest weights are the initial medoids. In every iteration each token joins the nearest
+    medoid, and the new medoid of a cluster is the member with the smallest weighted sum of
+    distances to the others.
 
     Args:
-        keep: See `Clustering`; `published_counts` gives those of the study.
-        iterations: How often medoids are chosen again.
-        layers: Blocks at whose exit tokens are reduced; those before a quarter, half and three
-            quarters of the depth where None.
+        keep: See `Clustering`; `published_counts` returns the counts of the study.
+        iterations: Number of updates of the medoids.
+        layers: Blocks at whose exit tokens are reduced; None for the blocks before a quarter, half
+            and three quarters of the depth.
 
     >>> KMedoids(keep=0.5).layers_in(12)
     (2, 5, 8)
@@ -38,9 +38,9 @@ class KMedoids(Clustering):
     name = "kmedoids"
     paper = "https://arxiv.org/abs/2110.03860"
     fidelity = (
-        "as published; of the TokenReduction study's code it has the places, the start and the "
-        "iterations, but new medoids come from the weights of a cluster's members, where that code "
-        "sums over all tokens and weighs by the candidate itself"
+        "as published; layers, initial medoids and iterations follow the TokenReduction study's "
+        "code, but new medoids use the weights of a cluster's members, while that code sums over "
+        "all tokens with the weight of the candidate"
     )
     place = "exit"
     needs_attention = True
@@ -62,16 +62,16 @@ class KMedoids(Clustering):
 
 
 def weighted_medoids(distances: Tensor, weight: Tensor, count: int, iterations: int) -> Tensor:
-    """The medoids of tokens; of equally good ones the first in order.
+    """The medoids of tokens; ties are broken by order.
 
     Args:
         distances: ``[B, n, n]``.
-        weight: ``[B, n]``, of tokens.
-        count: Medoids.
-        iterations: How often they are chosen again.
+        weight: ``[B, n]``, weights of tokens.
+        count: Number of medoids.
+        iterations: Number of updates.
 
     Returns:
-        ``[B, count]``, ascending.
+        ``[B, count]``, indices in ascending order.
     """
     medoids = weight.argsort(dim=1, descending=True, stable=True)[:, :count]
     for _ in range(iterations):
@@ -83,7 +83,7 @@ def weighted_medoids(distances: Tensor, weight: Tensor, count: int, iterations: 
 
 
 def _cheapest(cost: Tensor, assign: Tensor, count: int) -> Tensor:
-    """``[B, count]``: the token of least cost ``[B, n]`` in every cluster."""
+    """The token with the smallest cost ``[B, n]`` in every cluster: ``[B, count]``."""
     order = cost.argsort(dim=1, stable=True)
     rank = ranks(order)
     best = rank.new_full((rank.shape[0], count), rank.shape[1])

@@ -1,4 +1,4 @@
-"""Linformer: keys and values projected along the tokens to a fixed number.
+"""Linformer: keys and values are projected along the token axis to a fixed number.
 
 Linformer: Self-Attention with Linear Complexity, arXiv 2006.04768.
 """
@@ -23,14 +23,14 @@ class Linformer(Strategy):
     """Queries attend to ``E^T K`` and ``F^T V``, r computed keys (section 4, eq. 7).
 
     E and F start as average pooling over cells of the token grid. Entries of E are small, so
-    `calibrate` wants a small ``lr`` (3e-4).
+    `calibrate` needs a small ``lr`` (3e-4).
 
     Args:
-        k: Computed keys, as a share of all keys or a count; prefix keys come on top, within the
-            budget.
+        k: Number of computed keys, as a share of all keys or a count; the budget includes the
+            prefix keys.
         shared: Whether E and F are one table (the paper's key-value sharing).
-        mass: Whether each computed key's logit carries the log of how many tokens it stands for,
-            learned from there; without it untrained attention favours prefix keys.
+        mass: Whether to add a learned bias to each computed key's logit that starts as the log of
+            its number of tokens; without it, untrained attention favours prefix keys.
 
     >>> Linformer(k=0.25).to_dict()["options"]["shared"]
     False
@@ -39,8 +39,8 @@ class Linformer(Strategy):
     name = "linformer"
     paper = "https://arxiv.org/abs/2006.04768"
     fidelity = (
-        "as published, but prefix tokens keep their own keys and dense rows, E and F start as "
-        "average pooling, and logits carry log sizes (mass=False: none)"
+        "as published, except that prefix tokens keep their own keys and dense rows, E and F start "
+        "as average pooling, and logits include log sizes (unless mass=False)"
     )
     needs_training = True
     selects_keys = False
@@ -57,9 +57,9 @@ class LinformerPlanner(MixedKeysPlanner):
     """The projections of one site, shared by its heads.
 
     Attributes:
-        e: ``[P + n, r]``, of keys.
-        f: ``[P + n, r]``, of values; None when shared.
-        mass: Logits ``[r]``; None without.
+        e: ``[P + n, r]``, projection of keys.
+        f: ``[P + n, r]``, projection of values; None if shared.
+        mass: Bias of the computed keys ``[r]``; None without.
     """
 
     def __init__(self, strategy: Linformer, site: Site) -> None:
@@ -81,8 +81,10 @@ class LinformerPlanner(MixedKeysPlanner):
         return self.pattern(inputs, k, v, self._bias(inputs, e, remaining))
 
     def _present(self, table: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """A table's rows for the tokens that are there, ``[B, 1, N, r]`` or ``[N, r]``, scaled so
-        that columns weigh what they weighed; and the share of every cell that is left."""
+        """A table's rows for the remaining tokens, and the share of every cell that remains.
+
+        Rows are ``[B, 1, N, r]`` or ``[N, r]``, scaled so that the sums of columns are unchanged.
+        """
         grid = inputs.image_grid
         ratio = self.grid[0] * self.grid[1] / (grid[0] * grid[1])
         full = resized(table, self.grid, grid, self.prefix)
@@ -94,7 +96,7 @@ class LinformerPlanner(MixedKeysPlanner):
         return rows * (before / weight.clamp_min(1e-6)), remaining / ratio
 
     def _bias(self, inputs: AttentionInputs, e: Tensor, remaining: Tensor) -> Tensor | None:
-        """Of the computed keys: their mass, and the host's bias in the shares of their tokens."""
+        """Bias of the computed keys: their mass, and the weighted mean of the host's bias."""
         host = host_bias(inputs)
         if self.mass is None and host is None:
             return None
@@ -114,8 +116,7 @@ def cells_of(grid: Grid, most: int) -> Grid:
 
 
 def cell_membership(grid: Grid, cells: Grid) -> Tensor:
-    """Which cell each token lies in when the grid is cut into near-equal rectangles, ``[n, c]``
-    with a one in every row."""
+    """One-hot cell of each token, ``[n, c]``, for a grid divided into nearly equal rectangles."""
     row, column = (
         torch.arange(size) * parts // size for size, parts in zip(grid, cells, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Longformer: a window around every patch, and tokens that see all and that all see.
+"""Longformer: a window around every patch, and global tokens.
 
 Longformer: The Long-Document Transformer, arXiv 2004.05150.
 """
@@ -16,18 +16,19 @@ from sparsiattn.methods._options import check_count, check_odd
 class Longformer(Strategy):
     """Sliding window with global tokens (section 3.1 of the paper), on the 2-D grid of patches.
 
-    A patch sees those at most ``window // 2`` steps away in both directions, cut off at the border,
-    one step being ``dilation`` patches. Prefix tokens are global: they see all, and all see them.
+    A patch attends to patches at most ``window // 2`` steps away in both directions, where a step
+    is ``dilation`` patches. Windows are cut off at the border. Prefix tokens are global: they
+    attend to all tokens, and all tokens attend to them.
 
     Args:
         window: Side of the window in patches, odd. One more than twice the grid's longer side, at
             dilation 1, reaches every key.
-        dilation: Patches between its keys.
-        global_patches: g for g x g patches, spread evenly, that are global too, for hosts without
-            CLS.
+        dilation: Distance of neighbouring keys in patches.
+        global_patches: g for g x g evenly spaced patches that are global too, for models without a
+            class token.
 
     Raises:
-        InvalidOption: For an even window.
+        InvalidOption: The window is even.
 
     >>> Longformer(window=5).to_dict()["options"]["dilation"]
     1
@@ -36,8 +37,8 @@ class Longformer(Strategy):
     name = "longformer"
     paper = "https://arxiv.org/abs/2004.05150"
     fidelity = (
-        "inspired by: the window is square on the image instead of a run of tokens, as in Vision "
-        "Longformer, and global tokens have no projections of their own"
+        "inspired by: the window is a square in the image as in Vision Longformer, not a run of "
+        "tokens, and global tokens have no projections of their own"
     )
     needs_training = True
     needs_grid = True

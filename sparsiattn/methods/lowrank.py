@@ -1,4 +1,4 @@
-"""Guided low-rank attention: logits from a few channels, weighed by a guide for each image.
+"""Guided low-rank attention: logits from few channels, weighted by a guide for each image.
 
 After GLMHA, arXiv 2410.00380.
 """
@@ -22,13 +22,13 @@ from sparsiattn.methods._weights import frozen, generator
 class LowRank(Strategy):
     """Logits from r of the head's channels: ``Q E_q diag(g) (K E_k)^T`` with a guide g per image.
 
-    Starts with g = 1 and a random orthogonal E, so it needs calibration, which begins with the best
-    E of that rank.
+    It starts with g = 1 and a random orthogonal E, so it needs calibration, which initialises E to
+    the best matrix of that rank.
 
     Args:
-        rank: r as a share of the head dim or a count.
-        guide: Hidden width of the network that makes ``g = 2 sigmoid(MLP(mean query))`` of all
-            heads, None for g = 1.
+        rank: r, as a share of the head dim or a count.
+        guide: Hidden channels of the network that computes ``g = 2 sigmoid(MLP(mean query))`` for
+            all heads; None for g = 1.
 
     >>> LowRank(rank=16).to_dict()["options"]["guide"]
     16
@@ -37,9 +37,9 @@ class LowRank(Strategy):
     name = "lowrank"
     paper = "https://arxiv.org/abs/2410.00380"
     fidelity = (
-        "inspired by: the paper factors channel attention of restoration models, and its formulas "
-        "could not be confirmed; here logits between tokens get guided low-rank factors, so that "
-        "QK^T costs r channels, AV all"
+        "inspired by: the paper factorises channel attention of restoration models, and its "
+        "formulas could not be confirmed; here logits between tokens have guided low-rank factors, "
+        "so QK^T uses r channels and AV all"
     )
     needs_training = True
     selects_keys = False
@@ -66,10 +66,10 @@ class LowRankPlanner(ComputedPlanner):
     """The factors of one site.
 
     Attributes:
-        map_q: ``[H, D, r]``, of queries.
-        map_k: ``[H, D, r]``, of keys.
-        hidden: ``[H D, guide]``, first layer of the guide; None without.
-        last: ``[guide, H r]``, its last layer; absent without.
+        map_q: ``[H, D, r]``, map of queries.
+        map_k: ``[H, D, r]``, map of keys.
+        hidden: ``[H D, guide]``, first layer of the guide; None without a guide.
+        last: ``[guide, H r]``, last layer of the guide; absent without a guide.
     """
 
     def __init__(self, strategy: LowRank, site: Site) -> None:
@@ -94,7 +94,7 @@ class LowRankPlanner(ComputedPlanner):
         return Pattern.computed_keys(inputs, k, inputs.v, q=q, bias=host_bias(inputs))
 
     def guide(self, inputs: AttentionInputs) -> Tensor:
-        """``[B, H, 1, r]``, or a one without a network."""
+        """The guide ``[B, H, 1, r]``; the scalar 1 without a network."""
         if self.hidden is None:
             return inputs.q.new_ones(())
         mean = inputs.mean_query.flatten(1)
@@ -104,10 +104,10 @@ class LowRankPlanner(ComputedPlanner):
 
     @torch.no_grad()
     def init_from_batch(self, inputs: AttentionInputs) -> None:
-        """The maps whose products are the best of their rank to the whole ones.
+        """Set the maps to the best low-rank approximation of the logits.
 
-        In the mean over the queries and keys of each head; keys count from their mean, which
-        softmax ignores.
+        The approximation is optimal on average over the queries and keys of each head. The mean key
+        is subtracted first, as softmax is not affected by it.
         """
         rank = self.map_q.shape[-1]
         for head in range(len(self.map_q)):
@@ -121,7 +121,7 @@ class LowRankPlanner(ComputedPlanner):
 
 
 def _moment_root(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Root of the second moment of rows ``[B, N, D]`` and its inverse, ``[D, D]`` float64."""
+    """Square root of the second moment of rows ``[B, N, D]``, and its inverse, in float64."""
     rows = x.flatten(0, 1).double()
     values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
     roots = values.clamp_min(values[-1] * 1e-6 + 1e-12).sqrt()

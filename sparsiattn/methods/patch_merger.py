@@ -20,7 +20,7 @@ class PatchMerger(SoftMerger):
     """Learned queries attend to the normalised tokens; each makes one new token.
 
     Args:
-        keep: Tokens after each layer, see `SoftMerger`.
+        keep: Share or count of tokens after each layer, see `SoftMerger`.
 
     >>> PatchMerger(keep=8, layers=[5]).layers_in(12)
     (5,)
@@ -29,8 +29,8 @@ class PatchMerger(SoftMerger):
     name = "patch_merger"
     paper = "https://arxiv.org/abs/2202.12015"
     fidelity = (
-        "inspired by: scores are of normalised tokens as published, but the tokens are mixed as "
-        "they are, so that the host's residual stream keeps its scale; prefix tokens stay outside"
+        "inspired by: scores use normalised tokens as published, but unnormalised tokens are "
+        "mixed, so that the host's residual stream keeps its scale; prefix tokens are not merged"
     )
 
     def planner(self, site: Site, width: int) -> Merger:

@@ -1,7 +1,7 @@
 """A key filter trained by self-distillation: one list of keys for all queries of a call.
 
 After a self-distillation attention module for motion prediction (IEEE), which filters a sparse
-interaction graph; it has no public text to link to.
+interaction graph. Its text is not public, so there is no link.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from sparsiattn.methods._options import check_count, check_flag
 from sparsiattn.methods._weights import frozen, generator
 
 ROWS_AT_ONCE = 256
-"""Rows of exact attention that the loss holds in memory."""
+"""Number of rows of exact attention that the loss keeps in memory."""
 
 
 @dataclass(frozen=True)
 class SDFilter(Strategy):
-    """Keys by a small scorer that learns how much attention each of them receives.
+    """Keys by a small scorer that learns how much attention each key receives.
 
     ``s_j = a_h (mean_i q_i) . k_j * scale + W2 GELU(W1 LN(k_j))_h`` for head h, where W1 reads the
-    keys of all heads. Its teacher is the layer's own dense attention: `calibrate` lowers ``KL(m ||
-    softmax(s))`` for the received mass ``m_j = mean_i A_ij`` over patch queries. No labels, no
-    other network, no table over tokens, so any resolution and any tokens will do. W2 starts at zero
-    and ``a`` at one: before training, keys are those that the mean query attends to most.
+    keys of all heads. The teacher is the layer's own dense attention: `calibrate` minimises ``KL(m
+    || softmax(s))`` for the received mass ``m_j = mean_i A_ij`` over patch queries. It needs no
+    labels and no other network, and works at any resolution. W2 starts at zero and ``a`` at one:
+    before training, it selects the keys that the mean query attends to most.
 
     Predictor MACs: ``Nk H (D + D width + width)``.
 
     Args:
-        k: Keys kept, as a share of all or a count, prefix keys included.
+        k: Share or count of keys to keep, prefix keys included.
         width: Hidden channels of the scorer.
-        shared: Whether there is one list for all heads, by their mean mass.
-        tile: ``"auto"`` is one tile as large as the grid, so that kernels load one list of keys;
-            with a host's mask that forbids keys (shifted windows, padding) each query takes the
-            best of those it may see.
+        shared: Whether all heads share one list, by their mean mass.
+        tile: ``"auto"`` is one tile as large as the grid, so that kernels load one list of keys; if
+            the host masks keys (shifted windows, padding), each query gets its own list.
 
     >>> from sparsiattn.testing.hosts import random_inputs
     >>> inputs = random_inputs((4, 4), prefix=1)
@@ -50,7 +49,7 @@ class SDFilter(Strategy):
     name = "sd_filter"
     fidelity = (
         "inspired by: only the abstract of the self-distilled filter for motion prediction is "
-        "public; scorer, teacher and loss are this library's"
+        "public; scorer, teacher and loss were designed for this library"
     )
     needs_training = True
     needs_grid = True
@@ -65,7 +64,7 @@ class SDFilter(Strategy):
         check_flag("shared", self.shared, InvalidOption)
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
-        """One tile as large as the site's grid, where every query may see every key."""
+        """A copy with one tile as large as the site's grid, unless the host masks keys."""
         resolved = super().resolve_for(site, position, count)
         if self.tile != "auto":
             return resolved
@@ -80,7 +79,7 @@ class SDFilterPlanner(LearnedPlanner):
 
     Attributes:
         gain: ``[H]``, factor of the mean query's logits.
-        hide: ``[width, H D]``, first layer on the keys of all heads.
+        hide: ``[width, H D]``, first layer, on the keys of all heads.
         show: ``[H, width]``, last layer.
     """
 
@@ -102,7 +101,7 @@ class SDFilterPlanner(LearnedPlanner):
         return Pattern.top(scores.unsqueeze(-2).expand(-1, -1, rows, -1), self.strategy.k)
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """Logits of every key's share of the attention, ``[B, H, Nk]``."""
+        """Logits of the predicted attention share of every key, ``[B, H, Nk]``."""
         k = inputs.k
         mean_logits = (inputs.mean_query @ k.mT).squeeze(-2) * inputs.scale
         channels = k.transpose(1, 2).flatten(2)
@@ -111,26 +110,27 @@ class SDFilterPlanner(LearnedPlanner):
         return mean_logits * self.gain.to(mean_logits.dtype)[:, None] + learned
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Kullback-Leibler divergence of the predicted shares from the mass that keys receive."""
+        """KL divergence of the predicted shares from the attention mass that keys receive."""
         shares = F.kl_div(self.log_shares(inputs), received(inputs), reduction="none")
         return shares.sum(-1).mean()
 
     def log_shares(self, inputs: AttentionInputs) -> Tensor:
-        """Predicted log share of every key, ``[B, H, Nk]`` float32; keys that no query sees get
-        next to nothing."""
+        """Predicted log share of every key, ``[B, H, Nk]`` float32, about 0 for masked keys."""
         scores, visible = self.scores(inputs).float(), inputs.visible_keys
         return (scores if visible is None else scores.masked_fill(~visible, -1e4)).log_softmax(-1)
 
 
 @torch.no_grad()
 def received(inputs: AttentionInputs) -> Tensor:
-    """The mass that every key receives from the patch queries in dense attention, their mean,
-    ``[B, H, Nk]`` float32; queries that are padding do not count."""
+    """Mean attention that every key receives from the patch queries, ``[B, H, Nk]`` float32.
+
+    Attention is dense; queries that are padding do not count.
+    """
     visible = inputs.visible_keys if inputs.n_queries == inputs.n_keys else None
     total = inputs.q.new_zeros((*inputs.q.shape[:2], inputs.n_keys), dtype=torch.float)
     queries = torch.arange(inputs.prefix, inputs.n_queries, device=inputs.q.device)
     for rows in queries.split(ROWS_AT_ONCE):
-        # a row that may see no key is all NaN
+        # a row in which every key is masked is NaN
         part = inputs.logits(rows).float().softmax(-1).nan_to_num(0.0)
         if visible is not None:
             part = part * visible[..., rows, None]

@@ -1,4 +1,4 @@
-"""Sinkhorn token merging: optimal transport moves the tokens to learned centres.
+"""Sinkhorn token merging: optimal transport assigns the tokens to learned centres.
 
 As compared in "Which Tokens to Use?" (ICCVW 2023, arXiv 2308.04657).
 """
@@ -19,13 +19,13 @@ from sparsiattn.methods._weights import generator
 
 @dataclass(frozen=True)
 class Sinkhorn(SoftMerger):
-    """Tokens are moved to learned centres by entropic optimal transport, each centre taking an
-    equal share; a new token is the mean of what its centre took.
+    """Tokens are assigned to learned centres by entropic optimal transport with equal shares, and a
+    new token is the weighted mean of the tokens of its centre.
 
     Args:
-        keep: Tokens after each layer, see `SoftMerger`.
+        keep: Share or count of tokens after each layer, see `SoftMerger`.
         epsilon: Strength of the entropy term.
-        iterations: Of Sinkhorn's algorithm, in the log domain.
+        iterations: Number of iterations of Sinkhorn's algorithm, in the log domain.
 
     >>> Sinkhorn(keep=16, iterations=5).iterations
     5
@@ -34,8 +34,8 @@ class Sinkhorn(SoftMerger):
     name = "sinkhorn"
     paper = "https://arxiv.org/abs/2308.04657"
     fidelity = (
-        "inspired by: transport as in the published code, but a new token is the mean of tokens "
-        "as they are, not the sum of unit tokens, which a pretrained block could not take"
+        "inspired by: transport as in the published code, but a new token is the mean of the "
+        "original tokens, not the sum of unit tokens, which does not fit a pretrained block"
     )
 
     epsilon: float = 1.0
@@ -43,7 +43,7 @@ class Sinkhorn(SoftMerger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("epsilon", self.epsilon, 1e-6, 1e6)  # cosines over less overflow
+        check_number("epsilon", self.epsilon, 1e-6, 1e6)  # cosines divided by less overflow
         check_count("iterations", self.iterations)
 
     def planner(self, site: Site, width: int) -> Transport:
@@ -51,7 +51,7 @@ class Sinkhorn(SoftMerger):
 
 
 class Transport(SoftPlanner):
-    """The plan between tokens and unit-norm centres, by cosine."""
+    """The transport plan between tokens and centres, by their cosine."""
 
     def __init__(self, count: int, width: int, name: str, epsilon: float, iterations: int) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ class Transport(SoftPlanner):
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """Log of the plan, ``[B, m, n]``, for logits of that shape.
+    """Log of the transport plan, ``[B, m, n]``, for logits of the same shape.
 
-    Rows are scaled first, then columns, so that each token's shares sum to one at the end.
+    Each iteration scales rows, then columns, so that the shares of each token sum to one.
 
     >>> sinkhorn(torch.zeros(1, 2, 4), 1).exp().sum(1)
     tensor([[1., 1., 1., 1.]])

@@ -1,6 +1,6 @@
-"""Token slimming: a small network scores tokens, and each new one is a softmax mean of all.
+"""Token slimming: a small network scores tokens, and each new token is a softmax mean of all.
 
-A module of the Self-slimmed Vision Transformer (SiT; ECCV 2022, arXiv 2111.12624).
+It is a module of the Self-slimmed Vision Transformer (SiT; ECCV 2022, arXiv 2111.12624).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class SiT(SoftMerger):
     """A small MLP scores every token for every slot; each slot is a softmax mean over all tokens.
 
     Args:
-        keep: Tokens after each layer, see `SoftMerger`.
-        hidden: Width of the MLP as a share of the tokens' width.
+        keep: Share or count of tokens after each layer, see `SoftMerger`.
+        hidden: Hidden channels of the MLP, as a multiple of the tokens' channels.
 
     >>> SiT(keep=0.5).to_dict()["options"]["keep"]
     0.5
@@ -31,8 +31,8 @@ class SiT(SoftMerger):
     name = "sit"
     paper = "https://arxiv.org/abs/2111.12624"
     fidelity = (
-        "as published code: the slimming module alone; its reverse module and the feature "
-        "distillation that trains it are left out, dense consumers get the transposed weights"
+        "as published code, slimming module only; the reverse module and the feature distillation "
+        "that trains it are left out, and dense consumers get the transposed weights"
     )
 
     hidden: float = 0.5

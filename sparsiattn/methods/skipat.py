@@ -1,4 +1,4 @@
-"""SkipAt: the attention output of an earlier block, changed a little, in place of attention.
+"""SkipAt: a function of an earlier block's attention output replaces attention.
 
 Skip-Attention, arXiv 2301.02240.
 """
@@ -22,31 +22,31 @@ from sparsiattn.methods._weights import frozen
 
 @dataclass(frozen=True)
 class SkipAt(ReusingStrategy):
-    """Layers without QK^T and AV: the output of the layer before them, through a small function.
+    """Layers without QK^T and AV: a small function of the previous layer's output replaces them.
 
     The function is the paper's (two linear layers around a depth-wise 5 x 5 convolution, and a
-    channel gate), of the patch tokens, added to what comes in and zero at first. Prefix rows are
-    always passed on. A site that finds no output of its own shape (the first of a stage, fewer
-    tokens) attends.
+    channel gate), applied to the patch tokens. Its result is added to its input and is zero at
+    first. Prefix rows are passed on unchanged. A site without an earlier output of its own shape
+    (the first of a stage, or after a reduction of tokens) attends.
 
     Args:
         layers: Indices of the sites that skip attention; None for those from a quarter to three
             quarters of the depth, 3 to 8 of 12 as in the paper.
-        parametric: Whether to apply the function; False passes the output on as it is, which learns
-            and costs nothing.
+        parametric: Whether to apply the function; False passes the output on unchanged, without
+            learning or cost.
 
     >>> SkipAt(layers=[2, 1]).to_dict()["options"]["layers"]
     [1, 2]
     """
 
     name = "skipat"
-    # of the tiny ViT of the suites: nobody reads the queries, keys and values of its second block
+    # in the suites' tiny ViT, queries, keys and values of the second block are not used
     suite = MappingProxyType({"unread": ("blocks.1.attn.qkv", "blocks.1.norm1")})
     paper = "https://arxiv.org/abs/2301.02240"
     fidelity = (
-        "inspired by: what is reused is the output before the host's own output projection, which "
-        "still runs, as do the projections to queries, keys and values, although nobody reads "
-        "them; the function's result is added to its input, so that it starts as the identity"
+        "inspired by: the output before the host's output projection is reused, and that "
+        "projection still runs, as do the unused projections to queries, keys and values; the "
+        "function's result is added to its input, so that it starts as the identity"
     )
     needs_training = True
     needs_grid = True
@@ -71,7 +71,7 @@ class SkipAt(ReusingStrategy):
 
 @dataclass(frozen=True)
 class OutputRole(Role):
-    """A planner with the identity for a function."""
+    """A planner that passes the output on unchanged."""
 
     tensor_name = "output"
 
@@ -80,22 +80,22 @@ class OutputRole(Role):
         return super().__call__(inputs) if earlier is None else Pattern.output(inputs, earlier)
 
     def earlier_output(self, inputs: AttentionInputs) -> Tensor | None:
-        """The output of the site before, ``[B, H, Nq, Dv]``, if it is to be used and fits."""
+        """The previous site's output, ``[B, H, Nq, Dv]``; None if unused or of another shape."""
         return self.load(inputs, inputs.v.shape[-1])
 
     def after(self, inputs: AttentionInputs, output: Tensor) -> None:
-        """Leaves the site's output for the next one."""
+        """Store the site's output for the next one."""
         self.store(inputs, output)
 
 
 class SkipPlanner(LearnedPlanner):
-    """The function of one site, over the C channels of all its heads; none where a site attends.
+    """The function of one site, over the C channels of all its heads; empty if the site attends.
 
     Attributes:
         widen: ``[2 C, C]``, with ``widen_bias`` ``[2 C]``.
         kernel: ``[2 C, 1, 5, 5]``, with ``kernel_bias`` ``[2 C]``.
         narrow: ``[C, 2 C]``, with ``narrow_bias`` ``[C]``.
-        gate: ``[1, 1, 3]``, along the channels.
+        gate: ``[1, 1, 3]``, a convolution along the channels.
     """
 
     differentiable = True
@@ -122,11 +122,11 @@ class SkipPlanner(LearnedPlanner):
         return Pattern.output(inputs, self.transform(earlier, inputs))
 
     def after(self, inputs: AttentionInputs, output: Tensor) -> None:
-        """Leaves the site's output for the next one."""
+        """Store the site's output for the next one."""
         self.role.after(inputs, output)
 
     def transform(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """The function, ``[B, H, Nq, Dv]`` to the same; prefix rows as they are."""
+        """Apply the function to ``[B, H, Nq, Dv]``; prefix rows are unchanged."""
 
         def cast(*weights: Tensor) -> list[Tensor]:
             return [weight.to(x.dtype) for weight in weights]
@@ -143,7 +143,7 @@ class SkipPlanner(LearnedPlanner):
         return torch.cat([x[..., :prefix, :], changed], dim=-2)
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Relative error of the passed on output; zero where the site attends."""
+        """Relative error of the reused output; zero if the site attends."""
         earlier, exact = self.role.earlier_output(inputs), inputs.attention()
         output = exact if earlier is None else self.transform(earlier, inputs)
         self.role.after(inputs, output)
@@ -151,5 +151,5 @@ class SkipPlanner(LearnedPlanner):
 
 
 def _unit_gain(shape: tuple[int, ...], random: torch.Generator) -> nn.Parameter:
-    """Normal weights of unit gain."""
+    """Normally distributed weights with unit gain."""
     return frozen(torch.randn(shape, generator=random) / math.sqrt(math.prod(shape[1:])))

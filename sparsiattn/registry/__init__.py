@@ -1,7 +1,7 @@
-"""What is registered under which name: built-ins, plug-ins, and the template of a new plug-in.
+"""The registry of built-ins and plug-ins by name, and the template of a new plug-in.
 
-Imports `sparsiattn.errors` alone: contracts (`Kernel`, `Backbone`, `Strategy`) stand above it and
-say with ``registers_as`` what they are. Every other package but `attention` may import it.
+It imports only `sparsiattn.errors`. The contracts (`Kernel`, `Backbone`, `Strategy`) are above it
+and state their kind with ``registers_as``. Every other package except `attention` may import it.
 """
 
 from sparsiattn.registry.deprecated import CallablePackage

@@ -1,4 +1,4 @@
-"""Packages that bear the name of a function that was public before `list_kernels` and the like."""
+"""Packages with the names of functions that were public before `list_kernels` and the like."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sparsiattn.registry import listing
 
 
 class CallablePackage(ModuleType):
-    """A package that can still be called as the listing function of its old name.
+    """A package that can be called as the deprecated listing function of the same name.
 
-    A package takes it as the ``__class__`` of its module: Python looks up ``__call__`` in the type,
-    never in a module's own names.
+    A package sets it as the ``__class__`` of its module, as Python looks up ``__call__`` in the
+    type and not in the module.
     """
 
     def __call__(self) -> dict[str, listing.Info]:
-        """What ``list_NAME()`` returns."""
+        """The result of ``list_NAME()``."""
         kind = self.__name__.rpartition(".")[2]
         warn_renamed(f"sparsiattn.{kind}()", f"sparsiattn.list_{kind}()")
         list_kind: dict[str, listing.Info] = getattr(listing, f"list_{kind}")()

@@ -1,6 +1,6 @@
-"""The three hooks a plug-in can implement, and the version of that interface.
+"""The three hooks that a plug-in can implement, and the version of that interface.
 
-Each hook returns a list; names must be new.
+Each hook returns a list of objects, whose names must not be registered yet.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import pluggy
 
 PROJECT = "sparsiattn"
 PLUGIN_API = (1, 0)
-"""``(major, minor)`` of the interface that this version of sparsiattn offers to plug-ins.
+"""Version ``(major, minor)`` of the plug-in interface of this version of sparsiattn.
 
-A plug-in states the version that it was written for beside its hooks: ``SPARSIATTN_API = (1, 0)``.
-The minor number grows when something is added that a plug-in may use, the major number when
-something is changed or taken away that a plug-in may have used.
+A plug-in's module states the version that it was written for: ``SPARSIATTN_API = (1, 0)``. The
+minor number increases when something is added to the interface, the major number when something is
+changed or removed.
 """
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -24,14 +24,14 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def sparsiattn_strategies() -> list[type]:  # type: ignore[empty-body]
-    """Strategy classes, each a frozen dataclass with a ``name``."""
+    """Return strategy classes, each a frozen dataclass with a ``name``."""
 
 
 @hookspec
 def sparsiattn_kernels() -> list[Any]:  # type: ignore[empty-body]
-    """Kernel instances."""
+    """Return kernel instances."""
 
 
 @hookspec
 def sparsiattn_backbones() -> list[Any]:  # type: ignore[empty-body]
-    """Backbone instances; the first registered one that fits a model is taken."""
+    """Return backbone instances; the first registered one that fits a model is used."""

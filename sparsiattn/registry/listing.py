@@ -1,4 +1,4 @@
-"""What can be asked for by name here: strategies, kernels, backbones and plug-ins."""
+"""Lists of the registered strategies, kernels, backbones and plug-ins."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from sparsiattn.registry.registry import REGISTRY, PluginInfo
 
 @dataclass(frozen=True)
 class Info:
-    """A registered strategy, kernel or backbone, and whether it works here.
+    """A registered strategy, kernel or backbone, and whether it works on this machine.
 
     Attributes:
-        name: The name to ask for.
-        summary: What it does, in one sentence.
+        name: The name that selects it.
+        summary: One sentence about it.
         plugin: The plug-in that registered it.
         reasons: Why it does not work on this machine; empty if it does.
-        needs_training: Whether a strategy has planners to fit.
-        inexact_reason: Why a strategy's full budget is not the dense model; empty if it is.
-        kind: What a strategy makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
-        paper: Address of the publication.
-        fidelity: How close to the publication it is.
+        needs_training: Whether a strategy must be trained or calibrated.
+        inexact_reason: Why a strategy differs from the dense model at full budget; empty if it
+            does not.
+        kind: What a strategy reduces: ``"attention"``, ``"tokens"`` or ``"both"``.
+        paper: URL of the publication.
+        fidelity: How closely it follows the publication.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Info:
 
     @property
     def usable(self) -> bool:
-        """Whether nothing keeps it from working on this machine."""
+        """Whether it works on this machine."""
         return not self.reasons
 
 
@@ -54,7 +55,7 @@ def list_strategies() -> dict[str, Info]:
 
 
 def list_kernels() -> dict[str, Info]:
-    """Registered kernels by name; ``usable`` and ``reasons`` speak of this machine.
+    """Registered kernels by name; ``usable`` and ``reasons`` refer to this machine.
 
     >>> list_kernels()["reference"].usable
     True
@@ -72,9 +73,9 @@ def list_backbones() -> dict[str, Info]:
 
 
 def list_plugins() -> dict[str, PluginInfo]:
-    """Plug-ins by name, the broken ones with the error that broke them.
+    """Plug-ins by name; broken plug-ins have the error.
 
-    A second one of the same name is listed as ``name (distribution)``.
+    A second plug-in of the same name is listed as ``name (distribution)``.
 
     >>> [name for name, plugin in list_plugins().items() if plugin.broken]
     []
@@ -104,7 +105,7 @@ def _info(kind: str, name: str, entry: Any) -> Info:
 
 
 def _reasons(kernel: Any) -> tuple[str, ...]:
-    """Why a kernel cannot run on this machine; that it does not know is a reason too."""
+    """Why a kernel cannot run on this machine; an error in ``why_unavailable`` is a reason too."""
     try:
         return tuple(kernel.why_unavailable())
     except Exception as error:
@@ -114,6 +115,6 @@ def _reasons(kernel: Any) -> tuple[str, ...]:
 def _first_sentence(docstring: str) -> str:
     """The first sentence of a docstring, on one line."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    # not after abbreviations
+    # do not split after abbreviations
     first = re.split(r"(?<!\beq)(?<!i\.e)(?<!e\.g)(?<!arXiv)\. ", paragraph)[0]
     return first.rstrip(".") + "." if first else ""

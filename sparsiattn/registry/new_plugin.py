@@ -1,4 +1,4 @@
-"""Writes the package that a plug-in starts from: a strategy, a kernel, their tests, a README."""
+"""Create the package of a new plug-in: a strategy, a kernel, their tests and a README."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsiattn.registry.hookspecs import PLUGIN_API
 from sparsiattn.registry.registry import REGISTRY
 
 TEMPLATES = Path(__file__).with_name("plugin_template")
-# Templates end in it, so that no tool takes them for Python and nothing imports them by mistake.
+# Suffix of the templates, so that no tool treats them as Python or imports them by mistake.
 SUFFIX = ".txt"
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 TAKEN = frozenset(
@@ -21,18 +21,18 @@ TAKEN = frozenset(
 
 
 def new_plugin(name: str, directory: Path | str = ".") -> Path:
-    """Write a plug-in package called ``name`` into a new folder of that name.
+    """Write a plug-in package into a new folder with the name of the plug-in.
 
     Args:
-        name: Name of the distribution, lower-case words joined by ``-`` or ``_``. The import
-            package, the entry point and the strategy have it with ``_``.
-        directory: Where the new folder is made.
+        name: Name of the distribution: lower-case words joined by ``-`` or ``_``. The import
+            package, the entry point and the strategy have the same name with ``_``.
+        directory: Folder in which the new folder is created.
 
     Returns:
         The new folder.
 
     Raises:
-        InvalidOption: The name is not of that form or is taken, or the folder exists.
+        InvalidOption: The name is invalid or taken, or the folder exists.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +42,7 @@ def new_plugin(name: str, directory: Path | str = ".") -> Path:
     _check_name(name)
     target = Path(directory) / name
     if target.exists():
-        raise InvalidOption(f"{target} exists: give another name, or --directory")
+        raise InvalidOption(f"{target} exists: choose another name, or another --directory")
     for path, text in rendered(name).items():
         file = target / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def new_plugin(name: str, directory: Path | str = ".") -> Path:
 
 
 def rendered(name: str) -> dict[str, str]:
-    """Text of every file of a plug-in called ``name``, by its path below the package's folder."""
+    """Text of every file of a plug-in called ``name``, by its path in the plug-in's folder."""
     words = re.split("[-_]", name)
     package = "_".join(words)
     values = {
@@ -74,11 +74,13 @@ def _check_name(name: str) -> None:
     package = name.replace("-", "_")
     if not NAME.fullmatch(name) or keyword.iskeyword(package):
         raise InvalidOption(
-            f"a plug-in's name must be lower-case words joined by '-' or '_', such as far-keys; "
-            f"got {name!r}"
+            f"the name of a plug-in must be lower-case words joined by '-' or '_', such as "
+            f"far-keys; got {name!r}"
         )
     if package in TAKEN or package in sys.stdlib_module_names:
         raise InvalidOption(f"{name!r} is the name of another module; choose another")
     if package in REGISTRY.all("strategies"):
         plugin = REGISTRY.plugin_of("strategies", package)
-        raise InvalidOption(f"a strategy {package!r} is registered by {plugin!r}; choose another")
+        raise InvalidOption(
+            f"a strategy {package!r} is registered by {plugin!r}; choose another name"
+        )

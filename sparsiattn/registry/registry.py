@@ -1,7 +1,7 @@
-"""What is registered: built-ins and plug-ins through the same hooks, faults kept apart.
+"""The registry of built-ins and plug-ins, which use the same hooks.
 
-A plug-in that fails to import, misspells a hook, raises in one or brings a name that is taken is
-listed as broken with its distribution and its error, and stops nothing else.
+Faults are isolated: a plug-in that fails to import, misspells a hook, raises in a hook or registers
+a name that is taken is listed as broken with its distribution and its error. Others still work.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from sparsiattn.registry.hookspecs import PLUGIN_API, PROJECT
 
 METHODS = "sparsiattn.methods"
 BUILTINS = ("sparsiattn.strategies", METHODS, "sparsiattn.kernels", "sparsiattn_backbones")
-# What each hook returns, in words. The classes stand above this module: `registers_as` names their
-# kind, so that the registry need not import them.
+# The objects that each hook must return, in words. Their classes are above this module; they state
+# their kind with `registers_as`, so that the registry does not import them.
 REQUIREMENTS = {
     "strategies": "a frozen dataclass derived from sparsiattn.Strategy or sparsiattn.TokenStrategy",
     "kernels": "an instance of sparsiattn.Kernel",
     "backbones": "an instance of sparsiattn.Backbone",
 }
 KINDS = tuple(REQUIREMENTS)
-# A plug-in must not stop the others, also where it is a script that calls sys.exit().
+# Errors of a plug-in must not stop the others, not even a script that calls sys.exit().
 ISOLATED = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """A plug-in and what it registered, or the error that broke it.
+    """A plug-in, with the names that it registered and the error if it is broken.
 
     Attributes:
-        name: Name of its entry point; of a built-in, its package.
-        distribution: The installed distribution that brings it.
+        name: Name of its entry point; for a built-in, its package.
+        distribution: The installed distribution that contains it.
         provides: Names of the strategies, kernels and backbones that it registered.
-        error: What broke it, None if it works.
-        module: The module that its entry point names.
+        error: The error that broke it; None if it works.
+        module: The module that its entry point refers to.
     """
 
     name: str
@@ -56,13 +56,13 @@ class PluginInfo:
 
     @property
     def broken(self) -> bool:
-        """Whether an error keeps it, or a part of it, from working."""
+        """Whether the plug-in, or a part of it, does not work because of an error."""
         return self.error is not None
 
 
 @dataclass
 class _Contents:
-    """One consistent reading of all plug-ins."""
+    """A consistent snapshot of the contents of all plug-ins."""
 
     registered: dict[str, dict[str, Any]]
     origin: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class _Contents:
 
 
 class Registry:
-    """The plug-in manager with isolation. One instance serves the process; see `REGISTRY`."""
+    """The plug-in manager with fault isolation. There is one instance per process, `REGISTRY`."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -80,7 +80,7 @@ class Registry:
         self._contents: _Contents | None = None
 
     def all(self, kind: str) -> dict[str, Any]:
-        """Name to strategy class, kernel or backbone, in order of registration.
+        """Strategy classes, kernels or backbones by name, in order of registration.
 
         Args:
             kind: ``"strategies"``, ``"kernels"`` or ``"backbones"``.
@@ -88,10 +88,14 @@ class Registry:
         return self._read().registered[kind]
 
     def get(self, kind: str, name: str) -> Any:
-        """The strategy class, kernel or backbone of that name.
+        """The strategy class, kernel or backbone of a name.
+
+        Args:
+            kind: ``"strategies"``, ``"kernels"`` or ``"backbones"``.
+            name: Its name.
 
         Raises:
-            UnknownName: Nothing of that kind has that name.
+            UnknownName: The name is not registered for this kind.
         """
         registered = self.all(kind)
         if not isinstance(name, str) or name not in registered:
@@ -99,11 +103,11 @@ class Registry:
         return registered[name]
 
     def plugin_of(self, kind: str, name: str) -> str:
-        """Name of the plug-in that registered it."""
+        """Name of the plug-in that registered a name."""
         return self._read().origin[kind, name]
 
     def plugins(self) -> list[PluginInfo]:
-        """Every plug-in, the built-in ones first, those that could not be loaded last."""
+        """All plug-ins: built-ins first, plug-ins that could not be loaded last."""
         contents = self._read()
         loaded = [
             replace(
@@ -116,10 +120,10 @@ class Registry:
         return loaded + self._failed
 
     def of_package(self, package: str) -> list[PluginInfo]:
-        """The plug-ins of a package, broken ones too.
+        """The plug-ins of a package, including broken ones.
 
         Args:
-            package: Name of the distribution, of an entry point or of the module that this names.
+            package: Name of the distribution, of an entry point or of the entry point's module.
         """
         return [
             plugin
@@ -166,7 +170,7 @@ class Registry:
                     f"{self._loaded[entry.name].distribution}"
                 )
             plugin = entry.load()
-            # before its hooks: one of a later version would be taken for a misspelt name
+            # checked before its hooks: a hook of a later version would look like a misspelt name
             _check_version(plugin, entry.name)
             manager.register(plugin, entry.name)
             _refuse_mistakes(manager, plugin, entry.name)
@@ -183,7 +187,7 @@ class Registry:
                 for name, plugin in manager.list_name_plugin():
                     for kind in KINDS:
                         self._collect(kind, name, plugin, contents)
-                # the generic adapter takes every model: those of plug-ins are asked before it
+                # adapters of plug-ins come first, as the generic adapter takes every model
                 backbones = sorted(
                     contents.registered["backbones"].items(),
                     key=lambda item: contents.origin["backbones", item[0]] in BUILTINS,
@@ -193,10 +197,10 @@ class Registry:
             return self._contents
 
     def _collect(self, kind: str, name: str, plugin: Any, contents: _Contents) -> None:
-        """Add what one plug-in returns from one hook; a fault is recorded, not raised."""
+        """Add the entries that one plug-in returns from one hook; an error is recorded."""
         hook = f"{PROJECT}_{kind}"
         try:
-            # pluggy would call all plug-ins at once: one by one, a fault is known to be its own
+            # pluggy would call all plug-ins at once; called separately, an error can be attributed
             for implementation in getattr(self._load().hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
                     entries = implementation.function()
@@ -223,9 +227,9 @@ class Registry:
 
 
 def _entry_points() -> list[EntryPoint]:
-    """Entry points of the group that ``SPARSIATTN_PLUGINS`` lets through.
+    """Entry points of the group, filtered by the environment variable ``SPARSIATTN_PLUGINS``.
 
-    Unset: all. Empty: none. ``a,b``: only these. ``-a``: all but a.
+    Unset: all. Empty: none. ``a,b``: only these. ``-a``: all except a.
     """
     entries = sorted(entry_points(group=PROJECT), key=lambda entry: entry.name)
     choice = os.environ.get("SPARSIATTN_PLUGINS")
@@ -238,7 +242,7 @@ def _entry_points() -> list[EntryPoint]:
 
 
 def canonical(name: str) -> str:
-    """A distribution's name as package indices compare it.
+    """The normalised name of a distribution, as package indices compare names.
 
     >>> canonical("My_Package.X")
     'my-package-x'
@@ -247,19 +251,19 @@ def canonical(name: str) -> str:
 
 
 def _check_version(plugin: Any, name: str) -> None:
-    """Refuse a plug-in of another major version, or of a minor version that is still to come."""
+    """Refuse a plug-in for another major version or for a later minor version."""
     api = getattr(plugin, "SPARSIATTN_API", PLUGIN_API)
     major, minor = PLUGIN_API
     offered = [(major, n) for n in range(minor + 1)]
     if not isinstance(api, (tuple, list)) or tuple(api) not in offered:
         raise PluginError(
-            f"plug-in {name!r} needs plug-in API {api!r} (SPARSIATTN_API), this sparsiattn has "
+            f"plug-in {name!r} needs plug-in API {api!r} (SPARSIATTN_API), but this sparsiattn has "
             f"{PLUGIN_API}: upgrade the older of the two"
         )
 
 
 def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
-    """Unregister a plug-in that implements no hook, or one nobody calls (a misspelt name)."""
+    """Unregister a plug-in that implements no hook, or an unknown one (a misspelt name)."""
     try:
         manager.check_pending()
         if not manager.get_hookcallers(plugin):
@@ -274,11 +278,11 @@ def _refuse_mistakes(manager: pluggy.PluginManager, plugin: Any, name: str) -> N
 
 
 def _checked_name(kind: str, plugin: str, entry: Any) -> str:
-    """The name under which a hook's entry is registered; raises where it is not of its kind."""
+    """The name of an entry that a hook returned; raises if it is not of the hook's kind."""
     is_class = isinstance(entry, type)
     fits = getattr(entry, "registers_as", "") == kind and is_class == (kind == "strategies")
     if fits and is_class:
-        # looked up in the class itself: an undecorated subclass would lose its own options
+        # read from the class itself, as an undecorated subclass would lose its own options
         fits = getattr(vars(entry).get("__dataclass_params__"), "frozen", False)
     name = getattr(entry, "name", "")
     if not fits or not isinstance(name, str) or not name:

@@ -1,7 +1,7 @@
-"""What runs inside a patched model's forward: hooks, the SDPA wrapper, and the state of a patch.
+"""The code inside a patched model's forward: hooks, the SDPA wrapper, and the state of a patch.
 
-May import `sparsiattn.strategies` and what stands below it. `sparsiattn.patching` installs what is
-here; serialization and all above may import it.
+It may import `sparsiattn.strategies` and the packages below it. `sparsiattn.patching` installs it;
+serialization and the packages above may import it.
 """
 
 from sparsiattn.runtime.attribute_override import AttributeOverride

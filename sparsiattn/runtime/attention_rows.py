@@ -1,6 +1,6 @@
 """Attention of some queries, recomputed from a site's inputs: exact, and under a pattern.
 
-Never all rows of all heads at once.
+Memory stays bounded: rows are computed in chunks, never for all queries and heads at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.strategies.finalize import bias_of_dropped
 
 CHUNK = 1 << 22
-"""Logits computed at a time: 16 MiB of float32."""
+"""Number of logits computed at a time: 16 MiB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class Rows:
         kept: ``[B, H, R, Nk]`` bool, pairs that the pattern computes.
         pattern: ``[B, H, R, Nk]``, softmax over the kept pairs.
         pooled: ``[B, H, R, G]``, share of that softmax on each pooled key; G is 0 without any.
-        cells: ``[Nk]``, the pooled key that stands for a key, G for none; None without any.
+        cells: ``[Nk]``, index of the pooled key that a key belongs to, G if it belongs to none;
+            None without pooled keys.
     """
 
     exact: Tensor
@@ -47,14 +48,14 @@ class Rows:
         return self.pooled.sum(-1)
 
     def mass(self) -> Tensor:
-        """``[B, H, R]``, exact attention on the keys that are kept one by one."""
+        """``[B, H, R]``, share of exact attention on the keys that are kept individually."""
         return (self.exact * self.kept).sum(-1)
 
     def overlap(self) -> Tensor:
-        """``[B, H, R]``, what exact attention and that of the pattern have in common.
+        """``[B, H, R]``, overlap of exact attention with the pattern's attention.
 
-        The sum over keys of the smaller of both, where a pooled key's share is spread evenly over
-        the dropped keys that it stands for. Without pooled keys it is `mass`.
+        It is the sum over keys of the smaller of both weights, where the share of a pooled key is
+        spread evenly over the dropped keys that it summarises. Without pooled keys it is `mass`.
         """
         if self.cells is None:
             return self.mass()
@@ -66,14 +67,17 @@ class Rows:
         return torch.minimum(self.exact, spread).sum(-1)
 
     def sums(self, first: int) -> Tensor:
-        """``[3, H]`` over the queries from ``first`` on: exact attention on kept keys, pairs kept,
-        pairs allowed."""
+        """Sums over the queries from ``first`` on, ``[3, H]``.
+
+        The rows are the exact attention on kept keys, the number of kept pairs, and the number of
+        allowed pairs.
+        """
         by_query = (self.mass(), self.kept.sum(-1).float(), self.allowed.sum(-1).float())
         return torch.stack([values[..., first:].sum((0, 2)).cpu() for values in by_query])
 
 
 def in_float32(inputs: AttentionInputs) -> AttentionInputs:
-    """The call in float32, but for values, which weights do not need."""
+    """The call with queries, keys and bias in float32; weights do not need the values."""
     bias = inputs.bias
     if bias is not None and bias.is_floating_point():
         bias = bias.float()
@@ -81,7 +85,7 @@ def in_float32(inputs: AttentionInputs) -> AttentionInputs:
 
 
 def chunks(inputs: AttentionInputs) -> list[Tensor]:
-    """The queries of a call in runs that fit `CHUNK`."""
+    """Indices of a call's queries, split so that the logits of each part fit `CHUNK`."""
     per_query = inputs.q.shape[0] * inputs.q.shape[1] * inputs.n_keys
     size = max(1, CHUNK // max(1, per_query))
     return list(torch.arange(inputs.n_queries, device=inputs.q.device).split(size))
@@ -92,8 +96,8 @@ def compute(inputs: AttentionInputs, pattern: Pattern, rows: Tensor) -> Rows:
 
     Args:
         inputs: The call, in float32.
-        pattern: What the strategy computes of it.
-        rows: ``[R]``, numbers of the queries.
+        pattern: The pairs that the strategy computes.
+        rows: ``[R]``, indices of the queries.
     """
     logits = inputs.logits(rows)
     allowed = _allowed_rows(inputs, rows).expand(logits.shape)
@@ -109,12 +113,13 @@ def compute(inputs: AttentionInputs, pattern: Pattern, rows: Tensor) -> Rows:
 
 
 def kept_rows(pattern: Pattern, rows: Tensor, logits: Tensor | None = None) -> Tensor:
-    """Rows of `Pattern.to_mask`, ``[B|1, H|1, R, Nk]``, where possible without the whole mask.
+    """Rows of `Pattern.to_mask`, ``[B|1, H|1, R, Nk]``, if possible without building the full mask.
 
     Args:
-        pattern: What the strategy computes.
-        rows: ``[R]``, numbers of the queries.
-        logits: ``[B, H, R, Nk]``, theirs: where a kernel finds the keys, they tell which these are.
+        pattern: The pairs that the strategy computes.
+        rows: ``[R]``, indices of the queries.
+        logits: ``[B, H, R, Nk]``, logits of these queries. They are needed for a pattern whose
+            keys the kernel finds (`TopKeys`).
 
     >>> kept_rows(Dense(4, 3), torch.tensor([2])).tolist()
     [[[[True, True, True]]]]
@@ -128,7 +133,7 @@ def kept_rows(pattern: Pattern, rows: Tensor, logits: Tensor | None = None) -> T
 
 
 def _listed(pattern: KeyLists, rows: Tensor, logits: Tensor | None) -> Tensor:
-    """Keys in the lists of some queries; of a prefix query, those of some list."""
+    """Keys in the lists of some queries; a prefix query, which has no list, gets the first one."""
     if isinstance(pattern, TopKeys) and logits is not None and "index" not in vars(pattern):
         scores = logits.clone()
         scores[..., : pattern.prefix] = float("inf")  # in every list
@@ -137,8 +142,8 @@ def _listed(pattern: KeyLists, rows: Tensor, logits: Tensor | None) -> Tensor:
     if pattern.tiles is not None:
         lists = (pattern.tiles.slot // pattern.tiles.size)[lists]
     if isinstance(pattern, KeyBlocks):
-        few = replace(pattern, chosen=pattern.chosen.index_select(-2, lists))
-        return scatter_true(few.index, pattern.n_keys)
+        selected = replace(pattern, chosen=pattern.chosen.index_select(-2, lists))
+        return scatter_true(selected.index, pattern.n_keys)
     return scatter_true(pattern.index.index_select(-2, lists), pattern.n_keys)
 
 
@@ -169,7 +174,7 @@ def _pooled_logits(
 
 
 def _pooled_bias(inputs: AttentionInputs, pattern: Pattern, rows: Tensor, kept: Tensor) -> Tensor:
-    """Biases of the pooled keys, ``[B|1, H|1, R, G]``; counted for these rows alone if they can."""
+    """Biases of the pooled keys, ``[B|1, H|1, R, G]``; counted for these rows only if possible."""
     summary = pattern.summary
     if not (isinstance(summary, CountedSummary) and summary.counted) or "bias" in vars(summary):
         bias = pattern.summary_rows()
@@ -184,6 +189,6 @@ def _pooled_bias(inputs: AttentionInputs, pattern: Pattern, rows: Tensor, kept: 
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Softmax whose rows without a single key are zero, where torch's own gives NaN."""
+    """Softmax that returns zeros for rows without a key, where torch's returns NaN."""
     empty = (logits == float("-inf")).all(-1, keepdim=True)
     return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

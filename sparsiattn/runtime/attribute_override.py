@@ -11,10 +11,20 @@ class AttributeOverride:
     """One attribute of one module, or of its configuration.
 
     Attributes:
-        module: What holds the attribute.
-        attribute: Its name.
-        value: What patching sets.
-        before: What unpatching restores; ``...`` where there was none.
+        module: The object that holds the attribute.
+        attribute: Name of the attribute.
+        value: The value that patching sets.
+        before: The value that unpatching restores; ``...`` if the attribute did not exist.
+
+    >>> from torch import nn
+    >>> module = nn.Dropout(0.5)
+    >>> override = AttributeOverride(module, "p", value=0.0, before=0.5)
+    >>> override.apply()
+    >>> module.p
+    0.0
+    >>> override.revert()
+    >>> module.p
+    0.5
     """
 
     module: Any

@@ -1,9 +1,9 @@
 """The hooks of a block that carries fewer tokens.
 
 Blocks ``y = x + f(x)`` reduce between attention and MLP: a pre-hook of the first module of ``f``
-passes on the reduced tokens, a hook of its last module keeps the result aside and gives zeros to
-the host's addition, and the block's own hook returns the sum. Position tables among a block's
-arguments are cut down with the tokens; masks are, where attention is intercepted.
+passes on the reduced tokens, a hook of its last module stores the result and returns zeros for the
+host's addition, and the block's own hook returns the sum. Position tables among a block's arguments
+are reduced with the tokens; masks are reduced where attention is intercepted.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class BlockHook:
     """Base of a block's hooks.
 
     Attributes:
-        runtime: The block.
+        runtime: The block that the hook belongs to.
     """
 
     runtime: BlockRuntime
 
 
 class EnterBlock(BlockHook):
-    """Forward pre-hook of a block: hands it the short sequence and the position tables for it."""
+    """Forward pre-hook of a block: passes it the short sequence and matching position tables."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         runtime = self.runtime
@@ -54,7 +54,7 @@ class EnterBlock(BlockHook):
         if runtime.placement == "entry":
             state = self._with_padding(state, (args, kwargs), tokens)
             state, tokens = runtime.reduce(state, tokens)
-        # before attention runs: the site's route looks here for the tokens that are left
+        # set before attention runs: the site's route reads the remaining tokens from here
         BLOCK_CALL.token_state = state
         runtime.note(tokens, state, inside=True)
         if not state.reduced:
@@ -62,9 +62,10 @@ class EnterBlock(BlockHook):
         return _exchanged((args, kwargs), x, tokens, state, runtime.block.adds_heads)
 
     def _with_padding(self, state: Carried, arguments: Any, x: Tensor) -> Carried:
-        """The state with the padding known that a mask among the arguments tells.
+        """The state with each image's padding, read from a mask among the block's arguments.
 
-        Attention, which tells it elsewhere, comes after a reduction at the entry.
+        Elsewhere padding is found when attention is called, but a reduction at the entry comes
+        before that.
         """
         if not isinstance(state, TokenState) or state.reduced:
             return state
@@ -76,20 +77,21 @@ class EnterBlock(BlockHook):
 
 
 def _exchanged(arguments: Any, x: Tensor, tokens: Tensor, state: Carried, adds_heads: bool) -> Any:
-    """The block's arguments with its input exchanged and its position tables cut down."""
+    """The block's arguments with its input replaced and its position tables reduced."""
     args, kwargs = arguments
     if not kwargs and len(args) == 1 and args[0] is x:
         return (tokens,), {}
-    how = x, tokens, state, adds_heads
-    # a mask of as many images as patches looks like a table, and is cut down where it is used
-    tables = {name: a if "mask" in name else _fitted(a, *how) for name, a in kwargs.items()}
-    return tuple(_fitted(a, *how) for a in args), tables
+    context = x, tokens, state, adds_heads
+    # with as many images as patches, a mask looks like a position table; masks are reduced where
+    # attention uses them
+    fitted = {name: a if "mask" in name else _fitted(a, *context) for name, a in kwargs.items()}
+    return tuple(_fitted(a, *context) for a in args), fitted
 
 
-# no function inside of another that calls itself: such a pair keeps activations until garbage is
-# collected
+# A module-level function, as a recursive closure is a reference cycle, which keeps activations
+# alive until the garbage collector runs.
 def _fitted(value: Any, x: Tensor, tokens: Tensor, state: Carried, adds_heads: bool) -> Any:
-    """One argument of a block: its input exchanged, a position table cut down."""
+    """One argument of a block: the input is replaced, a position table is reduced."""
     if value is x:
         return tokens
     if isinstance(value, Tensor) and value.dim() == 3 and adds_heads:
@@ -104,8 +106,8 @@ def _fitted(value: Any, x: Tensor, tokens: Tensor, state: Carried, adds_heads: b
 class ReopenBlock(BlockHook):
     """Forward pre-hook of the first module in a block.
 
-    Where only the block's forward is checkpointed (transformers), the backward pass runs it again
-    without the block's own hooks.
+    If only the block's forward is checkpointed (as in transformers), the backward pass runs it
+    again without calling the block's own hooks. This hook then restores the block's state.
     """
 
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -132,7 +134,7 @@ class EnterTail(BlockHook):
             return None
         x = args[0]
         state, reduced = self.runtime.reduce(state, x)
-        BLOCK_CALL.attention = None  # queries and keys need not live through the MLP
+        BLOCK_CALL.attention = None  # free queries and keys before the MLP runs
         if reduced is x:
             BLOCK_CALL.token_state = state
             return None
@@ -141,7 +143,7 @@ class EnterTail(BlockHook):
 
 
 class LeaveTail:
-    """Forward hook of the MLP branch's last module: keeps its result for `LeaveBlock`."""
+    """Forward hook of the MLP branch's last module: stores its result for `LeaveBlock`."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Any:
         if BLOCK_CALL.mlp_input is None:
@@ -151,9 +153,9 @@ class LeaveTail:
 
 
 class LeaveBlock(BlockHook):
-    """Forward hook of a block: its output with fewer tokens.
+    """Forward hook of a block: returns its output with fewer tokens.
 
-    Where somebody asks for original positions, the host gets those instead.
+    If a later consumer needs the original positions, the output is restored to them.
     """
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -180,7 +182,7 @@ class LeaveBlock(BlockHook):
         return None if returned is host else replace_first(output, host, returned)
 
     def _returned(self, state: Carried, tokens: Tensor) -> Tensor:
-        """What the host gets: original positions for dense consumers, else the short sequence."""
+        """The block's output: original positions for dense consumers, else the short sequence."""
         if not state.reduced:
             return tokens
         if self.runtime.restores_now():

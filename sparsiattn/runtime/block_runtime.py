@@ -27,9 +27,12 @@ from sparsiattn.strategies.reduction import KeepRagged, Policy, Reduction
 from sparsiattn.strategies.token_base import TokenInputs, TokenPlanner, TokenStrategy
 
 Placement = Literal["entry", "middle", "exit", "bypass", "windows"]
-"""Where a block reduces: before its attention, between attention and MLP, after it (also where it
-has no tail), or nowhere, as the grid must stay: dropped tokens skip the MLP only, dropped windows
-the whole block."""
+"""Where a block reduces its tokens.
+
+"entry" is before its attention, "middle" between attention and MLP, "exit" after the block (also
+if the block has no separate MLP branch). The other two keep the token grid: with "bypass" dropped
+tokens skip only the MLP, with "windows" dropped windows skip the whole block.
+"""
 KEEP_GRID: tuple[Placement, ...] = ("bypass", "windows")
 
 
@@ -38,25 +41,25 @@ class BlockRuntime:
     """One block of a model that carries fewer tokens: plain state that copies and pickles.
 
     Attributes:
-        block: Where it is and how it ends.
+        block: Name and structure of the block.
         site: Its first attention call.
         index: Position among the model's blocks, from 0.
-        depth: Number of blocks that hand on its sequence.
+        depth: Number of blocks that the block's sequence passes through.
         owner: The patch.
         class_tokens: Leading prefix tokens that are class tokens.
-        rows: A site, most often its first, that tells where special tokens of its sequences are.
+        rows: The site that describes the special tokens of the block's sequences; usually ``site``.
         strategy: The token strategy with this block's budget; None if the block does not reduce.
-        planner: What the strategy made for this block.
+        planner: The planner that the strategy made for this block; None if it does not reduce.
         placement: Where the block reduces; None if it does not.
-        cut: How its windows lie in its map, where whole ones skip it.
-        first: Whether no block before it carries a token state.
-        last: Whether no block after it does.
-        start: Index of the first block that hands on the same sequence.
-        repeated: Whether that sequence takes some of its blocks more than once.
-        restores: Whether something besides the next block reads its output by position.
-        entered: Token states, and whether every block restored, by the block's input, for
-            checkpoints around the block.
-        inside: Token states by the input of its first module, for checkpoints inside it.
+        cut: How the block's map is divided into windows, if windows can skip the block.
+        first: Whether it is the first block that carries a token state.
+        last: Whether it is the last one.
+        start: Index of the first block that the same sequence passes through.
+        repeated: Whether the sequence passes through some of its blocks more than once.
+        restores: Whether something besides the next block reads the block's output by position.
+        entered: Recompute cache for checkpoints around the block: by the block's input, its token
+            state and whether every block restored original positions in that pass.
+        inside: The same by the input of the block's first module, for checkpoints inside the block.
     """
 
     block: Block
@@ -80,7 +83,7 @@ class BlockRuntime:
 
     @property
     def by_rows(self) -> bool:
-        """Whether each sequence that it hands on is one of several images (frames, tiles)."""
+        """Whether every sequence is one of several per image (frames of a video, tiles)."""
         return self.block.input_shape[:-1] == (self.rows.windows, self.rows.tokens)
 
     @property
@@ -89,7 +92,7 @@ class BlockRuntime:
         return self.strategy is not None and self.strategy.reads_attention()
 
     def branch(self, module: nn.Module) -> Tensor:
-        """What this block's MLP branch adds, as it was kept from the host's own addition.
+        """The output of this block's MLP branch, which `LeaveTail` withheld from the host.
 
         Args:
             module: The block.
@@ -100,18 +103,18 @@ class BlockRuntime:
         return output if tail.factor is None else output * getattr(module, tail.factor)
 
     def is_off(self) -> bool:
-        """Whether the host's own forward runs: the patch is disabled here, or undone."""
+        """Whether the host's own forward runs, as the patch is disabled here or was undone."""
         return self.owner.disabled_here or not self.owner.alive
 
     def owns(self, state: Carried | None) -> bool:
-        """Whether a token state of this thread is of this patch's model."""
+        """Whether a token state of this thread belongs to this patch's model."""
         return state is not None and state.owner == self.owner.key
 
     def begin(self, x: Tensor) -> TokenState:
-        """The token state of a block that takes every token."""
+        """The token state of a sequence that still has every token."""
         site, maps = self.rows, self.owner.maps()
         n = x.shape[1] - site.prefix_tokens if x.dim() == 3 else x.shape[1:-1].numel()
-        if x.dim() == 4:  # a map [B, H, W, C], which is cut into windows behind this
+        if x.dim() == 4:  # a map [B, H, W, C], which the block itself divides into windows
             grid = x.shape[1], x.shape[2]
         elif site.windows > 1 and not self.by_rows:
             grid = stage_grid(n, maps) or (1, n)
@@ -126,14 +129,14 @@ class BlockRuntime:
 
         Args:
             x: The block's input.
-            state: What the block before handed on in this thread. A checkpointed block that runs
-                again in the backward pass finds the state that came with this very tensor.
+            state: The state that the previous block left in this thread. A checkpointed block that
+                runs again in the backward pass looks up the state noted for this very tensor.
         """
         again = self.repeated and state is not None and state.returned is x and self.owns(state)
         if again and state is not None:
             state = replace(state, layer=self.index)
         elif self.first:
-            forget_abandoned()  # or its end would take with it what this pass hands on
+            forget_abandoned()  # otherwise its clean-up would delete the state of this pass
             state = self.begin(x)
         else:
             state = self._recall(x, state)
@@ -142,9 +145,9 @@ class BlockRuntime:
         return state
 
     def _with_gradient(self, state: Carried, x: Tensor) -> Carried:
-        """The state, its short sequence cut from the block's input where only that has a gradient.
+        """The state, with its short sequence taken from the block's input if only that has a grad.
 
-        So it is behind a reentrant checkpoint: nothing that leaves it past its output has one.
+        This is the case after a reentrant checkpoint, where only the output has a gradient.
         """
         short = state.sequence
         if torch.compiler.is_compiling() or short is None or short.requires_grad:
@@ -154,16 +157,16 @@ class BlockRuntime:
         if isinstance(state, PackedTokens) or any(s.fused or s.unfold for s in state.steps):
             raise ModelChanged(
                 f"block {self.block.name!r} takes tokens from a checkpoint with "
-                "use_reentrant=True, which would lose their gradient: checkpoint with "
-                "use_reentrant=False"
+                "use_reentrant=True, which would lose their gradient: use use_reentrant=False"
             )
         return replace(self._followed(state, x), last=state.split_suffix(x)[0][:, state.prefix :])
 
     def restoring(self, x: Tensor) -> bool:
-        """Whether every block gives original positions back in the pass that brought this input.
+        """Whether every block restores original positions in the pass that this input belongs to.
 
-        So it is where the caller asked for features, and where blocks are not called by the
-        patched model's own forward. A checkpoint that runs the block again does as at first.
+        This is the case if the caller asked for features, or if blocks are not called from the
+        patched model's own forward. A checkpoint that runs the block again repeats the decision of
+        the first run.
 
         Args:
             x: The block's input.
@@ -177,14 +180,14 @@ class BlockRuntime:
             return False
         if self.owner.tokens is not None and self.owner.tokens.restore is None:
             raise InvalidOption(
-                f"block {self.block.name!r} was called from outside of the patched model's "
-                "forward, where every position is needed, and the patch was made with "
-                "restore=None, which never puts tokens back: use restore='auto'"
+                f"block {self.block.name!r} was called from outside the patched model's forward, "
+                "where every position is needed, but the patch was made with restore=None, which "
+                "never restores tokens: use restore='auto'"
             )
         return True
 
     def _recall(self, x: Tensor, state: Carried | None) -> Carried:
-        # another model of this thread, or a checkpoint that runs this block out of its turn
+        # the state of another model in this thread, or a checkpoint that runs this block again
         if state is not None and (state.owner, state.layer) != (self.owner.key, self.index):
             state = None
         if state is not None and (torch.compiler.is_compiling() or state.returned is x):
@@ -196,13 +199,13 @@ class BlockRuntime:
         if state is not None:
             return self._followed(state, x)
         raise ModelChanged(
-            f"block {self.block.name!r} ran on its own: which of its {x.shape[1]} tokens are left "
-            f"is only known after block {self.index - 1}; run the whole model (no other patched "
-            "model from a hook between its blocks), or unpatch() first"
+            f"block {self.block.name!r} ran on its own with {x.shape[1]} tokens, but only block "
+            f"{self.index - 1} knows which tokens are left; run the whole model (and no other "
+            "patched model from a hook between its blocks), or unpatch() first"
         )
 
     def _followed(self, state: Carried, x: Tensor) -> Carried:
-        """The state where something between two blocks handed on another tensor than returned."""
+        """The state for an input that is another tensor than the previous block returned."""
         if state.sequence is None:
             self._refuse_other_count(state, x)
             return state
@@ -210,30 +213,33 @@ class BlockRuntime:
             return replace(state, sequence=state.follow(x))
         if isinstance(state, PackedTokens):
             raise ModelChanged(
-                f"the input of block {self.block.name!r} was changed between blocks, while images "
-                "with their own numbers of tokens are packed and features were asked for: use a "
-                "fixed keep"
+                f"the input of block {self.block.name!r} was changed between blocks. This is not "
+                "possible when features are requested and images with different numbers of tokens "
+                "are packed: use a fixed keep"
             )
         return replace(state, sequence=take(x, state.tokens()))
 
     def _refuse_other_count(self, state: Carried, x: Tensor) -> None:
-        """What a block returns is what the next must take: one may write to its input instead."""
+        """Refuse an input with another number of tokens than the previous block returned.
+
+        A host that writes to the block's input in place causes that.
+        """
         if not isinstance(state, TokenState) or state.ids is None:
             return
         count = state.prefix + state.ids.shape[1]
         if x.shape[1] != count:
             raise ModelChanged(
-                f"block {self.block.name!r} got {x.shape[1]} tokens where the block before "
-                f"returned {count}: what a block returns must be what the next one takes"
+                f"block {self.block.name!r} got {x.shape[1]} tokens, but the previous block "
+                f"returned {count}: each block must take the output of the previous one"
             )
 
     def note(self, x: Tensor, state: Carried, *, inside: bool = False) -> None:
-        """Keep the state for a backward pass that runs this block, or its inside, again."""
+        """Store the state for a backward pass that recomputes this block, or part of it."""
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
             return
         if is_functorch(x):
             return
-        # nothing kept may be ``x`` itself, or it would live as long as the cache
+        # the stored state must not hold ``x``, or ``x`` would live as long as the cache
         kept = replace(state, returned=None, sequence=None if inside else state.sequence)
         (self.inside if inside else self.entered).note(x, (kept, BLOCK_CALL.restoring))
 
@@ -255,7 +261,7 @@ class BlockRuntime:
         return pack(parts) if parts else (state, x)  # an empty batch has nothing to pack
 
     def _reduce_padded(self, state: PaddedTokens, x: Tensor) -> tuple[PaddedTokens, Tensor]:
-        """Every image by its own tokens; the sequence as it is where none of them drops any."""
+        """Reduce every image separately; the sequence is unchanged if no image drops a token."""
         images = list(state.parts(x, BLOCK_CALL.attention))
         reduced = [self._apply(self.plan(*image), *image[:2]) for image in images]
         states = tuple(after for after, _ in reduced)
@@ -264,25 +270,26 @@ class BlockRuntime:
         return state.advanced(reduced)
 
     def restores_now(self) -> bool:
-        """Whether the host gets original positions back after this block in the present pass."""
+        """Whether original positions are restored after this block in the current pass."""
         return BLOCK_CALL.restoring or self.restores or (self.last and self._padding_needs_all())
 
     def _padding_needs_all(self) -> bool:
-        """Whether a head that was given the mask of a padded batch goes by its positions.
+        """Whether the model's head reads tokens by the positions in a padding mask.
 
-        They are those of the batch as it came, unless the head reads prefix tokens alone.
+        Those are positions in the original batch, so all tokens must be restored, unless the head
+        reads only prefix tokens.
 
         Raises:
-            InvalidOption: The patch was made never to restore them.
+            InvalidOption: The patch was made with ``restore=None``.
         """
         owner = self.owner
         if not BLOCK_CALL.masked or owner.reads_prefix:
             return False
         if owner.tokens is not None and owner.tokens.restore is None:
             raise InvalidOption(
-                f"{type(owner.model).__name__} got a mask for padded images, by which its head may "
-                "read the positions of the batch as it came, and restore=None never puts tokens "
-                "back: use restore='auto'"
+                f"{type(owner.model).__name__} got a mask for padded images, so its head may need "
+                "every token at its original position, but the patch was made with restore=None, "
+                "which never restores tokens: use restore='auto'"
             )
         return True
 
@@ -300,9 +307,11 @@ class BlockRuntime:
 
     @metered
     def spare(self, state: TokenState, kept: Tensor) -> TokenState:
-        """The state after it was decided which of these tokens ``[B, P + n, C]`` skip the MLP.
+        """The state after choosing which tokens skip the MLP, or which windows skip the block.
 
-        Or which windows, as one token each, skip the block.
+        Args:
+            state: The state before.
+            kept: ``[B, P + n, C]``, the tokens to choose from; for windows, one token each.
         """
         reduction = self.plan(state, kept, None)
         if reduction is None:
@@ -312,21 +321,21 @@ class BlockRuntime:
         index: Tensor | None = getattr(reduction, "index", None)
         if index is None:
             raise InvalidOption(
-                f"block {self.block.name!r} must keep its grid, so every image has to spare the "
-                "same number of tokens: use a fixed keep, e.g. keep=0.7"
+                f"block {self.block.name!r} must keep its token grid, so every image has to skip "
+                "the same number of tokens: use a fixed keep, e.g. keep=0.7"
             )
         return state.advance(ReductionStep(index, None, kept.shape[1] - state.prefix))
 
     def plan(
         self, state: TokenState, x: Tensor, attention: AttentionInputs | None
     ) -> Reduction | None:
-        """What the planner wants to become of these tokens."""
+        """The reduction that the planner chooses for these tokens; None for no reduction."""
         assert self.planner is not None
         if attention is not None and attention.q.shape[0] != x.shape[0]:
             raise InvalidOption(
-                f"block {self.block.name!r} attends in {attention.q.shape[0]} of {x.shape[0]} "
-                "images (stochastic depth on a subset of the batch?), so that the others have no "
-                "scores: set its drop rate to 0, or choose by what reads no attention, e.g. "
+                f"block {self.block.name!r} computes attention for {attention.q.shape[0]} of "
+                f"{x.shape[0]} images (stochastic depth on part of the batch?), so the others have "
+                "no scores: set its drop rate to 0, or use a score that reads no attention, e.g. "
                 "token_drop with score='norm'"
             )
         end = x.shape[1] - state.suffix
@@ -348,7 +357,7 @@ class BlockRuntime:
         )
 
     def _refuse_lost_policy(self, state: Carried) -> None:
-        """A policy drawn in a reentrant checkpoint reaches later blocks without its gradient."""
+        """Refuse a policy from a reentrant checkpoint, which would lose its gradient."""
         policy = getattr(state, "policy", None)
         if policy is not None and torch.is_grad_enabled() and not policy.requires_grad:
             raise ModelChanged(
@@ -357,7 +366,7 @@ class BlockRuntime:
             )
 
     def refuse_reentrant(self, host: Any, reduced: Tensor) -> None:
-        """Tokens that leave a reentrant checkpoint past its output would get no gradient."""
+        """Refuse reduced tokens from a reentrant checkpoint, which would get no gradient."""
         if torch.is_grad_enabled() and host.requires_grad and not reduced.requires_grad:
             raise ModelChanged(
                 f"block {self.block.name!r} checkpoints its own forward with use_reentrant=True, "

@@ -1,4 +1,4 @@
-"""In which way a model is called: what may make its forward take another path."""
+"""A key for the way a model is called: calls with different keys may take different code paths."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sparsiattn.runtime.patch_owner import PatchOwner
 def call_key(
     owner: PatchOwner, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool
 ) -> tuple[Any, ...]:
-    """The arguments that are not their default, tensors without their values, and the mode."""
+    """The training mode and the arguments that differ from their defaults; tensors by type only."""
     named = list(zip(owner.parameters, args, strict=False)) + list(kwargs.items())
-    told = [
+    non_default = [
         (name, _described(value))
         for name, value in named
         if isinstance(value, Tensor) or value is not owner.defaults.get(name, Ellipsis)
     ]
-    more = max(0, len(args) - len(owner.parameters))
-    return (training, more, *sorted(told, key=_name))
+    surplus = max(0, len(args) - len(owner.parameters))
+    return (training, surplus, *sorted(non_default, key=_name))
 
 
 def _name(entry: tuple[str, Any]) -> str:

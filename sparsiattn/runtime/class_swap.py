@@ -1,4 +1,4 @@
-"""Another class for one module: unlike a replaced ``forward`` it survives deepcopy and pickle."""
+"""Swap the class of one module. Unlike a replaced ``forward``, it survives deepcopy and pickle."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 HOST = "_sparsiattn_host"
-"""Where a swapped class names the host's class."""
+"""Name of the attribute in which a swapped class holds the host's class."""
 
 
 class Swapped:
-    """Mixin of the swapped classes: pickles and copies as (its host's class, its state)."""
+    """Mixin of the swapped classes: pickles and copies as (class of the host, state)."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -23,15 +23,15 @@ class Swapped:
 
     @staticmethod
     def members(host: Any) -> Mapping[str, Any]:
-        """What the swapped class adds to the host's."""
+        """Members that the swapped class adds to the host's class."""
         raise NotImplementedError
 
 
 class Hooked(Swapped):
-    """Mixin of the class of a module with hooks of a patch, which says the same as the host's.
+    """Mixin for the class of a module with hooks of a patch; behaves as the host's class.
 
-    Dynamo guards the types of modules and not their hooks: a copy that is not patched, compiled in
-    the same process, would lend its program to the patched model.
+    Dynamo guards the types of modules, not their hooks. Without another class, the patched model
+    would run the program compiled for an unpatched copy in the same process.
     """
 
     @staticmethod
@@ -40,13 +40,13 @@ class Hooked(Swapped):
 
 
 def mark_hooked(module: nn.Module) -> None:
-    """Tell a module from unpatched ones of its class, unless its class does so already."""
+    """Give a module a class of its own, unless it has one already."""
     if not isinstance(module, Swapped):
         swap_class(module, Hooked)
 
 
 def creation(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What makes an empty object of a class, swapped or not: a function and its arguments."""
+    """A function and its arguments that create an empty object of a class, swapped or not."""
     host = vars(kind).get(HOST)
     return (_of_host, (kind,)) if host is None else (_empty, (kind.__bases__[0], host))
 
@@ -75,10 +75,10 @@ def swap_class(module: nn.Module, mixin: Any) -> None:
 
 
 def swap_class_back(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Give a module its own class back.
+    """Give a module its original class back.
 
-    Where something derived another class from ours meanwhile (parametrizations do), that one
-    stays and does what the host's would.
+    If something derived another class from the swapped one meanwhile (parametrizations do), that
+    class stays and behaves as the host's would.
     """
     if mixin in type(module).__bases__:
         _set_class(module, vars(type(module))[HOST])
@@ -87,7 +87,7 @@ def swap_class_back(module: nn.Module, mixin: type[Swapped]) -> None:
 def _set_class(module: nn.Module, kind: Any) -> None:
     before = type(module).forward
     module.__class__ = kind
-    # accelerate puts a function of its own in front, and calls what was the forward before
+    # accelerate replaces forward by its own function, which calls the previous forward
     behind = vars(module).get("_old_forward")
     if getattr(behind, "__func__", None) is before:
         vars(module)["_old_forward"] = MethodType(kind.forward, module)

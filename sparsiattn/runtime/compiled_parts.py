@@ -1,6 +1,6 @@
-"""Parts of a model that are compiled by themselves.
+"""Refuse parts of a model that are compiled separately.
 
-What one compiled part writes for the next is lost: Dynamo replays writes to a subclass of
+State that one compiled part writes for the next is lost: Dynamo replays writes to a subclass of
 `threading.local` into a dictionary that no thread reads.
 """
 
@@ -16,9 +16,9 @@ from sparsiattn.runtime.patch_state import PatchState
 
 
 class RefuseCompiledParts:
-    """Forward pre-hook of a model in which places hand each other state.
+    """Forward pre-hook of a model in which modules pass state on to later modules.
 
-    Raises `ModelChanged` where such places are compiled one by one.
+    Raises `ModelChanged` if such modules are compiled separately.
     """
 
     def __init__(self, state: PatchState) -> None:
@@ -29,24 +29,27 @@ class RefuseCompiledParts:
             _refuse_compiled_parts(self.state, places_that_hand_on(self.state))
 
 
-def _refuse_compiled_parts(state: PatchState, handing_on: list[str]) -> None:
-    for name in handing_on:
+def _refuse_compiled_parts(state: PatchState, names: list[str]) -> None:
+    for name in names:
         part: nn.Module = state.model
         path = ""
         for step in name.split(".") if name else ():
             part, path = part._modules[step], f"{path}{step}."  # type: ignore[assignment]
-            if is_compiled(part) and not all(f"{n}.".startswith(path) for n in handing_on):
+            if is_compiled(part) and not all(f"{n}.".startswith(path) for n in names):
                 raise ModelChanged(
-                    f"{path[:-1]!r} is compiled by itself, and strategy "
-                    f"{state.strategy.name!r} hands state from one such part to the next, which "
-                    "compiled parts lose: compile the whole model instead, "
+                    f"{path[:-1]!r} is compiled separately, but strategy "
+                    f"{state.strategy.name!r} passes state from one such part to the next, and "
+                    "separately compiled parts lose it: compile the whole model with "
                     "torch.compile(model), or leave these parts uncompiled"
                 )
 
 
 def places_that_hand_on(state: PatchState) -> list[str]:
-    """Blocks that carry fewer tokens, attention that their reductions read, and sites with
-    cross-layer state."""
+    """Names of the modules that pass state on.
+
+    These are blocks that carry fewer tokens, attention that their reductions read, and sites with
+    cross-layer state.
+    """
     names = [runtime.block.name for runtime in state.blocks]
     for block in state.blocks:
         names += block.block.sites if block.wants_attention else ()
@@ -55,5 +58,5 @@ def places_that_hand_on(state: PatchState) -> list[str]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `nn.Module.compile` or `torch.compile` was called with this very module."""
+    """Whether `nn.Module.compile` or `torch.compile` was called on this module itself."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"

@@ -1,4 +1,4 @@
-"""How tensors that planners store reach later sites, and blocks that a checkpoint runs again."""
+"""Cross-layer state: tensors that planners store for later sites, checkpoints included."""
 
 from __future__ import annotations
 
@@ -20,42 +20,47 @@ from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, in_backward
 def state_at(
     site: Site, owner: PatchOwner, *, first: bool, group: Hashable = None
 ) -> CrossLayerState:
-    """A copy of this forward pass's state for one site to read and write.
+    """A copy of this forward pass's state, for one site to read and write.
 
-    A copy, because Dynamo lets no checkpoint change an object from before it; `hand_on` makes it
-    the one that later sites see.
+    It is a copy because Dynamo does not let a checkpoint mutate an object created before it;
+    `hand_on` makes the copy visible to later sites.
 
     Args:
         site: The site.
         owner: Its patch.
         first: Whether the site is the first that stores anything.
-        group: Which images these are, where those of a padded batch attend apart.
+        group: Identifies the images of this call, if the images of a padded batch attend
+            separately.
+
+    Raises:
+        ModelChanged: A checkpoint recomputes the site, but not the earlier ones that stored state.
     """
-    apart = group is None and isinstance(BLOCK_CALL.token_state, PackedTokens)
-    if site.calls > 1 or apart:
+    separate = group is None and isinstance(BLOCK_CALL.token_state, PackedTokens)
+    if site.calls > 1 or separate:
         return CrossLayerState(owner.key, forgets=True)
     state = MODEL_CALL.cross_layer
     if state is not None and state.owner == owner.key:
         return state.copy(group)
     if not first and in_backward():
         raise ModelChanged(
-            f"site {site.name!r} runs again in a backward pass, and what earlier blocks kept for "
-            "it cannot be found: checkpoint whole blocks, or use a strategy that keeps nothing"
+            f"site {site.name!r} runs again in a backward pass, but the state that earlier blocks "
+            "stored for it cannot be found: checkpoint whole blocks, or use a strategy without "
+            "cross-layer state"
         )
     return CrossLayerState(owner.key, group=group)
 
 
 def hand_on(state: CrossLayerState | None) -> None:
-    """Hand a site's state on to the sites that follow."""
+    """Make a site's state visible to later sites."""
     if state is not None and not state.forgets:
         MODEL_CALL.cross_layer = state
 
 
 class RecallCrossLayer:
-    """Forward pre-hook of whatever a checkpoint may run again.
+    """Forward pre-hook of every module that a checkpoint may recompute.
 
-    It notes what had been stored when this very tensor came in, and brings it back when the tensor
-    comes again.
+    It notes the state at the time a tensor comes in, and restores it when the same tensor comes in
+    again.
     """
 
     def __init__(self, owner: PatchOwner) -> None:
@@ -78,9 +83,9 @@ class RecallCrossLayer:
 
 
 def enclosing(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
-    """Modules around the sites, each once, and what is called in them.
+    """The modules that contain the sites and their direct children, each once.
 
-    A checkpoint may run a whole block again, or only what is inside its forward.
+    A checkpoint may recompute a whole block, or only the modules inside its forward.
     """
     modules: dict[int, nn.Module] = {}
     for site in sites:

@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class NotScriptable(ExportFailed, AttributeError):
-    """A patched model cannot be scripted; an `AttributeError`, for whoever only asks for a name."""
+    """A patched model cannot be scripted; an `AttributeError`, so that ``hasattr`` still works."""
 
 
 class ScriptRefusal:
-    """Base of hooks of a patched model: `torch.jit.script`, which asks for their name, is told."""
+    """Base of a patched model's hooks: raises when `torch.jit.script` reads their ``__name__``."""
 
     @property
     def __name__(self) -> str:
@@ -39,7 +39,7 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def _collect(values: Any, tensors: list[Tensor]) -> None:
-    """Append tensors; what dry runs meet at every operator does not go through torch's trees."""
+    """Append tensors; common types are handled without pytree, as dry runs call this often."""
     kind = type(values)
     if isinstance(values, Tensor):
         tensors.append(values)
@@ -73,35 +73,39 @@ def first_argument(args: Any, kwargs: Any) -> Tensor | None:
 
 
 def replace_first(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A module's output (a tensor, or a tuple that holds one) with that tensor exchanged."""
+    """A module's output (a tensor, or a sequence that holds one) with that tensor replaced."""
     if isinstance(output, Tensor):
         return new
     return type(output)(new if value is old else value for value in output)
 
 
 def refuse_fx(values: Any) -> None:
-    """Refuse symbols of torch.fx among a hook's arguments: what a patch does has no graph there.
+    """Refuse torch.fx proxies among a hook's arguments, as a patch cannot be traced symbolically.
 
     Raises:
-        InvalidOption: There are some.
+        InvalidOption: An argument is a proxy.
     """
-    symbols = False
-    for value in values:  # a loop, since this is asked at every site
-        symbols = symbols or isinstance(value, Proxy)
-    if symbols and not torch.compiler.is_compiling():
+    has_proxies = False
+    for value in values:  # a plain loop, as this runs at every site
+        has_proxies = has_proxies or isinstance(value, Proxy)
+    if has_proxies and not torch.compiler.is_compiling():
         raise InvalidOption(
-            "torch.fx (a feature extractor, a graph rewriter) cannot trace a patched model: take "
+            "torch.fx (a feature extractor, a graph rewriter) cannot trace a patched model: get "
             "features of the patched model with forward hooks, forward_intermediates or "
-            "features_only=True instead, or unpatch() before it is traced"
+            "features_only=True instead, or call unpatch() before tracing"
         )
 
 
 @dataclass
 class RecomputeCache(Generic[T]):
-    """What belonged to a tensor when it came in, for a checkpoint that runs the code again.
+    """Values noted for an input tensor, for a checkpoint that recomputes the code.
 
-    A checkpoint hands the very same input to the code that it runs again in the backward pass,
-    possibly in another thread. Entries die with their tensor, and copies of the model start empty.
+    A checkpoint passes the identical input tensor to the code that it recomputes in the backward
+    pass, possibly in another thread. Entries die with their tensor, and copies of the model start
+    empty.
+
+    Attributes:
+        entries: Weak reference to the tensor and the noted value, by the address of its data.
     """
 
     entries: dict[int, tuple[ref[Tensor], T]] = field(default_factory=dict)
@@ -113,19 +117,22 @@ class RecomputeCache(Generic[T]):
         return {"entries": {}}
 
     def find(self, x: Tensor | None) -> T | None:
-        """What was noted for this very tensor, if it is still alive."""
+        """The value noted for this very tensor, if the tensor is still alive."""
         if x is None or is_functorch(x):
             return None
         entry = self.entries.get(x.data_ptr())
         return entry[1] if entry is not None and entry[0]() is not None else None
 
     def note(self, x: Tensor, value: T) -> None:
-        """Note a value; it must not hold ``x``, or both would live as long as this cache."""
+        """Note a value. It must not hold ``x``, or both would live as long as this cache."""
         for key in [key for key, (alive, _) in self.entries.items() if alive() is None]:
             del self.entries[key]
         self.entries[x.data_ptr()] = (ref(x), value)
 
 
 def is_functorch(x: Tensor) -> bool:
-    """Whether a transform (``vmap``, ``grad``) wraps the tensor; checkpoints do not mix with it."""
+    """Whether a functorch transform (``vmap``, ``grad``) wraps the tensor.
+
+    Checkpoints cannot be combined with these transforms.
+    """
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -1,4 +1,4 @@
-"""The size of the map that tokens are made of, from which attention learns their grid."""
+"""The size of the feature map that tokens are made of, from which sites get the token grid."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def _note(owner: PatchState, size: Grid) -> None:
 
 
 def _recall_maps(owner: PatchState) -> None:
-    """Let every place that a checkpoint may run again bring back its map.
+    """Add hooks that restore the map size in every module that a checkpoint may recompute.
 
-    From the first pass with gradients on: without any, these hooks would only take time.
+    They are added in the first pass with gradients: without gradients they would only take time.
     """
     with SWITCHING:
         if owner.recalls_maps or not owner.active:
@@ -36,28 +36,28 @@ def _recall_maps(owner: PatchState) -> None:
         owner.recalls_maps = True
         for name in owner.attention.entrances:
             recall, entrance = RecallMap(owner), owner.model.get_submodule(name)
-            # in front: whatever else runs there asks for the map
+            # in front, as the other hooks there read the map size
             hook = entrance.register_forward_pre_hook(recall, prepend=True, with_kwargs=True)
             owner.hooks.append(hook)
 
 
 class WatchMap:
-    """Forward hook of the convolution that makes tokens: notes rows and columns of its result."""
+    """Forward hook of the patch embedding's convolution: notes height and width of its output."""
 
     def __init__(self, owner: PatchState) -> None:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() >= 4:
-            # the frames of a video count as one below the other
+            # frames of a video count as stacked vertically
             frames = output.shape[2] if output.dim() == 5 else 1
             _note(self.owner, (frames * output.shape[-2], output.shape[-1]))
 
 
 class RecallMap:
-    """Forward pre-hook of whatever a checkpoint may run again: brings back the map of that time.
+    """Forward pre-hook of every module that a checkpoint may recompute: restores the map size.
 
-    Images of two shapes may come before one backward pass, which runs blocks again in any order.
+    Images of two shapes may precede one backward pass, which recomputes blocks in any order.
     """
 
     def __init__(self, owner: PatchOwner) -> None:
@@ -77,7 +77,7 @@ class RecallMap:
 
 
 class WatchImage:
-    """Forward pre-hook of a module that takes the image, where no convolution makes its tokens."""
+    """Forward pre-hook of the module that takes the image, if no convolution makes its tokens."""
 
     def __init__(self, owner: PatchState) -> None:
         self.owner = owner

@@ -1,4 +1,4 @@
-"""`MeasuredSpeed`: what a site's attention took on the clock, and for which calls that holds."""
+"""`MeasuredSpeed`: the measured speed of a site's attention, and the calls that it is valid for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MeasuredSpeed:
     Attributes:
         ratio: Speed relative to dense attention, planning included.
         choice: The kernel, and the shape of the call.
-        threads: In how many threads torch computed.
+        threads: Number of threads that torch used.
         predicts: Whether a fitted predictor ranked the keys.
     """
 
@@ -27,11 +27,11 @@ class MeasuredSpeed:
 
     @classmethod
     def of(cls, ratio: float, choice: Choice, planner: object) -> MeasuredSpeed:
-        """A measurement that was made just now."""
+        """A measurement made in the current state of torch and the planner."""
         return cls(ratio, choice, torch.get_num_threads(), predicts(planner))
 
     def holds_for(self, choice: Choice, planner: object) -> bool:
-        """Whether a call is still like the one that was timed: shape, kernel, threads and rule."""
+        """Whether a call equals the timed one in shape, kernel, threads and ranking rule."""
         return (
             (choice.kernel.name, choice.call) == (self.choice.kernel.name, self.choice.call)
             and self.threads == torch.get_num_threads()
@@ -40,5 +40,5 @@ class MeasuredSpeed:
 
 
 def predicts(planner: object) -> bool:
-    """Whether a planner ranks keys by tables that were fitted, or that it was told to use."""
+    """Whether a planner ranks keys by a predictor's tables."""
     return bool(getattr(planner, "predicts", False))

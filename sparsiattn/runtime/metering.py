@@ -1,4 +1,4 @@
-"""How a forward pass is counted: sites and blocks tell the meter of their thread what they do."""
+"""Counting of a forward pass: sites and blocks report their work to the meter of their thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def metered(method: Callable[..., T]) -> Callable[..., T]:
-    """A method of a block that chooses tokens; the meter of this thread counts it as planning."""
+    """Decorator of a block's method that chooses tokens: the meter counts it as planning."""
 
     @wraps(method)
     def call(self: Any, *args: Any) -> T:

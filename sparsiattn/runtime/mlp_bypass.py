@@ -1,6 +1,6 @@
-"""Blocks where the grid must stay, as in windows and stages: dropped tokens skip the MLP alone.
+"""Blocks that must keep their token grid (windows, stages): dropped tokens skip only the MLP.
 
-DynamicViT's extension to Swin.
+This is DynamicViT's extension to Swin.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsiattn.runtime.thread_state import BLOCK_CALL
 
 
 class EnterSparedBlock(BlockHook):
-    """Forward pre-hook of a block where the grid must stay: which tokens skip its MLP."""
+    """Forward pre-hook of a block that keeps its grid: sets up the state of its tokens."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         runtime = self.runtime
@@ -36,7 +36,7 @@ class EnterSparedBlock(BlockHook):
 
 
 class EnterBypass(BlockHook):
-    """Forward pre-hook of the MLP branch where the grid must stay: only kept tokens take it."""
+    """Forward pre-hook of the MLP branch: only kept tokens pass through it."""
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
         runtime, state = self.runtime, BLOCK_CALL.bypass_state
@@ -44,7 +44,7 @@ class EnterBypass(BlockHook):
             return None
         self._refuse_training()
         x = args[0]
-        # hierarchical hosts hand on [B, H, W, C]
+        # hierarchical models pass [B, H, W, C]
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if runtime.planner is not None:
             kept = take(tokens, state.tokens()) if state.reduced else tokens
@@ -66,7 +66,7 @@ class EnterBypass(BlockHook):
 
 
 class LeaveSparedBlock(BlockHook):
-    """Forward hook of the block: adds the MLP's result to the tokens that took it."""
+    """Forward hook of the block: adds the MLP's output to the tokens that passed through it."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         runtime, state = self.runtime, BLOCK_CALL.bypass_state
@@ -82,7 +82,7 @@ class LeaveSparedBlock(BlockHook):
         runtime.refuse_reentrant(host, mlp_tokens)
         flat = host.reshape(host.shape[0], -1, host.shape[-1])
         if state.policy is not None:
-            # while a score trains every token takes the MLP, weighted, so that it gets a gradient
+            # in training every token takes the MLP, weighted by its score, for the gradient
             policy = nn.functional.pad(state.policy, (state.prefix, 0), value=1.0)
             out = flat + branch.reshape(flat.shape) * policy[..., None].to(branch.dtype)
         else:

@@ -1,6 +1,7 @@
-"""`Monitor`: how much of exact attention the kept keys hold, watched while a model is in use.
+"""`Monitor`: measures, while a model is in use, how much of exact attention the kept keys hold.
 
-`EnterModel` and `LeaveModel` (`restore.py`) tell of passes, `SiteRuntime.sparse` of attention.
+`EnterModel` and `LeaveModel` (`restore.py`) report forward passes, `SiteRuntime.sparse` reports
+attention calls.
 """
 
 from __future__ import annotations
@@ -30,30 +31,32 @@ OnLow = Literal["warn", "dense"]
 ON_LOW = ("warn", "dense")
 
 KEPT = 10_000
-"""Figures of which the median is taken, one for each image and site; older ones are forgotten."""
-_STEP = (5**0.5 - 1) / 2  # of the golden ratio: rows of later calls fall between those of earlier
+"""Number of latest figures, one per image and site, that the median is computed from."""
+_STEP = (5**0.5 - 1) / 2  # golden ratio: rows of later calls fall between those of earlier calls
 
 
 @dataclass(frozen=True)
 class MonitorReport:
-    """What a `Monitor` saw. A mass is None before the first watched call.
+    """The results of a `Monitor`. Masses are shares of exact attention, from 0 to 1.
 
     Attributes:
-        every: Of so many calls one is watched.
-        rows: Query rows of a site that are looked at.
-        sites: Number of sites that are watched.
-        bound: What must be held, see `Monitor`; None for no bound.
-        on_low: What happens to a call that holds less.
-        calls: Calls of the model in eval mode since it began.
-        watched: Those in which mass was measured.
-        below: Watched calls in which an image was below the bound at some site.
-        lowest: Lowest mass of an image at a site.
-        lowest_site: Name of the site that held least, summary keys counted where there are some.
-        median: Median over images and sites, of the last 10,000.
-        lowest_overlap: As ``lowest``, with summary keys; None where there are none.
-        median_overlap: As ``median``, with summary keys; None where there are none.
+        every: One call in this many is watched.
+        rows: Number of query rows that are measured per site.
+        sites: Number of watched sites.
+        bound: Lowest share that is accepted, see `Monitor`; None for no bound.
+        on_low: Reaction to a call below the bound, ``"warn"`` or ``"dense"``.
+        calls: Number of calls of the model in eval mode since the monitor started.
+        watched: Number of calls in which the mass was measured.
+        below: Number of watched calls in which an image was below the bound at some site.
+        lowest: Lowest mass of an image at a site; None before the first watched call.
+        lowest_site: Name of the site with the lowest share, summary keys included; None before the
+            first watched call.
+        median: Median mass over the last 10,000 pairs of an image and a site; None before the first
+            watched call.
+        lowest_overlap: As ``lowest``, including summary keys; None without summary keys.
+        median_overlap: As ``median``, including summary keys; None without summary keys.
         is_dense: Whether calls run dense now.
-        dense_calls: Calls that ran dense for that.
+        dense_calls: Number of calls that ran dense because of the bound.
     """
 
     every: int
@@ -76,8 +79,8 @@ class MonitorReport:
         watched = f"monitor: {self.watched:,} of {self.calls:,} calls watched"
         if self.lowest is None or self.median is None:
             note = (
-                "nothing measured yet; calls of the model itself in eval mode count, compiled and "
-                "exported programs do not"
+                "nothing measured yet; only eager calls of the model in eval mode are watched, not "
+                "compiled or exported programs"
             )
             return f"{watched} ({note})"
         parts = [
@@ -89,7 +92,7 @@ class MonitorReport:
                 f"with summary keys at least {self.lowest_overlap:.3f}, median "
                 f"{self.median_overlap:.3f}"
             )
-        parts.append(f"least at {self.lowest_site}")
+        parts.append(f"lowest at {self.lowest_site}")
         if self.bound is not None:
             parts.append(f"calls below {self.bound:g}: {self.below:,}")
         if self.dense_calls:
@@ -100,18 +103,18 @@ class MonitorReport:
 
 
 class Monitor:
-    """A running watch over a patch; see `Patch.monitor`. As a context manager it ends on exit.
+    """A running monitor of a patch; see `Patch.monitor`. As a context manager it closes on exit.
 
     Attributes:
         owner: The patch.
-        sites: Names of the sites that are watched.
-        every: Of so many calls one is watched, the first among them.
-        rows: Query rows of a site that are looked at.
-        bound: What must be held, of the overlap where a pattern has summary keys, else of the mass;
-            None for no bound.
-        on_low: ``"warn"`` or ``"dense"``.
-        is_dense: Whether the patch runs dense as a call was low.
-        closed: Whether the watch has ended.
+        sites: Names of the watched sites.
+        every: One call in this many is watched, starting with the first.
+        rows: Number of query rows that are measured per site.
+        bound: Lowest share of exact attention that is accepted: of the overlap if a pattern has
+            summary keys, else of the mass; None for no bound.
+        on_low: Reaction to a call below the bound, ``"warn"`` or ``"dense"``.
+        is_dense: Whether the patch runs dense because a call was below the bound.
+        closed: Whether the monitor was closed.
     """
 
     def __init__(
@@ -144,7 +147,7 @@ class Monitor:
         return f"<Monitor{' (closed)' if self.closed else ''}: {self.report()}>"
 
     def report(self) -> MonitorReport:
-        """What was seen up to now, also after `close`."""
+        """The results so far; also available after `close`."""
         with self._lock:
             masses, overlaps = list(self._masses), list(self._overlaps)
             return MonitorReport(
@@ -166,7 +169,7 @@ class Monitor:
             )
 
     def resume(self) -> None:
-        """Make the patch sparse again from the next call on, and warn anew of a low one."""
+        """Make the patch sparse again from the next call on; the next low call warns again."""
         with self._lock:
             was_dense, self.is_dense, self._warned = self.is_dense, False, False
             self.owner.went_dense = False
@@ -174,7 +177,7 @@ class Monitor:
             forget_compiled()
 
     def close(self) -> None:
-        """Stop watching; a patch that went dense is sparse again. Twice is no error."""
+        """Stop watching. A patch that went dense is sparse again. Calling it twice is allowed."""
         if not self.closed:
             self.closed = True
             self.resume()
@@ -182,7 +185,7 @@ class Monitor:
             self.owner.active_monitor = None
 
     def begin(self) -> Any:
-        """A pass of the model begins here; gives the setting that holds during it, or None."""
+        """Start a pass of the model; returns the setting in effect during the pass, or None."""
         with self._lock:
             number = self._calls
             self._calls += 1
@@ -194,7 +197,7 @@ class Monitor:
         return settings.begin("watched", WatchedPass(self, number // self.every))
 
     def take(self, watched: WatchedPass) -> None:
-        """Count what a pass showed, and act where it is low."""
+        """Add the figures of a pass, and react if they are below the bound."""
         figures = watched.figures()
         if not figures or self.closed:
             return
@@ -221,17 +224,17 @@ class Monitor:
             self._warn(held, name)
 
     def _warn(self, held: float, name: str) -> None:
-        what = (
+        finding = (
             f"at site {name!r} the kept keys, summary keys included, hold {held:.3f} of exact "
             f"attention for an image, below bound={self.bound:g}"
         )
-        then = "warned once, patch.report() counts further calls"
+        reaction = "this warning is shown once, patch.report() counts further calls"
         if self.on_low == "dense":
-            then = (
+            reaction = (
                 "the patch runs dense from the next call on; patch.active_monitor.resume() makes "
                 "it sparse again, close() does too and stops watching"
             )
-        warnings.warn(f"{what}: {then}", LowAttentionMass, stacklevel=2)
+        warnings.warn(f"{finding}: {reaction}", LowAttentionMass, stacklevel=2)
 
 
 def _known(value: float | None) -> list[float]:
@@ -253,13 +256,13 @@ def check_options(every: Any, rows: Any, bound: Any, on_low: Any) -> None:
 
 
 def enter(owner: PatchOwner, *, training: bool) -> None:
-    """A pass of the model begins in this thread.
+    """Start a pass of the model in this thread.
 
-    Passes in training mode, and those that others examine (`show`, `profile`, `warmup`, a block
-    with the patch disabled), are left as they are.
+    Passes in training mode are not watched, nor are those made for `show`, `profile` and `warmup`
+    or with the patch disabled.
     """
-    leave(owner, finished=False)  # what an interrupt left open
-    monitor: Monitor | None = owner.active_monitor  # another thread may close it now
+    leave(owner, finished=False)  # a pass that an interrupt left open
+    monitor: Monitor | None = owner.active_monitor  # another thread may close it at any time
     if monitor is None or training or owner.is_examined or owner.key in settings.disabled:
         return
     setting = monitor.begin()
@@ -268,7 +271,7 @@ def enter(owner: PatchOwner, *, training: bool) -> None:
 
 
 def leave(owner: PatchOwner, *, finished: bool) -> None:
-    """A pass of the model ended in this thread."""
+    """End a pass of the model in this thread."""
     monitor, setting = owner.monitored.pop(get_ident(), (None, None))
     if monitor is None:
         return
@@ -278,26 +281,26 @@ def leave(owner: PatchOwner, *, finished: bool) -> None:
 
 
 def _can_measure() -> bool:
-    """Whether what runs is no trace and no CUDA graph that is being recorded."""
+    """Whether neither tracing nor the capture of a CUDA graph is in progress."""
     if torch._C._get_tracing_state() is not None:
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 class WatchedPass:
-    """One pass whose attention is looked at.
+    """One pass whose attention is measured.
 
     Attributes:
-        monitor: That of the patch.
-        number: How many were watched before.
+        monitor: The patch's monitor.
+        number: Number of passes that were watched before.
     """
 
     def __init__(self, monitor: Monitor, number: int) -> None:
         self.monitor, self.number = monitor, number
-        self._found: list[tuple[str, Tensor, Tensor | None]] = []
+        self._measured: list[tuple[str, Tensor, Tensor | None]] = []
 
     def measure(self, owner: PatchOwner, inputs: AttentionInputs, pattern: Pattern) -> None:
-        """Look at some rows of a call; nothing waits for the device."""
+        """Measure some rows of a call, without synchronising with the device."""
         site, q = inputs.site, inputs.q
         if owner is not self.monitor.owner or site.name not in self.monitor.sites:
             return
@@ -313,24 +316,24 @@ class WatchedPass:
             alive = part.allowed.any(-1).expand(part.exact.shape[:-1])
             mass = _by_image(part.mass(), alive, site)
             overlap = None if part.cells is None else _by_image(part.overlap(), alive, site)
-        self._found.append((site.name, mass, overlap))
+        self._measured.append((site.name, mass, overlap))
 
     def figures(self) -> list[tuple[str, float, float | None]]:
-        """Site, mass and overlap of every image that was looked at, fetched at once."""
-        if not self._found:
+        """Site, mass and overlap of every measured image, copied from the device at once."""
+        if not self._measured:
             return []
-        parts = [x for _, mass, overlap in self._found for x in (mass, overlap) if x is not None]
-        # what is not a number holds nothing
+        parts = [x for _, mass, overlap in self._measured for x in (mass, overlap) if x is not None]
+        # NaN counts as no mass
         values = iter(torch.cat([part.cpu() for part in parts]).nan_to_num(0.0).tolist())
         figures = []
-        for name, mass, overlap in self._found:
+        for name, mass, overlap in self._measured:
             masses = [next(values) for _ in range(len(mass))]
             overlaps = [None if overlap is None else next(values) for _ in masses]
             figures += list(zip([name] * len(masses), masses, overlaps, strict=True))
         return figures
 
     def _rows(self, inputs: AttentionInputs) -> Tensor:
-        """Numbers of patch queries, evenly spaced; other ones in every watched call."""
+        """Indices of evenly spaced patch queries; different ones in every watched call."""
         first, count = inputs.prefix, inputs.n_queries - inputs.prefix
         wanted = min(self.monitor.rows, count)
         start = int(self.number * _STEP % 1 * count)
@@ -339,12 +342,12 @@ class WatchedPass:
 
 
 def _by_image(values: Tensor, alive: Tensor, site: Site) -> Tensor:
-    """Means over heads and rows, and over the windows of an image, of ``[B * windows, H, R]``.
+    """Means of ``[B * windows, H, R]`` over heads, rows, and the windows of an image: ``[B]``.
 
-    Rows to which the host allows no key do not count.
+    Rows for which the host masks every key do not count.
     """
     total, count = (values * alive).flatten(1).sum(1), alive.flatten(1).sum(1)
     if site.windows > 1 and len(total) % site.windows == 0:
         total, count = (x.view(-1, site.windows).sum(1) for x in (total, count))
-    # an image without such a row loses nothing
+    # an image in which every key is masked loses nothing
     return torch.where(count > 0, total / count.clamp_min(1), 1.0)

@@ -1,9 +1,9 @@
-"""`nn.MultiheadAttention`, led to scaled dot product attention.
+"""Make `nn.MultiheadAttention` call scaled dot product attention, so that a patch can intercept it.
 
-In eval mode without gradients it runs a fused operator, with ``need_weights=True`` it writes its
-softmax out, and torch.compile takes its function for one opaque operator: in none of
-these would a patch be seen. So a patched one is given another class, whose forward says the same in
-a few lines; unlike a replaced ``forward``, a class survives deepcopy and pickle.
+In eval mode without gradients it runs a fused operator, with ``need_weights=True`` it computes the
+softmax itself, and torch.compile treats its function as one opaque operator. A patch could
+intercept none of these. A patched module therefore gets another class with an equivalent forward.
+Unlike a replaced ``forward``, a class survives deepcopy and pickle.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Weights = Literal["unasked", "ignored", "read"]
-"""Whether a call wanted its attention weights, and if so, whether anything read them."""
+"""Whether a call requested its attention weights, and if so, whether anything read them."""
 
 
 class SparseMultihead(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that calls scaled dot product attention where a patch listens.
+    """`nn.MultiheadAttention` that calls scaled dot product attention while a patch is active.
 
-    Elsewhere, as inside `Patch.disabled`, it is its base class.
+    Otherwise, as inside `Patch.disabled`, it behaves as its base class.
     """
 
     def forward(
@@ -46,7 +46,7 @@ class SparseMultihead(nn.MultiheadAttention):
         if top is None or top[0] is None:
             options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return super().forward(query, key, value, *options)
-        # as in the base class: a hint that holds only while there is nothing to add to the mask
+        # as in the base class: is_causal may replace the mask only if no other mask is added
         causal = is_causal and attn_mask is not None and key_padding_mask is None
         q, k, v = (self._heads(x, query) for x in self._project(query, key, value))
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q)
@@ -75,14 +75,14 @@ class SparseMultihead(nn.MultiheadAttention):
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _merge(self, out: Tensor, query: Tensor) -> Tensor:
-        """``[B, H, N, D]`` back to the form of the query."""
+        """``[B, H, N, D]`` back to the layout of the query."""
         out = out.transpose(1, 2).flatten(2)
         if query.dim() == 2:
             return out[0]
         return out if self.batch_first else out.transpose(0, 1)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks as one to add, ``[B|1, H|1, Nq|1, Nk]``; None if there is none."""
+        """Both masks as one additive mask, ``[B|1, H|1, Nq|1, Nk]``; None if there is no mask."""
         bias = None
         if mask is not None:
             bias = _additive(mask, q.dtype)
@@ -94,14 +94,14 @@ class SparseMultihead(nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to scores; in a boolean one, True forbids."""
+    """A mask as an additive one; True in a boolean mask means that the key is masked."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
 def swap(module: nn.Module) -> bool:
-    """Give an `nn.MultiheadAttention` its sparse class; whether it was one."""
+    """Give an `nn.MultiheadAttention` its sparse class; returns whether the module was one."""
     if type(module) is not nn.MultiheadAttention:
         return False
     module.__class__ = SparseMultihead
@@ -115,13 +115,17 @@ def swap_back(module: nn.Module) -> None:
 
 
 def why_not_reached(module: nn.Module) -> str | None:
-    """Why the attention of a module of a dry run, whose classes are swapped, cannot be reached."""
+    """Why the attention of a module cannot be intercepted; None if it can.
+
+    Args:
+        module: A module of a dry run, in which classes are swapped already.
+    """
     if not isinstance(module, nn.MultiheadAttention):
         return None
     if type(module).forward is nn.MultiheadAttention.forward:
-        return "a subclass of nn.MultiheadAttention: its fused path would pass the patch by"
+        return "a subclass of nn.MultiheadAttention: its fused path would bypass the patch"
     if module.bias_k is not None or module.add_zero_attn:
-        return "attends to a key that is no token (add_bias_kv or add_zero_attn)"
+        return "attends to a key that is not a token (add_bias_kv or add_zero_attn)"
     return None
 
 
@@ -135,33 +139,33 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 class RefuseWeights:
-    """Forward pre-hook (with keywords) of a patched `nn.MultiheadAttention`.
+    """Forward pre-hook (with keyword arguments) of a patched `nn.MultiheadAttention`.
 
-    Raises if the host wants attention weights, which it did not in the dry run: sparse attention
-    has none to give.
+    Raises `ModelChanged` if the host requests attention weights, which it did not in the dry run:
+    sparse attention does not compute them.
     """
 
     def __init__(self, owner: Any, site: str) -> None:
         self.owner, self.site = owner, site
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        asked = args[4] if len(args) > 4 else kwargs.get("need_weights", True)
-        if asked and not self.owner.disabled_here:
+        need_weights = args[4] if len(args) > 4 else kwargs.get("need_weights", True)
+        if need_weights and not self.owner.disabled_here:
             raise ModelChanged(
-                f"site {self.site!r} is asked for its attention weights (need_weights=True), which "
-                "it was not when it was patched; sparse attention has none to give: ask inside "
-                "`with patch.disabled():`, or leave this site out with sites="
+                f"site {self.site!r} was called with need_weights=True, but not at patch time; "
+                "sparse attention returns no attention weights: request them inside "
+                "`with patch.disabled():`, or exclude this site with sites="
             )
 
 
 class _Weights(torch.Tensor):
-    """Stands for attention weights in the dry run and tells its watcher that something read it."""
+    """Stands in for attention weights in the dry run, and notes when something reads them."""
 
     watcher: WatchWeights
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # any use is a read; what it returns is a plain tensor, which nobody watches
+        # any use counts as a read; the result is a plain tensor
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, _Weights):
                 leaf.watcher.read = True
@@ -172,7 +176,7 @@ class _Weights(torch.Tensor):
 class WatchWeights:
     """Forward hook of one `nn.MultiheadAttention` in the dry run.
 
-    Where the host wants weights it returns a stand-in, which tells whether the host reads them.
+    If the host requests weights, it returns a stand-in, which notes whether the host reads them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -181,7 +185,7 @@ class WatchWeights:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the run so far."""
+        """Reset before another run."""
         self.read = False
         self._stand_ins: list[weakref.ref[_Weights]] = []
 
@@ -195,13 +199,13 @@ class WatchWeights:
         return output[0], weights
 
     def verdict(self) -> Weights:
-        """What became of the weights.
+        """Whether the weights were requested and read.
 
-        Call it while the model's output is held: weights that outlive the forward pass were
-        returned or stored, which counts as read.
+        Call it while the model's output is still referenced: weights that outlive the forward pass
+        were returned or stored, which counts as read.
         """
         if self._outlived():
-            gc.collect()  # or they are merely part of a cycle
+            gc.collect()  # they may only be part of a reference cycle
         if self.read or self._outlived():
             return "read"
         return "ignored" if self._stand_ins else "unasked"
@@ -211,7 +215,7 @@ class WatchWeights:
 
 
 def _weights_shape(module: nn.MultiheadAttention, call: dict[str, Any]) -> tuple[int, ...]:
-    """``[B, N, S]``, with heads after B if they are not averaged, without B if unbatched."""
+    """Shape of the weights: ``[B, N, S]``, ``[B, H, N, S]`` if not averaged; no B if unbatched."""
     query, key = call["query"], call["key"]
     axis = 1 if module.batch_first and query.dim() == 3 else 0
     batch = (query.shape[1 - axis],) if query.dim() == 3 else ()

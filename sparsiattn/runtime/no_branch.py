@@ -1,7 +1,7 @@
-"""A zero that the host adds for nothing.
+"""A zero that stands in for the MLP branch in the host's addition, at no cost.
 
-A block that carries fewer tokens adds its MLP branch itself, and what the host makes of its own
-addition is not used; so that it takes no time either, adding this returns the other operand.
+A hook adds the MLP branch of a block that carries fewer tokens, and the result of the host's own
+addition is not used. To save its time, adding this zero returns the other operand unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ADDS = frozenset(
 
 
 class NoBranch(Tensor):
-    """A zero of one element; whatever is not an addition gets a plain one in its place."""
+    """A zero with one element; operations other than addition get a plain zero instead."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +45,7 @@ def _zero(dims: int, dtype: torch.dtype, device: torch.device) -> NoBranch:
 
 
 def no_branch(output: Tensor) -> Tensor:
-    """What stands in for the output of an MLP branch: it broadcasts to whatever it is added to."""
+    """A stand-in for the output of an MLP branch, which broadcasts to any shape it is added to."""
     if torch.is_grad_enabled() or output.requires_grad or not is_unobserved(output, output):
         return output.new_zeros((1,) * output.dim())
     return _zero(output.dim(), output.dtype, output.device)

@@ -1,4 +1,4 @@
-"""A call that runs, known by its frame, which is not kept alive."""
+"""A running call, identified by its frame without keeping the frame alive."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from weakref import ref
 
 
 class _Mark:
-    """Lives as long as the frame that holds it."""
+    """An object among a frame's locals, which lives as long as the frame."""
 
 
 class OpenCall:
-    """The call that a frame runs.
+    """The call that runs in a frame.
 
-    An interrupt (Control-C, or whatever is no `Exception`) unwinds a forward pass without calling
-    its forward hooks. A mark among the frame's locals tells: it dies with the frame.
+    An interrupt (Control-C, or another exception that is not an `Exception`) unwinds a forward pass
+    without calling its forward hooks. A mark among the frame's locals shows that: it dies with the
+    frame.
 
     Attributes:
-        number: That of the frame, which no other has while this call `exists`.
+        number: ``id`` of the frame, which is unique while this call `exists`.
     """
 
     def __init__(self, frame: FrameType, key: int, ended: Callable[[], None]) -> None:
@@ -27,8 +28,8 @@ class OpenCall:
 
         Args:
             frame: The frame of the call.
-            key: Tells marks in one frame apart.
-            ended: Called when the frame is gone, unless this object went before.
+            key: Distinguishes marks in one frame.
+            ended: Called when the frame is gone, unless this object was deleted earlier.
         """
         mark = _Mark()
         frame.f_locals[f"__sparsiattn_{key}__"] = mark
@@ -37,23 +38,23 @@ class OpenCall:
 
     @property
     def exists(self) -> bool:
-        """Whether the frame exists: of another thread's call, nothing else can be known."""
+        """Whether the frame exists; nothing more can be known of a call in another thread."""
         return self._mark() is not None
 
     def is_of(self, frame: FrameType) -> bool:
-        """Whether the call runs in that frame, of this thread's present stack."""
-        # while the mark lives, no other frame has its number
+        """Whether the call runs in that frame of this thread's current stack."""
+        # while the mark is alive, no other frame has this id
         return id(frame) == self.number and self.exists
 
     def runs(self) -> bool:
-        """Whether the frame is on this thread's stack: a traceback may keep one that is not."""
+        """Whether the frame is on this thread's stack; a traceback keeps frames that are not."""
         return _is_on_stack(self)
 
 
 class NestedCall:
-    """A call inside an `OpenCall`, known by the number of its frame alone.
+    """A call inside an `OpenCall`, identified only by the ``id`` of its frame.
 
-    A mark in every frame would take as long as all else that a hook does.
+    Setting a mark in every frame would take as long as the rest of a hook.
 
     Attributes:
         number: As in `OpenCall`.
@@ -67,7 +68,7 @@ class NestedCall:
 
     @property
     def exists(self) -> bool:
-        """Whether the frame may exist: it does not outlive the outer call's."""
+        """Whether the frame may exist; it does not outlive the outer call's frame."""
         return self._outer.exists
 
     def is_of(self, frame: FrameType) -> bool:

@@ -1,4 +1,4 @@
-"""Whose pass runs: calls of a patched model, of its parts, and of others that share them."""
+"""Which model a running call belongs to: the patched one, or another that shares its modules."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from sparsiattn.runtime.thread_state import MODEL_CALL, SITE_CALLS, forget_model
 
 
 def leave_model(key: int) -> None:
-    """The model of that patch runs no more."""
+    """Clean up after the patched model's pass has ended."""
     forget_caller(-key)
     forget_models((key,))
     forget_pass()
 
 
 def is_inside(owner: PatchOwner) -> bool:
-    """Whether the patched model runs, and was not interrupted."""
+    """Whether the patched model is running and was not interrupted."""
     if owner.key not in MODEL_CALL.inside:
         return False
     if torch.compiler.is_compiling() or not abandoned(-owner.key):
@@ -41,20 +41,21 @@ def is_inside(owner: PatchOwner) -> bool:
 
 
 def runs_elsewhere(owner: PatchOwner) -> bool:
-    """Whether another thread is in a pass of the patched model."""
+    """Whether another thread is running the patched model."""
     calls = list(owner.running.items())
     return any(call.exists for thread, call in calls if thread != get_ident())
 
 
 def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:
-    """Whether a module runs for another model that shares it with the patched one.
+    """Whether a module is called by another model that shares it with the patched model.
 
-    A part that is called from outside is sparse, unless a module runs that holds the part and
-    neither holds the patched model nor belongs to it. The patch notes such a model.
+    A submodule that is called on its own is sparse. It is dense if another model calls it: a
+    running module that contains the submodule, does not contain the patched model, and is not part
+    of it. The patch notes such models.
 
     Args:
         owner: The patch.
-        module: A part of its model, in one of whose hooks this is asked.
+        module: A submodule of the patched model; the caller is one of its hooks.
     """
     if torch.compiler.is_compiling():
         return False
@@ -64,14 +65,18 @@ def runs_in_another(owner: PatchOwner, module: nn.Module) -> bool:
 def surroundings(
     owner: PatchOwner, module: nn.Module, caller: FrameType | None
 ) -> tuple[bool, OpenCall | None]:
-    """What `runs_in_another` says of an eager call, and the call of the model that it is part of.
+    """Whether another model calls a module, and the call of the patched model that contains it.
 
-    The call is None where the part runs by itself or for another model.
+    Eager calls only, see `runs_in_another`.
 
     Args:
         owner: The patch.
-        module: A part of its model.
-        caller: Who called its hook.
+        module: A submodule of the patched model.
+        caller: The frame that called its hook.
+
+    Returns:
+        Whether the module runs in another model, and the patched model's call; None if the module
+        runs on its own or in another model.
     """
     model_call = SITE_CALLS.callers.get(-owner.key)
     number = model_call.number if isinstance(model_call, OpenCall) else None
@@ -79,7 +84,7 @@ def surroundings(
     while frame is not None:
         code = frame.f_code
         if code is HOOKED_CALL and frame is caller and frame.f_back is not None:
-            frame = frame.f_back.f_back  # that is the call of this very module
+            frame = frame.f_back.f_back  # skip the frames of this module's own call
             continue
         if code is HOOKED_CALL and id(frame) == number:
             if isinstance(model_call, OpenCall) and model_call.exists:
@@ -98,7 +103,7 @@ def surroundings(
 
 
 def _names_module(frame: FrameType) -> bool:
-    """Whether this is the frame of a module's call with the fewest locals, which are dear."""
+    """Whether to read the module from this frame: the one with the fewest locals, for speed."""
     code = frame.f_code
     if code is not MODULE_CALL:
         return code is OUTER_CALL
@@ -106,16 +111,16 @@ def _names_module(frame: FrameType) -> bool:
 
 
 def _shares(owner: PatchOwner, module: nn.Module, other: nn.Module) -> bool:
-    """Whether another model holds the module and not the patched model; it is noted then."""
-    held = set(other.modules())
-    if module not in held or owner.model in held:
+    """Whether another model contains the module but not the patched model; notes such a model."""
+    modules = set(other.modules())
+    if module not in modules or owner.model in modules:
         return False
     owner.other_models.add(type(other).__name__)
     return True
 
 
 def _is_part(owner: PatchOwner, module: nn.Module) -> bool:
-    """Whether a module belongs to the patched model, and is no traced program."""
+    """Whether a module belongs to the patched model and is not a traced program."""
     if ref(module) in owner.parts:
         return True
     owner.parts = {ref(m) for m in owner.model.modules() if not isinstance(m, GraphModule)}

@@ -1,4 +1,4 @@
-"""Attention over padded batches: every image as if it came alone, without its padding."""
+"""Attention over padded batches: every image gives the same result as alone, without padding."""
 
 from __future__ import annotations
 
@@ -33,19 +33,22 @@ from sparsiattn.strategies.base import Planner
 def find_own_tokens(
     runtime: SiteRuntime, call: HostCall, *, reduces: bool = False
 ) -> tuple[HostCall, OwnTokens | None]:
-    """The call, a mask that hides nothing taken off, and each image's own tokens.
-
-    None where no image has padding.
+    """The tokens of each image that are not padding, read from a call's mask.
 
     Args:
         runtime: The site.
         call: Its call.
-        reduces: Whether tokens will be chosen by it.
+        reduces: Whether the call belongs to a sequence that a token strategy reduces.
+
+    Returns:
+        The call, without a mask that hides nothing, and each image's own tokens; None if no image
+        has padding.
     """
     if not _may_hide(runtime, call):
         return call, None
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not reduces:
-        return call, None  # no branch on values: padding is masked, but shares count it
+        # no branch on values here: padding stays masked, but counts in the budget of keys
+        return call, None
     assert call.mask is not None
     _refuse_graphs(runtime, call.mask)
     explicit = with_explicit_mask(call, runtime.layout)
@@ -60,16 +63,16 @@ def find_own_tokens(
 
 
 def _may_hide(runtime: SiteRuntime, call: HostCall) -> bool:
-    """Whether the mask must be looked at: its values tell padding, and cost a wait."""
+    """Whether the mask may hide padding, so that its values must be read (a device sync)."""
     mask, site = call.mask, runtime.site
     if mask is None or mask.is_meta or runtime.layout.form not in BY_IMAGE:
         return False
-    # masks of windows are the host's own; blocks with fewer tokens attend in frames or tiles alone
+    # window masks do not mark padding; in reduced blocks, windows are frames or tiles
     if site.windows > 1 and runtime.block is None:
         return False
     if call.q.shape[0] == 0:
         return False
-    # a graph holds no branch on values; what was one mask for all images then, still is
+    # a graph cannot branch on values; a mask shared by all images at patch time still is shared
     fixed = site.bias == "bias" or (site.bias == "mask" and mask.shape[:-3].numel() == 1)
     return not (fixed and _in_graph())
 
@@ -82,9 +85,9 @@ def _refuse_graphs(runtime: SiteRuntime, mask: Tensor) -> None:
     if not (_in_graph() or torch._C._functorch.is_batchedtensor(mask)):
         return
     raise InvalidOption(
-        f"site {runtime.site.name!r} got a mask, and which tokens of an image are padding is known "
-        "from its values alone, which torch.compile, tracing, export and vmap cannot look at: run "
-        "padded batches eagerly, or give images without padding and without a mask"
+        f"site {runtime.site.name!r} got a mask. Only its values tell which tokens are padding, "
+        "and torch.compile, tracing, export and vmap cannot read values: run padded batches "
+        "eagerly, or pass images without padding and without a mask"
     )
 
 
@@ -95,7 +98,7 @@ def attend_own(
     own: OwnTokens,
     state: TokenState | None = None,
 ) -> Tensor:
-    """Attention of a padded batch in which no token was dropped yet."""
+    """Attention of a padded batch in which no token has been dropped yet."""
     if runtime.decide(call.k.shape[-2]) is Decision.HOST:
         return runtime.host(call)
     # patterns that a second call of the module must share
@@ -119,13 +122,13 @@ def begin_padded(site: Site, maps: Maps | None, state: TokenState, own: OwnToken
     Args:
         site: A site of the block.
         maps: As in `patch_grid`.
-        state: The batch's, before any reduction.
+        state: The state of the batch, before any reduction.
         own: Each image's own tokens.
     """
     if state.suffix:
         raise InvalidOption(
-            f"site {site.name!r} has tokens behind the patches ({site.structure}), and which of "
-            "them a padded batch has where is not known: give images without padding"
+            f"site {site.name!r} has tokens after the patches ({site.structure}), whose positions "
+            "in a padded batch are not known: pass images without padding"
         )
     prefix = state.prefix
     states = [
@@ -138,16 +141,16 @@ def begin_padded(site: Site, maps: Maps | None, state: TokenState, own: OwnToken
 def image_calls(
     runtime: SiteRuntime, state: PaddedTokens, call: HostCall
 ) -> Iterator[tuple[TokenState, HostCall]]:
-    """Each image's state and its part of a call, padding left out.
+    """Yield each image's state and its part of a call, without padding.
 
     Raises:
-        ModelChanged: The host's mask is over other tokens than the batch came with.
+        ModelChanged: The host's mask has another number of keys than the batch has tokens.
     """
     total = state.own.total
     if call.mask is not None and call.mask.shape[-1] not in (1, total):
         raise ModelChanged(
-            f"site {runtime.site.name!r} got a mask over {call.mask.shape[-1]} keys, where images "
-            f"were padded to {total} tokens: masks must be over all tokens, as in the first block"
+            f"site {runtime.site.name!r} got a mask over {call.mask.shape[-1]} keys, but images "
+            f"were padded to {total} tokens: masks must cover all tokens, as in the first block"
         )
     layout = runtime.layout
     mask = None if call.mask is None else layout.fold_mask(call.mask, call.q)
@@ -169,19 +172,20 @@ def _own_mask(mask: Tensor, image: int, places: Tensor) -> Tensor:
 
 
 def padding_among(arguments: Any, x: Tensor, prefix: int) -> tuple[bool, OwnTokens | None]:
-    """Whether there is a mask among a block's arguments, and each image's own tokens by it.
-
-    None where no image has padding.
+    """Read each image's own tokens from a mask among a block's arguments.
 
     Args:
-        arguments: Positional ones and keywords.
+        arguments: Positional and keyword arguments.
         x: The sequence ``[B, N, C]``.
-        prefix: Leading tokens that are no patches.
+        prefix: Number of leading tokens that are not patches.
+
+    Returns:
+        Whether there is a mask, and each image's own tokens; None if no image has padding.
     """
     args, kwargs = arguments
     batch, tokens = x.shape[:2]
     named: list[tuple[str, Any]] = [("", value) for value in args] + list(kwargs.items())
-    # without an assignment inside, which Dynamo does not always follow
+    # no assignment expression, which Dynamo does not always follow
     candidates = [_as_mask(name, value, batch, tokens) for name, value in named]
     masks = [mask for mask in candidates if mask is not None]
     for mask in masks:
@@ -193,18 +197,18 @@ def padding_among(arguments: Any, x: Tensor, prefix: int) -> tuple[bool, OwnToke
 
 
 def _as_mask(name: str, value: Any, batch: int, tokens: int) -> Tensor | None:
-    """An argument as a mask ``[B|1, H|1, N|1, N]``, where its shape and name say that it is one."""
+    """An argument as a mask ``[B|1, H|1, N|1, N]``, if its shape and name fit; else None."""
     if not isinstance(value, Tensor) or value.shape[-1:] != (tokens,):
         return None
     if value.dim() == 2 and "key_padding_mask" in name and value.shape[0] == batch:
-        mask = ~value if value.dtype == torch.bool else value  # True forbids, as in PyTorch
+        mask = ~value if value.dtype == torch.bool else value  # True is masked, as in PyTorch
         return mask[:, None, None]
     fits = value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[2] in (1, tokens)
     return value if fits and (value.dtype == torch.bool or value.is_floating_point()) else None
 
 
 def padded_rows(state: PaddedTokens, rows: list[Tensor], runtime: SiteRuntime) -> Tensor:
-    """Each image's result ``[1, H, m, Dv]``, zeros behind it, as one in the host's layout."""
+    """One batch in the host's layout, from each image's result ``[1, H, m, Dv]``, zero-padded."""
     folded = [runtime.layout.fold(x) for x in rows]
     padded = [F.pad(x, (0, 0, 0, state.longest - x.shape[2])) for x in folded]
     out = torch.cat(padded)
@@ -212,11 +216,19 @@ def padded_rows(state: PaddedTokens, rows: list[Tensor], runtime: SiteRuntime) -
 
 
 def refuse_late_padding(runtime: SiteRuntime, own: OwnTokens | None) -> None:
-    """Tokens were chosen before any block showed which of them are padding."""
+    """Refuse padding that is found after tokens were dropped.
+
+    Args:
+        runtime: The site.
+        own: Each image's own tokens; None if there is no padding.
+
+    Raises:
+        InvalidOption: There is padding.
+    """
     if own is None:
         return
     raise InvalidOption(
-        f"site {runtime.site.name!r} got a mask that hides padding, and tokens were dropped or "
-        "merged before any attention mask told which they are: reduce from a later block on, e.g. "
-        "layers=[1, ...], or give the block its mask as an argument"
+        f"site {runtime.site.name!r} got a mask that hides padding, but tokens were dropped or "
+        "merged before any attention mask showed which tokens are padding: reduce from a later "
+        "block on, e.g. layers=[1, ...], or pass the mask to the block as an argument"
     )

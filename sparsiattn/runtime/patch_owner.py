@@ -22,14 +22,14 @@ _KEYS = itertools.count(1)
 
 
 def new_key() -> int:
-    """A number that no other patch or site of this process has."""
+    """A number that is unique among the patches and sites of this process."""
     return next(_KEYS)
 
 
 _LAST_PASSES: ContextVar[Mapping[PatchOwner, list[tuple[Carried, int] | None]]] = ContextVar(
     "sparsiattn_last_passes"
 )
-"""By patch, which the keys do not keep alive; contexts that end take theirs with them."""
+"""The last pass of each patch. Keys are weak references, and values end with their context."""
 
 
 class PatchOwner:
@@ -38,25 +38,25 @@ class PatchOwner:
     Attributes:
         model: The patched model.
         key: Number of this patch in this process; a copy gets its own.
-        alive: False from `unpatch` on. An interrupt can leave a scope open beyond that.
-        image: Rows and columns of the last map that tokens were made of, for a backward pass that
-            runs blocks again in another thread.
-        map_size: Its rows and columns at patch time.
-        tokens: The token strategy, if there is one.
-        proportional: Whether merged tokens weigh by their size in attention.
-        parameters: Names of what the model's forward takes.
-        defaults: Their defaults.
-        known_calls: Ways of calling the model (see `call_key`), and whether a way needs every
-            position where blocks do not give them back anyway.
-        other_models: Classes of models that share parts with this one and were seen to run them;
-            there they run dense.
-        reads_prefix: Whether the model's head reads prefix tokens alone.
-        parts: The model's modules, as they were when last looked through.
-        running: By thread, the call of the model that began there and has not ended.
+        alive: False after `unpatch`. An interrupt can leave a scope open longer than that.
+        image: Rows and columns of the last feature map that tokens were made of, for a backward
+            pass that recomputes blocks in another thread.
+        map_size: Rows and columns of that map at patch time.
+        tokens: The token strategy; None if there is none.
+        proportional: Whether attention weights merged tokens by their size.
+        parameters: Names of the parameters of the model's forward.
+        defaults: Defaults of those parameters.
+        known_calls: By `call_key`, whether a call needs all positions where blocks would not
+            restore them anyway.
+        other_models: Class names of other models that share modules with this one and have run
+            them; the modules run dense there.
+        reads_prefix: Whether the model's head reads only prefix tokens.
+        parts: Cache of the model's modules.
+        running: By thread, the call of the model that is running there.
         leave_hook: Handle of the hook at the end of a pass.
-        active_monitor: What watches the patch in use, see `Patch.monitor`; None for nothing.
+        active_monitor: The running `Monitor`, see `Patch.monitor`; None if there is none.
         monitored: By thread, the monitor and the setting of the pass that it watches there.
-        went_dense: Whether a monitor made it run dense.
+        went_dense: Whether a monitor made the patch run dense.
     """
 
     def __init__(self, model: nn.Module, map_size: Grid) -> None:
@@ -91,7 +91,7 @@ class PatchOwner:
         return settings.are_set() and self.key in settings.disabled
 
     def _runs_dense(self) -> bool:
-        """Whether what a monitor decided holds here; within a pass, what held at its entry does."""
+        """Whether a monitor's switch to dense applies here; a running pass keeps its state."""
         if torch.compiler.is_compiling():
             return not self.training
         if self.training or self.is_examined:
@@ -108,28 +108,28 @@ class PatchOwner:
 
     @property
     def last_pass(self) -> tuple[Carried, int] | None:
-        """Tokens and batch size at the end of this thread's, or task's, last eager forward pass.
+        """Tokens and batch size at the end of the last eager forward pass of this thread or task.
 
-        What a checkpoint runs again is no forward pass.
+        The recomputation of a checkpoint does not count as a forward pass.
         """
-        passed = _LAST_PASSES.get({}).get(self)
-        return None if passed is None else passed[0]
+        record = _LAST_PASSES.get({}).get(self)
+        return None if record is None else record[0]
 
     @last_pass.setter
     def last_pass(self, value: tuple[Carried, int] | None) -> None:
         if in_backward() or (value is None and self not in _LAST_PASSES.get({})):
             return
-        passes = WeakKeyDictionary(_LAST_PASSES.get({}))  # a new one: contexts are handed on
+        passes = WeakKeyDictionary(_LAST_PASSES.get({}))  # a copy, as contexts share the original
         passes[self] = [value]
         _LAST_PASSES.set(passes)
 
     def note_block(self, value: tuple[Carried, int]) -> None:
-        """Set `last_pass` behind a block; within a pass, whose entry made a record, in place."""
-        passed = _LAST_PASSES.get({}).get(self)
-        if passed is None or self.key not in MODEL_CALL.inside:
+        """Set `last_pass` after a block; within a pass, update the existing record in place."""
+        record = _LAST_PASSES.get({}).get(self)
+        if record is None or self.key not in MODEL_CALL.inside:
             self.last_pass = value
         elif not in_backward():
-            passed[0] = value
+            record[0] = value
 
     @property
     def shortens(self) -> bool:
@@ -137,21 +137,25 @@ class PatchOwner:
         return False
 
     def call_needs_all(self, args: Any, kwargs: Any) -> bool:
-        """Whether a call in a way that is not known yet needs every position."""
+        """Whether a call whose `call_key` is not known yet needs all positions."""
         return True
 
     def restores_from(self, index: int) -> bool:
-        """Whether a block gives original positions back, this one or one behind it."""
+        """Whether this block or a later one restores original positions."""
         return BLOCK_CALL.restoring
 
     @property
     def restore_mode(self) -> Literal["scatter", "unfold"]:
-        """How original positions come back; see `TokenState.restore_patches`."""
+        """How original positions are restored; see `TokenState.restore_patches`."""
         scatters = self.tokens is not None and self.tokens.restore == "scatter"
         return "scatter" if scatters else "unfold"
 
     def maps(self) -> Maps | None:
-        """Sizes of the map that the tokens of this thread's present forward pass are made of."""
+        """Size of the feature map that tokens are made of, in this thread's current forward pass.
+
+        Returns:
+            The size in this pass and the size at patch time; None if the size is not known.
+        """
         image = MODEL_CALL.image
         now = image[1:] if image is not None and image[0] == self.key else self.image
         return None if now is None else (now, self.map_size)

@@ -1,4 +1,4 @@
-"""`PatchState`: everything that a patch knows and everything that it changed in the model."""
+"""`PatchState`: everything that a patch knows about its model, and every change it made to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATCH_ATTRIBUTE = "_sparsiattn_patch"
 """Name under which a model's ``__dict__`` holds its patch."""
 
 SWITCHING = threading.RLock()
-"""Held while attribute overrides are turned or hooks are removed."""
+"""Lock that is held while attribute overrides are switched or hooks are removed."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class ModelAttention:
 
     Attributes:
         backbone: Name of the adapter.
-        example: What dry runs call the model with.
-        sites: Sites that can be patched, with the layout of their host.
+        example: The input of dry runs.
+        sites: Sites that can be patched, with the layout of their operands.
         skipped: ``(name, reason)`` of attention that cannot be patched.
         unread: Names of sites whose attention weights nothing reads.
-        lifted: Names of sites that write their softmax by hand.
-        sums_bias: Names of sites whose bias is a sum that need not be computed.
-        map_module: Path of the convolution that makes tokens; None where none does.
-        map_size: Rows and columns of what it returns, or of the image.
-        entrances: Paths of modules whose input a checkpoint may hand in once more.
-        macs: Multiply-accumulates of the dense model for one image, None where not all are known.
+        lifted: Names of sites with hand-written attention.
+        sums_bias: Names of sites whose bias is a sum that can be left uncomputed.
+        map_module: Path of the convolution that makes tokens; None if there is none.
+        map_size: Rows and columns of its output, or of the image.
+        entrances: Paths of modules that a checkpoint may recompute with the same input.
+        macs: Multiply-accumulates of the dense model for one image; None if not all are known.
     """
 
     backbone: str
@@ -67,26 +67,26 @@ class ModelAttention:
 
 
 class PatchState(PatchOwner):
-    """What a patch knows of its model, decided, and changed.
+    """The data and decisions of a patch, and its changes to the model.
 
     Attributes:
         attention: The model's attention at the input size of patch time, or at a later one.
-        strategy: As `patch` was told.
-        kernel: As `patch` was told.
-        follows_model: Whether the input size is the model's own, so that it may change later.
-        structure: What the user said of the model's sequences; None for nothing.
+        strategy: The strategy passed to `patch`.
+        kernel: The kernel name passed to `patch`.
+        follows_model: Whether the input size was taken from the model, so that it may change later.
+        structure: The structure of the model's sequences, as passed to `patch`; None if not passed.
         runtimes: One per patched site, in order.
         blocks: One per block that carries fewer tokens, in order.
-        whole_blocks: ``(name, reason)`` of blocks that keep every token beside those.
+        whole_blocks: ``(name, reason)`` of blocks that keep every token although others do not.
         overrides: Attributes of the host that patching switched.
         hooks: Handles of every registered hook.
-        places: Module path and module of everything that must stay where it was.
-        links: Every module on those paths with its holder and its name there.
-        recalls_maps: Whether hooks bring the map of tokens back to what a checkpoint runs again.
-        is_copy: Whether it came with a copy of its model, or of a part of it, or from a file.
-        only_if_faster: Whether sites that were expected to lose time stay dense.
-        speed_note: What to say of its speed and what to type instead, where it was expected to lose
-            time when it was made; else empty.
+        places: Path and module of every module that must not be replaced.
+        links: ``(parent, name, module)`` of every module on those paths.
+        recalls_maps: Whether hooks restore the map size for modules that a checkpoint recomputes.
+        is_copy: Whether the patch was copied with its model or a part of it, or was unpickled.
+        only_if_faster: Whether sites that were expected to be slower stay dense.
+        speed_note: A note on the expected speed with a faster alternative, if the patch was
+            expected to be slower when it was made; else empty.
     """
 
     def __init__(
@@ -119,14 +119,14 @@ class PatchState(PatchOwner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, is_copy=True)
-        self.key = new_key()  # a copy is disabled on its own
+        self.key = new_key()  # `disabled` acts on the copy independently
         if self.alive:
             hold(self)
-        for override in self.overrides:  # objects copy as the host has them
+        for override in self.overrides:  # a copied object has the host's values
             switch_on(override, self)
 
     def __copy__(self) -> PatchState:
-        """The same decisions, for another model: nothing of this one is switched or hooked."""
+        """A patch with the same decisions for another model, without hooks or overrides."""
         bare = type(self).__new__(type(self))
         bare.__dict__.update(self.__dict__, overrides=[], hooks=[], places=[], links=[])
         bare.running, bare.parts, bare.recalls_maps = {}, set(), False
@@ -141,7 +141,7 @@ class PatchState(PatchOwner):
 
     @property
     def title(self) -> str:
-        """What was patched, in a few words."""
+        """One line that names the strategy, the number of sites and the model."""
         sites = f"{len(self.runtimes)} sites of {type(self.model).__name__}"
         return f"{self.strategy.name} on {sites}"
 
@@ -152,7 +152,7 @@ class PatchState(PatchOwner):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image, as dry runs take it (of the first tensor where there is none)."""
+        """Shape of one image in dry runs; of the first input tensor if the model takes no image."""
         return self.attention.example.shape
 
     @property
@@ -172,13 +172,13 @@ class PatchState(PatchOwner):
 
     @property
     def runs_on_cpu(self) -> bool:
-        """Whether the model's first weight is there, or not yet anywhere."""
+        """Whether the model's first parameter is on the CPU or the meta device."""
         first = next(self.model.parameters(), None)
         return first is None or first.device.type in ("cpu", "meta")
 
     @property
     def has_learned_planners(self) -> bool:
-        """Whether `calibrate` has planners to fit here."""
+        """Whether the patch has planners that `calibrate` can fit."""
         return any(isinstance(runtime.planner, LearnedPlanner) for runtime in self.runtimes)
 
     @property
@@ -188,7 +188,7 @@ class PatchState(PatchOwner):
 
     @property
     def restores_last(self) -> bool:
-        """Whether original positions come back after the last block of a sequence."""
+        """Whether original positions are restored after the last block of a sequence."""
         return any(block.restores and block.last for block in self.blocks)
 
     def restores_from(self, index: int) -> bool:
@@ -197,7 +197,7 @@ class PatchState(PatchOwner):
         return any(b.restores and (b.repeated or b.index >= index) for b in self.blocks)
 
     def describe_anew(self, attention: ModelAttention) -> None:
-        """Take the sites of another input size."""
+        """Update every site and block for another input size."""
         self.attention, self.map_size = attention, attention.map_size
         by_name = {site.name: (site, layout) for site, layout in attention.sites}
         for runtime in self.runtimes:
@@ -206,7 +206,7 @@ class PatchState(PatchOwner):
             block.site, block.rows = (by_name[s.name][0] for s in (block.site, block.rows))
 
     def note_links(self) -> None:
-        """Note the way to every place, which `check_sites` then finds unchanged at a glance."""
+        """Store the path to every patched module, so that `check_sites` is fast."""
         links = {}
         for path, _ in self.places:
             holder = self.model
@@ -224,7 +224,7 @@ class PatchState(PatchOwner):
         self.check_sites()
 
     def check_sites(self) -> None:
-        """Raise `ModelChanged` if a patched module, or one that holds it, is gone or another."""
+        """Raise `ModelChanged` if a patched module or a parent of one was replaced or removed."""
         for holder, name, child in self.links:  # no generator: this runs before every pass
             if holder._modules.get(name) is not child:
                 break
@@ -242,7 +242,7 @@ class PatchState(PatchOwner):
                 )
 
     def turn_overrides_on(self, overrides: list[AttributeOverride]) -> None:
-        """Make these attributes of the host read as the patch needs them, where it is on."""
+        """Switch these attributes of the host to the values that the patch needs."""
         self.overrides = overrides
         for override in overrides:
             switch_on(override, self)
@@ -254,28 +254,28 @@ class PatchState(PatchOwner):
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """The host's own path inside the block, bit-equal to the unpatched model.
+        """Run the host's own attention inside the block, bit-equal to the unpatched model.
 
-        It holds for the thread, or the task of an event loop, that entered the block, and for what
-        that hands its context on to (`asyncio.to_thread`, tasks it makes); in a generator, only
-        while the generator runs. Everybody else sees the patch. With gradient checkpointing, run
-        the backward pass inside the block too. Only `nn.TransformerEncoderLayer`, which leaves its
-        fused path wherever a hook hangs, can differ by rounding.
+        It applies to the thread or asyncio task that entered the block, and to code that inherits
+        its context (`asyncio.to_thread`, tasks created inside). In a generator it applies only
+        while the generator runs. Other threads and tasks see the patch. With gradient
+        checkpointing, run the backward pass inside the block too. Only `nn.TransformerEncoderLayer`
+        can differ by rounding, as it leaves its fused path when it has hooks.
         """
         with settings.setting("disabled", self.key):
             yield self.model
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[nn.Module]:
-        """Dense attention inside the block, every site's operands handed to a function.
+        """Run dense attention inside the block, and pass every site's operands to a function.
 
-        It is how planners are fitted and attention is measured or drawn although it runs fused.
+        This is how planners are fitted, and how attention is measured or drawn.
 
         Args:
             observer: Called as ``observer(site, planner, inputs)`` before the host's attention.
 
         Raises:
-            InvalidOption: This thread, or task, is observing already.
+            InvalidOption: This thread or task is observing already.
         """
         if settings.observer is not None:
             raise InvalidOption("this thread is observing a patch already; leave that block first")
@@ -286,7 +286,7 @@ class PatchState(PatchOwner):
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DataParallel or DistributedDataParallel."""
     if not isinstance(model, nn.Module):
-        raise InvalidType(f"a torch.nn.Module is needed, got {type(model).__name__}")
+        raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         name = "module" if isinstance(model, parallel) else "_orig_mod"
@@ -297,15 +297,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> PatchState | None:
-    """The live patch of a model (or of its copy), None if there is none."""
+    """The active patch of a model (or of its copy); None if there is none."""
     return vars(unwrap(model)).get(PATCH_ATTRIBUTE)
 
 
 def live_patches(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Patches of the model, of its parts, and of a model that it is a part of.
+    """Patches of a model, of its submodules, and of a model that contains it.
 
     Yields:
-        A module that carries the patch, and the patch.
+        A module with hooks of a patch, and the patch.
     """
     for module in model.modules():
         hooks = module._forward_pre_hooks.values()

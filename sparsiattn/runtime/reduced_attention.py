@@ -1,6 +1,7 @@
-"""Attention over a sequence that a token strategy has made shorter.
+"""Attention over a sequence that a token strategy has shortened.
 
-Masks are cut down, merged tokens weigh by their size, packed images are kept apart.
+Masks are reduced to the remaining tokens, merged tokens are weighted by their size, and packed
+images attend separately.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sparsiattn.strategies.base import Planner
 
 @dataclass(frozen=True, eq=False)
 class ProportionalCall(HostCall):
-    """A call whose mask is the log size of merged tokens, ``[B, 1, 1, N]``, and no more."""
+    """A call whose mask is only the log size of merged tokens, ``[B, 1, 1, N]``."""
 
     def dense(self) -> Tensor:
         operands = self.q, self.k, self.v
@@ -52,7 +53,7 @@ class ProportionalCall(HostCall):
 def reduced_attention(
     runtime: SiteRuntime, planner: Planner, state: Carried, call: HostCall
 ) -> Tensor:
-    """What stands in for the host's call, in the host's layout."""
+    """The result of a host's call over a shortened sequence, in the host's layout."""
     if isinstance(state, PaddedTokens):
         return _padded(runtime, planner, state, call)
     if isinstance(state, PackedTokens):
@@ -70,7 +71,7 @@ def reduced_attention(
 
 
 def full_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Tensor:
-    """The same over a sequence with every token."""
+    """The result of a host's call over a sequence with every token, in the host's layout."""
     if runtime.decide(call.k.shape[-2]) is Decision.HOST:
         return runtime.host(call)
     call, own = find_own_tokens(runtime, call)
@@ -80,10 +81,10 @@ def full_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Te
 
 
 def _found_padding(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:
-    """As `find_own_tokens`; notes that later consumers of tokens will go by that mask."""
-    given = call.mask is not None
+    """As `find_own_tokens`; also notes that later consumers of tokens may depend on the mask."""
+    has_mask = call.mask is not None
     call, own = find_own_tokens(runtime, call, reduces=True)
-    if own is not None or (given and runtime.site.bias == "none"):
+    if own is not None or (has_mask and runtime.site.bias == "none"):
         BLOCK_CALL.masked = True
     return call, own
 
@@ -95,7 +96,7 @@ def _of_state(
     call: HostCall,
     group: Hashable = None,
 ) -> Tensor:
-    """Attention of images that carry equally many tokens."""
+    """Attention of images with the same number of tokens."""
     call = _fitted(runtime, state, call)
     if state.policy is not None:
         return _by_policy(runtime, planner, state, call, group)
@@ -108,7 +109,7 @@ def _padded(
     padded: PaddedTokens,
     call: HostCall,
 ) -> Tensor:
-    """Every image's own tokens among themselves."""
+    """Attention of a padded batch: each image's own tokens attend to each other."""
     BLOCK_CALL.masked = True
     if BLOCK_CALL.wants_attention and BLOCK_CALL.attention is None:
         maps = runtime.owner.maps()
@@ -127,7 +128,7 @@ def _padded(
 
 
 def _fitted(runtime: SiteRuntime, state: TokenState, call: HostCall) -> HostCall:
-    """The call with its mask cut down, plus the log size of every key if merged tokens weigh."""
+    """The call with its mask reduced; proportional attention adds the log size of every key."""
     mask = None if call.mask is None else state.fit_mask(call.mask)
     log_size = state.log_size(call.q.dtype) if runtime.owner.proportional else None
     if log_size is None:
@@ -148,10 +149,11 @@ def _by_policy(
     call: HostCall,
     group: Hashable = None,
 ) -> Tensor:
-    """Softmax whose keys weigh as much as a differentiable policy says (DynamicViT, 3.3).
+    """Softmax with keys weighted by a differentiable policy (DynamicViT, section 3.3).
 
-    One fused call instead of the attention matrix: values carry the weight and one channel more
-    that sums it up. The published code also lets a dropped query see itself; nobody reads its row.
+    One fused call replaces the attention matrix: values are multiplied by the weights, and one
+    more channel sums the weights. The published code also lets a dropped query attend to itself;
+    its row is never used, so this is left out.
     """
     assert state.policy is not None
     weight = F.pad(state.policy, (state.prefix, state.suffix), value=1.0)
@@ -162,7 +164,7 @@ def _by_policy(
 
 
 def _packed(runtime: SiteRuntime, planner: Planner, packed: PackedTokens, call: HostCall) -> Tensor:
-    """Every image for itself: in one call of a ragged kernel where nothing else is to be done."""
+    """Attention of packed images, each separately; one call of a ragged kernel if it is dense."""
     images = [
         (state, _of_image(call, i, where))
         for i, (state, where) in enumerate(zip(packed.states, packed.slices(), strict=True))
@@ -182,7 +184,7 @@ def _by_ragged_kernel(runtime: SiteRuntime, packed: PackedTokens, call: HostCall
     """Dense attention of all images in one call."""
     inputs = _inputs(runtime, call, None)
     pattern = Lengths(call.q.shape[-2], call.k.shape[-2], packed.lengths)
-    # which keys to see was not asked of a kernel by name, so any may keep images apart
+    # the user's kernel may not support ragged batches; dense attention may use any kernel
     kernels = runtime.kernels
     if kernels[0].why_not(inputs, pattern):
         kernels = tuple(REGISTRY.all("kernels").values())
@@ -193,7 +195,7 @@ def _by_ragged_kernel(runtime: SiteRuntime, packed: PackedTokens, call: HostCall
 def _inputs(
     runtime: SiteRuntime, call: HostCall, state: TokenState | None, maps: Maps | None = None
 ) -> AttentionInputs:
-    """Operands of images by themselves, without tiles; of packed ones also without a grid."""
+    """Operands of a call without tiles; for packed images also without a grid."""
     return canonical(runtime.site, runtime.layout, call, maps, token_state=state)
 
 

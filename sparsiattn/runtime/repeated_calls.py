@@ -1,8 +1,8 @@
-"""Attention calls like an earlier one of their site, which need no planning.
+"""A cache of attention calls that equal an earlier call of their site and need no planning.
 
-Where a plan says nothing of values, as that of `TopKeys`, whose keys the kernel finds, everything
-between the host's call and the kernel's depends on layouts and modes alone. At small sizes that
-takes as long as the attention itself.
+If a plan does not depend on tensor values (as for `TopKeys`, whose keys the kernel finds), all work
+between the host's call and the kernel's call depends only on shapes, strides and modes. At small
+sizes that work takes as long as the attention itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_CALLS = 16
 
 
 class PlannedSite(Protocol):
-    """What is read and written here of a `SiteRuntime`."""
+    """The attributes of a `SiteRuntime` that are used here."""
 
     site: Site
     layout: Layout
@@ -44,16 +44,16 @@ class PlannedSite(Protocol):
 
 
 class RepeatableCall(NamedTuple):
-    """The kernel's part of calls alike, and what it was chosen with.
+    """The kernel call of equal attention calls, and the state it was chosen in.
 
     Attributes:
-        attend: Attention of q, k and v.
-        choice: The kernel.
+        attend: Function that computes attention of q, k and v.
+        choice: The chosen kernel.
         site: The site at that time.
-        strategy: Its strategy.
-        planner: Its planner.
-        kernels: Its kernels.
-        prices: Number of the prices by which the kernel was chosen.
+        strategy: The strategy at that time.
+        planner: The planner at that time.
+        kernels: The kernels to choose from at that time.
+        prices: Generation of the kernel costs (`cost.generation`) that the choice is based on.
     """
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -77,12 +77,12 @@ class RepeatableCall(NamedTuple):
 
 @dataclass(eq=False)
 class RepeatedCalls:
-    """What runs for calls alike, by all that their plan depends on; copies start empty.
+    """Cached calls of one site; copies start empty.
 
     Attributes:
-        known: By `_key`.
-        by_shape: Whether the site's plans depend on shapes alone, as it was when the present pass
-            of the model began.
+        known: The cached calls by `_key`.
+        by_shape: Whether the site's plans depend only on shapes, as determined when the current
+            pass of the model began.
     """
 
     known: dict[Hashable, RepeatableCall] = field(default_factory=dict)
@@ -92,16 +92,16 @@ class RepeatedCalls:
         return {"known": {}}
 
     def look_at(self, planner: Planner) -> None:
-        """Ask a planner whether its plans depend on shapes alone.
+        """Read from a planner whether its plans depend only on shapes.
 
-        All planners are asked before the model runs: one that learns looks at its weights for that,
-        which takes several times as long between two layers.
+        This is done for all planners before the model runs: a learned planner inspects its weights
+        for it, which takes several times as long between two layers.
         """
         self.by_shape = bool(getattr(planner, "plans_by_shape", False))
 
     def run(self, runtime: PlannedSite, call: HostCall) -> Tensor | None:
-        """What an equal call would return; None where none was noted."""
-        # in this order, or Dynamo guards what is known
+        """The result of a call by its cached kernel; None if no equal call is cached."""
+        # this order keeps Dynamo from guarding the cache
         if settings.are_set() or not self.known or not _is_plain(call):
             return None
         if not self._plans_by_shape(runtime):
@@ -120,7 +120,7 @@ class RepeatedCalls:
         pattern: Pattern,
         choice: Choice,
     ) -> None:
-        """Note a call, if the next one like it may leave planning out."""
+        """Cache a call, if equal calls can skip planning."""
         if settings.are_set() or not _is_plain(call) or not self._plans_by_shape(runtime):
             return
         if not _took_operands_as_they_are(runtime, call, inputs):
@@ -136,18 +136,18 @@ class RepeatedCalls:
         )
 
     def _plans_by_shape(self, runtime: PlannedSite) -> bool:
-        """Whether the site is sparse, by plans that depend on shapes alone."""
+        """Whether the site is sparse and its plans depend only on shapes."""
         if not runtime.owner.alive or runtime.dense:
             return False
-        if runtime.owner.key not in MODEL_CALL.inside:  # a part of the model, called by itself
+        if runtime.owner.key not in MODEL_CALL.inside:  # a submodule was called on its own
             self.look_at(runtime.planner)
         return self.by_shape
 
 
 def _is_plain(call: HostCall) -> bool:
-    """Whether nothing beside layouts and modes has a say in this call.
+    """Whether the call depends only on its operands' layouts and the modes of torch.
 
-    No mask, dropout, gradient, autocast or transform.
+    It has no mask, dropout, gradient, autocast or functorch transform.
     """
     if call.mask is not None or call.dropout or call.causal or call.gqa:
         return False
@@ -159,12 +159,12 @@ def _is_plain(call: HostCall) -> bool:
 def _took_operands_as_they_are(
     runtime: PlannedSite, call: HostCall, inputs: AttentionInputs
 ) -> bool:
-    """Whether planner and kernel saw the host's own tensors, and the host gets the kernel's."""
+    """Whether operands and result pass unchanged between the host and the kernel."""
     if runtime.site.shared or runtime.strategy.uses_cross_layer_state:
         return False
     if hasattr(runtime.planner, "after") or inputs.bias is not None:
         return False
-    # a host's window may change without a sign of it in the call
+    # the window of a host may change without changing the call
     if getattr(runtime.module, "window_size", None) is not None or inputs.token_state is not None:
         return False
     plain_layout = runtime.layout.form == "b h n d" and not runtime.site.reordered

@@ -1,9 +1,9 @@
-"""Who asks for original positions: methods and arguments of the host that return features.
+"""Detect calls that need original positions: methods and arguments that return features.
 
 While a model carries fewer tokens its class is swapped for one that notes which of its methods was
 called. Unlike attributes of the instance, a class survives deepcopy and pickle; unlike hooks, its
-methods are part of what torch.compile traces. Hooks of the model note the same where it runs
-eagerly, also if something else replaced its ``forward``.
+methods are traced by torch.compile. In eager mode, hooks of the model note the same, also if
+something else replaced its ``forward``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OWNER, ROOT = "_sparsiattn_owner", "_sparsiattn_root"
 
 
 class Watched(Swapped):
-    """Mixin of a host's class that notes which of its methods its caller used."""
+    """Mixin of a host's class that notes which of its methods was called."""
 
     @staticmethod
     def members(host: Any) -> dict[str, Any]:
@@ -41,26 +41,26 @@ class Watched(Swapped):
 
 
 def watch(module: nn.Module, owner: PatchOwner) -> None:
-    """Note how the module is called, for that patch."""
+    """Note how the module is called, for a patch."""
     vars(module)[OWNER], vars(module)[ROOT] = owner, module is owner.model
     swap_class(module, Watched)
 
 
 def unwatch(module: nn.Module) -> None:
-    """Undo `watch`; a module that is not watched stays as it is."""
+    """Undo `watch`; does nothing if the module is not watched."""
     for name in (OWNER, ROOT):
         vars(module).pop(name, None)
     swap_class_back(module, Watched)
 
 
 def modules_with_features(state: PatchState, copied: nn.Module | None = None) -> list[nn.Module]:
-    """The model, and every part of it with methods that return features.
+    """The model, and each of its submodules with methods that return features.
 
-    Empty where no sequence gets shorter.
+    The list is empty if the patch shortens no sequence.
 
     Args:
         state: The patch.
-        copied: A copy of its model, whose modules are wanted instead.
+        copied: A copy of the patched model, whose modules are returned instead.
     """
     if not state.shortens:
         return []
@@ -81,7 +81,7 @@ def _call_inside(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Call a method of the host with these records of who runs and who asks for features."""
+    """Call a method of the host with these values of `ModelCall`'s ``inside`` and ``features``."""
     before = MODEL_CALL.inside, MODEL_CALL.features
     MODEL_CALL.inside, MODEL_CALL.features = inside, features
     try:
@@ -92,7 +92,7 @@ def _call_inside(
 
 
 def _watched_forward(host: Any) -> Callable[..., Any]:
-    """The host's forward, known to be the one that calls whatever runs inside."""
+    """The host's forward, which records that the code inside it runs in the patched model."""
 
     @wraps(host.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def _watched_forward(host: Any) -> Callable[..., Any]:
 def _watched_method(host: Any, name: str) -> Callable[..., Any]:
     """A method of the host that returns features.
 
-    Outside the model's own forward its caller gets original positions.
+    If it is not called from the model's own forward, it returns original positions.
     """
     method = getattr(host, name)
 
@@ -134,8 +134,8 @@ def _watched_method(host: Any, name: str) -> Callable[..., Any]:
 class EnterModel(ScriptRefusal):
     """Forward pre-hook of the model.
 
-    Refuses to run if a patched site was replaced or deleted, and notes that what runs now runs
-    inside the model's own forward.
+    Raises `ModelChanged` if a patched site was replaced or deleted, and records that the model's
+    own forward is running.
     """
 
     def __init__(self, owner: PatchState) -> None:
@@ -146,10 +146,10 @@ class EnterModel(ScriptRefusal):
         if torch.compiler.is_compiling():
             return
         forget_abandoned()
-        SITE_CALLS.top = None  # an interrupt (no Exception) may have left a scope open
+        SITE_CALLS.top = None  # an interrupt (not an Exception) may have left a scope open
         forget_pass()
         inside = is_inside(owner)
-        install()  # somebody may have put the original function back
+        install()  # other code may have restored the original function
         owner.check_sites()
         owner.last_pass = None
         if not inside:
@@ -165,9 +165,10 @@ class EnterModel(ScriptRefusal):
 
 
 class LeaveModel(ScriptRefusal):
-    """Forward hook of the model, called also when it raised.
+    """Forward hook of the model, also called when the model raised.
 
-    Raises where another thread undid the patch during the pass, part of which ran dense then.
+    Raises `ModelChanged` if another thread undid the patch during the pass, as the rest of the
+    pass was dense.
     """
 
     def __init__(self, owner: PatchOwner) -> None:
@@ -177,7 +178,7 @@ class LeaveModel(ScriptRefusal):
         owner = self.owner
         if torch.compiler.is_compiling():
             return
-        # only where it matters: it looks through the stack
+        # `is_inside` walks the stack, so call it only if needed
         began_here = not owner.alive and is_inside(owner)
         disabled = began_here and owner.disabled_here
         if owner.monitored:
@@ -190,24 +191,24 @@ class LeaveModel(ScriptRefusal):
             owner.leave_hook.remove()
         if began_here and output is not None and not disabled:
             raise ModelChanged(
-                "unpatch() came from another thread during this forward pass, which is neither "
-                "sparse nor dense: run it again, and let passes end before unpatch()"
+                "unpatch() was called in another thread during this forward pass, so only part of "
+                "the pass was sparse: run it again, and wait for passes to end before unpatch()"
             )
 
 
 def _features_of(
     owner: PatchOwner, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[int, ...]:
-    """The patches whose caller wants original positions, in this call of a model or of a part."""
+    """Keys of the patches whose caller needs original positions, for a call of a (sub)module."""
     if _wants_hidden_states(module, kwargs):
         return _with_features(owner, "output_hidden_states=True")
     if not vars(module).get(ROOT) or not _needs_all(owner, module.training, args, kwargs):
         return MODEL_CALL.features
-    return _with_features(owner, "a call in this way (other arguments, or another mode)")
+    return _with_features(owner, "a call with these arguments or in this mode")
 
 
 def _needs_all(owner: PatchOwner, training: bool, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller gets, or the model reads in this call, more than blocks give back."""
+    """Whether the caller or the model's own code needs more positions than blocks restore."""
     key = call_key(owner, args, kwargs, training=training)
     known = owner.known_calls.get(key)
     if known is None and torch.compiler.is_compiling():
@@ -217,23 +218,23 @@ def _needs_all(owner: PatchOwner, training: bool, args: Any, kwargs: dict[str, A
     return known
 
 
-def _with_features(owner: PatchOwner, what: str) -> tuple[int, ...]:
-    """The patches whose caller wants original positions, with this one.
+def _with_features(owner: PatchOwner, call: str) -> tuple[int, ...]:
+    """Keys of the patches whose caller needs original positions, including this one.
 
     Raises:
-        InvalidOption: The patch was made never to restore them.
+        InvalidOption: The patch was made with ``restore=None``.
     """
     if owner.tokens is not None and owner.tokens.restore is None:
         raise InvalidOption(
-            f"{what} returns one feature for each patch, and the patch was made with restore=None, "
-            "which never puts tokens back: use restore='auto'"
+            f"{call} returns one feature for each patch token, but the patch was made with "
+            "restore=None, which never restores tokens: use restore='auto'"
         )
     return MODEL_CALL.features + (owner.key,)  # noqa: RUF005
 
 
 def _wants_hidden_states(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller of a transformers model wants the states after every block."""
-    asked = kwargs.get("output_hidden_states")
-    if asked is None:
-        asked = getattr(getattr(module, "config", None), "output_hidden_states", False)
-    return asked is not None and asked is not False
+    """Whether the caller of a transformers model requests the hidden states of every block."""
+    requested = kwargs.get("output_hidden_states")
+    if requested is None:
+        requested = getattr(getattr(module, "config", None), "output_hidden_states", False)
+    return requested is not None and requested is not False

@@ -1,9 +1,9 @@
-"""How attention is reached: hooks open a scope, a wrapper of SDPA looks into it.
+"""Interception of attention: hooks open a scope, and a wrapper of SDPA reads it.
 
-While a patch lives, `F.scaled_dot_product_attention` is replaced by a function that does what the
-original does unless a patched module is on the stack. The stack is a thread-local linked list of
-``(route, key, rest)`` whose entries are functions and numbers only, which is what torch.compile
-together with gradient checkpointing can follow.
+While a patch exists, `F.scaled_dot_product_attention` is replaced by a wrapper that calls the
+original unless a patched module is on the stack. The stack is a thread-local linked list of
+``(route, key, rest)``. Its entries are only functions and numbers, as torch.compile together with
+gradient checkpointing can follow nothing else.
 """
 
 from __future__ import annotations
@@ -33,30 +33,34 @@ from sparsiattn.runtime.thread_state import SITE_CALLS, Route, Scope, forget_mod
 
 _REPLACING = threading.RLock()
 _HOLDERS: dict[int, ref[Any]] = {}
-"""What needs the wrapper, by its identity: live patches, which may die without `unpatch`."""
+"""Objects that need the wrapper, by ``id``: patches, which may be deleted without `unpatch`."""
 _WRAPPERS: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = []
-"""Every wrapper and what it calls: each function gets one, which stays. torch.jit knows functions
-by their address, and code compiled with a wrapper is right again when the next patch comes."""
+"""Every wrapper with the function that it calls. A function gets one wrapper, which is kept:
+torch.jit identifies functions by address, and compiled code stays valid for the next patch."""
 
 MODULE_CALL = nn.Module._call_impl.__code__
-"""The code in which torch calls a module, hooks included."""
+"""Code object in which torch calls a module with its hooks."""
 HOOKED_CALL = next((c for c in MODULE_CALL.co_consts if isinstance(c, CodeType)), MODULE_CALL)
-"""The code inside it that calls the hooks and the forward of a module with hooks."""
+"""Code object inside it that calls the hooks and the forward of a module with hooks."""
 OUTER_CALL = nn.Module._wrapped_call_impl.__code__
-"""The code around it, where a module is called by its name."""
+"""Code object around it: the ``__call__`` of a module."""
 _ANY_CALLS = (MODULE_CALL, HOOKED_CALL, OUTER_CALL)
 
 
 def is_module_call(code: CodeType) -> bool:
-    """Whether torch calls a module in this code."""
-    # by identity: to look a code object up in a set, Python hashes all of it
+    """Whether torch calls a module in this code object."""
+    # by identity: a lookup in a set would hash the whole code object
     return code is HOOKED_CALL or code is MODULE_CALL
 
 
 def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``fallback`` with a look at the stack in front.
+    """Wrap a function so that it checks the stack before it runs.
 
-    One for each function, so that wrapping somebody's wrapper of ours cannot recurse.
+    Every function has its own wrapper, so that wrapping another library's wrapper of ours cannot
+    recurse.
+
+    Args:
+        fallback: The function to call outside patched modules.
     """
 
     def scaled_dot_product_attention(
@@ -72,7 +76,7 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
         operands = (query, key, value, attn_mask)
         if has_torch_function(operands):  # tensor subclasses ask which function was called
             options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-            # a graph that somebody traces outlives the patch
+            # a traced graph outlives the patch, so it must not contain the wrapper
             traced = any(isinstance(x, Proxy) for x in operands)
             called: Any = fallback if traced else scaled_dot_product_attention
             relevant: Any = operands
@@ -100,14 +104,14 @@ def wrap(fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
             SITE_CALLS.top = top
 
     scaled_dot_product_attention.__doc__ = fallback.__doc__
-    # pickles and generated code name a function by where others find it
+    # pickle and generated code refer to a function by its public name
     scaled_dot_product_attention.__module__ = F.__name__
     scaled_dot_product_attention.__qualname__ = scaled_dot_product_attention.__name__
     return scaled_dot_product_attention
 
 
 def hold(holder: Any) -> None:
-    """Intercept attention until `release`, or as long as the holder lives."""
+    """Intercept attention until `release` is called or the holder is deleted."""
     number = id(holder)
 
     def died(_: ref[Any]) -> None:
@@ -119,18 +123,18 @@ def hold(holder: Any) -> None:
 
 
 def release(holder: Any) -> None:
-    """Undo `hold`; after the last one torch is as it was."""
+    """Undo `hold`; after the last release, torch's original function is restored."""
     _HOLDERS.pop(id(holder), None)
     _put_back()
 
 
 class _Block:
-    """Holds the wrapper for a block of code."""
+    """Holder of the wrapper for a block of code."""
 
 
 @contextmanager
 def intercepted() -> Iterator[None]:
-    """Attention is intercepted inside the block."""
+    """Intercept attention inside a with block."""
     block = _Block()
     hold(block)
     try:
@@ -140,10 +144,11 @@ def intercepted() -> Iterator[None]:
 
 
 def install() -> None:
-    """Put the wrapper in place, over whatever stands there now; again if someone replaced it."""
+    """Install the wrapper around the present function, also if other code has replaced ours."""
     if F.scaled_dot_product_attention is _installed():
         return
-    # torch lists functions once, with those that are there: Dynamo shows modes only these
+    # torch caches its list of overridable functions, and Dynamo passes only these to modes, so the
+    # list must be built with the original function
     get_overridable_functions()
     with _REPLACING:
         present = F.scaled_dot_product_attention
@@ -163,7 +168,7 @@ def _installed() -> Callable[..., Tensor] | None:
 
 
 def _put_back() -> None:
-    """Take the wrapper away if nothing needs it; where others stand in front, they stay."""
+    """Remove the wrapper if nothing needs it; wrappers of other code around it stay."""
     with _REPLACING:
         behind = _behind(F.scaled_dot_product_attention)
         if behind is not None and not _HOLDERS:
@@ -171,7 +176,7 @@ def _put_back() -> None:
 
 
 def _behind(present: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """What a wrapper of ours calls; None for any other function."""
+    """The function that a wrapper of ours calls; None if it is not our wrapper."""
     return next((fallback for wrapper, fallback in _WRAPPERS if wrapper is present), None)
 
 
@@ -181,20 +186,20 @@ def _wrapper_of(present: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return known
     wrapper = wrap(present)
     register = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
-    if register is not None:  # or torch.jit.script of any model that calls SDPA fails
+    if register is not None:  # otherwise torch.jit.script of a model that calls SDPA fails
         register(wrapper, "aten::scaled_dot_product_attention")
     _WRAPPERS.append((wrapper, present))
     return wrapper
 
 
 def note_caller(key: int) -> OpenCall:
-    """Remember who calls the hook that calls this, until `pop` or `forget_caller`."""
+    """Store the frame that called the current hook, until `forget_caller`."""
     call = SITE_CALLS.callers[key] = OpenCall(sys._getframe(2), key, _let_go)
     return call
 
 
 def note_nested_caller(key: int, model_call: OpenCall) -> None:
-    """As `note_caller`, for a hook that runs in this call of its model."""
+    """As `note_caller`, for a hook that runs inside the given call of its model."""
     SITE_CALLS.callers[key] = NestedCall(sys._getframe(2), model_call)
 
 
@@ -204,13 +209,13 @@ def forget_caller(key: int) -> None:
 
 
 def abandoned(key: int) -> bool:
-    """Whether what was opened under this key is no longer running: see `OpenCall`."""
+    """Whether the call with this key is no longer running, see `OpenCall`."""
     caller = SITE_CALLS.callers.get(key)
     return caller is not None and not caller.runs()
 
 
 def forget_abandoned() -> None:
-    """Let go of scopes and tensors that an interrupt has left in this thread."""
+    """Drop the scopes and tensors that an interrupt has left in this thread."""
     if torch.compiler.is_compiling():
         return
     keys = [key for key in SITE_CALLS.callers if abandoned(key)]
@@ -220,13 +225,13 @@ def forget_abandoned() -> None:
         forget_caller(key)
     SITE_CALLS.top = _without(SITE_CALLS.top, keys)
     forget_models([-key for key in keys])
-    if not SITE_CALLS.callers:  # nothing else runs that these could be of
+    if not SITE_CALLS.callers:  # no other call is running that could need this state
         SITE_CALLS.shared = None
         forget_pass()
 
 
 def _without(top: Scope | None, keys: list[int]) -> Scope | None:
-    """A stack without these scopes."""
+    """The stack without the scopes of these keys."""
     if top is None:
         return None
     rest = _without(top[2], keys)
@@ -234,9 +239,9 @@ def _without(top: Scope | None, keys: list[int]) -> Scope | None:
 
 
 def _let_go() -> None:
-    """An interrupt ended a call: what it left goes at once, unless modules run here.
+    """Clean up after an interrupt ended a call, unless modules are running in this thread.
 
-    What these have handed on must stay; the next pass sees to the rest.
+    Running modules may still need the state of this thread; the next pass cleans up then.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not any(frame.f_code is code for code in _ANY_CALLS):
@@ -246,10 +251,10 @@ def _let_go() -> None:
 
 
 def opened_by_caller(key: int) -> bool:
-    """Whether the innermost module that runs is the one that opened this scope.
+    """Whether the innermost running module is the one that opened this scope.
 
-    Attention that another module calls meanwhile, a model in a hook or attention nested in
-    attention, is none of the scope's business.
+    Attention that another module calls meanwhile (a model in a hook, nested attention) does not
+    belong to the scope.
     """
     caller = None if torch.compiler.is_compiling() else SITE_CALLS.callers.get(key)
     if caller is None or SITE_CALLS.deferred:
@@ -263,10 +268,10 @@ def opened_by_caller(key: int) -> bool:
 
 
 def is_called_by(key: int) -> bool:
-    """Whether the innermost module that runs is known to have opened this scope, and still runs.
+    """Whether the innermost running module is known to have opened this scope.
 
-    The usual case, told by the nearest frames; where this is False, `innermost` and
-    `opened_by_caller` tell.
+    This is the usual case, and only the nearest frames are read. If it is False, `innermost` and
+    `opened_by_caller` decide.
     """
     caller = SITE_CALLS.callers.get(key)
     frame: FrameType | None = sys._getframe(2)
@@ -276,7 +281,7 @@ def is_called_by(key: int) -> bool:
 
 
 def innermost(top: Scope) -> Scope | None:
-    """The innermost scope that is still running; those that were abandoned are closed."""
+    """The innermost scope that is still running; abandoned scopes are closed."""
     running: Scope | None = top
     while running is not None and abandoned(running[1]):
         forget_caller(running[1])
@@ -287,18 +292,23 @@ def innermost(top: Scope) -> Scope | None:
 
 
 def push(route: Route | None, key: int) -> None:
-    """Open a scope in this thread: attention goes that route, or None for the host's own."""
+    """Open a scope in this thread.
+
+    Args:
+        route: The function that computes attention; None for the host's own attention.
+        key: Key of the scope.
+    """
     SITE_CALLS.top = (route, key, SITE_CALLS.top)
 
 
 def pop(key: int) -> None:
-    """Close the scope ``key``; that it never opened (an earlier hook raised) is no error."""
+    """Close the scope ``key``, if it is open; it is not if an earlier hook raised."""
     top = SITE_CALLS.top
     if top is not None and top[1] == key:
         SITE_CALLS.top = top[2]
 
 
 def forget_compiled() -> None:
-    """Dynamo does not guard hooks: a graph compiled before this change would run on unchanged."""
+    """Reset torch.compile, as Dynamo does not guard hooks: old graphs would ignore the change."""
     if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         torch.compiler.reset()

@@ -1,12 +1,12 @@
-"""What blocks of user code set for patches, as ``with patch.disabled():`` does.
+"""Settings that with blocks of user code make for patches, as ``with patch.disabled():`` does.
 
-It belongs to a context (`contextvars`): to a thread, or a task of an event loop. Generators have no
-context of their own, so a block inside one counts only while the generator runs.
+Settings belong to a context (`contextvars`), that is a thread or an asyncio task. Generators have
+no context of their own, so a block inside a generator applies only while the generator runs.
 
 Read the settings as attributes of this module: ``disabled`` (keys of patches), ``observer`` (key of
-a patch and a function), ``warming`` (key of the patch whose kernels get ready), ``meter`` (see
-`sparsiattn.runtime.metering`) and ``watched`` (a `sparsiattn.runtime.monitor.WatchedPass`). Dynamo
-cannot read a context variable. It does read attributes of modules, and its guards ask for them
+a patch and a function), ``warming`` (key of the patch whose kernels are being warmed up), ``meter``
+(see `sparsiattn.runtime.metering`) and ``watched`` (a `sparsiattn.runtime.monitor.WatchedPass`).
+Dynamo cannot read a context variable. It does read attributes of modules, and its guards read them
 again before each call, so compiled code follows the context as well.
 """
 
@@ -34,18 +34,18 @@ _ONE = ("observer", "warming", "meter", "watched")
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _EVENT_LOOPS = ("asyncio", "trio", "curio", "uvloop")
 _BLOCKS_OF_OTHERS = ("contextlib", "_pytest", "pytest_asyncio")
-"""Packages that run a generator as a block: what it sets is for the code inside that block."""
+"""Packages that run a generator as a with block: its settings apply to the code in that block."""
 
 
 @dataclass(eq=False)
 class _Setting:
-    """What one block sets.
+    """The setting of one block.
 
     Attributes:
         slot: Name of the setting.
         value: Its value.
-        frame: The generator that the block stands in; None in plain code and in tasks.
-        ended: Whether the block was left.
+        frame: Frame of the generator that contains the block; None in plain code and in tasks.
+        ended: Whether the block has ended.
     """
 
     slot: str
@@ -54,7 +54,7 @@ class _Setting:
     ended: bool = False
 
     def counts(self) -> bool:
-        """Whether the code that runs now is inside the block."""
+        """Whether the running code is inside the block."""
         return not self.ended and (self.frame is None or not _is_suspended(self.frame))
 
 
@@ -62,7 +62,7 @@ _SETTINGS: ContextVar[tuple[_Setting, ...]] = ContextVar("sparsiattn_settings", 
 
 
 def are_set() -> bool:
-    """Whether there may be any; a traced program has to look at each."""
+    """Whether there may be settings; a traced program has to check each of them."""
     return torch.compiler.is_compiling() or bool(_SETTINGS.get())
 
 
@@ -81,7 +81,7 @@ def _values(slot: str) -> tuple[Any, ...]:
 
 @contextmanager
 def setting(slot: str, value: Any) -> Iterator[None]:
-    """A setting for the code inside the block; blocks may end in any order.
+    """Apply a setting inside a with block; blocks may end in any order.
 
     Args:
         slot: Name of the setting.
@@ -95,12 +95,12 @@ def setting(slot: str, value: Any) -> Iterator[None]:
 
 
 def begin(slot: str, value: Any, frame: FrameType | None = None) -> _Setting:
-    """A setting that holds until `end`: for hooks, which are no block.
+    """Apply a setting until `end` is called; for hooks, which cannot use a with block.
 
     Args:
         slot: Name of the setting.
         value: Its value.
-        frame: The generator that all of it stands in, if its reader may go on before it ends.
+        frame: Frame of the generator that contains the block; None in plain code and in tasks.
     """
     entry = _Setting(slot, value, frame)
     _SETTINGS.set((*(s for s in _SETTINGS.get() if not s.ended), entry))
@@ -108,19 +108,19 @@ def begin(slot: str, value: Any, frame: FrameType | None = None) -> _Setting:
 
 
 def end(entry: _Setting) -> None:
-    """Undo `begin`; twice is no error."""
+    """Undo `begin`; calling it twice is allowed."""
     settings = _SETTINGS.get()
     if entry in settings:
         _SETTINGS.set(tuple(s for s in settings if s is not entry))
     if entry.frame is not None or entry not in settings:
-        # copies of a context keep what a block around them set; a generator's block is over
-        # everywhere, and so is one that was left in another context than it was entered in
+        # A copied context keeps the settings of the blocks around it. A block in a generator, and
+        # a block left in another context than it was entered in, end in all contexts.
         entry.ended = True
     entry.frame = None
 
 
 def _generator_around(frame: FrameType | None) -> FrameType | None:
-    """The innermost generator that runs this code, if its reader may go on before it ends."""
+    """The innermost generator that runs this code, if its consumer can run before it ends."""
     while frame is not None:
         suspendable = frame.f_code.co_flags & _SUSPENDABLE
         if suspendable and not _runs_as_block(frame) and not _belongs_to_task(frame):
@@ -139,7 +139,7 @@ def _runs_as_block(frame: FrameType) -> bool:
 
 
 def _belongs_to_task(frame: FrameType) -> bool:
-    """Whether an event loop runs this coroutine, in a context of its task."""
+    """Whether an event loop runs this coroutine, in the context of its task."""
     if not frame.f_code.co_flags & inspect.CO_COROUTINE:
         return False
     caller: FrameType | None = frame
@@ -152,19 +152,19 @@ _YIELD, _RESUME, _YIELD_FROM = (
     opmap.get(name, -1) for name in ("YIELD_VALUE", "RESUME", "YIELD_FROM")
 )
 _AFTER_AWAIT = 3
-"""Argument of RESUME behind an ``await``; Python 3.10 has no such instruction."""
+"""Argument of RESUME after an ``await``; Python 3.10 has no such instruction."""
 
 
 def _is_suspended(frame: FrameType) -> bool:
-    """Whether a generator has yielded, so that its reader runs.
+    """Whether a generator has yielded, so that its consumer runs.
 
-    While an asynchronous generator waits, what it waits for runs, which is no reader.
+    While an asynchronous generator awaits something, the awaited code runs, not its consumer.
     """
     code, at = frame.f_code.co_code, frame.f_lasti
     here, after = code[at], code[at + 2] if at + 2 < len(code) else -1
     waits = frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR
     if here == _YIELD:
         return not (waits and after == _RESUME and code[at + 3] & 3 == _AFTER_AWAIT)
-    if here == _RESUME and code[at + 1] & 3:  # Python 3.13 points behind the yield
+    if here == _RESUME and code[at + 1] & 3:  # Python 3.13 points to the instruction after yield
         return not (waits and code[at + 1] & 3 == _AFTER_AWAIT)
     return after == _YIELD_FROM and not waits

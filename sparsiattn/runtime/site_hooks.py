@@ -1,6 +1,6 @@
-"""The two hooks of a patched attention module: one opens its scope, one closes it.
+"""The two hooks of a patched attention module, which open and close its scope.
 
-While the scope is open, the module's own call of scaled dot product attention goes the site's
+While the scope is open, the module's call of scaled dot product attention is computed by the site's
 route (`sparsiattn.runtime.sdpa_intercept`).
 """
 
@@ -33,13 +33,14 @@ from sparsiattn.strategies.base import Planner
 
 
 def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
-    """The function that stands in for the site's call of scaled dot product attention.
+    """The function that computes the site's call of scaled dot product attention.
 
-    It only refers to ``runtime``, which may still be under construction when a copy is made.
+    It keeps a reference to ``runtime`` without reading it, as a runtime that is being copied may
+    still be incomplete.
 
     Args:
         runtime: The site.
-        replica: The planner of a replica of `nn.DataParallel`, which has weights of its own.
+        replica: The planner of a replica of `nn.DataParallel`, which has its own weights.
     """
 
     def route(call: HostCall) -> Tensor:
@@ -60,7 +61,7 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
 class OpenScope(ScriptRefusal):
     """Forward pre-hook of a patched attention module.
 
-    Importable and picklable; its route, a closure, is made again in a copy.
+    It can be pickled: its route, a closure, is created again in a copy.
     """
 
     def __init__(self, runtime: SiteRuntime) -> None:
@@ -71,7 +72,7 @@ class OpenScope(ScriptRefusal):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.runtime: SiteRuntime = state["runtime"]
-        self.key = new_key()  # a copy's scopes are its own
+        self.key = new_key()  # a copy opens scopes of its own
         self.route = make_route(self.runtime)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -104,7 +105,7 @@ class OpenScope(ScriptRefusal):
 
 
 class CloseScope(ScriptRefusal):
-    """Forward hook of a patched attention module, called also when the module raised."""
+    """Forward hook of a patched attention module, also called when the module raised."""
 
     def __init__(self, opener: OpenScope) -> None:
         self.opener = opener
@@ -123,7 +124,7 @@ class CloseScope(ScriptRefusal):
             return
         if key not in SITE_CALLS.routed and not runs_in_another(owner, module):
             raise ModelChanged(
-                f"site {runtime.site.name!r} ran without calling scaled dot product "
-                "attention, so the patch had no effect there: was fused_attn switched off, or "
-                "its forward replaced, after patching? unpatch() and patch again"
+                f"site {runtime.site.name!r} ran without calling scaled dot product attention, so "
+                "the patch had no effect there. Was fused_attn switched off or its forward "
+                "replaced after patching? unpatch() and patch again"
             )

@@ -1,4 +1,4 @@
-"""`SiteRuntime`: what happens to one attention call of a patched model."""
+"""`SiteRuntime`: runs one attention call of a patched model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Observer = Callable[[Site, Planner, AttentionInputs], None]
 
 
 def is_planner_key(name: str) -> bool:
-    """Whether an entry of a state dict belongs to a planner.
+    """Whether a key of a state dict belongs to a planner.
 
     >>> is_planner_key("blocks.0.attn.sparsiattn.down"), is_planner_key("blocks.0.attn.qkv.weight")
     (True, False)
@@ -57,17 +57,17 @@ class PlannerHome(nn.Module):
 
     @property
     def plans_by_shape(self) -> bool:
-        """As the planner says."""
+        """The planner's own value; False if it has none."""
         return bool(getattr(self.planner, "plans_by_shape", False))
 
 
 class Decision(Enum):
-    """What runs at a site in one call."""
+    """The attention that runs at a site in one call."""
 
     HOST = auto()
     """The host's own attention."""
     OBSERVE = auto()
-    """The host's own, after an observer saw the operands; see `Patch.observing`."""
+    """The host's own attention, after an observer got the operands; see `Patch.observing`."""
     SPARSE = auto()
     """The planner's pattern, computed by a kernel."""
 
@@ -77,24 +77,25 @@ class SiteRuntime:
     """A site with its strategy, planner and kernels: plain state that copies and pickles.
 
     Attributes:
-        site: What is known of the attention call.
-        layout: How its host lays out operands.
+        site: Properties of the attention call.
+        layout: Layout of the host's operands.
         strategy: The strategy with this site's budget.
-        planner: What the strategy made for this site.
+        planner: The planner that the strategy made for this site.
         kernels: The kernels to choose from.
-        explicit: Whether the user named the kernel, which then never falls back.
+        explicit: Whether the user named the kernel; there is no fallback then.
         owner: The patch.
         module: The attention module.
-        dense: Whether attention stays the host's own, as a sparse kernel would lose time.
-        selected: Whether ``sites=`` selected it; others are reached for their tokens alone.
+        dense: Whether the host's own attention stays, as a sparse kernel would be slower.
+        selected: Whether ``sites=`` selected the site; other sites are patched only because a
+            token strategy shortens their sequences.
         first_cross_layer: Whether it is the first site that uses cross-layer state.
         last_cross_layer: Whether it is the last one.
-        block: Index of the block that it stands in, where tokens may be fewer.
-        sums_bias: Whether the host's bias is a sum that need not be computed.
+        block: Index of the block that contains the site, if the block may carry fewer tokens.
+        sums_bias: Whether the host's bias is a sum that can be left uncomputed.
         last_choice: The kernel of the last eager call.
-        measured: What `measure_sites` found, None before.
-        choices: Kernels chosen for calls alike.
-        repeated: Calls that need no plan.
+        measured: Result of `measure_sites`; None if not measured.
+        choices: Cache of chosen kernels, by the properties of a call.
+        repeated: Cache of calls that need no planning.
     """
 
     site: Site
@@ -117,32 +118,32 @@ class SiteRuntime:
     repeated: RepeatedCalls = field(default_factory=RepeatedCalls)
 
     def __getstate__(self) -> dict[str, Any]:
-        # what was measured holds for this machine, and a copy chooses for itself
+        # measurements are valid on this machine only, and a copy chooses its own kernels
         return {**self.__dict__, "measured": None, "choices": ChoiceCache()}
 
     @property
     def is_idle(self) -> bool:
-        """Whether the host's own attention runs in every call, and no other block asks for it."""
+        """Whether the host's own attention runs in every call and nothing reads its operands."""
         if not (self.dense or isinstance(self.strategy, DenseStrategy)):
             return False
         return self.block is None and not self.strategy.uses_cross_layer_state
 
     def note_measured(self, ratio: float, choice: Choice) -> None:
-        """Keep a speed that was measured, with the kernel that ran for it."""
+        """Store a measured speed and the kernel that was measured."""
         self.last_choice = choice
         self.measured = MeasuredSpeed.of(ratio, choice, self.planner)
 
     def stays_dense(self, n_keys: int) -> bool:
-        """Whether the host's own attention runs, known without planning."""
-        # without patches (all of them masked, say) there is nothing to choose from
+        """Whether the host's own attention runs whatever the plan."""
+        # without patch tokens (if all are masked, for example) there are no keys to select
         return self.dense or n_keys <= self.site.prefix_tokens or self.strategy.keeps_all(n_keys)
 
     def decide(self, n_keys: int) -> Decision:
-        """What runs for a call over that many keys."""
+        """Decide which attention runs for a call with ``n_keys`` keys."""
         observer = settings.observer if settings.are_set() else None
         if observer is not None and observer[0] == self.owner.key:
             return Decision.OBSERVE
-        # an interrupt may leave a scope open after unpatch(): then the patch is not alive
+        # an interrupt may leave a scope open after unpatch(), so check that the patch is alive
         if self.owner.alive and not self.stays_dense(n_keys):
             return Decision.SPARSE
         return Decision.HOST
@@ -154,13 +155,13 @@ class SiteRuntime:
         token_state: TokenState | None = None,
         group: Hashable = None,
     ) -> Tensor:
-        """What stands in for the host's call, in the host's own layout.
+        """The result of the host's call, in the host's own layout.
 
         Args:
             planner: The site's planner, or that of a replica of `nn.DataParallel`.
-            call: The host's arguments, the mask cut down to the tokens that are left.
-            token_state: Which tokens those are, in blocks that carry fewer.
-            group: Which images these are, where those of a batch attend apart.
+            call: The host's arguments, with the mask reduced to the remaining tokens.
+            token_state: The remaining tokens, in blocks that carry fewer; else None.
+            group: Identifies the images of this call, if the images of a batch attend separately.
         """
         decision = self.decide(call.k.shape[-2])
         block_asks = token_state is not None and BLOCK_CALL.wants_attention
@@ -183,7 +184,7 @@ class SiteRuntime:
     def inputs(
         self, call: HostCall, token_state: TokenState | None, group: Hashable = None
     ) -> AttentionInputs:
-        """The operands as strategies and kernels take them."""
+        """The operands in the form that strategies and kernels take."""
         inputs = canonical(
             self.site,
             self.layout,
@@ -200,20 +201,24 @@ class SiteRuntime:
         return inputs
 
     def sparse(self, planner: Planner, inputs: AttentionInputs, call: HostCall) -> Tensor:
-        """Attention by the planner's pattern; the host's own where that keeps every pair."""
+        """Attention by the planner's pattern; the host's own if the pattern keeps every pair.
+
+        Raises:
+            ModelChanged: The strategy needs the token grid, which is not known for this call.
+        """
         if self.strategy.needs_grid and not inputs.placed:
             raise ModelChanged(
-                f"site {self.site.name!r} got {inputs.n_keys} tokens, and where in the image they "
-                f"are is not known ({self.site.structure} when it was patched): "
-                f"{self.strategy.name!r} needs that; use an attention strategy that does not, e.g. "
-                "'topk', or patch with an input= like this one"
+                f"site {self.site.name!r} got {inputs.n_keys} tokens, whose positions in the image "
+                f"are not known ({self.site.structure} at patch time), but {self.strategy.name!r} "
+                "needs positions: use an attention strategy that does not, e.g. 'topk', or patch "
+                "with an input= of this size"
             )
         meter = settings.meter
         plan = self.plan if meter is None else partial(meter.plan, self)
         pattern = plan(planner, inputs)
         if isinstance(pattern, Dense):
             out = self.host(call)
-            # the host's layout is folded only for planners that look at it
+            # converting the host's layout is only needed for planners that read the result
             if hasattr(planner, "after"):
                 planner.after(inputs, specials_first(self.layout.fold(out), self.site))
             return out
@@ -241,7 +246,7 @@ class SiteRuntime:
         return pattern
 
     def finish(self, pattern: Pattern, inputs: AttentionInputs) -> Pattern:
-        """A planner's pattern with the strategy's options put in."""
+        """Apply the strategy's options to a planner's pattern."""
         return finalize.finish(
             pattern,
             inputs,
@@ -255,8 +260,8 @@ class SiteRuntime:
         return self.strategy.background_for(inputs.key_grid, inputs.key_views)
 
     def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:
-        """The kernel for one call; all kernels are asked once for calls alike."""
-        if torch.compiler.is_compiling():  # a traced program may not write, and asks only once
+        """The kernel for one call; the choice is cached for equal calls."""
+        if torch.compiler.is_compiling():  # traced code must not write to the cache, and runs once
             return choose(self.kernels, inputs, pattern, explicit=self.explicit)
         key = self.choices.key(inputs, pattern)
         choice = self.choices.get(key)
@@ -267,14 +272,14 @@ class SiteRuntime:
         return choice
 
     def compute(self, choice: Choice, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
-        """What the chosen kernel returns."""
+        """Compute attention with the chosen kernel."""
         meter = settings.meter
         if meter is None:
             return choice.kernel(inputs, pattern)
         return meter.compute(self, choice, inputs, pattern)  # type: ignore[no-any-return]
 
     def host(self, call: HostCall) -> Tensor:
-        """What the host's own attention returns."""
+        """Compute the host's own attention."""
         meter = settings.meter if settings.are_set() else None
         if meter is None:
             return call.dense()
@@ -282,7 +287,7 @@ class SiteRuntime:
 
 
 def notify_planner(planner: Planner, inputs: AttentionInputs, output: Tensor) -> None:
-    """Let a planner that has ``after`` see what attention returned at its site."""
+    """Pass the attention output of a site to its planner, if the planner has ``after``."""
     after = getattr(planner, "after", None)
     if after is not None:
         after(inputs, output)

@@ -1,9 +1,9 @@
-"""Attributes of a host that read differently while its patch is on, as seen from each context.
+"""Attributes of a host that have another value where the patch is enabled, for each context.
 
-`AttributeOverride.apply` would set them for all threads at once. Here the object gets a class of
-its own instead, with a property of that name: it reads as the patch needs it where the patch is on,
-and as the host has it inside `Patch.disabled`. What the host stores stays as it is, so copies and
-configuration files show no trace.
+`AttributeOverride.apply` would set them for all threads at once. Here the object gets its own class
+with a property of that name instead. The property returns the value that the patch needs where the
+patch is enabled, and the host's value inside `Patch.disabled`. The stored value is not changed, so
+copies and configuration files are unaffected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsiattn.runtime.class_swap import creation
 from sparsiattn.runtime.patch_owner import PatchOwner
 
 SWITCHES = "_sparsiattn_switches"
-"""Where the class of a switched object holds its `Switch` by the attribute's name."""
+"""Class attribute of a switched object that holds its `Switch` objects by attribute name."""
 
 
 @dataclass(eq=False)
@@ -27,8 +27,8 @@ class Switch:
     """One attribute of one object.
 
     Attributes:
-        values: What patches want it to be, and those patches.
-        before: The host's own value; ``...`` where there is none.
+        values: ``(patch, value)``, the value that each patch needs.
+        before: The host's own value; ``...`` if it has none.
         exists: Whether the host has the attribute.
     """
 
@@ -48,16 +48,16 @@ class _Switched:
         make: Callable[..., Any] | None = reduced[0]
         if make is __newobj__:
             return (*creation(host), *reduced[2:])
-        # the host has its own way, which may name the class
+        # the host reduces in its own way, whose arguments may contain the class
         arguments = tuple(host if a is type(self) else a for a in reduced[1])
         return (make, arguments, *reduced[2:])
 
 
 def switch_on(override: AttributeOverride, owner: PatchOwner) -> None:
-    """Make the attribute read as the patch needs it, wherever the patch is on.
+    """Make the attribute return the value that the patch needs, wherever the patch is enabled.
 
     Raises:
-        InvalidOption: Nothing can give this object another class.
+        InvalidOption: The class of the object cannot be replaced.
     """
     holder, name = override.module, override.attribute
     switches = _switches(holder)
@@ -71,10 +71,10 @@ def switch_on(override: AttributeOverride, owner: PatchOwner) -> None:
 
 
 def switch_off(override: AttributeOverride, owner: PatchOwner) -> None:
-    """Undo `switch_on`; an object that was never switched stays as it is.
+    """Undo `switch_on`; does nothing for an object that was not switched.
 
-    Where something derived another class from ours meanwhile, that one stays and reads as the
-    host does.
+    If other code derived a class from the switched one meanwhile, that class stays, and the
+    attribute returns the host's value.
     """
     holder, switches = override.module, _switches(override.module)
     if switches is None or override.attribute not in switches:
@@ -100,8 +100,9 @@ def _give_class(holder: Any, switches: dict[str, Switch]) -> None:
         holder.__class__ = type(host.__name__, (_Switched, host), members)
     except TypeError as error:
         raise InvalidOption(
-            f"{next(iter(switches))!r} of a {host.__name__} cannot be switched for a patch alone "
-            f"({error}): a backbone can override attributes of modules and of their configurations"
+            f"attribute {next(iter(switches))!r} of a {host.__name__} cannot be overridden for a "
+            f"patch ({error}): a backbone can override attributes of modules and of their "
+            "configurations only"
         ) from error
 
 
@@ -115,7 +116,7 @@ def _property(host: Any, name: str, switch: Switch) -> property:
         return switch.before
 
     def write(holder: Any, value: Any) -> None:
-        # what somebody sets later holds, also while the patch is on
+        # a value that is set later takes precedence, also while the patch is enabled
         switch.values, switch.before, switch.exists = (), value, True
         inherited: Any = getattr(host, name, None)
         if hasattr(type(inherited), "__set__"):

@@ -1,8 +1,8 @@
-"""State of a running forward pass, one record for each life time, in every thread its own.
+"""Thread-local state of a running forward pass, one record for each life time.
 
 Dynamo follows attributes that are set on `threading.local` objects, also inside checkpoints; it
-follows neither context variables nor class defaults. So each record is such an object, and its
-dataclass ``__init__`` sets every attribute on the instance in each new thread.
+follows neither context variables nor class defaults. Each record is therefore such an object, and
+its dataclass ``__init__`` sets every attribute on the instance in each new thread.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sparsiattn.attention.token_state import TokenState
 from sparsiattn.runtime.open_call import NestedCall, OpenCall
 
 Route: TypeAlias = Callable[[HostCall], Tensor]
-"""What stands in for a site's call of scaled dot product attention."""
+"""A function that computes a site's call of scaled dot product attention."""
 Scope: TypeAlias = tuple[Route | None, int, Any]
-"""An open site: its route (None for the host's own attention), its key, the scope around it."""
+"""An open scope: its route (None for the host's own attention), its key, and the outer scope."""
 Carried: TypeAlias = TokenState | PackedTokens
-"""The tokens that blocks hand on, of images alike or each with its own count."""
+"""State of the tokens that blocks pass on, with equal or with different counts per image."""
 
 
 def _without_class_defaults(cls: type) -> None:
-    # Dynamo of torch 2.10 guards the class attribute and misses what the instance is set to
+    # Dynamo of torch 2.10 guards the class attribute and ignores the value of the instance
     for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
         if name in vars(cls):
             delattr(cls, name)
@@ -43,18 +43,18 @@ class SiteCalls(threading.local):
     """From the entry of an attention module to its exit; owned by the site's two hooks.
 
     Attributes:
-        top: The innermost open scope, a linked list of functions and numbers only: what
-            torch.compile together with gradient checkpointing can follow.
-        callers: Who called the hook that opened a scope, by its key; see `abandoned`.
-        routed: Keys of the open scopes whose module did call attention.
-        shared: The pattern of the first of two calls that must agree on their keys; by number of
-            own tokens in a padded batch.
-        deferred: Whether attention is called for scores that the open scope's module put off: their
+        top: The innermost open scope. Scopes are a linked list of functions and numbers, as
+            torch.compile together with gradient checkpointing can follow nothing else.
+        callers: By key of a scope, the call that opened it; see `abandoned`.
+        routed: Keys of the open scopes whose module has called attention.
+        shared: The pattern of the first of two calls that must use the same keys; in a padded
+            batch, patterns by number of own tokens.
+        deferred: Whether attention is being called for deferred scores of the scope's module. Their
             values may be needed inside another module, as in a dropout or a hook.
     """
 
-    # without a dictionary of its own: Dynamo would write into that, and another frame, compiled by
-    # itself, would not find the scope that a compiled hook opened
+    # without an instance dictionary: Dynamo would write into it, and another frame that is compiled
+    # separately would not find the scope that a compiled hook opened
     __slots__ = ()
 
     top: Scope | None = None
@@ -69,16 +69,16 @@ class BlockCall(threading.local):
     """From the entry of a block to the entry of the next; owned by the block's hooks.
 
     Attributes:
-        token_state: Which tokens the sequence still carries.
-        bypass_state: The same where the grid stays and dropped tokens skip the MLP only.
-        restoring: Whether every block of this pass gives original positions back.
+        token_state: The tokens that the sequence still contains.
+        bypass_state: The same for blocks that keep their grid, where dropped tokens skip the MLP.
+        restoring: Whether every block of this pass restores original positions.
         wants_attention: Whether the block's reduction reads its queries and keys.
-        attention: Those, once attention ran; one record per image for packed images.
-        windows: The windows on which the block runs, where others pass through unchanged
-            (`ChosenWindows` in `window_skip`).
-        mlp_input: The token state and the tokens that the MLP branch took.
-        mlp_output: What the MLP branch returned, kept from the host's own addition.
-        masked: Whether attention got a mask that the model was not seen to give at patch time, or
+        attention: Those queries and keys, after attention ran; one record per packed image.
+        windows: The windows on which the block runs, if others skip it (`ChosenWindows` in
+            `window_skip`).
+        mlp_input: The token state and the tokens that the MLP branch got.
+        mlp_output: The output of the MLP branch, withheld from the host's own addition.
+        masked: Whether attention got a mask that the model did not pass at patch time, or a mask
             that hides padding.
     """
 
@@ -93,7 +93,7 @@ class BlockCall(threading.local):
     masked: bool = False
 
     def begin(self, wants_attention: bool) -> None:
-        """Forget the block before."""
+        """Reset for a new block."""
         self.attention = self.mlp_input = self.mlp_output = None
         self.wants_attention = wants_attention
         self.masked = False
@@ -104,10 +104,10 @@ class ModelCall(threading.local):
     """From the entry of a patched model to its exit.
 
     Attributes:
-        inside: Keys of the patches whose model runs.
-        features: Keys of those whose caller wants the original token positions.
-        image: Key of a patch, and the height and width of its present image in patches.
-        cross_layer: What sites of this forward pass left for later ones.
+        inside: Keys of the patches whose model is running.
+        features: Keys of the patches whose caller needs the original token positions.
+        image: Key of a patch, and the height and width of its current image in patches.
+        cross_layer: State that sites of this forward pass stored for later ones.
     """
 
     inside: tuple[int, ...] = ()
@@ -125,18 +125,18 @@ MODEL_CALL = ModelCall()
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs, and so a checkpoint runs code again."""
+    """Whether a backward pass is running, so that this is the recomputation of a checkpoint."""
     return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() >= 0)
 
 
 def forget_models(keys: Collection[int]) -> None:
-    """The models of these patches run no more."""
+    """Note that the models of these patches have stopped running."""
     MODEL_CALL.inside = tuple(key for key in MODEL_CALL.inside if key not in keys)
     MODEL_CALL.features = tuple(key for key in MODEL_CALL.features if key not in keys)
 
 
 def forget_pass() -> None:
-    """Drop what hooks of one forward pass hand each other."""
+    """Drop the state that hooks of one forward pass exchange."""
     BLOCK_CALL.token_state = BLOCK_CALL.bypass_state = BLOCK_CALL.windows = None
     BLOCK_CALL.attention = BLOCK_CALL.mlp_input = BLOCK_CALL.mlp_output = None
     MODEL_CALL.cross_layer = None

@@ -1,4 +1,4 @@
-"""Fair timing: what is compared runs alternately in the same minutes, and ratios are of pairs."""
+"""Fair timing: the calls to compare run alternately, and ratios are taken pair by pair."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Quartiles(NamedTuple):
         return cls(*(quantiles(values, n=4) if len(values) > 1 else values * 3))
 
     def rounded(self, digits: int, scale: float = 1.0) -> tuple[float, tuple[float, float]]:
-        """Median, and first and third quartile."""
+        """Median, and a pair of first and third quartile, scaled and rounded."""
         low, median, high = (round(scale * value, digits) for value in self)
         return median, (low, high)
 
     def ms(self) -> tuple[float, tuple[float, float]]:
-        """Seconds in milliseconds, rounded to microseconds."""
+        """Convert seconds to milliseconds, rounded to microseconds; as `rounded`."""
         return self.rounded(3, 1e3)
 
 
@@ -59,10 +59,11 @@ class Timing:
     """Two calls timed in alternation.
 
     Attributes:
-        rounds: Paired runs.
-        first: Seconds of the first call.
-        second: Seconds of the second call.
-        ratio: ``second / first`` in time, pair by pair: how much faster the first call is.
+        rounds: Number of paired runs.
+        first: Time of the first call, in seconds.
+        second: Time of the second call, in seconds.
+        ratio: Time of the second call divided by that of the first, pair by pair: the speed-up of
+            the first call.
     """
 
     rounds: int
@@ -93,7 +94,7 @@ class Timing:
 
 
 def timed(call: Callable[[], T]) -> tuple[T, float]:
-    """What a call returns, and its seconds; work that it left running on a GPU counts."""
+    """The result of a call, and its time in seconds, including work it queued on a GPU."""
     wait()
     start = time.perf_counter()
     result = call()
@@ -102,12 +103,12 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """How long a call takes, see `timed`."""
+    """The time of a call in seconds, see `timed`."""
     return timed(call)[1]
 
 
 def wait() -> None:
-    """Wait until the accelerator has done what it was given; nothing to do before its first use."""
+    """Wait until the accelerator has finished its queued work; returns at once without one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -120,12 +121,12 @@ def alternate(
     """Time several calls in turn, after one run of each to warm up.
 
     Args:
-        calls: What to time, by name.
-        rounds: How often.
-        on_round: Called with the number of rounds done.
+        calls: The calls to time, by name.
+        rounds: Number of rounds; every call runs once per round.
+        on_round: Called after each round with the number of rounds done.
 
     Returns:
-        Seconds of every call in every round.
+        By name, the time of the call in every round, in seconds.
 
     Raises:
         InvalidOption: ``rounds`` is not a positive int.
@@ -136,7 +137,8 @@ def alternate(
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        # the order turns, so that no call always runs on what the same other one left in the caches
+        # alternate the order, so that no call always finds the caches as the same other call
+        # left them
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             times[name].append(seconds(calls[name]))
         if on_round is not None:
@@ -146,12 +148,12 @@ def alternate(
 
 @dataclass(frozen=True)
 class Sampled:
-    """What became of calls that were timed within limits.
+    """Times of calls that were timed within a time limit.
 
     Attributes:
-        times: Seconds of every round in which a call took part; of a slow one, those of the run
-            that should have warmed it up.
-        failed: What the others raised.
+        times: By name, the time in every round that a call took part in, in seconds; for a call too
+            slow for a second run, the time of its warm-up run.
+        failed: By name, the exception of calls that raised.
     """
 
     times: dict[str, list[float]]
@@ -161,14 +163,16 @@ class Sampled:
 def alternate_within(
     calls: Mapping[str, Callable[[], Any]], rounds: int, limit: float = math.inf
 ) -> Sampled:
-    """As `alternate`, but calls that are slow run less often, and one that raises runs no more.
+    """As `alternate`, but slow calls run less often, and a call that raises is not run again.
 
     Args:
-        calls: What to time, by name; the first is what the others are compared with, and takes
-            part in every round.
-        rounds: How often at most.
-        limit: Seconds for all of it; after an equal share of them a call rests. Each runs once
-            whatever that takes.
+        calls: The calls to time, by name. The first is the reference and runs in every round.
+        rounds: Largest number of rounds.
+        limit: Time limit in seconds for all calls together. Each call gets an equal share of it,
+            and runs at least once, however long that takes.
+
+    Returns:
+        The times and the failures.
     """
     times: dict[str, list[float]] = {}
     failed: dict[str, Exception] = {}
@@ -187,7 +191,7 @@ def alternate_within(
                 times.pop(name, None)
                 continue
             spent[name] += took
-            # the first run is kept only where no other follows
+            # the warm-up run is kept only if no other run follows
             times[name] = [took] if turn < 2 else [*times[name], took]
     return Sampled(times, failed)
 
@@ -198,7 +202,7 @@ def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> 
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, without names of machines or paths."""
+    """Versions and hardware, without host names or paths."""
     card: dict[str, Any] = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,

@@ -1,9 +1,10 @@
-"""Blocks whose windows are chosen: the block runs on some, the others pass through unchanged.
+"""Blocks that run on selected windows only; the other windows pass through unchanged.
 
-Windows that stay are gathered, and the block gets them as so many small maps of one window each.
-It cuts each of them into one window, so all that it does, norms and MLP included, is done for these
-alone; its result is scattered back into its input. A pre-hook of its attention exchanges the mask
-of shifted windows, which the block knows for the whole map only.
+The selected windows are gathered and passed to the block as a batch of small maps of one window
+each. The block divides each map into one window, so everything in it, norms and MLP included, is
+computed for these windows only. The result is scattered back into the block's input. A pre-hook of
+the block's attention replaces the mask of shifted windows, which the block builds for the whole
+map.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sparsiattn.runtime.ownership import runs_in_another
 from sparsiattn.runtime.thread_state import BLOCK_CALL, in_backward
 
 PARTITION = "always_partition"
-"""An argument of transformers' Swin, without which a small map changes the block for good."""
+"""An argument of transformers' Swin; without it, a small map changes the block permanently."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +33,12 @@ class ChosenWindows:
 
     Attributes:
         x: The block's input, ``[B, H, W, C]`` or ``[B, N, C]``.
-        rows: ``[B, m * n]``, the tokens of the ``m`` windows of each image, window by window.
-        taken: Those, as the block takes them: ``[B * m, rows, columns, C]`` or ``[B * m, n, C]``.
+        rows: ``[B, m * n]``, indices of the tokens in the ``m`` windows of each image.
+        taken: The windows as passed to the block, ``[B * m, rows, columns, C]`` or
+            ``[B * m, n, C]``.
         grid: Rows and columns of the whole map.
         window: Rows and columns of a window.
-        mask: ``[B * m, n, n]``, added to their logits; None where nothing is shifted.
+        mask: ``[B * m, n, n]``, added to the logits of these windows; None without a shift.
     """
 
     x: Tensor
@@ -55,9 +57,9 @@ class ChosenWindows:
         Args:
             x: The block's input.
             windows: All of its windows ``[B, W, n, C]``.
-            index: ``[B, m]``, those that stay.
-            cut: How the map is cut.
-            grid: Its rows and columns.
+            index: ``[B, m]``, indices of the windows to keep.
+            cut: How the map is divided into windows.
+            grid: Rows and columns of the map.
         """
         rows = cut.order(grid, x.device)[index].flatten(1)
         into = index[..., None, None].expand(-1, -1, *windows.shape[2:])
@@ -68,7 +70,7 @@ class ChosenWindows:
         return cls(x, rows, taken, grid, cut.window, mask)
 
     def arguments(self, args: Any, kwargs: Any, parameters: tuple[str, ...]) -> Any:
-        """The block's arguments for these windows alone."""
+        """The block's arguments for these windows only."""
         kwargs = {name: self._fitted(value) for name, value in kwargs.items()}
         args = tuple(self._fitted(value) for value in args)
         if PARTITION in parameters:
@@ -94,7 +96,7 @@ class ChosenWindows:
         return (first, *map(fitted, others)), {name: fitted(v) for name, v in kwargs.items()}
 
     def scattered(self, result: Tensor) -> Tensor:
-        """The block's input with its result where it ran."""
+        """The block's input, with its result in the windows that it ran on."""
         flat = self.x.reshape(self.x.shape[0], -1, self.x.shape[-1])
         into = self.rows[..., None].expand(-1, -1, flat.shape[-1])
         rows = result.reshape(into.shape).to(flat.dtype)
@@ -111,7 +113,7 @@ def all_windows(x: Tensor, cut: WindowCut, grid: Grid) -> Tensor:
 
 
 class EnterWindows(BlockHook):
-    """Forward pre-hook of a block: hands it the windows that are chosen."""
+    """Forward pre-hook of a block: passes it the selected windows."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         runtime = self.runtime
@@ -125,7 +127,7 @@ class EnterWindows(BlockHook):
         state = runtime.begin(x)
         grid, cut = state.grid, runtime.cut.at(state.grid)
         windows = all_windows(x, cut, grid)
-        # to a strategy a window is one token, its mean
+        # strategies see each window as one token, the mean of its tokens
         state = replace(state, grid=cut.count(grid))
         index = runtime.spare(state, windows.mean(2)).ids
         if index is None:
@@ -136,22 +138,23 @@ class EnterWindows(BlockHook):
 
 
 class MaskWindows(BlockHook):
-    """Forward pre-hook of a shifted block's attention: the mask of the windows that are there."""
+    """Forward pre-hook of a shifted block's attention: passes it the mask of its windows."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         chosen = BLOCK_CALL.windows
         if self.runtime.is_off() or chosen is None:
             if in_backward() and not self.runtime.is_off():
                 raise ModelChanged(
-                    f"block {self.runtime.block.name!r} checkpoints its own forward, whose windows "
-                    "are not known when it runs again: checkpoint around the block, or skip='mlp'"
+                    f"block {self.runtime.block.name!r} checkpoints its own forward, and its "
+                    "windows are not known when it is recomputed: checkpoint the whole block from "
+                    "outside, or use skip='mlp'"
                 )
             return None
         return None if chosen.mask is None else chosen.with_mask(args, kwargs)
 
 
 class LeaveWindows(BlockHook):
-    """Forward hook of a block: puts its result among the windows that it did not run on."""
+    """Forward hook of a block: merges its result with the windows that skipped it."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         chosen = BLOCK_CALL.windows
@@ -164,14 +167,14 @@ class LeaveWindows(BlockHook):
 
 
 def runs_apart(block: nn.Module, attention: str, cut: WindowCut, x: Tensor, grid: Grid) -> Tensor:
-    """What a block gives if it runs on each of its windows apart.
+    """Output of a block that runs on each of its windows separately.
 
     Args:
-        block: A copy of the block, which keeps a hook.
+        block: A copy of the block; a hook is left on it.
         attention: Path of its attention module.
-        cut: How it cuts a map of this size.
+        cut: How the block divides a map of this size into windows.
         x: The map.
-        grid: Its rows and columns.
+        grid: Rows and columns of the map.
     """
     windows = all_windows(x, cut, grid)
     index = torch.arange(windows.shape[1], device=x.device).expand(x.shape[0], -1)
@@ -188,5 +191,5 @@ def runs_apart(block: nn.Module, attention: str, cut: WindowCut, x: Tensor, grid
 
 
 def arguments_of(x: Tensor, grid: Grid) -> tuple[Any, ...]:
-    """Arguments of a block: a map, or a sequence and the size of its map."""
+    """Positional arguments of a block: a map, or a sequence and the size of its map."""
     return (x,) if x.dim() == 4 else (x, grid)

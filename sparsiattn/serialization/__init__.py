@@ -1,7 +1,7 @@
-"""Patched models on disk and on the hub: folders, how a model was made, exported programs.
+"""Saving, loading, the Hugging Face Hub, creation of models by name, and export.
 
-May import `sparsiattn.runtime` and what stands below it. It writes and reads; putting a patch that
-was read on a model is `sparsiattn.patching`'s, which with all above may import this package.
+It may import `sparsiattn.runtime` and the packages below it. This package reads and writes files;
+`sparsiattn.patching`, which imports it, applies a loaded patch to a model.
 """
 
 from sparsiattn.serialization.creating import create_model, is_saved

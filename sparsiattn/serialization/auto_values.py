@@ -1,4 +1,4 @@
-"""What ``"auto"`` meant when a patch was saved, kept beside it: a later table may mean others."""
+"""Values of ``"auto"`` options when a patch was saved, as a later version may choose others."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ def auto_values(
     """Options of a strategy that are ``"auto"``, resolved for one site.
 
     Args:
-        strategy: With the site's budget.
-        tokens: Queries, prefix included.
-        keys: Keys, prefix included.
+        strategy: The strategy with the site's budget.
+        tokens: Number of queries, prefix included.
+        keys: Number of keys, prefix included.
         grid: Rows and columns of the patch keys.
-        views: Images or frames in the grid.
+        views: Number of images or frames in the grid.
+
+    Returns:
+        By name, the value of every option that is ``"auto"``.
     """
     values: Values = {
         "tile": strategy.tile_for(tokens),
@@ -41,16 +44,16 @@ def auto_values(
 
 
 def of_site(strategy: Strategy, site: Site) -> Values:
-    """As `auto_values`, at the shape that the site was patched for."""
+    """As `auto_values`, for the shape that the site was patched for."""
     return auto_values(strategy, site.tokens, site.keys, site.key_grid, site.views)
 
 
 def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The strategy with options fixed that ``"auto"`` meant otherwise when it was saved.
+    """Fix the ``"auto"`` options of a strategy whose values have changed since it was saved.
 
     Args:
-        strategy: As the file describes it.
-        saved: What the file says of every site.
+        strategy: The strategy in the file.
+        saved: The entries of all sites in the file.
 
     Raises:
         MismatchedPatch: Sites had different values, which one option cannot express.
@@ -70,8 +73,8 @@ def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) 
     for name, option, value in changed:
         if values.setdefault(option, value) != value:
             raise MismatchedPatch(
-                f"{option}='auto' meant {value} at site {name!r} when the patch was saved, and "
-                f"{values[option]} at another; this version has one value for both: patch the "
+                f"{option}='auto' was {value} at site {name!r} when the patch was saved, and "
+                f"{values[option]} at another, but this version has one value for both: patch the "
                 f"model with {option}= set, then load the planners' weights"
             )
     fixed: Values = {o: tuple(v) if isinstance(v, list) else v for o, v in values.items()}
@@ -82,24 +85,24 @@ def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) 
 
 
 def _values_then(strategy: Strategy, site: Mapping[str, Any]) -> Values:
-    """What ``"auto"`` meant at a site when it was saved."""
+    """The values of ``"auto"`` options at a site when it was saved."""
     if "auto" in site:
         return dict(site["auto"])
-    values = {} if site["tokens"] < 1024 else _BEFORE_FILES_SAID_SO
+    values = {} if site["tokens"] < 1024 else _VALUES_OF_OLD_FILES
     return {name: value for name, value in values.items() if getattr(strategy, name) == "auto"}
 
 
-_BEFORE_FILES_SAID_SO: Values = {"tile": [8, 8], "background": 8}
-"""From 1,024 tokens on; below, it meant what it means now."""
+_VALUES_OF_OLD_FILES: Values = {"tile": [8, 8], "background": 8}
+"""Values for files without an "auto" entry, from 1,024 tokens on; below, they did not change."""
 
 
 def _values_now(strategy: Strategy, site: Mapping[str, Any]) -> Values:
-    """What ``"auto"`` means now at a saved site."""
+    """The values of ``"auto"`` options at a saved site in this version."""
     rows, columns = site.get("grid") or infer_grid(site["tokens"])
     keys, k = site.get("keys", site["tokens"]), site["k"]
     strategy = strategy if k is None else replace(strategy, k=k)  # type: ignore[call-arg]
     fixed = {name: getattr(strategy, name) for name in ("tile", "block", "background")}
-    # an option that was "auto" may have been settled when the strategy was built
+    # an option that was "auto" may have been resolved when the strategy was built
     return fixed | auto_values(
         strategy, site["tokens"], keys, (rows, columns), site.get("views", 1)
     )

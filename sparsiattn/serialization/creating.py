@@ -1,4 +1,4 @@
-"""`create_model`: from one name to a model of timm, transformers or torchvision, or a folder."""
+"""`create_model`: create a model of timm, transformers or torchvision, or of a folder, by name."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ _MORE = "local-dir:", "hf-hub:", "hf_hub:"
 def create_model(
     name: str, *, image_size: int | None = None, pretrained: bool = False, **options: Any
 ) -> nn.Module:
-    """A Vision Transformer by name, as every command takes it.
+    """Create a Vision Transformer by name, as every command does.
 
     Args:
-        name: A timm model (``deit_small_patch16_224``); ``hf:ORG/NAME`` or ``hf:FOLDER``, the
-            configuration of a transformers model, made as an image classifier where there is one;
-            ``tv:NAME`` of torchvision; or a folder that `Patch.save` wrote, which gives the host
-            alone (`from_pretrained` gives both).
-        image_size: Side of its images in pixels; None for what the model is made for.
-        pretrained: Whether to download weights; they are random else, except those of a folder
-            that has them.
-        **options: Of ``timm.create_model``, of the transformers configuration, or of the
+        name: A timm model (``deit_small_patch16_224``); ``hf:ORG/NAME`` or ``hf:FOLDER`` with the
+            configuration of a transformers model, created as an image classifier if possible;
+            ``tv:NAME`` of torchvision; or a folder that `Patch.save` wrote, of which the unpatched
+            model is created (`from_pretrained` applies the patch too).
+        image_size: Side of its images in pixels; None for the model's default.
+        pretrained: Whether to download weights. Otherwise they are random, unless a folder
+            contains them.
+        **options: Options of ``timm.create_model``, of the transformers configuration, or of the
             torchvision builder.
 
+    Returns:
+        The model, unpatched.
+
     Raises:
-        UnknownName: No library has that name; the message lists close matches.
-        InvalidOption: The model cannot be made.
+        UnknownName: No library has this name; the message lists close matches.
+        InvalidOption: The model cannot be created.
 
     >>> model = create_model("test_vit", num_classes=5)
     >>> type(model).__name__, model.num_classes
@@ -46,8 +49,8 @@ def create_model(
     if is_saved(name):
         if options or image_size is not None:
             raise InvalidOption(
-                f"{name} is a saved patch and says how its host was made: it takes neither an "
-                "image size nor options; give the model's own name for that"
+                f"{name} is a saved patch, which sets image size and options of its model itself: "
+                "remove them, or pass the name of the model instead of the folder"
             )
         return host_of(name, pretrained=pretrained)
     space, _, rest = name.partition(":")
@@ -58,7 +61,7 @@ def create_model(
 
 
 def is_saved(name: str) -> bool:
-    """Whether a name is a folder with a saved patch, or with what is left of one.
+    """Whether a name is a folder with a saved patch, complete or interrupted.
 
     >>> is_saved("vit_base_patch16_224")
     False
@@ -78,35 +81,43 @@ def _timm(name: str, size: int | None, pretrained: bool, options: dict[str, Any]
 def _make(
     library: str, build: Callable[..., nn.Module], name: str, options: dict[str, Any], **extra: Any
 ) -> nn.Module:
-    """A model that knows how it was made; ``extra`` is passed on, but is no part of that."""
+    """Build a model and record how it was made.
+
+    Args:
+        library: Name of the library.
+        build: The library's function.
+        name: Name of the model.
+        options: Its options.
+        **extra: More arguments of the function, which are not recorded.
+    """
     try:
         model = build(name, **extra, **options)
-    except Exception as error:  # constructors, the network and the Hub each have their own
+    except Exception as error:  # constructors, the network and the Hub have their own errors
         raise InvalidOption(
-            f"{library} cannot make {name!r}{f' with {options}' if options else ''}: {error}"
+            f"{library} cannot create {name!r}{f' with {options}' if options else ''}: {error}"
         ) from error
     return mark(model, {"library": library, "name": name, "options": options})
 
 
 def unknown_model(name: str) -> UnknownName:
-    """The error for a name that no library has, with close matches in each.
+    """The error for a name that no library has, with close matches from each library.
 
     >>> print(str(unknown_model("vit_b_17"))[:40])
     no model 'vit_b_17' in timm. Did you mea
     """
     where = "in timm"
     if Path(name).is_dir():
-        where = "in timm, and that folder holds no saved patch (hf:FOLDER is one of transformers)"
+        where = "in timm, and the folder has no saved patch (use hf:FOLDER for transformers)"
     close = _close(name)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return UnknownName(
-        f"no model {name!r} {where}.{hint} MODEL is a timm name, hf:ORG/NAME, tv:NAME, or a folder "
-        "that patch.save wrote"
+        f"no model {name!r} {where}.{hint} MODEL must be a timm name, hf:ORG/NAME, tv:NAME, or a "
+        "folder that patch.save wrote"
     )
 
 
 def _close(name: str) -> list[str]:
-    """Up to three names of each space, without looking at the network."""
+    """Up to three close names from each library, without network access."""
     import timm
 
     _, _, bare = name.rpartition(":")
@@ -129,7 +140,7 @@ def _torchvision_names() -> list[str]:
 
 
 def cached_repositories() -> list[str]:
-    """Names ``ORG/NAME`` of models in the Hugging Face cache of this machine."""
+    """Names ``ORG/NAME`` of the models in the local Hugging Face cache."""
     from huggingface_hub import constants
 
     folders = Path(constants.HF_HUB_CACHE).glob("models--*")
@@ -147,7 +158,7 @@ def _torchvision(
         hint = f" Did you mean {' or '.join(f'tv:{match}' for match in close)}?" if close else ""
         raise UnknownName(f"torchvision has no model {name!r}.{hint}")
     builder = models.get_model_builder(name)
-    # only its ViT is built for one size; the others take images of any
+    # only its ViT is built for a fixed image size
     if size is not None and builder.__module__ == "torchvision.models.vision_transformer":
         options = {"image_size": size, **options}
     weights = "DEFAULT" if pretrained else None
@@ -168,8 +179,8 @@ def _transformers(
         if pretrained:
             return auto.from_pretrained(name, config=config)  # type: ignore[no-any-return]
         return auto.from_config(config)  # type: ignore[no-any-return]
-    except Exception as error:  # constructors, the network and the Hub each have their own
-        raise InvalidOption(f"transformers cannot make {name!r}: {first_line(error)}") from error
+    except Exception as error:  # constructors, the network and the Hub have their own errors
+        raise InvalidOption(f"transformers cannot create {name!r}: {first_line(error)}") from error
 
 
 def _config(name: str, extra: dict[str, Any]) -> Any:
@@ -183,8 +194,8 @@ def _config(name: str, extra: dict[str, Any]) -> Any:
         close = get_close_matches(name, cached_repositories(), n=3, cutoff=0.5)
         hint = f" In the cache: {', '.join(f'hf:{match}' for match in close)}." if close else ""
         raise UnknownName(
-            f"no configuration of a model at {name!r}: {reason}.{hint} It must be a folder "
-            "with config.json, a repository in the cache, or one that the network reaches"
+            f"no model configuration at {name!r}: {reason}.{hint} It must be a folder with "
+            "config.json, a repository in the cache, or a repository on a reachable Hub"
         ) from error
     except Exception as error:  # unknown types, remote code, wrong options
         raise InvalidOption(f"transformers cannot read {name!r}: {first_line(error)}") from error

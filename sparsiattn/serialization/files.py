@@ -1,4 +1,4 @@
-"""The files of a saved patch: written so that a kill does no harm, read so that damage shows."""
+"""The files of a saved patch: written atomically, and verified by checksums when they are read."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sparsiattn.kernels import atomic_io
 from sparsiattn.serialization.origin import check_origin
 
 FORMAT = 2
-"""1 had neither checksums nor the host's origin; it is still read."""
+"""Format 1 had neither checksums nor the host's origin; it can still be read."""
 CONFIG, WEIGHTS, HOST = "sparsiattn.json", "planners.safetensors", "model.safetensors"
 NEW = ".new"
 
 
 class Saved(NamedTuple):
-    """A saved patch that was checked.
+    """A saved patch that was verified.
 
     Attributes:
-        config: What ``sparsiattn.json`` says.
-        files: Name of each file that it speaks of to the path where that is.
+        config: The content of ``sparsiattn.json``.
+        files: Path of each file that the config lists, by name.
     """
 
     config: dict[str, Any]
@@ -34,19 +34,19 @@ class Saved(NamedTuple):
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Write a saved patch, of which a kill leaves the old or the new one.
+    """Write a saved patch; if the process is killed, the old or the new one can be read.
 
-    Everything goes beside what is there first, on the disk for sure, and only then into its place.
-    Between two replacements the old config does not fit the files any more, but the new one, whole
-    beside it, does: `read` takes that.
+    All files are written and synced under temporary names first, and then renamed. Between two
+    renames the old config no longer fits the files, but the complete new config still has its
+    temporary name, and `read` uses it.
 
     Args:
-        folder: Where to; it exists.
-        config: What ``sparsiattn.json`` will say, without checksums.
-        tensors: Name of each file of weights to what it holds.
+        folder: The folder, which must exist.
+        config: The content of ``sparsiattn.json``, without checksums.
+        tensors: Tensors of each file of weights, by name of the file.
 
     Raises:
-        CheckpointNotWritten: The disk refuses; what was there is whole then.
+        CheckpointNotWritten: Writing failed; the old patch is intact.
     """
     new = {name: folder / f"{name}{NEW}" for name in (*tensors, CONFIG)}
     try:
@@ -62,7 +62,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Ten
         for name, path in new.items():
             path.replace(folder / name)
         atomic_io.sync(folder)
-        # what an earlier save wrote and this one does not
+        # remove files of an earlier save that this one does not have
         for name in {WEIGHTS, HOST} - set(tensors):
             (folder / name).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
@@ -70,19 +70,19 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, dict[str, Ten
 
 
 def _clean_up(folder: Path) -> None:
-    """Finish or remove what a kill left."""
+    """Complete or remove the files of an interrupted save."""
     saved = _left_by_a_kill(folder)
     if saved is not None:
         for name, path in saved.files.items():
             path.replace(folder / name)
         (folder / f"{CONFIG}{NEW}").replace(folder / CONFIG)
-    # the config first, so that it speaks for complete files as long as it is there
+    # the config first, so that as long as it exists, its files are complete
     for name in (CONFIG, WEIGHTS, HOST):
         (folder / f"{name}{NEW}").unlink(missing_ok=True)
 
 
 def _left_by_a_kill(folder: Path) -> Saved | None:
-    """What was saved last, where a kill came between the replacements."""
+    """The patch of a save that was interrupted between its renames; None if there is none."""
     pending = folder / f"{CONFIG}{NEW}"
     if not pending.is_file() or _try_config(folder / CONFIG, folder) is not None:
         return None
@@ -106,24 +106,24 @@ def checksum(path: Path) -> str:
 
 
 def with_checksum(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the checksum of all that it says."""
-    # through JSON, so that tuples and the like give the checksum of what is read again
+    """A config with a checksum of its content."""
+    # through JSON, so that tuples and the like have the same checksum when they are read again
     plain = json.loads(json.dumps({key: v for key, v in config.items() if key != "seal"}))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return {**plain, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read(folder: Path) -> Saved:
-    """The config and its files, complete and unchanged since they were saved.
+    """Read the config, and verify that its files are complete and unchanged.
 
     Raises:
-        MismatchedPatch: They are not, or not there.
+        MismatchedPatch: A file is missing or was changed.
     """
     return _left_by_a_kill(folder) or _read_config(folder / CONFIG, folder)
 
 
 def _read_config(path: Path, folder: Path) -> Saved:
-    """One config, checked, with its files."""
+    """Read and verify one config and its files."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,7 +142,7 @@ def _read_config(path: Path, folder: Path) -> Saved:
         return Saved({**config, "origin": None}, {WEIGHTS: folder / WEIGHTS})
     _check_schema(config, _ADDED_IN_FORMAT_2, str(path))
     if config["origin"] is not None and not check_origin(config["origin"]):
-        raise MismatchedPatch(f"{path}: 'origin' must say how to make the host, or be null")
+        raise MismatchedPatch(f"{path}: 'origin' must describe how to create the host, or be null")
     if with_checksum(config) != config:
         raise MismatchedPatch(
             f"{path} was changed after it was saved (its checksum differs): patch and save again "
@@ -152,18 +152,19 @@ def _read_config(path: Path, folder: Path) -> Saved:
 
 
 def _locate(folder: Path, name: str, expected: str) -> Path:
-    """Where a file with this checksum is: in its place or, after a kill, still beside it."""
+    """Path of a file with this checksum, which has its temporary name after an interrupted save."""
     if name not in (WEIGHTS, HOST):
-        raise MismatchedPatch(f"{folder / CONFIG} names a file {name!r} that no saved patch has")
+        raise MismatchedPatch(f"{folder / CONFIG} lists an unexpected file {name!r}")
     for path in (folder / name, folder / f"{name}{NEW}"):
         if path.is_file() and checksum(path) == expected:
             return path
-    what = "was changed or cut short after it was saved (its checksum differs)"
-    raise MismatchedPatch(f"{folder / name} {what if (folder / name).is_file() else 'is missing'}")
+    change = "was changed or truncated after it was saved (its checksum differs)"
+    fault = change if (folder / name).is_file() else "is missing"
+    raise MismatchedPatch(f"{folder / name} {fault}")
 
 
 Schema = dict[str, Any]
-"""Keys of a mapping, each with the type of its value or the schema of a mapping in it."""
+"""Keys of a mapping, each with the type of its value or the schema of a nested mapping."""
 
 _FORMAT_1: Schema = {
     "format": int,
@@ -184,7 +185,7 @@ _SITE = Schema(k=object, tokens=int, heads=int, head_dim=int, dense=bool, select
 
 
 def _check_schema(value: Any, schema: Schema, where: str) -> None:
-    """Raise unless a value is a mapping with these keys and types of values."""
+    """Raise `MismatchedPatch` unless a value is a mapping with these keys and types of values."""
     if not isinstance(value, dict):
         raise MismatchedPatch(f"{where} must be a mapping with {sorted(schema)}, got {value!r}")
     for key, kind in schema.items():
@@ -200,7 +201,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        MismatchedPatch: It cannot be read.
+        MismatchedPatch: The file cannot be read.
     """
     try:
         return safetensors.torch.load_file(path)

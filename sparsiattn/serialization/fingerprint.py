@@ -1,4 +1,4 @@
-"""What tells one model from another: its class, and the names and shapes of its weights."""
+"""The fingerprint of a model: its class, and the names and shapes of its weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sparsiattn.runtime.site_runtime import is_planner_key
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a saved patch must find again; the planners' own weights do not count.
+    """A fingerprint that a model must share with a saved patch; planners' weights do not count.
 
     Args:
         model: The model, patched or not.
 
     Returns:
-        Name of its class, number of weights, SHA-256 of their names and shapes.
+        Name of its class, number of weights, and SHA-256 of their names and shapes.
     """
     weights = [
         f"{name}:{tuple(tensor.shape)}"

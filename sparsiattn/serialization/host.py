@@ -1,4 +1,4 @@
-"""The host of a saved patch, made anew."""
+"""Create the host model of a saved patch."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from sparsiattn.serialization.origin import build
 
 
 def host_of(folder: str | PathLike[str], *, pretrained: bool = False) -> nn.Module:
-    """The host of a saved patch, unpatched.
+    """Create the unpatched host of a saved patch.
 
     Args:
-        folder: What `Patch.save` wrote.
-        pretrained: Whether to download published weights where the folder has none.
+        folder: A folder that `Patch.save` wrote.
+        pretrained: Whether to download published weights if the folder has none.
     """
     return make_host(read(Path(folder)), str(folder), pretrained)
 
 
 def host_without_weights(folder: str | PathLike[str]) -> nn.Module:
-    """As `host_of` without weights, so that it costs no memory under ``torch.device("meta")``."""
+    """As `host_of`, without loading weights; it needs no memory under ``torch.device("meta")``."""
     saved = read(Path(folder))
     return make_host(saved._replace(files={}), str(folder), pretrained=False)
 
 
 def has_weights(folder: str | PathLike[str]) -> bool:
-    """Whether a saved patch brings the weights of its host along."""
+    """Whether a saved patch contains the weights of its host."""
     return HOST in read(Path(folder)).files
 
 
 def make_host(saved: Saved, name: str, pretrained: bool) -> nn.Module:
-    """The host of a patch that was read, with its saved weights where there are any.
+    """Create the host of a loaded patch, with its saved weights if there are any.
 
     Args:
         saved: The patch.
-        name: Where it was read, for errors.
+        name: Name of the folder, for error messages.
         pretrained: As in `host_of`.
 
     Raises:
-        InvalidOption: The file does not say how to make it, or it cannot be made here.
+        InvalidOption: The file does not describe the host, or it cannot be created here.
     """
     origin = saved.config["origin"]
     if origin is None:
         raise InvalidOption(
-            f"{name} does not say how to make its {saved.config['host']['class']}: build the model "
-            "in Python and use sparsiattn.load(model, folder). Saved by this version, models of "
-            "timm and transformers made by name say it, and those of sparsiattn.create_model"
+            f"{name} does not describe how to create its {saved.config['host']['class']}: build "
+            "the model in Python and use sparsiattn.load(model, folder). Models that timm, "
+            "transformers or sparsiattn.create_model created by name are saved with a description"
         )
     if HOST not in saved.files:
         return build(origin, pretrained)
@@ -59,10 +59,10 @@ def make_host(saved: Saved, name: str, pretrained: bool) -> nn.Module:
 
 
 def load_host(model: nn.Module, saved: Saved) -> None:
-    """Load a saved host's weights into a model; nothing is loaded unless all fit.
+    """Load a saved host's weights into a model.
 
     Raises:
-        MismatchedPatch: They do not.
+        MismatchedPatch: Names or shapes of weights differ; nothing is loaded then.
     """
     path = saved.files[HOST]
     try:

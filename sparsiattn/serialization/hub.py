@@ -1,4 +1,4 @@
-"""Saved patches on the Hugging Face Hub: upload and download."""
+"""Upload and download of saved patches on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ def push(
     commit_message: str = "Upload a sparsiattn patch",
     create_pr: bool = False,
 ) -> str:
-    """Upload a live patch in one commit.
+    """Upload an active patch in one commit.
+
+    The arguments from ``private`` on are passed to `huggingface_hub`.
 
     Args:
         state: The patch.
         repo_id: ``user/name``.
-        whole: Whether to upload the host's weights, too.
-        private: As `huggingface_hub` takes it, and so are the others.
+        whole: Whether to upload the host's weights too.
+        private: Whether a new repository is private.
         token: Access token.
-        revision: Branch.
-        commit_message: First line of the commit.
+        revision: Branch to commit to.
+        commit_message: First line of the commit message.
         create_pr: Whether to open a pull request instead.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
-        DataError: The Hub refuses or cannot be reached.
+        DataError: The Hub refuses the upload or cannot be reached.
     """
     import huggingface_hub
 
@@ -57,7 +59,7 @@ def push(
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
-        except Exception as error:  # the Hub's, the network's and the system's own
+        except Exception as error:  # errors of the Hub, the network and the system
             reason = first_line(error, named=True)
             raise DataError(f"{repo_id!r} cannot be uploaded: {reason}") from error
     return str(getattr(commit, "commit_url", commit))
@@ -81,17 +83,22 @@ def download(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """A saved patch of the Hub as a folder of the cache, which `load` takes.
+    """Download a saved patch from the Hub to the cache.
+
+    The other arguments are passed to `huggingface_hub`.
 
     Args:
         repo_id: ``ORG/NAME``.
-        revision: As `huggingface_hub` takes it, and so are the others.
+        revision: Branch, tag or commit.
         token: Access token.
-        cache_dir: Where downloads are kept.
-        local_files_only: Whether to look at the cache only.
+        cache_dir: Folder for downloads; None for the default cache.
+        local_files_only: Whether to read only the cache.
+
+    Returns:
+        The folder, which `load` takes.
 
     Raises:
-        UnknownName: It cannot be reached and is not in the cache.
+        UnknownName: The repository cannot be reached and is not in the cache.
     """
     import huggingface_hub
 
@@ -104,9 +111,9 @@ def download(
             local_files_only=local_files_only,
             allow_patterns=[CONFIG, WEIGHTS, HOST],
         )
-    except Exception as error:  # the Hub's, the network's and the system's own
+    except Exception as error:  # errors of the Hub, the network and the system
         raise UnknownName(
-            f"no saved patch {repo_id!r}: it is no folder here, and the Hugging Face Hub says "
-            f"{first_line(error, named=True)}"
+            f"no saved patch {repo_id!r}: there is no such folder, and the Hugging Face Hub "
+            f"returned {first_line(error, named=True)}"
         ) from error
     return Path(folder)

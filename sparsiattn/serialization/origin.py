@@ -1,4 +1,4 @@
-"""How a model was made, as plain data: what lets a saved patch bring its host along."""
+"""The origin of a model, plain data that lets a saved patch create its host again."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sparsiattn.runtime.site_runtime import PLANNER
 from sparsiattn.serialization.fingerprint import fingerprint
 
 ORIGIN_ATTRIBUTE = "_sparsiattn_origin"
-"""Attribute of a model that `create_model` made."""
+"""Attribute that holds the origin of a model that `create_model` created."""
 
 Origin = dict[str, Any]
 """``{"library": "timm", "name", "options"}``, the same of ``"torchvision"``, or ``{"library":
 "transformers", "class", "config"}``."""
 
 _SWITCHES = ("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing")
-"""Attributes that change while a model is used, and say nothing of how it was made."""
+"""Attributes that change while a model is used, and do not belong to its origin."""
 
 _READS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"}
-"""Options of constructors that read other files, which a file from elsewhere must not name."""
+"""Options of constructors that read other files; a saved file must not set them, for security."""
 
 
 def mark(model: nn.Module, origin: Origin) -> nn.Module:
-    """Note how a model was made, where that can be written as JSON."""
+    """Record how a model was created, if that can be written as JSON."""
     try:
         plain = json.loads(json.dumps(origin))
-    except (TypeError, ValueError):  # options that only Python can say
+    except (TypeError, ValueError):  # options that cannot be written as JSON
         return model
     if check_origin(plain):
         vars(model)[ORIGIN_ATTRIBUTE] = plain
@@ -40,10 +40,10 @@ def mark(model: nn.Module, origin: Origin) -> nn.Module:
 
 
 def origin_of(model: nn.Module) -> Origin | None:
-    """How to make this model again, None where that is not known.
+    """How to create this model again; None if it is not known.
 
-    What is noted or guessed counts only if a model made that way, without memory for its weights,
-    has the same parts, the same names and shapes of weights and the same plain attributes.
+    A recorded or guessed origin is used only if a model created from it (without memory for its
+    weights) has the same class, the same names and shapes of weights and the same plain attributes.
     """
     for origin in _candidates(model):
         try:
@@ -56,32 +56,32 @@ def origin_of(model: nn.Module) -> Origin | None:
 
 
 def build(origin: Origin, pretrained: bool = False) -> nn.Module:
-    """The model of an origin.
+    """Create the model of an origin.
 
     Args:
-        origin: How to make it.
-        pretrained: Whether to download its library's weights; they are random else.
+        origin: The origin.
+        pretrained: Whether to download its library's weights; otherwise they are random.
 
     Raises:
-        InvalidOption: It cannot be made here.
+        InvalidOption: The model cannot be created here.
     """
     if pretrained and origin["library"] == "transformers":
         raise InvalidOption(
-            "a transformers configuration does not say where weights are: use hf:ORG/NAME, or load "
-            "them in Python and use sparsiattn.load(model, folder)"
+            "a transformers configuration does not contain the location of weights: use "
+            "hf:ORG/NAME, or load them in Python and use sparsiattn.load(model, folder)"
         )
     try:
         return mark(_build(origin, pretrained), origin)
-    except Exception as error:  # whatever the library's own constructor raises
+    except Exception as error:  # any error of the library's constructor
         name = origin.get("name", origin.get("class"))
         raise InvalidOption(
-            f"{origin.get('library')} cannot make {name!r} here: {error}; install the version it "
+            f"{origin.get('library')} cannot create {name!r} here: {error}; install the version it "
             "was saved with, or build the model in Python and use sparsiattn.load(model, folder)"
         ) from error
 
 
 def check_origin(origin: Any) -> bool:
-    """Whether plain data has the form of an `Origin`, and does no more than make a model."""
+    """Whether plain data has the form of an `Origin` and can only create a model."""
     if not isinstance(origin, Mapping):
         return False
     library, options = origin.get("library"), origin.get("options")
@@ -107,23 +107,22 @@ def _build(origin: Origin, pretrained: bool = False) -> nn.Module:
 
     saved = dict(origin["config"])
     config = transformers.AutoConfig.for_model(saved.pop("model_type"), **saved)
-    # a file from elsewhere names the class, so it must not be any other callable
+    # the class name comes from a file, so it must not name another callable
     kind = getattr(transformers, origin["class"])
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise InvalidOption(f"{origin['class']!r} is no model of transformers")
+        raise InvalidOption(f"{origin['class']!r} is not a transformers model")
     return kind(config)  # type: ignore[no-any-return]
 
 
 def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model that a function returns, on the meta device.
+    """Create a model on the meta device, if possible.
 
-    With memory where its constructor looks at values, as timm's did for a long time and copies of
-    it still do.
+    Memory is used if its constructor reads values, as older versions of timm and copies of them do.
     """
     try:
         with torch.device("meta"):
             return make()
-    except Exception:  # whatever else is wrong with it shows again
+    except Exception:  # any other error occurs again here
         with torch.random.fork_rng(devices=[]):
             return make()
 
@@ -163,7 +162,7 @@ def _timm(model: Any) -> Iterator[Origin]:
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:
-    """Attributes of all modules but planners that are numbers, text or tuples of these."""
+    """Attributes of all modules except planners that are numbers, strings or tuples of these."""
     return {
         f"{path}.{name}": value
         for path, module in model.named_modules()

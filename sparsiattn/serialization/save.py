@@ -1,4 +1,4 @@
-"""A patch on disk: a JSON config and the planners' weights. Never pickle."""
+"""Save a patch to disk as a JSON config and the planners' weights, without pickle."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ from sparsiattn.strategies.hybrid import Hybrid
 def save(state: PatchState, directory: Path, *, include_model: bool = False) -> Path:
     """Write ``sparsiattn.json`` and ``planners.safetensors``; see `Patch.save`.
 
-    A kill at any moment leaves what was there before or what is saved now, never a mixture.
+    Saving is atomic: if the process is killed, the folder has the old or the new patch.
 
     Args:
         state: The patch.
-        directory: Where to.
-        include_model: Also write the host's weights, as ``model.safetensors``.
+        directory: The folder; it is created if it does not exist.
+        include_model: Whether to write the host's weights too, as ``model.safetensors``.
+
+    Returns:
+        The folder.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise InvalidOption(f"save() needs a directory, {directory} is a file") from error
+        raise InvalidOption(f"save() needs a directory, but {directory} is a file") from error
     config = {
         "format": FORMAT,
         "sparsiattn": __version__,
         "host": fingerprint(state.model),
         "origin": origin_of(state.model),
-        # budgets that differ between sites stand with the sites
+        # budgets that differ between sites are stored with the sites
         "strategy": resolved(state).to_dict(),
-        # for people and for `patch(schedule=...)`: `load` reads the budgets of the sites below
+        # for readers and for `patch(schedule=...)`; `load` reads the budgets of the sites below
         "schedule": schedule_of(state),
         "kernel": state.kernel,
         "input_shape": list(state.input_shape),
@@ -70,7 +73,7 @@ def save(state: PatchState, directory: Path, *, include_model: bool = False) -> 
 
 
 def resolved(state: PatchState) -> Config:
-    """The strategy with everything that was decided at patch time put in."""
+    """The strategy with all decisions of patch time filled in."""
     attention = next(r.strategy for r in state.runtimes if r.selected)
     if isinstance(state.strategy, Hybrid):
         return replace(state.strategy, **_cleared(attention, state.tokens))
@@ -78,7 +81,7 @@ def resolved(state: PatchState) -> Config:
 
 
 def _cleared(attention: Config, tokens: Config | None) -> dict[str, Any]:
-    """Fields of a `Hybrid` that say what its two parts say."""
+    """Fields of a `Hybrid` with the values of its two parts."""
     both = {"attention": attention, "tokens": tokens}
     names = [field.name for field in fields(Hybrid) if field.name not in both]
     values = {name: getattr(attention, name, getattr(tokens, name, None)) for name in names}
@@ -86,7 +89,7 @@ def _cleared(attention: Config, tokens: Config | None) -> dict[str, Any]:
 
 
 def schedule_of(state: PatchState) -> dict[str, Any]:
-    """Every resolved budget, in the form that ``patch(schedule=...)`` takes."""
+    """All resolved budgets, in the form that ``patch(schedule=...)`` takes."""
     budgets = {
         runtime.site.name: k
         for runtime in state.runtimes
@@ -104,7 +107,7 @@ def schedule_of(state: PatchState) -> dict[str, Any]:
 
 
 def planner_tensors(state: PatchState) -> dict[str, Tensor]:
-    """``<site>.<name>`` to weight, for every learned planner."""
+    """The weights of every learned planner, by ``<site>.<name>``."""
     return {
         f"{runtime.site.name}.{name}": tensor.detach().contiguous()
         for runtime in state.runtimes
@@ -114,7 +117,7 @@ def planner_tensors(state: PatchState) -> dict[str, Tensor]:
 
 
 def host_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without planners; tied weights are written twice, which the format wants."""
+    """The state dict without planners; safetensors requires tied weights to be written twice."""
     return {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()

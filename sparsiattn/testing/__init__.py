@@ -1,6 +1,7 @@
-"""Conformance suites that built-ins pass and plug-in authors subclass (with pytest); `doctor`.
+"""Conformance suites for plug-in authors (with pytest), small test models, and `doctor`.
 
-May import every package but `sparsiattn.methods` and the command line, which may import it.
+It may import every package except `sparsiattn.methods` and the command line, which may import it.
+Subclass a suite to test a plug-in:
 
 class TestMine(StrategySuite):
     strategy = Mine(k=0.25)
@@ -17,7 +18,7 @@ from sparsiattn.testing.hosts import (
     windowed_vit,
 )
 
-if find_spec("pytest"):  # suites need it, and `doctor` must run without
+if find_spec("pytest"):  # suites need pytest, but `doctor` must run without it
     from sparsiattn.testing.backbone import BackboneSuite
     from sparsiattn.testing.kernel import KernelSuite
     from sparsiattn.testing.laws import PatchSuite

@@ -1,4 +1,4 @@
-"""The laws every backbone must keep."""
+"""`BackboneSuite`: tests that every backbone must pass."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sparsiattn.testing.laws import restored
 
 
 class BackboneSuite:
-    """Subclass it, set ``backbone`` and return a small model from ``model()``, and run pytest.
+    """Tests of a backbone: subclass it, set ``backbone``, override ``model()``, and run pytest.
 
     Attributes:
-        backbone: What is tested.
-        least_sites: Attention calls that must be found.
-        tolerance: Of the identity at full budget.
-        batch_tolerance: Between an image alone and in a batch.
+        backbone: The backbone to test.
+        least_sites: Smallest number of attention calls that must be found.
+        tolerance: Tolerance of the comparison with the dense model at full budget.
+        batch_tolerance: Tolerance of the comparison of an image alone and in a batch.
     """
 
     backbone: Backbone
@@ -28,13 +28,13 @@ class BackboneSuite:
     batch_tolerance: ClassVar[dict[str, Any]] = {"rtol": 1e-3, "atol": 1e-4}
 
     def model(self) -> nn.Module:
-        """A small model that the backbone takes."""
+        """A small model that the backbone supports."""
         raise NotImplementedError
 
     def images(self, model: nn.Module) -> Tensor:
         """Images for the model, ``[B, C, H, W]``."""
         shape = self.backbone.input_shape(model)
-        assert shape is not None, "override images(): the model does not say its input size"
+        assert shape is not None, "the input size of the model is not known: override images()"
         return torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0))
 
     def test_takes_the_model(self) -> None:
@@ -60,7 +60,7 @@ class BackboneSuite:
             assert torch.equal(model(x), dense)
 
     def test_nothing_of_the_patch_stays(self) -> None:
-        """Modules, hooks, keys, and what `Backbone.attribute_overrides` switched."""
+        """Modules, hooks, keys and attributes of `Backbone.attribute_overrides` are restored."""
         model = self.model().eval()
         x = self.images(model)
         keys, overrides = set(model.state_dict()), self.backbone.attribute_overrides(model)

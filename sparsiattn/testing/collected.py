@@ -1,6 +1,7 @@
-"""Test classes for all that one package registers; what ``pytest --sparsiattn-suite`` collects.
+"""The test classes that ``pytest --sparsiattn-suite`` collects for everything a package registers.
 
-What a suite cannot know about a thing, the thing may say in a mapping named ``suite``, see `KEYS`.
+A strategy, kernel or backbone may set attributes of its suite in a mapping named ``suite``, whose
+keys are listed in `KEYS`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ KEYS = {
     "kernels": ("dtypes", "device"),
     "backbones": ("model",),
 }
-# the budgets that keep all tokens, by the names that options usually have
+# budgets that keep all tokens, by the usual names of options
 FULL = {"keep": 1.0, "r": 0}
 
 
 def classes(package: str) -> dict[str, type]:
-    """Test classes by name for all that the package registers.
+    """Test classes by name for everything that a package registers.
 
     >>> "TestStrategy_topk" in classes("sparsiattn")
     True
@@ -53,7 +54,7 @@ def classes(package: str) -> dict[str, type]:
 
 
 def _settings(kind: str, name: str, thing: object) -> dict[str, Any]:
-    """What a thing says in its ``suite``; `UnknownName` for a key that no suite reads."""
+    """The mapping ``suite`` of a registered object; raises `UnknownName` for an unknown key."""
     settings = getattr(thing, "suite", {})
     if not isinstance(settings, Mapping):
         raise UnknownName(f"suite of {name!r} must be a mapping, got {settings!r}")
@@ -89,7 +90,7 @@ def _backbone(backbone: Any, settings: dict[str, Any]) -> tuple[type, dict[str, 
             host = make()
             if backbone_of(host).name == backbone.name:
                 return host
-        pytest.skip("give a function that makes a small model: suite = {'model': ...}")
+        pytest.skip("set a function that returns a small model: suite = {'model': ...}")
 
     return BackboneSuite, {"backbone": backbone, "model": model}
 
@@ -102,7 +103,7 @@ _SUITES: dict[str, tuple[str, Any]] = {
 
 
 def _plugins(plugins: list[PluginInfo]) -> type:
-    """The package's plug-ins themselves: whole and not empty."""
+    """A test class for the plug-ins themselves: they work and are not empty."""
 
     class TestPlugins:
         @pytest.mark.parametrize("plugin", plugins, ids=lambda plugin: plugin.name)

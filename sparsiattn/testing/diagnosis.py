@@ -1,4 +1,4 @@
-"""What is installed, what works here, and the command that mends what does not."""
+"""`doctor`: checks which parts of an installation work, with commands that fix broken ones."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ _DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         group: ``"core"``, ``"kernels"``, ``"extra train"`` ...
-        name: Of the thing.
-        status: ``"ok"``, ``"missing"`` (an extra that is not there), ``"off"`` (cannot work on this
-            machine) or ``"broken"``.
-        detail: Its version, or what is wrong with it.
-        fix: A command; empty where there is nothing to mend.
+        name: Name of the package, kernel or plug-in.
+        status: ``"ok"``, ``"missing"`` (an optional package that is not installed), ``"off"``
+            (cannot work on this machine) or ``"broken"``.
+        detail: Its version, or the problem.
+        fix: A command that fixes the problem; empty if there is none.
     """
 
     group: str
@@ -64,18 +64,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found.
+    """The result of `doctor`.
 
     Attributes:
-        works: Whether the core can run.
-        findings: What was looked at, good and bad.
+        works: Whether a small model can be patched and restored.
+        findings: The results of all checks.
+
+    >>> diagnosis = doctor()
+    >>> next(finding.status for finding in diagnosis.findings if finding.name == "torch")
+    'ok'
     """
 
     works: bool
     findings: tuple[Finding, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain data for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -87,13 +91,13 @@ class Diagnosis:
             lines += [f"{group}:", *(f"  {line}" for line in aligned(rows))]
         fixes = dict.fromkeys(row.fix for row in self.findings if row.fix)
         if fixes:
-            lines += ["to mend or to add:", *(f"  {fix}" for fix in fixes)]
+            lines += ["to fix or to install:", *(f"  {fix}" for fix in fixes)]
         lines.append("the core works" if self.works else "the core does NOT work")
         return "\n".join(lines)
 
 
 def doctor() -> Diagnosis:
-    """Versions, devices, kernels and plug-ins of this installation, and a patch tried and undone.
+    """Check versions, devices, kernels and plug-ins, and patch and restore a small model.
 
     >>> doctor().works
     True
@@ -121,7 +125,7 @@ def _system() -> Iterator[Finding]:
 
 
 def native_code() -> Iterator[Finding]:
-    """Where compiled code for the CPU is from, and why not from the package where it is not."""
+    """The source of compiled code for the CPU, and faults of the package's own library."""
     for fault in native.faults():
         fix = "" if native.is_chosen() else f"{_AGAIN} sparsiattn"
         yield Finding("native code", "library", "broken", fault, fix)
@@ -140,13 +144,13 @@ def _packages() -> Iterator[Finding]:
 
 
 def _package(group: str, name: str, fix: str) -> Finding:
-    """Importing is the test: wheels of another torch are installed, and fail only then."""
+    """Check a package by importing it, as a wheel for another torch only fails then."""
     distribution = _DISTRIBUTION.get(name, name)
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return Finding(group, name, "broken" if group == "core" else "missing", "", fix)
-    # a wheel of xformers for another torch imports, says so on stderr, and fails when it is used
+    # a wheel of xformers for another torch can be imported, but fails when it is used
     problem = fmha.probe().reason if name == "xformers" else _problem(lambda: import_module(name))
     if not problem:
         return Finding(group, name, "ok", version)
@@ -154,7 +158,7 @@ def _package(group: str, name: str, fix: str) -> Finding:
 
 
 def _problem(action: Callable[[], Any]) -> str | None:
-    """What goes wrong, on one line; an import may raise anything at all."""
+    """The error of an action, on one line; None if it succeeds. Imports may raise any error."""
     try:
         action()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Small hosts and inputs for the suites."""
+"""Small models and inputs for the suites."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from sparsiattn.attention import AttentionInputs, Site
 
 
 def tiny_vit(**options: Any) -> nn.Module:
-    """A two-block timm ViT, 64 patches and a CLS token, in eval mode.
+    """A timm ViT in eval mode with two blocks, 64 patches and a class token.
 
     Args:
-        **options: Of timm's `VisionTransformer`.
+        **options: Options of timm's `VisionTransformer`.
+
+    >>> tiny_vit(num_classes=3)(tiny_images(2)).shape
+    torch.Size([2, 3])
     """
     from timm.models import VisionTransformer
 
@@ -24,7 +27,11 @@ def tiny_vit(**options: Any) -> nn.Module:
 
 
 def windowed_vit() -> nn.Module:
-    """Two blocks of a Swin, the second with shifted windows of 4 x 4 tokens, in eval mode."""
+    """A Swin in eval mode with two blocks; the second has shifted windows of 4 x 4 tokens.
+
+    >>> windowed_vit()(windowed_images(2)).shape
+    torch.Size([2, 5])
+    """
     from timm.models import SwinTransformer
 
     options = {"window_size": 4, "embed_dim": 24, "depths": (2,), "num_heads": (2,)}
@@ -32,7 +39,7 @@ def windowed_vit() -> nn.Module:
 
 
 def _with_random_weights(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """The same weights at every call, large enough for attention to matter."""
+    """Create a model with fixed random weights, large enough for attention to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = kind(**{"img_size": 32, "patch_size": 4, "num_classes": 5, **options})
@@ -71,7 +78,7 @@ class _OwnViT(nn.Module):
 
 
 def own_vit() -> nn.Module:
-    """A ViT of nobody's family: 16 patches, two blocks, no class token, in eval mode."""
+    """A ViT in eval mode that no library has: 16 patches, two blocks, no class token."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return _OwnViT().eval()
@@ -83,7 +90,11 @@ def windowed_images(batch: int = 2) -> Tensor:
 
 
 def tiny_images(batch: int = 3) -> Tensor:
-    """Fixed random images ``[B, 3, 32, 32]``."""
+    """Fixed random images ``[B, 3, 32, 32]``.
+
+    >>> tiny_images(2).shape
+    torch.Size([2, 3, 32, 32])
+    """
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
@@ -102,24 +113,30 @@ def random_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> AttentionInputs:
-    """Inputs of one self-attention call over a token grid; sharp enough that choices matter.
+    """Random inputs of one self-attention call over a token grid.
+
+    Attention is peaked enough that the selection of keys matters.
 
     Args:
         grid: Rows and columns of patch tokens.
-        batch: Images, B.
-        heads: Heads, H.
-        dim: Width of queries and keys per head, D.
-        value_dim: Width of values; as ``dim`` if None.
-        prefix: Leading tokens that are no patches.
-        tile: Queries that share their keys, rows and columns.
-        block: Keys that are kept together, rows and columns.
+        batch: Number of images, B.
+        heads: Number of heads, H.
+        dim: Channels of queries and keys per head, D.
+        value_dim: Channels of values; None for ``dim``.
+        prefix: Number of leading tokens that are not patches.
+        tile: Rows and columns of queries that share their keys.
+        block: Rows and columns of keys that are kept together.
         bias: The host's additive bias or boolean mask.
-        kind: What `Site.bias` says of it.
-        dtype: Of queries, keys and values.
-        seed: Of the values.
+        kind: Kind of the bias, as in `Site.bias`.
+        dtype: Data type of queries, keys and values.
+        seed: Seed of the random values.
 
     Returns:
         Queries and keys ``[B, H, N, D]``, values ``[B, H, N, value_dim]``.
+
+    >>> inputs = random_inputs((4, 5), prefix=1, value_dim=6)
+    >>> inputs.q.shape, inputs.v.shape
+    (torch.Size([2, 3, 21, 8]), torch.Size([2, 3, 21, 6]))
     """
     generator = torch.Generator().manual_seed(seed)
     n = grid[0] * grid[1] + prefix

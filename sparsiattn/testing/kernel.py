@@ -1,4 +1,4 @@
-"""The laws every kernel must keep."""
+"""`KernelSuite`: tests that every kernel must pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[Case]:
-    """Calls of every layout: tiles that do not divide the grid, prefixes, masks, background."""
+    """Calls of every layout: uneven tiles, prefixes, masks, background."""
     scores = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(3)).to(device)
     tiles: tuple[int | tuple[int, int], ...] = (1, (2, 2), (3, 3))
     for tile, background, host in product(tiles, (None, 2), ("none", "bias", "keys", "mask")):
@@ -48,7 +48,7 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[C
 
 
 def _blocks(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Lists of key blocks: of one size and not, with and without a part of the last block."""
+    """Lists of key blocks, of equal and of different sizes, with full and partial last blocks."""
     budgets = ((1, 9), (0, 8), (2, 13))
     for grid, (prefix, k), background in product(((4, 6), (4, 5)), budgets, (None, 2)):
         inputs = random_inputs(grid, prefix=prefix, tile=(2, 3), block=(2, 2), dtype=dtype)
@@ -60,12 +60,12 @@ def _blocks(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def _derived(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Plans that choose no keys: computed ones, given logits, a given output."""
+    """Plans that select no keys: computed keys, given logits, a given output."""
     for host in ("none", "bias", "mask"):
         inputs = _on(_with_host(random_inputs((4, 5), dtype=dtype, value_dim=6), host), device)
         k, v, logits = inputs.k[..., ::4, :], inputs.v[..., ::4, :], inputs.k @ inputs.q.mT
-        few = inputs.biased(logits)[..., 1:, ::4]
-        yield f"computed host={host}", inputs, Pattern.computed_keys(inputs, k, v, bias=few)
+        bias = inputs.biased(logits)[..., 1:, ::4]
+        yield f"computed host={host}", inputs, Pattern.computed_keys(inputs, k, v, bias=bias)
         narrow = inputs.patch_queries[..., :3]
         yield f"narrow host={host}", inputs, Pattern.computed_keys(inputs, k[..., :3], v, q=narrow)
         yield f"logits host={host}", inputs, Pattern.logits(inputs, logits)
@@ -85,7 +85,7 @@ def _on(inputs: AttentionInputs, device: str) -> AttentionInputs:
 
 
 def _with_host(inputs: AttentionInputs, host: str) -> AttentionInputs:
-    """Inputs under one kind of host mask."""
+    """Inputs with one kind of host mask."""
     generator = torch.Generator().manual_seed(4)
     n, bias, kind = inputs.n_keys, None, "none"
     if host == "bias":
@@ -99,15 +99,15 @@ def _with_host(inputs: AttentionInputs, host: str) -> AttentionInputs:
 
 
 class KernelSuite:
-    """Subclass it, set ``kernel`` (and ``dtypes``, ``device``), and run pytest.
+    """Tests of a kernel: subclass it, set ``kernel`` (and ``dtypes``, ``device``), and run pytest.
 
     Attributes:
-        kernel: What is tested.
-        device: Where.
-        dtypes: Of the calls.
-        tolerance: Per dtype, against the reference in float32.
-        unready: How many calls to try of those that the kernel takes but calls not ready, because
-            it would compile for each.
+        kernel: The kernel to test.
+        device: Device of the calls.
+        dtypes: Data types of the calls.
+        tolerance: Tolerance of the comparison with the reference in float32, by data type.
+        unready: Number of calls to test that the kernel supports but is not ready for, as it would
+            compile for each of them.
     """
 
     kernel: Kernel
@@ -117,11 +117,11 @@ class KernelSuite:
     unready: int = 1
 
     def cases(self, dtype: torch.dtype) -> Iterator[Case]:
-        """The calls to try; override it for a kernel of other shapes, or one slow at first."""
+        """The calls to test; override it for a kernel with other shapes or slow first calls."""
         yield from cases(dtype, self.device)
 
     def _runnable(self, dtype: torch.dtype) -> Iterator[Case]:
-        """The cases that the kernel takes; of those it has to compile for first, `unready`."""
+        """The cases that the kernel supports, with at most `unready` that it must compile for."""
         unready = self.unready
         for name, inputs, pattern in self.cases(dtype):
             if refusals(self.kernel, inputs, pattern):
@@ -138,13 +138,13 @@ class KernelSuite:
     def test_refusals_are_reasons(self) -> None:
         for name, inputs, pattern in cases(device=self.device):
             if isinstance(pattern, ComputedPattern) and not self.kernel.supports_computed:
-                continue  # it is never shown these
+                continue  # the kernel never gets these
             reasons = self.kernel.why_not(inputs, pattern)
             assert isinstance(reasons, list), name
             assert all(isinstance(reason, str) and reason for reason in reasons), name
 
     def test_why_not_never_raises(self) -> None:
-        """Law 3, for calls that few kernels expect: an answer, whatever it is."""
+        """Law 3, for unusual calls: `why_not` returns a list."""
         for name, inputs, pattern in _odd(self.device):
             assert isinstance(self.kernel.why_not(inputs, pattern), list), name
 
@@ -155,7 +155,7 @@ class KernelSuite:
         assert all(isinstance(reason, str) and reason for reason in self.kernel.why_unavailable())
 
     def test_speed_is_a_figure(self) -> None:
-        """From shapes alone: values that are not there must not matter."""
+        """It is computed from shapes only, without values."""
         for name, inputs, pattern in self._runnable(self.dtypes[0]):
             speed = self.kernel.speed(inputs, pattern)
             assert isinstance(speed, float), name
@@ -164,7 +164,7 @@ class KernelSuite:
             assert macs is None or macs >= 0, name
 
     def test_operands_stay_as_they_are(self) -> None:
-        """Nothing is written in place, and views of one tensor serve as well as tensors."""
+        """Nothing is written in place, and operands may be views."""
         for name, inputs, pattern in self._runnable(self.dtypes[0]):
             call = _as_views(inputs)
             if refusals(self.kernel, call, pattern):
@@ -176,7 +176,7 @@ class KernelSuite:
                 assert torch.equal(getattr(call, operand), getattr(before, operand)), name
 
     def test_in_a_model_it_runs_or_says_why_not(self) -> None:
-        """Asked for by name there is no other: its output is the reference's, or it is refused."""
+        """Selected by name it has no fallback: it equals the reference, or is refused."""
         model, x = tiny_vit().to(self.device), tiny_images().to(self.device)
         outputs = []
         with torch.no_grad():
@@ -212,20 +212,22 @@ class KernelSuite:
             return
         for name, inputs, pattern in self._runnable(torch.float32):
             if refusals(self.kernel, _with_leaves(inputs), pattern):
-                continue  # forward only here, as the kernel says
+                continue  # the kernel supports only the forward pass here
             ours = _gradients(self.kernel, inputs, pattern)
             exact = _gradients(Reference(), inputs, pattern)
             message = f"{name}: {{}}".format
             torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4, msg=message)
 
     def test_second_derivatives_equal_the_reference(self) -> None:
-        """Or they are refused: a backward pass that cannot be differentiated must not be passed
-        by, as `torch.autograd.grad` does with nodes that lead to no input."""
+        """Or they are refused: a backward pass that cannot be differentiated must raise.
+
+        `torch.autograd.grad` silently skips nodes that lead to no input.
+        """
         if not self.kernel.differentiable:
             return
         for name, inputs, pattern in self._runnable(torch.float32):
             if refusals(self.kernel, _with_leaves(inputs), pattern):
-                continue  # forward only here, as the kernel says
+                continue  # the kernel supports only the forward pass here
             exact = _second_derivatives(Reference(), inputs, pattern)
             try:
                 ours = _second_derivatives(self.kernel, inputs, pattern)
@@ -246,7 +248,7 @@ class KernelSuite:
 
 
 def _odd(device: str) -> Iterator[Case]:
-    """Calls that are legal and rare."""
+    """Valid but unusual calls."""
     inputs = _on(random_inputs((4, 4)), device)
     scores = torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(7)).to(device)
     pattern = finish(Pattern.top(scores, 5), inputs)
@@ -260,12 +262,12 @@ def _odd(device: str) -> Iterator[Case]:
 
 
 def _as_views(inputs: AttentionInputs) -> AttentionInputs:
-    """The same call with operands laid out ``[B, N, H, D]``, as hosts have them."""
+    """The same call with operands stored as ``[B, N, H, D]``, as in most hosts."""
     return _map_operands(inputs, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def _with_leaves(inputs: AttentionInputs) -> AttentionInputs:
-    """The same call with operands that want a gradient."""
+    """The same call with operands that require a gradient."""
 
     def leaf(x: Tensor) -> Tensor:
         return x.detach().clone().requires_grad_(x.is_floating_point())
@@ -276,7 +278,7 @@ def _with_leaves(inputs: AttentionInputs) -> AttentionInputs:
 def _gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, ...]:
     call = _with_leaves(inputs)
     out = kernel(call, pattern)
-    if not out.requires_grad:  # the plan gave the output
+    if not out.requires_grad:  # the plan contains the output
         return ()
     return _of_leaves((out * _weights(out)).sum(), call)
 
@@ -284,7 +286,7 @@ def _gradients(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tup
 def _second_derivatives(
     kernel: Kernel, inputs: AttentionInputs, pattern: Pattern
 ) -> tuple[Tensor, ...]:
-    """The gradient of a penalty on the gradient, which `torch.autograd.grad` walks to alone."""
+    """The gradient of a penalty on the gradient."""
     call = _with_leaves(inputs)
     out = kernel(call, pattern)
     if not out.requires_grad:

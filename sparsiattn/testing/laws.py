@@ -1,4 +1,4 @@
-"""The laws that hold for every strategy, whatever it makes fewer of."""
+"""`PatchSuite`: tests that every strategy must pass, whether it reduces keys or tokens."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from sparsiattn.training.reconstruction import site_losses
 
 
 class PatchSuite:
-    """What a strategy must keep on a small plain ViT, and on one with windows.
+    """Tests of a strategy on a small plain ViT and on a windowed model.
 
-    Override ``model()`` and ``images()`` for another host, ``windowed()`` for another windowed one
-    (None: there is none).
+    Override ``model()`` and ``images()`` to test with another model, and ``windowed()`` for another
+    windowed model (None for no such test).
 
     Attributes:
-        strategy: What is tested.
-        identity: Options of the budget that keeps all.
-        tolerance: Of the identity at full budget.
-        batch_tolerance: Between an image alone and in a batch.
-        compiles: False where the strategy has no static graph.
-        changes: False where it leaves outputs alone until it was trained.
+        strategy: The strategy to test.
+        identity: Options of the budget that keeps everything.
+        tolerance: Tolerance of the comparison with the dense model at full budget.
+        batch_tolerance: Tolerance of the comparison of an image alone and in a batch.
+        compiles: Whether the strategy has a static graph.
+        changes: Whether the strategy changes outputs before it is trained.
     """
 
     strategy: Config
@@ -59,18 +59,18 @@ class PatchSuite:
 
     @contextmanager
     def _patched(self) -> Iterator[tuple[Any, Tensor, Patch]]:
-        """The model, patched inside the block, its images, and the patch."""
+        """Yield the model, patched inside the block, its images, and the patch."""
         model = self.model()
         with torch.no_grad(), patch_quietly(model, self.strategy) as patched:
             yield model, self.images(), patched
 
     def _ragged(self) -> bool:
-        """Whether every image may keep its own number of tokens."""
+        """Whether images may keep different numbers of tokens."""
         return bool(getattr(self.strategy, "is_ragged", bool)())
 
     def _skip_without_static_graph(self) -> None:
         if not self.compiles or self._ragged():
-            pytest.skip("says that it has no static graph")
+            pytest.skip("the strategy has no static graph")
 
     def test_config_survives_json(self) -> None:
         saved = json.loads(json.dumps(self.strategy.to_dict()))
@@ -79,10 +79,10 @@ class PatchSuite:
         assert type(self.strategy).build(saved["options"]) == self.strategy
 
     def test_says_what_it_is(self) -> None:
-        """What `list_strategies()` shows, and why the full budget is not the dense model."""
+        """It has a summary for `list_strategies()`, and a reason if full budget is not dense."""
         kind = type(self.strategy)
-        assert (kind.__doc__ or "").strip(), "the first line of the docstring is its summary"
-        assert kind.exact_at_full or kind.inexact_reason, "say why in inexact_reason"
+        assert (kind.__doc__ or "").strip(), "write a docstring; its first line is the summary"
+        assert kind.exact_at_full or kind.inexact_reason, "set inexact_reason"
 
     def test_wrong_option_is_named_with_the_right_ones(self) -> None:
         names = type(self.strategy).option_names()
@@ -159,7 +159,7 @@ class PatchSuite:
                 assert torch.equal(model_copy(x), model(x))
 
     def test_host_weights_get_gradients(self) -> None:
-        """Also after a warm-up in inference mode, whose tensors must not be kept."""
+        """They also do after a warm-up in inference mode, whose tensors must not be cached."""
         model, x = self.model(), self.images()
         with patch_quietly(model, self.strategy):
             with torch.inference_mode():
@@ -175,14 +175,16 @@ class PatchSuite:
                 assert torch.isfinite(weight.grad).all(), name
 
     def unread(self, name: str) -> bool:
-        """Whether nobody reads what this weight of the host makes, so that it gets no gradient:
-        queries and keys where attention is replaced."""
+        """Whether a weight of the host gets no gradient, as its output is not used.
+
+        Weights of queries and keys are an example, if attention is replaced.
+        """
         return False
 
     def test_gradients_survive_checkpointing(self) -> None:
         model: Any = self.model()
         if not hasattr(model, "set_grad_checkpointing"):
-            pytest.skip("the host knows no gradient checkpointing")
+            pytest.skip("the model does not support gradient checkpointing")
         x = self.images()
         with patch_quietly(model, self.strategy):
             direct = _gradients(model, x)
@@ -190,8 +192,7 @@ class PatchSuite:
             torch.testing.assert_close(_gradients(model, x), direct)
 
     def test_weights_of_planners_learn(self) -> None:
-        """A planner with weights has a loss (`LearnedPlanner`), or the model's own reaches them in
-        training mode."""
+        """Planner weights get a gradient from the planner's loss or from the model's loss."""
         model, x = self.model(), self.images()
         with patch_quietly(model, self.strategy) as patched:
             weights = {n: p for n, p in model.named_parameters() if ".sparsiattn." in n}
@@ -222,7 +223,7 @@ class PatchSuite:
         assert torch.equal(state, torch.get_rng_state()), "the global RNG was touched"
 
     def test_lower_precision(self) -> None:
-        """Under autocast, and with weights in bfloat16; choices may differ, so values are free."""
+        """Autocast and bfloat16 weights work; values are not compared, as selections may differ."""
         with self._patched() as (model, x, _):
             shape = model(x).shape
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -234,9 +235,9 @@ class PatchSuite:
         assert half.dtype == torch.bfloat16
 
     def test_declared_macs_are_those_that_run(self) -> None:
-        """The report counts from shapes, `profile` counts what runs."""
+        """MACs in the report, computed from shapes, equal those that `profile` counts."""
         if self._ragged():
-            pytest.skip("how many tokens stay is known from values alone")
+            pytest.skip("the number of tokens depends on values")
         with self._patched() as (model, x, patched):
             model(x[:1])
             declared = {row.name: row for row in patched.report().sites}
@@ -246,15 +247,15 @@ class PatchSuite:
             if row.density is not None and row.macs is not None:
                 assert site.density == pytest.approx(row.density, abs=1e-6), site.name
                 assert site.pattern.mhsa == pytest.approx(row.macs, rel=1e-6), site.name
-                if self.strategy.kind == "attention":  # else the choice of tokens is in it too
+                if self.strategy.kind == "attention":  # else it includes the selection of tokens
                     planned = pytest.approx(row.predictor_macs, rel=0.02)
                     assert site.pattern.predictor == planned, site.name
 
     def test_windows(self) -> None:
-        """A host with windows is served, or refused with a reason and left as it was."""
+        """A windowed model is patched, or refused with a reason and left unchanged."""
         windowed = self.windowed()
         if windowed is None:
-            pytest.skip("no windowed host given")
+            pytest.skip("windowed() returns no model")
         model, x = windowed
         with torch.no_grad():
             dense = model(x)
@@ -292,7 +293,7 @@ class PatchSuite:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """After the block a model must have the modules and weights it had before, and no hooks."""
+    """Check after the block that the model has the same modules and weights, and no hooks."""
     modules, weights = list(model.named_modules()), copy.deepcopy(model.state_dict())
     yield
     assert list(model.named_modules()) == modules

@@ -1,4 +1,4 @@
-"""A plug-in for the duration of a block."""
+"""Register a plug-in for the duration of a with block."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def temporary_plugin(
     """Register strategies, kernels and backbones for the duration of a block.
 
     Args:
-        strategies: Classes.
-        kernels: Instances.
-        backbones: Instances.
-        name: Of the plug-in.
+        strategies: Strategy classes.
+        kernels: Kernel instances.
+        backbones: Backbone instances.
+        name: Name of the plug-in.
 
     Raises:
-        PluginError: What would make an installed plug-in a broken one: a wrong type, a missing name
-            or one that is taken.
+        PluginError: An object has a wrong type or no name, or its name is taken.
 
     >>> from dataclasses import dataclass
     >>> import sparsiattn
@@ -55,7 +54,7 @@ def temporary_plugin(
 
 @contextmanager
 def registered(kind: str, thing: Any) -> Iterator[None]:
-    """Inside the block a strategy, kernel or backbone is found by its name, plug-in or not."""
+    """Make sure that a strategy, kernel or backbone is registered inside the block."""
     if thing.name in REGISTRY.all(kind):
         yield
     else:

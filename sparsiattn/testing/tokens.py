@@ -1,4 +1,4 @@
-"""The laws every token strategy must keep."""
+"""`TokenStrategySuite`: tests that every token strategy must pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from sparsiattn.testing.laws import PatchSuite
 
 
 class TokenStrategySuite(PatchSuite):
-    """Subclass it, set ``strategy`` to an instance that reduces in a model of four blocks, and run
-    pytest. ``identity`` holds the options of the budget that keeps all.
+    """Tests of a token strategy.
 
-    ``model()`` and ``images()`` may be overridden to test on another host.
+    Subclass it, set ``strategy`` to an instance that reduces tokens in a model with four blocks,
+    and run pytest. Override ``model()`` and ``images()`` to test with another model.
+
+    Attributes:
+        identity: Options of the budget that keeps all tokens.
     """
 
     identity: dict[str, Any] = {"keep": 1.0}  # noqa: RUF012
@@ -43,11 +46,13 @@ class TokenStrategySuite(PatchSuite):
         assert (patches == -1).any() or patches.unique().numel() < 64, "nothing was reduced"
 
     def test_order_of_patches_does_not_matter(self) -> None:
-        """Where the strategy itself has no order (see `ordered`), shuffled patches give the same
-        class token: positions are added before the blocks."""
+        """Shuffled patches give the same class token, as positions are added before the blocks.
+
+        Strategies that depend on the order (see `ordered`) are skipped.
+        """
         if self.ordered():
             return
-        # in double precision rounding hardly ever decides between two tokens
+        # in float64, rounding hardly ever changes which token is selected
         model: Any = self.model().double()
         x = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(6)).double()
         lead = torch.randn(2, 1, 48, generator=torch.Generator().manual_seed(7)).double()
@@ -58,7 +63,7 @@ class TokenStrategySuite(PatchSuite):
         torch.testing.assert_close(in_order, shuffled, rtol=1e-4, atol=1e-4)
 
     def ordered(self) -> bool:
-        """Whether the reduction depends on the order of tokens, as alternate pairing does."""
+        """Whether the reduction depends on the order of tokens, as pairing of neighbours does."""
         return False
 
     def test_dense_consumers_get_every_position(self) -> None:

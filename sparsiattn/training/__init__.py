@@ -1,7 +1,7 @@
-"""Fitting planners to attention, training and evaluating patched models, and reading their images.
+"""Calibration of planners, training and evaluation of patched models, and loading of images.
 
-May import `sparsiattn.patching` and what stands below it; analysis, testing and the command line
-build on it.
+It may import `sparsiattn.patching` and the packages below it; analysis, testing and the command
+line build on it.
 """
 
 from sparsiattn.training.calibration import calibrate

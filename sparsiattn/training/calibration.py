@@ -1,4 +1,4 @@
-"""Fit learned planners to a model's own attention; no labels, the host's weights untouched."""
+"""Fit learned planners to a model's dense attention, without labels or changes to its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsiattn.training.progress import bar
 from sparsiattn.training.reconstruction import output_errors, site_losses, start_planners
 from sparsiattn.training.sources import is_path
 
-COMPARED_IMAGES = 8  # of the last batch, on which fitted planners must prove themselves
+COMPARED_IMAGES = 8  # images of the last batch on which fitted planners are compared
 
 
 def calibrate(
@@ -45,46 +45,43 @@ def calibrate(
 ) -> list[float]:
     """Train the planners of a patched model to reproduce its dense attention.
 
-    Where something else may choose instead (``scores="auto"`` of `connectivity`), a planner must
-    then prove itself on images of the last batch: at a site where attention's output with it is
-    not nearer to dense attention than without it, its weights go back to where they began, and
-    a warning says so.
+    Planners that are optional (``scores="auto"`` of `connectivity`) are then checked on images of
+    the last batch. At a site where the planner does not bring the attention output nearer to dense
+    attention, its weights are reset to their initial values, with a warning.
 
-    Memory grows with the rows of the patterns: exact attention is computed again from a few rows at
-    a time.
+    Memory grows with the number of rows of the patterns, as exact attention is recomputed for a few
+    rows at a time.
 
     Args:
         model: A patched model with learned planners.
-        images: Batches ``[B, 3, H, W]`` (or ``(batch, ...)`` tuples, whose rest is ignored), or a
-            folder, tar or dataset that `sparsiattn.training.data.loader` takes. Labels do not
-            matter.
-        steps: Number of steps. Images are gone through again if there are fewer and they can be,
-            once if None.
-        lr: Of Adam, decayed to zero over ``steps`` where that is set. Lower it, or take more steps,
-            if the loss ends above where it began.
-        batch_size: Images of a folder, tar or dataset in one step.
-        seed: The order of such images depends on it.
-        closed_form: Begin with weights from the second moments of the first batch, where planners
-            know such and they lower the loss.
-        out: A folder for a checkpoint every ``checkpoint_steps`` steps. The same call goes on from
-            the one it finds there, with the same numbers as if it had never stopped, if ``images``
-            come in the same order.
-        checkpoint_steps: Steps between checkpoints.
-        progress: Whether to show a bar on stderr.
-        on_step: Called with the step and its loss.
+        images: Batches ``[B, 3, H, W]`` (or tuples that start with such a batch), or a folder, tar
+            or dataset that `sparsiattn.training.data.loader` takes. Labels are ignored.
+        steps: Number of steps. If there are fewer batches, they are repeated, unless ``images`` is
+            an iterator. If None, one step per batch.
+        lr: Learning rate of Adam, decayed to zero if ``steps`` is set. Lower it or take more steps
+            if the loss increases.
+        batch_size: Images per step, for a folder, tar or dataset.
+        seed: Seed of the order of images, for a folder, tar or dataset.
+        closed_form: Whether to initialise planners in closed form from the second moments of the
+            first batch, if the planner supports it and it lowers the loss.
+        out: A folder for checkpoints. If it holds a checkpoint, the same call resumes from it, with
+            the same results as an uninterrupted run if ``images`` have the same order.
+        checkpoint_steps: Number of steps between checkpoints.
+        progress: Whether to show a progress bar on stderr.
+        on_step: Called with the number of the step and its loss.
 
     Returns:
         The loss of every step (mean over sites).
 
     Raises:
-        InvalidOption: There is nothing to fit, or no image.
-        DataError: Images do not fit.
+        InvalidOption: The model has no learned planners, or there are no images.
+        DataError: The images do not fit the model.
         TrainingDiverged: A loss is not finite.
         MismatchedCheckpoint: ``out`` holds a checkpoint of another calibration.
-        CheckpointNotWritten: The disk is full.
+        CheckpointNotWritten: A checkpoint cannot be written, for example as the disk is full.
 
     Warns:
-        CalibrationDiscarded: At some sites planners lose more than what is kept without them.
+        CalibrationDiscarded: At some sites the planners were reset.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -97,8 +94,8 @@ def calibrate(
     patch = patch_of(model)
     if patch is None or not patch.has_learned_planners:
         raise InvalidOption(
-            "calibrate() fits learned planners, and this model has none: patch it with one first, "
-            "e.g. patch(model, strategy='connectivity')"
+            "calibrate() needs a model with learned planners, and this model has none: patch it "
+            "with a strategy that learns, e.g. patch(model, strategy='connectivity')"
         )
     check_counts(1, steps=steps, checkpoint_steps=checkpoint_steps)
     if not lr > 0:
@@ -121,7 +118,7 @@ def calibrate(
 
 @contextmanager
 def _gradients_on(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Weights require gradients inside the block; afterwards they are as before, without any."""
+    """Make weights require gradients inside the block; restore the setting and drop gradients."""
     with ExitStack() as stack:
         for weight in weights:
             stack.callback(setattr, weight, "grad", None)
@@ -132,13 +129,13 @@ def _gradients_on(weights: list[nn.Parameter]) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Calibration:
-    """One calibration under way.
+    """One running calibration.
 
     Attributes:
-        patch: Of the model.
-        plan: Arguments of `calibrate` that a checkpoint must have in common with it.
-        out: The folder for checkpoints.
-        checkpoint_steps: Steps between checkpoints.
+        patch: The model's patch.
+        plan: Arguments of `calibrate` that must equal those of the checkpoint to resume from.
+        out: The folder for checkpoints; None for no checkpoints.
+        checkpoint_steps: Number of steps between checkpoints.
     """
 
     patch: Patch
@@ -154,10 +151,10 @@ class Calibration:
         self.optimizer = torch.optim.Adam(self.weights, self.plan["lr"])
         self.identity = {**checkpoint.patch_identity(self.patch), "calibration": self.plan}
         self.losses: list[float] = []
-        self.images: Any = None  # of the last batch
+        self.images: Any = None  # the images of the last batch
 
     def run(self, batches: Iterable[Any]) -> Iterator[tuple[int, float]]:
-        """Steps and their losses, from where a checkpoint is."""
+        """Run all steps, from a checkpoint on if there is one; yields each step and its loss."""
         if self.folder is not None:
             self._resume(self.folder)
         steps, done = self.plan["steps"], len(self.losses)
@@ -174,16 +171,20 @@ class Calibration:
             raise InvalidOption("calibrate() got no images: pass at least one batch [B, C, H, W]")
 
     def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Images of every batch, also of those that a checkpoint has gone through already."""
+        """Yield the images of every batch, and store those of the last one."""
         for batch in batches:
             self.images = batch[0] if isinstance(batch, (tuple, list)) else batch
             yield self.images
 
     def discard_worse(self) -> str | None:
-        """Reset planners that lose no less than what is kept without them; says what was reset."""
+        """Reset planners that are not better than the unfitted plan.
+
+        Returns:
+            The text of a warning; None if no planner was reset.
+        """
         images = self.images
-        few = images[:COMPARED_IMAGES] if isinstance(images, Tensor) else images
-        errors = output_errors(self.patch, few)
+        compared = images[:COMPARED_IMAGES] if isinstance(images, Tensor) else images
+        errors = output_errors(self.patch, compared)
         worse = {name: pair for name, pair in errors.items() if pair[0] and not pair[0] < pair[1]}
         if not worse:
             return None
@@ -192,10 +193,10 @@ class Calibration:
                 runtime.planner.reset_parameters()  # type: ignore[attr-defined]
         fitted, unfitted = (sum(pair) / len(worse) for pair in zip(*worse.values(), strict=True))
         return (
-            f"at {len(worse)} of {len(self.planners)} sites calibrated planners lose "
-            f"{fitted:.1%} of attention's output (on images of the last batch), and what is kept "
-            f"without them loses {unfitted:.1%}: these sites go on without them, with the planner "
-            "weights from before any fit. Patch with scores='predictor' to have them all the same"
+            f"at {len(worse)} of {len(self.planners)} sites the calibrated planners lose "
+            f"{fitted:.1%} of attention's output (on images of the last batch), and the selection "
+            f"without them loses {unfitted:.1%}: these sites do not use their planners, whose "
+            "weights were reset. Patch with scores='predictor' to use them anyway"
         )
 
     def _step(self, step: int, images: Tensor) -> None:
@@ -205,8 +206,8 @@ class Calibration:
         value = loss.item()
         if not torch.isfinite(loss):
             raise TrainingDiverged(
-                f"calibration's loss is {value} at step {step}; planners have the weights of the "
-                "step before. Look for NaN in the images or the model's attention, or lower lr"
+                f"the calibration loss is {value} at step {step}; planners have the weights of the "
+                "previous step. Look for NaN in the images or the model's attention, or lower lr"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -237,7 +238,7 @@ class Calibration:
 
 
 def _repeated(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
-    """Batch after batch; from the start again, if that can be, while steps need more."""
+    """Yield batches, starting again from the first one if ``steps`` is set and it is possible."""
     for epoch in count():
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
@@ -245,6 +246,6 @@ def _repeated(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
         for batch in batches:
             empty = False
             yield batch
-        # an iterator is its own iterator, and used up
+        # an iterator is exhausted after one pass
         if steps is None or empty or iter(batches) is batches:
             return

@@ -1,4 +1,4 @@
-"""Checkpoints of training: folders that are whole or not there."""
+"""Training checkpoints: folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ FORMAT = 1
 STATE, MODEL, EMA, OPTIMIZER = "state.json", "model.safetensors", "ema.safetensors", "optimizer.pt"
 LAST, BEST, LOG, TEACHER = "last", "best", "log.jsonl", "teacher.safetensors"
 _FREE = ("workers", "tensorboard", "checkpoint_steps", "summary", "model", "published")
-"""Fields of a recipe that change nothing of what is computed."""
+"""Fields of a recipe that do not change the results."""
 _GO_ON = (
-    ". Training stopped; checkpoints written before are whole: make room and run the same command "
-    "again to go on from there"
+    ". Training stopped; earlier checkpoints are intact: free disk space and run the same command "
+    "again to resume"
 )
 
 
 @dataclass
 class TrainState:
-    """How far training is.
+    """The progress of training.
 
     Attributes:
-        stage: Number of the stage.
+        stage: Index of the stage.
         epoch: Epoch within the stage.
-        update: Updates made in the stage.
-        batch: Batches done in the epoch.
-        seen_epochs: Epochs over all stages.
-        step: Updates over all stages.
-        loss_sum: Of the epoch's updates so far.
+        update: Number of updates done in the stage.
+        batch: Number of batches done in the epoch.
+        seen_epochs: Number of epochs done in all stages.
+        step: Number of updates done in all stages.
+        loss_sum: Sum of the losses of the updates in the current epoch.
         loss_count: Number of these updates.
-        best: Row of the log of the best epoch.
+        best: Row of the log of the best epoch; None before the first epoch ends.
         last: Row of the log of the last epoch.
         done: Whether all stages are complete.
     """
@@ -70,7 +70,7 @@ class TrainState:
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
 
     def end_epoch(self, row: dict[str, Any]) -> None:
-        """Keep an epoch's row of the log, and begin the next one."""
+        """Store an epoch's row of the log, and start the next epoch."""
         self.epoch, self.seen_epochs, self.batch = self.epoch + 1, self.seen_epochs + 1, 0
         self.loss_sum, self.loss_count, self.last = 0.0, 0, row
         if self.best is None or _is_better(row, self.best):
@@ -78,26 +78,26 @@ class TrainState:
 
 
 def _is_better(row: dict[str, Any], best: dict[str, Any]) -> bool:
-    """By top-1; losses only compare within a stage."""
+    """Whether an epoch is better, by top-1 or else by loss; losses are compared within a stage."""
     if "top1" in row and "top1" in best:
         return bool(row["top1"] > best["top1"])
     return row["stage"] != best["stage"] or bool(row["epoch_loss"] < best["epoch_loss"])
 
 
 def run_identity(patch: Patch, recipe: Recipe) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it."""
+    """The data that must be equal in a checkpoint and the run that resumes from it."""
     fields = {name: value for name, value in recipe.to_dict().items() if name not in _FREE}
     return {**patch_identity(patch), "recipe": fields}
 
 
 def patch_identity(patch: Patch) -> dict[str, Any]:
-    """What tells one patched model from others, as plain data."""
+    """Plain data that identifies a patched model: fingerprint and strategy."""
     strategy = json.loads(json.dumps(patch.strategy.to_dict(), default=str))
     return {"model": fingerprint(patch.model), "strategy": strategy}
 
 
 def _rename_options(stored: dict[str, Any]) -> None:
-    """Give options of earlier versions their present names, in the strategy and the recipe."""
+    """Rename options of earlier versions, in the strategy and the recipe."""
     stored["strategy"] = _current_names(stored["strategy"])
     recipe = stored.get("recipe")
     if isinstance(recipe, dict) and isinstance(recipe.get("strategy"), str):
@@ -115,11 +115,11 @@ def _current_names(strategy: Any) -> Any:
 
 @contextmanager
 def write_errors(path: Path, advice: str = "") -> Iterator[None]:
-    """Raise `CheckpointNotWritten` for whatever a full or failing disk makes the block raise."""
+    """Turn errors of a full or failing disk inside the block into `CheckpointNotWritten`."""
     try:
         yield
     except Exception as error:
-        # safetensors and torch wrap the system's error in ones of their own
+        # safetensors and torch wrap the operating system's error in their own errors
         wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
         if not (wrapped or isinstance(error, OSError)):
             raise
@@ -127,49 +127,54 @@ def write_errors(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Replace a checkpoint by a new one that ``fill`` writes its files into.
+    """Replace a checkpoint atomically.
+
+    Args:
+        folder: The checkpoint's folder.
+        fill: Writes the files of the new checkpoint into the folder it is called with.
 
     Raises:
-        CheckpointNotWritten: The checkpoint that was there is whole then.
+        CheckpointNotWritten: Writing failed; the old checkpoint is intact.
     """
     with write_errors(folder, _GO_ON):
         atomic_io.replace_folder(folder, fill)
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """As safetensors; tied weights are written twice, which that format wants."""
+    """Write weights as safetensors; the format requires tied weights to be written twice."""
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in state.items()}, path)
 
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Raise `MismatchedCheckpoint` for whatever a file that does not fit makes the block raise."""
+    """Turn any error inside the block, which reads a file, into `MismatchedCheckpoint`."""
     try:
         yield
-    except Exception as error:  # of the system, safetensors, pickle or zip; or keys that differ
+    # errors of the system, safetensors, pickle or zip, or keys that differ
+    except Exception as error:
         raise MismatchedCheckpoint(f"{path} cannot be read: {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Into the same model."""
+    """Load weights of the same model."""
     with read_errors(path):
         model.load_state_dict(load_file(path))
 
 
 def load_tensors(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain data only."""
+    """Load a file of torch.save that contains only tensors and plain data."""
     with read_errors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_state(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """How far training is, and which model and recipe it is of."""
+    """Write the progress of training and the identity of its model and recipe."""
     content = {"format": FORMAT, **identity, "progress": asdict(state)}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def finish(folder: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """Make the averaged weights those of a finished checkpoint; a kill on the way does no harm."""
+    """Replace a checkpoint's weights by the averaged ones; safe if the process is killed."""
     with write_errors(folder):
         if (folder / EMA).exists():
             with atomic_io.replacing(folder / MODEL) as temporary:
@@ -179,10 +184,11 @@ def finish(folder: Path, state: TrainState, identity: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> TrainState:
-    """How far the run of a checkpoint was.
+    """Read the progress of a checkpoint.
 
     Raises:
-        MismatchedCheckpoint: It is of another model, strategy or recipe than ``identity`` says.
+        MismatchedCheckpoint: The checkpoint cannot be read, or belongs to another model, strategy
+            or recipe than ``identity``.
     """
     path = folder / STATE
     try:
@@ -199,15 +205,15 @@ def load_state(folder: Path, identity: dict[str, Any]) -> TrainState:
     for name, expected in identity.items():
         if stored[name] != expected:
             raise MismatchedCheckpoint(
-                f"the checkpoint in {folder} is of another {name}: "
-                f"{'; '.join(differences(stored[name], expected))}. Go on with what it was made "
-                "with, or give another out= (on the command line --out)"
+                f"the checkpoint in {folder} belongs to another {name}: "
+                f"{'; '.join(differences(stored[name], expected))}. Resume with the settings it "
+                "was made with, or pass another out= (on the command line --out)"
             )
     return state
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Where two pieces of plain data differ.
+    """List where two pieces of plain data differ.
 
     >>> differences({"k": 0.1, "seed": 1}, {"k": 0.2, "seed": 1})
     ['k 0.1 there, 0.2 here']
@@ -224,7 +230,7 @@ def differences(there: Any, here: Any, name: str = "") -> list[str]:
 
 
 def rng_state() -> dict[str, Any]:
-    """Of Python, numpy, torch and every GPU; plain enough to be read without pickle's dangers."""
+    """Random states of Python, numpy, torch and every GPU, as data that loads without pickle."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -235,7 +241,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on with the random numbers of `rng_state`."""
+    """Restore the random states of `rng_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""Batches of images and labels for a model: from folders, tars, timm's readers and datasets."""
+"""Batches of images and labels for a model, from folders, tars, timm's readers and datasets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from sparsiattn.training.samples import Finish, Sample, Samples, SampleStream
 from sparsiattn.training.sources import Source, is_path, open_source
 
 Share = tuple[int, int]
-"""Rank of a process, and number of processes."""
+"""Rank of a process, and the number of processes."""
 
 _LABELLED = "(images [B, C, H, W], labels [B], ...)"
-_UNLABELLED = "images [B, C, H, W], or a tuple that begins with them"
+_UNLABELLED = "images [B, C, H, W], or a tuple that starts with them"
 
 
 def loader(
@@ -49,37 +49,43 @@ def loader(
 ) -> Loader | Batches:
     """Batches ``(images [B, C, H, W] normalised float32, labels [B] int64)`` for a model.
 
-    Statistics and sizes come from the model's data config (see `data_config`); transformers and
-    torchvision models name none and get ImageNet's: pass ``mean`` and ``std`` where others hold.
+    Statistics and sizes come from the model's data config (see `data_config`). Models of
+    transformers and torchvision have none and get ImageNet's statistics: pass ``mean`` and ``std``
+    if others apply.
 
     Args:
-        source: A folder or ``.tar`` with one folder of images a class, below ``train/``,
-            ``validation/`` and so on or not; ``READER/NAME`` or ``READER/NAME@FOLDER`` for timm's
-            readers (``hfds/cifar10``, ``wds/FOLDER``, ``torch/cifar10@FOLDER``); a
-            `torch.utils.data.Dataset` of (PIL image, uint8 tensor or finished float tensor ``[C, H,
-            W]``, label); or an iterable of ready batches, used as they are.
-        model: Takes the images.
-        batch_size: Images in a batch.
-        split: The part of the source.
-        training: Shuffled, augmented, the last partial batch left out.
-        seed: Order and augmentation of an epoch depend on it, on ``set_epoch`` and on the image
-            alone, so on neither workers nor processes nor what ran before.
-        workers: Processes that read images.
-        limit: So many images, spread evenly over the split (of streams and batches: the first).
-        image_size: Pixels, else what the model was built for.
+        source: One of: a folder or ``.tar`` with one folder of images per class, optionally below
+            ``train/``, ``validation/`` and so on; ``READER/NAME`` or ``READER/NAME@FOLDER`` for
+            timm's readers (``hfds/cifar10``, ``wds/FOLDER``, ``torch/cifar10@FOLDER``); a
+            `torch.utils.data.Dataset` of ``(image, label)``, where the image is a PIL image, a
+            uint8 tensor or a preprocessed float tensor ``[C, H, W]``; an iterable of batches, which
+            are used unchanged.
+        model: The model that will get the images.
+        batch_size: Number of images in a batch.
+        split: Name of the split.
+        training: Whether to shuffle, augment, and drop the last partial batch.
+        seed: Seed of order and augmentation. Both depend only on the seed, ``set_epoch`` and the
+            image, not on the number of workers or processes.
+        workers: Number of processes that read images.
+        limit: Largest number of images, spread evenly over the split (for streams and batches, the
+            first ones); None for all.
+        image_size: Image size in pixels; None for the size that the model was built for.
         augment: Options of timm's `create_transform` and `Mixup` by their names (``mean``, ``std``,
-            ``crop_pct``, ``auto_augment``, ``re_prob``, ``mixup_alpha`` ...); outside training only
-            those that say how an image is read count. With mixup or cutmix labels are ``[B,
-            classes]`` float32.
-        share: ``(rank, world)``, every world-th image from rank on. Shares of unequal length are
-            filled up with the first image, `Loader.image_count` says how many count.
-        labels: False where they do not matter: none is looked at or needed, all are 0; ready
-            batches may be images alone.
+            ``crop_pct``, ``auto_augment``, ``re_prob``, ``mixup_alpha`` ...). Without ``training``
+            only the options of preprocessing have an effect. With mixup or cutmix, labels are
+            ``[B, classes]`` float32.
+        share: ``(rank, world)`` for data parallel processes: every ``world``-th image from ``rank``
+            on. Shorter shares are padded with the first image; `Loader.image_count` excludes it.
+        labels: Whether to read labels. If False, all labels are 0, and batches may contain only
+            images.
+
+    Returns:
+        A `Loader`; for an iterable of batches, a `Batches`.
 
     Raises:
-        DataError: Data is missing, empty, broken or of other classes than the head's.
+        DataError: Data is missing, empty or broken, or its classes do not fit the model's head.
         UnknownName: An option of ``augment`` is unknown.
-        InvalidOption: A value is wrong.
+        InvalidOption: A value is out of range.
 
     >>> from torch.utils.data import TensorDataset
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -102,7 +108,9 @@ def loader(
     _check_classes(images, source, classes)
     mix = mixing(options, classes) if training else None
     if mix is not None and batch_size % 2:
-        raise InvalidOption(f"mixup and cutmix pair images: batch_size must be even, {batch_size=}")
+        raise InvalidOption(
+            f"mixup and cutmix pair images: batch_size must be even, got {batch_size}"
+        )
     transform = image_transform(config, training, options)
     finish = Finish(transform, channels, classes, seed, training, labels)
     collate = partial(_collate, mix=mix, seed=seed)
@@ -111,20 +119,22 @@ def loader(
 
 
 class Order(Sampler[tuple[int, int]]):
-    """``(epoch, index)`` of every image of a share; the epoch goes along so that worker processes
-    know it."""
+    """``(epoch, index)`` of every image of a share.
+
+    The epoch is included so that worker processes know it.
+    """
 
     def __init__(self, indices: tuple[int, ...], seed: int, shuffle: bool, share: Share) -> None:
         self.indices, self.seed, self.shuffle, self.share = indices, seed, shuffle, share
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which order comes next."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     @property
     def image_count(self) -> int:
-        """Images of the share, without those that fill it up."""
+        """Number of images in the share, without padding."""
         return len(range(self.share[0], len(self.indices), self.share[1]))
 
     def __len__(self) -> int:
@@ -142,13 +152,14 @@ class Order(Sampler[tuple[int, int]]):
 
 
 class Loader(DataLoader[Any]):
-    """A `torch.utils.data.DataLoader` whose epochs depend on (seed, epoch) alone.
+    """A `torch.utils.data.DataLoader` whose epochs depend only on (seed, epoch).
 
-    It has `set_epoch`, as distributed samplers have, and can be given to ``accelerate``'s
+    It has `set_epoch` as distributed samplers have, and can be passed to ``accelerate``'s
     ``prepare``.
 
     Attributes:
-        preprocessing: How images that are no finished tensors are read, augmentation left out.
+        preprocessing: The preprocessing of images without augmentation; tensors of a dataset that
+            are already preprocessed are used unchanged.
     """
 
     def __init__(
@@ -161,9 +172,9 @@ class Loader(DataLoader[Any]):
         **options: Any,
     ) -> None:
         self.preprocessing = preprocessing
-        self.limit: int | None = None  # of a stream, in images of this share
+        self.limit: int | None = None  # number of images of this share, for a stream
         self.order: Order | None = None
-        # else every epoch draws a seed for the workers from the global one
+        # otherwise every epoch draws a seed for the workers from the global generator
         options["generator"] = torch.Generator().manual_seed(finish.seed)
         options["drop_last"] = finish.training
         if source.streams:
@@ -174,19 +185,19 @@ class Loader(DataLoader[Any]):
         indices = spread(source.indices, limit)
         if finish.training and len(indices) < options["batch_size"]:
             raise DataError(
-                f"{len(indices)} images are fewer than batch_size={options['batch_size']}, and "
-                "training leaves the last partial batch out: not one step would be made"
+                f"training drops the last partial batch, and {len(indices)} images do not fill one "
+                f"batch of batch_size={options['batch_size']}: lower batch_size or pass more images"
             )
         self.order = Order(indices, finish.seed, finish.training, share)
         super().__init__(Samples(source, finish), sampler=self.order, **options)
 
     @property
     def image_count(self) -> int | None:
-        """Images of this share, without those that fill it up; None for streams."""
+        """Number of images in this share, without padding; None for streams."""
         return None if self.order is None else self.order.image_count
 
     def set_epoch(self, epoch: int) -> None:
-        """Which order and augmentation come next."""
+        """Set the epoch, which determines order and augmentation."""
         (self.dataset if self.order is None else self.order).set_epoch(epoch)  # type: ignore[union-attr]
 
     def __len__(self) -> int:
@@ -200,32 +211,43 @@ class Loader(DataLoader[Any]):
         try:
             yield from _limited(batches, self.limit, labels=True)
         except DataError as error:
-            # its frames would keep the worker processes waiting until they are collected
+            # its traceback would keep the worker processes alive until it is garbage-collected
             cause = error.with_traceback(None) if self.num_workers else error
             raise DataError(_without_traceback(str(error))) from cause
 
 
 class Batches:
-    """Ready batches, cut off after so many images; of several processes each takes its own."""
+    """Batches of the user, up to a number of images; every process takes its own batches.
+
+    Args:
+        source: The batches.
+        limit: Largest number of images; None for all.
+        share: Rank and number of processes.
+        labels: Whether to read labels; if False, all labels are 0.
+
+    >>> batches = Batches([(torch.zeros(4, 3, 8, 8), torch.arange(4))], limit=2, share=(0, 1))
+    >>> [labels.tolist() for _, labels in batches]
+    [[0, 1]]
+    """
 
     def __init__(
         self, source: Iterable[Any], limit: int | None, share: Share, labels: bool = True
     ) -> None:
         if not isinstance(source, Iterable):
             raise DataError(
-                "data must be a path, a timm reader's name, a Dataset or an iterable of batches "
-                f"(images, labels), got {type(source).__name__}"
+                "data must be a path, the name of a timm reader, a Dataset or an iterable of "
+                f"batches (images, labels), got {type(source).__name__}"
             )
         self.source, self.limit, self.share, self.labels = source, limit, share, labels
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on, where the source knows epochs."""
+        """Pass the epoch on to the source, if it has ``set_epoch``."""
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
 
     def __len__(self) -> int:
         if self.limit is not None:
-            raise TypeError("how many batches make up the limit is not known beforehand")
+            raise TypeError("the number of batches is not known in advance if limit is set")
         return len(range(self.share[0], len(self.source), self.share[1]))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
@@ -234,7 +256,7 @@ class Batches:
 
 
 def _collate(samples: list[Sample], mix: Any, seed: int) -> Any:
-    """A batch of samples, mixed up if the recipe has mixup or cutmix."""
+    """A batch of samples, after mixup or cutmix if ``mix`` is set."""
     images, labels = default_collate([sample[:2] for sample in samples])
     if mix is None:
         return images, labels
@@ -243,7 +265,7 @@ def _collate(samples: list[Sample], mix: Any, seed: int) -> Any:
 
 
 def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
-    """So many of the indices, evenly spaced: a split sorted by class keeps all its classes.
+    """At most ``limit`` indices, evenly spaced, so that a split sorted by class keeps all classes.
 
     >>> spread((0, 1, 2, 3, 4, 5), 3)
     (0, 2, 4)
@@ -255,22 +277,22 @@ def spread(indices: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
 
 
 def _limited(batches: Iterable[Any], limit: int | None, labels: bool) -> Iterator[Any]:
-    """Batches up to so many images, the last one cut; labels are zeros where they do not matter."""
+    """Yield batches up to ``limit`` images, the last one cut; labels are 0 if they are not read."""
     for batch in batches:
         match batch:
-            case (Tensor(ndim=4) as images, given, *_) if labels:
+            case (Tensor(ndim=4) as images, targets, *_) if labels:
                 pass
             case (Tensor(ndim=4) as images) | (Tensor(ndim=4) as images, *_) if not labels:
-                given = images.new_zeros(len(images), dtype=torch.int64)
+                targets = images.new_zeros(len(images), dtype=torch.int64)
             case _:
                 raise DataError(
                     f"every batch must be {_LABELLED if labels else _UNLABELLED}, got "
                     f"{_described(batch)}"
                 )
         if limit is not None:
-            images, given = images[:limit], given[:limit]
+            images, targets = images[:limit], targets[:limit]
             limit -= len(images)
-        yield images, given
+        yield images, targets
         if limit == 0:
             return
 
@@ -284,7 +306,7 @@ def _described(batch: Any) -> str:
 
 
 def _without_traceback(text: str) -> str:
-    """Of an error that a worker process raised: torch wraps it in that process's traceback."""
+    """The message of an error of a worker process, which torch wraps in that traceback."""
     return text.rstrip().rsplit("DataError: ", 1)[-1] if text.startswith("Caught ") else text
 
 
@@ -294,7 +316,8 @@ def _check_classes(images: Source, source: Any, classes: int | None) -> None:
     if None not in (classes, images.classes) and classes != images.classes:
         where = repr(str(source)) if is_path(source) else type(source).__name__
         raise DataError(
-            f"{where} has {images.classes} classes, the model's head {classes}: make a model with "
-            f"such a head, timm.create_model(..., num_classes={images.classes}) (on the command "
-            f"line --model-option num_classes={images.classes}), or give the data it was made for"
+            f"{where} has {images.classes} classes, the model's head {classes}: create a model "
+            f"with a matching head, timm.create_model(..., num_classes={images.classes}) (on the "
+            f"command line --model-option num_classes={images.classes}), or pass the data it was "
+            "made for"
         )

@@ -1,4 +1,4 @@
-"""`evaluate`: accuracy of a model, dense and patched, in one pass over the data."""
+"""`evaluate`: compare a patched model with its dense path in one pass over the data."""
 
 from __future__ import annotations
 
@@ -28,31 +28,39 @@ from sparsiattn.training.two_sides import Sides, Tally
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; None stands for what was not measured, or needs a patch.
+    """The result of `evaluate`. Figures that were not measured, or that need a patch, are None.
 
     Attributes:
         images: Number of images.
-        top1: Accuracy of the patched model, in per cent.
-        top5: Likewise among its five first choices; None below five classes.
-        dense_top1: Accuracy of the dense model, in per cent.
-        dense_top5: Likewise among its five first choices; None below five classes.
-        agreement: Images for which the patched model's first choice is the dense one's, in per
-            cent.
-        images_per_second: Of the patched model alone (no reading of images), the median over
+        top1: Top-1 accuracy of the patched model, in per cent.
+        top5: Top-5 accuracy of the patched model, in per cent; None below five classes.
+        dense_top1: Top-1 accuracy of the dense model, in per cent.
+        dense_top5: Top-5 accuracy of the dense model, in per cent; None below five classes.
+        agreement: Share of images with the same first choice in both models, in per cent.
+        images_per_second: Throughput of the patched model without reading images: the median over
             batches, summed over processes.
-        dense_images_per_second: Likewise of the dense model.
-        metric: What was measured: ``"labels"`` (accuracy), ``"classes"``, ``"features"`` or
+        dense_images_per_second: Throughput of the dense model, likewise.
+        metric: The kind of comparison: ``"labels"`` (accuracy), ``"classes"``, ``"features"`` or
             ``"callable"``, see `evaluate`.
-        metric_guessed: Whether the model decided that, not the caller.
-        similarity_mean: Of the metric, the mean over images; 1 is all for the built-in ones.
-        similarity_median: Likewise the median.
-        similarity_p5: Likewise the 5th percentile: 5 % of the images are below.
-        speedup: Time of the dense model over that of the patched one, the median over batches that
-            ran through both in turn; 2.0 is twice as fast.
-        speedup_quartiles: First and third quartile of the same.
-        speedup_batches: How many batches that is of: whole ones, the first left out.
-        images_from: ``"files"``, ``"dataset"`` or ``"batches"``, which are used as they are.
-        preprocessing: How files were read, and items of a dataset that are no finished tensors.
+        metric_guessed: Whether the metric was chosen by the kind of model, not by the caller.
+        similarity_mean: Mean of the metric over images; 1 is identical for the built-in metrics.
+        similarity_median: Median of the metric.
+        similarity_p5: 5th percentile of the metric: 5 % of the images are below it.
+        speedup: Time of the dense model divided by that of the patched one, the median over batches
+            that ran through both in alternation; 2.0 is twice as fast.
+        speedup_quartiles: First and third quartile of that ratio.
+        speedup_batches: Number of batches that the ratio is based on; partial batches and the first
+            batch do not count.
+        images_from: ``"files"``, ``"dataset"`` or ``"batches"``, which are used unchanged.
+        preprocessing: The preprocessing of files and of dataset items that are not preprocessed
+            tensors; None for batches.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> with sparsiattn.patch(tiny_vit(), "topk", k=1.0) as patch:
+    ...     result = evaluate(patch.model, [tiny_images(4)], metric="classes")
+    >>> result.metric, result.agreement, result.similarity_mean
+    ('classes', 100.0, 1.0)
     """
 
     images: int
@@ -95,7 +103,7 @@ class Evaluation:
         if self.similarity_mean is None:
             return []
         name = {"features": "cosine of features", "classes": "first choices kept"}
-        guess = ", chosen by the model: metric= names another" if self.metric_guessed else ""
+        guess = " (chosen automatically, metric= sets another)" if self.metric_guessed else ""
         return [
             f"kept     {name.get(self.metric, 'metric')}: mean {self.similarity_mean:.4f}, median "
             f"{self.similarity_median:.4f}, 5 % of images below {self.similarity_p5:.4f}{guess}"
@@ -105,7 +113,7 @@ class Evaluation:
         if self.speedup is None or self.speedup_quartiles is None:
             return []
         low, high = self.speedup_quartiles
-        batches = f"{self.speedup_batches} batches run in pairs, without the first"
+        batches = f"{self.speedup_batches} paired batches, without the first"
         if self.speedup_batches == 1:
             batches = "one batch"
         return [
@@ -114,7 +122,7 @@ class Evaluation:
 
     def _reading(self) -> str:
         if self.preprocessing is None:
-            return "ready batches, used as they came"
+            return "batches, used unchanged"
         tensors = "tensors as the dataset gives them, else " * (self.images_from == "dataset")
         return f"{tensors}{self.preprocessing}"
 
@@ -138,40 +146,43 @@ def evaluate(
     progress: Progress | None = None,
     device: str | torch.device | None = None,
 ) -> Evaluation:
-    """Accuracy, agreement, features and speed of a patched model beside its own dense path.
+    """Measure accuracy, agreement and speed of a patched model against its own dense path.
 
-    Classifiers give top-1, top-5 and agreement, headless models the cosine of their features;
-    ``metric`` names what to compare without labels. Every batch runs through both sides, which take
-    turns in going first. A row of logits with a NaN counts as wrong. An unpatched classifier gives
-    the dense figures alone. The model runs in eval mode,
-    and is left as it was, also after an error. Launched by torchrun or ``accelerate launch``, every
-    process takes its share, every image counts once, and all processes get the same result.
+    Classifiers give top-1, top-5 and agreement, headless models the cosine similarity of their
+    features; ``metric`` sets a comparison without labels. Every batch runs through both paths, in
+    alternating order. A row of logits with a NaN counts as wrong. An unpatched classifier gives
+    only the dense figures. The model runs in eval mode, and its state is restored, also after an
+    error. With torchrun or ``accelerate launch``, every process takes its share, every image counts
+    once, and all processes get the same result.
 
     Args:
-        model: Returns logits ``[B, classes]``, or an object, dict or tuple that has them
-            (``logits`` of transformers' models), or features.
-        data: Whatever `sparsiattn.training.data.loader` takes, ready batches (images ``[B, C, H,
-            W]``, labels ``[B]`` int64) among it. Without labels images are enough. The next six
-            arguments go there.
-        batch_size: Images in a batch.
-        split: The part of the data.
-        limit: Number of images, all if None.
-        workers: Processes that read images.
-        image_size: Pixels, else what the model was built for.
-        augment: How images are read, e.g. ``{"mean": ..., "std": ...}``.
-        metric: What is compared between dense and patched, by image; labels are not looked at.
-            ``"features"``: the cosine of the channels, mean over all positions and maps;
-            ``"classes"``: whether the first choice is the same; or a function of the dense and the
-            patched output, which gives a number or one for each image ``[B]``. If None, labels
-            are counted, or, where the model says or shows that it has no head, features compared.
-        progress: Called with images done and their number, None if unknown.
-        device: Where the model is for the time being.
+        model: A model that returns logits ``[B, classes]``, an object, dict or tuple that contains
+            them (``logits`` of transformers' models), or features.
+        data: The data, in any form that `sparsiattn.training.data.loader` takes, for example an
+            iterable of batches (images ``[B, C, H, W]``, labels ``[B]`` int64). A comparison
+            without labels needs only images.
+        batch_size: Number of images in a batch.
+        split: Name of the split.
+        limit: Largest number of images; None for all.
+        workers: Number of processes that read images.
+        image_size: Image size in pixels; None for the size that the model was built for.
+        augment: Options of preprocessing, e.g. ``{"mean": ..., "std": ...}``.
+        metric: The comparison of dense and patched outputs per image, without labels.
+            ``"features"`` is the cosine similarity over channels, averaged over all positions and
+            maps; ``"classes"`` is whether the first choice is the same. A function gets the dense
+            and the patched output and returns one number, or one for each image ``[B]``. If None,
+            labels are used, or ``"features"`` if the model has no head.
+        progress: Called with the number of images done and the total; None if it is unknown.
+        device: The device to run on; the model is moved back afterwards. None for the model's own.
+
+    Returns:
+        The figures.
 
     Raises:
-        DataError: Data cannot be read, has other classes than the head, or the model's outputs
+        DataError: Data cannot be read or has other classes than the head, or the model's outputs
             cannot be compared.
-        InvalidOption: The data is already shared out among processes, or two outputs are to be
-            compared of a model that is not patched.
+        InvalidOption: The data is already divided among processes, or a metric is requested for a
+            model that is not patched.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -185,7 +196,7 @@ def evaluate(
     >>> result.metric, 0.9 < result.similarity_p5 < result.similarity_mean < 1
     ('features', True)
     """
-    # DistributedDataParallel would wait for other processes, whose shares may be shorter
+    # DistributedDataParallel would wait for other processes, which may have fewer batches
     parallel = nn.parallel.DistributedDataParallel
     host = model.module if isinstance(model, parallel) else model
     _refuse_prepared(data)
@@ -212,7 +223,7 @@ def evaluate(
 
 
 def _reading(data: Any, batches: Any) -> dict[str, Any]:
-    """Where images came from, as `Evaluation` has it."""
+    """The fields of `Evaluation` about the source of images."""
     preprocessing = getattr(batches, "preprocessing", None)
     if preprocessing is None:
         return {"images_from": "batches"}
@@ -223,7 +234,7 @@ def _reading(data: Any, batches: Any) -> dict[str, Any]:
 
 
 def _counted(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as they come; labels cut to those images that do not merely fill up the share."""
+    """Yield batches; labels of images that only pad the share are left out."""
     total, done = getattr(batches, "image_count", None), 0
     for images, labels in batches:
         if not isinstance(labels, Tensor) or labels.shape != (len(images),):
@@ -239,12 +250,12 @@ def _counted(batches: Any, progress: Progress | None) -> Iterator[tuple[Tensor, 
 
 
 def _summary(tallies: list[Tally], patched: bool) -> Evaluation:
-    """Figures over all processes; the same in each."""
+    """The figures over all processes."""
     counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
     has_top5 = max(tally.classes for tally in tallies) >= 5
     images = counts["images"]
     if not images:
-        raise DataError("no images to evaluate: the data gave not one batch")
+        raise DataError("there are no images to evaluate: the data has no batches")
     by_labels = not any(tally.values for tally in tallies)
 
     def percent(name: str, measured: bool = True) -> float | None:
@@ -253,7 +264,7 @@ def _summary(tallies: list[Tally], patched: bool) -> Evaluation:
     def speed(side: str) -> float:
         return sum(tally.speed(side) for tally in tallies)
 
-    found = Evaluation(
+    evaluation = Evaluation(
         images=images,
         top1=percent("patched top1", patched),
         top5=percent("patched top5", patched and has_top5),
@@ -267,12 +278,12 @@ def _summary(tallies: list[Tally], patched: bool) -> Evaluation:
     if ratios:
         low, middle, high = Quartiles.of(ratios)
         pairs: Any = {"speedup_quartiles": (low, high), "speedup_batches": len(ratios)}
-        found = replace(found, speedup=middle, **pairs)
-    return found if by_labels else replace(found, **_similarity(tallies))
+        evaluation = replace(evaluation, speedup=middle, **pairs)
+    return evaluation if by_labels else replace(evaluation, **_similarity(tallies))
 
 
 def _similarity(tallies: list[Tally]) -> dict[str, Any]:
-    """What the metric gave, as `Evaluation` has it."""
+    """The fields of `Evaluation` about the metric."""
     values = np.array([value for tally in tallies for value in tally.values])
     measured = next(tally for tally in tallies if tally.values)
     mean = float(values.mean())
@@ -291,15 +302,19 @@ def _refuse_prepared(data: Any) -> None:
     prepared = type(data).__module__.startswith("accelerate.")
     if prepared or isinstance(sampler, torch.utils.data.DistributedSampler):
         raise InvalidOption(
-            "evaluate() shares out the data among processes by itself, and this loader does so "
-            "too, with images repeated to even it out: pass the loader as it was before, or the "
-            "data's path"
+            "evaluate() divides the data among processes itself, but this loader does so too, and "
+            "repeats images to make shares equal: pass the loader from before accelerate's "
+            "prepare(), or the path of the data"
         )
 
 
 @contextmanager
 def _ready(model: nn.Module, device: Any) -> Iterator[tuple[torch.device, torch.dtype]]:
-    """Eval mode on that device inside the block; gives what the images must have."""
+    """Put the model in eval mode on a device inside the block; restore both afterwards.
+
+    Yields:
+        The device and the dtype that the images must have.
+    """
     tensors = chain(model.parameters(), model.buffers())
     weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     home = weight.device

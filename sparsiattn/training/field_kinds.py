@@ -1,4 +1,4 @@
-"""Kinds of fields, each with what it takes in words and as a check."""
+"""Types of dataclass fields, each with a description of valid values and a check."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Share = Annotated[float, "a number >= 0 and < 1", lambda x: _is_number(x) and 0 
 AtLeast0 = Annotated[int, "an int >= 0", lambda x: type(x) is int and x >= 0]
 AtLeast1 = Annotated[int, "an int >= 1", lambda x: type(x) is int and x >= 1]
 Flag = Annotated[bool, "true or false", lambda x: isinstance(x, bool)]
-Text = Annotated[str, "a text", lambda x: isinstance(x, str)]
+Text = Annotated[str, "a string", lambda x: isinstance(x, str)]
 Name = Annotated[str, "a name without dots", lambda x: isinstance(x, str) and x.isidentifier()]
 Trainable = Annotated[
     str, "one of planners, backbone, both", ("planners", "backbone", "both").__contains__
@@ -36,7 +36,7 @@ Span = Annotated[tuple[int, int], "(start, end), epochs with 0 <= start < end", 
 
 
 def check_counts(least: int, **values: Any) -> None:
-    """Raise `InvalidOption` for a number of things that is no int or too small; None is none."""
+    """Raise `InvalidOption` for a value that is not an int, or below ``least``; None is allowed."""
     for name, value in values.items():
         if value is not None and (type(value) is not int or value < least):
             raise InvalidOption(f"{name} must be an int >= {least}, got {value!r}")
@@ -46,7 +46,7 @@ def check_fields(instance: object, where: str) -> None:
     """Check all fields of a frozen dataclass; lists become tuples and mappings dicts.
 
     Raises:
-        InvalidOption: For the first wrong one, with what it must be and what it is.
+        InvalidOption: A field is invalid; the message says what it must be and what it is.
     """
     for name, hint in get_type_hints(type(instance), include_extras=True).items():
         optional = type(None) in get_args(hint)
@@ -59,7 +59,7 @@ def check_fields(instance: object, where: str) -> None:
 
 
 def _plain(value: Any, words: str) -> Any:
-    """Numbers that YAML takes for text (3e-4) and lists are put right."""
+    """Convert numbers that YAML reads as strings (3e-4), lists and mappings."""
     if isinstance(value, str) and words.startswith("a number"):
         try:
             return float(value)

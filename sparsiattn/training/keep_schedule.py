@@ -1,4 +1,4 @@
-"""Keep rates that shrink while a model trains (EViT, arXiv 2202.07800, section 4)."""
+"""Keep rates that decrease while a model trains (EViT, arXiv 2202.07800, section 4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 
 def share(epoch: int, span: tuple[int, int]) -> float:
-    """How much of what will be dropped is still kept: 1 before the span, 0 after it.
+    """Share of the tokens to drop that is still kept in an epoch: 1 before the span, 0 after it.
 
     >>> [round(share(epoch, (1, 3)), 2) for epoch in range(5)]
     [1.0, 1.0, 0.5, 0.0, 0.0]
@@ -25,12 +25,12 @@ def share(epoch: int, span: tuple[int, int]) -> float:
 
 
 def check(patch: Patch) -> None:
-    """Raise `InvalidOption` for a strategy whose keep rates cannot shrink."""
+    """Raise `InvalidOption` for a strategy whose keep rates cannot decrease."""
     strategy = patch.strategy
     if not isinstance(strategy, (TokenStrategy, Hybrid)):
         raise InvalidOption(
-            f"keep_epochs lowers the share of tokens that stay, which only token strategies have, "
-            f"and this model carries {strategy.name!r}: leave keep_epochs out"
+            f"keep_epochs lowers the share of tokens that stay. Only token strategies have one, "
+            f"and this model is patched with {strategy.name!r}: remove keep_epochs"
         )
     if not all(isinstance(keep, float) for keep in _keeps(strategy)):
         raise InvalidOption(
@@ -52,7 +52,7 @@ def at_epoch(target: Any, epoch: int, span: tuple[int, int]) -> Any:
 
 
 def repatch(patch: Patch, strategy: Any) -> Patch:
-    """The model patched with another strategy of its kind, its planners' weights as they were."""
+    """Patch the model with another strategy of the same kind, and keep its planners' weights."""
     model, kernel = patch.model, patch.kernel
     example = None if patch.follows_model else patch.attention.example
     planners = {name: value for name, value in model.state_dict().items() if is_planner_key(name)}
@@ -69,7 +69,7 @@ def repatch(patch: Patch, strategy: Any) -> Patch:
         sites=sites,
         cut_to_grid=True,
     )
-    for runtime in fresh.runtimes:  # where sparse attention was too slow it stays dense
+    for runtime in fresh.runtimes:  # sites that were dense because sparse is slower stay dense
         runtime.dense = dense.get(runtime.site.name, False)
     model.load_state_dict(planners, strict=False)
     return fresh

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, and TensorBoard if the recipe says so."""
+"""The log of a run: one JSON object per line, and TensorBoard events if the recipe sets them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Log:
-    """Rows of one run, in memory and in ``log.jsonl``; only the first process has a file."""
+    """Rows of one run, in memory and in ``log.jsonl``; only the first process writes a file."""
 
     def __init__(self, folder: Path | None, on_row: Callable[[Row], Any] | None) -> None:
         self.folder, self.on_row, self.rows = folder, on_row, list[Row]()
@@ -22,7 +22,7 @@ class Log:
         self.board: Any = None
 
     def resume(self, step: int) -> None:
-        """Keep the rows up to a step: those after it will be made again."""
+        """Keep the rows up to a step, as later ones will be written again."""
         if self.path is None or not self.path.exists():
             return
         try:
@@ -34,19 +34,19 @@ class Log:
         self._write("w", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def start_board(self, step: int) -> None:
-        """Write TensorBoard events as well; those after ``step`` will be made again."""
+        """Also write TensorBoard events; those after ``step`` will be written again."""
         if self.folder is None:
-            raise InvalidOption("tensorboard needs out=, a folder for its event files")
+            raise InvalidOption("tensorboard needs a folder for its event files: pass out=")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             message = f"tensorboard is missing: {error}; pip install tensorboard"
             raise InvalidOption(message) from error
-        # accelerate's tracker cannot purge the steps that a resumed run makes again
+        # accelerate's tracker cannot purge the steps that a resumed run repeats
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, row: Row) -> None:
-        """Write a row, and hand it to the user's callback."""
+        """Write a row and pass it to the user's callback."""
         self.rows.append(row)
         self._write("a", json.dumps(row) + "\n")
         if self.board is not None:
@@ -56,7 +56,7 @@ class Log:
             self.on_row(row)
 
     def close(self) -> None:
-        """Finish the TensorBoard events."""
+        """Close the TensorBoard writer."""
         if self.board is not None:
             self.board.close()
 
@@ -67,7 +67,7 @@ class Log:
 
 
 def _parsed(line: str) -> Row | None:
-    """None for a line that a kill cut short."""
+    """The row in a line; None for an incomplete line of a process that was killed."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -76,7 +76,7 @@ def _parsed(line: str) -> Row | None:
 
 
 def _scalars(row: Row) -> dict[str, float]:
-    """Numbers of a row, of its parts too."""
+    """The numbers in a row and in its parts."""
     parts = {f"parts/{name}": value for name, value in row.get("parts", {}).items()}
     names = row.keys() - {"stage", "step", "parts"}
     return parts | {name: row[name] for name in sorted(names) if row[name] is not None}

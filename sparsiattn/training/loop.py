@@ -1,4 +1,4 @@
-"""`train`: fine-tune a patched model, with its dense self as teacher."""
+"""`train`: fine-tune a patched model, with its dense version as teacher."""
 
 from __future__ import annotations
 
@@ -36,41 +36,42 @@ def train(
     on_log: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> TrainResult:
-    """Train a patched model as a recipe says: planners, backbone or both.
+    """Train a patched model by a recipe: its planners, its backbone or both.
 
-    The model keeps its device and comes back patched, with the trained weights (their moving
-    average where the last stage has one), in the mode and with the ``requires_grad`` it had.
-    Several processes (torchrun, ``accelerate launch``) train together, by DistributedDataParallel
-    or, where accelerate is told so, sharded (FSDP2); then the model has the trained weights at the
-    ends of epochs, at checkpoints and when this returns.
+    The model is trained in place. Afterwards it is patched and has the trained weights (their
+    moving average if the last stage has one); device, mode and ``requires_grad`` are restored.
+    Several processes (torchrun, ``accelerate launch``) train together with DistributedDataParallel
+    or, if accelerate is configured for it, sharded (FSDP2). In sharded training the model is
+    updated at the end of epochs, at checkpoints and at the end.
 
     Args:
-        model: A classifier, patched or not; then it gets the recipe's strategy.
-        data: Whatever `sparsiattn.training.data.loader` takes: folders, tars, datasets, or ready
-            batches (images ``[B, C, H, W]``, labels ``[B]`` int64 or ``[B, classes]`` float), of
-            which every process takes its share whole.
-        recipe: A `Recipe`, a name (see `sparsiattn.training.recipes`), a file, or a dict; None for
-            one that fits the patch.
-        eval_data: Like ``data``; the model is evaluated on it after every epoch.
-        out: A folder for checkpoints (``last``, ``best``: safetensors, and what `sparsiattn.load`
-            reads) and ``log.jsonl``.
-        resume: ``"auto"`` goes on from ``out/last`` if there is one, True requires it, False
-            refuses it. A run that goes on gives the same numbers, bit for bit, as one that was
-            never stopped, on the same machine.
-        teacher: Another dense model; by default the model itself as it was before. While the
-            backbone is frozen that takes no memory, else it is a copy.
+        model: A classifier. If it is not patched, it is patched with the recipe's strategy.
+        data: The data, in any form that `sparsiattn.training.data.loader` takes: folders, tars,
+            datasets, or an iterable of batches (images ``[B, C, H, W]``, labels ``[B]`` int64 or
+            ``[B, classes]`` float), which are divided among the processes.
+        recipe: A `Recipe`, a name (see `sparsiattn.training.recipes`), a file, or a dict. None for
+            a recipe that fits the patch.
+        eval_data: Data like ``data``, on which the model is evaluated after every epoch; None for
+            no evaluation.
+        out: A folder for ``log.jsonl`` and the checkpoints ``last`` and ``best`` (safetensors;
+            `sparsiattn.load` reads them). None to write nothing.
+        resume: ``"auto"`` resumes from ``out/last`` if there is a checkpoint, True requires one,
+            False refuses one. On the same machine a resumed run gives the same results, bit for
+            bit, as an uninterrupted one.
+        teacher: Another dense model. By default the teacher is the model itself with its initial
+            weights; it is copied unless the backbone is frozen.
         on_log: Called with every row of the log.
         **overrides: Fields of the recipe, see `Recipe.changed`.
 
     Returns:
-        The log, and what became of the last and the best epoch.
+        The log, and the rows of the last and the best epoch.
 
     Raises:
-        InvalidOption: For a recipe that does not fit.
-        DataError: For data that does not fit.
-        TrainingDiverged: At the first loss that is not finite, before it can do harm.
-        MismatchedCheckpoint: For a checkpoint of another run.
-        CheckpointNotWritten: For a full disk.
+        InvalidOption: The recipe is invalid or does not fit the model.
+        DataError: The data cannot be read or does not fit the model.
+        TrainingDiverged: A loss is not finite; training stops before the update.
+        MismatchedCheckpoint: The checkpoint belongs to another run.
+        CheckpointNotWritten: A checkpoint cannot be written, for example as the disk is full.
 
     >>> import torch, sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -92,7 +93,7 @@ def train(
 
 
 def recipe_for(patch: Patch | None, recipe: RecipeSource | None = None) -> Recipe:
-    """The recipe that the user names, or one that fits the patch."""
+    """The user's recipe, or else one that fits the patch."""
     if recipe is not None:
         return Recipe.load(recipe)
     stages = Recipe.load("sparsifiner_deit_small").stages
@@ -101,15 +102,15 @@ def recipe_for(patch: Patch | None, recipe: RecipeSource | None = None) -> Recip
             stages = Recipe.load("dynamicvit_deit_small").stages
         else:
             stages = (replace(stages[-1], epochs=30),)
-    # numbers of the paper that do not depend on its model and batch size; augmentation for large
-    # images would harm small ones
+    # warm-up depends on the paper's model and batch size, and its augmentation suits large images
+    # only: both are left out
     stages = tuple(replace(stage, warmup_epochs=None, warmup_lr=0.0) for stage in stages)
     return Recipe("connectivity" if patch is None else None, stages=stages)
 
 
 @contextmanager
 def _patched(model: nn.Module, recipe: Recipe) -> Iterator[Patch]:
-    """The model's patch, or a new one, which stays unless nothing could be trained."""
+    """Yield the model's patch or a new one; a new one is undone if an error precedes training."""
     patch = patch_of(model)
     if patch is not None:
         _check_same(patch, recipe)
@@ -117,15 +118,16 @@ def _patched(model: nn.Module, recipe: Recipe) -> Iterator[Patch]:
         return
     if recipe.strategy is None:
         raise InvalidOption(
-            "train() needs a patched model or a recipe with a strategy: patch(model, ...) first"
+            "train() needs a patched model or a recipe with a strategy: call patch(model, ...) "
+            "first"
         )
     patch = apply.patch_quietly(model, recipe.strategy, **recipe.options)
-    # torch counts in-place changes of a tensor: an optimizer's step shows
+    # the version counts in-place changes of a tensor, such as an optimizer's step
     versions = [weight._version for weight in model.parameters()]
     try:
         yield patch
     except BaseException:
-        present = patch_of(model)  # another one where keep rates changed between epochs
+        present = patch_of(model)  # a new one if keep rates have changed between epochs
         untouched = versions == [weight._version for weight in model.parameters()]
         if untouched and present is not None:
             present.unpatch()
@@ -136,10 +138,10 @@ def _check_same(patch: Patch, recipe: Recipe) -> None:
     if recipe.strategy is None:
         return
     kind = REGISTRY.get("strategies", recipe.strategy)
-    names = kind.option_names()  # the others are those of `patch` itself
+    names = kind.option_names()  # the other options belong to `patch`
     strategy = kind.build({n: v for n, v in recipe.options.items() if n in names})
     if patch.strategy != strategy:
         raise InvalidOption(
-            f"the model is patched with {patch.strategy}, the recipe is for {strategy}: unpatch() "
-            "first, or change the recipe's strategy to None to train what is there"
+            f"the model is patched with {patch.strategy}, but the recipe is for {strategy}: call "
+            "unpatch() first, or set the recipe's strategy to None to train the existing patch"
         )

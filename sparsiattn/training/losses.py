@@ -1,4 +1,4 @@
-"""What training minimises: reconstruction, labels, and distance to the dense model."""
+"""Training losses: reconstruction, labels, and distance to the dense model."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _FINAL_NORMS = ("norm", "layernorm", "ln", "layer_norm", "post_layernorm", "ln_p
 
 
 class Objective(nn.Module):
-    """A model and its losses in one forward, so that DDP and autocast see all that is computed.
+    """A model and its losses in one module, so that DDP and autocast cover all computation.
 
-    `timm.task` has such modules for distillation, but its teachers are other models with a forward
-    of their own: none lets a patch be disabled, compares tokens or looks at attention.
+    `timm.task` has similar modules for distillation, but their teachers are separate models. They
+    cannot disable a patch, compare tokens or read attention.
 
     Args:
         model: The patched model.
-        stage: Names the losses.
-        teacher: A dense model; None where the model itself, its patch disabled, is the teacher.
+        stage: The training stage, which sets the losses.
+        teacher: A dense model; None to use the model itself with its patch disabled.
     """
 
     def __init__(self, model: nn.Module, stage: Stage, teacher: nn.Module | None) -> None:
         super().__init__()
         self.model, self.stage = model, stage
-        self._teacher = (teacher,)  # in a tuple: its weights are none of this module's
+        self._teacher = (teacher,)  # in a tuple, so that its weights are not registered here
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Losses by name.
+        """Compute the losses.
 
         Args:
             images: ``[B, C, H, W]``.
             labels: ``[B]`` or ``[B, classes]``.
 
         Returns:
-            Unweighted scalars, in the order of the stage's losses.
+            Unweighted scalar losses by name, in the order of the stage's losses.
         """
         patch = patch_of(self.model)
         assert patch is not None
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         if stage.penalties and not dense:
             with patch.observing(observer):
                 self.model(images)
-        # observing changes nothing in a dense model: one forward pass does both
+        # a dense model is not changed by observing, so one forward pass is enough
         observing = patch.observing(observer) if stage.penalties and dense else nullcontext()
         norm = final_norm(self.model) if stage.token_mse else None
         with captured(norm) as tokens, observing:
@@ -76,15 +76,15 @@ class Objective(nn.Module):
         if stage.keep_ratio:
             losses["keep_ratio"] = keep_ratio_loss(self.model)
         if stage.distils:
-            taught, targets = self._teach(patch, images)
-            losses["kl"] = kl_loss(logits, taught, stage.temperature)
+            teacher_logits, targets = self._teach(patch, images)
+            losses["kl"] = kl_loss(logits, teacher_logits, stage.temperature)
             if norm is not None:
                 losses["token_mse"] = token_loss(patch, tokens[0], targets[0])
         return losses
 
     @torch.no_grad()
     def _teach(self, patch: Patch, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and last tokens of the dense model."""
+        """Logits and the last layer's tokens of the dense model."""
         (other,) = self._teacher
         teacher = self.model if other is None else other
         norm = final_norm(teacher) if self.stage.token_mse else None
@@ -100,51 +100,61 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
     Args:
         logits: ``[B, classes]``.
-        labels: Class indices ``[B]``, or shares ``[B, classes]`` (mixup).
-        smoothing: Of class indices.
+        labels: Class indices ``[B]``, or probabilities ``[B, classes]`` (mixup).
+        smoothing: Label smoothing for class indices, from 0 to 1.
+
+    Returns:
+        A scalar, the mean over images.
 
     Raises:
-        DataError: For labels that the head does not have.
+        DataError: Labels do not fit the head.
     """
     logits = logits.float()
     if labels.is_floating_point() and labels.shape == logits.shape:
         return F.cross_entropy(logits, labels.float())
     if labels.is_floating_point() or labels.shape != logits.shape[:1]:
         raise DataError(
-            f"labels must be class indices [{len(logits)}] or shares {list(logits.shape)}, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}"
+            f"labels must be class indices [{len(logits)}] or probabilities {list(logits.shape)}, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if labels.device.type == "cpu":
         check_labels(labels, logits.shape[1])
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
-def kl_loss(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL divergence of the student from the teacher, mean over images; times T^2, as Hinton's
-    (arXiv 1503.02531).
+def kl_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL divergence of the student from the teacher, times T^2 (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        logits: ``[B, classes]`` of the student.
+        teacher_logits: ``[B, classes]`` of the teacher.
+        temperature: Both logits are divided by it.
+
+    Returns:
+        A scalar, the mean over images.
 
     Raises:
-        InvalidOption: They do not tell the same classes apart.
+        InvalidOption: The two have different numbers of classes.
     """
-    if taught.shape != logits.shape:
+    if teacher_logits.shape != logits.shape:
         raise InvalidOption(
-            f"the teacher gives logits {tuple(taught.shape)}, the model {tuple(logits.shape)}: "
-            "they must tell the same classes apart"
+            f"the teacher gives logits {tuple(teacher_logits.shape)}, the model "
+            f"{tuple(logits.shape)}: both must have the same classes"
         )
-    student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, taught))
+    student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def token_loss(patch: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error of the last layer's patch tokens, over those that are still there.
+    """Mean squared error of the last layer's patch tokens, over the tokens that are left.
 
-    A merged token is compared with all that went into it; a token that a policy dropped (DynamicViT
-    in training) counts as little as one that is gone.
+    A merged token is compared with every token that it was merged from. A token that a policy
+    dropped (DynamicViT in training) does not count.
 
     Args:
-        patch: Of the model, after its forward pass.
-        tokens: The patched model's, ``[B, M, C]`` or ``[B, h, w, C]``.
-        targets: The dense model's, ``[B, N, C]`` or ``[B, h, w, C]``.
+        patch: The model's patch, after the forward pass.
+        tokens: Tokens of the patched model, ``[B, M, C]`` or ``[B, h, w, C]``.
+        targets: Tokens of the dense model, ``[B, N, C]`` or ``[B, h, w, C]``.
     """
     prefix = patch.model_sites[-1].prefix_tokens if patch.model_sites else 0
     tokens, targets = (x.flatten(1, -2).float() for x in (tokens, targets))
@@ -163,14 +173,17 @@ def token_loss(patch: Patch, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def keep_ratio_loss(model: nn.Module) -> Tensor:
-    """How far the last training forward was from keeping its shares of tokens (a scalar).
+    """The keep ratio loss of DynamicViT for the last forward pass in training mode, a scalar.
 
-    Mean over layers and images of (kept share of all patch tokens - target share)^2, the ratio loss
-    of DynamicViT (arXiv 2106.02034, eq. 12); the authors weigh it by 2. Add it to the task's loss
-    while training a model patched with ``token_drop(score="learned")``.
+    It is the mean over layers and images of (kept share of all patch tokens - target share)^2
+    (arXiv 2106.02034, eq. 12); the authors multiply it by 2. Add it to the task's loss while
+    training a model patched with ``token_drop(score="learned")``.
+
+    Args:
+        model: The patched model, after a forward pass in training mode.
 
     Raises:
-        InvalidOption: The model has no learned token scores, or made no training forward yet.
+        InvalidOption: The model has no learned token scores, or has not run in training mode yet.
 
     >>> import timm, torch, sparsiattn
     >>> model = timm.create_model("test_vit").train()
@@ -184,7 +197,7 @@ def keep_ratio_loss(model: nn.Module) -> Tensor:
     scored = [(b.site, b.planner) for b in blocks if isinstance(b.planner, KeepPredictor)]
     if not scored:
         raise InvalidOption(
-            "keep_ratio_loss() is for learned token scores, and this model has none: patch it with "
+            "keep_ratio_loss() needs learned token scores, and this model has none: patch it with "
             "patch(model, 'token_drop', score='learned')"
         )
     rows, columns = scored[0][0].grid
@@ -200,8 +213,10 @@ def keep_ratio_loss(model: nn.Module) -> Tensor:
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The module whose output is the last layer's tokens: timm's ``norm``, transformers'
-    ``vit.layernorm``, torchvision's ``encoder.ln``."""
+    """The module that outputs the last layer's tokens.
+
+    It is ``norm`` in timm, ``vit.layernorm`` in transformers and ``encoder.ln`` in torchvision.
+    """
     base = getattr(model, "base_model_prefix", "")
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     parents = ("", base, "encoder", f"{base}.encoder")
@@ -210,14 +225,14 @@ def final_norm(model: nn.Module) -> nn.Module:
         if path in modules:
             return modules[path]
     raise InvalidOption(
-        f"token_mse compares the output of the last norm, and {type(model).__name__} has no module "
-        f"named {', '.join(_FINAL_NORMS)} where one would look for it: set token_mse=0"
+        f"token_mse compares the output of the last norm, but {type(model).__name__} has no module "
+        f"named {', '.join(_FINAL_NORMS)} in the usual places: set token_mse=0"
     )
 
 
 @contextmanager
 def captured(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """What a module returns inside the block."""
+    """Collect the outputs of a module inside the block."""
     outputs: list[Tensor] = []
     if module is None:
         yield outputs

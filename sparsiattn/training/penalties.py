@@ -1,4 +1,4 @@
-"""Penalties on attention weights, for training that is to make attention sparse or peaked."""
+"""Penalties on attention weights, for training that makes attention sparse or peaked."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sparsiattn.strategies.base import Planner
 
 
 def log_penalty(weights: Tensor) -> Tensor:
-    """Mean of ``log(1 + a^2)`` over attention weights ``[B, H, Nq, Nk]`` (Sparse then Prune, arXiv
-    2307.11988).
+    """Mean of ``log(1 + a^2)`` over attention weights ``[B, H, Nq, Nk]``.
 
-    A row adds up to 1 and the function is convex there: it is least for an even row and greatest
-    for one that sees a single key. So it spreads attention; `entropy` gathers it.
+    From Sparse then Prune (arXiv 2307.11988). A row sums to 1 and the function is convex there: it
+    is smallest for a uniform row and largest for a row with a single key. Minimising it therefore
+    spreads attention, while minimising `entropy` concentrates it.
 
     >>> even, single = torch.full((1, 1, 1, 4), 0.25), torch.eye(4)[None, None, :1]
     >>> bool(log_penalty(even) < log_penalty(single))
@@ -49,14 +49,16 @@ class PenaltyObserver:
         self.by_site.append(torch.stack([PENALTIES[name](weights) for name in self.names]))
 
     def penalties(self, layers: str) -> dict[str, Tensor]:
-        """By name: the mean over all sites, or that of the last one (as the authors' code)."""
+        """Penalties by name: mean over all sites, or the last site (as in the authors' code)."""
         values = self.by_site[-1] if layers == "last" else torch.stack(self.by_site).mean(0)
         return dict(zip(self.names, values, strict=True))
 
 
 def weights_of(inputs: AttentionInputs) -> Tensor:
-    """The host's own attention weights ``[B, H, Nq, Nk]``, in single precision at least: no fused
-    kernel hands them out."""
+    """The host's own attention weights ``[B, H, Nq, Nk]``, in float32 or better.
+
+    They are computed here, as fused kernels do not return them.
+    """
     q, k = inputs.q, inputs.k
     if q.dtype in (torch.float16, torch.bfloat16):
         q, k = q.float(), k.float()

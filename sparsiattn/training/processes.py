@@ -1,4 +1,4 @@
-"""The processes that torchrun or ``accelerate launch`` started, and accelerate for one run."""
+"""Processes of torchrun or ``accelerate launch``, and the setup of accelerate for one run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One process of many, or the only one.
+    """The position of this process among all processes.
 
     Attributes:
-        rank: Its number.
+        rank: Rank of this process.
         size: Number of processes.
-        device: Its own, None where nobody gave it one.
+        device: Device of this process; None if it was not assigned one.
     """
 
     rank: int = 0
@@ -34,7 +34,7 @@ class World:
     device: torch.device | None = None
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; all must call."""
+        """The values of all processes, by rank; every process must call this."""
         values = [value] * self.size
         if self.size > 1:
             distributed.all_gather_object(values, value)
@@ -42,20 +42,20 @@ class World:
 
 
 def waiting() -> bool:
-    """Whether a launcher started several processes that nobody has connected yet."""
+    """Whether a launcher started several processes that are not connected yet."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not connected()
 
 
 def connected() -> bool:
-    """Whether this process can talk to others."""
+    """Whether the process group is initialised."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def world(device: str | torch.device | None = None) -> World:
-    """This process among those launched together; accelerate connects them if nobody has yet.
+    """The world of this process; accelerate connects the processes if they are not yet connected.
 
     Args:
-        device: Of the model, where the caller wants a certain one.
+        device: Device of the model; None to let accelerate choose.
     """
     place = None
     if waiting():
@@ -63,7 +63,7 @@ def world(device: str | torch.device | None = None) -> World:
             from accelerate import PartialState
         except ImportError as error:
             raise InvalidOption(
-                f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate, which "
+                f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate, which "
                 "connects them, is missing: pip install 'sparsiattn[train]' (or run one process)"
             ) from error
         gpu = torch.device(device).type != "cpu" if device else torch.cuda.is_available()
@@ -75,19 +75,19 @@ def world(device: str | torch.device | None = None) -> World:
 
 
 def leave() -> None:
-    """Disconnect, at the end of a program; nothing where nobody was connected."""
+    """Disconnect at the end of a program; does nothing if processes were not connected."""
     if connected():
-        distributed.barrier()  # a process that ends first would pull the connection from the others
-        gc.collect()  # models in cycles hold groups, whose threads may not outlive the interpreter
+        distributed.barrier()  # a process that ends early would break the others' connection
+        gc.collect()  # models in cycles hold groups, whose threads must end before the interpreter
         distributed.destroy_process_group()
 
 
 @contextmanager
 def accelerated(recipe: Recipe) -> Iterator[Any]:
-    """An ``Accelerator`` for a recipe.
+    """Yield an ``Accelerator`` for a recipe.
 
-    Random numbers depend on the recipe's seed inside the block and go on afterwards as if it had
-    not been.
+    Random numbers depend on the recipe's seed inside the block; the random state is restored
+    afterwards.
     """
     try:
         from accelerate import Accelerator
@@ -100,7 +100,7 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
     used_by_others = AcceleratorState._shared_state != {}
     rng = checkpoint.rng_state()
     cpu = {} if torch.accelerator.is_available() else {"cpu": True}
-    # FSDP writes itself over the type, and the next run could not tell what it is on
+    # FSDP overwrites the type, which the next run needs
     state = PartialState(**cpu)
     distributed_type = state.distributed_type
     try:
@@ -119,7 +119,7 @@ def accelerated(recipe: Recipe) -> Iterator[Any]:
     finally:
         checkpoint.set_rng_state(rng)
         if not used_by_others:
-            # accelerate keeps its precision for the whole process, and a later run may want another
+            # accelerate keeps its precision for the whole process, but a later run may need another
             AcceleratorState._reset_state()
             GradientState._reset_state()
             state.distributed_type = distributed_type

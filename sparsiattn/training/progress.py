@@ -1,4 +1,4 @@
-"""How far something is that takes more than a moment, for callers and as a bar on stderr."""
+"""Progress of long operations, as a callback and as a bar on stderr."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """Called with how much is done and how much there is in all, None if that is unknown."""
+    """A callback that gets the number of items done and the total; None if it is unknown."""
 
     def __call__(self, done: int, total: int | None = None, /) -> Any: ...
 
 
 @contextmanager
 def bar(title: str, total: int | None = None, *, shown: bool = True) -> Iterator[Progress]:
-    """A progress bar while the block runs.
+    """Show a progress bar while the block runs.
 
     Args:
-        title: Says what is done.
-        total: How much there is to do; the callback may say it later.
-        shown: Whether there is a bar at all.
+        title: Text beside the bar.
+        total: Number of items; the callback may set it later.
+        shown: Whether to show the bar.
 
     >>> with bar("working", 2, shown=False) as progress:
     ...     progress(1)

@@ -1,4 +1,4 @@
-"""Weights that stay zero while a stage trains: global magnitude pruning."""
+"""Global magnitude pruning: weights that stay zero while a stage trains."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Pruned:
-    """The smallest weights of a model, set to zero and held there.
+    """The smallest weights of a model, set to zero and kept there.
 
-    `prune.L1Unstructured` chooses them among all weights at once, as `prune.global_unstructured`
-    does; but that would give parameters of the model other names. So checkpoints, averages and
-    processes see the model as it always was, and there is nothing to remove before it is saved.
-    Gradients are masked as they come and weights after every step, which is what that module's own
-    masks come to. Zeros that no kernel skips save no time.
+    `prune.L1Unstructured` selects them among all weights at once. `prune.global_unstructured` does
+    the same, but renames parameters of the model. Without that, checkpoints, averages and other
+    processes see the model unchanged, and nothing has to be removed before saving. Gradients are
+    masked when they are computed and weights after every step, which is equivalent. Zeros save no
+    time, as no kernel skips them.
     """
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
@@ -47,26 +47,35 @@ class Pruned:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Zero again what an update moved (weight decay, momentum of an earlier stage)."""
+        """Set pruned weights to zero again after an update: weight decay and momentum move them."""
         for name, weight in self.weights.items():
             weight.mul_(self.masks[name])
 
     def end(self) -> None:
-        """Let go of the model."""
+        """Remove the hooks and drop all references to the model."""
         for hook in self._hooks:
             hook.remove()
         self.weights, self.masks, self._hooks = {}, {}, []
 
     def load_state(self, masks: dict[str, Tensor]) -> None:
-        """Take over those of a checkpoint: zeros alone do not show which weights were pruned."""
+        """Load the masks of a checkpoint, as zeros do not show which weights were pruned."""
         for name, mask in masks.items():
             self.masks[name] = mask.to(self.masks[name].device)
 
 
 def candidates(model: nn.Module, *, norms: bool) -> list[tuple[str, nn.Parameter]]:
-    """What is pruned: the matrices of linear and convolution layers (patch embedding, attention,
-    MLP, classifier), and with ``norms`` the gains of normalisation layers; neither biases nor what
-    planners learn. A weight that several modules share counts once."""
+    """Names and weights that can be pruned.
+
+    These are the weights of linear and convolution layers (patch embedding, attention, MLP,
+    classifier), but neither biases nor planners. A weight that several modules share counts once.
+
+    Args:
+        model: The model.
+        norms: Whether to include the weights of normalisation layers.
+
+    Raises:
+        InvalidOption: The model has no such layer.
+    """
     weights: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -1,4 +1,4 @@
-"""How a patched model is trained: stages and their numbers, as data that can be kept in a file."""
+"""`Recipe`: the stages and hyperparameters of training, as data that can be stored in a file."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ FOLDER = Path(__file__).resolve().parent / "recipes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: a strategy, stages, and what all of them share.
+    """A recipe for training: a strategy, stages, and the settings that all stages share.
 
     Attributes:
-        strategy: As `sparsiattn.patch` takes it; None for whatever the model is patched with.
-        options: Of the strategy, as `sparsiattn.patch` takes them.
-        stages: One after the other.
-        batch_size: Images in one forward pass, over all processes. An update sees ``batch_size *
-            accumulation`` images, on however many processes.
-        accumulation: Forward passes in one update.
+        strategy: Name of the strategy, as in `sparsiattn.patch`; None to keep the model's patch.
+        options: Options of the strategy, as in `sparsiattn.patch`.
+        stages: The training stages, in order.
+        batch_size: Number of images in one forward pass, over all processes together. One update
+            uses ``batch_size * accumulation`` images.
+        accumulation: Number of forward passes in one update.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        augment: Options of the loader's training images by timm's names.
-        image_size: In pixels.
-        seed: Of order, augmentation and dropout.
-        workers: Processes that read images.
-        checkpoint_steps: Updates between checkpoints; None for one an epoch.
-        tensorboard: Whether to write event files beside the JSON-lines log.
-        summary: A line about the recipe.
-        model: The timm model that it was written for.
-        published: What its authors report, for comparison.
+        augment: Options of augmentation and preprocessing by timm's names.
+        image_size: Image size in pixels; None for the size that the model was built for.
+        seed: Seed of order, augmentation and dropout.
+        workers: Number of processes that read images.
+        checkpoint_steps: Number of updates between checkpoints; None for one per epoch.
+        tensorboard: Whether to write TensorBoard event files in addition to the JSON-lines log.
+        summary: One line about the recipe.
+        model: The timm model that the recipe was written for.
+        published: Results that the authors report, for comparison.
 
     >>> recipe = Recipe("connectivity", {"k": 0.1}, stages=[Stage(epochs=1, ce=1.0)])
     >>> Recipe.from_dict(recipe.to_dict()) == recipe
@@ -68,12 +68,12 @@ class Recipe:
             raise InvalidOption("a recipe needs at least one stage")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise InvalidOption(f"stages need names that differ, got {names}")
+            raise InvalidOption(f"stages must have different names, got {names}")
         if self.strategy is None and self.options:
-            raise InvalidOption(f"options {sorted(self.options)} need a strategy to go to")
+            raise InvalidOption(f"options {sorted(self.options)} need a strategy: set strategy")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON and YAML; stages without the fields that have their defaults."""
+        """Plain data for JSON and YAML; fields of stages with default values are left out."""
         content = {**asdict(self), "stages": [_changed_fields(stage) for stage in self.stages]}
         plain: dict[str, Any] = json.loads(json.dumps(content))
         return plain
@@ -83,11 +83,11 @@ class Recipe:
         """A recipe from plain data.
 
         Args:
-            content: What `to_dict` gives.
-            where: Names the recipe in errors.
+            content: The result of `to_dict`.
+            where: Name of the recipe in error messages.
 
         Raises:
-            InvalidOption: For unknown or wrong fields.
+            InvalidOption: A field is unknown or invalid.
         """
         return cls(**_known_fields(content, cls, where))
 
@@ -102,7 +102,7 @@ class Recipe:
         return cls.from_dict(_read(path), str(path))
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write it as JSON where the name ends so, else as YAML."""
+        """Write the recipe to a file, as JSON if its name ends in ``.json``, else as YAML."""
         import yaml
 
         path, content = Path(path), self.to_dict()
@@ -111,15 +111,15 @@ class Recipe:
         return path
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
-        """This recipe with other values.
+        """A copy of the recipe with other values.
 
         Args:
             changes: Values by name: ``field``, ``options.field``, ``augment.field`` or
-                ``stage.field`` (the stage by name or number). A stage's field alone changes it in
-                every stage.
+                ``stage.field`` (the stage by name or index). The name of a stage's field without a
+                stage changes it in every stage.
 
         Raises:
-            InvalidOption: For unknown names or wrong values.
+            InvalidOption: A name is unknown or a value is invalid.
         """
         recipe = self
         for name, value in changes.items():
@@ -128,7 +128,7 @@ class Recipe:
 
 
 def recipes() -> dict[str, str]:
-    """Name to summary of the recipes that come along.
+    """The built-in recipes: their summaries by name.
 
     >>> "sparsifiner_deit_small" in recipes()
     True
@@ -155,7 +155,7 @@ def _with_change(recipe: Recipe, name: str, value: Any) -> Recipe:
     if option not in _names(Stage) or not chosen:
         places = [f"{place}.FIELD" for place in ("options", *stages)]
         raise _unknown_field("recipe", name, [*_names(Recipe), *_names(Stage), *places])
-    # a new length takes the place of one that was given in the other unit
+    # a new length replaces one in the other unit
     withdrawn = next((pair for pair in EXCLUSIVE if option in pair and value is not None), ())
     changes = {**dict.fromkeys(withdrawn), option: value}
     stages |= {stage.name: replace(stage, **changes) for stage in chosen}
@@ -163,7 +163,7 @@ def _with_change(recipe: Recipe, name: str, value: Any) -> Recipe:
 
 
 def _path(name: str) -> Path:
-    """Of a recipe that comes along, or of the user's own file."""
+    """Path of a built-in recipe, or of the user's own file."""
     included = FOLDER / f"{name}.yaml"
     if "/" not in name and included.is_file():
         return included
@@ -176,7 +176,7 @@ def _read(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML, too
+        return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is valid YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidOption(f"{path} cannot be read as a recipe: {error}") from error
 
@@ -189,7 +189,7 @@ def _stage(content: Any) -> Stage:
 
 
 def _changed_fields(stage: Stage) -> dict[str, Any]:
-    """The name, and fields that differ from their defaults."""
+    """The name of a stage, and its fields that differ from their defaults."""
     return {
         option.name: getattr(stage, option.name)
         for option in fields(stage)

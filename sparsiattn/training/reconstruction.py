@@ -1,4 +1,4 @@
-"""How well planners reproduce the model's own dense attention."""
+"""Reconstruction losses: how well planners reproduce the model's own dense attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsiattn.strategies.base import LearnedPlanner, Planner
 
 
 def site_losses(patch: Patch, images: Tensor) -> list[Tensor]:
-    """One loss per learned site for one batch; the host itself runs without gradients."""
+    """One loss per site with a learned planner, for one batch; the host runs without gradients."""
     losses: list[Tensor] = []
 
     @torch.enable_grad()
@@ -32,7 +32,7 @@ def site_losses(patch: Patch, images: Tensor) -> list[Tensor]:
 
 
 def start_planners(patch: Patch, images: Tensor) -> None:
-    """Every learned planner's closed-form start from one batch, where that lowers its loss."""
+    """Initialise learned planners in closed form from one batch, where that lowers their loss."""
 
     def start(planner: LearnedPlanner, inputs: AttentionInputs) -> None:
         before = {name: value.clone() for name, value in planner.state_dict().items()}
@@ -47,10 +47,18 @@ def start_planners(patch: Patch, images: Tensor) -> None:
 
 
 def output_errors(patch: Patch, images: Any) -> dict[str, tuple[float, float]]:
-    """What sites lose by their planners' plans, and what by their `unfitted_plan`.
+    """Relative errors of attention's output with each planner's plan and with `unfitted_plan`.
 
-    Both with the site's budget, tile and background, as errors of the output relative to dense
-    attention. Sites where only one of the plans can be had are left out.
+    Both plans use the site's budget, tile and background. Sites without an unfitted plan, or whose
+    kernel cannot compute one of the plans, are left out.
+
+    Args:
+        patch: The model's patch.
+        images: One batch.
+
+    Returns:
+        By name of the site, the error of the fitted and of the unfitted plan, relative to dense
+        attention.
     """
     runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
     sums: dict[str, Tensor] = {}
@@ -62,7 +70,7 @@ def output_errors(patch: Patch, images: Any) -> dict[str, tuple[float, float]]:
         dense = inputs.attention()
         try:
             outputs = [_attend(runtimes[name], x, inputs) for x in (planner(inputs), unfitted)]
-        except KernelRefused:  # a kernel that was named and takes no such lists
+        except KernelRefused:  # the user's kernel does not support such key lists
             return
         differences = torch.stack([*(output - dense for output in outputs), dense]).float()
         sums[name] = sums.get(name, 0.0) + differences.flatten(1).square().sum(1)
@@ -83,7 +91,7 @@ def _attend(runtime: SiteRuntime, plan: Pattern, inputs: AttentionInputs) -> Ten
 def _visit(
     patch: Patch, images: Any, visit: Callable[[LearnedPlanner, AttentionInputs], None]
 ) -> None:
-    """Run the host without gradients; every learned planner meets its operands on the way."""
+    """Run the host without gradients, and call ``visit`` with each learned planner's operands."""
 
     def observe(site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         if isinstance(planner, LearnedPlanner):

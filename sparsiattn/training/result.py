@@ -1,4 +1,4 @@
-"""What `sparsiattn.train` returns."""
+"""`TrainResult`: the result of `sparsiattn.train`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` did.
+    """The result of `train`.
 
     Attributes:
-        history: Rows of the log: one an update (``stage, epoch, step, lr, loss, parts``), and one
-            an epoch (``epoch_loss``, and with eval_data ``top1, dense_top1, agreement``).
-        best: Row of the best epoch, by top-1; without eval_data by the epoch's loss in the last
-            stage.
+        history: Rows of the log: one per update (``stage, epoch, step, lr, loss, parts``) and one
+            per epoch (``epoch_loss``; with eval_data also ``top1, dense_top1, agreement``).
+        best: Row of the best epoch by top-1; without eval_data, by the epoch's loss in the last
+            stage. None if no epoch was completed.
         last: Row of the last epoch.
-        path: The folder with ``last/``, ``best/`` and ``log.jsonl``, None if nothing was written.
+        path: The folder with ``last/``, ``best/`` and ``log.jsonl``; None if nothing was written.
+
+    >>> row = {"stage": "train", "step": 10, "epoch_loss": 0.5, "top1": 80.0}
+    >>> print(TrainResult([row], best=row, last=row, path=None))
+    10 updates, last epoch: loss 0.5000, top-1 80.00
+    best: loss 0.5000, top-1 80.00, after 10 updates
     """
 
     history: list[dict[str, Any]]

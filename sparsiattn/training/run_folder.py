@@ -1,4 +1,4 @@
-"""Where a run keeps its checkpoints, and how it finds them again."""
+"""The folder of a run: writes its checkpoints and finds them again."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from sparsiattn.training.stage_run import StageRun
 
 
 class RunFolder:
-    """``last`` and ``best`` of one run, written by the first process; random numbers by each.
+    """The checkpoints ``last`` and ``best`` of one run.
+
+    The first process writes them, with the random states of all processes.
 
     Args:
-        out: The user's folder; without one nothing is written.
-        accelerator: Of the run.
-        identity: What a checkpoint must have in common with this run.
+        out: The user's folder; None to write nothing.
+        accelerator: The run's ``Accelerator``.
+        identity: Data that must be equal in this run and the checkpoint to resume from.
 
     Attributes:
-        epoch_rng: Random numbers with which the present epoch began.
-        saved_step: Step of the last checkpoint, None if there is none.
+        epoch_rng: Random state at the start of the current epoch.
+        saved_step: Step of the last checkpoint; None if there is none.
     """
 
     def __init__(self, out: Path | None, accelerator: Any, identity: dict[str, Any]) -> None:
@@ -43,18 +45,18 @@ class RunFolder:
         return self.out / checkpoint.LAST
 
     def what_is_safe(self) -> str:
-        """For errors."""
+        """The part of an error message that says which weights are intact."""
         if self.out is None:
-            return "the model has the weights of the step before"
+            return "the model has the weights of the previous step"
         if self.saved_step is None:
-            return "there was no checkpoint yet"
+            return "there is no checkpoint yet"
         return f"the last good checkpoint, of step {self.saved_step}, is in {self.last}"
 
     def find(self, resume: bool | str) -> TrainState | None:
-        """The state to go on from, None to start anew."""
+        """Find the state to resume from; None to start from the beginning."""
         if self.out is None:
             if resume is True:
-                raise InvalidOption("resume=True needs out=, the folder of the run to go on with")
+                raise InvalidOption("resume=True needs out=, the folder of the run to resume")
             return None
         self._on_main(self._prepare)
         if not (self.last / checkpoint.STATE).exists():
@@ -63,8 +65,8 @@ class RunFolder:
             return None
         if resume is False:
             raise InvalidOption(
-                f"{self.out} holds a checkpoint, and resume=False would overwrite it: give another "
-                "out=, or delete it"
+                f"{self.out} holds a checkpoint, which resume=False would overwrite: pass another "
+                "out=, or delete the checkpoint"
             )
         state = checkpoint.load_state(self.last, self.identity)
         self.saved_step = state.step
@@ -80,7 +82,7 @@ class RunFolder:
             raise CheckpointNotWritten(f"{self.out} cannot be used as a folder: {error}") from error
 
     def keep_teacher(self, teacher: nn.Module, resumed: bool) -> None:
-        """Write the teacher's weights, or read them back."""
+        """Write the teacher's weights; read them in a resumed run."""
         if self.out is None:
             return
         path = self.out / checkpoint.TEACHER
@@ -95,7 +97,7 @@ class RunFolder:
         self._on_main(write)
 
     def save(self, state: TrainState, patch: Patch, run: StageRun, best: bool = False) -> None:
-        """Write ``last``, and ``best`` after the best epoch; all processes must call."""
+        """Write ``last``, and ``best`` after the best epoch; every process must call this."""
         if self.out is None:
             return
         from accelerate.utils import gather_object
@@ -117,27 +119,27 @@ class RunFolder:
         self.saved_step = state.step
 
     def finish(self, state: TrainState) -> None:
-        """Note in ``last`` that the run is complete; its weights become the averaged ones."""
+        """Mark ``last`` as complete, and replace its weights by the averaged ones."""
         if self.out is not None:
             self._on_main(checkpoint.finish, self.last, state, self.identity)
 
     def load_weights(self, model: nn.Module) -> None:
-        """Of the last checkpoint."""
+        """Load the weights of the last checkpoint."""
         checkpoint.load_weights(model, self.last / checkpoint.MODEL)
 
     def restore(self, run: StageRun) -> None:
-        """Optimizer, averaged weights and random numbers of the last checkpoint."""
+        """Restore optimizer, averaged weights and random state from the last checkpoint."""
         if run.averaged is not None:
             checkpoint.load_weights(run.averaged, self.last / checkpoint.EMA)
         state = checkpoint.load_tensors(self.last / checkpoint.OPTIMIZER)
         run.load_state(state)
         rng = state["rng"].get(str(self.accelerator.process_index))
-        if rng is not None:  # more processes than before: theirs are new
+        if rng is not None:  # None for additional processes, which start with a new random state
             checkpoint.set_rng_state(rng["now"])
             self.epoch_rng = rng["epoch"]
 
     def _on_main(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """Done by the first process; where it fails all of them raise instead of waiting."""
+        """Run an action in the first process; if it fails, every process raises."""
         failure: Exception | None = None
         if self.accelerator.is_main_process:
             try:
@@ -150,6 +152,6 @@ class RunFolder:
 
 
 def _save_model(folder: Path, patch: Patch, model: nn.Module) -> None:
-    """What is needed to use the model: `sparsiattn.load` reads the folder, its weights are here."""
+    """Save the patch, for `sparsiattn.load`, and the model's weights."""
     (patch_of(model) or patch).save(folder)
     checkpoint.save_weights(model.state_dict(), folder / checkpoint.MODEL)

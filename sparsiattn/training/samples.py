@@ -1,4 +1,4 @@
-"""The sample that an image and its label become, the same for the same (seed, epoch)."""
+"""Samples made of images and labels; deterministic for a given (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sparsiattn.training.preprocess import seeded
 from sparsiattn.training.sources import Source, mode_of
 
 Sample = tuple[Tensor, int, tuple[int, ...]]
-"""Image ``[C, H, W]``, label, and its place: (epoch, index)."""
+"""Image ``[C, H, W]``, label, and the position ``(epoch, index)``."""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Makes a sample of an image and its label.
+    """Turns an image and its label into a sample.
 
     Attributes:
-        transform: PIL image to tensor ``[C, H, W]``.
-        channels: Of images.
-        classes: Of the model's head, None if unknown.
-        seed: Augmentation depends on it.
-        training: Whether the transform draws random numbers.
-        labels: Whether labels matter; else none is looked at and all are 0.
+        transform: Turns a PIL image into a tensor ``[C, H, W]``.
+        channels: Number of image channels.
+        classes: Number of classes of the model's head; None if unknown.
+        seed: Seed of augmentation.
+        training: Whether the transform is random.
+        labels: Whether to read labels; if False, all labels are 0.
     """
 
     transform: Callable[[Any], Tensor]
@@ -42,13 +42,13 @@ class Finish:
     labels: bool = True
 
     def seeded(self, where: tuple[int, ...]) -> AbstractContextManager[None]:
-        """Random numbers of one sample; a dataset's own transform draws them as well."""
+        """Seed the random numbers of one sample, also for a dataset's own transform."""
         return seeded(self.seed, *where) if self.training else nullcontext()
 
     def __call__(self, item: Any, name: str, where: tuple[int, ...]) -> Sample:
         pair = item if isinstance(item, (tuple, list)) else (item,)
         if self.labels and len(pair) < 2:
-            raise DataError(f"{name}: (image, label) is needed, got {type(item).__name__}")
+            raise DataError(f"{name}: items must be (image, label), got {type(item).__name__}")
         label = self._label(pair[1], name) if self.labels else 0
         return self._image(pair[0], name).float(), label, where
 
@@ -57,15 +57,15 @@ class Finish:
         from torchvision.transforms.functional import to_pil_image
 
         if isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3:
-            return image  # finished by the dataset's own transform
+            return image  # preprocessed by the dataset's own transform
         if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
             image = to_pil_image(image)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image)
         if not isinstance(image, Image.Image):
             raise DataError(
-                f"{name}: a PIL image or a tensor [C, H, W] (uint8, or float and normalised) is "
-                f"needed, got {type(image).__name__}"
+                f"{name}: the image must be a PIL image or a tensor [C, H, W] (uint8, or float and "
+                f"normalised), got {type(image).__name__}"
             )
         mode = mode_of(self.channels)
         return self.transform(image if image.mode == mode else image.convert(mode))
@@ -80,24 +80,24 @@ class Finish:
 
 
 def check_labels(labels: Tensor, classes: int | None) -> None:
-    """Raise `DataError` where class indices of a batch do not fit the head.
+    """Raise `DataError` if class indices of a batch do not fit the head.
 
-    Checked while they are on the CPU: elsewhere it would wait for the device, and on a GPU torch's
-    own check ends the process.
+    Call it while the labels are on the CPU: on a GPU the check would synchronise, and torch's own
+    check ends the process.
     """
     if labels.numel():
         check_label(int(labels.min()), int(labels.max()), classes, "a batch")
 
 
 def check_label(low: int, high: int, classes: int | None, name: str) -> None:
-    """Raise `DataError` where labels from ``low`` to ``high`` do not fit the head."""
+    """Raise `DataError` if labels from ``low`` to ``high`` do not fit the head."""
     if low < 0:
-        raise DataError(f"{name} has label {low}: it is not labelled, and no class is below 0")
+        raise DataError(f"{name} has label {low}, but class indices start at 0: is it unlabelled?")
     if classes is not None and high >= classes:
         raise DataError(
-            f"{name} has label {high}, but the model's head tells {classes} classes apart (0 to "
-            f"{classes - 1}): make a model with such a head, timm.create_model(..., "
-            f"num_classes={high + 1} or more), or give the data it was made for"
+            f"{name} has label {high}, but the model's head has {classes} classes (0 to "
+            f"{classes - 1}): create a model with a matching head, timm.create_model(..., "
+            f"num_classes={high + 1} or more), or pass the data it was made for"
         )
 
 
@@ -123,13 +123,13 @@ class SampleStream(IterableDataset[Sample]):
         self.inner, self.finish, self.share, self.epoch = inner, finish, share, 0
         reader: Any = getattr(inner, "reader", None)
         if hasattr(reader, "dist_num_replicas"):
-            # timm's readers would split streams among processes, and repeat or lose images
+            # timm's readers would divide streams among processes, and repeat or lose images
             reader.dist_rank, reader.dist_num_replicas = 0, 1
         if hasattr(inner, "set_loader_cfg"):
             inner.set_loader_cfg(num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which order and augmentation come next."""
+        """Set the epoch, which determines order and augmentation."""
         self.epoch = epoch
         if hasattr(self.inner, "set_epoch"):
             self.inner.set_epoch(epoch)
@@ -137,7 +137,7 @@ class SampleStream(IterableDataset[Sample]):
     def __len__(self) -> int:
         count = len(self.inner)
         if not count:
-            raise TypeError("this stream does not know how many images it has")
+            raise TypeError("the number of images in this stream is not known")
         return -(-count // self.share[1])
 
     def __iter__(self) -> Iterator[Sample]:

@@ -1,8 +1,8 @@
-"""Fully sharded training (FSDP2): every process holds pieces of a copy, the user's model gets the
-whole weights where they are looked at.
+"""Fully sharded training (FSDP2) of a copy of the user's model.
 
-Sharding a module changes its class and its parameters, and no public function undoes that. So a
-copy is sharded, anew for each stage; accelerate does that and gives its optimizer the pieces.
+Sharding a module changes its class and its parameters, and no public function undoes that.
+Therefore accelerate shards a copy, again for each stage, and the full weights are gathered into the
+user's model when they are needed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sparsiattn.training.recipe import Recipe
 from sparsiattn.training.stage import Stage
 
 Path = tuple[Any, ...]
-"""Keys of a value in an optimizer's state: the weight's number, the value's name."""
+"""Keys of a value in an optimizer's state: the index of the weight, and the value's name."""
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
 def kind_of(accelerator: Any) -> str:
-    """``"NO"``, ``"MULTI_GPU"``, ``"FSDP"``, ..."""
+    """The distributed type of accelerate: ``"NO"``, ``"MULTI_GPU"``, ``"FSDP"``, ..."""
     kind = accelerator.distributed_type
     return str(getattr(kind, "value", kind))
 
@@ -37,9 +37,10 @@ def is_sharded(accelerator: Any) -> bool:
 
 
 def set_up(accelerator: Any, recipe: Recipe) -> None:
-    """Make accelerate's choice ours: FSDP2 where it was asked for, else nothing.
+    """Configure accelerate for FSDP2, if it was requested.
 
-    Raises `InvalidOption` for ways to train that are not supported, before anything starts.
+    Raises:
+        InvalidOption: accelerate is configured for a kind of training that is not supported.
     """
     requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if kind_of(accelerator) == "MULTI_CPU" and requested:
@@ -49,31 +50,34 @@ def set_up(accelerator: Any, recipe: Recipe) -> None:
         return
     if kind != "FSDP":
         raise InvalidOption(
-            f"train() runs in one process, by DistributedDataParallel or by FSDP2, and accelerate "
-            f"is set up for {kind}, which keeps weights and optimizer in engines and checkpoints "
-            "of its own: for sharded training set ACCELERATE_USE_FSDP=true and FSDP_VERSION=2 "
+            f"train() runs in one process, with DistributedDataParallel or with FSDP2, but "
+            f"accelerate is set up for {kind}, which manages weights and optimizer itself: for "
+            "sharded training set ACCELERATE_USE_FSDP=true and FSDP_VERSION=2 "
             "(accelerate launch --use_fsdp --fsdp_version 2)"
         )
     plugin = accelerator.state.fsdp_plugin
     _check(plugin, recipe)
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    # every process has the whole model already: there is nothing to send it
+    # every process has the full model already, so weights need not be broadcast
     plugin.cpu_ram_efficient_loading = False
     half: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    # weights travel in half precision; gradients are added up in full, as without sharding
+    # weights are gathered in half precision; gradients are summed in float32, as without sharding
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         **({} if recipe.mixed_precision == "no" else half)
     )
 
 
 def _shard_on_cpu(accelerator: Any) -> None:
-    """accelerate shards on the CPU as well, but its state only says so for accelerators: for
-    MULTI_CPU it leaves the plugin out and would train by DistributedDataParallel."""
+    """Enable FSDP on the CPU.
+
+    accelerate can shard on the CPU, but its state supports that only for accelerators: for
+    MULTI_CPU it omits the plugin and would train with DistributedDataParallel.
+    """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    # the one is copied over the other whenever somebody asks
+    # accelerate copies one over the other when they are read, so both must be set
     PartialState().distributed_type = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -82,56 +86,55 @@ def _shard_on_cpu(accelerator: Any) -> None:
 def _check(plugin: Any, recipe: Recipe) -> None:
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise InvalidOption(
-            "FSDP in version 1 flattens weights of a block into one, in which those that a stage "
-            "trains cannot be told from those that rest: set FSDP_VERSION=2 (accelerate launch "
-            "--fsdp_version 2; accelerate 1.7 and up)"
+            "FSDP version 1 flattens the weights of a block into one, so trained and frozen "
+            "weights cannot be separated: set FSDP_VERSION=2 (accelerate launch --fsdp_version 2; "
+            "accelerate 1.7 or newer)"
         )
     policy = plugin.auto_wrap_policy
     if "size_based" in getattr(getattr(policy, "func", policy), "__name__", ""):
         raise InvalidOption(
-            "FSDP by size may part planners from their attention: set FSDP_AUTO_WRAP_POLICY to "
-            "TRANSFORMER_BASED_WRAP, and FSDP_TRANSFORMER_CLS_TO_WRAP to the class of the model's "
-            "blocks (timm: Block)"
+            "size-based wrapping of FSDP may separate planners from their attention: set "
+            "FSDP_AUTO_WRAP_POLICY to TRANSFORMER_BASED_WRAP, and FSDP_TRANSFORMER_CLS_TO_WRAP to "
+            "the class of the model's blocks (timm: Block)"
         )
     if plugin.activation_checkpointing:
         raise InvalidOption(
-            "FSDP_ACTIVATION_CHECKPOINTING puts other modules in the place of patched blocks: "
-            "leave it out and set grad_checkpointing: true in the recipe"
+            "FSDP_ACTIVATION_CHECKPOINTING replaces patched blocks by other modules: unset it and "
+            "set grad_checkpointing: true in the recipe"
         )
     if recipe.mixed_precision == "fp16":
-        raise InvalidOption("mixed_precision='fp16' is not for sharded training: take 'bf16'")
+        raise InvalidOption("sharded training does not support mixed_precision='fp16': use 'bf16'")
     averaged = [stage.name for stage in recipe.stages if stage.ema_decay is not None]
     if averaged:
         raise InvalidOption(
-            f"stages {averaged} average weights (ema_decay) after every update, for which sharded "
-            "training would gather the whole model each time: leave ema_decay out, or train "
-            "without FSDP"
+            f"stages {averaged} average weights (ema_decay) after every update, which would gather "
+            "the full model each time in sharded training: remove ema_decay, or train without FSDP"
         )
 
 
 def check(patch: Patch, stage: Stage) -> None:
-    """Raise `InvalidOption` for what this patch or stage cannot do in shards."""
+    """Raise `InvalidOption` if this patch or stage cannot be trained in shards."""
     if stage.prune or stage.penalties:
         names = ["prune"] if stage.prune else stage.penalties
         raise InvalidOption(
-            f"stage {stage.name!r}: {' and '.join(names)} would need whole weights or attention in "
+            f"stage {stage.name!r}: {' and '.join(names)} would need full weights or attention in "
             "every process: train without FSDP"
         )
     if stage.grad_checkpointing and patch.blocks:
         raise InvalidOption(
-            f"stage {stage.name!r}: blocks that carry fewer tokens know their input again by its "
-            "address when grad_checkpointing runs them once more, and sharding hands them another: "
-            "leave grad_checkpointing out, or train without FSDP"
+            f"stage {stage.name!r}: blocks that carry fewer tokens identify their input by its "
+            "address when grad_checkpointing recomputes them, and sharding passes another tensor: "
+            "remove grad_checkpointing, or train without FSDP"
         )
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """What will be sharded; the model itself waits on the CPU, so that it takes no room.
+    """A copy of the model to be sharded; the model itself moves to the CPU to free device memory.
 
-    FSDP cannot shard scalars: in the copy they are vectors of one element.
+    FSDP cannot shard scalars, so they are vectors of one element in the copy.
     """
     copy = deepcopy(model.to("cpu"))
-    vectors: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    vectors: dict[int, nn.Parameter] = {}  # keeps tied weights tied
     for module in copy.modules():
         for name, weight in module._parameters.items():
             if weight is not None and weight.dim() == 0:
@@ -141,7 +144,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def scalars(model: nn.Module, copy: nn.Module, optimizer: Any) -> set[int]:
-    """Numbers of the weights in an optimizer of the copy that are scalars in the model."""
+    """Indices of the weights in the copy's optimizer that are scalars in the model."""
     names = {name for name, weight in model.named_parameters() if weight.dim() == 0}
     vectors = {id(weight) for name, weight in copy.named_parameters() if name in names}
     return {index for index, weight in enumerate(_weights(optimizer)) if id(weight) in vectors}
@@ -154,16 +157,15 @@ def _weights(optimizer: Any) -> list[Any]:
 def prepare(
     accelerator: Any, objective: nn.Module, optimizer: Any, reshard: bool
 ) -> tuple[Any, Any]:
-    """The objective sharded, and the optimizer of its pieces.
+    """Shard the objective and its optimizer.
 
     Args:
-        accelerator: Set up by `set_up`.
-        objective: Holds the copy of the model.
-        optimizer: Of the copy.
-        reshard: Whether weights that were gathered for a forward pass are given up before the
-            backward pass. Planners forbid that: their losses are computed inside blocks that
-            themselves run without gradients, and whose weights would be gone when the backward
-            pass comes to the planners.
+        accelerator: The accelerator, after `set_up`.
+        objective: The objective, which holds the copy of the model.
+        optimizer: The optimizer of the copy.
+        reshard: Whether weights gathered for a forward pass are freed before the backward pass.
+            It must be False to train planners: their losses are computed inside blocks that run
+            without gradients, and whose weights would be freed before the planners' backward pass.
     """
     inner: Any = objective.model
     objective._no_split_modules = getattr(inner, "_no_split_modules", None)  # type: ignore[assignment]
@@ -178,15 +180,15 @@ def prepare(
 
 @torch.no_grad()
 def gather(objective: nn.Module, model: nn.Module) -> None:
-    """Copy the whole weights of a sharded objective into the user's model, in every process.
+    """Copy the full weights of a sharded objective into the user's model, in every process.
 
-    One weight at a time, so that no device ever holds all of them.
+    Weights are gathered one at a time, so that no device holds all of them.
     """
     from torch.distributed.fsdp import FSDPModule
 
     for module in objective.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a step that was given up leaves weights gathered, and rounded
+            module.reshard()  # an aborted step leaves weights gathered and rounded
     sharded: Any = objective.model
     weights = model.state_dict()
     for name, value in sharded.state_dict().items():
@@ -194,9 +196,14 @@ def gather(objective: nn.Module, model: nn.Module) -> None:
 
 
 def gathered(state: dict[str, Any], scalars: set[int], keep: bool) -> dict[str, Any]:
-    """An optimizer's state with whole tensors on the CPU, as one process would have it.
+    """An optimizer's state with full tensors on the CPU, as without sharding.
 
-    All processes must call; those without ``keep`` get no tensors.
+    Every process must call this.
+
+    Args:
+        state: The state of the sharded optimizer.
+        scalars: Indices of weights that are scalars in the model.
+        keep: Whether this process keeps the tensors; else they are None.
     """
 
     def assemble(path: Path, value: Any) -> Any:
@@ -212,7 +219,7 @@ def gathered(state: dict[str, Any], scalars: set[int], keep: bool) -> dict[str, 
 
 
 def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[str, Any]:
-    """Such a state with this process's pieces, cut as the weights are that they belong to."""
+    """The inverse of `gathered`: a full state, sharded as the weights of the optimizer."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     weights = _weights(optimizer)
@@ -222,7 +229,7 @@ def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[
         weight = weights[index]
         if not isinstance(value, Tensor) or not isinstance(weight, DTensor):
             return value
-        if index in scalars and name != "step":  # torch's count of updates, of no weight's shape
+        if index in scalars and name != "step":  # "step" does not have the shape of the weight
             value = value.reshape(weight.shape)
         if value.shape != weight.shape:
             return value
@@ -234,7 +241,7 @@ def scattered(state: dict[str, Any], scalars: set[int], optimizer: Any) -> dict[
 
 
 def full_tensor(value: Any) -> Any:
-    """A tensor that was cut into pieces, put together in every process; others as they are."""
+    """The full tensor of a sharded one, in every process; other values are returned unchanged."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""Where images come from: folders, tars, readers of timm, and datasets."""
+"""Sources of images: folders, tars, readers of timm, and datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sparsiattn.errors import DataError
 
-INSTALL = "install what training and evaluation need: pip install 'sparsiattn[train]'"
+INSTALL = "install the dependencies of training and evaluation: pip install 'sparsiattn[train]'"
 _READER = re.compile(r"(?i)(hfds|hfids|wds|tfds|torch)/")
 _SYNONYMS = (
     {"train", "training"},
@@ -29,10 +29,10 @@ class Source:
     """Images with their labels.
 
     Attributes:
-        items: Gives ``(image, label)`` by index, or in a stream.
-        indices: Those of the split.
-        classes: Number of classes, None if unknown.
-        where: Names the whole, for errors.
+        items: A dataset of ``(image, label)``, by index or as a stream.
+        indices: Indices of the split; empty for streams.
+        classes: Number of classes; None if unknown.
+        where: Name of the source, for error messages.
     """
 
     items: Any
@@ -42,18 +42,18 @@ class Source:
 
     @property
     def streams(self) -> bool:
-        """Whether items come in a stream."""
+        """Whether the items are a stream."""
         return isinstance(self.items, IterableDataset)
 
     def name(self, index: int) -> str:
-        """Of an item, for errors."""
+        """Name of an item, for error messages."""
         if isinstance(self.items, Files):
             return self.items.name(index)
         return f"{self.where}: image {index}"
 
 
 class Files(Dataset[Any]):
-    """Images of a timm reader, of which none is skipped: one that cannot be read is an error."""
+    """Images of a timm reader. An image that cannot be read is an error, and is not skipped."""
 
     def __init__(self, reader: Any, mode: str, where: str) -> None:
         self.reader, self.mode, self.where = reader, mode, where
@@ -63,7 +63,7 @@ class Files(Dataset[Any]):
         return len(self.reader)
 
     def name(self, index: int) -> str:
-        """Of an image, for errors."""
+        """Name of an image, for error messages."""
         name = self.reader.filename(index)
         return f"{self.where}: {name or f'image {index}'}"
 
@@ -74,12 +74,12 @@ class Files(Dataset[Any]):
             file, label, *_ = self.reader[index]
             with file, Image.open(file) as image:
                 return image.convert(self.mode), label
-        except Exception as error:  # PIL's plug-ins raise whatever a broken file makes them raise
+        except Exception as error:  # PIL's plug-ins raise many kinds of errors for broken files
             raise DataError(f"{self.name(index)} cannot be read as an image: {error}") from error
 
 
 def _close_tars(reader: Any) -> None:
-    """timm's tar reader leaves the files that it opened to the garbage collector."""
+    """Close the files that timm's tar reader opened, which it never closes itself."""
     states = getattr(reader, "tar_state", {})
     states = list(states.values()) if isinstance(states, dict) else [states]
     while states:
@@ -90,7 +90,7 @@ def _close_tars(reader: Any) -> None:
 
 
 def open_source(source: Any, split: str, channels: int, training: bool, seed: int) -> Source:
-    """Whatever `loader` takes, ready batches apart."""
+    """Open any source that `loader` takes, except an iterable of batches."""
     dataset, where = source, type(source).__name__
     if not isinstance(source, Dataset):
         where = str(source)
@@ -111,7 +111,7 @@ def open_source(source: Any, split: str, channels: int, training: bool, seed: in
 
 
 def _class_count(dataset: Any) -> int | None:
-    """Number of classes, where a dataset, of torchvision or the user, or timm's reader says it."""
+    """Number of classes, if a dataset (of torchvision or the user) or timm's reader has it."""
     reader = getattr(dataset, "reader", dataset)
     places = (dataset, "classes"), (reader, "class_to_idx"), (reader, "class_name_to_idx")
     for owner, name in places:
@@ -122,22 +122,22 @@ def _class_count(dataset: Any) -> int | None:
 
 
 def mode_of(channels: int) -> str:
-    """PIL's mode of images with so many channels."""
+    """PIL's image mode for a number of channels."""
     if channels not in _MODES:
         raise DataError(
-            f"the model takes {channels} channels, image files have one of {sorted(_MODES)}: give "
-            "a Dataset of (tensor, label) or ready batches"
+            f"the model takes {channels} channels, but image files have one of {sorted(_MODES)}: "
+            "pass a Dataset of (tensor, label) or an iterable of batches"
         )
     return _MODES[channels]
 
 
 def is_path(source: Any) -> bool:
-    """Whether a source is a path or a reader's name."""
+    """Whether a source is a path or the name of a reader."""
     return isinstance(source, (str, PathLike))
 
 
 def _timm_dataset(path: str, split: str, channels: int, training: bool, seed: int) -> Any:
-    """timm's dataset of a path, or of ``READER/NAME`` or ``READER/NAME@FOLDER``."""
+    """timm's dataset for a path, or for ``READER/NAME`` or ``READER/NAME@FOLDER``."""
     try:
         from timm.data import create_dataset
     except ImportError as error:
@@ -152,7 +152,7 @@ def _timm_dataset(path: str, split: str, channels: int, training: bool, seed: in
     mode = {} if match and match[1].lower() == "torch" else {"input_img_mode": mode_of(channels)}
     try:
         dataset = create_dataset(name, root or None, split, is_training=training, seed=seed, **mode)
-    except Exception as error:  # every reader has its own errors, bare assertions among them
+    except Exception as error:  # every reader has its own errors, including bare assertions
         reason = ": ".join(filter(None, [type(error).__name__, str(error)]))
         raise DataError(f"no images can be read from {path!r}: {reason}") from error
     if not match and Path(path).is_dir() and Path(dataset.reader.root) == Path(path):
@@ -163,16 +163,18 @@ def _timm_dataset(path: str, split: str, channels: int, training: bool, seed: in
 def _check_path(path: Path) -> None:
     if not path.exists():
         raise DataError(
-            f"no such folder or file: {str(path)!r}. Data is a folder or a .tar with one folder of "
-            "images a class, or READER/NAME with a reader of timm (hfds, hfids, wds, tfds, torch) "
-            "and, where that needs one, @FOLDER"
+            f"no such folder or file: {str(path)!r}. Data must be a folder or a .tar with one "
+            "folder of images per class, or READER/NAME with a reader of timm (hfds, hfids, wds, "
+            "tfds, torch), followed by @FOLDER if the reader needs one"
         )
     if path.is_file() and path.suffix != ".tar":
-        raise DataError(f"{str(path)!r} is neither a folder nor a .tar (unpack .tar.gz and .zip)")
+        raise DataError(
+            f"data must be a folder or a .tar, got {str(path)!r}: unpack .tar.gz and .zip first"
+        )
 
 
 def _refuse_other_splits(folder: Path, split: str) -> None:
-    """timm takes the whole folder where it finds no such split: with train and test in one."""
+    """Refuse a folder without the split: timm would use all splits in it together."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if names and all(name.lower() in _SPLITS for name in names):
         raise _no_split(str(folder), split, names)
@@ -186,7 +188,7 @@ def _no_split(where: str, split: str, names: list[str]) -> DataError:
 
 
 def _of_split(files: Files, split: str) -> list[int]:
-    """Images of one split, where the first or second folder in a tar names splits; else all."""
+    """Indices of one split, if the first or second folder in a tar names splits; else of all."""
     paths = [PurePosixPath(files.reader.filename(index)).parts for index in range(len(files))]
     for level in (0, 1):
         names = [path[level].lower() if len(path) > level + 1 else "" for path in paths]

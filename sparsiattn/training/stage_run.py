@@ -1,4 +1,4 @@
-"""What one stage holds while it runs: objective, optimizer, schedule, averaged weights."""
+"""`StageRun`: objective, optimizer, schedule and averaged weights of a running stage."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from sparsiattn.training.stage import Stage
 
 @dataclass(eq=False)
 class StageRun:
-    """A stage under way.
+    """A running stage.
 
     Attributes:
         user_model: The user's patched model.
-        stage: What to do.
+        stage: The settings of the stage.
         teacher: A dense model; None for the model itself.
-        accelerator: Of the run.
-        per_epoch: Updates in an epoch, None if unknown.
-        total: Updates of the stage.
-        model: What is trained: the user's model, or in sharded training a copy of it.
+        accelerator: The run's ``Accelerator``.
+        per_epoch: Number of updates in an epoch; None if unknown.
+        total: Number of updates in the stage.
+        model: The model that is trained: the user's model, or a copy of it in sharded training.
     """
 
     user_model: nn.Module
@@ -65,11 +65,11 @@ class StageRun:
 
     @property
     def averaged(self) -> nn.Module | None:
-        """The model with averaged weights."""
+        """The model with averaged weights; None without an average."""
         return None if self.ema is None else self.ema.module
 
     def begin(self, update: int) -> float:
-        """Set the learning rate of an update; returns it."""
+        """Set the learning rate of an update, and return it."""
         self.schedule.step_update(update)
         return float(self.optimizer.param_groups[0]["lr"])
 
@@ -78,39 +78,42 @@ class StageRun:
         device = self.accelerator.device
         if self.stage.ce and not labels.is_floating_point():
             check_labels(labels, head_size(self.accelerator.unwrap_model(self.objective).model))
-        # accelerate puts it around models that it does not shard
+        # accelerate adds autocast only to models that it does not shard
         with self.accelerator.autocast() if self.sharded else nullcontext():
             losses: dict[str, Tensor] = self.objective(images.to(device), labels.to(device))
         return losses
 
     def clip(self) -> dict[str, float]:
-        """Clip the gradient if the stage says so; gives its norm, of which one bad number makes
-        NaN."""
+        """Clip the gradient if the stage sets a limit.
+
+        Returns:
+            The norm of the gradient, which is NaN if any element is; empty with a gradient scaler.
+        """
         largest = math.inf if self.stage.clip is None else self.stage.clip
         norm = float(sharding.full_tensor(self.accelerator.clip_grad_norm_(self.weights, largest)))
-        scales = self.accelerator.scaler is not None  # it skips such steps and lowers its scale
+        scales = self.accelerator.scaler is not None  # a scaler skips bad steps itself
         return {} if scales else {"the norm of the gradient": norm}
 
     def end(self) -> None:
-        """After an update."""
+        """End an update: apply the pruning masks and update the average."""
         self.pruned.hold()
         if self.ema is not None:
             self.ema.update(self.model)
 
     def gather(self) -> None:
-        """The user's model has the weights of the last update; all processes must call."""
+        """Copy the current weights to the user's model; every process must call this."""
         if self.sharded:
             sharding.gather(self.objective, self.user_model)
 
     def finish(self) -> None:
-        """The stage ends with its averaged weights."""
+        """End the stage: the user's model gets the averaged weights."""
         self.gather()
         self.pruned.end()
         if self.ema is not None:
             self.user_model.load_state_dict(self.ema.module.state_dict())
 
     def continue_from(self, before: StageRun) -> StageRun:
-        """Take the place of the same stage with another patch of the same model."""
+        """Take over the state of the same stage, which ran with another patch of the model."""
         self.optimizer.load_state_dict(before.optimizer.state_dict())
         self.pruned.load_state(before.pruned.masks)
         before.pruned.end()
@@ -119,7 +122,7 @@ class StageRun:
         return self
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, whole in the first process; all processes must call."""
+        """The state for a checkpoint, full in the first process; every process must call this."""
         scaler, optimizer = self.accelerator.scaler, self.optimizer.state_dict()
         if self.sharded:
             main = self.accelerator.is_main_process
@@ -131,7 +134,7 @@ class StageRun:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Of a checkpoint."""
+        """Load the state of a checkpoint."""
         optimizer = state["optimizer"]
         if self.sharded:
             optimizer = sharding.scattered(optimizer, self.scalars, self.optimizer)
@@ -142,25 +145,25 @@ class StageRun:
 
 
 def lengths(stage: Stage, per_epoch: int | None) -> tuple[int, int]:
-    """Updates of a stage, and of its warm-up."""
+    """Number of updates in a stage and in its warm-up."""
     if per_epoch is None and (stage.steps is None or stage.warmup_epochs):
         raise InvalidOption(
-            f"stage {stage.name!r} counts in epochs, and this data does not say how long one is: "
-            "give steps (and warmup_steps) instead"
+            f"stage {stage.name!r} sets its length in epochs, but the length of this data is not "
+            "known: set steps (and warmup_steps) instead"
         )
     per_epoch = per_epoch or 0
     total = stage.steps if stage.steps is not None else (stage.epochs or 0) * per_epoch
     warmup = stage.warmup_steps or round((stage.warmup_epochs or 0) * per_epoch)
     if warmup >= total:
         raise InvalidOption(
-            f"stage {stage.name!r} lasts {total} updates, and its warm-up {warmup}: shorten "
-            "warmup_epochs (or warmup_steps)"
+            f"the warm-up of stage {stage.name!r} must be shorter than the stage ({total} "
+            f"updates), got {warmup} updates: reduce warmup_epochs (or warmup_steps)"
         )
     return total, warmup
 
 
 def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """timm's, without weight decay for biases and norms."""
+    """timm's optimizer, without weight decay for biases and norms."""
     from timm.optim import create_optimizer_v2
 
     groups = partial(_two_rates, stage=stage) if stage.backbone_lr_scale != 1.0 else None
@@ -170,19 +173,21 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         )
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise InvalidOption(
-            f"timm cannot make the optimizer {stage.optimizer!r} of stage {stage.name!r}: {error}"
+            f"timm cannot create the optimizer {stage.optimizer!r} of stage {stage.name!r}: {error}"
         ) from error
 
 
 def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """timm's groups, each parted into planners and backbone; its schedules heed ``lr_scale``.
-    Planners come first, for their rate is the one that the log names."""
+    """timm's parameter groups, each split into planners and backbone with their ``lr_scale``.
+
+    Planners come first, as the log shows the learning rate of the first group.
+    """
     from timm.optim import param_groups_weight_decay
 
-    undecayed: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=undecayed)
+    no_decay: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, stage.weight_decay, no_weight_decay_list=no_decay)
     planners = {id(weight) for name, weight in model.named_parameters() if is_planner_key(name)}
-    parted = [
+    split = [
         {
             **group,
             "params": [weight for weight in group["params"] if (id(weight) in planners) == learned],
@@ -191,11 +196,11 @@ def _two_rates(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
         for learned in (True, False)
         for group in groups
     ]
-    return [group for group in parted if group["params"]]
+    return [group for group in split if group["params"]]
 
 
 def make_schedule(optimizer: Any, stage: Stage, total: int, warmup: int) -> Any:
-    """timm's cosine, in updates; it has no state but the number of the update."""
+    """timm's cosine schedule, in updates; its only state is the number of the update."""
     from timm.scheduler import CosineLRScheduler
 
     return CosineLRScheduler(

@@ -1,4 +1,4 @@
-"""Which weights a stage trains, and the model as it was afterwards."""
+"""Select the weights that a stage trains, and restore a model's settings afterwards."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from sparsiattn.strategies.base import LearnedPlanner
 from sparsiattn.strategies.keep_predictor import KeepPredictor
 from sparsiattn.training.stage import Stage
 
-SWITCH = "grad_checkpointing"  # of timm's models and their parts
+SWITCH = "grad_checkpointing"  # attribute of timm's models and their parts
 
 
 def has_planners(model: nn.Module) -> bool:
-    """Whether a model has planners that learn."""
+    """Whether a model has learned planners."""
     return any(is_planner_key(name) for name, _ in model.named_parameters())
 
 
 def require_gradients(patch: Patch, stage: Stage, host: set[str]) -> None:
-    """Switch gradients on for what a stage trains and off for the rest.
+    """Enable gradients for the weights that a stage trains, and disable them for the others.
 
     Args:
-        patch: Of the model.
-        stage: Names what to train, and the losses.
+        patch: The model's patch.
+        stage: The stage, with its losses.
         host: Names of the model's own weights that the user has not frozen.
 
     Raises:
-        InvalidOption: Nothing is left to train, or a loss has nothing that it could change.
+        InvalidOption: There are no weights to train, or a loss has no weights to train.
     """
     _check_losses(patch, stage)
     names = set() if stage.trainable == "planners" else set(host)
@@ -47,9 +47,11 @@ def require_gradients(patch: Patch, stage: Stage, host: set[str]) -> None:
 
 
 def _planners(patch: Patch, stage: Stage) -> set[str]:
-    """Planner weights that a loss of this stage reaches: those that choose keys learn by
-    reconstruction alone (a hard choice has no gradient), token scores by all other losses, and
-    differentiable planners by either."""
+    """Names of the planner weights that get a gradient from a loss of this stage.
+
+    Planners that select keys learn only by reconstruction, as a hard selection has no gradient;
+    token scores learn by all other losses, and differentiable planners by either.
+    """
     fitted, hard = set(), set()
     for planner in patch.model.modules():
         if isinstance(planner, LearnedPlanner):
@@ -67,40 +69,44 @@ def _planners(patch: Patch, stage: Stage) -> set[str]:
 def _nothing_to_train(patch: Patch, stage: Stage) -> str:
     name = patch.strategy.name
     if stage.trainable == "backbone":
-        return "trains the backbone, and all of its weights are frozen"
+        return "trains the backbone, but all of its weights are frozen: unfreeze some"
     if not has_planners(patch.model):
         return (
-            f"trains planners, and {name!r} has none that learn: patch with 'connectivity' or "
+            f"trains planners, but {name!r} has no learned planners: patch with 'connectivity' or "
             "'token_drop' with score='learned', or set trainable: backbone"
         )
     return (
-        f"trains the planners of {name!r}, and its losses ({', '.join(stage.losses)}) pass them no "
-        "gradient: those that choose keys need reconstruction, learned token scores need ce, kl or "
-        "keep_ratio"
+        f"trains the planners of {name!r}, but its losses ({', '.join(stage.losses)}) give them no "
+        "gradient: planners that select keys need reconstruction, learned token scores need ce, kl "
+        "or keep_ratio"
     )
 
 
 def _check_losses(patch: Patch, stage: Stage) -> None:
     name, learns = patch.strategy.name, patch.has_learned_planners
     if stage.reconstruction and (stage.trainable == "backbone" or not learns):
-        reason = "trainable is 'backbone', which leaves them alone"
+        reason = "trainable is 'backbone', which freezes planners: set trainable: planners"
         if not learns:
-            reason = f"{name!r} has none"
+            reason = f"{name!r} has none: remove reconstruction"
         raise InvalidOption(
-            f"stage {stage.name!r} has nothing to train by reconstruction: it fits planners that "
-            f"choose keys, and {reason}"
+            f"stage {stage.name!r} has nothing to train by reconstruction, which fits planners "
+            f"that select keys, but {reason}"
         )
     scores = any(isinstance(module, KeepPredictor) for module in patch.model.modules())
     if stage.keep_ratio and not scores:
         raise InvalidOption(
-            f"stage {stage.name!r}: keep_ratio is for learned token scores, and {name!r} has none: "
+            f"stage {stage.name!r}: keep_ratio needs learned token scores, but {name!r} has none: "
             "patch with 'token_drop' and score='learned'"
         )
 
 
 def set_modes(model: nn.Module, stage: Stage) -> None:
-    """Training mode; a frozen backbone stays in eval mode, planners and the model itself apart
-    (the latter says whether token scores train), so that no running statistic moves."""
+    """Set the training mode for a stage.
+
+    The modules of a frozen backbone stay in eval mode, so that running statistics do not change.
+    Planners are in training mode, as is the model itself, whose mode decides whether token scores
+    train.
+    """
     model.train(stage.trainable != "planners")
     model.training = True
     for module in model.modules():
@@ -110,16 +116,16 @@ def set_modes(model: nn.Module, stage: Stage) -> None:
 
 @contextmanager
 def checkpointing(model: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing by the model's own switch inside the block.
+    """Enable the model's own gradient checkpointing inside the block.
 
     Args:
-        model: timm's or transformers'.
-        on: Whether to switch it on.
+        model: A model of timm or transformers.
+        on: Whether to enable it.
 
     Raises:
-        InvalidOption: The model has no such switch.
+        InvalidOption: The model does not support gradient checkpointing.
     """
-    # what both names of transformers' own property look at
+    # the attribute that both properties of transformers read
     used = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     with ExitStack() as stack:
         if hasattr(model, "set_grad_checkpointing") and on and not used:
@@ -133,24 +139,26 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
 
 
 def _switch_transformers_on(model: Any) -> Callable[[], None]:
-    """Gives the function that switches it off again, which has another name since version 5."""
+    """Enable checkpointing, and return the function that disables it (renamed in version 5)."""
     for kind in ("activation", "gradient"):
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None and getattr(model, "supports_gradient_checkpointing", True):
-            # the reentrant kind would lose the gradient of reduced tokens
+            # reentrant checkpointing would lose the gradient of reduced tokens
             enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
             switch_off: Callable[[], None] = getattr(model, f"{kind}_checkpointing_disable")
             return switch_off
     raise InvalidOption(
         f"{type(model).__name__} has no gradient checkpointing (neither timm's "
-        "set_grad_checkpointing nor transformers'): leave grad_checkpointing out"
+        "set_grad_checkpointing nor transformers'): remove grad_checkpointing"
     )
 
 
 @contextmanager
 def settings_restored(model: nn.Module) -> Iterator[None]:
-    """After the block modes, requires_grad and device are as before; gradients of training are
-    gone, and planners that are new are frozen. Weights stay as they are inside."""
+    """Restore modes, requires_grad and device after the block, but keep the weights.
+
+    Gradients are removed, and new planners that select keys are frozen.
+    """
     modules = {id(module) for module in model.modules()}
     gradients = [(weight, weight.requires_grad) for weight in model.parameters()]
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
@@ -166,11 +174,11 @@ def settings_restored(model: nn.Module) -> Iterator[None]:
         for name, weight in model.named_parameters():
             weight.grad = None
             if is_planner_key(name):
-                # token scores come with gradients on, planners that choose keys without
+                # new token scores require gradients, planners that select keys do not
                 weight.requires_grad_(weight in scores)
         for weight, required in gradients:
             weight.requires_grad_(required)
         for module in model.modules():
             planner = module._modules.get(PLANNER)
-            if planner is not None and id(planner) not in modules:  # it has no mode from before
+            if planner is not None and id(planner) not in modules:  # new: no mode to restore
                 planner.train(module.training)

@@ -1,4 +1,4 @@
-"""The loop: stages, epochs and updates, on Hugging Face accelerate and timm's parts."""
+"""The training loop over stages, epochs and updates, built on Hugging Face accelerate and timm."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _FIGURES = ("top1", "top5", "dense_top1", "agreement")
 
 @dataclass(eq=False)
 class Trainer:
-    """One run of `train`, whose arguments it takes.
+    """One run of `train`, with its arguments.
 
     Attributes:
-        patch: The model's present patch; `keep_schedule` exchanges it between epochs.
-        target: The strategy at the end, with all that it drops.
+        patch: The model's current patch; `keep_schedule` replaces it between epochs.
+        target: The strategy at the end of the keep schedule.
         host: Names of the model's own weights that the user has not frozen.
-        state: How far training is.
+        state: The progress of training.
     """
 
     patch: Patch
@@ -63,7 +63,7 @@ class Trainer:
         }
 
     def run(self, resume: bool | str) -> TrainResult:
-        """All stages, from the start or from where a checkpoint is."""
+        """Run all stages, from the start or from a checkpoint."""
         identity = checkpoint.run_identity(self.patch, self.recipe)
         with ExitStack() as stack:
             self.accelerator = stack.enter_context(accelerated(self.recipe))
@@ -85,11 +85,11 @@ class Trainer:
         return TrainResult(self.log.rows, self.state.best, self.state.last, self.out)
 
     def _check(self) -> None:
-        """Whatever can be wrong with any stage is said before the first one begins."""
+        """Check all stages before the first one starts."""
         if self.recipe.batch_size % self.world:
             raise InvalidOption(
-                f"batch_size={self.recipe.batch_size} is of all {self.world} processes together, "
-                "and must be a multiple of their number"
+                f"batch_size is divided among the {self.world} processes and must be a multiple of "
+                f"their number, got {self.recipe.batch_size}"
             )
         for stage in self.recipe.stages:
             require_gradients(self.patch, stage, self.host)
@@ -99,9 +99,11 @@ class Trainer:
                 sharding.check(self.patch, stage)
 
     def _get_teacher(self, resumed: bool) -> None:
-        """The user's; else a copy of the weights as they were before any stage moved them, kept
-        beside the checkpoints, since a run that goes on would not find them in the model. No copy
-        is needed while the backbone stays as it was: then the model itself is the teacher."""
+        """Set the teacher: the user's, or a copy of the model with its initial weights.
+
+        The copy is stored with the checkpoints, as a resumed run does not have the initial weights.
+        No copy is needed while the backbone is frozen: the model itself is the teacher then.
+        """
         distils = any(s.distils for s in self.recipe.stages if s.trainable != "planners")
         if self.teacher is None and distils:
             self.teacher = unpatch(deepcopy(self.model))
@@ -123,7 +125,7 @@ class Trainer:
         batches = self._loader()
         per_epoch = self._per_epoch(batches)
         for later in self.recipe.stages[self.state.stage :]:
-            lengths(later, per_epoch)  # what is wrong with a later stage is said now
+            lengths(later, per_epoch)  # raises now for an error in a later stage
         run = self._stage_run(stage, per_epoch)
         if resumed:
             self.folder.restore(run)
@@ -143,7 +145,7 @@ class Trainer:
     def _loader(self) -> Any:
         recipe, augment = self.recipe, dict(self.recipe.augment)
         if mixes(augment):
-            # there the labels are mixed, and smoothed, before the loss sees them
+            # with mixup, labels are mixed and smoothed before the loss gets them
             stage = recipe.stages[self.state.stage]
             augment.setdefault("label_smoothing", stage.label_smoothing)
         share = (self.accelerator.process_index, self.world)
@@ -151,7 +153,7 @@ class Trainer:
         return loader(self.data, self.model, split="train", training=True, **options)
 
     def _reading(self) -> dict[str, Any]:
-        """How training and evaluation read images."""
+        """Options of the loader for training and evaluation."""
         recipe = self.recipe
         return {
             "batch_size": recipe.batch_size // self.world,
@@ -161,20 +163,20 @@ class Trainer:
         }
 
     def _per_epoch(self, batches: Any) -> int | None:
-        """Updates in one pass over the data, None if nobody knows."""
+        """Number of updates in one epoch; None if unknown."""
         try:
             count = len(batches)
         except TypeError:
             return None
         if count < self.recipe.accumulation:
             raise DataError(
-                f"the data gives {count} batches an epoch, and one update needs "
-                f"accumulation={self.recipe.accumulation} of them"
+                f"one update needs accumulation={self.recipe.accumulation} batches, but an epoch "
+                f"has {count}: lower accumulation or batch_size, or pass more data"
             )
         return count // self.recipe.accumulation
 
     def _change_keep_rates(self, stage: Stage, run: StageRun) -> bool:
-        """Patch the model anew where this epoch keeps another share; says whether that was so."""
+        """Patch the model again if the keep rate changes in this epoch; returns whether it did."""
         if stage.keep_epochs is None:
             return False
         strategy = keep_schedule.at_epoch(self.target, self.state.epoch, stage.keep_epochs)
@@ -185,7 +187,7 @@ class Trainer:
         return True
 
     def _epoch(self, run: StageRun, batches: Any) -> None:
-        """The rest of an epoch, up to the end of the stage."""
+        """Run the rest of an epoch, at most to the end of the stage."""
         state, before, every = self.state, self.state.update, self.recipe.checkpoint_steps
         set_modes(run.model, run.stage)
         for group in self._groups(batches):
@@ -197,16 +199,16 @@ class Trainer:
             if every is not None and state.step % every == 0:
                 run.gather()
                 self.folder.save(state, self.patch, run)
-        if state.update == before and not state.batch:  # else a checkpoint was the epoch's last
+        if state.update == before and not state.batch:  # not after resuming at an epoch's end
             raise DataError(
-                f"epoch {state.epoch} of stage {run.stage.name!r} gave fewer than "
-                f"{self.recipe.accumulation} batches: not one update could be made. Batches must "
-                "be a list or something else that can be gone through again, not a generator"
+                f"epoch {state.epoch} of stage {run.stage.name!r} had fewer than "
+                f"{self.recipe.accumulation} batches, too few for one update. Pass batches as a "
+                "list or another object that can be iterated repeatedly, not as a generator"
             )
         self._end_epoch(run)
 
     def _groups(self, batches: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Batches for one update each; those left over at the end of an epoch are left out."""
+        """Yield the batches of each update; remaining batches of an epoch are skipped."""
         batches.set_epoch(self.state.seen_epochs)
         size = self.recipe.accumulation
         rest = iter(self._rest(batches))
@@ -214,8 +216,11 @@ class Trainer:
             yield group
 
     def _rest(self, batches: Any) -> Any:
-        """What an interrupted epoch has left. Random numbers are those of its start while it is
-        opened, for loaders that draw their order from them."""
+        """The remaining batches of an epoch.
+
+        A resumed epoch is opened with the random state of its start, for loaders that draw their
+        order from it.
+        """
         done = self.state.batch
         if not done:
             self.folder.epoch_rng = checkpoint.rng_state()
@@ -230,12 +235,18 @@ class Trainer:
         skipped = sum(1 for _ in islice(rest, done))
         checkpoint.set_rng_state(rng)
         if skipped < done:
-            raise DataError(f"an epoch had at least {done} batches before, and has {skipped} now")
+            raise DataError(
+                f"an epoch had at least {done} batches before, but has {skipped} now: resume with "
+                "the same data"
+            )
         return rest
 
     def _update(self, run: StageRun, group: list[Any]) -> dict[str, Any]:
-        """One step of the optimizer; gives its row of the log. Nothing changes if a loss or the
-        gradient is not finite."""
+        """Make one update, and return its row of the log.
+
+        Raises:
+            TrainingDiverged: A loss or the gradient is not finite; the weights are not changed.
+        """
         state, weights = self.state, run.stage.losses
         parts: list[Tensor] = []
         lr = run.begin(state.update)
@@ -261,7 +272,10 @@ class Trainer:
         return {**place, "lr": lr, "loss": loss, "parts": values}
 
     def _check_finite(self, values: dict[str, float], run: StageRun) -> None:
-        """The same in all processes, so that all of them stop."""
+        """Raise `TrainingDiverged` for a value that is not finite.
+
+        The values are equal in all processes, so all of them stop.
+        """
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not bad:
             return
@@ -278,7 +292,7 @@ class Trainer:
         row["epoch_loss"] = state.loss_sum / state.loss_count
         run.gather()
         if self.eval_data is not None:
-            # a model that is trained in shards waits on another device
+            # in sharded training the model is on another device
             place = {**self._reading(), "device": self.accelerator.device}
             figures = evaluate(run.averaged or self.model, self.eval_data, **place)
             row |= {name: getattr(figures, name) for name in _FIGURES}

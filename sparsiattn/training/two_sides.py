@@ -1,4 +1,4 @@
-"""A model, dense and patched, on the same batches of `evaluate`, and what one process counts."""
+"""The two sides of `evaluate`, a model dense and patched, and the counts of one process."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from sparsiattn.training.samples import check_labels
 
 @dataclass
 class Tally:
-    """What one process counted.
+    """The counts of one process.
 
     Attributes:
-        counts: Images, and right answers by side and kind.
-        classes: Of the head.
-        times: Images and seconds of every batch, by side.
-        values: Of the metric, by image.
-        metric: What was measured, as `Evaluation` has it.
-        guessed: Whether the model decided that.
+        counts: Number of images, and of correct predictions by side and kind.
+        classes: Number of classes of the head.
+        times: By side, number of images and time in seconds of every batch.
+        values: Value of the metric for each image.
+        metric: The kind of comparison, as in `Evaluation`.
+        guessed: Whether the metric was chosen by the kind of model.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -45,21 +45,23 @@ class Tally:
     guessed: bool = False
 
     def speed(self, side: str) -> float:
-        """Median images a second of whole batches, without the first, which warms up, if it can be
-        spared; 0 if there was none."""
+        """Median images per second of full batches; 0 without a batch.
+
+        The first batch, a warm-up, is left out if there are enough others.
+        """
         times = self.times.get(side, [])
         speeds = [images / seconds for images, seconds in times if images == max(times)[0]]
         return median(speeds[1:] if len(speeds) > 2 else speeds or [0.0])
 
     def ratios(self) -> list[float]:
-        """Dense over patched seconds of every whole batch, without the first if there are more."""
+        """Dense time divided by patched time of every full batch, without the first if possible."""
         pairs = list(zip(self.times.get("dense", ()), self.times.get("patched", ()), strict=False))
-        whole = max((images for (images, _), _ in pairs), default=0)
-        ratios = [one / other for (images, one), (_, other) in pairs if images == whole]
+        full = max((images for (images, _), _ in pairs), default=0)
+        ratios = [dense / patched for (images, dense), (_, patched) in pairs if images == full]
         return ratios[1:] or ratios
 
     def count_labels(self, logits: dict[str, Tensor], labels: Tensor) -> None:
-        """Right answers of both sides."""
+        """Count the correct predictions of both sides."""
         if labels.is_floating_point():
             raise DataError(f"labels must be class indices (int64), got {labels.dtype}")
         self.classes = logits["dense"].shape[1]
@@ -78,7 +80,7 @@ class Tally:
 
 
 class Sides:
-    """A model, dense and patched, on the same batches."""
+    """Runs a model, dense and patched, on the same batches."""
 
     def __init__(self, model: nn.Module, patch: Patch | None, metric: Metric | None) -> None:
         self.model, self.patch, self.tally = model, patch, Tally()
@@ -90,17 +92,23 @@ class Sides:
         if self.metric is not None and patch is None:
             raise InvalidOption(
                 f"evaluate() compares the {self.metric.kind} of a patched model with those of the "
-                f"dense one, and this {type(model).__name__} has no patch: call "
-                "sparsiattn.patch(model, ...) first, or give it a head and labelled images"
+                f"dense one, but this {type(model).__name__} is not patched: call "
+                "sparsiattn.patch(model, ...) first, or pass a model with a head and labelled "
+                "images"
             )
 
     @property
     def counts_labels(self) -> bool:
-        """Whether labels are looked at, as far as is known."""
+        """Whether labels are read, as far as is known before the first batch."""
         return self.metric is None
 
     def run(self, images: Tensor, labels: Tensor) -> None:
-        """Both sides of one batch; ``labels`` of its first images, which alone count."""
+        """Run both sides on one batch.
+
+        Args:
+            images: ``[B, C, H, W]``.
+            labels: Labels of the first images; the images after them only pad the batch.
+        """
         patch, times, outputs = self.patch, self.tally.times, {}
         sides = ["dense"] if patch is None else ["dense", "patched"]
         for side in sides if len(times.get("dense", ())) % 2 == 0 else sides[::-1]:
@@ -131,12 +139,12 @@ class Sides:
 
 
 def _by_image(values: Tensor | float, images: int) -> list[float]:
-    """A number for every image of a batch."""
+    """One number for every image of a batch."""
     if not isinstance(values, Tensor):
         return [values] * images
     if len(values) != images:
         raise DataError(
-            f"metric(dense, patched) gave {len(values)} values for {images} images: return one for "
-            "each image [B], or one number"
+            f"metric(dense, patched) must return one value for each image [B] or one number, got "
+            f"{len(values)} values for {images} images"
         )
     return [float(value) for value in values]

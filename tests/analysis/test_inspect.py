@@ -179,7 +179,7 @@ def test_a_patched_model_is_described_without_its_patch(
     found = sparsiattn.inspect(model, strategies=tried)
     assert sparsiattn.patch_of(model) is live
     assert found.patched == repr(live)
-    assert f"described as it is without {live!r}" in str(found)
+    assert f"described without {live!r}" in str(found)
     assert {**found.to_dict(), "patched": ""} == bare.to_dict()
 
 
@@ -234,8 +234,8 @@ def test_no_attention_is_no_error() -> None:
     assert (found.sites, found.skipped, found.mhsa_macs) == ((), (), 0)
     assert found.macs == 8 * 8 * 8 * 27
     assert [saving.name for saving in found.strategies] == EVERY
-    assert all("no module of the model calls" in saving.reason for saving in found.strategies)
-    assert "no module of the model calls" in str(found)
+    assert all("no module of the model computes" in saving.reason for saving in found.strategies)
+    assert "no module of the model computes" in str(found)
 
 
 def test_what_is_left_alone_has_its_reason() -> None:
@@ -325,7 +325,7 @@ def test_text_and_json() -> None:
     text = str(found)
     for site in found.sites:
         assert f"{site.name} " in text
-    assert "token_drop: not on this model: Hiera" in text
+    assert "token_drop: not for this model: Hiera" in text
     content = json.loads(json.dumps(found.to_dict()))
     assert "left" in content  # files keep the old name of ``skipped``
     assert content["mhsa_macs"] == sum(site["macs"] for site in content["sites"])

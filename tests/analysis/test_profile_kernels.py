@@ -131,11 +131,11 @@ def test_where_macs_are_not_time() -> None:
         found = profile(model, zoo.images(model))
     assert has(found, "2 sites save MACs, not time")
     assert all(site.speed is not None and site.speed < 1 for site in found.sites)
-    assert not has(found, "in all nothing is saved")
+    assert not has(found, "the whole model saves nothing")
     with sparsiattn.patch(model, "topk", k=0.9, kernel="reference"):
         found = profile(model, zoo.images(model))
-    assert has(found, "choosing keys costs", "2 sites")
-    assert has(found, "in all nothing is saved")
+    assert has(found, "selecting keys costs", "2 sites")
+    assert has(found, "the whole model saves nothing")
     assert found.macs > found.macs_dense
 
 
@@ -157,7 +157,7 @@ def test_sites_left_dense_are_named() -> None:
     assert found.macs == found.macs_dense
 
 
-@pytest.mark.parametrize(("times", "says"), [((1.0, 2.0), "is slower"), ((1.05, 1.0), "gains less"),
+@pytest.mark.parametrize(("times", "says"), [((1.0, 2.0), "is slower"), ((1.05, 1.0), "saves less"),
                                              ((9.0, 1.0), None)])  # fmt: skip
 def test_measured_time(
     times: tuple[float, float], says: str | None, monkeypatch: pytest.MonkeyPatch

@@ -98,7 +98,7 @@ def test_layers_heads_and_queries_chosen() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"layers": 2}, "2 sites are patched"),
+        ({"layers": 2}, "below 2, the number of patched sites"),
         ({"layers": "blocks.7.*"}, "Did you mean"),
         ({"layers": [1.5]}, "indices or names"),
         ({"heads": 3}, "0..2"),
@@ -319,7 +319,7 @@ def test_plain_values_for_json() -> None:
     assert "rows" not in plain["sites"][0]
     rows = json.loads(json.dumps(found.to_dict(rows=True)))["sites"][0]["rows"]
     assert torch.tensor(rows["exact"]).shape == found[0].exact.shape
-    assert repr(found) == "<Shown: VisionTransformer, hybrid k=0.2 keep=0.5, 2 sites>"
+    assert repr(found) == "<AttentionView: VisionTransformer, hybrid k=0.2 keep=0.5, 2 sites>"
 
 
 def test_files_are_named_by_what_is_in_them(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_other_pages_work_in_a_browser(tmp_path: Path, host: str) -> None:
     captions = [f"{block.name}: {block.count} of {block.place.numel()}" for block in blocks]
     assert seen["tokens"] == captions
     if host == "hiera":
-        assert "windows is not known" in seen["hover"][0]
+        assert "divides the image into windows" in seen["hover"][0]
     else:
         assert "dropped" not in seen["start"][0]
         assert seen["hover"][1] != seen["free"][1]

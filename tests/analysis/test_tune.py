@@ -339,7 +339,7 @@ def test_the_budget_ends_it_and_says_what_is_left_out(clock: dict[str, float]) -
     found = sparsiattn.tune("cpu", budget=1e-9)
     assert {row.case for row in found.rows} == {CASES[0]}
     assert found.unmeasured == len(CASES) - 1
-    assert found.verdict()[-1] == "left out, as the budget was spent: 2 shapes"
+    assert found.verdict()[-1] == "not measured, as the time limit was reached: 2 shapes"
     full = sparsiattn.tune("cpu", budget=1e9)
     assert (full.unmeasured, {row.case for row in full.rows}) == (0, set(CASES))
 
@@ -385,7 +385,7 @@ def rows_of(speeds: dict[int, dict[str, float]]) -> list[Measured]:
          "a at 196 tokens, dense at 576 tokens, a at 1,024 tokens",
          "from 1,024 tokens on, planning included (3.00x at 1,024)"),
         ({196: {"a": 0.4}, 576: {"a": 1.0}}, "dense at 196 to 576 tokens",
-         "at no size that was tried (0.80x at 576 tokens at best): carry fewer tokens instead"),
+         "at no measured size (best: 0.80x at 576 tokens): use a token strategy instead"),
     ],
 )  # fmt: skip
 def test_the_verdict(speeds: dict[int, dict[str, float]], fastest: str, pays: str) -> None:
@@ -394,7 +394,7 @@ def test_the_verdict(speeds: dict[int, dict[str, float]], fastest: str, pays: st
         f"fastest here, float32: {fastest}", f"sparse attention pays {pays}",
     ]  # fmt: skip
     found = tuning.Tuning("cpu x", tuple(rows), {}, Path("there.json"))
-    assert str(found).splitlines()[2:] == ["kernel='auto' judges by it from now on: there.json"]
+    assert str(found).splitlines()[2:] == ["kernel='auto' uses these times from now on: there.json"]
 
 
 # -- the file -----------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_export(tmp_path: Path, saved: Path) -> None:
     [
         (("--format", "tflite"), "onnx, pt2, aoti"),
         (("--format", "onnx", "--out", "vit.pt2"), ".onnx"),
-        (("--strategy", "token_drop", "--keep", "adaptive"), "another number of tokens"),
+        (("--strategy", "token_drop", "--keep", "adaptive"), "a different number of tokens"),
     ],
 )
 def test_export_refuses(saved: Path, tmp_path: Path, arguments: Any, says: str) -> None:

@@ -69,7 +69,7 @@ def test_faults_are_one_line(data: Path, tmp_path: Path) -> None:
         (["--recipe", "evit"], "unknown recipe"),
         (["--set", "predictor.lrr=1"], "Did you mean 'lr'"),
         (["--resume"], "needs out="),
-        (["--set", "batch_size=400"], "15 images are fewer"),
+        (["--set", "batch_size=400"], "15 images do not fill one batch"),
     ):
         result = run(*MODEL, "--data", data, *arguments, code=1)
         assert words in result.stderr

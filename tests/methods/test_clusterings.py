@@ -147,8 +147,8 @@ def test_windows_are_refused(strategy: Clustering) -> None:
         (AiluRus, {"neighbours": 1.5}, "neighbours must be"),
         (Expedit, {"temperature": 0.0}, "temperature must be"),
         (Expedit, {"cells": (3,)}, "cells must be"),
-        (Expedit, {"layers": [0, 1]}, "only once"),
-        (Expedit, {"restore": "scatter"}, "no patch in particular"),
+        (Expedit, {"layers": [0, 1]}, "grid of tokens once"),
+        (Expedit, {"restore": "scatter"}, "do not correspond to single patches"),
     ],
 )
 def test_wrong_options(kind: Any, options: dict[str, Any], said: str) -> None:

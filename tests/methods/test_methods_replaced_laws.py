@@ -262,7 +262,7 @@ class TestRefusals:
     @pytest.mark.parametrize("strategy", [Linformer(), Hypergraph()], ids=by_name)
     def test_masks_that_forbid_keys(self, strategy: Strategy) -> None:
         model = zoo.build("swin")
-        with pytest.raises(sparsiattn.InvalidOption, match="leave such sites out"):
+        with pytest.raises(sparsiattn.InvalidOption, match="exclude such sites"):
             sparsiattn.patch(model, strategy)
         assert sparsiattn.patch_of(model) is None
         with sparsiattn.patch(model, strategy, sites=lambda site: site.bias != "mask"):

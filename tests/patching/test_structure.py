@@ -144,7 +144,7 @@ def test_patches_dropped_in_training_are_noticed() -> None:
     x = torch.randn(2, 3, 32, 32)
     with sparsiattn.patch(model, "local"):
         assert torch.isfinite(model.eval()(x)).all()
-        with pytest.raises(SparsiattnError, match="33 tokens, and where in the image they are"):
+        with pytest.raises(SparsiattnError, match="33 tokens, whose positions in the image"):
             model.train()(x)
     grids = []
     with sparsiattn.patch(model, k=0.5, tile=(2, 2), background=2) as patch:

@@ -165,16 +165,16 @@ class TestRefusals:
 
     def test_counts_that_depend_on_values(self, tmp_path: Path) -> None:
         adaptive = {"strategy": "token_drop", "keep": "adaptive", "layers": [0]}
-        self.refused(tmp_path, "another number of tokens for every image", patch=adaptive)
+        self.refused(tmp_path, "a different number of tokens for every image", patch=adaptive)
 
     @pytest.mark.parametrize(
         ("given", "says"),
         [
             ({"format": "tflite"}, "onnx, pt2, aoti"),
-            ({"format": "onnx"}, "ends in '.onnx'"),
+            ({"format": "onnx"}, "must end in '.onnx'"),
             ({"kernel": "flex"}, "cannot be exported"),
             ({"tolerance": 0.0}, "tolerance"),
-            ({"input": images(0)}, "must hold images"),
+            ({"input": images(0)}, "must be floating-point images"),
         ],
         ids=str,
     )

@@ -111,7 +111,7 @@ def refused() -> None:
         train(patched(), data(), recipe=PLAN)
     os.environ["FSDP_VERSION"] = "2"
     dropped = patched("token_drop", keep=0.5)
-    with pytest.raises(InvalidOption, match="leave grad_checkpointing out"):
+    with pytest.raises(InvalidOption, match="remove grad_checkpointing"):
         train(dropped, data(), recipe=WARMDOWN, grad_checkpointing=True)
 
 

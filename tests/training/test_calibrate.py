@@ -63,7 +63,7 @@ def test_nothing_to_fit_is_an_error(strategy: str | None) -> None:
     model = zoo.build("vit")
     if strategy:
         sparsiattn.patch(model, strategy)
-    with pytest.raises(sparsiattn.InvalidOption, match="fits learned planners"):
+    with pytest.raises(sparsiattn.InvalidOption, match="with learned planners"):
         sparsiattn.calibrate(model, [tiny_images()])
 
 

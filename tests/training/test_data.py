@@ -228,7 +228,7 @@ def test_models_of_transformers_and_torchvision_get_their_size() -> None:
     )  # fmt: skip
     host = transformers.ViTForImageClassification(small)
     assert data_config(host)["input_size"] == (3, 48, 48)
-    with pytest.raises(DataError, match="label 4, but the model's head tells 4 classes"):
+    with pytest.raises(DataError, match="label 4, but the model's head has 4 classes"):
         everything(loader(Pictures(), host))
 
 

@@ -139,7 +139,7 @@ def test_speed_is_one_of_pairs_with_quartiles() -> None:
     assert found.speedup_quartiles is not None
     assert found.speedup_quartiles[0] <= found.speedup <= found.speedup_quartiles[1]
     assert f"{found.speedup:.2f}x of dense" in str(found)
-    assert "3 batches run in pairs, without the first" in str(found)
+    assert "3 paired batches, without the first" in str(found)
     dense = evaluate(tiny_vit(), batches(4))
     assert (dense.speedup, dense.speedup_quartiles, dense.speedup_batches) == (None, None, 0)
 
@@ -172,7 +172,7 @@ def test_headless_models_give_features_and_need_no_labels(named: Any) -> None:
     nothing = (found.top1, found.dense_top1, found.dense_top5, found.agreement)
     assert nothing == (None,) * 4
     assert "cosine of features: mean" in str(found)
-    assert ("metric= names another" in str(found)) is (named is None)
+    assert ("metric= sets another" in str(found)) is (named is None)
     assert "top-1" not in str(found)
 
 
@@ -211,14 +211,14 @@ def test_classes_and_functions_look_at_no_label() -> None:
     numbers = iter([1.0, 5.0])
     counted = evaluate(model, unlabelled, metric=lambda dense, patched: next(numbers))
     assert counted.similarity_mean == pytest.approx((5 * 1.0 + 3 * 5.0) / 8)
-    with pytest.raises(DataError, match="gave 2 values for 5 images"):
+    with pytest.raises(DataError, match="got 2 values for 5 images"):
         evaluate(model, unlabelled, metric=lambda dense, patched: torch.zeros(2))
 
 
 def test_metrics_need_a_patch_and_a_head() -> None:
-    with pytest.raises(InvalidOption, match="has no patch"):
+    with pytest.raises(InvalidOption, match="is not patched"):
         evaluate(tiny_vit(), batches(2), metric="features")
-    with pytest.raises(InvalidOption, match="has no patch"):
+    with pytest.raises(InvalidOption, match="is not patched"):
         evaluate(tiny_vit(num_classes=0), batches(2))
     model = tiny_vit(num_classes=0)
     sparsiattn.patch(model, "topk", k=0.5)
@@ -245,7 +245,7 @@ def test_it_says_how_images_were_read(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found.to_dict()))["preprocessing"]["size"] == [32, 32]
     ready = evaluate(model, batches(2))
     assert (ready.preprocessing, ready.images_from) == (None, "batches")
-    assert "read     ready batches, used as they came" in str(ready)
+    assert "read     batches, used unchanged" in str(ready)
     tensors = torch.utils.data.TensorDataset(*batches(2)[0])
     given = evaluate(model, tensors)
     assert given.images_from == "dataset"
@@ -331,20 +331,20 @@ def test_transformers_models() -> None:
 def test_faults_say_what_is_needed() -> None:
     model, images = tiny_vit(), torch.zeros(2, 3, 32, 32)
     for labels, says in (
-        (torch.tensor([0, 5]), "label 5, but the model's head tells 5 classes"),
-        (torch.tensor([0, -1]), "label -1: it is not labelled"),
+        (torch.tensor([0, 5]), "label 5, but the model's head has 5 classes"),
+        (torch.tensor([0, -1]), "label -1, but class indices start at 0"),
         (torch.tensor([0.0, 1.0]), "must be class indices .int64., got torch.float32"),
         (torch.zeros(2, 5), r"labels must be class indices \[2\], got \(2, 5\)"),
     ):
         with pytest.raises(DataError, match=says):
             evaluate(model, [(images, labels)])
-    with pytest.raises(DataError, match="not one batch"):
+    with pytest.raises(DataError, match="has no batches"):
         evaluate(model, [])
     with pytest.raises(DataError, match=r"needs a classifier .* returned \(2, 3, 4\)"):
         evaluate(Answers(lambda t: t, torch.zeros(2, 3, 4)), [(images, torch.tensor([0, 1]))])
     sampler: Any = torch.utils.data.DistributedSampler(batches(1), num_replicas=2, rank=0)
     prepared = torch.utils.data.DataLoader(batches(1), sampler=sampler)  # type: ignore[arg-type]
-    with pytest.raises(InvalidOption, match="shares out the data among processes by itself"):
+    with pytest.raises(InvalidOption, match="divides the data among processes itself"):
         evaluate(model, prepared)
 
 

@@ -60,13 +60,13 @@ def test_a_gradient_that_is_not_finite_stops_as_well(monkeypatch: pytest.MonkeyP
     ("strategy", "options", "stage", "words"),
     [
         ("topk", {"k": 0.5}, {"trainable": "planners", "reconstruction": 1.0}, "'topk' has none"),
-        ("topk", {"k": 0.5}, {"trainable": "planners", "ce": 1.0}, "has none that learn"),
+        ("topk", {"k": 0.5}, {"trainable": "planners", "ce": 1.0}, "has no learned planners"),
         ("connectivity", {}, {"reconstruction": 1.0}, "trainable is 'backbone'"),
-        ("connectivity", {}, {"trainable": "planners", "ce": 1.0}, "pass them no gradient"),
-        ("connectivity", {}, {"ce": 1.0, "keep_ratio": 1.0}, "keep_ratio is for learned"),
-        ("connectivity", {}, {"ce": 1.0, "keep_epochs": (0, 1)}, "only token strategies"),
+        ("connectivity", {}, {"trainable": "planners", "ce": 1.0}, "give them no gradient"),
+        ("connectivity", {}, {"ce": 1.0, "keep_ratio": 1.0}, "keep_ratio needs learned"),
+        ("connectivity", {}, {"ce": 1.0, "keep_epochs": (0, 1)}, "Only token strategies"),
         ("token_drop", {"keep": 20}, {"ce": 1.0, "keep_epochs": (0, 1)}, "keep as a share"),
-        ("topk", {"k": 0.5}, {"ce": 1.0, "optimizer": "best"}, "cannot make the optimizer"),
+        ("topk", {"k": 0.5}, {"ce": 1.0, "optimizer": "best"}, "cannot create the optimizer"),
     ],
 )
 def test_stages_that_cannot_train(strategy: str, options: Any, stage: Any, words: str) -> None:
@@ -103,7 +103,7 @@ def test_no_patch_and_no_strategy() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ([], "gives 0 batches an epoch"),
+        ([], "an epoch has 0"),
         (None, "data must be a path"),
         ("/nowhere/at/all", "no such folder or file"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([1, 5]))], "label 5.*5 classes"),
@@ -122,9 +122,9 @@ def test_data_that_does_not_fit(data: Any, words: str) -> None:
 
 def test_a_generator_cannot_be_gone_through_twice() -> None:
     data = (batch for batch in batches(2))
-    with pytest.raises(InvalidOption, match="give steps"):
+    with pytest.raises(InvalidOption, match="set steps"):
         train(patched(), data, recipe=one_stage())
-    with pytest.raises(DataError, match="not a generator"):
+    with pytest.raises(DataError, match="not as a generator"):
         train(patched(), data, recipe=one_stage(epochs=None, steps=3))
 
 

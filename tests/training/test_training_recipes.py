@@ -87,13 +87,13 @@ def test_numbers_of_the_paper() -> None:
         ({"stages": [{**STAGE, "lr": True}]}, "lr must be a number"),
         ({"stages": [{**STAGE, "trainable": "head"}]}, "one of planners, backbone, both"),
         ({"stages": [{**STAGE, "steps": 3}]}, "epochs or steps, got both"),
-        ({"stages": [{"name": "one", "ce": 1.0}]}, "needs epochs or steps"),
-        ({"stages": [{"name": "one", "epochs": 1}]}, "nothing to minimise"),
+        ({"stages": [{"name": "one", "ce": 1.0}]}, "needs a length: set epochs or steps"),
+        ({"stages": [{"name": "one", "epochs": 1}]}, "has no loss"),
         ({"stages": [{**STAGE, "lr": 0.1, "min_lr": 1}]}, "min_lr=1 is above"),
         ({"stages": [{**STAGE, "name": "a.b"}]}, "a name without dots"),
         ({"stages": [{**STAGE, "keep_epochs": [3, 1]}]}, "start < end"),
         ({"stages": [{**STAGE, "label_smoothing": 1.0}]}, "label_smoothing"),
-        ({"stages": [STAGE, STAGE]}, "names that differ"),
+        ({"stages": [STAGE, STAGE]}, "must have different names"),
         ({"stages": []}, "at least one stage"),
         ({"stages": 3}, "stages must be a list"),
         ({"stages": [STAGE], "options": {"k": 0.1}}, "need a strategy"),
@@ -153,8 +153,8 @@ def test_the_schedule_is_a_cosine_after_a_warm_up() -> None:
 
 
 def test_lengths_that_do_not_fit() -> None:
-    with pytest.raises(InvalidOption, match="shorten"):
+    with pytest.raises(InvalidOption, match="must be shorter"):
         lengths(Stage(epochs=1, ce=1.0, warmup_epochs=1), 4)
-    with pytest.raises(InvalidOption, match="give steps"):
+    with pytest.raises(InvalidOption, match="set steps"):
         lengths(Stage(epochs=1, ce=1.0), None)
     assert lengths(Stage(steps=4, ce=1.0, warmup_steps=1), None) == (4, 1)

@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
             monkeypatch.setattr(module, function, full)
 
     model = patched()
-    with pytest.raises(CheckpointNotWritten, match=r"No space left on device.*are whole"):
+    with pytest.raises(CheckpointNotWritten, match=r"No space left on device.*are intact"):
         train(model, batches(2), recipe=plan, out=tmp_path, on_log=fill)
     monkeypatch.undo()
     assert sparsiattn.patch_of(model) is not None

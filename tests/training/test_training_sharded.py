@@ -43,10 +43,10 @@ by_size.__name__ = "size_based_auto_wrap_policy"
     ("found", "change", "words"),
     [
         (accelerator("DEEPSPEED"), {}, "set up for DEEPSPEED.*ACCELERATE_USE_FSDP=true"),
-        (accelerator(fsdp_version=1), {}, "FSDP in version 1.*--fsdp_version 2"),
+        (accelerator(fsdp_version=1), {}, "FSDP version 1.*--fsdp_version 2"),
         (accelerator(auto_wrap_policy=by_size), {}, "TRANSFORMER_BASED_WRAP"),
         (accelerator(activation_checkpointing=True), {}, "grad_checkpointing: true"),
-        (accelerator(), {"mixed_precision": "fp16"}, "take 'bf16'"),
+        (accelerator(), {"mixed_precision": "fp16"}, "use 'bf16'"),
         (accelerator(), {"ema_decay": 0.9}, r"stages \['train'\] average weights"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The package is installed, found and whole."""
+"""The package is installed and registers its strategy and its kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the library promises of every strategy and kernel, for the ones of this package."""
+"""The conformance suites for this package's strategy and kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times, always against dense attention: of a model, of its sites, of kernels on this machine."""
+"""Timing against dense attention: of a model, of its sites, and of kernels on this machine."""
 
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.analysis.benchmark.tuning import Tuning, tune

@@ -1,4 +1,4 @@
-"""Prices under which works take the seconds that were measured."""
+"""Fit the prices of kernel work to measured times."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from sparsiattn.kernels import Prices, Work
 
 
 def fit(known: Sequence[tuple[Work, float]], start: Prices, ridge: float = 0.01) -> Prices:
-    """Fit prices under which works take about their seconds.
+    """Fit prices to measured times.
 
-    Least squares of log time over log prices, by the method of Levenberg and Marquardt: prices are
-    positive, and short calls count as much as long ones.
+    It is a least squares fit of log time over log prices with the Levenberg-Marquardt method, so
+    that prices are positive and short calls count as much as long ones.
 
     Args:
-        known: Works and their seconds.
-        start: Prices to begin with.
-        ridge: Pull to where a price started; it holds those that the works cannot tell.
+        known: Works and their times in seconds.
+        start: Initial prices.
+        ridge: Strength of the pull towards the initial prices, which keeps prices that the works
+            do not determine.
+
+    Returns:
+        The fitted prices.
     """
     features = torch.tensor([work.features() for work, _ in known], dtype=torch.float64)
     log_seconds = torch.tensor([seconds for _, seconds in known], dtype=torch.float64).log()

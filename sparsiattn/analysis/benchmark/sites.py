@@ -1,4 +1,4 @@
-"""The speed of each site, measured: dense attention against planning and kernel, in alternation."""
+"""Measure the speed of each site: dense attention against planning and kernel, alternately."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from sparsiattn.strategies import Planner
 def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, float]:
     """Measure every sparse site of a patch against its own dense attention, planning included.
 
-    The patched model runs once with dense attention. At each site, dense attention and planning
-    with kernel run alternately on what reaches it; the ratio of their median times is kept, and
-    reports show it while calls have this kernel, shape and number of threads. A site that calls
-    attention more than once in a forward pass counts all its calls. Neither gradients nor the
-    model's state change.
+    The patched model runs once with dense attention. At each site, dense attention alternates with
+    planning and kernel on the same inputs. The ratio of the median times is stored, and reports
+    show it for calls with the same kernel, shape and number of threads. A site that calls attention
+    more than once in a forward pass counts all its calls. Gradients and the model's state are not
+    changed.
 
     Args:
-        patch: The live patch.
+        patch: The active patch.
         input: An image batch, or a tuple or dict of arguments.
-        rounds: Paired runs at each site.
+        rounds: Number of paired runs at each site.
 
     Returns:
-        Speed relative to dense attention by the name of the site, without sites that stay dense.
+        Speed relative to dense attention by name of the site, without sites that stay dense.
 
     Raises:
         InvalidOption: ``rounds`` is not a positive int.
-        InvalidType: ``input`` is nothing that a model takes.
+        InvalidType: ``input`` is not an input of a model.
         ModelChanged: The patch was undone.
 
     >>> import sparsiattn
@@ -76,7 +76,7 @@ def measure_sites(patch: Patch, input: Any, *, rounds: int = 7) -> dict[str, flo
 def _time_call(
     runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs, rounds: int
 ) -> tuple[Choice, Timing] | None:
-    """The kernel, and planning with it, then dense attention; None if all keys are kept."""
+    """The kernel, and the times of planning with it and of dense attention; None if it is dense."""
     pattern = runtime.finish(planner(inputs), inputs)
 
     def dense() -> Tensor:
@@ -84,7 +84,7 @@ def _time_call(
         return dense_attention(q, k, v, inputs.bias, inputs.dropout, scale=inputs.scale)
 
     if isinstance(pattern, Dense):
-        # planners of later sites may need what this one notes after attention
+        # planners of later sites may need the state that this one stores after attention
         if hasattr(planner, "after"):
             notify_planner(planner, inputs, dense())
         return None

@@ -1,4 +1,4 @@
-"""`tune`: measure attention on this machine once, so that `auto` knows what is fast here."""
+"""`tune`: measure attention on this machine, so that ``kernel="auto"`` knows what is fast here."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ from sparsiattn.errors import InvalidOption, InvalidType, SparsiattnError
 from sparsiattn.kernels import Prices, Work, compile_native, cost, tuning_cache
 from sparsiattn.kernels.cost import DENSE, MASKED, PLANNING
 
-# Seconds that `tune` takes at most, about, with the small grid of shapes.
+# Default time limit of `tune` with the small grid of shapes, in seconds.
 BUDGET = 45.0
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` found. As text it is its `verdict`.
+    """The result of `tune`. Printing it shows its `verdict`.
 
     Attributes:
-        device: The machine.
-        rows: What was timed.
-        prices: Fitted to the rows, by data type and kernel.
-        path: The file that holds them; None if it could not be written, and then they hold in this
-            process only.
-        failures: What raised. ``auto`` does not take such a kernel on this machine.
-        unmeasured: Shapes left out because the budget was spent.
+        device: Name of the device.
+        rows: The measurements.
+        prices: Prices fitted to the measurements, by data type and kernel.
+        path: The file with the prices; None if it could not be written, so that the prices apply
+            to this process only.
+        failures: Calls that raised. ``auto`` does not use these kernels on this machine.
+        unmeasured: Number of shapes that were skipped because the time limit was reached.
+
+    >>> tuning = tune(budget=10)  # doctest: +SKIP
+    >>> print(tuning)  # doctest: +SKIP
     """
 
     device: str
@@ -57,13 +60,13 @@ class Tuning:
         return "\n".join(self.verdict())
 
     def verdict(self) -> list[str]:
-        """What is fastest where, from how many tokens sparse attention pays, where the file is."""
-        written = f"kernel='auto' judges by it from now on: {self.path}"
-        unwritten = "no file could be written; this process judges by it until it ends"
+        """Lines on the fastest kernels, the sizes at which sparse attention pays, and the file."""
+        written = f"kernel='auto' uses these times from now on: {self.path}"
+        unwritten = "no file could be written; kernel='auto' uses these times in this process only"
         lines = [*verdict_of(self.rows), unwritten if self.path is None else written]
         lines += [failure_line(failure) for failure in self.failures]
         if self.unmeasured:
-            lines.append(f"left out, as the budget was spent: {self.unmeasured} shapes")
+            lines.append(f"not measured, as the time limit was reached: {self.unmeasured} shapes")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,29 +83,30 @@ def tune(
     *,
     budget: float | None = None,
 ) -> Tuning:
-    """Measure dense attention, every kernel that works here, and planning, in paired runs.
+    """Measure dense attention, planning and every kernel that works here, in paired runs.
 
-    Prices are fitted to the times and kept in a file; ``auto``, ``only_if_faster`` and reports
-    judge by them. Live patches choose anew at their next forward pass. A kernel that raises is
-    named in the result and the file, and ``auto`` takes it no more on this machine (from that size
-    on, where memory was short) until `tune` runs again.
+    Prices are fitted to the times and stored in a file; ``auto``, ``only_if_faster`` and reports
+    use them. Active patches select their kernels again at the next forward pass. A kernel that
+    raises is listed in the result and in the file, and ``auto`` does not use it on this machine
+    until `tune` runs again (from that size on, if memory was too small).
 
     Args:
-        device: The GPU where there is one, else the CPU.
-        dtypes: By default float32 on a CPU, and bfloat16, float16 and float32 on a GPU.
-        quick: A small grid of shapes, under a minute on two CPU cores; otherwise more of them.
-        on_case: Called with the number of cases done and of all cases.
-        budget: Seconds to take at most, compiling included: slow kernels run less often, and
-            shapes for which no time is left are left out, but every shape that is begun is
-            finished, and one is measured in any case. 45 if ``quick``, else as long as it takes.
+        device: The device to measure; None for the GPU if there is one, else the CPU.
+        dtypes: Data types to measure; None for float32 on a CPU, and bfloat16, float16 and float32
+            on a GPU.
+        quick: Whether to measure a small grid of shapes; otherwise a larger one.
+        on_case: Called with the number of cases done and the total.
+        budget: Time limit in seconds, including compilation; None for 45 s if ``quick``, else no
+            limit. Slow kernels run less often, and shapes are skipped when no time is left, but
+            every started shape is finished, and at least one is measured.
 
     Returns:
         Times, prices and the file.
 
     Raises:
-        InvalidOption: The device is not there, or is of another kind, or ``budget`` is no positive
+        InvalidOption: The device is not available or not supported, or ``budget`` is not a positive
             number.
-        InvalidType: ``dtypes`` holds something that is no floating-point type.
+        InvalidType: ``dtypes`` contains a type that is not supported.
         SparsiattnError: Dense attention itself raised at every shape.
 
     >>> print(tune())  # doctest: +SKIP
@@ -146,25 +150,25 @@ def _keep(
     failures: Sequence[Failure],
     unmeasured: int,
 ) -> Tuning:
-    """Fit, write the file, and let every live patch ask anew."""
+    """Fit the prices, write the file, and make active patches select their kernels again."""
     if not rows:
-        said = "; ".join(sorted({failure.error for failure in failures}))
-        raise SparsiattnError(f"tune() could measure no shape on {device}: {said}")
+        errors = "; ".join(sorted({failure.error for failure in failures}))
+        raise SparsiattnError(f"tune() could not measure any shape on {device}: {errors}")
     prices: dict[str, dict[str, Prices]] = {}
     judged: list[Measured] = []
     entries = {}
     for dtype in dtypes:
         name = dtype_name(dtype)
-        own = [row for row in rows if row.dtype == name]
-        if not own:
+        of_dtype = [row for row in rows if row.dtype == name]
+        if not of_dtype:
             continue
-        prices[name] = fit_all(own, device, dtype)
-        own = list(_judged(own, prices[name]))
-        judged += own
+        prices[name] = fit_all(of_dtype, device, dtype)
+        of_dtype = list(_judged(of_dtype, prices[name]))
+        judged += of_dtype
         entries[tuning_cache.key(device, dtype)] = {
             "date": date.today().isoformat(),
             "prices": {kernel: asdict(price) for kernel, price in prices[name].items()},
-            "rows": [row.to_dict() for row in own],
+            "rows": [row.to_dict() for row in of_dtype],
             "failed": _failed([failure for failure in failures if failure.dtype == name]),
         }
     path = tuning_cache.write(entries)
@@ -174,20 +178,22 @@ def _keep(
 
 
 def _failed(failures: Iterable[Failure]) -> dict[str, dict[str, Any]]:
-    """What `cost.failures` reads: of each kernel the failure that counts from the fewest pairs."""
-    found: dict[str, dict[str, Any]] = {}
+    """By kernel, the failure with the fewest pairs, in the form that `cost.failures` reads."""
+    entries: dict[str, dict[str, Any]] = {}
     for failure in sorted(failures, key=lambda failure: -failure.pairs):
         if failure.kernel not in (DENSE, MASKED, PLANNING):
-            found[failure.kernel] = {"error": failure.error, "pairs": failure.pairs}
-    return found
+            entries[failure.kernel] = {"error": failure.error, "pairs": failure.pairs}
+    return entries
 
 
 def _device(name: str | torch.device | None) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
-        raise InvalidOption(f"tune() knows 'cpu' and 'cuda' devices, got {name!r}")
+        raise InvalidOption(f"device must be 'cpu' or 'cuda', got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOption(f"tune() got device {name!r}, but torch sees no CUDA device here")
+        raise InvalidOption(
+            f"device {name!r} needs CUDA, but torch finds no CUDA device here: use 'cpu'"
+        )
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -199,14 +205,14 @@ def _dtypes(device: torch.device, dtypes: Sequence[torch.dtype] | None) -> list[
         return [*half, torch.float32]
     known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if not dtypes or any(dtype not in known for dtype in dtypes):
-        raise InvalidType(f"dtypes must be some of {known}, got {dtypes!r}")
+        raise InvalidType(f"dtypes must be a list of some of {known}, got {dtypes!r}")
     return list(dtypes)
 
 
 def fit_all(
     rows: Iterable[Measured], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Prices]:
-    """Prices of everything that says what `Work` it does."""
+    """Fit the prices of all rows with a known `Work`, by kernel."""
     shipped = cost.shipped(device, dtype)
     works: dict[str, list[tuple[Work, float]]] = {}
     for row in rows:
@@ -216,7 +222,7 @@ def fit_all(
 
 
 def _judged(rows: list[Measured], prices: dict[str, Prices]) -> Iterator[Measured]:
-    """The rows with what the fitted prices say; kernels with a `speed` of their own keep theirs."""
+    """Yield the rows with the ratios that fitted prices predict; without work, unchanged rows."""
     dense_seconds = {
         row.case: prices[DENSE].of(row.work) for row in rows if row.kernel == DENSE and row.work
     }

@@ -1,4 +1,4 @@
-"""The attention calls that `tune` measures, and how long each way to compute one takes."""
+"""The attention calls that `tune` measures, and the measurement of kernels on them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import Timing, timing
 from sparsiattn.strategies import Connectivity, finish
 
-# The slowest kernels write whole matrices of logits; above this many they are not measured, nor is
-# dense attention under a mask of the host.
+# The slowest kernels write complete matrices of logits. They are not measured above this number of
+# logits, nor is dense attention with a mask.
 MOST_LOGITS = 2 << 20
-# A GPU is not busy with one image.
+# Batch size multiplier on a GPU, which one image does not keep busy.
 GPU_BATCH = 8
 
 
@@ -30,12 +30,12 @@ class Case:
     """One attention call to measure.
 
     Attributes:
-        tokens: Patches, beside a CLS token.
+        tokens: Number of patches; there is a class token in addition.
         k: Budget of `connectivity`; None for images of different lengths in one packed sequence.
-        tile: Queries that share their keys.
-        heads: Attention heads.
-        dim: Width of a query and a key.
-        batch: Images.
+        tile: Rows and columns of queries that share their keys.
+        heads: Number of attention heads.
+        dim: Channels of a query and a key.
+        batch: Number of images.
     """
 
     tokens: int
@@ -46,8 +46,8 @@ class Case:
     batch: int = 1
 
 
-# Prices that are drawn at random and fitted to times of these cases, with noise of 8 %, foretell
-# times of all cases below and of eight others to 4 % in the mean: as well as 15 cases did.
+# Random prices that were fitted to times of these cases with 8 % noise predicted the times of all
+# cases below and of eight others with a mean error of 4 %, as well as 15 cases did.
 QUICK = (
     Case(196, 0.25, (7, 7)),
     Case(196, 0.25),
@@ -83,17 +83,17 @@ MORE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What one kernel took for one `Case`.
+    """The time of one kernel for one `Case`.
 
     Attributes:
-        case: What was measured.
+        case: The attention call.
         dtype: Data type, as ``"float32"``.
-        kernel: Name of the kernel, or ``"dense"``, ``"masked"`` (dense attention under an additive
+        kernel: Name of the kernel, or ``"dense"``, ``"masked"`` (dense attention with an additive
             mask) or ``"planning"``.
-        seconds: Median time.
-        ratio: Dense time over this time, the median of paired runs.
-        work: What the kernel does, where it says so.
-        expected: ``ratio`` by the prices in force after fitting.
+        seconds: Median time in seconds.
+        ratio: Dense time divided by this time, the median of paired runs.
+        work: Work of the kernel; None if it does not declare it.
+        expected: ``ratio`` as predicted by the fitted prices; None if not predicted.
     """
 
     case: Case
@@ -123,12 +123,12 @@ class Failure:
     """A call that raised while it was measured.
 
     Attributes:
-        case: What was tried.
+        case: The attention call.
         dtype: Data type, as ``"float32"``.
         kernel: As in `Measured`.
-        error: What it raised, in words.
-        pairs: Queries times keys of all heads and images from which on it counts as failing: all of
-            them where memory was too small, 0 for any other error.
+        error: The error in one line.
+        pairs: Number of (query, key) pairs, over all heads and images, from which on the kernel is
+            considered failing: that of the case if memory was too small, 0 for any other error.
     """
 
     case: Case
@@ -139,35 +139,35 @@ class Failure:
 
     @classmethod
     def of(cls, case: Case, dtype: torch.dtype, kernel: str, error: Exception) -> Failure:
-        in_words = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         # the CPU's allocator raises a plain RuntimeError
-        short = out_of_memory or "allocate memory" in in_words
-        pairs = case.batch * case.heads * case.tokens**2 if short else 0
-        return cls(case, dtype_name(dtype), kernel, in_words, pairs)
+        out_of_memory = out_of_memory or "allocate memory" in message
+        pairs = case.batch * case.heads * case.tokens**2 if out_of_memory else 0
+        return cls(case, dtype_name(dtype), kernel, message, pairs)
 
 
 Outcome = tuple[list[Measured], list[Failure]]
-"""What was timed, and what raised instead."""
+"""Measurements, and calls that raised."""
 
 
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, rounds: int, limit: float = math.inf
 ) -> Outcome:
-    """Times of one case: dense, under a mask, planning, and each kernel that takes it.
+    """Measure one case: dense attention, with a mask, planning, and each kernel that supports it.
 
     Args:
-        case: The call.
-        device: Where it runs.
-        dtype: Of its operands.
-        rounds: Paired runs at most.
-        limit: Seconds, see `timing.alternate_within`.
+        case: The attention call.
+        device: Device of the call.
+        dtype: Data type of its operands.
+        rounds: Largest number of paired runs.
+        limit: Time limit in seconds, see `timing.alternate_within`.
     """
     with torch.inference_mode():
         try:
             inputs, plan, planning = _prepare(case, device, dtype)
             pattern = plan()
-        except Exception as error:  # too little memory for these shapes, say
+        except Exception as error:  # for example, too little memory for these shapes
             return [], [Failure.of(case, dtype, PLANNING, error)]
         dense = CallShape.of(inputs).dense
         ways: dict[str, Way] = {DENSE: Way(_dense(inputs), lambda: (dense, None))}
@@ -186,8 +186,8 @@ class Way(NamedTuple):
     """One way to compute a case.
 
     Attributes:
-        run: Does it once.
-        said: Its work, and the speed that it expects of itself.
+        run: Computes the case once.
+        said: Returns the work and the expected speed that the kernel declares.
     """
 
     run: Callable[[], Any]
@@ -225,7 +225,7 @@ def _dense(inputs: AttentionInputs) -> Callable[[], Any]:
 
 
 def _masked(inputs: AttentionInputs) -> AttentionInputs:
-    """The call under an additive mask, one for all images, as a bias of positions is."""
+    """The call with an additive mask shared by all images, like a position bias."""
     shape = (1, inputs.q.shape[1], inputs.n_queries, inputs.n_keys)
     return inputs.replace(bias=torch.zeros(shape, device=inputs.device, dtype=inputs.q.dtype))
 
@@ -237,12 +237,12 @@ def _logits(inputs: AttentionInputs) -> int:
 def _prepare(
     case: Case, device: torch.device, dtype: torch.dtype
 ) -> tuple[AttentionInputs, Callable[[], Pattern], Work | None]:
-    """Random operands, what plans for them, and the work of planning."""
+    """Random operands, the function that plans for them, and the work of planning."""
     lengths = tuple(case.tokens * (8 + i % 8) // 16 for i in range(case.batch))
     batch, rows = (1, sum(lengths)) if case.k is None else (case.batch, case.tokens + 1)
     shape = (3, batch, rows, case.heads, case.dim)
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    q, k, v = qkv.transpose(2, 3).unbind(0)  # laid out as a host's are: views of one projection
+    q, k, v = qkv.transpose(2, 3).unbind(0)  # views of one projection, as in most hosts
     site = Site.of(q, k, v, prefix_tokens=0 if case.k is None else 1)
     inputs = AttentionInputs(q, k, v, case.dim**-0.5, None, site)
     if case.k is None:
@@ -254,15 +254,15 @@ def _prepare(
     background = strategy.background_for(inputs.key_grid, inputs.key_views)
     with mac_counter() as counter:
         planned = planner(inputs)
-        finish(planned, inputs, background=background)  # where votes are counted
+        finish(planned, inputs, background=background)  # counts the votes
     work = cost.planning_of(planned, macs_of(counter), inputs).work
     return inputs, lambda: finish(planner(inputs), inputs, background=background), work
 
 
 def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
-    """Kernels that take the call, without those whose matrices of logits would be huge."""
+    """Kernels that support the call, without those whose matrices of logits would be too large."""
     skipped: set[str] = {"reference", "sdpa"} if _logits(inputs) > MOST_LOGITS else set()
-    if isinstance(pattern, Lengths):  # here it runs image by image
+    if isinstance(pattern, Lengths):  # sdpa runs image by image here
         skipped -= {"sdpa"}
     return [
         kernel

@@ -1,4 +1,4 @@
-"""What `tune` found, in words: which kernel is fastest where, and from where on sparse pays."""
+"""The verdict of `tune`: the fastest kernel by size, and the sizes at which sparse pays."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sparsiattn.patching.text import speed_text
 
 
 class Best(NamedTuple):
-    """The fastest way at one number of tokens.
+    """The fastest kernel at one number of tokens.
 
     Attributes:
-        tokens: Patches.
-        kernel: Its name, or ``"dense"``.
-        speed: Of the fastest kernel, planning paid, relative to dense attention.
+        tokens: Number of patches.
+        kernel: Name of the kernel, or ``"dense"``.
+        speed: Speed of the fastest kernel relative to dense attention, planning included.
     """
 
     tokens: int
@@ -27,7 +27,7 @@ class Best(NamedTuple):
 
 
 def verdict_of(rows: Sequence[Measured]) -> Iterator[str]:
-    """Two lines for each data type."""
+    """Yield two lines for each data type."""
     for dtype in dict.fromkeys(row.dtype for row in rows):
         best = list(fastest(row for row in rows if row.dtype == dtype))
         if not best:
@@ -38,32 +38,33 @@ def verdict_of(rows: Sequence[Measured]) -> Iterator[str]:
 
 
 def fastest(rows: Iterable[Measured]) -> Iterator[Best]:
-    """The fastest way by number of tokens, fewest first: by the median over the cases there."""
+    """Yield the fastest kernel by number of tokens, ascending: by the median over its cases."""
     speeds: dict[int, dict[str, list[float]]] = {}
     for case, of_case in _by_case(rows).items():
         planning = of_case.get(PLANNING)
         if planning is None:
             continue
-        found = speeds.setdefault(case.tokens, {})
+        by_kernel = speeds.setdefault(case.tokens, {})
         for name, row in of_case.items():
             if name not in (DENSE, MASKED, PLANNING):
-                paid = 1 / (1 / row.ratio + 1 / planning.ratio)
-                found.setdefault(name, []).append(paid)
-    for tokens, found in sorted(speeds.items()):
-        if found:
-            name, speed = max(((n, median(s)) for n, s in found.items()), key=lambda pair: pair[1])
+                with_planning = 1 / (1 / row.ratio + 1 / planning.ratio)
+                by_kernel.setdefault(name, []).append(with_planning)
+    for tokens, by_kernel in sorted(speeds.items()):
+        if by_kernel:
+            medians = ((n, median(s)) for n, s in by_kernel.items())
+            name, speed = max(medians, key=lambda pair: pair[1])
             yield Best(tokens, name if speed > 1 else DENSE, speed)
 
 
 def _by_case(rows: Iterable[Measured]) -> dict[Case, dict[str, Measured]]:
-    found: dict[Case, dict[str, Measured]] = {}
+    cases: dict[Case, dict[str, Measured]] = {}
     for row in rows:
-        found.setdefault(row.case, {})[row.kernel] = row
-    return found
+        cases.setdefault(row.case, {})[row.kernel] = row
+    return cases
 
 
 def _places(best: Sequence[Best]) -> str:
-    """As in "dense at 196 tokens, native at 576 to 4,096"."""
+    """Kernels by tokens, as in "dense at 196 tokens, native at 576 to 4,096"."""
     parts = []
     for kernel, group in groupby(best, key=lambda b: b.kernel):
         tokens = [b.tokens for b in group]
@@ -73,16 +74,16 @@ def _places(best: Sequence[Best]) -> str:
 
 
 def _pays(best: Sequence[Best]) -> str:
-    """From the fewest tokens on where nothing measured above is slower than dense attention."""
+    """The number of tokens from which on sparse attention was faster at every measured size."""
     paying: list[Best] = []
-    for one in reversed(best):
-        if one.speed <= 1:
+    for entry in reversed(best):
+        if entry.speed <= 1:
             break
-        paying.insert(0, one)
+        paying.insert(0, entry)
     if not paying:
         top = max(best, key=lambda b: b.speed)
         at = f"{speed_text(top.speed)} at {top.tokens:,}"
-        return f"at no size that was tried ({at} tokens at best): carry fewer tokens instead"
+        return f"at no measured size (best: {at} tokens): use a token strategy instead"
     speeds = ", ".join(f"{speed_text(b.speed)} at {b.tokens:,}" for b in _ends(paying))
     return f"from {paying[0].tokens:,} tokens on, planning included ({speeds})"
 
@@ -92,10 +93,10 @@ def _ends(paying: Sequence[Best]) -> Sequence[Best]:
 
 
 def failure_line(failure: Failure) -> str:
-    """What raised, where, and what follows."""
+    """One line about a failure and its consequence."""
     where = f"{failure.dtype}, {failure.case.tokens:,} tokens"
     line = f"failed: {failure.kernel} ({where}): {failure.error}"
     if failure.kernel in (DENSE, MASKED, PLANNING):
         return line
     larger = " from that size on" if failure.pairs else ""
-    return f"{line}; kernel='auto' does not take it here{larger}"
+    return f"{line}; kernel='auto' does not use it here{larger}"

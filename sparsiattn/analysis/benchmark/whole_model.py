@@ -1,4 +1,4 @@
-"""`bench`: the whole model, dense and patched, in paired runs."""
+"""`bench`: time the whole model, dense and patched, in paired runs."""
 
 from __future__ import annotations
 
@@ -28,23 +28,28 @@ from sparsiattn.strategies.config import Config
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Paired timings of one model. ``print`` it, or take `to_dict`.
+    """Paired timings of one model. Print it, or use `to_dict`.
 
     Attributes:
-        model: Class of the model.
+        model: Class name of the model.
         strategy: Name of the strategy.
         input_shape: Shape of the images.
         dtype: Data type of the model, as ``"float32"``.
         device: Device of the model.
-        rounds: Paired runs.
-        dense_ms: Median milliseconds of a dense forward pass.
-        dense_quartiles: First and third quartile of those.
-        sparse_ms: Median milliseconds of a patched forward pass.
-        sparse_quartiles: First and third quartile of those.
-        ratio: Dense time over patched time, the median over rounds: more is faster.
-        ratio_quartiles: First and third quartile of those.
-        report: Of the patch, after the runs.
+        rounds: Number of paired runs.
+        dense_ms: Median time of a dense forward pass, in milliseconds.
+        dense_quartiles: First and third quartile of that time.
+        sparse_ms: Median time of a patched forward pass, in milliseconds.
+        sparse_quartiles: First and third quartile of that time.
+        ratio: Dense time divided by patched time, the median over rounds; larger is faster.
+        ratio_quartiles: First and third quartile of the ratio.
+        report: The patch's report after the runs.
         machine: Versions and hardware.
+
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> result = bench(tiny_vit(), tiny_images(), strategy="topk", k=0.25, rounds=2)
+    >>> result.strategy, result.rounds, result.dense_ms > 0
+    ('topk', 2, True)
     """
 
     model: str
@@ -87,25 +92,25 @@ def bench(
 ) -> BenchResult:
     """Time a model dense and patched, alternately, under `torch.inference_mode`.
 
-    The model is measured with the patch it carries; one without is patched for the time being. The
-    dense side is a copy without any hook that shares all weights (of a compiled or parallel model:
-    the same under `Patch.disabled`).
+    A patched model is measured with its patch; an unpatched model is patched temporarily. The dense
+    side is a copy without hooks that shares all weights (for a compiled or parallel model, the
+    model itself inside `Patch.disabled`).
 
     Args:
-        model: Patched or not.
+        model: The model, patched or not.
         input: An image batch, or a tuple or dict of arguments, on the model's device.
-        strategy: For a model without a patch, as `patch` takes it; ``"connectivity"`` by default.
-        rounds: Paired runs.
-        sites: Also measure every site's attention alone, for the report.
+        strategy: Strategy for an unpatched model, as in `patch`; None for ``"connectivity"``.
+        rounds: Number of paired runs.
+        sites: Whether to measure every site's attention separately, for the report.
         progress: Called with the number of rounds done.
-        **options: Of the strategy, as `patch` takes them.
+        **options: Options of the strategy, as in `patch`.
 
     Returns:
-        Times, their ratio and the report of the patch.
+        Times, their ratio and the patch's report.
 
     Raises:
-        InvalidOption: ``rounds`` is not a positive int, or ``strategy`` or ``options`` were given
-            for a model that carries a patch.
+        InvalidOption: ``rounds`` is not a positive int, or ``strategy`` or ``options`` were passed
+            for a patched model.
 
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
     >>> result = bench(tiny_vit(), tiny_images(), strategy="topk", k=0.25, rounds=2)
@@ -127,7 +132,7 @@ def time_model(
     rounds: int,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of forward passes in turn: ``"dense"`` without and ``"sparse"`` with the patch."""
+    """Times of alternating forward passes: ``"dense"`` without, ``"sparse"`` with the patch."""
     args, kwargs = model_arguments
     with eval_mode(model if patch is None else patch.model):
         dense = model if patch is None else _without_patch(model, patch)
@@ -142,7 +147,7 @@ def time_model(
 def _patched(
     model: nn.Module, strategy: str | Config | None, options: dict[str, Any]
 ) -> Iterator[Patch]:
-    """The patch that the model carries, else one that ends with the block."""
+    """Yield the model's patch, or else a temporary one."""
     patch = patch_of(model)
     if patch is None:
         with patch_quietly(model, strategy or "connectivity", **options) as new:
@@ -151,15 +156,15 @@ def _patched(
         yield patch
     else:
         raise InvalidOption(
-            f"the model carries {patch!r}: bench() measures that and takes neither strategy nor "
-            f"options, got {strategy!r} and {sorted(options)}; call unpatch() first"
+            f"the model is patched with {patch!r}, which bench() measures, so strategy and options "
+            f"must not be passed, got {strategy!r} and {sorted(options)}; call unpatch() first"
         )
 
 
 def _without_patch(model: nn.Module, patch: Patch) -> Callable[..., Any]:
-    """The unpatched model, on the same weights."""
+    """The unpatched model with the same weights."""
     if unwrap(model) is not model:
-        # a copy would have to be compiled or spread over devices anew
+        # a copy would have to be compiled or distributed over devices again
 
         def disabled(*args: Any, **kwargs: Any) -> Any:
             with patch.disabled():

@@ -1,4 +1,4 @@
-"""Two counted passes, dense and patched, put down to sites and parts."""
+"""Attribute the MACs of two counted passes, dense and patched, to sites and parts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sparsiattn.attention import Site
 from sparsiattn.patching.estimate import measured_speed
 
 Share = dict[str, float]
-"""MACs of the whole batch by part, the names those of `Parts`."""
+"""MACs of the whole batch by part, with the names of `Parts`."""
 
 
 class Account:
-    """Both passes of a run, put down to sites and parts."""
+    """The MACs of both passes of a run, by site and part."""
 
     def __init__(self, run: Run, dense: MacCounter, patched: MacCounter) -> None:
         self.run, self.module_map, self.runtimes = run, run.module_map, run.runtimes
@@ -44,12 +44,13 @@ class Account:
             self.shares[rule] = self._shares(patched, counted)
 
     def _attention(self, name: str) -> dict[str, Share]:
-        """What attention at a site and choosing for it spent, by the rule that counts it."""
-        calls, runtime, chosen = self.calls[name], self.runtimes[name], self.spent[PREDICTOR, name]
-        planned = chosen + self.spent[TOKENS, name]
+        """MACs of attention and planning at a site, by the accounting rule."""
+        calls, runtime = self.calls[name], self.runtimes[name]
+        key_selection = self.spent[PREDICTOR, name]
+        planned = key_selection + self.spent[TOKENS, name]
         computed = sum(call.macs if call.computed is None else call.computed for call in calls)
         paper = [
-            paper_macs(call, runtime.planner, runtime.site.keys, chosen / len(calls))
+            paper_macs(call, runtime.planner, runtime.site.keys, key_selection / len(calls))
             for call in calls
         ]
         return {
@@ -61,8 +62,8 @@ class Account:
     def _shares(self, counter: MacCounter, counted: Mapping[str, Share]) -> dict[str, Share]:
         """MACs of every site by part.
 
-        Attention that was ``counted`` by itself is as given. That of other sites is as dense as
-        their shape says, and lies in what their module spent.
+        Attention in ``counted`` is used directly. At other sites it is dense, is computed from
+        their shape, and is subtracted from what their module spent.
         """
         dense = {site.name: site.macs * len(self.batch) for site in self.module_map.sites}
         shares: dict[str, Share] = {
@@ -77,7 +78,7 @@ class Account:
         return shares
 
     def _parts(self, *shares: Share) -> Parts:
-        """MACs of one image, summed over shares."""
+        """MACs for one image, summed over shares."""
         totals = {
             field.name: sum(share.get(field.name, 0.0) for share in shares)
             for field in fields(Parts)
@@ -106,14 +107,14 @@ class Account:
         )
 
     def _tokens(self, site: Site, calls: list[CountedCall]) -> int:
-        """Queries of one image, the mean over images that keep different numbers."""
+        """Number of queries of one image; the mean if images keep different numbers."""
         rows = sum(call.queries * call.lists for call in calls)
         return round(rows / (site.heads * site.calls * len(self.batch)))
 
     def profile(
         self, accounting: Accounting, latency: Latency | None, memory: Memory | None
     ) -> Profile:
-        """The account as users see it."""
+        """The result as a `Profile`."""
         profile = Profile(
             model=type(self.run.model).__name__,
             backbone=self.module_map.backbone,

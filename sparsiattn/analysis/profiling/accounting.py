@@ -1,4 +1,4 @@
-"""How multiply-accumulates are counted: what runs, and the rules of the Sparsifiner paper."""
+"""Accounting rules of multiply-accumulates: as computed, and as in the Sparsifiner paper."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sparsiattn.strategies.base import Planner
 from sparsiattn.strategies.connectivity import ConnectivityPlanner
 
 Accounting = Literal["own", "computed", "paper"]
-"""How the headline figures count.
+"""The accounting rule of the headline figures.
 
-``"own"``: the pairs that a pattern keeps, summary keys and their pooling included, and all that
-choosing costs. ``"computed"``: the same, but every pair that a kernel works out, padding and masked
-pairs too. ``"paper"``: as the tables of Sparsifiner (CVPR 2023) count."""
+``"own"`` counts the pairs that a pattern keeps, including summary keys and their pooling, and the
+cost of selecting keys and tokens. ``"computed"`` counts every pair that a kernel computes instead,
+including padding and masked pairs. ``"paper"`` counts as the tables of Sparsifiner (CVPR 2023)."""
 ACCOUNTINGS: tuple[str, ...] = get_args(Accounting)
 
 TOKENS_PER_BASIS = 6.0
-"""Keys for each basis vector in the paper's settings: 32 of them for 197 keys."""
+"""Number of keys per basis vector in the paper's settings: 32 vectors for 197 keys."""
 UP_MACS = 5.5
-"""MACs of the sparse up-projection for each (query, key) pair of one head. The paper does not say;
-with this one constant all eleven rows of its table of DeiT-S come out within 0.1 M, which is what
-the rows themselves deviate from a line. Its joint table of tokens and keys does not come out."""
+"""MACs of the sparse up-projection for each (query, key) pair of one head. The paper does not give
+it. With this constant, all eleven rows of its DeiT-S table are matched within 0.1 M, which is the
+deviation of the rows themselves from a line. Its joint table of tokens and keys is not matched."""
 
 
 def paper_macs(
@@ -29,19 +29,19 @@ def paper_macs(
 ) -> tuple[float, float]:
     """Count one call as the Sparsifiner paper does.
 
-    Rows of prefix tokens are dense; background keys, tiles and salience are not in the paper and
-    cost nothing. The predictor is two products with ``K`` basis vectors, ``(Nq + Nk) K D`` for each
-    head, and the up-projection.
+    Rows of prefix tokens are dense. Background keys, tiles and salience are not in the paper and
+    cost nothing. The predictor consists of two products with ``K`` basis vectors, ``(Nq + Nk) K D``
+    for each head, and the up-projection.
 
     Args:
-        call: What was counted.
-        planner: Of the site; None where the host's own attention ran.
-        keys: Keys of the site while no token is dropped, which ``K`` goes by.
-        planned: MACs of the planner that ran; the paper has none but `connectivity`'s. Where keys
-            are ranked by logits as attention computes them, those that it does not need count.
+        call: The counted call.
+        planner: The site's planner; None if the host's own attention ran.
+        keys: Number of keys of the site before tokens are dropped, which determines ``K``.
+        planned: MACs of the planner that ran, used for planners other than `connectivity`'s. If
+            keys are ranked by attention's own logits, logits of dropped pairs count instead.
 
     Returns:
-        MACs of QK^T and AV over the kept pairs, and of the predictor.
+        MACs of QK^T and AV over the kept pairs, and MACs of the predictor.
 
     >>> call = CountedCall("attn", 6, 197, 197, 64, 128, 196 * 50 + 197, 197 ** 2, 0.0)
     >>> rows, predictor = paper_macs(call, None, 197, 0.0)

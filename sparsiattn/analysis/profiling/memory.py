@@ -1,4 +1,4 @@
-"""Peak memory of a call, from what the allocators report to torch's profiler."""
+"""Peak memory of a call, from allocator events in torch's profiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes on this kind of device above what was taken before, at the peak of the call."""
+    """Peak memory of a call in bytes on a type of device, above the memory in use before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     assert recorded.profiler is not None
@@ -20,5 +20,5 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     memory = [event for event in results.events() if event.name() == "[memory]"]
     events = [event for event in memory if event.device_type().name == kind]
     events.sort(key=lambda event: event.start_ns())
-    # each event takes bytes or, below zero, gives them back
+    # positive events allocate bytes, negative events free them
     return int(max(accumulate((event.nbytes() for event in events), initial=0)))

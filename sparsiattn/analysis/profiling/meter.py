@@ -1,7 +1,7 @@
-"""What one forward pass spends its multiply-accumulates on, counted while it runs.
+"""Count the multiply-accumulates of one forward pass by section.
 
-`torch.utils.flop_counter` counts every operation. Its count goes to the innermost open section:
-hooks open those of blocks and attention modules, and sites open those of their planner and of
+`torch.utils.flop_counter` counts every operation. The count is added to the innermost open section:
+hooks open sections of blocks and attention modules, and sites open sections of their planner and of
 attention itself.
 """
 
@@ -26,30 +26,30 @@ from sparsiattn.strategies import Planner
 
 MHSA, PREDICTOR, TOKENS = "mhsa", "predictor", "tokens"
 ATTENTION, MLP, REST = "attention", "mlp", "rest"
-"""Parts: QK^T and AV; choosing keys; choosing tokens; the rest of attention modules; the rest of
-the blocks around them; the rest of the model."""
+"""Parts: QK^T and AV; selection of keys; selection of tokens; the rest of attention modules; the
+rest of their blocks; the rest of the model."""
 
 Section = tuple[str, str]
-"""A part, and the site, module or block by whose name it goes."""
+"""A part, and the name of its site, module or block."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CountedCall:
-    """One attention call, its figures those of the whole batch.
+    """One attention call, with figures for the whole batch.
 
     Attributes:
-        site: Path of the site in the model that runs.
-        lists: Images, windows and heads, each with its own queries and keys.
-        queries: Queries of each list.
-        keys: Keys of each list.
-        dim: Width of a key.
-        width: Width of a key and its value together, in the mean over pairs.
-        pairs: (query, key) pairs of each list that the pattern keeps, without summary keys.
-        all_pairs: Pairs of each list that there are.
-        macs: MACs of the pattern, summary keys and their pooling included.
-        computed: MACs that ran; None if nothing could tell.
-        choice: The kernel, planning counted in its speed; None for the host's own attention.
+        site: Path of the site in the profiled model.
+        lists: Number of images times windows times heads, each with its own queries and keys.
+        queries: Number of queries per list.
+        keys: Number of keys per list.
+        dim: Channels of a key.
+        width: Channels of a key plus its value, the mean over pairs.
+        pairs: Number of (query, key) pairs per list that the pattern keeps, without summary keys.
+        all_pairs: Number of all pairs per list.
+        macs: MACs of the pattern, including summary keys and their pooling.
+        computed: MACs that ran; None if unknown.
+        choice: The kernel, with planning included in its speed; None for the host's own attention.
     """
 
     site: str
@@ -81,12 +81,12 @@ class CountedCall:
 
 
 class MacCounter:
-    """The sections of one forward pass in one thread.
+    """Counts the MACs of one forward pass in one thread.
 
     Attributes:
-        names: Path in the model that runs, by a patch's key and its own name of a site.
+        names: Path of a site in the profiled model, by the key of its patch and its name there.
         spent: MACs by section.
-        calls: Attention calls in the order they ran.
+        calls: Attention calls in order of execution.
     """
 
     def __init__(self, names: dict[tuple[int, str], str]) -> None:
@@ -100,16 +100,16 @@ class MacCounter:
 
     @contextmanager
     def counting(self) -> Iterator[MacCounter]:
-        """Count what this thread does inside the block."""
+        """Count the operations of this thread inside the block."""
         with settings.setting("meter", self), self._counter:
             yield self
             self._settle()
 
     @contextmanager
     def watching(self, module: nn.Module, section: Section) -> Iterator[None]:
-        """Hook a module, so that its forward pass is a section while this counter counts."""
-        # first to come and last to go, so that what other hooks do counts too; the second also runs
-        # when the module raises
+        """Make the forward pass of a module a section, while this counter is counting."""
+        # the outermost hooks, so that operations of other hooks count too; the second hook also
+        # runs if the module raises
         with (
             module.register_forward_pre_hook(self._hook(self.enter, section), prepend=True),
             module.register_forward_hook(self._hook(self.leave, section), always_call=True),
@@ -118,26 +118,26 @@ class MacCounter:
 
     def _hook(self, action: Callable[[Section], None], section: Section) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            # another thread may run the same module, and is not counted
+            # another thread that runs the same module is not counted
             if settings.meter is self:
                 action(section)
 
         return hook
 
     def enter(self, section: Section) -> None:
-        """Open a section inside the present one."""
+        """Open a section inside the current one."""
         self._settle()
         self._open.append(section)
 
     def leave(self, section: Section) -> None:
-        """Close a section; that it never opened (an earlier hook raised) is no error."""
+        """Close a section, if it is open; it is not if an earlier hook raised."""
         self._settle()
         if self._open[-1] == section:
             self._open.pop()
 
     @contextmanager
     def section(self, part: str, name: str) -> Iterator[None]:
-        """Put what the block does down to a section."""
+        """Count the operations in a with block for a section."""
         self.enter((part, name))
         try:
             yield
@@ -145,28 +145,28 @@ class MacCounter:
             self.leave((part, name))
 
     def _settle(self) -> None:
-        """Put what was counted since the last call down to the innermost section."""
+        """Add the MACs counted since the last call to the innermost section."""
         total = macs_of(self._counter)
         self.spent[self._open[-1]] += total - self._settled
         self._settled = total
 
     def _spend(self, section: Section, call: Callable[[], T]) -> tuple[T, int]:
-        """What a call returns, and the MACs that the counter saw."""
+        """Make a call in a section; returns its result and its MACs."""
         before = self.spent[section]
         with self.section(*section):
             output = call()
         return output, self.spent[section] - before
 
     def name(self, runtime: SiteRuntime | BlockRuntime) -> str:
-        """Path of a site in the model that runs."""
+        """Path of a site in the profiled model."""
         return self.names[runtime.owner.key, runtime.site.name]
 
     def choosing(self, block: BlockRuntime) -> AbstractContextManager[None]:
-        """The section of a block that chooses tokens."""
+        """The section of a block's token selection."""
         return self.section(TOKENS, self.name(block))
 
     def plan(self, runtime: SiteRuntime, planner: Planner, inputs: AttentionInputs) -> Pattern:
-        """The finished pattern of one call."""
+        """Plan one call, and count its MACs; returns the finished pattern."""
         plans: list[Pattern] = []
 
         def recorded_planner(inputs: AttentionInputs) -> Pattern:
@@ -184,16 +184,16 @@ class MacCounter:
     def compute(
         self, runtime: SiteRuntime, choice: Choice, inputs: AttentionInputs, pattern: Pattern
     ) -> Tensor:
-        """What the chosen kernel returns."""
+        """Run the chosen kernel, and count its MACs."""
         name, kernel = self.name(runtime), choice.kernel
         uncounted = kernel.uncounted_macs(inputs, pattern)
         if uncounted is None:
             output, computed = self._spend((MHSA, name), lambda: kernel(inputs, pattern))
-            if not computed:  # an operation that torch's counter does not know
+            if not computed:  # torch's counter does not support the operation
                 work = kernel.work(inputs, pattern)
                 uncounted = None if work is None else round(work.macs)
         else:
-            # under a dispatch mode, as the counter is, Dynamo would run a compiled kernel eagerly
+            # Dynamo would run a compiled kernel eagerly under the counter's dispatch mode
             with _disable_current_modes():
                 output = kernel(inputs, pattern)
         if uncounted is not None:
@@ -206,7 +206,7 @@ class MacCounter:
         return output
 
     def dense(self, runtime: SiteRuntime, call: HostCall) -> Tensor:
-        """What the host's own attention at a site returns."""
+        """Run the host's own attention at a site, and count its MACs."""
         name, pattern = self.name(runtime), Dense(call.q.shape[-2], call.k.shape[-2])
         output, computed = self._spend((MHSA, name), call.dense)
         counted = CountedCall.of(name, (call.q, call.k, call.v), pattern)

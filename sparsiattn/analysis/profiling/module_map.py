@@ -1,4 +1,4 @@
-"""Where a model's attention, its projections and its MLPs are, for one input."""
+"""Find the attention, projections and MLPs of a model for one input."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class ModuleMap:
-    """Modules whose costs are told apart.
+    """The modules whose costs are counted separately.
 
     Attributes:
-        backbone: The adapter that knows the model.
-        sites: In the order they run.
-        attention: Sites by the path of the module that holds them with their projections.
-        blocks: The first site of each block around them, by the path of the block.
+        backbone: Name of the adapter for the model.
+        sites: The sites in order of execution.
+        attention: Names of sites by the path of the module that contains them and their
+            projections.
+        blocks: Name of the first site of each block, by the path of the block.
     """
 
     backbone: str
@@ -39,7 +40,7 @@ class ModuleMap:
     blocks: dict[str, str]
 
     def sections(self) -> Iterator[tuple[str, Section]]:
-        """Module paths and what to put down to them."""
+        """Yield module paths and their sections."""
         for path, sites in self.attention.items():
             yield path, (ATTENTION, sites[0])
         for path, site in self.blocks.items():
@@ -70,7 +71,7 @@ def map_modules(model: nn.Module, patches: list[Patch], arguments: MetaInputs) -
 
 
 def patched_sites(model: nn.Module, patches: list[Patch]) -> dict[str, SiteRuntime]:
-    """Patched sites by their path in the model, also those of a patch of more than the model."""
+    """Patched sites by their path in the model; the patch may belong to a larger model."""
     paths = {id(module): path for path, module in model.named_modules()}
     runtimes = (runtime for patch in patches for runtime in patch.runtimes)
     return {paths[id(r.module)]: r for r in runtimes if id(r.module) in paths}
@@ -79,8 +80,10 @@ def patched_sites(model: nn.Module, patches: list[Patch]) -> dict[str, SiteRunti
 def _survey(
     copied: nn.Module, example: Any, patched: set[str], arguments: MetaInputs
 ) -> ModelSurvey:
-    """Sites of the model called as it will be, else, where that needs values, as its adapter knows
-    to call it."""
+    """The sites of the model, called with these arguments.
+
+    If the model needs the values of its arguments, its adapter's default call is used instead.
+    """
     try:
         return survey(copied, example, patched, _one_image(arguments))
     except ProbeFailed:
@@ -88,7 +91,7 @@ def _survey(
 
 
 def _child(model: nn.Module, block: str, site: str) -> str:
-    """The part of a block that holds this site: attention with its projections."""
+    """Path of the block's submodule that contains a site: attention with its projections."""
     path = block
     for name in site[len(block) + 1 :].split(".") if site != block else ():
         path = f"{path}.{name}" if path else name
@@ -101,19 +104,20 @@ def batch_of(arguments: MetaInputs) -> Tensor:
     """The images among a model's arguments.
 
     Returns:
-        The first tensor ``[B, C, H, W]``, else the first with more than one axis.
+        The first floating-point tensor ``[B, C, H, W]``, else the first tensor with more than one
+        axis.
 
     Raises:
         InvalidType: There is no such tensor.
-        InvalidOption: It is empty.
+        InvalidOption: The tensor is empty.
     """
     tensors = [x for x in tensors_in(arguments) if x.dim() > 1]
     images = [x for x in tensors if x.dim() == 4 and x.is_floating_point()]
     batch = next(iter(images + tensors), None)
     if batch is None:
         raise InvalidType(
-            "profile needs what the model takes, with at least one tensor [B, ...] in it: images "
-            f"[B, C, H, W], as torch.randn(1, 3, 224, 224); got {arguments[0] or arguments[1]!r}"
+            "profile needs the model's input with at least one tensor [B, ...], such as images "
+            f"torch.randn(1, 3, 224, 224); got {arguments[0] or arguments[1]!r}"
         )
     if not len(batch):
         raise InvalidOption(
@@ -123,7 +127,7 @@ def batch_of(arguments: MetaInputs) -> Tensor:
 
 
 def _one_image(arguments: MetaInputs) -> MetaInputs:
-    """One image of these arguments."""
+    """The arguments with only the first image."""
     batch = len(batch_of(arguments))
 
     def first_image(tensor: Tensor) -> Tensor:

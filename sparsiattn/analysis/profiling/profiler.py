@@ -1,4 +1,4 @@
-"""`profile`: what a model costs, dense and patched, counted while it runs."""
+"""`profile`: count the MACs of a model, dense and patched, while it runs."""
 
 from __future__ import annotations
 
@@ -36,28 +36,27 @@ def profile(
     latency: bool = False,
     rounds: int = 10,
 ) -> Profile:
-    """Count MACs of a model and of its patch, by part and by site, from what runs.
+    """Count the MACs of a model and of its patch, by part and by site, while it runs.
 
-    The model runs once as it is and once dense, in eval mode and without gradients, under
-    `torch.utils.flop_counter`. Modes, hooks, weights, random numbers and the patch stay as they
-    are.
+    The model runs once patched and once dense, in eval mode and without gradients, under
+    `torch.utils.flop_counter`. Modes, hooks, weights, random state and the patch are restored.
 
     Args:
-        model: Patched or not.
+        model: The model, patched or not.
         input: An image batch ``[B, C, H, W]``, a dict of keyword arguments or a tuple of positional
-            ones, on the model's device; figures are for one image.
-        accounting: ``"own"``, ``"computed"`` or ``"paper"``, by which the headline figures count
-            (see `Profile`; all three are in it).
-        memory: Also run both under torch's profiler, for peak memory.
-        latency: Also time both, and each site, as `bench` does.
-        rounds: Paired runs for ``latency``.
+            arguments, on the model's device. Figures are for one image.
+        accounting: Accounting rule of the headline figures: ``"own"``, ``"computed"`` or
+            ``"paper"`` (see `Profile`, which contains all three).
+        memory: Whether to measure peak memory of both passes with torch's profiler.
+        latency: Whether to time both passes and each site, as `bench` does.
+        rounds: Number of paired runs for ``latency``.
 
     Returns:
-        MACs, and time and memory where they were asked for.
+        MACs, and time and memory if requested.
 
     Raises:
-        InvalidType: ``input`` is none that a model takes.
-        InvalidOption: The model does not take ``input``, or another option is wrong.
+        InvalidType: ``input`` is not an input of a model.
+        InvalidOption: The model does not accept ``input``, or an option is invalid.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -83,7 +82,7 @@ def profile(
 
 
 def _active_patches(model: nn.Module) -> list[Patch]:
-    """Patches of the model and of its parts, each once."""
+    """Active patches of the model and of its submodules, each once."""
     patches = patches_in(model)
     for patch in patches:
         patch.ensure_active("profile")
@@ -98,7 +97,7 @@ def _active_patches(model: nn.Module) -> list[Patch]:
 
 @contextmanager
 def _undisturbed(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
-    """Eval mode without gradients; everything is afterwards what it was."""
+    """Eval mode without gradients inside the block; all state is restored afterwards."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
     with ExitStack() as stack:
@@ -107,7 +106,7 @@ def _undisturbed(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
         stack.enter_context(eval_mode(model))
         for patch in patches:
             stack.enter_context(unchanged(patch))
-        # the fast path of `nn.MultiheadAttention` is one operation that cannot be counted
+        # the fast path of `nn.MultiheadAttention` is one operation, which cannot be counted
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         yield
@@ -116,11 +115,11 @@ def _undisturbed(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
 def _latency(
     model: nn.Module, patches: list[Patch], model_arguments: MetaInputs, rounds: int
 ) -> Latency:
-    """Paired runs as `bench` makes them, which also measure the sites of a patch."""
+    """Paired runs as in `bench`; the sites of a patch are measured too."""
     patch = patch_of(model)
     if patches and patch is None:
         raise InvalidOption(
-            "latency=True needs the model that carries the patch, and here a part of it does: "
+            "latency=True needs a model that is patched itself, but here only a part of it is: "
             "profile that part"
         )
     times = time_model(model, patch, model_arguments, rounds)

@@ -1,4 +1,4 @@
-"""What `profile` returns, and how it is laid out."""
+"""`Profile`: the result of `profile`, and its text form."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sparsiattn.patching.text import Row, macs_text, plain, plain_data, shape_te
 
 @dataclass(frozen=True)
 class Parts:
-    """Multiply-accumulates for one image.
+    """Multiply-accumulates (MACs) for one image, by part.
 
     Attributes:
         mhsa: QK^T and AV.
-        predictor: Choosing keys and tokens.
+        predictor: Selection of keys and tokens.
         projections: The rest of attention modules.
-        mlp: The rest of the blocks around them.
-        rest: Patches, head, all else.
+        mlp: The rest of their blocks.
+        rest: Patch embedding, head and everything else.
     """
 
     mhsa: int = 0
@@ -36,30 +36,30 @@ class Parts:
 
 
 LABELS = {"mhsa": "MHSA (QK^T, AV)", "mlp": "MLP"}
-"""What tables call parts, where that is not the name of the field."""
+"""Labels of parts in tables that differ from the name of the field."""
 
 
 @dataclass(frozen=True)
 class SiteProfile:
-    """One site. Where several share a block or its projections, the first of them has its MACs.
+    """The costs of one site. If sites share a block or projections, the first has their MACs.
 
     Attributes:
         name: Path of the site.
-        strategy: Name of its strategy, empty without a patch.
-        kernel: Kernels that ran, ``"dense"`` for the host's own attention.
-        tokens: Tokens of the image that enter its attention, in all windows.
+        strategy: Name of its strategy; empty without a patch.
+        kernel: Kernels that ran; ``"dense"`` for the host's own attention.
+        tokens: Number of tokens of an image that enter its attention, in all windows.
         tokens_dense: The same without the patch.
-        windows: Windows of one image.
-        density: Kept (query, key) pairs over those there are at these tokens.
+        windows: Number of windows per image.
+        density: Share of kept (query, key) pairs among all pairs of these tokens.
         dense: MACs for one image without the patch.
         pattern: MACs for one image by the accounting ``"own"``, see `Profile`.
         computed: MACs for one image by the accounting ``"computed"``.
         paper: MACs for one image by the accounting ``"paper"``.
-        left_dense: Whether it stays dense because the sparse kernel should lose
+        left_dense: Whether it stays dense because the sparse kernel is expected to be slower
             (``only_if_faster``).
-        expected: Speed relative to dense attention with planning counted, as in `Report`; None
-            where attention stays the host's own.
-        measured: The same, measured; None where it was not.
+        expected: Expected speed relative to dense attention, planning included, as in `Report`;
+            None if the host's own attention runs.
+        measured: Measured speed; None if not measured.
     """
 
     name: str
@@ -97,7 +97,7 @@ SITE_COLUMNS: dict[str, Callable[[SiteProfile], str]] = {
     "expected": lambda site: speed_text(site.expected if site.speed else None),
     "measured": lambda site: speed_text(site.measured if site.speed else None),
 }
-"""Columns of the table of sites; the first three say what there is without a patch."""
+"""Columns of the table of sites; the first three are shown without a patch."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Latency:
     """Time of a forward pass in paired runs.
 
     Attributes:
-        rounds: Paired runs.
-        dense_ms: Median milliseconds of the unpatched model.
-        dense_quartiles: First and third quartile of those.
-        ms: Median milliseconds of the patched model; None without a patch.
-        quartiles: First and third quartile of those; None without a patch.
-        ratio: Dense time over patched time; None without a patch.
+        rounds: Number of paired runs.
+        dense_ms: Median time of the unpatched model, in milliseconds.
+        dense_quartiles: First and third quartile of that time.
+        ms: Median time of the patched model, in milliseconds; None without a patch.
+        quartiles: First and third quartile of that time; None without a patch.
+        ratio: Dense time divided by patched time; None without a patch.
     """
 
     rounds: int
@@ -130,11 +130,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a forward pass at its peak, weights and inputs not counted.
+    """Peak memory of a forward pass in bytes, without weights and inputs.
 
     Attributes:
-        dense: Of the unpatched model.
-        patched: Of the patched model; the same without a patch.
+        dense: Peak memory of the unpatched model.
+        patched: Peak memory of the patched model; equal to ``dense`` without a patch.
     """
 
     dense: int
@@ -143,26 +143,33 @@ class Memory:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one forward pass costs, dense and patched. ``print`` it, or take `to_dict`.
+    """The costs of one forward pass, dense and patched. Print it, or use `to_dict`.
 
     All figures are MACs (multiply-accumulates) for one image; FLOPs are twice that. The patched
-    model is counted in three ways, which agree without a patch.
+    model is counted by three rules, which agree without a patch.
 
     Attributes:
-        model: Class of the model.
-        backbone: The adapter that knows the model.
-        strategy: Names of the strategies, empty without a patch.
+        model: Class name of the model.
+        backbone: Name of the adapter for the model.
+        strategy: Names of the strategies; empty without a patch.
         input_shape: Shape of the batch that was counted.
-        images: Images in that batch.
-        accounting: The way in which ``macs``, ``mhsa_macs`` and ``predictor_macs`` are counted.
-        dense: The same model unpatched.
-        pattern: By the accounting ``"own"``: pairs that patterns keep, and all that choosing costs.
-        computed: By ``"computed"``: also what kernels add (padding, pairs computed to be masked).
-        paper: By ``"paper"``: as in Sparsifiner's tables, whose MHSA includes the predictor.
-        sites: Each site alone.
-        latency: Time, if it was asked for.
-        memory: Peak memory, if it was asked for.
-        notes: Where a saving in MACs is none in time.
+        images: Number of images in that batch.
+        accounting: Accounting rule of ``macs``, ``mhsa_macs`` and ``predictor_macs``.
+        dense: The unpatched model.
+        pattern: By the rule ``"own"``: pairs that patterns keep, and the cost of selection.
+        computed: By the rule ``"computed"``: also pairs that kernels add (padding, masked pairs).
+        paper: By the rule ``"paper"``: as in Sparsifiner's tables, whose MHSA includes the
+            predictor.
+        sites: The costs of each site.
+        latency: Time; None if not requested.
+        memory: Peak memory; None if not requested.
+        notes: Explanations of where fewer MACs do not save time.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> cost = sparsiattn.profile(tiny_vit(), tiny_images(1))
+    >>> cost.tokens, cost.flops == 2 * cost.macs, cost.macs == cost.macs_dense
+    ((65, 65), True, True)
     """
 
     model: str
@@ -184,7 +191,7 @@ class Profile:
 
     @property
     def chosen(self) -> Parts:
-        """The parts by `accounting`."""
+        """The MACs by part, by the rule `accounting`."""
         name = "pattern" if self.accounting == "own" else self.accounting
         return getattr(self, name)  # type: ignore[no-any-return]
 
@@ -210,26 +217,26 @@ class Profile:
 
     @property
     def mhsa_macs_dense(self) -> int:
-        """QK^T and AV of the unpatched model."""
+        """MACs of QK^T and AV of the unpatched model."""
         return self.dense.mhsa
 
     @property
     def mhsa_macs(self) -> int:
-        """QK^T and AV; by the paper's accounting with the predictor, as in its tables."""
+        """MACs of QK^T and AV; by the rule ``"paper"`` also of the predictor, as in its tables."""
         return self.chosen.mhsa + (self.predictor_macs if self.accounting == "paper" else 0)
 
     @property
     def predictor_macs(self) -> int:
-        """MACs of choosing keys and tokens."""
+        """MACs of selecting keys and tokens."""
         return self.chosen.predictor
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens of the image that enter the attention of each site, in the order they run."""
+        """Number of tokens of an image that enter the attention of each site, in order."""
         return tuple(site.tokens for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, where ``pattern`` goes by its accounting, ``own``."""
+        """Plain data for JSON, in which ``pattern`` is called ``own``."""
         names = (
             *("macs_dense", "macs", "flops_dense", "flops", "mhsa_macs_dense", "mhsa_macs"),
             *("predictor_macs", "tokens"),
@@ -240,7 +247,7 @@ class Profile:
         return plain(self.layout())
 
     def layout(self) -> list[str | list[Row]]:
-        """Lines and tables, top down; an empty line parts the two tables."""
+        """Lines and tables from top to bottom; an empty line separates the two tables."""
         return [self._head(), self.parts_table(), "", self.site_table(), *self._tail()]
 
     def _head(self) -> str:
@@ -252,7 +259,7 @@ class Profile:
         )
 
     def parts_table(self) -> list[Row]:
-        """Cells of MACs by part, dense and by each accounting, a heading first."""
+        """Rows of the table of MACs by part, dense and by each rule, header first."""
         paper = self.accounting == "paper"
         columns = {"dense": self.dense}
         if self.strategy:
@@ -272,7 +279,7 @@ class Profile:
         ]
 
     def site_table(self) -> list[Row]:
-        """Cells of the sites, a heading first; columns that would say nothing are left out."""
+        """Rows of the table of sites, header first; columns without information are left out."""
         if not self.sites:
             return []
         columns = list(SITE_COLUMNS)[: None if self.strategy else 3]
@@ -284,7 +291,7 @@ class Profile:
         if self.memory is not None:
             patched = f", patched {self.memory.patched / 1e6:.1f} MB" if self.strategy else ""
             lines.append(
-                "peak memory of a forward pass, weights apart: "
+                "peak memory of a forward pass without weights: "
                 f"dense {self.memory.dense / 1e6:.1f} MB{patched}"
             )
         return [*lines, *self.notes]

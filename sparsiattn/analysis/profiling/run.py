@@ -1,4 +1,4 @@
-"""One model on one input, run to be counted."""
+"""`Run`: forward passes of a model for counting."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sparsiattn.runtime.site_runtime import SiteRuntime
 
 @dataclass(frozen=True)
 class Run:
-    """One input and the model that takes it.
+    """A model and one input.
 
     Attributes:
         model: The model, without wrappers.
-        arguments: What it is called with.
-        module_map: Where its attention and its MLPs are.
-        patches: Live patches of the model and of its parts.
+        arguments: The arguments of its forward pass.
+        module_map: The modules of its attention and its MLPs.
+        patches: Active patches of the model and of its submodules.
     """
 
     model: nn.Module
@@ -40,7 +40,7 @@ class Run:
         return patched_sites(self.model, self.patches)
 
     def call(self, dense: bool = False) -> Any:
-        """One forward pass; dense: as if unpatched."""
+        """Run one forward pass, with patches disabled if ``dense``."""
         args, kwargs = self.arguments
         with ExitStack() as stack:
             for patch in self.patches if dense else ():
@@ -48,10 +48,10 @@ class Run:
             return self.model(*args, **kwargs)
 
     def count(self, dense: bool = False) -> MacCounter:
-        """One forward pass under a counter.
+        """Run one forward pass, and count its MACs.
 
         Raises:
-            InvalidOption: The model does not take the input.
+            InvalidOption: The model does not accept the input.
         """
         runtimes = self.runtimes.items()
         counter = MacCounter(
@@ -65,11 +65,11 @@ class Run:
                 self.call(dense)
             except (SparsiattnError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # the first run of all: what the host refuses is the input
+            except Exception as error:  # in this first run, an error is due to the input
                 raise InvalidOption(
                     f"{type(self.model).__name__} fails on this input, a tensor of shape "
                     f"{tuple(batch_of(self.arguments).shape)}: {type(error).__name__}: {error}. "
-                    "Pass what the model takes, on its device"
+                    "Pass an input that the model accepts, on its device"
                 ) from error
         return counter
 

@@ -1,8 +1,8 @@
-"""Budgets per site and per block that meet one budget of the whole model.
+"""Search of budgets per site and per block that meet one budget of the whole model.
 
-`settings` and `space` say what there is to choose, `evaluation` runs a candidate, `budget` compares
-candidates, `pareto` estimates them from single changes, `plan` says how many run, `evolution` puts
-them together, `searching` is what users call.
+`settings` and `space` define the search space, `evaluation` runs a candidate, `budget` compares
+candidates, `pareto` estimates them from single changes, `plan` sets the number of trials,
+`evolution` is the search itself, and `searching` has the public function.
 """
 
 from sparsiattn.analysis.schedule_search.budget import Budget

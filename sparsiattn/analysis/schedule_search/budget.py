@@ -1,4 +1,4 @@
-"""What a candidate must keep to, and which of those that do is the best."""
+"""The budget of a search: a limit for candidates, and the order of those that meet it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ BUDGETS = ("macs", "latency", "agreement")
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit, and an order of those that keep to it.
+    """A limit for candidates, and the order of those that meet it.
 
     Attributes:
         kind: One of `BUDGETS`.
-        limit: MACs per image or time over the dense model's at most, or agreement at least.
-        measure: What agreement is, in words.
+        limit: Upper limit of MACs per image or of time relative to the dense model, or lower limit
+            of agreement.
+        measure: Name of the agreement measure in texts.
     """
 
     kind: str
@@ -28,10 +29,10 @@ class Budget:
 
     @classmethod
     def read(cls, budget: Any) -> Budget:
-        """Check what a user gave; a share of MACs stays one.
+        """Check a user's budget; a share of MACs is not converted.
 
         Raises:
-            InvalidOption: It is no budget.
+            InvalidOption: It is not a budget.
         """
         choices = f"one of {', '.join(f'{{{name!r}: ...}}' for name in BUDGETS)}"
         if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in BUDGETS:
@@ -44,20 +45,20 @@ class Budget:
         return cls(kind, bound)
 
     def met_by(self, trial: Trial) -> bool:
-        """Whether a trial keeps to it; not where its time was not measured."""
+        """Whether a trial meets the budget; False if its time was not measured."""
         if self.kind == "agreement":
             return trial.agreement >= self.limit
         cost = trial.macs if self.kind == "macs" else trial.latency
         return cost is not None and cost <= self.limit
 
     def order(self, trial: Trial) -> tuple[float, float]:
-        """The least is the best."""
+        """Sort key of a trial; smaller is better."""
         if self.kind == "agreement":
             return trial.macs, trial.divergence
         return trial.divergence, trial.macs
 
     def best(self, trials: Iterable[Trial]) -> Trial | None:
-        """The best of those that keep to it; None where none does."""
+        """The best trial that meets the budget; None if there is none."""
         return min(filter(self.met_by, trials), key=self.order, default=None)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a candidate does to a model: run on images, counted, and timed where that is the budget."""
+"""Evaluation of candidates: run on images, counted in MACs, and timed for a budget of time."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from sparsiattn.strategies import Config
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate, run.
+    """The result of one candidate.
 
     Attributes:
         candidate: Its options and shares.
-        divergence: From the dense model, mean over images: in nats between predictions, or 1 less
-            the cosine of features, or 1 less what the user's function says.
-        agreement: Share of images where both predict the same class, or the mean cosine of
-            features, or of what the user's function says.
+        divergence: Divergence from the dense model, mean over images: KL divergence of predictions
+            in nats, or 1 minus the cosine of features, or 1 minus the user's metric.
+        agreement: Share of images with the same predicted class, or mean cosine of features, or
+            mean of the user's metric.
         macs: MACs per image.
-        latency: Time over the dense model's; None where it was not measured.
+        latency: Time relative to the dense model; None if not measured.
     """
 
     candidate: Candidate
@@ -52,14 +52,14 @@ class TrialRunner:
     """Runs candidates on a copy of the model.
 
     Attributes:
-        model: The model to search; here its copy takes its place.
+        model: The model to search; it is replaced by a copy.
         images: Batches ``[B, 3, H, W]``.
-        example: An image batch or shape, where the model does not say which.
-        only_if_faster: As for `patch`.
-        metric: What is compared, as `OutputMetric.of` takes it; here the one that was decided.
+        example: An image batch or shape, if the model's input size is not known.
+        only_if_faster: As in `patch`.
+        metric: The comparison, as in `OutputMetric.of`; None to choose it by the model.
         tick: Called after every batch and round.
-        dense_seconds: Of the dense model, for all images.
-        batch_seconds: Of the dense model, for the first batch.
+        dense_seconds: Time of the dense model for all images, in seconds.
+        batch_seconds: Time of the dense model for the first batch, in seconds.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class TrialRunner:
         patch = patch_of(self.model)
         self.was_patched = patch is not None
         if patch is not None:
-            # kept aside, as they leave the model with the patch
+            # stored, as unpatch removes them from the model
             weights = self.model.state_dict().items()
             self.planners = {n: w.clone() for n, w in weights if is_planner_key(n)}
             patch.unpatch()
@@ -90,12 +90,12 @@ class TrialRunner:
     def patched(
         self, schedule: Any, strategy: Config, model: nn.Module | None = None
     ) -> Iterator[Patch]:
-        """Inside the block, the copy patched with a schedule, its planners as they were trained.
+        """Patch the copy with a schedule inside the block, with the weights of trained planners.
 
         Args:
-            schedule: As `patch` takes it.
-            strategy: With its options.
-            model: Another copy.
+            schedule: As in `patch`.
+            strategy: The strategy with its options.
+            model: Another copy to patch instead; None for `model`.
         """
         model = self.model if model is None else model
         with apply_strategy(
@@ -109,7 +109,10 @@ class TrialRunner:
         ) as patch:
             unexpected = model.load_state_dict(self.planners, strict=False).unexpected_keys
             if unexpected:
-                raise ModelChanged(f"the patch has weights that its copy has not: {unexpected[:3]}")
+                raise ModelChanged(
+                    f"the patch has weights that its copy does not have: {unexpected[:3]}; "
+                    "unpatch() and patch the model again"
+                )
             yield patch
 
     def run(self, space: Space, candidate: Candidate) -> Trial:
@@ -119,14 +122,17 @@ class TrialRunner:
             macs = report(patch, space.macs).macs
             outputs = self._outputs()
         if macs is None:
-            raise InvalidOption(f"{strategy.name!r} has no fixed cost, so it cannot be searched")
+            raise InvalidOption(
+                f"search() needs a strategy with fixed cost, and that of {strategy.name!r} depends "
+                "on values: use a fixed budget"
+            )
         divergence, agreement = self._compared(outputs)
         return Trial(candidate, divergence, agreement, macs)
 
     def time(self, space: Space, candidates: Sequence[Candidate], rounds: int) -> list[float]:
-        """Median time of each over the dense model's, in the same paired rounds, on one batch.
+        """Median times relative to the dense model, in the same paired rounds on one batch.
 
-        Each has a copy of the model, which shares its weights.
+        Each candidate has its own copy of the model, which shares the weights.
         """
         images = self.images[0]
         with torch.inference_mode(), ExitStack() as stack:
@@ -142,7 +148,7 @@ class TrialRunner:
 
     @torch.inference_mode()
     def _outputs(self) -> list[Any]:
-        """What is compared, of the model as it is now, by batch."""
+        """Outputs to compare of the model in its current state, by batch."""
         outputs = []
         for batch in self.images:
             output = self.measure.outputs(self.model, (batch,), {})
@@ -151,7 +157,7 @@ class TrialRunner:
         return outputs
 
     def _compared(self, outputs: list[Any]) -> tuple[float, float]:
-        """Divergence and agreement, means over images; outputs that are not finite diverge most."""
+        """Divergence and agreement, means over images; divergence is infinite if not finite."""
         divergence, agreement, count = 0.0, 0.0, sum(map(len, self.images))
         for batch, dense, patched in zip(self.images, self.dense, outputs, strict=True):
             same = self.measure.compare(self.model, dense, patched)

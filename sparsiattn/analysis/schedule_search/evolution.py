@@ -1,4 +1,4 @@
-"""The search itself: uniform candidates, single changes, and proposals made from them."""
+"""The search: uniform candidates, single changes, and proposals derived from them."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from sparsiattn.analysis.schedule_search.space import Candidate, Space
 from sparsiattn.errors import InvalidOption
 
 MARGIN = 1.05
-"""Times up to this over the limit are measured again: the first timings are short."""
+"""Candidates up to this factor over the time limit are timed again, as first timings are short."""
 
 
 class Runner(Protocol):
-    """What measures candidates."""
+    """Evaluates candidates, see `TrialRunner`."""
 
     def run(self, space: Space, candidate: Candidate) -> Trial:
-        """A trial of the candidate, not timed."""
+        """Run a candidate without timing it."""
 
     def time(self, space: Space, candidates: Sequence[Candidate], rounds: int) -> list[float]:
-        """Their times over the dense model's, measured together."""
+        """Times relative to the dense model, measured together."""
 
 
 @dataclass
 class Search:
-    """One search under way.
+    """One running search.
 
     Attributes:
-        runner: Measures candidates.
-        space: What there is to choose.
-        budget: What they must keep to.
-        plan: How many to run.
-        generator: Draws neighbours.
+        runner: Evaluates candidates.
+        space: The search space.
+        budget: The limit for candidates.
+        plan: The number of trials.
+        generator: Random generator for neighbours.
         advance: Called with the number of candidates run.
-        deadline: Seconds of `time.monotonic` after which no other candidate is run.
-        trials: What was run.
-        raced: Those whose times were measured together, and the dense one.
+        deadline: Time of `time.monotonic` after which no more candidates are run.
+        trials: Results by candidate.
+        raced: Candidates that were timed together, and the dense one.
         costs: Estimates from single changes.
     """
 
@@ -62,21 +62,22 @@ class Search:
 
     @property
     def timed(self) -> bool:
-        """Whether the budget is one of time."""
+        """Whether the budget is a budget of time."""
         return self.budget.kind == "latency"
 
     @property
     def is_late(self) -> bool:
-        """Whether time is up; never before the first trial."""
+        """Whether the deadline has passed; False before the first trial."""
         return bool(self.trials) and time.monotonic() > self.deadline
 
     def solve(self) -> Trial:
-        """The best candidate within the budget.
+        """Run the search, and return the best candidate within the budget.
 
-        No uniform one that was run and keeps to the budget is better, by the figures in `trials`.
+        It is at least as good as every uniform candidate that was run and meets the budget, by the
+        figures in `trials`.
 
         Raises:
-            InvalidOption: None keeps to it.
+            InvalidOption: No candidate meets the budget.
         """
         for candidate in self.plan.uniforms:
             trial = None if self.costs.is_idle(candidate) else self.run_and_time(candidate)
@@ -95,24 +96,24 @@ class Search:
         return self.best() or self.fail()
 
     def best(self) -> Trial | None:
-        """The best so far; where times are the budget, of those raced, once any were."""
+        """The best trial so far; for a budget of time, among the raced ones if there are any."""
         return self.budget.best([*self.final(), *self.dense()])
 
     def best_uniform(self) -> Trial | None:
-        """The best uniform one."""
+        """The best uniform trial."""
         return self.budget.best(t for t in self.final() if t.candidate in self.uniforms)
 
     def final(self) -> list[Trial]:
-        """Trials whose figures count."""
+        """Trials with final figures."""
         return [t for c, t in self.trials.items() if not self.raced or c in self.raced]
 
     def dense(self) -> list[Trial]:
-        """The dense model, where a candidate is that; it need not be run."""
+        """The trial of the dense model, if a candidate equals it; it need not be run."""
         exact = self.space.is_exact
         return [Trial(self.space.dense, 0.0, 1.0, self.space.macs, 1.0)] if exact else []
 
     def run(self, candidate: Candidate) -> Trial | None:
-        """The trial of a candidate, from before where there is one; None where time is up."""
+        """The trial of a candidate, which may have been run before; None after the deadline."""
         if self.space.keeps_all(candidate):
             return self.dense()[0]
         if candidate not in self.trials:
@@ -123,7 +124,7 @@ class Search:
         return self.trials[candidate]
 
     def run_and_time(self, candidate: Candidate) -> Trial | None:
-        """As `run`; where the budget is time, timed as well if it would be the best."""
+        """As `run`; for a budget of time, also time the candidate if it could be the best."""
         trial = self.run(candidate)
         if trial is None or not self.timed or trial.latency is not None:
             return trial
@@ -135,12 +136,12 @@ class Search:
         return trial
 
     def learn_times(self) -> None:
-        """Let estimates go by what was timed so far."""
+        """Fit the estimates to the times measured so far."""
         if self.timed:
             self.costs.learn_times(self.trials.values())
 
     def propose(self, until: int) -> None:
-        """Run what estimates say is best, in a third of the trials that are left."""
+        """Run the candidates with the best estimates, using a third of the remaining trials."""
         until = len(self.trials) + max(min(4, until - len(self.trials)), self.plan.proposals // 3)
         candidates = [*self.costs.front(), *self.every_uniform()]
         candidates = [self.space.canonical(c) for c in candidates if not self.costs.is_idle(c)]
@@ -156,33 +157,33 @@ class Search:
         return None
 
     def every_uniform(self) -> list[Candidate]:
-        """Uniform candidates with any options, also those that are not run by themselves."""
+        """Uniform candidates with all options, including those that are not run by default."""
         shares = [candidate.shares for candidate in self.uniforms]
         return [Candidate(s, row) for s in range(len(self.space.settings)) for row in shares]
 
     @property
     def limit(self) -> float:
-        """Of estimated costs: the budget, over the dense model's."""
+        """Limit of estimated costs, relative to the dense model."""
         if self.budget.kind == "macs":
             return self.budget.limit / self.space.macs
         return self.budget.limit
 
     def bisect(self, candidates: list[Candidate], until: int) -> None:
-        """Of candidates by ascending MACs, find where agreement begins to suffice."""
+        """Find the smallest MACs with enough agreement, among candidates with ascending MACs."""
         low, high = 0, len(candidates) - 1
         while low <= high and len(self.trials) < until:
             middle = (low + high) // 2
             trial = self.run(candidates[middle])
             if trial is None:
                 return
-            # agreement falls with MACs, nearly
+            # agreement almost always falls with MACs
             low, high = (low, middle - 1) if self.budget.met_by(trial) else (middle + 1, high)
 
     def evolve(self, until: int) -> None:
-        """Run neighbours of the best so far, as long as trials are left.
+        """Run neighbours of the best trial so far, until no trials are left.
 
-        Where 50 draws bring nothing new, those of the next best, and dearer ones: estimates may be
-        too high, and then nothing seems to fit.
+        If 50 draws give nothing new, neighbours of the next best trial and more expensive ones are
+        tried: cost estimates may be too high, so that nothing seems to fit.
         """
         stuck = 0
         for draw in range(1, 50 * (self.plan.proposals + 10)):
@@ -201,12 +202,12 @@ class Search:
                 stuck = 0
 
     def is_new(self, candidate: Candidate) -> bool:
-        """Whether a candidate is like no other that was run, and not the dense model."""
+        """Whether a candidate differs from all that were run and from the dense model."""
         known = candidate in self.trials or self.space.keeps_all(candidate)
         return not known and not self.costs.is_idle(candidate)
 
     def parent(self, rank: int) -> Trial:
-        """One of the best so far, or the nearest where nothing keeps to the budget."""
+        """The trial of this rank, or the nearest one if no trial meets the budget."""
         if rank == 0:
             return self.best() or self.nearest()
         fitting = filter(self.budget.met_by, self.trials.values())
@@ -214,7 +215,7 @@ class Search:
         return ranked[rank % len(ranked)]
 
     def nearest(self) -> Trial:
-        """What to start from where nothing keeps to the budget."""
+        """The trial that is nearest to the budget, if none meets it."""
 
         def distance(trial: Trial) -> float:
             if self.budget.kind == "agreement":
@@ -224,11 +225,12 @@ class Search:
         return min(self.trials.values(), key=distance)
 
     def race(self) -> None:
-        """Time the best together, until none is left that may be better than the best of them.
+        """Time the best candidates together, until no other candidate may be better.
 
-        Otherwise the luck of a short timing would decide. Those that lead are timed once more, with
-        the next or alone: what is picked for its time was lucky, and found and uniform should have
-        their times from the same rounds.
+        Otherwise random variation of a short timing would decide. The leading candidates are timed
+        once more, together with the next ones or alone: a candidate that was selected for its time
+        tends to be a lucky measurement, and the result and the best uniform candidate should have
+        times from the same rounds.
         """
         near = replace(self.budget, limit=MARGIN * self.budget.limit)
         fitting = sorted(filter(near.met_by, self.trials.values()), key=self.budget.order)
@@ -247,7 +249,7 @@ class Search:
             led = leading
 
     def better(self, candidates: Iterable[Candidate], than: Trial | None) -> list[Candidate]:
-        """Those whose trials are better than one."""
+        """The candidates whose trials are better than a given one."""
         order, trials = self.budget.order, self.trials
         return [c for c in candidates if than is None or order(trials[c]) < order(than)]
 
@@ -260,7 +262,7 @@ class Search:
         self.raced |= set(group)
 
     def fail(self) -> Trial:
-        """Say that nothing keeps to the budget, and what came nearest."""
+        """Raise an error that no candidate meets the budget, with the nearest one."""
         trials, name = self.trials.values(), self.space.settings[0].strategy.name
         if self.timed:
             nearest = f"fastest took {min(t.latency for t in trials if t.latency is not None)}"
@@ -269,10 +271,10 @@ class Search:
         else:
             macs = min(trial.macs for trial in trials)
             nearest = f"cheapest has {macs:,} of {self.space.macs:,} MACs"
-        late = " before budget_s was over" if self.is_late else ""
+        late = " before the time limit budget_s" if self.is_late else ""
         other = "" if name == "hybrid" else ", or search 'hybrid'"
         raise InvalidOption(
             f"no schedule of {name!r} met {self.budget}: of {len(trials)} tried{late}, the "
-            f"{nearest}; allow more, offer other shares (keys=, tokens=), try more (trials=)"
+            f"{nearest}; relax the budget, pass other shares (keys=, tokens=), raise trials="
             f"{other}"
         )

@@ -1,4 +1,4 @@
-"""From what single changes cost and save to candidates with all changes at once."""
+"""Estimates of candidates from single changes, and the Pareto front of these estimates."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from sparsiattn.analysis.schedule_search.evaluation import Trial
 from sparsiattn.analysis.schedule_search.space import Candidate, Gene, Space
 
 Table = dict[tuple[int, float], float]
-"""By number of the gene, and share."""
+"""Values by index of the gene and share."""
 
 
 @dataclass
 class CostModel:
-    """Estimates of any candidate: sums of measured single changes.
+    """Estimates the cost and divergence of any candidate as sums of measured single changes.
 
     Attributes:
-        space: What there is to choose.
-        harm: Divergence of each gene's share by itself.
-        saved: MACs that it saves by itself.
-        key_factors: By setting and share of keys: harm and savings of keys over those with the
-            first options.
-        time_rates: Share of the dense model's time that goes with a share of its MACs, by setting
-            and whether keys or tokens save them; None to go by MACs.
-        time_overhead: Share of the time that any patch adds.
-        idle: Settings and shares of keys that change nothing, as where sites stay dense.
+        space: The search space.
+        harm: Divergence of each gene's share alone.
+        saved: MACs that it saves alone.
+        key_factors: By setting and share of keys, the divergence and savings of keys relative to
+            those with the first options.
+        time_rates: Saved share of the dense model's time per saved share of its MACs, by setting
+            and whether keys (True) or tokens save them; None to use MACs.
+        time_overhead: Share of the dense model's time that any patch adds.
+        idle: Settings and shares of keys that change nothing, for example as sites stay dense.
     """
 
     space: Space
@@ -41,21 +41,21 @@ class CostModel:
     idle: set[tuple[int, float]] = field(default_factory=set)
 
     def note_idle(self, trial: Trial) -> None:
-        """Remember it where a uniform share of keys left the model as it was."""
+        """Store the setting and share of keys of a trial that did not change the model."""
         shares = set(trial.candidate.shares) - {1.0}
         unchanged = trial.divergence == 0 and trial.macs == self.space.macs
         if unchanged and len(shares) == 1 and _keeps_tokens(self.space, trial.candidate):
             self.idle.add((trial.candidate.setting, shares.pop()))
 
     def is_idle(self, candidate: Candidate) -> bool:
-        """Whether another candidate, with more keys, is the same."""
+        """Whether some share of keys of a candidate has no effect."""
         pairs = zip(self.space.genes, candidate.shares, strict=True)
         return any(g.kind == "k" and (candidate.setting, s) in self.idle for g, s in pairs)
 
     def learn(self, trials: Mapping[Candidate, Trial]) -> None:
         """Fill the tables from trials of single changes and of uniform shares of keys.
 
-        Single changes that were not run are estimated from those that were.
+        Single changes that were not run are estimated from the others.
         """
         dense = self.space.dense.shares
         for i, gene in enumerate(self.space.genes):
@@ -78,58 +78,60 @@ class CostModel:
         """Estimate the entries that a table lacks.
 
         Args:
-            table: Of harm or savings. A missing share of a gene has that of the nearest share which
-                is there, in proportion to what goes; a gene without any has the mean of its kind.
-            reach: How much depends on each gene, relative to the others.
-            values: Harm or savings of whole candidates.
+            table: Divergence or savings. A missing share of a gene is scaled from the nearest known
+                share, in proportion to the removed share; a gene without known shares gets the mean
+                of its kind.
+            reach: Relative influence of each gene.
+            values: Divergence or savings of whole candidates.
         """
         known = dict(table)
         means = {
             kind: self._mean(kind, reach, values) for kind in {g.kind for g in self.space.genes}
         }
         for i, gene in enumerate(self.space.genes):
-            own = [(share, value) for (j, share), value in known.items() if j == i]
+            of_gene = [(share, value) for (j, share), value in known.items() if j == i]
             for share in gene.shares[1:]:
-                if own and (i, share) not in known:
-                    near, value = min(own, key=lambda pair: abs(pair[0] - share))
+                if of_gene and (i, share) not in known:
+                    near, value = min(of_gene, key=lambda pair: abs(pair[0] - share))
                     table[i, share] = value * (1.0 - share) / (1.0 - near)
-                elif not own:
+                elif not of_gene:
                     table[i, share] = means[gene.kind] * (1.0 - share) * reach[i]
 
     def _mean(self, kind: str, reach: list[float], values: Mapping[Candidate, float]) -> float:
-        """Harm or savings by what goes at a gene, mean over candidates.
+        """Mean divergence or savings per removed share at a gene.
 
-        Those that change genes of this kind alone, or all where there are none.
+        The mean is over candidates that change only genes of this kind, or else over all.
         """
         alone: list[float] = []
         mixed: list[float] = []
         for candidate, value in values.items():
             gone = {i: 1.0 - s for i, s in enumerate(candidate.shares) if s < 1.0}
             if candidate.setting == 0 and gone:
-                one = all(self.space.genes[i].kind == kind for i in gone)
-                (alone if one else mixed).append(value / sum(reach[i] * gone[i] for i in gone))
+                only_kind = all(self.space.genes[i].kind == kind for i in gone)
+                removed = sum(reach[i] * gone[i] for i in gone)
+                (alone if only_kind else mixed).append(value / removed)
         return max(0.0, fmean(alone or mixed or [0.0]))
 
     def _learn_factors(self, trials: Mapping[Candidate, Trial]) -> None:
         uniforms = self.space.uniforms()
         keys_only = {c: names["k"] for c, names in uniforms.items() if _keeps_tokens(self.space, c)}
         for candidate, share in keys_only.items():
-            own = trials.get(candidate)
+            trial = trials.get(candidate)
             first = trials.get(Candidate(0, candidate.shares))
-            if own is None or first is None or share == 1.0:
+            if trial is None or first is None or share == 1.0:
                 continue
-            saved = (self.space.macs - own.macs) / ((self.space.macs - first.macs) or 1)
-            harm = own.divergence / first.divergence if first.divergence > 0 else 1.0
+            saved = (self.space.macs - trial.macs) / ((self.space.macs - first.macs) or 1)
+            harm = trial.divergence / first.divergence if first.divergence > 0 else 1.0
             self.key_factors[candidate.setting, share] = (min(harm, 1e6), saved)
 
     def learn_times(self, trials: Iterable[Trial]) -> None:
-        """Fit times to what keys and tokens save, by least squares over timed trials."""
+        """Fit times to the MACs that keys and tokens save, by least squares over timed trials."""
         timed = [(trial, trial.latency) for trial in trials if trial.latency is not None]
         names = [(s, keys) for s in range(len(self.space.settings)) for keys in (True, False)]
         rows, times = [], []
         for trial, latency in timed:
             keys, tokens = self.saved_shares(trial.candidate)
-            # what tokens save does not depend on options of attention
+            # savings of tokens do not depend on options of attention
             filled = {(trial.candidate.setting, True): keys, (0, False): tokens}
             rows.append([filled.get(name, 0.0) for name in names] + [1.0])
             times.append(1.0 - latency)
@@ -140,10 +142,10 @@ class CostModel:
         self.time_overhead = -float(rates[-1])
 
     def saved_shares(self, candidate: Candidate) -> tuple[float, float]:
-        """Estimated savings by fewer keys and by fewer tokens, over the dense model's MACs.
+        """Estimated savings by fewer keys and by fewer tokens, relative to the dense model's MACs.
 
-        Tokens that are gone cannot save again: savings further on shrink with the share of tokens
-        left, those of keys with its square.
+        Removed tokens save only once: later savings of tokens shrink with the share of remaining
+        tokens, and savings of keys with its square.
         """
         keys = tokens = 0.0
         left = 1.0
@@ -163,7 +165,7 @@ class CostModel:
         return self.space.macs * (1.0 - sum(self.saved_shares(candidate)))
 
     def cost(self, candidate: Candidate) -> float:
-        """Estimated share of the dense model's time where times were learnt, else of its MACs."""
+        """Estimated share of the dense model's time if times were measured, else of its MACs."""
         keys, tokens = self.saved_shares(candidate)
         if self.time_rates is None:
             return 1.0 - keys - tokens
@@ -180,11 +182,11 @@ class CostModel:
         return total
 
     def at_price(self, price: float, start: Candidate) -> Candidate:
-        """The candidate that no change of a single gene improves.
+        """A candidate that no change of a single gene improves.
 
         Args:
-            price: Of the dense model's whole cost, in units of divergence.
-            start: The options are its own.
+            price: Price of the dense model's whole cost, in units of divergence.
+            start: The candidate to start from; its setting is not changed.
         """
         best, best_cost = start, self.divergence(start) + price * self.cost(start)
         improved = True
@@ -200,22 +202,23 @@ class CostModel:
         return best
 
     def front(self, points: int = 48) -> list[Candidate]:
-        """Candidates from dense to cheap, each the best of its options for some price.
+        """Candidates from dense to cheap, each the best of its setting for some price.
 
-        What a Lagrangian relaxation of the knapsack can reach; prices ascend, so costs descend.
+        These are the solutions of a Lagrangian relaxation of the knapsack problem. Prices ascend,
+        so costs descend.
         """
-        found: list[Candidate] = []
+        front: list[Candidate] = []
         for setting in range(len(self.space.settings)):
             candidates = [Candidate(setting, self.space.dense.shares)]
             for i in range(points):
                 price = 10 ** (-9 + 14 * i / (points - 1))
                 candidates.append(self.at_price(price, candidates[-1]))
-            found += candidates
-        return [c for c in dict.fromkeys(found) if not self.space.keeps_all(c)]
+            front += candidates
+        return [c for c in dict.fromkeys(front) if not self.space.keeps_all(c)]
 
 
 def _reach(genes: tuple[Gene, ...]) -> list[float]:
-    """Tokens that go are gone in all blocks behind; keys at their own site alone."""
+    """Influence of genes: removed tokens affect all later blocks, removed keys only their site."""
     last = max((gene.depth for gene in genes), default=0.0) + 1.0
     return [1.0 if gene.kind == "k" else 1.0 - gene.depth / last for gene in genes]
 
@@ -229,16 +232,16 @@ def _keeps_tokens(space: Space, candidate: Candidate) -> bool:
 def mutated(
     costs: CostModel, parent: Candidate, limit: float, generator: random.Random
 ) -> Candidate | None:
-    """A neighbour of a candidate: one to three genes a step up or down, at times other options.
+    """A random neighbour: one to three genes one step up or down, sometimes other options.
 
     Args:
         costs: Estimates the neighbour's cost.
         parent: The candidate to change.
-        limit: Cost that the neighbour may have at most.
-        generator: Draws the genes and steps.
+        limit: Largest cost of the neighbour.
+        generator: Random generator.
 
     Returns:
-        None if it drew the parent again, or a neighbour above the limit.
+        The neighbour; None if it equals the parent or is above the limit.
     """
     genes, shares, setting = costs.space.genes, list(parent.shares), parent.setting
     useful = [

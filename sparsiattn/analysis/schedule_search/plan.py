@@ -1,4 +1,4 @@
-"""How much a search will run, said before it starts and while it goes on."""
+"""The plan of a search: number of trials, expected time, and progress messages."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sparsiattn.analysis.schedule_search.space import Candidate, Space
 from sparsiattn.training import bar
 
 PROPOSALS = 60
-"""Candidates that the search proposes where no number of trials is given."""
+"""Number of proposed candidates if the number of trials is not set."""
 
 FINALISTS = 6
-"""That are timed together at most in the end, beside those that lead."""
+"""Largest number of candidates that are timed together at the end, besides the leading ones."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """The candidates to run.
 
     Attributes:
-        uniforms: Candidates of equal shares.
-        singles: Single changes.
-        proposals: Number of others, at most.
-        rounds: Paired runs of each final timing; 0 where nothing is timed.
+        uniforms: Candidates with equal shares.
+        singles: Candidates with a single change.
+        proposals: Largest number of other candidates.
+        rounds: Number of paired runs of each final timing; 0 if nothing is timed.
     """
 
     uniforms: list[Candidate]
@@ -38,50 +38,51 @@ class Plan:
 
     @classmethod
     def of(cls, space: Space, trials: int | None, rounds: int = 0) -> Plan:
-        """Split a number of trials: uniform ones first, then single changes, then proposals.
+        """Divide a number of trials into uniform candidates, single changes and proposals.
 
-        Where it is too small for the first two, a third of it is uniform, and half of the rest are
-        single changes.
+        If it is too small for all uniform candidates and single changes, a third of it is uniform,
+        and half of the rest are single changes.
 
         Args:
-            space: What there is to choose.
-            trials: In all; None for all uniform ones and single changes, and `PROPOSALS`.
-            rounds: As the attribute.
+            space: The search space.
+            trials: Total number; None for all uniform candidates, all single changes, and
+                `PROPOSALS`.
+            rounds: Number of paired runs of each final timing.
         """
         uniforms = list(space.uniforms())
         singles = [single for single in space.singles() if single not in uniforms]
         if trials is None:
             return cls(uniforms, singles, PROPOSALS, rounds)
         if trials < len(uniforms) + len(singles):
-            own = [candidate for candidate in uniforms if candidate.setting == 0]
+            first = [candidate for candidate in uniforms if candidate.setting == 0]
             uniforms = [c for c in uniforms if c.setting > 0]
             count = -(-trials // 3)
-            uniforms = _spread(own, count) + _spread(uniforms, count - len(own))
+            uniforms = _spread(first, count) + _spread(uniforms, count - len(first))
             singles = [s for s in space.singles() if s not in uniforms]
             singles = singles[: (trials - len(uniforms)) // 2]
         return cls(uniforms, singles, trials - len(uniforms) - len(singles), rounds)
 
     @property
     def trials(self) -> int:
-        """Candidates to run on the images, at most."""
+        """Largest number of candidates that are run on the images."""
         return len(self.uniforms) + len(self.singles) + self.proposals
 
     @property
     def quick_rounds(self) -> int:
-        """Paired runs of the timings that find finalists."""
+        """Number of paired runs of the timings that select finalists."""
         return max(1, self.rounds // 3)
 
     @property
     def race_runs(self) -> int:
-        """Forward passes of the final timings, about: all finalists, then the two that lead."""
+        """Approximate number of forward passes of the final timings."""
         return (FINALISTS + 1 + 3) * (self.rounds + 1) if self.rounds else 0
 
     def seconds(self, runner: TrialRunner, patch_seconds: float) -> float:
-        """Expected time of the whole search.
+        """Expected time of the whole search, in seconds.
 
         Args:
-            runner: Knows the times of the dense model.
-            patch_seconds: To patch and to count.
+            runner: The runner, with the times of the dense model.
+            patch_seconds: Time to patch the model and to count MACs, in seconds.
         """
         total = self.trials * (runner.dense_seconds + patch_seconds)
         if self.rounds:
@@ -91,7 +92,7 @@ class Plan:
         return total
 
     def text(self, runner: TrialRunner, patch_seconds: float) -> str:
-        """What will run, in words."""
+        """The plan as a message."""
         images = sum(map(len, runner.images))
         parts = f"{len(self.uniforms)} uniform, {len(self.singles)} single changes"
         timings = ", and timings on the first batch" if self.rounds else ""
@@ -104,13 +105,13 @@ class Plan:
 
 
 def _spread(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """So many of a list, evenly, the last (which keeps the least) among them."""
+    """``count`` evenly spaced elements of a list, including the last one, which keeps the least."""
     count = max(0, min(count, len(candidates)))
     return [candidates[(i + 1) * len(candidates) // count - 1] for i in range(count)]
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """A duration in a readable unit.
 
     >>> duration(7.4), duration(300), duration(7000)
     ('7 s', '5 min', '1.9 h')
@@ -121,19 +122,19 @@ def duration(seconds: float) -> str:
 
 
 class Shown(Protocol):
-    """Called with the number of candidates run, or with None for a sign of life."""
+    """Called with the number of candidates run, or with None to refresh the progress."""
 
     def __call__(self, done: int | None = None, /) -> None: ...
 
 
 @contextmanager
 def shown(text: str, total: int, show: bool) -> Iterator[Shown]:
-    """On stderr: the text, then a bar on a terminal, elsewhere a line a minute.
+    """Show a text on stderr, then a progress bar on a terminal, or else one line per minute.
 
     Args:
-        text: What will run.
-        total: Candidates to run at most.
-        show: Whether to say anything.
+        text: The text.
+        total: Largest number of candidates to run.
+        show: Whether to show anything.
     """
     if show:
         print(text, file=sys.stderr, flush=True)
@@ -145,10 +146,10 @@ def shown(text: str, total: int, show: bool) -> Iterator[Shown]:
 
 
 class MinuteLines:
-    """Writes how far the search is, once a minute at most.
+    """Writes the progress of the search to stderr, at most once per minute.
 
     Args:
-        total: Candidates to run at most.
+        total: Largest number of candidates to run.
         show: Whether to write.
     """
 

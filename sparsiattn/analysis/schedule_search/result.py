@@ -1,4 +1,4 @@
-"""What a search found."""
+"""`SearchResult`: the result of `search`."""
 
 from __future__ import annotations
 
@@ -31,24 +31,31 @@ class SearchResult:
 
     Attributes:
         strategy: The strategy with the options that were found, in JSON form.
-        budget: The one that was asked for.
-        schedule: ``{"k": {site: share}, "keep": {block: share}}``, or ``"r"``: tokens to merge by
-            block.
-        found: How the schedule did on the images.
-        uniform: The best schedule of equal shares within the same budget, for comparison; None
-            where none meets it.
-        uniform_shares: Its shares.
-        uniform_schedule: Its schedule.
-        macs_dense: MACs of the dense model, per image.
-        images: Images searched on.
-        trials: Schedules run on the images, with whatever options.
-        options: What to pass to `patch` beside strategy and schedule.
-        uniform_options: The same for the uniform one.
-        measure: What was compared: ``"classes"``, ``"features"`` or ``"callable"``.
-        trials_planned: Schedules to run at most; fewer were run where ``budget_s`` was over, or
-            nothing new was left to propose.
-        uniform_trials: How many of the schedules run were uniform.
-        out_of_time: Whether ``budget_s`` was over.
+        budget: The budget passed to `search`.
+        schedule: ``{"k": {site: share}, "keep": {block: share}}``; with ``"r"``, the number of
+            tokens to merge by block.
+        found: The results of the schedule on the images.
+        uniform: The best schedule with equal shares that meets the budget, for comparison; None if
+            there is none.
+        uniform_shares: Shares of the uniform schedule; None if there is none.
+        uniform_schedule: The uniform schedule; None if there is none.
+        macs_dense: MACs of the dense model per image.
+        images: Number of images.
+        trials: Number of schedules that were run on the images.
+        options: Options to pass to `patch` in addition to strategy and schedule.
+        uniform_options: The same for the uniform schedule.
+        measure: The comparison: ``"classes"``, ``"features"`` or ``"callable"``.
+        trials_planned: Largest number of schedules to run. Fewer were run if the time limit
+            ``budget_s`` was reached or there was nothing new to propose.
+        uniform_trials: Number of uniform schedules that were run.
+        out_of_time: Whether the time limit ``budget_s`` was reached.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> options = {"strategy": "token_drop", "trials": 6, "progress": False}
+    >>> result = sparsiattn.search(tiny_vit(), tiny_images(4), {"macs": 0.9}, **options)
+    >>> result.strategy["name"], result.images, result.call[:36]
+    ('token_drop', 4, "sparsiattn.patch(model, 'token_drop'")
     """
 
     strategy: Mapping[str, Any]
@@ -70,7 +77,7 @@ class SearchResult:
 
     @classmethod
     def of(cls, job: Search, found: Trial, budget: Budget, runner: TrialRunner) -> SearchResult:
-        """What is worth knowing of a search that is over."""
+        """The result of a finished search."""
         space, uniform, late = job.space, job.best_uniform(), job.is_late
         strategies = [setting.strategy for setting in space.settings]
         chosen = strategies[found.candidate.setting]
@@ -105,21 +112,21 @@ class SearchResult:
 
     @property
     def call(self) -> str:
-        """The line that patches a model with what was found."""
+        """The line of Python that patches a model with the result."""
         return self.call_with(repr(self.schedule))
 
     def call_with(self, schedule: str) -> str:
-        """The line that patches a model.
+        """The line of Python that patches a model.
 
         Args:
-            schedule: As Python writes the schedule, or the name of a file that has it.
+            schedule: Source code of the schedule, or of the name of its file.
         """
         options = [f"{name}={value!r}" for name, value in self.options.items()]
         arguments = ["model", repr(self.strategy["name"]), f"schedule={schedule}", *options]
         return f"sparsiattn.patch({', '.join(arguments)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain data for JSON."""
         content = asdict(replace(self, options={}, uniform_options=None))
         for name in ("found", "uniform"):
             if content[name] is not None:
@@ -128,13 +135,13 @@ class SearchResult:
         return {**content, "options": plain(self.options), "uniform_options": others}
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the schedule as JSON, with what is known of it under ``about``.
+        """Write the schedule as JSON, with the other fields under ``about``.
 
         Args:
-            path: A file that `patch` takes as ``schedule=``; `options` go beside it.
+            path: The file, which `patch` takes as ``schedule=``, together with `options`.
 
         Returns:
-            The path written.
+            The path.
         """
         about = self.to_dict()
         schedule = about.pop("schedule")
@@ -152,14 +159,14 @@ class SearchResult:
             shares.pop("only_if_faster", None)
             named = ", ".join(f"{name}={value}" for name, value in shares.items())
             same = self.uniform.candidate == self.found.candidate
-            figures = "this is it, nothing tried was better" if same else self._text(self.uniform)
+            figures = "the same, nothing better was found" if same else self._text(self.uniform)
             lines.append(f"best of {self.uniform_trials} uniform ({named}): {figures}")
         else:
-            lines.append(f"none of {self.uniform_trials} uniform schedules keeps to this budget")
-        early = f", of {self.trials_planned} when its time was over" if self.out_of_time else ""
+            lines.append(f"none of {self.uniform_trials} uniform schedules meets this budget")
+        early = f" of {self.trials_planned} until the time limit" if self.out_of_time else ""
         lines.append(f"{self.trials} trials on {self.images} images{early}")
         if self.found.divergence == 0 and self.found.macs == self.macs_dense:
-            lines.append("nothing better keeps to this budget than the model without a patch")
+            lines.append("no schedule within this budget is better than the unpatched model")
         for kind, budgets in self.schedule.items():
             parts = [f"{n} {v:g}" for n, v in budgets.items() if v != (0 if kind == "r" else 1)]
             lines.append(f"{kind}: {', '.join(parts) or 'all'}")
@@ -181,13 +188,13 @@ class SearchResult:
 
 
 def options_of(strategy: Config, only_if_faster: bool) -> dict[str, Any]:
-    """What `patch` takes beside name and schedule: options that are not as by default."""
+    """Options of `patch` besides name and schedule that differ from their defaults."""
     options = patch_options(strategy)
-    if only_if_faster != isinstance(strategy, Hybrid):  # what `patch` does by itself
+    if only_if_faster != isinstance(strategy, Hybrid):  # the default of `patch`
         options["only_if_faster"] = only_if_faster
     return options
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON has them."""
+    """Options as plain data for JSON."""
     return {n: v.to_dict() if isinstance(v, Config) else v for n, v in options.items()}

@@ -1,4 +1,4 @@
-"""`search`: budgets per site and per block, and options, for one budget of the whole model."""
+"""`search`: find budgets per site and per block, and options, for one budget of the model."""
 
 from __future__ import annotations
 
@@ -49,52 +49,53 @@ def search(
     progress: bool = True,
     **options: Any,
 ) -> SearchResult:
-    """Find how many keys each site and how many tokens each block can do without.
+    """Search the share of keys at each site and of tokens at each block for a budget.
 
-    First it runs uniform schedules, then each change alone, and measures how far the outputs move.
-    Sums of these order all schedules (a Lagrangian knapsack, as MACs of blocks multiply with the
-    tokens that are left). Then an evolutionary search runs the most promising ones and their
-    neighbours. What it returns is at least as good as every uniform schedule that it ran and that
-    keeps to the budget: by the least divergence, or the fewest MACs where agreement is the budget.
-    Where time is the budget, the best are timed once more, together.
+    It runs uniform schedules first, then each change alone, and measures how far the outputs move.
+    Sums of these estimates rank all schedules (a Lagrangian knapsack, as the MACs of blocks
+    multiply with the remaining tokens). Then an evolutionary search runs the most promising
+    schedules and their neighbours. The result is at least as good as every uniform schedule that
+    was run and meets the budget: by divergence, or by MACs for a budget of agreement. For a budget
+    of time, the best schedules are timed once more together.
 
     Args:
-        model: A classifier, or a model that returns features. If it is patched, its strategy and
-            planners are searched with. It is left as it was: a copy is tried on.
-        images: A batch ``[B, 3, H, W]`` or several, unlabelled; some hundreds tell more than noise.
-        budget: One of ``{"macs": 0.7}`` (at most this share of the dense model's, or an int: MACs
-            per image), ``{"latency": 0.8}`` (of its time on this machine, on the first batch) and
-            ``{"agreement": 0.99}`` (the least share of images where the patched model must predict
-            as the dense one does, or for features the least mean cosine; MACs as few as can be).
-        strategy: What to search with where the model is not patched, as `patch` takes it.
+        model: A classifier, or a model that returns features. A patched model is searched with its
+            own strategy and planners. The search uses a copy, so the model is not changed.
+        images: One or more unlabelled batches ``[B, 3, H, W]``; use some hundreds of images, as few
+            images give noisy results.
+        budget: One of ``{"macs": 0.7}`` (largest share of the dense model's MACs, or an int of MACs
+            per image), ``{"latency": 0.8}`` (largest share of its time on this machine, on the
+            first batch) and ``{"agreement": 0.99}`` (smallest share of images with the same
+            prediction, or smallest mean cosine of features; MACs are minimised).
+        strategy: The strategy for an unpatched model, as in `patch`.
         keys: Shares of keys to choose from.
         tokens: Shares of tokens to choose from at every block. None for steps of 0.1 down to 0.5;
             for ``"token_merge"``, which merges at every block, for 0.98 to 0.8.
-        options_grid: Values to choose from for other options of the strategy, one for the whole
-            model: ``{"tile": [1, (4, 4)], "background": ["auto", None]}``. None tries tile and
-            background of the strategy, ``(4, 4)``, and summary keys on and off, and nothing where
-            the model is patched; ``{}`` leaves all options alone.
-        trials: Schedules to run on the images at most, all of them counted: uniform ones, single
-            changes, and what the search proposes. None for all of the first two and 60 proposals.
+        options_grid: Values to choose from for other options of the strategy, the same in the whole
+            model: ``{"tile": [1, (4, 4)], "background": ["auto", None]}``. None tries the
+            strategy's tile and ``(4, 4)``, each with and without summary keys, or nothing if the
+            model is patched; ``{}`` keeps all options.
+        trials: Largest number of schedules to run on the images: uniform ones, single changes, and
+            proposals of the search. None for all uniform ones, all single changes and 60 proposals.
             The dense model does not count.
-        rounds: Paired runs of each final timing.
-        seed: Of the evolutionary search.
-        budget_s: Seconds after which no other schedule is run, and the best so far is returned;
-            times are measured together once more before that.
-        metric: What is compared, ``"classes"``, ``"features"``, or a function of the dense and the
-            patched output that gives ``[B]``, 1 where all stays; None for what fits the model.
-        input: An image batch or shape, where the model does not say which.
-        progress: Whether to say on stderr how much will run and how long that may take, then a bar
-            on a terminal, elsewhere a line a minute.
-        **options: Of the strategy.
+        rounds: Number of paired runs of each final timing.
+        seed: Seed of the evolutionary search.
+        budget_s: Time limit in seconds, after which the best schedule so far is returned; it
+            includes the final timings. None for no limit.
+        metric: The comparison: ``"classes"``, ``"features"``, or a function of the dense and the
+            patched output that returns ``[B]``, with 1 for no change. None to choose by the model.
+        input: An image batch or shape, if the model's input size is not known.
+        progress: Whether to show on stderr the planned number of forward passes and the expected
+            time, then a bar on a terminal, or else one line per minute.
+        **options: Options of the strategy.
 
     Returns:
-        The schedule, what to pass to `patch` beside it, how it did, and the best uniform one.
+        The schedule, the other options for `patch`, its results, and the best uniform schedule.
 
     Raises:
-        InvalidOption: No schedule meets the budget, the strategy has none, or an argument is out of
-            range.
-        UnknownName: There is no such option.
+        InvalidOption: No schedule meets the budget, the strategy has no schedule, or an argument is
+            out of range.
+        UnknownName: An option is unknown.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -107,22 +108,22 @@ def search(
     >>> patch = sparsiattn.patch(model, "token_drop", schedule=result.schedule, **result.options)
     """
     start = time.monotonic()
-    asked, host = Budget.read(budget), unwrap(model)
+    user_budget, host = Budget.read(budget), unwrap(model)
     check_counts(trials, rounds, budget_s)
     key_shares = check_shares(keys, "keys")
     token_shares = None if tokens is None else check_shares(tokens, "tokens")
     base = strategy_of(host, strategy, options)
-    timed_by = asked.kind == "latency"
+    by_time = user_budget.kind == "latency"
     batches = batches_of(images)
-    runner = TrialRunner(host, batches, input, only_if_faster=timed_by, metric=metric)
+    runner = TrialRunner(host, batches, input, only_if_faster=by_time, metric=metric)
     if options_grid is None:
         settings = [] if runner.was_patched else settings_of(base, default_grid(base))
         settings = fitting(runner, settings) or [Setting(base)]
     else:
         settings = settings_of(base, options_grid)
     space, patch_seconds = timed(lambda: probe(runner, settings, key_shares, token_shares))
-    target = limit_of(asked, space, runner)
-    plan = Plan.of(space, trials, rounds if timed_by else 0)
+    target = limit_of(user_budget, space, runner)
+    plan = Plan.of(space, trials, rounds if by_time else 0)
     deadline = float("inf")
     if budget_s is not None:
         deadline = start + budget_s - plan.race_runs * runner.batch_seconds
@@ -130,14 +131,17 @@ def search(
         runner.tick = show
         job = Search(runner, space, target, plan, random.Random(seed), show, deadline)
         best = job.solve()
-    return SearchResult.of(job, best, asked, runner)
+    return SearchResult.of(job, best, user_budget, runner)
 
 
 def strategy_of(host: nn.Module, strategy: str | Config | None, options: dict[str, Any]) -> Config:
-    """The strategy to search with, its budgets of merged tokens as by default."""
+    """The strategy to search with, with default numbers of merged tokens."""
     patch = patch_of(host)
     if patch is not None and (strategy is not None or options):
-        raise InvalidOption("this model is patched, so its own strategy is searched: no strategy=")
+        raise InvalidOption(
+            "this model is patched, so search() uses its strategy: remove strategy= and options, "
+            "or call unpatch() first"
+        )
     base = resolve(strategy or "connectivity", None, options) if patch is None else patch.strategy
     kinds_of(base)
     return without_budgets(base)
@@ -149,16 +153,16 @@ def probe(
     keys: tuple[float, ...],
     tokens: tuple[float, ...] | None,
 ) -> Space:
-    """The space that settings have in this model; every setting is patched once."""
+    """The search space of settings in this model; every setting is patched once."""
     for setting in settings[1:]:
         with runner.patched(None, setting.strategy):
-            pass  # a value that the model cannot have is refused before the long run
+            pass  # raises for a value that the model does not support, before the long search
     with runner.patched(None, reducing_from_the_start(settings[0].strategy)) as patch:
         return space_of(patch, settings, keys, tokens)
 
 
 def reducing_from_the_start(strategy: Config) -> Config:
-    """A strategy whose tokens leave at the first block: its patch knows of all blocks."""
+    """A strategy that reduces tokens at the first block, so that its patch includes all blocks."""
     kinds = kinds_of(strategy)
     if "keep" in kinds:
         return replace(strategy, layers=(0,), keep=0.5)  # type: ignore[call-arg]
@@ -166,24 +170,24 @@ def reducing_from_the_start(strategy: Config) -> Config:
 
 
 def fitting(runner: TrialRunner, settings: Sequence[Setting]) -> list[Setting]:
-    """Of default settings those that the model's grids allow, the strategy's own first.
+    """The default settings that the model's grids support, the strategy's own first.
 
-    Where it is not known which tokens are patches, tiles and summary keys say nothing.
+    If the positions of tokens are not known, tiles and summary keys have no effect.
     """
     if len(settings) < 2 or not any(site.placed for site, _ in runner.survey.sites):
         return list(settings[:1])
-    found = list(settings[:1])
+    supported = list(settings[:1])
     for setting in settings[1:]:
         try:
             with runner.patched(None, setting.strategy):
-                found.append(setting)
-        except InvalidOption:  # a tile larger than the grid, which nobody asked for
+                supported.append(setting)
+        except InvalidOption:  # for example, a default tile larger than the grid
             continue
-    return found
+    return supported
 
 
 def limit_of(budget: Budget, space: Space, runner: TrialRunner) -> Budget:
-    """The budget in MACs where a share of them was given, and with its measure."""
+    """The budget with its measure, and with a share of MACs converted to MACs."""
     name = "mean cosine" if runner.measure.kind == "features" else "agreement"
     limit = budget.limit
     if budget.kind == "macs" and isinstance(limit, float):
@@ -192,7 +196,7 @@ def limit_of(budget: Budget, space: Space, runner: TrialRunner) -> Budget:
 
 
 def check_counts(trials: int | None, rounds: int, budget_s: float | None) -> None:
-    """Raise `InvalidOption` where a number is out of range."""
+    """Raise `InvalidOption` if a number is out of range."""
     for name, value in (("trials", trials), ("rounds", rounds)):
         if (value is not None or name == "rounds") and (type(value) is not int or value < 1):
             raise InvalidOption(f"{name} must be an int >= 1, got {value!r}")
@@ -202,10 +206,10 @@ def check_counts(trials: int | None, rounds: int, budget_s: float | None) -> Non
 
 
 def check_shares(shares: Sequence[float], name: str) -> tuple[float, ...]:
-    """Shares to choose from, 1 first.
+    """Sort shares to choose from, 1 first.
 
     Raises:
-        InvalidOption: There is none, or one is out of range.
+        InvalidOption: There are no shares, or one is out of range.
     """
     if not shares or not all(isinstance(share, float) and 0 < share <= 1 for share in shares):
         raise InvalidOption(f"{name} must be floats in (0, 1], got {shares!r}")
@@ -213,10 +217,10 @@ def check_shares(shares: Sequence[float], name: str) -> tuple[float, ...]:
 
 
 def batches_of(images: Any) -> list[Tensor]:
-    """Batches of images, of whatever the user gave.
+    """The user's images as a list of batches.
 
     Raises:
-        InvalidOption: They are none.
+        InvalidOption: They are not batches of images.
     """
     batches = [images] if isinstance(images, Tensor) else list(images)
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]

@@ -1,4 +1,4 @@
-"""Options of the whole model that a search chooses, beside the schedule."""
+"""Options of the whole model that a search chooses in addition to the schedule."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Setting:
     """One choice of options.
 
     Attributes:
-        strategy: With these options.
-        options: Those that were chosen.
+        strategy: The strategy with these options.
+        options: The chosen options.
     """
 
     strategy: Config
@@ -31,39 +31,39 @@ class Setting:
 
 
 def settings_of(strategy: Config, grid: OptionsGrid) -> list[Setting]:
-    """Every combination of a grid, as `sklearn`'s ``ParameterGrid`` makes them, the first first.
+    """All combinations of a grid, as in `sklearn`'s ``ParameterGrid``, without duplicates.
 
     Args:
-        strategy: What is searched.
+        strategy: The strategy.
         grid: Values to choose from, by option.
 
     Raises:
-        InvalidOption: An option is one that a schedule sets, or a value is out of range.
+        InvalidOption: An option is set by the schedule, or a value is out of range.
         UnknownName: The strategy has no such option.
     """
     known = [name for name in strategy.option_names() if name not in SCHEDULED]
     for name, values in grid.items():
         if name in SCHEDULED:
             raise InvalidOption(
-                f"options_grid cannot have {name!r}, which the schedule sets: give shares to "
+                f"options_grid must not contain {name!r}, which the schedule sets: pass shares to "
                 f"choose from as {'keys' if name == 'k' else 'tokens'}=, and blocks as layers="
             )
         if name not in known:
             raise unknown(f"option of strategy {strategy.name!r}:", name, known)
         if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence) or not values:
             raise InvalidOption(
-                f"options_grid must be a list of values for every option, got {name}={values!r}"
+                f"options_grid must have a list of values for every option, got {name}={values!r}"
             )
-    found: dict[str, Setting] = {}
-    for chosen_values in product(*grid.values()):
-        options = dict(zip(grid, chosen_values, strict=True))
-        chosen = replace(strategy, **options)
-        found.setdefault(repr(chosen), Setting(chosen, options))
-    return list(found.values())
+    settings: dict[str, Setting] = {}
+    for values in product(*grid.values()):
+        options = dict(zip(grid, values, strict=True))
+        changed = replace(strategy, **options)
+        settings.setdefault(repr(changed), Setting(changed, options))
+    return list(settings.values())
 
 
 def default_grid(strategy: Config) -> OptionsGrid:
-    """Tiles and summary keys that are worth a trial beside the strategy's own."""
+    """Default values of tile and background to try, including the strategy's own."""
     attention, _ = parts_of(strategy)
     if "k" not in attention.option_names() or not attention.selects_keys:
         return {}
@@ -73,7 +73,7 @@ def default_grid(strategy: Config) -> OptionsGrid:
 
 
 def without_budgets(strategy: Config) -> Config:
-    """The strategy with numbers of merged tokens as by default, so that a schedule can set them."""
+    """The strategy with default numbers of merged tokens, so that a schedule can set them."""
     if isinstance(strategy, Hybrid):
         return replace(strategy, tokens=without_budgets(strategy.tokens))
     if {"r", "ratio"} <= set(strategy.option_names()):
@@ -83,7 +83,7 @@ def without_budgets(strategy: Config) -> Config:
 
 
 def patch_options(strategy: Config) -> dict[str, Any]:
-    """What `patch` needs beside the name and a schedule to make this strategy."""
+    """Options that `patch` needs in addition to name and schedule to create this strategy."""
     names = [f for f in fields(strategy) if f.init and f.name not in SCHEDULED]
     required = any(f.default is MISSING and f.default_factory is MISSING for f in names)
     defaults = None if required else type(strategy)()
@@ -100,7 +100,7 @@ def patch_options(strategy: Config) -> dict[str, Any]:
 
 
 def _differs_by_own_options(hybrid: Hybrid, default: Config, part: str) -> bool:
-    """Whether the hybrid's own options say all that sets a part of it apart from the default."""
+    """Whether the hybrid's own options account for all differences of a part from the default."""
     present = getattr(hybrid, part)
     if type(present) is not type(default):
         return False

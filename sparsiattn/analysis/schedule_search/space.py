@@ -1,4 +1,4 @@
-"""What a search chooses from: shares of keys and tokens, and options of the whole model."""
+"""The search space: shares of keys and tokens, and options of the whole model."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from sparsiattn.strategies import Config
 KEYS = (1.0, 0.5, 0.25, 0.1, 0.05)
 TOKENS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 MERGED_TOKENS = (1.0, 0.98, 0.95, 0.92, 0.88, 0.8)
-"""For strategies that merge at every block, where ``TOKENS`` would leave next to nothing."""
+"""Shares for strategies that merge at every block, where ``TOKENS`` would leave too few tokens."""
 
 OF_ATTENTION = {"tile", "block", "background", "prefix_keys"}
-"""Options that say nothing where all keys are kept."""
+"""Options that have no effect if all keys are kept."""
 
 
 @dataclass(frozen=True)
 class Gene:
-    """One thing to choose: the share of keys at a site, or of tokens at a block.
+    """One variable of the search: the share of keys at a site, or of tokens at a block.
 
     Attributes:
-        name: Of the site or block.
-        kind: ``"k"``, ``"keep"``, or ``"r"``, which a schedule has as a number of tokens.
-        depth: Place in the order of execution; tokens that leave at a block are gone for all that
-            comes after.
-        shares: To choose from, 1 first.
+        name: Name of the site or block.
+        kind: ``"k"``, ``"keep"``, or ``"r"``, which is a number of tokens in a schedule.
+        depth: Position in the order of execution; removed tokens are missing in all later blocks.
+        shares: Shares to choose from, 1 first.
     """
 
     name: str
@@ -41,11 +40,11 @@ class Gene:
 
 
 class Candidate(NamedTuple):
-    """One way to patch the whole model.
+    """One configuration of the whole model.
 
     Attributes:
-        setting: Number of its options among `Space.settings`.
-        shares: One for every gene.
+        setting: Index of its options in `Space.settings`.
+        shares: One share for every gene.
     """
 
     setting: int
@@ -54,15 +53,15 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to choose in one patched model.
+    """The search space of one patched model.
 
     Attributes:
-        genes: In the order of execution.
+        genes: Variables in the order of execution.
         macs: MACs of the dense model per image.
-        settings: Options of the whole model.
-        uniform_blocks: Numbers of the genes of tokens that a uniform schedule sets.
-        patches: Patch tokens of one image, where counts of them are needed.
-        is_exact: Whether the model with shares of 1 everywhere is the dense one.
+        settings: Options of the whole model to choose from.
+        uniform_blocks: Indices of the token genes that a uniform schedule sets.
+        patches: Number of patch tokens of one image; 0 if not needed.
+        is_exact: Whether shares of 1 everywhere give the dense model.
     """
 
     genes: tuple[Gene, ...]
@@ -74,25 +73,25 @@ class Space:
 
     @property
     def dense(self) -> Candidate:
-        """The candidate that keeps all, with the first options."""
+        """The candidate that keeps everything, with the first options."""
         return Candidate(0, (1.0,) * len(self.genes))
 
     def keeps_all(self, candidate: Candidate) -> bool:
-        """Whether a candidate is the dense model."""
+        """Whether a candidate equals the dense model."""
         return self.is_exact and candidate.shares == self.dense.shares
 
     def canonical(self, candidate: Candidate) -> Candidate:
-        """With the first options, where all keys are kept and only attention has other ones."""
+        """The candidate with the first options, if its own options have no effect."""
         keys = [s for g, s in zip(self.genes, candidate.shares, strict=True) if g.kind == "k"]
         of_attention = set(self.settings[candidate.setting].options) <= OF_ATTENTION
         same = bool(keys) and min(keys) == 1.0 and self.is_exact and of_attention
         return Candidate(0, candidate.shares) if same else candidate
 
     def uniforms(self) -> dict[Candidate, dict[str, float]]:
-        """Candidates of equal shares, with these shares by option, the dense model left out.
+        """Candidates with equal shares and their shares by option, without the dense model.
 
-        Tokens leave at the blocks that the strategy takes by itself. The first setting has every
-        pair of shares, the others those of keys, or of tokens where only these are chosen.
+        Tokens are reduced at the strategy's default blocks. The first setting has every pair of
+        shares, the others only shares of keys, or of tokens if there are no shares of keys.
         """
         shares = {gene.kind: gene.shares for gene in self.genes}
         tokens = next((kind for kind in shares if kind != "k"), "keep")
@@ -114,9 +113,9 @@ class Space:
         )
 
     def singles(self) -> list[Candidate]:
-        """Every share at every gene, all else dense; the first ones say most.
+        """Candidates with one share below 1, the most informative first.
 
-        A round of shares from the middle, then one of the least, then the others.
+        First come middle shares of all genes, then the smallest ones, then the others.
         """
         dense, rounds = self.dense.shares, []
         for i, gene in enumerate(self.genes):
@@ -128,7 +127,7 @@ class Space:
         return [Candidate(0, shares) for shares in turns]
 
     def schedule(self, candidate: Candidate) -> dict[str, dict[str, Any]]:
-        """The shares of a candidate as `patch` takes them."""
+        """The schedule of a candidate, as `patch` takes it."""
         schedule: dict[str, dict[str, Any]] = {}
         left = self.patches
         for gene, share in zip(self.genes, candidate.shares, strict=True):
@@ -153,19 +152,20 @@ def space_of(
     """The space of a patched model.
 
     Args:
-        patch: If it reduces tokens, then at its first block, so that it knows of all blocks.
+        patch: The patch. If it reduces tokens, it must do so at the first block, so that it
+            includes all blocks.
         settings: Options to choose from.
         keys: Shares of keys to choose from.
-        tokens: Shares of tokens to choose from; None for those that fit the strategy.
+        tokens: Shares of tokens to choose from; None for the defaults of the strategy.
 
     Raises:
-        InvalidOption: The strategy has no fixed cost, nothing that a schedule sets, or asks for a
-            block that there is not.
+        InvalidOption: The strategy has no fixed cost or no scheduled options, or names a block that
+            does not exist.
     """
     report, strategy = patch.report(), settings[0].strategy
     if report.macs is None:
         raise InvalidOption(
-            f"{patch.strategy.name!r} with these options decides per image how much it keeps, so a "
+            f"the budget of {patch.strategy.name!r} with these options depends on the image, so a "
             "schedule has no fixed cost: search() needs shares, e.g. keep=0.7 instead of 'adaptive'"
         )
     kinds = kinds_of(strategy)
@@ -191,7 +191,7 @@ def space_of(
 def _token_genes(
     patch: Patch, strategy: Config, kind: str, shares: tuple[float, ...] | None
 ) -> list[Gene]:
-    """A gene for every block where the strategy may reduce tokens: all, or its ``layers``."""
+    """A gene for every block at which the strategy may reduce tokens: all, or its ``layers``."""
     shares = shares or (MERGED_TOKENS if kind == "r" else TOKENS)
     if kind == "r" and shares[-1] < 0.5:
         raise InvalidOption(
@@ -204,10 +204,10 @@ def _token_genes(
     missing = sorted(set(layers or ()) - known)
     if missing:
         raise InvalidOption(
-            f"layers={missing} are no blocks of this model where tokens can be reduced: those are "
-            f"{sorted(known)}"
+            f"layers must be blocks of this model at which tokens can be reduced, {sorted(known)}, "
+            f"got {missing}"
         )
-    # tokens leave between attention and MLP
+    # tokens are reduced between attention and MLP
     return [
         Gene(block.block.name, kind, block.index + 0.5, shares)
         for block in patch.blocks
@@ -224,10 +224,10 @@ def _uniform_blocks(genes: Sequence[Gene], strategy: Config) -> frozenset[int]:
 
 
 def kinds_of(strategy: Config) -> list[str]:
-    """What a schedule of this strategy sets: ``k`` per site, ``keep`` or ``r`` per block.
+    """Options that a schedule of this strategy sets: ``k`` per site, ``keep`` or ``r`` per block.
 
     Raises:
-        InvalidOption: Neither, or tokens are reduced in another way.
+        InvalidOption: The strategy has neither, or reduces tokens in another way.
     """
     attention, tokens = parts_of(strategy)
     kinds = ["k"] if "k" in attention.option_names() else []
@@ -235,8 +235,8 @@ def kinds_of(strategy: Config) -> list[str]:
         kinds += [kind for kind in ("keep", "r") if kind in tokens.per_layer][:1]
     if not kinds or (tokens is not None and kinds == ["k"]):
         raise InvalidOption(
-            f"search() varies k per site and keep or r per block, and {strategy.name!r} has none "
-            "of them: search 'connectivity' or another attention strategy, 'token_drop', "
+            f"search() varies k per site and keep or r per block, but {strategy.name!r} has none "
+            "of them: use 'connectivity' or another attention strategy, 'token_drop', "
             "'token_merge', or 'hybrid'"
         )
     return kinds

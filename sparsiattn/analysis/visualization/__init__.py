@@ -1,7 +1,6 @@
-"""Pictures of what a patched model attends to.
+"""Pictures of a patched model's attention.
 
-`show` records one forward pass; `AttentionView` draws it (matplotlib, or one HTML page).
-The command line and the root of the package import from here.
+`show` records one forward pass; `AttentionView` draws it with matplotlib or as an HTML page.
 """
 
 from sparsiattn.analysis.visualization.recording import show

@@ -16,11 +16,11 @@ from sparsiattn.errors import InvalidOption, unknown
 
 T = TypeVar("T")
 Cell = tuple[str, SiteAttention, Sequence[Array]]
-"""A title, and exact and pattern's attention of one query of a site."""
+"""A title, a site, and the exact attention and the pattern's attention of one of its queries."""
 
 QUERY = "#22b8ff"
 SMALL, LARGE = 8.5, 11
-MOST = 24  # layers or heads in one picture; of more, some are taken at equal steps
+MOST = 24  # largest number of layers or heads in a picture; of more, evenly spaced ones are drawn
 
 _SCALE = (
     "Brightness: square root of attention, each pair to its own maximum. Blue square: the query."
@@ -28,16 +28,16 @@ _SCALE = (
 
 
 def draw(record: AttentionRecord, view: str, site: str | int | None = None) -> Any:
-    """One of `VIEWS` as a matplotlib figure.
+    """Draw one of `VIEWS` as a matplotlib figure.
 
     Args:
-        record: What `show` recorded.
+        record: The result of `show`.
         view: Name of the view.
-        site: Name or number of a site; by default the middle one of those with a picture.
+        site: Name or index of a site; None for the middle one of the sites with a picture.
 
     Raises:
-        UnknownName: No such view or site.
-        InvalidOption: There is nothing to draw in this view, or no matplotlib.
+        UnknownName: There is no such view or site.
+        InvalidOption: There is nothing to draw in this view, or matplotlib is not installed.
     """
     if view not in VIEWS:
         raise unknown("view", view, VIEWS)
@@ -50,17 +50,17 @@ def draw(record: AttentionRecord, view: str, site: str | int | None = None) -> A
 
 
 def _titled(width: float, height: float, title: str, note: str) -> Any:
-    """An empty figure with its title and a line below that says how to read it."""
+    """An empty figure with its title, and a note below it that explains the figure."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InvalidOption(
-            "pictures need matplotlib, which is not here: pip install 'sparsiattn[viz]' (or save "
-            "an .html page, which needs nothing)"
+            "pictures need matplotlib, which is not installed: pip install 'sparsiattn[viz]' (or "
+            "save an .html page, which does not need it)"
         ) from error
     lines = textwrap.wrap(note, int(15 * width))
     figure = Figure(figsize=(width, height), layout="constrained")
-    # constrained layout keeps room for the title only, so the note's lines are counted as its own
+    # constrained layout reserves space for the title only, so the title includes the note's lines
     space = "\n" * len(lines)
     figure.suptitle(f"{title}{space}", fontsize=LARGE + 1, x=0.01, ha="left", weight="bold")
     text = "\n".join(lines)
@@ -71,10 +71,10 @@ def _titled(width: float, height: float, title: str, note: str) -> Any:
 def _overview(record: AttentionRecord, site: SiteAttention) -> Any:
     points = _points_left(record, site)
     note = (
-        f"{site.name}, mean of {len(site.heads)} heads. Bright: much attention (square-root scale, "
-        "one for each row). Blue square: the query."
+        f"{site.name}, mean of {len(site.heads)} heads. Bright: high attention (square-root scale "
+        "for each row). Blue square: the query."
     )
-    titles = ["photo", "exact attention", "what the pattern leaves", "keys kept"]
+    titles = ["photo", "exact attention", "attention of the pattern", "keys kept"]
     titles = titles[: 2 if site.dense else 4]
     with_matrix = any(not site.dense for site in record.sites)
     width = 2.25 * len(titles) + (2.6 if with_matrix else 0.0)
@@ -93,7 +93,7 @@ def _overview(record: AttentionRecord, site: SiteAttention) -> Any:
 def _compare(
     axes: Sequence[Any], record: AttentionRecord, site: SiteAttention, point: Point
 ) -> None:
-    """One query: the photo, exact attention, the pattern's, and the kept keys."""
+    """Draw one query: the photo, exact attention, the pattern's attention, and the kept keys."""
     patch = point.on(site.grid or (1, 1))
     exact, pattern = (values.mean(0) for values in _attention(site, point))
     share = site.keys_kept(*patch).float().mean(0).numpy()
@@ -111,15 +111,15 @@ def _compare(
 
 
 def _attention(site: SiteAttention, point: Point) -> list[Array]:
-    """``[H, rows, columns]``: exact attention of the query at a point, and the pattern's."""
+    """Exact attention and the pattern's attention at a point, ``[H, rows, columns]`` each."""
     row, column = point.on(site.grid or (1, 1))
     return [site.attention(row, column, of).numpy() for of in ("exact", "pattern")]
 
 
 def _caption(site: SiteAttention, query: int | None) -> str:
-    """What the pattern keeps for one query, in words."""
+    """A caption with the keys that the pattern keeps for one query."""
     if query is None:
-        return "dropped before"
+        return "dropped earlier"
     if site.dense:
         return f"all of {site.keys} keys"
     mass = float((site.exact[:, query] * site.kept[:, query]).sum(-1).mean())
@@ -128,7 +128,7 @@ def _caption(site: SiteAttention, query: int | None) -> str:
 
 
 def _points_left(record: AttentionRecord, site: SiteAttention) -> Sequence[Point]:
-    """The points whose patch still has a token at this site; the first where none has."""
+    """The points whose patch still has a token at this site; the first point if there are none."""
     if site.grid is None:
         raise InvalidOption(f"{site.name} has no picture: {site.why}; try view='density'")
     grid = site.grid
@@ -157,9 +157,9 @@ def _heads(record: AttentionRecord, site: SiteAttention) -> Any:
     return _pairs(record, cells, site.name)
 
 
-def _pairs(record: AttentionRecord, cells: Sequence[Cell], what: str) -> Any:
-    """Columns of two pictures: exact attention, and below it the pattern's."""
-    note = f"{what}: above exact attention, below the pattern's. {_SCALE}"
+def _pairs(record: AttentionRecord, cells: Sequence[Cell], subject: str) -> Any:
+    """Draw columns of two pictures: exact attention above the pattern's attention."""
+    note = f"{subject}: exact attention above, the pattern's below. {_SCALE}"
     columns = min(6, len(cells))
     rows = math.ceil(len(cells) / columns)
     figure = _titled(max(5.5, 1.9 * columns), 0.8 + 4.3 * rows, record.title, note)
@@ -185,8 +185,8 @@ def _tokens(record: AttentionRecord, site: SiteAttention) -> Any:
     columns = min(4, len(blocks) + 1)
     rows = math.ceil((len(blocks) + 1) / columns)
     note = (
-        "Dark patches were dropped. Patches of one tint were merged into one token, and have the "
-        "mean of their colours."
+        "Dark patches were dropped. Patches with the same tint were merged into one token, and "
+        "have its mean colour."
     )
     figure = _titled(max(7.5, 2.6 * columns), 0.8 + 2.75 * rows, record.title, note)
     axes = _bare_axes(figure, rows, columns).flatten()
@@ -196,13 +196,13 @@ def _tokens(record: AttentionRecord, site: SiteAttention) -> Any:
     for axis, block in zip(axes[1:], blocks, strict=False):
         picture = paint.tokens(pixels, block.place.numpy(), block.fused)
         axis.imshow(picture, interpolation="nearest")
-        what = "take the MLP" if block.mlp_only else "tokens left"
-        axis.set_title(f"after {block.name}: {block.count} {what}", fontsize=SMALL + 1)
+        unit = "tokens in the MLP" if block.mlp_only else "tokens left"
+        axis.set_title(f"after {block.name}: {block.count} {unit}", fontsize=SMALL + 1)
     return figure
 
 
 def _some(items: list[T], most: int) -> list[T]:
-    """At most ``most`` of them, first and last included, at equal steps.
+    """At most ``most`` evenly spaced items, including the first and the last.
 
     >>> _some([1, 2, 3, 4, 5], 3)
     [1, 3, 5]
@@ -222,7 +222,7 @@ def _density(record: AttentionRecord, site: SiteAttention) -> Any:
 
 
 def _matrix(axis: Any, record: AttentionRecord, name: str, title: str) -> None:
-    """Layers by heads; the figure in each cell where there is room for it."""
+    """Draw a matrix of layers by heads, with the value in each cell if there is space."""
     heads = max(len(site.heads) for site in record.sites)
     values = np.full((len(record.sites), heads), np.nan)
     for row, site in enumerate(record.sites):
@@ -245,13 +245,13 @@ def _matrix(axis: Any, record: AttentionRecord, name: str, title: str) -> None:
 
 
 def _bare_axes(figure: Any, rows: int, columns: int) -> Any:
-    """``[rows, columns]`` of axes for pictures, without ticks and frames."""
+    """Axes for pictures ``[rows, columns]``, without ticks and frames."""
     bare = {"xticks": [], "yticks": [], "frame_on": False}
     return figure.subplots(rows, columns, squeeze=False, subplot_kw=bare)
 
 
 def _show_query(axis: Any, picture: Array, site: SiteAttention, point: Point) -> None:
-    """A picture with a square around the query's patch, seen on bright and on dark pictures."""
+    """Draw a picture and a square around the query's patch, visible on bright and dark pictures."""
     from matplotlib.patches import Rectangle
 
     axis.imshow(picture, interpolation="nearest")

@@ -1,4 +1,4 @@
-"""The page of an `AttentionRecord`: one HTML file with its data inside, no network needed."""
+"""The HTML page of an `AttentionRecord`: a single file that needs no network."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sparsiattn.analysis.visualization.result import AttentionRecord, BlockTokens, SiteAttention
 
-SMALL = 96  # pixels: below it an image is stored without loss and drawn in squares
+SMALL = 96  # pixels; smaller images are stored losslessly and drawn as squares
 
 
 class Blob:
-    """Arrays one after the other, each at a multiple of four bytes, as JavaScript's views need."""
+    """A sequence of arrays, aligned to four bytes as JavaScript's typed arrays require."""
 
     def __init__(self) -> None:
         self.file = io.BytesIO()
@@ -30,11 +30,11 @@ class Blob:
         """Append an array.
 
         Args:
-            values: Of any shape.
+            values: Array of any shape.
             kind: numpy's dtype, little-endian.
 
         Returns:
-            Where the array lies: its first byte and its number of elements.
+            Byte offset and number of elements of the array.
         """
         data = np.ascontiguousarray(values.numpy()).astype(kind).tobytes()
         location = [self.file.tell(), values.numel()]
@@ -42,7 +42,7 @@ class Blob:
         return location
 
     def text(self) -> str:
-        """Deflated, as base64."""
+        """The compressed data as base64."""
         return base64.b64encode(zlib.compress(self.file.getvalue(), 9)).decode("ascii")
 
 
@@ -66,12 +66,12 @@ def page(record: AttentionRecord) -> str:
         "BLOB": blob.text(),
         "SCRIPT": _file("tokens.js") + _file("page.js"),
     }
-    # one pass, so that nothing inside the data is taken for a placeholder
+    # a single pass, so that placeholders inside the data are not replaced
     return re.sub(r"@@([A-Z]+)@@", lambda placeholder: parts[placeholder[1]], _file("page.html"))
 
 
 def picture(pixels: Tensor) -> str:
-    """``[H, W, 3]`` uint8 as a data URL."""
+    """An image ``[H, W, 3]`` uint8 as a data URL."""
     from PIL import Image
 
     kind, options = ("png", {}) if max(pixels.shape[:2]) < SMALL else ("jpeg", {"quality": 90})
@@ -81,7 +81,7 @@ def picture(pixels: Tensor) -> str:
 
 
 def _site_data(site: SiteAttention, blob: Blob) -> dict[str, Any]:
-    """What ``page.js`` reads of a site; ``at`` says where its arrays lie in the blob."""
+    """The data of a site for ``page.js``; ``at`` has the locations of its arrays in the blob."""
     data = site.to_dict()
     if site.place is None or site.key_place is None:
         return {**data, "at": None}
@@ -96,7 +96,7 @@ def _site_data(site: SiteAttention, blob: Blob) -> dict[str, Any]:
         "queryToken": (site.queries, "<i4"),
         "codes": (codes.round().clamp(0, 255), "<u1"),
         "top": (top, "<f4"),
-        # eight keys a byte, the first key in the highest bit
+        # eight keys per byte, the first key in the highest bit
         "kept": (torch.from_numpy(np.packbits(site.kept.numpy(), axis=-1)), "<u1"),
         "mass": ((site.exact * site.kept).sum(-1), "<f4"),
         "background": (site.background, "<f4"),

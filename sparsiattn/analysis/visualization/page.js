@@ -33,11 +33,11 @@ function colour(a) {
   return STOPS[i].map((low, c) => low + (t - i) * (STOPS[i + 1][c] - low));
 }
 
-// The colour of a share of the most: by its square root, so that weak attention differs from none.
+// The colour of a share of the maximum, by its square root, so that weak attention is visible.
 const shade = (a) => (state.mode === "kept" ? [255 * a, 150 * a, 40 * a] : colour(Math.sqrt(a)));
 const veil = (a) => (state.mode === "kept" ? 0.7 - 0.3 * a : 0.66);
 
-// Patches per key token, to share a merged token's attention among them.
+// Number of patches per key token, to divide a merged token's attention among them.
 function sizes(site) {
   if (site._sizes) return site._sizes;
   const index = array(site, "keyIndex"), window = array(site, "keyWindow"), count = new Map();
@@ -54,7 +54,7 @@ function patchAt(site, y = state.y, x = state.x) {
   return [Math.min(rows - 1, Math.floor(y * rows)), Math.min(columns - 1, Math.floor(x * columns))];
 }
 
-// Number of the query asked for among those of a site, -1 if it is not there any more.
+// Index of the selected query in a site, -1 if its patch was dropped earlier.
 function queryOf(site) {
   if (!site.at) return -1;
   if (state.prefix >= 0 && state.prefix < site.prefix_tokens) return state.prefix;
@@ -62,7 +62,7 @@ function queryOf(site) {
   return array(site, "lookup")[row * site.grid[1] + column];
 }
 
-// Index of the patch whose query is shown: the one pointed at, or the nearest that has a query.
+// Index of the patch whose query is shown: the selected patch, or the nearest one with a query.
 function spot(site) {
   const [row, column] = patchAt(site), at = row * site.grid[1] + column, place = array(site, "place");
   const query = array(site, "lookup")[at], token = query < 0 ? place[at] : array(site, "queryToken")[query];

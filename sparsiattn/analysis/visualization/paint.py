@@ -1,4 +1,4 @@
-"""Attention, kept keys and token groups painted over the photo, as arrays of colours."""
+"""Draw attention, kept keys and token groups over the photo, as arrays of colours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SIDE = 224  # pixels: smaller photos are enlarged to it, patch by patch
+SIDE = 224  # pixels; smaller photos are enlarged to this size by repeating pixels
 
-# Colours of attention, from none to most: the colour map "inferno" (CC0) at equal steps.
+# Colours of attention from low to high: the colour map "inferno" (CC0) at equal steps.
 STOPS = ("000004", "280b54", "65156e", "9f2a63", "d44842", "f57d15", "fac127", "fcffa4")
 
 
@@ -24,7 +24,7 @@ def enlarged(pixels: Array) -> Array:
 
 
 def spread(values: Array, shape: tuple[int, ...]) -> Array:
-    """``[rows, columns]`` by patch to ``[H, W]`` by pixel.
+    """Expand values ``[rows, columns]`` of patches to ``[H, W]`` of pixels.
 
     >>> spread(np.array([[1, 2]]), (2, 4)).tolist()
     [[1, 1, 2, 2], [1, 1, 2, 2]]
@@ -44,12 +44,12 @@ def ramp(share: Array) -> Array:
 
 
 def heat(pixels: Array, values: Array, top: float) -> Array:
-    """Attention over the dimmed grey photo.
+    """Draw attention over a dimmed grey photo.
 
     Args:
         pixels: ``[H, W, 3]`` uint8.
         values: ``[rows, columns]``; brightness is the square root of their share of ``top``.
-        top: The value drawn brightest.
+        top: The value with full brightness.
 
     Returns:
         Colours, uint8; at least `SIDE` pixels on the shorter side.
@@ -62,7 +62,7 @@ def heat(pixels: Array, values: Array, top: float) -> Array:
 
 
 def spotlight(pixels: Array, share: Array) -> Array:
-    """The photo in its colours where keys are kept (by a share of the heads), dark elsewhere."""
+    """Draw the photo in colour where keys are kept (by share of heads), and dark elsewhere."""
     photo = enlarged(pixels)
     cover = spread(share, photo.shape[:2])[..., None]
     faded = 0.2 * _grey(photo)
@@ -70,14 +70,14 @@ def spotlight(pixels: Array, share: Array) -> Array:
 
 
 def tokens(pixels: Array, place: Array, fused: Sequence[int] = ()) -> Array:
-    """The photo with dropped patches dark and merged ones in one colour.
+    """Draw the photo with dropped patches dark and merged patches in one colour.
 
-    The patches of each merged token have the mean of their colours, tinted and outlined.
+    The patches of each merged token have their mean colour, tinted and outlined.
 
     Args:
         pixels: ``[H, W, 3]`` uint8.
-        place: ``[rows, columns]``, the token of each patch, -1 where it was dropped.
-        fused: Tokens that hold dropped patches; these count as dropped.
+        place: ``[rows, columns]``, the token of each patch; -1 if it was dropped.
+        fused: Tokens that contain dropped patches; these patches count as dropped.
 
     Returns:
         Colours, uint8; at least `SIDE` pixels on the shorter side.
@@ -86,7 +86,7 @@ def tokens(pixels: Array, place: Array, fused: Sequence[int] = ()) -> Array:
     place = np.where(np.isin(place, list(fused)), -1, place)
     group = spread(place, photo.shape[:2])
     sizes = np.bincount(place[place >= 0], minlength=int(place.max(initial=0)) + 1)
-    # a token is tinted by its first patch, so that it keeps its colour while tokens before it go
+    # the tint depends on a token's first patch, so it stays when earlier tokens are dropped
     first = {token: patch for patch, token in reversed(list(enumerate(place.flatten().tolist())))}
     painted = photo.copy()
     for token in np.flatnonzero(sizes > 1):
@@ -99,12 +99,12 @@ def tokens(pixels: Array, place: Array, fused: Sequence[int] = ()) -> Array:
 
 
 def hue(number: int) -> Array:
-    """A bright colour for each number, neighbours far apart (steps of the golden ratio)."""
+    """A bright colour for each number; consecutive numbers differ much (golden ratio steps)."""
     return 255 * np.array(hsv_to_rgb((number * 0.61803398875) % 1.0, 0.85, 1.0))
 
 
 def _borders(group: Array, merged: Array) -> Array:
-    """Pixels whose lower or right neighbour is in another token, where one of the two is merged."""
+    """Pixels whose lower or right neighbour is in another token, if one of both is merged."""
     borders = np.zeros(group.shape, dtype=bool)
     for here, there in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
         borders[here] |= (group[here] != group[there]) & (merged[here] | merged[there])

@@ -1,4 +1,4 @@
-"""The image that is shown: what the model takes, and what people look at."""
+"""The image of `show`: the model's input, and the picture to display."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sparsiattn.training.sources import mode_of
 
 
 def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Tensor]:
-    """The image for the model, and for people: resized and cropped alike.
+    """The image as the model's input and as a picture, with the same size and crop.
 
     Args:
-        patch: Of the model that takes the image.
-        image: A path, a PIL image, a uint8 array or tensor, or a finished (normalised) float tensor
-            ``[C, H, W]`` or ``[1, C, H, W]``.
-        image_size: Pixels, where the patch does not know the size of its input.
+        patch: The model's patch.
+        image: A path, a PIL image, a uint8 array or tensor, or a preprocessed (normalised) float
+            tensor ``[C, H, W]`` or ``[1, C, H, W]``.
+        image_size: Image size in pixels; needed if the patch has no image size.
 
     Returns:
-        ``[1, C, H, W]`` at the model's device and dtype, and ``[H, W, 3]`` uint8.
+        ``[1, C, H, W]`` with the model's device and dtype, and ``[H, W, 3]`` uint8.
 
     Raises:
         DataError: The image cannot be read, is a batch, or does not fit the model.
@@ -52,7 +52,7 @@ def photo(patch: Patch, image: Any, image_size: Any = None) -> tuple[Tensor, Ten
 
 
 def _read(image: Any, channels: int) -> Any:
-    """The image of a path; anything else as it is."""
+    """Read the image if it is a path; return anything else unchanged."""
     if not isinstance(image, (str, PathLike)):
         return image
     from PIL import Image
@@ -63,15 +63,15 @@ def _read(image: Any, channels: int) -> Any:
     try:
         with Image.open(path) as opened:
             return opened.convert(mode_of(channels))
-    except Exception as error:  # PIL's plug-ins raise whatever a broken file makes them raise
+    except Exception as error:  # PIL's plug-ins raise many kinds of errors for broken files
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
 def pixels(image: Tensor, config: Any) -> Tensor:
-    """A normalised image as people see it.
+    """Convert a normalised image to a picture.
 
-    One that was normalised in another way, so that it leaves the range of colours, is stretched
-    over that range.
+    If the result is outside the range of colours, as the image was normalised in another way, the
+    image is scaled to that range.
 
     Args:
         image: ``[C, H, W]``, normalised.
@@ -81,13 +81,13 @@ def pixels(image: Tensor, config: Any) -> Tensor:
         ``[H, W, 3]`` uint8.
 
     Raises:
-        DataError: The image holds NaN or infinity.
+        DataError: The image contains NaN or infinity.
     """
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     x = image.detach().float().cpu()
     colours = x * std + mean
     if not torch.isfinite(colours).all():
-        raise DataError("the image holds NaN or infinity")
+        raise DataError("the image must have finite values, but contains NaN or infinity")
     if colours.min() < -0.02 or colours.max() > 1.02:
         colours = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-6)
     colours = colours[:3] if len(colours) >= 3 else colours[:1].expand(3, -1, -1)

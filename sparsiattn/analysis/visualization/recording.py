@@ -1,4 +1,4 @@
-"""`show`: run the model once on a photo and recompute what its attention did."""
+"""`show`: run the model once on an image, and recompute its attention."""
 
 from __future__ import annotations
 
@@ -30,15 +30,22 @@ from sparsiattn.strategies import Planner
 from sparsiattn.training import Progress
 
 MOST = 6_000_000
-"""Attention values kept per picture, 9 bytes each; where all queries need more, fewer are taken."""
+"""Largest number of stored attention values, 9 bytes each; queries are skipped to stay below it."""
 
-# Patches that pictures show where none are asked for, as shares of the image's height and width.
+# Default query positions of pictures, as shares of the image's height and width.
 POINTS = (Point(0.36, 0.36), Point(0.5, 0.5), Point(0.7, 0.74))
 
 
 @dataclass
 class RecordedCall:
-    """One attention call of the recorded forward pass."""
+    """One attention call of the recorded forward pass.
+
+    Attributes:
+        runtime: The site.
+        planner: Its planner.
+        inputs: Its operands.
+        places: Positions of its tokens in the image.
+    """
 
     runtime: SiteRuntime
     planner: Planner
@@ -46,7 +53,7 @@ class RecordedCall:
     places: token_places.TokenPlaces
 
     def pattern(self) -> Pattern:
-        """What the strategy computes of this call, planned anew."""
+        """Plan this call again, and return the pattern."""
         n_keys = self.inputs.n_keys
         if self.runtime.stays_dense(n_keys):
             return Dense(self.inputs.n_queries, n_keys)
@@ -54,15 +61,15 @@ class RecordedCall:
 
 
 class Recorder:
-    """Observes one forward pass of a patched model; only the first call of each site counts."""
+    """Observes one forward pass of a patched model, and stores the first call of each site."""
 
     def __init__(self, patch: Patch, sites: Sequence[Site]) -> None:
         self.patch = patch
         self.runtimes = {runtime.site.name: runtime for runtime in patch.runtimes}
         self.windows = {site.name: token_places.window_of(patch.model, site.name) for site in sites}
         self.calls: dict[str, RecordedCall] = {}
-        self.token_states: dict[int, Any] = {}  # by block: what its attention sees
-        self.mlp_states: dict[int, Any] = {}  # by block: which tokens its MLP takes
+        self.token_states: dict[int, Any] = {}  # by block: the tokens in its attention
+        self.mlp_states: dict[int, Any] = {}  # by block: the tokens in its MLP
 
     def __call__(self, site: Site, planner: Planner, inputs: AttentionInputs) -> None:
         """Observer of `Patch.observing`."""
@@ -70,13 +77,13 @@ class Recorder:
         if runtime.block is not None and inputs.token_state is not None:
             self.token_states.setdefault(runtime.block, inputs.token_state)
         if site.name in self.windows and site.name not in self.calls:
-            # now, while the window block's map is the one of this call
+            # computed now, while the map size stored for the window block is that of this call
             places = token_places.places_of(inputs, self.windows[site.name])
             self.calls[site.name] = RecordedCall(runtime, planner, inputs, places)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Inside the block, hooks for what no attention call tells."""
+        """Register hooks inside the block, for map sizes and the tokens of MLPs."""
         with ExitStack() as handles:
             for window in filter(None, self.windows.values()):
                 handles.enter_context(
@@ -93,13 +100,13 @@ class Recorder:
         self.mlp_states[index] = BLOCK_CALL.bypass_state
 
     def block_tokens(self) -> tuple[BlockTokens, ...]:
-        """What every block from the first reduction on leaves of the tokens."""
+        """The remaining tokens after every block, from the first reduction on."""
         blocks = {runtime.index: runtime for runtime in self.patch.blocks}
         left = {i: state for i, state in self.mlp_states.items() if state is not None}
         if not self.mlp_states and self.patch.last_pass is not None:
             carried = self.patch.last_pass[0]
             last = getattr(carried, "states", (carried,))[0]
-            # what attention sees is what a block leaves, unless it reduces after its attention
+            # tokens after a block are those in its attention, unless it reduces after attention
             left = {
                 i: self.token_states.get(i + 1, last)
                 if blocks[i].placement in ("middle", "exit")
@@ -129,26 +136,26 @@ def show(
     image_size: int | tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> AttentionView:
-    """What a patched model attends to in one image.
+    """Record a patched model's attention in one image.
 
-    Which keys each query keeps, how much of exact attention that is, and which tokens are dropped
-    or merged.
+    The result has the keys that each query keeps, the share of exact attention on these keys, and
+    the tokens that are dropped or merged.
 
-    Attention is recomputed from the queries and keys that reach each site, so it may run fused. In
-    the recorded pass attention is dense everywhere: every site is shown on exact inputs, with what
-    the pattern would do to them. Token strategies reduce as they always do.
+    Attention is recomputed from the queries and keys of each site, so it may run fused. In the
+    recorded pass attention is dense everywhere: every site gets exact inputs, and the pattern is
+    applied to them afterwards. Token strategies reduce tokens as usual.
 
     Args:
-        model: A patched model; it runs once and is left as it was.
+        model: A patched model. It runs once and is not changed.
         image: A path, a PIL image, or a normalised float tensor ``[C, H, W]`` or ``[1, C, H, W]``.
-            Files are resized and cropped as the model's data config says.
-        layers: Indices among the patched sites (from 0, negative from the end), names or globs of
-            them; all if None.
-        heads: Indices; all if None.
-        queries: ``(row, column)`` of patches, counted on the grid of the first site shown. If None
-            all of them, or, where that would be more than 6 million attention values, every
-            second, third ... of each row and column.
-        image_size: Pixels, where the model does not say.
+            Files are resized and cropped by the model's data config.
+        layers: Patched sites to show: indices (negative from the end), names or globs; None for
+            all.
+        heads: Indices of heads; None for all.
+        queries: ``(row, column)`` of patches on the grid of the first shown site. None for all
+            patches; if these need more than 6 million attention values, only every second, third,
+            ... row and column.
+        image_size: Image size in pixels; needed if the model has no image size.
         progress: Called with 1 and the number of sites after each site.
 
     Returns:
@@ -181,8 +188,8 @@ def show(
     calls = [recorder.calls[site.name] for site in sites if site.name in recorder.calls]
     if not calls:
         raise InvalidOption(
-            f"none of {[site.name for site in sites]} was observed on this image: show() cannot "
-            "run inside Patch.disabled()"
+            f"none of {[site.name for site in sites]} was recorded: show() cannot run inside "
+            "Patch.disabled(), so leave that block first"
         )
     points = _points(queries, calls)
     step = 1 if queries is not None else _step(calls, heads)
@@ -207,8 +214,9 @@ def _active_patch(model: nn.Module) -> Patch:
     patch = patch_of(model)
     if patch is None:
         raise InvalidOption(
-            f"show() needs a patched model, and this {type(unwrap(model)).__name__} has no patch: "
-            "call sparsiattn.patch(model, ...) first ('dense' shows plain attention)"
+            f"show() needs a patched model, but this {type(unwrap(model)).__name__} is not "
+            "patched: call sparsiattn.patch(model, ...) first (strategy 'dense' shows plain "
+            "attention)"
         )
     if not patch.runtimes:
         raise ModelChanged("show() found no patched site: unpatch() and patch the model again")
@@ -226,23 +234,27 @@ def _sites(layers: Any, sites: list[Site]) -> list[Site]:
 
 
 def _matching(layer: object, sites: list[Site]) -> list[Site]:
-    """The sites that one index, name or glob means."""
+    """The sites that match one index, name or glob."""
     if isinstance(layer, str):
         return select(sites, layer)
     if not isinstance(layer, int) or isinstance(layer, bool):
-        raise InvalidType(f"layers must hold indices or names of sites, got {layer!r}")
+        raise InvalidType(f"layers must be indices or names of sites, got {layer!r}")
     if not -len(sites) <= layer < len(sites):
-        raise InvalidOption(f"layers has {layer}, but {len(sites)} sites are patched")
+        raise InvalidOption(
+            f"layers must be indices below {len(sites)}, the number of patched sites, got {layer}"
+        )
     return [sites[layer]]
 
 
 def _points(queries: Any, calls: Sequence[RecordedCall]) -> tuple[Point, ...]:
-    """Where in the image pictures look, as shares of its height and width."""
+    """Query positions of pictures, as shares of the image's height and width."""
     if queries is None:
         return POINTS
     grid = next((call.places.grid for call in calls if call.places.grid is not None), None)
     if grid is None:
-        raise InvalidOption("queries= needs a site whose tokens have a known place in the image")
+        raise InvalidOption(
+            "queries= needs a site whose tokens have known positions in the image: leave it out"
+        )
     points = []
     for query in queries:
         if not isinstance(query, (tuple, list)) or len(query) != 2:
@@ -252,12 +264,12 @@ def _points(queries: Any, calls: Sequence[RecordedCall]) -> tuple[Point, ...]:
             raise InvalidOption(f"query {(row, column)} is not on the grid {grid[0]} x {grid[1]}")
         points.append(Point((row + 0.5) / grid[0], (column + 0.5) / grid[1]))
     if not points:
-        raise InvalidOption("queries is empty: give at least one (row, column), or None for all")
+        raise InvalidOption("queries is empty: pass at least one (row, column), or None for all")
     return tuple(points)
 
 
 def _step(calls: Sequence[RecordedCall], heads: Any) -> int:
-    """How far apart queries are in rows and columns, so that at most `MOST` values are kept."""
+    """Distance of queries in rows and columns, so that at most `MOST` values are stored."""
     values = sum(
         len(_heads(heads, call)) * call.places.place.numel() * call.inputs.n_keys
         for call in calls
@@ -278,7 +290,7 @@ def _heads(heads: Any, call: RecordedCall) -> list[int]:
 
 
 def _query_tokens(call: RecordedCall, points: Sequence[Point] | None, step: int) -> Tensor:
-    """``[Q]``: the query tokens whose attention is kept: prefix tokens, then those of patches."""
+    """Query tokens whose attention is stored, ``[Q]``: prefix tokens, then patch tokens."""
     prefix, place = torch.arange(call.inputs.prefix), call.places.place
     if place is None:
         return prefix
@@ -292,7 +304,7 @@ def _query_tokens(call: RecordedCall, points: Sequence[Point] | None, step: int)
 @torch.no_grad()
 def _site_attention(call: RecordedCall, heads: list[int], queries: Tensor) -> SiteAttention:
     """Attention of some queries of a call, and means over all patch queries."""
-    # the pattern is made here and not while recording: no two sites' are in memory together
+    # planned here and not while recording, so that only one site's pattern is in memory
     inputs, pattern = attention_rows.in_float32(call.inputs), call.pattern()
     n, windows = inputs.n_queries, inputs.q.shape[0]
     window, row = queries // n, queries % n

@@ -1,4 +1,4 @@
-"""What `show` recorded: tensors by site, tokens by block. `view` draws them."""
+"""The record of `show`: tensors by site, and tokens by block. `view` draws them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from torch import Tensor
 from sparsiattn.analysis.visualization.token_places import TokenPlaces
 from sparsiattn.errors import InvalidOption, unknown
 
-# what a site's dictionary takes over as it is, and what it lists for every query
+# fields that `SiteAttention.to_dict` copies, and fields that it lists for every query
 _FACTS = ("name", "index", "heads", "grid", "tokens", "keys", "windows", "dense", "fused")
 _ROWS = ("queries", "exact", "kept", "pattern", "background", "place")
 
 
 class Point(NamedTuple):
-    """A place in the image, as shares of its height and width."""
+    """A position in the image.
+
+    Attributes:
+        y: Share of the image's height.
+        x: Share of the image's width.
+    """
 
     y: float
     x: float
 
     def on(self, grid: Sequence[int]) -> tuple[int, int]:
-        """Row and column of the patch there.
+        """Row and column of the patch at this position.
 
         >>> Point(0.5, 0.99).on((14, 14))
         (7, 13)
@@ -35,26 +40,26 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SiteAttention(TokenPlaces):
-    """Attention of one site, beside the places of its tokens.
+    """Attention of one site, and the positions of its tokens.
 
-    Tokens are numbered window after window, prefix tokens first in each.
+    Tokens are numbered window by window, with prefix tokens first in each window.
 
     Attributes:
         name: Name of the site's module.
-        index: Number of the site in its model.
-        heads: Indices of the H heads shown.
-        tokens: Query tokens in one window.
-        keys: Keys in one window, Nk.
-        windows: Windows that the image was cut into.
-        prefix: Prefix tokens in each window.
-        block: Index of its block where tokens are dropped or merged.
-        queries: ``[Q]``, numbers of the query tokens below.
+        index: Index of the site in its model.
+        heads: Indices of the H recorded heads.
+        tokens: Number of query tokens in one window.
+        keys: Number of keys in one window, Nk.
+        windows: Number of windows of the image.
+        prefix: Number of prefix tokens in each window.
+        block: Index of its block, if tokens are dropped or merged there; else None.
+        queries: ``[Q]``, indices of the recorded query tokens.
         exact: ``[H, Q, Nk]``, dense softmax over the keys of the query's window.
         kept: ``[H, Q, Nk]`` bool, the pairs that the pattern computes.
         pattern: ``[H, Q, Nk]``, softmax over the kept pairs.
         background: ``[H, Q]``, share of that softmax on pooled keys.
         mass: ``[H]``, share of exact attention on kept keys, mean over all patch queries.
-        density: ``[H]``, share of pairs kept, mean over all patch queries.
+        density: ``[H]``, share of kept pairs, mean over all patch queries.
         dense: Whether the host's own attention runs here.
     """
 
@@ -76,13 +81,13 @@ class SiteAttention(TokenPlaces):
     dense: bool
 
     def query(self, row: int, column: int) -> int | None:
-        """Which of the Q queries holds a patch, or the nearest one.
+        """Index of the recorded query of a patch, or of the nearest patch with one.
 
         Returns:
-            An index into ``queries``; None where the patch was dropped before.
+            An index into ``queries``; None if the patch was dropped earlier.
 
         Raises:
-            InvalidOption: The places of the tokens are not known.
+            InvalidOption: The positions of the tokens are not known.
         """
         if self.place is None:
             raise self._no_picture()
@@ -94,8 +99,11 @@ class SiteAttention(TokenPlaces):
 
     @cached_property
     def lookup(self) -> Tensor:
-        """``[rows, columns]``: the query of each patch, or that of the nearest patch that has one;
-        -1 where the patch is gone. Empty where there is no grid."""
+        """Index of the query of each patch, ``[rows, columns]``.
+
+        For a patch without a recorded query, it is that of the nearest patch with one. It is -1 if
+        the patch was dropped. The tensor is empty without a grid.
+        """
         if self.place is None:
             return torch.empty(0, 0, dtype=torch.long)
         query_of_token = torch.full((self.tokens * self.windows + 1,), -1)
@@ -103,26 +111,26 @@ class SiteAttention(TokenPlaces):
         lookup = query_of_token[self.place]  # place -1 reads the spare last entry
         known, unknown = (lookup >= 0).nonzero(), ((lookup < 0) & (self.place >= 0)).nonzero()
         if len(known) and len(unknown):
-            # a quarter of a patch more, so that of an even number of patches each takes its own
+            # shifted by a quarter of a patch to break ties
             nearest = torch.cdist(unknown + 0.25, known.float()).argmin(1)
             lookup[tuple(unknown.T)] = lookup[tuple(known[nearest].T)]
         return lookup
 
     def by_patch(self, values: Tensor, query: int) -> Tensor:
-        """Values of keys, laid out over the image.
+        """Arrange values of keys by patch.
 
-        A merged token's value is shared among its patches. What lies in other windows, or is gone,
-        is zero.
+        The value of a merged token is divided among its patches. Patches in other windows and
+        dropped patches are zero.
 
         Args:
-            values: ``[..., Nk]`` of one query.
-            query: That query, as an index into ``queries``.
+            values: ``[..., Nk]``, values of one query.
+            query: Index of that query in ``queries``.
 
         Returns:
-            ``[..., rows, columns]`` of key patches.
+            ``[..., rows, columns]``, values of key patches.
 
         Raises:
-            InvalidOption: The places of the tokens are not known.
+            InvalidOption: The positions of the tokens are not known.
         """
         place = self.key_place
         if place is None:
@@ -134,7 +142,7 @@ class SiteAttention(TokenPlaces):
         return shares[..., (place % self.keys).clamp_min(0)] * inside
 
     def attention(self, row: int, column: int, of: str = "exact") -> Tensor:
-        """Attention of a patch's query to every patch; all zero where the patch was dropped before.
+        """Attention of a patch's query to every patch; zeros if the patch was dropped earlier.
 
         Args:
             row: Row of the patch.
@@ -145,18 +153,18 @@ class SiteAttention(TokenPlaces):
             ``[H, rows, columns]``.
 
         Raises:
-            InvalidOption: Another ``of``, or the places of the tokens are not known.
+            InvalidOption: ``of`` is invalid, or the positions of the tokens are not known.
         """
         if of not in ("exact", "pattern"):
             raise InvalidOption(f"of must be 'exact' or 'pattern', got {of!r}")
         return self._of_patch(getattr(self, of), row, column)
 
     def keys_kept(self, row: int, column: int) -> Tensor:
-        """``[H, rows, columns]`` bool: the patches whose keys the pattern keeps for a patch."""
+        """Mask of the patches whose keys the pattern keeps for a patch, ``[H, rows, columns]``."""
         return self._of_patch(self.kept, row, column) > 0
 
     def _of_patch(self, values: Tensor, row: int, column: int) -> Tensor:
-        """``[H, Q, Nk]`` at the query of one patch, by patch; zero where the patch was dropped."""
+        """Values ``[H, Q, Nk]`` of one patch's query, by key patch; zeros if it was dropped."""
         query = self.query(row, column)
         if query is None:
             assert self.key_place is not None
@@ -164,7 +172,7 @@ class SiteAttention(TokenPlaces):
         return self.by_patch(values[:, query], query)
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
-        """Plain values by head; with ``rows`` also the attention of every query, as lists."""
+        """Plain data by head; with ``rows`` also the attention of every query, as lists."""
         facts = {name: getattr(self, name) for name in _FACTS}
         facts |= {"heads": list(self.heads), "fused": list(self.fused), "note": self.why}
         facts |= {"prefix_tokens": self.prefix, "queries": len(self.queries)}
@@ -176,16 +184,16 @@ class SiteAttention(TokenPlaces):
 
 @dataclass(frozen=True, eq=False)
 class BlockTokens:
-    """The patch tokens that a block leaves.
+    """The patch tokens after a block.
 
     Attributes:
         name: Name of the block.
-        index: Number of the block.
-        count: Patch tokens left.
-        place: ``[rows, columns]``, the token that each original patch is in, -1 where it was
-            dropped; patches of one token were merged.
-        fused: Tokens into which dropped ones were fused.
-        mlp_only: The grid stays, and these are the tokens that take the block's MLP.
+        index: Index of the block.
+        count: Number of patch tokens left.
+        place: ``[rows, columns]``, the token of each original patch; -1 if it was dropped. Patches
+            with the same token were merged.
+        fused: Tokens into which dropped tokens were fused.
+        mlp_only: Whether the block keeps its grid; the tokens are those that pass through its MLP.
     """
 
     name: str
@@ -197,12 +205,12 @@ class BlockTokens:
 
     @property
     def dropped(self) -> int:
-        """Patches that are in no token, or only in a fused one."""
+        """Number of patches that are in no token, or only in a fused token."""
         fused = torch.tensor(self.fused, dtype=torch.long)
         return int(((self.place < 0) | torch.isin(self.place, fused)).sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain data for JSON."""
         facts = {"name": self.name, "index": self.index, "tokens": self.count}
         facts |= {"dropped": self.dropped, "fused": list(self.fused), "mlp_only": self.mlp_only}
         return {**facts, "place": self.place.tolist()}
@@ -210,16 +218,16 @@ class BlockTokens:
 
 @dataclass(frozen=True, eq=False)
 class AttentionRecord:
-    """A patched model's attention in one image. Index it by a site's name or number.
+    """A patched model's attention in one image. Index it by a site's name or position.
 
     Attributes:
-        model: Name of the model's class.
-        strategy: The patch's strategy, as `Config.to_dict` gives it.
-        pixels: ``[H, W, 3]`` uint8, what the model saw.
-        sites: Every site shown.
-        tokens: By block, where a token strategy is at work.
-        points: Where pictures look.
-        step: Queries are there for every step-th patch of a row and a column.
+        model: Class name of the model.
+        strategy: The patch's strategy as plain data, see `Config.to_dict`.
+        pixels: ``[H, W, 3]`` uint8, the model's input as a picture.
+        sites: The recorded sites.
+        tokens: The tokens after each block; empty without a token strategy.
+        points: Query positions of pictures.
+        step: Queries were recorded for every ``step``-th patch of rows and columns.
     """
 
     model: str
@@ -240,7 +248,7 @@ class AttentionRecord:
 
     @property
     def title(self) -> str:
-        """Model and strategy in words: ``VisionTransformer, connectivity k=0.1``."""
+        """Model and strategy, as in ``VisionTransformer, connectivity k=0.1``."""
         options = self.strategy.get("options", {})
         words = [str(self.strategy["name"])]
         for name in ("k", "keep", "r", "ratio"):
@@ -249,7 +257,7 @@ class AttentionRecord:
         return f"{self.model}, {' '.join(words)}"
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
-        """Plain values for JSON; with ``rows`` the attention of every query, which is much."""
+        """Plain data for JSON; with ``rows`` also the attention of every query, which is large."""
         return {
             "model": self.model,
             "strategy": self.strategy,
@@ -272,7 +280,7 @@ class AttentionRecord:
 
 
 def _listed(values: Tensor | None) -> Any:
-    """As lists, rounded to what float32 holds of shares."""
+    """A tensor as lists, rounded to 6 decimals."""
     if values is not None and values.is_floating_point():
         values = values.double().round(decimals=6)
     return None if values is None else values.tolist()

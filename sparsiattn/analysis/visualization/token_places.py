@@ -1,4 +1,4 @@
-"""Where the tokens of an attention call are in the image."""
+"""Positions of the tokens of an attention call in the image."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from sparsiattn.attention import AttentionInputs, Grid, TokenState
 
 _PLAIN_WINDOWS = ("timm.models.vision_transformer_sam",)
-"""Modules whose blocks cut windows in raster order and never shift them."""
+"""Modules whose blocks divide the map into windows in raster order without shifts."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenPlaces:
-    """Tokens by patch. Tokens are numbered window after window, prefix tokens included.
+    """Tokens by patch. Tokens are numbered window by window, including prefix tokens.
 
     Attributes:
-        place: ``[rows, columns]``, the query token that holds each patch, -1 where it is gone;
-            None where that is not known.
+        place: ``[rows, columns]``, the query token of each patch, -1 if it was dropped; None if
+            positions are not known.
         key_place: The same for keys.
-        why: Why they are not known.
-        fused: Tokens that hold the sum of dropped ones, which have no place.
+        why: Why positions are not known; empty if they are.
+        fused: Tokens that contain the sum of dropped tokens, which have no position.
     """
 
     place: Tensor | None = None
@@ -33,16 +33,16 @@ class TokenPlaces:
 
     @property
     def grid(self) -> Grid | None:
-        """Rows and columns of patches; None where the tokens' places are not known."""
+        """Rows and columns of patches; None if the positions of tokens are not known."""
         return None if self.place is None else (self.place.shape[0], self.place.shape[1])
 
 
 def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
-    """Where the tokens of one call are.
+    """Find the positions of the tokens of one call.
 
     Args:
         inputs: The call.
-        window: The block that cut its windows, if one did.
+        window: The block that divides the map into windows; None if there is none.
     """
     site = inputs.site
     if window is not None:
@@ -52,7 +52,7 @@ def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
     if inputs.token_state is not None and inputs.token_state.reduced:
         return _reduced_places(inputs.token_state, inputs.prefix)
     if not site.raster or 1 in inputs.query_grid:
-        return TokenPlaces(why=f"the tokens of {site.name} are in no raster order")
+        return TokenPlaces(why=f"the tokens of {site.name} are not in raster order")
     place, key_place = (
         torch.arange(grid[0] * grid[1]).view(grid) + inputs.prefix
         for grid in (inputs.query_grid, inputs.key_grid)
@@ -61,11 +61,11 @@ def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
 
 
 def _unknown_windows(name: str) -> TokenPlaces:
-    return TokenPlaces(why=f"how {name} cuts the image into windows is not known")
+    return TokenPlaces(why=f"it is not known how {name} divides the image into windows")
 
 
 def _reduced_places(token_state: TokenState, prefix: int) -> TokenPlaces:
-    """Places in a sequence that is shorter than it was."""
+    """Positions in a shortened sequence."""
     place, fused = patch_tokens(token_state), fused_tokens(token_state)
     gone = (place < 0) | torch.isin(place, torch.tensor(fused, dtype=torch.long))
     place = torch.where(gone, -1, place + prefix)
@@ -73,25 +73,25 @@ def _reduced_places(token_state: TokenState, prefix: int) -> TokenPlaces:
 
 
 def fused_tokens(token_state: TokenState) -> tuple[int, ...]:
-    """The present patch tokens that are sums of dropped ones."""
+    """The patch tokens that are sums of dropped tokens."""
     if token_state.ids is None:
         return ()
     return tuple((token_state.ids[0] < 0).nonzero().flatten().tolist())
 
 
 def patch_tokens(token_state: TokenState) -> Tensor:
-    """``[rows, columns]``: the present token of every original patch, -1 where it is gone."""
+    """The current token of every original patch, ``[rows, columns]``; -1 if it was dropped."""
     if not token_state.steps:
         return torch.arange(token_state.n_original).view(token_state.grid)
     return token_state.source()[0].cpu().view(token_state.grid)
 
 
 class Window:
-    """A block that cuts its map into windows (Swin's, and those that never shift).
+    """A block that divides its map into windows, shifted (Swin) or not.
 
     Attributes:
         module: The block.
-        map_size: Rows and columns of the map that it last took; None where it did not say.
+        map_size: Rows and columns of its last map; None if unknown.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -99,7 +99,7 @@ class Window:
         self.map_size: Grid | None = None
 
     def record_map(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the block."""
+        """Forward pre-hook of the block, which stores the size of its map."""
         values = [*args, *kwargs.values()]
         first = next((x for x in values if isinstance(x, Tensor)), None)
         if first is not None and first.dim() == 4:
@@ -118,7 +118,7 @@ class Window:
         if padded[0] * padded[1] != inputs.q.shape[0] * inputs.n_queries:
             return _unknown_windows(name)
         shift = _pair(getattr(self.module, "shift_size", 0))
-        # where one window spans the map there is nothing to shift
+        # a window that spans the whole map is not shifted
         shift = (shift[0] if padded[0] > sides[0] else 0, shift[1] if padded[1] > sides[1] else 0)
         if any(shift) and padded != size:
             return TokenPlaces(why=f"the windows of {name} are shifted over a padded map")
@@ -127,7 +127,7 @@ class Window:
 
 
 def _windows(size: Grid, sides: Grid) -> Tensor:
-    """``[rows, columns]``: number of the token at every place of an unshifted map."""
+    """Index of the token at every position of an unshifted map, ``[rows, columns]``."""
     windows = size[0] // sides[0], size[1] // sides[1]
     tokens = torch.arange(size[0] * size[1]).view(*windows, *sides)
     return tokens.transpose(1, 2).reshape(size)
@@ -139,7 +139,7 @@ def _pair(value: Any) -> Grid:
 
 
 def window_of(model: nn.Module, site: str) -> Window | None:
-    """The block that cuts the windows of a site: its own module, or one of the two around it."""
+    """The block that divides a site's map into windows: its module, or one of two parents."""
     names = site.split(".")
     for end in range(len(names), max(0, len(names) - 3), -1):
         module = model.get_submodule(".".join(names[:end]))

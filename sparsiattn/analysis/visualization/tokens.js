@@ -1,4 +1,4 @@
-// What became of the tokens: dropped patches go dark, merged ones take their mean colour.
+// A picture of the tokens: dropped patches are dark, merged patches have their mean colour.
 function tokenPicture(block) {
   const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
   const [rows, columns] = block.grid, side = 12, place = new Int32Array(bytes, ...block.place);
@@ -40,7 +40,7 @@ function borders(context, place, block, side) {
 function tokens() {
   if (!DATA.tokens.length) return;
   $("tokensection").hidden = false;
-  if (DATA.tokens[0].mlp_only) $("tokentitle").textContent = "Tokens that take each block's MLP";
+  if (DATA.tokens[0].mlp_only) $("tokentitle").textContent = "Tokens that pass through each block's MLP";
   $("tokenhint").textContent = "Dark patches were dropped" + (DATA.tokens.some((b) => b.fused.length) ? " (fused into one token)" : "")
     + "; merged patches show their mean colour, with a line around each group. Blocks that change nothing are left out.";
   const places = DATA.tokens.map((block) => new Int32Array(bytes, ...block.place).join());

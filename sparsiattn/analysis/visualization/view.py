@@ -1,4 +1,4 @@
-"""`AttentionView`: what `show` returns, and the pictures made of it."""
+"""`AttentionView`: the result of `show`, and its pictures."""
 
 from __future__ import annotations
 
@@ -18,26 +18,37 @@ from sparsiattn.errors import InvalidOption
 class AttentionView(AttentionRecord):
     """A patched model's attention in one image, and its pictures.
 
-    Index it by a site's name or number.
+    Index it by a site's name or position.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
+    >>> model = tiny_vit()
+    >>> with sparsiattn.patch(model, "topk", k=0.25):
+    ...     view = sparsiattn.show(model, tiny_images(1))
+    >>> view.title, [site.name for site in view.sites]
+    ('VisionTransformer, topk k=0.25', ['blocks.0.attn', 'blocks.1.attn'])
     """
 
     def figure(self, view: str = "overview", site: str | int | None = None) -> Any:
-        """A matplotlib figure (needs the ``viz`` extra).
+        """Draw a matplotlib figure (needs the ``viz`` extra).
 
         Args:
-            view: ``"overview"`` compares exact attention with the pattern, ``"layers"`` and
-                ``"heads"`` show every layer, or every head of ``site``, ``"tokens"`` what is
-                dropped and merged, ``"density"`` the shares kept by layer and head.
-            site: Name or number of a site; by default the middle one.
+            view: ``"overview"`` compares exact attention with the pattern; ``"layers"`` shows every
+                layer; ``"heads"`` shows every head of ``site``; ``"tokens"`` shows dropped and
+                merged tokens; ``"density"`` shows the kept shares by layer and head.
+            site: Name or index of a site; None for the middle one.
+
+        Returns:
+            The figure.
 
         Raises:
-            UnknownName: No such view or site.
-            InvalidOption: There is nothing to draw in this view, or no matplotlib.
+            UnknownName: There is no such view or site.
+            InvalidOption: There is nothing to draw in this view, or matplotlib is not installed.
         """
         return figures.draw(self, view, site)
 
     def html(self) -> str:
-        """One page that needs nothing else: hover over a patch to see its keys."""
+        """A self-contained HTML page: hover over a patch to see its keys."""
         return page(self)
 
     def save(
@@ -46,21 +57,21 @@ class AttentionView(AttentionRecord):
         """Write a picture or the page.
 
         Args:
-            path: Its suffix says what is written: ``.png``, ``.svg``, ``.pdf`` or ``.html``.
-            view: As for `figure`; the page has all views.
-            site: As for `figure`.
+            path: The file; its suffix sets the format: ``.png``, ``.svg``, ``.pdf`` or ``.html``.
+            view: As in `figure`; the page has all views.
+            site: As in `figure`.
 
         Returns:
-            The path written.
+            The path.
 
         Raises:
-            InvalidOption: Another suffix, or as for `figure`.
+            InvalidOption: The suffix is not supported, or as in `figure`.
         """
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix not in (".html", ".htm", ".png", ".svg", ".pdf"):
             raise InvalidOption(
-                f"show() writes .html, .png, .svg and .pdf, got {path.name!r}: name the file so"
+                f"the file name must end in .html, .png, .svg or .pdf, got {path.name!r}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix in (".html", ".htm"):
@@ -77,4 +88,4 @@ class AttentionView(AttentionRecord):
         )
 
     def __repr__(self) -> str:
-        return f"<Shown: {self.title}, {len(self.sites)} sites>"
+        return f"<AttentionView: {self.title}, {len(self.sites)} sites>"

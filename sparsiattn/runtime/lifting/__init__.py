@@ -1,10 +1,10 @@
-"""Hand-written attention, ``softmax(q @ k.mT * s + b) @ v``, led to scaled dot product attention.
+"""Turn hand-written attention, ``softmax(q @ k.mT * s + b) @ v``, into calls of SDPA.
 
-No forward is copied. While a lifted module runs, the product of its queries and keys is put off:
-the host gets `Scores`, which take down what it does to them (factors, biases, masks, views,
-softmax, dropout). Once they meet the values, scaled dot product attention is called with what was
-taken down. If the host does anything else to them they are computed after all, and it goes on as
-if nothing had happened.
+No forward is copied. While a lifted module runs, the product of its queries and keys is deferred:
+the host gets `Scores`, which record the operations applied to them (factors, biases, masks, views,
+softmax, dropout). When they are multiplied with the values, scaled dot product attention is called
+with the recorded arguments. Any other operation computes the scores, and the host continues with
+an ordinary tensor.
 """
 
 from sparsiattn.runtime.lifting.mode import Lift, Tally

@@ -1,4 +1,4 @@
-"""Equations of `torch.einsum` that spell attention."""
+"""Equations of `torch.einsum` that compute attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def equation(args: Sequence[Any]) -> tuple[tuple[str, str, str], Any, Any] | Non
         args: Positional arguments of `torch.einsum`.
 
     Returns:
-        Its three index lists and the two operands; None for other equations.
+        The index strings of both operands and of the result, and the two operands; None for other
+        equations.
     """
     formula, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -26,13 +27,13 @@ def equation(args: Sequence[Any]) -> tuple[tuple[str, str, str], Any, Any] | Non
 
 
 def is_product(indices: tuple[str, str, str]) -> bool:
-    """``bic,bjc->bij``: queries and keys in rows."""
+    """Whether an equation is a product of queries and keys, such as ``bic,bjc->bij``."""
     left, right, out = indices
     return is_average((left, right[:-2] + right[-2:][::-1], out))
 
 
 def is_average(indices: tuple[str, str, str]) -> bool:
-    """``bij,bjd->bid``: weights and values in rows."""
+    """Whether an equation averages values by weights, such as ``bij,bjd->bid``."""
     left, right, out = indices
     batch, summed = left[:-2], left[-1:]
     rows = batch + left[-2:-1]

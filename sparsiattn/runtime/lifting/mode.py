@@ -1,4 +1,4 @@
-"""The mode under which products of queries and keys are put off."""
+"""The torch function mode that defers products of queries and keys."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
 class Tally:
-    """What became of one call of a lifted module.
+    """Counts for one call of a lifted module.
 
     Attributes:
-        attended: How many products became a call of scaled dot product attention.
+        attended: Number of products that became a call of scaled dot product attention.
         ended: Whether the call is over.
     """
 
@@ -31,15 +31,15 @@ class Tally:
 
 
 class Lift(TorchFunctionMode):
-    """While active, products of two computed operands are put off.
+    """While active, products of two computed operands are deferred.
 
-    Torch's own scaled dot product attention, which hosts import by name past the wrapper, goes the
-    wrapper's way.
+    Torch's original scaled dot product attention, which some hosts imported by name before it was
+    wrapped, is sent through the wrapper too.
 
     Attributes:
         tally: Counts the products that became attention.
-        idle: Whether nothing is put off for the moment.
-        puts_off_sums: Whether biases are not built either; see `sparsiattn.runtime.lifting.sums`.
+        idle: Whether deferring is paused.
+        puts_off_sums: Whether bias sums are deferred too; see `sparsiattn.runtime.lifting.sums`.
     """
 
     puts_off_sums = True
@@ -55,9 +55,9 @@ class Lift(TorchFunctionMode):
         return F.scaled_dot_product_attention(*operands, **options)
 
     def _passes_by(self, func: Any, name: str) -> bool:
-        """Whether a site waits for this call of attention, which does not go through the wrapper.
+        """Whether this is a site's call of attention that bypasses the wrapper.
 
-        A kernel's own call goes on to torch.
+        A call that a kernel makes itself goes to torch directly.
         """
         if name.partition(".")[0] != ATTENTION or func is F.scaled_dot_product_attention:
             return False
@@ -65,20 +65,24 @@ class Lift(TorchFunctionMode):
         return top is not None and top[0] is not None
 
     def home(self) -> int:
-        """Tells where scores are made: they must meet their values in the same module."""
+        """Key of the module in which scores are made; they must meet their values there."""
         return 0
 
     def refuse(self, scores: Scores, because: str) -> None:
-        """Told when scores have to be computed, by the name of the operation that needs them.
+        """Called before scores are computed.
+
+        Args:
+            scores: The scores.
+            because: Name of the operation that needs their values.
 
         Raises:
-            ModelChanged: The call that made them is over.
+            ModelChanged: The module call that made them has ended.
         """
         if self.tally.ended:
             raise ModelChanged(
-                "attention scores or weights of a patched module were kept and are read after it "
-                "returned, but a patched module works without them: read them while it runs, in a "
-                "forward hook of its dropout or softmax, where they are what is used"
+                "attention scores or weights of a patched module were stored and are read after it "
+                "returned, but a patched module does not compute them: read the weights in a "
+                "forward hook of its dropout or softmax, while the module runs"
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,9 +105,9 @@ PRODUCTS = ("matmul", "bmm", "einsum")
 
 
 def factors(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    """The operands of a product that can be put off.
+    """The operands of a product that can be deferred.
 
-    They are two computed tensors of three dimensions or more; parameters are weights, not keys.
+    Both must be computed tensors with at least three dimensions. Parameters are weights, not keys.
 
     Args:
         name: One of `PRODUCTS`.

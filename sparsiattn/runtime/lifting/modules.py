@@ -1,4 +1,4 @@
-"""Modules whose hand-written attention is lifted while a patch listens."""
+"""Modules whose hand-written attention is lifted while a patch is active."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsiattn.runtime.thread_state import SITE_CALLS
 
 
 class Lifted(Swapped):
-    """Mixin of an attention module's class that lifts its attention while a patch listens."""
+    """Mixin of an attention module's class that lifts its attention while a patch is active."""
 
     @staticmethod
     def members(host: Any) -> dict[str, Any]:
@@ -36,8 +36,9 @@ def _lifted_forward(host: Any) -> Any:
         tally.ended = True
         if not tally.attended:
             raise ModelChanged(
-                f"{host.__name__} took another way than in the dry run when it was patched, so its "
-                "attention was not reached; unpatch() and patch again, or leave it out with sites="
+                f"{host.__name__} took another code path than in the dry run at patch time, so its "
+                "attention was not intercepted; unpatch() and patch again, or exclude it with "
+                "sites="
             )
         return output
 
@@ -45,13 +46,13 @@ def _lifted_forward(host: Any) -> Any:
 
 
 def without_scores(output: Any, home: int = 0) -> Any:
-    """A module's output without the attention weights that it may return beside its result.
+    """A module's output, with None for the attention weights that it may return with its result.
 
-    Sparse attention has none. Transformers' own fused attention returns None in their place, too.
+    Sparse attention has no weights. The fused attention of transformers returns None for them too.
 
     Args:
-        output: What the module returned.
-        home: Scores made elsewhere go on to where they belong.
+        output: The module's output.
+        home: Key of the module (see `Lift.home`); scores of other modules stay in the output.
     """
     if isinstance(output, Scores) and output.home == home:
         return output.tensor("return")
@@ -67,9 +68,10 @@ def _unless_weights(value: Any, home: int) -> Any:
 
 
 class ShowWeights:
-    """Forward pre-hook and hook of a part of a lifted module, its dropout or softmax.
+    """Forward pre-hook and hook of a submodule of a lifted module: its dropout or softmax.
 
-    Hooks of others on that part get tensors: the attention weights as they are used.
+    It makes sure that the user's hooks on that submodule get tensors: the attention weights that
+    are used.
     """
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
@@ -85,7 +87,7 @@ def _weights(value: Any) -> Any:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether there are hooks of others."""
+    """Whether the module has hooks that are not `ShowWeights`."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     everywhere = _global_forward_pre_hooks or _global_forward_hooks
     return bool(everywhere) or any(not isinstance(hook, ShowWeights) for hook in hooks)
@@ -95,7 +97,7 @@ def show_weights(module: nn.Module) -> list[Any]:
     """Let hooks on parts of a lifted module see attention weights.
 
     Returns:
-        The handles of the hooks that do so.
+        Handles of the registered hooks.
     """
     parts = [part for part in module.modules() if part is not module and not _has_weights(part)]
     show = ShowWeights()
@@ -108,11 +110,11 @@ def _has_weights(part: nn.Module) -> bool:
 
 
 def lift(module: nn.Module) -> None:
-    """Lift the hand-written attention of a module while a patch listens."""
+    """Lift the hand-written attention of a module while a patch is active."""
     swap_class(module, Lifted)
 
 
 def drop(module: nn.Module) -> None:
-    """Give a lifted module, or one that builds no bias, its own class back."""
+    """Undo `lift` and `put_off_sums_of`: give a module its original class back."""
     swap_class_back(module, Lifted)
     build_sums_of(module)

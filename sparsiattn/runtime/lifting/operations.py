@@ -1,4 +1,4 @@
-"""What hosts do to attention scores on their way to the values."""
+"""Operations that hosts apply to attention scores before multiplying them with the values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from sparsiattn.runtime.lifting.equations import equation, is_average
 from sparsiattn.runtime.lifting.scores import Scores, flip, operation
 
-# Fills this low leave nothing of a key, whatever its score was.
+# A masked_fill with a value this low removes a key, whatever its score was.
 FORBIDS = -1e4
 
 
 def _in_order(a: Any, b: Any) -> tuple[Any, Any]:
     """The operands of an operator as the host wrote them.
 
-    Dynamo (torch 2.15) hands ``scores op tensor`` on as ``tensor op scores``; modules whose hosts
-    write the latter are not lifted.
+    Dynamo (torch 2.15) passes ``scores op tensor`` on as ``tensor op scores``. Modules whose hosts
+    write the second form are not lifted.
     """
     swapped = torch.compiler.is_compiling() and isinstance(a, Tensor) and isinstance(b, Scores)
     return (b, a) if swapped and not b.flipped else (a, b)
@@ -120,7 +120,7 @@ def _squeeze(scores: Any, dim: int | None = None) -> Any:
 
 @operation("softmax")
 def _softmax(scores: Any, dim: Any = None, *_: Any, **__: Any) -> Any:
-    """Further arguments (a dtype to compute in) are the kernels' own concern."""
+    """Further arguments (the dtype to compute in) are ignored: kernels choose it themselves."""
     if not isinstance(scores, Scores) or scores.softmaxed or dim not in (-1, scores.dim() - 1):
         return NotImplemented
     return scores.but(softmaxed=True)
@@ -135,7 +135,7 @@ def _dropout(scores: Any, p: float = 0.5, training: bool = True, inplace: bool =
 
 @operation("to", "type_as", "float", "contiguous")
 def _same(scores: Any, *_: Any, **__: Any) -> Any:
-    """Changes of precision or memory layout, which kernels choose themselves."""
+    """Changes of dtype or memory layout are ignored: kernels choose both themselves."""
     return scores if isinstance(scores, Scores) else NotImplemented
 
 
@@ -153,13 +153,13 @@ def _matmul(a: Any, b: Any) -> Any:
     if isinstance(a, Scores) and _meet(a, b, flipped=False):
         return a.attend(b)
     if isinstance(b, Scores) and _meet(b, a, flipped=True):
-        # hosts take views of a product, which is contiguous
+        # hosts call view() on a product, so it must be contiguous
         return b.attend(a.transpose(-2, -1)).transpose(-2, -1).contiguous()
     return NotImplemented
 
 
 def _meet(weights: Scores, values: Any, flipped: bool) -> bool:
-    """Whether these are attention weights of a plain form, about to average these values."""
+    """Whether these are attention weights without pending changes, and fit these values."""
     if not isinstance(values, Tensor) or values.dim() != weights.dim():
         return False
     if weights.home != weights.lift.home():
@@ -167,7 +167,7 @@ def _meet(weights: Scores, values: Any, flipped: bool) -> bool:
     shape = flip(weights.shape) if flipped else weights.shape
     plain = weights.softmaxed and weights.flipped == flipped and weights.part_of is None
     if shape != weights.made_as and weights.q.shape[:-2] != weights.kt.shape[:-2]:
-        return False  # operands that broadcast cannot follow a view
+        return False  # operands that broadcast cannot be viewed in the same way
     return plain and shape[-2:] == weights.made_as[-2:] and values.shape[:-2] == shape[:-2]
 
 
@@ -191,7 +191,7 @@ def _getitem(scores: Any, key: Any) -> Any:
 
 
 def _starts(key: Any, dim: int) -> tuple[int, int] | None:
-    """Where the slices of the last two dimensions start, if the others are taken whole."""
+    """Starts of the slices of the last two dimensions, if all other dimensions are complete."""
     if not isinstance(key, tuple) or len(key) != dim or not all(type(s) is slice for s in key):
         return None
     if any(s.stop is not None or s.step is not None for s in key):
@@ -202,7 +202,7 @@ def _starts(key: Any, dim: int) -> tuple[int, int] | None:
 
 @operation("setitem")
 def _setitem(scores: Any, key: Any, value: Any) -> Any:
-    """A part goes back where it was taken from, with what was added to it meanwhile."""
+    """A slice of the scores is written back, with the bias that was added to it meanwhile."""
     if not isinstance(value, Scores) or not isinstance(scores, Scores) or value.part_of is None:
         return NotImplemented
     origin, (i, j) = value.part_of
@@ -210,6 +210,7 @@ def _setitem(scores: Any, key: Any, value: Any) -> Any:
     complete = value.shape == (*scores.shape[:-2], scores.shape[-2] - i, scores.shape[-1] - j)
     if not same or not complete or value.factor != scores.factor or value.softmaxed:
         return NotImplemented
-    fresh = value.but(terms=value.terms[value.returned :])  # `part += x` has put x back already
-    scores.add_part(fresh.bias(), (i, j))
+    # `part += x` has added x to the scores already
+    added_since = value.but(terms=value.terms[value.returned :])
+    scores.add_part(added_since.bias(), (i, j))
     return None

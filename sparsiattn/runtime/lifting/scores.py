@@ -1,4 +1,4 @@
-"""A product of queries and keys that was put off, in the place of a tensor."""
+"""A deferred product of queries and keys, which stands in for a tensor."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sparsiattn.runtime.lifting.sums import put_off_sum
 from sparsiattn.runtime.thread_state import SITE_CALLS
 
 Terms = tuple[tuple[Tensor, tuple[int, ...]], ...]
-"""What was added to the scores, with the shape they had at that time."""
+"""Tensors that were added to the scores, each with the shape of the scores at that time."""
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {}
-"""What hosts do to scores that need not be computed for it, by torch's name for it."""
+"""Operations that can be recorded without computing the scores, by their name in torch."""
 
 
 def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that registers what torch's operations of these names make of scores.
+    """Decorator that registers how torch operations of these names act on scores.
 
-    The function returns NotImplemented where only the values of the scores can tell.
+    The function returns NotImplemented if the operation needs the values of the scores.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,11 +36,11 @@ def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class LiftMode(Protocol):
-    """The mode that put scores off.
+    """The mode that defers scores.
 
     Attributes:
-        idle: Whether it lets products be computed for the moment.
-        puts_off_sums: Whether it puts sums off, too.
+        idle: Whether deferring is paused.
+        puts_off_sums: Whether it defers bias sums too.
     """
 
     idle: bool
@@ -50,26 +50,26 @@ class LiftMode(Protocol):
         """Scaled dot product attention; arguments as torch takes them."""
 
     def home(self) -> int:
-        """Where scores are made: they must meet their values in the same module."""
+        """Key of the module in which scores are made; they must meet their values there."""
 
     def refuse(self, scores: Scores, because: str) -> None:
-        """Hear that an operation of that name needs the values of scores."""
+        """Called when the operation named ``because`` needs the values of scores."""
 
 
 FIELDS = (
     *("lift", "home", "q", "kt", "shape", "made_as", "dtype", "device", "factor", "terms"),
     *("softmaxed", "dropout", "flipped", "part_of", "returned", "view_of", "value"),
 )
-"""What `Scores` hold."""
+"""Names of the attributes of `Scores`."""
 
 
 class Scores:
-    """A product ``q @ kt`` that was put off, and what was done to it since.
+    """A deferred product ``q @ kt``, and the operations that were applied to it since.
 
-    It stands in for the tensor ``[..., Nq, Nk]`` in the host's own code.
+    It stands in for the tensor ``[..., Nq, Nk]`` in the host's code.
 
     Args:
-        lift: The mode that put it off.
+        lift: The mode that deferred the product.
         q: Queries, ``[..., Nq, D]``.
         kt: Keys, ``[..., D, Nk]``.
     """
@@ -83,7 +83,7 @@ class Scores:
         self.terms: Terms = ()
         self.softmaxed, self.dropout, self.flipped = False, 0.0, False
         self.part_of: tuple[Scores, tuple[int, int]] | None = None
-        self.returned = 0  # terms of a part that are already in what it is a part of
+        self.returned = 0  # of a slice: number of terms that were added to the original already
         self.view_of: Scores | None = None
         self.value: Tensor | None = None
 
@@ -116,17 +116,17 @@ class Scores:
         return self.transpose(-2, -1)
 
     def but(self, **fields: Any) -> Scores:
-        """The same scores with other fields."""
+        """A copy with some attributes replaced."""
         other = Scores.__new__(Scores)
-        for name in FIELDS:  # listed, as Dynamo of torch 2.10 does not trace ``vars(self)``
+        for name in FIELDS:  # a list, as Dynamo of torch 2.10 does not trace ``vars(self)``
             setattr(other, name, fields[name] if name in fields else getattr(self, name))
         return other
 
     def tensor(self, because: str = "") -> Tensor:
-        """The scores (or weights) themselves, computed as the host would have."""
+        """The values of the scores (or weights), computed as the host would compute them."""
         if self.value is None:
             self.lift.refuse(self, because)
-            self.lift.idle = True  # or this very product would be put off again
+            self.lift.idle = True  # otherwise this product would be deferred again
             try:
                 self.value = self._compute()
             finally:
@@ -134,7 +134,7 @@ class Scores:
         return self.value
 
     def used(self) -> Tensor:
-        """The weights that are in fact used: what attention makes of the identity."""
+        """The weights that are in fact used: attention applied to the identity as values."""
         shape = flip(self.shape) if self.flipped else self.shape
         keys = torch.eye(shape[-1], dtype=self.dtype, device=self.device)
         weights = self.attend(keys.expand(*shape[:-2], *keys.shape))
@@ -151,7 +151,7 @@ class Scores:
         return x.transpose(-2, -1) if self.flipped else x
 
     def bias(self) -> Tensor | None:
-        """What was added to the scores, broadcastable to their present shape."""
+        """Sum of the tensors added to the scores, broadcastable to their current shape."""
         shape = flip(self.shape) if self.flipped else self.shape
         sums: dict[tuple[int, ...], Tensor] = {}
         for term, then in self.terms:
@@ -167,14 +167,14 @@ class Scores:
         return a + b if bias is None else bias
 
     def add_part(self, bias: Tensor | None, starts: tuple[int, int]) -> None:
-        """Adds in place to the scores ``[..., i:, j:]``."""
+        """Add a bias to the scores ``[..., i:, j:]`` in place."""
         if bias is not None:
             i, j = starts
             part = bias.expand(*self.shape[:-2], self.shape[-2] - i, self.shape[-1] - j)
             self.terms = (*self.terms, (F.pad(part, (j, 0, i, 0)), self.shape))
 
     def attend(self, v: Tensor) -> Tensor:
-        """``[..., Nq, Dv]``, by scaled dot product attention."""
+        """Attention with these weights, ``[..., Nq, Dv]``, by scaled dot product attention."""
         shape = flip(self.shape) if self.flipped else self.shape
         q, k, mask = self.q, self.kt.transpose(-2, -1), self.bias()
         if shape != self.made_as:
@@ -191,7 +191,7 @@ class Scores:
 
 
 def flip(shape: tuple[int, ...]) -> torch.Size:
-    """The shape with its last two sizes exchanged."""
+    """The shape with its last two sizes swapped."""
     return torch.Size((*shape[:-2], shape[-1], shape[-2]))
 
 
@@ -201,7 +201,7 @@ def computed(name: str, values: Any) -> Any:
 
 
 def _method(name: str, scores: Scores, *args: Any, **kwargs: Any) -> Any:
-    """A method of the host's supposed tensor."""
+    """Call a tensor method on scores."""
     result = _apply(name.strip("_"), (scores, *args), kwargs)
     if result is NotImplemented:
         args, kwargs = computed(name, args), computed(name, kwargs)
@@ -220,31 +220,31 @@ def _in_place(name: str) -> bool:
 
 
 def _replace(scores: Scores, result: Scores) -> Scores:
-    """An operation in place: whoever holds the scores, or what they are a view of, sees it."""
+    """Apply an in-place operation to scores, and to the scores that they are a view or slice of."""
     if scores.part_of is not None:
         _put_back(scores, result)
-    held: Scores | None = scores
-    while held is not None:
-        held.q, held.factor, held.terms = result.q, result.factor, result.terms
-        held.returned = len(held.terms) if held.part_of is not None else 0
-        held = held.view_of
+    target: Scores | None = scores
+    while target is not None:
+        target.q, target.factor, target.terms = result.q, result.factor, result.terms
+        target.returned = len(target.terms) if target.part_of is not None else 0
+        target = target.view_of
     return scores
 
 
 def _put_back(part: Scores, result: Scores) -> None:
-    """What was added in place to a part of scores is added to these."""
+    """Add to the original scores the bias that was added in place to a slice of them."""
     assert part.part_of is not None
     origin, starts = part.part_of
-    # what was added to a part can be added to the whole; a factor on a part cannot go there
+    # a bias on a slice can be added to the original; a factor on a slice cannot be applied to it
     if result.q is not part.q or result.factor != part.factor:
         raise NotImplementedError("a factor in place on a part of attention scores")
     shape = (*origin.shape[:-2], *(n - s for n, s in zip(origin.shape[-2:], starts, strict=True)))
-    fresh = result.but(terms=result.terms[part.returned :], view_of=None, shape=torch.Size(shape))
-    origin.add_part(fresh.bias(), starts)
+    terms = result.terms[part.returned :]
+    origin.add_part(result.but(terms=terms, view_of=None, shape=torch.Size(shape)).bias(), starts)
 
 
 def _apply(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What the host's operation makes of scores; NotImplemented if only their values can tell."""
+    """Result of an operation on scores; NotImplemented if it needs the values of the scores."""
     operation = OPERATIONS.get(name)
     first = next((x for x in args if isinstance(x, Scores)), None)
     if operation is None or (first is not None and first.value is not None):
@@ -258,5 +258,5 @@ _OPERATORS = (
     *("lt", "le", "gt", "ge", "len", "iter", "bool", "float"),
 )
 for _name in _OPERATORS:
-    # operators are looked up on the class, past `__getattr__`
+    # Python looks operators up on the class, so `__getattr__` does not see them
     setattr(Scores, f"__{_name}__", _operator(f"__{_name}__"))

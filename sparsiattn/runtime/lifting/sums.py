@@ -1,4 +1,4 @@
-"""Biases of decomposed relative positions, which are not built while a patch listens."""
+"""Decomposed relative position biases, which are not materialised while a patch is active."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SUMS = ("add",)
 
 
 def put_off_sum(args: Sequence[Any], kwargs: Any = None) -> FactoredBias | None:
-    """A sum of the host's that need not be computed, as compiled code takes its two operands.
+    """A deferred sum, if compiled code can use its two operands directly; else None.
 
     Args:
         args: Positional arguments of the addition.
-        kwargs: Its keywords.
+        kwargs: Its keyword arguments.
     """
     if not can_put_off(args, kwargs) or is_tracing() or not factors.serves(*args):
         return None
@@ -33,13 +33,13 @@ def put_off_sum(args: Sequence[Any], kwargs: Any = None) -> FactoredBias | None:
 
 
 def can_put_off(args: Sequence[Any], kwargs: Any) -> bool:
-    """Whether these are what is added up for such a bias."""
+    """Whether these are the arguments of the addition that builds such a bias."""
     plain_sum = not kwargs and len(args) == 2 and all(type(x) is Tensor for x in args)
     return plain_sum and are_factors(*args)
 
 
 class PutOffSums(TorchFunctionMode):
-    """While active, sums of a number for each row of keys and one for each column are put off."""
+    """While active, sums of a bias per row of keys and a bias per column of keys are deferred."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__.strip("_") in SUMS:
@@ -50,7 +50,7 @@ class PutOffSums(TorchFunctionMode):
 
 
 class Unsummed(Swapped):
-    """Mixin of an attention module's class that builds no bias while a patch listens."""
+    """Mixin of an attention module's class that builds no bias while a patch is active."""
 
     @staticmethod
     def members(host: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _unsummed_forward(host: Any) -> Any:
 
 
 def put_off_sums_of(module: Any) -> None:
-    """Build no bias in a module while a patch listens."""
+    """Build no bias in a module while a patch is active."""
     swap_class(module, Unsummed)
 
 

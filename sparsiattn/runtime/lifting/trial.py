@@ -1,4 +1,4 @@
-"""The dry run's mode: what could be lifted, and what every other softmax is."""
+"""The mode of the dry run: finds attention that can be lifted, and explains every other softmax."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SUM_VIEWS = (
     *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze"),
     *("expand", "expand_as", "to", "type_as", "float", "contiguous"),
 )
-"""What hosts do to a sum on its way to attention."""
+"""Operations that hosts apply to a bias sum before attention uses it."""
 
 
 class Trial(Lift):
-    """The dry run's: puts scores off in every module, and notes what becomes of each softmax."""
+    """Mode of the dry run: defers scores in every module, and notes the use of each softmax."""
 
-    puts_off_sums = False  # where a host's tokens come from is traced by plain tensors
+    puts_off_sums = False  # the origin of a host's tokens is traced through plain tensors
 
     def __init__(self) -> None:
         super().__init__(Tally())
@@ -35,7 +35,7 @@ class Trial(Lift):
         self._sums: dict[int, Tensor] = {}
 
     def is_sum(self, mask: Tensor | None) -> bool:
-        """Whether a mask is a sum that a patched module need not compute, or a view of one."""
+        """Whether a mask is a sum that a patched module can leave uncomputed, or a view of one."""
         return id(mask) in self._sums
 
     def attend(self, *operands: Any, **options: Any) -> Tensor:
@@ -62,7 +62,7 @@ class Trial(Lift):
         name = func.__name__.strip("_")
         viewed = name in SUM_VIEWS and self.is_sum(args[0])
         if viewed or (name in SUMS and can_put_off(args, kwargs)):
-            self._sums[id(result)] = result  # which lives as long as what is known of it
+            self._sums[id(result)] = result  # kept alive, so that its id stays unique
         return result
 
     def _reason(self, name: str) -> str:
@@ -70,6 +70,6 @@ class Trial(Lift):
         if because is None:
             return "its softmax is not attention between tokens"
         return (
-            f"hand-written attention whose scores go through {because.strip('_')}(), which is no "
+            f"hand-written attention whose scores go through {because.strip('_')}(), which is not "
             "part of scaled dot product attention (talking heads, gates, attention over channels)"
         )

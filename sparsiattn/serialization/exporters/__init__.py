@@ -1,4 +1,4 @@
-"""`export`: a patched model as a program that runs without this library."""
+"""`export`: write a patched model as a program that runs without this library."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ def export(
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
 ) -> ExportResult:
-    """Write a model, as it is patched now, as a program that runs without this library.
+    """Export a model in its current state as a program that runs without this library.
 
-    The program needs the model's own library neither. Its outputs are compared with the model's
-    before the file is put in place. The model stays as it is.
+    The program does not need the model's own library either. Its outputs are compared with the
+    model's before the file is written to its place. The model is not changed.
 
     Args:
         model: The model, patched or not.
-        input: Images ``[B, C, H, W]`` like those to come, on the model's device.
-        path: Where to.
+        input: Example images ``[B, C, H, W]`` on the model's device.
+        path: Path of the file.
         format: ``"pt2"`` (torch.export), ``"onnx"`` (torch's exporter with ``dynamo=True``, run in
             onnxruntime), or ``"aoti"`` (an AOTInductor package; needs a C++ compiler).
-        kernel: ``"gather"``, ``"sdpa"`` or ``"reference"``, None for the fastest of these: other
-            kernels run code of their own.
-        dynamic_batch: Whether the program takes any batch size, else that of ``input``.
-        tolerance: The largest difference allowed, as a share of the largest output where that is
-            above 1. Choices among keys whose scores agree to the last digits may fall otherwise in
-            another runtime.
+        kernel: ``"gather"``, ``"sdpa"`` or ``"reference"``; None for the fastest of these. Other
+            kernels use custom code and cannot be exported.
+        dynamic_batch: Whether the program takes any batch size; else only that of ``input``.
+        tolerance: Largest allowed difference of an output, relative to the largest output if that
+            is above 1. Another runtime may select other keys among nearly equal scores.
+
+    Returns:
+        The files, and the result of the comparison.
 
     Raises:
-        InvalidOption: The model cannot be exported; token counts that depend on values
-            (``keep="adaptive"``) have no fixed shapes.
-        ExportFailed: A program cannot be made or differs by more than allowed. Nothing is written.
+        InvalidOption: The model cannot be exported, for example as its numbers of tokens depend on
+            values (``keep="adaptive"``).
+        ExportFailed: The program cannot be created, or differs by more than ``tolerance``. Nothing
+            is written then.
 
     >>> import tempfile, sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -66,11 +69,13 @@ def export(
     form, place = check(format), Path(path)
     _check(input, place, tolerance)
     if place.suffix != form.suffix:
-        raise InvalidOption(f"a file of format {format!r} ends in {form.suffix!r}, got {place}")
+        raise InvalidOption(
+            f"the path for format {format!r} must end in {form.suffix!r}, got {place}"
+        )
     model_copy = exportable_copy(model, kernel)
     state = state_of(model_copy)
     example = input.detach()
-    if dynamic_batch and len(example) < 2:  # a batch of one would be taken for a constant
+    if dynamic_batch and len(example) < 2:  # torch.export treats a size of one as a constant
         example = example.expand(2, *example.shape[1:]).contiguous()
     kernels = kernels_used(state, example, model_copy)
     program = traced(model_copy, example, dynamic_batch)
@@ -100,17 +105,19 @@ def _check(images: Any, path: Path, tolerance: float) -> None:
     if not isinstance(images, Tensor):
         raise InvalidType(f"input must be a tensor of images, got {type(images).__name__}")
     if not images.is_floating_point() or not images.numel():
-        raise InvalidOption(f"input must hold images, got {tuple(images.shape)} {images.dtype}")
+        raise InvalidOption(
+            f"input must be floating-point images, got {tuple(images.shape)} {images.dtype}"
+        )
     if not tolerance > 0:
         raise InvalidOption(f"tolerance must be above 0, got {tolerance!r}")
     if path.is_dir():
-        raise InvalidOption(f"export() needs the path of a file, {path} is a directory")
+        raise InvalidOption(f"path must be a file, but {path} is a directory")
 
 
 def _compare(
     run: Run, model: nn.Module, example: Tensor, batches: tuple[int, ...], allowed: float, name: str
 ) -> float:
-    """The largest difference over batches of noise. Raises `ExportFailed` above what is allowed."""
+    """The largest difference on batches of noise; raises `ExportFailed` if it is too large."""
     largest = 0.0
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
@@ -119,12 +126,12 @@ def _compare(
             expected = tensors_in(model(noise))
         try:
             actual = run(noise)
-        except Exception as error:  # of the runtime
+        except Exception as error:  # any error of the runtime
             raise ExportFailed(f"the {name} program fails at batch {batch}: {error}") from error
-        shapes, known = ([tuple(x.shape) for x in outputs] for outputs in (actual, expected))
-        if shapes != known:
+        got, wanted = ([tuple(x.shape) for x in outputs] for outputs in (actual, expected))
+        if got != wanted:
             raise ExportFailed(
-                f"the {name} program gives {shapes} at batch {batch}, the model {known}"
+                f"the {name} program returns shapes {got} at batch {batch}, the model {wanted}"
             )
         for outputs in zip(actual, expected, strict=True):
             largest = max(largest, _difference(*outputs, allowed, name, batch))
@@ -139,14 +146,14 @@ def _difference(actual: Tensor, expected: Tensor, allowed: float, name: str, bat
     if not difference <= allowed * max(1.0, float(expected.abs().max())):  # NaN compares false
         raise ExportFailed(
             f"the {name} program differs from the model by {difference:.1e} at batch {batch}, more "
-            f"than {allowed:.0e}: nothing was written. Where keys or tokens have nearly equal "
-            "scores another runtime may choose others; tolerance= allows more"
+            f"than {allowed:.0e}: nothing was written. If keys or tokens have nearly equal scores, "
+            "another runtime may select others; raise tolerance= to accept that"
         )
     return difference
 
 
 def _move(folder: Path, place: Path) -> list[Path]:
-    """What was written into its place, the main file last."""
+    """Move the written files to their place, the main file last; returns their paths."""
     files = sorted(folder.iterdir(), key=lambda file: file.name == place.name)
     for file in files:
         if file.is_dir():

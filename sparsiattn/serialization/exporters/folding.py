@@ -1,4 +1,4 @@
-"""Tables that depend on no input, computed once when a program is made instead of at every call."""
+"""Constant folding: compute tables that depend on no input when a program is created."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 _MOST_ELEMENTS = 1 << 25
-"""Elements of the largest table that is kept: 128 MiB of float32."""
+"""Largest number of elements of a stored table: 128 MiB of float32."""
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -18,23 +18,24 @@ _CHECKS = ("aten::_assert_tensor_metadata",)
 
 
 def is_functional(graph: Graph) -> bool:
-    """Whether nothing in a program writes to a tensor."""
+    """Whether no operator of a program writes to a tensor."""
     targets = (node.target for node in graph.nodes)
     return not any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets)
 
 
 def fold(module: GraphModule) -> int:
-    """Replace what a functional program computes from constants alone by buffers.
+    """Replace values that a functional program computes only from constants by buffers.
 
-    What it computes twice, such as one table at every site, it computes once. Weights stay
-    weights. Besides time this saves agreement: another runtime breaks ties between
-    equal scores (of patches equally far away, say) in its own way, and would choose other keys.
+    Values that are computed more than once, such as the same table at every site, are shared.
+    Weights stay weights. Folding saves time and keeps the results equal: another runtime may break
+    ties between equal scores (of patches at the same distance, for example) in another way, and
+    would select other keys.
 
     Args:
         module: The program, changed in place.
 
     Returns:
-        The number of buffers.
+        Number of new buffers.
     """
     _share(module)
     values: dict[Node, Any] = {}
@@ -57,7 +58,7 @@ def fold(module: GraphModule) -> int:
 
 
 def _share(module: GraphModule) -> None:
-    """Let equal calls of pure functions, and equal constants, be one."""
+    """Merge equal calls of pure functions, and equal constants."""
     known: dict[Any, Node] = {}
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _is_check(node.target):
@@ -70,7 +71,7 @@ def _share(module: GraphModule) -> None:
 
 
 def _key(module: GraphModule, node: Node) -> Any:
-    """Equal for nodes that give the same."""
+    """A key that is equal for nodes with the same value."""
     if node.op == "get_attr":
         return id(operator.attrgetter(str(node.target))(module))
     if node.op == "call_function" and _is_pure(node.target):
@@ -79,12 +80,12 @@ def _key(module: GraphModule, node: Node) -> Any:
 
 
 def _is_check(target: Any) -> bool:
-    """Whether a call only checks what tracing has seen."""
+    """Whether a call only checks properties that were known at tracing."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.name in _CHECKS
 
 
 def _value(module: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
-    """What a node gives whatever the input, None where that is not known."""
+    """The constant value of a node; None if it depends on the input or is too large."""
     if node.op == "get_attr":
         constant = operator.attrgetter(str(node.target))(module)
         return None if isinstance(constant, torch.nn.Parameter) else constant

@@ -1,4 +1,4 @@
-"""The three formats: how each is written, and how it is run again."""
+"""The three export formats, with functions that write and read each."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Run = Callable[[Tensor], list[Tensor]]
 Program = torch.export.ExportedProgram
 
 _INLINE = 1_500_000_000
-"""Bytes of weights up to which an ONNX model is one file; the format itself ends at 2 GiB."""
+"""Largest size of weights in bytes for an ONNX model in one file; the format's limit is 2 GiB."""
 
 
 class Format(NamedTuple):
-    """How a program is written, and how it is run again.
+    """An export format.
 
     Attributes:
-        needs: Packages beside torch.
-        suffix: End of the names of its files.
-        write: Puts a program, traced with these images, into a file.
-        read: Makes a function from images to a list of outputs from a file.
+        needs: Packages that it needs besides torch.
+        suffix: Suffix of its files.
+        write: Writes a program, traced with the given images, to a file.
+        read: Reads a file as a function from images to a list of outputs.
     """
 
     needs: tuple[str, ...]
@@ -41,10 +41,10 @@ class Format(NamedTuple):
 
 
 def check(name: str) -> Format:
-    """The format of that name.
+    """The format with this name.
 
     Raises:
-        InvalidOption: There is none, or a package is missing.
+        InvalidOption: There is no such format, or a package is missing.
     """
     form = FORMATS.get(name)
     if form is None:
@@ -59,7 +59,7 @@ def check(name: str) -> Format:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and prints: the exporters' own are of no use to the user, their errors are."""
+    """Suppress warnings and prints of the exporters inside the block; their errors are raised."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -115,29 +115,29 @@ def _read_onnx(path: Path) -> Run:
 
 
 def written(form: Format, program: Program, images: Tensor, path: Path) -> Run:
-    """Write a program into a file.
+    """Write a program to a file and read it back.
 
     Args:
         form: The format.
         program: The program.
-        images: Those it was traced with.
+        images: The images that it was traced with.
         path: The file.
 
     Returns:
         The program as read from the file.
 
     Raises:
-        ExportFailed: It cannot be written or read.
+        ExportFailed: The program cannot be written or read.
     """
     try:
         with quiet():
             form.write(program, images, path)
             return form.read(path)
-    except Exception as error:  # exporters, compilers and runtimes each have their own
+    except Exception as error:  # exporters, compilers and runtimes have their own errors
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         cause = [line for line in lines if "No ONNX function" in line] or lines[:2]
         raise ExportFailed(
-            f"{path.name} cannot be made: {' '.join(cause) or type(error).__name__}"
+            f"{path.name} cannot be created: {' '.join(cause) or type(error).__name__}"
         ) from error
 
 

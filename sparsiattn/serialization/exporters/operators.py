@@ -1,4 +1,4 @@
-"""Operators that torch's ONNX exporter lacks, written in ONNX's own."""
+"""ONNX translations of operators that torch's exporter does not support."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What ``torch.onnx.export(custom_translation_table=...)`` takes."""
+    """The argument ``custom_translation_table`` of ``torch.onnx.export``."""
     from onnxscript import opset18 as op
 
     def sort_stable(
         self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
     ) -> Any:
-        # TopK of all gives the lower index first among equal values, as a stable sort does
+        # among equal values TopK returns the lower index first, as a stable sort does
         count = op.Shape(self, start=dim, end=dim + 1 or None)
         return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
 

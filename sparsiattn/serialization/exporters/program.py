@@ -1,4 +1,4 @@
-"""A patched model as one program of plain operators, for any batch size."""
+"""Trace a patched model as one program of standard operators, for any batch size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparsiattn.runtime.patch_state import PatchState, state_of, unwrap
 from sparsiattn.serialization.exporters.folding import fold, is_functional
 
 KERNELS = ("gather", "sdpa", "reference")
-"""Kernels of plain operators, which every runtime has; the fastest that takes a call is exported.
-The others compile or launch code of their own."""
+"""Kernels of standard operators, which every runtime has. The fastest one that supports a call is
+exported. Other kernels compile or launch custom code."""
 
 
 def exportable_copy(model: nn.Module, kernel: str | None) -> nn.Module:
-    """A copy that shares all weights, in eval mode, its patch set to kernels that can be exported.
+    """A copy in eval mode that shares all weights and uses kernels that can be exported.
 
-    A copy, so that the model itself stays as it is, also for other threads.
+    A copy leaves the model itself unchanged, also for other threads.
 
     Args:
         model: The model.
@@ -44,16 +44,18 @@ def exportable_copy(model: nn.Module, kernel: str | None) -> nn.Module:
         for runtime in state.runtimes:
             runtime.kernels, runtime.explicit = kernels, len(kernels) == 1
     elif kernel is not None:
-        raise InvalidOption(f"kernel={kernel!r} is for patched models, and this one is not patched")
+        raise InvalidOption(
+            f"kernel={kernel!r} needs a patched model, but this model is not patched: remove it"
+        )
     return model_copy.eval()
 
 
 def _refuse_adaptive(state: PatchState | None) -> None:
     if state is not None and state.tokens is not None and state.tokens.is_ragged():
         raise InvalidOption(
-            f"{state.tokens.name!r} with these options keeps another number of tokens for every "
-            "image, and an exported program has shapes that values cannot change: use a fixed "
-            "budget instead, e.g. keep=0.7"
+            f"{state.tokens.name!r} with these options keeps a different number of tokens for "
+            "every image, but the shapes in an exported program cannot depend on values: use a "
+            "fixed budget, e.g. keep=0.7"
         )
 
 
@@ -62,26 +64,26 @@ def _kernels(state: PatchState, kernel: str | None) -> tuple[Kernel, ...]:
     kernels = tuple(REGISTRY.get("kernels", name) for name in ([named] if named else KERNELS))
     if named is not None and named not in KERNELS:
         raise InvalidOption(
-            f"kernel {named!r} cannot be exported: it runs code of its own. Give export() "
-            f"kernel= one of {', '.join(KERNELS)}, or None for the fastest of them"
+            f"kernel {named!r} cannot be exported, as it runs custom code: pass kernel= one of "
+            f"{', '.join(KERNELS)} to export(), or None for the fastest of them"
         )
     return kernels
 
 
 def traced(model: nn.Module, images: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    """The program of a model, functional, its tables folded.
+    """Trace a model as a functional program with folded constants.
 
     Args:
-        model: What `exportable_copy` returned.
+        model: The result of `exportable_copy`.
         images: Images ``[B, C, H, W]``.
-        dynamic: Whether it takes any batch size.
+        dynamic: Whether the program takes any batch size.
 
     Raises:
         ExportFailed: torch.export cannot trace the model.
     """
     shapes: Any = ({0: torch.export.Dim("batch", min=1, max=65536)},) if dynamic else None
     with _readable(model), torch.no_grad():
-        # twice: tables are folded in the functional program, which then is exported anew
+        # two exports: constants are folded in the functional program, which is exported again
         first = torch.export.export(model, (images,), dynamic_shapes=shapes)
         if not is_functional(first.graph):
             first = first.run_decompositions({})
@@ -94,7 +96,7 @@ def traced(model: nn.Module, images: Tensor, dynamic: bool) -> torch.export.Expo
 def _readable(model: nn.Module) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # torch.export has many, of all kinds
+    except Exception as error:  # torch.export raises many kinds of errors
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ExportFailed(
             f"torch.export cannot trace this {type(model).__name__}: "
@@ -103,7 +105,7 @@ def _readable(model: nn.Module) -> Iterator[None]:
 
 
 def kernels_used(state: PatchState | None, images: Tensor, model: nn.Module) -> dict[str, int]:
-    """How many sites each kernel serves in a run of the model; empty where it is not patched."""
+    """Number of sites that each kernel runs at; empty if the model is not patched."""
     if state is None:
         return {}
     with torch.no_grad():

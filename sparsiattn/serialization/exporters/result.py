@@ -1,4 +1,4 @@
-"""What `export` gives."""
+"""`ExportResult`: the result of `export`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A program on disk that answered as the model does. ``print`` it, or take `to_dict`.
+    """An exported program whose outputs equal the model's. Print it, or use `to_dict`.
 
     Attributes:
-        path: What to load.
+        path: Path of the file to load.
         format: ``"onnx"``, ``"pt2"`` or ``"aoti"``.
-        model: Class of the model.
-        strategy: Name of the strategy; None for a dense model.
-        kernels: How many sites each kernel serves; ``"dense"`` is the host's own attention.
-        input_shape: Of the images that it was made with, ``(B, C, H, W)``.
-        dynamic_batch: Whether it takes any batch size.
+        model: Class name of the model.
+        strategy: Name of the strategy; None if the model is not patched.
+        kernels: Number of sites by kernel; ``"dense"`` is the host's own attention.
+        input_shape: Shape of the example images, ``(B, C, H, W)``.
+        dynamic_batch: Whether the program takes any batch size.
         batches: Batch sizes at which it was compared with the model.
-        max_difference: The largest absolute difference to the eager model's outputs, on images it
-            was not made with.
-        tolerance: What was allowed, relative to the largest output where that is above 1.
-        bytes: Size of all files.
-        files: All that was written.
+        max_difference: Largest absolute difference from the eager model's outputs, on images other
+            than the example.
+        tolerance: Allowed difference, relative to the largest output if that is above 1.
+        bytes: Size of all files in bytes.
+        files: Paths of all files.
+
+    >>> result = ExportResult(
+    ...     path=Path("vit.pt2"), format="pt2", model="VisionTransformer", strategy="topk",
+    ...     kernels={"gather": 12}, input_shape=(2, 3, 224, 224), dynamic_batch=True,
+    ...     batches=(2, 1, 3), max_difference=2.6e-6, tolerance=1e-4, bytes=88_000_000,
+    ...     files=("vit.pt2",),
+    ... )
+    >>> print(result)
+    VisionTransformer, topk, as pt2: batch any of 3x224x224, kernels: gather at 12 sites
+    largest difference to eager 2.6e-06 (allowed 1e-04) at batches 2, 1, 3
+    wrote vit.pt2, 88.0 MB
     """
 
     path: Path
@@ -41,7 +52,7 @@ class ExportResult:
     files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: one entry a field."""
+        """Plain data for JSON, with one entry per field."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:

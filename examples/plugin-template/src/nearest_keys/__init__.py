@@ -1,4 +1,4 @@
-"""A strategy and a kernel for sparsiattn, found through this package's entry point."""
+"""A strategy and a kernel for sparsiattn, registered through this package's entry point."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sparsiattn import Kernel, Strategy, hookimpl
 from nearest_keys.kernel import NearestKeysSoftmax
 from nearest_keys.strategy import NearestKeys
 
-# the sparsiattn.PLUGIN_API that this was written for
+# version of sparsiattn.PLUGIN_API that this package was written for
 SPARSIATTN_API = (1, 0)
 
 

@@ -1,4 +1,4 @@
-"""How a pattern is computed."""
+"""The kernel, which computes attention under a pattern."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NearestKeysSoftmax(Kernel):
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         keep = pattern.to_mask()
         scores = inputs.logits().masked_fill(~keep, float("-inf"))
-        # a row without a key is zero, and no NaN may reach its gradient
+        # rows without a key are zero, without NaN in their gradient
         empty = (scores == float("-inf")).all(-1, keepdim=True)
         weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
         return weights @ inputs.v

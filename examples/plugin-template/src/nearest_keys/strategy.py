@@ -1,4 +1,4 @@
-"""Which keys each query keeps."""
+"""The strategy, which selects the keys of each query."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True)
 class NearestKeys(Strategy):
-    """Each query attends to the keys that are nearest to it by cosine.
+    """Each query attends to the keys with the largest cosine similarity.
 
-    k: keys kept per query, a share in (0, 1] or a count. Prefix tokens, tiles, background and the
-    full budget are the library's work.
+    Prefix tokens, tiles, background and the full budget are handled by the library.
+
+    Attributes:
+        k: Keys kept per query, a share in (0, 1] or a count.
     """
 
     name = "nearest_keys"
