@@ -25,6 +25,7 @@ import reliability_tables
 import runtime_tables
 import serving_tables
 import support_tables
+import view_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -227,6 +228,9 @@ SOURCES = (
     "kernels-native-epyc",
     "memory-cpu",
     "merge-cpu",
+    "many-views-layer",
+    "many-views-memory",
+    "many-views-recall",
     "models-cpu",
     "monitor-cpu",
     "overhead-cpu",
@@ -281,6 +285,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **export_tables.BLOCKS,
     **serving_tables.BLOCKS,
     **runtime_tables.BLOCKS,
+    **view_tables.BLOCKS,
 }
 
 
