@@ -96,12 +96,12 @@ class Site:
 
     @property
     def views(self) -> int:
-        """Images or frames in the sequence, which stand one below the other in ``grid``."""
+        """Number of images or frames in the sequence, stacked vertically in ``grid``."""
         return 1 if self.structure is None else self.structure.views
 
     @property
     def has_views_apart(self) -> bool:
-        """Whether special tokens stand between the patches of several images."""
+        """Whether there are special tokens between the patches of several images."""
         return self.views > 1 and bool(self.structure and self.structure.specials)
 
     def described(self, structure: Structure) -> Site:
