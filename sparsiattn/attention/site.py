@@ -40,6 +40,12 @@ class Site:
         halo: Number of patches by which the keys extend beyond the queries on every side.
         structure: How the host's sequence maps to the image, and the source of that knowledge;
             None for a site that was made by hand.
+
+    >>> import torch
+    >>> x = torch.zeros(1, 2, 17, 8)
+    >>> site = Site.of(x, x, x, prefix_tokens=1)
+    >>> site.tokens, site.grid, site.macs
+    (17, (4, 4), 9248)
     """
 
     name: str
