@@ -10,8 +10,9 @@ OLDEST ?= python3.10
 VENV_OLDEST := .venv-oldest
 READY_OLDEST := $(VENV_OLDEST)/.ready
 
-.PHONY: demo test test-slow test-oldest lint wheel plugin-check audit constraints
+.PHONY: demo test test-slow test-oldest lint wheel plugin-check audit constraints notebook
 .PHONY: levels map docs docs-serve census support reliability clean
+.PHONY: release-check versions api-check twine-check
 
 $(READY): pyproject.toml setup.py $(wildcard sparsiattn/kernels/native/*.[ch])
 	$(PYTHON) -m venv $(VENV) || $(MAKE) venv-without-ensurepip
@@ -66,9 +67,32 @@ levels: $(READY)
 
 # known vulnerabilities of what development runs with; asks PyPI
 audit: $(READY)
-	$(PYTHON) -m venv $(VENV)/audit
-	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(PYTHON) -m venv --without-pip $(VENV)/audit
+	$(BIN)/python -m pip --python $(VENV)/audit install --quiet --disable-pip-version-check pip-audit
 	$(VENV)/audit/bin/pip-audit --requirement constraints/dev.txt --no-deps --disable-pip
+
+# every check of a release, one after the other, then a table; STEPS="wheel docs" runs these alone
+release-check:
+	MAKE="$(MAKE)" $(PYTHON) tools/release_check.py $(STEPS)
+
+# every file states the version of pyproject.toml
+versions: $(READY)
+	$(BIN)/python tools/versions.py
+
+# public names against tests/project/api.json
+api-check: $(READY)
+	$(BIN)/python -m pytest -q tests/project/test_api.py
+
+# metadata of what `make wheel` left in dist/, as the index reads them; asks PyPI for twine
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+twine-check: $(READY)
+	$(PYTHON) -m venv --without-pip $(VENV)/twine
+	$(BIN)/python -m pip --python $(VENV)/twine install --quiet --disable-pip-version-check twine
+	$(VENV)/twine/bin/twine check --strict dist/sparsiattn-$(VERSION)[-.]*
+
+# examples/quickstart.ipynb, run again with its outputs
+notebook: $(READY)
+	$(BIN)/python tools/notebook.py examples/quickstart.ipynb
 
 # writes constraints/dev.txt from what is installed
 constraints: $(READY)

@@ -47,7 +47,11 @@ def case(
     inputs = AttentionInputs(q, key, v, 0.125, None, site, tile=tile, block=block)
 
     def plan() -> Any:
-        return finish(planner(inputs), inputs, background=strategy.background_for(inputs.key_grid))
+        return finish(
+            planner(inputs),
+            inputs,
+            background=strategy.background_for(inputs.key_grid, inputs.key_views),
+        )
 
     pattern = plan()
     kernel.warmup(inputs, pattern)

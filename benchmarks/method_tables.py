@@ -1,5 +1,4 @@
-"""Tables of docs/methods.md: from the registry, ``results/accuracy-cifar.json`` and
-``results/speed-cpu.json``."""
+"""Tables of docs/methods.md: from the registry and ``results/accuracy-cifar.json``."""
 
 from __future__ import annotations
 
@@ -10,14 +9,13 @@ from typing import Any
 import sparsiattn
 
 RESULTS = Path(__file__).parent / "results"
-CASES = ("224 px, batch 8", "512 px, batch 1")
 DEFAULTS = {
     "random": "random k=0.25 background=None",
     "local": "local k=0.25 background=2",
     "topk": "topk k=0.25 background=None",
     "connectivity": "connectivity k=0.25 tile=1 background=2",
     "token_drop": "token_drop keep=0.7",
-    "token_merge": "token_merge ratio=0.7",
+    "token_merge": "token_merge ratio=0.9",
     "hybrid": "hybrid k=0.25 keep=0.7 only_if_faster=False",
 }
 """Rows of the accuracy benchmark for the core strategies, which have many."""
@@ -56,14 +54,13 @@ def _matrix(kind: str) -> str:
 
 
 def _measured(kind: str) -> str:
-    accuracy, speed = _read("accuracy-cifar"), _read("speed-cpu")
+    accuracy = _read("accuracy-cifar")
     rows = []
     for name in _ours(kind):
         found = _row(name, "none", accuracy)
         cells = [_top1(found), _top1(_row(name, "calibrated", accuracy)), _macs(found)]
-        rows.append([f"`{name}`", *cells, *(_speed(speed.get(f"{name}, {c}")) for c in CASES)])
-    head = ["strategy", "top-1", "calibrated", "MACs", *CASES]
-    return _table(head, rows)
+        rows.append([f"`{name}`", *cells])
+    return _table(["strategy", "top-1", "calibrated", "MACs"], rows)
 
 
 def _row(name: str, fit: str, rows: dict[str, Any]) -> dict[str, Any] | None:
@@ -81,12 +78,6 @@ def _macs(row: dict[str, Any] | None) -> str:
     if row is None or not row.get("macs"):
         return ""
     return f"{100 * row['macs'] / row['macs_dense']:.0f} %"
-
-
-def _speed(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return "refused" if "refused" in row else f"{row['ratio']:.2f}x"
 
 
 BLOCKS = {

@@ -24,12 +24,15 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 # what differs from model to model, and what to say instead
 PLAIN = (
-    (r"^[A-Z]\w+(?= (?:has|attends|does|cannot|hands|with|keeps|reads|lays)|:)", "the model"),
+    (
+        r"^[A-Z]\w+(?= (?:has|attends|does|cannot|hands|passes|with|keeps|reads|lays|packs)|:)",
+        "the model",
+    ),
     (r"a dry run of \w+", "a dry run"),
     (r" with an input of shape \([\d, ]+\)", ""),
     (r"\(a dry run failed: .*?accepts\)", "in a dry run"),
     (r"\(a dry run failed in .*?\)(?=; use)", "in a dry run"),
-    (r"as site '[^']*' has: .*?(?=;)", "as the model has"),
+    (r"as (?:at )?site '[^']*'(?: has)?: .*?(?=;)", "as the model has"),
     (r" Pass input=.*?accepts", ""),
     (r"block '[^']*'", "a block"),
     (r" \((?:for one image: \[[\d, ]+\]|[\w.]+)\)", ""),

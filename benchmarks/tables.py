@@ -16,6 +16,7 @@ from typing import Any
 
 import accuracy_tables
 import command_line
+import equal_time_tables
 import export_tables
 import kernel_features
 import method_tables
@@ -236,7 +237,6 @@ SOURCES = (
     "runtimes-cpu",
     "search-cifar",
     "serving-cpu",
-    "speed-cpu",
     "support",
     "token-quality-cifar",
     "tokens-cpu",
@@ -276,6 +276,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **accuracy_tables.BLOCKS,
     **reliability_tables.BLOCKS,
     **method_tables.BLOCKS,
+    **equal_time_tables.BLOCKS,
     **quality_tables.BLOCKS,
     **export_tables.BLOCKS,
     **serving_tables.BLOCKS,
@@ -294,7 +295,8 @@ def filled(text: str) -> str:
 
 def main() -> int:
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    pages = (path for folder in ("docs", "benchmarks") for path in (ROOT / folder).rglob("*.md"))
+    for path in (ROOT / "README.md", *sorted(pages)):
         text = path.read_text()
         if filled(text) != text:
             stale.append(path.name)

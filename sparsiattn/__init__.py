@@ -6,15 +6,15 @@ The import is lazy (PEP 562): public names, and torch with them, are imported at
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module, util
 from typing import Any
 
 import lazy_loader
 
 from sparsiattn._version import __version__ as __version__
+from sparsiattn.errors import warn_renamed
 
-# Deprecated names, which work with a warning until the next minor version.
+# Deprecated names and the present ones; using an old one warns.
 _RENAMED = {
     "Bench": "BenchResult",
     "Exported": "ExportResult",
@@ -30,11 +30,7 @@ _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 def __getattr__(name: str) -> Any:
     """Import a public name or a sub-package at its first use."""
     if name in _RENAMED:
-        warnings.warn(
-            f"sparsiattn.{name} is deprecated: use sparsiattn.{_RENAMED[name]}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"sparsiattn.{name}", f"sparsiattn.{_RENAMED[name]}")
         name = _RENAMED[name]
     if name in __all__:
         return _import_name(name)

@@ -106,9 +106,23 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:
     return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}")
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that a public name was renamed; the old name is removed in the next minor version."""
-    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=stacklevel)
+# When old names are removed: those that users type, and those that plug-ins override or call
+# (docs/extend.md promises these for longer).
+REMOVED_IN = "0.3.0"
+PLUGIN_REMOVED_IN = "plug-in API 2.0"
+
+
+def warn_renamed(old: str, new: str, removed_in: str = REMOVED_IN, *, stacklevel: int = 3) -> None:
+    """Warn that a public name has changed.
+
+    Args:
+        old: The name that was used.
+        new: The name to use instead.
+        removed_in: The version that removes the old name. ``CHANGELOG.md`` lists both.
+        stacklevel: Of `warnings.warn`: 3 is the caller of the function that calls this one.
+    """
+    message = f"{old} is now {new}; the old name is removed in {removed_in}"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 def _is_compiling() -> bool:
@@ -119,22 +133,22 @@ def _is_compiling() -> bool:
 class RenamedMember:
     """Descriptor that gives access to a method or attribute by its old name, with a warning."""
 
-    def __init__(self, old: str, new: str) -> None:
-        self.old, self.new = old, new
+    def __init__(self, old: str, new: str, removed_in: str = REMOVED_IN) -> None:
+        self.old, self.new, self.removed_in = old, new, removed_in
 
     def __get__(self, instance: object, owner: type) -> Any:
         holder: Any = owner if instance is None else instance
         if _is_compiling():  # Dynamo can trace neither a warning nor a search through classes
             return getattr(holder, self.new)
-        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
+        warn_renamed(f"{owner.__name__}.{self.old}", self.new, self.removed_in)
         # if a subclass overrides the old name, only its call of super().old gets here
         overriding = [cls for cls in owner.__mro__ if _overrides(cls, self.old)]
         return getattr(super(overriding[-1], holder) if overriding else holder, self.new)
 
 
-def renamed_property(old: str, new: str) -> Any:
+def renamed_property(old: str, new: str, removed_in: str = REMOVED_IN) -> Any:
     """A class attribute ``old`` that returns the member ``new``, with a warning."""
-    return RenamedMember(old, new)
+    return RenamedMember(old, new, removed_in)
 
 
 def first_line(error: BaseException, named: bool = False) -> str:
@@ -179,10 +193,10 @@ class RenamedMembers:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for old in vars(cls).get("renamed_members", ()):
-            setattr(cls, old, RenamedMember(old, cls.renamed_members[old]))
+            setattr(cls, old, RenamedMember(old, cls.renamed_members[old], PLUGIN_REMOVED_IN))
         for old, new in cls.renamed_members.items():
             if _overrides(cls, old) and new not in vars(cls):
-                warn_renamed(f"{cls.__name__}.{old}", new)
+                warn_renamed(f"{cls.__name__}.{old}", new, PLUGIN_REMOVED_IN)
                 setattr(cls, new, vars(cls)[old])
 
 

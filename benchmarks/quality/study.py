@@ -1,9 +1,9 @@
 """A study: every line on a few photos, then the best of them on all.
 
-``--study sweep`` measures each line of `lines` on eight photos and in a few paired runs. Lines that
-no other beats in both are the frontier; the rest follow in layers, as in non-dominated sorting,
-until ``KEPT`` lines of a model are chosen for ``--study final``: all photos, labelled images where
-the model has text vectors, more rounds.
+``--study sweep`` measures each line of `lines` on eight photos, in a few paired runs. Lines slower
+than the dense model are left out. Those that no other beats in both figures are the frontier; the
+rest follow in layers, as in non-dominated sorting, until ``KEPT`` lines of a model are chosen for
+``--study final``: all photos, labelled images where the model has text vectors, more rounds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from quality import lines
 from quality.rows import Row, Rows
 from quality.variants import Line, typed
 
-KEPT, DEPTH = 20, 12  # lines of a model; blocks of all models with real weights
+KEPT, DEPTH = 12, 12  # lines of a model; blocks of all models with real weights
 # these are in every final, whether they were among the best or not
 ALWAYS: tuple[Line, ...] = (
     {"strategy": "connectivity", "k": 0.1},
     {"strategy": "connectivity", "k": 0.25},
     {"strategy": "token_merge"},
+    {"strategy": "token_merge", "ratio": 0.9},
+    {"strategy": "hybrid", "k": 0.25, "keep": 0.7},
     {"resolution": 0.75},
-    {"resolution": 0.875},
 )
 
 
@@ -57,15 +58,28 @@ def chosen(rows: Rows, model: str) -> list[Line]:
         for speed in found["speed"]
         if (row["model"], row["line"]) == (speed["model"], speed["line"]) == (model, speed["line"])
         and "refused" not in row
+        and speed["patched"]["ratio"] > 1
     }
-    best = [line for layer in layers(points) for line in layer][: KEPT - len(ALWAYS)]
+    for line in ALWAYS:
+        points.pop(typed(line), None)
+    best: list[str] = []
+    for layer in layers(points):
+        best += spread(layer, KEPT - len(ALWAYS) - len(best))
     by_name = {typed(line): line for line in lines.lines(DEPTH)}
-    return [*ALWAYS, *(by_name[line] for line in best if by_name[line] not in ALWAYS)]
+    return [*ALWAYS, *(by_name[line] for line in best)]
+
+
+def spread(layer: list[str], count: int) -> list[str]:
+    """At most so many of a layer, evenly from its slowest to its fastest."""
+    if count >= len(layer):
+        return layer
+    return [layer[(2 * i + 1) * len(layer) // (2 * count)] for i in range(count)]
 
 
 def kept(row: Row) -> float:
-    """What a line keeps: the mean cosine of patch features."""
-    return float(row["patches"]["mean"])
+    """Mean cosine of what the answers come from: CLIP's class token, else patch features."""
+    features = row["class_token" if "answers_kept" in row else "patches"]
+    return float(features["mean"])
 
 
 def layers(points: dict[str, tuple[float, float]]) -> list[list[str]]:

@@ -60,14 +60,14 @@ class Summary:
 class CountedSummary(Summary):
     """A summary whose bias is the log of how many keys of each cell a list leaves out.
 
-    It is counted when a kernel asks for it, since one that walks through the lists can count by
-    itself.
+    The bias is computed on first access: a kernel that walks through the lists counts by itself
+    and never reads it.
 
     Args:
-        cells: As in `Summary`.
-        parts: As in `Summary`.
-        bias: A function that counts, or any bias.
-        allowed: As in `Summary`.
+        cells: Cell of every key, ``[Nk]``, as in `Summary`.
+        parts: Rows and columns of cells.
+        bias: The bias, or a function that computes it.
+        allowed: Keys that may enter the mean, as in `Summary`.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class CountedSummary(Summary):
         bias: Tensor | Callable[[], Tensor],
         allowed: Tensor | None = None,
     ) -> None:
-        # past the frozen dataclass: only a bias that is given is a field
+        # bypasses the frozen dataclass, so that `bias` stays unset where it is still a function
         name = "bias" if isinstance(bias, Tensor) else "count_bias"
         vars(self).update({"cells": cells, "parts": parts, "allowed": allowed, name: bias})
 
     @property
     def counted(self) -> bool:
-        """Whether the bias follows from the lists."""
+        """Whether the bias is to be counted from the lists."""
         return "count_bias" in vars(self)
 
     @cached_property

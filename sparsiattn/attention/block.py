@@ -1,4 +1,4 @@
-"""`Block`: one transformer block, and where its sequence can be made shorter."""
+"""`Block`: one transformer block, and where its token sequence can be shortened."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class Tail:
-    """The end ``x + f(x)`` of a block, by module paths.
+    """The last residual branch ``x + f(x)`` of a block (its MLP), by module paths.
 
     Attributes:
-        entry: The module that takes x.
-        exit: The module that returns f(x).
-        mixes: A module in between that mixes tokens (a convolution) or tells them by their place,
-            so that it needs them all.
+        entry: Path of the module that takes x.
+        exit: Path of the module that returns f(x).
+        mixes: Path of a module in between that needs all tokens, because it mixes them (a
+            convolution) or depends on their positions; None if there is none.
         shape: Shape of x for one image; None if not known.
-        eval_only: What is different in training mode; None if nothing is.
-        factor: Name of the block's own weight by which it scales f(x); None if it does not.
+        eval_only: What the branch does differently in training mode; None if nothing.
+        factor: Name of the block's own parameter that scales f(x); None if there is none.
     """
 
     entry: str
@@ -30,7 +30,7 @@ class Tail:
 
     @property
     def ends(self) -> tuple[str, str, str | None]:
-        """Where the branch begins and ends, and its scale."""
+        """``(entry, exit, factor)``: where the branch begins and ends, and its scale."""
         return self.entry, self.exit, self.factor
 
 
@@ -42,11 +42,11 @@ class Block:
         name: Module path.
         input_shape: Shape of its input for one image.
         output_shape: Shape of its output for one image.
-        sites: Paths of the attention modules in it.
-        tail: Its MLP branch; None if it has none of its own.
-        head: The first module inside that takes the block's input.
-        after: Whether its input is the output of the block before.
-        adds_heads: Whether tables of positions come to it as ``[B, n, D]``, without heads.
+        sites: Paths of its attention modules.
+        tail: Its MLP branch; None if it has no separate one.
+        head: Path of the first module inside that takes the block's input.
+        after: Whether its input is the output of the previous block.
+        adds_heads: Whether position tables reach it as ``[B, n, D]``, without a head dimension.
     """
 
     name: str

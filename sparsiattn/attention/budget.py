@@ -11,15 +11,15 @@ Budget = int | float
 
 
 def check_budget(k: object, name: str = "k") -> Budget:
-    """``k`` itself if it is a valid budget.
+    """Check a budget and return it unchanged.
 
     Args:
         k: A share in (0, 1] as float, or a count >= 1 as int.
-        name: What error messages call it.
+        name: Name of the option, for error messages.
 
     Raises:
-        InvalidType: Neither int nor float; a bool is refused.
-        InvalidOption: Out of range, or NaN.
+        InvalidType: ``k`` is neither int nor float, or is a bool.
+        InvalidOption: ``k`` is out of range, or NaN.
 
     >>> check_budget(0.1), check_budget(20)
     (0.1, 20)
@@ -33,7 +33,7 @@ def check_budget(k: object, name: str = "k") -> Budget:
 
 
 def count_of(k: Budget, n: int) -> int:
-    """Keys kept out of ``n``: ``ceil(k * n)`` for a share, at most ``n`` for a count.
+    """Number of keys kept out of ``n``: ``ceil(k * n)`` for a share, ``min(k, n)`` for a count.
 
     >>> count_of(0.1, 197), count_of(20, 197), count_of(500, 197)
     (20, 20, 197)
@@ -42,10 +42,10 @@ def count_of(k: Budget, n: int) -> int:
 
 
 def blocks_within(k: Budget, n_keys: int, prefix: int, blocks: Tiles) -> int:
-    """Blocks of patch keys that a list of ``count_of(k, n_keys)`` keys reaches into.
+    """Number of blocks of patch keys that a list of ``count_of(k, n_keys)`` keys touches.
 
-    The list begins with ``prefix`` leading keys. 0 where those use the list up, and where it holds
-    every key.
+    The list starts with ``prefix`` leading keys. The result is 0 if these fill the list, or if the
+    list holds every key.
     """
     keys = count_of(k, n_keys)
     if keys <= prefix or keys == n_keys:

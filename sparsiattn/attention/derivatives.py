@@ -1,7 +1,7 @@
 """Derivatives that fused operators lack: second ones, forward mode, `torch.func` transforms.
 
-Fused operators have one backward pass of their own, in which nothing can be differentiated again.
-What stands in for them here is the same mathematics in plain operations of torch.
+A fused operator has its own backward pass, which cannot be differentiated again. Where more is
+needed, the functions here compute the same result in plain torch operations.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` records what runs."""
+    """Whether `torch.jit.trace` is recording."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_exporting() -> bool:
-    """Whether what runs becomes a program for any batch size (`torch.export`, `torch.jit.trace`).
+    """Whether a program for any batch size is recorded (`torch.export`, `torch.jit.trace`).
 
-    Such a program is read by runtimes that fuse other operations than torch does.
+    The runtimes that execute such a program fuse other operations than torch does.
     """
     return torch.compiler.is_exporting() or is_tracing()
 
@@ -31,7 +31,7 @@ def is_exporting() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` (`vmap`, `grad`, `jvp`) or forward-mode AD is active.
 
-    What it wraps has neither memory nor gradients that a fused operator could use.
+    The tensors it wraps have neither storage nor gradients that a fused operator could use.
     """
     if torch.compiler.is_compiling():
         return False
@@ -40,10 +40,11 @@ def is_transformed() -> bool:
 
 
 def is_unobserved(q: Tensor, k: Tensor) -> bool:
-    """Whether nothing wants to see operators on these: no tracer, mode, transform or profiler.
+    """Whether no tracer, mode, transform or profiler observes operators on these tensors.
 
-    They may then be left out: between two layers, where the caches hold other code, torch's
-    dispatch of one operator takes a tenth of the time of a small site.
+    Compiled code may then be called directly instead of through a torch operator. Between two
+    layers, when the CPU caches hold other code, dispatching one operator takes a tenth of the time
+    of a small site.
     """
     return (
         type(q) is Tensor
@@ -62,9 +63,9 @@ def plain_attention(
 ) -> Tensor:
     """Scaled dot product attention in plain operations; arguments as in `dense_attention`.
 
-    A row without a key is zero.
+    Rows without any key are zero.
     """
-    # as torch's own: float16 products of large logits would overflow
+    # as torch does: float16 products of large logits would overflow
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(dtype) * scale) @ k.to(dtype).mT
     if mask is None:
@@ -80,43 +81,43 @@ def plain_attention(
 
 
 Recompute = Callable[..., Tensor]
-"""From the operands to the result, in plain operations."""
+"""Computes the result from the operands, in plain operations."""
 
 
 def differentiable_again(out: Tensor, recompute: Recompute, *operands: Tensor | None) -> Tensor:
-    """The result of a fused operator, whose gradient can be differentiated.
+    """The result of a fused operator, with a gradient that can itself be differentiated.
 
-    The first backward pass is the operator's own. Only one that is to be differentiated in turn
-    (``create_graph=True``) computes the result anew.
+    An ordinary backward pass is the operator's own. Only a backward pass with
+    ``create_graph=True`` recomputes the result.
 
     Args:
         out: The result.
-        recompute: Gives the same from the operands; holds no tensors that they depend on.
-        *operands: What gradients flow to.
+        recompute: Computes the same result from the operands; holds no tensors of the graph itself.
+        *operands: The tensors that gradients flow to.
     """
     if not (torch.is_grad_enabled() and out.requires_grad):
         return out
-    # compiled programs are differentiated once, traced ones keep no Python
+    # compiled programs are differentiated once, traced ones run no Python
     if torch.compiler.is_compiling() or is_tracing() or is_transformed():
         return out
     return _DifferentiableAgain.apply(out, recompute, *operands)  # type: ignore[no-any-return]
 
 
 class _DifferentiableAgain(torch.autograd.Function):
-    """The identity; its backward pass leaves out the operator where a graph is to be made."""
+    """The identity; its backward pass recomputes the result if a graph is to be created."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, recompute: Recompute, *operands: Tensor | None) -> Tensor:
         ctx.save_for_backward(*operands)
         ctx.recompute = recompute
-        return out.detach()  # not `out`: hosts may write into what they get
+        return out.detach()  # not `out`: the host may write into the result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return (grad, None, *(None for _ in operands))
-        # aliases, so that hooks of the operands see their gradient once
+        # aliases, so that hooks on the operands see their gradient once
         aliases = [None if x is None else x.view_as(x) for x in operands]
         wanted = [x for x in aliases if x is not None and x.requires_grad]
         grads = torch.autograd.grad(
@@ -126,6 +127,8 @@ class _DifferentiableAgain(torch.autograd.Function):
             create_graph=True,
             allow_unused=True,
         )
-        each = iter(grads)
-        gave = (next(each) if x is not None and x.requires_grad else None for x in aliases)
-        return (None, None, *gave)
+        remaining = iter(grads)
+        operand_grads = (
+            next(remaining) if x is not None and x.requires_grad else None for x in aliases
+        )
+        return (None, None, *operand_grads)

@@ -1,4 +1,4 @@
-"""What a model is called with in a dry run."""
+"""The input that a model is called with in a dry run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image, or whatever else a model takes.
+    """One image, or the other inputs that a model takes.
 
     Attributes:
-        shape: Of one image, ``(1, C, H, W)``, or of the first tensor where there is no image.
+        shape: Shape of one image, ``(1, C, H, W)``; without an image, of the first tensor.
         arguments: Positional and keyword arguments; None where there is only an image, and the
             adapter knows how to call the model with it.
-        image: The image itself, where the user gave one.
-        with_values: Whether the model runs only with values, so that dry runs have them, too.
+        image: The image itself, if the user gave one.
+        with_values: Whether the model reads values, so that a dry run on meta tensors would fail.
     """
 
     shape: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""A bias that is a sum of a number for the key's row and one for its column, kept as these two.
+"""`FactoredBias`: an additive bias stored as one term per key row and one per key column.
 
 Decomposed relative positions (MViTv2, arXiv 2112.01526, section 4.1; SAM's image encoder) give
-every query such a bias. Built, it is as large as all logits of the site, and takes as long to write
-and to read as attention does.
+every query such a bias. Materialised, it is as large as the logits of the site, and writing and
+reading it takes as long as attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from sparsiattn.errors import ModelChanged
 
 LEAST = 1 << 14
-"""A sum of fewer numbers is not worth putting off."""
+"""Smaller sums are computed at once; deferring them does not pay."""
 
 _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view, _ATEN.reshape, _ATEN._unsafe_view, _ATEN._reshape_alias)
@@ -30,11 +30,11 @@ _ALONG = (_ATEN.select, _ATEN.slice, _ATEN.index_select, _ATEN.narrow, _ATEN.squ
 
 @dataclass(eq=False)
 class _Origin:
-    """What views of one sum share.
+    """State shared by all views of one sum.
 
     Attributes:
-        value: The sum, once something was written to it.
-        apart: Whether parts of it were taken, or whether it is one: they would not see writing.
+        value: The materialised sum, once something was written to it; None before.
+        apart: Whether slices of the sum were taken, or this is a slice. Slices do not see writes.
     """
 
     value: Tensor | None = None
@@ -44,14 +44,14 @@ class _Origin:
 class FactoredBias(Tensor):
     """A tensor ``[..., kh * kw]`` whose entries are ``rows[..., y] + columns[..., x]``.
 
-    Hosts hold it without knowing. What leaves the last dimension whole is done to both factors;
-    for anything else the sum is computed, and the result is a plain tensor.
+    The host model uses it like any tensor. Operations that keep the last dimension intact are
+    applied to both factors; any other operation materialises the sum and returns a plain tensor.
 
     Args:
-        rows: ``[..., kh]``.
-        columns: ``[..., kw]``.
-        merged: Whether keys are one dimension; else they are two, ``[..., kh, kw]``, as hosts add
-            them up.
+        rows: Term of each key row, ``[..., kh]``.
+        columns: Term of each key column, ``[..., kw]``.
+        merged: Whether keys are one dimension, ``[..., kh * kw]``, or two, ``[..., kh, kw]``, as
+            in the sum that hosts write.
 
     >>> rows, columns = torch.rand(2, 5, 3), torch.rand(2, 5, 4)
     >>> bias = FactoredBias(rows, columns)
@@ -61,7 +61,7 @@ class FactoredBias(Tensor):
     True
     """
 
-    # functions run as on any tensor, and the operators that they are made of come to the class
+    # torch functions run as on any tensor; their operators reach __torch_dispatch__ below
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     rows: Tensor
@@ -89,11 +89,11 @@ class FactoredBias(Tensor):
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Rows and columns of the keys."""
+        """Number of key rows and key columns."""
         return self.rows.shape[-1], self.columns.shape[-1]
 
     def factors(self) -> Tensor:
-        """Rows, then columns, ``[..., kh + kw]``."""
+        """Both factors in one tensor, rows first, ``[..., kh + kw]``."""
         return torch.cat([self.rows, self.columns], dim=-1)
 
     def built(self) -> Tensor:
@@ -109,8 +109,8 @@ class FactoredBias(Tensor):
         kwargs = kwargs or {}
         bias = args[0] if args else None
         if isinstance(bias, FactoredBias) and bias.origin.value is None:
-            lazy = OPERATIONS.get(func.overloadpacket)
-            result = None if lazy is None else lazy(func, bias, *args[1:], **kwargs)
+            on_factors = OPERATIONS.get(func.overloadpacket)
+            result = None if on_factors is None else on_factors(func, bias, *args[1:], **kwargs)
             if result is not None:
                 return result
         if func._schema.is_mutable:
@@ -119,12 +119,12 @@ class FactoredBias(Tensor):
 
 
 def plain(x: Any) -> Any:
-    """A bias as a plain tensor; anything else as it is."""
+    """A `FactoredBias` as a plain tensor; anything else unchanged."""
     return x.built() if isinstance(x, FactoredBias) else x
 
 
 def are_factors(a: Tensor, b: Tensor) -> bool:
-    """Whether these are ``[..., kh, 1]`` and ``[..., 1, kw]``, in either order, of many queries."""
+    """Whether these are ``[..., kh, 1]`` and ``[..., 1, kw]`` in either order, and large enough."""
     if a.dim() != b.dim() or a.dim() < 4 or a.shape[:-2] != b.shape[:-2] or a.dtype != b.dtype:
         return False
     rows, columns = (a, b) if a.shape[-1] == 1 else (b, a)
@@ -134,26 +134,26 @@ def are_factors(a: Tensor, b: Tensor) -> bool:
 
 
 def sum_of(a: Tensor, b: Tensor) -> FactoredBias:
-    """The sum of two tensors that are factors, put off."""
+    """The deferred sum of two tensors for which `are_factors` holds."""
     rows, columns = (a, b) if a.shape[-1] == 1 else (b, a)
     return FactoredBias(rows.squeeze(-1), columns.squeeze(-2), merged=False)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator that writes: whoever holds another view of what it writes to sees it."""
-    given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+    """Run an operator that writes in place, so that other views of its target see the write."""
+    named = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
     targets = [
-        given[x.name]
+        named[x.name]
         for x in func._schema.arguments
         if x.alias_info is not None
         and x.alias_info.is_write
-        and isinstance(given.get(x.name), FactoredBias)
+        and isinstance(named.get(x.name), FactoredBias)
     ]
     for target in targets:
         if target.origin.apart:
             raise ModelChanged(
-                "a model writes to a part of its relative position bias, which a patched module "
-                "does not build: add to the whole of it, or leave the module out with sites="
+                "the model writes to a slice of its relative position bias, which a patched module "
+                "does not build: write to the whole bias, or exclude the module with sites="
             )
         target.origin.value = target.built()
     out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
@@ -163,7 +163,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
 Operation = Callable[..., Tensor | None]
 
 OPERATIONS: dict[Any, Operation] = {}
-"""What can be done to factors, by torch's operator; None where it cannot in this case."""
+"""Operations on factors, by torch operator; they return None where the sum has to be built."""
 
 
 def _operation(*operators: Any) -> Callable[[Operation], Operation]:
@@ -184,7 +184,7 @@ def _view(_: Any, bias: FactoredBias, size: Sequence[int], *__: Any) -> Factored
         return None
     lead = shape[:-1] if merged else shape[:-2]
     if math.prod(lead) * keys != bias.numel():
-        return None  # torch says what is wrong
+        return None  # torch raises the error
     rows, columns = (x.reshape(*lead, x.shape[-1]) for x in (bias.rows, bias.columns))
     return FactoredBias(rows, columns, merged, bias.origin)
 
@@ -196,7 +196,7 @@ def _same(_: Any, bias: FactoredBias) -> FactoredBias:
 
 @_operation(*_MAYBE_SAME)
 def _unless_other(func: Any, bias: FactoredBias, *args: Any, **kwargs: Any) -> Tensor | None:
-    """A change of type, device or memory layout that changes nothing."""
+    """A conversion of dtype, device or memory layout, if it is a no-op."""
     probe = bias.rows.new_empty(0)
     return bias if func(probe, *args, **kwargs) is probe else None
 
@@ -208,8 +208,8 @@ def _expand(_: Any, bias: FactoredBias, size: Sequence[int], **__: Any) -> Tenso
     if not bias.merged or size[-1] not in (-1, bias.shape[-1]):
         return None
     rows, columns = (x.expand(*size[:-1], x.shape[-1]) for x in (bias.rows, bias.columns))
-    whole = rows.shape[:-1].numel() == bias.rows.shape[:-1].numel()
-    return FactoredBias(rows, columns, True, bias.origin if whole else _apart(bias))
+    same_size = rows.shape[:-1].numel() == bias.rows.shape[:-1].numel()
+    return FactoredBias(rows, columns, True, bias.origin if same_size else _apart(bias))
 
 
 @_operation(_ATEN.unsqueeze)
@@ -221,7 +221,7 @@ def _unsqueeze(_: Any, bias: FactoredBias, dim: int) -> FactoredBias | None:
 
 @_operation(*_ALONG)
 def _along(func: Any, bias: FactoredBias, dim: Any = None, *args: Any) -> FactoredBias | None:
-    """Tokens, heads or images of all keys."""
+    """A slice along tokens, heads or images, with all keys."""
     dim = 0 if dim is None and func.overloadpacket is _ATEN.slice else dim
     if not bias.merged or not isinstance(dim, int) or dim % bias.dim() == bias.dim() - 1:
         return None
@@ -236,7 +236,7 @@ def _apart(bias: FactoredBias) -> _Origin:
 
 @_operation(_ATEN.gather)
 def _gather(_: Any, bias: FactoredBias, dim: int, index: Tensor, **__: Any) -> Tensor | None:
-    """Entries for some keys of each row: a plain tensor."""
+    """Entries of some keys of each row, as a plain tensor."""
     if not bias.merged or dim % bias.dim() != bias.dim() - 1 or isinstance(index, FactoredBias):
         return None
     across = bias.sides[1]

@@ -1,8 +1,8 @@
 """Index tables over a 2-D token grid: cells, tiles, pooling, interpolation.
 
 Tokens are in raster order, prefix tokens first. Tables depend on a few integers only, so they are
-built once per device and kept; while a compiler traces, they are rebuilt from plain tensor
-operations instead, because a cache would be a side effect of the traced program.
+built once per device and cached. While a compiler traces, they are rebuilt from plain tensor
+operations, because a cache would be a side effect of the traced program.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _LOCK = threading.Lock()
 
 
 def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
-    """``build(*key, device=device)``, kept for the next call with the same arguments."""
-    # Dynamo builds anew: it would guard what is kept. `torch.export` takes that as a constant.
+    """``build(*key, device=device)``, cached by its arguments."""
+    # Dynamo would guard on a cached tensor; `torch.export` takes it as a constant
     if torch.compiler.is_dynamo_compiling():
         return build(*key, device=device)
     full_key = (build, key, device)
     try:
         built: T | None = _TABLES.get(full_key)
-    except TypeError:  # sizes that an exporter leaves open have no hash
+    except TypeError:  # an exporter's symbolic sizes have no hash
         return build(*key, device=device)
     if built is None:
         # an inference tensor kept from a warm-up would break a later training step
@@ -50,7 +50,7 @@ def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
 
 
 def _keep(key: Any, built: object) -> None:
-    """Keep a table, the oldest ones going first; one that is huge is made again each time."""
+    """Cache a table and evict the oldest ones; a table above the limit is not cached."""
     if _elements(built) > _MOST_ELEMENTS:
         return
     with _LOCK:
@@ -64,7 +64,7 @@ def _elements(*tables: object) -> int:
 
 
 def _parts(built: Any) -> list[Tensor]:
-    """Tensors of a table, of several in a tuple, or of `Tiles`."""
+    """Tensors of a cached value: a tensor, a tuple of tensors, or `Tiles`."""
     parts = vars(built).values() if isinstance(built, Tiles) else tree_leaves(built)
     return [part for part in parts if isinstance(part, Tensor)]
 
@@ -87,7 +87,7 @@ def infer_grid(n: int, aspect: float = 1.0) -> Grid:
 
 
 def skew(n: int, aspect: float = 1.0) -> float:
-    """How far the best grid of ``n`` tokens is from the aspect; 0 if it has just that.
+    """Distance (log ratio) of the best grid of ``n`` tokens from the aspect ratio; 0 if equal.
 
     >>> skew(196) < skew(195) < skew(197)
     True
@@ -138,13 +138,15 @@ def _tent(size: int, parts: int, device: torch.device) -> Tensor:
 
 
 def nested_rank(grid: Grid, outer: Grid, inner: Grid, *, device: torch.device) -> Tensor:
-    """Place of every token, ``[n]``, in an order in which a run of tokens is compact in the image.
+    """Position of every token, ``[n]``, in an order that keeps image neighbours together.
+
+    The order goes tile by tile, and block by block within a tile.
 
     Args:
         grid: Rows and columns of the tokens.
-        outer: Rows and columns of the tiles, one of which follows the other.
-        inner: Rows and columns of the blocks, one of which follows the other within a tile.
-        device: Where to.
+        outer: Rows and columns of a tile.
+        inner: Rows and columns of a block.
+        device: Device of the result.
 
     >>> nested_rank((2, 4), (2, 2), (1, 2), device=torch.device("cpu")).tolist()
     [0, 1, 4, 5, 2, 3, 6, 7]
@@ -163,11 +165,11 @@ class Tiles:
 
     Attributes:
         order: Token of every slot, ``[T, t]``; a tile smaller than ``t`` repeats its last token.
-        slot: Where each token stands in the flattened tiles, ``[n]``.
+        slot: Position of each token in the flattened tiles, ``[n]``.
         weight: ``[T, t]``, zero on repeated slots, each row summing to one; averages over a tile.
-        smallest: Tokens of the smallest tile.
-        parts: Tiles in each direction.
-        columns: Columns of the grid.
+        smallest: Number of tokens of the smallest tile.
+        parts: Number of tiles in each direction.
+        columns: Number of columns of the grid.
     """
 
     order: Tensor
@@ -179,22 +181,22 @@ class Tiles:
 
     @property
     def size(self) -> int:
-        """Slots of a tile, t."""
+        """Number of slots of a tile, t."""
         return self.order.shape[1]
 
     @property
     def count(self) -> int:
-        """Tiles, T."""
+        """Number of tiles, T."""
         return self.order.shape[0]
 
     @property
     def even(self) -> bool:
-        """Whether all tiles are of one size, so that no slot repeats a token."""
+        """Whether all tiles have the same size, so that no slot repeats a token."""
         return self.order.numel() == self.slot.numel()
 
     @property
     def _sides(self) -> tuple[int, int, int, int]:
-        """R, r, C, c: rows of even tiles, rows in each, and the same for columns."""
+        """R, r, C, c: rows of tiles and rows in a tile, then the same for columns (even tiles)."""
         inner = self.columns // self.parts[1]
         return self.parts[0], self.size // inner, self.parts[1], inner
 
@@ -215,7 +217,7 @@ class Tiles:
 
     def mean(self, x: Tensor) -> Tensor:
         """``[..., n, D]`` to the mean over every tile, ``[..., T, D]``."""
-        if is_exporting():  # runtimes sum along other axes than the last slowly
+        if is_exporting():  # runtimes are slow to sum along any axis but the last
             return (self.weight.to(x.dtype).unsqueeze(-2) @ self.gather(x)).squeeze(-2)
         if self.even and x.dim() == 4:
             return self._mean_by_sides(x)
@@ -224,7 +226,7 @@ class Tiles:
     def _mean_by_sides(self, x: Tensor) -> Tensor:
         """The mean over rows, then over columns, in the layout that hosts use, ``[B, n, H, D]``.
 
-        This is much faster on a CPU than to gather first, and makes no copy.
+        This is much faster on a CPU than gathering first, and makes no copy.
         """
         tokens: Tensor = x.transpose(1, 2).unflatten(1, self._sides)
         return tokens.mean(2).mean(3).flatten(1, 2).transpose(1, 2)
@@ -242,57 +244,68 @@ class Tiles:
         return x.index_select(-2, self.slot // self.size)
 
 
-def tile_parts(grid: Grid, tile: tuple[int, int]) -> Grid:
-    """How many tiles in each direction; a single row of tokens is cut into runs of rows x columns.
+def tile_parts(grid: Grid, tile: tuple[int, int], views: int = 1) -> Grid:
+    """How many tiles in each direction.
 
-    >>> tile_parts((14, 14), (8, 8)), tile_parts((1, 100), (8, 8))
-    ((2, 2), (1, 2))
+    A single row of tokens is cut into runs of rows x columns. No tile reaches from one view into
+    the next: the views of a grid stand one below the other and are cut alike.
+
+    >>> tile_parts((14, 14), (8, 8)), tile_parts((1, 100), (8, 8)), tile_parts((9, 3), (2, 3), 3)
+    ((2, 2), (1, 2), (6, 1))
     """
     if grid[0] == 1:
         return 1, math.ceil(grid[1] / (tile[0] * tile[1]))
-    return math.ceil(grid[0] / tile[0]), math.ceil(grid[1] / tile[1])
+    return views * math.ceil(grid[0] / views / tile[0]), math.ceil(grid[1] / tile[1])
 
 
 def own_shares(
-    grid: Grid, tile: tuple[int, int], block: int | tuple[int, int], *, device: torch.device
+    grid: Grid,
+    tile: tuple[int, int],
+    block: int | tuple[int, int],
+    views: int = 1,
+    *,
+    device: torch.device,
 ) -> Tensor:
-    """``[T, n]``, or ``[T, blocks]``: the share of a tile's queries that each key or block is.
+    """The share of a tile's tokens that each key (or block of keys) makes up.
+
+    Returns:
+        ``[T, n]`` for single keys, ``[T, blocks]`` for blocks; rows sum to one.
 
     >>> own_shares((1, 4), (1, 2), 1, device=torch.device("cpu"))
     tensor([[0.5000, 0.5000, 0.0000, 0.0000],
             [0.0000, 0.0000, 0.5000, 0.5000]])
     """
-    parts = tile_parts(grid, tile)
-    units = grid if isinstance(block, int) else tile_parts(grid, block)
+    parts = tile_parts(grid, tile, views)
+    units = grid if isinstance(block, int) else tile_parts(grid, block, views)
     rows, columns = (cell_ids(grid, cells, device=device) for cells in (parts, units))
     counts = torch.zeros(math.prod(parts), math.prod(units), device=device)
     counts.index_put_((rows, columns), torch.ones(len(rows), device=device), accumulate=True)
     return counts / counts.sum(1, keepdim=True)
 
 
-def tiles(grid: Grid, tile: tuple[int, int], *, device: torch.device) -> Tiles:
-    """The tiles of a grid, at most ``tile`` (rows, columns) large, as equal as they can be."""
-    return tiles_of_parts(grid, tile_parts(grid, tile), device=device)
+def tiles(grid: Grid, tile: tuple[int, int], views: int = 1, *, device: torch.device) -> Tiles:
+    """The tiles of a grid: at most ``tile`` (rows, columns) large, and as equal as possible."""
+    return tiles_of_parts(grid, tile_parts(grid, tile, views), device=device)
 
 
 def voters(
-    grid: Grid, tile: tuple[int, int], side: int, *, device: torch.device
+    grid: Grid, tile: tuple[int, int], side: int, views: int = 1, *, device: torch.device
 ) -> tuple[Tiles, Tensor]:
     """Small tiles of at most ``side`` x ``side`` tokens into which every tile is cut.
 
     Returns:
-        The small tiles, and in what order they stand tile by tile, ``[T * m]``.
+        The small tiles, and their order tile by tile, ``[T * m]``.
 
     >>> voters((4, 4), (4, 2), 2, device=torch.device("cpu"))[1].tolist()
     [0, 2, 1, 3]
     """
-    parts = tile_parts(grid, tile)
+    parts = tile_parts(grid, tile, views)
     wanted = (
         (1, math.ceil(tile[0] * tile[1] / side**2))
         if grid[0] == 1
         else (math.ceil(tile[0] / side), math.ceil(tile[1] / side))
     )
-    # no small tile is empty; cuts nest, since floors of floors do
+    # no small tile is empty, and none crosses the edge of a tile, since nested floors agree
     rows, columns = (max(1, min(w, n // p)) for w, n, p in zip(wanted, grid, parts, strict=True))
     small = tiles_of_parts(grid, (parts[0] * rows, parts[1] * columns), device=device)
     ids = torch.arange(small.count, device=device).view(parts[0], rows, parts[1], columns)
@@ -300,20 +313,20 @@ def voters(
 
 
 def voter_tokens(
-    grid: Grid, tile: tuple[int, int], side: int, *, device: torch.device
+    grid: Grid, tile: tuple[int, int], side: int, views: int = 1, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of every voter, tile by tile, ``[T * m, s]``, and how many of them count.
+    """Tokens of every voter, tile by tile, ``[T * m, s]``, and how many are distinct, ``[T * m]``.
 
     >>> voter_tokens((2, 2), (2, 2), 1, device=torch.device("cpu"))[0].flatten().tolist()
     [0, 1, 2, 3]
     """
-    squares, places = voters(grid, tile, side, device=device)
+    squares, places = voters(grid, tile, side, views, device=device)
     counts = (squares.weight > 0).sum(-1)
     return squares.order.index_select(0, places), counts.index_select(0, places)
 
 
 def tiles_of_parts(grid: Grid, parts: Grid, *, device: torch.device) -> Tiles:
-    """A grid cut into so many rows and columns of tiles."""
+    """A grid cut into ``parts`` = (rows, columns) of tiles."""
     ids = cell_ids(grid, parts, device=device)
     count, n = parts[0] * parts[1], grid[0] * grid[1]
     size = math.ceil(grid[0] / parts[0]) * math.ceil(grid[1] / parts[1])

@@ -1,4 +1,4 @@
-"""`GivenStructure`: what a user says of a model's sequences."""
+"""`GivenStructure`: the layout of a model's sequences, as the user gives it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ USER = "given by the user"
 
 @dataclass(frozen=True)
 class GivenStructure:
-    """What a user says of a model's sequences, as `patch` takes it.
+    """The layout of a model's sequences, as the user gives it to `patch`. None means not given.
 
     Attributes:
         grid: ``(rows, columns)`` or ``(views, rows, columns)``.
-        prefix: Special tokens before the patches.
-        suffix: Special tokens behind them.
+        prefix: Number of special tokens before the patches.
+        suffix: Number of special tokens after the patches.
         specials: How many special tokens start every view, or their positions within a view.
     """
 
@@ -30,10 +30,10 @@ class GivenStructure:
 
     @classmethod
     def read(cls, grid: Any, prefix: Any, suffix: Any, specials: Any) -> GivenStructure | None:
-        """The four arguments checked; None if none was given.
+        """Check the four arguments of `patch`; None if none was given.
 
         Raises:
-            InvalidType: One is of the wrong kind.
+            InvalidType: An argument has the wrong type or form.
         """
         if all(value is None for value in (grid, prefix, suffix, specials)):
             return None
@@ -50,15 +50,15 @@ class GivenStructure:
         return cls(sides, prefix, suffix, specials)
 
     def applied(self, known: Structure, tokens: int, site: str) -> Structure:
-        """The structure of a sequence of so many tokens.
+        """The structure of a sequence, with the user's values in place of the known ones.
 
         Args:
-            known: What is known (or guessed) of it otherwise.
-            tokens: Its length.
-            site: Its name, for errors.
+            known: The structure that was found (or guessed) without the user's values.
+            tokens: Length of the sequence.
+            site: Name of the site, for errors.
 
         Raises:
-            InvalidOption: The parts do not add up to the length.
+            InvalidOption: The parts do not add up to ``tokens``.
         """
         views, *grid = (1, *self.grid)[-3:] if self.grid else (known.views, *known.grid)
         specials = known.specials if self.specials is None else self.specials
@@ -75,8 +75,8 @@ class GivenStructure:
             structure = _with_guessed_grid(structure, tokens)
         if structure.tokens != tokens:
             raise InvalidOption(
-                f"{self} makes {structure.tokens} tokens ({structure}), but site {site!r} has "
-                f"{tokens}, known as {known}: grid, prefix, suffix and specials must add up to that"
+                f"{self} gives {structure.tokens} tokens ({structure}), but site {site!r} has "
+                f"{tokens}, found as {known}: grid, prefix, suffix and specials must add up to that"
             )
         return structure
 
@@ -86,7 +86,7 @@ class GivenStructure:
         return ", ".join(given)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: what was given."""
+        """JSON form: the arguments that were given."""
         names = ("grid", "prefix", "suffix", "specials")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
@@ -98,13 +98,13 @@ def _is_count(value: object) -> bool:
 def _sizes(name: str, value: Any) -> tuple[int, ...]:
     sizes = tuple(value) if isinstance(value, (tuple, list)) else ()
     if not sizes or not all(_is_count(size) for size in sizes):
-        raise InvalidType(f"{name} must be made of numbers of tokens, got {value!r}")
+        raise InvalidType(f"{name} must be a tuple of ints >= 0, got {value!r}")
     return sizes
 
 
 def _with_guessed_grid(structure: Structure, tokens: int) -> Structure:
-    """The structure with a grid that the remaining tokens of so many could have."""
-    left = tokens - structure.special_count
-    if left < 1 or left % structure.views:
+    """The structure with a grid guessed from the number of patches."""
+    patches = tokens - structure.special_count
+    if patches < 1 or patches % structure.views:
         return structure
-    return replace(structure, grid=geometry.infer_grid(left // structure.views))
+    return replace(structure, grid=geometry.infer_grid(patches // structure.views))

@@ -18,12 +18,12 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, RenamedMembers
 
-# A finite logit this low (Swin masks with -100) is a mask, not a bias: it weighs e^-50 at most.
+# A finite logit this low (Swin masks with -100) is a mask, not a bias: its weight is e^-50 at most.
 MASKED_BELOW = -50.0
 
 
 class CanAttend(Protocol):
-    """What `AttentionInputs.attention` needs of a pattern."""
+    """The method that `AttentionInputs.attention` calls on a pattern."""
 
     def attend(self, inputs: AttentionInputs) -> Tensor: ...
 
@@ -42,17 +42,21 @@ class AttentionInputs(RenamedMembers):
         bias: Additive float mask or boolean mask (True attends) that broadcasts to
             ``[B, H, Nq, Nk]``; None where the host adds none.
         site: The call's site, as found at patch time.
-        dropout: Of attention weights; 0 in eval mode.
+        dropout: Dropout probability of attention weights; 0 in eval mode.
         query_grid: Rows and columns of the patch queries at this call's resolution; by default
             that of ``site``.
         key_grid: The same for the patch keys.
         tile: Queries that share their keys: 1, or rows and columns of patches.
         block: Keys that are kept or dropped together: 1, or rows and columns of patches.
-        token_state: Which original patches the tokens are, where some were dropped or merged;
+        token_state: Which original patches the tokens are, once some were dropped or merged;
             None before the first reduction.
         target_device: The device that a dry run's meta tensors stand for.
-        cross_layer: What `store` and `load` write to and read from.
-        placed: Whether it is known where in the image the tokens are, so that grids say so.
+        cross_layer: Tensors that `store` writes and `load` reads; None where the strategy does
+            not use them.
+        placed: Whether the positions of the tokens in the image are known, so that the grids
+            have a meaning.
+        views: Images or frames in the sequence, one below the other in the grids; by default as
+            ``site`` says, if the query grid can be cut into so many.
 
     >>> x = torch.zeros(1, 2, 17, 8)
     >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
@@ -87,30 +91,35 @@ class AttentionInputs(RenamedMembers):
     target_device: torch.device | None = None
     cross_layer: CrossLayerState | None = None
     placed: bool = True
+    views: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("query_grid", self.site.grid), ("key_grid", self.site.key_grid)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, known)
+        if not self.views:
+            views = self.site.views
+            fits = self.query_grid[0] % views == 0 and self.query_grid[0] > 1
+            object.__setattr__(self, "views", views if fits else 1)
 
     @property
     def device(self) -> torch.device:
-        """Where the call runs; in a dry run, where it would."""
+        """The device of the call; in a dry run, the device that it would run on."""
         return self.target_device or self.q.device
 
     @property
     def prefix(self) -> int:
-        """Leading tokens that are not image patches, among queries and keys alike."""
+        """Number of leading tokens that are not image patches, the same for queries and keys."""
         return self.site.prefix_tokens
 
     @property
     def n_queries(self) -> int:
-        """Queries, prefix included."""
+        """Number of queries, prefix included."""
         return self.q.shape[-2]
 
     @property
     def n_keys(self) -> int:
-        """Keys, prefix included."""
+        """Number of keys, prefix included."""
         return self.k.shape[-2]
 
     @property
@@ -120,19 +129,24 @@ class AttentionInputs(RenamedMembers):
         return state if state is not None and state.reduced else None
 
     @property
+    def key_views(self) -> int:
+        """Images or frames among the keys; 1 where they are not the queries' own tokens."""
+        return self.views if self.key_grid == self.query_grid else 1
+
+    @property
     def image_grid(self) -> Grid:
-        """Of all patch tokens of the image, those that were dropped or merged included."""
+        """Grid of all patch tokens of the image, including those that were dropped or merged."""
         return self.key_grid if self.reduced is None else self.reduced.grid
 
     def gather_rows(self, table: Tensor) -> Tensor:
-        """Rows of a table over the whole image for the tokens that are left.
+        """Rows of a table over the whole image, for the current tokens.
 
         Args:
             table: ``[P + n0, K]``, one row per prefix token and per patch of the image.
 
         Returns:
-            ``[B, P + n, K]``, a merged token with the mean of its rows; the table itself while
-            all tokens are there.
+            ``[B, P + n, K]``, where a merged token gets the mean of its rows; the table itself
+            before the first reduction.
         """
         if self.reduced is None:
             return table
@@ -140,13 +154,13 @@ class AttentionInputs(RenamedMembers):
         return torch.cat([table[: self.prefix].expand(rows.shape[0], -1, -1), rows], dim=1)
 
     def table(self, build: Callable[..., Tensor], *key: Hashable) -> Tensor:
-        """``build(*key, device=...)`` on the keys' device, kept for later calls.
+        """``build(*key, device=...)`` on the keys' device, cached for later calls.
 
-        For index tables and masks that follow from shapes and options alone.
+        For index tables and masks that depend on shapes and options only.
 
         Args:
-            build: A function of a module; nobody may write to what it returns.
-            *key: Its arguments, which also identify the table.
+            build: A module-level function. Its result is shared, so do not write to it.
+            *key: Arguments of ``build``, which also identify the table.
 
         >>> from sparsiattn.testing.hosts import random_inputs
         >>> random_inputs((4, 4)).table(torch.arange, 3).tolist()
@@ -156,29 +170,34 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def tiles(self) -> Tiles | None:
-        """The query tiles over patch tokens (prefix not counted), None if every query is alone."""
+        """The tiles of patch queries (prefix not counted); None if each query has its own keys."""
         if self.tile == 1 or isinstance(self.tile, int):
             return None
-        return geometry.table(geometry.tiles, self.query_grid, self.tile, device=self.q.device)
+        sizes = self.query_grid, self.tile, self.views
+        return geometry.table(geometry.tiles, *sizes, device=self.q.device)
 
     @property
     def blocks(self) -> Tiles | None:
         """The blocks in which patch keys are chosen.
 
-        None if each key is chosen by itself, as under a host mask that forbids some.
+        None if keys are chosen one by one, as under a host mask that forbids some of them.
         """
         if isinstance(self.block, int) or isinstance(self.tile, int) or self.allowed() is not None:
             return None
-        return geometry.table(geometry.tiles, self.key_grid, self.block, device=self.k.device)
+        sizes = self.key_grid, self.block, self.key_views
+        return geometry.table(geometry.tiles, *sizes, device=self.k.device)
 
     @property
     def patch_queries(self) -> Tensor:
-        """``[B, H, n, D]``: the queries without prefix tokens."""
+        """The queries without prefix tokens, ``[B, H, n, D]``."""
         return self.q[..., self.prefix :, :]
 
     @property
     def row_queries(self) -> Tensor:
-        """One query per row of a pattern: patch queries, or their mean over a tile, unpadded."""
+        """One query per row of a pattern, ``[B, H, R, D]``: patch queries, or their mean per tile.
+
+        Padding does not enter the means.
+        """
         tiles, weight = self.tiles, self._unpadded
         if tiles is None:
             return self.patch_queries
@@ -188,7 +207,7 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def mean_query(self) -> Tensor:
-        """``[B, H, 1, D]``: the mean over all patch queries that are no padding."""
+        """The mean over all patch queries except padding, ``[B, H, 1, D]``."""
         weight = self._unpadded
         if weight is None:
             return self.row_queries.mean(-2, keepdim=True)
@@ -197,7 +216,10 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def visible_keys(self) -> Tensor | None:
-        """Keys that any query may see, ``[B|1, H|1, Nk]``; None means all. Padding is not seen."""
+        """Keys that at least one query may attend to, ``[B|1, H|1, Nk]``; None means all.
+
+        Padding is not among them.
+        """
         allowed = self.allowed()
         if allowed is None:
             return None
@@ -205,7 +227,7 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def _unpadded(self) -> Tensor | None:
-        """One for every patch query that is seen as a key, ``[B|1, H|1, n, 1]``; None means all."""
+        """1 for each patch query that is visible as a key, ``[B|1, H|1, n, 1]``; None means all."""
         visible = self.visible_keys if self.n_queries == self.n_keys else None
         return None if visible is None else visible[..., self.prefix :, None].to(self.q.dtype)
 
@@ -230,20 +252,20 @@ class AttentionInputs(RenamedMembers):
         return _add_bias(logits, self.bias)
 
     def attention(self, pattern: CanAttend | None = None) -> Tensor:
-        """What torch's attention returns, ``[B, H, Nq, Dv]``. For planners' losses.
+        """Attention computed by torch's SDPA, ``[B, H, Nq, Dv]``; for the losses of planners.
 
         Args:
-            pattern: Which pairs survive; None for all.
+            pattern: The pairs that survive; None for all.
         """
         return self.masked_attention() if pattern is None else pattern.attend(self)
 
     def attention_mask(
         self, keep: Tensor, summary_rows: Tensor | None = None, *, rows_can_be_empty: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Surviving pairs and the host's mask in one, and the rows left without a key.
+        """Combine the surviving pairs with the host's mask, and find rows without any key.
 
-        Dead rows are opened again, so that neither softmax nor its gradient is NaN; callers zero
-        their output.
+        Such dead rows are unmasked, so that neither softmax nor its gradient is NaN; callers set
+        their output to zero.
 
         Args:
             keep: Boolean ``[B|1, H|1, Nq, Nk]``, the surviving pairs.
@@ -251,8 +273,8 @@ class AttentionInputs(RenamedMembers):
             rows_can_be_empty: Whether ``keep`` alone may leave a row without a key.
 
         Returns:
-            A boolean or additive mask ``[B|1, H|1, Nq, Nk (+ G)]``, the pooled keys in the last G
-            columns, and ``dead`` ``[B|1, H|1, Nq, 1]`` (None if no row can be dead).
+            A boolean or additive mask ``[B|1, H|1, Nq, Nk (+ G)]`` with the pooled keys in the
+            last G columns, and ``dead`` ``[B|1, H|1, Nq, 1]`` (None if no row can be dead).
         """
         keep, dead = keep.to(self.q.device), None
         allowed = self.allowed()
@@ -281,12 +303,12 @@ class AttentionInputs(RenamedMembers):
         dead: Tensor | None = None,
         summary: Summary | None = None,
     ) -> Tensor:
-        """torch's attention under the masks that `attention_mask` made; dense without them.
+        """Attention by torch's SDPA with the masks of `attention_mask`; dense without them.
 
         Args:
             mask: Boolean or additive; None for the host's own.
-            dead: Rows without a key, which become zero.
-            summary: Pooled keys to append.
+            dead: Rows without any key; their output is zero.
+            summary: Pooled keys to append to the keys.
 
         Returns:
             ``[B, H, Nq, Dv]``.
@@ -305,26 +327,26 @@ class AttentionInputs(RenamedMembers):
         return out if dead is None else out.masked_fill(dead, 0.0)
 
     def store(self, name: str, tensor: Tensor) -> None:
-        """Leave a tensor for later sites of this forward pass.
+        """Store a tensor for later sites of this forward pass.
 
-        It takes the place of an earlier one of that name. The strategy must say
+        It replaces an earlier one of that name. The strategy must set
         ``uses_cross_layer_state = True``.
 
         Raises:
-            InvalidOption: The strategy does not say so.
+            InvalidOption: The strategy does not set it.
         """
         self._cross_layer().store(name, tensor)
 
     def load(self, name: str, shape: Sequence[int] | None = None) -> Tensor | None:
-        """What an earlier site of this forward pass stored under that name.
+        """The tensor that an earlier site of this forward pass stored under that name.
 
         Args:
-            name: As given to `store`.
-            shape: The shape that is needed; another one counts as absent.
+            name: The name passed to `store`.
+            shape: The required shape; a tensor of another shape counts as missing.
 
         Returns:
-            The tensor, or None where there is none: in a block that runs alone, or between
-            images that carry different numbers of tokens.
+            The tensor; None if there is none, as in a block that runs on its own, or where images
+            carry different numbers of tokens.
         """
         tensor = self._cross_layer().load(name)
         return None if tensor is None or (shape and tensor.shape != tuple(shape)) else tensor
@@ -339,7 +361,7 @@ class AttentionInputs(RenamedMembers):
         return self.cross_layer
 
     def require_shape(self, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
-        """Raise `InvalidOption` unless ``x`` has that shape; a letter stands for any size."""
+        """Raise `InvalidOption` unless ``x`` has that shape; a string stands for any size."""
         sizes = zip(x.shape, shape, strict=False)
         if x.dim() != len(shape) or any(isinstance(b, int) and a != b for a, b in sizes):
             raise self._misfit(name, x, shape)
@@ -352,13 +374,13 @@ class AttentionInputs(RenamedMembers):
     def _misfit(self, name: str, x: Tensor, shape: Sequence[int | str]) -> InvalidOption:
         sizes, hint = ", ".join(map(str, shape)), ""
         if name in ("q", "bias"):
-            hint = "; queries here are those of patches, prefix tokens left out"
+            hint = "; only patch queries count here, without the prefix tokens"
         return InvalidOption(
             f"site {self.site.name!r} needs {name} of shape [{sizes}], got {tuple(x.shape)}{hint}"
         )
 
     def allowed(self) -> Tensor | None:
-        """Keys the host lets a query see, broadcastable to ``[B, H, Nq, Nk]``; None means all."""
+        """Pairs that the host allows, broadcastable to ``[B, H, Nq, Nk]``; None means all."""
         if self.bias is None:
             return None
         if self.bias.dtype == torch.bool:
@@ -371,7 +393,7 @@ class AttentionInputs(RenamedMembers):
 
 
 def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``q @ k.mT * scale``; for float16 in float32, as large logits are beyond float16."""
+    """``q @ k.mT * scale``; float16 operands give float32, as large logits overflow float16."""
     if q.dtype == torch.float16:
         return (q.float() * scale) @ k.float().mT
     return q @ k.mT * scale

@@ -1,4 +1,4 @@
-"""Key lists: the patterns that sparse kernels compute, made of `Ranked` scores by the core."""
+"""Key lists: the patterns that sparse kernels compute. The core makes them from `Ranked` scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class KeyLists(SizedPattern):
 
     @property
     def width(self) -> int:
-        """Keys of every list, K; summary keys not counted."""
+        """Number of keys of every list, K; summary keys not counted."""
         return self.index.shape[-1]
 
     def to_mask(self) -> Tensor:
@@ -51,7 +51,7 @@ class KeyLists(SizedPattern):
             bias = self.tiles.spread(bias)
         if not self.dense_rows:
             return bias
-        # prefix queries see every key, so nothing stands for what they dropped
+        # prefix queries attend to every key, so they need no summary
         none = bias.new_full((*bias.shape[:2], self.dense_rows, bias.shape[-1]), float("-inf"))
         return torch.cat([none, bias], dim=-2)
 
@@ -72,9 +72,9 @@ class KeyBlocks(KeyLists):
     Attributes:
         chosen: ``[B|1, H|1, T, C]``, ids of blocks, best first.
         blocks: The patch keys of every block, as compact tiles of their grid.
-        keys: Length of every list. It begins with the ``prefix`` leading keys, and the last block
-            that it reaches gives only as many keys as are still missing.
-        prefix: Leading keys that are in every list.
+        keys: Length of every list, K. A list starts with the ``prefix`` leading keys, and its last
+            block is cut to fit.
+        prefix: Number of leading keys, which are in every list.
     """
 
     chosen: Tensor
@@ -99,6 +99,6 @@ class KeyBlocks(KeyLists):
         return torch.cat([first, keys], dim=-1) if self.prefix else keys
 
     def _present(self) -> Tensor:
-        """Places of the slots that hold a token, in order, before those that repeat one."""
+        """An order of slots in which those that repeat a token come last."""
         absent = (self.blocks.weight == 0)[self.chosen].flatten(-2)
         return absent.to(torch.uint8).argsort(dim=-1, stable=True)

@@ -17,8 +17,8 @@ from sparsiattn.attention.structure import special_order
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption
 
-# Stands for the shape of an image that the host was given as cut and padded patches: tokens are a
-# plain sequence then, whatever the grid was at patch time.
+# The image size where the host was given patches that were cut and padded beforehand: tokens are
+# then a plain sequence, whatever the grid was at patch time.
 NO_IMAGE: Grid = (0, 0)
 
 # How hosts lay out a query, in einops' notation: w counts windows, which join the batch.
@@ -47,7 +47,7 @@ class Layout:
     def of(cls, shape: torch.Size, heads: int | None) -> Layout | None:
         """The layout of a query of this shape, given the module's head count; None if unknown."""
         if len(shape) == 4:
-            # one image: a first dimension of all heads beside another second one is folded heads
+            # for one image, a first (and not the second) dimension of H means folded heads
             folded = heads is not None and shape[0] == heads > 1 and shape[1] != heads
             return cls("(b h) w n d", shape[0]) if folded else cls("b h n d", shape[1])
         if len(shape) == 3:
@@ -113,7 +113,7 @@ def autocast_dtype(q: Tensor) -> torch.dtype | None:
 
 
 Maps = tuple[Grid, Grid]
-"""Rows and columns of the map that tokens are made of: at present, and at patch time."""
+"""Rows and columns of the feature map that tokens come from: now, and at patch time."""
 
 
 def grids(
@@ -121,14 +121,14 @@ def grids(
 ) -> tuple[Grid, Grid, bool]:
     """The patch grids of one call.
 
-    At the resolution of patch time they are known; at another one they follow the host's window,
-    where it has one, else the map that the tokens are made of.
+    At the resolution of patch time they are known. At another resolution they follow the host's
+    window, if it has one, else the feature map.
 
     Args:
         site: The call's site.
-        n_queries: Queries, prefix included.
-        n_keys: Keys, prefix included.
-        maps: Sizes of the map; None where they are not known.
+        n_queries: Number of queries, prefix included.
+        n_keys: Number of keys, prefix included.
+        maps: Sizes of the feature map; None where they are not known.
         window: The host's window, if it has one.
 
     Returns:
@@ -147,7 +147,7 @@ def grids(
 def patch_grid(known: Grid, n: int, site: Site, maps: Maps | None) -> Grid | None:
     """The grid of ``n`` patch tokens; None where it is not known.
 
-    It is the one of patch time, grown or shrunk as the map has, if that gives ``n`` tokens.
+    It is the grid of patch time, scaled as the feature map was, if that gives ``n`` tokens.
 
     >>> x = torch.zeros(1, 1, 64, 8)
     >>> site = Site.of(x, x, x)
@@ -176,7 +176,7 @@ def patch_grid(known: Grid, n: int, site: Site, maps: Maps | None) -> Grid | Non
 
 
 def stage_grid(n: int, maps: Maps | None) -> Grid | None:
-    """The grid of all ``n`` tokens of a stage, whose sides are those of the map over 1, 2, 4 ...
+    """The grid of all ``n`` tokens of a stage: the feature map, halved until ``n`` tokens fit.
 
     >>> stage_grid(196, ((56, 56), (56, 56))), stage_grid(195, ((56, 56), (56, 56)))
     ((14, 14), None)
@@ -195,10 +195,10 @@ class HostCall:
         q: Queries, in one of `FORMS`.
         k: Keys.
         v: Values.
-        mask: Boolean or additive mask; None without.
+        mask: Boolean or additive mask; None if there is none.
         dropout: Probability of dropping an attention weight.
-        causal: Whether the lower triangle alone is attended to.
-        scale: Factor of QK^T; None for the root of the head dimension.
+        causal: Whether a causal (lower-triangular) mask applies.
+        scale: Factor of QK^T; None for ``head_dim ** -0.5``.
         gqa: Whether queries share key heads (``enable_gqa``).
     """
 
@@ -212,7 +212,7 @@ class HostCall:
     gqa: bool = False
 
     def dense(self) -> Tensor:
-        """What the host's own attention returns."""
+        """The result of the host's own attention, in the host's layout."""
         operands = self.q, self.k, self.v, self.mask, self.dropout, self.causal
         return dense_attention(*operands, scale=self.scale, gqa=self.gqa)
 
@@ -234,9 +234,9 @@ def canonical(
         site: The call's site.
         layout: How its host lays out operands.
         call: The host's arguments.
-        maps: Sizes of the map that tokens are made of.
-        tile_for: Queries that share their keys, by number of queries.
-        block_for: Keys that are chosen together, by number of keys and that tile.
+        maps: Sizes of the feature map that tokens come from.
+        tile_for: Gives the tile of queries, from the number of queries.
+        block_for: Gives the block of keys, from the number of keys and the tile.
         window: The host's window at this call's resolution, if it has one.
         token_state: Which tokens are left.
     """
@@ -251,9 +251,9 @@ def canonical(
     if token_state is None or not token_state.reduced:
         query_grid, key_grid, placed = grids(site, tokens, keys, maps, window)
         placed = placed and site.placed
-    else:  # what is left of the grid is a run of tokens, whose places the state knows
+    else:  # the remaining tokens are a plain sequence; the state knows their positions
         query_grid = key_grid = (1, tokens - site.prefix_tokens)
-        # tiles stay as large as they are where the image is whole
+        # the tile stays that of the whole image
         image_tokens = token_state.n_original + site.prefix_tokens
     tile = tile_for(image_tokens) if placed else 1
     inputs = AttentionInputs(
@@ -280,9 +280,9 @@ def _reordered(inputs: AttentionInputs) -> AttentionInputs:
     assert site.structure is not None
     if site.structure.specials and inputs.n_queries != site.tokens:
         raise InvalidOption(
-            f"site {site.name!r} got {inputs.n_queries} tokens, and {site.tokens} when it was "
-            f"patched ({site.structure}): which of them are special is not known; patch with an "
-            "input= like this one"
+            f"site {site.name!r} got {inputs.n_queries} tokens but had {site.tokens} when it was "
+            f"patched ({site.structure}), so the positions of its special tokens are not known: "
+            "patch with an input= of this size"
         )
     queries, keys = (
         special_order(site.structure, n, device)[0] for n in (inputs.n_queries, inputs.n_keys)
@@ -297,7 +297,7 @@ def _reordered(inputs: AttentionInputs) -> AttentionInputs:
 
 
 def specials_first(x: Tensor, site: Site) -> Tensor:
-    """Tokens in the host's own order, ``[B, H, N, D]``, with special ones before the patches."""
+    """Move special tokens before the patches; ``x`` is ``[B, H, N, D]`` in the host's order."""
     if not site.reordered:
         return x
     assert site.structure is not None
@@ -305,7 +305,7 @@ def specials_first(x: Tensor, site: Site) -> Tensor:
 
 
 def host_order(out: Tensor, site: Site) -> Tensor:
-    """What attention returned, ``[B, H, N, D]``, with tokens in the host's own order."""
+    """The result of attention, ``[B, H, N, D]``, with its tokens back in the host's order."""
     if not site.reordered:
         return out
     assert site.structure is not None

@@ -19,8 +19,11 @@ class PackedTokens:
 
     Attributes:
         states: The token state of each image.
-        lengths: Tokens of each image, prefix included.
-        layer: As in `TokenState`, and so are ``sequence``, ``returned`` and ``last``.
+        lengths: Number of tokens of each image, prefix included.
+        layer: The next block, as in `TokenState`.
+        sequence: The short sequence, as in `TokenState`.
+        returned: The tensor that the host got after the last block, as in `TokenState`.
+        last: The last value of every original token, as in `TokenState`.
     """
 
     states: tuple[TokenState, ...]
@@ -37,35 +40,35 @@ class PackedTokens:
 
     @property
     def prefix(self) -> int:
-        """Prefix tokens of each image."""
+        """Number of prefix tokens of each image."""
         return self.states[0].prefix
 
     @property
     def reduced(self) -> bool:
-        """Always: images are packed by a reduction."""
+        """Always True: only a reduction packs images."""
         return True
 
     def bare(self) -> PackedTokens:
-        """Without the activations."""
+        """The same without activations."""
         states = tuple(state.bare() for state in self.states)
         return replace(self, states=states, sequence=None, returned=None, last=None)
 
     def slices(self) -> list[slice]:
-        """Where each image lies in the packed sequence."""
+        """The slice of each image in the packed sequence."""
         ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
         return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
 
     def parts(self, x: Tensor, attention: Any) -> Iterator[tuple[TokenState, Tensor, Any]]:
-        """Each image's stream, tokens ``[1, N_i, C]`` and `AttentionInputs`."""
+        """Each image's token state, tokens ``[1, N_i, C]`` and `AttentionInputs`."""
         for i, (state, where) in enumerate(zip(self.states, self.slices(), strict=True)):
             yield state, x[:, where], None if attention is None else attention[i]
 
     def fit_side(self, table: Tensor) -> Tensor:
-        """The table as it is, where it does not go by patches.
+        """The table unchanged, if it has no row per patch.
 
         Raises:
-            InvalidOption: It does: hosts split the prefix off once, not once for each image, so a
-                position table cannot be laid over packed images.
+            InvalidOption: It is a position table. Hosts split the prefix off once, not once per
+                image, so a position table cannot be applied to packed images.
         """
         if self.states[0].is_side(table):
             raise InvalidOption(
@@ -75,34 +78,39 @@ class PackedTokens:
         return table
 
     def source(self) -> Tensor:
-        """As `source` below, for the whole batch."""
+        """`source` of the whole batch, ``[B, N0]``."""
         return torch.cat([source(state, 1) for state in self.states])
 
     def restore_sequence(self, x: Tensor, how: str) -> Tensor:
-        """``[B, N0, C]``: every image with its original positions."""
+        """Every image with all its original positions, ``[B, N0, C]``."""
         rows = [state.restore_sequence(part, how) for state, part, _ in self.parts(x, None)]
         return torch.cat(rows)
 
 
 def pack(parts: Sequence[tuple[TokenState, Tensor]]) -> tuple[PackedTokens, Tensor]:
-    """Images ``[1, N_i, C]`` one after the other."""
+    """Concatenate images ``[1, N_i, C]`` into one sequence."""
     states = tuple(state for state, _ in parts)
     lengths = tuple(x.shape[1] for _, x in parts)
     return PackedTokens(states, lengths), torch.cat([x for _, x in parts], dim=1)
 
 
 def unpack(x: Tensor, packed: PackedTokens) -> Tensor:
-    """``[B, max N_i, C]``; shorter images repeat their last token, so that maxima stay right."""
+    """The images as a batch ``[B, max N_i, C]``.
+
+    Shorter images repeat their last token, so that a maximum over tokens stays right.
+    """
     longest = max(packed.lengths)
     rows = []
     for _, part, _ in packed.parts(x, None):
-        rest = longest - part.shape[1]
-        rows.append(torch.cat([part, part[:, -1:].expand(-1, rest, -1)], dim=1) if rest else part)
+        missing = longest - part.shape[1]
+        if missing:
+            part = torch.cat([part, part[:, -1:].expand(-1, missing, -1)], dim=1)
+        rows.append(part)
     return torch.cat(rows)
 
 
 def source(carried: TokenState | PackedTokens, batch: int) -> Tensor:
-    """``[B, N0]``: place of every original token in the final sequence, -1 where it is gone."""
+    """Position of every original token in the final sequence, -1 if it is gone, ``[B, N0]``."""
     if isinstance(carried, PackedTokens):
         return carried.source()
     special = carried.prefix + carried.suffix

@@ -1,4 +1,4 @@
-"""Images of different sizes that the host padded to one length, while they carry fewer tokens."""
+"""Images of different sizes that the host padded to one length, with tokens dropped or merged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sparsiattn.attention.token_state import TokenState
 class PaddedTokens(PackedTokens):
     """A batch ``[B, M, C]`` in which every image has its own number of tokens.
 
-    Each image's state counts its own tokens alone, as if it came without padding. Before the first
-    reduction they lie where the host put them; from then on they begin its row, and zeros that no
-    query sees fill it up.
+    Each image's token state counts the image's own tokens only, as if there were no padding.
+    Before the first reduction these lie where the host put them. After it they come first in the
+    image's row, followed by zeros that no query attends to.
 
     Attributes:
-        rows: Where each image's tokens lie in its row of the present sequence.
-        own: Where they lay before any reduction.
+        rows: Positions of each image's tokens in its row of the current sequence.
+        own: Their positions before any reduction.
     """
 
     rows: tuple[Tensor, ...] = field(kw_only=True)
@@ -39,7 +39,7 @@ class PaddedTokens(PackedTokens):
 
     @property
     def reduced(self) -> bool:
-        """Whether any image carries fewer tokens than it came with."""
+        """Whether any image carries fewer tokens than at the start."""
         return any(state.reduced for state in self.states)
 
     @property
@@ -53,7 +53,7 @@ class PaddedTokens(PackedTokens):
 
     @property
     def longest(self) -> int:
-        """Tokens of a row of the present sequence."""
+        """Length of a row of the current sequence."""
         return max(self.lengths) if self.reduced else self.own.total
 
     def parts(self, x: Tensor, attention: Any) -> Iterator[tuple[TokenState, Tensor, Any]]:
@@ -70,7 +70,7 @@ class PaddedTokens(PackedTokens):
         return state, _batch([x for _, x in parts])
 
     def fit_side(self, table: Tensor) -> Tensor:
-        """A position table cut down to the present tokens, zeros for padding; see `TokenState`."""
+        """A position table reduced to the current tokens, zeros for padding; see `TokenState`."""
         n0 = self.own.total - self.prefix
         shape = replace(self.states[0], grid=(1, n0))
         if not self.reduced or not shape.is_side(table):
@@ -85,7 +85,7 @@ class PaddedTokens(PackedTokens):
         return torch.cat(parts)
 
     def follow(self, x: Tensor) -> Tensor:
-        """The present tokens out of a sequence ``[B, N0, C]`` of original positions."""
+        """The current tokens, selected from a sequence ``[B, N0, C]`` of all original positions."""
         parts = []
         for i, (state, places) in enumerate(zip(self.states, self.own.places, strict=True)):
             image = x[i : i + 1, places]
@@ -93,17 +93,17 @@ class PaddedTokens(PackedTokens):
         return _batch(parts)
 
     def restore_sequence(self, x: Tensor, how: str) -> Tensor:
-        """``[B, N0, C]``: every image with its original positions, zeros for padding."""
+        """Every image at its original positions, zeros for padding, ``[B, N0, C]``."""
         rows = [state.restore_sequence(part, how) for state, part, _ in self.parts(x, None)]
         return self._spread(rows)
 
     def source(self) -> Tensor:
-        """``[B, N0]``: place of every original token in the present sequence, -1 where it is gone.
+        """Position of every original token in the current sequence, -1 if it is gone, ``[B, N0]``.
 
         Padding counts as gone.
         """
         images = zip(self.states, self.rows, strict=True)
-        # zeros stand for padding, so places count from one meanwhile
+        # 0 marks padding here, so positions count from 1 until the end
         places = [(_places(state, row) + 1)[..., None] for state, row in images]
         return self._spread(places)[..., 0] - 1
 
@@ -117,11 +117,11 @@ class PaddedTokens(PackedTokens):
 
 
 def _places(state: TokenState, row: Tensor) -> Tensor:
-    """``[1, N]``: the place of each of an image's own tokens in its row, -1 where it is gone.
+    """Position of each of an image's own tokens in its row, -1 if it is gone, ``[1, N]``.
 
     Args:
-        state: The image's.
-        row: Where its present tokens lie.
+        state: The token state of the image.
+        row: Positions of its current tokens.
     """
     if not state.steps:
         return row[None]
@@ -131,6 +131,6 @@ def _places(state: TokenState, row: Tensor) -> Tensor:
 
 
 def _batch(parts: Sequence[Tensor]) -> Tensor:
-    """Images ``[1, m, C]`` as one batch, zeros behind shorter ones."""
+    """Images ``[1, m, C]`` as one batch, shorter ones padded with zeros."""
     longest = max(x.shape[1] for x in parts)
     return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in parts])

@@ -1,4 +1,4 @@
-"""Padded batches: which tokens of each image are its own, as the host's mask tells."""
+"""Padded batches: each image's own tokens, read from the host's mask."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ BY_IMAGE = ("b h n d", "(b h) n d")
 
 @dataclass(frozen=True, eq=False)
 class OwnTokens:
-    """The places of each image's own tokens among the padded ones, in order.
+    """The positions of each image's own tokens in its padded row, ascending.
 
     Attributes:
-        places: For every image the places of its own tokens, prefix tokens first.
-        total: Tokens of a row, padding included.
+        places: For every image the positions of its own tokens, prefix tokens first.
+        total: Length of a row, padding included.
     """
 
     places: tuple[Tensor, ...]
@@ -33,7 +33,7 @@ class OwnTokens:
         return any(len(places) < self.total for places in self.places)
 
     def groups(self) -> list[tuple[Tensor, Tensor]]:
-        """Images with equally many own tokens: their numbers ``[G]``, their places ``[G, n]``."""
+        """Images with equally many own tokens: image indices ``[G]``, positions ``[G, n]``."""
         by_length: dict[int, list[int]] = {}
         for image, places in enumerate(self.places):
             by_length.setdefault(len(places), []).append(image)
@@ -45,34 +45,34 @@ class OwnTokens:
 
 
 def own_tokens(mask: Tensor, batch: int, keys: int, prefix: int) -> OwnTokens:
-    """What is left of each image without the keys that its mask hides from every query.
+    """Each image's own tokens: all but the keys that its mask hides from every query.
 
-    Prefix tokens are never padding. An image without a single patch of its own (it only fills the
-    batch up) keeps all.
+    Prefix tokens are never padding. An image whose patches are all hidden (it only fills up the
+    batch) keeps every token.
 
     Args:
         mask: Boolean or additive, ``[B|1, H|1, Nq|1, Nk|1]``.
-        batch: Images.
-        keys: Keys of each.
-        prefix: Leading tokens that are no patches.
+        batch: Number of images.
+        keys: Number of keys of each image.
+        prefix: Number of leading tokens that are not patches.
     """
     visible = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
     visible = visible.flatten(1, 2).any(1).expand(batch, keys).clone()
     visible[:, :prefix] = True
     visible |= ~visible[:, prefix:].any(1, keepdim=True)
-    # one copy for all images, or every one of them would wait for the device
+    # one copy for all images: one per image would synchronise with the device each time
     lists = [row.nonzero().flatten().to(mask.device) for row in visible.cpu()]
     return OwnTokens(tuple(lists), keys)
 
 
 def hides_keys(mask: Tensor) -> bool:
-    """Whether the mask may hide a key from all queries, seen from the first one alone."""
+    """Whether the mask may hide a key from all queries, judged by the first query only."""
     first = mask[:, :, 0]
     return not bool((first if first.dtype == torch.bool else first > MASKED_BELOW).all())
 
 
 def without_trivial_mask(call: HostCall) -> HostCall:
-    """The call without a mask that lets everything pass, so that it equals one that had none."""
+    """The call without its mask, if that masks nothing; it then equals a call without a mask."""
     mask = call.mask
     if mask is None or not bool(mask.all() if mask.dtype == torch.bool else not mask.any()):
         return call
@@ -80,21 +80,21 @@ def without_trivial_mask(call: HostCall) -> HostCall:
 
 
 def with_explicit_mask(call: HostCall, layout: Layout) -> HostCall:
-    """The call with its mask of four dimensions, the lower triangle of a causal one included."""
+    """The call with a 4-D mask that includes the causal mask, if there is one."""
     assert call.mask is not None
     mask = causal_mask(call.mask, call.q, call.k) if call.causal else call.mask
     return replace(call, mask=layout.fold_mask(mask, call.q), causal=False)
 
 
 def part_of(call: HostCall, layout: Layout, images: Tensor, rows: Tensor, keys: Tensor) -> HostCall:
-    """Some images' call over some of their tokens.
+    """The same call for some of the images and some of their tokens.
 
     Args:
-        call: What `with_explicit_mask` gave, or a call without a mask.
+        call: A call from `with_explicit_mask`, or one without a mask.
         layout: How the host lays out operands; its form is one of `BY_IMAGE`.
-        images: Numbers ``[G]``.
-        rows: Places of the queries, ``[G, n]``.
-        keys: Places of the keys, ``[G, m]``.
+        images: Indices of the images, ``[G]``.
+        rows: Positions of the queries, ``[G, n]``.
+        keys: Positions of the keys, ``[G, m]``.
     """
     batch = layout.fold(call.q).shape[0]
 
@@ -114,7 +114,7 @@ def part_of(call: HostCall, layout: Layout, images: Tensor, rows: Tensor, keys: 
 
 
 def _taken(x: Tensor, places: Tensor, dim: int) -> Tensor:
-    """``[G, ...]`` at each image's ``places`` ``[G, n]`` along ``dim``."""
+    """Index ``x`` ``[G, ...]`` along ``dim`` by each image's positions ``[G, n]``."""
     if places.shape[1] == x.shape[dim]:  # ascending and distinct, so all of them in order
         return x
     shape = [places.shape[0], *[1] * (x.dim() - 1)]
@@ -125,7 +125,7 @@ def _taken(x: Tensor, places: Tensor, dim: int) -> Tensor:
 
 
 def others(places: Tensor, total: int) -> Tensor:
-    """The places that are not among ``[G, n]``, ``[G, total - n]``, ascending."""
+    """The positions that are missing in ``places`` ``[G, n]``: ``[G, total - n]``, ascending."""
     taken = torch.zeros(len(places), total, dtype=torch.bool, device=places.device)
     taken = taken.scatter(1, places, True)
     order = taken.to(torch.uint8).argsort(dim=1, stable=True)
@@ -139,34 +139,34 @@ def attend_by_group(
     sparse: Callable[[HostCall, int], Tensor],
     dense: Callable[[HostCall], Tensor],
 ) -> Tensor:
-    """Attention of a padded batch, images with equally many own tokens together.
+    """Attention of a padded batch; images with equally many own tokens are computed together.
 
     Args:
-        call: What `with_explicit_mask` gave.
+        call: A call from `with_explicit_mask`.
         layout: How the host lays out operands.
         own: Each image's own tokens.
-        sparse: Attends among own tokens, given how many they are.
-        dense: Attends from the rows of padding. The host may read them although nobody sees them
-            as keys, and gets what it would get without a patch.
+        sparse: Computes attention among own tokens; its second argument is their number.
+        dense: Computes the rows of padding. No query attends to these tokens, but the host may
+            read their rows, and gets the values of the unpatched model.
 
     Returns:
         The result in the host's layout.
     """
-    pairs = call.q.shape[-2] == own.total
+    self_attention = call.q.shape[-2] == own.total
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for images, keys in own.groups():
         every = torch.arange(call.q.shape[-2], device=keys.device).expand(len(images), -1)
-        rows = keys if pairs else every
+        rows = keys if self_attention else every
         part = without_trivial_mask(part_of(call, layout, images, rows, keys))
         parts.append((images, rows, sparse(part, keys.shape[1])))
         if rows.shape[1] < every.shape[1]:
-            rest = others(rows, every.shape[1])
-            parts.append((images, rest, dense(part_of(call, layout, images, rest, keys))))
+            padding = others(rows, every.shape[1])
+            parts.append((images, padding, dense(part_of(call, layout, images, padding, keys))))
     return _joined(parts, layout, call)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], layout: Layout, call: HostCall) -> Tensor:
-    """The parts' rows at their places, in the host's layout."""
+    """The rows of all parts, written to their positions, in the host's layout."""
     folded = [layout.fold(rows).transpose(1, 2) for _, _, rows in parts]
     batch, tokens = layout.fold(call.q).shape[0], call.q.shape[-2]
     out = folded[0].new_zeros(batch, tokens, *folded[0].shape[2:])

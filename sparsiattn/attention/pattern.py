@@ -26,15 +26,15 @@ DenseAttention = Callable[[AttentionInputs], Tensor]
 
 
 class Pattern(RenamedMembers):
-    """Which of ``n_queries`` x ``n_keys`` pairs survive, and what stands for the others.
+    """Which of ``n_queries`` x ``n_keys`` pairs survive, and the summary that replaces the others.
 
     Planners make one with `dense`, `mask`, `top`, `computed_keys`, `logits` or `output`.
 
     Attributes:
-        n_queries: Queries, prefix included; of `Ranked`, rows of scores: one per query, per patch
-            query or per tile.
-        n_keys: Keys, prefix included; of `Ranked`, columns of scores.
-        summary: Pooled keys that stand for the dropped ones; None without.
+        n_queries: Number of queries, prefix included. For `Ranked`, the number of score rows: one
+            per query, per patch query or per tile.
+        n_keys: Number of keys, prefix included. For `Ranked`, the number of score columns.
+        summary: Pooled keys that stand for the dropped ones; None if there are none.
 
     >>> Pattern.top(torch.tensor([[[[0.1, 0.7, 0.2]]]]), 2).to_mask().tolist()
     [[[[False, True, True]]]]
@@ -47,23 +47,26 @@ class Pattern(RenamedMembers):
     summary: Summary | None = None
 
     def to_mask(self) -> Tensor:
-        """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives; here, everywhere."""
+        """Boolean ``[B|1, H|1, Nq, Nk]``, True where the pair survives. All True by default."""
         return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool)
 
     def describe(self) -> Hashable | None:
-        """All that a kernel may look at in a pattern of a plug-in: shapes, counts, no values.
+        """A hashable key of all that the choice of a kernel may depend on: shapes and counts.
 
-        Choices of kernels are kept for calls whose patterns agree in it. Without an override the
-        kernels are asked in every call.
+        For patterns of plug-ins. The chosen kernel is cached for calls whose patterns return equal
+        keys. Without an override (None), a kernel is chosen again in every call.
         """
         return None
 
     def pairs(self) -> float | None:
-        """Logits computed per head, summary included; None if only the values tell."""
+        """Number of logits per head, summary included; None if it depends on unknown values."""
         return float(self.n_queries * self.n_keys)
 
     def macs(self, dim: int, value_dim: int) -> float | None:
-        """QK^T and AV of one head, pooling of the summary keys included; None as in `pairs`."""
+        """MACs of QK^T and AV of one head, including pooling of the summary keys.
+
+        None where `pairs` is None.
+        """
         pairs = self.pairs()
         if pairs is None:
             return None
@@ -75,7 +78,7 @@ class Pattern(RenamedMembers):
         return None if self.summary is None else self.summary.bias
 
     def attention_mask(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        """The pattern and the host's mask in one; see `AttentionInputs.attention_mask`."""
+        """The pattern combined with the host's mask; see `AttentionInputs.attention_mask`."""
         empty = isinstance(self, Mask)
         return inputs.attention_mask(self.to_mask(), self.summary_rows(), rows_can_be_empty=empty)
 
@@ -85,12 +88,19 @@ class Pattern(RenamedMembers):
 
     @staticmethod
     def dense(n_queries: int, n_keys: int) -> Pattern:
-        """Every pair survives."""
+        """A pattern in which every pair survives."""
         return Dense(n_queries, n_keys)
 
     @staticmethod
     def mask(mask: Tensor) -> Pattern:
-        """The pairs where a boolean ``[B|1, H|1, Nq, Nk]`` is True."""
+        """Keep the pairs where a boolean mask is True.
+
+        Args:
+            mask: ``[B|1, H|1, Nq, Nk]``.
+
+        Raises:
+            InvalidType: The mask is not boolean or not of four dimensions.
+        """
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise InvalidType(
                 f"Pattern.mask needs a boolean [B|1, H|1, Nq, Nk] tensor, got {mask.dtype} of "
@@ -100,16 +110,20 @@ class Pattern(RenamedMembers):
 
     @staticmethod
     def top(scores: Tensor, k: Budget) -> Pattern:
-        """The ``ceil(k * Nk)`` (or, as a count, ``k``) best-scored keys of every row.
+        """Keep the ``ceil(k * Nk)`` best-scored keys of every row, or ``k`` if it is a count.
 
-        Inside a model the core adds what the user's options say: prefix columns, tiles (rows are
-        averaged where scores came per query), background.
+        Inside a model the core applies the user's options: prefix columns, tiles (the rows of a
+        tile are averaged if there is one per query), background.
 
         Args:
             scores: ``[B|1, H|1, R, Nk]`` with one row per query, per patch query (prefix left
                 out), or per query tile. Where ``inputs.blocks`` is not None there may be one
                 column per block of patch keys instead of one per key.
             k: The budget.
+
+        Raises:
+            InvalidType: The scores do not have four dimensions, or ``k`` is no number.
+            InvalidOption: ``k`` is out of range.
 
         >>> scores = torch.tensor([[[[3.0, 1.0, 2.0]]]])
         >>> Pattern.top(scores, 2).to_mask().tolist()
@@ -132,14 +146,14 @@ class Pattern(RenamedMembers):
     ) -> Pattern:
         """Patch queries attend to computed keys only; prefix queries stay dense.
 
-        ``inputs.scale`` applies as ever. Set ``selects_keys = False`` on the strategy.
+        ``inputs.scale`` still applies. Set ``selects_keys = False`` on the strategy.
 
         Args:
-            inputs: Those of the call.
-            k: ``[B, H, M, D']``.
-            v: ``[B, H, M, Dv]``.
-            q: ``[B, H, n, D']`` in place of the n patch queries, where their width changes.
-            bias: Float or boolean, ``[B|1, H|1, n|1, M]``, in place of the host's.
+            inputs: The operands of the call.
+            k: The computed keys, ``[B, H, M, D']``.
+            v: Their values, ``[B, H, M, Dv]``.
+            q: ``[B, H, n, D']``, replaces the n patch queries if their width changes.
+            bias: Float or boolean, ``[B|1, H|1, n|1, M]``, replaces the host's bias.
 
         Raises:
             InvalidOption: A shape does not fit.
@@ -162,9 +176,13 @@ class Pattern(RenamedMembers):
 
     @staticmethod
     def logits(inputs: AttentionInputs, logits: Tensor) -> Pattern:
-        """Attention by logits ``[B|1, H|1, Nq, Nk]`` that are known without QK^T.
+        """Attention with the planner's own logits instead of QK^T.
 
         The host's bias is added to them. Set ``selects_keys = False`` on the strategy.
+
+        Args:
+            inputs: The operands of the call.
+            logits: ``[B|1, H|1, Nq, Nk]``.
 
         Raises:
             InvalidOption: The shape does not fit.
@@ -176,9 +194,13 @@ class Pattern(RenamedMembers):
 
     @staticmethod
     def output(inputs: AttentionInputs, value: Tensor) -> Pattern:
-        """``value`` ``[B, H, Nq, Dv]`` in place of attention, of which nothing runs.
+        """Use ``value`` as the result of attention; nothing else is computed.
 
         Set ``selects_keys = False`` on the strategy.
+
+        Args:
+            inputs: The operands of the call.
+            value: ``[B, H, Nq, Dv]``.
 
         Raises:
             InvalidOption: The shape does not fit.
@@ -189,7 +211,7 @@ class Pattern(RenamedMembers):
 
 @dataclass(frozen=True, eq=False)
 class SizedPattern(Pattern):
-    """Base of the built-in patterns: the fields that all of them have."""
+    """Base of the built-in patterns, with their common fields."""
 
     n_queries: int
     n_keys: int
@@ -198,7 +220,7 @@ class SizedPattern(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Dense(SizedPattern):
-    """Every pair."""
+    """Every pair survives."""
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         return inputs.masked_attention()
@@ -225,7 +247,7 @@ class Lengths(SizedPattern):
     def attend(self, inputs: AttentionInputs) -> Tensor:
         if inputs.bias is not None:
             return super().attend(inputs)
-        # one call for all images of one length: no padding, and few calls
+        # one call for all images of the same length: no padding, and few calls
         operands = [x.split(self.lengths, dim=2) for x in (inputs.q, inputs.k, inputs.v)]
         rows: dict[int, Tensor] = {}
         for length in sorted(set(self.lengths)):
@@ -243,8 +265,8 @@ class Ranked(SizedPattern):
     Attributes:
         scores: ``[B|1, H|1, R, Nk]``.
         k: The budget.
-        best: Where columns are blocks and the planner ranked them already, the places of the best
-            of every row, best first, ``[B|1, H|1, R, C]``.
+        best: Blocks of every row, best first, ``[B|1, H|1, R, C]``, where columns are blocks and
+            the planner has ranked them already; else None.
     """
 
     scores: Tensor
@@ -252,7 +274,7 @@ class Ranked(SizedPattern):
     best: Tensor | None = None
 
     def select(self) -> Tensor:
-        """Indices of the kept keys, ``[B|1, H|1, R, K]``, in no order."""
+        """Indices of the kept keys, ``[B|1, H|1, R, K]``, unsorted."""
         return self.scores.topk(count_of(self.k, self.n_keys), dim=-1, sorted=False).indices
 
     def to_mask(self) -> Tensor:
@@ -267,10 +289,10 @@ class Mask(SizedPattern):
     """A boolean mask.
 
     Attributes:
-        n_queries: Queries, prefix included.
-        n_keys: Keys, prefix included.
+        n_queries: Number of queries, prefix included.
+        n_keys: Number of keys, prefix included.
         keep: ``[B|1, H|1, Nq, Nk]``, True where the pair survives.
-        summary: Pooled keys that stand for the dropped ones; None without.
+        summary: Pooled keys that stand for the dropped ones; None if there are none.
     """
 
     keep: Tensor
@@ -279,11 +301,12 @@ class Mask(SizedPattern):
         return self.keep
 
     def with_prefix(self, prefix: int, *, keys: bool) -> Mask:
-        """The mask with everything open to leading queries, and with their keys open to all.
+        """The mask with all keys kept for prefix queries, and prefix keys kept for all queries.
 
         Args:
-            prefix: How many there are.
-            keys: Whether the keys are opened too, or the queries alone.
+            prefix: Number of prefix tokens.
+            keys: Whether prefix keys are kept for all queries; if False, only the rows of prefix
+                queries change.
         """
         row = torch.arange(self.n_queries, device=self.keep.device)[:, None] < prefix
         column = torch.arange(self.n_keys, device=self.keep.device) < (prefix if keys else 0)
@@ -297,9 +320,9 @@ class Mask(SizedPattern):
 
 
 class ComputedPattern(SizedPattern):
-    """A result of attention other than the host's own weights over the host's own keys.
+    """Base of patterns that do not apply the host's own weights to the host's own keys.
 
-    No pair is dropped, so masks are full; what is saved is in `macs`.
+    No pair is dropped, so `to_mask` is True everywhere; the savings show in `macs`.
     """
 
     def macs(self, dim: int, value_dim: int) -> float:
@@ -312,8 +335,8 @@ class ComputedPattern(SizedPattern):
         """The result, ``[B, H, Nq, Dv]``.
 
         Args:
-            inputs: Those of the call.
-            dense: How the kernel attends to every key of a call.
+            inputs: The operands of the call.
+            dense: The kernel's dense attention.
         """
         raise NotImplementedError
 
@@ -359,7 +382,11 @@ class Computed(ComputedPattern):
 
 @dataclass(frozen=True, eq=False)
 class Logits(ComputedPattern):
-    """Weights from logits that planning gave, ``[B|1, H|1, Nq, Nk]``, on the host's values."""
+    """Attention weights from the planner's logits, applied to the host's values.
+
+    Attributes:
+        values: The logits, ``[B|1, H|1, Nq, Nk]``.
+    """
 
     values: Tensor
 
@@ -367,7 +394,7 @@ class Logits(ComputedPattern):
         return float(self.n_queries * self.n_keys * value_dim)
 
     def attend_with(self, inputs: AttentionInputs, dense: DenseAttention) -> Tensor:
-        # as in `products`: large logits are beyond float16
+        # as in `products`: large logits overflow float16
         dtype = torch.promote_types(inputs.v.dtype, torch.float32)
         logits = inputs.biased(self.values.to(dtype))
         dead = (logits == float("-inf")).all(-1, keepdim=True)
@@ -379,7 +406,11 @@ class Logits(ComputedPattern):
 
 @dataclass(frozen=True, eq=False)
 class Output(ComputedPattern):
-    """What attention would return, ``[B, H, Nq, Dv]``, known without it."""
+    """The result of attention, given by the planner.
+
+    Attributes:
+        value: ``[B, H, Nq, Dv]``.
+    """
 
     value: Tensor
 
@@ -396,4 +427,4 @@ class Output(ComputedPattern):
 def scatter_true(index: Tensor, n_keys: int) -> Tensor:
     """Indices ``[..., R, K]`` to a boolean ``[..., R, n_keys]``."""
     rows = torch.zeros(*index.shape[:-1], n_keys, dtype=torch.bool, device=index.device)
-    return rows.scatter(-1, index, 1)  # not True, which torch.jit.trace cannot record
+    return rows.scatter(-1, index, 1)  # torch.jit.trace cannot record True

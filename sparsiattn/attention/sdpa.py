@@ -1,4 +1,4 @@
-"""Dense attention as the host would run it, whatever stands in its place meanwhile."""
+"""Dense attention by the original SDPA, also while this library replaces it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def original_attention() -> Callable[..., Tensor]:
 
 
 def set_original_attention(function: Callable[..., Tensor]) -> None:
-    """Say which function this library's wrapper of SDPA stands in front of."""
+    """Set the function that this library's wrapper of SDPA replaced."""
     global _original
     _original = function
 
@@ -41,7 +41,7 @@ def dense_attention(
     gqa: bool = False,
 ) -> Tensor:
     """The host's own attention; arguments as `F.scaled_dot_product_attention` takes them."""
-    # enable_gqa only where it is needed: replacements of SDPA often do not know it
+    # enable_gqa only where it is needed: replacements of SDPA often lack the argument
     extra = {"enable_gqa": True} if gqa else {}
     return _original(q, k, v, plain(mask), dropout, causal, scale=scale, **extra)
 
@@ -55,11 +55,11 @@ def differentiable_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """Torch's fused attention with every derivative: second ones, forward mode, `torch.func`."""
+    """torch's fused attention with all derivatives: second order, forward mode, `torch.func`."""
     recompute = partial(plain_attention, dropout=dropout, scale=scale)
     if is_transformed():
         return recompute(q, k, v, mask)
     out = dense_attention(q, k, v, mask, dropout, scale=scale)
-    if dropout:  # the weights that were dropped are known to torch alone
+    if dropout:  # only torch knows which weights it dropped
         return out
     return differentiable_again(out, recompute, q, k, v, mask)

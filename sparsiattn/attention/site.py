@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.structure import NO_PATCHES, Structure
-from sparsiattn.errors import renamed_property
+from sparsiattn.errors import PLUGIN_REMOVED_IN, renamed_property
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,25 @@ class Site:
         name: Module path, e.g. ``blocks.3.attn``.
         index: Position among the model's sites, from 0.
         depth: Number of sites of the model.
-        tokens: Queries, prefix included.
-        keys: Keys, prefix included.
-        heads: Attention heads, H.
+        tokens: Number of queries, prefix included.
+        keys: Number of keys, prefix included.
+        heads: Number of attention heads, H.
         head_dim: Width of a query and a key, D.
         value_dim: Width of a value, Dv.
-        grid: Rows and columns of the patch queries, ``(1, n)`` where their order is no raster.
+        grid: Rows and columns of the patch queries, ``(1, n)`` if they are not in raster order.
         key_grid: The same for the patch keys.
-        prefix_tokens: Tokens that are no patches (CLS, distillation, registers, prompts). Planners
-            and kernels get all of them first, wherever the host has them; see ``structure``.
+        prefix_tokens: Number of tokens that are not patches (CLS, distillation, registers,
+            prompts). Planners and kernels get all of them first, wherever the host has them; see
+            ``structure``.
         windows: Windows per image; 1 for global attention.
-        raster: Whether patch tokens stand in raster order.
+        raster: Whether patch tokens are in raster order.
         calls: Attention calls in one forward pass (2 for differential attention).
         shared: Whether those calls must use the same keys.
-        bias: Whether the host adds a mask, and if that mask can forbid keys (``"mask"``) or only
-            favours some (``"bias"``).
-        halo: By how many patches the keys reach beyond the queries on every side.
-        structure: How the host's sequence lies in the image, and where that is known from; None
-            where a site was made by hand.
+        bias: The kind of mask that the host adds: ``"mask"`` can forbid keys, ``"bias"`` only
+            favours some, ``"none"`` is no mask.
+        halo: Number of patches by which the keys extend beyond the queries on every side.
+        structure: How the host's sequence maps to the image, and the source of that knowledge;
+            None for a site that was made by hand.
     """
 
     name: str
@@ -60,43 +61,51 @@ class Site:
     halo: int = 0
     structure: Structure | None = None
 
-    margin = renamed_property("margin", "halo")
+    margin = renamed_property("margin", "halo", PLUGIN_REMOVED_IN)
 
     @property
     def leading_tokens(self) -> int:
-        """Special tokens before the patches in the host's own order."""
+        """Number of special tokens before the patches, in the host's own order."""
         return self.prefix_tokens if self.structure is None else self.structure.prefix
 
     @property
     def suffix_tokens(self) -> int:
-        """Special tokens behind the patches in the host's own order."""
+        """Number of special tokens after the patches, in the host's own order."""
         return 0 if self.structure is None else self.structure.suffix
 
     @property
     def reordered(self) -> bool:
-        """Whether planners get the tokens in another order than the host's: special ones first."""
+        """Whether planners get the tokens in an order other than the host's: special ones first."""
         return self.prefix_tokens > self.leading_tokens
 
     @property
     def is_guess(self) -> bool:
-        """Whether grid and special tokens follow from a number of tokens alone."""
+        """Whether grid and special tokens were guessed from the number of tokens."""
         return self.structure is not None and not self.structure.known
 
     @property
     def of_image(self) -> bool:
-        """Whether its tokens are known to be patches of the image, with special ones around."""
+        """Whether its tokens are known to be patches of the image, plus special tokens."""
         queries = self.structure is not None and self.structure.source == NO_PATCHES
         return not (self.is_guess or queries)
 
     @property
     def placed(self) -> bool:
-        """Whether it is known where in one image, or in the frames of a video, the tokens are."""
-        several = self.structure is not None and self.structure.views > 1
-        apart = several and bool(self.structure and self.structure.specials)
-        return self.raster and not self.is_guess and not apart
+        """Whether the positions of the tokens in the image (or images) are known."""
+        return self.raster and not self.is_guess
+
+    @property
+    def views(self) -> int:
+        """Images or frames in the sequence, which stand one below the other in ``grid``."""
+        return 1 if self.structure is None else self.structure.views
+
+    @property
+    def has_views_apart(self) -> bool:
+        """Whether special tokens stand between the patches of several images."""
+        return self.views > 1 and bool(self.structure and self.structure.specials)
 
     def described(self, structure: Structure) -> Site:
-        """The same call with another structure of its sequence."""
+        """A copy with another structure of its sequence."""
         grid, same = structure.stacked_grid, self.keys == self.tokens
         return replace(
             self,
@@ -114,7 +123,7 @@ class Site:
         return pairs * (self.head_dim + self.value_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: one entry a field."""
+        """JSON form, with one entry per field."""
         return asdict(self)
 
     @classmethod
@@ -125,8 +134,8 @@ class Site:
             q: Queries ``[B, H, Nq, D]``.
             k: Keys ``[B, H, Nk, D]``.
             v: Values ``[B, H, Nk, Dv]``.
-            prefix_tokens: Leading tokens that are no image patches.
-            **fields: Other fields of the site, in place of what follows from the shapes.
+            prefix_tokens: Number of leading tokens that are not image patches.
+            **fields: Other fields of the site; they override what the shapes imply.
 
         >>> import torch
         >>> x = torch.zeros(1, 2, 17, 8)

@@ -1,4 +1,4 @@
-"""`Structure`: how the tokens of one sequence lie in the image, and where that is known from."""
+"""`Structure`: how the tokens of one sequence map to the image, and who says so."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 
 GUESS = "guess"
-"""The source of a structure that follows from a number of tokens alone."""
+"""Source of a structure that was guessed from the number of tokens."""
 NO_PATCHES = "none of them comes from the image"
-"""The source of a structure that has no patches: queries of a decoder."""
+"""Source of a structure without patches, such as the queries of a decoder."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """How the tokens of one sequence lie in the image.
+    """How the tokens of one sequence map to the image.
 
     The sequence is ``prefix`` tokens, then ``views`` times the tokens of one view, then ``suffix``
     tokens. A view is the patches of one image (or frame), with special tokens among them.
 
     Attributes:
-        grid: Rows and columns of the patches of one view; ``(1, n)`` where their order is no
-            raster.
-        views: Images or frames in the sequence.
-        prefix: Special tokens before the first view: class tokens, registers, prompts.
-        suffix: Special tokens behind the last view.
+        grid: Rows and columns of the patches of one view; ``(1, n)`` if they are not in raster
+            order.
+        views: Number of images or frames in the sequence.
+        prefix: Number of special tokens before the first view: class tokens, registers, prompts.
+        suffix: Number of special tokens after the last view.
         specials: Positions of special tokens within every view.
-        raster: Whether the patches of a view stand in raster order.
-        source: Where this is known from: a module that makes the tokens, an adapter, the user; or
-            `GUESS`.
+        raster: Whether the patches of a view are in raster order.
+        source: Who says so: a module that makes the tokens, an adapter or the user; or `GUESS`.
     """
 
     grid: Grid
@@ -46,29 +45,29 @@ class Structure:
 
     @property
     def known(self) -> bool:
-        """Whether it is no guess."""
+        """Whether the structure is known rather than guessed."""
         return self.source != GUESS
 
     @property
     def special_count(self) -> int:
-        """All special tokens of the sequence."""
+        """Number of special tokens of the sequence."""
         return self.prefix + self.suffix + self.views * len(self.specials)
 
     @property
     def tokens(self) -> int:
-        """All tokens of the sequence."""
+        """Number of tokens of the sequence."""
         return self.special_count + self.views * math.prod(self.grid)
 
     @property
     def stacked_grid(self) -> Grid:
-        """Rows and columns with all views one below the other."""
+        """Rows and columns of all views stacked vertically."""
         return self.views * self.grid[0], self.grid[1]
 
     def __str__(self) -> str:
         sides = [*self.grid] if self.views == 1 else [self.views, *self.grid]
         size = " x ".join(map(str, sides)) if self.raster else str(math.prod(sides))
         parts = [_counted(self.prefix, "prefix token")] if self.prefix else []
-        parts.append(f"{size} patches" + ("" if self.raster else " in no raster order"))
+        parts.append(f"{size} patches" + ("" if self.raster else " not in raster order"))
         if self.specials:
             parts.append(_counted(len(self.specials), "special token") + " in every view")
         if self.suffix:
@@ -83,15 +82,15 @@ def _counted(count: int, thing: str) -> str:
 def specials_first(
     n: int, prefix: int, suffix: int, views: int, specials: tuple[int, ...], *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Order in which all special tokens lead, and the order that undoes it, ``[n]`` each.
+    """The order that puts all special tokens first, and its inverse, ``[n]`` each.
 
     Args:
-        n: Tokens of the sequence.
-        prefix: As in `Structure`, and so are the next three.
-        suffix: Special tokens behind the last view.
-        views: Views in the sequence.
+        n: Number of tokens of the sequence.
+        prefix: Number of special tokens before the first view.
+        suffix: Number of special tokens after the last view.
+        views: Number of views in the sequence.
         specials: Positions of special tokens within every view.
-        device: Where to.
+        device: Device of the result.
 
     >>> specials_first(6, 1, 2, 1, (), device=torch.device("cpu"))[0].tolist()
     [0, 4, 5, 1, 2, 3]
@@ -108,7 +107,7 @@ def specials_first(
 
 
 def special_order(structure: Structure, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`specials_first` for a sequence of ``n`` tokens, kept for later calls."""
+    """`specials_first` for a sequence of ``n`` tokens, cached for later calls."""
     parts = structure.prefix, structure.suffix, structure.views, structure.specials
     orders: tuple[Tensor, Tensor] = geometry.table(specials_first, n, *parts, device=device)
     return orders

@@ -20,14 +20,14 @@ class ReductionStep:
     """The record of one reduction from ``n`` to ``m`` patch tokens.
 
     Attributes:
-        index: ``[B, m]``, the token of the step before that each token stands for; a fused one is
-            written ``-1 - index``.
-        assign: ``[B, n]``, where each earlier token went, -1 if dropped; None where ``index``
-            tells.
-        before: n.
+        index: ``[B, m]``, the earlier token that each token stands for; a fused token is stored
+            as ``-1 - index``.
+        assign: ``[B, n]``, the new position of each earlier token, -1 if dropped, or a function
+            that computes it; None if it follows from ``index``.
+        before: Number of tokens before the reduction, n.
         fused: Whether any token is a fused one.
-        unfold: ``[B, m, C]`` to ``[B, n, C]``, where an earlier token does not simply get the
-            value of the token that ``assign`` names.
+        unfold: Function from ``[B, m, C]`` to ``[B, n, C]``; None where each earlier token gets
+            the value of the token that ``assign`` names.
     """
 
     index: Tensor
@@ -37,7 +37,7 @@ class ReductionStep:
     unfold: Unfold | None = None
 
     def targets(self) -> Tensor:
-        """``[B, n]``: the new place of every earlier token, -1 where it is gone."""
+        """The new position of every earlier token, -1 if it is gone, ``[B, n]``."""
         if self.assign is not None:
             return self.assign if isinstance(self.assign, Tensor) else self.assign()
         place = torch.arange(self.index.shape[1], device=self.index.device)
@@ -45,7 +45,7 @@ class ReductionStep:
         return gone.scatter(1, self.index, place.expand_as(self.index))
 
     def unfolded(self, x: Tensor) -> Tensor:
-        """What every earlier token gets, ``[B, n, C]``; the value of dropped ones has no meaning.
+        """The value for every earlier token, ``[B, n, C]``; for dropped ones it has no meaning.
 
         Args:
             x: The tokens after the reduction, ``[B, m, C]``.
@@ -57,24 +57,25 @@ class ReductionStep:
 
 @dataclass(frozen=True, eq=False)
 class TokenState:
-    """The patch tokens of one forward pass, prefix and suffix tokens around them not counted.
+    """The patch tokens of one forward pass; prefix and suffix tokens are not counted.
 
     Attributes:
         owner: Key of the patch.
         prefix: Number of special tokens before the patches.
         suffix: Number of special tokens behind them.
         grid: Rows and columns of all patch tokens at this resolution.
-        layer: The block that comes next.
-        ids: ``[B, n]``, the original patch each token stands for (a fused one is written
-            ``-1 - id``); None while all are there.
-        size: ``[B, n]``, patches merged into each token; None if one each.
-        logs: Their logarithms ``[B, 1, 1, P + n]``, where they are known.
+        layer: Index of the next block.
+        ids: ``[B, n]``, the original patch that each token stands for (a fused token is stored as
+            ``-1 - id``); None before the first reduction.
+        size: ``[B, n]``, number of patches merged into each token; None if all are 1.
+        logs: The logarithm of ``size``, ``[B, 1, 1, P + n]``, where it is known already.
         steps: The reductions so far.
-        policy: ``[B, n]``, tokens kept while a learned score trains (1 or 0, with gradient).
-        last: ``[B, n0, C]``, every original token's last value, kept where original positions
-            will be needed.
-        sequence: The short sequence that is carried on, where the host was handed another one.
-        returned: What the host was handed after the last block.
+        policy: ``[B, n]``, 1 for kept and 0 for dropped tokens, with gradient, while a learned
+            score trains.
+        last: ``[B, n0, C]``, the last value of every original token, stored where original
+            positions will be restored.
+        sequence: The short sequence for the next block, where the host was given another tensor.
+        returned: The tensor that the host got after the last block.
     """
 
     owner: int
@@ -93,16 +94,16 @@ class TokenState:
 
     @property
     def n_original(self) -> int:
-        """Patch tokens before any reduction."""
+        """Number of patch tokens before any reduction."""
         return self.grid[0] * self.grid[1]
 
     @property
     def reduced(self) -> bool:
         """Whether any reduction took place."""
-        return len(self.steps) > 0  # bool() of a tuple is nothing that Dynamo of torch 2.10 traces
+        return len(self.steps) > 0  # Dynamo of torch 2.10 cannot trace bool() of a tuple
 
     def bare(self) -> TokenState:
-        """The same without activations: enough to say what became of every token."""
+        """The same without activations, which still tells what became of every token."""
         steps = self.steps
         if any(step.unfold is not None for step in steps):
             steps = tuple(replace(step, unfold=None) for step in steps)
@@ -111,8 +112,13 @@ class TokenState:
     def advance(
         self, step: ReductionStep, size: Tensor | None = None, logs: Tensor | None = None
     ) -> TokenState:
-        """The state after a reduction; ``size`` ``[B, m]`` where that changed sizes, and ``logs``
-        where their logarithms are known."""
+        """The state after a reduction.
+
+        Args:
+            step: The record of the reduction.
+            size: The new sizes ``[B, m]``; None if tokens keep theirs.
+            logs: The logarithm of the new sizes, ``[B, 1, 1, P + m]``, where it is known.
+        """
         index = unsigned(step.index) if step.fused else step.index
         ids = index if self.ids is None else self.ids.gather(1, index)
         if step.fused:
@@ -122,12 +128,12 @@ class TokenState:
         return replace(self, ids=ids, size=size, logs=logs, steps=(*self.steps, step))
 
     def positions(self) -> Tensor:
-        """``[B, n]``: the original patch whose position each token has."""
+        """The original patch whose position each token has, ``[B, n]``."""
         assert self.ids is not None
         return unsigned(self.ids)
 
     def source(self) -> Tensor:
-        """``[B, n0]``: the present place of every original patch token, -1 where it is gone."""
+        """The current position of every original patch token, -1 if it is gone, ``[B, n0]``."""
         place = self.steps[0].targets()
         for step in self.steps[1:]:
             moved = step.targets().gather(1, place.clamp_min(0))
@@ -135,13 +141,13 @@ class TokenState:
         return place
 
     def rows(self, table: Tensor) -> Tensor:
-        """Rows of a table for the present tokens: for a merged one the mean over its patches.
+        """Rows of a table for the current tokens; a merged token gets the mean over its patches.
 
         Args:
             table: One row for each original patch, ``[n0, K]``.
 
         Returns:
-            ``[B, n, K]``, or ``[1, n, K]`` while all tokens are there.
+            ``[B, n, K]``, or ``[1, n, K]`` before the first reduction.
         """
         if self.ids is None:
             return table[None]
@@ -156,11 +162,11 @@ class TokenState:
         return total / count.clamp_min(1)
 
     def fit_mask(self, mask: Tensor) -> Tensor:
-        """A host mask cut down to the present tokens.
+        """A host mask reduced to the current tokens.
 
         Args:
-            mask: Over all tokens, ``[..., N0, N0]`` or ``[..., 1, N0]``; one that fits already
-                comes back as it is.
+            mask: Over all tokens, ``[..., N0, N0]`` or ``[..., 1, N0]``; a mask of another size is
+                returned unchanged.
 
         Returns:
             ``[B, H|1, N, N]`` or ``[B, H|1, 1, N]``.
@@ -179,11 +185,11 @@ class TokenState:
         return mask.gather(-1, columns.expand(*mask.shape[:-1], -1))
 
     def fit_side(self, table: Tensor) -> Tensor:
-        """A block's argument cut down to the present tokens.
+        """A block's argument reduced to the current tokens.
 
         Args:
-            table: A table with one row for each patch (RoPE: ``[..., n0, D]``); anything else
-                comes back as it is.
+            table: A table with one row per patch (RoPE: ``[..., n0, D]``); any other tensor is
+                returned unchanged.
         """
         if self.ids is None or not self.is_side(table):
             return table
@@ -198,25 +204,25 @@ class TokenState:
         """Whether a block's argument is a table with one row for each original patch."""
         if not 2 <= table.dim() <= 4 or table.shape[-2] != self.n_original:
             return False
-        # a bias over pairs of tokens is cut down where it is used
+        # a bias over pairs of tokens is reduced where it is used
         return table.dim() == 2 or table.shape[-1] != self.n_original
 
     def restore_sequence(self, x: Tensor, how: str) -> Tensor:
-        """``[B, N0, C]``: every original position between the special tokens of the sequence.
+        """The sequence with every original position restored, ``[B, N0, C]``.
 
-        See `restore_patches`.
+        Special tokens stay around the patches; see `restore_patches`.
         """
         body, suffix = self.split_suffix(x)
         patches = self.restore_patches(body[:, self.prefix :], how)
         return torch.cat([body[:, : self.prefix], patches, suffix], dim=1)
 
     def split_suffix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, N, C]`` without the suffix tokens, and those."""
+        """Split ``[B, N, C]`` into the tokens before the suffix and the suffix tokens."""
         end = x.shape[1] - self.suffix
         return x[:, :end], x[:, end:]
 
     def tokens(self) -> Tensor:
-        """``[B, N]``: original places of the present sequence, special tokens included."""
+        """Original positions of the current tokens, special tokens included, ``[B, N]``."""
         positions, first_suffix = self.positions(), self.prefix + self.n_original
         prefix, suffix = (
             torch.arange(start, start + count, device=positions.device).expand(
@@ -227,9 +233,9 @@ class TokenState:
         return torch.cat([prefix, positions + self.prefix, suffix], dim=1)
 
     def log_size(self, dtype: torch.dtype) -> Tensor | None:
-        """Logit of each key for the patches it stands for, ``[B, 1, 1, N]``; special tokens zero.
+        """The log of each key's size, ``[B, 1, 1, N]``, zero for special tokens.
 
-        This is proportional attention (ToMe, section 3, eq. 1).
+        Added to the logits, this is proportional attention (ToMe, section 3, eq. 1).
         """
         if self.size is None:
             return None
@@ -239,17 +245,17 @@ class TokenState:
         return torch.nn.functional.pad(log, (self.prefix, self.suffix))[:, None, None, :]
 
     def remember(self, x: Tensor) -> TokenState:
-        """With the present patch tokens ``[B, n, C]`` noted as the last value of each original."""
+        """A state that stores the current patch tokens ``[B, n, C]`` as their last values."""
         return replace(self, last=self.restore_patches(x, "scatter"))
 
     def restore_patches(self, x: Tensor, how: str) -> Tensor:
-        """Every original position with its token.
+        """Fill every original position with a token.
 
         Args:
-            x: The present patch tokens, ``[B, n, C]``.
-            how: ``"unfold"`` gives a merged or fused patch its cluster's token (or what the
-                strategy makes of all of them, see `Reduction`), ``"scatter"`` writes only tokens
-                that stand for themselves. Both leave the last value where nothing is.
+            x: The current patch tokens, ``[B, n, C]``.
+            how: ``"unfold"`` gives a merged or fused patch its cluster's token (or the result of
+                the strategy's own `Reduction.unfold`), ``"scatter"`` writes each token only to the
+                position that it stands for. Both fill the other positions with their last values.
 
         Returns:
             ``[B, n0, C]``.
@@ -259,11 +265,11 @@ class TokenState:
         place = self.source()
         if how == "scatter":
             stands_for = self.ids.gather(1, place.clamp_min(0))
-            itself = torch.arange(self.n_original, device=place.device)
-            place = torch.where(stands_for == itself, place, -1)
+            original = torch.arange(self.n_original, device=place.device)
+            place = torch.where(stands_for == original, place, -1)
         values = self._unfolded(x, place, how)
-        rest = 0.0 if self.last is None else self.last.to(x.dtype)
-        return torch.where(place[..., None] >= 0, values, rest)
+        last = 0.0 if self.last is None else self.last.to(x.dtype)
+        return torch.where(place[..., None] >= 0, values, last)
 
     def _unfolded(self, x: Tensor, place: Tensor, how: str) -> Tensor:
         if how == "unfold" and any(step.unfold for step in self.steps):
@@ -274,13 +280,13 @@ class TokenState:
 
 
 def unsigned(index: Tensor) -> Tensor:
-    """Indices with the mark of fused tokens taken off."""
+    """Indices without the mark of fused tokens (``-1 - index``)."""
     return torch.where(index < 0, -1 - index, index)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``[B, m]`` of ``[B, N, C]``, by one flat gather."""
-    # a recorded program serves other batches than its example's
+    """Select the rows ``index`` ``[B, m]`` of ``[B, N, C]``, with one flat gather."""
+    # a recorded program must serve other batch sizes than its example's
     recorded = torch.compiler.is_compiling() or is_tracing()
     if not recorded and x.shape[0] == 1:
         return x[0].index_select(0, index[0])[None]

@@ -1,7 +1,7 @@
-"""Every query's best keys by its own logits, left to the kernel to find.
+"""Patterns that keep the keys of largest logit, which the kernel finds.
 
-Finding them takes all logits of a query, which attention needs anyway: a kernel that does both at
-once writes no list. Other kernels ask for the lists, which are then made with torch.
+Finding them takes all logits of a query, and attention needs these anyway: a kernel that does both
+in one pass writes no key list. Other kernels use lists that are made with torch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sparsiattn.attention.pattern import Ranked, SizedPattern
 
 @dataclass(frozen=True, eq=False)
 class TopLogits(SizedPattern):
-    """A planner's answer: of every query the keys of largest logits, or of a tile by votes.
+    """Keep the keys of largest logit of every query, or, in a tile, those with the largest votes.
 
-    In tiles, the mean of a few neighbouring queries, under the mean of the host's bias on them,
-    votes for a key with the attention that it gives to it, and the largest vote counts: a key that
-    one part of the tile needs is kept.
+    A voter is the mean of a few neighbouring queries of the tile (with the host's bias averaged
+    alike), and its vote for a key is its attention weight. A key is scored by its largest vote, so
+    a key that one part of the tile needs is kept.
 
     Attributes:
-        n_queries: Queries, prefix included.
-        n_keys: Keys, prefix included.
+        n_queries: Number of queries, prefix included.
+        n_keys: Number of keys, prefix included.
         k: The budget.
-        inputs: Those of the call.
-        in_blocks: Whether keys are kept by the block, by the mean of their votes.
-        summary: Pooled keys that stand for the dropped ones; None without.
+        inputs: The operands of the call.
+        in_blocks: Whether whole blocks of keys are kept, by the mean of their votes.
+        summary: Pooled keys that stand for the dropped ones; None if there are none.
     """
 
     k: Budget
@@ -44,23 +44,23 @@ class TopLogits(SizedPattern):
 
     @staticmethod
     def of(inputs: AttentionInputs, k: Budget, *, in_blocks: bool = False) -> TopLogits:
-        """The best keys of a call."""
+        """The pattern of one call."""
         return TopLogits(inputs.n_queries, inputs.n_keys, check_budget(k), inputs, in_blocks)
 
     @property
     def score_count(self) -> int:
-        """Scores among which keys are chosen, of all images and heads."""
+        """Number of scores from which keys are chosen, over all images and heads."""
         rows = self.n_queries if self.inputs.tiles is None else len(self.voters[1])
         return self.inputs.q.shape[:2].numel() * rows * self.n_keys
 
     def ranked(self) -> Ranked:
-        """The same with logits that are computed now."""
+        """The same as `Ranked`, with the scores computed now."""
         inputs = self.inputs
         if inputs.tiles is None:
             scores = inputs.logits()
         elif self.votes:
             scores = self._votes()
-        else:  # every query may see other keys
+        else:  # the mask differs between queries, so each one votes for itself
             scores = inputs.logits().softmax(-1)
         return Ranked(scores.shape[-2], self.n_keys, scores, self.k)
 
@@ -72,7 +72,7 @@ class TopLogits(SizedPattern):
 
     @property
     def voters(self) -> tuple[Tiles, Tensor]:
-        """Queries that vote together, and their order, tile by tile; see `geometry.voters`."""
+        """The queries that vote together, and their order tile by tile; see `geometry.voters`."""
         return self._voter_table(geometry.voters)
 
     @property
@@ -82,10 +82,10 @@ class TopLogits(SizedPattern):
 
     def _voter_table(self, build: Callable[..., T]) -> T:
         inputs = self.inputs
-        # a tile that was asked for below the size where "auto" has some
+        # at least 2, for a tile that the user set where "auto" has none
         side = max(2, auto_options(inputs.n_queries).voter)
-        device = inputs.q.device
-        return geometry.table(build, inputs.query_grid, inputs.tile, side, device=device)
+        sizes = inputs.query_grid, inputs.tile, side, inputs.views
+        return geometry.table(build, *sizes, device=inputs.q.device)
 
     def _votes(self) -> Tensor:
         """The largest vote for every key, ``[B, H, T, Nk]``."""
@@ -109,11 +109,11 @@ class TopLogits(SizedPattern):
 
 @dataclass(frozen=True, eq=False)
 class TopKeys(KeyLists):
-    """Lists of the best keys of every query, which the kernel finds; see `KeyLists`.
+    """The best keys of every query, which the kernel finds; see `KeyLists`.
 
     Attributes:
-        keys: Length of every list, the prefix included.
-        prefix: Leading keys that are in every list.
+        keys: Length of every list, K, prefix included.
+        prefix: Number of leading keys, which are in every list.
         make_index: Makes the lists, ``[B, H, n, K]``, for kernels that need them.
     """
 
@@ -129,14 +129,14 @@ class TopKeys(KeyLists):
         return self.keys
 
     def macs(self, dim: int, value_dim: int) -> float:
-        # every logit is computed, that of a summary key, too
+        # every logit is computed, including those of summary keys
         cells = 0 if self.summary is None else self.summary.count
         pooled = cells * self.n_keys * (dim + value_dim)
         return self.n_queries * (self.n_keys + cells) * dim + self.pairs() * value_dim + pooled
 
     @property
     def index(self) -> Tensor:  # type: ignore[override]
-        """Ids of the keys, made at the first request."""
+        """Ids of the keys, ``[B, H, n, K]``, made on first access."""
         # not `cached_property`, whose lock Dynamo cannot trace before Python 3.12
         if self._made is None:
             object.__setattr__(self, "_made", self.make_index())
@@ -144,7 +144,7 @@ class TopKeys(KeyLists):
         return self._made
 
     def listed(self) -> KeyIndex:
-        """The same with its lists."""
+        """The same pattern with explicit lists."""
         return KeyIndex(
             self.n_queries,
             self.n_keys,

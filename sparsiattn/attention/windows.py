@@ -1,4 +1,4 @@
-"""How blocks cut a map of tokens into windows, shifted or not: which tokens, which may not meet."""
+"""Windows and shifted windows: the tokens of each, and the pairs that must not attend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsiattn.attention.geometry import Grid
 from sparsiattn.errors import InvalidOption
 
 FORBIDDEN = -100.0
-"""What Swin adds to logits of tokens that are no neighbours in the image (arXiv 2103.14030)."""
+"""Swin adds this to the logits of tokens that are not adjacent in the image (arXiv 2103.14030)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WindowCut:
 
     Attributes:
         window: Rows and columns of a window.
-        shift: By how many rows and columns the map is rolled before it is cut.
+        shift: Rows and columns by which the feature map is rolled before it is cut.
         parameters: Names of the arguments of the block's forward.
     """
 
@@ -33,7 +33,7 @@ class WindowCut:
 
     @classmethod
     def of(cls, block: Any, parameters: Iterable[str] = ()) -> WindowCut | None:
-        """As a block's attributes say, or those of its attention; None if none do."""
+        """Read from the attributes of a block or of its attention; None if they have none."""
         return cls._said_by(block, parameters) or cls._said_by(
             getattr(block, "attn", None), parameters
         )
@@ -47,7 +47,7 @@ class WindowCut:
         return cls(window, shift, tuple(parameters))
 
     def at(self, grid: Grid) -> WindowCut:
-        """The cut of a map of this size: one window as large as the map is not shifted.
+        """The windows of a map of this size; a window that covers the map is not shifted.
 
         Raises:
             InvalidOption: The host would pad the map.
@@ -57,21 +57,21 @@ class WindowCut:
         spanned = any(size >= side for size, side in zip(self.window, grid, strict=True))
         if spanned or any(side % size for size, side in zip(self.window, grid, strict=True)):
             raise InvalidOption(
-                f"skip='window' needs a map that windows of {self.window} tokens divide, got "
-                f"{grid}: choose an image size whose maps they divide, or skip='mlp'"
+                "skip='window' needs feature maps whose sides are multiples of the window "
+                f"{self.window}, got {grid}: choose such an image size, or skip='mlp'"
             )
         return self
 
     def count(self, grid: Grid) -> Grid:
-        """Rows and columns of windows."""
+        """Number of windows in each direction, (rows, columns)."""
         return grid[0] // self.window[0], grid[1] // self.window[1]
 
     def order(self, grid: Grid, device: torch.device) -> Tensor:
-        """See `window_order`."""
+        """`window_order` of this cut, cached."""
         return geometry.table(window_order, grid, self.window, self.shift, device=device)
 
     def mask(self, grid: Grid, device: torch.device) -> Tensor | None:
-        """See `window_mask`; None where nothing is shifted."""
+        """`window_mask` of this cut, cached; None without a shift."""
         if not any(self.shift):
             return None
         return geometry.table(window_mask, grid, self.window, self.shift, device=device)
@@ -84,10 +84,10 @@ def _sides(size: Any) -> Grid | None:
 
 
 def window_order(grid: Grid, window: Grid, shift: Grid, *, device: torch.device) -> Tensor:
-    """Raster numbers of every window's tokens, ``[windows, N]``, as a block takes them.
+    """Raster indices of every window's tokens, ``[windows, N]``, in the order a block takes them.
 
-    A block that shifts rolls what it takes, be it one window alone: so each window is rolled the
-    other way beforehand.
+    A block with a shift rolls its input, even if that is a single window, so each window is rolled
+    the opposite way beforehand.
 
     >>> window_order((2, 4), (2, 2), (0, 0), device=torch.device("cpu")).tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
@@ -98,9 +98,9 @@ def window_order(grid: Grid, window: Grid, shift: Grid, *, device: torch.device)
 
 
 def window_mask(grid: Grid, window: Grid, shift: Grid, *, device: torch.device) -> Tensor:
-    """What is added to the logits of every window after the shift, ``[windows, N, N]``.
+    """The additive mask of every window after the shift, ``[windows, N, N]``.
 
-    Tokens that the roll brought together from opposite ends of the map may not attend to each
+    Tokens that the roll brings together from opposite ends of the map must not attend to each
     other.
     """
     rows, columns = (
@@ -112,13 +112,13 @@ def window_mask(grid: Grid, window: Grid, shift: Grid, *, device: torch.device) 
 
 
 def _region(side: int, size: int, shift: int, device: torch.device) -> Tensor:
-    """Which of three parts of a rolled map each row (or column) is from."""
+    """Which of the three regions of a rolled map each row (or column) belongs to."""
     place = torch.arange(side, device=device)
     return (place >= side - size).long() + (place >= side - shift).long()
 
 
 def _cut(values: Tensor, window: Grid) -> Tensor:
-    """``[H, W]`` as windows ``[windows, rows, columns]``."""
+    """Cut ``[H, W]`` into windows ``[windows, rows, columns]``."""
     rows, columns = values.shape[0] // window[0], values.shape[1] // window[1]
     cut = values.view(rows, window[0], columns, window[1])
     return cut.transpose(1, 2).reshape(rows * columns, *window)

@@ -1,8 +1,9 @@
-"""Kernels compute one attention call from a pattern; here are the contract, the choice, built-ins.
+"""Kernels, which compute one attention call from a pattern: contract, choice and built-ins.
 
-`reference` specifies, `sdpa` masks, `gather` saves and, in C on a CPU, `native`, in Triton on CUDA,
-`triton`; `flex` compiles; `xformers` and `varlen` serve ragged batches on CUDA. May import
-`sparsiattn.attention` and `sparsiattn.registry`; strategies and all above may import it.
+`reference` is the specification and `sdpa` applies a mask. `gather` (plain torch), `native` (C, for
+CPUs) and `triton` (CUDA) compute the kept keys only; `flex` does so through FlexAttention.
+`xformers` and `varlen` take ragged batches on CUDA. The package may import `sparsiattn.attention`
+and `sparsiattn.registry`; strategies and all layers above may import it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files and folders that are the old or the new ones after a kill at any moment, never a mixture.
+"""Atomic writes: after a kill at any moment, files and folders are the old or the new ones.
 
-Kernels are the lowest layer that writes files, so the functions live here.
+The functions are in this package because kernels are the lowest layer that writes files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of entries, is on the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 
 def replace_file(new: Path, target: Path) -> None:
-    """Put a finished file, of the same file system, in the place of another."""
+    """Move a finished file over another one; both must be on the same file system."""
     sync(new)
     os.replace(new, target)
     sync(target.parent)
@@ -33,12 +33,13 @@ def replace_file(new: Path, target: Path) -> None:
 
 @contextmanager
 def replacing(target: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Replace a file by what the block writes to the path that it gets.
+    """Context manager that yields a temporary path and then moves it over ``target``.
 
     Args:
-        target: The file. It stays as it is if the block fails.
-        shared: Whether other processes may replace it at the same time. Each then needs a
-            temporary file of its own; with a fixed name, the next run cleans up after a kill.
+        target: The file. It stays unchanged if the block fails.
+        shared: Whether other processes may replace it at the same time. Each process then uses
+            its own temporary file. Otherwise the name is fixed, so that the next run overwrites
+            what a kill has left.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -57,10 +58,10 @@ def replacing(target: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Replace a folder by a new one that ``fill`` writes its files into.
+    """Replace a folder by a new one, whose files ``fill`` writes.
 
-    No system replaces a folder that has files in one step, so a kill may come while the old one
-    has another name: call `recover_folder` before looking for it.
+    No system can replace a non-empty folder in one step, so a kill may leave the old folder under
+    another name: call `recover_folder` before reading the folder.
     """
     new = target.with_name(f"{target.name}.new")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The contract of a kernel, and how one is chosen."""
+"""`Kernel`, the contract of a kernel, and `choose`, which picks one for a call."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from sparsiattn.kernels.cost import CallShape, Planning, Work
 class Kernel(RenamedMembers):
     """One way to compute a pattern. Kernels hold no state; one instance serves every site.
 
-    `why_not` alone says what a kernel takes: if it returns an empty list, the call must work.
-    ``auto`` takes the usable kernel with the highest `speed`, and one that is a ``last_resort``
-    only where no other works. Both may look at the site, the options, and the shapes, strides,
-    dtypes and devices of tensors, at grad mode, autocast and inference mode, but never at values:
-    answers are kept for calls that agree in all of these. Call `sparsiattn.kernels.cost.reload`
-    after anything that changes an answer, such as compiling a kernel.
+    `why_not` decides which calls a kernel takes: if it returns an empty list, the call must work.
+    ``auto`` takes the usable kernel with the highest `speed`; a ``last_resort`` only if no other
+    works. Both methods may read the site, the options, the shapes, strides, dtypes and devices of
+    tensors, grad mode, autocast and inference mode, but never the values of tensors: answers are
+    cached for calls that agree in all of these. Call `sparsiattn.kernels.cost.reload` after
+    anything that changes an answer, such as compiling a kernel.
 
     Attributes:
         registers_as: The kind of plug-in, for the registry.
-        name: How users ask for it.
-        summary: What it does, in one line.
+        name: Name of the kernel, as in ``kernel="gather"``.
+        summary: One line about what it does.
         differentiable: Whether it has a backward pass.
-        last_resort: Whether ``auto`` takes it only where no other works.
-        supports_computed: Whether it knows patterns that choose no keys (`ComputedPattern`); the
-            others are not asked about such.
+        last_resort: Whether ``auto`` takes it only if no other kernel works.
+        supports_computed: Whether it computes patterns that select no keys (`ComputedPattern`).
+            If not, `why_not` is never called with such a pattern.
 
     >>> from sparsiattn.testing.kernel import cases
     >>> class Plain(Kernel):
     ...     name = "plain"
     ...     def why_not(self, inputs, pattern):
-    ...         return [] if inputs.bias is None else ["takes no mask of the host"]
+    ...         return [] if inputs.bias is None else ["does not support the host's mask"]
     ...     def speed(self, inputs, pattern):
     ...         return 0.5  # half as fast as dense attention
     ...     def __call__(self, inputs, pattern):
@@ -72,52 +72,52 @@ class Kernel(RenamedMembers):
         raise NotImplementedError
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work | None:
-        """What the call does, counted from shapes.
+        """The work of the call, counted from shapes.
 
-        The prices that `tune` measures turn it into `speed`.
+        `speed` multiplies it by the prices that `tune` measures.
 
         Returns:
-            The work; None where `speed` is overridden.
+            The work; None if the kernel overrides `speed`.
         """
         return None
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int | None:
-        """Multiply-accumulates, padding included, that `torch.utils.flop_counter` does not count.
+        """Multiply-accumulates that `torch.utils.flop_counter` does not count, padding included.
 
         Returns:
-            All of them for custom and compiled operators; None where the counter sees every
+            All MACs of the call for custom and compiled operators; None if the counter sees every
             product.
         """
         return None
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        """Reasons why ``auto`` should not take a call that works, such as a minute of compiling.
+        """Reasons why ``auto`` should not take a call that would work, such as slow compilation.
 
-        Asked after `why_not` was empty; a kernel that was asked for by name runs all the same.
+        Called after `why_not` returned an empty list. A kernel that the user named runs anyway.
         """
         return []
 
     def warmup(self, inputs: AttentionInputs, pattern: Pattern) -> None:
-        """Do once what makes later calls of this shape ready, such as compiling.
+        """Prepare later calls of this shape, for example by compiling.
 
-        `Patch.warmup` calls it with calls that `why_not` lets through, with operands that want a
-        gradient if the model trains.
+        `Patch.warmup` calls it for calls that `why_not` accepts; the operands require gradients
+        if the model trains.
         """
 
     def repeatable(
         self, inputs: AttentionInputs, pattern: Pattern
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """A function of q, k and v that is this call for operands laid out alike.
+        """A function of q, k and v that repeats this call for operands of the same layout.
 
-        It must not hold the operands.
+        It must not hold references to the operands.
 
         Returns:
-            The function; None where the pattern says something of their values.
+            The function; None if the pattern depends on the values of the operands.
         """
         return None
 
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        """Expected speed relative to dense attention (1.0), from shapes alone, without planning."""
+        """Expected speed relative to dense attention (1.0), from shapes only; excludes planning."""
         work = self.work(inputs, pattern)
         if work is None:
             raise NotImplementedError(f"{type(self).__name__} must override work() or speed()")
@@ -130,15 +130,15 @@ class Kernel(RenamedMembers):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel taken for one call and what the others said.
+    """The kernel chosen for one call, and why the others were not.
 
     Attributes:
-        kernel: The kernel.
+        kernel: The chosen kernel.
         refusals: Names and reasons of the kernels that refused.
-        speed: Expected speed of the kernel alone, relative to dense attention.
-        planning: Expected time of choosing the keys, divided by that of dense attention; 0 until
-            `after` counts it.
-        call: The shape it was chosen for.
+        speed: Expected speed of the kernel, planning excluded, relative to dense attention.
+        planning: Expected time of planning, divided by that of dense attention; 0 until `after`
+            counts it.
+        call: Shape of the call it was chosen for.
     """
 
     kernel: Kernel
@@ -149,12 +149,12 @@ class Choice:
 
     @property
     def expected(self) -> float:
-        """Expected speed relative to dense attention with planning paid."""
+        """Expected speed relative to dense attention, planning included."""
         return 0.0 if self.speed <= 0 else 1.0 / (1.0 / self.speed + self.planning)
 
     @property
     def pays(self) -> bool:
-        """Whether it is expected to save more time than Python takes at the site."""
+        """Whether the expected saving exceeds the time that Python takes at the site."""
         if self.call is None or self.expected <= 0:
             return self.expected >= 1.0
         saved = cost.dense_seconds(self.call) * (1.0 - 1.0 / self.expected)
@@ -166,9 +166,9 @@ class Choice:
 
 
 def refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-    """Everything a kernel says against a call.
+    """All reasons why a kernel refuses a call.
 
-    It should not raise; where a plug-in's kernel does, that speaks against it too.
+    If the kernel of a plug-in raises, which it should not, the error counts as a reason.
     """
     try:
         return _ask_named(kernel, inputs, pattern)[0]
@@ -181,16 +181,16 @@ def _refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list
     if reasons:
         return reasons
     if isinstance(pattern, ComputedPattern) and not kernel.supports_computed:
-        return [f"attends to chosen keys only, got a {type(pattern).__name__} plan"]
+        return [f"needs a pattern that selects keys, got a {type(pattern).__name__} pattern"]
     return kernel.why_not(inputs, pattern)
 
 
 def _fault(error: Exception) -> str:
-    return f"asked what it takes, it raised {type(error).__name__}: {error}"
+    return f"raised {type(error).__name__} while it was asked whether it takes the call: {error}"
 
 
 def _ask(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[list[str], float]:
-    """Why ``auto`` should not take a kernel, and its speed if there is no reason."""
+    """Reasons why ``auto`` should not take a kernel, and its speed if there are none."""
     try:
         reasons = _refusals(kernel, inputs, pattern) or kernel.not_ready(inputs, pattern)
         reasons = reasons or cost.failures(kernel.name, CallShape.of(inputs))
@@ -204,8 +204,7 @@ def _ask_named(
 ) -> tuple[list[str], float]:
     """As `_ask`, for a kernel that the user named.
 
-    It may compile first, so `not_ready` does not count, and an error that it raises reaches the
-    caller.
+    Such a kernel may compile first, so `not_ready` is not called; its errors reach the caller.
     """
     reasons = _refusals(kernel, inputs, pattern)
     return reasons, 0.0 if reasons else kernel.speed(inputs, pattern)
@@ -218,12 +217,12 @@ def choose(
 
     Args:
         kernels: The candidates.
-        inputs: The call.
-        pattern: What to compute.
-        explicit: Whether the user named the only candidate; there is no other to fall back to.
+        inputs: The operands of the call.
+        pattern: The pattern to compute.
+        explicit: Whether the user named the kernel, so that there is no other to fall back to.
 
     Raises:
-        KernelRefused: No kernel takes the call; the error carries the reasons of all of them.
+        KernelRefused: No kernel takes the call; the message lists the reasons of all of them.
     """
     ask = _ask_named if explicit else _ask
     refused: list[tuple[str, tuple[str, ...]]] = []
@@ -250,7 +249,7 @@ def _refusal_message(
     explicit: bool,
 ) -> str:
     q, kind = inputs.q, type(pattern).__name__
-    hint = "use kernel='auto' to let another one run" if explicit else "no kernel is left"
+    hint = "use kernel='auto' to allow another one" if explicit else "every kernel refused"
     lines = [
         f"no kernel computes a {kind} pattern at site {inputs.site.name!r} for q "
         f"{tuple(q.shape)}, k {tuple(inputs.k.shape)}, {q.dtype} on {q.device}; {hint}",

@@ -1,4 +1,4 @@
-"""Choices of kernels kept for equal calls, so that a forward pass does not ask every kernel."""
+"""A cache of kernel choices, so that a forward pass does not ask every kernel again."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice
 
-# Patterns whose fields are known to say all there is to know about them.
+# Patterns that their fields describe completely.
 _KNOWN_PATTERNS = (KeyBlocks, KeyIndex, Mask, Dense, Lengths, Computed, Logits, Output)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _MOST_CHOICES = 64
 
 
 class ChoiceCache:
-    """A few choices by everything that a kernel may look at; see `Kernel`.
+    """Choices by everything that a kernel may read; see `Kernel`.
 
-    Reads and writes are single steps on a dict, so threads share it: at worst two of them ask the
-    kernels at once.
+    Reads and writes are single operations on a dict, so threads can share it: at worst two of them
+    ask the kernels at the same time.
     """
 
     def __init__(self) -> None:
@@ -40,25 +40,25 @@ class ChoiceCache:
         return len(self._choices)
 
     def key(self, inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
-        """What `get` and `keep` take.
+        """The key of a call for `get` and `keep`.
 
         Returns:
-            None for what cannot be described: patterns and tensors of classes from elsewhere.
+            None for patterns and tensors of unknown classes, which cannot be described.
         """
         if type(inputs.q) not in _PLAIN_TENSORS:
             return None
         site, prices = self._valid_for or (None, 0)
         if site is not inputs.site or prices != cost.generation():
-            # one comparison here instead of a site and a count in every key
+            # one comparison here saves a site and a count in every key
             self._choices, self._valid_for = {}, (inputs.site, cost.generation())
         return describe(inputs, pattern)
 
     def get(self, key: Hashable | None) -> Choice | None:
-        """The choice kept for a key, if any."""
+        """The cached choice of a key; None if there is none."""
         return None if key is None else self._choices.get(key)
 
     def keep(self, key: Hashable | None, choice: Choice) -> None:
-        """Keep a choice for later calls of that key; nothing where it is None."""
+        """Cache a choice for later calls with that key; does nothing if the key is None."""
         if key is None:
             return
         if len(self._choices) >= _MOST_CHOICES:  # shapes that never repeat
@@ -67,8 +67,10 @@ class ChoiceCache:
 
 
 def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
-    """Everything but values that a kernel may look at besides the site; kept short, since every
-    call of every site pays for it."""
+    """Everything except values that a kernel may read besides the site.
+
+    It is kept short, since it is computed in every call of every site.
+    """
     fields = pattern.describe()
     if fields is None:
         if type(pattern) not in _KNOWN_PATTERNS:
@@ -82,7 +84,8 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
     if bias is not None:
         sides = bias.sides if isinstance(bias, FactoredBias) else None
         mask = (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad, sides)
-    options = (inputs.scale, inputs.dropout, inputs.query_grid, inputs.key_grid)
+    grids = inputs.query_grid, inputs.key_grid, inputs.views
+    options = (inputs.scale, inputs.dropout, *grids)
     groups = (inputs.tile, inputs.block, None if token_state is None else token_state.reduced)
     modes = (
         torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
@@ -96,14 +99,17 @@ def describe(inputs: AttentionInputs, pattern: Pattern) -> Hashable | None:
 
 
 def _of(value: Any) -> Hashable:
-    """A field of a pattern without values: tensors by shape, tables by what they were made from
-    (with the number of tokens, a field of its own). No isinstance: for tensors that is slow."""
+    """A pattern's field without values: the shape of a tensor, the parameters of a table.
+
+    The number of tokens, a separate field, completes the parameters. Types are compared instead of
+    calling isinstance, which is slow for tensors.
+    """
     kind = type(value)
     if kind is Tensor:
         return value.shape  # type: ignore[no-any-return]
     if kind is Tiles:
         return value.parts, value.columns, value.smallest
-    if kind is CountedSummary and value.counted:  # its bias is not made for this
+    if kind is CountedSummary and value.counted:  # does not compute its bias
         return value.count  # type: ignore[no-any-return]
     if kind is Summary or kind is CountedSummary:
         allowed = value.allowed

@@ -1,4 +1,4 @@
-"""Whether this process has compiled native code: `native.build` says so, prices depend on it."""
+"""Whether this process has loaded compiled code. `native.build` sets it; prices depend on it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ _loaded = False
 
 
 def is_loaded() -> bool:
-    """Whether there is compiled code; looks nowhere, so a compiler can trace it."""
+    """Whether compiled code is loaded; reads no files, so that a compiler can trace it."""
     return _loaded
 
 
 def set_loaded(loaded: bool) -> None:
-    """Say that compiled code was loaded, or forgotten."""
+    """Record that compiled code was loaded or forgotten."""
     global _loaded
     _loaded = loaded

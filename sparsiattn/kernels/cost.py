@@ -1,8 +1,8 @@
-"""What attention should cost, from shapes alone: dense, by each kernel, and choosing the keys.
+"""Cost model: the expected time of dense attention, of each kernel and of planning.
 
-A call is described by a `Work` (operations started, multiply-accumulates, logits, bytes moved) and
-paid by `Prices`, the seconds that each of these takes. Prices are shipped for CPU and CUDA; `tune`
-replaces them with measured ones of this machine, and nothing here ever measures.
+The cost follows from shapes only. `Work` counts what a call does (operations, multiply-accumulates,
+logits, bytes moved), and `Prices` are the seconds that each of these takes. Prices for CPU and CUDA
+are built in; `tune` replaces them with measurements of this machine. This module never measures.
 """
 
 from __future__ import annotations
@@ -21,43 +21,45 @@ from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.compiled import is_loaded
 
-# Names under which dense attention, the same under a mask or bias of the host, and planning are
-# priced, beside those of the kernels.
+# Prices are stored by kernel name and by these names: dense attention, dense attention with the
+# host's mask or bias, and planning.
 DENSE, MASKED, PLANNING = "dense", "masked", "planning"
 
-# What compiled code takes for a vote, and for the host's bias of a query and a key, against a score
-# from which torch chooses: 1.6e-9 and 0.8e-9 s of 1.3e-8 s at 1,024 to 4,096 tokens of a Xeon. That
-# is one processor with AVX-512, under other load; both are right to a factor of 1.5 or so. `tune`
-# measures votes, so its price of planning makes up for a wrong VOTE_WORTH, but not for BIAS_WORTH.
+# Time of compiled code for one vote, and for the host's bias of one pair, relative to torch's time
+# for one score to choose from: 1.6e-9 and 0.8e-9 s of 1.3e-8 s, at 1,024 to 4,096 tokens on a Xeon
+# with AVX-512 under other load. Both are accurate to a factor of about 1.5. `tune` measures votes,
+# so its price of planning corrects a wrong VOTE_WORTH, but not a wrong BIAS_WORTH.
 VOTE_WORTH, BIAS_WORTH = 0.125, 0.06
 
-# A softmax entry under a mask against one without, in torch's attention: the whole took 1.1x to
-# 1.2x on that processor. Shipped prices of MASKED come of it; `tune` measures them.
+# Cost of a softmax entry with a mask relative to one without, in torch's attention, which took 1.1x
+# to 1.2x the time on that processor. The built-in prices of MASKED use it; `tune` measures them.
 MASK_WORTH = 2.0
 
-# How often a bias is written when it is built: added up, then copied to the form of a mask.
+# How often a bias is written when it is built: once as a sum, once as a copy in mask layout.
 BUILT_WORTH = 2.0
 
 _COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SITE_SECONDS = 1.5e-4
-"""What Python takes at a site on the way to a kernel and back, on a core of a server: most of it
-waits for code and objects that the layers in between have driven out of the caches."""
+"""Python's time per site, on the way to a kernel and back, on a server core.
 
-# The batch by which kernels are compared while a compiler traces.
+Most of it is spent waiting for code and objects that other layers have evicted from the caches.
+"""
+
+# The batch size for which kernels are compared while a compiler traces.
 TRACED_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a call does.
+    """The work of one call.
 
     Attributes:
-        calls: Operations started, each with its overhead.
+        calls: Number of operations started, each with its overhead.
         macs: Multiply-accumulates of QK^T and AV, padding included.
-        logits: Softmax entries; for planning, scores to choose from.
-        bytes: Copied or written besides the operands and the result.
-        rows: Queries of all heads, read and written.
+        logits: Number of softmax entries; for planning, of scores to choose from.
+        bytes: Bytes copied or written besides the operands and the result.
+        rows: Number of queries over all heads, each read and written once.
     """
 
     calls: float = 0.0
@@ -67,7 +69,7 @@ class Work:
     rows: float = 0.0
 
     def times(self, factor: float) -> Work:
-        """The same operations on ``factor`` times as much."""
+        """The same number of operations on ``factor`` times as much data."""
         amounts = (amount * factor for amount in (self.macs, self.logits, self.bytes, self.rows))
         return Work(self.calls, *amounts)
 
@@ -78,23 +80,26 @@ class Work:
 
 @dataclass(frozen=True)
 class Planning:
-    """What choosing the keys does.
+    """The work of choosing keys.
 
     Attributes:
-        work: What it does for ``batch`` images.
-        batch: Images, or windows of them.
+        work: The work for ``batch`` images.
+        batch: Number of images, or of windows.
     """
 
     work: Work
     batch: int
 
     def at(self, batch: int) -> Work:
-        """The work for another number of images; none more where it multiplies nothing, because
-        such planners read their keys off a table, the same for every image."""
+        """The work for another number of images.
+
+        A planner without MACs reads its keys from a table that all images share, so its work does
+        not grow.
+        """
         return self.work.times(batch / self.batch) if self.work.macs else self.work
 
     def share(self, call: CallShape) -> float:
-        """Expected time as a share of dense attention's."""
+        """Expected time as a share of the time of dense attention."""
         return prices(PLANNING, call).of(self.at(call.batch)) / dense_seconds(call)
 
 
@@ -103,11 +108,11 @@ class Prices:
     """Seconds of one unit of each kind of `Work`.
 
     Attributes:
-        call: Of an operation started.
-        mac: Of a multiply-accumulate.
-        logit: Of a softmax entry.
-        byte: Of a byte copied.
-        row: Of a query read and written.
+        call: Seconds per operation started.
+        mac: Seconds per multiply-accumulate.
+        logit: Seconds per softmax entry.
+        byte: Seconds per byte copied.
+        row: Seconds per query read and written.
     """
 
     call: float
@@ -132,16 +137,17 @@ class CallShape:
     """Shape of one attention call.
 
     Attributes:
-        batch: Images, or windows of them.
-        heads: Heads of the queries.
+        batch: Number of images, or of windows.
+        heads: Number of query heads.
         queries: Rows of q, ``[batch, heads, queries, dim]``.
         keys: Rows of k, ``[batch, heads, keys, dim]``.
         dim: Channels of a head's queries and keys.
         value_dim: Channels of v, ``[batch, heads, keys, value_dim]``.
         dtype: Dtype of the operands.
-        device: Where the call runs; in a dry run, where it would.
+        device: Device of the call; in a dry run, the device that it would run on.
         biased: Whether the host adds a mask or a bias.
-        built: Whether it builds one that is not built for a sparse kernel; see `FactoredBias`.
+        built: Whether the host builds a bias that a sparse kernel need not build; see
+            `FactoredBias`.
     """
 
     batch: int
@@ -159,7 +165,7 @@ class CallShape:
     def of(cls, inputs: AttentionInputs) -> CallShape:
         q, v = inputs.q, inputs.v
         batch, heads, queries, dim = q.shape
-        if torch.compiler.is_compiling():  # the program must fit any batch, so none may decide
+        if torch.compiler.is_compiling():  # the program serves any batch size
             batch = TRACED_IMAGES * inputs.site.windows
         keys, value_dim = v.shape[-2:]
         masks = inputs.bias is not None, isinstance(inputs.bias, FactoredBias)
@@ -169,8 +175,8 @@ class CallShape:
         """The work of attention.
 
         Args:
-            pairs: (query, key) pairs of every image and head.
-            calls: Operations started.
+            pairs: Number of (query, key) pairs of each image and head.
+            calls: Number of operations started.
             moved: Bytes copied.
         """
         each = self.batch * self.heads
@@ -178,27 +184,26 @@ class CallShape:
         return Work(calls, macs, each * pairs, moved, each * self.queries)
 
     def rows_bytes(self, rows: float) -> float:
-        """Bytes of that many keys and their values in every image and head."""
+        """Bytes of ``rows`` keys and their values, over all images and heads."""
         row = (self.dim + self.value_dim) * self.dtype.itemsize
         return self.batch * self.heads * rows * row
 
     @property
     def dense(self) -> Work:
-        """The work of dense attention, with or without a mask of the host, and of building that."""
+        """The work of dense attention, including that of building the host's bias."""
         pairs = self.queries * self.keys
         built = BUILT_WORTH * self.batch * self.heads * pairs * self.dtype.itemsize
         return self.attending(pairs, moved=built if self.built else 0.0)
 
 
 def masked_prices(dense: Prices) -> Prices:
-    """What dense attention should cost under a mask, by what it costs without."""
+    """Prices of dense attention with a mask, derived from those without."""
     return replace(dense, logit=MASK_WORTH * dense.logit)
 
 
-# Fitted to fp32 on one and two cores of a Xeon and of an EPYC server (torch 2.15), the geometric
-# means of both (`native` and its planning: fitted to the latter, scaled by the ratios that both
-# measured); half precision is taken to cost the same there, but for bfloat16 where the processor
-# multiplies tiles of it (AMX).
+# Fitted to float32 on one and two cores of a Xeon and of an EPYC server (torch 2.15): the geometric
+# means of both. (`native` and its planning were fitted on the EPYC and scaled by ratios measured on
+# both.) Half precision is assumed to cost the same, except bfloat16 on processors with AMX.
 _CPU = {
     DENSE: Prices(2.9e-5, 1.44e-11, 2.53e-10, 1e-10, 1.6e-7),
     PLANNING: Prices(1.4e-5, 5.92e-12, 1.47e-8, 1.5e-11, 1.8e-7),
@@ -208,14 +213,14 @@ _CPU = {
     "native": Prices(1.1e-06, 7.95e-12, 5.17e-10, 1.9e-11, 3.6e-08),
 }
 _CPU[MASKED] = masked_prices(_CPU[DENSE])
-# where the code that `native` compiles plans, too
+# where the compiled code of `native` also plans
 _CPU_COMPILED = {**_CPU, PLANNING: Prices(5.6e-06, 4.78e-12, 1.29e-08, 9.6e-12, 5.1e-08)}
-# Torch's products of bfloat16 with AMX, against those of float32: dense attention took 0.42 to 0.54
-# of the time at 197 to 1,370 tokens, on one processor. Compiled code computes in float32 and plans
-# as it does there. `tune` with bfloat16 among its dtypes replaces all of it.
+# torch's bfloat16 products with AMX relative to float32: dense attention took 0.42 to 0.54 of the
+# time at 197 to 1,370 tokens, on one processor. Compiled code computes and plans in float32, so its
+# prices stay. `tune` with bfloat16 among its dtypes replaces all of these.
 _AMX_SHARE = 0.45
 _BY_TORCH = (DENSE, MASKED, "reference", "sdpa", "gather")
-# Of the order of an H100's, from peak rates and usual launch times; `tune` knows better.
+# Rough estimates for an H100, from peak rates and usual launch times; `tune` replaces them.
 _CUDA_HALF = {
     DENSE: Prices(1.2e-5, 4.5e-15, 1e-14, 5e-13),
     PLANNING: Prices(7e-6, 2e-14, 8e-12, 1e-12),
@@ -235,7 +240,7 @@ _generation = 0
 
 
 def shipped(device: torch.device, dtype: torch.dtype) -> dict[str, Prices]:
-    """Prices for machines that were never tuned."""
+    """The built-in prices, for machines that were never tuned."""
     if device.type != "cuda":
         table = _CPU_COMPILED if dtype in _COMPILED_TYPES and is_loaded() else _CPU
         return _with_amx(table) if dtype == torch.bfloat16 and _has_amx() else table
@@ -263,16 +268,18 @@ def _with_amx(table: dict[str, Prices]) -> dict[str, Prices]:
 
 
 def prices(kernel: str, call: CallShape) -> Prices:
-    """What a kernel's work costs at this call: as tuned, as shipped, or, for a kernel that is not
-    known, as that of `gather`."""
+    """Prices of a kernel for this call.
+
+    They are the tuned ones, else the built-in ones, else (for an unknown kernel) those of `gather`.
+    """
     tuned = _TUNED.get((call.device, call.dtype))
     if tuned is None and not torch.compiler.is_compiling():
         ready(call.device)
         tuned = _TUNED.get((call.device, call.dtype))
     if tuned is not None and kernel in tuned:
         return tuned[kernel]
-    usual = shipped(call.device, call.dtype)
-    return usual[kernel] if kernel in usual else usual["gather"]
+    builtin = shipped(call.device, call.dtype)
+    return builtin[kernel] if kernel in builtin else builtin["gather"]
 
 
 def dense_seconds(call: CallShape) -> float:
@@ -281,7 +288,7 @@ def dense_seconds(call: CallShape) -> float:
 
 
 def site_seconds(device: torch.device) -> float:
-    """What Python takes at a site; nothing where it runs ahead of the device."""
+    """Python's time at a site, in seconds; 0 on devices that run asynchronously."""
     return SITE_SECONDS if device.type in ("cpu", "meta") else 0.0
 
 
@@ -291,11 +298,11 @@ def speed(kernel: str, work: Work, call: CallShape) -> float:
 
 
 def planning(macs: int, scores: int, call: CallShape) -> Planning:
-    """What choosing the keys of a call does.
+    """The work of choosing the keys of a call.
 
     Args:
         macs: Multiply-accumulates of the planner.
-        scores: Scores among which it chooses.
+        scores: Number of scores from which it chooses.
         call: The shape of the call.
     """
     operands = call.batch * call.heads * (call.queries + call.keys) * call.dim
@@ -306,7 +313,7 @@ def planning(macs: int, scores: int, call: CallShape) -> Planning:
 
 
 def ready(device: torch.device) -> None:
-    """Read the tuning file once per device, before a compiler traces what needs it."""
+    """Read the tuning file once per device, before a compiler traces code that needs it."""
     if device.type == "meta" or (device, torch.float32) in _TUNED:
         return
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
@@ -321,7 +328,7 @@ def ready(device: torch.device) -> None:
 
 def failures(kernel: str, call: CallShape) -> list[str]:
     """Why ``auto`` should not take a kernel that raised when `tune` tried it on this machine."""
-    if not torch.compiler.is_compiling():  # else the patch has read the file
+    if not torch.compiler.is_compiling():  # before compiling, the patch has read the file
         ready(call.device)
     known = _FAILED.get((call.device, call.dtype))
     failed = None if not known else known.get(kernel)
@@ -329,7 +336,7 @@ def failures(kernel: str, call: CallShape) -> list[str]:
     if failed is None or pairs < failed["pairs"]:
         return []
     return [
-        f"raised when `sparsiattn tune` tried it here: {failed['error']}; tune again once mended"
+        f"raised when `sparsiattn tune` ran it here: {failed['error']}; run tune again once fixed"
     ]
 
 
@@ -340,7 +347,7 @@ def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def reload() -> None:
-    """Look prices up again, as after `tune`; every live patch asks its kernels anew."""
+    """Read prices again, as after `tune`; every active patch then chooses its kernels again."""
     global _generation
     _TUNED.clear()
     _FAILED.clear()
@@ -353,18 +360,18 @@ def generation() -> int:
 
 
 def _width(inputs: AttentionInputs) -> int:
-    """Numbers by which the bias of a query is given."""
+    """How many numbers the bias of one query consists of."""
     bias = inputs.bias
     return sum(bias.sides) if isinstance(bias, FactoredBias) else inputs.n_keys
 
 
 def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
-    """What choosing the keys of one call does, by the planner's pattern and its MACs."""
+    """The work of choosing the keys of one call, from the planner's pattern and its MACs."""
     scores = pattern.scores.numel() if isinstance(pattern, Ranked) else 0
-    if isinstance(pattern, TopLogits) and macs:  # without any, the kernel chooses
+    if isinstance(pattern, TopLogits) and macs:  # without MACs, the kernel chooses
         scores = pattern.score_count
         if is_loaded() and pattern.votes and inputs.q.dtype in _COMPILED_TYPES:
-            # without copies; the host's bias is read for every query
+            # compiled code copies nothing, but reads the host's bias for every query
             bias = 0 if inputs.bias is None else math.prod(inputs.q.shape[:3]) * _width(inputs)
             scores = round(VOTE_WORTH * scores + BIAS_WORTH * bias)
     return planning(macs, scores, CallShape.of(inputs))

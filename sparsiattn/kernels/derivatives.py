@@ -1,4 +1,4 @@
-"""What kernels of their own code say to derivatives that they do not have."""
+"""Second derivatives, and refusals of `torch.func` transforms, for kernels of compiled code."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ from sparsiattn.kernels.reference import Reference
 
 
 def transform_refusals() -> list[str]:
-    """Why a kernel that reads memory cannot run; empty outside of transforms."""
+    """Why a kernel that reads memory directly cannot run; empty outside of transforms."""
     if not is_transformed():
         return []
     return [
-        "runs code of its own, which torch.func transforms (vmap, grad, jvp) and forward-mode "
-        "derivatives cannot see into: use kernel='reference' or 'gather'"
+        "runs its own compiled code, which torch.func transforms (vmap, grad, jvp) and "
+        "forward-mode derivatives cannot differentiate: use kernel='reference' or 'gather'"
     ]
 
 
 def twice_differentiable(
     name: str, out: Tensor, inputs: AttentionInputs, pattern: Pattern
 ) -> Tensor:
-    """What a kernel with one backward pass returned; second derivatives are the reference's.
+    """Add second derivatives, those of the reference kernel, to the result of another kernel.
 
     Args:
-        name: The kernel's.
-        out: What it returned.
-        inputs: The call.
-        pattern: What it computed.
+        name: Name of the kernel.
+        out: The kernel's result, ``[B, H, Nq, Dv]``.
+        inputs: The operands of the call.
+        pattern: The pattern that it computed.
+
+    Returns:
+        The same values; their gradient can be differentiated.
     """
     summary = pattern.summary
-    # logs of counts pass no gradient, so nobody counts them before they are needed
+    # logs of counts have no gradient, so they need not be counted here
     counted = isinstance(summary, CountedSummary) and summary.counted and inputs.bias is None
     rows = None if summary is None or counted else summary.bias
-    # operands are saved by autograd alone, so that checkpoints can let go of them
+    # only autograd saves the operands, so that checkpointing can free them
     none = inputs.q.new_empty(0)
     call = inputs.replace(q=none, k=none, v=none, bias=None, token_state=None, cross_layer=None)
     if summary is not None and not counted:
-        rest = Summary(summary.cells, summary.parts, none, summary.allowed)
-        pattern = replace(pattern, summary=rest)  # type: ignore[type-var]
+        without_bias = Summary(summary.cells, summary.parts, none, summary.allowed)
+        pattern = replace(pattern, summary=without_bias)  # type: ignore[type-var]
     recompute = partial(_by_reference, name, call, pattern)
     return differentiable_again(out, recompute, inputs.q, inputs.k, inputs.v, inputs.bias, rows)
 
@@ -62,9 +65,9 @@ def _by_reference(
 ) -> Tensor:
     if call.dropout:
         raise KernelRefused(
-            f"kernel {name!r} at site {call.site.name!r} has no second derivatives with dropout of "
-            "attention weights, which it draws by itself: use kernel='reference', or set the "
-            "dropout to 0"
+            f"kernel {name!r} at site {call.site.name!r} draws its own dropout of attention "
+            "weights, so it has no second derivatives: use kernel='reference', or set the dropout "
+            "to 0"
         )
     if pattern.summary is not None and rows is not None:
         summary = replace(pattern.summary, bias=rows)

@@ -1,8 +1,8 @@
-"""Key blocks through FlexAttention, compiled once per shape and kept.
+"""Key blocks through FlexAttention (arXiv 2412.05496), compiled once per shape.
 
-The block lists of a pattern go into a `BlockMask` as they are. Prefix and summary keys fill some
-more blocks at the end, as in `sparsiattn.kernels.gather`; what is left over there and in the last
-block of each list is masked. FlexAttention: arXiv 2412.05496.
+The block lists of a pattern become a `BlockMask` unchanged. Prefix and summary keys go to extra
+blocks at the end, as in `sparsiattn.kernels.gather`; unused slots of these and of the last block of
+each list are masked.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sparsiattn.kernels.padding import slot_macs, summary_count
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16
-"""Rows of the smallest matrix product of a GPU."""
+"""Smallest side of a matrix product on a GPU."""
 
 
 class Flex(Kernel):
-    """Key blocks through compiled FlexAttention; new lists of one shape compile nothing.
+    """Key blocks through compiled FlexAttention; new lists of the same shape do not recompile.
 
-    CUDA forward and backward, CPU forward. The first call of a shape compiles for about half a
-    minute, so ``auto`` takes this kernel only for shapes that `Patch.warmup` has seen.
+    CUDA forward and backward, CPU forward only. The first call of a shape compiles for about half
+    a minute, so ``auto`` takes this kernel only for shapes that `Patch.warmup` has compiled.
     """
 
     name = "flex"
@@ -42,16 +42,16 @@ class Flex(Kernel):
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if torch.compiler.is_compiling():
-            return ["compiles by itself, so not as a part of a compiled model"]
+            return ["compiles its own program, so it cannot be part of a compiled model"]
         reasons = []
         if not isinstance(pattern, KeyBlocks):
             reasons.append(f"needs key blocks, got a {type(pattern).__name__} pattern")
         elif pattern.tiles is None:
-            reasons.append("needs query tiles, every query is alone")
+            reasons.append("needs query tiles, got a list for every single query (tile=1)")
         if inputs.bias is not None:
-            reasons.append("takes no mask of the host")
+            reasons.append("does not support the host's mask")
         if inputs.dropout:
-            reasons.append("has no dropout")
+            reasons.append("does not support dropout")
         dtype = _dtype(inputs)
         if dtype not in FLEX_DTYPES:
             reasons.append(f"needs float32, bfloat16 or float16, got {dtype}")
@@ -69,7 +69,7 @@ class Flex(Kernel):
         assert isinstance(pattern, KeyBlocks)
         keys = pattern.pairs() / inputs.n_queries
         if inputs.q.device.type == "cpu":
-            return 0.37 * inputs.n_keys / (keys + 480)  # measured, in 2 threads
+            return 0.37 * inputs.n_keys / (keys + 480)  # measured with 2 threads
         return 0.6 * inputs.n_keys / (keys + 100)  # an estimate: not measured yet
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
@@ -88,11 +88,11 @@ class Flex(Kernel):
         assert isinstance(pattern, KeyBlocks)
         tiles = pattern.tiles
         assert tiles is not None
-        if not inputs.q.numel():  # no image: nothing to compile for
+        if not inputs.q.numel():  # an empty batch: nothing to compile
             return inputs.q.new_zeros(*inputs.q.shape[:-1], inputs.v.shape[-1])
         key = program_key(inputs, pattern)
-        # a program holds for one autocast and one gradient mode, and not for inference tensors: so
-        # compiled programs always run in the same modes, and what they take is made in them
+        # a program is valid for one autocast and one gradient mode, and not for inference tensors:
+        # programs always run in the same modes, and their operands are made in these modes, too
         with (
             torch.inference_mode(False),
             torch.set_grad_enabled(torch.is_grad_enabled() and key.grad),
@@ -107,7 +107,7 @@ class Flex(Kernel):
 
 
 def _dtype(inputs: AttentionInputs) -> torch.dtype:
-    """The type in which torch's own attention would compute."""
+    """The dtype in which torch's own attention would compute."""
     device = inputs.q.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -134,7 +134,7 @@ def _device_refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
 
 
 def program_key(inputs: AttentionInputs, pattern: KeyBlocks) -> ProgramKey:
-    """All that the compiled program depends on."""
+    """The key of everything that the compiled program depends on."""
     q, tiles, blocks, summary = inputs.q, pattern.tiles, pattern.blocks, pattern.summary
     assert tiles is not None
     grad = torch.is_grad_enabled()
@@ -157,7 +157,7 @@ def program_key(inputs: AttentionInputs, pattern: KeyBlocks) -> ProgramKey:
 
 
 def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> FlexOperands:
-    """Tokens in the order of tiles and blocks, and the lists: new tensors of one layout each."""
+    """Tokens in the order of tiles and blocks, and the lists, as new contiguous tensors."""
     tiles, dtype = pattern.tiles, _dtype(inputs)
     assert tiles is not None
     q = tiles.gather(inputs.q[..., pattern.dense_rows :, :]).flatten(-3, -2)
@@ -178,8 +178,11 @@ def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:
 
 
 def _limits(pattern: KeyBlocks) -> Tensor:
-    """How many keys each block gives to each tile, ``[B|1, H|1, T, U]``: blocks of unequal size are
-    padded at their end, and the list ends where the budget does."""
+    """How many keys each tile uses of each block, ``[B|1, H|1, T, U]``.
+
+    Blocks of unequal size are padded at their end, and the last block of a list is cut to fit the
+    budget.
+    """
     blocks, chosen = pattern.blocks, pattern.chosen
     lengths = (blocks.weight > 0).sum(1)[chosen]
     before = lengths.cumsum(-1) - lengths
@@ -189,7 +192,7 @@ def _limits(pattern: KeyBlocks) -> Tensor:
 
 
 def _summary_bias(pattern: KeyBlocks) -> Tensor | None:
-    """``[B|1, H|1, T or T * t, G]``: a row for every tile, or for every slot of the tiles."""
+    """Logits of the summary, ``[B|1, H|1, T or T * t, G]``: a row per tile or per slot."""
     if pattern.summary is None:
         return None
     rows = summary_rows(pattern, pattern.summary).flatten(-3, -2)

@@ -1,4 +1,4 @@
-"""What `flex` compiles, and the shelf on which compiled programs are kept."""
+"""The programs that `flex` compiles, and their cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.nn import functional as F
 
 
 class FlexOperands(NamedTuple):
-    """What a compiled program takes.
+    """The operands of a compiled program.
 
     Attributes:
         q: Queries by tile, ``[B, H, T * t, D]``.
-        k: Keys by block, those of prefix and summary in the last ones, ``[B, H, U * size, D]``.
+        k: Keys by block, prefix and summary keys in the last blocks, ``[B, H, U * size, D]``.
         v: Their values, ``[B, H, U * size, Dv]``.
         chosen: Blocks of every tile, ``[B|1, H|1, T, C]``, int32.
-        limit: Keys that each block of patches gives to each tile, 0 for one that is not chosen,
+        limit: Number of keys that each tile uses of each block of patches, 0 if it is not chosen,
             ``[B|1, H|1, T, U']``.
         bias: Logits of the summary keys, ``[B|1, H|1, T or T * t, G]``; None without a summary.
     """
@@ -40,23 +40,24 @@ class FlexOperands(NamedTuple):
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What a program is compiled for.
+    """The cache key of a compiled program.
 
     Attributes:
-        device: Where it runs.
-        dtype: Type of q, k and v.
+        device: Device that it runs on.
+        dtype: Dtype of q, k and v.
         shape: Batch, heads, tiles, blocks of patches, and blocks of each list.
         dims: Head dims of queries and of values.
-        lists: Leading axes of the lists, ``(B|1, H|1)``.
-        bias: Leading axes of the summary's logits, ``(B|1, H|1, rows)``; None without a summary.
-        tile: Queries of a tile.
-        size: Keys of a block.
-        even: Whether all blocks hold that many.
-        keys: Keys of each list, prefix apart.
-        prefix: Leading keys in every list.
-        cells: Summary keys.
+        lists: Leading dimensions of the lists, ``(B|1, H|1)``.
+        bias: Leading dimensions of the summary's logits, ``(B|1, H|1, rows)``; None without a
+            summary.
+        tile: Number of queries of a tile.
+        size: Number of keys of a block.
+        even: Whether all blocks hold ``size`` keys.
+        keys: Number of keys of each list, prefix not counted.
+        prefix: Number of leading keys, which are in every list.
+        cells: Number of summary keys.
         scale: Factor of QK^T.
-        needs: Which of q, k, v want a gradient.
+        needs: Which of q, k and v require a gradient.
     """
 
     device: torch.device
@@ -76,7 +77,7 @@ class ProgramKey:
 
     @property
     def grad(self) -> bool:
-        """Whether any operand wants a gradient."""
+        """Whether any operand requires a gradient."""
         return any(self.needs)
 
 
@@ -86,7 +87,7 @@ _LOCK = threading.Lock()
 
 
 def run(key: ProgramKey, operands: FlexOperands) -> Tensor:
-    """Attention of all tiles, ``[B, H, T * t, Dv]``; compiles at the first call of a shape."""
+    """Attention of all tiles, ``[B, H, T * t, Dv]``; compiles on the first call of a shape."""
     with _LOCK:
         if key not in _PROGRAMS:
             _PROGRAMS[key] = _program(key)
@@ -94,7 +95,7 @@ def run(key: ProgramKey, operands: FlexOperands) -> Tensor:
 
 
 def is_compiled(key: ProgramKey) -> bool:
-    """Whether a call would run at once: compiled, and not forgotten by `torch.compiler.reset`."""
+    """Whether a call needs no compilation; `torch.compiler.reset` discards compiled programs."""
     program = _PROGRAMS.get(key)
     if program is None:
         return False
@@ -103,8 +104,11 @@ def is_compiled(key: ProgramKey) -> bool:
 
 
 def _program(key: ProgramKey) -> tuple[Callable[..., Tensor], Any]:
-    """A function of its own code object, because torch counts compilations per code object and
-    gives up after eight."""
+    """The compiled function and its code object.
+
+    Each program has its own code object, because torch counts compilations per code object and
+    gives up after eight.
+    """
     function: Any = attention(key)
     code = function.__code__.replace()
     copy = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
@@ -112,8 +116,10 @@ def _program(key: ProgramKey) -> tuple[Callable[..., Tensor], Any]:
 
 
 def kernel_options(key: ProgramKey) -> dict[str, Any] | None:
-    """Sizes of a GPU kernel's own tiles where torch would choose some that divide no small block:
-    only from 2.15 on does torch make them fit."""
+    """Tile sizes of the GPU kernel, where torch's defaults would not fit small blocks.
+
+    From version 2.15 on, torch makes them fit by itself.
+    """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if key.device.type != "cuda" or version >= (2, 15):
         return None
@@ -123,11 +129,11 @@ def kernel_options(key: ProgramKey) -> dict[str, Any] | None:
 
 
 def attention(key: ProgramKey) -> Callable[..., Tensor]:
-    """The function to compile, which takes `FlexOperands` one by one.
+    """The function to compile, which takes the fields of `FlexOperands` as arguments.
 
-    Everything but tensors is a constant in it. Its mask alone says the whole pattern, because only
-    compiled FlexAttention heeds the lists: where compiling is switched off the function is slow
-    but right.
+    Everything except tensors is a constant in it. Its mask alone defines the complete pattern,
+    because only compiled FlexAttention uses the lists: with compilation disabled, the function is
+    slow but correct.
     """
     # imported late: it brings torch's compiler stack
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -139,7 +145,7 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
     extra_keys = prefix + cells
     extra_blocks = -(-extra_keys // size)
     first_extra, units = blocks * size, blocks + extra_blocks
-    # of even blocks all but the last give every key, so they need no mask
+    # with even blocks, all but the last of a list are complete and need no mask
     full = count - 1 if key.even else 0
     rows = 1 if key.bias is None or key.bias[2] != key.shape[2] else tile
 
@@ -187,7 +193,7 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
 
 
 def _columns(x: Tensor, units: int) -> tuple[Tensor, Tensor]:
-    """Lists as `BlockMask` takes them: their lengths, and ids filled up to all blocks."""
+    """Lists in the form of `BlockMask`: their lengths, and ids padded to the number of blocks."""
     return x.new_full(x.shape[:-1], x.shape[-1]), F.pad(x, (0, units - x.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Gathers the keys of every query tile, then runs small dense attentions: real savings."""
+"""The kernel `gather`: gathers the keys of every query tile and runs small dense attentions."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from sparsiattn.kernels.gathered_mask import GatheredMask
 from sparsiattn.kernels.padding import list_count, row_keys, summary_count, tile_size
 from sparsiattn.kernels.workspace import SCRATCH
 
-# Keys and values packed at a time, in elements: what is packed for a part is all the memory that
-# this kernel needs beside operands and result.
+# Keys and values packed at a time, in elements. This is all the memory that the kernel needs beside
+# operands and result.
 PACKED_AT_ONCE = 1 << 21
 
-# Tensor operations of a call, and those of each chunk of tiles on top.
+# Tensor operations of a call, and additional ones of each chunk of tiles.
 FIXED_CALLS, CHUNK_CALLS = 40.0, 6.0
 
-# Softmax entries that take as long as the host's bias of a query and a key, which is copied tile by
-# tile, and as its mean over the keys that each cell of a summary keeps.
+# Cost of the host's bias per pair, which is copied tile by tile, and of its mean over the keys of
+# each summary cell, both in softmax entries.
 BIAS_WORTH, MEANS_WORTH = 6.0, 20.0
 
 
 class Gather(Kernel):
-    """Key lists by gathering K and V per query tile; differentiable, never an N x N tensor.
+    """Key lists by gathering K and V per query tile; differentiable, without N x N tensors.
 
-    Without a host mask its memory is linear in the number of kept pairs. Cost follows the budget,
-    so it wins where tiles are large and budgets small.
+    Without a host mask, memory is linear in the number of kept pairs. The cost is proportional to
+    the budget, so it is fast with large tiles and small budgets.
     """
 
     name = "gather"
@@ -93,7 +93,7 @@ class Gather(Kernel):
             rows = rows.squeeze(-2) if pattern.tiles is None else pattern.tiles.scatter(rows)
             return with_dense_rows(rows, inputs, pattern)
         b, h, n, _ = inputs.q.shape
-        # laid out as torch's own attention does, so that the host's reshape copies nothing
+        # laid out as by torch's own attention, so that the host's reshape copies nothing
         out = inputs.q.new_empty(b, n, h, inputs.v.shape[-1]).transpose(1, 2)
         parts = _parts(inputs)
         if len(parts) == 1:
@@ -122,8 +122,10 @@ def _fill(out: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> None:
 
 
 def _packed_inputs(inputs: AttentionInputs, operands: GatherOperands) -> AttentionInputs:
-    """The same keys and values where they were packed last: there they are still in cache, and
-    their order means nothing to a row that sees all of them."""
+    """The inputs with the packed keys and values, which are still in the CPU cache.
+
+    Their order does not matter for dense rows, which see all of them.
+    """
     if operands.k.shape[-2] == 1:
         return inputs
     k, v = (x.flatten(2, 3)[:, :, : inputs.n_keys] for x in (operands.k, operands.v))
@@ -137,7 +139,7 @@ def needs_grad(inputs: AttentionInputs) -> bool:
 
 
 def _parts(inputs: AttentionInputs) -> list[tuple[slice, slice]]:
-    """Images and heads few enough at a time that what is packed for them stays small."""
+    """Slices over images and heads, small enough for the memory limit `PACKED_AT_ONCE`."""
     batch, heads, rows = inputs.k.shape[:3]
     step = max(1, PACKED_AT_ONCE // (rows * (inputs.k.shape[-1] + inputs.v.shape[-1])))
     if step >= heads:
@@ -150,7 +152,7 @@ def _parts(inputs: AttentionInputs) -> list[tuple[slice, slice]]:
 
 
 def _slice(record: Any, part: tuple[slice, slice]) -> Any:
-    """Some images and heads of `AttentionInputs`, of a pattern, or of its summary."""
+    """A slice over images and heads of `AttentionInputs`, a pattern, or its summary."""
     changes: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
@@ -165,13 +167,13 @@ def _slice(record: Any, part: tuple[slice, slice]) -> Any:
 
 
 Room = Callable[[str, tuple[int, ...], Tensor], Tensor]
-"""`Scratch.room`."""
+"""The signature of `Scratch.room`."""
 
 
 def _operands(
     inputs: AttentionInputs, pattern: KeyLists, room: Room | None = None
 ) -> tuple[GatherOperands, Tensor | None]:
-    """What `attend` takes, and the queries left without a key, ``[B|1, H|1, T, t|1, 1]``."""
+    """The operands of `attend`, and the queries without any key, ``[B|1, H|1, T, t|1, 1]``."""
     patches, tiles = inputs.q[..., pattern.dense_rows :, :], pattern.tiles
     if tiles is None:
         q = patches.unsqueeze(-2)
@@ -188,7 +190,7 @@ def _operands(
 def _by_key(
     q: Tensor, inputs: AttentionInputs, pattern: KeyLists
 ) -> tuple[GatherOperands, Tensor | None]:
-    """Rows of single keys, then those of the summary."""
+    """Operands whose units are single keys, summary keys last."""
     index, summary = pattern.index, pattern.summary
     k, v = inputs.k.unsqueeze(-2), inputs.v.unsqueeze(-2)
     if summary is not None:
@@ -202,10 +204,10 @@ def _by_key(
 def _by_block(
     q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks, room: Room | None
 ) -> GatherOperands:
-    """Rows of whole blocks.
+    """Operands whose units are blocks.
 
-    Prefix and summary keys fill some more blocks, which every tile sees; what is left over in
-    these and in the last block of each list is masked.
+    Prefix and summary keys go to extra blocks that every tile sees. Unused slots of these and of
+    the last block of each list are masked.
     """
     blocks, chosen, summary, prefix = (
         pattern.blocks,
@@ -236,8 +238,11 @@ def _by_block(
 def _end_bias(
     size: int, last: int, prefix: int, extra: int, dtype: torch.dtype, *, device: torch.device
 ) -> Tensor:
-    """Minus infinity on unused slots of the last block chosen, which gives ``last`` keys, and of
-    the ``extra`` blocks that every tile sees, ``[(1 + extra) * size]``."""
+    """Minus infinity on unused slots, 0 elsewhere, ``[(1 + extra) * size]``.
+
+    It covers the last chosen block, of which ``last`` keys are used, and the ``extra`` blocks that
+    every tile sees.
+    """
     bias = torch.full(((1 + extra) * size,), float("-inf"), dtype=dtype, device=device)
     bias[:last] = 0.0
     bias[size : size + prefix] = 0.0
@@ -245,8 +250,10 @@ def _end_bias(
 
 
 def _packed(x: Tensor, pattern: KeyBlocks, extra_rows: int) -> Tensor:
-    """``[B, H, N, D]`` block by block, ``[B, H, U, size, D]``: the patches, then prefix and summary
-    keys among ``extra_rows``, zeros behind them."""
+    """Rows ``[B, H, N, D]`` packed into blocks ``[B, H, U, size, D]``.
+
+    The patches come first, then ``extra_rows`` rows: prefix keys, summary keys, and zeros.
+    """
     blocks, prefix = pattern.blocks, x[..., : pattern.prefix, :]
     packed = blocks.gather(x[..., pattern.prefix :, :])
     means = _means(x, packed, pattern)
@@ -256,7 +263,7 @@ def _packed(x: Tensor, pattern: KeyBlocks, extra_rows: int) -> Tensor:
 
 
 def _packed_into(room: Room, name: str, x: Tensor, pattern: KeyBlocks, extra_rows: int) -> Tensor:
-    """`_packed` without a gradient and without new memory."""
+    """`_packed` without gradients, into reused memory."""
     blocks, prefix, patches = pattern.blocks, pattern.prefix, x[..., pattern.prefix :, :]
     n = patches.shape[-2]
     flat = room(name, (*x.shape[:2], n + extra_rows, x.shape[-1]), x)
@@ -272,8 +279,10 @@ def _packed_into(room: Room, name: str, x: Tensor, pattern: KeyBlocks, extra_row
 
 
 def _means(x: Tensor, packed: Tensor, pattern: KeyBlocks) -> Tensor:
-    """The summary's rows ``[B, H, G, D]``, from packed blocks ``[B, H, C, size, D]`` where each
-    lies in one cell."""
+    """The summary's rows ``[B, H, G, D]``.
+
+    They are computed from packed blocks ``[B, H, C, size, D]`` if each block lies in one cell.
+    """
     summary, blocks = pattern.summary, pattern.blocks
     if summary is None:
         return x[..., :0, :]
@@ -287,8 +296,12 @@ def _means(x: Tensor, packed: Tensor, pattern: KeyBlocks) -> Tensor:
 
 
 def _bias(inputs: AttentionInputs, pattern: KeyLists) -> tuple[Tensor | None, Tensor | None]:
-    """Logits to add to the last columns, ``[B|1, H|1, T, t|1, G]`` or all of them, ``[..., K +
-    G]``, and the queries left without a key, ``[B|1, H|1, T, t|1, 1]``."""
+    """Logits to add, and the queries without any key.
+
+    Returns:
+        Logits for the last columns, ``[B|1, H|1, T, t|1, G]``, or for all, ``[..., K + G]``; and a
+        boolean ``[B|1, H|1, T, t|1, 1]``, True for queries without a key.
+    """
     summary, host = pattern.summary, _host_rows(inputs, pattern)
     rows = None if summary is None else summary_rows(pattern, summary)
     if host is None:
@@ -296,7 +309,7 @@ def _bias(inputs: AttentionInputs, pattern: KeyLists) -> tuple[Tensor | None, Te
     if rows is not None:
         lead = torch.broadcast_shapes(host.shape[:-1], rows.shape[:-1])
         host = torch.cat([host.expand(*lead, -1), rows.to(host.dtype).expand(*lead, -1)], -1)
-    # opened again, so that neither softmax nor its gradient is NaN; callers zero these rows
+    # dead rows are unmasked, so that neither softmax nor its gradient is NaN; callers zero them
     dead = (host == float("-inf")).all(-1, keepdim=True)
     return host.masked_fill(dead, 0.0), dead
 
@@ -310,7 +323,7 @@ def summary_rows(pattern: KeyLists, summary: Summary) -> Tensor:
 
 
 def _host_rows(inputs: AttentionInputs, pattern: KeyLists) -> Tensor | None:
-    """The host's mask at every tile's keys, ``[B, H, T, t|1, K]``, in the type of the queries."""
+    """The host's mask at every tile's keys, ``[B, H, T, t|1, K]``, in the dtype of the queries."""
     bias, tiles, index = _hard_mask(inputs), pattern.tiles, pattern.index
     if bias is None:
         return None
@@ -328,8 +341,10 @@ def _host_rows(inputs: AttentionInputs, pattern: KeyLists) -> Tensor | None:
 
 
 def _hard_mask(inputs: AttentionInputs) -> Tensor | None:
-    """The host's mask with keys it all but forbids (Swin's -100) forbidden: a tile's list may hold
-    only such keys for one of its queries."""
+    """The host's mask with very low logits (Swin's -100) replaced by minus infinity.
+
+    A tile's list may hold only such keys for one of its queries.
+    """
     bias, allowed = inputs.bias, inputs.allowed()
     if bias is None or allowed is None or bias.dtype == torch.bool:
         return bias
@@ -337,7 +352,7 @@ def _hard_mask(inputs: AttentionInputs) -> Tensor | None:
 
 
 def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
-    """Leading queries over every key, ``[B, H, count, Dv]``."""
+    """Dense attention of the leading queries, ``[B, H, count, Dv]``."""
     q, bias = inputs.q[..., :count, :], _hard_mask(inputs)
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., :count, :]
@@ -347,7 +362,7 @@ def dense_rows(inputs: AttentionInputs, count: int) -> Tensor:
 
 
 def with_dense_rows(patches: Tensor, inputs: AttentionInputs, pattern: KeyLists) -> Tensor:
-    """The result of patch queries ``[B, H, n, Dv]`` behind that of the prefix queries."""
+    """Prepend the result of the prefix queries to that of the patch queries ``[B, H, n, Dv]``."""
     if not pattern.dense_rows:
         return patches
     return torch.cat([dense_rows(inputs, pattern.dense_rows), patches], dim=-2)

@@ -1,8 +1,8 @@
 """Attention of query tiles over gathered rows, a few tiles at a time.
 
-On the CPU the chunks pass through buffers that are made once: large temporaries made anew cost
-more in page faults than the arithmetic on them. Nothing but the operands and the result is kept
-for the backward pass, which gathers again.
+On the CPU the chunks use buffers that are allocated once: allocating large temporaries again costs
+more in page faults than the arithmetic on them. For the backward pass only the operands and the
+result are saved; it gathers again.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from sparsiattn.attention.inputs import products
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.kernels.workspace import SCRATCH
 
-# Gathered keys, values and logits of a chunk of tiles, in elements: on a CPU they stay in cache,
-# on a GPU a launch should be worth its while; a compiler unrolls the loop.
+# Gathered keys, values and logits of a chunk of tiles, in elements. On a CPU a chunk should fit the
+# cache (CACHED). On a GPU, and where a compiler unrolls the loop, chunks should be few (LAUNCHED).
 CACHED, LAUNCHED = 1 << 19, 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class GatherOperands:
-    """Tiles of queries, and the units of keys that each of them sees.
+    """Tiles of queries, and the units of keys that each tile attends to.
 
     Attributes:
         q: Queries by tile, ``[B, H, T, t, D]``.
         k: Units of g keys, ``[B, H, U, g, D]``; g is 1 or the size of a block.
         v: Their values, ``[B, H, U, g, Dv]``.
-        index: The units that each tile sees, ``[B|1, H|1, T, C]``.
+        index: The units of each tile, ``[B|1, H|1, T, C]``.
         bias: Added to the logits of the last W of a tile's ``C * g`` keys,
-            ``[B|1, H|1, T, t|1, W]``; None for none.
+            ``[B|1, H|1, T, t|1, W]``; None if there is none.
         scale: Factor of QK^T.
-        dropout: Of attention weights.
+        dropout: Dropout probability of attention weights.
     """
 
     q: Tensor
@@ -49,14 +49,14 @@ class GatherOperands:
 
 
 def attend_in_scratch(operands: GatherOperands) -> Tensor:
-    """As `attend` where `can_buffer` allows it and nothing needs a gradient.
+    """`attend` without new memory, where `can_buffer` is true and nothing needs a gradient.
 
     Returns:
-        ``[B, H, T, t, Dv]`` in `SCRATCH`, in the place of the queries if it has their shape and
-        they were put there.
+        ``[B, H, T, t, Dv]`` in `SCRATCH`. It overwrites the queries there if the shapes agree.
     """
     q, v = operands.q, operands.v
-    name = "q" if v.shape[-1] == q.shape[-1] else "out"  # a chunk's queries are read before it
+    # a chunk's queries are read before its result is written
+    name = "q" if v.shape[-1] == q.shape[-1] else "out"
     out = SCRATCH.room(name, (*q.shape[:4], v.shape[-1]), q)
     _attend_chunks(_Buffers(_flatten(operands), weights=1), operands.scale, out.flatten(0, 2))
     return out
@@ -96,7 +96,7 @@ def _flatten(operands: GatherOperands) -> Flat:
 
 
 def can_buffer(q: Tensor, dropout: float) -> bool:
-    """Whether the buffered path may run: eager, on the CPU, in a precision that needs no other."""
+    """Whether the buffered path may run: eager, on the CPU, in float32 or float64."""
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.float64)
@@ -108,11 +108,11 @@ def can_buffer(q: Tensor, dropout: float) -> bool:
 
 
 def tiles_at_once(device: torch.device, size: int) -> int:
-    """How many tiles go into one chunk; threads share them evenly.
+    """How many tiles make one chunk; threads share the tiles evenly.
 
     Args:
-        device: Where they are computed.
-        size: Elements that each tile needs room for.
+        device: Device of the computation.
+        size: Number of elements that each tile needs.
     """
     cached = device.type == "cpu" and not torch.compiler.is_compiling()
     threads = torch.get_num_threads() if cached else 1
@@ -120,19 +120,19 @@ def tiles_at_once(device: torch.device, size: int) -> int:
 
 
 def _chunks(flat: Flat) -> list[slice]:
-    """Slices over tiles whose gathered rows fit the budget, for all threads to share."""
+    """Slices over tiles whose gathered rows fit the limit of one chunk."""
     q, k, v, index, _ = flat
     size = index.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1] + q.shape[1])
     step = tiles_at_once(q.device, size)
-    # counting tiles, or comparing their number, would tie the traced program to this batch
+    # counting or comparing the tiles would specialise the traced program to this batch size
     if is_exporting() or (torch.compiler.is_compiling() and q.shape[0] <= step):
         return [slice(None)]
-    # one chunk, if an empty one, also where a batch has no image
+    # an empty batch still gets one (empty) chunk
     return [slice(i, min(i + step, len(q))) for i in range(0, max(1, len(q)), step)]
 
 
 def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
-    """Torch's own attention chunk by chunk: any device, precision, compiler, dropout."""
+    """torch's own attention chunk by chunk: any device, dtype or compiler, with dropout."""
     q, k, v, index, bias = flat
     if is_exporting() and not dropout:
         return _exported(flat, scale)
@@ -154,10 +154,10 @@ def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:
 
 
 def _exported(flat: Flat, scale: float) -> Tensor:
-    """All tiles at once in bare matrix products, which runtimes fuse with what stands between.
+    """All tiles at once in plain matrix products, which runtimes fuse with the softmax.
 
-    A chunk loop would be unrolled, and the masked attention of ONNX scales and transposes every
-    gathered key in passes of their own.
+    A loop over chunks would be unrolled, and ONNX's masked attention scales and transposes all
+    gathered keys in separate passes.
     """
     q, k, v, index, bias = flat
     units = index.flatten()
@@ -171,7 +171,7 @@ def _exported(flat: Flat, scale: float) -> Tensor:
 
 
 class _Buffers:
-    """Room for one chunk's gathered rows and attention weights."""
+    """Buffers for one chunk's gathered rows and attention weights."""
 
     def __init__(self, flat: Flat, weights: int) -> None:
         self.q, self.k, self.v, self.index, self.bias = flat
@@ -196,7 +196,7 @@ class _Buffers:
         return gathered
 
     def weights(self, chunk: slice, which: int = 0) -> Tensor:
-        """Room for a chunk's logits or weights, ``[s, t, K]``."""
+        """The buffer for a chunk's logits or weights, ``[s, t, K]``."""
         return self._weights[which][: chunk.stop - chunk.start]
 
     def softmax(self, chunk: slice, k: Tensor, scale: float) -> Tensor:
@@ -209,7 +209,7 @@ class _Buffers:
 
 
 class _BufferedAttention(torch.autograd.Function):
-    """The buffered path with a backward pass of its own, and another that can be differentiated."""
+    """The buffered path with its own backward pass, and a second one that is differentiable."""
 
     @staticmethod
     def forward(
@@ -224,7 +224,7 @@ class _BufferedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *flat, out = ctx.saved_tensors
-        # a graph of this pass is asked for, or many gradients at once (``is_grads_batched``)
+        # with ``create_graph=True`` or ``is_grads_batched=True``
         if torch.is_grad_enabled() or _is_batched(grad):
             grads = _plain_gradients(tuple(flat), grad, ctx.scale)
         else:
@@ -240,7 +240,7 @@ def _is_batched(grad: Tensor) -> bool:
 def _buffered_gradients(
     flat: Flat, out: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and bias, chunk by chunk."""
+    """Gradients of q, k, v and bias, computed chunk by chunk."""
     q, k, v, index, bias = flat
     buffers = _Buffers(flat, weights=2)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -294,6 +294,6 @@ def _scatter(rows: Tensor, index: Tensor, into: Tensor) -> None:
 def _last_columns(ds: Tensor, bias: Tensor) -> Tensor:
     """The gradient of a bias on the last columns, summed over queries that share it."""
     columns = bias.shape[-1]
-    # batched gradients have no view of every column
+    # batched gradients cannot be sliced over all columns
     last = ds if columns == ds.shape[-1] else ds[..., ds.shape[-1] - columns :]
     return last.sum(1, keepdim=True) if bias.shape[1] == 1 < ds.shape[1] else last

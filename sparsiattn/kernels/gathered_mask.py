@@ -1,4 +1,4 @@
-"""Masks of plug-ins that say themselves how the `gather` kernel computes them."""
+"""`GatheredMask`: masks of plug-ins that define how the `gather` kernel computes them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from sparsiattn.kernels.gather_ops import GatherOperands, attend
 
 
 class GatheredMask(Mask):
-    """A mask whose structure saves work: the `gather` kernel asks it instead of its own lists.
+    """A mask whose structure saves work in the `gather` kernel, which calls its methods.
 
-    Every other kernel computes it as the `Mask` that it is, or refuses. Subclass it as a frozen
-    dataclass, override the three methods, and `Pattern.describe` so that choices of kernels are
-    kept between calls. `block_mask` makes one.
+    Other kernels treat it as a plain `Mask`, or refuse it. Subclass it as a frozen dataclass and
+    override the three methods, and `Pattern.describe` so that choices of kernels are cached.
+    `block_mask` makes one.
 
     Attributes:
-        n_queries: Of `Mask`, as the next three.
-        n_keys: Keys.
-        keep: The surviving pairs.
-        summary: Pooled keys.
+        n_queries: Number of queries, prefix included.
+        n_keys: Number of keys, prefix included.
+        keep: ``[B|1, H|1, Nq, Nk]``, True where the pair survives.
+        summary: Pooled keys that stand for the dropped ones; None if there are none.
     """
 
     def why_not_gather(self, inputs: AttentionInputs) -> list[str]:
-        """Every reason why this call cannot be gathered, as `Kernel.why_not` gives them."""
+        """Every reason why this call cannot be gathered, like `Kernel.why_not`."""
         raise NotImplementedError
 
     def gather_work(self, inputs: AttentionInputs) -> Work:
-        """What gathering does, counted from shapes, as `Kernel.work` does."""
+        """The work of gathering, counted from shapes, like `Kernel.work`."""
         raise NotImplementedError
 
     def gather(self, inputs: AttentionInputs) -> Tensor:
@@ -47,7 +47,7 @@ def attend_gathered(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of query tiles, each over units of keys of its own; differentiable.
+    """Attention of query tiles, each over its own units of keys; differentiable.
 
     Args:
         q: Tiles of ``t`` queries, ``[B, H, T, t, D]``.
@@ -55,9 +55,9 @@ def attend_gathered(
         v: Their values, ``[B, H, U, g, Dv]``.
         index: The units of each tile, ``[B|1, H|1, T, C]``.
         bias: Added to the logits of the last ``W`` of a tile's ``C * g`` keys,
-            ``[B|1, H|1, T, t|1, W]``.
+            ``[B|1, H|1, T, t|1, W]``; None if there is none.
         scale: Factor of QK^T.
-        dropout: Of attention weights.
+        dropout: Dropout probability of attention weights.
 
     Returns:
         ``[B, H, T, t, Dv]``.

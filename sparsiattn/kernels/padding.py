@@ -1,4 +1,4 @@
-"""What kernels that fill places in lists compute: padding of tiles and blocks counts as work."""
+"""MACs of kernels that compute padded lists: padding of tiles and blocks counts as work."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def slot_macs(
     tile: int | None = None,
     width: int | None = None,
 ) -> int:
-    """Multiply-accumulates of QK^T and AV, of prefix queries and of pooling summary keys.
+    """Multiply-accumulates of QK^T and AV, including prefix queries and pooling of summary keys.
 
     Args:
-        inputs: The call.
+        inputs: The operands of the call.
         pattern: Its key lists.
-        slots: Places of every list, padding included.
-        tile: Queries of a tile as the kernel pads them; None for no padding.
-        width: Channels of a key and its value as the kernel pads them; None for no padding.
+        slots: Number of positions in every list, padding included.
+        tile: Number of queries of a tile as the kernel pads it; None for no padding.
+        width: Channels of a key plus its value as the kernel pads them; None for no padding.
     """
     exact = inputs.q.shape[-1] + inputs.v.shape[-1]
     rows = list_count(pattern) * (tile_size(pattern) if tile is None else tile)
@@ -32,21 +32,21 @@ def slot_macs(
 
 
 def list_count(pattern: KeyLists) -> int:
-    """Lists of one image and head, T: one for every tile."""
+    """Number of lists of one image and head, T: one for every tile."""
     tiles = pattern.tiles
     return pattern.n_queries - pattern.dense_rows if tiles is None else tiles.count
 
 
 def tile_size(pattern: KeyLists) -> int:
-    """Queries of one list."""
+    """Number of queries that share one list."""
     return 1 if pattern.tiles is None else pattern.tiles.size
 
 
 def summary_count(pattern: KeyLists) -> int:
-    """Summary keys of every list."""
+    """Number of summary keys of every list."""
     return 0 if pattern.summary is None else pattern.summary.count
 
 
 def row_keys(pattern: KeyLists) -> int:
-    """Keys that every query sees, summary keys included."""
+    """Number of keys that every query sees, summary keys included."""
     return pattern.width + summary_count(pattern)

@@ -1,8 +1,8 @@
 """Key blocks as the pages of a paged cache: each query tile is a sequence with a list of pages.
 
-The last page of a list gives as many keys as the budget leaves, which is what the length of a
-sequence says. Prefix and summary keys are a second, small attention with its own bias, merged
-by the log-sum-exp of both (arXiv 2402.05099, section 3).
+The length of a sequence cuts its last page, so that a list holds exactly as many keys as the budget
+allows. Prefix and summary keys are a second, small attention with its own bias; the log-sum-exp of
+both merges the results (arXiv 2402.05099, section 3).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sparsiattn.kernels.gather import needs_grad, summary_rows, with_dense_rows
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 MOST_TILES = 65_535
-"""The second axis of a CUDA launch, along which the operator puts its sequences."""
+"""Limit of the second axis of a CUDA grid, along which the operator launches its sequences."""
 
 
 def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]:
-    """Why this call cannot run.
+    """Reasons why this call cannot run; empty if it can.
 
     Args:
-        ops: The module with the operators; None where they are missing anyway.
-        inputs: The call.
+        ops: The module with the operators; None if they are missing.
+        inputs: The operands of the call.
         pattern: Its key blocks.
     """
     q, reasons = inputs.q, []
@@ -38,9 +38,9 @@ def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]
     if device not in ("cuda", "meta"):
         reasons.append(f"needs CUDA tensors, got {device}")
     if inputs.bias is not None:
-        reasons.append("takes no mask of the host")
+        reasons.append("does not support the host's mask")
     if inputs.dropout:
-        reasons.append("has no dropout for key blocks")
+        reasons.append("does not support dropout for key blocks")
     if needs_grad(inputs):
         reasons.append("has no backward pass for key blocks")
     types = {x.dtype for x in (q, inputs.k, inputs.v)}
@@ -54,14 +54,14 @@ def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]
 
 def _shape_refusals(q: Tensor, pattern: KeyBlocks) -> list[str]:
     if pattern.tiles is None:
-        return ["needs query tiles, every query is alone"]
+        return ["needs query tiles, got a list for every single query (tile=1)"]
     reasons, blocks = [], pattern.blocks
     if not blocks.even or blocks.size % 16:
         sizes = f"{blocks.smallest} to {blocks.size}" if not blocks.even else f"{blocks.size}"
-        reasons.append(f"needs blocks of one size, a multiple of 16 keys, got {sizes}")
+        reasons.append(f"needs blocks of equal size, a multiple of 16 keys, got {sizes}")
     tiles = q.shape[0] * q.shape[1] * pattern.tiles.count
     if tiles > MOST_TILES:
-        reasons.append(f"takes {MOST_TILES:,} tiles of all images and heads at most, got {tiles:,}")
+        reasons.append(f"needs at most {MOST_TILES:,} tiles over images and heads, got {tiles:,}")
     return reasons
 
 
@@ -70,7 +70,7 @@ def _operator_refusals(ops: Any, q: Tensor) -> list[str]:
     if getattr(ops.triton_splitk, "_fwd_kernel_splitK", None) is None:
         reasons.append("its paged operator needs triton")
     elif _without_block_pointers():
-        reasons.append("its paged operator uses block pointers, which this triton no longer has")
+        reasons.append("its paged operator needs block pointers, which this triton has removed")
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         reasons.append("its paged operator needs a GPU of compute capability 8.0")
     return reasons
@@ -78,13 +78,13 @@ def _operator_refusals(ops: Any, q: Tensor) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _without_block_pointers() -> bool:
-    """Whether triton's `make_block_ptr` is only left to raise, as from triton 3.9 on."""
+    """Whether triton's `make_block_ptr` only raises, as from triton 3.9 on."""
     language = importlib.import_module("triton.language")
     try:
         language.make_block_ptr(None, (), (), (), (), (), _semantic=object())
     except NotImplementedError:
         return True
-    except Exception:  # an older one gets as far as missing its compiler
+    except Exception:  # an older version fails later, for lack of a compiler
         return False
     return False
 
@@ -99,7 +99,7 @@ def attend(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> Tensor:
     out, lse = _over_pages(ops, q, inputs, pattern)
     if pattern.prefix or pattern.summary is not None:
         extra, extra_lse = _over_extra(q, inputs, pattern)
-        # of both softmaxes' sums: e^lse / (e^lse + e^extra_lse)
+        # share of the pages in the sum of both softmaxes: e^lse / (e^lse + e^extra_lse)
         share = torch.sigmoid(lse - extra_lse).unsqueeze(-1)
         out = torch.lerp(extra, out.float(), share).to(q.dtype)
     return with_dense_rows(tiles.scatter(out), inputs, pattern)
@@ -108,8 +108,11 @@ def attend(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> Tensor:
 def _over_pages(
     ops: Any, q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the chosen blocks, ``[B, H, T, t, Dv]``, and its log-sum-exp ``[B, H, T,
-    t]``."""
+    """Attention over the chosen blocks.
+
+    Returns:
+        The result ``[B, H, T, t, Dv]`` and its log-sum-exp ``[B, H, T, t]``.
+    """
     blocks = pattern.blocks
     k, v = (
         blocks.gather(x[..., pattern.prefix :, :]).reshape(1, -1, 1, x.shape[-1])
@@ -124,17 +127,18 @@ def _over_pages(
 
 
 def _divisor(size: int) -> int:
-    """Keys that the operator takes at a time: they must divide a page."""
+    """Number of keys that the operator takes at a time, a divisor of the page size."""
     return next(step for step in (64, 32, 16) if size % step == 0)
 
 
 def page_mask(ops: Any, shape: torch.Size, pattern: KeyBlocks) -> Any:
-    """The operator's mask; heads are folded into the batch, so block ``u`` of the i-th of them is
-    page ``i * U + u``.
+    """The operator's mask.
+
+    Heads are folded into the batch, so block ``u`` of the i-th head overall is page ``i * U + u``.
 
     Args:
         ops: The module with the operators.
-        shape: Of the queries, ``[B, H, T, t, D]``.
+        shape: Shape of the queries, ``[B, H, T, t, D]``.
         pattern: The blocks of every tile.
     """
     b, h, tiles, size = shape[:4]
@@ -151,15 +155,15 @@ def page_mask(ops: Any, shape: torch.Size, pattern: KeyBlocks) -> Any:
 def _lengths(
     kind: Any, lists: int, size: int, keys: int, pages: int, page: int, device: torch.device
 ) -> Any:
-    """A mask of these lengths with an empty table: making the lengths takes longer than a call."""
-    # an inference tensor kept from one call would break others that are traced or trained
+    """A mask of these lengths with an empty table, cached since building it outlasts a call."""
+    # an inference tensor cached from one call would break later ones that trace or train
     with torch.inference_mode(False):
         table = torch.zeros(lists, pages, dtype=torch.int32, device=device)
         return kind.from_seqlens([size] * lists, [keys] * lists, table, page, device=device)
 
 
 def _over_extra(q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks) -> tuple[Tensor, Tensor]:
-    """Attention over prefix and summary keys ``[B, H, T, t, Dv]`` and its log-sum-exp, float32."""
+    """Attention over prefix and summary keys, ``[B, H, T, t, Dv]``, and log-sum-exp, in float32."""
     summary, prefix = pattern.summary, pattern.prefix
     extra = []
     for x in (inputs.k, inputs.v):
@@ -172,5 +176,5 @@ def _over_extra(q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks) -> tuple
     if summary is not None:
         logits[..., prefix:] += summary_rows(pattern, summary)
     lse = logits.logsumexp(-1)
-    dead = (lse == float("-inf")).unsqueeze(-1)  # nothing was dropped: these weigh nothing
+    dead = (lse == float("-inf")).unsqueeze(-1)  # no key was dropped: these rows have weight 0
     return logits.masked_fill(dead, 0.0).softmax(-1) @ v, lse

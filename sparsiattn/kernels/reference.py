@@ -1,4 +1,4 @@
-"""The specification: every logit, the pattern, a softmax, the values. Slow on purpose."""
+"""The specification of all kernels: computes every logit, then applies the pattern. Slow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sparsiattn.kernels.cost import CallShape, Work
 
 
 class Reference(Kernel):
-    """Exact, differentiable and readable, for every pattern on every device."""
+    """Exact, differentiable and readable attention, for every pattern on every device."""
 
     name = "reference"
-    last_resort = True  # its memory, too, is that of whole matrices of logits
+    last_resort = True  # slow, and its memory holds complete matrices of logits
     summary = "the specification: all logits, then the pattern (slow)"
     supports_computed = True
 
@@ -46,7 +46,7 @@ class Reference(Kernel):
         if isinstance(pattern, ComputedPattern):
             return pattern.attend_with(inputs, self._every_key)
         if isinstance(pattern, Lengths) and len(pattern.lengths) > 1:
-            # a mask would multiply another image's NaN by zero
+            # with a mask, NaN in one image would spread to the others (0 * NaN)
             each = zip(_images(inputs, pattern.lengths), pattern.lengths, strict=True)
             return torch.cat([self._exact(image, Dense(n, n)) for image, n in each], dim=-2)
         logits = inputs.logits()
@@ -70,7 +70,7 @@ class Reference(Kernel):
 
 
 def _images(inputs: AttentionInputs, lengths: tuple[int, ...]) -> Iterator[AttentionInputs]:
-    """Packed images of these lengths, one by one."""
+    """Split packed images of these lengths."""
     parts = (x.split(lengths, dim=-2) for x in (inputs.q, inputs.k, inputs.v))
     bias: list[Tensor | None] = [None] * len(lengths)
     if inputs.bias is not None:
@@ -82,7 +82,7 @@ def _images(inputs: AttentionInputs, lengths: tuple[int, ...]) -> Iterator[Atten
 
 
 def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:
-    """A specification must not round: half precision is computed in single."""
+    """The inputs in float32 at least: a specification must not round."""
     dtype = torch.promote_types(inputs.q.dtype, torch.float32)
     return inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
 
@@ -93,7 +93,7 @@ def _per_query(weights: Tensor, summary: Summary) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Softmax whose rows without a single key are zero."""
+    """Softmax whose rows without any key are zero."""
     dead = (logits == float("-inf")).all(-1, keepdim=True)
     return logits.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
 

@@ -13,7 +13,7 @@ from sparsiattn.kernels.cost import CallShape, Work
 
 
 class MaskedSDPA(Kernel):
-    """torch's fused attention under the pattern's mask: trains everywhere, saves nothing."""
+    """torch's fused attention with the pattern's mask: differentiable everywhere, saves no time."""
 
     name = "sdpa"
     summary = "torch's attention under a mask (trains everywhere, saves no time)"
@@ -34,7 +34,7 @@ class MaskedSDPA(Kernel):
         if isinstance(pattern, Dense):
             return call.attending(pairs)
         masks = 1 if isinstance(pattern, Lengths) else _masks(call, pattern)
-        # a boolean mask, spread over tiles, then one of logits
+        # a boolean mask, expanded from tiles to queries, then an additive one
         moved = masks * pairs * (2 + 3 * call.dtype.itemsize)
         return call.attending(pairs, calls=20.0, moved=moved)
 
@@ -43,9 +43,9 @@ class MaskedSDPA(Kernel):
 
 
 def _masks(call: CallShape, pattern: Pattern) -> int:
-    """Over how many images and heads the pattern's mask differs."""
+    """Number of different masks: images times heads, where the pattern differs between them."""
     lists: Tensor | None = None
-    if isinstance(pattern, TopKeys):  # whose lists are not made
+    if isinstance(pattern, TopKeys):  # its lists are not made yet
         return call.batch * call.heads
     if isinstance(pattern, KeyLists):
         lists = pattern.chosen if isinstance(pattern, KeyBlocks) else pattern.index
@@ -56,15 +56,15 @@ def _masks(call: CallShape, pattern: Pattern) -> int:
 
 
 def computed_work(call: CallShape, pattern: ComputedPattern) -> Work:
-    """Work of a pattern that selects no keys: its operands are there, so only attention is left."""
+    """Work of a pattern that selects no keys: only attention, as its operands exist already."""
     each = call.batch * call.heads
     pairs, macs = pattern.pairs() or 0.0, pattern.macs(call.dim, call.value_dim)
-    by_hand = isinstance(pattern, Logits)  # writes its matrix of weights
+    by_hand = isinstance(pattern, Logits)  # writes a matrix of weights
     moved = each * pairs * 4 * 3 if by_hand else 0.0
     calls = 8.0 if by_hand else 4.0 if pairs else 1.0
     return Work(calls, each * macs, each * pairs, moved, each * call.queries if pairs else 0.0)
 
 
 def lengths_work(call: CallShape, pattern: Lengths, calls: float) -> Work:
-    """Work of attention of packed images, each for itself."""
+    """Work of attention within each packed image."""
     return call.attending(sum(n * n for n in pattern.lengths), calls=calls)

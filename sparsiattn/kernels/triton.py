@@ -1,4 +1,4 @@
-"""Attention over key lists and key blocks in Triton: on a GPU, nothing is gathered in memory."""
+"""Attention over key lists and key blocks in Triton, without gathering keys in memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparsiattn.kernels.gather import dense_rows, needs_grad
 from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# triton, too, reads this once: kernels then run on the CPU, slowly, to be tested
+# triton reads this once, too; kernels then run (slowly) on the CPU, for tests
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST_HEAD = 256
 
-# What speeds are estimated from: an H200's data sheet and what such kernels commonly reach of it,
-# not measured here. Multiply-accumulates per second by bytes of a number, dense and sparse; bytes
-# per second from the cache that holds keys; seconds of launches, for sparse ones with planning.
+# Estimates, not measured here: an H200's data sheet and the share of it that such kernels commonly
+# reach. Multiply-accumulates per second by bytes per number, for dense and sparse attention; bytes
+# per second from the cache that holds keys; seconds of a launch, for sparse ones with planning.
 _DENSE_MACS = {2: 175e12, 4: 12e12}
 _SPARSE_MACS = {2: 80e12, 4: 5e12}
 _CACHE_BYTES = 5e12
@@ -35,11 +35,11 @@ _SPARSE_START, _DENSE_START = 200e-6, 10e-6
 class Triton(Kernel):
     """Key lists and key blocks without copies.
 
-    Rows of K and V are read where they stand, queries through their tiles, with a running softmax
-    (FlashAttention, arXiv 2205.14135). Differentiable, the host's bias and the background's logits
-    included. Tiles share keys, so the gradients of keys, values and biases are added up atomically,
-    in float32: their last bits differ between runs. Single precision is computed as such, never in
-    TF32.
+    Rows of K and V are read in place, queries through their tiles, with a running softmax
+    (FlashAttention, arXiv 2205.14135). Differentiable, including the host's bias and the logits of
+    the background. Tiles share keys, so the gradients of keys, values and biases are added
+    atomically, in float32: their last bits differ between runs. Float32 operands are never
+    computed in TF32.
     """
 
     name = "triton"
@@ -104,28 +104,32 @@ class Triton(Kernel):
 
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:
     reasons, q, k, v = [], inputs.q, inputs.k, inputs.v
-    # a dry run on shapes alone says nothing of the device that the call will run on
+    # a dry run on meta tensors does not know the device that the call will run on
     devices = ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")
     if q.device.type not in devices:
         reasons.append(f"needs CUDA tensors, got {q.device.type}")
     if q.dtype not in TRITON_DTYPES or len({q.dtype, k.dtype, v.dtype}) > 1:
         reasons.append(
-            "needs q, k and v of one type, float32, float16 or bfloat16, got "
+            "needs q, k and v of the same dtype, float32, float16 or bfloat16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
     if max(q.shape[-1], v.shape[-1]) > _WIDEST_HEAD:
         reasons.append(f"needs head dims up to {_WIDEST_HEAD}, got {q.shape[-1]} and {v.shape[-1]}")
     if inputs.dropout:
-        reasons.append("has no dropout")
+        reasons.append("does not support dropout")
     reasons += transform_refusals()
     if needs_grad(inputs) and torch.are_deterministic_algorithms_enabled():
-        reasons.append("adds gradients of keys atomically, and torch is asked to be deterministic")
+        reasons.append("adds gradients atomically, but torch is set to deterministic algorithms")
     return reasons
 
 
 def _lists(pattern: KeyLists) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Keys or blocks of every tile, ``[B|1, H|1, T, C]``, how many keys each of these blocks gives
-    (None where all but the last are whole), and the keys of every block, ``[U, g]``."""
+    """The key lists in the form that the operator takes.
+
+    Returns:
+        Keys or blocks of every tile, ``[B|1, H|1, T, C]``; the number of keys used of each of these
+        blocks, None if all but the last are complete; and the keys of every block, ``[U, g]``.
+    """
     if not isinstance(pattern, KeyBlocks):
         return pattern.index, None, None
     blocks, chosen = pattern.blocks, pattern.chosen
@@ -137,12 +141,12 @@ def _lists(pattern: KeyLists) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _slots(pattern: KeyLists) -> int:
-    """Places in every list: its keys, or all slots of its blocks where some repeat a key."""
+    """Number of positions in every list: its keys, or all slots of its blocks if these differ."""
     if isinstance(pattern, KeyBlocks) and not pattern.blocks.even:
         return pattern.prefix + pattern.chosen.shape[-1] * pattern.blocks.size
     return pattern.width
 
 
 def _padded(size: int) -> int:
-    """What a kernel computes for a side of this size."""
+    """The size, padded to a power of two of at least 16, as the kernel computes it."""
     return max(16, 1 << (size - 1).bit_length())

@@ -1,8 +1,9 @@
-"""The file in which `tune` keeps its measurements.
+"""The file that stores the measurements of `tune`.
 
-``$SPARSIATTN_CACHE/tuning.json``, else ``$XDG_CACHE_HOME/sparsiattn/tuning.json`` or
-``~/.cache/sparsiattn/tuning.json``. One entry per device, torch and library version, and dtype; a
-file that cannot be read or written is ignored with one warning and a line in every report.
+It is ``$SPARSIATTN_CACHE/tuning.json``, else ``$XDG_CACHE_HOME/sparsiattn/tuning.json`` or
+``~/.cache/sparsiattn/tuning.json``, with one entry per device, torch version, library version and
+dtype. A file that cannot be read or written is ignored, with one warning and a line in every
+report.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PRICE_FIELDS = ("call", "mac", "logit", "byte", "row")
 
 
 class TuningIgnored(UserWarning):
-    """The tuning file could not be used; shipped constants stand in."""
+    """The tuning file could not be used; the built-in prices are used instead."""
 
 
 _LOCK = threading.Lock()
@@ -37,24 +38,24 @@ _fault_by_path: dict[Path, str] = {}
 
 
 def path() -> Path:
-    """Where the tuning file is, or would be."""
+    """Path of the tuning file, whether or not it exists."""
     folder = os.environ.get("SPARSIATTN_CACHE")
     if folder:
         return Path(folder) / FILE_NAME
     cache_home = os.environ.get("XDG_CACHE_HOME")
-    # expanduser leaves "~" where there is no home; it raises nothing
+    # expanduser returns "~" if there is no home, where Path.home() would raise
     root = Path(cache_home) if cache_home else Path(os.path.expanduser("~"), ".cache")
     return root / "sparsiattn" / FILE_NAME
 
 
 def key(device: torch.device, dtype: torch.dtype) -> str:
-    """What an entry holds for: machine, versions, dtype."""
+    """The key of an entry: machine, versions and dtype."""
     versions = f"torch {torch.__version__} | sparsiattn {__version__}"
     return f"{device_name(device)} | {versions} | {str(dtype).removeprefix('torch.')}"
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads in use.
+    """The name of the GPU, or of the processor with the number of threads in use.
 
     >>> device_name(torch.device("cpu")).startswith("cpu ")
     True
@@ -68,13 +69,13 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, as the operating system reports it."""
     line = cpuinfo("model name")
     return platform.processor() if line is None else line.split(":", 1)[1].strip()
 
 
 def cpuinfo(*starts: str) -> str | None:
-    """The first line of Linux's description of the processor that starts so; None elsewhere."""
+    """The first line of ``/proc/cpuinfo`` that starts with one of these; None if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -83,19 +84,19 @@ def cpuinfo(*starts: str) -> str | None:
 
 
 def find(device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
-    """The entry for a device and dtype, None if there is none that can be used."""
+    """The entry for a device and dtype; None if no usable entry exists."""
     entry = _entries(path()).get(key(device, dtype))
     return entry if isinstance(entry, dict) else None
 
 
 def fault() -> str | None:
-    """Why the tuning file is ignored, None if it is not."""
+    """Why the tuning file is ignored; None if it is not."""
     _entries(path())
     return _fault_by_path.get(path())
 
 
 def forget() -> None:
-    """Read the file again when it is needed next; a fault warns again."""
+    """Read the file again at the next use; a faulty file then warns again."""
     with _LOCK:
         _entries_by_path.clear()
         _fault_by_path.clear()
@@ -114,13 +115,17 @@ def _entries(file: Path) -> dict[str, Any]:
 
 
 def _ignore(file: Path, reason: str) -> None:
-    message = f"{file} is ignored ({reason}); run `sparsiattn tune` to write it anew"
+    message = f"{file} is ignored ({reason}); run `sparsiattn tune` to write it again"
     _fault_by_path[file] = message
     warnings.warn(message, TuningIgnored, stacklevel=4)
 
 
 def _parse(file: Path) -> dict[str, Any]:
-    """The file's entries, checked; `ValueError` names what is wrong with it."""
+    """The entries of the file.
+
+    Raises:
+        ValueError: The content is not valid; the message says why.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -151,7 +156,7 @@ def _check(name: str, entry: Any) -> None:
 
 def _check_failed(name: str, failed: Any) -> None:
     if not isinstance(failed, dict):
-        raise ValueError(f"entry {name!r}: 'failed' is no table of kernels")
+        raise ValueError(f"entry {name!r}: 'failed' must map kernels to records")
     for kernel, record in failed.items():
         content = record if isinstance(record, dict) else {}
         if not isinstance(content.get("error"), str) or type(content.get("pairs")) is not int:
@@ -165,12 +170,13 @@ def _is_price(value: object) -> bool:
 
 
 def write(entries: dict[str, Any]) -> Path | None:
-    """Add entries to the file, all at once or not at all.
+    """Add entries to the file atomically.
 
     Entries of other machines and versions stay; a file that could not be read is replaced.
 
     Returns:
-        The file; None, and a warning, if that fails: the entries then hold in this process only.
+        The path of the file. If writing fails, None, with a warning; the entries are then valid in
+        this process only.
     """
     file = path()
     with _LOCK:

@@ -24,12 +24,12 @@ VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 def ragged_refusals(
     inputs: AttentionInputs, pattern: Pattern, needs: str = "images packed by length"
 ) -> list[str]:
-    """What every kernel for ragged batches refuses.
+    """Reasons for which every kernel for ragged batches refuses a call.
 
     Args:
-        inputs: The call.
+        inputs: The operands of the call.
         pattern: Its pattern.
-        needs: The patterns that the kernel takes, in words.
+        needs: Description of the patterns that the kernel takes, for the message.
     """
     reasons = []
     if not isinstance(pattern, Lengths):
@@ -37,7 +37,7 @@ def ragged_refusals(
     if inputs.q.device.type != "cuda":
         reasons.append(f"needs CUDA tensors, got {inputs.q.device.type}")
     if inputs.bias is not None:
-        reasons.append("takes no mask of the host")
+        reasons.append("does not support the host's mask")
     if inputs.q.shape[-1] % 8 or inputs.v.shape[-1] != inputs.q.shape[-1]:
         reasons.append("needs head dims that are equal and a multiple of 8")
     return reasons + transform_refusals()
@@ -61,7 +61,7 @@ class Varlen(Kernel):
         if inputs.q.dtype not in VARLEN_DTYPES:
             reasons.append(f"needs half precision, got {inputs.q.dtype}")
         if inputs.dropout:
-            reasons.append("has no dropout")
+            reasons.append("does not support dropout")
         if not inputs.scale > 0:
             reasons.append(f"needs a positive scale, got {inputs.scale}")
         return reasons
@@ -82,14 +82,14 @@ class Varlen(Kernel):
 
 
 class Shim:
-    """One version of `varlen_attn`, called without any mask.
+    """Calls any version of `varlen_attn`, without a mask.
 
-    The order of the tensors has stayed, the keywords have not: ``is_causal`` gave way to
-    ``window_size``, and ``scale`` came later. Left out they all mean no mask, so only ``scale`` is
-    passed on, and where a version has none the queries carry it.
+    Between versions the order of tensors is the same, but ``window_size`` replaced ``is_causal``,
+    and ``scale`` was added. Without these keywords there is no mask, so only ``scale`` is passed;
+    for versions that lack it, the queries are scaled instead.
 
     Args:
-        function: That version's `varlen_attn`.
+        function: The installed `varlen_attn`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -102,11 +102,11 @@ class Shim:
         """Attention of packed images.
 
         Args:
-            q: Queries ``[N, H, D]`` of all images.
-            k: Their keys.
-            v: Their values.
-            ends: Where the images start and end, ``[images + 1]``.
-            longest: Tokens of the longest image.
+            q: Queries of all images, ``[N, H, D]``.
+            k: Keys, ``[N, H, D]``.
+            v: Values, ``[N, H, D]``.
+            ends: Boundaries between images, ``[images + 1]``.
+            longest: Number of tokens of the longest image.
             scale: Factor of QK^T.
 
         Returns:
@@ -114,14 +114,14 @@ class Shim:
         """
         if self.takes_scale:
             return self.function(q, k, v, ends, ends, longest, longest, scale=scale)
-        scaled = q * (scale * q.shape[-1] ** 0.5)  # `function` divides by that root
+        scaled = q * (scale * q.shape[-1] ** 0.5)  # `function` divides by this root
         return self.function(scaled, k, v, ends, ends, longest, longest)
 
 
 @cache
 def shim() -> Shim | None:
-    """That of the installed torch, None where it has none."""
-    # imported when it is needed first: that takes seconds
+    """The `Shim` for the installed torch; None if it has no `varlen_attn`."""
+    # imported on first use: the import takes seconds
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,4 +1,4 @@
-"""Kernels that compile or measure get ready for one call, before it is needed."""
+"""Warm-up: kernels that compile do so before the call that needs them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sparsiattn.kernels.cost import reload
 def warm_kernels(
     kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern, *, training: bool
 ) -> None:
-    """Let kernels get ready for one call.
+    """Warm up kernels for one call.
 
     Args:
-        kernels: The kernels that may be taken.
-        inputs: The call.
-        pattern: What to compute.
+        kernels: The kernels that may be chosen.
+        inputs: The operands of the call.
+        pattern: The pattern to compute.
         training: Whether the model trains, so that the backward pass is needed, too.
     """
     calls = [inputs]
@@ -30,13 +30,13 @@ def warm_kernels(
         with torch.inference_mode(False), torch.set_grad_enabled(call is not inputs):
             for kernel in _candidates(kernels, call, pattern):
                 kernel.warmup(call, pattern)
-    reload()  # kernels that are ready now may be taken where others were
+    reload()  # choices may change, now that more kernels are ready
 
 
 def _candidates(
     kernels: Sequence[Kernel], inputs: AttentionInputs, pattern: Pattern
 ) -> list[Kernel]:
-    """Those that take the call and, once ready, expect to be the fastest: no other is worth it."""
+    """Kernels that take the call and, once warmed up, are expected to be the fastest."""
     usable = [kernel for kernel in kernels if not refusals(kernel, inputs, pattern)]
     speeds = {kernel.name: kernel.speed(inputs, pattern) for kernel in usable}
     ready = [speeds[kernel.name] for kernel in usable if not kernel.not_ready(inputs, pattern)]
@@ -45,6 +45,6 @@ def _candidates(
 
 def _with_gradients(inputs: AttentionInputs) -> AttentionInputs:
     with torch.inference_mode(False):
-        # copied, because an inference tensor can never want a gradient
+        # cloned, because an inference tensor cannot require a gradient
         q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     return inputs.replace(q=q, k=k, v=v)

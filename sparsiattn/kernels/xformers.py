@@ -1,5 +1,7 @@
-"""xformers' memory-efficient attention, or that of its successor mslk: ragged batches by a
-block-diagonal mask, key blocks by a paged one."""
+"""The kernel `xformers`: memory-efficient attention of xformers or of its successor mslk.
+
+Ragged batches use a block-diagonal mask, key blocks a paged one.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,11 @@ HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
 
 
 class XFormers(Kernel):
-    """Packed images through xformers' memory-efficient attention (`BlockDiagonalMask`), and key
-    blocks, forward only, as the pages of a paged cache (`PagedBlockDiagonalPaddedKeysMask`)."""
+    """Packed images and key blocks through xformers' memory-efficient attention.
+
+    Packed images use a `BlockDiagonalMask`. Key blocks (forward only) are the pages of a paged
+    cache, with a `PagedBlockDiagonalPaddedKeysMask`.
+    """
 
     name = "xformers"
     summary = "on CUDA: ragged batches without padding, key blocks without gradients (xformers)"
@@ -57,12 +62,12 @@ class XFormers(Kernel):
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if inputs.q.device.type == "meta":
-            return ["a dry run cannot tell whether it gets half precision on a GPU"]
+            return ["a dry run does not know whether operands are in half precision on a GPU"]
         return []
 
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
         if isinstance(pattern, KeyBlocks):
-            # not measured on a GPU yet: `auto` takes others first
+            # not measured on a GPU yet, so `auto` prefers other kernels
             return 0.3 * inputs.n_keys / (pattern.pairs() / inputs.n_queries + 300)
         return 2.0
 
@@ -89,11 +94,11 @@ class XFormers(Kernel):
 
 
 class Operators(NamedTuple):
-    """What `probe` found.
+    """The result of `probe`.
 
     Attributes:
-        ops: The module with the operators; None where there is none that works.
-        reason: Why there is none.
+        ops: The module with the operators; None if no module works.
+        reason: Why no module works; empty if one does.
     """
 
     ops: Any
@@ -102,7 +107,7 @@ class Operators(NamedTuple):
 
 @cache
 def probe() -> Operators:
-    """The first of xformers and mslk that works here; asked once, and not before it is needed."""
+    """The first of xformers and mslk that works here; imported once, on first use."""
     reasons = []
     for home in HOMES:
         loaded = _load(home)
@@ -113,8 +118,11 @@ def probe() -> Operators:
 
 
 def _load(home: str) -> Operators:
-    """Import one of them silently. A wheel for another CUDA or torch may fail in any way while it
-    loads, or load without its operators."""
+    """Import one of the modules without printing anything.
+
+    A wheel for another CUDA or torch version may raise any error on import, or load without its
+    operators.
+    """
     name = home.partition(".")[0]
     try:
         with _silence(name):
@@ -122,7 +130,7 @@ def _load(home: str) -> Operators:
     except ModuleNotFoundError as error:
         if error.name == name:
             return Operators(None, f"{name} is not installed")
-        return Operators(None, f"{name} fails without {error.name}")
+        return Operators(None, f"{name} needs {error.name}, which is not installed")
     except Exception as error:
         return Operators(None, f"{name} cannot be imported ({first_line(error)})")
     fault = _extension_fault(name)
@@ -145,7 +153,7 @@ def _silence(name: str) -> Iterator[None]:
 
 
 def _extension_fault(name: str) -> str:
-    """xformers imports without its CUDA extension, and its operators refuse later."""
+    """Why xformers has no CUDA extension; it imports without one, and fails later. Else empty."""
     if name != "xformers":
         return ""
     library = importlib.import_module("xformers._cpp_lib")

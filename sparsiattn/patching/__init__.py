@@ -1,7 +1,7 @@
-"""Putting a strategy on a model and taking it off: survey, plan, check, install, report, load.
+"""Patching a model with a strategy and undoing it: survey, plan, check, install, report, load.
 
-May import `sparsiattn.serialization` and what stands below it; training, analysis, testing and
-the command line build on it. `discovery` finds the attention of a model that was never seen.
+`discovery` finds the attention of unknown models. The package may import `sparsiattn.serialization`
+and the layers below it; training, analysis, testing and the command line build on it.
 """
 
 from sparsiattn.patching.apply import apply_strategy, patch, patch_quietly, resolve

@@ -1,4 +1,4 @@
-"""What other options of a strategy, or another size of its image, are expected to bring."""
+"""Alternatives that reports suggest: other tiles, larger images, windows that skip blocks."""
 
 from __future__ import annotations
 
@@ -24,17 +24,22 @@ from sparsiattn.strategies.base import Strategy
 from sparsiattn.strategies.connectivity import Connectivity
 
 LARGE_GRID = (48, 48)
-"""Rows and columns of a sequence in which a strategy should pay if it ever does."""
+"""A token grid so large that a strategy that ever saves time should save time there."""
 WINDOW_LINE = "sparsiattn.patch(model, 'token_drop', score='norm', skip='window', keep=0.25{})"
 SMALL_TILE = (4, 4)
-"""The tile to compare with where few tokens have none."""
+"""The tile to compare with at sites of few tokens, which have none by default."""
 
 
 def expected_at(runtime: SiteRuntime, site: Site, strategy: Strategy) -> float | None:
-    """Expected speed of a site if it were another, or had another strategy.
+    """Expected speed of a site with another shape or another strategy.
+
+    Args:
+        runtime: The site as it is.
+        site: The site with the shape to assume.
+        strategy: The strategy to assume.
 
     Returns:
-        It, relative to dense attention; None where no kernel or planner takes that.
+        Speed relative to dense attention; None if no kernel or planner supports it.
     """
     module = runtime.module
     try:
@@ -43,14 +48,14 @@ def expected_at(runtime: SiteRuntime, site: Site, strategy: Strategy) -> float |
             runtime, site=site, strategy=strategy, planner=planner, choices=ChoiceCache()
         )
         return expect(other, None).choice.expected
-    except Exception:  # a plug-in may know no other size or tile
+    except Exception:  # a plug-in may not support another size or tile
         return None
 
 
 def pays_if_larger(runtime: SiteRuntime) -> bool:
-    """Whether a site, which sees the whole image, would be faster than dense with more pixels."""
+    """Whether a site that attends to the whole image would beat dense attention on larger ones."""
     site = runtime.site
-    if site.windows > 1 or site.halo or not site.placed or not site.of_image:
+    if site.windows > 1 or site.halo or site.views > 1 or not site.placed or not site.of_image:
         return False
     count = site.prefix_tokens + LARGE_GRID[0] * LARGE_GRID[1]
     if site.tokens >= count or site.keys != site.tokens:
@@ -60,12 +65,12 @@ def pays_if_larger(runtime: SiteRuntime) -> bool:
 
 
 def window_line(sites: Sequence[Site], model: nn.Module, size: Grid) -> str:
-    """The call by which a model in windows gains time, ready to type; empty where none is known.
+    """A call of `patch` that makes a windowed model faster, ready to copy; empty if none is known.
 
     Args:
-        sites: All of its attention.
+        sites: All sites of the model.
         model: The model.
-        size: Rows and columns of its map of patches.
+        size: Rows and columns of its feature map of patches.
     """
     for site in sites:
         whole = stage_grid(site.windows * site.tokens, (size, size))
@@ -73,12 +78,12 @@ def window_line(sites: Sequence[Site], model: nn.Module, size: Grid) -> str:
         if cut is None or whole is None or cut.window[0] * cut.window[1] != site.tokens:
             return ""
     first = model.get_submodule(sites[0].name)
-    # torchvision's attention cuts windows itself, and knows the mask of shifted ones alone
+    # torchvision's attention cuts windows itself, and only it knows the mask of shifted ones
     return WINDOW_LINE.format(", layers=[0]" if hasattr(first, "shift_size") else "")
 
 
 def _cut_around(model: nn.Module, site: str) -> WindowCut | None:
-    """How the block around a site cuts its map, where one says so."""
+    """The windows of the block around a site; None if no block has the attributes."""
     while "." in site:
         site = site.rpartition(".")[0]
         cut = WindowCut.of(model.get_submodule(site))
@@ -88,31 +93,31 @@ def _cut_around(model: nn.Module, site: str) -> WindowCut | None:
 
 
 def in_windows(sites: Sequence[Site]) -> bool:
-    """Whether all attention is in windows, the last of which may span the whole map."""
+    """Whether all attention is in windows; those of the last stage may span the whole map."""
     largest = max((site.tokens for site in sites if site.windows > 1), default=0)
     return bool(sites) and all(site.tokens <= largest for site in sites)
 
 
 def window_note(sites: Sequence[Site], speeds: Iterable[float], line: str) -> str:
-    """What to say where attention in small windows is sparse and no site gains; else empty.
+    """A note that sparse attention gains nothing in small windows; empty if it does not apply.
 
     Args:
-        sites: Those with sparse attention.
-        speeds: Of each, relative to dense attention.
-        line: See `window_line`.
+        sites: The sites with sparse attention.
+        speeds: Speed of each, relative to dense attention.
+        line: The result of `window_line`.
     """
     if not in_windows(sites) or any(speed >= 1 for speed in speeds):
         return ""
     counts = sorted({site.tokens for site in sites})
     tokens = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"windows of {tokens} tokens gain nothing from sparse attention"
-    return f"{note}; what helps: {line}" if line else note
+    return f"{note}; try {line}" if line else note
 
 
 def tile_lines(
     sites: Iterable[tuple[SiteRuntime, Expected]], run: DryRun | None
 ) -> tuple[str, ...]:
-    """One line for every choice of a tile: why it was chosen, and what another would bring."""
+    """One line for every tile in use: why it was chosen, and the expected speed of another."""
     lines: dict[object, str] = {}
     for runtime, expected in sites:
         if not isinstance(expected.pattern, KeyLists) or runtime.dense:
@@ -147,14 +152,14 @@ def _tile_line(runtime: SiteRuntime, site: Site, speed: float) -> str:
 
 def _why(strategy: Strategy, site: Site) -> str:
     if not site.placed:
-        return "where tokens are in the image is not known"
+        return "token positions in the image are not known"
     if strategy.tile != "auto":
-        return "as given"
+        return "set by the user"
     side = "fewer than" if site.tokens < TILE_FROM else "at least"
     return f"auto: {site.tokens:,} tokens, {side} {TILE_FROM:,}"
 
 
 def _meaning(tile: Tile) -> str:
     if isinstance(tile, int):
-        return "keys for every query"
-    return f"one list for up to {tile[0] * tile[1]} queries"
+        return "one key list per query"
+    return f"one key list for up to {tile[0] * tile[1]} queries"

@@ -1,4 +1,4 @@
-"""`patch`: find a model's attention, choose what to do with it, and only then change it."""
+"""`patch`: finds a model's attention, plans what to do with it, and only then changes the model."""
 
 from __future__ import annotations
 
@@ -61,34 +61,37 @@ def patch(
     Args:
         model: Any module whose attention calls scaled dot product attention.
         strategy: A registered name, or a `Strategy`, `TokenStrategy` or `Hybrid` object.
-        k: Share (float in (0, 1]) or count (int) of keys per query, a list with one per site, or
-            a function of the `Site`.
-        sites: Glob, regular expression, list of globs, or predicate on `Site`.
-        kernel: ``"auto"`` or a name, which then never falls back.
-        only_if_faster: Leave a site dense where the sparse kernel is not expected to win; None
-            stands for True with a `Hybrid` and for False otherwise.
+        k: Keys per query, as a share (float in (0, 1]) or a count (int); also a list with one
+            entry per site, or a function of the `Site`.
+        sites: Which sites to patch: a glob, a regular expression, a list of globs, or a predicate
+            on `Site`.
+        kernel: ``"auto"``, or the name of one kernel, which is then used without any fallback.
+        only_if_faster: Whether to leave a site dense if the sparse kernel is not expected to be
+            faster. None means True for a `Hybrid` and False otherwise.
         schedule: ``{"k": {site: budget}}``, ``{"keep": {block: budget}}``, both, or a JSON file.
-        input: Image shape or example tensor, needed only where the model does not say; tokens
-            ``[B, N, C]`` for a part of a model, a dict of keyword arguments or a tuple of
-            positional ones for what takes no image. A model that does not run without data runs
-            once with it (in a copy that shares the weights), or with a random image of its shape.
-        grid: Rows and columns of the patch tokens, or ``(views, rows, columns)``, where the model's
-            sequences are not what `inspect` finds.
-        prefix: Special tokens before the patches: class tokens, registers, prompts.
-        suffix: Special tokens behind them.
+        input: Image shape or example tensor; needed only if the model does not state its image
+            size. Use tokens ``[B, N, C]`` for a part of a model, and a dict of keyword arguments or
+            a tuple of positional ones for a model that takes no image. A model that needs real data
+            is run once with it (in a copy that shares the weights), or with a random image of that
+            shape.
+        grid: Rows and columns of the patch tokens, or ``(views, rows, columns)``, if `inspect` does
+            not find the right ones.
+        prefix: Number of special tokens before the patches: class tokens, registers, prompts.
+        suffix: Number of special tokens after the patches.
         specials: How many special tokens start every view, or their positions within a view.
-        **options: The strategy's own.
+        **options: Options of the strategy.
 
     Returns:
-        The live patch.
+        The active patch.
 
     Warns:
-        GuessedStructure: Nothing tells which tokens are patches.
+        GuessedStructure: It is a guess which tokens are patches.
         SlowerThanDense: One image is expected to take longer than without the patch; the warning
-            says what to type instead. Never for ``"dense"`` and where ``kernel`` is named.
+            suggests alternatives. Never for ``"dense"``, and never if ``kernel`` names a kernel.
 
     Raises:
-        SparsiattnError: The message names the fault; the model is unchanged.
+        SparsiattnError: The model cannot be patched like this, and is unchanged; the message says
+            why.
 
     >>> import timm, torch, sparsiattn
     >>> model = timm.create_model("test_vit").eval()
@@ -122,12 +125,12 @@ def patch(
 
 
 def patch_quietly(model: nn.Module, *args: Any, **options: Any) -> Patch:
-    """As `patch`, without a word on speed: for code that measures it, or patches many times.
+    """`patch` without a warning about speed, for code that measures speed or patches many times.
 
     Args:
         model: The model.
-        *args: Others of `plan_call`.
-        **options: Others of `plan_call`.
+        *args: Further positional arguments of `plan_call`.
+        **options: Further keyword arguments of `plan_call`.
     """
     return _put_on(plan_call(model, *args, **options))
 
@@ -149,10 +152,10 @@ def plan_call(
     cut_to_grid: bool = False,
     **options: Any,
 ) -> Patch:
-    """What `patch` was asked for, checked and planned; the model is not touched yet.
+    """Check and plan a call of `patch`, without changing the model.
 
     Args:
-        model: As in `patch`, and so are the others but the next.
+        model: The model. All arguments except ``cut_to_grid`` are those of `patch`.
         cut_to_grid: As in `plan_patch`.
     """
     inner, config = unwrap(model), resolve(strategy, k, options)
@@ -183,12 +186,12 @@ def plan_call(
 
 
 def apply_strategy(model: nn.Module, strategy: Config, **options: Any) -> Patch:
-    """Plan a patch and put it into the model; arguments as `plan_patch` takes them.
+    """Plan a patch and install it in the model.
 
     Args:
         model: The model.
         strategy: The strategy object.
-        **options: Others of `plan_patch`.
+        **options: Further arguments of `plan_patch`.
     """
     planned = plan_patch(model, strategy, **options)
     refuse_wrapped(model, planned)
@@ -201,7 +204,7 @@ def _put_on(planned: Patch) -> Patch:
     return planned
 
 
-# inference mode shows dry runs other operators, and marks all that is made in it
+# inference mode changes the operators that a dry run sees, and marks all tensors made in it
 @torch.inference_mode(False)
 def plan_patch(
     model: nn.Module,
@@ -216,26 +219,29 @@ def plan_patch(
     structure: GivenStructure | None = None,
     cut_to_grid: bool = False,
 ) -> Patch:
-    """A patch that knows what to do at every site and block; the model is not touched yet.
+    """Plan what a patch does at every site and block, without changing the model.
 
-    It refuses what `patch` refuses; `attach` puts it into the model. A caller that patches one
-    model many times surveys it once and passes the survey on.
+    It raises whatever `patch` raises; `attach` installs the result. A caller that patches one model
+    many times can survey it once and pass the survey.
 
     Args:
-        model: As in `patch`, and so are ``sites``, ``kernel`` and ``schedule``.
+        model: The model.
         strategy: The strategy object.
+        sites: Which sites to patch, as in `patch`.
+        kernel: ``"auto"`` or the name of a kernel.
+        schedule: Budgets by site or block, as in `patch`.
         example: The ``input`` of `patch`.
-        only_if_faster: As in `patch`, decided.
-        surveyed: The model's attention; None to look for it.
-        structure: What the user says of the model's sequences.
-        cut_to_grid: Whether tiles and summary keys for which a grid is too small are cut to it:
-            files saved before that was refused may ask for such.
+        only_if_faster: Whether to leave sites dense that are not expected to be faster.
+        surveyed: The survey of the model; None to make one.
+        structure: The layout of the model's sequences as the user gives it.
+        cut_to_grid: Whether to reduce tiles and summary keys that are too large for a grid instead
+            of refusing them. Files saved before they were refused may contain such values.
     """
     attention, tokens = parts_of(strategy)
     kernels = _kernels(kernel)
     budgets = read_schedule(schedule, _schedule_kinds(attention, tokens))
     surveyed = surveyed or survey(model, example, named(sites), given=structure)
-    # everything that may refuse comes before `attach`, so that the model stays as it was
+    # everything that may raise comes before `attach`, so that the model stays unchanged
     planned = Patch(
         model,
         surveyed.attention(model),
@@ -264,7 +270,7 @@ def plan_patch(
 
 
 def parts_of(strategy: Config) -> tuple[Strategy, TokenStrategy | None]:
-    """The attention strategy and the token strategy of whatever `patch` was given."""
+    """The attention strategy and the token strategy (if any) that a strategy consists of."""
     if isinstance(strategy, Hybrid):
         return strategy.parts()
     if isinstance(strategy, TokenStrategy):
@@ -278,20 +284,21 @@ def resolve(strategy: str | Config, k: Budgets | None, options: dict[str, Any]) 
 
     Args:
         strategy: A registered name, or a strategy object.
-        k: Its budget; None if ``options`` or the object say it.
+        k: Its budget; None if ``options`` or the object contain it.
         options: Its other options.
 
     Raises:
-        InvalidType: ``strategy`` is neither.
-        InvalidOption: Options beside an object, or ones that the strategy does not take.
+        InvalidType: ``strategy`` is neither a name nor an object.
+        InvalidOption: Options were given together with an object, or the strategy does not take
+            one of them.
         UnknownName: No strategy has that name.
     """
     fields = dict(options) if k is None else {"k": k, **options}
     if isinstance(strategy, Config):
         if fields:
             raise InvalidOption(
-                f"options {sorted(fields)} beside a strategy object; put them into the object: "
-                f"{type(strategy).__name__}(...)"
+                f"options {sorted(fields)} cannot be combined with a strategy object; set them on "
+                f"the object: {type(strategy).__name__}(...)"
             )
         return strategy
     if not isinstance(strategy, str):
@@ -317,13 +324,14 @@ def _kernels(name: str) -> tuple[Kernel, ...]:
 def _refuse_second(model: nn.Module) -> None:
     for module, present in live_patches(model):
         where = "this model" if module is model else f"a part of it, a {type(module).__name__},"
-        raise AlreadyPatched(f"{where} carries {present!r}; call unpatch() on it first")
+        raise AlreadyPatched(f"{where} already has {present!r}; call unpatch() on it first")
 
 
 def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Kernel, ...]) -> None:
-    """One runtime for every selected site.
+    """Add a runtime for every selected site.
 
-    Sites of the blocks that carry fewer tokens are reached also where attention stays dense.
+    With a token strategy the other sites get one, too, with dense attention: fewer tokens reach
+    them.
     """
     for site, layout in planned.attention.sites:
         if site in configs:
@@ -337,7 +345,7 @@ def _add_sites(planned: Patch, configs: dict[Site, Strategy], kernels: tuple[Ker
         planned.runtimes.append(runtime)
     by_name = {runtime.site.name: runtime for runtime in planned.runtimes}
     for block in planned.blocks:
-        # where the grid stays, attention sees whole windows, as without a patch
+        # where the grid stays complete, attention sees complete windows, as without a patch
         for name in () if block.placement in KEEP_GRID else block.block.sites:
             by_name[name].block = block.index
         if isinstance(block.planner, nn.Module):
@@ -363,7 +371,7 @@ def _runtime(
 
 
 def _house(planner: nn.Module, runtime: SiteRuntime) -> None:
-    """Put a learned token score where it is found: into the planner of the block's first site."""
+    """Register a learned token score as a submodule of the planner of the block's first site."""
     if not isinstance(runtime.planner, nn.Module):
         runtime.planner = PlannerHome(runtime.planner)
     runtime.planner.add_module("tokens", planner)

@@ -1,4 +1,4 @@
-"""Wrappers that hold weights equal in all processes, and weights that come after them."""
+"""Refuses models that were wrapped for distributed training before they are patched."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from sparsiattn.runtime.patch_state import PatchState
 
 
 def refuse_inside(model: nn.Module) -> None:
-    """Refuse wrappers in the model itself, of which no copy for a dry run can be made."""
+    """Refuse models that contain wrappers, because they cannot be copied for a dry run."""
     for name, module in model.named_modules():
         for kind in _wrapper_classes():
             if isinstance(module, kind):
                 where = f"its part {name!r}" if name else "the model"
                 raise InvalidOption(
-                    f"{where} is wrapped in {kind.__name__} already, and what a patch adds must be "
-                    "there before: patch the model first, then wrap it"
+                    f"{where} is already wrapped in {kind.__name__}, which would miss the weights "
+                    "that a patch adds: patch the model first, then wrap it"
                 )
 
 
 def refuse_wrapped(model: nn.Module, planned: PatchState) -> None:
-    """Refuse weights that train where a wrapper was made without them.
+    """Refuse trainable planner weights for a model that is wrapped already.
 
-    It would neither spread them over the processes nor average their gradients.
+    The wrapper would neither broadcast them to all processes nor average their gradients.
 
     Args:
-        model: What the user gave, wrappers included.
-        planned: The patch, not in the model yet.
+        model: The model as the user passed it, including wrappers.
+        planned: The patch, not installed yet.
     """
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     if wrapped and any(weight.requires_grad for weight in _planner_weights(planned)):
         raise InvalidOption(
-            f"{planned.strategy.name!r} has weights that train, and this model is wrapped in "
-            "DistributedDataParallel already, which would leave them out: every process would "
-            "train its own. Patch the model first, then wrap it"
+            f"{planned.strategy.name!r} has trainable weights, but this model is already wrapped "
+            "in DistributedDataParallel, which would ignore them: every process would train its "
+            "own. Patch the model first, then wrap it"
         )
 
 
 class RefuseUnreduced:
-    """Forward pre-hook of the model: a wrapper around it must know all weights that train.
+    """Forward pre-hook that raises if a DDP wrapper does not know all trainable planner weights.
 
-    `refuse_wrapped` sees only wrappers that `patch` was given.
+    `refuse_wrapped` sees only wrappers that were passed to `patch`.
     """
 
     def __init__(self, owner: PatchState) -> None:
@@ -64,14 +64,14 @@ class RefuseUnreduced:
         weights = _planner_weights(self.owner)
         if any(w.requires_grad and id(w) in known - reduced for w in weights):
             raise InvalidOption(
-                f"{self.owner.strategy.name!r} has weights that train, and "
-                "DistributedDataParallel was made around this model before they were there: every "
-                "process would train its own. unpatch(), patch the model, then wrap it"
+                f"{self.owner.strategy.name!r} has trainable weights, but "
+                "DistributedDataParallel was created before they existed: every process would "
+                "train its own. Call unpatch(), patch the model, then wrap it"
             )
 
 
 def _wrapper_classes() -> tuple[type, ...]:
-    """Classes of wrappers; those of FSDP only if somebody imported them, or none can be there."""
+    """Classes of wrappers. Those of FSDP count only if they are imported: else none can exist."""
     module = sys.modules.get("torch.distributed.fsdp")
     names = ("FullyShardedDataParallel", "FSDPModule")
     sharded = [getattr(module, name) for name in names if hasattr(module, name)]
@@ -84,7 +84,7 @@ def _planner_weights(state: PatchState) -> Iterator[nn.Parameter]:
 
 
 def planner_modules(state: PatchState) -> list[nn.Module]:
-    """Planners with weights."""
+    """The planners that are modules."""
     planners: list[Any] = [runtime.planner for runtime in state.runtimes]
     planners += [block.planner for block in state.blocks]
     return [planner for planner in planners if isinstance(planner, nn.Module)]

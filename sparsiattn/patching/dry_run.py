@@ -1,7 +1,7 @@
-"""A dry run of the patched model: a copy carries fewer tokens through the same hooks.
+"""A dry run of the patched model: a copy with the same hooks runs one forward pass.
 
-The copy has no data wherever the model runs without. It says how many tokens reach each block, what
-that costs, and whether the model can do it at all.
+The copy is on the meta device unless the model needs data. The run finds how many tokens reach each
+block, what that costs, and whether the model works with fewer tokens at all.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ T = TypeVar("T")
 
 @dataclass
 class DryRun:
-    """What one dry run found out.
+    """The result of one dry run.
 
     Attributes:
-        counted: Whether MACs were counted, which takes as long as the rest.
-        inputs: Each site's, at the tokens that reach it.
-        counts: Patch tokens before each reduction, by block: of each run of it.
+        counted: Whether MACs were counted, which takes as long as the rest of the run.
+        inputs: Inputs of each site, with the tokens that reach it.
+        counts: By block index, the number of patch tokens before each of its reductions (several
+            if the block runs more than once).
         ragged: Whether images keep different numbers of tokens, so that counts are not known.
-        macs: Of the whole model with dense attention; 0 unless counted.
-        planning: Of the reductions alone; 0 unless counted.
-        output: Shapes of what the model returned.
+        macs: MACs of the whole model with dense attention; 0 unless counted.
+        planning: MACs of the reductions only; 0 unless counted.
+        output: Shapes of the model's output tensors.
     """
 
     counted: bool = True
@@ -65,13 +66,13 @@ class DryRun:
     output: list[torch.Size] = field(default_factory=list)
 
     def counter(self) -> AbstractContextManager[Any]:
-        """A MAC counter at work, if MACs are counted."""
+        """A context manager that counts MACs, if they are to be counted."""
         return mac_counter() if self.counted else nullcontext()
 
 
 @dataclass(eq=False, kw_only=True)
 class _DryBlock(BlockRuntime):
-    """A block's runtime that counts its reduction."""
+    """A block's runtime that records token counts and MACs of its reduction."""
 
     run: DryRun
 
@@ -86,9 +87,9 @@ class _DryBlock(BlockRuntime):
         return self._counted(lambda: super(_DryBlock, self).spare(state, kept), kept.device)
 
     def _counted(self, call: Callable[[], T], device: torch.device) -> T:
-        """What a reduction returns, its MACs noted."""
+        """Run a reduction and add its MACs."""
         try:
-            # the device is for tensors a strategy makes without saying where
+            # the default device, for tensors that a strategy creates without device=
             with self.run.counter() as counter, device:
                 out = call()
         except SparsiattnError:
@@ -96,26 +97,26 @@ class _DryBlock(BlockRuntime):
         except Exception as error:
             name = "" if self.strategy is None else type(self.strategy).__name__
             raise InvalidOption(
-                f"block {self.block.name!r}: {name} failed on tensors without data, by which "
-                f"counts are found before a model is touched: {type(error).__name__}: {error}. "
-                "Shapes must not depend on values: return Reduction.top(scores, keep), or "
-                "Reduction.where(mask) where they do"
+                f"block {self.block.name!r}: {name} failed on meta tensors, which count the tokens "
+                f"before the model is changed: {type(error).__name__}: {error}. Shapes must not "
+                "depend on values: return Reduction.top(scores, keep), or Reduction.where(mask) "
+                "if they do"
             ) from error
         self.run.planning += macs_of(counter)
         return out
 
 
 def dry_inputs(state: PatchState) -> MetaInputs:
-    """What a dry run of the patched model takes."""
+    """The inputs of a dry run of the patched model."""
     return inputs_of(state.attention.example, state.model, backbone_named(state.backbone))
 
 
 def dry_run(state: PatchState, counted: bool = True) -> DryRun:
-    """One forward pass of a copy, patched like the model; without data where it runs so.
+    """Run one forward pass of a copy that is patched like the model.
 
     Args:
         state: The patch.
-        counted: Whether MACs are needed.
+        counted: Whether to count MACs.
     """
     run = DryRun(counted)
     copied = _copied_state(state, run)
@@ -130,7 +131,7 @@ def dry_run(state: PatchState, counted: bool = True) -> DryRun:
 
 
 def dry_copy(state: PatchState, module: nn.Module) -> Any:
-    """A copy of the model, or of a part, that takes `dry_inputs`."""
+    """A copy of a module for `dry_inputs`: on the meta device, or with values if it needs them."""
     return value_copy(module) if state.attention.example.with_values else meta_copy(module)
 
 
@@ -146,7 +147,7 @@ def _copied_state(state: PatchState, run: DryRun) -> PatchState:
         runtime.owner, runtime.module = copied, copied.model.get_submodule(runtime.site.name)
     copied.blocks = [_dry_block(block, copied, run) for block in state.blocks]
     for module in modules_with_features(copied):
-        unwatch(module)  # the copy of a patched model carries the real patch's marks
+        unwatch(module)  # the copy of a patched model still has the marks of the real patch
         watch(module, copied)
     hook_up(copied, backbone)
     return copied

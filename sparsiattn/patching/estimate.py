@@ -1,4 +1,4 @@
-"""What every site is expected to do, from a dry run: its pattern, its kernel, and at what speed."""
+"""The expected pattern, kernel and speed of every site, from a dry run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from sparsiattn.strategies.connectivity import Connectivity
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """One image at one site.
+    """What is expected at one site, for one image.
 
     Attributes:
-        pattern: Its pattern, without data.
-        macs: The planner's MACs.
-        planning: What choosing the keys does.
-        choice: The kernel, with planning counted in its expected speed.
+        pattern: The pattern, usually of meta tensors.
+        macs: MACs of the planner.
+        planning: The work of choosing the keys.
+        choice: The chosen kernel; its expected speed includes planning.
     """
 
     pattern: Pattern
@@ -48,27 +48,27 @@ class Expected:
 
 
 def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) -> None:
-    """Ask the kernels for every site before the model is touched.
+    """Choose the kernel of every site before the model is changed.
 
     Args:
-        state: The patch, not in the model yet.
-        run: The dry run of a patch that carries fewer tokens.
-        only_if_faster: Whether sites stay dense whose best kernel, planning and Python paid, is not
-            expected to beat dense attention.
+        state: The patch, not installed yet.
+        run: The dry run, for a patch with a token strategy.
+        only_if_faster: Whether a site stays dense if its best kernel, including planning and
+            Python's overhead, is not expected to beat dense attention.
 
     Raises:
-        KernelRefused: The kernel that the user named cannot serve one of the sites.
+        KernelRefused: The kernel that the user named refuses one of the sites.
     """
-    if state.kernel != "auto":  # every site first, while none is dense
+    if state.kernel != "auto":  # check every site before any is set to dense
         deque(expect_all(state, run), maxlen=0)
     for runtime, expected in expect_all(state, run) if only_if_faster else ():
         runtime.dense = not expected.choice.pays
 
 
 def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRuntime, Expected]]:
-    """What each site does, in the order in which they store tensors for each other.
+    """What is expected at each site, in the order in which sites store tensors for each other.
 
-    A site that is marked dense meanwhile stores none.
+    A site that the caller marks as dense during the iteration stores none.
     """
     cross_layer = CrossLayerState(state.key)
     for runtime in state.runtimes:
@@ -82,12 +82,12 @@ def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRunt
 def expect(
     runtime: SiteRuntime, run: DryRun | None, cross_layer: CrossLayerState | None = None
 ) -> Expected:
-    """What a site does at patch-time shapes, found without data.
+    """What is expected at a site at patch-time shapes, computed without data.
 
     Args:
         runtime: The site.
-        run: The dry run of a patch that carries fewer tokens.
-        cross_layer: What earlier sites stored.
+        run: The dry run, for a patch with a token strategy.
+        cross_layer: The tensors that earlier sites stored.
     """
     inputs, planner = dry_site(runtime, run), runtime.planner
     if runtime.strategy.uses_cross_layer_state:
@@ -107,13 +107,13 @@ def expect(
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
     planning = cost.planning_of(planned, macs, inputs)
-    with recalling():  # a kernel may ask for lists that are made only then
+    with recalling():  # a kernel may access key lists, which are computed only then
         choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
     return Expected(pattern, macs, planning, choice.after(planning))
 
 
 def site_at(site: Site, run: DryRun | None) -> Site:
-    """The site with the tokens that reach it."""
+    """The site with the number of tokens that reaches it."""
     if run is None or site.name not in run.inputs:
         return site
     inputs = run.inputs[site.name]
@@ -124,9 +124,9 @@ def site_at(site: Site, run: DryRun | None) -> Site:
 
 
 def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
-    """One image's operands at a site, in the host's dtype and for its device.
+    """The operands of one image at a site, in the host's dtype and for its device.
 
-    They have no data, unless what earlier blocks noted of their tokens has.
+    They are meta tensors, unless the dry run ran with values.
     """
     site, strategy = site_at(runtime.site, run), runtime.strategy
     tile = strategy.tile_for(runtime.site.tokens)
@@ -158,7 +158,7 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
 def _dry_bias(
     runtime: SiteRuntime, site: Site, empty: Callable[[int, int], Tensor]
 ) -> Tensor | None:
-    """The host's bias, as its factors where that is what compiled code will get."""
+    """The host's bias; its factors, if compiled code will get these."""
     if site.bias == "none":
         return None
     if runtime.sums_bias and site.key_grid[0] * site.key_grid[1] == site.keys:
@@ -171,7 +171,7 @@ def _dry_bias(
 
 
 def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
-    """What `measure_sites`, else `tune`, found for calls like this one; None if neither did."""
+    """Speed of such a call as `measure_sites` or else `tune` measured it; None if neither did."""
     measured = runtime.measured
     if measured is not None and measured.holds_for(choice, runtime.planner):
         return measured.ratio
@@ -179,9 +179,9 @@ def measured_speed(runtime: SiteRuntime, site: Site, choice: Choice) -> float | 
 
 
 def tuned_ratio(runtime: SiteRuntime, site: Site, choice: Choice) -> float | None:
-    """Speed of planning and kernel relative to dense attention as `tune` measured it.
+    """Speed of planning and kernel relative to dense attention, as `tune` measured it.
 
-    None if it measured no call of this very shape, budget and tile, whose keys no predictor ranks.
+    None if `tune` did not measure this shape, budget and tile, or if a predictor ranks the keys.
     """
     call, strategy = choice.call, runtime.strategy
     if predicts(runtime.planner):
@@ -193,9 +193,9 @@ def tuned_ratio(runtime: SiteRuntime, site: Site, choice: Choice) -> float | Non
     entry = None if call.device.type == "meta" else tuning_cache.find(call.device, call.dtype)
     if entry is None:
         return None
-    plain = replace(strategy, tile=strategy.tile_for(site.tokens))
+    with_tile = replace(strategy, tile=strategy.tile_for(site.tokens))
     shape = (call.queries - 1, call.keys - 1, call.heads, call.dim, call.batch)
-    rows = (row for row in entry["rows"] if _is_case(row["case"], shape, plain))
+    rows = (row for row in entry["rows"] if _is_case(row["case"], shape, with_tile))
     ratios = {row["kernel"]: row["ratio"] for row in rows}
     if PLANNING not in ratios or choice.kernel.name not in ratios:
         return None

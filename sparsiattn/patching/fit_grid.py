@@ -1,4 +1,4 @@
-"""Tiles, blocks and summary keys that a user gives must fit the grids of the model."""
+"""Checks that the user's tiles, blocks and summary keys fit the grids of the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparsiattn.strategies.base import Strategy
 def check_grids(configs: Mapping[Site, Strategy]) -> None:
     """Check the options of all sites against their grids at patch time.
 
-    Smaller images, and sequences with fewer tokens, cut what is too large for them down, and so
-    does a site that is too small for a strategy's default.
+    Only values that the user set are refused. Later, smaller images and shorter sequences reduce
+    values that are too large for them, and so does a site that is too small for a default.
 
     Args:
         configs: The strategy of every selected site.
@@ -28,16 +28,22 @@ def check_grids(configs: Mapping[Site, Strategy]) -> None:
     for site, config in placed.items():
         _check_background(site, config)
     for name, grids in (
-        ("tile", {site: site.grid for site in placed}),
-        ("block", {site: site.key_grid for site in placed}),
+        ("tile", {site: _of_one_view(site.grid, site) for site in placed}),
+        ("block", {site: _of_one_view(site.key_grid, site) for site in placed}),
     ):
         asked = {getattr(config, name) for config in placed.values()}
         for sides in sorted(side for side in asked if isinstance(side, tuple)):
             _check_sides(name, sides, grids.values())
 
 
+def _of_one_view(grid: Grid, site: Site) -> Grid:
+    """Rows and columns of one of the site's images."""
+    rows, columns = grid
+    return (rows // site.views, columns) if rows % site.views == 0 else grid
+
+
 def _check_background(site: Site, config: Strategy) -> None:
-    g, (rows, columns) = config.background, site.key_grid
+    g, (rows, columns) = config.background, _of_one_view(site.key_grid, site)
     default = type(config).__dataclass_fields__["background"].default
     if not isinstance(g, int) or g == default or not rows * columns:
         return
@@ -45,7 +51,7 @@ def _check_background(site: Site, config: Strategy) -> None:
     if g > largest:
         raise InvalidOption(
             f"background={g} does not fit site {site.name!r}, whose keys are {rows} x {columns} "
-            f"patches: at most background={largest} there, or background='auto', which fits every "
+            f"patches: use at most background={largest}, or background='auto', which fits every "
             "site"
         )
 
@@ -56,7 +62,7 @@ def _check_sides(name: str, sides: tuple[int, int], grids: Iterable[Grid]) -> No
     rows, columns = max(grids, key=math.prod)
     raise InvalidOption(
         f"no site of this model has a grid for {name}={sides}: the largest is {rows} x {columns} "
-        f"patches, so at most {name}=({rows}, {columns}), or {name}='auto'"
+        f"patches; use at most {name}=({rows}, {columns}), or {name}='auto'"
     )
 
 

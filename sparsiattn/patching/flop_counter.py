@@ -1,4 +1,4 @@
-"""Torch's counter of FLOPs, taught this library's operators."""
+"""torch's FLOP counter, with formulas for this library's operators."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sparsiattn.patching.discovery.meta_cache import Recalled, taken_apart
 
 
 class _Untracked:
-    """In the place of torch's tracker of modules, of which only totals are needed.
+    """Replaces torch's module tracker, since only totals are needed.
 
-    The tracker hooks every module's tensors, and fails on views of parameters made without
-    gradients.
+    The tracker hooks the tensors of every module, and fails on views of parameters that were made
+    without gradients.
     """
 
     parents = frozenset({"Global"})
@@ -32,11 +32,11 @@ class _Untracked:
 
 
 def flop_counter() -> Any:
-    """Torch's counter of FLOPs, two for each multiply-accumulate, without its tracker."""
+    """torch's FLOP counter without its module tracker; it counts two FLOPs per MAC."""
     from torch.utils import flop_counter as torch_counter  # imports triton: only when needed
 
     formulas: dict[Any, Any] = dict(FLOP_FORMULAS)
-    for name in ("linear_dynamic", "linear_dynamic_fp16"):  # weights that are no tensors
+    for name in ("linear_dynamic", "linear_dynamic_fp16"):  # their packed weights are not tensors
         formulas[getattr(torch.ops.quantized, name)] = _linear_flops
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if fused not in torch_counter.flop_registry:  # before torch 2.11
@@ -52,8 +52,8 @@ def _linear_flops(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
 
 @contextmanager
 def mac_counter() -> Iterator[Any]:
-    """A counter at work, for `macs_of` and tensors that are most often without data."""
-    if _get_current_dispatch_mode() is not None:  # which may read what would be recalled
+    """Context manager that counts MACs; `macs_of` reads the result. Mostly for meta tensors."""
+    if _get_current_dispatch_mode() is not None:  # it may need to see operators that are cached
         with flop_counter() as counter:
             yield counter
         return
@@ -62,7 +62,7 @@ def mac_counter() -> Iterator[Any]:
 
 
 class _CountMacs(Recalled):
-    """Counts and recalls: two modes would cost every operator twice the time."""
+    """Counts MACs and recalls results in one mode, since two would double every operator's time."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -78,16 +78,16 @@ class _CountMacs(Recalled):
 
 
 class MacTally:
-    """Adds up what a `flop_counter` would count, of operators that a mode of ours shows it.
+    """Counts like `flop_counter`, but operators are passed to it by another dispatch mode.
 
-    A mode of its own would cost every operator of a trace some time.
+    A separate dispatch mode would slow down every operator of a trace.
 
     Attributes:
-        macs: Multiply-accumulates so far; None once an operator came that torch cannot count, where
-            that is no error.
+        macs: Multiply-accumulates so far; None after an operator that torch cannot count, if this
+            is not strict.
 
     Args:
-        strict: Whether it is.
+        strict: Whether an operator that torch cannot count raises.
     """
 
     def __init__(self, *, strict: bool = True) -> None:
@@ -101,14 +101,14 @@ class MacTally:
         formula = self._formulas.get(func.overloadpacket)
         if formula is None or self.macs is None:
             return
-        # with the result: packed weights, which are no tensors, say nothing of their shape
+        # including the result, since packed weights are not tensors and have no shape
         shapes = (x.shape if isinstance(x, Tensor) else str(x) for x in (*args, out))
         key = (func, *shapes) if isinstance(out, Tensor) and not kwargs else None
         macs = self._known.get(key)
         if macs is None:
             try:
                 macs = int(formula(*args, **kwargs, out_val=out)) // 2
-            except Exception:  # grouped heads, say, in older versions
+            except Exception:  # for example grouped heads in older versions
                 if self._strict:
                     raise
                 self.macs = None
@@ -118,12 +118,12 @@ class MacTally:
         self.macs += macs
 
     def clear(self) -> None:
-        """Start again."""
+        """Start again from 0."""
         self.macs = 0
 
 
 def macs_of(counter: Any) -> int:
-    """Multiply-accumulates that a counter saw; 0 without a counter."""
+    """Multiply-accumulates that a counter has counted; 0 without a counter."""
     if isinstance(counter, MacTally):
         return counter.macs or 0
     return 0 if counter is None else int(counter.get_total_flops()) // 2

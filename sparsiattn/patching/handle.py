@@ -1,4 +1,4 @@
-"""`Patch`: the handle that `patch` returns; it reports, saves, and undoes what was changed."""
+"""`Patch`: the handle that `patch` returns. It reports, saves and undoes the changes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sparsiattn.serialization.save import save
 
 
 class Patch(PatchState):
-    """A live patch of one model: made by `patch`, found again by `patch_of`.
+    """An active patch of one model: `patch` returns it, and `patch_of` finds it again.
 
-    As a context manager it undoes itself on exit.
+    Used as a context manager, it undoes itself on exit.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_vit
@@ -37,7 +37,13 @@ class Patch(PatchState):
     """
 
     def unpatch(self) -> nn.Module:
-        """Undo everything; the model is bit for bit what it was. Calling it twice is no error."""
+        """Undo the patch, so that the model is bit for bit what it was.
+
+        A second call does nothing.
+
+        Returns:
+            The model.
+        """
         if self.active:
             remove(self)
             forget_compiled()
@@ -50,21 +56,21 @@ class Patch(PatchState):
         self.unpatch()
 
     def report(self) -> Report:
-        """Sites, kernels, density, MACs before and after, and why anything was left alone."""
+        """Report sites, kernels, density, MACs before and after, and what was skipped and why."""
         self.ensure_active("report")
         refresh(self)
         return report(self)
 
     def warmup(self, input: Any) -> Patch:
-        """Run the model once so that kernels that compile do so now, not in a later forward pass.
+        """Run the model once, so that kernels compile now and not in a later forward pass.
 
-        The model runs in the mode it is in, without gradients; while it trains on a GPU, backward
-        passes of the kernels are compiled as well. Weights, buffers, planners and random numbers
-        stay as they are.
+        The model runs in its current mode, without gradients. In training mode on a GPU, backward
+        passes of the kernels are compiled, too. Weights, buffers, planners and the state of random
+        number generators do not change.
 
         Args:
-            input: What the model takes: images ``[B, C, H, W]``, a dict of keyword arguments or a
-                tuple of positional ones, of the shape, type and device (and under the autocast) of
+            input: Input of the model: images ``[B, C, H, W]``, a dict of keyword arguments or a
+                tuple of positional ones. Shape, dtype, device and autocast mode should be those of
                 later calls.
 
         Returns:
@@ -82,34 +88,34 @@ class Patch(PatchState):
         return self
 
     def source(self) -> torch.Tensor:
-        """Where every original token is in the final sequence of the last eager forward pass.
+        """The position of every original token in the final sequence of the last forward pass.
 
-        Every thread, and every task of an event loop, is told of its own passes.
+        Only eager passes count, and each thread (and task of an event loop) sees its own passes.
 
         Returns:
-            ``[B, N]`` (prefix tokens first, then patches in raster order) with positions in the
-            final sequence: a merged or fused token has that of its cluster, a dropped one -1.
+            Positions in the final sequence, ``[B, N]``: prefix tokens first, then patches in raster
+            order. A merged or fused token has the position of its cluster, a dropped one -1.
 
         Raises:
-            InvalidOption: No token strategy shortens the sequence, or the model did not run yet in
-                this thread, or task.
+            InvalidOption: No token strategy shortens the sequence, or the model has not run yet in
+                this thread or task.
         """
         self.ensure_active("source")
         refresh(self)
         if not self.shortens:
             raise InvalidOption(
                 "source() needs a token strategy that makes the sequence shorter; here every token "
-                "stays in its place"
+                "keeps its position"
             )
         if len({block.start for block in self.blocks}) > 1:
             raise InvalidOption(
-                "source() speaks of one sequence, and this model has several towers: patch the "
-                "one of interest on its own, for example patch(model.left)"
+                "source() describes one sequence, but this model has several towers: patch only "
+                "one of them, for example patch(model.left)"
             )
         if self.last_pass is None:
             raise InvalidOption(
-                "source() speaks of the last forward pass of this thread, or task: run the model "
-                "first (eagerly, and not disabled: compiled graphs and copies keep no record)"
+                "source() describes the last forward pass of this thread or task: run the model "
+                "first (eagerly and not disabled; compiled graphs and copies keep no record)"
             )
         return source(*self.last_pass)
 
@@ -125,37 +131,38 @@ class Patch(PatchState):
         sites: Sites | None = None,
         rows: int = 8,
     ) -> Monitor:
-        """Watch in use how much of exact attention the kept keys hold.
+        """Monitor during inference how much of the exact attention falls on the kept keys.
 
-        On the first forward call of the model and every ``every``-th after it, a few query rows of
-        every watched site are computed exactly: the softmax over all keys that the host allows, and
-        its sum over those that the pattern keeps one by one, a mean over rows and heads by image.
-        Summary keys (``background``) count apart, as the overlap: the sum over keys of the smaller
-        of exact and patched attention, where a summary key's share is spread evenly over the
-        dropped keys that it stands for. `report` shows all of it in a line.
+        On the first forward call of the model and on every ``every``-th after it, a few query rows
+        of every watched site are computed exactly: the softmax over all keys that the host allows.
+        The *mass* is its sum over the keys that the pattern keeps, averaged over rows and heads for
+        each image. If there are summary keys (``background``), the *overlap* is reported, too: the
+        sum over keys of the smaller of exact and patched attention, where a summary key's share is
+        spread evenly over the dropped keys that it stands for. `report` shows both in one line.
 
-        Calls of the model in eval mode count, in every thread; outputs stay as they are. Compiled
-        and exported programs are not watched (run the model itself, or use
-        ``torch.compiler.set_stance("force_eager")``), nor are copies, training, parts that are
-        called alone, and queries that see every key, as class tokens do. Of several processes each
-        watches its own calls.
+        Only calls of the model in eval mode are watched, in every thread; outputs do not change.
+        Not watched are compiled and exported programs (run the model itself, or use
+        ``torch.compiler.set_stance("force_eager")``), copies, training, parts that are called on
+        their own, and queries that see every key, such as class tokens. Each process watches its
+        own calls.
 
         Args:
-            every: Of so many calls one is watched.
-            bound: A call is low where any image, at any site, has a mass below it; with summary
-                keys, an overlap. None to watch only.
-            on_low: ``"warn"`` for one `LowAttentionMass` warning; ``"dense"`` to run calls of the
-                model dense as well, from the next one on, as `disabled` does, until
-                `Monitor.resume` or `Monitor.close`.
-            sites: Which of the patched sites, as `patch` takes them; all sparse ones if None.
-            rows: Query rows of a site, of patches and evenly spaced; other ones in every call.
+            every: Watch one call out of this many.
+            bound: A call is low if any image at any site has a mass (with summary keys, an overlap)
+                below this value. None to watch without a bound.
+            on_low: ``"warn"`` for one `LowAttentionMass` warning. ``"dense"`` to also run the
+                following calls of the model dense, like `disabled`, until `Monitor.resume` or
+                `Monitor.close`.
+            sites: Which of the patched sites to watch, as in `patch`; None for all sparse ones.
+            rows: Number of query rows per site: evenly spaced patches, different ones in each call.
 
         Returns:
-            The running watch, also `active_monitor`; it can be closed, or be used with ``with``.
+            The running monitor, also available as `active_monitor`. Close it, or use it in a
+            ``with`` statement.
 
         Raises:
-            InvalidOption: An option is out of range, no such site keeps some of its keys, or the
-                patch is watched already.
+            InvalidOption: An option is out of range, none of the sites drops any keys, or the patch
+                has a monitor already.
 
         >>> import torch, sparsiattn
         >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
@@ -171,21 +178,22 @@ class Patch(PatchState):
         refresh(self)
         check_options(every, rows, bound, on_low)
         if self.active_monitor is not None:
-            raise InvalidOption("this patch is watched already: close active_monitor first")
+            raise InvalidOption("this patch already has a monitor: close active_monitor first")
         names = watchable(self, sites)
         monitor = self.active_monitor = Monitor(self, names, every, rows, bound, on_low)
         return monitor
 
     def save(self, directory: str | PathLike[str], *, include_model: bool = False) -> Path:
-        """Write a JSON config and the planners' weights as safetensors.
+        """Save the config as JSON and the planners' weights as safetensors.
 
-        A kill on the way leaves what was there before, or what is saved now.
+        The write is atomic: after a kill, the folder holds either the old files or the new ones.
 
         Args:
-            directory: Where to.
-            include_model: Also the host's own weights: a whole checkpoint, from which
-                `sparsiattn.from_pretrained` makes model and patch. ``model.safetensors`` has the
-                host's own names and loads without this library, too.
+            directory: The folder to write.
+            include_model: Whether to save the model's own weights, too, so that
+                `sparsiattn.from_pretrained` can create the model and patch it.
+                ``model.safetensors`` uses the model's own parameter names and loads without this
+                library.
 
         Returns:
             The directory.
@@ -204,15 +212,15 @@ class Patch(PatchState):
     learns = renamed_property("learns", "has_learned_planners")
 
     def push_to_hub(self, repo_id: str, *, whole: bool = False, **options: Any) -> str:
-        """Upload what `save` writes as a repository of the Hugging Face Hub.
+        """Upload the files that `save` writes to a repository on the Hugging Face Hub.
 
         Args:
             repo_id: ``user/name``.
-            whole: With ``include_model=True``.
+            whole: Whether to include the model's weights, as ``save(include_model=True)``.
             **options: See `sparsiattn.serialization.hub.push`.
 
         Returns:
-            Its address.
+            URL of the repository.
         """
         self.ensure_active("push_to_hub")
         refresh(self)
@@ -225,7 +233,7 @@ class Patch(PatchState):
 
 
 def patch_of(model: nn.Module) -> Patch | None:
-    """The live patch of a model (or of its copy, or after unpickling), None if there is none.
+    """The active patch of a model, of its copy or after unpickling; None if there is none.
 
     >>> patch_of(torch.nn.Linear(1, 1)) is None
     True
@@ -234,9 +242,9 @@ def patch_of(model: nn.Module) -> Patch | None:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo the model's patch, if it has one; returns the model.
+    """Undo the model's patch, if it has one, and return the model.
 
-    A copy of a part of a patched model carries a copy of the patch, which is undone as well.
+    A copy of a part of a patched model has a copy of the patch, which is undone as well.
 
     >>> unpatch(torch.nn.Linear(1, 1))
     Linear(in_features=1, out_features=1, bias=True)

@@ -1,4 +1,4 @@
-"""Putting a patch into a model, and taking it out again."""
+"""Installs a patch in a model, and removes it again."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from sparsiattn.runtime.window_skip import EnterWindows, LeaveWindows, MaskWindo
 
 
 def attach(state: PatchState) -> None:
-    """Change the model; a fault on the way is undone before it is raised."""
-    build.is_ready()  # loads what the package brings, before a compiler traces what asks for it
+    """Install the patch in its model. If that fails, everything is undone and the error raised."""
+    build.is_ready()  # loads the shipped library, before a compiler traces code that needs it
     hold(state)
     for device in {parameter.device for parameter in state.model.parameters()}:
         cost.ready(device)
@@ -42,7 +42,7 @@ def attach(state: PatchState) -> None:
         for module in modules_with_features(state):
             watch(module, state)
         hook_up(state, backbone)
-        # last, and undone first: the class of a switched object stands above all others
+        # last, and undone first: a switched object's class must be the outermost one
         state.turn_overrides_on(backbone.attribute_overrides(state.model))
     except BaseException:
         remove(state)
@@ -58,7 +58,7 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
     else:
         image = backbone.image_module(model)
         hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
-    # before the sites': the model itself may be one
+    # before the hooks of sites, since the model itself may be a site
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
     state.leave_hook = model.register_forward_hook(LeaveModel(state), always_call=True)
     hooks.append(state.leave_hook)
@@ -89,11 +89,11 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
         hooks += show_weights(module)
     elif name in state.attention.sums_bias:
         put_off_sums_of(module)
-    if not is_multihead:  # whose class is another already
+    if not is_multihead:  # `swap` has changed its class already
         mark_hooked(module)
     opener = OpenScope(runtime)
     hooks.append(module.register_forward_pre_hook(opener))
-    # always: a module that raised must not leave its scope open
+    # always_call: a module that raises must not leave its scope open
     hooks.append(module.register_forward_hook(CloseScope(opener), always_call=True))
 
 
@@ -107,7 +107,7 @@ def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
         return
     enter = EnterSparedBlock(runtime) if bypass else EnterBlock(runtime)
     leave = LeaveSparedBlock(runtime) if bypass else LeaveBlock(runtime)
-    # first, so that hooks of others see the sequence as it goes on
+    # prepended, so that other hooks see the sequence that the block passes on
     hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
     hooks.append(module.register_forward_hook(leave, prepend=True))
     if block.head is not None:
@@ -140,13 +140,14 @@ def _add_planner(state: PatchState, runtime: SiteRuntime) -> None:
 
 
 def remove(state: PatchState) -> None:
-    """Undo everything that `attach` did, or as much of it as it came to."""
+    """Undo everything that `attach` did, even if it stopped half-way."""
     if state.active_monitor is not None:
         state.active_monitor.close()
     with SWITCHING:
         elsewhere = runs_elsewhere(state)
         for hook in state.hooks:
-            if not (elsewhere and hook is state.leave_hook):  # it tells those passes, and goes then
+            # passes in other threads still need the leave hook, which then removes itself
+            if not (elsewhere and hook is state.leave_hook):
                 hook.remove()
         state.turn_overrides_off()
         for _, module in state.places:

@@ -1,4 +1,4 @@
-"""Ways of calling a model, and whether a way needs every position of the sequence."""
+"""Call signatures of a model, and whether such a call needs every position of the sequence."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from sparsiattn.runtime.restore import modules_with_features, unwatch
 
 
 def know_call(state: PatchState, surveyed: ModelSurvey) -> None:
-    """Let a patch know the way in which dry runs call its model, and gives back what that needs.
+    """Record the call that dry runs make as one that does not need every position.
 
     Args:
         state: The patch.
-        surveyed: The model's attention.
+        surveyed: The survey of the model.
     """
     parameters = signature(type(state.model).forward).parameters
     names = list(parameters)[1:]
@@ -41,7 +41,7 @@ def know_call(state: PatchState, surveyed: ModelSurvey) -> None:
 
 
 def know_training(state: PatchState, surveyed: ModelSurvey) -> None:
-    """Let a patch know whether the same call needs more while the model trains."""
+    """Record whether the same call needs every position while the model trains."""
     inputs = _inputs(state, surveyed)
     surveyed.meta_model.train()
     try:
@@ -57,9 +57,10 @@ def _inputs(state: PatchState, surveyed: ModelSurvey) -> MetaInputs:
 
 
 def call_needs_all(state: PatchState, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the model, made in this way, needs every position.
+    """Whether a call of the model with these arguments needs every position of the sequence.
 
-    A copy without data is called in the same way; where that cannot be, the answer is yes.
+    A copy on the meta device is called with the same arguments. If it cannot run, the answer is
+    True.
     """
     if torch._C._get_tracing_state() is not None or not _is_plain((args, kwargs)):
         return True
@@ -89,7 +90,7 @@ def _trace_needs(state: PatchState, meta_model: Any, inputs: MetaInputs) -> bool
 
 
 def _runs_otherwise(state: PatchState, consumers: Consumers) -> bool:
-    """Whether blocks hand the sequence on in another way than the patch expects."""
+    """Whether blocks pass the sequence on in a different order than the patch expects."""
     for run in consumers.runs:
         block = state.blocks[run.block]
         before = None if run.before is None else consumers.runs[run.before].block
@@ -100,7 +101,7 @@ def _runs_otherwise(state: PatchState, consumers: Consumers) -> bool:
 
 
 def _is_plain(values: Any) -> bool:
-    """Whether all tensors are ordinary ones, not inside a transform of functions."""
+    """Whether all tensors are plain tensors outside of `torch.func` transforms."""
     return all(
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)

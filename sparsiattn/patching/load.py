@@ -1,4 +1,4 @@
-"""A saved patch, put on a model again."""
+"""Loads saved patches and applies them to models."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def from_pretrained(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Patch:
-    """A saved patch on its host: ``from_pretrained(name).model`` is ready to run.
+    """Load a saved patch with its model; ``from_pretrained(name).model`` is ready to run.
 
     Args:
         name: A folder that `Patch.save` wrote, or ``ORG/NAME`` on the Hugging Face Hub.
-        model: The host; None to make it as the file says.
-        pretrained: Where the file has no weights of the host, True takes those its library
-            publishes and False random ones; None is an error then.
-        revision: As `huggingface_hub` takes it, and so are the next three.
-        token: Access token.
-        cache_dir: Where downloads are kept.
-        local_files_only: Whether to look at the cache only.
+        model: The model to patch; None to create it from the saved config.
+        pretrained: For a patch saved without the model's weights: True to load the weights that
+            the model's library publishes, False for random ones. None raises in that case.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token of the Hub, or whether to use the stored one.
+        cache_dir: Folder for downloads; None for the default one.
+        local_files_only: Whether to use files in the cache only, without network access.
 
     Raises:
-        UnknownName: Nothing is found.
-        MismatchedPatch: A file is damaged or of another model.
-        InvalidOption: The host cannot be made.
+        UnknownName: There is no such folder or repository.
+        MismatchedPatch: A file is damaged or belongs to another model.
+        InvalidOption: The model cannot be created.
 
     >>> import tempfile, timm, sparsiattn
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,9 @@ def from_pretrained(
     'connectivity on 6 sites of VisionTransformer'
     """
     if model is not None and pretrained is not None:
-        raise InvalidOption("pretrained= is for a host that is made here, and model= was given")
+        raise InvalidOption(
+            "pretrained= is for a model that is created here, but model= was given: pass only one"
+        )
     folder = Path(name)
     if not folder.exists():
         folder = download(
@@ -74,24 +76,27 @@ def from_pretrained(
         return apply_saved(model, saved)
     if pretrained is None and HOST not in saved.files:
         raise InvalidOption(
-            f"{name} holds a patch without weights of its host: give model=, or pretrained=True "
-            "for the published weights, or pretrained=False for random ones"
+            f"{name} has no weights of the model: pass model=, or pretrained=True for the "
+            "published weights, or pretrained=False for random ones"
         )
     host = make_host(saved, str(name), bool(pretrained))
     return apply_saved(host.eval(), saved)
 
 
 def load(model: nn.Module, directory: str | PathLike[str], *, input: Any = None) -> Patch:
-    """Apply a saved patch again.
+    """Apply a saved patch to a model.
 
     Args:
         model: A model like the one that was patched.
-        directory: What `Patch.save` wrote.
-        input: As `patch` takes it, needed only where the patch was made with a call that is no
-            image (a dict, a tuple).
+        directory: A folder that `Patch.save` wrote.
+        input: Example input as in `patch`; needed only if the patch was made with an input that is
+            not an image (a dict, a tuple).
+
+    Returns:
+        The active patch.
 
     Raises:
-        MismatchedPatch: The patch is damaged or of another model, which is untouched then.
+        MismatchedPatch: The patch is damaged or belongs to another model; the model is unchanged.
 
     >>> import tempfile, timm, sparsiattn
     >>> model = timm.create_model("test_vit")
@@ -105,9 +110,9 @@ def load(model: nn.Module, directory: str | PathLike[str], *, input: Any = None)
 
 
 def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
-    """A patch that was read, put on a model; ``input`` as in `load`."""
+    """Apply a saved patch that was read from its files; ``input`` as in `load`."""
     config = saved.config
-    _check_host(unwrap(model), config)  # first: names of sites mean nothing in another model
+    _check_host(unwrap(model), config)  # first: in another model, names of sites mean nothing
     strategy, budgets = _strategy(config)
     tensors = read_tensors(saved.files[WEIGHTS])
     patched = patch_quietly(
@@ -118,7 +123,7 @@ def apply_saved(model: nn.Module, saved: Saved, input: Any = None) -> Patch:
         schedule={"k": budgets} if budgets else None,
         input=_example(config) if input is None else input,
         cut_to_grid=True,
-        **config.get("structure", {}),  # what the user said of the sequences
+        **config.get("structure", {}),  # as the user gave it to `patch`
     )
     try:
         _restore_sites(patched, config)
@@ -135,8 +140,8 @@ def _example(config: dict[str, Any]) -> tuple[int, ...]:
     shape = tuple(config["input_shape"])
     if len(shape) < 3:
         raise InvalidOption(
-            f"the patch was made for a call of the model that is no image (its first tensor was "
-            f"{shape}): pass the same input= to load"
+            f"the patch was made with an input that is not an image (its first tensor has shape "
+            f"{shape}): pass the same input= to load()"
         )
     return shape
 
@@ -151,7 +156,7 @@ def _check_host(model: nn.Module, config: dict[str, Any]) -> None:
     if here == saved:
         return
     differs = [
-        f"{key} {saved.get(key)!r} there, {here[key]!r} here"
+        f"{key} was {saved.get(key)!r} and is {here[key]!r} here"
         for key in here
         if saved.get(key) != here[key]
     ]
@@ -170,13 +175,19 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
     for name, saved in config["sites"].items():
         site = sites.get(name)
         if site is None:
-            raise MismatchedPatch(f"the saved patch has a site {name!r} that this model lacks")
+            raise MismatchedPatch(f"the saved patch has site {name!r}, but this model does not")
+        if site.views > 1 and "views" not in saved:
+            raise MismatchedPatch(
+                f"site {name!r} has {site.views} images in its sequence, and this patch was saved "
+                "before tiles and summary keys kept images apart: patch the model and save it again"
+            )
         for key in ("tokens", "heads", "head_dim"):
             if getattr(site, key) != saved[key]:
                 raise MismatchedPatch(
-                    f"site {name!r} has {key} {getattr(site, key)}, the saved patch {saved[key]}"
+                    f"site {name!r} has {key} {getattr(site, key)}, but the saved patch has "
+                    f"{saved[key]}"
                 )
-    # as decided where it was saved: this machine may find other speeds
+    # keep the decisions made where the patch was saved: speeds may differ on this machine
     for runtime in patched.runtimes:
         runtime.dense = config["sites"][runtime.site.name]["dense"]
 
@@ -190,7 +201,7 @@ def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if present[name].shape != tensor.shape:
             raise MismatchedPatch(
-                f"planner weight {name!r} has shape {tuple(tensor.shape)} on disk, "
+                f"planner weight {name!r} has shape {tuple(tensor.shape)} on disk, but "
                 f"{tuple(present[name].shape)} here"
             )
     for runtime in patched.runtimes:
@@ -202,7 +213,7 @@ def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:
 
 
 def _renamed_weights(patched: Patch) -> dict[str, str]:
-    """``<site>.<name>`` of planner weights as older versions wrote it, to the present name."""
+    """``<site>.<name>`` of planner weights in files of older versions, to the current name."""
     return {
         f"{runtime.site.name}.{old}": f"{runtime.site.name}.{new}"
         for runtime in patched.runtimes

@@ -1,4 +1,4 @@
-"""Calling a host model: its arguments, its mode, its logits."""
+"""Calling a model: its arguments, its train or eval mode, its logits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def arguments(input: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]
 
     Args:
         input: An image batch, a mapping of keyword arguments or a sequence of positional ones.
-        caller: The function that the user called, for the error.
+        caller: Name of the function that the user called, for the error.
 
     Raises:
-        InvalidType: For anything else.
+        InvalidType: ``input`` is none of these.
     """
     if isinstance(input, Tensor):
         return (input,), {}
@@ -28,14 +28,14 @@ def arguments(input: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]
     if isinstance(input, (tuple, list)):
         return tuple(input), {}
     raise InvalidType(
-        f"{caller} needs what the model takes: an image tensor [B, C, H, W], a dict of keyword "
+        f"{caller} needs an input of the model: an image tensor [B, C, H, W], a dict of keyword "
         f"arguments, or a tuple of positional ones; got {type(input).__name__}"
     )
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards each module has its own mode again."""
+    """Context manager: the model is in eval mode; on exit each module's own mode is restored."""
     with modes_restored(model):
         model.eval()
         yield
@@ -43,21 +43,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """After the block each module that the model has now is in its present mode again."""
+    """Context manager that restores the current mode of each module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        # not `train()`, which sets the submodules as well and may be the host's own method
+        # not `train()`, which also sets the submodules and may be overridden by the host
         for module, training in modes:
             module.training = training
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:
-    """Logits ``[B, classes]`` in whatever a classifier returns.
+    """The logits ``[B, classes]`` in the output of a classifier.
 
     Raises:
-        DataError: The output has none, so the model is no classifier.
+        DataError: The output has no logits, so the model is not a classifier.
     """
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
@@ -67,6 +67,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise DataError(
-            f"this needs a classifier: logits [B, classes], but {type(model).__name__} gave {got}"
+            "this needs a classifier that returns logits [B, classes], but "
+            f"{type(model).__name__} returned {got}"
         )
     return output

@@ -1,4 +1,4 @@
-"""What a model says of images, and how much of it stays when the model is patched."""
+"""Compares the outputs of a dense model with those of the patched one."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from sparsiattn.errors import DataError, InvalidOption, InvalidType
 Metric = Literal["features", "classes"] | Callable[[Any, Any], Any]
 METRICS = ("features", "classes")
 
-# fields of transformers' output objects, the first that is there counts
+# fields of transformers' output objects; the first one that exists is compared
 FIELDS = ("logits", "image_embeds", "feature_maps", "last_hidden_state", "predicted_depth")
 
 HEADS = ("head", "heads", "classifier", "fc")
-"""Names of what users replace by `nn.Identity` to get features."""
+"""Names of heads that users replace by `nn.Identity` to get features."""
 
 
 @dataclass(frozen=True)
 class OutputMetric:
-    """How two outputs of one model are compared.
+    """How two outputs of the same model are compared.
 
     Attributes:
-        kind: ``"classes"``: the share of first choices that stay, by image, or by pixel where a
-            model labels those; ``"features"``: the cosine of the channels, mean over positions and
-            over maps; ``"callable"``: a function of the user.
-        guessed: Whether the model was asked, not the user.
-        function: Of dense and patched output, gives ``[B]`` or a number; for ``"callable"`` only.
+        kind: ``"classes"`` for the share of images (or of pixels, in segmentation) whose top-1
+            class stays the same; ``"features"`` for the cosine similarity of the channels, averaged
+            over positions and feature maps; ``"callable"`` for a function of the user.
+        guessed: Whether the kind was derived from the model and not given by the user.
+        function: Function of the dense and the patched output that returns ``[B]`` or a number;
+            for ``"callable"`` only.
 
     >>> from sparsiattn.testing.hosts import tiny_images, tiny_vit
     >>> model, images = tiny_vit(num_classes=0), tiny_images(2)
@@ -47,16 +48,17 @@ class OutputMetric:
 
     @classmethod
     def of(cls, model: nn.Module, output: Any, metric: Metric | None = None) -> OutputMetric:
-        """The metric that the user named, else the one that fits the model.
+        """The metric that the user chose, else the one that fits the model.
 
         Args:
-            model: Unwrapped.
-            output: Of the dense model, for any images.
+            model: The model, without wrappers.
+            output: Output of the dense model, for any images.
             metric: ``"features"``, ``"classes"``, a callable, or None.
 
         Raises:
-            InvalidOption: ``metric`` is something else, or asks a model without a head for classes.
-            DataError: The output has nothing that can be compared.
+            InvalidOption: ``metric`` is something else, or is ``"classes"`` for a model without a
+                head.
+            DataError: The output has no tensor that can be compared.
         """
         if metric is None:
             return cls("classes" if has_classes(model, output) else "features", guessed=True)
@@ -66,7 +68,7 @@ class OutputMetric:
 
     @classmethod
     def named(cls, metric: Metric) -> OutputMetric:
-        """The metric that the user named, before there is any output.
+        """The metric that the user chose; needs no output of the model.
 
         Raises:
             InvalidOption: ``metric`` is neither a known name nor a callable.
@@ -82,14 +84,14 @@ class OutputMetric:
 
     @property
     def label(self) -> str:
-        """What the figure is, for tables."""
+        """Name of the value in tables."""
         return {"classes": "answers kept", "features": "cosine"}.get(self.kind, "metric")
 
     def outputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is compared: the model's output, or its features at all positions.
+        """Run the model and return what is compared: its output, or its features at all positions.
 
-        A timm model returns one pooled vector, or the answers of its head; its ``forward_features``
-        has all positions. A compiled model runs as it was compiled.
+        A timm model returns one pooled vector or logits, so its ``forward_features`` is called to
+        get all positions. A compiled model is called as it was compiled.
         """
         has_features = hasattr(model, "forward_features") and hasattr(model, "num_classes")
         compiled = "_orig_mod" in model._modules
@@ -98,13 +100,13 @@ class OutputMetric:
         return model(*args, **kwargs)
 
     def compare(self, model: nn.Module, dense: Any, patched: Any) -> Tensor | float:
-        """How much stays, by image ``[B]`` (or one number of the user's function); 1 is all.
+        """Agreement per image ``[B]`` (or the number of the user's function); 1 is full agreement.
 
-        What is not a number in the patched output counts as lost.
+        Non-finite values in the patched output count as disagreement.
 
         Raises:
             DataError: The dense output is not finite, or the patched one has another shape.
-            InvalidType: The user's function gave neither a number nor ``[B]``.
+            InvalidType: The user's function returned neither a number nor ``[B]``.
         """
         if self.function is not None:
             return _checked(self.function(dense, patched))
@@ -116,7 +118,7 @@ class OutputMetric:
 
 
 def _checked(value: Any) -> Tensor | float:
-    """What the user's function gave, if that is a number or ``[B]``."""
+    """The result of the user's function, which must be a number or ``[B]``."""
     if isinstance(value, Tensor) and value.dim() < 2 and not value.is_complex():
         return value.detach() if value.dim() else float(value)
     try:
@@ -124,17 +126,17 @@ def _checked(value: Any) -> Tensor | float:
     except (TypeError, ValueError) as error:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise InvalidType(
-            f"metric(dense, patched) must give a number or one for each image [B], got {got}"
+            f"metric(dense, patched) must return a number or a tensor [B], got {got}"
         ) from error
 
 
 def _pair(dense: Tensor, patched: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, if the dense one is finite and their shapes agree."""
+    """Check that the dense output is finite and that the shapes agree; returns both."""
     if dense.shape != patched.shape:
         raise DataError(
-            f"the patched model gives {tuple(patched.shape)} where the dense one gives "
+            f"the patched model returns shape {tuple(patched.shape)}, the dense one "
             f"{tuple(dense.shape)}: pass metric=function(dense, patched), or let token strategies "
-            "give original positions back (restore='auto')"
+            "restore original positions (restore='auto')"
         )
     if not dense.isfinite().all():
         raise DataError(
@@ -145,12 +147,14 @@ def _pair(dense: Tensor, patched: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def same_choice(dense: Tensor, patched: Tensor, axis: int = -1) -> Tensor:
-    """Share of positions with the same first choice, ``[B]``; one that is not finite has none.
+    """Share of positions with the same top-1 class, ``[B]``.
+
+    Positions with non-finite values in the patched output count as different.
 
     Args:
         dense: ``[B, classes]``, ``[B, N, classes]`` or ``[B, classes, H, W]``.
-        patched: Likewise.
-        axis: That of the classes.
+        patched: A tensor of the same shape.
+        axis: Axis of the classes.
 
     >>> same_choice(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()
     [1.0, 0.0]
@@ -160,9 +164,9 @@ def same_choice(dense: Tensor, patched: Tensor, axis: int = -1) -> Tensor:
 
 
 def cosine(dense: Tensor, patched: Tensor) -> Tensor:
-    """Cosine over the last axis of ``[B, ..., D]``, mean over positions; 0 where not finite.
+    """Cosine similarity over the last axis of ``[B, ..., D]``, averaged over positions, ``[B]``.
 
-    Positions that are equal to the last bit count as 1, zeros among them.
+    Positions with non-finite values count as 0. Bitwise equal positions, also zeros, count as 1.
 
     >>> cosine(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[4.0, 3.0], [0.0, 0.0]]))
     tensor([0.9600, 1.0000], dtype=torch.float64)
@@ -174,12 +178,12 @@ def cosine(dense: Tensor, patched: Tensor) -> Tensor:
 
 
 def _unit_scale(x: Tensor) -> Tensor:
-    """Rows scaled to a largest entry of 1: squares of very small or large ones do not vanish."""
+    """Rows scaled to a largest entry of 1, so that squares neither underflow nor overflow."""
     return x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64  # which has no float64
+    return torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
 
 
 def _by_image(values: Tensor) -> Tensor:
@@ -193,10 +197,10 @@ def _map_cosine(model: nn.Module, dense: Tensor, patched: Tensor) -> Tensor:
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The first tensor of what `main_tensors` gives: answers stand before all else.
+    """The first tensor of `main_tensors`; in a tuple of outputs, logits come first.
 
     Raises:
-        DataError: As there.
+        DataError: The output has no tensor that can be compared.
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
@@ -204,32 +208,32 @@ def main_tensor(output: Any) -> Tensor:
 
 
 def main_tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output that are compared: one, or all maps where a model returns several.
+    """The tensors of an output that are compared: one, or all feature maps if there are several.
 
     Args:
-        output: A tensor, a sequence of maps, an output object of transformers (of which one field
-            counts, see `FIELDS`), or a dict of maps.
+        output: A tensor, a sequence of feature maps, an output object of transformers (of which
+            one field is compared, see `FIELDS`), or a dict of feature maps.
 
     Raises:
-        DataError: There is none, or not all are ``[B, ...]`` of floats.
+        DataError: There is no tensor, or not all are float tensors ``[B, ...]``.
 
     >>> [x.shape for x in main_tensors([torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 2, 2)])]
     [torch.Size([2, 8, 4, 4]), torch.Size([2, 16, 2, 2])]
     """
-    found: Any = next(filter(None, (_field(output, name) for name in FIELDS)), None)
-    if found is None:
-        found = list(output.values()) if isinstance(output, Mapping) else output
-    tensors = [found] if isinstance(found, Tensor) else found
+    value: Any = next(filter(None, (_field(output, name) for name in FIELDS)), None)
+    if value is None:
+        value = list(output.values()) if isinstance(output, Mapping) else output
+    tensors = [value] if isinstance(value, Tensor) else value
     if not isinstance(tensors, Sequence) or not tensors or not all(map(_is_map, tensors)):
         got = sorted(output) if isinstance(output, Mapping) else type(output).__name__
         raise DataError(
-            "outputs are compared by tensors [B, ...] of floats with 2 to 4 axes: pass "
-            f"metric=function(dense, patched) to compare yours, got {got}"
+            "outputs must be float tensors [B, ...] with 2 to 4 dimensions to be compared, got "
+            f"{got}: pass metric=function(dense, patched) to compare yours"
         )
     if len({len(tensor) for tensor in tensors}) > 1:
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise DataError(
-            f"outputs of shapes {shapes} are not all of the same images: pass "
+            f"outputs must have the same batch size to be compared, got shapes {shapes}: pass "
             "metric=function(dense, patched) to compare yours"
         )
     return list(tensors)
@@ -239,7 +243,7 @@ def _field(output: Any, name: str) -> list[Tensor] | None:
     """Tensors of a field of an output object or dict; None without such a field."""
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if name == "predicted_depth" and isinstance(value, Tensor):
-        return [value.flatten(1)]  # its rows are no channels
+        return [value.flatten(1)]  # a depth map has no channels
     if isinstance(value, Tensor):
         return [value]
     return list(value) if isinstance(value, (tuple, list)) else None
@@ -250,21 +254,21 @@ def _is_map(value: Any) -> bool:
 
 
 def has_classes(model: nn.Module, output: Any) -> bool:
-    """Whether a model names classes, of images or of pixels, by what it and its output say."""
-    answers = main_tensor(output)
-    named = _field(output, "logits") is not None
+    """Whether a model predicts classes (of images or of pixels), judged by it and its output."""
+    tensor = main_tensor(output)
+    has_logits = _field(output, "logits") is not None
     if says_headless(model):
         return False
-    if answers.dim() != 2:
-        return named and answers.dim() == 4
+    if tensor.dim() != 2:
+        return has_logits and tensor.dim() == 4
     count = getattr(model, "num_classes", None)
     if isinstance(count, int):
         return count > 0
-    return named or _ends_in_head(model, answers.shape[1])
+    return has_logits or _ends_in_head(model, tensor.shape[1])
 
 
 def says_headless(model: nn.Module) -> bool:
-    """Whether a model says that it returns features: known before it runs.
+    """Whether a model's attributes say that it returns features; it need not run for this.
 
     >>> from sparsiattn.testing.hosts import tiny_vit
     >>> says_headless(tiny_vit(num_classes=0)), says_headless(tiny_vit())
@@ -272,7 +276,7 @@ def says_headless(model: nn.Module) -> bool:
     """
     heads = [model._modules[name] for name in HEADS if name in model._modules]
     if heads and all(isinstance(head, nn.Identity) for head in heads):
-        return True  # put there by a user, num_classes may be that of before
+        return True  # set by the user; num_classes may still have its old value
     count = getattr(model, "num_classes", None)
     if isinstance(count, int):
         return count == 0
@@ -281,7 +285,7 @@ def says_headless(model: nn.Module) -> bool:
 
 
 def refuse_headless(model: nn.Module) -> None:
-    """Raise `InvalidOption` for a model that says it has no head, where classes are asked for."""
+    """Raise `InvalidOption` for a model without a head, for which ``"classes"`` was chosen."""
     if says_headless(model):
         raise InvalidOption(
             f"metric='classes' needs a head, and this {type(model).__name__} has none "
@@ -290,9 +294,9 @@ def refuse_headless(model: nn.Module) -> None:
 
 
 def is_headless(model: nn.Module, output: Any) -> bool:
-    """Whether a model is known to return features: it says so, or its output is as wide as a layer.
+    """Whether a model is known to return features, by its attributes or the width of its output.
 
-    What neither this nor `has_classes` knows may be either.
+    For some models neither this nor `has_classes` is true; they may return either.
     """
     if says_headless(model):
         return True
@@ -305,9 +309,10 @@ def is_headless(model: nn.Module, output: Any) -> bool:
 
 
 def _ends_in_head(model: nn.Module, width: int) -> bool:
-    """Whether the last linear layer makes an output of that width that no layer inside has.
+    """Whether the last linear layer is a head: of this output width, which no inner layer has.
 
-    That of a headless ViT belongs to a block, and projections of embeddings have no bias.
+    The last linear layer of a headless ViT belongs to a block, and projections of embeddings have
+    no bias.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].out_features != width or linear[-1].bias is None:
@@ -321,7 +326,7 @@ def _inner_widths(model: nn.Module) -> set[int]:
 
 
 def _said_widths(model: nn.Module) -> set[Any]:
-    """Numbers of channels that a model, or its config, names."""
+    """Numbers of channels that are attributes of a model or of its config."""
     config = getattr(model, "config", None)
     places = (model, "num_features"), (model, "channels"), (config, "hidden_size")
     named = [getattr(holder, name, ()) for holder, name in places]
@@ -330,10 +335,10 @@ def _said_widths(model: nn.Module) -> set[Any]:
 
 
 def channel_axis(model: nn.Module, features: Tensor) -> int:
-    """Where the channels of ``[B, D]``, ``[B, N, D]``, ``[B, H, W, D]`` or ``[B, D, H, W]`` are.
+    """The axis of the channels: ``[B, D]``, ``[B, N, D]``, ``[B, H, W, D]`` or ``[B, D, H, W]``.
 
-    Of four axes: where the model says so, else where one of its widths stands, else behind or
-    before the two that are equal.
+    With four axes it is the one that the model states, else the one whose size is a width of the
+    model, else the one next to two equal (spatial) axes.
     """
     if features.dim() != 4:
         return -1

@@ -1,4 +1,4 @@
-"""The speed expected of the whole model, and what to type where it would lose time."""
+"""The expected speed of the whole model, and alternatives if it would be slower than dense."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 SITE_MACS = round(cost.SITE_SECONDS / 1.5e-11)
-"""What linear layers compute on two cores of a server while Python runs at a site."""
+"""MACs that linear layers compute on two server cores in the time that Python takes at a site."""
 
 
 def model_speed(
@@ -29,38 +29,38 @@ def model_speed(
     speeds: Mapping[str, float],
     sparse: int,
 ) -> float:
-    """Speed of the whole model relative to dense, as if the rest of it took time by its MACs.
+    """Speed of the whole model relative to dense, assuming that time is proportional to MACs.
 
     Args:
         state: The patch.
-        run: The dry run, counted, of a patch that carries fewer tokens.
+        run: The dry run with MACs counted, for a patch with a token strategy.
         dense: MACs of the dense model.
-        speeds: Of attention by the name of the site; of others it is taken to be that of dense
-            attention, and so it is where a speed is not known (0).
-        sparse: Sites whose attention is not the host's own.
+        speeds: Speed of attention by site name. Sites that are missing or 0 (unknown) count as
+            dense.
+        sparse: Number of sites whose attention is not the host's own.
     """
     attention = 0.0
     for site in state.model_sites:
         macs = site_at(site, run).macs
         attention += macs / (speeds.get(site.name) or 1.0)
-    if state.runs_on_cpu:  # elsewhere Python runs ahead of the device
+    if state.runs_on_cpu:  # other devices run asynchronously, while Python runs ahead
         attention += SITE_MACS * sparse
     return dense / (other_macs(state, run, dense) + attention)
 
 
 def other_macs(state: PatchState, run: DryRun | None, dense: int) -> int:
-    """MACs of all but attention and planning; arguments as `model_speed` takes them."""
+    """MACs of everything except attention and planning; arguments as in `model_speed`."""
     if run is None:
         return dense - sum(site.macs for site in state.model_sites)
     return run.macs - run.planning - sum(site_at(site, run).macs for site in state.model_sites)
 
 
 def note_speed(state: PatchState) -> None:
-    """Let a patch know what to say of itself where it is expected to lose time.
+    """Set the patch's `speed_note` if it is expected to be slower than the dense model.
 
-    It is judged by one image at patch time, and by one of the sites that are alike. Nothing is said
-    where the user named a kernel, and where prices are no more than a guess: on GPUs and in half
-    precision before `tune`.
+    The estimate is for one image at patch-time size, and uses one site of each kind. There is no
+    note if the user named a kernel, or if prices are only a guess: on GPUs and in half precision
+    before `tune`.
     """
     state.speed_note, dense = "", state.attention.macs
     sparse = [r for r in state.runtimes if not (r.dense or r.strategy.keeps_all(r.site.keys))]
@@ -71,7 +71,7 @@ def note_speed(state: PatchState) -> None:
     try:
         run = dry_run(state) if state.blocks else None
         choices = dict(_choices(state, sparse, run))
-    except Exception:  # plans of plug-ins may need values; `report` raises what they do
+    except Exception:  # planners of plug-ins may need values; `report` raises the error
         return
     if run is not None and run.ragged:
         return
@@ -83,7 +83,7 @@ def note_speed(state: PatchState) -> None:
 
 
 def _is_priced(model: nn.Module) -> bool:
-    """Whether prices are of the model's device and precision, and no guess."""
+    """Whether prices for the model's device and dtype are measured, not guessed."""
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if like is None:
         return False
@@ -94,7 +94,7 @@ def _is_priced(model: nn.Module) -> bool:
 def _choices(
     state: PatchState, sparse: Sequence[SiteRuntime], run: DryRun | None
 ) -> Iterator[tuple[str, Choice]]:
-    """The kernel of every sparse site by name; of sites alike only one is asked."""
+    """The choice of a kernel for every sparse site, by name; computed once per kind of site."""
     if any(runtime.strategy.uses_cross_layer_state for runtime in sparse):
         for runtime, expected in expect_all(state, run):
             yield runtime.site.name, expected.choice
@@ -110,13 +110,13 @@ def _choices(
 
 
 def _kind(runtime: SiteRuntime, run: DryRun | None) -> object:
-    """All that speed depends on, but not which site of the model it is."""
+    """Everything that the speed of a site depends on, without its name and index."""
     site = replace(site_at(runtime.site, run), name="", index=0)
     return site, runtime.strategy, type(runtime.planner)
 
 
 def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
-    """What to type where the model would lose time.
+    """What to do instead if the patched model is slower than the dense one.
 
     Args:
         state: The patch.
@@ -128,21 +128,21 @@ def instead(state: PatchState, choices: Mapping[str, Choice]) -> list[str]:
     if state.tokens is None and in_windows(state.sites):
         advice += filter(None, [window_line(state.model_sites, state.model, state.map_size)])
     if any("patch.warmup" in reason for why in refusals for reason in why):
-        advice.append("patch.warmup(images), after which compiled kernels run")
+        advice.append("patch.warmup(images), which compiles kernels")
     if state.tokens is None and _can_shorten(state.model_sites):
         advice += ["strategy='token_drop'", "strategy='token_merge'"]
     if slow and pays_if_larger(slow[0]):
         advice.append("larger images")
-    known = [not choice.pays for choice in choices.values()]
-    if all(known):
+    would_stay_dense = [not choice.pays for choice in choices.values()]
+    if all(would_stay_dense):
         advice.append("only_if_faster=True")
-    elif any(known) or any(runtime.measured is not None for runtime in slow):
+    elif any(would_stay_dense) or any(runtime.measured is not None for runtime in slow):
         advice.append("only_if_faster=True after tune()")
     return advice
 
 
 def _can_shorten(sites: Sequence[Site]) -> bool:
-    """Whether one sequence of patches runs through the model, so that tokens can leave it."""
+    """Whether one sequence of patches runs through the whole model, so that tokens can leave it."""
     first = sites[0]
     return all(
         (site.tokens, site.keys, site.grid) == (first.tokens, first.tokens, first.grid)

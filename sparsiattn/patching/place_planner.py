@@ -1,4 +1,4 @@
-"""Planners live where the weights of their host are."""
+"""Puts planners on the device of their host's weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sparsiattn.strategies.planner_weights import adopt_parts
 
 
 def place_planner(make: Callable[[], Any], host: nn.Module, *, training: bool) -> Any:
-    """What ``make`` returns, on the host's device and in its dtype if it is a module."""
-    # or its weights could never train, and tables that are no weights would have no values
+    """The planner that ``make`` returns; a module moves to the device and dtype of its host."""
+    # otherwise weights could never train (inference mode), or tables have no values (meta device)
     with torch.inference_mode(False), torch.device("cpu"):
         planner = make()
         if isinstance(planner, nn.Module):
@@ -27,7 +27,7 @@ def place_planner(make: Callable[[], Any], host: nn.Module, *, training: bool) -
 
 
 def _computing_device(host: nn.Module) -> Any:
-    """Where accelerate takes the weights that it keeps elsewhere, None if it keeps none."""
+    """The device to which accelerate moves offloaded weights; None if it offloads none."""
     hooks = (vars(module).get("_hf_hook") for module in host.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), None)

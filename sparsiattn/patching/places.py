@@ -1,4 +1,4 @@
-"""What a patch may do where it is not known where in the image the tokens are."""
+"""Restricts strategies at sites whose token positions in the image are not known."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.dense import DenseStrategy
 from sparsiattn.strategies.token_base import TokenStrategy
 
-_TYPE = "say what they are: patch(..., grid=(rows, columns), prefix=..., suffix=...)"
+_TYPE = "pass the layout, patch(..., grid=(rows, columns), prefix=..., suffix=...)"
 
 
 def fit_places(configs: dict[Site, Strategy]) -> dict[Site, Strategy]:
-    """The strategies of sites, fit for what is known of their sequences.
+    """Adapt the strategies of sites to what is known about their sequences.
 
     Args:
         configs: The strategy of every selected site.
 
     Returns:
-        Where places are not known, strategies without tiles and summary keys.
+        The strategies, without tiles and summary keys where token positions are not known.
 
     Raises:
-        InvalidOption: A strategy cannot do without places.
+        InvalidOption: A strategy needs token positions that are not known.
 
     Warns:
-        GuessedStructure: Some structure is a guess, and no strategy depends on it.
+        GuessedStructure: The structure of a sequence is a guess, but no strategy depends on it.
     """
     for site, config in configs.items():
-        if not site.placed:
+        if not site.placed or (site.has_views_apart and not config.supports_views):
             _require_known(config, site)
     choosing = (s for s, config in configs.items() if not isinstance(config, DenseStrategy))
     guesses = [site for site in choosing if site.is_guess]
@@ -45,11 +45,11 @@ def fit_places(configs: dict[Site, Strategy]) -> dict[Site, Strategy]:
 
 
 def require_ends(tokens: TokenStrategy, sites: Iterable[Site]) -> None:
-    """Check that a token strategy can serve these sequences of patches.
+    """Check that a token strategy supports these sequences of patches.
 
     Raises:
-        InvalidOption: It needs to know more of their places, or takes special tokens at the two
-            ends of a sequence only.
+        InvalidOption: It needs token positions that are not known, or special tokens are not at
+            the ends of a sequence.
     """
     for site in sites:
         if not site.placed:
@@ -63,21 +63,21 @@ def _require_known(strategy: Config, site: Site) -> None:
 
 
 def unknown_places(strategy: Config, site: Site) -> str:
-    """What to say of a strategy that needs places, at a site where they are not known."""
-    what = "may be no patches" if site.is_guess else "are of several views"
-    what = what if site.raster else "are in no raster order"
+    """The error for a strategy that needs token positions at a site where they are not known."""
+    problem = "may not be patches" if site.is_guess else "belong to several views"
+    problem = problem if site.raster else "are not in raster order"
     return (
-        f"{strategy.name!r} needs to know where tokens are in the image, and those of site "
-        f"{site.name!r} {what}: {site.structure}; {_TYPE}, or use an attention strategy that needs "
-        "no places, e.g. 'topk'"
+        f"{strategy.name!r} needs to know where tokens are in the image, but those of site "
+        f"{site.name!r} {problem}: {site.structure}; {_TYPE}, or use an attention strategy that "
+        "needs no positions, e.g. 'topk'"
     )
 
 
 def _guess(sites: list[Site]) -> str:
     return (
         f"which tokens of {sites[0].name!r} and {len(sites) - 1} other sites are patches, and "
-        f"where, is a guess: {sites[0].structure}. Keys are chosen one by one there (tile=1, "
-        f"background=None); {_TYPE}"
+        f"their positions, is a guess: {sites[0].structure}. Keys are chosen one by one there "
+        f"(tile=1, background=None); {_TYPE}"
     )
 
 
@@ -85,12 +85,11 @@ def _check_suffix(tokens: TokenStrategy, site: Site) -> None:
     assert site.structure is not None
     if site.structure.specials:
         raise InvalidOption(
-            f"{tokens.name!r} cannot make sequences shorter that have special tokens between "
-            f"patches, as site {site.name!r} has: {site.structure}; use an attention strategy, "
-            "e.g. 'connectivity'"
+            f"{tokens.name!r} cannot shorten sequences with special tokens between patches, as at "
+            f"site {site.name!r}: {site.structure}; use an attention strategy, e.g. 'connectivity'"
         )
     if site.suffix_tokens and tokens.is_ragged():
         raise InvalidOption(
-            f"{tokens.name!r} with counts that adapt to the image cannot keep tokens behind "
-            f"the patches, as site {site.name!r} has: {site.structure}; use a fixed budget"
+            f"{tokens.name!r} with counts that adapt to the image does not support special tokens "
+            f"after the patches, as at site {site.name!r}: {site.structure}; use a fixed budget"
         )

@@ -1,4 +1,4 @@
-"""Sentences of a report about blocks that carry fewer tokens."""
+"""Lines of a report about blocks that carry fewer tokens."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _PLACES = {
     "entry": "before attention",
     "middle": "between attention and MLP",
     "exit": "after the block",
-    "bypass": "the MLP alone: the grid must stay",
-    "windows": "whole windows skip the block: the grid must stay",
+    "bypass": "which skip only the MLP because the grid must stay complete",
+    "windows": "which skip the block because the grid must stay complete",
 }
 
 
 def reduction_lines(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
-    """One line for every block that reduces: from how many patch tokens, where in the block."""
+    """One line for every block that reduces: its number of patch tokens, and where it reduces."""
     if run is None or state.tokens is None:
         return ()
     lines = []
     for block in state.blocks:
         if block.strategy is None or block.placement is None:
             continue
-        # of a block that runs several times, one after the other
+        # a block that runs several times has several counts
         counts = ", then ".join(map(str, run.counts.get(block.index, [])))
         unit = "windows" if block.placement == "windows" else "patch tokens"
         tokens = f"{counts} {unit}, " if counts else ""
@@ -32,12 +32,12 @@ def reduction_lines(state: PatchState, run: DryRun | None) -> tuple[str, ...]:
     if run.ragged:
         lines.append("counts adapt to each image: MACs are known only after a forward pass")
     if state.restores_last:
-        lines.append("original positions come back after the last block")
+        lines.append("original positions are restored after the last block")
     return tuple(lines)
 
 
 def _why_after(runtime: BlockRuntime) -> str:
-    """Why a block does not reduce between attention and MLP, where its strategy would."""
+    """Why a block does not reduce between attention and MLP although its strategy would."""
     assert runtime.strategy is not None
     if runtime.placement != "exit" or runtime.strategy.placement() != "middle":
         return ""

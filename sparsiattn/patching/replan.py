@@ -1,7 +1,7 @@
-"""What was decided of tokens at patch time, decided again when the model changed since.
+"""Plans token strategies again when the model has changed after patching.
 
-A head may come or go, pooling or the input size may change (`reset_classifier`, `set_input_size`).
-Right is what the same model would give that was changed first and patched then.
+The head, the pooling or the input size may change (`reset_classifier`, `set_input_size`). The new
+plan must be the same as if the model had been changed first and patched afterwards.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ from sparsiattn.runtime.patch_state import SWITCHING, PatchState
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS
 
 _PLAIN = (str, bool, type(None))
-"""Types of attributes that say how a model is built; numbers may be counters."""
+"""Types of attributes that describe how a model is built; numbers may be counters."""
 
 
 class AskAgain:
-    """Forward pre-hook of a model that carries fewer tokens: is it what was patched?
+    """Forward pre-hook that plans again if the model is no longer the one that was patched.
 
     Attributes:
         owner: The patch.
-        outline: What its decisions depend on, as it was when they were made.
-        rates: Which rates inside the blocks are zero: of those nothing is seen in training.
+        outline: The properties of the model that the current plan depends on.
+        rates: Which rates (dropout, drop path) inside the blocks are zero, so that training mode
+            changes nothing there.
     """
 
     def __init__(self, owner: PatchState) -> None:
@@ -67,7 +68,7 @@ class AskAgain:
             self.ask()
 
     def ask(self) -> None:
-        """Decide again if the model is not what it was."""
+        """Plan again if the model has changed."""
         owner = self.owner
         if owner.disabled_here or not owner.alive:
             return
@@ -85,9 +86,9 @@ _HOOKS: weakref.WeakValueDictionary[int, AskAgain] = weakref.WeakValueDictionary
 
 
 def _ask(key: int) -> bool:
-    """Ask while a graph is traced: a model that changed is traced anew.
+    """Call `AskAgain.ask` while a graph is traced; a model that changed is traced again.
 
-    Dynamo runs such a function instead of looking into it, and hands it numbers only.
+    Dynamo runs this function instead of tracing it, and passes numbers only.
     """
     hook = _HOOKS.get(key)
     if hook is not None:
@@ -95,26 +96,26 @@ def _ask(key: int) -> bool:
     return True
 
 
-# what `torch.compiler.assume_constant_result` does, which imports all of Dynamo
+# as `torch.compiler.assume_constant_result` does, which would import all of Dynamo
 _ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def watch_changes(state: PatchState) -> None:
-    """Ask again from now on, before every eager pass of a model that carries fewer tokens."""
+    """Check for changes before every forward pass of a model that carries fewer tokens."""
     if state.blocks:
-        # before the other hooks, which go by what is decided
+        # before the other hooks, which use the plan
         hook = state.model.register_forward_pre_hook(AskAgain(state), prepend=True)
         state.hooks.append(hook)
 
 
 def outline_of(state: PatchState) -> tuple[Any, ...]:
-    """What decisions depend on: the input size, and the model around its blocks."""
+    """The properties that the plan depends on: the input size, and the model around its blocks."""
     shape = backbone_named(state.backbone).input_shape(state.model)
     return shape, tuple(_around(state))
 
 
 def _around(state: PatchState) -> Iterator[Any]:
-    """Kind and switches of every module outside the lists of blocks."""
+    """Class, settings and parameter names of every module outside the lists of blocks."""
     lists = {runtime.block.name.rpartition(".")[0] for runtime in state.blocks} - {""}
     switched = {override.attribute for override in state.overrides} | {"training"}
     waiting: list[tuple[str, nn.Module]] = [("", state.model)]
@@ -130,9 +131,9 @@ def _around(state: PatchState) -> Iterator[Any]:
             waiting.extend((f"{name}.{key}" if name else key, part) for key, part in parts)
 
 
-@lru_cache(maxsize=256)  # asked of every module around the blocks, before every pass
+@lru_cache(maxsize=256)  # called for every module around the blocks, before every pass
 def _host_class(kind: type[nn.Module]) -> str:
-    """The name of a module's class; `fully_shard` puts one above it, which computes the same."""
+    """The name of a module's class, without the equivalent subclass that `fully_shard` adds."""
     classes = kind.__mro__
     names = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in classes]
     below = names.index("torch.FSDPModule") + 1 if "torch.FSDPModule" in names else 0
@@ -146,14 +147,14 @@ def _rates(state: PatchState) -> tuple[bool, ...]:
 
 
 def plan_again(state: PatchState, *, resized: bool) -> None:
-    """Decide for the model as it is now.
+    """Plan for the model as it is now.
 
     Args:
         state: The patch.
-        resized: Whether the model says another input size than it did.
+        resized: Whether the model's input size has changed.
 
     Raises:
-        ModelChanged: Another patch would be needed.
+        ModelChanged: The hooks do not fit the changed model; it must be patched again.
     """
     names = {site.name for site in state.sites}
     try:
@@ -179,7 +180,7 @@ def plan_again(state: PatchState, *, resized: bool) -> None:
 
 
 def _renew_blocks(state: PatchState, surveyed: ModelSurvey) -> Consumers:
-    """Describe the patch's blocks anew, and say who reads what they return."""
+    """Update the descriptions of the patch's blocks, and find the consumers of their outputs."""
     model, inputs = state.model, surveyed.inputs()
     sites = {site.name: site for site, _ in surveyed.sites}
     blocks = find_blocks(surveyed.meta_model, sites, inputs)
@@ -219,7 +220,7 @@ def _reduces_alike(runtime: BlockRuntime, block: Block, plain: bool) -> bool:
 
 def _need(state: PatchState, condition: bool, what: str) -> None:
     if not condition:
-        raise _changed(state, f"{what} is not what it was")
+        raise _changed(state, f"{what} has changed")
 
 
 def _changed(state: PatchState, why: str) -> ModelChanged:
@@ -231,7 +232,7 @@ def _changed(state: PatchState, why: str) -> ModelChanged:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Afterwards this thread's records are what they were: another model may be running."""
+    """Restore this thread's records on exit, since another model may be running."""
     records = (SITE_CALLS, BLOCK_CALL, MODEL_CALL)
     before = [dict(vars(record)) for record in records]
     try:

@@ -1,4 +1,4 @@
-"""What a patch does, in figures: kernels, density, MACs before and after, what was left alone."""
+"""`Report`: what a patch does (kernels, density, MACs before and after, what was skipped)."""
 
 from __future__ import annotations
 
@@ -49,20 +49,21 @@ class SiteReport:
         name: Module path.
         strategy: Name of its strategy.
         k: Its budget; None for strategies without one.
-        tile: Queries that share their keys.
+        tile: Queries that share their keys, as (rows, columns) or 1.
         kernel: Name of the kernel; ``"dense"`` for the host's own attention.
-        density: Kept pairs over all, without summary keys; None where only an input can tell.
-        macs_dense: MACs of QK^T and AV, dense, at the tokens of the unpatched model.
-        macs: The same as patched; None where only an input can tell.
+        density: Share of (query, key) pairs that are kept, without summary keys; None if it
+            depends on the input.
+        macs_dense: MACs of QK^T and AV of dense attention, with the tokens of the unpatched model.
+        macs: MACs of QK^T and AV as patched; None if they depend on the input.
         predictor_macs: MACs of planning.
-        expected: Speed relative to dense attention by the kernel's own estimate, planning paid.
-        ran: Whether the site ran since it was patched.
-        tokens: Queries that reach it.
-        note: What is unusual about it, in words.
+        expected: Expected speed relative to dense attention, planning included.
+        ran: Whether the site has run since it was patched.
+        tokens: Number of queries that reach it.
+        note: What is unusual about it, in words; empty if nothing is.
         refusals: Name of every kernel that refused, with its reasons.
-        planning: Expected time of planning as a share of dense attention's.
-        measured: As ``expected``, measured by `measure_sites` or a `tune` that covers the shape;
-            None where it was not.
+        planning: Expected time of planning, divided by that of dense attention.
+        measured: The same as ``expected``, measured by `measure_sites` or by a `tune` that covers
+            the shape; None if it was not measured.
     """
 
     name: str
@@ -90,36 +91,37 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Totals per image and one `SiteReport` per site. ``print`` it, or take `to_dict`.
+    """Totals per image, and one `SiteReport` per site. ``print`` it, or call `to_dict`.
 
-    FLOPs are twice the MACs. A figure is None where only a real input can tell.
+    FLOPs are twice the MACs. A value is None if it depends on the input.
 
     Attributes:
         model: Class of the model.
-        backbone: Name of the adapter.
+        backbone: Name of the backbone adapter.
         strategy: Name of the strategy.
-        input_shape: Of one image.
+        input_shape: Shape of one image.
         sites: The patched sites.
-        not_selected: Names of sites that ``sites=`` left out.
+        not_selected: Names of sites that ``sites=`` excluded.
         skipped: ``(name, reason)`` of attention that cannot be patched.
         macs_dense: MACs of the unpatched model.
-        mhsa_macs_dense: QK^T and AV of the unpatched model.
-        mhsa_macs: QK^T and AV as patched.
-        predictor_macs: What planning adds.
-        other_macs: All but attention and planning.
-        reductions: What token strategies do at which block, in words.
-        price_source: By whose prices speeds are expected.
-        structures: How the tokens of which sites lie in the image, and where that is known from.
+        mhsa_macs_dense: MACs of QK^T and AV of the unpatched model.
+        mhsa_macs: MACs of QK^T and AV as patched.
+        predictor_macs: MACs of planning.
+        other_macs: MACs of everything except attention and planning.
+        reductions: What token strategies do in each block, in words.
+        price_source: Where the prices for expected speeds come from, in words.
+        structures: How the tokens of sites map to the image, and who says so.
         whole_blocks: ``(name, reason)`` of blocks that keep every token under a token strategy:
             decoders, queries, text.
-        speed: Expected speed of the whole model relative to dense: sites at the best known speed,
-            the rest by its MACs.
-        instead: What to type instead, where that is below 0.98.
-        tiles: Which queries share their keys, why, and what another tile would bring.
-        no_fast_kernel: That the model's device has none, in words; empty where it has.
+        speed: Expected speed of the whole model relative to dense: sites at their best known
+            speed, the rest by its MACs.
+        instead: Alternatives to try if ``speed`` is below 0.98.
+        tiles: Which tiles are used, why, and the expected speed of another one.
+        no_fast_kernel: A note that the model's device has no fast kernel; empty if it has one.
         native_faults: Why compiled code that came with the package does not run.
-        windows: That attention in small windows gains nothing, and what helps; else empty.
-        monitor: What `Patch.monitor` saw; None where nothing watches.
+        windows: A note that attention in small windows gains nothing, with an alternative; else
+            empty.
+        monitor: The results of `Patch.monitor`; None if no monitor is active.
     """
 
     model: str
@@ -158,7 +160,7 @@ class Report:
     basis = renamed_property("basis", "price_source")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, under the names that fields had at first."""
+        """JSON form, which uses the original names of renamed fields."""
         names = {"skipped": "left", "not_selected": "untouched", "price_source": "basis"}
         return {**plain_data(self, **names), "macs": self.macs}
 
@@ -231,7 +233,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
     speed = None
     like = next(state.model.parameters(), None)
     device = "cpu" if like is None else like.device.type
-    # what is known of other devices says nothing of one without kernels
+    # prices of other devices do not apply to one without kernels
     if other and not (run is not None and run.ragged) and not no_fast_kernel(device):
         speeds = {row.name: row.speed for row in rows}
         sparse = sum(row.kernel != "dense" for row in rows)
@@ -269,7 +271,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
 
 
 def _windows(state: PatchState, rows: tuple[SiteReport, ...]) -> str:
-    """See `window_note`."""
+    """`window_note` for this patch."""
     speeds = {row.name: row.speed for row in rows if row.kernel != "dense"}
     sparse = [site for site in state.sites if site.name in speeds]
     line = window_line(state.model_sites, state.model, state.map_size)
@@ -277,16 +279,16 @@ def _windows(state: PatchState, rows: tuple[SiteReport, ...]) -> str:
 
 
 def _dense_elsewhere(state: PatchState) -> tuple[tuple[str, str], ...]:
-    """Other models that were seen to run modules of this one."""
+    """Other models that have run modules of this one."""
     reason = "another model, which shares modules with this one and runs them dense"
     return tuple((name, reason) for name in sorted(state.other_models))
 
 
 def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
-    """The dry run of a patch that carries fewer tokens, and MACs of the dense model.
+    """The dry run of a patch with a token strategy, and the MACs of the dense model.
 
-    Operators that know no shapes may have come into the model after it was patched (quantised
-    weights): then both run with values from now on.
+    Operators without shape inference may have been added to the model after it was patched
+    (quantised weights); from then on both run with values.
     """
     try:
         run = dry_run(state) if state.blocks else None
@@ -302,7 +304,7 @@ def _runs(state: PatchState, total: int | None) -> tuple[DryRun | None, int]:
 
 
 def dense_macs(copied: torch.nn.Module, inputs: MetaInputs) -> int:
-    """MACs of the unpatched model for one image, counted from what a dry run of a copy executes."""
+    """MACs of the unpatched model for one image, counted in a dry run of a copy."""
     with mac_counter() as counter:
         run_dry(copied, inputs)
     return macs_of(counter)
@@ -324,7 +326,7 @@ def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -
         density=1.0 if dense else _density(pattern),
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
-        # calls that must agree on their keys plan once
+        # calls that share their keys plan once
         predictor_macs=0 if dense else expected.macs * (1 if site.shared else site.calls),
         expected=1.0 if dense else choice.expected,
         ran=runtime.last_choice is not None,
@@ -337,27 +339,28 @@ def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -
 
 
 def _note(runtime: SiteRuntime, site: Site, expected: Expected) -> str:
-    """What is unusual about a site, in words."""
+    """What is unusual about a site, in words; empty if nothing is."""
     strategy, pattern, choice = runtime.strategy, expected.pattern, expected.choice
     dense, k = isinstance(pattern, Dense), getattr(strategy, "k", None)
     if isinstance(k, int) and k > site.keys:
-        return f"k={k} is more than the {site.keys} keys there are: all are kept"
+        return f"k={k} exceeds the {site.keys} keys, so all are kept"
     if runtime.dense and not dense:
-        when = ", decided elsewhere or before tuning" if choice.pays else ""
-        speed = f"{choice.kernel.name}, planning paid, would run at {speed_text(choice.expected)}"
-        paid = ", less than Python takes there" if choice.expected >= 1 and not choice.pays else ""
-        return f"left dense{when}: {speed} of dense{paid}"
+        when = " (decided on another machine or before tuning)" if choice.pays else ""
+        speed = f"{choice.kernel.name} with planning would run at {speed_text(choice.expected)}"
+        too_small = choice.expected >= 1 and not choice.pays
+        overhead = ", which saves less time than Python takes there" if too_small else ""
+        return f"left dense{when}: {speed} of dense{overhead}"
     if dense:
         if not strategy.selects_keys:
-            return "attends as the host does"
+            return "runs the host's own attention"
         return "the budget keeps every key: dense" if strategy.name != "dense" else ""
     if strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
-        return f"the budget of {pattern_keys(pattern)} keys is spent on prefix tokens alone"
+        return f"prefix tokens use up the budget of {pattern_keys(pattern)} keys"
     return ""
 
 
 def pattern_keys(pattern: Pattern) -> float:
-    """Keys per patch query of a list pattern; infinity for others."""
+    """Number of keys per patch query of a list pattern; infinity for other patterns."""
     return pattern.width if isinstance(pattern, KeyLists) else float("inf")
 
 
@@ -369,7 +372,7 @@ def _density(pattern: Pattern) -> float | None:
 
 
 def summary_pairs(pattern: Pattern) -> int:
-    """Of a pattern's pairs, those with keys that stand for others."""
+    """Number of a pattern's pairs whose key is a summary key."""
     if pattern.summary is None:
         return 0
     return (pattern.n_queries - getattr(pattern, "dense_rows", 0)) * pattern.summary.count

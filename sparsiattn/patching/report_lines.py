@@ -1,4 +1,4 @@
-"""Sentences of a report about speed."""
+"""Lines of a report about speed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.patching.text import speed_text
 
-# A whole model below this is expected to lose time; closer to 1.0 the estimate does not tell.
+# A model below this speed is expected to be slower; closer to 1.0 the estimate is too coarse.
 SLOWER = 0.98
 
-# devices with kernels of this library; "meta" stands for any
+# devices with kernels of this library; "meta" stands for any device
 SERVED = frozenset({"cpu", "cuda", "meta"})
 
 
 def no_fast_kernel(device: str) -> str:
-    """What to say of a model on a device for which there is no fast kernel; empty for others.
+    """A note for models on a device without a fast kernel; empty for other devices.
 
     Args:
         device: The type of the device.
@@ -31,32 +31,32 @@ def no_fast_kernel(device: str) -> str:
 
 
 def loses_time(speed: float, instead: Sequence[str]) -> str:
-    """What to say of a model that is expected to lose time; empty for one that is not.
+    """A note for models that are expected to be slower than dense; empty for others.
 
     Args:
-        speed: Expected, relative to dense.
-        instead: What to type instead.
+        speed: Expected speed of the model relative to dense.
+        instead: Alternatives to try.
 
     >>> loses_time(0.89, ["larger images", "only_if_faster=True"]), loses_time(0.99, [])
-    ('0.89x of dense expected; instead: larger images or only_if_faster=True', '')
+    ('expected speed 0.89x of dense; try larger images or only_if_faster=True', '')
     """
     if speed >= SLOWER:
         return ""
-    expected = f"{speed_text(speed)} of dense expected"
+    expected = f"expected speed {speed_text(speed)} of dense"
     if not instead:
         return expected
     *others, last = instead
     options = f"{', '.join(others)} or {last}" if others else last
-    return f"{expected}; instead: {options}"
+    return f"{expected}; try {options}"
 
 
 def whole_model(speed: float) -> str:
-    """What to say of the whole model's expected speed."""
-    return f"whole model: {speed_text(speed)} of dense expected, from the sites below and MACs"
+    """The line about the expected speed of the whole model."""
+    return f"whole model: expected speed {speed_text(speed)} of dense, by the sites below and MACs"
 
 
 def not_faster(sites: int) -> str:
-    """What to say of that many sites whose best known speed is below that of dense attention."""
+    """The line about that many sites whose best known speed is below that of dense attention."""
     saves = "1 site saves" if sites == 1 else f"{sites} sites save"
     return (
         f"{saves} MACs, not time: planning and kernel are not expected to beat dense attention "
@@ -66,11 +66,11 @@ def not_faster(sites: int) -> str:
 
 
 def price_source(like: Tensor | None, *, sparse: bool) -> str:
-    """By whose prices the speeds of sparse sites are expected, or why a tuning file is ignored.
+    """Where the prices of expected speeds come from, or why a tuning file is ignored.
 
     Args:
         like: A parameter of the model, if it has any.
-        sparse: Whether there is a site that is not simply dense.
+        sparse: Whether any site has an expected speed.
     """
     fault = tuning_cache.fault()
     if fault is not None:
@@ -78,7 +78,8 @@ def price_source(like: Tensor | None, *, sparse: bool) -> str:
     if not sparse:
         return ""
     if like is not None and cost.is_tuned(like.device, like.dtype):
-        return "expected speeds: by what `sparsiattn tune` measured on this machine"
+        return "expected speeds come from measurements of `sparsiattn tune` on this machine"
     return (
-        "expected speeds: by shipped figures of other machines; `sparsiattn tune` measures this one"
+        "expected speeds come from measurements of other machines; "
+        "run `sparsiattn tune` to measure this one"
     )

@@ -21,14 +21,16 @@ Schedule = Mapping[str, Any] | str | PathLike[str] | None
 def apply_schedule(
     budgets: Mapping[str, Any], sites: list[Site], configs: list[Strategy]
 ) -> list[Strategy]:
-    """Configs with the budgets of ``{site name: budget}`` put in; other sites unchanged."""
+    """The configs with the budgets of ``{site name: budget}``; other sites are unchanged."""
     names = [site.name for site in sites]
     for name in budgets:
         if name not in names:
             raise unknown("site in schedule:", name, names)
     for config in configs if budgets else ():
         if "k" not in config.option_names():
-            raise InvalidOption(f"strategy {config.name!r} has no k that a schedule could set")
+            raise InvalidOption(
+                f"a schedule of k needs a strategy with the option k, got {config.name!r}"
+            )
     return [
         replace(config, k=check_budget(budgets[name])) if name in budgets else config  # type: ignore[call-arg]
         for name, config in zip(names, configs, strict=True)
@@ -38,10 +40,10 @@ def apply_schedule(
 def token_budgets(
     schedule: Mapping[str, Any], tokens: TokenStrategy, blocks: Sequence[str]
 ) -> TokenStrategy:
-    """The config with budgets by block put in: the blocks named there are those that reduce.
+    """The config with budgets by block; exactly the blocks in the schedule reduce.
 
     Args:
-        schedule: ``{"keep": {block name or index: budget}}``; other kinds are left alone.
+        schedule: ``{"keep": {block name or index: budget}}``; other kinds are ignored.
         tokens: The strategy.
         blocks: Names of the model's blocks.
 
@@ -71,15 +73,18 @@ def token_budgets(
 
 
 def read_schedule(schedule: Schedule, kinds: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Budgets by kind, checked for their form.
+    """Read a schedule and check its form.
 
     Args:
         schedule: ``{"k": {site: budget}}``, ``{"keep": {block: budget}}``, both, or a JSON file.
-            What stands under ``about`` (as `search` writes it) is for people.
-        kinds: The kinds that the strategy takes.
+            The entry ``about`` (which `search` writes) is for people and is ignored.
+        kinds: The kinds of budgets that the strategy takes.
+
+    Returns:
+        Budgets by kind.
 
     Raises:
-        InvalidOption: The file cannot be read, or says something else.
+        InvalidOption: The file cannot be read, or has another form.
     """
     content: Any = schedule
     if schedule is None:

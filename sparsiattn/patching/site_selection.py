@@ -1,4 +1,4 @@
-"""Which of a model's sites to patch."""
+"""Selects the sites of a model to patch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Sites = str | re.Pattern[str] | Iterable[str] | Callable[[Site], bool]
 
 
 def select(sites: list[Site], selection: Sites) -> list[Site]:
-    """The sites that match.
+    """The sites that match a selection.
 
     Args:
         sites: All sites of the model.
         selection: A glob, a regular expression (searched), several globs, or a predicate.
 
     Raises:
-        UnknownName: Nothing matches, or nothing matches one of several globs.
+        UnknownName: No site matches, or none matches one of several globs.
         InvalidType: ``selection`` is none of these.
 
     >>> import torch
@@ -52,10 +52,10 @@ def select(sites: list[Site], selection: Sites) -> list[Site]:
 
 
 def watchable(state: PatchState, selection: Sites | None) -> list[str]:
-    """Names of the patched sites that keep some of their keys, of those that are asked for.
+    """Names of the selected sites that drop some of their keys.
 
     Raises:
-        InvalidOption: There is none.
+        InvalidOption: There is no such site.
     """
     sites = state.sites if selection is None else select(state.sites, selection)
     asked = {site.name for site in sites}
@@ -69,15 +69,15 @@ def watchable(state: PatchState, selection: Sites | None) -> list[str]:
     ]
     if not names:
         raise InvalidOption(
-            f"monitor() watches attention that keeps some of its keys, and {state.strategy.name!r} "
-            f"does so at none of {sorted(asked)}: they are dense (as only_if_faster=True leaves "
-            "those that would lose time), or compute keys of their own"
+            f"monitor() needs sites that drop some of their keys, but {state.strategy.name!r} "
+            f"drops none at {sorted(asked)}: they are dense (only_if_faster=True leaves slower "
+            "sites dense), or their keys are computed"
         )
     return names
 
 
 def named(selection: Sites) -> frozenset[str]:
-    """The names among what `select` was given."""
+    """The names or globs in a selection; empty if it is a predicate or regular expression."""
     if isinstance(selection, str):
         return frozenset([selection])
     listed = isinstance(selection, (list, tuple, set, frozenset))

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' published Sparsifiner code, moved over in one line."""
+"""`load_sparsifiner`: loads checkpoints of the authors' published Sparsifiner code."""
 
 from __future__ import annotations
 
@@ -32,20 +32,24 @@ def load_sparsifiner(
     basis_threshold: float = 0.02,
     basis_coef_topk: int | None = 8,
 ) -> Patch:
-    """Patch a timm ``VisionTransformer`` with weights of the authors' published code.
+    """Patch a timm ``VisionTransformer`` with weights of the authors' published Sparsifiner code.
 
-    The patch is paper-exact: ``tile=1``, no background, CLS column not forced.
+    The patch computes exactly what the paper describes (arXiv 2303.13755): ``tile=1``, no
+    background, and the CLS key is kept only if it is chosen.
 
     Args:
         model: The model. The backbone's weights are loaded into it and stay after ``unpatch()``.
         state_dict: Backbone weights plus ``blocks.<i>.attn.mask_predictor.*``.
-        keep: Attention keep rate.
-        basis_threshold: As in `Connectivity`, at the authors' value.
-        basis_coef_topk: As in `Connectivity`, at the authors' value.
+        keep: Share or count of keys per query, the paper's attention keep rate.
+        basis_threshold: As in `Connectivity`; the default is the authors' value.
+        basis_coef_topk: As in `Connectivity`; the default is the authors' value.
+
+    Returns:
+        The active patch.
 
     Raises:
         MismatchedPatch: A weight is missing, unexpected or of another shape; the model is then
-            untouched.
+            unchanged.
 
     >>> from sparsiattn.testing.hosts import tiny_vit
     >>> model = tiny_vit()
@@ -78,7 +82,7 @@ def load_sparsifiner(
             assert isinstance(planner, nn.Module)
             _check(planner.state_dict(), predictors[runtime.site.name])
             planner.load_state_dict(predictors[runtime.site.name])
-        # last, so that a misfit above leaves the model's own weights
+        # last, so that an error above leaves the model's own weights unchanged
         model.load_state_dict(dict(host), strict=True)
     except BaseException:
         patched.unpatch()
@@ -100,7 +104,7 @@ def _predictors(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
     if not predictors or len(complete) != len(predictors):
         raise MismatchedPatch(
             "the state dict needs blocks.<i>.attn.mask_predictor.{proj_n, proj_back_n, proj_c_q, "
-            f"proj_c_k}}; complete sites: {complete}, of {sorted(predictors)}"
+            f"proj_c_k}} at every site; complete sites are {complete} of {sorted(predictors)}"
         )
     return predictors
 

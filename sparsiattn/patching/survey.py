@@ -1,4 +1,4 @@
-"""Looking for a model's attention in a copy of it, without data wherever the model runs so."""
+"""Surveys a model's attention in a copy of it, on the meta device unless the model needs data."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from sparsiattn.runtime.patch_state import ModelAttention, PatchState
 
 @dataclass(frozen=True)
 class ModelSurvey:
-    """What a dry run of a copy says about a model.
+    """The result of a dry run of a model's copy.
 
     Attributes:
         backbone: The adapter.
-        example: What the copy was called with.
-        meta_model: The copy, without data wherever the model runs so.
+        example: The input of the dry run.
+        meta_model: The copy, on the meta device unless the model needs data.
         calls: Every call of attention.
-        sites: Those that can be patched, with the layout of their host.
-        skipped: ``(name, reason)`` of the others.
-        returned: Shapes of what the model returned.
+        sites: Calls that can be patched, with the layout of their host.
+        skipped: ``(name, reason)`` of the other calls.
+        returned: Shapes of the model's output tensors.
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
-        given: What the user said of the model's sequences.
+        given: The layout of the model's sequences as the user gave it.
         entrances: As in `Probe`.
-        macs: Multiply-accumulates of the dense model for one image, None where not all are known.
+        macs: Multiply-accumulates of the dense model for one image; None if not all are known.
     """
 
     backbone: Backbone
@@ -64,12 +64,12 @@ class ModelSurvey:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one image, or of the first tensor where there is no image."""
+        """Shape of one image; without an image, of the first tensor."""
         return self.example.shape
 
     @property
     def map_module(self) -> str | None:
-        """Path of the convolution that makes tokens; None where none does."""
+        """Path of the convolution that makes tokens; None if there is none."""
         source = self._map_source
         return None if source is None else source.name
 
@@ -78,11 +78,11 @@ class ModelSurvey:
         return next((call.map for call in self.calls if call.map is not None), None)
 
     def inputs(self) -> MetaInputs:
-        """What to call the copy with."""
+        """The inputs of the copy."""
         return inputs_of(self.example, self.meta_model, self.backbone)
 
     def attention(self, model: nn.Module) -> ModelAttention:
-        """What a patch keeps of it.
+        """The part of the survey that a patch keeps.
 
         Raises:
             NothingToPatch: The model has no site.
@@ -90,8 +90,8 @@ class ModelSurvey:
         if not self.sites:
             reasons = "".join(f"\n  {name or '(root)'}: {reason}" for name, reason in self.skipped)
             raise NothingToPatch(
-                f"{type(model).__name__} has no attention to patch: no module of it calls scaled "
-                "dot product attention (or writes it out) in a way that can be served" + reasons
+                f"{type(model).__name__} has no attention to patch: none of its modules computes "
+                "scaled dot product attention in a way that is supported" + reasons
             )
         tokens = self._map_source
         return ModelAttention(
@@ -116,23 +116,23 @@ def survey(
     inputs: MetaInputs | None = None,
     given: GivenStructure | None = None,
 ) -> ModelSurvey:
-    """Look for attention in a copy of the model; finding none is no error here.
+    """Find the attention of a model in a copy of it; finding none is not an error here.
 
-    The copy has no data. Where the model does not run so (it reads values, or has operators that
-    know no shapes), the copy shares its weights and runs once with the example, or with a random
-    image of that shape; the model itself stays as it is.
+    The copy is on the meta device. If the model does not run like that (it reads values, or has
+    operators without shape inference), the copy shares the model's weights and runs once with the
+    example, or with a random image of that shape. The model itself does not change.
 
     Args:
         model: The model.
         example: The ``input`` of `patch`.
-        names: Sites that are wanted even where nothing can be saved.
-        inputs: What to call the copy with, where that is not, or not only, an image; then the
-            model need not say how large its images are.
-        given: What the user says of the model's sequences.
+        names: Sites to include even if nothing can be saved there.
+        inputs: Arguments for the copy if they are not just an image; the model then need not state
+            the size of its images.
+        given: The layout of the model's sequences as the user gave it.
 
     Raises:
-        InvalidOption: That does not fit.
-        ProbeFailed: The model runs neither way.
+        InvalidOption: The given layout does not fit the model.
+        ProbeFailed: The copy runs neither on the meta device nor with values.
     """
     backbone = backbone_of(model)
     if inputs is None:
@@ -154,7 +154,7 @@ def survey(
 
 
 def survey_again(state: PatchState, names: Collection[str]) -> ModelSurvey:
-    """Look at a patched model as at patch time, with the same example."""
+    """Survey a patched model again, with the example of patch time."""
     backbone = backbone_of(state.model)
     return _survey_with(state.model, backbone, state.attention.example, names, state.structure)
 
@@ -191,7 +191,7 @@ def _survey_with(
 
 
 def _aspect(model: nn.Module, backbone: Backbone, shape: tuple[int, ...]) -> float:
-    """Height over width of the image, in patches; 1 where there is none."""
+    """Height over width of the image, in patches; 1 without an image."""
     if len(shape) < 4:
         return 1.0
     rows, columns = backbone.patch_size(model)
@@ -201,13 +201,17 @@ def _aspect(model: nn.Module, backbone: Backbone, shape: tuple[int, ...]) -> flo
 def _with_structure(
     sites: list[tuple[Site, Layout]], given: GivenStructure
 ) -> list[tuple[Site, Layout]]:
-    """The sites as the user describes them; another size stays where pixels tell it."""
+    """The sites with the layout that the user gave, where it fits; else unchanged.
+
+    Raises:
+        InvalidOption: It fits none of the sites.
+    """
     described, misfit, fitting = [], None, 0
     for site, layout in sites:
         assert site.structure is not None
         try:
             structure = given.applied(site.structure, site.tokens, site.name)
-        except InvalidOption as error:  # queries of a decoder: they stay a guess
+        except InvalidOption as error:  # queries of a decoder: their structure stays a guess
             misfit = misfit or error
         else:
             fitting += 1
@@ -219,7 +223,7 @@ def _with_structure(
 
 
 def refresh(state: PatchState) -> None:
-    """Describe the sites anew if the model was set to another input size since."""
+    """Update the descriptions of sites if the model's input size has changed."""
     model, size = state.model, backbone_named(state.backbone).input_shape(state.model)
     if state.follows_model and size != state.input_shape:
         names = {site.name for site in state.sites}
@@ -227,14 +231,14 @@ def refresh(state: PatchState) -> None:
 
 
 def _advice(model: nn.Module, is_given: bool) -> str:
-    """What to do about a model that does not run."""
+    """Advice for a model that does not run in the dry run."""
     parts = [name for name, part in _image_parts(model) if _has_sites(part)]
     if parts:
         calls = " or ".join(f"sparsiattn.patch(model.{name}, ...)" for name in parts)
         return f"Patch the part that takes images: {calls}"
     if is_given:
         return (
-            "The model does not run with this input=: it must be the shape of an image, or an "
+            "The model does not run with this input=, which must be the shape of an image, or an "
             "example (a tensor, a dict of keyword arguments, a tuple) that model(...) accepts"
         )
     return (
@@ -244,12 +248,12 @@ def _advice(model: nn.Module, is_given: bool) -> str:
 
 
 def _image_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost parts that say how large their images are, by name."""
-    taken: list[str] = []
+    """The outermost parts that state the size of their images, by name."""
+    outermost: list[str] = []
     for name, part in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in taken)
+        inside = any(name.startswith(f"{outer}.") for outer in outermost)
         if name and not inside and backbone_of(part).input_shape(part) is not None:
-            taken.append(name)
+            outermost.append(name)
             yield name, part
 
 

@@ -1,4 +1,4 @@
-"""Reports of all kinds as text and as JSON: tables, numbers, names of fields."""
+"""Formats reports as text and as JSON: tables, numbers, names of fields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def aligned(rows: Sequence[Row]) -> list[str]:
 
 
 def plain(parts: Iterable[str | Sequence[Row]]) -> str:
-    """Lines, and tables as rows of cells, as one text."""
+    """Join lines, and tables given as rows of cells, into one text."""
     lines: list[str] = []
     for part in parts:
         lines += [part] if isinstance(part, str) else aligned(part)
@@ -28,12 +28,12 @@ def plain(parts: Iterable[str | Sequence[Row]]) -> str:
 
 
 def plain_data(report: Any, **old_names: str) -> dict[str, Any]:
-    """A dataclass as plain data for JSON, where fields that got a new name keep their old one."""
+    """A dataclass as plain data for JSON, which keeps the old names of renamed fields."""
     return asdict(report, dict_factory=lambda items: {old_names.get(k, k): v for k, v in items})
 
 
 def macs_text(macs: int | None) -> str:
-    """MACs in millions or thousands of millions.
+    """MACs in millions (M) or billions (G).
 
     >>> macs_text(1_258_000_000), macs_text(405_600), macs_text(None)
     ('1.258 G', '0.41 M', 'unknown')
@@ -44,18 +44,18 @@ def macs_text(macs: int | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share: ``0.123`` is ``12.3 %``, unknown ``?``."""
-    # adding zero turns minus zero, which rounding leaves behind, into zero
+    """A share in percent: ``0.123`` is ``12.3 %``, None is ``?``."""
+    # adding 0.0 turns -0.0, which rounding can give, into 0.0
     return "?" if share is None else f"{round(100 * share, 1) + 0.0:.1f} %"
 
 
 def speed_text(ratio: float | None) -> str:
-    """A speed relative to dense attention: ``1.5`` is ``1.50x``, unknown ``-``."""
+    """A speed relative to dense attention: ``1.5`` is ``1.50x``, None is ``-``."""
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def shape_text(shape: object) -> str:
-    """Sizes of a tensor, grid or tile, as ``1x3x224x224``; what is no tuple as it is."""
+    """The sizes of a tensor, grid or tile, as ``1x3x224x224``; anything but a tuple as `str`."""
     return "x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
 
 
@@ -63,7 +63,7 @@ def structure_lines(sites: Iterable[Any]) -> tuple[str, ...]:
     """One line for each structure of a sequence, with the sites that have it.
 
     Args:
-        sites: Whatever has a ``name`` and a ``structure``.
+        sites: Objects with a ``name`` and a ``structure``.
     """
     names: dict[str, list[str]] = {}
     for site in sites:

@@ -1,4 +1,4 @@
-"""Which blocks of a model hand on the patches of an image: those a token strategy works in."""
+"""Finds the blocks of a model that process image patches, in which token strategies work."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """The blocks of a model, sorted for a token strategy.
+    """The blocks of a model, divided for a token strategy.
 
     Attributes:
-        blocks: Those of the image's patches, in order.
+        blocks: Blocks that process the image's patches, in order.
         plain: Whether one sequence runs through all of them; see `is_plain`.
         others: ``(name, reason)`` of blocks that keep every token: decoders, queries, text.
     """
@@ -34,19 +34,19 @@ def token_blocks(
     map_module: str | None,
     tokens: TokenStrategy,
 ) -> TokenBlocks:
-    """The blocks that hand on the patches of an image, and the others.
+    """Divide the blocks into those that process image patches and the others.
 
-    Where patches run through blocks of several forms, those count that are part of what makes the
-    patches: a detector's own encoder and decoder are not.
+    If patches run through blocks of several forms, only blocks in the same part of the model as
+    the patch embedding count: a detector's own encoder and decoder do not.
 
     Args:
         blocks: All blocks of the model.
         sites: Its sites.
-        map_module: Path of the convolution that makes tokens; None where none does.
+        map_module: Path of the convolution that makes tokens; None if there is none.
         tokens: The token strategy, for errors.
 
     Raises:
-        InvalidOption: Which blocks these are is a guess.
+        InvalidOption: It is a guess which blocks process patches.
     """
     _refuse_guesses(blocks, sites, tokens)
     chosen = [block for block in blocks if _of_image(block, sites)]
@@ -55,7 +55,7 @@ def token_blocks(
     if not plain and map_module is not None:
         root = _common(map_module, chosen[0].name)
         outside = [block for block in chosen if not block.name.startswith(root)]
-        others |= {block.name: f"it is no part of {root.rstrip('.')!r}" for block in outside}
+        others |= {block.name: f"it is not part of {root.rstrip('.')!r}" for block in outside}
         chosen = [block for block in chosen if block not in outside]
         plain = is_plain(chosen, sites)
     followed = [b for a, b in pairwise(blocks) if b.after and a in chosen]
@@ -65,9 +65,9 @@ def token_blocks(
 
 
 def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:
-    """Whether sequences ``[B, N, C]`` run through all blocks, every token attending to all.
+    """Whether sequences ``[B, N, C]`` run through all blocks, with global attention.
 
-    A batch may hold several of an image: its tiles, or the frames of a video.
+    A batch may hold several sequences per image: its tiles, or the frames of a video.
     """
     sizes = {shape[1:] for block in blocks for shape in (block.input_shape, block.output_shape)}
     attend_alike = all(
@@ -80,16 +80,17 @@ def is_plain(blocks: Sequence[Block], sites: Mapping[str, Site]) -> bool:
 
 
 def is_row(block: Block, site: Site) -> bool:
-    """Whether the sequences in which a site attends are those that its block hands on."""
+    """Whether a site attends within the same sequences that its block passes on."""
     fits = block.input_shape[:-1] == (site.windows, site.tokens)
     return fits and site.tokens == site.keys
 
 
 def row_sites(blocks: Sequence[Block], sites: Mapping[str, Site]) -> list[Site | None]:
-    """For each block, a site that tells where the special tokens of its sequences are.
+    """For each block, a site whose structure describes the sequences that the block passes on.
 
-    It is the block's first. Where a batch holds several sequences of an image, it must attend in
-    those; blocks that attend across them hand on what others like them do. None where no site does.
+    It is the block's first site. If a batch holds several sequences per image, that site must
+    attend within each of them. A block that attends across them takes the site of another block of
+    the same input shape, or None if there is none.
     """
     first = [sites[block.sites[0]] for block in blocks]
     known = {b.input_shape: site for b, site in zip(blocks, first, strict=True) if is_row(b, site)}
@@ -106,7 +107,10 @@ def _of_image(block: Block, sites: Mapping[str, Site]) -> bool:
 def _refuse_guesses(
     blocks: Sequence[Block], sites: Mapping[str, Site], tokens: TokenStrategy
 ) -> None:
-    """Refuse where no block is known to be of the image, or a guess hands on to one that is."""
+    """Refuse models in which no block is known to process patches.
+
+    Also refuse a block whose tokens are a guess next to one that is known.
+    """
     guesses = {
         block.name: sites[name]
         for block in blocks
@@ -123,11 +127,11 @@ def _refuse_guesses(
 
 def _why_not(block: Block, sites: Mapping[str, Site]) -> str:
     site = next(sites[name] for name in block.sites if not sites[name].of_image)
-    return f"its tokens may be no patches: {site.structure}"
+    return f"its tokens may not be patches: {site.structure}"
 
 
 def _common(map_module: str, block: str) -> str:
-    """Path, with a dot behind it, of the smallest module that holds both."""
+    """Path of the smallest module that contains both, with a trailing dot."""
     path = ""
     for a, b in zip(map_module.split("."), block.split("."), strict=False):
         if a != b:

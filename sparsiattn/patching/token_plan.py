@@ -1,6 +1,6 @@
-"""What a token strategy does to a model, worked out at patch time.
+"""Plans a token strategy for a model at patch time.
 
-Which blocks reduce, where in the block, and what the model can honour.
+The plan says which blocks reduce tokens, where in the block, and where positions are restored.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from sparsiattn.strategies.token_base import TokenStrategy
 def plan_tokens(
     state: PatchState, surveyed: ModelSurvey, tokens: TokenStrategy, schedule: Mapping[str, Any]
 ) -> Consumers:
-    """Give the patch the blocks of its model and what each of them does.
+    """Set the blocks of a patch, and what each of them does.
 
     Args:
-        state: The patch, not in the model yet.
-        surveyed: The model's attention.
+        state: The patch, not installed yet.
+        surveyed: The survey of the model.
         tokens: The token strategy.
         schedule: Budgets by block.
 
     Returns:
-        Who reads what the blocks return.
+        The consumers of the blocks' outputs.
+
+    Raises:
+        InvalidOption: The model cannot carry fewer tokens with this strategy.
     """
     model, sites = state.model, {site.name: site for site in state.model_sites}
     name = type(model).__name__
@@ -51,13 +54,13 @@ def plan_tokens(
     blocks = find_blocks(surveyed.meta_model, sites, inputs)
     if not blocks:
         raise InvalidOption(
-            f"{name} has no blocks that tokens could skip: token strategies need modules that "
-            "hold attention and an MLP; use an attention strategy, e.g. 'connectivity'"
+            f"{name} has no blocks for token strategies, which need modules that contain "
+            "attention and an MLP; use an attention strategy, e.g. 'connectivity'"
         )
     if backbone.packs_batch(model):
         raise InvalidOption(
-            f"{name} lays the images of a batch end to end in one sequence, where tokens of one "
-            "would be chosen at the cost of another; use an attention strategy, e.g. 'connectivity'"
+            f"{name} packs the images of a batch into one sequence, where images would compete for "
+            "the tokens to keep; use an attention strategy, e.g. 'connectivity'"
         )
     chosen = token_blocks(blocks, sites, surveyed.map_module, tokens)
     state.whole_blocks = chosen.others
@@ -65,7 +68,10 @@ def plan_tokens(
     rows = _rows(blocks, sites, name)
     require_ends(tokens, rows)
     if not plain and any(site.suffix_tokens for site in rows):
-        raise InvalidOption(f"{name}: tokens behind the patches need one sequence for all blocks")
+        raise InvalidOption(
+            f"{name} has special tokens after the patches, which token strategies support only if "
+            "one sequence runs through all blocks; use an attention strategy, e.g. 'connectivity'"
+        )
     towers, consumers = [Tower(0, blocks)], Consumers()
     if plain:
         consumers = consumers_of(surveyed.meta_model, blocks, sites, inputs)
@@ -95,16 +101,16 @@ def plan_tokens(
 
 
 def reads_prefix(state: PatchState, consumers: Consumers) -> bool:
-    """Whether all that reads the last sequence reads prefix tokens alone.
+    """Whether all consumers of the last sequence read prefix tokens only.
 
-    Others count differently in every image of a padded batch.
+    The positions of other tokens differ between the images of a padded batch.
     """
     last = [block.index for block in state.blocks if block.last]
     return not any(consumers.need_all(index, uneven=True) for index in last)
 
 
 def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
-    """Refuse hooks of the host itself that look into a block, where tokens are fewer.
+    """Refuse models whose own hooks read tokens inside a block that carries fewer tokens.
 
     Raises:
         InvalidOption: There is such a hook.
@@ -113,9 +119,9 @@ def _heed_hooks(state: PatchState, readers: Collection[str]) -> None:
     for name in readers:
         if any(name.startswith(f"{block}.") for block in blocks):
             raise InvalidOption(
-                f"{type(state.model).__name__} has a hook of its own on {name!r} that reads the "
-                "tokens there, inside a block that would carry fewer; use an attention strategy "
-                "such as 'connectivity', or layers= behind it"
+                f"{type(state.model).__name__} has its own hook on {name!r}, which reads tokens "
+                "inside a block that would carry fewer of them; use an attention strategy such as "
+                "'connectivity', or layers= after it"
             )
 
 
@@ -144,51 +150,53 @@ def _runtimes(
 
 
 def _rows(blocks: Sequence[Block], sites: Mapping[str, Site], model: str) -> list[Site]:
-    """`row_sites`, or a refusal."""
+    """The result of `row_sites`; raises if a block has no such site."""
     known = []
     for block, site in zip(blocks, row_sites(blocks, sites), strict=True):
         if site is None:
             raise InvalidOption(
-                f"{model} hands tokens from block to block in another form than [B, N, C] (for one "
-                f"image: {list(block.input_shape)}), which token strategies cannot make shorter; "
-                "use an attention strategy such as 'connectivity'"
+                f"{model} passes tokens between blocks in a form other than [B, N, C] (for one "
+                f"image: {list(block.input_shape)}), which token strategies cannot shorten; use an "
+                "attention strategy such as 'connectivity'"
             )
         known.append(site)
     return known
 
 
 def check_hierarchy(tokens: TokenStrategy, model: str) -> None:
-    """In windows and stages the grid must stay: tokens can skip the MLP only.
+    """Check a token strategy for models with windows or stages.
+
+    Their grid must stay complete, so tokens can only skip the MLP.
 
     Raises:
-        InvalidOption: The strategy needs more than that.
+        InvalidOption: The strategy does more than that.
     """
     if not (tokens.reads_attention() or tokens.is_ragged() or tokens.merges()):
         return
     raise InvalidOption(
-        f"{model} attends in windows or changes its grid between stages, so every token must stay; "
-        f"{tokens.name!r} with these options cannot be honoured there. What can: dropped tokens "
-        "skip the MLP only, with token_drop and score='norm', 'random' or 'learned' (and a fixed "
-        "keep); whole windows skip blocks with skip='window'; or use an attention strategy such as "
+        f"{model} attends in windows or changes its grid between stages, so every token must stay, "
+        f"which {tokens.name!r} with these options does not allow. Use token_drop with "
+        "score='norm', 'random' or 'learned' and a fixed keep (dropped tokens skip only the MLP), "
+        "add skip='window' (complete windows skip blocks), or use an attention strategy such as "
         "'connectivity'"
     )
 
 
 def check_windows(state: PatchState, plain: bool, model: str) -> None:
-    """Whole windows skip blocks only where there are some, and where attention stays dense.
+    """Check a token strategy with ``skip="window"``.
 
     Raises:
-        InvalidOption: Another strategy is needed.
+        InvalidOption: The model has no windows, or an attention strategy is used as well.
     """
     if plain:
         raise InvalidOption(
-            f"skip='window' needs blocks that attend in windows, and {model} has none: leave skip= "
-            "out, so that dropped tokens leave the sequence"
+            f"skip='window' needs blocks that attend in windows, and {model} has none: omit skip=, "
+            "so that dropped tokens leave the sequence"
         )
     if not isinstance(state.strategy, TokenStrategy):
         raise InvalidOption(
-            "skip='window' runs blocks on some of their windows, of which an attention strategy "
-            f"knows the number: use it alone, got {state.strategy.name!r} beside it"
+            "skip='window' cannot be combined with an attention strategy, which is planned for all "
+            f"windows of a block: use token_drop alone, got {state.strategy.name!r}"
         )
 
 
@@ -198,7 +206,7 @@ def _resolve(
     sites: Mapping[str, Site],
     schedule: Mapping[str, Any],
 ) -> tuple[TokenStrategy, dict[int, TokenStrategy]]:
-    """The config as JSON will hold it, and one for each reducing block."""
+    """The config in the form that is saved, and one config for each reducing block."""
     tokens = token_budgets(schedule, tokens, [block.name for block in blocks])
     layers = tokens.layers_in(len(blocks))
     configs = {
@@ -214,7 +222,7 @@ def _resolve(
 
 
 def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> None:
-    """Let a block reduce by this strategy."""
+    """Make a block reduce tokens with this strategy."""
     model = runtime.owner.model
     runtime.strategy = strategy
     runtime.planner = place_planner(
@@ -226,16 +234,16 @@ def _let_reduce(runtime: BlockRuntime, strategy: TokenStrategy, plain: bool) -> 
 
 
 def placement_of(tokens: TokenStrategy, block: Block, plain: bool, model: str) -> Placement:
-    """Where a block reduces.
+    """Where in a block tokens are reduced.
 
     Args:
         tokens: Its token strategy.
         block: The block.
-        plain: See `is_plain`.
+        plain: Whether one sequence runs through all blocks; see `is_plain`.
         model: The model's name, for errors.
 
     Raises:
-        InvalidOption: It cannot.
+        InvalidOption: The block cannot reduce tokens.
     """
     if tokens.skips_windows():
         return "windows"
@@ -246,7 +254,7 @@ def placement_of(tokens: TokenStrategy, block: Block, plain: bool, model: str) -
             return "exit" if placement == "middle" else placement
         return placement
     if block.tail is None or block.tail.mixes:
-        why = "no MLP branch of its own"
+        why = "no separate MLP branch"
         if block.tail is not None:
             why = f"an MLP that mixes tokens ({block.tail.mixes})"
         raise InvalidOption(
@@ -257,9 +265,12 @@ def placement_of(tokens: TokenStrategy, block: Block, plain: bool, model: str) -
 
 
 def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
-    """Hooks are needed from the first reduction on; in a hierarchy, to the end of its stage."""
+    """The blocks that need hooks: all from the first reduction on; with stages, to its stage's end.
+
+    Also marks the first and the last of them.
+    """
     start = next(i for i, runtime in enumerate(blocks) if runtime.placement)
-    if blocks[0].repeated:  # the first block takes what the last one reduced
+    if blocks[0].repeated:  # the first block takes the sequence that the last one reduced
         start = 0
     blocks[start].first = True
     blocks[-1].last = True
@@ -279,15 +290,18 @@ def _trimmed(blocks: list[BlockRuntime], plain: bool) -> list[BlockRuntime]:
 
 
 def validate_token_plan(state: PatchState, consumers: Consumers, dense: list[torch.Size]) -> DryRun:
-    """Decide where original positions come back, and check that the model can carry fewer tokens.
+    """Decide where original positions are restored, and check the model with fewer tokens.
 
     Args:
-        state: The patch, not in the model yet.
-        consumers: Who reads what its blocks return.
-        dense: Shapes of what the model returns without a patch.
+        state: The patch, not installed yet.
+        consumers: The consumers of its blocks' outputs.
+        dense: Shapes of the unpatched model's output tensors.
 
     Returns:
-        The dry run of the plan as it is now.
+        The dry run of the final plan.
+
+    Raises:
+        InvalidOption: The model cannot carry fewer tokens.
     """
     assert state.tokens is not None
     if state.shortens:
@@ -299,7 +313,7 @@ def validate_token_plan(state: PatchState, consumers: Consumers, dense: list[tor
         if not state.shortens or state.tokens.restore is None:
             raise _cannot(state, error) from error
         complete = False
-    if not complete:  # a reader that no operation told of
+    if not complete:  # there is a consumer that tracing did not find
         for block in state.blocks:
             block.restores = True
         run = _run_restored(state)
@@ -322,9 +336,9 @@ def _cannot(state: PatchState, error: ProbeFailed) -> InvalidOption:
 
 
 def _let_restore(state: PatchState, tokens: TokenStrategy, consumers: Consumers) -> None:
-    """Let blocks give original positions back whose output something reads by position.
+    """Let blocks restore original positions if a consumer reads their output by position.
 
-    Also where plain pooling would weigh merged (or padded) tokens wrongly.
+    They also do so if pooling would weigh merged (or padded) tokens incorrectly.
     """
     uneven = tokens.merges() or tokens.is_ragged()
     for block in state.blocks:
@@ -332,20 +346,20 @@ def _let_restore(state: PatchState, tokens: TokenStrategy, consumers: Consumers)
         block.restores = asked or consumers.need_all(block.index, uneven)
         if block.restores and tokens.restore is None:
             raise InvalidOption(
-                f"{type(state.model).__name__} returns (or reads) {_reads(consumers, block)}, and "
-                "restore=None never puts tokens back: use restore='auto'"
+                f"{type(state.model).__name__} returns (or reads) {_reads(consumers, block)}, but "
+                "restore=None never restores tokens: use restore='auto'"
             )
 
 
 def _reads(consumers: Consumers, block: BlockRuntime) -> str:
     reason = consumers.positions.get(block.index)
     if reason is None:
-        return "the mean of patches, to which merged (or fewer) tokens would count wrongly"
-    return f"one feature for each patch behind {block.block.name} ({reason})"
+        return "the mean of patches, in which merged (or fewer) tokens would be weighted wrongly"
+    return f"one feature for each patch after {block.block.name} ({reason})"
 
 
 def _check_counts(state: PatchState, run: DryRun) -> None:
-    """Let every block's strategy refuse the count of tokens that reaches it."""
+    """Check the number of tokens that reaches each block with the block's strategy."""
     by_index = {block.index: block for block in state.blocks}
     for i, (index, counts) in enumerate(sorted(run.counts.items())):
         block = by_index[index]

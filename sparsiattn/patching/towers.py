@@ -1,4 +1,4 @@
-"""The sequences of a model: each runs through blocks of its own, its tower."""
+"""Towers: the separate stacks of blocks of a model, each with its own sequence."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 @dataclass
 class Tower:
-    """Blocks that hand on one sequence.
+    """Blocks that process the same sequence, one after the other.
 
     Attributes:
-        start: Number of the first among all blocks of the model.
-        blocks: They, in order.
-        root: Path of the module that holds them and no other tower.
+        start: Index of its first block among all blocks of the model.
+        blocks: Its blocks, in order.
+        root: Path of the module that contains this tower and no other.
         repeated: Whether blocks take the sequence more than once.
     """
 
@@ -35,7 +35,7 @@ class Tower:
 def consumers_of(
     meta_model: nn.Module, blocks: Sequence[Block], sites: Mapping[str, Site], inputs: MetaInputs
 ) -> Consumers:
-    """Who reads what these blocks return; see `find_consumers`."""
+    """The consumers of these blocks' outputs; see `find_consumers`."""
     lead = [sites[block.sites[0]].leading_tokens for block in blocks]
     several = [block.input_shape[0] > 1 for block in blocks]
     names = [block.name for block in blocks]
@@ -46,7 +46,7 @@ def find_towers(blocks: list[Block], consumers: Consumers, model: str) -> list[T
     """The towers of a model, in the order in which they run.
 
     Raises:
-        InvalidOption: Blocks hand sequences on in another way than one after the other.
+        InvalidOption: Blocks do not simply follow one another.
     """
     towers: list[Tower] = []
     seen: dict[int, Tower] = {}
@@ -77,7 +77,7 @@ def _repeat(
     name: str,
     model: str,
 ) -> None:
-    """A block that ran before: on a new sequence, or again on the same one."""
+    """Handle a block that has run before: on a new sequence, or again on the same one."""
     if before is None:
         return
     if seen[before.block] is not tower:
@@ -86,22 +86,22 @@ def _repeat(
     tower.repeated |= again
     if again and not run.handed:
         raise InvalidOption(
-            f"{model} applies block {name!r} more than once and changes the tokens in between, so "
-            "which of them are left would not be known; use an attention strategy such as "
+            f"{model} runs block {name!r} more than once and changes the tokens in between, so the "
+            "remaining tokens could not be tracked; use an attention strategy such as "
             "'connectivity'"
         )
 
 
 def _tangled(model: str, name: str, before: str) -> InvalidOption:
     return InvalidOption(
-        f"{model}: block {name!r} takes the output of {before!r}, which is not the block before it "
-        "(towers that run in turns, or branches); patch one part on its own, or use an attention "
-        "strategy such as 'connectivity'"
+        f"{model}: block {name!r} takes the output of {before!r}, which is not the previous block "
+        "(interleaved towers, or branches); patch a part of the model on its own, or use an "
+        "attention strategy such as 'connectivity'"
     )
 
 
 def _root(tower: Tower, towers: Sequence[Tower]) -> str:
-    """The shortest path that leads to this tower alone."""
+    """The shortest path that contains this tower and no other."""
     path: list[str] = []
     others = [b.name.split(".") for other in towers if other is not tower for b in other.blocks]
     for parts in zip(*(block.name.split(".") for block in tower.blocks), strict=False):
@@ -112,16 +112,16 @@ def _root(tower: Tower, towers: Sequence[Tower]) -> str:
 
 
 def check_alike(towers: Sequence[Tower], resolved: Sequence[TokenStrategy], model: str) -> None:
-    """Several towers are patched by one config, so that it must mean the same in each.
+    """Check that one config, which patches all towers, has the same meaning in each of them.
 
     Raises:
-        InvalidOption: It does not.
+        InvalidOption: It has not.
     """
     if all(config == resolved[0] for config in resolved[1:]):
         return
     roots = ", ".join(f"patch(model.{tower.root})" for tower in towers)
     depths = ", ".join(str(len(tower.blocks)) for tower in towers)
     raise InvalidOption(
-        f"{model} has {len(towers)} towers of {depths} blocks, for which these options do not mean "
-        f"the same; patch each on its own: {roots}"
+        f"{model} has {len(towers)} towers of {depths} blocks, in which these options have "
+        f"different meanings; patch each tower on its own: {roots}"
     )

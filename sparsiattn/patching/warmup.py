@@ -1,4 +1,4 @@
-"""`Patch.warmup`: kernels that compile do so before the first real forward pass."""
+"""`Patch.warmup`: compiles kernels before the first real forward pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparsiattn.runtime.thread_state import MODEL_CALL
 
 
 def warmup(state: PatchState, inputs: Any) -> None:
-    """One forward pass whose patched sites let every kernel get ready; see `Patch.warmup`."""
+    """Run one forward pass in which patched sites warm up their kernels; see `Patch.warmup`."""
     if state.disabled_here or settings.observer is not None:
         raise InvalidOption(
             "warmup() inside disabled() or observing() would run dense attention and warm up "
-            "nothing; leave that block first"
+            "nothing; call it outside of that block"
         )
     args, kwargs = arguments(inputs, "warmup")
     if state.tokens is not None and state.tokens.merges():
@@ -31,7 +31,10 @@ def warmup(state: PatchState, inputs: Any) -> None:
 
 
 def _compile_merging(state: PatchState) -> None:
-    """Merging has no kernel that would ask for it; without a compiler, torch's operations stay."""
+    """Compile the code for merging tokens, which no kernel's warm-up covers.
+
+    Without a compiler, merging uses torch operations.
+    """
     first = next(state.model.parameters(), None)
     if first is not None and first.is_cpu and first.dtype is torch.float32:
         build.compile_here()
@@ -39,9 +42,9 @@ def _compile_merging(state: PatchState) -> None:
 
 @contextmanager
 def unchanged(state: PatchState) -> Iterator[None]:
-    """Buffers, random numbers and the record of the last pass are afterwards what they were.
+    """Restore buffers, random number generators and the record of the last pass on exit.
 
-    Buffers change in a training model, which counts batches.
+    Buffers change in training mode, for example those that count batches.
     """
     buffers = [(x, x.clone()) for x in state.model.buffers()] if state.training else []
     last_pass, image, thread_image = state.last_pass, state.image, MODEL_CALL.image

@@ -1,4 +1,4 @@
-"""Whether a block can run on some of its windows, tried on a copy before a model is touched."""
+"""Checks on a copy whether a block can run on some of its windows only (``skip="window"``)."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from sparsiattn.runtime.hook_tools import first_tensor
 from sparsiattn.runtime.window_skip import arguments_of, runs_apart
 
 CLOSE = 1e-3
-"""Largest difference, of the largest entry, between a block on windows apart and on its map."""
+"""Largest relative difference between a block on separate windows and on the complete map."""
 
 
 def cut_of(runtime: BlockRuntime) -> WindowCut:
-    """How the windows of a block lie in its map.
+    """The windows of a block.
 
     Raises:
-        InvalidOption: It cannot run on some of them.
+        InvalidOption: The block cannot run on some of its windows only.
     """
     module = runtime.owner.model.get_submodule(runtime.block.name)
     cut = WindowCut.of(module, inspect.signature(module.forward).parameters)
     if cut is None:
         raise _refused(runtime, "it has no window_size and shift_size")
     *size, _ = runtime.block.input_shape[1:]
-    then = runtime.owner.map_size
-    grid = (size[0], size[1]) if len(size) == 2 else stage_grid(size[0], (then, then))
+    map_size = runtime.owner.map_size
+    grid = (size[0], size[1]) if len(size) == 2 else stage_grid(size[0], (map_size, map_size))
     if grid is None:
-        raise _refused(runtime, "the size of its map is not known")
+        raise _refused(runtime, "the size of its feature map is not known")
     here = cut.at(grid)
     if runtime.block.input_shape != runtime.block.output_shape:
-        raise _refused(runtime, "it changes its map")
+        raise _refused(runtime, "it changes the shape of its feature map")
     if has_data(module):
         _try_out(runtime, module, here, grid)
     return cut
 
 
 def _try_out(runtime: BlockRuntime, module: nn.Module, cut: WindowCut, grid: Grid) -> None:
-    """Compare the block on windows apart with the block on its map; both are copies."""
+    """Compare the block on separate windows with the block on the complete map, using copies."""
     sites, block = runtime.block.sites, runtime.block
     inner = sites[0].removeprefix(f"{block.name}.")
-    whole = _awake(copy.deepcopy(module).float().eval())
-    apart = copy.deepcopy(whole)
+    on_map = _awake(copy.deepcopy(module).float().eval())
+    on_windows = copy.deepcopy(on_map)
     like = next(module.parameters())
     x = torch.randn(block.input_shape, generator=torch.Generator().manual_seed(0)).to(like.device)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            expected = first_tensor(whole(*arguments_of(x, grid)))
-            got = runs_apart(apart, inner, cut, x, grid)
+            expected = first_tensor(on_map(*arguments_of(x, grid)))
+            got = runs_apart(on_windows, inner, cut, x, grid)
         except Exception as error:
-            why = f"tried on windows apart, it raised {type(error).__name__}: {error}"
+            why = f"on separate windows it raised {type(error).__name__}: {error}"
             raise _refused(runtime, why) from error
     if len(sites) != 1 or expected is None or not _alike(got, expected, x):
-        raise _refused(runtime, "on windows apart it does not give what it gives on its map")
+        raise _refused(runtime, "its result on separate windows differs from that on the full map")
 
 
 def _awake(module: nn.Module) -> nn.Module:
-    """The module with other weights where all are zero, so that no branch adds zeros alone."""
+    """The module with random values in all-zero parameters, so that every branch has an effect."""
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
         if not bool(parameter.detach().any()):
@@ -76,7 +76,7 @@ def _awake(module: nn.Module) -> nn.Module:
 def _alike(got: Tensor, expected: Tensor, x: Tensor) -> bool:
     if got.shape != expected.shape or not bool(torch.isfinite(expected).all()):
         return False
-    # of what the block adds: its input goes through unchanged either way
+    # relative to what the block adds, since its input passes through unchanged either way
     added = (expected - x).abs().max()
     return bool(added > 0) and bool((got - expected).abs().max() <= CLOSE * added)
 

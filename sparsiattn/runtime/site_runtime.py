@@ -251,8 +251,13 @@ class SiteRuntime:
             pattern,
             inputs,
             prefix_keys=self.strategy.prefix_keys,
-            background=self.strategy.background_for(inputs.key_grid) if inputs.placed else None,
+            background=self._background_of(inputs),
         )
+
+    def _background_of(self, inputs: AttentionInputs) -> int | None:
+        if not inputs.placed:
+            return None
+        return self.strategy.background_for(inputs.key_grid, inputs.key_views)
 
     def choose(self, inputs: AttentionInputs, pattern: Pattern) -> Choice:
         """The kernel for one call; the choice is cached for equal calls."""

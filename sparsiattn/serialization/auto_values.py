@@ -16,7 +16,9 @@ from sparsiattn.strategies.hybrid import Hybrid
 Values = dict[str, Any]
 
 
-def auto_values(strategy: Strategy, tokens: int, keys: int, grid: tuple[int, int]) -> Values:
+def auto_values(
+    strategy: Strategy, tokens: int, keys: int, grid: tuple[int, int], views: int = 1
+) -> Values:
     """Options of a strategy that are ``"auto"``, resolved for one site.
 
     Args:
@@ -24,6 +26,7 @@ def auto_values(strategy: Strategy, tokens: int, keys: int, grid: tuple[int, int
         tokens: Number of queries, prefix included.
         keys: Number of keys, prefix included.
         grid: Rows and columns of the patch keys.
+        views: Number of images or frames in the grid.
 
     Returns:
         By name, the value of every option that is ``"auto"``.
@@ -31,7 +34,7 @@ def auto_values(strategy: Strategy, tokens: int, keys: int, grid: tuple[int, int
     values: Values = {
         "tile": strategy.tile_for(tokens),
         "block": strategy.block_for(keys),
-        "background": strategy.background_for(grid),
+        "background": strategy.background_for(grid, views),
     }
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -42,7 +45,7 @@ def auto_values(strategy: Strategy, tokens: int, keys: int, grid: tuple[int, int
 
 def of_site(strategy: Strategy, site: Site) -> Values:
     """As `auto_values`, for the shape that the site was patched for."""
-    return auto_values(strategy, site.tokens, site.keys, site.key_grid)
+    return auto_values(strategy, site.tokens, site.keys, site.key_grid, site.views)
 
 
 def with_saved_values(strategy: Config, saved: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -100,4 +103,6 @@ def _values_now(strategy: Strategy, site: Mapping[str, Any]) -> Values:
     strategy = strategy if k is None else replace(strategy, k=k)  # type: ignore[call-arg]
     fixed = {name: getattr(strategy, name) for name in ("tile", "block", "background")}
     # an option that was "auto" may have been resolved when the strategy was built
-    return fixed | auto_values(strategy, site["tokens"], keys, (rows, columns))
+    return fixed | auto_values(
+        strategy, site["tokens"], keys, (rows, columns), site.get("views", 1)
+    )

@@ -55,6 +55,7 @@ def save(state: PatchState, directory: Path, *, include_model: bool = False) -> 
                 "tokens": runtime.site.tokens,
                 "keys": runtime.site.keys,
                 "grid": list(runtime.site.key_grid),
+                "views": runtime.site.views,
                 "auto": of_site(runtime.strategy, runtime.site),
                 "heads": runtime.site.heads,
                 "head_dim": runtime.site.head_dim,

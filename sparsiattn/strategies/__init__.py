@@ -1,7 +1,8 @@
-"""Strategies say which keys each query attends to, or which tokens go on: contracts and built-ins.
+"""Strategies decide which keys each query attends to, or which tokens to keep.
 
-May import `sparsiattn.kernels` and what stands below it; the runtime and all above may import it.
-Published methods are plug-ins on the public names: `sparsiattn.methods`.
+The package has the contracts and the built-in strategies. It may import `sparsiattn.kernels` and
+the layers below it; the runtime and all layers above may import it. Published methods are plug-ins
+that use the public names: `sparsiattn.methods`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sparsiattn.strategies.token_drop import TokenDrop
 from sparsiattn.strategies.token_merge import TokenMerge
 from sparsiattn.strategies.topk import TopK
 
-# Until the next minor version `sparsiattn.strategies()` lists what is registered.
+# Until the next minor version `sparsiattn.strategies()` lists the registered strategies.
 sys.modules[__name__].__class__ = CallablePackage
 
 

@@ -1,4 +1,4 @@
-"""The contract of a strategy: an immutable config that plans, or makes something that plans."""
+"""`Strategy`, the contract of a strategy: an immutable config that plans, or makes a planner."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Budgets = Budget | Sequence[Budget] | Callable[[Site], Budget]
 
 @runtime_checkable
 class Planner(Protocol):
-    """What a strategy makes for one site: called with `AttentionInputs`, it returns a `Pattern`.
+    """The planner of one site: a callable that takes `AttentionInputs` and returns a `Pattern`.
 
-    If it also has a method ``after(inputs, output)``, that gets what attention then returned at
-    the site, ``[B, H, Nq, Dv]``. If it has an attribute ``plans_by_shape``, see `Strategy`.
+    If it has a method ``after(inputs, output)``, this is called after attention with the result of
+    the site, ``[B, H, Nq, Dv]``. It may have the attribute ``plans_by_shape``, see `Strategy`.
 
     >>> x = torch.randn(1, 2, 16, 8)
     >>> def first_keys(inputs: AttentionInputs) -> Pattern:
@@ -43,30 +43,33 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class Strategy(Config):
-    """What to keep. Subclass it as a frozen dataclass, set ``name``, and override one method.
+    """Decides which keys to keep. Subclass it as a frozen dataclass and set ``name``.
 
-    Override `plan` if the inputs of a call are all it takes, or `planner` if something must be kept
-    per site (weights, tables). The core takes care of budgets, prefix tokens, shared key heads,
-    tiles and background.
+    Override `plan` if planning needs only the inputs of a call, or `planner` if it needs state per
+    site (weights, tables). The core takes care of budgets, prefix tokens, shared key heads, tiles
+    and background.
 
     Args:
-        tile: Queries that share one key set: 1, ``(rows, columns)`` of patches, or ``"auto"``: 1
+        tile: Queries that share one key list: 1, ``(rows, columns)`` of patches, or ``"auto"``: 1
             below 1,024 tokens, ``(8, 4)`` below 2,304, else ``(8, 8)``.
-        block: Patch keys that are kept or dropped together in tile mode: 1, ``(rows, columns)``,
-            or ``"auto"``, more of them for larger budgets. Under a host's mask that forbids keys
-            every key is chosen by itself.
-        background: Pool dropped keys into g x g summary keys; ``"auto"`` for a g that fits the
-            token grid (5 at 14 x 14, 10 at 37 x 37); None to drop them.
-        prefix_keys: Whether CLS and register columns are always kept, within the budget.
+        block: Patch keys that are kept or dropped together if there are tiles: 1,
+            ``(rows, columns)``, or ``"auto"`` for larger blocks with larger budgets. If the host's
+            mask forbids keys, keys are chosen one by one.
+        background: Pool dropped keys into g x g summary keys; ``"auto"`` for a g that suits the
+            token grid (5 at 14 x 14, 10 at 37 x 37); None for no summary keys.
+        prefix_keys: Whether CLS and register keys are always kept, within the budget.
 
     Attributes:
-        selects_keys: Whether plans choose among the host's keys. Those of `Pattern.computed_keys`,
-            `Pattern.logits` and `Pattern.output` do not, and ``background`` cannot complete them.
+        selects_keys: Whether patterns select among the host's keys. Those of
+            `Pattern.computed_keys`, `Pattern.logits` and `Pattern.output` do not, and cannot be
+            combined with ``background``.
         uses_cross_layer_state: Whether planners use `AttentionInputs.store` and `load`.
-        needs_grid: Whether plans say nothing where the places of tokens in the image are not known.
-        plans_by_shape: Whether plans depend on shapes and options alone, as where the kernel finds
-            the keys, so that calls alike need one plan. A class that overrides ``plan`` has to say
-            so anew.
+        needs_grid: Whether the strategy needs to know the positions of tokens in the image.
+        supports_views: Whether a strategy with ``needs_grid`` supports sequences of several images
+            with special tokens between them; without it, such sequences are refused.
+        plans_by_shape: Whether patterns depend on shapes and options only (for example because the
+            kernel finds the keys), so that one plan serves all calls of the same shape. A subclass
+            that overrides ``plan`` must set it again.
 
     >>> from dataclasses import dataclass
     >>> from sparsiattn import Pattern, Strategy
@@ -91,6 +94,7 @@ class Strategy(Config):
     selects_keys: ClassVar[bool] = True
     uses_cross_layer_state: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    supports_views: ClassVar[bool] = False
     plans_by_shape: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -109,8 +113,8 @@ class Strategy(Config):
         _check_background(self.background)
         if self.background is not None and not self.selects_keys:
             raise InvalidOption(
-                f"background stands for keys that were dropped, and {self.name!r} drops none: "
-                f"background must be None, got {self.background!r}"
+                f"background must be None for {self.name!r}, which drops no keys that summary keys "
+                f"could stand for; got {self.background!r}"
             )
         check_flag("prefix_keys", self.prefix_keys)
         k = getattr(self, "k", None)
@@ -118,17 +122,17 @@ class Strategy(Config):
             check_budget(k)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
-        """The pattern for one call; for strategies that keep nothing between calls."""
+        """The pattern for one call; for strategies without state."""
         raise NotImplementedError(
             f"{type(self).__name__} must override plan(inputs), or planner(site) if it learns"
         )
 
     def planner(self, site: Site) -> Planner:
-        """What plans for ``site``; an `nn.Module` if it has weights (see `LearnedPlanner`)."""
+        """Make the planner of a site; an `nn.Module` if it has weights (see `LearnedPlanner`)."""
         return Stateless(self)
 
     def _count(self, n_keys: int) -> int | None:
-        """Keys kept out of so many; None without a budget, or with one that is not resolved."""
+        """Number of keys kept out of ``n_keys``; None without a budget or before it is resolved."""
         k = getattr(self, "k", None)
         return count_of(k, n_keys) if isinstance(k, (int, float)) else None
 
@@ -137,20 +141,21 @@ class Strategy(Config):
         return self._count(n_keys) == n_keys
 
     def tile_for(self, tokens: int) -> Tile:
-        """The tile at this many tokens, with ``"auto"`` and ``(1, 1)`` resolved."""
+        """The tile for this number of tokens, with ``"auto"`` and ``(1, 1)`` resolved."""
         if self.tile == "auto":
             return auto_options(tokens).tile
         assert not isinstance(self.tile, str)
         return 1 if self.tile == (1, 1) else self.tile
 
     def block_for(self, keys: int, tile: Tile | None = None) -> Tile:
-        """The block at this many keys, with ``"auto"`` resolved.
+        """The block for this number of keys, with ``"auto"`` resolved.
 
-        1 where every query chooses alone or prefix keys have to compete.
+        It is 1 without tiles, and if prefix keys have to compete with patch keys.
 
         Args:
-            keys: Keys of a query, prefix included.
-            tile: Queries that share their keys; None for those of an image of so many tokens.
+            keys: Number of keys, prefix included.
+            tile: Queries that share their keys; None for the tile that an image of this many tokens
+                gets.
         """
         tile = self.tile_for(keys) if tile is None else tile
         if tile == 1 or not self.prefix_keys or self.block in (1, (1, 1)):
@@ -160,22 +165,27 @@ class Strategy(Config):
             return self.block
         return auto_block(self._count(keys) or 0)
 
-    def background_for(self, grid: Grid) -> int | None:
-        """g of the g x g summary keys on a grid of patch tokens, with ``"auto"`` resolved."""
+    def background_for(self, grid: Grid, views: int = 1) -> int | None:
+        """The g of g x g summary keys for a grid of patch tokens, with ``"auto"`` resolved.
+
+        Args:
+            grid: Rows and columns, of all views stacked vertically.
+            views: Number of images or frames in the grid; each has g x g summary keys.
+        """
         if isinstance(self.background, str):
-            return auto_background(grid)
+            return auto_background(grid, views)
         return self.background
 
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
-        """This config with one budget instead of a list or a function of budgets.
+        """This config with a single budget instead of a list or a function of budgets.
 
         Args:
-            site: Where it will plan.
-            position: Place of the site among those that are patched.
-            count: How many are patched.
+            site: The site to plan for.
+            position: Index of the site among the patched sites.
+            count: Number of patched sites.
 
         Raises:
-            InvalidOption: A list has another number of budgets.
+            InvalidOption: The number of budgets in a list is not ``count``.
         """
         k = getattr(self, "k", None)
         if k is None or isinstance(k, (int, float)):
@@ -192,7 +202,7 @@ class Strategy(Config):
 
 @dataclass(frozen=True)
 class Stateless:
-    """A planner that keeps nothing: every call goes to the strategy's `plan`."""
+    """A planner without state, which calls the strategy's `plan`."""
 
     strategy: Strategy
 
@@ -201,23 +211,24 @@ class Stateless:
 
     @property
     def plans_by_shape(self) -> bool:
-        """As the strategy says."""
+        """Whether plans depend on shapes and options only; see `Strategy`."""
         return self.strategy.plans_by_shape
 
 
 class LearnedPlanner(RenamedMembers, PlannerWeights):
-    """Base of planners with weights, which become ``<site>.sparsiattn.*`` in the model.
+    """Base of planners with weights, which are named ``<site>.sparsiattn.*`` in the model.
 
-    A checkpoint of the dense model still loads strictly: planner weights it lacks keep their
-    values. ``reset_parameters()`` makes the planner anew with the arguments it was made with, so
-    weights must be drawn from a private generator. They are frozen at first: a hard choice of keys
-    passes them no gradient, so an optimiser or DDP that waits for one would fail; `calibrate`
+    Override ``forward(inputs)``, which takes `AttentionInputs` and returns a `Pattern`.
+
+    A checkpoint of the dense model still loads strictly: planner weights that it lacks keep their
+    values. ``reset_parameters()`` makes the planner again with its original arguments, so initial
+    weights must come from a private generator. The weights are frozen at first: a hard choice of
+    keys gives them no gradient, and an optimiser or DDP that expects one would fail. `calibrate`
     unfreezes them while it fits.
-    Override ``forward(inputs)``, from `AttentionInputs` to a `Pattern`.
 
     Attributes:
-        differentiable: Whether losses of the model reach the weights (plans that do not choose),
-            so that `train` fits them also without reconstruction.
+        differentiable: Whether gradients of the model's loss reach the weights (patterns that do
+            not select keys), so that `train` can fit them without the reconstruction loss.
         renamed_weights: Old names of weights to new ones; state dicts with old names still load.
 
     >>> class Mixed(LearnedPlanner):
@@ -242,32 +253,31 @@ class LearnedPlanner(RenamedMembers, PlannerWeights):
         self.register_load_state_dict_pre_hook(rename_weights)  # type: ignore[no-untyped-call]
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """How far the planner's scores are from the exact attention of these inputs (a scalar)."""
+        """Distance of the planner's scores from the exact attention of these inputs, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} does not define a calibration loss")
 
     def unfitted_plan(self, inputs: AttentionInputs) -> Pattern | None:
-        """What is kept of these inputs while the planner is as `reset_parameters` makes it.
+        """The pattern used before the planner is fitted; None if it is the planner's own.
 
-        None where its own plan is. Where the plan of fitted weights loses no less, `calibrate`
-        resets them.
+        If the pattern of fitted weights is no better than this one, `calibrate` resets the weights.
         """
         return None
 
     def note_weights(self) -> None:
-        """Called before a copy without data plans in its place, as for a report.
+        """Called before a meta copy plans in place of this planner, for example for a report.
 
-        Override it to keep, as attributes, what planning reads off the values of weights.
+        Override it to store as attributes what planning derives from the values of weights.
         """
 
     def init_from_batch(self, inputs: AttentionInputs) -> None:
-        """Set weights in closed form from a first batch, where that is known to be a better start.
+        """Initialise weights in closed form from a first batch. Does nothing by default.
 
-        `calibrate` keeps them only if they lower the loss. By default nothing changes.
+        `calibrate` keeps the result only if it lowers the loss.
         """
 
 
 def rename_weights(module: LearnedPlanner, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: put weights with old names under the new ones."""
+    """Hook that runs before a state dict is loaded: rename weights with old names."""
     for old, new in module.renamed_weights.items():
         if prefix + old in state:
             state[prefix + new] = state.pop(prefix + old)
@@ -298,10 +308,10 @@ def check_flag(name: str, value: object) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is an int or a float and no bool."""
+    """Whether ``value`` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def spawn(seed: int) -> torch.Generator:
-    """A private generator: planners are initialised without touching the global RNG."""
+    """A private generator, so that planners are initialised without the global random state."""
     return torch.Generator().manual_seed(seed)

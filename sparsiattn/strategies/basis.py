@@ -1,4 +1,4 @@
-"""The weights of `connectivity`: tables over the token grid, channel maps, and how they start."""
+"""The weights of `connectivity`: tables over the token grid, channel maps, and initial values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from sparsiattn.attention.auto_options import TILE_FROM
 from sparsiattn.attention.geometry import Grid, Tile, Tiles
 
 MapPair = tuple[nn.Linear, nn.Linear]
+MOST_BASIS = 1024
+"""Cells of the default basis: tables grow with the product of tokens and cells."""
 
 
 def pooled_by_block(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = False) -> Tensor:
-    """Prefix rows as they are, then one row per block: the mean (or the sum) over its tokens."""
+    """Prefix rows unchanged, then one row per block: the mean (or the sum) over its tokens."""
     rows = blocks.mean(x[..., prefix:, :])
     if total:
         sizes = (blocks.weight > 0).sum(-1, keepdim=True)
@@ -24,13 +26,13 @@ def pooled_by_block(x: Tensor, blocks: Tiles, prefix: int, *, total: bool = Fals
     return torch.cat([x[..., :prefix, :], rows], dim=-2) if prefix else rows
 
 
-def unit_grid(grid: Grid, block: Tile) -> Grid:
-    """The grid of what is chosen at once: patch keys, or blocks of them."""
-    return grid if isinstance(block, int) else geometry.tile_parts(grid, block)
+def unit_grid(grid: Grid, block: Tile, views: int = 1) -> Grid:
+    """The grid of the units that are chosen: patch keys, or blocks of them."""
+    return grid if isinstance(block, int) else geometry.tile_parts(grid, block, views)
 
 
 def own_keys(rows: int, keys: int, prefix: int, *, device: torch.device) -> Tensor:
-    """``[rows, keys]``: one where a row's query is that key, after the prefix's columns.
+    """``[rows, keys]``, True where a row's query and the key are the same token.
 
     >>> own_keys(2, 3, 1, device=torch.device("cpu")).int().tolist()
     [[0, 1, 0], [0, 0, 1]]
@@ -44,11 +46,12 @@ def basis_cells(grid: Grid, tokens_per_basis: float | None, basis: int | None) -
 
     Args:
         grid: Rows and columns of patch tokens.
-        tokens_per_basis: Tokens in a cell; None is 6 below 1,024 tokens and 16 from there on.
-        basis: The most cells there may be, in place of ``tokens_per_basis``.
+        tokens_per_basis: Tokens in a cell. None is 6 below 1,024 tokens and 16 from there on, or
+            more if there would be more than `MOST_BASIS` cells.
+        basis: Largest number of cells, used instead of ``tokens_per_basis``.
     """
     n = grid[0] * grid[1]
-    per_cell = tokens_per_basis or (6.0 if n < TILE_FROM else 16.0)
+    per_cell = tokens_per_basis or (6.0 if n < TILE_FROM else max(16.0, n / MOST_BASIS))
     if basis:
         per_cell = max(1.0, n / basis)
     side = math.sqrt(per_cell)
@@ -75,7 +78,7 @@ def initial_tables(
 def resize_table(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
     """Bilinear interpolation of the patch rows of ``[P + n, K]`` to another grid.
 
-    Prefix rows stay as they are.
+    Prefix rows are unchanged.
     """
     image = table[prefix:].mT.reshape(1, -1, *old)
     resized = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
@@ -85,19 +88,19 @@ def resize_table(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
 def resize_tables(
     down: Tensor, up: Tensor, old: Grid, new: Grid, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """W_down and W_up, ``[P + n, K]``, for another grid."""
+    """W_down and W_up, ``[P + n, K]``, interpolated to another grid."""
     down, up = (resize_table(table, old, new, prefix) for table in (down, up))
-    # pooling weights sum to one over more (or fewer) tokens
+    # pooling weights must sum to one over more (or fewer) tokens
     ratio = old[0] * old[1] / (new[0] * new[1])
     patches = torch.arange(down.shape[0], device=down.device)[:, None] >= prefix
     return torch.where(patches, down * ratio, down), up
 
 
 def channel_maps(width: int, channels: int, generator: torch.Generator) -> MapPair:
-    """Frozen maps of queries and of keys from ``width`` to ``channels``.
+    """Frozen linear maps of queries and of keys from ``width`` to ``channels``.
 
-    Both are the same semi-orthogonal map, so that products are kept as well as so few channels can,
-    scaled so that they keep their size.
+    Both are the same semi-orthogonal map, which preserves products as well as that many channels
+    can, scaled to preserve their size.
     """
     weight = torch.empty(channels, width)
     nn.init.orthogonal_(weight, generator=generator)
@@ -114,11 +117,11 @@ def channel_maps(width: int, channels: int, generator: torch.Generator) -> MapPa
 
 @torch.no_grad()
 def fit_channel_maps(maps: MapPair, queries: Tensor, keys: Tensor, scale: float) -> None:
-    """Set maps whose products are the best of their rank to ``scale`` times the whole ones.
+    """Set the maps to the best low-rank approximation of ``scale`` times the full products.
 
-    Best in the mean over queries ``[..., D]`` and basis keys ``[..., D]``: from the singular
-    vectors of ``Cq^(1/2) Ck^(1/2)`` for second moments ``Cq`` and ``Ck``. Keys count from their
-    mean, which softmax does not see.
+    It is the best one on average over queries ``[..., D]`` and basis keys ``[..., D]``: from the
+    singular vectors of ``Cq^(1/2) Ck^(1/2)``, with second moments ``Cq`` and ``Ck``. The mean of
+    the keys is subtracted first, because softmax is invariant to it.
     """
     query_root, query_inverse = _root(queries)
     key_root, key_inverse = _root(keys - keys.mean(-2, keepdim=True))
@@ -132,7 +135,7 @@ def fit_channel_maps(maps: MapPair, queries: Tensor, keys: Tensor, scale: float)
 
 
 def _root(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Root of the second moment of rows ``[..., D]`` and its inverse, ``[D, D]`` float64."""
+    """Square root of the second moment of rows ``[..., D]`` and its inverse, ``[D, D]`` float64."""
     rows = x.flatten(0, -2).double()
     values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
     roots = values.clamp_min(values[-1] * 1e-6 + 1e-12).sqrt()

@@ -1,4 +1,4 @@
-"""What all strategies have in common: a named, immutable, JSON-serialisable config."""
+"""`Config`, the base of all strategies: a named, immutable config that can be saved as JSON."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Config(RenamedMembers):
     """Base of every strategy. Subclasses are frozen dataclasses whose fields are their options.
 
     Attributes:
-        registers_as: The kind of plug-in part that it is.
-        name: The name that users give to `patch`.
-        version: Goes up when a saved config has another meaning; those of other versions are
-            refused.
+        registers_as: The kind of plug-in, for the registry.
+        name: The name that users pass to `patch`.
+        version: Version of the config format. Increase it when saved configs get another meaning;
+            configs of other versions are refused.
         exact_at_full: Whether the full budget reproduces the dense model; if not,
             `list_strategies()` shows ``inexact_reason``.
         inexact_reason: Why it does not.
-        needs_training: Whether it is of no use before training.
-        kind: What it makes fewer of: ``"attention"``, ``"tokens"`` or ``"both"``.
-        paper: Address of the publication, if there is one.
-        fidelity: How close to it this is: ``"as published"``, ``"as published code"`` or
-            ``"inspired by"``, then what differs.
+        needs_training: Whether the strategy is useless before training.
+        kind: What it reduces: ``"attention"``, ``"tokens"`` or ``"both"``.
+        paper: URL of the publication, if there is one.
+        fidelity: How close the strategy is to the publication: ``"as published"``, ``"as published
+            code"`` or ``"inspired by"``, followed by the differences.
         renamed_options: Old names of options to new ones; see `with_renamed_options`.
     """
 
@@ -63,10 +63,10 @@ class Config(RenamedMembers):
 
     @classmethod
     def build(cls: type[C], options: Mapping[str, Any]) -> C:
-        """An instance from options by name.
+        """Make an instance from options by name.
 
         Raises:
-            UnknownName: There is no such option; the error lists those there are.
+            UnknownName: There is no such option; the message lists the existing ones.
         """
         options = cls.current_options(options)
         for name in options:
@@ -76,37 +76,38 @@ class Config(RenamedMembers):
 
     @classmethod
     def from_dict(cls: type[C], saved: Mapping[str, Any]) -> C:
-        """The config that `to_dict` described, by whatever names its options had then.
+        """Make the config from the result of `to_dict`; old names of options are accepted.
 
         Raises:
-            MismatchedPatch: It is of another version.
+            MismatchedPatch: It was saved by another version.
         """
         if saved["version"] != cls.version:
             raise MismatchedPatch(
-                f"strategy {cls.name!r} was saved in version {saved['version']}, this is version "
-                f"{cls.version}"
+                f"strategy {cls.name!r} was saved in version {saved['version']}, but this is "
+                f"version {cls.version}: make the patch again"
             )
         return cls.build(cls.current_options(saved["options"], warn=False))
 
     @classmethod
     def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
-        """Options by their present names.
+        """Options by their current names.
 
         Args:
-            options: By present or old names.
-            warn: Whether an old name is worth a `DeprecationWarning`.
+            options: Options by current or old names.
+            warn: Whether an old name causes a `DeprecationWarning`.
         """
         for old in options:
             if warn and old in cls.renamed_options:
-                warn_renamed(f"{cls.__name__}({old}=)", f"{cls.renamed_options[old]}=", 4)
+                new = f"{cls.renamed_options[old]}="
+                warn_renamed(f"{cls.__name__}({old}=)", new, stacklevel=4)
         return {cls.renamed_options.get(name, name): value for name, value in options.items()}
 
 
 def with_renamed_options(**renamed: str) -> Callable[[type[C]], type[C]]:
-    """A decorator, above ``@dataclass``: options still work by their old names, with a warning.
+    """A decorator, used above ``@dataclass``, that accepts old names of options with a warning.
 
     Args:
-        renamed: Old names and the new ones.
+        renamed: New names by old names.
     """
 
     def decorate(cls: type[C]) -> type[C]:

@@ -60,7 +60,7 @@ PREDICTOR_OPTIONS = (
     "mean_query_boost",
     "self_weight",
 )
-MAX_COLUMNS = 65_536  # of a predictor; more is a slip
+MAX_COLUMNS = 65_536  # of a predictor; larger values are mistakes
 
 
 @with_renamed_options(own="self_weight", salience="mean_query_boost", reduce="tokens_per_basis")
@@ -68,34 +68,34 @@ MAX_COLUMNS = 65_536  # of a predictor; more is a slip
 class Connectivity(Strategy):
     """Keys by a predicted score: softmax(Q (W_down K)^T) W_up (Sparsifiner, section 3).
 
-    Useful before any training: until the predictor is fitted, the keys of largest logits are
-    kept, which costs no more. W_down starts as average pooling over the token grid and W_up as
-    bilinear interpolation back, so the predicted score starts as attention at low resolution.
+    It needs no training: until the predictor is fitted, the keys with the largest logits are kept,
+    at no higher cost. W_down starts as average pooling over the token grid and W_up as bilinear
+    interpolation back, so the predicted score starts as attention at low resolution.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
-        scores: What ranks the keys. ``"predictor"`` is the method as published, ``"exact"`` the
-            logits of every query (of a tile by votes, see `TopLogits`), and ``"auto"`` these
-            until the predictor is trained, loaded, or calibrated and then better. A predictor's
-            option below that is set asks for the predictor, too.
-        block: Keys that are kept together in tile mode. With ``"auto"`` the predictor chooses
+        scores: What ranks the keys. ``"predictor"`` is the published method. ``"exact"`` uses the
+            logits of every query, and votes in tiles (see `TopLogits`). ``"auto"`` is ``"exact"``
+            until the predictor is trained, loaded, or calibrated with a better result; it is
+            ``"predictor"`` if any of the predictor's options below is set.
+        block: Keys that are kept together if there are tiles. With ``"auto"`` the predictor chooses
             blocks of 4 x 4 (2 x 2 below 128 kept keys), and votes choose single keys. The kernels
             ``flex`` and ``xformers`` need blocks.
-        tokens_per_basis: Patch tokens per basis vector, so about n / tokens_per_basis of them;
-            None is 6 as in the paper below 1,024 tokens and 16 from there on.
-        basis: The number of basis vectors instead.
+        tokens_per_basis: Patch tokens per basis vector. None is 6, as in the paper, below 1,024
+            tokens and 16 from there on.
+        basis: Number of basis vectors; replaces ``tokens_per_basis``.
         channels: Width to which queries and keys are projected first (the authors use half the
             head dim), None for no projection.
-        basis_threshold: Entries of abs(W_up) up to this are zero.
-        basis_coef_topk: Coefficients kept per query, None for all.
-        head_scale: Divide logits by the root of the head *count*, as the authors' code does,
+        basis_threshold: Entries of abs(W_up) of at most this value are set to zero.
+        basis_coef_topk: Number of coefficients kept per query, None for all.
+        head_scale: Divide logits by the square root of the head *count*, as the authors' code does,
             instead of the head dim.
-        mean_query_boost: Multiply scores by what the mean query sees beyond low resolution; ours,
-            not in the paper, next to free, and most of what an untrained predictor lacks (docs:
-            What it keeps).
-        self_weight: The share of its attention that a query gives to its own key beyond what low
-            resolution sees, before calibration; None for the paper's rule. Ours, too: low
-            resolution cannot tell a query's own key from others of its cell.
+        mean_query_boost: Multiply scores by how much more attention the mean query pays to a key
+            than low resolution predicts. This is not in the paper. It costs almost nothing and
+            gives an untrained predictor most of what it lacks.
+        self_weight: Extra share of its attention that a query gives to its own key, before
+            calibration; None for the paper's rule. This is not in the paper either: low resolution
+            cannot distinguish a query's own key from others in its cell.
         background: As in `Strategy`.
 
     >>> Connectivity(k=0.1).to_dict()["name"]
@@ -144,34 +144,34 @@ class Connectivity(Strategy):
 
     @property
     def asks_for_predictor(self) -> bool:
-        """Whether the options say that the predictor ranks, fitted or not."""
-        own = (f for f in fields(self) if f.name in PREDICTOR_OPTIONS)
-        is_set = any(getattr(self, f.name) != f.default for f in own)
+        """Whether the options select the predictor, fitted or not."""
+        predictor_fields = (f for f in fields(self) if f.name in PREDICTOR_OPTIONS)
+        is_set = any(getattr(self, f.name) != f.default for f in predictor_fields)
         return self.scores == "predictor" or (self.scores == "auto" and is_set)
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Connectivity:
-        # a file without the option is from before there was a choice
+        # files without this option are older than it, and used the predictor
         return super().from_dict({**saved, "options": {"scores": "predictor", **saved["options"]}})
 
 
 def _number_from(value: object, least: float) -> bool:
-    return is_number(value) and least <= value < 1e18  # torch takes 64 bits
+    return is_number(value) and least <= value < 1e18  # must fit 64 bits
 
 
 class ConnectivityPlanner(LearnedPlanner):
     """The mask predictor of one site; its weights are shared by all heads.
 
     Attributes:
-        down: W_down, ``[U, K]`` for ``U`` units, the keys or key blocks (prefix keys first), and
-            ``K`` basis vectors.
+        down: W_down, ``[U, K]`` for ``U`` units (keys or key blocks, prefix keys first) and ``K``
+            basis vectors.
         up: W_up, ``[U, K]``.
-        self_weight: ``[1]``; None where the strategy's is, or where queries and keys are not the
-            same tokens.
-        project_q: Channel map of queries, ``[c, D]``; None when ``channels`` is.
-        project_k: The same for keys.
+        self_weight: ``[1]``; None if the strategy's is None, or if queries and keys are different
+            tokens.
+        project_q: Channel map of queries, ``[c, D]``; None without ``channels``.
+        project_k: Channel map of keys, ``[c, D]``; None without ``channels``.
         grid: Rows and columns of the units that the tables were made for.
-        prefix: Prefix keys.
+        prefix: Number of prefix keys.
     """
 
     renamed_weights: ClassVar[Mapping[str, str]] = {"own": "self_weight"}
@@ -180,7 +180,7 @@ class ConnectivityPlanner(LearnedPlanner):
     def __init__(self, strategy: Connectivity, site: Site) -> None:
         super().__init__()
         self.strategy = strategy
-        self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys))
+        self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys), site.views)
         self.prefix = site.prefix_tokens
         self.cells = basis_cells(site.key_grid, strategy.tokens_per_basis, strategy.basis)
         down, up = self._initial_tables()
@@ -189,7 +189,7 @@ class ConnectivityPlanner(LearnedPlanner):
         self.self_weight: nn.Parameter | None = None
         weight = strategy.self_weight
         if weight is not None and site.key_grid == site.grid and site.keys == site.tokens:
-            # one element, not a scalar: FSDP shards no scalars
+            # one element, not a scalar, because FSDP cannot shard scalars
             self.self_weight = nn.Parameter(torch.tensor([float(weight)]), requires_grad=False)
         self.project_q: nn.Linear | None = None
         self.project_k: nn.Linear | None = None
@@ -205,12 +205,12 @@ class ConnectivityPlanner(LearnedPlanner):
         return initial_tables(self.grid, self.prefix, self.cells, self.strategy.basis)
 
     def is_fitted(self) -> bool:
-        """Whether the tables are others than an untrained predictor has."""
+        """Whether the tables differ from those of an untrained predictor."""
         # a traced or transformed call has no values to compare
         traced = torch.compiler.is_compiling() or is_tracing() or is_transformed()
         if not (traced or self.down.is_meta):
             fitted = not self._start.equals(self.down, self.up)
-            if fitted != self._fitted:  # modules set attributes slowly
+            if fitted != self._fitted:  # setting attributes of modules is slow
                 self._fitted = fitted
         return self._fitted
 
@@ -232,12 +232,12 @@ class ConnectivityPlanner(LearnedPlanner):
 
     @property
     def plans_by_shape(self) -> bool:
-        """Whether the queries' own logits rank, which the kernel computes."""
+        """Whether the kernel ranks keys, by the queries' own logits."""
         return not self.predicts
 
     @property
     def predicts(self) -> bool:
-        """Whether the predictor ranks keys, and not the queries' own logits."""
+        """Whether the predictor ranks keys, instead of the queries' own logits."""
         return self.strategy.scores != "exact" and (self._asked or self.is_fitted())
 
     def unfitted_plan(self, inputs: AttentionInputs) -> Pattern | None:
@@ -270,10 +270,10 @@ class ConnectivityPlanner(LearnedPlanner):
         return self._add_own_keys(scores, inputs, self.self_weight)
 
     def _compiled(self, inputs: AttentionInputs, count: int) -> tuple[Tensor, Tensor] | None:
-        """Scores of blocks and the places of the ``count`` best, from compiled code.
+        """Scores of blocks and the indices of the ``count`` best ones, from compiled code.
 
-        None where there is none that knows this call: it takes no option beside `self_weight` and
-        `mean_query_boost`, no mask, no token that was dropped or merged, and no gradient.
+        None if compiled code does not support the call: it has only the options `self_weight` and
+        `mean_query_boost`, and no masks, dropped or merged tokens, or gradients.
         """
         tiles, blocks, strategy = inputs.tiles, inputs.blocks, self.strategy
         if tiles is None or blocks is None or inputs.bias is not None or self.project_q is not None:
@@ -305,14 +305,15 @@ class ConnectivityPlanner(LearnedPlanner):
         return inputs.k if blocks is None else pooled_by_block(inputs.k, blocks, self.prefix)
 
     def _own_shares(self, inputs: AttentionInputs, block: Tile) -> Tensor:
-        """The share of each tile's queries that each key or block is, ``[T, U]``."""
-        return inputs.table(geometry.own_shares, inputs.query_grid, inputs.tile, block)
+        """The share of each tile's tokens that each key or block makes up, ``[T, U]``."""
+        sizes = inputs.query_grid, inputs.tile, block, inputs.views
+        return inputs.table(geometry.own_shares, *sizes)
 
     def _add_own_keys(self, scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
-        """A share of every row's score more for the row's own key; of a tile, for its queries'."""
+        """Add a share of every row's total score to the row's own key, or to a tile's own keys."""
         extra = weight.to(scores.dtype) * scores.sum(-1, keepdim=True)
         if inputs.tiles is None:
-            if torch.compiler.is_compiling():  # ONNX has no view to write through
+            if torch.compiler.is_compiling():  # ONNX cannot write through a view
                 here = inputs.table(own_keys, *scores.shape[-2:], self.prefix)
                 return torch.addcmul(scores, extra, here.to(scores.dtype))
             scores.diagonal(self.prefix, -2, -1).add_(extra.squeeze(-1))
@@ -322,9 +323,11 @@ class ConnectivityPlanner(LearnedPlanner):
         return torch.addcmul(scores, extra, F.pad(shares, (scores.shape[-1] - shares.shape[1], 0)))
 
     def _boost(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """How much more the mean patch query sees of each key (or block) than low resolution says.
+        """How much more attention the mean query pays to a key than low resolution predicts.
 
-        ``[B, H, 1, n]``: which keys of a cell stand out, whatever the query.
+        Returns:
+            Factors for each key (or block), ``[B, H, 1, n]``: large for keys that stand out in
+            their cell for any query.
         """
         mean = inputs.mean_query * inputs.scale
         exact = mean @ units.mT
@@ -339,10 +342,10 @@ class ConnectivityPlanner(LearnedPlanner):
     def coefficients(
         self, inputs: AttentionInputs, rows: Tensor, units: Tensor, down: Tensor
     ) -> Tensor:
-        """Softmax over the basis of every row, ``[B, H, R, K]``.
+        """Softmax over the basis for every row, ``[B, H, R, K]``.
 
         Args:
-            inputs: Those of the call.
+            inputs: The operands of the call.
             rows: Queries, ``[B, H, R, D]``.
             units: Keys or means of blocks, ``[B, H, U, D]``.
             down: W_down, ``[U, K]`` or ``[B, U, K]``.
@@ -357,10 +360,10 @@ class ConnectivityPlanner(LearnedPlanner):
         return inputs.site.heads**-0.5 if self.strategy.head_scale else inputs.scale
 
     def loss(self, inputs: AttentionInputs) -> Tensor:
-        """Kullback-Leibler divergence of the scores, scaled to sum to one, from exact attention.
+        """Kullback-Leibler divergence of the normalised scores from exact attention.
 
-        Mean over rows. (The paper's is the squared error, which says little of rows without a
-        peak.)
+        It is the mean over rows. (The paper uses the squared error, which is insensitive to rows
+        without a peak.)
         """
         scores = self.scores(inputs).float()
         shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-6)
@@ -369,7 +372,7 @@ class ConnectivityPlanner(LearnedPlanner):
 
     @torch.no_grad()
     def init_from_batch(self, inputs: AttentionInputs) -> None:
-        """Channel maps from one batch; see `fit_channel_maps`."""
+        """Fit the channel maps to one batch; see `fit_channel_maps`."""
         if self.project_q is None or self.project_k is None:
             return
         units, down = self._units(inputs), without_hidden_keys(self._tables(inputs)[0], inputs)
@@ -380,11 +383,11 @@ class ConnectivityPlanner(LearnedPlanner):
     def _tables(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """W_down and W_up at this call's resolution, ``[U, K]``.
 
-        Where tokens were dropped or merged, those of the ones that are left, ``[B, U, K]``.
+        If tokens were dropped or merged, the tables of the remaining ones, ``[B, U, K]``.
         """
         grid, blocks = inputs.image_grid, inputs.blocks
         if blocks is not None and grid == inputs.key_grid:
-            return self._image_tables(unit_grid(grid, inputs.block))
+            return self._image_tables(unit_grid(grid, inputs.block, inputs.key_views))
         down, up = (inputs.gather_rows(table) for table in self._image_tables(grid))
         if blocks is None:
             return down, up
@@ -393,7 +396,7 @@ class ConnectivityPlanner(LearnedPlanner):
         )
 
     def _image_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The tables for all tokens of an image; resized ones are kept while weights stay."""
+        """The tables for all tokens of an image; resized ones are cached until weights change."""
         if grid == self.grid:
             return self.down, self.up
         return self._resized(self.down, self.up, self.grid, grid, self.prefix)

@@ -1,4 +1,4 @@
-"""Keep everything: the baseline that measures what patching itself costs."""
+"""The strategy `dense`: keeps every key, a baseline that measures the overhead of patching."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sparsiattn.strategies.base import Strategy
 
 @dataclass(frozen=True)
 class DenseStrategy(Strategy):
-    """Every pair: the host's own attention, reached through the patch."""
+    """Keeps every key: the host's own attention, called through the patch."""
 
     name = "dense"
-    suite = MappingProxyType({"changes": False})  # a law of the test suite it need not hold to
+    suite = MappingProxyType({"changes": False})  # a law of the test suite that does not apply
 
     def keeps_all(self, n_keys: int) -> bool:
         return True

@@ -1,8 +1,8 @@
-"""Finishes planners' patterns, so that a kernel can compute them.
+"""Finishes the patterns of planners, so that a kernel can compute them.
 
-A planner answers with scores or a mask and need not think of prefix tokens, tiles, blocks, the
-host's mask or background. `finish` adds all of these: the prefix keys a user wants kept, one list
-of keys per tile, forbidden keys last, and the summary keys that stand for what was dropped.
+A planner returns scores or a mask and can ignore prefix tokens, tiles, blocks, the host's mask and
+background. `finish` adds these: prefix keys that are always kept, one key list per tile, forbidden
+keys last, and summary keys for the dropped ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.auto_options import MOST_CELLS
 from sparsiattn.attention.background import CountedSummary, Summary
 from sparsiattn.attention.budget import blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
@@ -37,22 +38,22 @@ def finish(
     prefix_keys: bool = True,
     background: int | None = None,
 ) -> Pattern:
-    """The pattern to compute: dense, a mask or key lists, with the core's options carried out.
+    """Turn a planner's pattern into the pattern to compute: dense, a mask or key lists.
 
     Args:
-        pattern: What the planner returned.
-        inputs: Those of the call.
-        prefix_keys: Keep every prefix column (within the budget where there is one).
+        pattern: The pattern that the planner returned.
+        inputs: The operands of the call.
+        prefix_keys: Whether to keep every prefix key (within the budget, if there is one).
         background: Pool the dropped keys of each cell of a g x g grid into one summary key; None
-            to drop them.
+            for no summary keys.
 
     Raises:
-        InvalidType: The planner returned no pattern.
-        InvalidOption: Its pattern does not fit the call.
+        InvalidType: The planner did not return a pattern.
+        InvalidOption: The size of the pattern does not fit the call.
     """
-    # without prefix_keys, prefix keys compete with patch keys, which only single keys can do
+    # without prefix_keys, prefix keys compete with patch keys, which needs single keys
     blocks = inputs.blocks if prefix_keys or not inputs.prefix else None
-    # the compiled planner has ranked the blocks for these inputs, so its sizes need no check
+    # the compiled planner has ranked blocks for these inputs, so sizes need no check
     ranked = isinstance(pattern, Ranked) and pattern.best is not None
     if not ranked:
         _check_size(pattern, inputs, blocks)
@@ -71,8 +72,8 @@ def finish(
 def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None) -> None:
     if not isinstance(pattern, Pattern):
         raise InvalidType(
-            f"a plan must be a sparsiattn.Pattern (Pattern.top, Pattern.mask or Pattern.dense), "
-            f"got {type(pattern).__name__} at site {inputs.site.name!r}"
+            f"a planner must return a sparsiattn.Pattern (Pattern.top, Pattern.mask or "
+            f"Pattern.dense), got {type(pattern).__name__} at site {inputs.site.name!r}"
         )
     rows, columns = [inputs.n_queries], [inputs.n_keys]
     if isinstance(pattern, Ranked):
@@ -99,7 +100,7 @@ def _rank(
     keys = count_of(pattern.k, inputs.n_keys)
     if blocks is not None and keys > inputs.prefix:
         return _rank_blocks(pattern, scores, inputs, blocks)
-    if scores.shape[-1] != inputs.n_keys:  # blocks, but prefix keys use up the budget
+    if scores.shape[-1] != inputs.n_keys:  # scores of blocks, but prefix keys use up the budget
         scores = scores.new_zeros(*scores.shape[:-1], inputs.n_keys)
     allowed = _row_allowed(inputs)
     if allowed is not None:
@@ -113,7 +114,7 @@ def _rank(
 def _rank_logits(
     pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, blocks: Tiles | None
 ) -> Pattern:
-    """Lists that the kernel finds, where one can; else as `_rank`."""
+    """Lists that a kernel finds while it computes, if one can; else as `_rank`."""
     keys = count_of(pattern.k, inputs.n_keys)
     fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
     if inputs.tiles is None:
@@ -124,16 +125,16 @@ def _rank_logits(
         return _rank(pattern.ranked(), inputs, prefix_keys, blocks)
     tiles, rows, prefix = inputs.tiles, inputs.prefix, inputs.prefix
     if tiles is not None:
-        # a choice passes no gradient
+        # the choice has no gradient
         q, k = inputs.q.detach(), inputs.k.detach()
-        bias, *about = host_bias_of(inputs)
+        bias, *bias_options = host_bias_of(inputs)
         bias = None if bias is None else bias.detach()
         sizes = (tiles.count, keys, prefix, inputs.scale)
-        index = native_lists.voted_keys(q, k, *pattern.voter_tokens, *sizes, bias, *about)
+        index = native_lists.voted_keys(q, k, *pattern.voter_tokens, *sizes, bias, *bias_options)
         return KeyIndex(inputs.n_queries, inputs.n_keys, index=index, tiles=tiles, dense_rows=rows)
 
     def make_index() -> Tensor:
-        exact = replace(pattern, inputs=_at_least_float32(inputs))  # as the kernel compares
+        exact = replace(pattern, inputs=_at_least_float32(inputs))  # as in the kernel
         ranked = _rank(exact.ranked(), inputs, prefix_keys, None)
         assert isinstance(ranked, KeyIndex)
         return ranked.index
@@ -157,7 +158,7 @@ def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:
 def _rank_blocks(
     pattern: Ranked, scores: Tensor, inputs: AttentionInputs, blocks: Tiles
 ) -> KeyBlocks:
-    """The best-scored blocks, as many as the budget reaches into."""
+    """The best-scored blocks; the last one may exceed the budget in part."""
     count, chosen = blocks_within(pattern.k, inputs.n_keys, inputs.prefix, blocks), pattern.best
     if chosen is None or chosen.shape[-1] != count:
         if scores.shape[-1] == inputs.n_keys:
@@ -176,18 +177,18 @@ def _rank_blocks(
 
 
 def _row_scores(scores: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Drop the prefix rows and average over tiles, where that has not been done yet."""
+    """Drop the prefix rows and average over tiles, unless the planner has done so."""
     patches = inputs.n_queries - inputs.prefix
     if scores.shape[-2] == inputs.n_queries:
         scores = scores[..., inputs.prefix :, :]
     if inputs.tiles is not None and scores.shape[-2] == patches:
-        # repeated slots weigh zero, and zero times infinity is not a number
+        # repeated slots have weight 0, and 0 * inf is NaN
         return inputs.tiles.mean(scores.clamp_min(torch.finfo(scores.dtype).min / 4096))
     return scores
 
 
 def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
-    """Keys that at least one query of each row may see."""
+    """Keys that at least one query of each row may attend to; None for all."""
     allowed = inputs.allowed()
     if allowed is None or allowed.shape[-2] == 1:
         return allowed
@@ -198,7 +199,7 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     assert isinstance(pattern, (KeyIndex, KeyBlocks, TopKeys, Mask))
-    parts = _cell_parts(inputs.key_grid, g)
+    parts = cell_parts(inputs.key_grid, g, inputs.key_views)
     cells, count = _cells(inputs, parts)
     allowed = inputs.allowed()
     count_bias = _bias_counter(pattern, inputs, allowed, cells, parts)
@@ -217,23 +218,36 @@ def _bias_counter(
     cells: Tensor,
     parts: geometry.Grid,
 ) -> Callable[[], Tensor]:
-    """Makes the summary's bias, with logs of counts: log(0) is minus infinity, so a cell without
-    keys weighs nothing."""
+    """A function that computes the summary's bias.
+
+    The bias contains logs of counts: log(0) is minus infinity, so an empty cell has no weight.
+    """
     count = parts[0] * parts[1]
     if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        return partial(_bias_by_block, pattern, inputs.key_grid, inputs.block, parts, cells)
+        sizes = inputs.key_grid, inputs.block, parts, inputs.key_views
+        return partial(_bias_by_block, pattern, cells, *sizes)
     if isinstance(pattern, KeyLists) and inputs.bias is None:
         return partial(_bias_by_index, pattern, cells, count)
     return partial(_bias_by_mask, pattern, inputs, allowed, cells, count)
 
 
-def _cell_parts(grid: geometry.Grid, g: int) -> geometry.Grid:
-    """Rows and columns of cells; a single row of tokens has its g * g cells in a row."""
-    return (min(g, grid[0]), min(g, grid[1])) if grid[0] > 1 else (1, min(g * g, grid[1]))
+def cell_parts(grid: geometry.Grid, g: int, views: int = 1) -> geometry.Grid:
+    """Rows and columns of cells: g x g for each view.
+
+    A single row of tokens gets g * g cells in one row. If one cell per view would be more cells
+    than compiled code can count, cells span several views.
+
+    >>> cell_parts((14, 14), 5), cell_parts((1, 100), 5), cell_parts((3 * 14, 14), 2, 3)
+    ((5, 5), (1, 25), (6, 2))
+    """
+    if grid[0] == 1:
+        return 1, min(g * g, grid[1])
+    rows = views * min(g, grid[0] // views)
+    return (min(rows, MOST_CELLS) if views > 1 == g else rows), min(g, grid[1])
 
 
 def _cells(inputs: AttentionInputs, parts: geometry.Grid) -> tuple[Tensor, int]:
-    """Cell of every key, prefix keys in a cell of their own past the last; number of cells."""
+    """The cell of every key, with an additional last cell for prefix keys; the number of cells."""
     ids = geometry.table(
         _padded_cells, inputs.key_grid, parts, inputs.prefix, device=inputs.k.device
     )
@@ -248,7 +262,7 @@ def _padded_cells(
 
 
 def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
-    """How many keys of each cell a row did not select, ``[..., R, G]``."""
+    """How many keys of each cell a row has not selected, ``[..., R, G]``."""
     total = torch.zeros(count + 1, dtype=torch.float, device=cells.device).index_add(
         0, cells, torch.ones_like(cells, dtype=torch.float)
     )
@@ -261,38 +275,45 @@ def _bias_by_index(pattern: KeyLists, cells: Tensor, count: int) -> Tensor:
     return _count_by_index(pattern.index, cells, count).log()
 
 
-def _bias_by_block(pattern: KeyBlocks, *grids: Any) -> Tensor:
-    return _count_by_block(pattern, *grids).log()
+def _bias_by_block(pattern: KeyBlocks, cells: Tensor, *sizes: Any) -> Tensor:
+    return _count_by_block(pattern, cells, *sizes).log()
 
 
 def _count_by_block(
     pattern: KeyBlocks,
+    cells: Tensor,
     grid: geometry.Grid,
     block: geometry.Tile,
     parts: geometry.Grid,
-    cells: Tensor,
+    views: int,
 ) -> Tensor:
-    """As `_count_by_index`, from tables of how many keys of each cell a block holds."""
+    """As `_count_by_index`, using tables of how many keys of each cell a block holds."""
     if not pattern.blocks.even:
         return _count_by_index(pattern.index, cells, parts[0] * parts[1])
     size = pattern.blocks.size
-    full_blocks, rest = divmod(pattern.keys - pattern.prefix, size)
-    members = geometry.table(_members_of_first, grid, block, parts, device=cells.device)
+    full_blocks, partial_keys = divmod(pattern.keys - pattern.prefix, size)
+    sizes = grid, block, parts, views
+    members = geometry.table(_members_of_first, *sizes, device=cells.device)
     lists = pattern.chosen[..., :full_blocks]
     rows = members[size].index_select(0, lists.flatten())
     picked = rows.view(*lists.shape, parts[0] * parts[1]).sum(-2)
-    if rest:
-        picked = picked + members[rest][pattern.chosen[..., full_blocks]]
+    if partial_keys:
+        picked = picked + members[partial_keys][pattern.chosen[..., full_blocks]]
     return members[size].sum(0) - picked
 
 
 def _members_of_first(
-    grid: geometry.Grid, block: geometry.Tile, parts: geometry.Grid, *, device: torch.device
+    grid: geometry.Grid,
+    block: geometry.Tile,
+    parts: geometry.Grid,
+    views: int,
+    *,
+    device: torch.device,
 ) -> Tensor:
     """How many of the first i keys of a block lie in each cell, ``[size + 1, blocks, cells]``."""
     assert not isinstance(block, int)
     cells = geometry.cell_ids(grid, parts, device=device)
-    order = geometry.tiles(grid, block, device=device).order
+    order = geometry.tiles(grid, block, views, device=device).order
     ids = torch.arange(parts[0] * parts[1], device=device)
     is_member = (cells[order].mT.unsqueeze(-1) == ids).float()
     return torch.cat([torch.zeros_like(is_member[:1]), is_member.cumsum(0)])
@@ -312,12 +333,12 @@ def _bias_by_mask(
 def bias_of_dropped(
     keep: Tensor, inputs: AttentionInputs, allowed: Tensor | None, cells: Tensor, count: int
 ) -> Tensor:
-    """Logits of summary keys beside their means: log counts, and means of the host's bias.
+    """The bias of summary keys: log counts of dropped keys, plus means of the host's bias.
 
     Args:
         keep: Keys that each row keeps, ``[B|1, H|1, R, Nk]``.
-        inputs: The call; its bias must broadcast to those rows.
-        allowed: Keys that the host allows them; None for all.
+        inputs: The operands of the call; its bias must broadcast to these rows.
+        allowed: Keys that the host allows for each row; None for all.
         cells: Cell of every key, ``[Nk]``.
         count: Number of cells, G.
 
@@ -330,6 +351,6 @@ def bias_of_dropped(
     bias = counts.log()
     if inputs.bias is None or inputs.bias.dtype == torch.bool:
         return bias
-    # bounded: infinity times zero members is not a number
+    # clamped, since inf * 0 is NaN
     host = torch.where(dropped, inputs.bias.float().clamp_min(-1e4), 0.0) @ is_member
     return bias + host / counts.clamp_min(1.0)

@@ -1,4 +1,4 @@
-"""Fewer keys and fewer tokens in one schedule."""
+"""The strategy `hybrid`: fewer keys and fewer tokens together."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from sparsiattn.strategies.token_base import TokenStrategy
 
 _ATTENTION = ("k", "tile", "background", "prefix_keys")
 _TOKENS = ("keep", "layers", "restore")
-# Options for which None says something, so that "default" leaves them alone.
+# Options for which None is a value, so that "default" means not set.
 _NULLABLE = ("background", "restore")
 
 
 @dataclass(frozen=True)
 class Hybrid(Config):
-    """An attention strategy and a token strategy together; by default connectivity and class-token
-    drop, i.e. the paper's Sparsifiner-EViT (CVPR 2023, table 2).
+    """An attention strategy and a token strategy together.
 
-    Predictor tables, windows and tiles follow the tokens that are left. Merged tokens have no
-    neighbours that could share keys, so ``tile="auto"`` is 1 with a strategy that merges. Sites
-    where the sparse kernel would lose stay dense unless ``only_if_faster=False``. None leaves an
-    option at its default (or at what the object says).
+    The default is connectivity with token drop by class attention, which is the paper's
+    Sparsifiner-EViT (CVPR 2023, table 2). Predictor tables, windows and tiles adapt to the
+    remaining tokens. Merged tokens have no neighbours to share keys with, so ``tile="auto"`` is 1
+    with a strategy that merges. Sites where the sparse kernel would be slower stay dense unless
+    ``only_if_faster=False``. None leaves an option at its default, or at the value in the object.
 
     Args:
         k: Share or count of the keys.
         keep: Share or count of the tokens.
-        layers: Of `TokenStrategy`.
+        layers: As in `TokenStrategy`.
         attention: Name of an attention strategy, or an object for options beyond the ones here.
         tokens: Name of a token strategy, or an object.
-        tile: Of `Strategy`.
-        background: Of `Strategy`; None switches it off.
-        prefix_keys: Of `Strategy`.
-        restore: Of `TokenStrategy`; None switches it off.
+        tile: As in `Strategy`.
+        background: As in `Strategy`; None disables it.
+        prefix_keys: As in `Strategy`.
+        restore: As in `TokenStrategy`; None disables it.
 
     >>> hybrid = Hybrid(k=0.25, keep=0.5)
     >>> hybrid.attention.name, hybrid.tokens.keep
@@ -78,12 +78,13 @@ class Hybrid(Config):
         return self.attention, self.tokens
 
     def _part(self, field: str, kind: type[Config], names: tuple[str, ...]) -> Any:
-        """The strategy object behind ``attention`` or ``tokens``, with this config's options."""
+        """The strategy object for ``attention`` or ``tokens``, with this config's options."""
         value = getattr(self, field)
         part = _build(value) if isinstance(value, (str, dict)) else value
         if not isinstance(part, kind):
             raise InvalidType(
-                f"{field} must be the name of a {kind.__name__} or such an object, got {value!r}"
+                f"{field} must be the name of a {kind.__name__} or a {kind.__name__} object, got "
+                f"{value!r}"
             )
         options = {
             name: option
@@ -95,7 +96,7 @@ class Hybrid(Config):
         if wrong:
             raise InvalidOption(
                 f"{part.name!r} has no {', '.join(wrong)}; its options are {part.option_names()}: "
-                f"give them in an object, {field}={type(part).__name__}(...)"
+                f"pass an object, {field}={type(part).__name__}(...)"
             )
         return replace(part, **options)
 
@@ -106,7 +107,7 @@ def _build(description: str | dict[str, Any]) -> Config:
         return REGISTRY.get("strategies", description)()  # type: ignore[no-any-return]
     if set(description) != {"name", "version", "options"}:
         raise InvalidOption(
-            f"a strategy in JSON has name, version and options, got {description!r}"
+            f"a strategy in JSON must have name, version and options, got {description!r}"
         )
     kind: type[Config] = REGISTRY.get("strategies", description["name"])
     return kind.from_dict(description)

@@ -16,21 +16,22 @@ from sparsiattn.strategies.token_base import LearnedTokenPlanner, TokenInputs
 
 
 class KeepPredictor(LearnedTokenPlanner):
-    """Says of every patch token whether it is needed, from itself and the mean of those that are.
+    """Predicts for every patch token whether to keep it, from the token and the mean of kept ones.
 
-    In eval mode the tokens with the best keep probability stay (hard). In training none leaves:
-    straight-through Gumbel-softmax draws a policy of ones and zeros whose gradient reaches these
-    weights through the attention of all later blocks; `sparsiattn.training.keep_ratio_loss` holds
-    it to the share that will be kept.
+    In eval mode the tokens with the highest keep probability are kept. In training mode none is
+    dropped: straight-through Gumbel-softmax draws a policy of ones and zeros, whose gradient
+    reaches these weights through the attention of all later blocks.
+    `sparsiattn.training.keep_ratio_loss` makes its mean the share to be kept.
 
     Args:
         select: Turns keep probabilities ``[B, n]`` into a `Reduction`.
-        width: Of the tokens.
-        name: The site's, from which the initial weights are drawn.
+        width: Width of the tokens, C.
+        name: Name of the site, which seeds the initial weights.
         keep: The budget.
 
     Attributes:
-        share: ``[B]``, what the last training forward kept of all tokens, with gradient.
+        share: ``[B]``, the share of tokens that the last training forward pass kept, with
+            gradient.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class KeepPredictor(LearnedTokenPlanner):
         super().__init__()
         self.select, self.keep = select, keep
         half, quarter = max(1, width // 2), max(1, width // 4)
-        with torch.random.fork_rng(devices=[]):  # the caller's random state is not involved
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's random state unchanged
             self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
             self.decide = nn.Sequential(
                 *(nn.Linear(width, half), nn.GELU()),
@@ -50,14 +51,14 @@ class KeepPredictor(LearnedTokenPlanner):
         self.share: Tensor | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        # of the last forward, and with a graph, which can be neither copied nor pickled
+        # `share` is part of an autograd graph, which can be neither copied nor pickled
         return {**self.__dict__, "share": None}
 
     def forward(self, tokens: TokenInputs) -> Reduction | None:
         earlier = tokens.policy
         log_keep = self.log_probabilities(tokens.x, earlier)
         if not self.training:
-            # half precision has too few values to rank tokens by, and double is not to lose any
+            # half precision has too few values to rank tokens; float64 is kept
             precise = torch.promote_types(log_keep.dtype, torch.float32)
             return self.select(log_keep[..., 0].to(precise).exp())
         policy = F.gumbel_softmax(log_keep.float(), hard=True)[..., 0]  # half precision overflows
@@ -67,11 +68,11 @@ class KeepPredictor(LearnedTokenPlanner):
         return Policy(policy)
 
     def log_probabilities(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
-        """Log probability of keeping and of dropping, ``[B, n, 2]`` (equations 3 to 6).
+        """Log probabilities of keeping and of dropping, ``[B, n, 2]`` (equations 3 to 6).
 
         Args:
             x: Tokens ``[B, n, C]``.
-            policy: ``[B, n]``, which of them earlier predictors keep; None if all.
+            policy: ``[B, n]``, 1 for tokens that earlier predictors keep; None if all are kept.
         """
         z = self.embed(x)
         local, shared = z.split((z.shape[-1] - z.shape[-1] // 2, z.shape[-1] // 2), dim=-1)
@@ -82,7 +83,7 @@ class KeepPredictor(LearnedTokenPlanner):
 
 
 def _draw(module: nn.Module, seed: int) -> None:
-    """Initial weights from a private generator, the same for the same site."""
+    """Draw initial weights from a private generator, the same ones for the same site."""
     generator = spawn(seed)
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -1,7 +1,7 @@
-"""Weights of planners: where their first values come from, whatever becomes of their memory.
+"""Initial weights of planners, which can be restored after their memory was replaced.
 
-They are known without training, from the arguments that a planner was made with. So they can be
-made again where memory was taken without values (``to_empty`` of a model built on meta).
+They follow from the arguments of the planner's constructor. So they can be computed again after
+``to_empty`` of a model that was built on the meta device.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class PlannerWeights(nn.Module):
     """Base of planners with weights.
 
     A checkpoint of the dense model still loads strictly: weights that it lacks keep their values,
-    or get their first ones where they have none.
+    or get their initial values if they are on the meta device.
     """
 
     _made_with: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         planner = super().__new__(cls)
-        # copies and pickles pass by here without arguments and bring their own
+        # copies and pickles come here without arguments and overwrite this with their own
         planner.__dict__["_made_with"] = (args, kwargs)
         return planner
 
@@ -34,7 +34,7 @@ class PlannerWeights(nn.Module):
         self.register_load_state_dict_pre_hook(keep_missing)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
-        """Give weights and buffers the values that they had before any training."""
+        """Set weights and buffers to their initial values."""
         present = dict(_tensors(self))
         with torch.no_grad():
             for name, value in _tensors(self._made_anew()):
@@ -49,7 +49,7 @@ class PlannerWeights(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         had_none = _has_no_values(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `Module.to_empty` hands its own function down, and no other sign
+        # `Module.to_empty` can be recognised only by its inner function
         emptied = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         if (emptied or had_none) and not _has_no_values(self):
             self.reset_parameters()
@@ -57,9 +57,9 @@ class PlannerWeights(nn.Module):
 
 
 def adopt_parts(planner: nn.Module) -> None:
-    """Let parts of a planner (`nn.Linear`) reset the planner, not themselves.
+    """Make ``reset_parameters`` of a planner's submodules (`nn.Linear`) reset the planner.
 
-    Code that resets every module of a model would give them values drawn at random.
+    Otherwise code that resets every module of a model would initialise them at random.
     """
     for part in planner.modules() if isinstance(planner, PlannerWeights) else ():
         if not isinstance(part, PlannerWeights) and hasattr(part, "reset_parameters"):
@@ -69,13 +69,15 @@ def adopt_parts(planner: nn.Module) -> None:
 def keep_missing(
     module: nn.Module, state: dict[str, Any], prefix: str, local: dict[str, Any], *_: Any
 ) -> None:
-    """Before a state dict is loaded: where it has none of the planner's weights, add the present
-    ones, so that a checkpoint of the dense model loads strictly."""
+    """Hook that runs before a state dict is loaded, so that dense checkpoints load strictly.
+
+    If the state dict has none of the planner's weights, the current ones are added.
+    """
     present = {prefix + name: value for name, value in module.state_dict().items()}
     if any(name in state for name in present):
         return
     if isinstance(module, PlannerWeights) and local.get("assign_to_params_buffers"):
-        # what is on meta would be assigned as it is, and never get values
+        # meta tensors would be assigned unchanged, and never get values
         like = next((x for x in state.values() if isinstance(x, Tensor)), None)
         device = torch.device("cpu") if like is None else like.device
         made = dict(_tensors(module._made_anew()))
@@ -99,7 +101,7 @@ def _fill(tensor: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor  # a second to import
 
         value, mesh = value.to(tensor.device, tensor.dtype), tensor.device_mesh
-        # every process has all of the value already, so that nothing is sent
+        # every process has the full value already, so nothing is communicated
         placements: Any = getattr(tensor, "placements", None)
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     tensor.copy_(value)

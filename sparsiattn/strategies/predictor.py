@@ -1,4 +1,4 @@
-"""What predictors of attention are fitted to and made of: exact rows, and tables of keys."""
+"""Parts of attention predictors: exact attention rows as targets, and tables of keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.strategies.basis import resize_tables
 
-MAX_ELEMENTS = 1 << 24  # of exact attention that calibration holds at once
+MAX_ELEMENTS = 1 << 24  # elements of exact attention that calibration computes at once
 PART = 1 << 8  # elements of a table that are compared in one call
 
 Pair = tuple[Tensor, Tensor]
@@ -20,14 +20,14 @@ Pair = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def exact_rows(inputs: AttentionInputs) -> Tensor:
-    """The exact attention of every row, ``[B, H, R, n]``, or its share in every block.
+    """The exact attention of every row to each key, or to each block, ``[B, H, R, n]``.
 
-    From a few rows at a time, so that no ``N x N`` tensor is made where tiles share their keys.
+    Computed for a few rows at a time, so that there is no ``N x N`` tensor if there are tiles.
     """
     tiles = inputs.tiles
     if tiles is None:
-        alone = torch.arange(inputs.n_queries - inputs.prefix, device=inputs.q.device)
-        rows, weight = alone.unsqueeze(-1), torch.ones_like(alone.unsqueeze(-1))
+        queries = torch.arange(inputs.n_queries - inputs.prefix, device=inputs.q.device)
+        rows, weight = queries.unsqueeze(-1), torch.ones_like(queries.unsqueeze(-1))
     else:
         rows, weight = tiles.order, tiles.weight
     per_row = inputs.q.shape[:-2].numel() * rows.shape[1] * inputs.n_keys
@@ -47,12 +47,12 @@ def _rows_of(inputs: AttentionInputs, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 class KnownTables:
-    """Whether W_down and W_up hold known values.
+    """Detects whether W_down and W_up hold known values.
 
-    They are compared after every write that autograd counts. Writes to ``weight.data`` leave no
-    trace: on a CPU, a part of the values is compared in every call, the next part in the next one
-    (all of them are more than the caches hold beside a model's weights). On other devices comparing
-    would wait for them.
+    They are compared after every write that autograd's version counter shows. Writes to
+    ``weight.data`` do not change it. Therefore on a CPU each call also compares a part of the
+    values, one part after the other (all of them would not fit the caches beside a model's
+    weights). On other devices a comparison would synchronise.
 
     Args:
         make: Makes the known tables.
@@ -71,7 +71,7 @@ class KnownTables:
     def equals(self, down: Tensor, up: Tensor) -> bool:
         """Whether the tables are the known ones."""
         on_cpu = down.is_cpu
-        if on_cpu and type(down) is not nn.Parameter:  # a shard, which has no address
+        if on_cpu and type(down) is not nn.Parameter:  # a DTensor shard has no address
             return self._compare((down, up))
         identity = identity_of(down), identity_of(up)
         if self._last is None or self._last[0] != identity:
@@ -84,23 +84,23 @@ class KnownTables:
         return self._last[1]
 
     def _next_part_equals(self) -> bool:
-        """Whether the next part of both tables is as known; not where none is known to be."""
+        """Whether the next part of both tables has the known values; False if there are none."""
         if not self._parts:
             return False
         self._next = (self._next + 1) % len(self._parts)
         return all(torch.equal(known, now) for known, now in self._parts[self._next])
 
     def _compare(self, tables: tuple[Tensor, ...]) -> bool:
-        whole = [whole_tensor(table) for table in tables]
-        if self._known is None or self._known[0].dtype != whole[0].dtype:
+        full_tables = [whole_tensor(table) for table in tables]
+        if self._known is None or self._known[0].dtype != full_tables[0].dtype:
             with torch.inference_mode(False):
-                self._known = tuple(t.to(whole[0].dtype) for t in self._make())
-        pairs = zip(self._known, whole, strict=True)
+                self._known = tuple(t.to(full_tables[0].dtype) for t in self._make())
+        pairs = zip(self._known, full_tables, strict=True)
         return all(torch.equal(known.to(now.device), now) for known, now in pairs)
 
 
 def _parts_of(known: Sequence[Tensor], tables: Sequence[Tensor]) -> list[tuple[Pair, ...]]:
-    """Rows of every table beside the known ones, as views, in parts that are quick to compare."""
+    """Views of known and current tables side by side, in parts that are quick to compare."""
     count = max(1, tables[0].numel() // PART)
     with torch.inference_mode(False), torch.no_grad():
         split = [table.detach().tensor_split(count) for table in (*known, *tables)]
@@ -108,20 +108,20 @@ def _parts_of(known: Sequence[Tensor], tables: Sequence[Tensor]) -> list[tuple[P
 
 
 class ResizedTables:
-    """W_down and W_up for another grid than they were made for; the last ones are kept."""
+    """W_down and W_up resized to another grid than they were made for; caches the last result."""
 
     def __init__(self) -> None:
         self._last: tuple[object, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # they can be made again, and their key holds addresses of this process
+        # the cache can be rebuilt, and its key contains addresses of this process
         return {"_last": None}
 
     def __call__(
         self, down: Tensor, up: Tensor, old: Grid, new: Grid, prefix: int
     ) -> tuple[Tensor, Tensor]:
-        """As `resize_tables`."""
-        # a kept table has no gradient, and a compiler would bake it in
+        """`resize_tables`, cached."""
+        # a cached table has no gradient, and a compiler would make it a constant
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return resize_tables(down, up, old, new, prefix)
         key = (new, identity_of(down), identity_of(up))
@@ -134,12 +134,12 @@ class ResizedTables:
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """In single precision and bounded: half precision ends at e^11."""
+    """exp with its argument clamped to 30, which float32 can represent."""
     return x.clamp_max(30.0).exp()
 
 
 def largest(coefficients: Tensor, count: int | None) -> Tensor:
-    """So many largest entries of every row, zero elsewhere; None for all."""
+    """The ``count`` largest entries of every row, zero elsewhere; all if ``count`` is None."""
     if count is None or count >= coefficients.shape[-1]:
         return coefficients
     kept = coefficients.topk(count, dim=-1)
@@ -153,29 +153,29 @@ def sizes_above(up: Tensor, threshold: float) -> Tensor:
 
 
 def for_heads(table: Tensor) -> Tensor:
-    """``[B, Nk, K]`` with an axis for heads, others as they are."""
+    """Add a head dimension to ``[B, Nk, K]``; other tables are unchanged."""
     return table.unsqueeze(1) if table.dim() == 3 else table
 
 
 def without_hidden_keys(down: Tensor, inputs: AttentionInputs) -> Tensor:
-    """W_down without keys that no query sees (padding), the others making up for them."""
+    """W_down without keys that no query sees (padding), with the other weights scaled up."""
     visible = inputs.visible_keys
     if visible is None:
         return down
-    every = for_heads(down)
-    left = every * visible.unsqueeze(-1)
-    return left * (
-        every.abs().sum(-2, keepdim=True) / left.abs().sum(-2, keepdim=True).clamp_min(1e-6)
+    weights = for_heads(down)
+    masked = weights * visible.unsqueeze(-1)
+    return masked * (
+        weights.abs().sum(-2, keepdim=True) / masked.abs().sum(-2, keepdim=True).clamp_min(1e-6)
     )
 
 
 def whole_tensor(weight: Tensor) -> Tensor:
-    """All of a weight that FSDP has sharded; others as they are."""
+    """The full tensor of a weight that FSDP has sharded; other weights are unchanged."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()
 
 
 def identity_of(table: Tensor) -> tuple[object, ...]:
-    """What tells these values from others: tensors of inference mode count no versions."""
+    """A key that changes with the values; inference tensors have no version counter."""
     version = 0 if table.is_inference() else table._version
     return table.data_ptr(), version, table.dtype, table.device

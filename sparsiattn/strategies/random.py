@@ -1,4 +1,4 @@
-"""Random keys: the baseline that any choice has to beat."""
+"""The strategy `random`: random keys, the baseline that every other choice has to beat."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from sparsiattn.strategies.base import Budgets, Strategy
 class Random(Strategy):
     """Keys drawn at random per query (or tile) and head, the same for every image.
 
-    A counter is hashed: that touches no global state and draws the same keys on every device.
+    They come from hashing a counter, which uses no global state and gives the same keys on every
+    device.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
-        seed: Of the draw, with the site's name and its number of keys.
+        seed: Seed of the draw, which also depends on the site's name and its number of keys.
     """
 
     name = "random"
@@ -39,11 +40,11 @@ class Random(Strategy):
 
 @dataclass(frozen=True)
 class RandomPlanner:
-    """Draws for one site.
+    """The planner of `Random` for one site.
 
     Attributes:
-        strategy: Says how many.
-        key: What `site_key` gave.
+        strategy: The strategy, which has the budget.
+        key: The result of `site_key`.
     """
 
     strategy: Random
@@ -57,33 +58,35 @@ class RandomPlanner:
 
 
 def site_key(seed: int, site: Site) -> int:
-    """A number that stands for the site's name and the seed."""
+    """A hash of the seed and the site's name."""
     return zlib.crc32(f"{seed}/{site.name}".encode())
 
 
 def draw(key: int, heads: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Uniform numbers ``[1, heads, rows, columns]``, kept for later calls; others for each key and
-    number of columns."""
-    counter = (key + columns) * 0x9E3779B1 & 0xFFFFFFFF  # far apart for keys that are close
+    """Uniform random numbers ``[1, heads, rows, columns]``, cached for later calls.
+
+    They differ between keys and between numbers of columns.
+    """
+    counter = (key + columns) * 0x9E3779B1 & 0xFFFFFFFF  # spreads keys that are close together
     return geometry.table(_hashed, counter, heads, rows, columns, device=device)
 
 
 def _hashed(key: int, heads: int, rows: int, columns: int, *, device: torch.device) -> Tensor:
-    """Uniform numbers ``[1, heads, rows, columns]`` by a counter hash."""
+    """Uniform random numbers ``[1, heads, rows, columns]``, by hashing a counter."""
     counter = torch.arange(heads * rows * columns, device=device)
     return ((hash_integers(counter + key) >> 8).float() / 2**24).view(1, heads, rows, columns)
 
 
 def hash_integers(x: Tensor) -> Tensor:
-    """Uniform integers below 2^32 from distinct ones, by Murmur3's finaliser.
+    """Hash distinct integers to uniform integers below 2^32, by Murmur3's finaliser.
 
-    A draw by hashing a counter is the same on every device and touches no global random state.
+    Random numbers from a hashed counter are the same on every device and use no global state.
 
     Args:
         x: Integers (int64) of any shape.
 
     Returns:
-        Integers of that shape.
+        Integers of the same shape.
 
     >>> hash_integers(torch.arange(1, 3)).tolist()
     [1364076727, 821347078]

@@ -1,4 +1,4 @@
-"""What becomes of patch tokens at one reduction: each kind knows how to carry itself out."""
+"""`Reduction`: what happens to patch tokens at one block. Each kind knows how to apply itself."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sparsiattn.attention.token_state import Assign, ReductionStep, TokenState, 
 from sparsiattn.errors import InvalidType
 
 COMPACT_RUNS = ((8, 8), (4, 4))
-"""Runs of 64, 32 and 16 tokens are neighbours in the image, whatever tiles a strategy has."""
+"""Tile and block of the token order in which runs of 64, 32 and 16 tokens are image neighbours."""
 
 Reduced = tuple[TokenState, Tensor]
 """A token state and the sequence ``[B, N, C]`` that it describes."""
 
 
 class Reduction:
-    """What becomes of ``n`` patch tokens.
+    """What happens to ``n`` patch tokens at one block.
 
     Make one with `keep`, `top`, `where`, `merge`, `cluster`, `mix` or `weigh`.
 
@@ -30,7 +30,7 @@ class Reduction:
     """
 
     def apply(self, state: TokenState, x: Tensor) -> Reduced:
-        """Carry the reduction out on ``x`` ``[B, N, C]``, prefix included."""
+        """Apply the reduction to ``x`` ``[B, N, C]``, prefix included."""
         raise NotImplementedError
 
     @staticmethod
@@ -40,15 +40,16 @@ class Reduction:
 
     @staticmethod
     def top(scores: Tensor, keep: Budget, fuse: Tensor | None = None) -> Keep | None:
-        """Keep the best-scored share or count of ``[B, n]``, in their order.
+        """Keep the tokens with the best scores, in their original order.
 
         Args:
-            scores: ``[B, n]``.
-            keep: Share or count.
-            fuse: ``[B, n]``, weights with which dropped tokens add up to one more token.
+            scores: ``[B, n]``, higher is better.
+            keep: Share or count of the tokens to keep.
+            fuse: ``[B, n]``, weights of dropped tokens in a sum that is added as one more token;
+                None to drop them.
 
         Returns:
-            The reduction, or None where all tokens stay.
+            The reduction; None if all tokens are kept.
 
         >>> Reduction.top(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 0.5).index.tolist()
         [[1, 3]]
@@ -61,7 +62,15 @@ class Reduction:
 
     @staticmethod
     def where(mask: Tensor, fuse: Tensor | None = None) -> KeepRagged:
-        """Keep the tokens where a boolean ``[B, n]`` is True: each image its own number."""
+        """Keep the tokens where a boolean mask is True; images may keep different numbers.
+
+        Args:
+            mask: ``[B, n]``.
+            fuse: As in `top`.
+
+        Raises:
+            InvalidType: The mask is not boolean or not of two dimensions.
+        """
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise InvalidType(
                 f"Reduction.where needs a boolean [B, n] tensor, got {mask.dtype} of shape "
@@ -74,10 +83,11 @@ class Reduction:
         """Merge clusters into the means of their tokens.
 
         Args:
-            x: ``[B, n, C]``, the tokens.
-            assign: ``[B, n]``, each token's cluster.
-            index: ``[B, m]``, the token whose position each cluster has.
-            size: ``[B, n]``, patches in each token so far, which weigh in the mean.
+            x: The tokens, ``[B, n, C]``.
+            assign: The cluster of each token, ``[B, n]``.
+            index: The token whose position each cluster gets, ``[B, m]``.
+            size: Number of patches in each token so far, ``[B, n]``, the weights of the mean; None
+                if all are 1.
         """
         weight = torch.ones_like(assign, dtype=torch.float) if size is None else size
         into = assign[..., None].expand_as(x)
@@ -97,19 +107,31 @@ class Reduction:
         added: tuple[Tensor, Tensor] | None = None,
         unfold: Unfold | None = None,
     ) -> Merge:
-        """Merge clusters whose values the strategy computed itself; see `Merge`."""
+        """Merge clusters whose values the strategy has computed itself.
+
+        Args:
+            index: As in `Merge`.
+            assign: As in `Merge`.
+            values: As in `Merge`.
+            size: As in `Merge`.
+            added: As in `Merge`.
+            unfold: As in `Merge`.
+        """
         return Merge(index, assign, values, size, added, unfold)
 
     @staticmethod
     def mix(x: Tensor, weights: Tensor) -> Mix:
-        """Soft merging: each new token is a weighted sum ``weights @ x`` of all.
+        """Soft merging: each new token is a weighted sum ``weights @ x`` of all tokens.
 
-        It has the position of its heaviest token; whoever asks for original positions gets the
-        transposed weights times the new tokens, rows scaled to sum to one.
+        It gets the position of the token with the largest weight. Where original positions are
+        restored, they get the transposed weights times the new tokens, with rows that sum to one.
 
         Args:
-            x: ``[B, n, C]``, the tokens.
+            x: The tokens, ``[B, n, C]``.
             weights: ``[B, m, n]`` with entries >= 0.
+
+        Raises:
+            InvalidType: The shape of ``weights`` does not fit.
 
         >>> x = torch.tensor([[[1.0], [3.0], [5.0]]])
         >>> Reduction.mix(x, torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])).values.flatten()
@@ -132,18 +154,18 @@ class Reduction:
 
     @staticmethod
     def weigh(policy: Tensor) -> Policy:
-        """Drop nothing, but let keys weigh as much as ``policy`` ``[B, n]`` says."""
+        """Drop nothing, but weight keys by ``policy`` ``[B, n]``, 1 or 0."""
         return Policy(policy)
 
 
 @dataclass(frozen=True, eq=False)
 class Keep(Reduction):
-    """Some tokens stay as they are.
+    """Keeps some tokens unchanged and drops the others.
 
     Attributes:
-        index: ``[B, m]``, the tokens that stay.
-        fuse: ``[B, n]``, weights with which dropped tokens add up to one more token at the end
-            (EViT, section 3.2); None to drop them.
+        index: The tokens to keep, ``[B, m]``.
+        fuse: Weights of dropped tokens in a sum that is added as one more token at the end
+            (EViT, section 3.2), ``[B, n]``; None to drop them.
     """
 
     index: Tensor
@@ -160,10 +182,10 @@ class Keep(Reduction):
 
 @dataclass(frozen=True, eq=False)
 class KeepRagged(Reduction):
-    """Every image keeps its own number of tokens.
+    """Keeps a different number of tokens in each image.
 
     Attributes:
-        mask: ``[B, n]``, True where a token stays.
+        mask: ``[B, n]``, True for tokens to keep.
         fuse: As in `Keep`.
     """
 
@@ -176,7 +198,7 @@ class KeepRagged(Reduction):
         return [KeepRagged(*part) for part in zip(self.mask[:, None], fuse, strict=True)]
 
     def apply(self, state: TokenState, x: Tensor) -> Reduced:
-        if x.device.type == "meta":  # a dry run has no values: all of them
+        if x.device.type == "meta":  # a dry run has no values, so all tokens are kept
             index = torch.arange(self.mask.shape[1], device=x.device)[None]
         else:
             index = self.mask[0].nonzero().flatten()[None]
@@ -185,19 +207,19 @@ class KeepRagged(Reduction):
 
 @dataclass(frozen=True, eq=False)
 class Merge(Reduction):
-    """Clusters of tokens become one token each.
+    """Turns each cluster of tokens into one token.
 
     Attributes:
-        index: ``[B, m]``, the earlier token whose position each new one has.
-        assign: ``[B, n]`` (or a function that returns it), where each earlier token goes, -1 if
-            dropped.
-        values: ``[B, m, C]``; None for the tokens at ``index`` as they are.
-        size: ``[B, m]``, patches merged into each.
-        added: ``([B, r], [B, r, C])``, new tokens by number and what is added to each: for merging
-            few into many without computing all means.
-        unfold: From the new tokens' later values ``[B, m, C]`` to those of the earlier tokens
-            ``[B, n, C]``, where original positions are asked for; None gives each the value of
-            the token it went to.
+        index: The earlier token whose position each new token gets, ``[B, m]``.
+        assign: The new token that each earlier one is merged into, -1 if dropped, ``[B, n]``; or a
+            function that returns it.
+        values: Values of the new tokens, ``[B, m, C]``; None for those of the tokens at ``index``.
+        size: Number of patches merged into each new token, ``[B, m]``.
+        added: Indices of new tokens and rows to add to them, ``([B, r], [B, r, C])``: to merge few
+            tokens into many without computing all means.
+        unfold: Function from the new tokens' later values ``[B, m, C]`` to values of the earlier
+            tokens ``[B, n, C]``, used to restore original positions; None gives each the value of
+            the token that it was merged into.
     """
 
     index: Tensor
@@ -215,7 +237,7 @@ class Merge(Reduction):
         if self.added is not None:
             into, rows = self.added
             into = (into + state.prefix)[..., None].expand_as(rows)
-            # in place: `merged` was made just now, and no gradient needs its former values
+            # in place: `merged` is a new tensor, and no gradient needs its earlier values
             merged = merged.scatter_add_(1, into, rows.to(merged.dtype))
         return state, merged
 
@@ -226,11 +248,11 @@ class Merge(Reduction):
 
 @dataclass(frozen=True, eq=False)
 class Merged(Merge):
-    """A merge that is already carried out, prefix tokens included.
+    """A merge that was applied already, prefix tokens included.
 
     Attributes:
-        sequence: ``[B, P + m, C]``.
-        logs: Logarithms of its sizes, ``[B, 1, 1, P + m]``.
+        sequence: The new sequence, ``[B, P + m, C]``.
+        logs: The logarithm of its sizes, ``[B, 1, 1, P + m]``.
     """
 
     sequence: Tensor = None  # type: ignore[assignment]
@@ -243,19 +265,19 @@ class Merged(Merge):
 
 @dataclass(frozen=True, eq=False)
 class Mix(Merge):
-    """New tokens are weighted sums of all, so they stand for no patch alone; see `Merge`."""
+    """A merge whose new tokens are weighted sums of all tokens, so none stands for one patch."""
 
     def step(self, before: int) -> ReductionStep:
-        # written as fused tokens, which are no original token either
+        # recorded like fused tokens, which do not stand for an original token either
         return ReductionStep(-1 - self.index, self.assign, before, fused=True, unfold=self.unfold)
 
 
 @dataclass(frozen=True, eq=False)
 class Policy(Reduction):
-    """In training: nothing is dropped, but keys weigh as much as a learned score says.
+    """Drops nothing, but weights keys by a learned score; for training.
 
     Attributes:
-        policy: ``[B, n]``, 1 or 0, with a gradient.
+        policy: ``[B, n]``, 1 or 0, with gradient.
     """
 
     policy: Tensor
@@ -265,10 +287,10 @@ class Policy(Reduction):
 
 
 def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
-    """The tokens that stay, tile by tile where there are enough for attention in tiles.
+    """Reorder the kept tokens tile by tile, if there are enough for attention in tiles.
 
-    Once tokens are missing the grid no longer says which are neighbours, so from here on runs of
-    the sequence are its tiles; later reductions keep the order.
+    Once tokens are missing, the grid no longer tells which are neighbours; from then on, tiles are
+    runs of the sequence. Later reductions keep this order.
     """
     if state.n_original < TILE_FROM:
         return index
@@ -277,9 +299,9 @@ def _by_tiles(index: Tensor, state: TokenState) -> Tensor:
 
 
 def _fuse(index: Tensor, weights: Tensor, x: Tensor) -> tuple[ReductionStep, Tensor]:
-    """One more token ``[B, 1, C]``, the sum of the dropped ones, weights as they are (EViT, 3.2).
+    """The fused token ``[B, 1, C]``: the sum of dropped tokens, not normalised (EViT, 3.2).
 
-    It has the position of the heaviest.
+    It gets the position of the token with the largest weight.
     """
     dropped = weights.scatter(1, index, 0.0)
     extra = (dropped[:, None].to(x.dtype) @ x).to(x.dtype)
@@ -290,6 +312,6 @@ def _fuse(index: Tensor, weights: Tensor, x: Tensor) -> tuple[ReductionStep, Ten
 
 
 def _with_prefix(index: Tensor, prefix: int) -> Tensor:
-    """Rows of the sequence for these patch tokens and all prefix tokens, ``[B, P + m]``."""
+    """Sequence indices of all prefix tokens and of these patch tokens, ``[B, P + m]``."""
     lead = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
     return torch.cat([lead, index + prefix], dim=1)

@@ -1,4 +1,4 @@
-"""The contract of a token strategy: how many tokens, and which, the later blocks carry."""
+"""`TokenStrategy`, the contract of a token strategy: which tokens later blocks carry."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Place = Literal["entry", "middle", "exit"]
 
 @dataclass(frozen=True, eq=False)
 class TokenInputs:
-    """What a token strategy sees at one reduction.
+    """The inputs of a token strategy at one reduction.
 
     Attributes:
-        x: The patch tokens there, prefix left out, ``[B, n, C]``.
-        site: Of this block's attention.
-        attention: Its `AttentionInputs` (prefix included); None where the strategy reduces at the
-            block's entry or does not read it.
+        x: The patch tokens, without the prefix, ``[B, n, C]``.
+        site: The site of this block's attention.
+        attention: The `AttentionInputs` of this block (prefix included); None if the strategy
+            reduces at the block's entry or does not read them.
         layer: Index of the block.
         depth: Number of blocks.
         class_tokens: How many of the prefix tokens are CLS or distillation tokens.
-        size: Patches merged into each token so far, ``[B, n]``; None if one each.
+        size: Number of patches merged into each token so far, ``[B, n]``; None if all are 1.
         policy: ``[B, n]``, see `Reduction.weigh`.
         training: Whether the model is in training mode.
         grid: Rows and columns of all patches.
-        ids: Which of them each token stands for, see `positions`.
-        ahead: Rows of the sequence that stand before ``x`` in memory: leading special tokens.
+        ids: The patch that each token stands for; see `positions`.
+        ahead: Number of rows before ``x`` in memory: leading special tokens.
     """
 
     x: Tensor
@@ -57,13 +57,14 @@ class TokenInputs:
 
     @property
     def count(self) -> int:
-        """Patch tokens per image."""
+        """Number of patch tokens per image."""
         return self.x.shape[1]
 
     def positions(self) -> Tensor:
-        """The number, in raster order on ``grid``, of the patch whose position each token has.
+        """The raster index on ``grid`` of the patch whose position each token has.
 
-        ``[B, n]``, or ``[1, n]`` while every patch is there.
+        Returns:
+            ``[B, n]``, or ``[1, n]`` before the first reduction.
         """
         if self.ids is None:
             return torch.arange(self.count, device=self.x.device)[None]
@@ -72,7 +73,10 @@ class TokenInputs:
     def class_attention(self) -> Tensor:
         """Attention of the class tokens to every patch, ``[B, n]``, mean over heads (EViT, 3.1).
 
-        Only these rows are computed, so that the host's attention stays fused.
+        Only these rows are computed, so the host's attention can stay fused.
+
+        Raises:
+            InvalidOption: The block's attention is not available here.
         """
         inputs = self._need("class attention")
         rows = inputs.q[..., : self.class_tokens, :]
@@ -82,7 +86,11 @@ class TokenInputs:
         return self._attention(rows, bias)
 
     def mean_attention(self) -> Tensor:
-        """Attention of the mean patch query to every patch, ``[B, n]``, mean over heads."""
+        """Attention of the mean patch query to every patch, ``[B, n]``, mean over heads.
+
+        Raises:
+            InvalidOption: The block's attention is not available here.
+        """
         inputs = self._need("attention of the mean query")
         bias = inputs.bias
         if bias is not None and bias.dtype != torch.bool:
@@ -94,7 +102,10 @@ class TokenInputs:
     def received_attention(self) -> Tensor:
         """Attention that every patch receives, ``[B, n]``, mean over all queries and heads.
 
-        The whole matrix is computed, one head at a time, so that memory is ``[B, N, N]``.
+        The full matrix is computed one head at a time, which needs memory of ``[B, N, N]``.
+
+        Raises:
+            InvalidOption: The block's attention is not available here.
         """
         inputs = self._need("attention received")
         total = inputs.q.new_zeros(self.x.shape[0], self.count, dtype=torch.float)
@@ -120,18 +131,21 @@ class TokenInputs:
 
 
 class TokenPlanner(Protocol):
-    """What a token strategy makes for one block; an `nn.Module` if it learns."""
+    """The planner of one block: takes `TokenInputs`, returns a `Reduction` or None for none.
+
+    It is an `nn.Module` if it has weights; see `LearnedTokenPlanner`.
+    """
 
     def __call__(self, tokens: TokenInputs, /) -> Reduction | None: ...
 
 
 class LearnedTokenPlanner(PlannerWeights):
-    """Base of token planners with weights; they become ``<site>.sparsiattn.*`` in the model.
+    """Base of token planners with weights, which are named ``<site>.sparsiattn.*`` in the model.
 
-    A checkpoint of the dense model still loads strictly: weights it lacks keep their values.
-    Override ``forward(tokens)``, from `TokenInputs` to a `Reduction` or None. Weights must be drawn
-    from a private generator, so that patching leaves the global random state alone and
-    ``reset_parameters()`` finds the same ones again.
+    Override ``forward(tokens)``, which takes `TokenInputs` and returns a `Reduction` or None. A
+    checkpoint of the dense model still loads strictly: weights that it lacks keep their values.
+    Initial weights must come from a private generator, so that patching does not change the global
+    random state and ``reset_parameters()`` gives the same values again.
 
     >>> class Scored(LearnedTokenPlanner):
     ...     def __init__(self, width):
@@ -152,21 +166,23 @@ class LearnedTokenPlanner(PlannerWeights):
 
 @dataclass(frozen=True)
 class TokenStrategy(Config):
-    """Which tokens later blocks carry. Subclass it as a frozen dataclass, set ``name``, override
-    `reduce` (or `planner`, if it learns).
+    """Decides which tokens later blocks carry.
+
+    Subclass it as a frozen dataclass, set ``name`` and override `reduce` (or `planner`, if it has
+    weights).
 
     Args:
         layers: 0-based indices of the blocks where tokens are reduced; None is a quarter, half and
             three quarters of the depth.
-        restore: ``"auto"`` keeps the sequence short for classification and gives original
-            positions back to callers that want features, ``"unfold"`` and ``"scatter"`` always
-            give them back after the last block (see `TokenState.restore_patches`), None never does.
+        restore: ``"auto"`` keeps the sequence short for classification and restores original
+            positions for callers that need features. ``"unfold"`` and ``"scatter"`` always restore
+            them after the last block (see `TokenState.restore_patches`), None never does.
 
     Attributes:
-        per_layer: Options that may be a list with one value per layer, or a function of the
-            `Site`.
-        place: Where in the block tokens are reduced: ``"middle"`` is between attention and MLP;
-            or its ``"entry"`` or ``"exit"``.
+        per_layer: Names of options that may be a list with one value per layer, or a function of
+            the `Site`.
+        place: Where in the block tokens are reduced: at its ``"entry"``, in the ``"middle"``
+            (between attention and MLP) or at its ``"exit"``.
         needs_attention: Whether `reduce` reads ``tokens.attention``.
         needs_grid: Whether `reduce` needs patches in raster order.
 
@@ -209,25 +225,25 @@ class TokenStrategy(Config):
             raise InvalidOption(f"restore must be one of {RESTORE}, got {self.restore!r}")
 
     def reduce(self, tokens: TokenInputs) -> Reduction | None:
-        """The reduction at one block; None leaves all tokens."""
+        """The reduction at one block; None keeps all tokens."""
         raise NotImplementedError(
             f"{type(self).__name__} must override reduce(tokens), or planner(site) if it learns"
         )
 
     def planner(self, site: Site, width: int) -> TokenPlanner:
-        """What reduces at the block of ``site``, whose tokens are ``width`` wide."""
+        """Make the planner for the block of ``site``, whose tokens have ``width`` channels."""
         return StatelessTokens(self)
 
     def placement(self) -> Place:
-        """`place`, where that depends on options."""
+        """Where in the block tokens are reduced; override it if `place` depends on options."""
         return self.place
 
     def reads_attention(self) -> bool:
-        """`needs_attention`, where that depends on options."""
+        """Whether `reduce` reads attention; override it if this depends on options."""
         return self.needs_attention
 
     def proportional_attention(self) -> bool:
-        """Whether merged tokens weigh as keys by their size from the first reduction on."""
+        """Whether keys are weighted by the sizes of their tokens after the first reduction."""
         return False
 
     def merges(self) -> bool:
@@ -235,40 +251,47 @@ class TokenStrategy(Config):
         return False
 
     def skips_windows(self) -> bool:
-        """Whether whole windows skip blocks where the grid must stay, each scored as one token."""
+        """Whether complete windows skip blocks in models whose grid must stay complete."""
         return False
 
     def check(self, tokens: int, first: bool) -> None:
-        """Raise `InvalidOption` where the budget is larger than the patch tokens there.
+        """Check the budget at one reduction.
 
         Args:
-            tokens: How many there are.
+            tokens: Number of patch tokens there.
             first: Whether it is the first reduction.
+
+        Raises:
+            InvalidOption: The budget is larger than the number of tokens.
         """
 
     def for_model(self, class_tokens: int, windowed: bool, model: str) -> TokenStrategy:
-        """This config for one model.
+        """This config, adapted to one model.
 
         Args:
-            class_tokens: CLS and distillation tokens.
-            windowed: Whether its attention has windows.
-            model: Its name, for errors.
+            class_tokens: Number of CLS and distillation tokens.
+            windowed: Whether the model attends in windows.
+            model: Name of the model, for errors.
 
         Raises:
-            InvalidOption: The model cannot honour an option.
+            InvalidOption: The model does not support an option.
         """
         return self
 
     def is_ragged(self) -> bool:
-        """Whether every image may keep its own number of tokens."""
+        """Whether images may keep different numbers of tokens."""
         return False
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        """The block indices where ``layers`` is None."""
+        """The block indices that are used if ``layers`` is None."""
         return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
     def layers_in(self, depth: int) -> tuple[int, ...]:
-        """The block indices where tokens are reduced in a model of so many blocks."""
+        """The block indices where tokens are reduced in a model of ``depth`` blocks.
+
+        Raises:
+            InvalidOption: An index in ``layers`` is too large.
+        """
         layers = self.default_layers(depth) if self.layers is None else tuple(self.layers)
         bad = [layer for layer in layers if layer >= depth]
         if bad:
@@ -276,15 +299,15 @@ class TokenStrategy(Config):
         return layers
 
     def resolve_for(self, site: Site, position: int, count: int) -> TokenStrategy:
-        """This config with one value instead of lists and functions.
+        """This config with single values instead of lists and functions.
 
         Args:
-            site: Where it will reduce.
-            position: Place of the block among those that reduce.
-            count: How many reduce.
+            site: The site of the block that reduces.
+            position: Index of the block among those that reduce.
+            count: Number of blocks that reduce.
 
         Raises:
-            InvalidOption: A list has another number of values.
+            InvalidOption: The number of values in a list is not ``count``.
         """
         names = [name for name in self.per_layer if name in self.option_names()]
         return replace(self, **{n: self._resolve(n, site, position, count) for n in names})
@@ -304,7 +327,7 @@ class TokenStrategy(Config):
 
 @dataclass(frozen=True)
 class StatelessTokens:
-    """A planner that keeps nothing: every call goes to the strategy's `reduce`."""
+    """A planner without state, which calls the strategy's `reduce`."""
 
     strategy: TokenStrategy
 
@@ -319,5 +342,5 @@ def _check_layers(layers: object) -> tuple[int, ...]:
             f"layers must be a list of block indices, 0-based and at least one, got {layers!r}"
         )
     if indices != sorted(set(indices)):
-        raise InvalidOption(f"layers must ascend and not repeat, got {indices}")
+        raise InvalidOption(f"layers must be in ascending order without repeats, got {indices}")
     return tuple(indices)

@@ -1,5 +1,8 @@
-"""Dropped tokens: by class attention (EViT, ICLR 2022, arXiv 2202.07800), by a learned score
-(DynamicViT, NeurIPS 2021, arXiv 2106.02034), by norm, or at random."""
+"""The strategy `token_drop`: drops the tokens with the lowest scores.
+
+Scores are class attention (EViT, ICLR 2022, arXiv 2202.07800), a learned score (DynamicViT, NeurIPS
+2021, arXiv 2106.02034), the norm, or random numbers.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +31,28 @@ Keep = Budget | str | Sequence[Budget] | Callable[[Site], Budget]
 
 @dataclass(frozen=True)
 class TokenDrop(TokenStrategy):
-    """Keeps the best-scored patch tokens and drops the others for good.
+    """Keeps the patch tokens with the best scores and drops the others.
 
     Args:
-        keep: Share or count of the patch tokens present (``ceil``), one for all layers, a list, a
-            function of the `Site`, or ``"adaptive"``: every image keeps as many as its scores call
-            for.
-        score: ``"cls"`` (attention of the class tokens, mean over heads; ``"mean_query"`` where
-            there is none), ``"mean_query"`` (attention of the mean patch query), ``"learned"``
+        keep: Share or count of the current patch tokens (``ceil``), one for all layers, a list, a
+            function of the `Site`, or ``"adaptive"`` to keep a number that depends on the scores of
+            each image.
+        score: ``"cls"`` (attention of the class tokens, mean over heads; ``"mean_query"`` if there
+            are none), ``"mean_query"`` (attention of the mean patch query), ``"learned"``
             (DynamicViT's predictor, at the block's entry; needs training), ``"norm"`` (Euclidean
             norm of the token), ``"random"`` (the same for every image).
-        fuse: Whether what is dropped lives on as one token, its sum weighted by score.
-        mass: With ``keep="adaptive"``: keep the fewest tokens that hold this share of the score;
-            0.9 by default.
-        threshold: With ``keep="adaptive"``, instead: keep those that score at least so many times
-            the mean.
-        seed: Of ``score="random"``.
-        skip: What is skipped where the grid must stay, as in Swin: ``"mlp"`` (dropped tokens skip
-            the MLP, from there to the end of the stage) or ``"window"`` (windows, each scored by
-            its mean token, skip the whole block and pass through it unchanged; ``keep`` is the
-            share of windows that do not, ``layers`` are the blocks that choose, each anew; by
-            default the first sixth of them, where a window costs most and tells least).
+        fuse: Whether to add one token that is the sum of the dropped ones, weighted by score.
+        mass: With ``keep="adaptive"``, keep the fewest tokens that hold this share of the total
+            score; 0.9 by default.
+        threshold: With ``keep="adaptive"``, used instead of ``mass``: keep tokens whose score is at
+            least this many times the mean.
+        seed: Seed of ``score="random"``.
+        skip: What dropped tokens skip in models whose grid must stay complete, such as Swin.
+            ``"mlp"``: they skip the MLP, up to the end of the stage. ``"window"``: complete
+            windows, scored by their mean token, skip the block unchanged; ``keep`` is then the
+            share of windows that do not skip, and ``layers`` are the blocks that choose windows,
+            each independently. By default these are the first sixth of the blocks, where a window
+            costs most and matters least.
 
     >>> TokenDrop(keep=[0.7, 0.5], layers=[3, 6]).layers_in(12)
     (3, 6)
@@ -94,10 +98,12 @@ class TokenDrop(TokenStrategy):
             return
         if self.score not in ("norm", "random"):
             raise InvalidOption(
-                f"skip='window' scores windows by score='norm' or 'random', got {self.score!r}"
+                f"skip='window' needs score='norm' or score='random', got {self.score!r}"
             )
         if self.keep == ADAPTIVE:
-            raise InvalidOption("skip='window' needs the same count for every image: a fixed keep")
+            raise InvalidOption(
+                "skip='window' needs a fixed keep, the same for every image, got keep='adaptive'"
+            )
 
     def _check_adaptive(self) -> None:
         rules = [name for name in ("mass", "threshold") if getattr(self, name) is not None]
@@ -141,7 +147,7 @@ class TokenDrop(TokenStrategy):
 
     def check(self, tokens: int, first: bool) -> None:
         if isinstance(self.keep, int) and self.keep > tokens:
-            raise InvalidOption(f"keep={self.keep} is more than the {tokens} patch tokens there")
+            raise InvalidOption(f"keep={self.keep} exceeds the {tokens} patch tokens there")
 
     def planner(self, site: Site, width: int) -> TokenPlanner:
         if self.score == "learned":
@@ -154,14 +160,14 @@ class TokenDrop(TokenStrategy):
         return self.reduce_scored(self.scores(tokens))
 
     def reduce_scored(self, scores: Tensor) -> Reduction | None:
-        """Keep the best of ``[B, n]`` (positive where counts adapt)."""
+        """Keep the tokens with the best scores ``[B, n]`` (positive with ``keep="adaptive"``)."""
         fuse = scores if self.fuse else None
         if self.keep == ADAPTIVE:
             return Reduction.where(self.enough(scores), fuse)
         return Reduction.top(scores, self.keep, fuse)  # type: ignore[arg-type]
 
     def scores(self, tokens: TokenInputs) -> Tensor:
-        """``[B, n]``, higher is better."""
+        """The score of each token, ``[B, n]``; higher is better."""
         if self.score == "cls":
             return tokens.class_attention()
         if self.score == "mean_query":
@@ -170,12 +176,12 @@ class TokenDrop(TokenStrategy):
         return norms
 
     def reduce_drawn(self, key: int, tokens: TokenInputs) -> Reduction | None:
-        """By the draw of a site, one for all images; ``key`` is what `site_key` gave."""
+        """Keep random tokens, the same for all images; ``key`` is the result of `site_key`."""
         scores = draw(key, 1, 1, tokens.count, tokens.x.device)[0, 0]
         return self.reduce_scored(scores.expand(tokens.x.shape[0], -1))
 
     def enough(self, scores: Tensor) -> Tensor:
-        """``[B, n]``: which tokens an image needs by its own scores; always at least one."""
+        """The tokens that each image keeps with ``keep="adaptive"``, ``[B, n]``; at least one."""
         share = scores / scores.sum(1, keepdim=True)
         best = share >= share.amax(1, keepdim=True)
         if self.threshold is not None:

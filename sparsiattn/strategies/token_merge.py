@@ -1,5 +1,8 @@
-"""Merged tokens: ToMe (ICLR 2023, arXiv 2210.09461) and PiToMe (NeurIPS 2024, arXiv 2405.16148),
-written from the papers."""
+"""The strategy `token_merge`: merges similar tokens.
+
+Implements ToMe (ICLR 2023, arXiv 2210.09461) and PiToMe (NeurIPS 2024, arXiv 2405.16148), written
+from the papers.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,11 @@ from sparsiattn.strategies.token_base import TokenInputs, TokenStrategy
 
 METHODS = ("tome", "pitome")
 SHARE = 0.95
-"""What every block keeps where neither ``r`` nor ``ratio`` is given: at 196 patches as many tokens
-go through 12 blocks as with ``r=8``, and in proportion as many at every other size."""
+"""The default of ``ratio``.
+
+At 196 patches, 12 blocks then process as many tokens in total as with ``r=8``; at other sizes the
+number is proportional.
+"""
 BSM = ("first", "last", None)
 
 Rate = int | Sequence[Any] | Callable[[Site], int]
@@ -37,22 +43,24 @@ Rate = int | Sequence[Any] | Callable[[Site], int]
 class TokenMerge(TokenStrategy):
     """Merges the most similar pairs of patch tokens in every block: a share of them, or ``r``.
 
-    A share costs and saves alike at every size, which a number does not: ``r=8`` is much of 196
-    tokens, and of 1,369 so little that the search for it takes longer than it saves.
+    A share has the same effect at every image size, but a number does not: ``r=8`` is a large part
+    of 196 tokens, but so small a part of 1,369 that finding the pairs takes longer than it saves.
 
     Args:
-        r: Tokens fewer after each block: an int, a list with one per layer, a function of the
-            `Site`, or ``(r, inflect)`` with a float in [-1, 1] for a rate that grows (inflect > 0)
-            or falls linearly with the same total (ToMe, appendix). At most half of the tokens can
-            go at once. None to go by ``ratio``.
-        ratio: Share of the tokens that every layer keeps, ``r = floor(n - ratio * n)``, as PiToMe
-            does; 0.95 where neither is given, so that fewer than 20 tokens stay as they are.
-        method: ``"tome"`` pairs alternate tokens by the cosine of their keys; ``"pitome"`` merges
-            those of high energy, i.e. with many alike, and protects the rest.
-        proportional: Whether a merged token weighs as a key by the patches in it.
-        bsm: In which half of the layers ``"pitome"`` splits all tokens instead of its 2 r most
-            redundant ones (``"first"`` as published for DeiT, ``"last"`` for MAE, None).
-        layers: As in `TokenStrategy`; all blocks where None.
+        r: Number of tokens to remove in each block: an int, a list with one per layer, a function
+            of the `Site`, or ``(r, inflect)`` with a float in [-1, 1] for a rate that grows
+            (inflect > 0) or falls linearly with the same total (ToMe, appendix). At most half of
+            the tokens can be merged in a block. None to use ``ratio``.
+        ratio: Share of the tokens that every layer keeps, ``r = floor(n - ratio * n)``, as in
+            PiToMe. It is 0.95 if neither is given; fewer than 20 tokens are then not merged.
+        method: ``"tome"`` pairs alternate tokens by the cosine similarity of their keys;
+            ``"pitome"`` merges tokens of high energy (similar to many others) and protects the
+            rest.
+        proportional: Whether keys are weighted by the number of patches in their tokens.
+        bsm: The half of the layers in which ``"pitome"`` splits all tokens instead of its 2 r most
+            redundant ones (``"first"`` as published for DeiT, ``"last"`` for MAE, None for no
+            layer).
+        layers: As in `TokenStrategy`; None is all blocks.
 
     >>> TokenMerge(r=(8, 0.5)).rates(4)
     [4, 6, 9, 12]
@@ -82,15 +90,15 @@ class TokenMerge(TokenStrategy):
         check_flag("proportional", self.proportional)
         if self.r is None and self.ratio is None:
             object.__setattr__(self, "ratio", SHARE)
-        elif self.r is not None and self.ratio == SHARE:  # the default gives way to a number
+        elif self.r is not None and self.ratio == SHARE:  # r replaces the default of ratio
             object.__setattr__(self, "ratio", None)
         ratio = self.ratio
         if ratio is not None and not (isinstance(ratio, float) and 0.5 <= ratio <= 1.0):
             raise InvalidOption(f"ratio must be a float in [0.5, 1] or None, got {ratio!r}")
         if ratio is not None and self.r is not None:
             raise InvalidOption(
-                f"r and ratio are two ways to give one rate, got r={self.r!r} and ratio={ratio!r}: "
-                "give one of them"
+                f"pass only one of r and ratio, which both set the rate; got r={self.r!r} and "
+                f"ratio={ratio!r}"
             )
         if self.r is not None:
             self._check_rates()
@@ -99,7 +107,7 @@ class TokenMerge(TokenStrategy):
     def from_dict(cls, saved: Mapping[str, Any]) -> TokenMerge:
         options = saved["options"]
         if options.get("ratio") is not None:
-            # before shares were the default, a file named the default number beside a share
+            # files from before ratio was the default contain the default r, too
             options = {**options, "r": None}
         return super().from_dict({**saved, "options": options})
 
@@ -119,12 +127,12 @@ class TokenMerge(TokenStrategy):
                 )
 
     def _inflected(self) -> bool:
-        """Whether ``r`` is ``(r, inflect)``: a pair whose second is a float."""
+        """Whether ``r`` is ``(r, inflect)``, a pair whose second element is a float."""
         r = self.r
         return isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float)
 
     def rates(self, count: int) -> list[int]:
-        """Tokens to merge at each of ``count`` layers of an inflected rate."""
+        """Number of tokens to merge at each of ``count`` layers, for ``r=(r, inflect)``."""
         assert isinstance(self.r, (list, tuple))
         r, inflect = self.r
         low = int(r * (1.0 - inflect))
@@ -145,19 +153,19 @@ class TokenMerge(TokenStrategy):
             return self.rates(count)[position]
         value = super()._resolve(name, site, position, count)
         if name == "r" and value is None and self.r is not None:
-            raise InvalidOption(f"r must give a number of tokens at {site.name!r}, got None")
+            raise InvalidOption(f"r must be a number of tokens at {site.name!r}, got None")
         return value
 
     def check(self, tokens: int, first: bool) -> None:
         limit = tokens // 2 if first else tokens
         if isinstance(self.r, int) and self.r > limit:
             raise InvalidOption(
-                f"r={self.r} tokens cannot be merged of {tokens} patch tokens: at most half of "
-                "them at once"
+                f"r={self.r} exceeds half of the {tokens} patch tokens there, the most that one "
+                "block can merge"
             )
 
     def rate(self, tokens: int) -> int:
-        """Tokens to merge out of so many."""
+        """Number of tokens to merge out of ``tokens``."""
         if self.ratio is not None:
             return min(math.floor(tokens - tokens * self.ratio), tokens // 2)
         assert isinstance(self.r, int)
@@ -171,7 +179,7 @@ class TokenMerge(TokenStrategy):
         assert inputs is not None
         if self.method == "tome" and merge.merges(inputs.k, tokens.x, tokens.size):
             return merge_natively(tokens, inputs, r)
-        # the direction of the mean over heads is that of their sum
+        # the sum over heads has the same direction as their mean
         keys = F.normalize(inputs.k.sum(1)[:, inputs.prefix :], dim=-1)
         if self.method == "tome":
             odd = inputs.prefix % 2
@@ -181,7 +189,7 @@ class TokenMerge(TokenStrategy):
         return self._by_energy(tokens, keys, r)
 
     def _by_energy(self, tokens: TokenInputs, keys: Tensor, r: int) -> Reduction:
-        """PiToMe, section 3: tokens with many alike are merged first."""
+        """Merge by energy (PiToMe, section 3): tokens similar to many others are merged first."""
         order = by_rank(energy(keys, tokens.layer, tokens.depth))
         half = math.ceil(tokens.depth / 2)
         early = tokens.layer < half
@@ -194,19 +202,19 @@ class TokenMerge(TokenStrategy):
 
 
 def by_rank(values: Tensor) -> Tensor:
-    """Numbers along the last of ``[B, n]``, largest value first, equal ones in order."""
-    if torch.compiler.is_exporting():  # torch's ONNX exporter knows no stable sort; its own is one
+    """Indices that sort ``[B, n]`` in descending order, equal values in ascending index order."""
+    if torch.compiler.is_exporting():  # ONNX sorts stably, but torch's exporter lacks stable=True
         return values.argsort(dim=1, descending=True)
     return values.argsort(dim=1, descending=True, stable=True)
 
 
 def alternate(count: int, odd: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every second token of the whole sequence, ``[1, a]`` and ``[1, b]`` (ToMe, section 3.1).
+    """Indices of alternate tokens of the sequence, ``[1, a]`` and ``[1, b]`` (ToMe, section 3.1).
 
     Args:
-        count: Patch tokens.
-        odd: 1 where the prefix tokens before them are odd in number, else 0.
-        device: Where to.
+        count: Number of patch tokens.
+        odd: 1 if the number of prefix tokens is odd, else 0.
+        device: Device of the result.
     """
     numbers = torch.arange(count, device=device)[None]
     return numbers[:, odd::2].contiguous(), numbers[:, 1 - odd :: 2].contiguous()
@@ -216,7 +224,7 @@ def energy(keys: Tensor, layer: int, depth: int) -> Tensor:
     """Mean over all tokens of ELU(cosine - margin), ``[B, n]`` (PiToMe, eq. 4).
 
     Args:
-        keys: ``[B, n, D]`` of length one.
+        keys: Keys of unit length, ``[B, n, D]``.
         layer: The block's index; the margin falls from 0.75 with depth.
         depth: Number of blocks.
     """
@@ -231,25 +239,25 @@ def merge_pairs(
     r: int,
     protected: Tensor | None = None,
 ) -> Reduction:
-    """Merge the ``r`` best edges from the first side to their nearest of the second.
+    """Merge the ``r`` tokens of the first side that are most similar to one of the second side.
 
-    The new order is: protected tokens, those of the first side that stay, in order, then the
-    second; values are means weighted by size.
+    The new order is: protected tokens, remaining tokens of the first side, tokens of the second
+    side. Values are means weighted by size.
 
     Args:
-        tokens: Those of the reduction.
-        likeness: ``[B, a, b]``.
-        sides: Numbers of the tokens on either side, ``[B|1, a]`` and ``[B|1, b]``.
-        r: Edges.
-        protected: Numbers of tokens that stay as they are, ``[B, p]``.
+        tokens: The inputs of the reduction.
+        likeness: Similarity of the two sides, ``[B, a, b]``.
+        sides: Indices of the tokens on each side, ``[B|1, a]`` and ``[B|1, b]``.
+        r: Number of tokens to merge.
+        protected: Indices of tokens that are never merged, ``[B, p]``.
     """
     batch, x = likeness.shape[0], tokens.x  # len() would tie an exported program to this batch
     first, second = (side.expand(batch, -1) for side in sides)
     best = likeness.max(-1)
     ranked = by_rank(best.values)
-    source, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
+    source, remaining = ranked[:, :r], ranked[:, r:].sort(dim=1).values
     target = best.indices.gather(1, source)
-    moved, kept = first.gather(1, source), first.gather(1, rest)
+    moved, kept = first.gather(1, source), first.gather(1, remaining)
     if protected is not None:
         kept = torch.cat([protected, kept], dim=1)
     into, index = target + kept.shape[1], torch.cat([kept, second], dim=1)
@@ -259,7 +267,7 @@ def merge_pairs(
     else:
         weight, before = tokens.size.gather(1, moved), tokens.size.gather(1, index)
     size = before.scatter_add(1, into, weight)
-    # mean = x_b + sum over a of (s_a / s) (x_a - x_b): only the tokens that move are touched
+    # mean = x_b + sum over a of (s_a / s) (x_a - x_b), which needs only the merged tokens
     share = (weight / size.gather(1, into))[..., None].to(x.dtype)
     shift = (take(x, moved) - take(x, second.gather(1, target))) * share
     assign = partial(assignment, kept, second, moved, target)
@@ -267,7 +275,7 @@ def merge_pairs(
 
 
 def merge_natively(tokens: TokenInputs, inputs: AttentionInputs, r: int) -> Reduction:
-    """What `merge_pairs` makes of alternate tokens, in one call of compiled code."""
+    """`merge_pairs` for alternate tokens, in one call of compiled code."""
     operands = inputs.k, tokens.x, tokens.size
     merged = merge.merged(*operands, r, inputs.prefix, tokens.ahead)
     sequence, index, assign, size, logs = merged
@@ -275,7 +283,7 @@ def merge_natively(tokens: TokenInputs, inputs: AttentionInputs, r: int) -> Redu
 
 
 def assignment(kept: Tensor, second: Tensor, moved: Tensor, target: Tensor) -> Tensor:
-    """``[B, n]``: the new place of every token."""
+    """The new position of every token, ``[B, n]``."""
     stay = torch.cat([kept, second], dim=1)
     place = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
     new = stay.new_zeros(stay.shape[0], stay.shape[1] + moved.shape[1]).scatter(1, stay, place)

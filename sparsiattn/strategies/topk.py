@@ -1,4 +1,4 @@
-"""Exact top-k of the attention matrix: the oracle every cheaper choice is measured against."""
+"""The strategy `topk`: exact top-k of the attention matrix, an oracle for cheaper choices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sparsiattn.strategies.base import Budgets, Strategy
 class TopK(Strategy):
     """The keys with the largest attention weight (an oracle: it computes all logits to choose).
 
-    In tile mode the keys with the largest mean weight over the tile's queries, which is the shared
-    set that keeps the most attention mass. That takes the softmax of all logits, so every query
-    has keys of its own unless ``tile`` is set.
+    With tiles, the keys with the largest mean weight over the tile's queries are kept: the shared
+    set with the most attention mass. This needs the softmax of all logits, so by default every
+    query has its own keys.
 
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
@@ -38,7 +38,7 @@ class TopK(Strategy):
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.k  # type: ignore[assignment]
-        # the softmax keeps each row's order, so one query alone does not need it
+        # softmax preserves the order within a row, so single queries do not need it
         if inputs.tiles is None:
             return TopLogits.of(inputs, k)
         return Pattern.top(inputs.logits().softmax(-1), k)

@@ -47,7 +47,7 @@ class StrategySuite(PatchSuite):
         """The finished pattern of one call."""
         pattern = self.strategy.planner(inputs.site)(inputs)
         options = {"prefix_keys": self.strategy.prefix_keys}
-        background = self.strategy.background_for(inputs.key_grid)
+        background = self.strategy.background_for(inputs.key_grid, inputs.key_views)
         return finish(pattern, inputs, background=background, **options)
 
     def _has_budget(self) -> bool:

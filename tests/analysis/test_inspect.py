@@ -195,12 +195,12 @@ def test_attention_written_by_hand_is_described_alike_with_and_without_a_patch()
 
 def test_what_a_patch_was_told_need_not_be_told_again() -> None:
     model = hosts.build("encoder")
-    with pytest.raises(sparsiattn.InvalidOption, match="does not say its input size"):
+    with pytest.raises(sparsiattn.InvalidOption, match="does not state its input size"):
         sparsiattn.inspect(model)
     sparsiattn.patch(model, "local", input=(1, 3, 24, 32))
     assert sparsiattn.inspect(model, strategies=[]).sites[0].grid == (6, 8)
     part = model.encoder
-    with pytest.raises(sparsiattn.InvalidOption, match="does not say its input size"):
+    with pytest.raises(sparsiattn.InvalidOption, match="does not state its input size"):
         sparsiattn.inspect(part)
 
 

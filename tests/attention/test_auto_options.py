@@ -68,7 +68,7 @@ class Keys(nn.Module):
         tile = self.strategy.tile_for(q.shape[-2])
         block = self.strategy.block_for(k.shape[-2])
         inputs = AttentionInputs(q, k, v, 0.25, None, self.site, tile=tile, block=block)
-        cells = self.strategy.background_for(inputs.key_grid)
+        cells = self.strategy.background_for(inputs.key_grid, inputs.key_views)
         return finish(self.planner(inputs), inputs, background=cells).to_mask()
 
 

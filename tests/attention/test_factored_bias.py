@@ -112,7 +112,7 @@ def test_who_holds_a_view_sees_what_is_written() -> None:
 def test_parts_and_writing_are_refused_together(first: str) -> None:
     bias = MERGED["view"](pair()[0])
     part = bias[:, :1]
-    with pytest.raises(ModelChanged, match="writes to a part"):
+    with pytest.raises(ModelChanged, match="writes to a slice"):
         (part if first == "part" else bias).mul_(2)
 
 

@@ -80,7 +80,7 @@ def test_bench_prints_tables_and_writes_json(tmp_path: Path) -> None:
     assert document["input_shape"] == [2, 3, 160, 160]
     assert document["report"]["sites"][0]["k"] == 20
     assert document["ratio"] > 0
-    (note,) = [line for line in result.stderr.splitlines() if "of dense expected" in line]
+    (note,) = [line for line in result.stderr.splitlines() if "expected speed" in line]
     assert note.startswith("local on 6 sites of VisionTransformer: ")
 
 

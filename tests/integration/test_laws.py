@@ -25,7 +25,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-# Hiera's tokens are in no raster order, which `local` refuses
+# Hiera's tokens are not in raster order, which `local` refuses
 PAIRS = [(f, s) for s in SPARSE for f in zoo.FAMILIES if (f, s) != ("hiera", "local")]
 
 

@@ -103,7 +103,7 @@ def test_what_has_no_places_is_refused_or_said(name: str) -> None:
         sparsiattn.patch(model, "local", input=tuple(images.shape))
     with sparsiattn.patch(model, "connectivity", tile=(2, 2), input=tuple(images.shape)) as patch:
         report = patch.report()
-    assert "in no raster order" in str(report)
+    assert "not in raster order" in str(report)
     assert {row.tile for row in report.sites} == {1}
 
 

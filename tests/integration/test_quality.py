@@ -19,6 +19,7 @@ from tests.support import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 import common
+import equal_time_tables
 from quality import __main__ as command
 from quality import rows as rows_module
 from quality import speed, study
@@ -251,3 +252,23 @@ def test_refused_lines_are_rows(tiny: Tiny, tmp_path: Path) -> None:
     run("--quality", "--speed", "--rounds", "1", lines=({"strategy": "topk", "k": 0.0},))
     for stage in ("quality", "speed"):
         assert "k" in rows(tmp_path, stage)[0]["refused"]
+
+
+@given(
+    points=st.dictionaries(st.integers(101, 300), st.integers(1, 99), max_size=6),
+    speed=st.integers(50, 350),
+)
+def test_equal_time_is_between_measured_points(points: dict[int, int], speed: int) -> None:
+    """On the line between the two nearest points, the dense model's included; else nothing."""
+    curve = {100: 100, **points}
+    found = equal_time_tables.interpolated(
+        [(s / 100, kept / 100) for s, kept in points.items()], speed / 100
+    )
+    slower = [s for s in curve if s <= speed]
+    faster = [s for s in curve if s >= speed]
+    if not slower or not faster or len(curve) == 1:
+        assert found is None
+        return
+    low, high = max(slower), min(faster)
+    share = 0.0 if low == high else (speed - low) / (high - low)
+    assert found == pytest.approx((curve[low] * (1 - share) + curve[high] * share) / 100)

@@ -219,7 +219,7 @@ def test_calibrate_gives_every_module_its_own_mode_back() -> None:
 def test_a_budget_spent_on_prefix_tokens_is_named() -> None:
     model = timm.models.VisionTransformer(**zoo.TINY, reg_tokens=8)
     with sparsiattn.patch(model, "topk", k=0.1) as live:
-        assert "prefix tokens alone" in str(live.report())
+        assert "prefix tokens use up the budget" in str(live.report())
 
 
 def test_observers_stay_in_their_thread() -> None:

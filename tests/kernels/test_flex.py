@@ -114,10 +114,13 @@ def test_every_refusal_is_exact() -> None:
     ]
     assert refusals(inputs, Pattern.dense(65, 65)) == ["needs key blocks, got a Dense pattern"]
     assert refusals(inputs, replace(pattern, tiles=None)) == [
-        "needs query tiles, every query is alone"
+        "needs query tiles, got a list for every single query (tile=1)"
     ]
     masked = inputs.replace(bias=torch.zeros(1, 1, 65, 65), dropout=0.5)
-    assert refusals(masked, pattern) == ["takes no mask of the host", "has no dropout"]
+    assert refusals(masked, pattern) == [
+        "does not support the host's mask",
+        "does not support dropout",
+    ]
     double = inputs.replace(q=inputs.q.double(), k=inputs.k.double(), v=inputs.v.double())
     assert refusals(double, pattern) == ["needs float32, bfloat16 or float16, got torch.float64"]
     training = inputs.replace(v=inputs.v.clone().requires_grad_())

@@ -120,14 +120,15 @@ class TestVarlen:
         inputs, pattern = packed_call()
         start = Varlen().why_unavailable()
         assert Varlen().why_not(inputs.replace(dropout=0.1, scale=0.0), pattern) == [
-            *start, CPU, "needs half precision, got torch.float32", "has no dropout",
+            *start, CPU, "needs half precision, got torch.float32", "does not support dropout",
             "needs a positive scale, got 0.0",
         ]  # fmt: skip
         odd = random_inputs((4, 5), dim=6, dtype=torch.float16)
         masked = odd.replace(bias=torch.zeros(1, 1, 21, 21))
         assert Varlen().why_not(masked, Pattern.dense(21, 21)) == [
             *start, "needs images packed by length, got a Dense pattern", CPU,
-            "takes no mask of the host", "needs head dims that are equal and a multiple of 8",
+            "does not support the host's mask",
+            "needs head dims that are equal and a multiple of 8",
         ]  # fmt: skip
 
 
@@ -153,7 +154,8 @@ class TestProbe:
         ("source", "reason"),
         [
             (None, "fake_fmha is not installed"),
-            ("import fake_fmha_needs_this", "fake_fmha fails without fake_fmha_needs_this"),
+            ("import fake_fmha_needs_this",
+             "fake_fmha needs fake_fmha_needs_this, which is not installed"),
             ("raise OSError('libcudart.so.12: cannot open\\nmore')",
              "fake_fmha cannot be imported (libcudart.so.12: cannot open)"),
             ("raise AttributeError", "fake_fmha cannot be imported (AttributeError)"),
@@ -316,7 +318,8 @@ class TestXFormers:
         assert XFormers().why_not(half, pattern) == [*start, CPU]
         masked = half.replace(bias=torch.zeros(1, 1, 65, 65), dropout=0.5)
         assert XFormers().why_not(masked, pattern) == [
-            *start, CPU, "takes no mask of the host", "has no dropout for key blocks",
+            *start, CPU, "does not support the host's mask",
+            "does not support dropout for key blocks",
         ]  # fmt: skip
         training = inputs.replace(q=inputs.q.clone().requires_grad_())
         assert XFormers().why_not(training, pattern) == [
@@ -325,18 +328,18 @@ class TestXFormers:
         small = flex_call(dim=24, dtype=torch.bfloat16)
         assert XFormers().why_not(*small) == [
             *start, CPU, "needs equal head dims of 16, 32, 64, ... 512, got (24, 24)",
-            "needs blocks of one size, a multiple of 16 keys, got 4",
+            "needs blocks of equal size, a multiple of 16 keys, got 4",
         ]  # fmt: skip
         uneven = flex_call((7, 8), block=(4, 4), dtype=torch.float16)
         assert XFormers().why_not(*uneven) == [
-            *start, CPU, "needs blocks of one size, a multiple of 16 keys, got 12 to 16",
+            *start, CPU, "needs blocks of equal size, a multiple of 16 keys, got 12 to 16",
         ]  # fmt: skip
         assert XFormers().why_not(half, replace(pattern, tiles=None)) == [
-            *start, CPU, "needs query tiles, every query is alone",
+            *start, CPU, "needs query tiles, got a list for every single query (tile=1)",
         ]  # fmt: skip
         many = half.replace(q=half.q.expand(2, 3, 65, 16).repeat(4096, 1, 1, 1))
         assert XFormers().why_not(many, pattern)[-1] == (
-            "takes 65,535 tiles of all images and heads at most, got 98,304"
+            "needs at most 65,535 tiles over images and heads, got 98,304"
         )
         assert XFormers().why_not(half, Pattern.dense(65, 65)) == [
             *start, "needs images packed by length or key blocks, got a Dense pattern", CPU,
@@ -357,7 +360,7 @@ class TestXFormers:
         paged._without_block_pointers.cache_clear()
         q = flex_call(block=(4, 4))[0].q
         here = SimpleNamespace(triton_splitk=SimpleNamespace(_fwd_kernel_splitK=object()))
-        gone = "its paged operator uses block pointers, which this triton no longer has"
+        gone = "its paged operator needs block pointers, which this triton has removed"
         assert paged._operator_refusals(here, q) == ([gone] if removed else [])
         none = SimpleNamespace(triton_splitk=SimpleNamespace(_fwd_kernel_splitK=None))
         assert paged._operator_refusals(none, q) == ["its paged operator needs triton"]

@@ -86,10 +86,10 @@ def test_it_is_taken_without_a_warmup(package: Callable[[int], Path]) -> None:
 @pytest.mark.parametrize(
     ("value", "level", "reason"),
     [
-        ("off", "", "is switched off by SPARSIATTN_NATIVE=off"),
+        ("off", "", "is disabled by SPARSIATTN_NATIVE=off"),
         ("v2", "v2", ""),
-        ("v4", "", "SPARSIATTN_NATIVE=v4 is not for this processor"),
-        ("neon", "", "SPARSIATTN_NATIVE=neon is not for this processor"),
+        ("v4", "", "SPARSIATTN_NATIVE=v4 does not run on this processor"),
+        ("neon", "", "SPARSIATTN_NATIVE=neon does not run on this processor"),
         ("local", "", "no-compiler-in-these-tests"),
     ],
 )
@@ -109,7 +109,7 @@ def test_another_value_is_an_error(
 ) -> None:
     package(3)
     monkeypatch.setenv(shipped.VARIABLE, "avx")
-    expected = "SPARSIATTN_NATIVE='avx'; it takes off, v2, v3, v4, neon, local, or is not set"
+    expected = "SPARSIATTN_NATIVE must be one of off, v2, v3, v4, neon, local or unset, got 'avx'"
     vit = tiny_vit()
     with pytest.raises(InvalidOption, match=expected):
         sparsiattn.patch(vit, "connectivity", k=0.1)
@@ -143,7 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half": (lambda path: cut(path, 0.5), "the file is cut short"),
     "nine tenths": (lambda path: cut(path, 0.9), "v3.so"),
     "another processor": (for_arm, "cannot be loaded"),
-    "other sources": (of_other_sources, "was made from other sources"),
+    "other sources": (of_other_sources, "was compiled from other sources"),
     "another library": (lambda path: shutil.copy(path.with_name("level.so"), path), "symbol"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be loaded"),
 }
@@ -175,7 +175,7 @@ def test_a_broken_library_gives_way_to_the_next(
 def test_without_a_level_none_is_loaded(package: Callable[[int], Path]) -> None:
     cut(package(3) / "level.so", 0.5)
     assert not build.is_ready()
-    assert "the processor's level is not known" in build.faults()[0]
+    assert "the processor's level could not be determined" in build.faults()[0]
 
 
 def test_a_folder_from_which_nothing_may_run(
@@ -193,7 +193,7 @@ def test_a_folder_from_which_nothing_may_run(
             shutil.copy(file, locked)
         monkeypatch.setattr(shipped, "FOLDER", locked)
         assert not build.is_ready()
-        assert "the processor's level is not known" in build.faults()[0]
+        assert "the processor's level could not be determined" in build.faults()[0]
     finally:
         subprocess.run(["umount", "--lazy", str(locked)], check=True)
 

@@ -288,10 +288,10 @@ def test_every_reason_is_given() -> None:
     wide = random_inputs(dim=257)
     refused = {
         "needs key lists, got a Dense pattern": (inputs, Pattern.dense(17, 17)),
-        "needs q, k and v of one type, float32, float16 or bfloat16, got torch.float32, "
+        "needs q, k and v of the same dtype, float32, float16 or bfloat16, got torch.float32, "
         "torch.float16 and torch.float32": (inputs.replace(k=inputs.k.half()), index),
         "needs head dims up to 256, got 257 and 257": (wide, index),
-        "has no dropout": (inputs.replace(dropout=0.1), index),
+        "does not support dropout": (inputs.replace(dropout=0.1), index),
     }
     for reason, (call, pattern) in refused.items():
         assert KERNEL.why_not(call, pattern) == [reason]

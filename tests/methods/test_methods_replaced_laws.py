@@ -230,7 +230,7 @@ class TestRefusals:
     @pytest.mark.parametrize("strategy", slow_but(ALL, "lowrank", "skipat"))
     def test_kernels_that_choose_keys_are_refused_by_name(self, strategy: Strategy) -> None:
         model, x = tiny_vit(depth=4), tiny_images(2)
-        with pytest.raises(sparsiattn.KernelRefused, match="attends to chosen keys only"):
+        with pytest.raises(sparsiattn.KernelRefused, match="needs a pattern that selects keys"):
             sparsiattn.patch(model, strategy, kernel="gather")
         outs = []
         for kernel in ("sdpa", "reference"):
@@ -240,7 +240,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("strategy", ALL, ids=by_name)
     def test_background_has_nothing_to_stand_for(self, strategy: Strategy) -> None:
-        with pytest.raises(sparsiattn.InvalidOption, match="background must be None, got 2"):
+        with pytest.raises(sparsiattn.InvalidOption, match=r"background must be None for .* got 2"):
             type(strategy)(background=2)
 
     @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ class TestRefusals:
             over(inputs, inputs.k[:, :2], inputs.v)
         with pytest.raises(sparsiattn.InvalidOption, match=r"v of shape \[2, 3, 17, 8\]"):
             over(inputs, inputs.k, inputs.v[..., 1:, :])
-        with pytest.raises(sparsiattn.InvalidOption, match="prefix tokens left out"):
+        with pytest.raises(sparsiattn.InvalidOption, match="without the prefix tokens"):
             over(inputs, inputs.k, inputs.v, q=inputs.q)
         with pytest.raises(sparsiattn.InvalidOption, match="logits of shape"):
             sparsiattn.Pattern.logits(inputs, torch.zeros(1, 1, 1, 17))
@@ -300,7 +300,7 @@ def test_other_hosts_reuse_what_fits(family: str) -> None:
     x = zoo.images(model)
     for strategy in CARRY:
         if family == "hiera" and strategy.needs_grid:  # its tokens are in the order of windows
-            with pytest.raises(sparsiattn.InvalidOption, match="in no raster order"):
+            with pytest.raises(sparsiattn.InvalidOption, match="not in raster order"):
                 sparsiattn.patch(model, type(strategy)())
             continue
         with sparsiattn.patch(model, type(strategy)()) as live, torch.no_grad():

@@ -102,7 +102,7 @@ def test_readers_by_position_get_every_position(read: str, options: dict[str, An
         with sparsiattn.patch(model, name, input=SHAPE, **options) as live:
             out = model(x)
             assert (live.source() < 0).any() or name == "token_merge"
-            assert "come back" in str(live.report())
+            assert "positions are restored" in str(live.report())
     assert model.seen == [TOKENS, TOKENS]
     assert out.shape == dense.shape
 

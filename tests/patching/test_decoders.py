@@ -18,7 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "token_drop": {"keep": 0.5, "score": "mean_query"},
     "token_merge": {"r": 4},
 }
-KEPT = "keeps every token: its tokens may be no patches: 1 x 5 patches (guess)"
+KEPT = "keeps every token: its tokens may not be patches: 1 x 5 patches (guess)"
 
 
 class Detector(SequenceViT):

@@ -257,7 +257,7 @@ def test_a_hook_that_looks_into_a_block_is_named() -> None:
         kept.append(output)
 
     model.encoder.layer[2].mlp.register_forward_hook(hook)
-    with pytest.raises(InvalidOption, match=r"hook of its own on 'encoder.layer.2.mlp'"):
+    with pytest.raises(InvalidOption, match=r"its own hook on 'encoder.layer.2.mlp'"):
         sparsiattn.patch(model, "token_drop", keep=0.5, input=SIZE)
     sparsiattn.patch(model, "topk", k=0.25, input=SIZE).unpatch()
     assert not kept

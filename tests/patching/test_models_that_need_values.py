@@ -330,5 +330,5 @@ def test_graphs_of_a_patched_model_are_refused_in_words(
 
 
 def test_a_graph_without_modules_says_what_to_patch() -> None:
-    with pytest.raises(NothingToPatch, match="patch the model it was made of"):
+    with pytest.raises(NothingToPatch, match="patch the original model"):
         sparsiattn.patch(graph_of("timm", made(vit)), "topk", input=(1, 3, 160, 160))

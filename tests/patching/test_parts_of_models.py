@@ -206,7 +206,7 @@ def test_packed_images_with_grids_beside_them(build: Any) -> None:
 @pytest.mark.parametrize("strategy", ["token_drop", "token_merge"])
 @pytest.mark.parametrize("build", [qwen2, qwen3])
 def test_packed_images_lose_no_tokens(build: Any, strategy: str) -> None:
-    with pytest.raises(InvalidOption, match="end to end in one sequence"):
+    with pytest.raises(InvalidOption, match="into one sequence"):
         sparsiattn.patch(build().eval(), strategy, input=packed((1, 8, 8)))
 
 

@@ -83,7 +83,7 @@ def test_everything_left_dense_is_named() -> None:
     model = zoo.build("vit_map_pool")
     report = sparsiattn.patch(model, "topk", k=500, sites="blocks.0.*").report()
     text = str(report)
-    assert "k=500 is more than the 64 keys" in text
+    assert "k=500 exceeds the 64 keys" in text
     assert "not selected, dense: blocks.1.attn" in text
     assert "left alone: attn_pool: a single query" in text
     sparsiattn.unpatch(model)
@@ -103,7 +103,7 @@ def test_what_only_if_faster_leaves_dense_is_named_with_its_figure() -> None:
         assert live.report().sites[0].measured is None
     for before, after in zip(forced.sites, left.sites, strict=True):
         assert before.expected < 1
-        figure = f"{before.kernel}, planning paid, would run at {before.expected:.2f}x of dense"
+        figure = f"{before.kernel} with planning would run at {before.expected:.2f}x of dense"
         assert after.note == f"left dense: {figure}"
         assert f"{after.name}: {after.note}" in str(left)
         assert (after.kernel, after.expected, after.planning) == ("dense", 1.0, 0.0)
@@ -113,10 +113,12 @@ def test_a_site_left_dense_elsewhere_says_so(monkeypatch: pytest.MonkeyPatch) ->
     live = sparsiattn.patch(zoo.build("vit"), "local", k=0.25, only_if_faster=True)
     monkeypatch.setattr(Gather, "speed", lambda *_: 50.0)
     monkeypatch.setattr(cost.Planning, "share", lambda *_: 0.0)
-    note = "left dense: gather, planning paid, would run at 50.00x of dense, less than Python takes"
+    note = "left dense: gather with planning would run at 50.00x of dense, which saves less time"
     assert live.report().sites[0].note.startswith(note)
     monkeypatch.setattr(cost, "SITE_SECONDS", 0.0)
-    note = "left dense, decided elsewhere or before tuning: gather, planning paid, would run at 50"
+    note = (
+        "left dense (decided on another machine or before tuning): gather with planning would run"
+    )
     assert live.report().sites[0].note.startswith(note)
 
 
@@ -140,7 +142,7 @@ def test_planning_is_part_of_the_expected_speed() -> None:
 def test_the_report_says_whose_figures_it_judges_by() -> None:
     model = zoo.build("vit")
     with sparsiattn.patch(model, k=0.25) as live:
-        assert "by shipped figures of other machines" in str(live.report())
+        assert "from measurements of other machines" in str(live.report())
         assert json.loads(json.dumps(live.report().to_dict()))["basis"]
     with sparsiattn.patch(model, "dense") as live:
         assert live.report().price_source == ""

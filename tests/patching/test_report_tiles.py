@@ -17,13 +17,15 @@ def test_one_line_for_all_sites_with_the_ratio_of_another_tile() -> None:
         report = patch.report()
     (line,) = report.tiles
     assert line in str(report)
-    assert line.startswith("tile 1 (auto: 65 tokens, fewer than 1,024): keys for every query; ")
+    assert line.startswith("tile 1 (auto: 65 tokens, fewer than 1,024): one key list per query; ")
     match = re.search(r"tile=\(4, 4\), .* (\d+\.\d)x as fast", line)
     assert match is not None
     with sparsiattn.patch(model, "local", k=0.25, tile=(4, 4)) as patch:
         (given,), other = patch.report().tiles, patch.report().sites[0].expected
     assert f"{other / report.sites[0].expected:.1f}" == match[1]
-    assert given.startswith("tile 4x4 (as given): one list for up to 16 queries; tile=1, ")
+    assert given.startswith(
+        "tile 4x4 (set by the user): one key list for up to 16 queries; tile=1, "
+    )
 
 
 def test_many_tokens_share() -> None:
@@ -31,9 +33,7 @@ def test_many_tokens_share() -> None:
     with sparsiattn.patch(large, "connectivity", k=[0.1, 0.2]) as patch:
         planner = patch.runtimes[0].planner
         (line,) = patch.report().tiles
-        assert line.startswith(
-            "tile 8x4 (auto: 1,025 tokens, at least 1,024): one list for up to 32"
-        )
+        assert line.startswith("tile 8x4 (auto: 1,025 tokens, at least 1,024): one key list for up")
         with torch.no_grad():
             planner.down.mul_(1.5)  # type: ignore[attr-defined]
         (fitted,) = patch.report().tiles
@@ -45,4 +45,6 @@ def test_no_line_where_no_lists_are_shared() -> None:
         with sparsiattn.patch(zoo.build(name), strategy) as patch:
             assert patch.report().tiles == ()
     with sparsiattn.patch(zoo.build("hiera"), "topk", k=0.25) as patch:
-        assert all("is not known): keys for every query" in line for line in patch.report().tiles)
+        assert all(
+            "are not known): one key list per query" in line for line in patch.report().tiles
+        )

@@ -134,7 +134,7 @@ def test_patches_out_of_order_are_no_raster(order: list[int]) -> None:
     with pytest.raises(SparsiattnError, match="'local' needs to know where tokens are"):
         sparsiattn.patch(model, "local", input=x)
     with torch.no_grad(), sparsiattn.patch(model, tile=(2, 2), input=x) as patch:
-        assert "patches in no raster order (traced from the image" in str(patch.report())
+        assert "patches not in raster order (traced from the image" in str(patch.report())
         assert {row.tile for row in patch.report().sites} == {1}
         assert torch.isfinite(model(x)).all()
 
@@ -222,7 +222,7 @@ def test_the_report_names_the_source() -> None:
 )
 def test_contradictions_name_both_sides(given_structure: dict[str, Any]) -> None:
     model = VisionTransformer(**TINY)
-    with pytest.raises(InvalidOption, match=r"makes \d+ tokens .* has 65, known as"):
+    with pytest.raises(InvalidOption, match=r"gives \d+ tokens .* has 65, found as"):
         sparsiattn.patch(model, "topk", **given_structure)
     assert sparsiattn.patch_of(model) is None
 

@@ -112,7 +112,7 @@ class TestMergeOptions:
             bad("method must be one of", "'tome'", "'dpc'", method="dpc"),
             bad("method", method=None),
             bad("proportional must be True or False", proportional="no"),
-            bad("give one of them", r=4, ratio=0.9),
+            bad("only one of r and ratio", r=4, ratio=0.9),
             bad("ratio must be", "0.3", ratio=0.3),
             bad("ratio must be", ratio=1.5),
             bad("ratio must be", ratio=NAN),
@@ -315,6 +315,6 @@ def test_images_that_share_a_sequence_keep_their_tokens(strategy: str) -> None:
     hosts_transformers = pytest.importorskip("tests.support.hosts_transformers")
     pytest.importorskip("transformers")
     model = next(make for name, make, _ in hosts_transformers.entries() if name == "pixtral")()
-    with pytest.raises(InvalidOption, match="end to end in one sequence"):
+    with pytest.raises(InvalidOption, match="into one sequence"):
         sparsiattn.patch(model, strategy, input=(1, 3, 32, 32))
     assert sparsiattn.patch_of(model) is None

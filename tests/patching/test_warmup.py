@@ -159,7 +159,7 @@ def test_errors_say_what_to_do() -> None:
     handle = patch(tiny_vit(), "topk", k=0.3)
     with pytest.raises(sparsiattn.InvalidType, match=r"image tensor \[B, C, H, W\].*got int"):
         handle.warmup(2)
-    inside = r"warmup\(\) inside disabled\(\) or observing\(\) .* leave that block first"
+    inside = r"warmup\(\) inside disabled\(\) or observing\(\) .* call it outside of that block"
     with handle.disabled(), pytest.raises(sparsiattn.InvalidOption, match=inside):
         handle.warmup(tiny_images(1))
     with (

@@ -97,7 +97,7 @@ def test_old_listing_functions_warn(kind: str) -> None:
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_old_class_names_warn(name: str) -> None:
-    with pytest.warns(DeprecationWarning, match=f"sparsiattn.{name} is deprecated") as caught:
+    with pytest.warns(DeprecationWarning, match=f"sparsiattn.{name} is now") as caught:
         old = getattr(sparsiattn, name)
     assert caught[0].filename == __file__
     assert old is getattr(sparsiattn, RENAMED[name])

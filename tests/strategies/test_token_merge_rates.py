@@ -45,5 +45,5 @@ def test_a_config_says_which_share_it_has() -> None:
 
 
 def test_two_rates_are_refused() -> None:
-    with pytest.raises(InvalidOption, match="give one of them"):
+    with pytest.raises(InvalidOption, match="only one of r and ratio"):
         TokenMerge(r=8, ratio=0.9)

@@ -340,7 +340,7 @@ def test_faults_say_what_is_needed() -> None:
             evaluate(model, [(images, labels)])
     with pytest.raises(DataError, match="has no batches"):
         evaluate(model, [])
-    with pytest.raises(DataError, match=r"needs a classifier: .* gave \(2, 3, 4\)"):
+    with pytest.raises(DataError, match=r"needs a classifier .* returned \(2, 3, 4\)"):
         evaluate(Answers(lambda t: t, torch.zeros(2, 3, 4)), [(images, torch.tensor([0, 1]))])
     sampler: Any = torch.utils.data.DistributedSampler(batches(1), num_replicas=2, rank=0)
     prepared = torch.utils.data.DataLoader(batches(1), sampler=sampler)  # type: ignore[arg-type]

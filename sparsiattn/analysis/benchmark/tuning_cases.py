@@ -251,7 +251,7 @@ def _prepare(
     strategy = Connectivity(k=case.k, tile=case.tile)
     inputs = inputs.replace(tile=case.tile, block=strategy.block_for(site.keys))
     planner = strategy.planner(site).to(device, dtype)
-    background = strategy.background_for(inputs.key_grid)
+    background = strategy.background_for(inputs.key_grid, inputs.key_views)
     with mac_counter() as counter:
         planned = planner(inputs)
         finish(planned, inputs, background=background)  # counts the votes

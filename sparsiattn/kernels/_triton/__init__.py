@@ -1,1 +1,1 @@
-"""Attention over key lists in Triton. Importing this package imports no triton."""
+"""Attention over key lists in Triton. Importing this package does not import triton."""

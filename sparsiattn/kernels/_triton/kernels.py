@@ -1,26 +1,29 @@
-"""The kernels: who attends, to which keys, with which logits, forward and backward.
+"""The Triton kernels, forward and backward.
 
-Forward pass: one program per query tile walks that tile's keys with a running softmax. Backward
-pass: one program per query tile computes that tile's weights again, keeps the gradient of its
-queries, and adds to those of its keys atomically (several tiles share a key), in float32.
+Forward pass: one program per query tile walks through that tile's keys with a running softmax.
+Backward pass: one program per query tile recomputes that tile's weights, accumulates the gradient
+of its queries, and adds the gradients of its keys atomically (several tiles share a key), in
+float32.
 
-Arguments are those of `sparsiattn.kernels._triton.launch.KeyListOperands`; strides carry the letter
-of their axis, `sparsiattn.kernels._triton.launch.AXES`.
+Arguments are those of `sparsiattn.kernels._triton.launch.KeyListOperands`; names of strides end in
+the letter of their axis, see `sparsiattn.kernels._triton.launch.AXES`.
 """
 
 import triton
 import triton.language as tl
 
-# triton's interpreter keeps bfloat16 as the bits of an integer, and would multiply those
+# triton's interpreter stores bfloat16 as integers and would multiply these
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
-"""Logits are kept in units of log 2, because exp2 is what the hardware computes."""
+"""Logits are in base 2, because the hardware computes exp2."""
 
 
 @triton.jit
 def program_work(heads, tiles, parts):
-    """Image, head, tile and part of the tile that this program computes. Parts of one tile and
-    tiles of one head are neighbours, so that keys stay in the cache."""
+    """Image, head, tile and part of the tile that this program computes.
+
+    Parts of a tile and tiles of a head have neighbouring programs, so that keys stay in the cache.
+    """
     program = tl.program_id(0)
     part = program % parts
     tile = (program // parts) % tiles
@@ -31,7 +34,7 @@ def program_work(heads, tiles, parts):
 
 @triton.jit
 def query_tokens(order, weight, tile, part, slots, ROWS: tl.constexpr):
-    """Patch queries in this part of a tile, and which of its slots hold one of their own."""
+    """Patch queries in this part of a tile, and which of its slots do not repeat one."""
     slot = part * ROWS + tl.arange(0, ROWS)
     valid = slot < slots
     if order is None:
@@ -45,7 +48,7 @@ def query_tokens(order, weight, tile, part, slots, ROWS: tl.constexpr):
 
 @triton.jit
 def key_tokens(place, chosen, held, table, keys, prefix, UNIT: tl.constexpr):
-    """Keys at these places of a list, and which of the places hold one."""
+    """Keys at these positions of a list, and which of the positions hold one."""
     present = place < keys
     if table is None:
         token = tl.load(chosen + place, mask=present, other=0)
@@ -65,7 +68,7 @@ def key_tokens(place, chosen, held, table, keys, prefix, UNIT: tl.constexpr):
 
 @triton.jit
 def at_rows(token, stride, WIDTH: tl.constexpr):
-    """Offsets of whole rows, ``[len(token), WIDTH]``."""
+    """Offsets of complete rows, ``[len(token), WIDTH]``."""
     return token[:, None] * stride + tl.arange(0, WIDTH)[None, :]
 
 
@@ -80,7 +83,7 @@ def within(present, WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def host_logits(host, offsets, pairs, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr):
-    """The host's mask at some pairs; what lies at ``LOWEST`` or below forbids."""
+    """The host's mask at some pairs; entries of at most ``LOWEST`` forbid."""
     stored = tl.load(host + offsets, mask=pairs, other=0)
     if BOOLEAN:
         bias = tl.where(stored != 0, 0.0, float("-inf"))
@@ -93,13 +96,13 @@ def host_logits(host, offsets, pairs, BOOLEAN: tl.constexpr, LOWEST: tl.constexp
 
 @triton.jit
 def cell_logits(rows, offsets, pairs):
-    """Logits of summary keys; minus infinity where a cell has none to stand for."""
+    """Logits of summary keys; minus infinity where a cell stands for no key."""
     return tl.load(rows + offsets, mask=pairs, other=0.0).to(tl.float32) * LOG2E
 
 
 @triton.jit
 def product(a, b, acc=None):
-    """``a @ b + acc`` in single precision at least, never in TF32."""
+    """``a @ b + acc``, accumulated in float32, never in TF32."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -107,9 +110,9 @@ def product(a, b, acc=None):
 
 @triton.jit
 def add_to_softmax(s, v, acc, row_max, row_sum):
-    """Some more keys enter the softmax (online softmax, arXiv 1805.02867)."""
+    """Add more keys to the running softmax (online softmax, arXiv 1805.02867)."""
     new_max = tl.maximum(row_max, tl.max(s, 1))
-    # a row that has seen no key yet: minus infinity less itself is not a number
+    # for a row without a key so far: -inf - (-inf) is NaN
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp2(s - finite_max[:, None])
     decay = tl.exp2(row_max - finite_max)
@@ -182,15 +185,17 @@ def forward(
     acc = acc / row_sum[:, None]
     result = out + image * out_b + head * out_h + at_rows(row, out_n, VALUE_WIDE)
     tl.store(result, acc.to(out.dtype.element_ty), mask=result_mask)
-    # a finite number for rows without a key: their weights then come out as zero again
+    # a finite value for rows without a key, so that their recomputed weights are zero
     sums_at = lse + pair * queries + token
     tl.store(sums_at, tl.where(empty, 0.0, row_max + tl.log2(row_sum)), mask=valid)
 
 
 @triton.jit
 def gradients_of(s, query, grad, key_rows, value_rows, lse, delta, scale, acc):
-    """Gradients of logits, keys and values of some keys, and the query's so far (dS = P (dP -
-    rowsum(dO O)), FlashAttention, arXiv 2205.14135, appendix B.2)."""
+    """Gradients of the logits, keys and values of some keys, and the queries' sum so far.
+
+    dS = P (dP - rowsum(dO O)): FlashAttention, arXiv 2205.14135, appendix B.2.
+    """
     p = tl.exp2(s - lse[:, None])
     to_v = product(tl.trans(p.to(grad.dtype)), grad)
     dp = product(grad, tl.trans(value_rows))

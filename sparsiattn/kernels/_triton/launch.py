@@ -1,6 +1,6 @@
-"""How the Triton kernels are called: strides, tile sizes, the order of arguments. Imports triton.
+"""Launches of the Triton kernels: strides, tile sizes, order of arguments. Imports triton.
 
-A launch is data first (`Launch`), so that it can be compiled for a device that is not there.
+A launch is plain data (`Launch`), so that it can be compiled for a device that is not present.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class KeyListOperands:
         pooled_v: Summary values ``[B, H, G, Dv]``.
         host: The host's mask, of 4 dimensions.
         rows: Logits of the summary, ``[B|1, H|1, T|n, G]``.
-        order: Patch queries of every tile, ``[T, t]``; None where each is alone.
-        weight: Zero for slots of tiles that repeat a query, ``[T, t]``; None where none does.
+        order: Patch queries of every tile, ``[T, t]``; None if each query has its own list.
+        weight: Zero for slots of tiles that repeat a query, ``[T, t]``; None if none does.
         chosen: Keys or blocks of every tile, ``[B|1, H|1, T, C]``.
-        held: Keys in each of these blocks, where their number differs.
+        held: Number of keys in each of these blocks; None if all are the same.
         table: Keys of every block, ``[U, g]``; None for lists of single keys.
-        first: Leading queries left out, P.
-        prefix: Leading keys that begin every list of blocks.
-        keys: Places in every list.
+        first: Number of leading queries to leave out, P.
+        prefix: Number of leading keys at the start of every list of blocks.
+        keys: Number of positions in every list.
         scale: Factor of QK^T.
-        lowest: Logits of the host's mask that forbid; None where it only favours.
+        lowest: The host's mask forbids at this logit and below; None if it never forbids.
     """
 
     q: Tensor
@@ -77,12 +77,12 @@ class KeyListOperands:
 
     @property
     def slots(self) -> int:
-        """Queries of a tile."""
+        """Number of queries of a tile."""
         return 1 if self.order is None else self.order.shape[1]
 
     @property
     def queries(self) -> int:
-        """Patch queries, n."""
+        """Number of patch queries, n."""
         return self.q.shape[-2] - self.first
 
     @property
@@ -96,11 +96,11 @@ class Launch:
     """One run of a kernel.
 
     Attributes:
-        kernel: The function of triton.
-        programs: How many programs it takes.
+        kernel: The triton function.
+        programs: Number of programs.
         arguments: All of its arguments by name.
-        warps: Warps of a program.
-        stages: Stages of its software pipeline.
+        warps: Number of warps of a program.
+        stages: Number of stages of its software pipeline.
     """
 
     kernel: Any
@@ -111,11 +111,11 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler; what it does by default with sums of products differs by version."""
+        """Options of the compiler; the default of ``enable_fp_fusion`` differs by version."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self, device: torch.device) -> None:
-        """Start it on the device of the operands; does nothing where there is no image."""
+        """Launch on the device of the operands; does nothing for an empty batch."""
         if not self.programs:
             return
         # triton launches on the current device, which need not be that of the operands
@@ -126,13 +126,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How a program cuts its work.
+    """How a program divides its work.
 
     Attributes:
-        rows: Queries of a program.
-        keys: Keys of a step.
-        warps: Warps of a program.
-        stages: Stages of the software pipeline.
+        rows: Number of queries of a program.
+        keys: Number of keys of a step.
+        warps: Number of warps of a program.
+        stages: Number of stages of the software pipeline.
     """
 
     rows: int
@@ -142,8 +142,11 @@ class Sizes:
 
 
 def forward_sizes(call: KeyListOperands) -> Sizes:
-    """Fixed by shape alone, for 99 KiB of shared memory and without spilled registers in half
-    precision: measuring while a model runs would make its results depend on the clock."""
+    """Sizes of a forward pass, chosen by shape only.
+
+    They fit 99 KiB of shared memory and spill no registers in half precision. Autotuning while a
+    model runs would make its results depend on timings.
+    """
     row = call.width * call.q.element_size()
     if call.q.element_size() == 4:
         most, keys, stages = (64 if row <= 256 else 32), (32 if row <= 512 else 16), 2
@@ -158,7 +161,7 @@ def forward_sizes(call: KeyListOperands) -> Sizes:
 
 
 def backward_sizes(call: KeyListOperands) -> Sizes:
-    """As `forward_sizes`; the backward pass holds twice as many operands at a time."""
+    """As `forward_sizes`, for the backward pass, which holds twice as many operands at a time."""
     row = call.width * call.q.element_size()
     if call.q.element_size() == 4:
         most, keys, stages = (64 if row <= 256 else 32 if row <= 512 else 16), 16, 1
@@ -170,7 +173,7 @@ def backward_sizes(call: KeyListOperands) -> Sizes:
 
 
 def _rows(slots: int, most: int) -> int:
-    """Queries of a program: a whole tile if it fits, else parts of which few slots stay empty."""
+    """Number of queries of a program: a whole tile if it fits, else parts with few empty slots."""
     if slots <= most:
         return padded(slots)
     half = max(FEWEST, most // 2)
@@ -187,8 +190,8 @@ def forward(call: KeyListOperands, out: Tensor, lse: Tensor) -> Launch:
 
     Args:
         call: The operands.
-        out: Written, ``[B, H, P + n, Dv]``; the first P rows are left alone.
-        lse: Written, the logarithms of the softmax's sums, ``[B, H, n]``.
+        out: Receives the result, ``[B, H, P + n, Dv]``; the first P rows stay unchanged.
+        lse: Receives the log-sum-exp of each row, ``[B, H, n]``.
     """
     return _launch(kernels.forward, call, forward_sizes(call), {"out": out, "lse": lse})
 
@@ -201,9 +204,10 @@ def backward(
     Args:
         call: The operands.
         out: The result of the forward pass.
-        lse: The logarithms of its softmax's sums.
+        lse: The log-sum-exp of each row.
         grad: The gradient of ``out``.
-        into: In the order of `GRADIENTS`: that of q is written, the others are added to.
+        into: Gradients in the order of `GRADIENTS`. That of q is overwritten; the others are
+            added to.
     """
     names = [f"to_{name}" for name in GRADIENTS]
     tensors = {"out": out, "lse": lse, "grad": grad, **dict(zip(names, into, strict=True))}
@@ -215,7 +219,7 @@ def _launch(
 ) -> Launch:
     tensors = {**{name: getattr(call, name) for name in TENSORS}, **results}
     boolean = call.host is not None and call.host.dtype == torch.bool
-    if boolean:  # triton has no pointers to single bits
+    if boolean:  # triton has no pointers to booleans
         tensors["host"] = tensors["host"].view(torch.uint8)
     dim, value_dim, tiles = call.q.shape[-1], call.v.shape[-1], call.chosen.shape[-2]
     cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
@@ -247,7 +251,7 @@ def _launch(
 
 
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Steps along the axes; none along one of size 1, which is shared by all."""
+    """Strides along the axes; 0 along an axis of size 1, which is broadcast."""
     names = [f"{name}_{axis}" for axis in AXES.get(name, "")]
     if x is None:
         return dict.fromkeys(names, 0)

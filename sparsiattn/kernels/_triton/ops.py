@@ -24,14 +24,14 @@ _BACKWARD = (
 
 @torch.library.custom_op("sparsiattn::key_list_attention", mutates_args=(), schema=_FORWARD)
 def key_list_attention(*operands: Any) -> tuple[Tensor, Tensor]:
-    """Attention of query tiles to their lists.
+    """Attention of query tiles to their key lists.
 
     Args:
-        *operands: Those of `KeyListOperands`, but in the place of ``first`` the result of the
-            leading P queries, ``[B, H, P, Dv]`` or None.
+        *operands: Those of `KeyListOperands`, with ``first`` replaced by the result of the leading
+            P queries, ``[B, H, P, Dv]`` or None.
 
     Returns:
-        ``[B, H, P + n, Dv]``, and the logarithms of the softmax's sums, ``[B, H, n]``.
+        ``[B, H, P + n, Dv]``, and the log-sum-exp of each row, ``[B, H, n]``.
     """
     from sparsiattn.kernels._triton import launch
 
@@ -57,18 +57,18 @@ def key_list_attention_backward(
         grad: The gradient of its first result.
         out: That result.
         lse: Its second result.
-        *operands: Those of `KeyListOperands`, then whether the gradient of ``host`` and that of
+        *operands: Those of `KeyListOperands`, then whether the gradients of ``host`` and of
             ``rows`` are needed.
 
     Returns:
-        Gradients of q, k, v, pooled_k, pooled_v, host and rows; empty tensors for what is not there
-        or not needed.
+        Gradients of q, k, v, pooled_k, pooled_v, host and rows; empty tensors for operands that
+        are missing or whose gradient is not needed.
     """
     from sparsiattn.kernels._triton import launch
 
     call = launch.KeyListOperands(*_readable(*operands[:-2]))
     q, *others = _with_gradients(operands, *operands[-2:])
-    # keys are shared by tiles, so theirs add up in single precision
+    # tiles share keys, so gradients of keys are summed in float32
     sums = [
         None if x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for x in others
@@ -92,14 +92,17 @@ def _(grad: Tensor, out: Tensor, lse: Tensor, *operands: Any) -> tuple[Tensor, .
 
 
 def _with_gradients(operands: Any, to_host: bool, to_rows: bool) -> list[Any]:
-    """Those of `GRADIENTS` whose gradient is needed; None for the others."""
+    """The operands of `GRADIENTS` whose gradient is needed; None for the others."""
     *tensors, host, rows = operands[:7]
     return [*tensors, host if to_host else None, rows if to_rows else None]
 
 
 def _readable(*operands: Any) -> list[Any]:
-    """Operands as the kernels read them: rows of q, k and v must be contiguous, their other axes
-    and all of the host's mask and the summary's logits have strides."""
+    """Operands in the layout that the kernels read.
+
+    Rows of q, k and v must be contiguous. Their other axes may have any strides, and so may all
+    axes of the host's mask and of the summary's logits; the rest must be contiguous.
+    """
     rows = [_with_rows(x) for x in operands[:3]]
     pooled, others = (
         [x.contiguous() if isinstance(x, Tensor) else x for x in part]
@@ -117,8 +120,10 @@ def _rows_of(dense: Tensor | None) -> int:
 
 
 def _results(q: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Room for both results, laid out as torch's own attention does, so that the host's reshape
-    copies nothing."""
+    """Empty tensors for both results, laid out as by torch's own attention.
+
+    The host's reshape then copies nothing.
+    """
     b, h, n, _ = q.shape
     out = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
     return out, q.new_empty(b, h, n - first, dtype=torch.float32)
@@ -140,7 +145,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, .
     grads = key_list_attention_backward(grad, out, lse, *tensors, *ctx.numbers, needs[5], needs[6])
     needed = (x if need else None for x, need in zip(grads, needs[:7], strict=True))
     grad_dense = grad[..., :first, :] if needs[12] else None
-    # order, weight, chosen, held and table have no gradient; nor have the numbers
+    # order, weight, chosen, held, table and the numbers have no gradient
     return (*needed, *(None,) * 5, grad_dense, *(None,) * 4)
 
 

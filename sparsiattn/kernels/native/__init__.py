@@ -1,1 +1,1 @@
-"""Attention over key lists in C: compiled in the wheel, or here when `warmup` asks for it."""
+"""Attention over key lists in C, compiled into the wheel, or on this machine by `warmup`."""

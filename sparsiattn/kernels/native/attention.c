@@ -8,6 +8,7 @@
 #include "chunks.c"
 
 #define FEW 4   /* tiles up to this size are computed query by query */
+#define ALONE 8 /* up to so many prefix queries are computed one by one */
 #define TEAM 64 /* ranges of work at most */
 
 /* A run of items. Each thread begins with a run of its own, so that the rows stay in its cache, and
@@ -17,10 +18,11 @@ typedef struct {
     int64_t next, end, apart[14];
 } Range;
 
-/* bands: of the cells. */
+/* The items of a head are `full` parts of prefix queries, which take the longest, then the parts of its
+   tiles. each: all items of a head. bands: of the cells. */
 typedef struct {
     const Call *call;
-    int64_t parts, each, chunk, ranges, joined;
+    int64_t parts, full, each, chunk, ranges, joined;
     Range range[TEAM];
     Bands bands;
 } Job;
@@ -159,6 +161,22 @@ static void prefetch_rows(const Job *job, float *const *to, int64_t count, const
     room->pace = n / (1 + chunks * (c->value_dim / 6)) + 1;
 }
 
+/* Takes the queries of a part from their rows, and begins their softmax. */
+static void begin_part(const Job *job, const Head *x, const float *const *from, int64_t lanes,
+                       Room *room) {
+    const Call *c = job->call;
+    if (c->host) sum_host(c, &job->bands, lanes, room);
+    take_rows(from, c->dim, (float)(c->scale * LOG2E), lanes, room->q);
+    for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
+    for (int64_t d = 0; d < c->value_dim; d++) clear(room->o + d * SPAN, lanes);
+}
+
+/* Logits of a part for the rows of a chunk. */
+static void score_part(const Call *c, int64_t keys, int64_t lanes, Room *room) {
+    for (int64_t n = 0; n < lanes; n += MOST * WIDTH)
+        score_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
+}
+
 /* One part of a tile. then: the item that this thread takes next, -1 if it is not known. */
 static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot, int64_t then,
                       Room *room) {
@@ -177,16 +195,12 @@ static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot,
         to[n] = x->out + token * c->out_n;
         if (c->host) room->host[n] = host_row(c, x, token);
     }
-    if (c->host) sum_host(c, &job->bands, lanes, room);
-    take_rows(from, c->dim, (float)(c->scale * LOG2E), lanes, room->q);
-    for (int64_t n = 0; n < lanes; n++) room->top[n] = -__builtin_inff(), room->sum[n] = 0;
-    for (int64_t d = 0; d < c->value_dim; d++) clear(room->o + d * SPAN, lanes);
-    int64_t part = then < 0 ? 0 : then % job->each;
-    prefetch_rows(job, to, count, then < 0 ? 0 : head_of(c, then / job->each).q, part / job->parts,
+    begin_part(job, x, from, lanes, room);
+    int64_t part = then % job->each - job->full, of_tile = then >= 0 && part >= 0;
+    prefetch_rows(job, to, count, of_tile ? head_of(c, then / job->each).q : 0, part / job->parts,
                   part % job->parts * SPAN, room);
     for (; keys > 0; keys = next_keys(job, x, &at, job->chunk, room)) {
-        for (int64_t n = 0; n < lanes; n += MOST * WIDTH)
-            score_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
+        score_part(c, keys, lanes, room);
         end_logits(c, x, tile, slot, count, lanes, keys, cell, at.cell, room);
         cell = at.cell;
         weigh_chunk(c, keys, lanes, room);
@@ -274,6 +288,31 @@ static void pass(const Call *c, const Head *x, int64_t n, int sums, Room *room) 
     if (n < c->first) end_query(c, x->out + n * c->out_n, room);
 }
 
+/* Up to SPAN prefix queries from `first` on, which see every key and no summary. */
+static void prefix_part(const Job *job, const Head *x, int64_t first, Room *room) {
+    const Call *c = job->call;
+    int64_t count = smaller(SPAN, c->first - first), keys;
+    int64_t lanes = (count + WIDTH - 1) / WIDTH * WIDTH;
+    const float *from[SPAN];
+    float *to[SPAN];
+    for (int64_t n = 0; n < lanes; n++) {
+        int64_t token = first + smaller(n, count - 1);
+        from[n] = x->q + token * c->q_n;
+        to[n] = x->out + token * c->out_n;
+        if (c->host) room->host[n] = host_row(c, x, token);
+    }
+    begin_part(job, x, from, lanes, room);
+    room->left = 0;
+    for (int64_t at = 0; at < c->keys; at += keys) {
+        keys = smaller(CHUNK, c->keys - at);
+        take_keys(c, x, at, keys, room);
+        score_part(c, keys, lanes, room);
+        if (c->host) add_host(c, room, keys, lanes);
+        weigh_chunk(c, keys, lanes, room);
+    }
+    give_rows(c, to, count, lanes, room);
+}
+
 /* The summary of a head, and on the way the row of prefix query `n`, as in `pass`. */
 static void pool_head(const Call *c, const Head *x, int64_t n, Room *room) {
     clear(x->pooled_k, c->cells * (c->dim + c->value_dim + 1));
@@ -285,7 +324,7 @@ static void pool_head(const Call *c, const Head *x, int64_t n, Room *room) {
     }
 }
 
-/* What the tiles of a head share, by the thread that comes first: the summary, and the rows of
+/* What the tiles of a head share, by the thread that comes first: the summary, and the rows of a few
    prefix queries; both fetch the keys and values that the others read from. */
 static void prepare(const Job *job, const Head *x, Room *room) {
     const Call *c = job->call;
@@ -293,9 +332,9 @@ static void prepare(const Job *job, const Head *x, Room *room) {
     if (!__atomic_compare_exchange_n(x->state, &untouched, BEGUN, 0, __ATOMIC_ACQUIRE,
                                      __ATOMIC_RELAXED))
         return;
-    pool_head(c, x, 0, room);
+    pool_head(c, x, job->full ? c->first : 0, room);
     __atomic_store_n(x->state, PREPARED, __ATOMIC_RELEASE);
-    for (int64_t n = 1; n < c->first; n++) pass(c, x, n, 0, room);
+    for (int64_t n = 1; n < c->first && !job->full; n++) pass(c, x, n, 0, room);
 }
 
 static void attend(void *data) {
@@ -306,10 +345,12 @@ static void attend(void *data) {
     for (int64_t n = 0; n < job->ranges; n++) {
         Range *range = job->range + (thread + n) % job->ranges;
         while ((i = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED)) < range->end) {
-            int64_t at = i % job->each, then = i + 1 < range->end ? i + 1 : -1;
+            int64_t at = i % job->each - job->full, then = i + 1 < range->end ? i + 1 : -1;
             Head x = head_of(c, i / job->each);
             prepare(job, &x, &room);
-            if (c->slots <= FEW && c->tiles)
+            if (at < 0)
+                prefix_part(job, &x, (at + job->full) * SPAN, &room);
+            else if (c->slots <= FEW && c->tiles)
                 small_tile(job, &x, at, &room);
             else if (c->tiles)
                 tile_part(job, &x, at / job->parts, at % job->parts * SPAN, then, &room);
@@ -326,7 +367,8 @@ static int64_t chunk_of(const Call *c) {
 
 static Job job_of(const Call *c) {
     int64_t heads = c->batch * c->heads, parts = c->slots <= FEW ? 1 : (c->slots + SPAN - 1) / SPAN;
-    Job job = {.call = c, .parts = parts, .each = c->tiles ? c->tiles * parts : 1, .chunk = chunk_of(c)};
+    int64_t full = c->first > ALONE ? (c->first + SPAN - 1) / SPAN : 0, each = c->tiles * parts + full;
+    Job job = {.call = c, .parts = parts, .full = full, .each = each ? each : 1, .chunk = chunk_of(c)};
     for (int64_t i = 0; i < heads; i++) *head_of(c, i).state = UNTOUCHED;
     if (c->host && c->counted) {
         int64_t prefix = 0;

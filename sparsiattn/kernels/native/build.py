@@ -1,8 +1,8 @@
-"""Finds compiled code, and compiles it for this processor where that is asked for.
+"""Finds compiled code, and compiles it for this processor on request.
 
-Code comes from the package (`shipped`), else from the user's cache, where `compile_here` puts what
-it compiles. A file's name there holds a hash of source, compiler, flags and processor, so a file of
-that name fits. Nothing is compiled by `sparsiattn.patch` or in a forward pass: only `compile_here`
+Libraries come with the package (`shipped`), else from the user's cache, where `compile_here` saves
+them. Names of files in the cache contain a hash of source, compiler, flags and processor, so a file
+of the right name fits. `sparsiattn.patch` and forward passes never compile: only `compile_here`
 does, which `Patch.warmup` and `tune` call.
 """
 
@@ -28,13 +28,13 @@ from sparsiattn.kernels.native.entries import Code, open_library
 
 @dataclass
 class _State:
-    """What this process knows of compiled code.
+    """The state of compiled code in this process.
 
     Attributes:
-        code: The functions, once loaded.
-        source: Where they are from.
-        problem: Why compiling failed; None if it was not tried.
-        faults: What is wrong with libraries of the package.
+        code: The functions; None before they are loaded.
+        source: Where they come from, in words.
+        problem: Why compiling failed; None if it did not fail or was not tried.
+        faults: Why libraries of the package could not be used.
         searched_in: The environment in which `is_ready` last looked for a library.
     """
 
@@ -50,7 +50,7 @@ _LOCK = threading.Lock()
 
 
 def problem() -> str | None:
-    """Why there can be no compiled code here; None if there is some, or may be."""
+    """Why compiled code cannot be used here; None if it is loaded or may be compiled."""
     try:
         if is_ready() or _state.problem is not None:
             return None if _state.code is not None else _state.problem
@@ -58,21 +58,21 @@ def problem() -> str | None:
     except InvalidOption as error:
         return str(error)
     if asked == "off":
-        return f"is switched off by {shipped.VARIABLE}=off"
+        return f"is disabled by {shipped.VARIABLE}=off"
     if asked in shipped.LEVELS:
         return "; ".join(_state.faults)
     return _why_not_compiled()
 
 
 def _why_not_compiled() -> str | None:
-    """Why nothing can be compiled here."""
+    """Why code cannot be compiled here; None if it can."""
     if os.name != "posix":
-        return f"is compiled on Linux and macOS only, not on {platform.system()}"
+        return f"can be compiled on Linux and macOS only, not on {platform.system()}"
     return toolchain.missing()
 
 
 def faults() -> tuple[str, ...]:
-    """What is wrong with libraries of the package that should have been taken, a line each."""
+    """Why libraries of the package that should have been used were not, one line each."""
     try:
         is_ready()
     except InvalidOption as error:
@@ -81,24 +81,24 @@ def faults() -> tuple[str, ...]:
 
 
 def source() -> str:
-    """Where the code that was loaded is from, in words; empty where there is none."""
+    """Where the loaded code comes from, in words; empty if none is loaded."""
     return _state.source
 
 
 def is_chosen() -> bool:
-    """Whether the user said which code may run."""
+    """Whether the user chose which code may run, by ``$SPARSIATTN_NATIVE``."""
     return bool(os.environ.get(shipped.VARIABLE))
 
 
 def is_ready() -> bool:
-    """Whether there is compiled code, or some can be loaded without compiling.
+    """Whether compiled code is loaded or can be loaded without compiling.
 
     Raises:
-        InvalidOption: ``$SPARSIATTN_NATIVE`` has no such value.
+        InvalidOption: The value of ``$SPARSIATTN_NATIVE`` is unknown.
     """
     if _state.code is not None:
         return True
-    # every choice of a kernel asks this, so look for files once per place only
+    # every choice of a kernel calls this, so search for files once per environment only
     names = (shipped.VARIABLE, "CC", "PATH", "SPARSIATTN_CACHE", "XDG_CACHE_HOME")
     environment = [os.environ.get(name) for name in names]
     if _state.searched_in == environment:
@@ -118,13 +118,13 @@ def _may_compile() -> bool:
 
 
 def compile_here() -> str | None:
-    """Load compiled code, compiled now if there was none.
+    """Load compiled code, and compile it first if there is none.
 
-    Where the cache cannot be written, the library lives in a temporary folder as long as this
-    process does.
+    If the cache cannot be written, the library is compiled in a temporary folder for this process
+    only.
 
     Returns:
-        Why that failed; None if all is well.
+        Why that failed; None if it succeeded.
     """
     with _LOCK:
         if problem() is not None or _state.code is not None:
@@ -136,7 +136,7 @@ def compile_here() -> str | None:
 
 
 def code() -> Code:
-    """The compiled functions, compiled now if they were not before.
+    """The compiled functions; compiles them if necessary.
 
     Raises:
         RuntimeError: They cannot be compiled here.
@@ -149,7 +149,7 @@ def code() -> Code:
 
 
 def forget() -> None:
-    """Look for compiler and library again when they are needed next."""
+    """Unload the code; the next use searches for library and compiler again."""
     with _LOCK:
         vars(_state).update(vars(_State()))
         set_loaded(False)
@@ -157,20 +157,20 @@ def forget() -> None:
 
 
 def path() -> Path:
-    """Where the library is kept, or would be."""
+    """Path of the library in the cache, whether or not it exists."""
     command = tuple(toolchain.compiler() or ())
     return folder() / f"attention-{_identity(command)}.so"
 
 
 def folder() -> Path:
-    """The folder of compiled libraries, beside the tuning file."""
+    """The folder of compiled libraries, next to the tuning file."""
     return tuning_cache.path().parent / "native"
 
 
 @cache
 def _identity(command: tuple[str, ...]) -> str:
-    """Hash of all that the library depends on."""
-    # virtual machines hide features of a processor, so its name alone does not identify it
+    """Hash of everything that the library depends on."""
+    # virtual machines may hide features of a processor, so its name does not identify it
     features = tuning_cache.cpuinfo("flags", "Features") or platform.machine()
     parts = (toolchain.fingerprint(), *command, _version_of(command), *toolchain.FLAGS, _flag())
     text = "\0".join((*parts, tuning_cache.processor(), features))
@@ -194,14 +194,16 @@ def _compile(library: Path) -> str | None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as build_folder:
             return _compile_in(Path(build_folder), library)
-    except OSError:  # a cache that cannot be written costs the next process the same seconds
+    except OSError:  # the cache cannot be written: the next process has to compile again
         with tempfile.TemporaryDirectory(prefix="sparsiattn-") as build_folder:
             return _compile_in(Path(build_folder), None)
 
 
 def _compile_in(build_folder: Path, library: Path | None) -> str | None:
-    """Compile in a folder of this process's own and move the library to its place in one step, so
-    that other processes see all of it or nothing; why that failed, or None."""
+    """Compile in a private folder and move the library to its place atomically.
+
+    Other processes see the complete library or none. Returns why that failed, or None.
+    """
     new = build_folder / "attention.so"
     failure = toolchain.compile_library(toolchain.HERE / toolchain.MAIN, (_flag(),), new)
     if failure:
@@ -213,7 +215,7 @@ def _compile_in(build_folder: Path, library: Path | None) -> str | None:
 
 
 def _load(path: Path) -> str | None:
-    """Load a library that was compiled here; why it cannot be used, None if it can."""
+    """Load a library that was compiled here. Returns why it cannot be used, or None."""
     opened = open_library(path)
     if isinstance(opened, str):
         return opened

@@ -1,7 +1,8 @@
-"""What the library's functions take: one table, and libraries opened by it.
+"""The table of the library's functions and their structs, and loading of libraries.
 
-A function is `sparsiattn_NAME` and takes one struct; `sparsiattn_NAME_size` says how large the
-library thinks that is. A new one is a line of `ENTRIES` and a field of `Code`.
+A function is exported as `sparsiattn_NAME` and takes one struct; `sparsiattn_NAME_size` returns the
+size of that struct in the library. To add a function, add a line to `ENTRIES` and a field to
+`Code`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ ATTEND_CALL = struct.Struct("@38q13Pd")
 SCORE_CALL = struct.Struct("@20q14P3dq")
 TOP_CALL = struct.Struct("@4q3P")
 ROWS_CALL = struct.Struct("@35q8P2d")
-# its parts: of calls alike, only the addresses differ
+# parts of ROWS_CALL: between similar calls only the addresses differ
 ROWS_HEAD, ROWS_ADDRESSES, ROWS_TAIL = map(struct.Struct, ("@35q", "@8P", "@2d"))
 BEST_CALL = struct.Struct("@7q4Pd")
 VOTES_CALL = struct.Struct("@26q8P2d")
-# what follows `ATTEND_CALL` in a call of backward.c
+# follows `ATTEND_CALL` in a call of backward.c
 BACKWARD_REST = struct.Struct("@2q4P")
 BACKWARD_CALL = struct.Struct("@38q13Pd2q4P")
 MERGE_CALL = struct.Struct("@17q10P")
@@ -33,7 +34,12 @@ BIASED_CALL = struct.Struct("@18q6Pd")
 
 
 class Entry(NamedTuple):
-    """A function of the library: the layout of its struct, and what it returns."""
+    """A function of the library.
+
+    Attributes:
+        call: Layout of its struct.
+        result: ctypes type of its result; None for no result.
+    """
 
     call: struct.Struct
     result: Any = None
@@ -57,16 +63,16 @@ class Code:
     """The compiled functions; each takes a packed call.
 
     Attributes:
-        parallel: Address of the function that runs a region in torch's threads; 0 for none.
+        parallel: Address of the function that runs a region in torch's threads; 0 if there is none.
         attend: Attention, packed as `ATTEND_CALL`.
         score: Scores of key blocks, packed as `SCORE_CALL`.
-        top: Places of the best scores, packed as `TOP_CALL`; returns 0 where memory ran out.
+        top: Indices of the best scores, packed as `TOP_CALL`; returns 0 if memory ran out.
         rows: Attention of every query to its best keys, packed as `ROWS_CALL`.
         best: The best columns of every row, packed as `BEST_CALL`.
         votes: The keys that a tile's queries vote for, packed as `VOTES_CALL`.
         backward: Gradients of attention, packed as `ATTEND_CALL` and `BACKWARD_REST`.
-        merge: Merged tokens, packed as `MERGE_CALL`.
-        biased: Attention with a logit for every key, packed as `BIASED_CALL`.
+        merge: Merging of tokens, packed as `MERGE_CALL`.
+        biased: Attention with one bias per key, packed as `BIASED_CALL`.
     """
 
     parallel: int
@@ -82,7 +88,7 @@ class Code:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """A library.
+    """Load a library.
 
     Raises:
         OSError: It cannot be loaded.
@@ -100,14 +106,14 @@ def open_library(path: Path) -> Code | str:
         functions = {name: getattr(library, f"sparsiattn_{name}") for name in ENTRIES}
         sizes = {name: getattr(library, f"sparsiattn_{name}_size")() for name in ENTRIES}
         library.sparsiattn_fingerprint.restype = ctypes.c_char_p
-        made_of = library.sparsiattn_fingerprint().decode()
+        fingerprint = library.sparsiattn_fingerprint().decode()
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
-    if made_of != toolchain.fingerprint():
-        return f"{path.name} was made from other sources; install sparsiattn again"
+    if fingerprint != toolchain.fingerprint():
+        return f"{path.name} was compiled from other sources; install sparsiattn again"
     expected = {name: entry.call.size for name, entry in ENTRIES.items()}
     if sizes != expected:
-        return f"{path.name} takes calls of {sizes} bytes, not of {expected}"
+        return f"{path.name} expects structs of {sizes} bytes, not of {expected}"
     for name, entry in ENTRIES.items():
         functions[name].argtypes, functions[name].restype = (ctypes.c_char_p,), entry.result
     return Code(threads.parallel_of(library), **functions)
@@ -118,16 +124,16 @@ _SEGMENT = struct.Struct("<IIQQQQQQ")
 
 
 def _cut_short(path: Path) -> str | None:
-    """Why a library for Linux must not be mapped: reading past the end of a file kills a process.
+    """Why an ELF library must not be loaded: reading past the end of a mapped file kills a process.
 
-    The loaders of other systems look themselves.
+    The loaders of other systems check this themselves. Returns None if the file is complete.
     """
     content = path.read_bytes()
     if not content.startswith(b"\x7fELF"):
         return None if content else "the file is empty"
     if len(content) < _ELF.size:
         return "the file is cut short"
-    if content[4] != 2:  # of 32 bits: the loader says so
+    if content[4] != 2:  # a 32-bit library: the loader refuses it
         return None
     *_, start, _, _, _, size, count = _ELF.unpack_from(content)
     if size != _SEGMENT.size or start + size * count > len(content):

@@ -1,4 +1,4 @@
-"""The host's bias as compiled code takes it: every entry, or its factors."""
+"""The host's bias in the form that compiled code takes: all entries, or its factors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ WIDEST = 256  # as in vectors.h
 
 
 class HostBias(NamedTuple):
-    """Arguments of the operators.
+    """The host's bias as arguments of the operators.
 
     Attributes:
-        bias: ``[B|1, H|1, N|1, Nk]``, or its factors ``[B|1, H|1, N|1, kh + kw]``; None without.
+        bias: ``[B|1, H|1, N|1, Nk]``, or its factors ``[B|1, H|1, N|1, kh + kw]``; None if there is
+            none.
         hard: Whether it forbids keys.
-        across: Keys side by side, kw, where these are factors, else 0.
+        across: Number of key columns, kw, if ``bias`` holds factors; else 0.
     """
 
     bias: Tensor | None
@@ -29,9 +30,9 @@ class HostBias(NamedTuple):
 
 
 def serves(a: Tensor, b: Tensor) -> bool:
-    """Whether compiled code may take the sum of these operands as its factors.
+    """Whether compiled code can take the factors instead of the sum of these operands.
 
-    Operands without data stand for such as it may take.
+    Meta tensors stand for CPU tensors here.
     """
     fits = max(a.shape[-2:]) + max(b.shape[-2:]) <= WIDEST
     if not (a.is_meta and b.is_meta):
@@ -48,9 +49,9 @@ def host_bias_of(inputs: AttentionInputs) -> HostBias:
 
 
 def factor_sides(inputs: AttentionInputs) -> tuple[int, int] | None:
-    """Rows and columns of keys, where compiled code takes the factors of a call's bias.
+    """Rows and columns of keys, if compiled code takes the factors of a call's bias; else None.
 
-    They forbid no key, and there is no prefix, which has no place in a grid.
+    Factors never forbid keys, and a prefix would have no position in the grid.
     """
     bias = inputs.bias
     if not isinstance(bias, FactoredBias) or not bias.merged or bias.origin.value is not None:

@@ -1,4 +1,4 @@
-"""Attention over key lists in compiled code whose gradient is compiled, too."""
+"""Attention over key lists with compiled forward and backward passes."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> T
 
 
 class _Attention(torch.autograd.Function):
-    """Nothing but the operands is kept for the backward pass, which computes weights anew."""
+    """Saves only the operands for the backward pass, which recomputes the weights."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
         is_tensor = [isinstance(x, Tensor) for x in others]
         ctx.save_for_backward(q, k, v, *(x for x in others if isinstance(x, Tensor)))
-        ctx.others = [None if known else x for x, known in zip(others, is_tensor, strict=True)]
+        ctx.others = [None if tensor else x for x, tensor in zip(others, is_tensor, strict=True)]
         ctx.is_tensor = is_tensor
         return attention(q, k, v, *others)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        each = iter(saved)
+        tensors = iter(saved)
         others = [
-            next(each) if known else x for x, known in zip(ctx.others, ctx.is_tensor, strict=True)
+            next(tensors) if tensor else x
+            for x, tensor in zip(ctx.others, ctx.is_tensor, strict=True)
         ]
         return (*_gradients(grad, q, k, v, *others), *(None for _ in others))
 
@@ -60,11 +61,11 @@ def _gradients(
     listed: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their types.
+    """Gradients of q, k and v, in their dtypes.
 
     Args:
-        grad: That of the result, ``[B, H, N, Dv]``.
-        q: This and what follows as in `ops.attention`.
+        grad: Gradient of the result, ``[B, H, N, Dv]``.
+        q: The remaining arguments are those of `ops.attention`.
     """
     dtype = q.dtype
     q, k, v, grad = (with_rows(x.float()) for x in (q, k, v, grad))
@@ -73,20 +74,20 @@ def _gradients(
     packed, _kept = attention_call(q, k, v, grad, *lists, *options)
     room = room_of(listed + count, k.shape[-2], count, q.shape[-1] + v.shape[-1])
     scratch = SCRATCH.numbers("backward", torch.get_num_threads() * room, q)
-    rest = entries.BACKWARD_REST.pack(q.shape[-2], room, *addresses_of(*to, scratch))
-    build.code().backward(packed + rest)
+    packed_rest = entries.BACKWARD_REST.pack(q.shape[-2], room, *addresses_of(*to, scratch))
+    build.code().backward(packed + packed_rest)
     grad_q, grad_k, grad_v = (x.to(dtype) for x in to)
     return grad_q, grad_k, grad_v
 
 
 def room_of(width: int, keys: int, count: int, dims: int) -> int:
-    """Numbers that a thread needs, as `sums_of` in backward.c divides them.
+    """Size of a thread's memory in floats, which `sums_of` in backward.c divides.
 
     Args:
-        width: Keys of a list, those of the summary included.
-        keys: All keys.
-        count: Keys of the summary.
-        dims: Channels of a key and its value.
+        width: Number of keys of a list, summary keys included.
+        keys: Number of all keys.
+        count: Number of summary keys.
+        dims: Channels of a key plus its value.
     """
     most = max(width, keys)
     return whole_vectors(8 * most + 2 * (width * SPAN + most + SPAN) + count * dims)

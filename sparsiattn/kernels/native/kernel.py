@@ -1,4 +1,4 @@
-"""Key lists on the CPU in compiled code: no copies of keys, one call per site."""
+"""The kernel `native`: key lists on the CPU in compiled C, one call per site, no key copies."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ from sparsiattn.kernels.native.scores import CELLS, group_sizes
 from sparsiattn.kernels.padding import list_count, row_keys, slot_macs, summary_count, tile_size
 
 WIDEST = 256  # as in vectors.h
-# queries of one vector, at most; attention.c computes tiles larger than FEW in whole vectors
+# most queries in one vector; attention.c computes tiles larger than FEW in whole vectors
 LANES, FEW = 16, 4
-# operations of torch that take as long as the start of a call
+# cost of starting a call, in torch operations
 CALLS = 20.0
-# finding the best keys of a query takes as long as reading and writing so many rows
+# cost of finding the best keys of a query, in rows read and written
 ROWS_WORTH = 6
-# reading and adding a host's bias of a pair takes as long as so many softmax entries
+# cost of reading and adding the host's bias of a pair, in softmax entries
 BIAS_WORTH = 2
-# and transposing a factor of it
+# cost of transposing a factor of the bias, in softmax entries
 FACTORS_WORTH = 1
 _NOT_COMPILED = "not compiled yet on this machine: run patch.warmup(images) once"
 
 
 class Native(Kernel):
-    """Key lists and key blocks by a C loop over query tiles under a running softmax.
+    """Key lists and key blocks by a C loop over query tiles with a running softmax.
 
-    FlashAttention's way (arXiv 2205.14135), on a CPU. All arithmetic is in float32; operands may be
-    of half precision, and the host may have a mask or a bias. Its library comes with the package;
-    where there is none, the system's C compiler makes one for the processor at hand, in some
-    seconds, when `Patch.warmup`, `tune` or `compile_native` asks for it.
+    This is FlashAttention (arXiv 2205.14135) for CPUs. All arithmetic is in float32; operands may
+    be in half precision, and the host may add a mask or a bias. The library comes with the package.
+    If it is missing, `Patch.warmup`, `tune` and `compile_native` compile it for this processor with
+    the system's C compiler, within seconds.
     """
 
     name = "native"
     summary = "key lists on a CPU in compiled C (saves time and memory)"
 
     def why_unavailable(self) -> list[str]:
-        if torch.compiler.is_compiling():  # a traced program cannot look for files
+        if torch.compiler.is_compiling():  # a traced program cannot search for files
             return [] if is_loaded() else [_NOT_COMPILED]
         problem = build.problem()
         return [] if problem is None else [problem]
@@ -79,10 +79,10 @@ class Native(Kernel):
     def repeatable(
         self, inputs: AttentionInputs, pattern: Pattern
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        # a bias may have other values in the next call, and a gradient needs the lists
+        # the values of a bias may change in the next call, and a gradient needs the lists
         if type(pattern) is not TopKeys or inputs.bias is not None or needs_grad(inputs):
             return None
-        options = _best_options(inputs, pattern)[:-3]  # without those of a bias
+        options = _best_options(inputs, pattern)[:-3]  # without the arguments of a bias
         return repeat_best(inputs.q, inputs.k, inputs.v, *options)
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
@@ -91,7 +91,7 @@ class Native(Kernel):
             return _best_work(inputs, pattern)
         call, lists, keys = CallShape.of(inputs), list_count(pattern), row_keys(pattern)
         pairs = lists * _padded(tile_size(pattern)) * keys + pattern.dense_rows * call.keys
-        # every tile reads its rows from a cache that is not its thread's own
+        # every tile reads its rows from a cache that threads share
         moved = call.rows_bytes(lists * keys + call.keys)
         work = call.attending(pairs, calls=CALLS, moved=moved)
         return replace(work, logits=work.logits + _bias_logits(inputs))
@@ -145,13 +145,13 @@ def _best_options(inputs: AttentionInputs, pattern: TopKeys) -> tuple[Any, ...]:
     """Arguments of `attend_to_best` after the operands."""
     summary, keep = pattern.summary, pattern.keys - pattern.prefix
     cells = None if summary is None else summary.cells
-    given = host_bias_of(inputs)
+    host_bias = host_bias_of(inputs)
     count = summary_count(pattern)
-    return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale, *given
+    return cells, count, keep, pattern.prefix, pattern.dense_rows, inputs.scale, *host_bias
 
 
 def _best_macs(inputs: AttentionInputs, pattern: TopKeys) -> int:
-    """Multiply-accumulates of one head: every logit, and values of the listed keys."""
+    """Multiply-accumulates of one head: all logits, and the values of listed keys."""
     cells, rows, dense = summary_count(pattern), inputs.n_queries, pattern.dense_rows
     columns, dim, width = inputs.n_keys + cells, inputs.q.shape[-1], inputs.v.shape[-1]
     listed = dense * inputs.n_keys + (rows - dense) * row_keys(pattern)
@@ -169,7 +169,7 @@ def _best_work(inputs: AttentionInputs, pattern: TopKeys) -> Work:
 
 
 def _bias_logits(inputs: AttentionInputs) -> float:
-    """Softmax entries that take as long as the host's bias."""
+    """Cost of the host's bias, in softmax entries."""
     if inputs.bias is None:
         return 0.0
     call = CallShape.of(inputs)
@@ -182,47 +182,47 @@ def _summary_refusals(summary: Summary) -> list[str]:
     if summary.per_query:
         return ["background keys differ between queries under this host mask"]
     if not _kernel_counts(summary) and torch.is_grad_enabled() and summary.bias.requires_grad:
-        return ["has no gradient of the summary's bias"]
+        return ["does not support a gradient of the summary's bias"]
     return []
 
 
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:
     reasons, q, k, v = [], inputs.q, inputs.k, inputs.v
-    # a dry run on shapes alone says nothing of the device that the call will run on
+    # a dry run on meta tensors does not know the device that the call will run on
     if q.device.type not in ("cpu", "meta") or inputs.device.type not in ("cpu", "meta"):
         reasons.append(f"needs CPU tensors, got {inputs.device.type}")
     if q.dtype not in FLOATS or {k.dtype, v.dtype} != {q.dtype}:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         got = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        reasons.append(f"needs q, k and v of one type of {names}, got {got}")
+        reasons.append(f"needs q, k and v of the same dtype out of {names}, got {got}")
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         reasons.append(f"needs head dims up to {WIDEST}, got {q.shape[-1]} and {v.shape[-1]}")
     if inputs.dropout:
-        reasons.append("has no dropout")
+        reasons.append("does not support dropout")
     if needs_grad(inputs) and torch.compiler.is_compiling():
         reasons.append("has no backward pass in compiled programs")
     if torch.is_grad_enabled() and inputs.bias is not None and inputs.bias.requires_grad:
-        reasons.append("has no gradient of the host's bias")
+        reasons.append("does not support a gradient of the host's bias")
     return reasons + transform_refusals()
 
 
 def _kernel_counts(summary: Summary) -> bool:
-    """Whether the bias follows from the lists, so that the kernel makes it on its way."""
+    """Whether the kernel counts the summary's bias itself, from the lists."""
     return isinstance(summary, CountedSummary) and summary.counted and summary.count <= CELLS
 
 
 def _padded(size: int) -> int:
-    """Queries that are computed for a tile of this size."""
+    """Number of queries that are computed for a tile of this size."""
     return size if size <= FEW else -(-size // LANES) * LANES
 
 
 def compile_native() -> str | None:
-    """Compile the `native` kernel now, unless it is there.
+    """Compile the `native` kernel now, unless its library exists.
 
-    Live patches choose anew at their next forward pass.
+    Active patches choose their kernels again in the next forward pass.
 
     Returns:
-        Why that failed, or None.
+        Why that failed; None if it succeeded.
     """
     failure = build.compile_here()
     cost.reload()

@@ -1,4 +1,4 @@
-"""Lists of the best keys by compiled code: of rows of scores, and of tiles by votes."""
+"""Lists of the best keys in compiled code: from scores, and for tiles from votes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ torch.library.define(_BEST_KEYS, "(Tensor scores, int count, int prefix) -> Tens
 
 @torch.library.impl(_BEST_KEYS, "CPU")
 def _best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
-    """The prefix and the best other columns of every row, in the order of columns.
+    """The prefix and the best other columns of every row, in ascending order of columns.
 
     Args:
         scores: ``[B, H, R, Nk]`` float32; NaN counts as largest, and of equal scores the first
             columns are taken.
         count: Length of every list, more than ``prefix``.
-        prefix: Leading columns that are in every list.
+        prefix: Number of leading columns, which are in every list.
 
     Returns:
         ``[B, H, R, count]``.
@@ -68,14 +68,14 @@ def _best_keys_shape(scores: Tensor, count: int, prefix: int) -> Tensor:
 
 
 def best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
-    """Lists that begin with the prefix, ``[..., count]``, of the best other keys of every row.
+    """Lists of the prefix keys and the best other keys of every row, ``[..., count]``.
 
     Args:
         scores: ``[..., Nk]``.
         count: Length of a list, at least ``prefix`` and less than ``Nk``.
-        prefix: Leading keys that are in every list.
+        prefix: Number of leading keys, which are in every list.
     """
-    scores = scores.detach()  # a choice passes no gradient
+    scores = scores.detach()  # the choice has no gradient
     if count > prefix and serves(scores):
         return torch.ops.sparsiattn.native_best_keys.default(scores, count, prefix)  # type: ignore[no-any-return]
     if prefix:
@@ -105,20 +105,20 @@ def _voted_keys(
     hard: bool = False,
     across: int = 0,
 ) -> Tensor:
-    """The keys to which any voter of a tile gives the most attention.
+    """The keys that get the most attention from any voter of a tile.
 
     Args:
         q: Queries ``[B, H, N, D]`` float32.
         k: Keys ``[B, H, Nk, D]``, with the prefix.
         order: Patch queries of every voter, tile by tile, ``[T * m, s]``.
-        held: How many of them count, ``[T * m]``.
-        tiles: Tiles, T.
+        held: How many of these are distinct, ``[T * m]``.
+        tiles: Number of tiles, T.
         count: Length of every list, more than ``prefix``.
-        prefix: Leading tokens, whose keys are in every list.
+        prefix: Number of leading tokens, whose keys are in every list.
         scale: Factor of QK^T, above 0.
-        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
-        hard: Whether the bias forbids keys, the same ones to every query of a head.
-        across: As in `HostBias`.
+        bias: The host's bias, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
+        hard: Whether the bias forbids keys, the same ones for every query of a head.
+        across: Number of key columns if ``bias`` holds factors, as in `HostBias`.
 
     Returns:
         ``[B, H, T, count]``.
@@ -159,7 +159,7 @@ def _voted_keys_shape(
 
 
 def _votes_flops(q_shape: Any, k_shape: Any, order: Any, *others: Any, **options: Any) -> int:
-    """Those of the voters' logits."""
+    """FLOPs of the voters' logits."""
     return int(2 * math.prod(k_shape) * order[0])
 
 
@@ -167,7 +167,7 @@ FLOP_FORMULAS[torch.ops.sparsiattn.native_voted_keys] = _votes_flops
 
 
 def voted_keys(q: Tensor, k: Tensor, *others: Any) -> Tensor:
-    """As the operator ``native_voted_keys``."""
+    """The operator ``native_voted_keys``, called directly where nothing observes operators."""
     operator = torch.ops.sparsiattn.native_voted_keys.default
     call = _voted_keys if is_unobserved(q, k) and not q.is_meta else operator
     return call(q, k, *others)

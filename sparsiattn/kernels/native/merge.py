@@ -1,4 +1,4 @@
-"""Merged tokens by compiled code: the search for alike ones, and the shorter sequence."""
+"""Token merging in compiled code: the search for similar tokens, and the shorter sequence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsiattn.kernels.workspace import SCRATCH
 
 # as in merge.c
 ROWS_AT_ONCE = 6
-# numbers of all images that are merged at once, about
+# approximate memory, in floats, of the images that are merged at once
 MERGED_AT_ONCE = 1 << 20
 
 _MERGED = "sparsiattn::native_merged"
@@ -39,28 +39,29 @@ Merged = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _merged(
     k: Tensor, x: Tensor, size: Tensor | None, merged: int, prefix: int, ahead: int
 ) -> Merged:
-    """Bipartite soft matching of alternate tokens (ToMe, section 3.1), and the means it leads to.
+    """Bipartite soft matching of alternate tokens (ToMe, section 3.1), and the merged sequence.
 
     Args:
-        k: Keys ``[B, H, P + n, D]`` float32 of any strides; their mean over heads says what is
-            alike.
+        k: Keys ``[B, H, P + n, D]`` float32 of any strides; their mean over heads measures
+            similarity.
         x: Tokens ``[B, n, C]`` float32.
-        size: Patches in each, ``[B, n]`` float32; None for one each.
-        merged: Tokens fewer, 1 to n // 2.
-        prefix: Leading keys that are never merged, P. With them, tokens of even places are matched
-            to those of odd ones.
-        ahead: Rows that stand before ``x`` in memory, with its steps, and in front of every new
-            sequence.
+        size: Number of patches in each token, ``[B, n]`` float32; None if all are 1.
+        merged: Number of tokens to remove, 1 to n // 2.
+        prefix: Number of leading keys that are never merged, P. Counted with them, tokens at even
+            positions are matched to tokens at odd ones.
+        ahead: Number of rows before ``x`` in memory, with its strides, that are copied to the
+            start of every new sequence.
 
     Returns:
-        The new sequences ``[B, ahead + m, C]``: tokens of even places that stay, in order, then
-        those of odd ones. Which token each stands for, ``[B, m]``, and where each went,
-        ``[B, n]``. The new sizes ``[B, m]``, and their logarithms, ``[B, 1, 1, ahead + m]``.
+        The new sequences ``[B, ahead + m, C]``: remaining tokens of even positions in order, then
+        those of odd positions. The token that each one stands for, ``[B, m]``, and the new position
+        of each earlier token, ``[B, n]``. The new sizes ``[B, m]``, and their logarithms,
+        ``[B, 1, 1, ahead + m]``.
     """
     k, size = with_rows(k), contiguous(size)
     (b, h, _, d), (n, width) = k.shape, x.shape[1:]
     left, threads = n - merged, torch.get_num_threads()
-    # divided by `pairs_of` in merge.c
+    # `pairs_of` in merge.c divides this memory
     side = whole_vectors(n // 2 + 1)
     shared = side * whole_vectors(d) + (side + SPAN) * d + 8 * side
     each = max(whole_vectors(d), ROWS_AT_ONCE * SPAN)
@@ -90,7 +91,7 @@ def _merged_shape(
 
 
 def _merged_flops(k_shape: Any, x_shape: Any, *others: Any, **options: Any) -> int:
-    """Those of the cosines."""
+    """FLOPs of the cosine similarities."""
     (b, *_, d), n = k_shape, x_shape[1]
     return int(2 * b * d * (n // 2) * (n - n // 2))
 
@@ -99,13 +100,13 @@ FLOP_FORMULAS[torch.ops.sparsiattn.native_merged] = _merged_flops
 
 
 def merges(k: Tensor, x: Tensor, size: Tensor | None) -> bool:
-    """Whether `merged` may take these operands: float32 on a CPU, without gradients."""
+    """Whether `merged` takes these operands: float32 on a CPU, without gradients."""
     return (
         x.stride(-1) == 1 and not is_tracing() and serves(k, x) and (size is None or serves(size))
     )
 
 
 def merged(k: Tensor, x: Tensor, *others: Any) -> Merged:
-    """As the operator ``native_merged``."""
+    """The operator ``native_merged``, called directly where nothing observes operators."""
     operator = _merged if is_unobserved(k, x) else torch.ops.sparsiattn.native_merged.default
     return operator(k, x, *others)

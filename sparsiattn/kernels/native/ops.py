@@ -1,4 +1,4 @@
-"""The compiled code as operators of torch, opaque to its compiler; forward only."""
+"""The compiled code as torch operators, opaque to torch's compiler; forward only."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from sparsiattn.kernels.workspace import SCRATCH
 
 # as in vectors.h
 SPAN = 64
-BAND_NUMBERS = 6  # of every patch, as `find_bands` in bands.h divides them
-# numbers of all images that are planned at once, about
+BAND_NUMBERS = 6  # numbers per patch, which `find_bands` in bands.h divides
+# approximate memory, in floats, of the images that are planned at once
 PLANNED_AT_ONCE = 1 << 21
-# a larger workspace is not kept: using it takes longer than getting it
+# a larger workspace is not kept: using it takes longer than allocating it
 PLAN_KEPT = 1 << 20
 
 
 def parallel() -> int:
-    """Address of the function by which the compiled code runs a region in torch's own threads; 0
-    where there is none, and calls then run in one thread."""
+    """Address of the function that runs a region of compiled code in torch's own threads.
+
+    It is 0 if there is none; calls then run in one thread.
+    """
     return build.code().parallel
 
 
-# Operators are defined by hand: the Python around `torch.library.custom_op` costs as much as a
-# small call. Exported programs store the names of their arguments, so these stay as they are.
+# Operators are defined without `torch.library.custom_op`, whose Python code costs as much as a
+# small call. Exported programs store the names of arguments, so these must not change.
 _ATTENTION = "sparsiattn::native_attention"
 torch.library.define(
     _ATTENTION,
@@ -57,36 +59,37 @@ def _attention(
     hard: bool = False,
     across: int = 0,
 ) -> Tensor:
-    """Attention of query tiles to their lists.
+    """Attention of query tiles to their key lists.
 
     Args:
-        q: Queries ``[B, H, first + n, D]`` float32 of any strides.
+        q: Queries ``[B, H, first + n, D]`` of any strides.
         k: Keys ``[B, H, Nk, D]``, with the prefix.
         v: Values ``[B, H, Nk, Dv]``.
         chosen: Keys, or blocks of ``table``, of every tile, ``[B|1, H|1, T, C]``.
-        table: Patch keys of every block, ``[U, g]``; lists then begin with the prefix.
-        held: How many keys of each block count, ``[U]``; None for all.
-        order: Patch queries of every tile, ``[T, t]``; None where each is alone.
-        cells: The summary's cell of every key, ``[Nk]``; G for keys in none.
+        table: Patch keys of every block, ``[U, g]``; lists then start with the prefix. None for
+            lists of single keys.
+        held: Number of distinct keys of each block, ``[U]``; None if all are.
+        order: Patch queries of every tile, ``[T, t]``; None if each query has its own list.
+        cells: The summary's cell of every key, ``[Nk]``; G for keys without a cell.
         bias: Logits of the summary, ``[B|1, H|1, T or n, G]``; None for the log of how many of a
             cell's keys a list leaves out.
-        count: Keys of the summary, G; 0 without one.
+        count: Number of summary keys, G; 0 without a summary.
         listed: Length of every list.
-        prefix: Leading keys that begin every list of blocks.
-        first: Leading queries, which see every key.
+        prefix: Number of leading keys at the start of every list of blocks.
+        first: Number of leading queries, which attend to every key.
         scale: Factor of QK^T.
         host: The host's bias, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
-        hard: Whether it forbids keys; with a summary, the same keys to every query of a head.
-        across: As in `HostBias`.
+        hard: Whether it forbids keys; with a summary, the same keys for every query of a head.
+        across: Number of key columns if ``host`` holds factors, as in `HostBias`.
 
     Returns:
-        ``[B, H, first + n, Dv]``, in the type of the operands.
+        ``[B, H, first + n, Dv]``, in the dtype of the operands.
     """
     dtype, n = q.dtype, q.shape[-2]
-    # a tile reads its keys many times: converted once, they cost less than converted on the way
+    # a tile reads its keys many times, so converting them once is cheaper than at every read
     q, k, v = (with_rows(x.float()) for x in (q, k, v))
     b, h, width = *q.shape[:2], v.shape[-1]
-    # [B, N, H, Dv] in memory, which the host's reshape need not copy
+    # [B, N, H, Dv] in memory, so that the host's reshape copies nothing
     strides = (n * h * width, width, h * width, 1)
     out = torch.empty_strided((b, h, n, width), strides, dtype=q.dtype)
     lists = (chosen, table, held, order, cells, bias)
@@ -116,19 +119,22 @@ def attention_call(
     hard: bool,
     across: int = 0,
 ) -> tuple[bytes, list[Tensor | None]]:
-    """A packed `ATTEND_CALL`, arguments as in `_attention`, and what must live until it ends."""
+    """A packed `ATTEND_CALL`, and the tensors that must stay alive until the call ends.
+
+    Arguments as in `_attention`; ``out`` receives the result.
+    """
     chosen = chosen.contiguous()
     bias = None if bias is None else bias.to(torch.float32)
     optional = [contiguous(x) for x in (table, held, order, cells, bias)]
     (b, h, n, d), width = q.shape, v.shape[-1]
-    # divided by `head_of` in attention.c
+    # `head_of` in attention.c divides this memory
     room = b * h * (whole_vectors(count * (d + width + 1)) + 16)
-    given: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    host_options: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if host is not None:
         exact = host if host.dtype in (torch.float32, torch.bool) else host.float()
         host = host_bias(exact, (b, h, n, host_width(k.shape[-2], across)))
         hard = hard or host.dtype is torch.bool
-        given = (KINDS[host.dtype], *host.stride()[:3], hard, across)
+        host_options = (KINDS[host.dtype], *host.stride()[:3], hard, across)
         room += BAND_NUMBERS * k.shape[-2]
     pooled = SCRATCH.numbers("pooled", room, q)
     tiles, slots = chosen.shape[-2], 1 if order is None else order.shape[1]
@@ -139,7 +145,7 @@ def attention_call(
     summary = (count, counted, by_tile, *_lead_strides(bias))
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
     tensors = [q, k, v, out, chosen, *optional, pooled, host]
-    numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads(), *given)
+    numbers = (*sizes, *lists, *summary, *steps, torch.get_num_threads(), *host_options)
     addresses = (*addresses_of(*tensors), parallel())
     return entries.ATTEND_CALL.pack(*numbers, *addresses, scale), tensors
 
@@ -150,7 +156,7 @@ torch.library.impl(_ATTENTION, "CPU", _attention)
 @torch.library.register_fake(_ATTENTION)  # type: ignore[untyped-decorator]
 def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     b, h, n, _ = q.shape
-    # laid out as torch's own attention does, so that the host's reshape copies nothing
+    # laid out as by torch's own attention, so that the host's reshape copies nothing
     return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
 
 
@@ -187,23 +193,23 @@ def _scores(
         q: Queries ``[B, H, N, D]`` float32.
         k: Keys ``[B, H, Nk, D]`` float32.
         order: Patch queries of every tile, ``[T, t]``.
-        held: How many of a tile's queries count, ``[T]``; None for all.
+        held: Number of distinct queries of each tile, ``[T]``; None if all are.
         block_order: Patch keys of every block, ``[U, g]``.
-        block_held: How many of a block's keys count, ``[U]``; None for all.
+        block_held: Number of distinct keys of each block, ``[U]``; None if all are.
         down: ``[P + U, K]``, units to basis.
         up: ``[P + U, K]``, basis to units.
-        own: ``[1]``, the factor of ``shares``; None for none.
+        own: ``[1]``, the factor of ``shares``; None for no such term.
         shares: ``[T, U]``, the share of each tile's queries in each block.
-        count: Blocks to choose.
-        prefix: Leading tokens that are not patches, P.
+        count: Number of blocks to choose.
+        prefix: Number of leading tokens that are not patches, P.
         scale: Factor of QK^T.
         basis_scale: Factor of the coefficients.
-        threshold: Entries of abs(up) up to it count as zero.
-        salience: Whether what the mean query sees of a block raises its scores.
+        threshold: Entries of abs(up) of at most this value count as zero.
+        salience: Whether the attention of the mean query to a block raises the block's scores.
 
     Returns:
-        Scores ``[B, H, T, U]``, and places of the best of each row, ``[B, H, T, count]``, as
-        `_top` gives them.
+        Scores ``[B, H, T, U]``, and indices of the best blocks of each row,
+        ``[B, H, T, count]``, as from `_top`.
     """
     q, k = with_rows(q), with_rows(k)
     tables = (order, held, block_order, block_held, down, up, own, shares)
@@ -211,7 +217,7 @@ def _scores(
     (b, h, _, d), (tiles, tile), (blocks, block) = q.shape, order.shape, block_order.shape
     basis, threads = down.shape[1], torch.get_num_threads()
     units, width = prefix + blocks, -(-d // SPAN) * SPAN
-    # divided by `head_plan` in plan.c
+    # `head_plan` in plan.c divides this memory
     shared = h * ((1 + tiles + units) * width + whole_vectors(blocks) * block)
     each = _thread_room(units, blocks, basis, width)
     group = max(1, min(b, PLANNED_AT_ONCE // shared))
@@ -232,7 +238,7 @@ torch.library.impl(_SCORES, "CPU", _scores)
 
 
 def _thread_room(units: int, blocks: int, basis: int, width: int) -> int:
-    """Numbers that a thread needs, as `score_head` in plan.c divides them."""
+    """Size of a thread's memory in floats, which `score_head` in plan.c divides."""
     rows = 2 * max(units, basis) + 16 + (SPAN + basis) * width
     columns = (units + basis + blocks) * SPAN + basis + whole_vectors(blocks) + 64
     return whole_vectors(rows + columns)
@@ -246,7 +252,7 @@ def _scores_shape(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _scores_flops(q_shape: Any, k_shape: Any, *others: Any, **options: Any) -> int:
-    """Those of the same products in torch."""
+    """FLOPs of the same products in torch."""
     order, _, block_order, _, down, *_ = others
     (b, h, _, d), tiles, blocks, (units, basis) = q_shape, order[0], block_order[0], down
     prefix, salience = others[9], others[13]
@@ -257,7 +263,11 @@ def _scores_flops(q_shape: Any, k_shape: Any, *others: Any, **options: Any) -> i
 
 
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.sparsiattn.native_scores: _scores_flops}
-"""For `torch.utils.flop_counter`, whose import brings triton: `mac_counter` gives it these."""
+"""FLOP formulas by operator.
+
+`mac_counter` passes them to `torch.utils.flop_counter`, which is not imported here because it
+imports triton.
+"""
 
 
 _TOP = "sparsiattn::native_top"
@@ -266,17 +276,17 @@ torch.library.define(_TOP, "(Tensor scores, int count) -> Tensor")
 
 @torch.library.impl(_TOP, "CPU")
 def _top(scores: Tensor, count: int) -> Tensor:
-    """Places of the best of each row, best first and of equal ones the first first.
+    """Indices of the best scores of each row, best first; equal scores in ascending order.
 
     Args:
         scores: ``[..., U]`` float32; NaN counts as largest.
-        count: How many to choose.
+        count: Number of scores to choose.
 
     Returns:
         ``[..., count]``.
 
     Raises:
-        MemoryError: A thread got no memory for the choice.
+        MemoryError: A thread could not allocate memory.
     """
     scores, columns = scores.contiguous(), scores.shape[-1]
     out = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
@@ -286,7 +296,7 @@ def _top(scores: Tensor, count: int) -> Tensor:
     addresses = addresses_of(scores, out)
     call = entries.TOP_CALL.pack(rows, columns, count, threads, *addresses, parallel())
     if not build.code().top(call):
-        raise MemoryError(f"no room to choose {count} of {columns} scores")
+        raise MemoryError(f"not enough memory to choose {count} of {columns} scores")
     return out
 
 
@@ -299,25 +309,25 @@ native_top = torch.ops.sparsiattn.native_top.default
 
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-"""Types that compiled code reads, as in numbers.h."""
+"""Dtypes that compiled code reads, numbered as in numbers.h."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def host_width(keys: int, across: int) -> int:
-    """Numbers that the host's bias of a query is given by: of every key, or factors."""
+    """How many numbers the host's bias of one query consists of: one per key, or its factors."""
     return keys // across + across if across else keys
 
 
 def host_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The host's bias for every query and key, ``[B, H, Nq, Nk]``; shared rows are not copied."""
+    """The host's bias expanded to ``shape``, ``[B, H, Nq, Nk]``, without copying shared rows."""
     if bias.dtype not in KINDS:
         bias = bias.float()
     return with_rows(bias.expand(shape))
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """With rows that are contiguous, as the compiled code reads them; the other axes have steps."""
+    """The tensor with contiguous rows, as compiled code needs them; other axes keep any strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -330,12 +340,12 @@ def addresses_of(*tensors: Tensor | None) -> list[int]:
 
 
 def whole_vectors(numbers: int) -> int:
-    """Rounded up to the widest vectors."""
+    """Round up to a multiple of the widest vectors."""
     return -(-numbers // 16) * 16
 
 
 def _lead_strides(x: Tensor | None) -> tuple[int, int]:
-    """Steps along images and heads of a contiguous tensor; none along what all share."""
+    """Strides along images and heads of a contiguous tensor; 0 where it is broadcast."""
     if x is None:
         return 0, 0
     images, heads, *matrix = x.shape
@@ -344,13 +354,13 @@ def _lead_strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def scores(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """As the operator ``native_scores``."""
+    """The operator ``native_scores``, called directly where nothing observes operators."""
     operator = _scores if is_unobserved(q, k) else torch.ops.sparsiattn.native_scores.default
     return operator(q, k, *others)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    """As the operator ``native_attention``."""
+    """The operator ``native_attention``, called directly where nothing observes operators."""
     if type(v) is Tensor and is_unobserved(q, k):
         return _attention(q, k, v, *others)
     return torch.ops.sparsiattn.native_attention.default(q, k, v, *others)  # type: ignore[no-any-return]

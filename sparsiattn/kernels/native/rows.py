@@ -34,21 +34,21 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 GROUP, VIEWS = 6, 8  # as in rows.c
 NO_HOST = (0, 0, 0, 0, 0, 0, 0)
-"""What stands in a call for the type, strides and options of the host's bias without one."""
+"""Type, strides and options of the host's bias in a call without one."""
 BEYOND = 32  # numbers written past the end of a list
-# queries of an item of work, at least: each packs the keys of its head anew
+# fewest queries of an item of work, since each item packs the keys of its head again
 ROWS_OF_PART = 48
 
 
 def serves(inputs: AttentionInputs) -> bool:
-    """Whether compiled code takes a call, so that nobody needs lists of its keys."""
+    """Whether compiled code computes a call without making key lists."""
     operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
     wants_gradient = any(x is not None and x.requires_grad for x in operands)
     return plans(inputs) and not (torch.is_grad_enabled() and wants_gradient)
 
 
 def plans(inputs: AttentionInputs) -> bool:
-    """Whether compiled code may choose the keys of a call, which takes no gradient."""
+    """Whether compiled code can choose the keys of a call; the choice needs no gradient."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if inputs.dropout or not inputs.scale > 0:
         return False
@@ -82,21 +82,22 @@ def _attend_to_best(
     """Attention of every query to prefix keys, its best patch keys and the summary of the others.
 
     Args:
-        q: Queries ``[B, H, N, D]`` of a type of `FLOATS` and of any strides.
+        q: Queries ``[B, H, N, D]`` of a dtype in `FLOATS` and of any strides.
         k: Keys ``[B, H, Nk, D]``, with the prefix.
         v: Values ``[B, H, Nk, Dv]``.
-        cells: The summary's cell of every key, ``[Nk]``, G for prefix keys; None without one.
-        count: Keys of the summary, G; 0 without one.
-        keep: Patch keys of every list; of equal logits the first keys are taken.
-        prefix: Leading keys that are in every list.
-        first: Leading queries, which see every key and no summary.
+        cells: The summary's cell of every key, ``[Nk]``, G for prefix keys; None without a
+            summary.
+        count: Number of summary keys, G; 0 without a summary.
+        keep: Number of patch keys of every list; of equal logits the first keys are taken.
+        prefix: Number of leading keys, which are in every list.
+        first: Number of leading queries, which attend to every key and to no summary.
         scale: Factor of QK^T, above 0.
-        bias: The host's, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
+        bias: The host's bias, ``[B|1, H|1, N|1, Nk]``, additive or boolean, or its factors.
         hard: Whether the bias forbids keys, so that no cell stands for those.
-        across: As in `HostBias`.
+        across: Number of key columns if ``bias`` holds factors, as in `HostBias`.
 
     Returns:
-        ``[B, H, N, Dv]``, in the type of the operands.
+        ``[B, H, N, Dv]``, in the dtype of the operands.
     """
     q, k, v, cells = with_rows(q), with_rows(k), with_rows(v), contiguous(cells)
     (b, h, n, _), keys = q.shape, k.shape[-2]
@@ -111,16 +112,16 @@ def _attend_to_best(
 
 
 class RowsCall(NamedTuple):
-    """All of a call but its addresses: it holds for operands that are laid out alike.
+    """A packed call without its addresses, valid for all operands of the same layout.
 
     Attributes:
-        shape: Of the output, ``[B, H, N, Dv]``.
-        strides: Of the output.
-        dtype: Of the output.
-        threads: Torch's threads.
-        room: Numbers that all of them need.
-        head: What stands before the addresses in `entries.ROWS_CALL`.
-        tail: What stands behind them.
+        shape: Shape of the output, ``[B, H, N, Dv]``.
+        strides: Strides of the output.
+        dtype: Dtype of the output.
+        threads: Number of torch's threads.
+        room: Size of the memory for all threads, in floats.
+        head: Part of `entries.ROWS_CALL` before the addresses.
+        tail: Part of `entries.ROWS_CALL` after the addresses.
     """
 
     shape: tuple[int, ...]
@@ -134,7 +135,7 @@ class RowsCall(NamedTuple):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cells: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        """Run it."""
+        """Run the call on these operands, ``[B, H, N, Dv]``."""
         out = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         if out.numel():
             scratch = SCRATCH.room_for("rows", self.room)
@@ -154,20 +155,20 @@ def rows_call(
     *,
     biased: bool,
 ) -> RowsCall:
-    """What compiled code is told of a call; operands as in `_attend_to_best`, with rows.
+    """Pack a call of `_attend_to_best`; its operands must have contiguous rows.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
+        q: Queries ``[B, H, N, D]``.
+        k: Keys ``[B, H, Nk, D]``.
+        v: Values ``[B, H, Nk, Dv]``.
         counts: ``first``, ``prefix``, ``keep`` and ``count`` of `_attend_to_best`.
         scale: Factor of QK^T.
         host: Type, strides and options of the host's bias, or `NO_HOST`.
-        biased: Whether there is one.
+        biased: Whether the host has a bias.
     """
     (b, h, n, d), keys, width = q.shape, k.shape[-2], v.shape[-1]
     _, prefix, keep, count = counts
-    # [B, N, H, Dv] in memory, which the host's reshape need not copy
+    # [B, N, H, Dv] in memory, so that the host's reshape copies nothing
     strides = (n * h * width, width, h * width, 1)
     fixed = whole_vectors(keys - prefix)
     columns = whole_vectors(fixed + prefix + count)
@@ -184,12 +185,12 @@ def rows_call(
 
 
 def repeat_best(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Attend:
-    """`attend_to_best` for operands laid out like these, of which nobody sees an operator.
+    """`attend_to_best` for operands of this layout, called directly and not as an operator.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
+        q: Queries ``[B, H, N, D]``.
+        k: Keys ``[B, H, Nk, D]``.
+        v: Values ``[B, H, Nk, Dv]``.
         *options: The other arguments of `attend_to_best`, without a bias.
     """
     cells, count, keep, prefix, first, scale = options
@@ -216,14 +217,14 @@ def _best_shape(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
 
 
 def attend_to_best(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
-    """As the operator ``native_attend_to_best``."""
+    """The operator ``native_attend_to_best``, called directly where nothing observes operators."""
     if type(v) is Tensor and is_unobserved(q, k):
         return _attend_to_best(q, k, v, *others)  # type: ignore[arg-type]
     return torch.ops.sparsiattn.native_attend_to_best.default(q, k, v, *others)  # type: ignore[no-any-return]
 
 
 def room_of(columns: int, count: int, dim: int, width: int) -> int:
-    """Numbers that a thread needs, as `rows_room` in rows.c divides them."""
+    """Size of a thread's memory in floats, which `rows_room` in rows.c divides."""
     cells = whole_vectors(count)
     packed = -(-columns // SPAN) * SPAN * dim + columns * width
     lists = (2 + 2 * GROUP) * (columns + BEYOND)
@@ -233,20 +234,23 @@ def room_of(columns: int, count: int, dim: int, width: int) -> int:
 def room_of_host(
     columns: int, fixed: int, count: int, dim: int, width: int, kind: int, biased: bool, views: int
 ) -> int:
-    """What a thread needs beside `room_of` for other types and for the host's bias."""
+    """Further memory of a thread, for dtypes other than float32 and for the host's bias."""
     rows = SPAN * (max(dim, width) + 16) if kind else 0
-    host = GROUP * columns + (1 + BAND_NUMBERS) * fixed  # bias, what is seen, bands
+    host = GROUP * columns + (1 + BAND_NUMBERS) * fixed  # bias, visible keys, bands
     each = whole_vectors(count) * (dim + 1) + count * width + fixed
     return whole_vectors(rows + (biased * host) + views * each)
 
 
 def parts_of(heads: int, queries: int, threads: int) -> int:
-    """Parts into which the queries of each head are split, so that no thread waits long."""
+    """Number of parts into which the queries of each head are split, to balance the threads."""
     if heads % threads == 0 or heads >= 8 * threads:
         return 1
     return max(1, min(math.ceil(8 * threads / heads), queries // ROWS_OF_PART))
 
 
 def quantile_of(keep: int, keys: int) -> float:
-    """The threshold of the best of normal numbers, in deviations: where the search begins."""
+    """First threshold of the search, in standard deviations above the mean.
+
+    It assumes normally distributed scores.
+    """
     return NormalDist().inv_cdf(min(max(1 - keep / keys, 1e-6), 1 - 1e-6))

@@ -1,8 +1,8 @@
 """Planning in compiled code.
 
-It decides over small sites, where torch's calls cost more than the arithmetic. Only where the
-`native` kernel was compiled before, in float32 on a CPU without a gradient. Elsewhere, and in
-programs that are exported, torch's own operations do the same.
+It matters at small sites, where torch's calls cost more than the arithmetic. It runs only if the
+`native` kernel is compiled, in float32 on a CPU without gradients. Otherwise, and in exported
+programs, torch's own operations compute the same.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ CELLS = 144  # as in chunks.c
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether compiled code may take these operands."""
+    """Whether compiled code takes these operands: float32 on a CPU, without gradients."""
     return _serves(tensors, torch.float32)
 
 
 def is_ready() -> bool:
-    """Whether there is compiled code, which also those find who run what is traced now.
+    """Whether compiled code is available now and in the program that is being traced, if any.
 
-    `torch.compile` keeps its operators in the program. An exported program runs elsewhere.
+    A program of `torch.compile` runs in this process; an exported program runs elsewhere.
     """
-    if torch.compiler.is_compiling():  # a traced program cannot look for files
+    if torch.compiler.is_compiling():  # a traced program cannot search for files
         return is_loaded() and not is_exporting()
     return (is_loaded() or build.is_ready()) and not is_transformed()
 
@@ -44,12 +44,12 @@ def _serves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
 
 
 def counts(q: Tensor, cells: int, device: torch.device) -> bool:
-    """Whether a kernel that counts the keys of so many cells itself is likely to come.
+    """Whether the call will probably use a kernel that counts the keys of each cell itself.
 
     Args:
         q: The queries.
-        cells: Keys of the summary.
-        device: Where the call runs; in a dry run, where it would.
+        cells: Number of cells of the summary.
+        device: Device of the call; in a dry run, the device that it would run on.
     """
     if cells > CELLS or q.dtype not in ops.FLOATS:
         return False
@@ -58,14 +58,14 @@ def counts(q: Tensor, cells: int, device: torch.device) -> bool:
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """Places of the best of each row, best first, ``[..., count]``."""
+    """Indices of the best scores of each row, best first, ``[..., count]``."""
     if serves(scores):
         return ops.native_top(scores, count)  # type: ignore[no-any-return]
     return scores.topk(count, dim=-1, sorted=True).indices
 
 
 def group_sizes(groups: Tiles) -> Tensor | None:
-    """How many slots of each group hold a token of their own; None where all do."""
+    """Number of distinct tokens in each group; None if no slot repeats a token."""
     return None if groups.even else (groups.weight > 0).sum(-1)
 
 
@@ -83,7 +83,7 @@ def block_scores(
     salience: bool,
     count: int,
 ) -> tuple[Tensor, Tensor]:
-    """`ConnectivityPlanner.scores` for tiles and blocks, and the best of each row.
+    """`ConnectivityPlanner.scores` for tiles and blocks, and the best blocks of each row.
 
     Args:
         q: Queries ``[B, H, N, D]``.
@@ -91,17 +91,17 @@ def block_scores(
         tiles: The tiles of queries.
         blocks: The blocks of keys.
         tables: W_down and W_up, ``[P + U, K]`` each.
-        own: ``[1]``, the factor of ``shares``; None for none.
+        own: ``[1]``, the factor of ``shares``; None for no such term.
         shares: ``[T, U]``, the share of each tile's queries in each block.
-        prefix: Leading tokens that are not patches.
-        scales: Of logits and of coefficients.
-        threshold: Entries of abs(W_up) up to it count as zero.
-        salience: Whether what the mean query sees of a block raises its scores.
-        count: Blocks to choose.
+        prefix: Number of leading tokens that are not patches.
+        scales: Factors of logits and of coefficients.
+        threshold: Entries of abs(W_up) of at most this value count as zero.
+        salience: Whether the attention of the mean query to a block raises the block's scores.
+        count: Number of blocks to choose.
 
     Returns:
-        Scores ``[B, H, T, U]`` and the places of the ``count`` best of each row, as `top` gives
-        them.
+        Scores ``[B, H, T, U]`` and the indices of the ``count`` best blocks of each row, as from
+        `top`.
     """
     groups = (tiles.order, group_sizes(tiles), blocks.order, group_sizes(blocks))
     options = (own, shares, count, prefix, *scales, threshold, salience)

@@ -1,8 +1,8 @@
-"""Libraries that came with the package, one for each level of processor; setup.py compiles them.
+"""Libraries that come with the package, one for each processor level; setup.py compiles them.
 
-``$SPARSIATTN_NATIVE`` says which code may run: ``off`` for none, ``v2``, ``v3``, ``v4`` or ``neon``
-for that library alone, ``local`` for code compiled on this machine alone. Without it the best
-library that suits the processor is taken.
+``$SPARSIATTN_NATIVE`` selects the code that may run: ``off`` for none, ``v2``, ``v3``, ``v4`` or
+``neon`` for that library only, ``local`` for code compiled on this machine only. If it is not set,
+the best library for the processor is used.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ VALUES = ("off", *LEVELS, "local")
 
 
 class Found(NamedTuple):
-    """What the search for a library came to.
+    """The result of the search for a library.
 
     Attributes:
-        code: The functions; None where no library can be used.
-        level: Of the library that was taken.
-        faults: What is wrong with others.
+        code: The functions; None if no library can be used.
+        level: Processor level of the library; empty if there is none.
+        faults: Why other libraries could not be used.
     """
 
     code: Code | None
@@ -35,19 +35,21 @@ class Found(NamedTuple):
 
 
 def wanted() -> str:
-    """The value of ``$SPARSIATTN_NATIVE``; empty where it is not set.
+    """The value of ``$SPARSIATTN_NATIVE``; empty if it is not set.
 
     Raises:
-        InvalidOption: There is no such value.
+        InvalidOption: The value is unknown.
     """
     value = os.environ.get(VARIABLE, "")
     if value and value not in VALUES:
-        raise InvalidOption(f"{VARIABLE}={value!r}; it takes {', '.join(VALUES)}, or is not set")
+        raise InvalidOption(
+            f"{VARIABLE} must be one of {', '.join(VALUES)} or unset, got {value!r}"
+        )
     return value
 
 
 def find() -> Found:
-    """The best library that may run and loads."""
+    """The best library that is allowed and can be loaded."""
     asked, faults = wanted(), list[str]()
     if asked in ("off", "local"):
         return Found(None, "", ())
@@ -57,14 +59,14 @@ def find() -> Found:
     for level in (asked,) if asked else suiting:
         path = FOLDER / toolchain.file_name(level)
         if asked and level not in suiting:
-            faults.append(f"{VARIABLE}={level} is not for this processor")
+            faults.append(f"{VARIABLE}={level} does not run on this processor")
         elif path.exists():
             opened = open_library(path)
             if isinstance(opened, Code):
                 return Found(opened, level, tuple(faults))
             faults.append(f"the shipped library {opened}")
         elif asked:
-            faults.append(f"{VARIABLE}={level}, but this installation has no such library")
+            faults.append(f"{VARIABLE}={level} is set, but this installation has no such library")
     return Found(None, "", tuple(faults))
 
 
@@ -73,15 +75,15 @@ def _are_there() -> bool:
 
 
 def _suiting() -> tuple[list[str], str]:
-    """Levels that this processor has, the best first, and why none could be found out."""
+    """Levels that this processor supports, best first, and why they could not be determined."""
     kind = toolchain.machine()
     levels = list(toolchain.levels(kind))
     if kind != "x86":
         return levels, ""
     path = FOLDER / toolchain.file_name("level")
     try:
-        # of the psABI's levels 2 is "v2"
+        # level 2 of the psABI is "v2", the first entry
         levels = levels[: load(path).sparsiattn_level() - 1]
     except (OSError, AttributeError) as error:
-        return [], f"the processor's level is not known: {error}"
+        return [], f"the processor's level could not be determined: {error}"
     return levels[::-1], ""

@@ -1,4 +1,4 @@
-"""The library's work runs in torch's own threads, so that no second pool competes with them."""
+"""Runs the library's work in torch's own threads, so that no second pool competes with them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def parallel_of(library: Any) -> int:
     """Let a library use torch's threads.
 
     Args:
-        library: The library, as ctypes loaded it.
+        library: The library, loaded by ctypes.
 
     Returns:
-        Address of the function by which it runs a region in them; 0 where there is none, and calls
+        Address of the function that runs a region in these threads; 0 if there is none, and calls
         then run in one thread.
     """
     function = _torch_parallel_for()
@@ -35,9 +35,9 @@ def _address(function: Any) -> int:
 
 @cache
 def _torch_parallel_for() -> Any:
-    """`torch_parallel_for` of torch's stable C interface; None where torch does not have it."""
+    """`torch_parallel_for` of torch's stable C interface; None if torch does not have it."""
     folder = Path(torch.__file__).parent / "lib"
-    # a symbol is looked up in what a library needs, too, but not on Windows
+    # except on Windows, symbols are also found in the libraries that a library links to
     path = folder / "torch_cpu.dll" if os.name == "nt" else torch._C.__file__
     try:
         return ctypes.CDLL(str(path)).torch_parallel_for
@@ -47,13 +47,13 @@ def _torch_parallel_for() -> Any:
 
 @cache
 def _openmp() -> int:
-    """Address of the function by which torch's own OpenMP runs a region, 0 for none."""
+    """Address of the function that runs a region in torch's own OpenMP; 0 if there is none."""
     torch_folder = Path(torch.__file__).parent
     inside = torch_folder.glob("lib/lib*omp*.so*")
     beside = torch_folder.parent.glob("torch.libs/lib*omp*")
     for path in sorted((*inside, *beside)):
         try:
             return _address(ctypes.CDLL(str(path)).GOMP_parallel)
-        except (OSError, AttributeError):  # another library, or one of another interface
+        except (OSError, AttributeError):  # another library, or another OpenMP interface
             continue
     return 0

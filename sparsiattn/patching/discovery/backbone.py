@@ -1,4 +1,4 @@
-"""The contract of a backbone: what to know about a family of models to reach its attention."""
+"""`Backbone`, the contract of an adapter: what must be known of a model family to patch it."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.multihead import why_not_reached
 
 Pooling = Literal["prefix", "avg", "max", "other"]
-"""What a model's head reads of the final token sequence; see `Backbone.pooling`."""
+"""The part of the final token sequence that a model's head reads; see `Backbone.pooling`."""
 
 BIAS_TABLES = (
     *("relative_position_bias_table", "relative_position_index", "rel_pos", "rel_pos_bias"),
     *("attention_biases", "cpb_mlp", "meta_mlp"),
 )
-"""Relative positions, one table for all windows of an image."""
+"""Names of tables of relative positions that all windows of an image share."""
 SINGLE = (
     "a single query (class attention or a pooling head): nothing to save, so only sites= with this "
     "name patches it"
 )
 QUERY_TABLES = ("rel_pos_h", "height_rel")
-"""Relative positions that each query weighs for itself."""
+"""Names of tables of relative positions whose bias depends on the query."""
 
 
 class Backbone(RenamedMembers):
-    """Adapter of a family of models.
+    """Adapter for a family of models.
 
-    This base serves any model that calls scaled dot product attention; families override the
-    questions they know a better answer to. Answers come from structure (attributes a module has),
-    not from class names or versions.
+    This base class works for any model that calls scaled dot product attention. Subclasses override
+    the methods for which they know a better answer. Decide by structure (the attributes of a
+    module), not by class names or versions.
 
     Attributes:
-        registers_as: The group of plug-ins.
-        name: What the registry and reports call it.
+        registers_as: The kind of plug-in, for the registry.
+        name: Name in the registry and in reports.
         summary: One line for `list_backbones`.
 
     >>> class Mine(Backbone):
@@ -98,8 +98,8 @@ class Backbone(RenamedMembers):
             model: The user's model.
 
         Returns:
-            What the model was built for, else what ``pretrained_cfg`` or ``config`` says; None if
-            nothing says it.
+            The size that the model was built for, else the one in ``pretrained_cfg`` or ``config``;
+            None if neither states it.
         """
         embed = getattr(model, "patch_embed", None)
         convolutions = (m for m in self.image_module(model).modules() if isinstance(m, nn.Conv2d))
@@ -115,7 +115,7 @@ class Backbone(RenamedMembers):
         return None if side is None else (1, getattr(config, "num_channels", 3), *pair(side))
 
     def meta_inputs(self, model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
-        """What to call the model with in a dry run: meta tensors.
+        """The inputs of the model in a dry run, as meta tensors.
 
         Args:
             model: The model.
@@ -127,17 +127,17 @@ class Backbone(RenamedMembers):
         return image_inputs(model, shape)
 
     def attribute_overrides(self, model: nn.Module) -> list[AttributeOverride]:
-        """Switches that make every attention module call scaled dot product attention.
+        """Attributes to set so that every attention module calls scaled dot product attention.
 
         Args:
-            model: The model, which stays as it is.
+            model: The model; it is not changed here.
         """
         fused = [
             AttributeOverride(module, "fused_attn", True, module.fused_attn)
             for module in model.modules()
             if getattr(module, "fused_attn", None) is False and not has_temperature(module)
         ]
-        # nn.TransformerEncoder with padding: only its fused layers can take nested tensors
+        # nn.TransformerEncoder makes nested tensors of padded batches, for its fused layers only
         nested = [
             AttributeOverride(module, "use_nested_tensor", False, True)
             for module in model.modules()
@@ -151,10 +151,10 @@ class Backbone(RenamedMembers):
         return embed if isinstance(embed, nn.Module) else model
 
     def prefix_tokens(self, call: AttentionCall) -> int:
-        """CLS, distillation and register tokens at the head of a call's sequence.
+        """Number of CLS, distillation and register tokens at the start of a call's sequence.
 
-        Models that do not count them have those class tokens without which the others make the
-        better grid.
+        If the model has no ``num_prefix_tokens``, its class tokens count if the remaining tokens
+        then form a better grid.
 
         Args:
             call: The attention call.
@@ -166,7 +166,7 @@ class Backbone(RenamedMembers):
         return min((0, most), key=lambda p: geometry.skew(call.q[-2] - p, call.aspect))
 
     def class_tokens(self, model: nn.Module) -> int:
-        """How many of the leading prefix tokens are class tokens (CLS, then distillation).
+        """How many of the prefix tokens are class tokens (CLS, then distillation).
 
         They come first in the sequence, before registers.
 
@@ -174,7 +174,7 @@ class Backbone(RenamedMembers):
             model: The model.
 
         Returns:
-            Their number; 0 if there is none.
+            Number of class tokens, 0 if there are none.
         """
         for module in model.modules():
             prefix = getattr(module, "num_prefix_tokens", None)
@@ -184,7 +184,7 @@ class Backbone(RenamedMembers):
         return 0
 
     def packs_batch(self, model: nn.Module) -> bool:
-        """Whether the model lays the images of a batch end to end in one sequence (Pixtral).
+        """Whether the model packs the images of a batch into one sequence (Pixtral).
 
         Args:
             model: The model.
@@ -192,7 +192,7 @@ class Backbone(RenamedMembers):
         return False
 
     def pooling(self, model: nn.Module) -> Pooling:
-        """What the model's head reads of the final token sequence.
+        """The part of the final token sequence that the model's head reads.
 
         Args:
             model: The model.
@@ -214,7 +214,7 @@ class Backbone(RenamedMembers):
         return geometry.infer_grid(n, aspect)
 
     def patch_size(self, model: nn.Module) -> Grid:
-        """Rows and columns of pixels in a patch: non-square ones change the grid's aspect.
+        """Rows and columns of pixels in a patch; non-square patches change the grid's aspect.
 
         Args:
             model: The model.
@@ -223,10 +223,10 @@ class Backbone(RenamedMembers):
         return pair(size) if isinstance(size, (int, tuple, list)) else (1, 1)
 
     def shares_keys(self, call: AttentionCall) -> bool:
-        """Whether several calls of one module must agree on their keys.
+        """Whether several calls of one module must use the same keys.
 
-        So it is with the two of differential attention, whose difference cancels what both attend
-        to.
+        This holds for the two calls of differential attention, whose difference cancels attention
+        that they have in common.
 
         Args:
             call: The attention call.
@@ -234,7 +234,7 @@ class Backbone(RenamedMembers):
         return call.count > 1 and call.nearest("lambda_q1") is not None
 
     def is_raster_order(self, call: AttentionCall) -> bool:
-        """Whether patch tokens stand in raster order.
+        """Whether patch tokens are in raster order.
 
         Args:
             call: The attention call.
@@ -242,14 +242,14 @@ class Backbone(RenamedMembers):
         return True
 
     def bias(self, call: AttentionCall) -> Literal["none", "bias", "mask"]:
-        """Whether the host's mask can forbid keys.
+        """The kind of the host's mask.
 
         Args:
             call: The attention call.
 
         Returns:
-            ``"none"`` without a mask, ``"bias"`` where it only favours some keys, else ``"mask"``,
-            which is right in any case, only slower.
+            ``"none"`` without a mask, ``"bias"`` if it only favours some keys, and ``"mask"`` if it
+            may forbid keys. ``"mask"`` is always correct, but slower.
         """
         if call.mask is None:
             return "none"
@@ -262,7 +262,7 @@ class Backbone(RenamedMembers):
         return "bias" if from_table else "mask"
 
     def halo(self, call: AttentionCall) -> int:
-        """By how many patches the keys of a window reach beyond its queries on every side.
+        """Number of patches by which the keys of a window extend beyond its queries on every side.
 
         Args:
             call: The attention call.
@@ -271,15 +271,15 @@ class Backbone(RenamedMembers):
         return halo if isinstance(halo, int) else 0
 
     def why_skip(self, call: AttentionCall) -> str | None:
-        """Why a call should stay dense although it could be reached; None if it is a site.
+        """Why a call should stay dense although it could be patched; None if it is a site.
 
         Args:
             call: The attention call.
         """
         if isinstance(call.module, torch.fx.GraphModule):
             return (
-                "a graph that torch.fx made, in which modules are no more: patch the model it was "
-                "made of, and take features with forward hooks or features_only=True"
+                "a torch.fx graph, which has no attention modules any more: patch the original "
+                "model, and extract features with forward hooks or features_only=True"
             )
         if over_channels(call):
             return "attention over channels, not over tokens"
@@ -292,17 +292,17 @@ class Backbone(RenamedMembers):
             return unreached
         if not call.uniform:
             return (
-                f"{call.count} calls of attention with different shapes (where they are images or "
-                "windows of several sizes, an input= with one size patches them)"
+                f"{call.count} calls of attention with different shapes (if these are images or "
+                "windows of several sizes, pass an input= with one size to patch them)"
             )
         return None
 
     def sites(
         self, calls: Iterable[AttentionCall], aspect: float, named: Collection[str] = ()
     ) -> tuple[list[tuple[Site, Layout]], list[tuple[str, str]]]:
-        """Sort a model's calls into sites and calls that stay dense.
+        """Divide a model's calls into sites and calls that stay dense.
 
-        Calls of a single query stay dense unless the user named them.
+        Calls with a single query stay dense unless the user named them.
 
         Args:
             calls: Every attention call of the model.
@@ -319,7 +319,7 @@ class Backbone(RenamedMembers):
             alone = call.q[-2] == 1 and call.name not in named
             reason = SINGLE if alone else self.why_skip(call)
             if reason is None and layout is None:
-                reason = f"a query of shape {tuple(call.q)} and no head count to read it by"
+                reason = f"a query of shape {tuple(call.q)}, whose number of heads is unknown"
             if reason is not None or layout is None:
                 skipped.append((call.name, str(reason)))
             else:
@@ -362,12 +362,12 @@ class Backbone(RenamedMembers):
     def _inferred_structure(
         self, call: AttentionCall, shapes: tuple[torch.Size, torch.Size], aspect: float
     ) -> tuple[Structure, Grid]:
-        """What the adapter knows of the tokens, and the grid of the keys."""
+        """The structure of the tokens according to the adapter, and the grid of the keys."""
         (windows, _, tokens, _), keys = shapes[0], shapes[1][2]
         prefix = self.prefix_tokens(call) if windows == 1 < tokens else 0
         grid, key_grid = (self.grid(call, n - prefix, aspect) for n in (tokens, keys))
         raster = self.is_raster_order(call)
-        # one token for each place of the map they are made of, else some are missing or surplus
+        # there must be one token for each position of the feature map that they come from
         confirmed = call.map is None or math.prod(call.map.size) == (tokens - prefix) * windows
         confirmed = not raster or (confirmed and geometry.skew(tokens - prefix, aspect) < 1e-6)
         known = self.name not in ("", "generic") and confirmed
@@ -376,13 +376,13 @@ class Backbone(RenamedMembers):
 
 
 def _heads_per_call(call: AttentionCall) -> int | None:
-    """Heads folded into the batch of one call; a module that calls once for each has one."""
+    """Number of heads in one call; 1 for a module that calls attention once per head."""
     heads = head_count(call.module)
     return 1 if len(call.q) == 3 and call.count == heads else heads
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    """The adapter that serves a model: the first whose family it belongs to.
+    """The adapter for a model: the first one that fits.
 
     Raises:
         NothingToPatch: No adapter fits.
@@ -394,5 +394,5 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 
 def backbone_named(name: str) -> Backbone:
-    """The adapter of that name."""
+    """The adapter with that name."""
     return REGISTRY.get("backbones", name)  # type: ignore[no-any-return]

@@ -1,8 +1,9 @@
-"""Transformer blocks of a model, found by a dry run: where the sequence can be made shorter.
+"""Finds the transformer blocks of a model in a dry run, and where their sequence can be shortened.
 
-Most blocks end in ``y = x + f(x)``, the MLP branch. The dry run notes which child takes that ``x``
-and which one returns that ``f(x)``; hooks on the two then shorten the sequence between attention
-and MLP without a copied forward. See `sparsiattn.patching.discovery.tails` for when that is right.
+Most blocks end in ``y = x + f(x)``, the MLP branch. The dry run finds which child takes this ``x``
+and which one returns this ``f(x)``; hooks on the two then shorten the sequence between attention
+and MLP without copying the block's forward. See `sparsiattn.patching.discovery.tails` for the
+conditions.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> l
     Args:
         model: A `meta_copy`.
         sites: Names of its attention modules.
-        inputs: What to call it with.
+        inputs: The inputs of the copy.
     """
     names = list(sites)
     trace = _traced(model, names, inputs)
@@ -51,15 +52,16 @@ def find_blocks(model: nn.Module, sites: Iterable[str], inputs: MetaInputs) -> l
 
 
 def in_training(model: nn.Module, blocks: list[Block], inputs: MetaInputs) -> list[Block]:
-    """The blocks with what training does to their tails.
+    """The blocks, with the differences of their tails in training mode.
 
-    What training adds behind a branch as a function (stochastic depth, dropout, a subset of the
-    batch) is no module's output, so that only a second look tells.
+    Functions that training applies after a branch (stochastic depth, dropout, a subset of the
+    batch) are not outputs of modules, so only a second dry run finds them.
 
     Args:
-        model: The `meta_copy` in which they were found, in eval mode, as it is afterwards.
+        model: The `meta_copy` in which they were found, in eval mode; it is in eval mode
+            afterwards, too.
         blocks: The blocks.
-        inputs: As `find_blocks` got them.
+        inputs: The inputs that `find_blocks` got.
     """
     sites = [site for block in blocks for site in block.sites]
     spans = _spans_in_training(model, blocks, sites, inputs)
@@ -67,12 +69,12 @@ def in_training(model: nn.Module, blocks: list[Block], inputs: MetaInputs) -> li
 
 
 def _in_both(tail: Tail | None, trained: Block | None) -> Tail | None:
-    """The tail with what is different in training mode."""
+    """The tail with a description of what is different in training mode."""
     if tail is None:
         return None
     other = None if trained is None else trained.tail
     if other is None or tail.ends != other.ends:
-        why = "more than its MLP branch is added" if trained else "it cannot run without data"
+        why = "it adds more than the MLP branch" if trained else "it cannot run without data"
         return replace(tail, eval_only=why)
     if other.mixes and not tail.mixes:
         return replace(tail, eval_only=f"its MLP mixes tokens ({other.mixes})")
@@ -82,11 +84,11 @@ def _in_both(tail: Tail | None, trained: Block | None) -> Tail | None:
 def _spans_in_training(
     model: nn.Module, blocks: list[Block], sites: list[str], inputs: MetaInputs
 ) -> dict[str, Block]:
-    """What the blocks do in training mode; nothing if they cannot run in it."""
-    # two images: of one alone, half of the batch may be all of it
+    """The blocks as found in training mode; empty if the model cannot run in it."""
+    # two images, since half of a batch of one may be the whole batch
     two = tree_map(_twice, inputs)
     inside: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
-    # a whole model may ask for labels, or leave out tokens, where its blocks do not
+    # the whole model in training mode may need labels or drop tokens; its blocks do not
     for parts, arguments in (([model], two), ([model], inputs), (inside, two), (inside, inputs)):
         try:
             for part in parts:
@@ -112,10 +114,10 @@ def _traced(model: nn.Module, sites: list[str], inputs: MetaInputs) -> _Trace:
 
 
 def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
-    """Name of the block that a site is in.
+    """Name of the block that contains a site.
 
-    The innermost module around it that ends in a residual branch, else the outermost one that
-    stands in a list of modules and keeps the shape of its input.
+    It is the innermost module around it that ends in a residual branch, else the outermost one that
+    is an element of a container and keeps the shape of its input.
     """
     above = list(_ancestors(site))
     for name in above:
@@ -131,18 +133,18 @@ def _home(model: nn.Module, site: str, spans: dict[str, Block]) -> str | None:
 
 
 def _ancestors(name: str) -> Iterator[str]:
-    """Paths of the modules around ``name``, innermost first, the root left out."""
+    """Paths of the modules around ``name``, innermost first, without the root."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
 
 
 class _Trace(OperatorTrace):
-    """Notes what happens in every module around a site.
+    """Records what happens in every module around a site.
 
     Attributes:
-        spans: What those modules are as blocks.
-        order: Their names, in the order in which they were entered first.
+        spans: Description of each of these modules as a block.
+        order: Their names, in the order in which they were first entered.
     """
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
@@ -160,7 +162,7 @@ class _Trace(OperatorTrace):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Note what happens inside the block."""
+        """Context manager: record everything that runs inside."""
         with ExitStack() as hooks:
             for name, module in list(self.model.named_modules())[1:]:  # all but the model itself
                 enter, leave = self._enter(name), self._leave(name)
@@ -170,7 +172,7 @@ class _Trace(OperatorTrace):
                 yield
 
     def follows(self, before: str, name: str) -> bool:
-        """Whether ``name`` takes what ``before`` gave."""
+        """Whether ``name`` takes the output of ``before``."""
         return self.values.same(self._ends[before][1], self._ends[name][0])
 
     def _enter(self, name: str) -> Any:
@@ -211,7 +213,7 @@ class _Trace(OperatorTrace):
         return note
 
     def _wrote_to_input(self, taken: tuple[Tensor, Tensor] | None) -> None:
-        """Where a module wrote to the copy of its input, it would have written to its input."""
+        """Record a write to the copy of a module's input as a write to the input itself."""
         if taken is None or not self.values.writes.get(address(taken[0])):
             return
         written = frozenset({address(taken[1])})
@@ -237,5 +239,5 @@ class _Trace(OperatorTrace):
         self._ends[left.name] = x, left.results[0]
 
     def _since_entry(self, name: str) -> list[Step]:
-        """What happened since this module was entered."""
+        """The steps since this module was entered."""
         return self.steps[self._entries[name] :]

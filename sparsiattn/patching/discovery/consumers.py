@@ -1,7 +1,7 @@
-"""Who reads the sequence that blocks hand on: one dense dry run follows it to its end.
+"""Finds the consumers of the sequence that blocks pass on, in one dense dry run.
 
-What a block returns goes to the next block, and elsewhere: to a head, to a list of hidden states,
-to the caller. `Consumers` says for every block whether all of that means the same for fewer tokens.
+The output of a block goes to the next block, but also to a head, to a list of hidden states or to
+the caller. `Consumers` says for every block whether all of them work with fewer tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class BlockRun:
     """One run of a block.
 
     Attributes:
-        block: Number of the block.
-        before: Number of the run whose output it takes; None where a sequence starts.
-        handed: Whether it takes the very tensor that the run before returned.
+        block: Index of the block.
+        before: Index of the run whose output it takes; None where a sequence starts.
+        handed: Whether it takes exactly the tensor that the previous run returned.
     """
 
     block: int
@@ -45,12 +45,12 @@ class BlockRun:
 
 @dataclass
 class Consumers:
-    """What a dense dry run says of a model's sequence.
+    """The consumers of a model's sequence, from a dense dry run.
 
     Attributes:
         runs: Every run of a block, in order.
-        positions: By number of the block, the first thing that needs each token at its own place.
-        pooled: By number of the block, the ways in which its tokens were read to their end.
+        positions: By block index, the first consumer that needs each token at its own position.
+        pooled: By block index, the ways in which its tokens were reduced to fewer values.
     """
 
     runs: list[BlockRun] = field(default_factory=list)
@@ -58,12 +58,12 @@ class Consumers:
     pooled: dict[int, set[str]] = field(default_factory=dict)
 
     def need_all(self, block: int, uneven: bool) -> bool:
-        """Whether the block's output must have its original positions.
+        """Whether the block's output must have all original positions.
 
         Args:
-            block: Its number.
-            uneven: Whether tokens may stand for several patches, or images have different numbers
-                of them, so that only leading tokens read alike.
+            block: Index of the block.
+            uneven: Whether tokens may stand for several patches, or their number may differ between
+                images, so that consumers of anything but prefix tokens would be wrong.
         """
         more_than_prefix = self.pooled.get(block, set()) - {"prefix"}
         return block in self.positions or (uneven and bool(more_than_prefix))
@@ -77,14 +77,15 @@ def find_consumers(
     *,
     several: Sequence[bool] | None = None,
 ) -> Consumers:
-    """Who reads what the blocks of a model return.
+    """Find the consumers of the outputs of a model's blocks.
 
     Args:
         model: A `meta_copy`.
         blocks: Names of its blocks, each with one sequence ``[B, N, C]``.
-        lead: Of each, how many leading tokens always stay.
-        inputs: What to call it with.
-        several: Of each, whether a batch holds several sequences of an image; none by default.
+        lead: For each block, how many leading tokens are always kept.
+        inputs: The inputs of the copy.
+        several: For each block, whether a batch holds several sequences per image; False by
+            default.
     """
     trace = _Trace(model, blocks, lead, several or [False] * len(blocks))
     with trace.recording():
@@ -94,7 +95,7 @@ def find_consumers(
 
 
 class _Trace(Recalled):
-    """Follows every tensor with tokens outside of blocks; it recalls results as well."""
+    """Follows every tensor with tokens outside of blocks; also recalls cached results."""
 
     def __init__(
         self, model: nn.Module, blocks: Sequence[str], lead: Sequence[int], several: Sequence[bool]
@@ -104,16 +105,16 @@ class _Trace(Recalled):
         self.clear()
 
     def clear(self) -> None:
-        """Forget a run that failed."""
+        """Discard a run that failed."""
         self.consumers = Consumers()
-        # with the tensors themselves, so that no other gets the same id
+        # keeps the tensors alive, so that no other tensor gets the same id
         self.axes: dict[int, tuple[Tensor, TokenAxis]] = {}
         self.returned: dict[int, int] = {}
         self.inside: list[int] = []
         self.entered: Tensor | None = None
 
     def axis_of(self, value: Any) -> TokenAxis | None:
-        """The axis of tokens of a tensor."""
+        """The token axis of a tensor; None if it has none."""
         known = self.axes.get(id(value))
         return None if known is None else known[1]
 
@@ -123,7 +124,7 @@ class _Trace(Recalled):
         axes = [(x, a) for x in tensors_in((args, kwargs)) if (a := self.axis_of(x)) is not None]
         if self.inside:
             others = [axis for x, axis in axes if x is not self.entered]
-            self.refuse(others, "a block that takes it beside its own input")
+            self.refuse(others, "a block that takes it in addition to its own input")
         elif axes:
             named = arguments(func, args, kwargs)
             self._follow(Operation(func, named, out, self.axis_of), [axis for _, axis in axes])
@@ -136,7 +137,7 @@ class _Trace(Recalled):
             check_rows(operation, outcome)
         except ReadsPositions as reason:
             self.refuse(axes, str(reason))
-            # what comes of it is followed, too: it may be what the next block takes
+            # the result is followed, too, since it may be the input of the next block
             outcome = [replace(axes[-1], kind="positions")] * len(tree_leaves(operation.out))
         for axis in axes:
             ways = self.consumers.pooled.setdefault(self._block(axis), set())
@@ -151,13 +152,13 @@ class _Trace(Recalled):
         return self.consumers.runs[axis.run].block
 
     def refuse(self, axes: Sequence[TokenAxis], reason: str) -> None:
-        """Note that something needs every position of these."""
+        """Record that a consumer needs every position of these."""
         for axis in axes:
             self.consumers.positions.setdefault(self._block(axis), reason)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Follow tokens inside the block."""
+        """Context manager: follow tokens in everything that runs inside."""
         with ExitStack() as hooks:
             for number, name in enumerate(self.blocks):
                 block = self.model.get_submodule(name)
@@ -183,9 +184,9 @@ class _Trace(Recalled):
         return note
 
     def _carried(self, axis: TokenAxis) -> bool:
-        """Whether a block takes a whole sequence, as another one returned it."""
+        """Whether a block takes a complete sequence, as another one returned it."""
         lead = self.lead[self._block(axis)]
-        if axis.kind == "positions":  # every position is given back to what lies between
+        if axis.kind == "positions":  # all positions are restored for the code in between
             return True
         return (axis.dim, axis.lead, axis.kind) == (1, lead, "values") and axis.alone
 
@@ -203,7 +204,7 @@ class _Trace(Recalled):
         return note
 
     def leave_model(self, output: Any) -> None:
-        """Note what the caller gets, and what the model keeps as attributes."""
+        """Record the caller, and attributes of modules, as consumers."""
         for value in _leaves(output):
             if (axis := self.axis_of(value)) is not None:
                 self.refuse([axis], "the caller of the model")
@@ -218,7 +219,7 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
-    """Tensors in an output, also in objects that torch does not look into."""
+    """Tensors in an output, also inside objects that torch's pytree does not know."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf

@@ -1,4 +1,4 @@
-"""Reading the ``input=`` of `patch`: what to call a model with in a dry run."""
+"""Turns the ``input=`` of `patch` into the inputs of a dry run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs
 from sparsiattn.runtime.hook_tools import tensors_in
 
 SQUARE = (1, 3, 1, 1)
-"""Stands for an image where none is known, and none is needed."""
+"""Shape of a placeholder image, for models whose image size is neither known nor needed."""
 
 
 def read_examples(model: nn.Module, backbone: Backbone, input: Any) -> list[Example]:
-    """What ``input=`` may mean, the likeliest first: three sizes are an image, or tokens.
+    """All meanings of ``input=``, most likely first; three sizes can be an image or tokens.
 
     Args:
         model: The model.
         backbone: Its adapter.
         input: An `Example`, a shape, an image, tokens ``[B, N, C]``, a mapping of keyword arguments
-            or a tuple of positional ones; None for what the model says.
+            or a tuple of positional ones; None for the image size that the model states.
 
     Raises:
-        InvalidOption: It is none of these, or the model does not say.
+        InvalidOption: ``input`` is none of these, or None and the model states no size.
     """
     if input is None:
         return [Example(_own_shape(model, backbone))]
@@ -62,9 +62,9 @@ def _own_shape(model: nn.Module, backbone: Backbone) -> tuple[int, ...]:
     shape = backbone.input_shape(model)
     if shape is None:
         raise InvalidOption(
-            f"{type(model).__name__} does not say its input size (no pretrained_cfg, no "
-            "config): pass input=(1, channels, height, width) or an example tensor, for a part of "
-            "a model the tokens [B, N, C] that it takes"
+            f"{type(model).__name__} does not state its input size (no pretrained_cfg, no "
+            "config): pass input=(1, channels, height, width) or an example tensor; for a part of "
+            "a model, the tokens [B, N, C] that it takes"
         )
     return shape
 
@@ -79,7 +79,7 @@ def _image_example(input: Any, shape: tuple[int, ...]) -> Example:
 
 
 def _token_example(model: nn.Module, input: Any, shape: tuple[int, ...]) -> Example:
-    """One sequence of tokens; parts of torch may take the batch as second dimension."""
+    """One sequence of tokens; torch's own layers may have the batch as second dimension."""
     axis = 0 if _is_batch_first(model) else 1
     if isinstance(input, Tensor):
         tokens = input.narrow(axis, 0, 1).detach()
@@ -94,7 +94,7 @@ _OF_TORCH = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAtte
 
 
 def _is_batch_first(model: nn.Module) -> bool:
-    """Whether a part takes ``[B, N, C]``: torch's own layers know, and whatever else does."""
+    """Whether a part takes ``[B, N, C]``; only torch's own layers may not."""
     while isinstance(model, nn.Sequential) and len(model):
         model = model[0]
     if not isinstance(model, _OF_TORCH):
@@ -114,9 +114,9 @@ def _call_example(input: Any) -> Example:
 
 
 def _one_item(arguments: MetaInputs) -> MetaInputs:
-    """Arguments for one image: the first of every tensor, where all have one for each image.
+    """The arguments for the first image, if all tensors have the same batch dimension.
 
-    Packed images ``[patches, values]`` have no such dimension, and stay as they are.
+    Packed images ``[patches, values]`` have no batch dimension and are not changed.
     """
     tensors = tensors_in(arguments)
     sizes = {len(x) if x.dim() else 0 for x in tensors}
@@ -127,11 +127,11 @@ def _one_item(arguments: MetaInputs) -> MetaInputs:
 
 
 def inputs_of(example: Example, model: nn.Module, backbone: Backbone) -> MetaInputs:
-    """What to call a copy of the model with: without data, or all with values.
+    """The inputs of a copy of the model: meta tensors, or tensors with values.
 
     Args:
-        example: What was read from ``input=``.
-        model: The model, whose device and dtype an image gets.
+        example: The example that was read from ``input=``.
+        model: The model, which determines device and dtype of an image.
         backbone: Its adapter.
     """
     arguments = example.arguments or backbone.meta_inputs(model, example.shape)
@@ -160,7 +160,7 @@ def _with_values(tensor: Tensor, image: Tensor | None, device: torch.device) -> 
 
 
 def without_data(example: Example) -> Example:
-    """What a patch keeps of an example: sizes, and numbers that are no pixels."""
+    """The example as a patch keeps it: floating-point tensors (pixels) become meta tensors."""
 
     def emptied(x: Tensor) -> Tensor:
         return torch.empty_like(x, device="meta") if x.is_floating_point() else x

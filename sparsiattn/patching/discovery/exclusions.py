@@ -1,5 +1,7 @@
-"""Attention calls that are not attention between tokens: over channels, or in a head that returns
-one vector for the image. Shapes of the dry run tell, not names."""
+"""Recognises attention that is not between tokens, by shapes of the dry run and not by names.
+
+It is attention over channels, or in a head that returns one vector per image.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from sparsiattn.patching.discovery.probe import AttentionCall, probe
 def over_channels(call: AttentionCall) -> bool:
     """Whether the rows of the scores are channels (XCiT, DaViT, EdgeNeXt).
 
-    They are as many, times the heads, as the module's input is wide, and each as long as that has
-    tokens.
+    Rows times heads are then as many as the channels of the module's input, and a row is as long as
+    the input has tokens.
     """
     shape, (rows, length) = call.input_shape, call.q[-2:]
     if shape is None or len(shape) not in (3, 4) or len(call.q) != 4 or call.k[-2] != rows:
@@ -27,10 +29,10 @@ def over_channels(call: AttentionCall) -> bool:
 
 
 def _grow_longer(call: AttentionCall, axis: int) -> bool:
-    """Whether twice the tokens make the rows longer, not more.
+    """Whether doubling the tokens makes rows longer instead of adding rows.
 
-    Where a head has as many channels as there are tokens, shapes fit both readings. Modules bound
-    to their count of tokens attend to tokens.
+    If a head has as many channels as there are tokens, the shapes fit both cases. Modules that only
+    run with a fixed number of tokens attend to tokens.
     """
     assert call.input_shape is not None
     shape = list(call.input_shape)
@@ -43,9 +45,9 @@ def _grow_longer(call: AttentionCall, axis: int) -> bool:
 
 
 def pools(call: AttentionCall) -> bool:
-    """Whether the module makes one vector of the image's tokens and one more of its own.
+    """Whether the module pools the image's tokens, plus one token that it adds, to one vector.
 
-    Of all rows of its attention only the one of that more is used (the head of CLIP's ResNets).
+    Only the attention row of the added token is then used (the head of CLIP's ResNets).
     """
     shape, output = call.input_shape, call.output_shape
     if shape is None or output is None or len(output) != 2 or output[0] != 1:

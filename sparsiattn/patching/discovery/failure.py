@@ -1,4 +1,4 @@
-"""Where in a model a forward pass failed."""
+"""Locates the failure of a forward pass in a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def place_of(error: BaseException, model: nn.Module) -> str:
-    """The innermost module of the model that was running, and the line it came to.
+    """The innermost module of the model that was running, and the line that failed.
 
     Args:
-        error: What the forward pass raised.
+        error: The error that the forward pass raised.
         model: The model that ran.
 
     Returns:
-        `` in blocks.0.attn (Attention), at `q @ k```; empty where no module of it ran.
+        `` in blocks.0.attn (Attention), at `q @ k```; empty if no module of the model was running.
     """
     names = {id(module): name or "its own forward" for name, module in model.named_modules()}
     place = ""

@@ -1,4 +1,4 @@
-"""What hosts call their heads, class tokens and tables: attributes that tell what a module is."""
+"""Attribute names that hosts use for heads, class tokens and tables."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sparsiattn.patching.discovery.probe import AttentionCall
 
 
 def has_temperature(module: nn.Module) -> bool:
-    """Cross-covariance attention (XCiT), which is no attention between tokens however computed."""
+    """Whether this is cross-covariance attention (XCiT), which is never between tokens."""
     return isinstance(getattr(module, "temperature", None), nn.Parameter)
 
 
 def has_table(call: AttentionCall, name: str) -> bool:
-    """Whether the module, a part of it or a parent holds this table of relative positions."""
+    """Whether the module, a child or a parent has this table of relative positions."""
     parts = (getattr(part, name, None) for part in call.module.children())
     return call.nearest(name) is not None or any(part is not None for part in parts)
 
 
 def class_rows(module: nn.Module) -> int:
-    """Class tokens that a module itself holds.
+    """Number of class tokens that are attributes of this module.
 
-    Several may be in one parameter (PiT), or each branch may have its own (CrossViT).
+    One parameter may hold several (PiT), or each branch may have its own (CrossViT).
     """
     kinds = ("cls_token", "class_token", "cls_token_0")
     held = (getattr(module, name, None) for name in kinds)
@@ -32,7 +32,7 @@ def class_rows(module: nn.Module) -> int:
 
 
 def count_class_tokens(module: nn.Module) -> int:
-    """CLS and distillation tokens held by this module itself, by the names in use.
+    """Number of CLS and distillation tokens that are attributes of this module, by known names.
 
     Args:
         module: The module.
@@ -51,7 +51,7 @@ def _is_tensor(module: nn.Module, name: str) -> bool:
 
 
 def head_count(module: nn.Module) -> int | None:
-    """Heads of an attention module, by the names in use."""
+    """Number of heads of an attention module, by known attribute names; None if it has none."""
     for name in ("num_heads", "heads", "n_heads", "num_attention_heads"):
         value = getattr(module, name, None)
         if isinstance(value, int):
@@ -66,7 +66,7 @@ def pair(side: int | Iterable[int]) -> tuple[int, int]:
 
 
 def trained_side(model: nn.Module) -> int | None:
-    """The side of the images that classifiers of torchvision were trained on, which none says."""
+    """Image size of torchvision's classifiers, which is not among their attributes; else None."""
     home = type(model).__module__.split(".")
     classifies = home[:2] == ["torchvision", "models"] and len(home) == 3
     return 224 if classifies else None

@@ -1,7 +1,7 @@
-"""Forward hooks that a model needs to compute what it returns, told from those of its user.
+"""Distinguishes forward hooks that a model needs for its outputs from hooks of the user.
 
-Hosts record their hidden states by hooks. A copy that runs without data needs these, while a hook
-by which a user records something must not see what has no data.
+Some libraries record hidden states by hooks, and a meta copy needs these. A hook by which a user
+records something must not get meta tensors.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _KINDS = {
 }
 """Dictionaries of hooks, and those that hold the options of each."""
 _NO_HOSTS = ("torch", "accelerate", "sparsiattn", "__main__", "builtins")
-"""Packages whose hooks do something to a model, or are not told from what a user wrote."""
+"""Packages whose hooks change a model, or cannot be distinguished from a user's code."""
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, tuple, type, types.ModuleType),
     *(types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device),
 )
-"""Globals that keep nothing of a call."""
+"""Types of globals that cannot store arguments of a call."""
 
 Memo = dict[int, Any]
-"""What `copy.deepcopy` copied so far, by the identity of the original."""
+"""The copies that `copy.deepcopy` has made so far, by the id of the original."""
 
 
 def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
     """Register the host's own forward hooks on the copy of a model, bound to the copy.
 
-    They are functions that the libraries of the host's classes define, and those that hold a part
-    of the model. Whatever else they hold is copied, too, so that nobody else sees what they are
-    given.
+    A hook is the host's own if the libraries of the host's classes define it, or if it holds a part
+    of the model. Other objects that it holds are copied, too, so that meta tensors do not reach the
+    originals.
 
     Args:
-        model: The original.
-        memo: Of the copy.
+        model: The original model.
+        memo: The memo of its copy.
     """
     hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     packages = _host_packages(model) if hooked else set()
@@ -61,7 +61,7 @@ def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
 
 
 def _host_packages(model: nn.Module) -> set[str]:
-    """The libraries that define the model's classes, those they derive from included."""
+    """The libraries that define the model's classes and their base classes."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return {_package(kind) for kind in kinds}.difference(_NO_HOSTS)
 
@@ -81,12 +81,12 @@ def _is_hosts(hook: Any, memo: Memo, packages: Collection[str]) -> bool:
 
 
 def _is_part(value: Any, memo: Memo) -> bool:
-    """Whether a value belongs to the model, which was copied with it."""
+    """Whether a value is a part of the model and was copied with it."""
     return id(value) in memo and memo[id(value)] is not value
 
 
 def _held(hook: Any) -> Iterator[Any]:
-    """What a hook keeps: the object that it is a method of, its arguments, its closure."""
+    """Objects that a hook holds: the object of a method, bound arguments, its closure."""
     if isinstance(hook, types.MethodType):
         yield hook.__self__
         yield from _held(hook.__func__)
@@ -105,7 +105,7 @@ def _filled(function: types.FunctionType) -> list[types.CellType]:
 
 
 def _functions(hook: Any) -> Iterator[types.FunctionType]:
-    """The functions that run when a hook is called, as far as it holds them."""
+    """The functions that a hook holds and that run when it is called."""
     if isinstance(hook, types.FunctionType):
         yield hook
         for cell in _filled(hook):
@@ -125,7 +125,7 @@ def _is_installed(function: types.FunctionType) -> bool:
 
 
 def _keeps_state(function: types.FunctionType, packages: Collection[str]) -> bool:
-    """Whether a function uses a global in which it could keep what it is given."""
+    """Whether a function uses a global in which it could store its arguments."""
     space = function.__globals__
     values = [space[name] for name in _names(function.__code__) if name in space]
     return any(
@@ -141,10 +141,10 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _bound(hook: Any, memo: Memo) -> Any:
-    """The same hook over copies of what it holds; None where they cannot be made."""
+    """The same hook with copies of the objects that it holds; None if they cannot be copied."""
     try:
         return _copied(hook, memo)
-    except Exception:  # whatever a user's object raises when it is copied
+    except Exception:  # a user's object may raise anything when it is copied
         return None
 
 
@@ -153,7 +153,7 @@ def _copied(value: Any, memo: Memo) -> Any:
         function = _copied(value.__func__, memo)
         return types.MethodType(function, copy.deepcopy(value.__self__, memo))
     if isinstance(value, types.BuiltinMethodType):
-        home = value.__self__  # the list of a list's own append
+        home = value.__self__  # for example the list of `list.append`
         is_method = home is not None and not isinstance(home, types.ModuleType)
         return getattr(copy.deepcopy(home, memo), value.__name__) if is_method else value
     if isinstance(value, partial):
@@ -176,7 +176,7 @@ def _copied_function(function: types.FunctionType, memo: Memo) -> types.Function
     copied = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, closure=cells
     )
-    memo[id(function)] = copied  # first, as a function may hold itself
+    memo[id(function)] = copied  # first, since a function may hold itself
     copied.__defaults__ = _each_copied(function.__defaults__, memo)
     defaults = (function.__kwdefaults__ or {}).items()
     copied.__kwdefaults__ = {name: _copied(value, memo) for name, value in defaults}

@@ -1,4 +1,4 @@
-"""Which of a host's own hooks use the tensors they see: seen in a dry run, not guessed."""
+"""Observes in a dry run which of a host's own hooks use the tensors that they get."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparsiattn.runtime.hook_tools import tensors_in
 
 
 class HostRecords:
-    """The hooks of a `meta_copy`, watched.
+    """Watches the hooks of a `meta_copy`.
 
     Attributes:
-        readers: Names of the modules whose tensors a hook kept, or computed something from.
+        readers: Names of the modules whose tensors a hook stored or used in a computation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,14 +26,14 @@ class HostRecords:
         self.watch()
 
     def leave_out(self) -> None:
-        """Hooks that are there now and not watched are no host's."""
+        """Ignore hooks that exist now and are not watched: they are not the host's."""
         self.ours = {id(hook) for _, _, _, hook in self._unwatched()}
 
     def watch(self) -> bool:
-        """Watch all hooks; some hosts register theirs in their first forward pass.
+        """Watch all hooks; some hosts register theirs in the first forward pass.
 
         Returns:
-            Whether there are any that were not watched before.
+            Whether there were hooks that were not watched before.
         """
         fresh = list(self._unwatched())
         for name, hooks, key, hook in fresh:
@@ -49,7 +49,7 @@ class HostRecords:
 
 
 class _Operations(TorchFunctionMode):
-    """Notes whether anything was computed from these tensors."""
+    """Records whether anything was computed from these tensors."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Operations(TorchFunctionMode):
 
 
 class _Watched:
-    """A hook that tells whether it used what it was given."""
+    """A wrapper of a hook that records whether the hook used its arguments."""
 
     def __init__(self, hook: Any, name: str, readers: set[str]) -> None:
         self.hook, self.name, self.readers = hook, name, readers

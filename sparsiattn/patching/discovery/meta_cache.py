@@ -1,7 +1,8 @@
-"""Operators on tensors without data, worked out once for each set of shapes.
+"""Caches the results of operators on meta tensors by their arguments' shapes.
 
-On the meta device torch infers shapes in Python, most of a millisecond for each operator, and the
-blocks of a transformer ask the same again and again: a dry run would take longer than a real one.
+On the meta device torch infers shapes in Python, which takes almost a millisecond per operator, and
+the blocks of a transformer repeat the same operators: without a cache a dry run would take longer
+than a real one.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 _MOST = 20_000
-"""Answers that are kept; a model asks for some hundreds."""
+"""Size limit of the cache; a model needs a few hundred entries."""
 
 _KNOWN: dict[Any, Any] = {}
 _SCALARS = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class _NotRecalled(Exception):
-    """The result of this call may depend on more than can be noted."""
+    """The result of this call may depend on more than a cache key can hold."""
 
 
 def taken_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator's result by the operators it is made of, each shown to the mode.
+    """Run an operator as the simpler operators that it decomposes into, so that the mode sees them.
 
     Returns:
-        NotImplemented where there are none, or where it was taken apart before; inference mode
-        alone shows operators as they were called.
+        The result. NotImplemented if the operator does not decompose, or outside of inference mode,
+        where torch has decomposed it already.
     """
     if not torch.is_inference_mode_enabled():
         return NotImplemented
@@ -41,10 +42,10 @@ def taken_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> A
 
 @contextmanager
 def recalling() -> Iterator[None]:
-    """Operators on the meta device are quick inside.
+    """Context manager that speeds up operators on the meta device by the cache.
 
-    Modes that count or trace belong inside, too: they see every call as they would without. Where
-    there is one outside, nothing is recalled.
+    Modes that count or trace must be entered inside of it; they then see every call as usual. If a
+    mode is active outside, the cache is not used.
     """
     if _get_current_dispatch_mode() is not None:
         yield
@@ -54,16 +55,16 @@ def recalling() -> Iterator[None]:
 
 
 class Recalled(TorchDispatchMode):
-    """Answers calls that were made before from the shapes of their arguments.
+    """Dispatch mode that returns cached results for calls with the same argument shapes.
 
-    All tensors must be on the meta device, and the operator must make new ones.
+    All tensors must be on the meta device, and the operator must return new tensors.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.answer(func, args, kwargs or {})
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operator's result, from memory where it can be."""
+        """The operator's result, from the cache if possible."""
         if not _makes_new(func):
             return func(*args, **kwargs)
         tensors: list[Tensor] = []
@@ -79,7 +80,7 @@ class Recalled(TorchDispatchMode):
             if len(_KNOWN) >= _MOST:
                 _KNOWN.clear()
             _KNOWN[key] = _described(out)
-        elif tensors:  # what it says of itself was not all
+        elif tensors:  # its schema was not accurate
             _NEW[func] = False
         return out
 
@@ -88,7 +89,7 @@ _NEW: dict[Any, bool] = {}
 
 
 def _makes_new(func: Any) -> bool:
-    """Whether an operator of torch's own writes to none of its arguments and returns no view."""
+    """Whether an operator is torch's own, writes to none of its arguments and returns no view."""
     makes_new = _NEW.get(func)
     if makes_new is None:
         values = (*func._schema.arguments, *func._schema.returns)
@@ -98,9 +99,9 @@ def _makes_new(func: Any) -> bool:
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
-    """What an operator may read of an argument; tensors in it are appended to ``tensors``."""
+    """The cache key of an argument; tensors in it are appended to ``tensors``."""
     if value is None or isinstance(value, _SCALARS):
-        return type(value), value  # 1, 1.0 and True are equal, and promote to other types
+        return type(value), value  # 1, 1.0 and True are equal but promote differently
     if isinstance(value, (list, tuple)):
         return tuple(_key(item, tensors) for item in value)
     if isinstance(value, dict):
@@ -114,7 +115,7 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _is_new(out: Any, arguments: list[Tensor]) -> bool:
-    """Whether a result is plain tensors without data, none in the memory of an argument."""
+    """Whether a result consists of plain meta tensors that share no memory with an argument."""
     taken = {tensor.untyped_storage()._cdata for tensor in arguments}
     return all(
         leaf is None
@@ -136,7 +137,7 @@ def _described(out: Any) -> Any:
 
 
 def _empty(known: Any) -> Any:
-    """A new result like the one described."""
+    """A new result of the described shape, strides and dtype."""
     if isinstance(known, list):
         return tuple(None if item is None else _empty(item) for item in known)
     shape, strides, dtype = known

@@ -1,6 +1,6 @@
-"""A copy of a model, on the meta device wherever it runs there, and a forward pass of it.
+"""Copies of a model for dry runs, usually on the meta device, and forward passes of them.
 
-The user's weights, hooks and random state are not involved.
+The user's weights, hooks and random number generators are not used or changed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ MetaInputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
 _DISPATCH, _UNDISPATCHED = "_hf_hook", "_old_forward"
-"""What accelerate leaves in a module whose weights it keeps elsewhere."""
+"""Attributes that accelerate adds to a module whose weights it offloads."""
 
 
 def meta_copy(model: nn.Module) -> Any:
-    """A structural copy on the meta device: no data, no hooks but the host's own, eval mode.
+    """A copy on the meta device, in eval mode, with the host's own hooks only.
 
     Raises:
         ProbeFailed: The model cannot be copied.
@@ -47,7 +47,7 @@ def meta_copy(model: nn.Module) -> Any:
 
 
 def value_copy(model: nn.Module) -> Any:
-    """A copy that shares the model's weights, else like `meta_copy`: for what runs on data only.
+    """A copy that shares the model's weights, else like `meta_copy`; for models that need data.
 
     Raises:
         ProbeFailed: The model cannot be copied.
@@ -60,7 +60,7 @@ def value_copy(model: nn.Module) -> Any:
 
 
 def _stay_on_the_slow_path(module: nn.Module, args: Any) -> None:
-    """A hook of any kind keeps torch from its fused operators, which no mode looks into."""
+    """Any hook disables torch's fused operators, whose parts no dispatch mode could see."""
 
 
 def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
@@ -80,7 +80,7 @@ def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
             if type(value) in ATOMS or id(value) in memo:
                 continue
             if name == _DISPATCH or not _copies(value):
-                memo[id(value)] = value  # a lock, a handle: shared, the dry run ignores it
+                memo[id(value)] = value  # a lock or handle: shared, the dry run does not use it
     try:
         copied = copy_modules(model, modules, memo)
     except Exception as error:
@@ -90,12 +90,12 @@ def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
     for module in copied.modules():
         drop(module)
     copy_host_hooks(model, memo)
-    copied.eval()  # some hosts' own train() returns nothing
+    copied.eval()  # not chained: some hosts override train() and return nothing
     return copied
 
 
 def _undispatch(module: nn.Module) -> None:
-    """Give a module whose weights accelerate moves its own forward: without data nothing moves."""
+    """Restore the original forward of a module whose weights accelerate would load."""
     attributes = vars(module)
     if _DISPATCH in attributes and _UNDISPATCHED in attributes:
         del attributes[_DISPATCH]
@@ -122,7 +122,7 @@ def _copies(value: object) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors kept as plain attributes, however deep in containers."""
+    """Parameters, buffers, and tensors in plain attributes, also in nested containers."""
     waiting: list[Any] = [value for name, value in vars(module).items() if name != "_modules"]
     while waiting:
         value = waiting.pop()
@@ -138,7 +138,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def _to_meta(tensor: Tensor) -> Tensor:
     if is_traceable_wrapper_subclass(tensor):
-        # quantised weights and their like know few operations; what matters here is the shape
+        # quantised weights support few operations; only their shape is needed here
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     else:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -146,7 +146,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def has_data(model: nn.Module) -> bool:
-    """Whether the model could run: its weights are somewhere, if not in its parameters."""
+    """Whether the model has weights, in its parameters or offloaded by accelerate."""
     moved = any(_DISPATCH in vars(module) for module in model.modules())
     return moved or not any(parameter.is_meta for parameter in model.parameters())
 
@@ -171,22 +171,23 @@ def image_inputs(model: nn.Module, shape: tuple[int, ...]) -> MetaInputs:
 def run_dry(
     model: nn.Module, inputs: MetaInputs, before_retry: Callable[[], None] = lambda: None
 ) -> Any:
-    """The output of one forward pass, without data where the inputs have none.
+    """Run one forward pass of a copy and return its output.
 
-    Tensors the model makes on the default device are real at first: a host may cache them beyond
-    this model. Only a host that mixes them with its operands runs again with all of them on meta.
+    Tensors that the model creates on the default device are real in the first run, because a host
+    may cache them outside of this model. If that fails because the host combines them with meta
+    tensors, the model runs again with everything on the meta device.
 
     Args:
-        model: A `meta_copy`, or a `value_copy`, which runs once.
-        inputs: What to call it with.
-        before_retry: Called where the model has to run again.
+        model: A `meta_copy`, or a `value_copy`, which runs once only.
+        inputs: The inputs of the copy.
+        before_retry: Called before the model runs again.
 
     Raises:
-        ProbeFailed: The model raised something.
+        ProbeFailed: The model raised an error.
     """
     args, kwargs = inputs
     devices = sorted({x.device for x in tensors_in(inputs) if x.device.type == "cuda"}, key=str)
-    quiet = warnings.catch_warnings()  # what a host says of a run without gradients is no news
+    quiet = warnings.catch_warnings()  # warnings of the host about this run are irrelevant
     randomness = torch.random.fork_rng(devices=devices)
     with intercepted(), randomness, torch.no_grad(), recalling(), quiet:
         warnings.simplefilter("ignore")
@@ -208,10 +209,10 @@ def run_dry(
 
 
 class _NothingPadded(TorchFunctionMode):
-    """A dry run has no values, and one image alone needs no padding.
+    """Makes masks of a dry run behave as if everything was unmasked: one image needs no padding.
 
-    Hosts that check whether all of a mask holds, to go on without it, hear that it does; those that
-    index with a mask get all there is.
+    For hosts that check whether all entries of a mask are True, they are; indexing with a mask
+    returns all elements.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

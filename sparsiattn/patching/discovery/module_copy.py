@@ -1,6 +1,6 @@
-"""Deep copies of modules, many times as quick as `copy.deepcopy` where it would do nothing special.
+"""Deep copies of modules, much faster than `copy.deepcopy` for modules without special behaviour.
 
-Most of a model are hundreds of modules with dozens of plain attributes each.
+Most models consist of hundreds of modules with dozens of plain attributes each.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ ATOMS: frozenset[type] = frozenset(
 )
 """Types whose values are copies of themselves."""
 _COMPILED = "_compiled_call_impl"
-"""What `nn.Module` leaves out of its state."""
+"""The attribute that `nn.Module` excludes from its state."""
 
 
 def copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> Any:
-    """What ``copy.deepcopy(model, memo)`` returns.
+    """A copy equal to ``copy.deepcopy(model, memo)``.
 
     Args:
         model: The model.
-        modules: All modules in it, itself among them.
-        memo: Copies that exist, by the identity of the original; others are added.
+        modules: All of its modules, including itself.
+        memo: Existing copies, by the id of the original; new ones are added.
     """
     special = [module for module in modules if not _is_plain(module)]
-    # a special one may look at those inside it while it is copied, so these must be whole by then
+    # a special module may use its submodules while it is copied, so these must be complete by then
     inside = {id(part) for module in special for part in module.modules()}
     plain = [m for m in modules if id(m) not in memo and id(m) not in inside]
     for module in plain:
@@ -52,7 +52,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 @cache
 def _copies_plainly(kind: Any) -> bool:
-    """Whether modules of a class are copied attribute by attribute."""
+    """Whether `copy.deepcopy` copies modules of this class attribute by attribute."""
     special = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
     inherited = (
         kind.__reduce_ex__ is object.__reduce_ex__
@@ -69,7 +69,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in ATOMS:
         return value
-    known = memo.get(id(value), memo)  # itself where there is none: a copy may be None
+    known = memo.get(id(value), memo)  # `memo` as the default, since a copy may be None
     if known is not memo:
         return known
     if kind is dict:

@@ -1,4 +1,4 @@
-"""Numbers of pixels that tensors without data carry along; see `pixel_tracking`."""
+"""Pixel numbers that meta tensors carry along; see `pixel_tracking`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1
-"""In the place of a pixel's number: the element depends on the image, it is not known where."""
+"""Instead of a pixel number: the element depends on unknown pixels of the image."""
 SPECIAL = -2
-"""The element does not depend on the image: class tokens, registers, prompts."""
+"""Instead of a pixel number: the element does not depend on the image (class tokens, registers)."""
 PADDING = -3
-"""The element was put beside the image to fill a window."""
+"""Instead of a pixel number: the element pads the image to fill a window."""
 
 PLACES = "_sparsiattn_places"
 
 
 def places_in(tensor: Tensor) -> Tensor | None:
-    """Numbers of pixels, of the tensor's shape (int32 on the CPU); None if it has no image."""
+    """Pixel numbers in the tensor's shape (int32 on the CPU); None if no image is tracked in it."""
     return getattr(tensor, PLACES, None)
 
 
@@ -28,13 +28,13 @@ def constant(value: int, shape: Sequence[int]) -> Tensor:
 
 
 def numbers_of(x: Any) -> Tensor:
-    """Numbers of an argument; one without an image is special everywhere."""
+    """Pixel numbers of an argument; without an image, `SPECIAL` everywhere."""
     places = places_in(x)
     return constant(SPECIAL, x.shape) if places is None else places
 
 
 def thin(numbers: Tensor) -> Tensor:
-    """The same with size 1 in every dimension along which it is one value repeated."""
+    """The same numbers with size 1 in every dimension of stride 0."""
     for dim, stride in enumerate(numbers.stride()):
         if stride == 0 and numbers.shape[dim] > 1:
             numbers = numbers.narrow(dim, 0, 1)

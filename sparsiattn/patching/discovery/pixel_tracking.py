@@ -1,9 +1,9 @@
-"""Where each token of a dry run comes from in the image: tensors without data carry it along.
+"""Tracks in a dry run from which pixel of the image each token comes.
 
-Beside a tensor stands another of the same shape (`places_in`) that holds, for every element, the
-number of the pixel it comes from. Operations that move data move the numbers along, a convolution
-hands on the number at the centre of its window, a linear map that of its row. What no rule covers
-is `UNKNOWN`, never a guess.
+A meta tensor carries a second tensor of the same shape (`places_in`), which holds for every element
+the number of the pixel that it comes from. Operations that move data also move these numbers. A
+convolution passes on the number at the centre of its window, a linear layer that of its row.
+Anything without a rule is `UNKNOWN`, never a guess.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Tally = Callable[[Any, Any, Any, Any], None]
 
 
 class PixelNumbers:
-    """Lets the images among a dry run's inputs carry the numbers of their pixels.
+    """Attaches pixel numbers to the images among a dry run's inputs.
 
     Args:
-        inputs: Arguments and keyword arguments; images are floating-point tensors of four
-            dimensions or more on the meta device, with rows and columns last.
+        inputs: Arguments and keyword arguments. Images are floating-point tensors of at least four
+            dimensions, with rows and columns last.
 
     Attributes:
-        images: The first number and the shape of every image.
+        images: The first pixel number and the shape of every image.
     """
 
     def __init__(self, inputs: Any) -> None:
@@ -52,9 +52,9 @@ class PixelNumbers:
     def of_one_image(
         self, places: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], tuple[int, ...]]:
-        """Numbers counted from the start of the image they are of, and that image's shape.
+        """Pixel numbers relative to their image, and the shape of that image.
 
-        None for all where they are of several images, or of none.
+        None for all if they belong to several images, or to none.
         """
         ranges = [_range(x) for x in places if x is not None]
         ranges = [(low, high) for low, high in ranges if high >= 0]
@@ -66,7 +66,7 @@ class PixelNumbers:
 
 
 def _range(numbers: Tensor) -> tuple[int, int]:
-    """The lowest and the highest number of a pixel; the latter is negative if there is none."""
+    """The lowest and the highest pixel number; the highest is negative if there is none."""
     numbers = thin(numbers)
     if not numbers.numel():
         return 0, UNKNOWN
@@ -80,9 +80,9 @@ def _counted_from(start: int, numbers: Tensor) -> Tensor:
 
 
 def _number(image: Tensor, start: int) -> int:
-    """Number an image's pixels from ``start``; returns how many numbers that took.
+    """Number an image's pixels from ``start``; returns how many numbers were used.
 
-    In an image ``[B, C, H, W]`` the channels share them.
+    In an image ``[B, C, H, W]``, all channels of a pixel have the same number.
     """
     shape = (image.shape[0], 1, *image.shape[2:]) if image.dim() == 4 else tuple(image.shape)
     count = torch.Size(shape).numel()
@@ -93,7 +93,7 @@ def _number(image: Tensor, start: int) -> int:
 
 @contextmanager
 def tracking_places(tally: Tally | None = None) -> Iterator[None]:
-    """Operators on meta tensors carry the numbers of pixels along inside the block.
+    """Context manager in which operators on meta tensors carry pixel numbers along.
 
     Args:
         tally: Called with every operator, its arguments, keyword arguments and result.
@@ -103,10 +103,10 @@ def tracking_places(tally: Tally | None = None) -> Iterator[None]:
 
 
 class _TrackPlaces(Recalled):
-    """Applies `RULES` to every operator that takes a tensor with numbers.
+    """Applies `RULES` to every operator that takes a tensor with pixel numbers.
 
-    It recalls results as well: every mode costs each operator some time. Blocks of a transformer do
-    the same to the same numbers again and again, so places are kept, too.
+    It also recalls cached results, since each additional mode slows down every operator. Pixel
+    numbers are cached, too, since the blocks of a transformer repeat the same operations on them.
     """
 
     def __init__(self, tally: Tally | None = None) -> None:
@@ -129,7 +129,7 @@ class _TrackPlaces(Recalled):
             places = self._known.get(key)
             if places is None or func.overloadpacket is torch.ops.aten.copy_:
                 places = _places_of(func, args, kwargs, out)
-                # keys hold addresses of the numbers that came in, which must live as long
+                # keys contain ids of these tensors, which must therefore stay alive
                 self._known[key] = places
                 self._kept += carried
             results = out if isinstance(out, (tuple, list)) else (out,)
@@ -140,13 +140,13 @@ class _TrackPlaces(Recalled):
 
 
 def _key(value: Any, carried: list[Tensor]) -> Any:
-    """What places depend on in an operator's arguments; numbers in them go to ``carried``."""
+    """The cache key of an operator's arguments; pixel numbers in them are added to ``carried``."""
     if isinstance(value, Tensor):
         numbers = places_in(value)
         if numbers is not None:
             carried.append(numbers)
             return id(numbers)
-        # a tensor with values is known by itself: `Tensor` hashes by identity, and `is` comes first
+        # a tensor with values is its own key: tensors hash by id, and lookup compares ids first
         return tuple(value.shape) if value.is_meta else value
     if isinstance(value, (list, tuple)):
         return tuple(_key(item, carried) for item in value)
@@ -162,7 +162,7 @@ def _attach(tensor: Tensor, numbers: Tensor | None) -> None:
 
 
 def _places_of(func: Any, args: Any, kwargs: Any, out: Any) -> Sequence[Tensor | None]:
-    """Numbers for each result of an operator; None where they are not known."""
+    """Pixel numbers of each result of an operator; None where they are not known."""
     rule = RULES.get(func.overloadpacket)
     if rule is None and torch.Tag.pointwise in func.tags:
         rule = pointwise
@@ -172,5 +172,5 @@ def _places_of(func: Any, args: Any, kwargs: Any, out: Any) -> Sequence[Tensor |
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             places = rule(func, args, kwargs, out)
     except (RuntimeError, TypeError, ValueError, IndexError):
-        return [None] * len(tree_leaves(out))  # a form of the operator that the rule does not know
+        return [None] * len(tree_leaves(out))  # the rule does not cover this form of the operator
     return places if isinstance(places, (tuple, list)) else (places,)

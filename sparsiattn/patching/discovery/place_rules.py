@@ -1,7 +1,7 @@
-"""What operators make of the numbers of pixels that their arguments carry; see `pixel_tracking`.
+"""Rules for how operators change the pixel numbers of their arguments; see `pixel_tracking`.
 
-Each rule takes an operator, its arguments, keyword arguments and result, and returns the numbers of
-the results, or None where they are not known.
+Each rule takes an operator, its arguments, keyword arguments and result, and returns the pixel
+numbers of the results, or None where they are not known.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ aten = torch.ops.aten
 
 
 def _move(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """Operators that only move data: what they do to the tensor, they do to its numbers."""
+    """For operators that only move data: apply the same operator to the numbers."""
     return func(numbers_of(args[0]), *args[1:], **kwargs)
 
 
 def _shift(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """What moves elements along given dimensions; those of one value stay so, and small."""
+    """For operators that move elements along given dimensions; keeps expanded dimensions small."""
     numbers = numbers_of(args[0])
-    if kwargs or not args[-1] or len(args) < len(func._schema.arguments):  # of all, as one line
+    if kwargs or not args[-1] or len(args) < len(func._schema.arguments):  # over the flat tensor
         return func(numbers, *args[1:], **kwargs)  # type: ignore[no-any-return]
     moved: Tensor = func(thin(numbers), *args[1:])
     return moved.expand(out.shape)
@@ -44,7 +44,7 @@ def _view(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     numbers, shape = numbers_of(args[0]), list(out.shape)
     try:
         return numbers.view(shape)
-    except RuntimeError:  # it takes a copy, which is small where one value stands for many
+    except RuntimeError:  # a copy is needed; it stays small along expanded dimensions
         small = _alike(numbers)
     last = small.dim() - 1
     if shape and last > 0 == small.stride(last) and small.shape[last] == shape[-1]:
@@ -53,7 +53,7 @@ def _view(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
 
 
 def _alike(numbers: Tensor) -> Tensor:
-    """The same, with stride 0 wherever all values along a dimension are alike."""
+    """The same numbers, with stride 0 along every dimension in which they are all equal."""
     small = thin(numbers)
     for dim in range(small.dim()):
         first = small.narrow(dim, 0, 1) if small.shape[dim] else small
@@ -63,14 +63,14 @@ def _alike(numbers: Tensor) -> Tensor:
 
 
 def _same(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """Every element stays where it is: norms, softmax, copies, changes of type."""
+    """For operators that keep every element's position: norms, softmax, copies, dtype changes."""
     first = out[0] if isinstance(out, (tuple, list)) else out
     numbers = numbers_of(args[0])
     return (numbers,) if numbers.shape == first.shape else (None,)
 
 
 def pointwise(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """Operands laid over each other: those with an image count, if they agree."""
+    """For pointwise operators: the agreed numbers of the operands that have some."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     total: Tensor | None = None
     for numbers in (places_in(x) for x in tensors):
@@ -78,12 +78,12 @@ def pointwise(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
             total = numbers if total is None else _agreed(total, numbers)
     assert total is not None
     first = out[0] if isinstance(out, (tuple, list)) else out
-    # the very same object where nothing changes, so that later blocks find what is kept for it
+    # the same object if nothing changes, so that the cache works in later blocks
     return (total if total.shape == first.shape else total.expand(first.shape),)
 
 
 def _agreed(a: Tensor, b: Tensor) -> Tensor:
-    """A pixel's number wins over none, and the first operand's over another."""
+    """Combine two tensors of numbers: pixel numbers take precedence, then the first operand."""
     if a is b:
         return a
     thin_a, thin_b = thin(a), thin(b)
@@ -94,7 +94,7 @@ def _agreed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _complex(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """Pairs of numbers as one complex number, and back (rotary positions)."""
+    """For conversions between pairs of numbers and complex numbers (rotary embeddings)."""
     if out.is_complex():
         return numbers_of(args[0])[..., 0]
     return numbers_of(args[0]).unsqueeze(-1).expand(out.shape)
@@ -105,7 +105,7 @@ def _concatenate(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     if func is not _CAT:
         return func(parts, *args[1:], **kwargs)  # type: ignore[no-any-return]
     along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    for dim in range(out.dim()):  # dimensions of one value stay so
+    for dim in range(out.dim()):  # keep expanded dimensions small
         if dim != along and all(x.stride(dim) == 0 or x.shape[dim] == 1 for x in parts):
             parts = [x.narrow(dim, 0, 1) for x in parts]
     return torch.cat(parts, along).expand(out.shape)
@@ -116,7 +116,7 @@ _CAT = aten.cat.default
 
 def _pad(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     numbers, sides = numbers_of(args[0]), args[1]
-    for i in range(numbers.dim()):  # sides come from the last dimension on
+    for i in range(numbers.dim()):  # `sides` starts with the last dimension
         dim = numbers.dim() - 1 - i
         is_padded = any(sides[2 * i : 2 * i + 2])
         if not is_padded and numbers.stride(dim) == 0 and numbers.shape[dim] > 1:
@@ -126,7 +126,7 @@ def _pad(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
 
 
 def _index(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
-    """Gathered elements, where the indices have values or all choices are the same."""
+    """For gathered elements, if the indices have values or do not matter."""
     numbers, *rest = args
     numbers = numbers_of(numbers)
     indices = [x for x in tree_leaves((rest, kwargs)) if isinstance(x, Tensor)]
@@ -139,7 +139,7 @@ def _index(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
 
 
 def _is_indifferent(func: Any, numbers: Tensor, rest: Any) -> bool:
-    """Whether numbers do not change along the dimensions that an operator takes elements of."""
+    """Whether the numbers are constant along the dimensions that an operator indexes."""
     if func.overloadpacket is aten.index:
         dims = [dim for dim, index in enumerate(rest[0]) if index is not None]
     else:
@@ -153,13 +153,13 @@ def _first_choice(index: Any) -> Any:
 
 
 def _patches(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """`torch.nn.functional.unfold`: it pads with zeros, and knows floating-point numbers only."""
+    """For `torch.nn.functional.unfold`, which pads with zeros and needs floating-point numbers."""
     shifted = (numbers_of(args[0]) - PADDING).double()
     return func(shifted, *args[1:], **kwargs).to(torch.int32) + PADDING  # type: ignore[no-any-return]
 
 
 def _reduce(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """A sum, mean or maximum is where its terms are, if all are in one place."""
+    """For reductions: the number of the terms if all are equal, else `UNKNOWN`."""
     numbers, dims = numbers_of(args[0]), _argument(func, args, kwargs, "dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(numbers.dim()))
     dims = sorted({dim % numbers.dim() for dim in dims}, reverse=True)
@@ -175,7 +175,7 @@ def _reduce(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 
 
 def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
-    """An operator's argument by its name; None where it is left out."""
+    """An operator's argument by name; None if it was not passed."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.name == name:
             return args[i] if i < len(args) else kwargs.get(name)
@@ -183,12 +183,12 @@ def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
 
 
 def _product(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
-    """A matrix product hands on the numbers of its rows; a constant times tokens, of columns."""
+    """For matrix products: the numbers of the rows; of the columns if the rows are constants."""
     left, right = args[-2:] if func.overloadpacket in _ADDING else args[:2]
     if left.dim() < 2 or right.dim() < 2:
         return None
     rows, columns = thin(numbers_of(left)[..., :1]), thin(numbers_of(right)[..., :1, :])
-    # attention over channels: rows are channels, all alike, and columns are tokens
+    # attention over channels: rows are channels, all with the same numbers, columns are tokens
     alike = rows.shape[-2] == 1 < columns.shape[-1] and not bool((rows == UNKNOWN).any())
     by_column = alike or places_in(left) is None
     return (columns if by_column else rows).expand(out.shape)
@@ -198,12 +198,12 @@ _ADDING = (aten.addmm, aten.baddbmm, aten.addbmm)
 
 
 def _attention(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """Attention has the places of its queries."""
+    """For attention: the numbers of the queries."""
     return (numbers_of(args[0])[..., :1].expand(out[0].shape),)
 
 
 def _convolve(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
-    """The number at the centre of each window, of the first channel."""
+    """For convolutions: the number at the centre of each window, of the first channel."""
     x, weight, _, stride, padding, dilation, transposed = args[:7]
     if transposed:
         return None
@@ -217,7 +217,7 @@ def _convolve(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
 
 
 def _pool(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """As `_convolve`, for pools with a kernel, a stride and a padding."""
+    """For pooling with kernel, stride and padding: as `_convolve`."""
     x, first = args[0], out[0] if isinstance(out, (tuple, list)) else out
     dims = first.dim() - 2
     sizes = [list(value) for value in args[1:4] if isinstance(value, (list, tuple))]
@@ -235,7 +235,7 @@ def _pool(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 
 
 def _resize(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """An image resized, or pooled to a size: the nearest place."""
+    """For resizing and adaptive pooling: the number at the nearest position."""
     x, dims = args[0], out.dim() - 2
     places = [
         ((torch.arange(n, device="cpu") * 2 + 1) * size // (2 * n)).clamp_max(size - 1)
@@ -249,7 +249,7 @@ def _centres(size: int, count: int, step: int, first: int) -> Tensor:
 
 
 def _sampled(numbers: Tensor, places: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Numbers at these places of the trailing dimensions, the same for every channel."""
+    """The numbers at these positions of the trailing dimensions, the same for every channel."""
     numbers = numbers.narrow(1, 0, 1) if numbers.dim() > len(places) + 1 else numbers
     for i, index in enumerate(places):
         numbers = numbers.index_select(numbers.dim() - len(places) + i, index)
@@ -257,7 +257,7 @@ def _sampled(numbers: Tensor, places: Sequence[Tensor], shape: Sequence[int]) ->
 
 
 def _write(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """``x.copy_(y)``, also through a view: what the view is of gets the numbers, too."""
+    """For ``x.copy_(y)``; if ``x`` is a view, its base gets the numbers, too."""
     target, numbers = args[0], numbers_of(args[1])
     base = target._base
     if base is not None and base.is_contiguous():
@@ -325,4 +325,4 @@ def _rules() -> dict[Any, Rule]:
 
 
 RULES = _rules()
-"""Rules by operator, whatever its overload."""
+"""Rules by operator, for all of its overloads."""

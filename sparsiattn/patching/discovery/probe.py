@@ -1,4 +1,4 @@
-"""Which modules of a model call attention, how often and with which shapes: one dry run says it."""
+"""Finds in one dry run which modules call attention, how often and with which shapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MapSource:
 
     Attributes:
         name: Module path.
-        size: Rows and columns of what it returned; those of a video's frames one below the other.
+        size: Rows and columns of its output; the frames of a video are stacked vertically.
     """
 
     name: str
@@ -38,32 +38,34 @@ class MapSource:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a module did in the dry run, with a batch of one image.
+    """The attention calls of one module in the dry run, with a batch of one image.
 
     Attributes:
-        name: Path of the innermost module running when attention was called.
-        module: That module, of the copy.
-        parents: From the root down to its parent.
+        name: Path of the innermost module that was running when attention was called.
+        module: That module, in the copy.
+        parents: Its ancestors, from the root down to its parent.
         q: Shape of the query.
         k: Shape of the key.
         v: Shape of the value.
-        mask: Shape of the mask; None without.
-        mask_dtype: Its dtype.
+        mask: Shape of the mask; None if there is none.
+        mask_dtype: Dtype of the mask; None if there is none.
         causal: Whether attention was causal.
-        count: Calls in one forward pass.
-        uniform: Whether all of them had these shapes.
-        weights: What became of the attention weights that `nn.MultiheadAttention` also returns.
-        lifted: Whether the module writes its attention out; see `sparsiattn.runtime.lifting`.
-        input_shape: Shape of the first tensor that the module took.
-        output_shape: Shape of the first tensor that it returned.
+        count: Number of calls in one forward pass.
+        uniform: Whether all of these calls had the same shapes.
+        weights: Whether the attention weights that `nn.MultiheadAttention` also returns are used.
+        lifted: Whether the module computes attention with plain operations; see
+            `sparsiattn.runtime.lifting`.
+        input_shape: Shape of the module's first input tensor.
+        output_shape: Shape of its first output tensor.
         aspect: Height over width of the image, in patches.
-        q_places: Number of the pixel that each query comes from, of ``q``'s shape without its last
-            size; None where no image is known. See `sparsiattn.patching.discovery.pixel_tracking`.
+        q_places: Number of the pixel that each query comes from, in the shape of ``q`` without the
+            last dimension; None if no image is known. See
+            `sparsiattn.patching.discovery.pixel_tracking`.
         k_places: The same for keys.
-        image: Shape of the image that the numbers count.
-        map: The module behind which the tokens' grid shows, and its rows and columns there.
-        sums_bias: Whether its mask is a sum of a number for each row of keys and one for each
-            column; see `FactoredBias`.
+        image: Shape of the image that the pixel numbers refer to.
+        map: The convolution that makes the tokens, and the size of its output.
+        sums_bias: Whether its mask is the sum of one term per key row and one per key column; see
+            `FactoredBias`.
     """
 
     name: str
@@ -89,7 +91,7 @@ class AttentionCall:
     sums_bias: bool = False
 
     def nearest(self, attribute: str) -> Any:
-        """The attribute of the module itself or of the closest parent that has it, else None."""
+        """The attribute of the module or of its closest ancestor that has it; else None."""
         for module in (self.module, *reversed(self.parents)):
             value = getattr(module, attribute, None)
             if value is not None:
@@ -98,7 +100,7 @@ class AttentionCall:
 
 
 def _joined(before: AttentionCall, latest: AttentionCall) -> AttentionCall:
-    """Calls of one module so far as one record."""
+    """Merge the record of a module's earlier calls with its latest call."""
     alike = (before.q, before.k, before.v) == (latest.q, latest.k, latest.v)
     return replace(
         latest,
@@ -109,12 +111,12 @@ def _joined(before: AttentionCall, latest: AttentionCall) -> AttentionCall:
 
 
 def _home_name(name: str, module: nn.Module) -> str:
-    """The module whose attention this is: an `nn.Softmax` belongs to the one that holds it."""
+    """Name of the module whose attention this is: for an `nn.Softmax`, its parent."""
     return name.rpartition(".")[0] if isinstance(module, nn.Softmax) else name
 
 
 class _Recorder:
-    """Hooks on every module of a `meta_copy` that tell which one is innermost."""
+    """Records attention calls, with hooks on every module that track the innermost one."""
 
     def __init__(self, model: nn.Module, pixels: PixelNumbers, tally: Any) -> None:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
@@ -144,7 +146,7 @@ class _Recorder:
                 module.register_forward_pre_hook(opener, with_kwargs=True),
                 module.register_forward_hook(self._closer(name, key), always_call=True),
             )
-            if name not in self.watched:  # which go on attending as in the probe
+            if name not in self.watched:  # watched modules keep the hooks of the probe
                 self.hooks += hooks
             self.trial.names[key] = _home_name(name, module)
 
@@ -187,17 +189,17 @@ class _Recorder:
         return open_scope
 
     def _places(self, call: HostCall) -> dict[str, Any]:
-        """Where queries and keys come from, as fields of `AttentionCall`."""
+        """The pixels that queries and keys come from, as fields of `AttentionCall`."""
         places = [places_in(x) for x in (call.q, call.k)]
         key = tuple(map(id, places))
         if key not in self._placed:
             rows, image = self.pixels.of_one_image([x if x is None else x[..., 0] for x in places])
             fields = {"q_places": rows[0], "k_places": rows[1], "image": image}
-            self._placed[key] = places, fields  # with what is known by its address
+            self._placed[key] = places, fields  # keeps `places` alive, since keys are ids
         return {**self._placed[key][1], "map": self.map}
 
     def _note_entrance(self, name: str, x: Tensor | None) -> None:
-        """Remember what elements of lists take, and which module in them takes the same first."""
+        """Record the inputs of container elements, and the first module in each with that input."""
         if name in self.listed:
             self.entered[name] = x
         outer = name
@@ -207,13 +209,13 @@ class _Recorder:
                 self.heads.setdefault(outer, name)
 
     def entrances(self) -> tuple[str, ...]:
-        """Modules around attention whose input a checkpoint may hand in once more."""
+        """Modules around attention whose input a checkpoint may pass again in recomputation."""
         around = [a for a in self.entered if any(name.startswith(f"{a}.") for name in self.calls)]
         names = [name for a in around for name in (a, self.heads.get(a)) if name is not None]
         return tuple(dict.fromkeys(names))
 
     def _note_map(self, name: str, module: nn.Module, output: Any) -> None:
-        """Remember the first convolution over the image."""
+        """Record the first convolution over the image."""
         is_map = isinstance(module, (nn.Conv2d, nn.Conv3d)) and isinstance(output, Tensor)
         if is_map and self.map is None and places_in(output) is not None:
             rows, columns = output.shape[-2:]
@@ -247,15 +249,15 @@ def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a dry run recorded.
+    """The record of a dry run.
 
     Attributes:
         calls: Attention calls in order.
-        softmaxes: ``(module name, what it is)`` of every other softmax.
-        returned: Shapes of what the model returned.
+        softmaxes: ``(module name, description)`` of every other softmax.
+        returned: Shapes of the model's output tensors.
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
-        entrances: Modules around attention whose input a checkpoint may hand in once more: elements
-            of lists, and the first module in each.
+        entrances: Modules around attention whose input a checkpoint may pass again in
+            recomputation: elements of containers, and the first module in each.
     """
 
     calls: list[AttentionCall]
@@ -266,13 +268,13 @@ class Probe:
 
 
 def probe(model: nn.Module, inputs: MetaInputs, tally: Any = None) -> Probe:
-    """Every attention call of a model, those written by hand included.
+    """Find every attention call of a model, including attention in plain operations.
 
     Args:
-        model: A `meta_copy`, whose `nn.MultiheadAttention` keep the hooks of the probe.
-        inputs: What to call it with.
-        tally: Told of every operator of the run, see `tracking_places`; cleared where it starts
-            again.
+        model: A `meta_copy`; its `nn.MultiheadAttention` modules keep the hooks of the probe.
+        inputs: The inputs of the copy.
+        tally: Called with every operator of the run, see `tracking_places`; cleared if the run
+            starts again.
 
     Raises:
         ProbeFailed: The model does not run with these inputs.
@@ -282,14 +284,14 @@ def probe(model: nn.Module, inputs: MetaInputs, tally: Any = None) -> Probe:
     records.leave_out()
     with tracking_places(tally):
         output = _run(model, inputs, recorder)
-        if records.watch():  # the host registered hooks just now
+        if records.watch():  # the host registered hooks during this run
             recorder.clear()
             output = _run(model, inputs, recorder)
     for hook in recorder.hooks:
         hook.remove()
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
     returned = shapes(output)
-    del output  # was held until here: see `WatchWeights.verdict`
+    del output  # had to be alive until here: see `WatchWeights.verdict`
     calls = [
         replace(
             call,
@@ -309,6 +311,6 @@ def _run(model: nn.Module, inputs: MetaInputs, recorder: _Recorder) -> Any:
     try:
         with recorder.trial:
             return run_dry(model, inputs, recorder.clear)
-    except ProbeFailed:  # a host that takes nothing but tensors for its scores
+    except ProbeFailed:  # the host accepts only plain tensors as scores
         recorder.clear()
         return run_dry(model, inputs, recorder.clear)

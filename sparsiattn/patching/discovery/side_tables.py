@@ -1,4 +1,4 @@
-"""Tables of positions among arguments of a block: whether it gives them their axis of heads."""
+"""Whether a block adds the head dimension to position tables among its arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
 
 
 def adds_heads(steps: Sequence[Step]) -> bool:
-    """Whether a block takes tables ``[B, n, D]`` and makes ``[B, 1, n, D]`` of them itself.
+    """Whether a block takes tables ``[B, n, D]`` and turns them into ``[B, 1, n, D]`` itself.
 
-    Others come as they meet the queries, ``[H, n, D]``, so that a batch axis goes before the heads.
+    Other tables have a head dimension already, ``[H, n, D]``, so a batch dimension goes before it.
 
     Args:
-        steps: What happened in the block, its entry first.
+        steps: The steps in the block, its entry first.
     """
     tables = set(steps[0].values[1:])
     for step in steps[1:]:
@@ -32,7 +32,7 @@ def adds_heads(steps: Sequence[Step]) -> bool:
 
 
 def _adds_axis(step: Step) -> bool:
-    """Whether an operator gives a table of three dimensions an axis behind the first."""
+    """Whether an operator adds a dimension after the first one of a 3-D table."""
     assert step.call is not None
     func, args, _, out = step.call
     name, table = func._schema.name.removeprefix("aten::"), args[0]

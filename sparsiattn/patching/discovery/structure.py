@@ -1,4 +1,4 @@
-"""The structure of a site's sequence, read from the pixels that its tokens come from."""
+"""Derives the structure of a site's sequence from the pixels that its tokens come from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sparsiattn.patching.discovery.probe import AttentionCall
 
 
 def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | None, Grid | None]:
-    """How the tokens of a call lie in the image by their pixels, and the grid of the keys.
+    """The structure of a call's queries and the grid of its keys, as traced from pixels.
 
     Args:
         call: The attention call of a dry run.
         layout: How its host lays out operands.
 
     Returns:
-        None where pixels do not tell, for the keys alone where a module says how far they reach
-        beyond the queries.
+        Structure and grid; None for both if pixels do not determine them, and None for the grid if
+        the module has a halo, which determines it.
     """
     if call.q[-2] == 1:
         return Structure((1, 1), raster=False, source="a single query"), (1, call.k[-2])
@@ -44,21 +44,21 @@ def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | N
 
 
 def _by_window(places: Tensor | None, layout: Layout) -> Tensor | None:
-    """``[windows, tokens]``, from the host's form without the last size."""
+    """Pixel numbers as ``[windows, tokens]``, from the host's layout without the last dimension."""
     return None if places is None else layout.fold(places.unsqueeze(-1))[:, 0, :, 0]
 
 
 def read_structure(places: Tensor | None, image: Sequence[int], source: str) -> Structure | None:
-    """The structure of sequences whose tokens are known by their pixels.
+    """The structure of sequences, given the pixels of their tokens.
 
     Args:
         places: Number of the pixel that each token comes from, ``[windows, tokens]``; see
             `sparsiattn.patching.discovery.pixel_tracking`.
         image: Shape of the model's image ``[..., H, W]``.
-        source: What to name as the source.
+        source: The `Structure.source` of the result.
 
     Returns:
-        The structure of one window; None where the places do not tell it.
+        The structure of one window; None if the pixels do not determine it.
     """
     if places is None or bool((places == UNKNOWN).any()):
         return None
@@ -69,18 +69,22 @@ def read_structure(places: Tensor | None, image: Sequence[int], source: str) -> 
     return None if structure is None else replace(structure, source=source)
 
 
-@lru_cache(maxsize=256)  # blocks of a model have the same, and so have its copies
+@lru_cache(maxsize=256)  # the blocks of a model and of its copies have the same
 def _read(
     numbers: tuple[int, ...], shape: tuple[int, ...], image: tuple[int, ...]
 ) -> Structure | None:
-    """The structure that places tell, without its source."""
+    """The structure for these pixel numbers, without its source."""
     places = torch.tensor(numbers, dtype=torch.int32, device="cpu").view(shape)
-    places = places[(places >= 0).any(-1)]  # windows of nothing but padding say nothing
+    places = places[(places >= 0).any(-1)]  # windows that are all padding are ignored
     return _window(places, image) if len(places) > 1 else _sequence(places[0], image)
 
 
 def _margins(special: Tensor) -> tuple[int, int]:
-    """Special tokens before the first patch and behind the last, of ``[windows, tokens]``."""
+    """Number of special tokens before the first patch and after the last one.
+
+    Args:
+        special: Boolean ``[windows, tokens]``, True for special tokens.
+    """
     patch = ~special
     lead = int(patch.to(torch.uint8).argmax(-1).min())
     trail = int(patch.flip(-1).to(torch.uint8).argmax(-1).min())
@@ -110,30 +114,30 @@ def _sequence(numbers: Tensor, image: Sequence[int]) -> Structure | None:
     if grid is None:
         return replace(structure, grid=(1, len(patches) // structure.views), raster=False)
     rows, columns = grid
-    if rows * columns == 1 < views:  # one place in several frames: a line in time
+    if rows * columns == 1 < views:  # one position in several frames: attention over time
         return replace(structure, grid=(1, views), views=1) if not structure.specials else None
     return replace(structure, grid=grid)
 
 
 def _padded_map(numbers: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of one window that is larger than the map in it."""
-    rest = numbers[numbers < 0]
+    """Rows and columns of a window that is larger than the feature map in it."""
+    not_pixels = numbers[numbers < 0]
     at = (numbers >= 0).nonzero().flatten()
-    if len(rest) == 0 or bool((rest != PADDING).any()):
+    if len(not_pixels) == 0 or bool((not_pixels != PADDING).any()):
         return None
     breaks = (at.diff() > 1).nonzero().flatten()
     if len(breaks) == 0:
         return None
     columns = int(at[breaks[0] + 1] - at[0])
     width = int(breaks[0]) + 1
-    whole = len(numbers) % columns == 0 and len(at) % width == 0
-    if not whole or bool((at.view(-1, width).diff(dim=0) != columns).any()):
+    is_rectangle = len(numbers) % columns == 0 and len(at) % width == 0
+    if not is_rectangle or bool((at.view(-1, width).diff(dim=0) != columns).any()):
         return None
     return len(numbers) // columns, columns
 
 
 def _margins_and_specials(special: Tensor, views: int) -> Structure | None:
-    """Where special tokens stand; the grid is left open."""
+    """A structure with the positions of special tokens; its grid is not set yet."""
     n = len(special)
     if views > 1 and n % views == 0:
         by_view = special.view(views, -1)
@@ -151,7 +155,7 @@ def _margins_and_specials(special: Tensor, views: int) -> Structure | None:
 
 
 def _raster(patches: Tensor, views: int, image: Sequence[int]) -> tuple[int, int] | None:
-    """Rows and columns of one view's patches if they stand in raster order, view after view."""
+    """Rows and columns of one view's patches, if they are in raster order, view after view."""
     if len(patches) % views or bool((patches[1:] <= patches[:-1]).any()):
         return None
     view, row, column = (x.view(views, -1) for x in _coordinates(patches, image))
@@ -160,7 +164,7 @@ def _raster(patches: Tensor, views: int, image: Sequence[int]) -> tuple[int, int
 
 
 def _product(row: Tensor, column: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of ``[windows, n]`` places that form one and the same kind of rectangle."""
+    """Rows and columns of positions ``[windows, n]``, if all windows are rectangles of one size."""
     changed = row[0] != row[0, 0]
     columns = int(changed.to(torch.uint8).argmax()) if bool(changed.any()) else row.shape[1]
     if row.shape[1] % columns:
@@ -171,10 +175,13 @@ def _product(row: Tensor, column: Tensor) -> tuple[int, int] | None:
 
 
 def _window(places: Tensor, image: Sequence[int]) -> Structure | None:
-    """Windows, or images that attend by themselves; shifted ones wrap around the border."""
+    """The structure of windows, or of images that attend separately.
+
+    Shifted windows wrap around the border.
+    """
     lead, trail = _margins(places < 0)
     body = places[:, lead : places.shape[1] - trail]
-    body = body[(body >= 0).all(-1)]  # others are padded
+    body = body[(body >= 0).all(-1)]  # the other windows are padded
     if len(body) == 0:
         return None
     ordered = body.sort(-1).values
@@ -183,7 +190,7 @@ def _window(places: Tensor, image: Sequence[int]) -> Structure | None:
     views, rows, columns = _coordinates(body, image)
     size, grid = body.shape[1], _product(rows, columns)
     if grid == (1, size) and bool((views != views[:, :1]).any()):
-        return Structure((1, size), prefix=lead, suffix=trail)  # one place in several frames
+        return Structure((1, size), prefix=lead, suffix=trail)  # one position in several frames
     if grid is None or bool((views != views[:, :1]).any()):
         return Structure((1, size), prefix=lead, suffix=trail, raster=False)
     return Structure(grid, prefix=lead, suffix=trail)

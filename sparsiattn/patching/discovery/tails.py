@@ -1,10 +1,10 @@
-"""How a block ends: whether tokens may leave it between attention and MLP.
+"""Analyses the end of a block: whether tokens can leave it between attention and MLP.
 
-They may where the block's output is the very sum ``x + f(x)``, where ``f`` handles every token for
-itself, and where nothing else of the host sees the branch: hooks then hand ``f`` fewer tokens, keep
-its result and give the host zeros to add. A weight of the block's own for every channel may scale
-the branch last (layer scale). Any other factor (``alpha``), something done to the sum, a second
-branch, a value that comes from the branch by another way: each would be lost or wrong.
+They can if the block's output is exactly the sum ``x + f(x)``, if ``f`` processes every token
+independently, and if nothing else in the host uses the branch. Hooks then give ``f`` fewer tokens,
+keep its result and give the host zeros to add. A per-channel parameter of the block may scale the
+branch at its end (layer scale). Any other factor (``alpha``), operations on the sum, a second
+branch, or other uses of the branch's values would be lost or wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ _VIEWS = frozenset({"view", "_unsafe_view", "reshape"})
 
 
 class _Ends(NamedTuple):
-    """Positions where a branch starts and ends, and where its result is scaled, by which weight."""
+    """Where a branch starts and ends, as indices of steps.
+
+    Attributes:
+        entry: Step that enters the branch's first module.
+        last: Step that leaves its last module.
+        scaled: Step that scales the result; None if none does.
+        factor: Name of the parameter that scales it; None if there is none.
+    """
 
     entry: int
     last: int
@@ -41,14 +48,14 @@ def find_tail(
     sites: frozenset[str],
     weights: Mapping[int, str],
 ) -> Tail | None:
-    """The end ``x + f(x)`` of a block, None if it has no such end.
+    """The end ``x + f(x)`` of a block; None if it has no such end.
 
     Args:
-        steps: What happened in the block, its entry first.
-        left: Its end.
+        steps: The steps in the block, its entry first.
+        left: The step that leaves the block.
         values: Numbers of the values.
         sites: Names of the attention modules.
-        weights: Names of the block's own parameters by their identity.
+        weights: Names of the block's own parameters by their id.
     """
     attended = [i for i, s in enumerate(steps) if s.kind == "leave" and s.name in sites]
     added = _final_addition(steps, left, values)
@@ -69,9 +76,9 @@ def find_tail(
 
 
 def _final_addition(steps: list[Step], left: Step, values: Values) -> int | None:
-    """Position of the addition whose result, as it is, the block returns."""
+    """Index of the addition whose result the block returns unchanged."""
     returned = left.results[0]
-    # written over the caller's own tensor, the sum would be seen without being returned
+    # if the sum is written to the caller's own tensor, the caller sees it without the output
     if values.memory[returned] == values.memory[steps[0].values[0]]:
         return None
     for i in reversed(range(len(steps))):
@@ -88,7 +95,7 @@ def _final_addition(steps: list[Step], left: Step, values: Values) -> int | None
 
 
 def _lays_out(func: Any, x: Any, out: Any) -> bool:
-    """Whether an operator shows the same tokens in the same order, as rows or as a grid."""
+    """Whether an operator is a view of the same tokens in the same order, as rows or as a grid."""
     if func._schema.name.removeprefix("aten::") not in _VIEWS:
         return False
     return bool((x.shape[0], x.shape[-1]) == (out.shape[0], out.shape[-1]))
@@ -97,7 +104,7 @@ def _lays_out(func: Any, x: Any, out: Any) -> bool:
 def _branches(
     steps: list[Step], start: int, added: int, values: Values, weights: Mapping[int, str]
 ) -> Iterator[_Ends]:
-    """Where a module takes one summand, and where the last one returns the other."""
+    """Candidates: a module that takes one summand, and the last module that returns the other."""
     for x, f in (steps[added].values, steps[added].values[::-1]):
         scaled = _scaling(steps, start, added, values.lineage(f), weights)
         line, factor = values.lineage(f), None
@@ -118,7 +125,7 @@ def _branches(
 def _scaling(
     steps: list[Step], start: int, added: int, line: list[int], weights: Mapping[int, str]
 ) -> int | None:
-    """Position of the operator that made this value by the block's own scale, if one did."""
+    """Index of the operator that scales this value by the block's own parameter; None if none."""
     for i in reversed(range(start, added)):
         step = steps[i]
         if step.kind == "op" and step.results and step.results[0] in line:
@@ -128,7 +135,7 @@ def _scaling(
 
 
 def _factor(step: Step, weights: Mapping[int, str]) -> tuple[int, str | None]:
-    """What an operator scales, and the weight by which: the same for every token."""
+    """The value that an operator scales, and the name of the per-channel parameter it uses."""
     if step.call is None or step.call[0] is not _MULTIPLY:
         return step.values[0], None
     for value, x in zip(step.values[::-1], step.call[1], strict=False):
@@ -141,7 +148,7 @@ class _Branch:
     """A branch ``f`` of a block that ends in ``x + f(x)``.
 
     Attributes:
-        mixing: Path of the first module in it that does not handle each token for itself.
+        mixing: Path of the first module in it that does not process each token independently.
     """
 
     def __init__(
@@ -151,30 +158,30 @@ class _Branch:
         self.entry, self.last, self.scaled, _ = ends
         self.added = added
         self.mixing: str | None = None
-        # values that come from the tokens, with the axes that hold them; none where they met
+        # values that come from the tokens, with their token axes; no axes once tokens were mixed
         self._axes: dict[int, Axes] = {}
-        self._fresh: set[int] = set()  # memory that the branch made itself
-        self._spoilt: set[int] = set()  # memory that it wrote to
+        self._fresh: set[int] = set()  # memory that the branch has allocated
+        self._spoilt: set[int] = set()  # memory that it has written to
 
     def is_apart(self) -> bool:
-        """Whether hooks on its first and last module take out the branch and nothing else."""
+        """Whether hooks on its first and last module affect this branch and nothing else."""
         first, last = self.steps[self.entry], self.steps[self.last]
         copied = first.plain and first.results[0] != first.values[0]
-        # before the branch is entered, the hook of its last module does nothing
+        # the hook of the last module does nothing before the branch is entered
         once = self._runs_once(first.name, 0) and self._runs_once(last.name, self.entry)
         if not copied or not once:
             return False
         if any(self.values.same(value, first.values[0]) for value in first.values[1:]):
-            return False  # its other arguments would stay as long as they were
+            return False  # its other arguments would still have all tokens
         return self._follow(first, last) and self._is_unseen()
 
     def _runs_once(self, name: str, start: int) -> bool:
-        """Whether a module is the block's, and is left once from here to the block's end."""
+        """Whether a module is inside the block, and runs once from ``start`` to the block's end."""
         times = sum(s.kind == "leave" and s.name == name for s in self.steps[start:])
         return times == 1 and name.startswith(f"{self.left.name}.")
 
     def _follow(self, first: Step, last: Step) -> bool:
-        """Follow the tokens through the branch; False where they also go elsewhere."""
+        """Follow the tokens through the branch; False if they also go elsewhere."""
         shape = self.steps[self.added].call[1][0].shape  # type: ignore[index]
         tokens = frozenset(d for d in range(1, len(shape) - 1) if shape[d] != 1)
         grid = tuple(shape[d] for d in sorted(tokens))
@@ -197,7 +204,7 @@ class _Branch:
         return value in self._axes or self.values.memory[value] in self._spoilt
 
     def _compute(self, step: Step, grid: tuple[int, ...]) -> bool:
-        """Note what an operator of the branch makes; False if it writes to what is not its own."""
+        """Record the results of an operator of the branch; False if it writes to other memory."""
         memory = self.values.memory
         if not step.written <= self._fresh:
             return False
@@ -225,7 +232,7 @@ class _Branch:
         return axes_after(Call(func, args, kwargs, out, axes, grid))
 
     def _is_unseen(self) -> bool:
-        """Whether nothing but the addition sees the branch, and nothing else is done to the sum."""
+        """Whether only the addition uses the branch, and nothing else changes the sum."""
         for i in range(self.last + 1, len(self.steps)):
             step = self.steps[i]
             if step.kind != "op" or not any(map(self._comes_from_tokens, step.values)):

@@ -1,7 +1,7 @@
-"""Which axes of a value hold tokens, operator by operator.
+"""Tracks which axes of a value hold tokens, operator by operator.
 
-Of a branch that handles every token for itself, tokens may be left out. Operators are known by
-rule; one without a rule may look at several tokens at once, and is taken to.
+Tokens can be left out of a branch that processes every token independently. There are rules for
+known operators; an operator without a rule is assumed to combine several tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Rule = Callable[["Call"], "Axes | None"]
 
 
 class TokensMeet(Exception):
-    """An operator looks at more than one token at a time, or tells tokens by their place."""
+    """An operator combines several tokens, or depends on the positions of tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Call:
     Attributes:
         func: The operator.
         args: Its positional arguments.
-        kwargs: The others.
-        out: What it returned.
-        axes: Axes of tokens, by the address of a tensor object; none where it does not depend on
-            the tokens.
-        grid: Sizes of the axes of tokens that the branch was given.
+        kwargs: Its keyword arguments.
+        out: Its result.
+        axes: Token axes of each tensor, by its id; empty if the tensor does not depend on the
+            tokens.
+        grid: Sizes of the token axes at the start of the branch.
     """
 
     func: Any
@@ -48,7 +48,7 @@ class Call:
     grid: tuple[int, ...]
 
     def __getitem__(self, name: str) -> Any:
-        """An argument by name, its default where it was not given."""
+        """An argument by name, or its default."""
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 positional = i < len(self.args) and not argument.kwarg_only
@@ -56,7 +56,7 @@ class Call:
         raise TokensMeet
 
     def of(self, x: Any) -> Axes:
-        """The tokens' axes of an argument."""
+        """The token axes of an argument."""
         return self.axes.get(id(x), frozenset())
 
     @property
@@ -68,10 +68,10 @@ class Call:
 
 
 def axes_after(call: Call) -> Axes | None:
-    """The tokens' axes of an operator's results; None if they do not depend on the tokens.
+    """The token axes of an operator's results; None if they do not depend on the tokens.
 
     Raises:
-        TokensMeet: Tokens are not handled each for itself.
+        TokensMeet: The operator does not process each token independently.
     """
     name = call.func._schema.name.removeprefix("aten::")
     rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
@@ -98,7 +98,7 @@ def _pointwise(call: Call) -> Axes:
     _need(len(aligned) == 1)
     axes = aligned.pop()
     for x in operands:
-        # what does not come from the tokens must be the same for all of them
+        # operands that do not come from the tokens must be the same for all tokens
         here = [d - rank + x.dim() for d in axes if not call.of(x)]
         _need(all(x.shape[d] == 1 for d in here if d >= 0))
     return axes
@@ -124,7 +124,7 @@ def _view(call: Call) -> Axes:
     first, last = axes[0], axes[-1]
     _need(len(axes) == last - first + 1)
     lead, count = prod(old[:first]), prod(old[first : last + 1])
-    # axes before the tokens may join them, [B, n, C] -> [B n, C], and leave them again
+    # axes before the tokens may be merged with them, [B, n, C] -> [B n, C], and split again
     for start in reversed(range(len(new))):
         for sides in (1, len(call.grid)):
             part, stop = new[start : start + sides], start + sides
@@ -169,14 +169,14 @@ def _expand(call: Call) -> Axes:
 
 
 def _along(call: Call) -> Axes:
-    """Something along one axis: a part of it, its halves, a softmax."""
+    """For operators along one axis: a part of it, halves, a softmax."""
     _apart(call.of(call.input), [call["dim"]], call.input.dim())
     return call.of(call.input)
 
 
 def _slice(call: Call) -> Axes:
-    whole = call.out.shape == call.input.shape
-    return call.of(call.input) if whole else _along(call)
+    keeps_all = call.out.shape == call.input.shape
+    return call.of(call.input) if keeps_all else _along(call)
 
 
 def _select(call: Call) -> Axes:
@@ -212,7 +212,7 @@ def _layer_norm(call: Call) -> Axes:
 
 
 def _batch_norm(call: Call) -> Axes:
-    """With running statistics; those of the batch join its tokens."""
+    """Batch norm with running statistics; statistics of the batch would combine tokens."""
     training = any(a.name == "training" for a in call.func._schema.arguments) and call["training"]
     _need(not training)
     _apart(call.of(call.input), [1], call.input.dim())
@@ -220,7 +220,7 @@ def _batch_norm(call: Call) -> Axes:
 
 
 def _convolution(call: Call) -> Axes:
-    """One by one, with the tokens along its spatial axes or in its batch."""
+    """A convolution with a 1 x 1 kernel, with tokens along spatial axes or in the batch."""
     x, weight = call.input, call["weight"]
     _need(not call.of(weight) and not call["transposed"])
     for axis in call.of(x) - {0}:
@@ -234,7 +234,7 @@ def _side(sizes: Sequence[int], axis: int) -> int:
 
 
 def _matrix_product(call: Call) -> Axes:
-    """Of ``a`` and ``b``, the last two arguments, and perhaps a bias before them."""
+    """The product of the last two arguments, ``a`` and ``b``; a bias may come before them."""
     bias, (a, b) = call.args[:-2], call.args[-2:]
     of_a, of_b, rank = call.of(a), call.of(b), a.dim()
     batch = frozenset(range(rank - 2))

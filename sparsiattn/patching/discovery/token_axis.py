@@ -1,8 +1,8 @@
-"""The axis of tokens in a tensor, and what becomes of it in one operation.
+"""The token axis of a tensor, and how an operation changes it.
 
-`follow` knows the operations after which a shorter sequence means the same: those that treat every
-token alike, that select leading tokens, or that pool all of them. Whatever it does not know counts
-as reading positions.
+`follow` has rules for the operations that are still correct with fewer tokens: those that treat
+every token alike, select leading tokens, or pool all of them. Any other operation counts as reading
+positions.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 Kind = Literal["values", "weights", "weighted", "noise", "positions"]
-"""What stands along the axis: values of tokens, a softmax over them, values times those weights,
-something drawn that knows no position, or positions themselves."""
+"""What the axis holds: values of tokens, a softmax over tokens, values times such weights, random
+numbers without positions, or positions."""
 
 
 class ReadsPositions(Exception):
-    """An operation needs every token at its own place."""
+    """An operation needs every token at its own position."""
 
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """Where the tokens of a tensor lie.
+    """The token axis of a tensor.
 
     Attributes:
-        dim: Their dimension.
-        count: Their number.
-        lead: How many of the first are never dropped or merged (class tokens, registers).
-        run: Which run of a block they come from.
-        outer: Size of what is flattened into the dimension before them (a batch).
-        inner: The same behind them.
-        kind: What stands there.
-        rows: Sequences in the batch if several may be of one image; see `token_rows`. Else 1.
+        dim: Its dimension.
+        count: Number of tokens.
+        lead: How many leading tokens are never dropped or merged (class tokens, registers).
+        run: Index of the run of a block that the tokens come from.
+        outer: Size of dimensions that are flattened into it before the tokens (a batch).
+        inner: Size of dimensions that are flattened into it after the tokens.
+        kind: What the axis holds.
+        rows: Number of sequences in the batch, if several may be of one image; see `token_rows`.
+            Else 1.
     """
 
     dim: int
@@ -51,12 +52,12 @@ class TokenAxis:
 
     @property
     def alone(self) -> bool:
-        """Whether the dimension holds nothing but the tokens."""
+        """Whether the dimension holds only the tokens."""
         return self.outer == self.inner == 1
 
 
 Outcome = TokenAxis | None | list[TokenAxis | None]
-"""The axis in the result, None where there is none; a list for several results."""
+"""The token axis of the result, None if it has none; a list for several results."""
 
 
 @dataclass
@@ -67,8 +68,8 @@ class Operation:
         func: The operator.
         args: Its arguments by name.
         out: Its result.
-        axis_of: The axis of a tensor, None if it has none.
-        pooled: Filled with the ways in which the axis was read to its end.
+        axis_of: Function that returns the token axis of a tensor, None if it has none.
+        pooled: Receives the ways in which the axis was reduced.
     """
 
     func: Any
@@ -79,20 +80,20 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """The operator without its overload."""
+        """Name of the operator, without its overload."""
         return str(self.func.overloadpacket.__name__).rstrip("_")
 
     def tensors(self) -> list[Tensor]:
-        """Its tensors, in order."""
+        """Its tensor arguments, in order."""
         return [x for x in tree_leaves(list(self.args.values())) if isinstance(x, Tensor)]
 
     def axes(self) -> list[tuple[Tensor, TokenAxis]]:
-        """Its tensors with tokens."""
+        """Its tensor arguments that have a token axis."""
         pairs = [(x, self.axis_of(x)) for x in self.tensors()]
         return [(x, axis) for x, axis in pairs if axis is not None]
 
     def only(self) -> tuple[Tensor, TokenAxis]:
-        """The one tensor with tokens."""
+        """The single argument with a token axis; raises if there are several."""
         if len(self.axes()) != 1:
             raise ReadsPositions(f"{self.name} of several sequences")
         return self.axes()[0]
@@ -106,10 +107,10 @@ def arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
 
 
 def follow(operation: Operation) -> Outcome:
-    """What becomes of the axis.
+    """The token axis after an operation.
 
     Raises:
-        ReadsPositions: The operation is not known to mean the same for fewer tokens.
+        ReadsPositions: The operation is not known to be correct with fewer tokens.
     """
     if any(axis.kind == "positions" for _, axis in operation.axes()):
         raise ReadsPositions(f"{operation.name} of positions")
@@ -129,7 +130,7 @@ def _pointwise(operation: Operation) -> TokenAxis:
     for x in operation.tensors():
         dim = axis.dim - (rank - x.dim())
         if operation.axis_of(x) is None and dim >= 0 and x.shape[dim] != 1:
-            raise ReadsPositions(f"{operation.name} with a value of its own for every position")
+            raise ReadsPositions(f"{operation.name} with a separate value for every position")
     return replace(axis, kind=_mixed({a.kind for a in placed}, operation.name == "mul"))
 
 
@@ -166,7 +167,7 @@ def _dropout(operation: Operation) -> Outcome:
 
 
 def _without(operation: Operation) -> None:
-    """A new tensor whose size is said by the host."""
+    """For new tensors whose size the host determines."""
 
 
 def _view(operation: Operation) -> TokenAxis:
@@ -217,7 +218,7 @@ def _select(operation: Operation) -> TokenAxis | None:
     if dim != axis.dim:
         return replace(axis, dim=axis.dim - (dim < axis.dim))
     if not (axis.alone and 0 <= index < axis.lead):
-        raise ReadsPositions(f"the token at place {index}")
+        raise ReadsPositions(f"the token at position {index}")
     operation.pooled.add("prefix")
     return None
 
@@ -228,12 +229,12 @@ def _slice(operation: Operation) -> TokenAxis | None:
         return axis
     start, end = operation.args["start"] or 0, operation.args["end"]
     if operation.args["step"] != 1 or start < 0:
-        raise ReadsPositions("tokens taken by their places")
+        raise ReadsPositions("tokens selected by position")
     return _part(operation, axis, start, axis.count if end is None else end)
 
 
 def _part(operation: Operation, axis: TokenAxis, start: int, end: int) -> TokenAxis | None:
-    """The axis of tokens ``start`` to ``end``."""
+    """The token axis of the slice from ``start`` to ``end``."""
     if axis.alone and 0 <= end <= axis.lead:
         operation.pooled.add("prefix")
         return None
@@ -268,11 +269,11 @@ def _joined(operation: Operation) -> TokenAxis:
     axis = _agreed(known, operation)
     if dim != axis.dim:
         if len(known) < len(tensors):
-            raise ReadsPositions(f"{operation.name} with values of their own for every position")
+            raise ReadsPositions(f"{operation.name} with separate values for every position")
         return axis
     if len(known) > 1 or axes[-1] is None or not axis.alone:
-        raise ReadsPositions("tokens put before others")
-    more = sum(x.shape[dim] for x in tensors[:-1])  # as a class token that joins late
+        raise ReadsPositions("tokens concatenated before others")
+    more = sum(x.shape[dim] for x in tensors[:-1])  # for example a class token added late
     return replace(axis, count=axis.count + more, lead=axis.lead + more)
 
 
@@ -290,7 +291,7 @@ def _reduced(operation: Operation) -> Outcome:
 
 
 def _pooled(operation: Operation, axis: TokenAxis) -> Outcome:
-    """Pooling over all tokens, for which only their weights matter."""
+    """Pooling over all tokens, which is correct if their weights are."""
     name = operation.name
     alike = axis.kind == "values" and (axis.lead == 0 or name in ("amax", "max"))
     allowed = alike and name in ("mean", "amax", "max", "logsumexp")
@@ -336,17 +337,17 @@ def _product(operation: Operation) -> TokenAxis | None:
     axis = a if b is None else b
     rows, columns = a is not None and a.dim == last - 1, b is not None and b.dim == last
     if axis is None or not (rows or columns):
-        raise ReadsPositions("a weight of its own for every position")
+        raise ReadsPositions("a separate weight for every position")
     dim = last if columns else last - 1
     if bias is not None:
         across = dim - (left.dim() - bias.dim())
         if operation.axis_of(bias) is not None or (across >= 0 and bias.shape[across] != 1):
-            raise ReadsPositions("a bias of its own for every position")
+            raise ReadsPositions("a separate bias for every position")
     return replace(axis, dim=dim, kind="values")
 
 
 def _paired(operation: Operation, a: TokenAxis, b: TokenAxis, last: int) -> TokenAxis | None:
-    """A product of two tensors with tokens: their weighted mean, or one product for each token."""
+    """A product of two tensors with tokens: a weighted mean, or one product per token."""
     placed = _agreed([replace(a, dim=0), replace(b, dim=0)], operation)
     if a.dim == b.dim == 0 and last == 2:
         return placed

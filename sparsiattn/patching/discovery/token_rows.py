@@ -1,8 +1,8 @@
-"""Several sequences of one image in a batch, as the frames of a video or tiles: fewer tokens are
-others in each of them, so that they must not meet.
+"""Checks that operations keep several sequences of one image (video frames, tiles) separate.
 
-They lie along the first dimension of what a block returns. An operation that keeps them there
-treats each by itself; any other counts as reading positions.
+Different tokens remain in each of them, so they must not be combined. They are along the first
+dimension of a block's output. An operation that keeps them there processes each separately; any
+other counts as reading positions.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _REGULAR = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze")
 
 
 def check_rows(operation: Operation, outcome: Outcome) -> None:
-    """Check that an operation keeps several sequences of an image apart.
+    """Check that an operation keeps several sequences of an image separate.
 
     Args:
         operation: The operation.
-        outcome: What it makes of the axis of tokens.
+        outcome: The token axis after the operation.
 
     Raises:
-        ReadsPositions: It may not.
+        ReadsPositions: It may combine them.
     """
     for x, axis in operation.axes():
         if axis.rows > 1 and not _keeps_rows(operation, x, outcome):
@@ -34,7 +34,7 @@ def _keeps_rows(operation: Operation, x: Tensor, outcome: Outcome) -> bool:
     outcomes = outcome if isinstance(outcome, list) else [outcome]
     results = operation.out if isinstance(operation.out, (list, tuple)) else [operation.out]
     carried = [(out, axis) for out, axis in zip(results, outcomes, strict=False) if axis]
-    if not carried:  # every sequence was read to its end by itself
+    if not carried:  # every sequence was reduced separately
         return True
     if operation.name not in _REGULAR and any(out.dim() > x.dim() for out, _ in carried):
         return False
@@ -47,7 +47,7 @@ def _keeps_rows(operation: Operation, x: Tensor, outcome: Outcome) -> bool:
 
 
 def _mixes_first(operation: Operation, x: Tensor) -> bool:
-    """Whether an operation moves the first dimension of a tensor away, or sums over it."""
+    """Whether an operation moves the first dimension of a tensor, or sums over it."""
     args, rank = operation.args, max(1, x.dim())
     if operation.name in ("mm", "addmm"):
         return x is args["mat2"]

@@ -1,8 +1,8 @@
-"""What a dry run computes, step by step, with a number for every value.
+"""Records a dry run step by step, with a number for every value.
 
-A tensor is a place, and code may write to it: ``y = x + f; y.mul_(2)`` returns the very tensor that
-the addition made, and yet another value. So values get numbers: a write to a tensor, or to any view
-of its memory, makes new ones, and views that show the same elements share one.
+Tensors can be written to: ``y = x + f; y.mul_(2)`` returns the tensor that the addition made, but
+with another value. Therefore values get numbers: a write to a tensor, or to any view of its memory,
+makes new ones, and views of the same elements share one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _COPIES = (_ATEN.clone.default, _ATEN._to_copy.default)
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that happened.
+    """One recorded step.
 
     Attributes:
         kind: A module was entered (``"enter"``) or left (``"leave"``), or an operator ran
             (``"op"``).
-        name: Path of the module, or of the innermost one around the operator.
-        values: Numbers of what it took (the first tensor of a module), as it was before.
-        results: Numbers of what it returned; of a module that was entered, of the input that the
-            trace handed it instead of its own.
-        call: The operator with its arguments.
+        name: Path of the module, or of the innermost module around the operator.
+        values: Numbers of the inputs before the step; for a module, its first tensor comes first.
+        results: Numbers of the results; for a module that was entered, of the input that the trace
+            passed instead of the original one.
+        call: The operator, its arguments, keyword arguments and result; None for modules.
         written: Addresses of the memory that it wrote to.
-        plain: Whether a module's first tensor was its first positional argument, or all that it
-            returned.
+        plain: For a module that was entered, whether its first tensor was its first positional
+            argument; for one that was left, whether it returned just a tensor.
     """
 
     kind: str
@@ -50,12 +50,12 @@ class Step:
 
 @dataclass
 class Values:
-    """Numbers of values; tensors seen are kept, so that no address is used twice.
+    """Numbers of values. Tensors are kept alive, so that no address is used twice.
 
     Attributes:
-        memory: Address of the memory that holds a value, by its number.
+        memory: By number of a value, the address of its memory.
         writes: How often each memory was written to.
-        origins: Of what value another is a mere copy.
+        origins: By number of a copy, the number of the value that it copies.
     """
 
     memory: dict[int, int] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class Values:
     _kept: list[Tensor] = field(default_factory=list)
 
     def number(self, x: Tensor) -> int:
-        """The number of what the tensor holds now."""
+        """The number of the tensor's current value."""
         memory = address(x)
-        # the stride of an axis of one element says nothing
+        # the stride of an axis of size 1 has no meaning
         strides = tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
         key = (memory, self.writes.get(memory, 0), x.storage_offset(), x.shape, strides, x.dtype)
         if key not in self._numbers:
@@ -77,29 +77,29 @@ class Values:
         return self._numbers[key]
 
     def wrote(self, memory: Iterable[int]) -> None:
-        """Whatever lies there has changed."""
+        """Record that the values in this memory have changed."""
         for place in memory:
             self.writes[place] = self.writes.get(place, 0) + 1
 
     def lineage(self, number: int) -> list[int]:
-        """This value and those that it is a mere copy of, the latest first."""
+        """This value and the values that it is a copy of, latest first."""
         line = [number]
         while line[-1] in self.origins:
             line.append(self.origins[line[-1]])
         return line
 
     def same(self, a: int, b: int) -> bool:
-        """Whether two values are one, but for copies."""
+        """Whether two values are the same or copies of the same value."""
         return self.lineage(a)[-1] == self.lineage(b)[-1]
 
 
 class OperatorTrace(Recalled):
-    """Notes every operator as a `Step`; it recalls results as well.
+    """Records every operator as a `Step`; also recalls cached results.
 
     Attributes:
-        steps: What happened so far.
+        steps: The steps so far.
         values: Numbers of the values in them.
-        running: Paths of the modules that run, the innermost last.
+        running: Paths of the running modules, innermost last.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class OperatorTrace(Recalled):
         self.clear()
 
     def clear(self) -> None:
-        """Forget a run that failed on the way."""
+        """Discard a run that failed."""
         self.steps: list[Step] = []
         self.values = Values()
         self.running: list[str] = []
@@ -129,7 +129,7 @@ class OperatorTrace(Recalled):
         return out
 
     def copy_of(self, x: Tensor) -> Tensor:
-        """A copy with a number of its own, so that its uses are told from those of ``x``."""
+        """A copy with its own number, so that its uses can be distinguished from those of ``x``."""
         self._paused = True
         try:
             copied = x.clone()
@@ -140,12 +140,12 @@ class OperatorTrace(Recalled):
 
 
 def address(x: Tensor) -> int:
-    """Where the tensor's memory is; views share it."""
+    """Address of the tensor's memory, which views share."""
     return int(x.untyped_storage()._cdata)
 
 
 def _is_copy(func: Any, args: Any, out: Any) -> bool:
-    """Whether an operator returns what it took, in other memory perhaps."""
+    """Whether an operator returns its input, possibly in other memory."""
     return func in _COPIES and out.dtype == args[0].dtype
 
 
