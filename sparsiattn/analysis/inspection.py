@@ -351,11 +351,11 @@ def _saving(config: type[Config], outcome: Report | str, total: int) -> Strategy
     strategy = config.build({})
     budgets = {name: getattr(strategy, name, None) for name in BUDGETS}
     notes = Counter(row.note for row in outcome.sites if row.note)
-    whole = [f"{name} keeps every token: {reason}" for name, reason in outcome.whole_blocks]
+    unreduced = [f"{name} keeps every token: {reason}" for name, reason in outcome.whole_blocks]
     return StrategySaving(
         name=config.name,
         kind=config.kind,
         budget=", ".join(f"{name}={value}" for name, value in budgets.items() if value is not None),
         saves=_share(None if outcome.macs is None else total - outcome.macs, total),
-        notes=(*(f"{note} (sites: {count})" for note, count in notes.items()), *whole),
+        notes=(*(f"{note} (sites: {count})" for note, count in notes.items()), *unreduced),
     )
