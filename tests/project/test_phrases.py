@@ -1,7 +1,7 @@
 """Odd turns of phrase stay out of what users read: pages, docstrings, comments, messages.
 
-`phrases.txt` lists them, one a line, sorted, in lower case. Add a turn when you correct it, so that it
-does not return.
+`phrases.txt` lists them, one a line, sorted, in lower case. Add a turn when you correct it, so that
+it does not return.
 """
 
 from __future__ import annotations
