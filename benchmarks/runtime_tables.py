@@ -1,4 +1,4 @@
-"""The table of runtimes in docs/speed.md, from ``results/runtimes-cpu.json``."""
+"""The table of runtimes in docs/compare.md, from ``results/runtimes-cpu.json``."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import export_tables
 import kernel_features
 import method_tables
 import quality_tables
+import recipe_tables
 import reliability_tables
 import runtime_tables
 import serving_tables
@@ -102,24 +102,32 @@ def mass() -> str:
 
 
 def kernels() -> str:
-    """By processor, first with planning, then the kernel alone."""
-    rows = [
-        [
-            kernel, f"{row['tokens']:,}", str(row["k"]), " x ".join(map(str, row["tile"])),
-            *(f"{one[part]['ratio']:.2f}x" if one else "" for one in (row, other)
-              for part in ("with_planning", "kernel_only")),
-        ]
-        for kernel, name, also in (
-            ("`native`", "kernels-native-cpu", "kernels-native-epyc"),
-            ("`gather`", "kernels-cpu", None),
-        )
-        for row, other in zip_longest(
-            read(name)["speedup"], read(also)["speedup"] if also is not None else []
-        )
-    ]  # fmt: skip
-    parts = ["kernel and planning", "kernel alone"]
-    heads = [*(f"Xeon: {part}" for part in parts), *(f"EPYC: {part}" for part in parts)]
-    return table(["kernel", "tokens", "k", "tile", *heads], rows)
+    """`native` on two processors, first with planning, then the kernel alone."""
+    places = {"Xeon": "kernels-native-cpu", "EPYC": "kernels-native-epyc"}
+    parts = {"with planning": "with_planning", "kernel alone": "kernel_only"}
+    head = [f"{place}: {part}" for place in places for part in parts]
+    found = [read(name)["speedup"] for name in places.values()]
+    body = [
+        [*_call(row), *(_ratio(one[part]) for one in (row, other) for part in parts.values())]
+        for row, other in zip(*found, strict=True)
+    ]
+    return table(["tokens", "k", "tile", *head], body)
+
+
+def gather() -> str:
+    """The same without compiled code."""
+    parts = {"with planning": "with_planning", "kernel alone": "kernel_only"}
+    rows = read("kernels-cpu")["speedup"]
+    body = [[*_call(row), *(_ratio(row[part]) for part in parts.values())] for row in rows]
+    return table(["tokens", "k", "tile", *parts], body)
+
+
+def _call(row: dict[str, Any]) -> list[str]:
+    return [f"{row['tokens']:,}", str(row["k"]), " x ".join(map(str, row["tile"]))]
+
+
+def _ratio(timing: dict[str, Any]) -> str:
+    return f"{timing['ratio']:.2f}x"
 
 
 def overhead() -> str:
@@ -259,6 +267,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{f"source {name}": partial(source, name) for name in SOURCES},
     "mass": mass,
     "kernels": kernels,
+    "kernels gather": gather,
     "overhead": overhead,
     "tokens": tokens,
     "token-quality": token_quality,
@@ -278,6 +287,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **method_tables.BLOCKS,
     **equal_time_tables.BLOCKS,
     **quality_tables.BLOCKS,
+    **recipe_tables.BLOCKS,
     **export_tables.BLOCKS,
     **serving_tables.BLOCKS,
     **runtime_tables.BLOCKS,
