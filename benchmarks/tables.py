@@ -176,6 +176,16 @@ def monitor() -> str:
     )
 
 
+def windowed() -> str:
+    """Windows that are skipped in Swin."""
+    rows = read("windowed")["rows"]["batch 1"]
+    body = [
+        [name, f"{row['macs_ratio']:.2f}x", f"{row['ratio']:.2f}x", f"{row['cosine']:.3f}"]
+        for name, row in rows.items()
+    ]
+    return table(["what is skipped", "fewer MACs", "speed", "cosine of the last map"], body)
+
+
 def token_quality() -> str:
     found = read("token-quality-cifar")
     rows = [["dense", f"{found['dense_top1']:.2f}", "64", ""]]
@@ -249,6 +259,7 @@ SOURCES = (
     "token-quality-cifar",
     "tokens-cpu",
     "train-step-cpu",
+    "windowed",
 )
 
 
@@ -271,6 +282,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "tokens": tokens,
     "token-quality": token_quality,
+    "windowed": windowed,
     "proportional": proportional,
     "monitor": monitor,
     "memory": memory,
