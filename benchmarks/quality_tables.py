@@ -75,7 +75,7 @@ TYPED = (
 
 def expected() -> str:
     """Whole models by number of tokens, one image each."""
-    head = ["model", "tokens", "bound", *(f"`{line}`" for line in TYPED)]
+    head = ["model", "tokens", "bound", *(f"`{line.removeprefix('strategy=')}`" for line in TYPED)]
     return _table(head, [_expected(model, tokens) for model, tokens in EXPECTED.items()])
 
 

@@ -138,14 +138,17 @@ RECIPES = (
 
 
 def recipes() -> str:
-    """Goals by row."""
-    head = ["goal", "`patch(model, ...)`", "measured on", "speed", "quality", "results"]
+    """Goals by row, and the files that the figures are from."""
+    head = ["goal", "`patch(model, ...)`", "speed", "quality", "measured on"]
     lines = [head, ["---"] * len(head)]
+    files = []
     for recipe in RECIPES:
         speed, quality, name = recipe.figures()
-        line = f"`{recipe.line}`"
-        lines.append([recipe.goal, line, recipe.subject, f"{speed:.2f}x", quality, f"`{name}`"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        line = f"`{recipe.line.removeprefix('strategy=')}`"
+        lines.append([recipe.goal, line, f"{speed:.2f}x", quality, recipe.subject])
+        files.append(f"`benchmarks/results/{name}.json`")
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\nResults, with command, date and machine: {', '.join(dict.fromkeys(files))}."
 
 
 BLOCKS = {"recipes": recipes}
