@@ -100,6 +100,12 @@ RECIPES = (
     ),
     Recipe("518 px", MERGE, SMALL, _real(RESULTS, "s14-518", MERGE)),
     Recipe(
+        "518 px, at least 1.5x",
+        'strategy="token_merge", ratio=0.925',
+        SMALL,
+        _real(SWEEP, "s14-518", 'strategy="token_merge", ratio=0.925'),
+    ),
+    Recipe(
         "518 px, twice as fast",
         'strategy="token_merge", ratio=0.9',
         SMALL,
