@@ -12,8 +12,6 @@ from typing import Any
 
 import lazy_loader
 
-from sparsiattn._version import __version__ as __version__
-
 # Names of earlier versions, with a warning until the next minor version.
 _RENAMED = {
     "Bench": "BenchResult",
@@ -29,6 +27,8 @@ _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 def __getattr__(name: str) -> Any:
     """A public name, imported now and kept, or a sub-package."""
+    if name == "__version__":  # reading it takes 50 ms, and `sparsiattn --help` imports the root
+        return import_module("sparsiattn._version").__version__
     if name in _RENAMED:
         warnings.warn(
             f"sparsiattn.{name} is deprecated: use sparsiattn.{_RENAMED[name]}",

@@ -137,7 +137,7 @@ def test_close_matches_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "extra", [("--strategy", "local"), ("--planners", "elsewhere"), ("--k", "0.5")], ids=str
+    "extra", [("--strategy", "local"), ("--patch", "elsewhere"), ("--k", "0.5")], ids=str
 )
 def test_a_saved_patch_has_its_own_options(saved: Path, extra: tuple[str, ...]) -> None:
     run("profile", saved, *extra, code=2)
@@ -185,7 +185,8 @@ def test_completion_script(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_export(tmp_path: Path, saved: Path) -> None:
     out = tmp_path / "made" / "vit.pt2"
-    found = json.loads(run("export", saved, "--format", "pt2", "--out", out, "--json").stdout)
+    found = json.loads(run("export", saved, "--out", out, "--json").stdout)
+    assert found["format"] == "pt2"  # by the suffix
     assert found["strategy"] == "topk"
     assert found["max_difference"] <= 1e-4
     program = torch.export.load(out).module()
@@ -193,16 +194,17 @@ def test_export(tmp_path: Path, saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (("--format", "tflite"), "onnx, pt2, aoti"),
-        (("--format", "onnx", "--out", "vit.pt2"), ".onnx"),
-        (("--strategy", "token_drop", "--keep", "adaptive"), "another number of tokens"),
+        (("--format", "tflite"), 2, "onnx, pt2, aoti"),
+        (("--format", "onnx", "--out", "vit.pt2"), 2, "must end in .onnx"),
+        (("--out", "vit.tflite"), 2, "must end in .pt2"),
+        (("--strategy", "token_drop", "--keep", "adaptive"), 1, "another number of tokens"),
     ],
 )
-def test_export_refuses(saved: Path, tmp_path: Path, arguments: Any, says: str) -> None:
+def test_export_refuses(saved: Path, tmp_path: Path, arguments: Any, code: int, says: str) -> None:
     options = model_options(SMALL)
     given = ("vit_tiny_patch16_224", *options, "--format", "pt2", "--out", tmp_path / "a.pt2")
-    result = run("export", *given, *arguments, code=1)
+    result = run("export", *given, *arguments, code=code)
     assert says in " ".join(result.output.split())
     assert not list(tmp_path.iterdir())

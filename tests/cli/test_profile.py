@@ -61,7 +61,7 @@ def test_saved_planners(tmp_path: Path) -> None:
     torch.manual_seed(0)
     live = sparsiattn.patch(timm.create_model("vit_tiny_patch16_224", **SMALL), "local", k=7)
     live.save(tmp_path / "saved")
-    found = document("--planners", tmp_path / "saved", "--image-size", "32")
+    found = document("--patch", tmp_path / "saved", "--image-size", "32")
     assert found["strategy"] == "local"
     assert found["sites"][0]["density"] == pytest.approx((64 * 7 + 65) / 65**2)
 
