@@ -54,7 +54,8 @@ def heading(name: str, result: BenchResult, strategy: str = "") -> str:
 
     what = f"{name}, {strategy}" if strategy else name
     shape = shape_text(result.input_shape)
-    return f"{what}, input {shape}, {result.dtype} on {result.device}, {result.rounds} rounds"
+    rounds = f"{result.rounds} paired run{'' if result.rounds == 1 else 's'}"
+    return f"{what}, input {shape}, {result.dtype} on {result.device}, {rounds}"
 
 
 def compared(
@@ -106,9 +107,15 @@ def _text(name: str, timed: list[Timed]) -> list[Any]:
             times = (f"{ms:.2f} ms" for ms in (one.result.dense_ms, one.result.sparse_ms))
             rows.append((one.flags, *times, f"{one.ratio:.2f}x", f"{low:.2f} to {high:.2f}x"))
     refused = [f"not possible: {one.flags}: {one.reason}" for one in timed if one.reason]
-    return [
-        rows,
-        *refused,
-        f"Speed alone. What a setting loses: sparsiattn recommend {name} --data FOLDER --speedup "
-        f"{max(1.1, round(0.9 * timed[0].ratio, 1))}",
-    ]
+    return [rows, *refused, _next(name, timed[0].ratio)]
+
+
+def _next(name: str, ratio: float) -> str:
+    """What to do with the figures."""
+    if ratio <= 1.0:
+        return "none of these is faster than the dense model here; larger images may be"
+    goal = max(1.1, round(0.9 * ratio, 1))
+    return (
+        "this is speed alone; what a setting loses: "
+        f"sparsiattn recommend {name} --data FOLDER --speedup {goal}"
+    )

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Annotated, Any
 
 from sparsiattn.cli.console import print_result
+from sparsiattn.cli.hub import offline_if_unreachable
 from sparsiattn.cli.images import image_shape
 from sparsiattn.cli.model_command import ModelRequest, model_command
-from sparsiattn.cli.options import AsJson, in_patch, pairs
+from sparsiattn.cli.options import AsJson, in_patch
 
 
 @model_command("model_option", "image_size")
@@ -36,7 +37,8 @@ def inspect_model(
     from sparsiattn import inspect
     from sparsiattn.serialization.origin import without_memory
 
-    with Console(stderr=as_json).status(f"inspecting {request.model}"):
+    status = Console(stderr=as_json).status(f"inspecting {request.model}")
+    with status, offline_if_unreachable(":" in request.model):
         host = without_memory(partial(_host, request))
         size = request.image_size
         shape = None if size is None else image_shape(host, size)
@@ -46,11 +48,9 @@ def inspect_model(
 
 def _host(request: ModelRequest) -> Any:
     """The model with whatever weights it is made with."""
-    from sparsiattn import create_model
     from sparsiattn.serialization.creating import is_saved
     from sparsiattn.serialization.host import host_without_weights
 
-    options = pairs(request.model_option, "--model-option")
-    if is_saved(request.model) and not options:
+    if is_saved(request.model) and not request.model_option:
         return host_without_weights(request.model)
-    return create_model(request.model, image_size=request.image_size, **options)
+    return request.make()

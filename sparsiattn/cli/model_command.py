@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from sparsiattn.cli.hub import offline_if_unreachable
 from sparsiattn.cli.options import (
     ImageSize,
     ModelName,
@@ -148,6 +149,16 @@ class ModelRequest:
             options["only_if_faster"] = self.only_if_faster
         return {"strategy": strategy, **options}
 
+    def make(self) -> Any:
+        """The unpatched model as its library makes it."""
+        from sparsiattn.serialization.creating import create_model
+
+        arguments = pairs(self.model_option, "--model-option")
+        with offline_if_unreachable(self.pretrained or ":" in self.model):
+            return create_model(
+                self.model, image_size=self.image_size, pretrained=self.pretrained, **arguments
+            )
+
     def create(self, weights_matter: bool = True) -> Any:
         """The unpatched model with its weights.
 
@@ -158,14 +169,11 @@ class ModelRequest:
         """
         import torch
 
-        from sparsiattn.serialization.creating import create_model, is_saved
+        from sparsiattn.serialization.creating import is_saved
         from sparsiattn.serialization.host import has_weights
 
-        arguments = pairs(self.model_option, "--model-option")
         torch.manual_seed(0)
-        model = create_model(
-            self.model, image_size=self.image_size, pretrained=self.pretrained, **arguments
-        )
+        model = self.make()
         has_own = is_saved(self.model) and has_weights(self.model)
         if self.checkpoint is not None:
             load_weights(model, self.checkpoint)

@@ -39,13 +39,19 @@ def test_without_a_strategy_it_times_the_short_list() -> None:
     assert found["name"] == NAME
 
 
-def test_the_text_is_a_table_and_the_next_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_is_a_table_and_the_next_command() -> None:
     result = run(*MODEL)
     assert result.stderr == ""  # also not that weights are random: speed does not depend on them
-    assert result.stdout.startswith(f"{NAME}, input 1x3x32x32, float32 on cpu, 1 rounds\n")
+    assert result.stdout.startswith(f"{NAME}, input 1x3x32x32, float32 on cpu, 1 paired run\n")
     for word in ("setting", "speed-up", "quartiles", "--strategy token_drop --keep", "fuse=true"):
         assert word in result.stdout
-    assert f"sparsiattn recommend {NAME} --data FOLDER" in result.stdout
+    assert result.stdout.splitlines()[-1] in (bench_list._next(NAME, 2), bench_list._next(NAME, 1))
+
+
+def test_what_to_do_next() -> None:
+    assert bench_list._next(NAME, 1.7).endswith(f"recommend {NAME} --data FOLDER --speedup 1.5")
+    assert bench_list._next(NAME, 1.01).endswith("--speedup 1.1")
+    assert "none of these is faster" in bench_list._next(NAME, 0.97)
 
 
 def test_a_setting_of_the_table_is_what_commands_take() -> None:

@@ -55,6 +55,10 @@ def test_tables_and_notes() -> None:
     for word in ("vit_tiny_patch16_224", "projections", "MLP", "blocks.1.attn", "33", "ms",
                  "by the accounting 'own'"):  # fmt: skip
         assert word in out
+    # a column that has nothing to say is left out
+    assert "measured" not in run(*MODEL, "--strategy", "local").stdout
+    timed = run(*MODEL, "--strategy", "local", "--latency", "--rounds", 1).stdout
+    assert "measured" in timed
 
 
 def test_saved_planners(tmp_path: Path) -> None:
