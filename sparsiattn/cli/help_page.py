@@ -198,7 +198,7 @@ def aligned(rows: Iterable[tuple[str, str]], width: int, column: int) -> str:
 
 
 def _row(name: str, text: str, width: int, column: int) -> str:
-    described = filled(text, width, " " * column)
+    described = filled(text, width, " " * column) or "\n"
     if len(name) + 4 > column:
         return f"  {name}\n{described}"
-    return f"  {name}".ljust(column) + described[column:]
+    return f"  {name}".ljust(column) + described.removeprefix(" " * column)

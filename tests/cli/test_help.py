@@ -19,6 +19,9 @@ PARAMETERS = [
     for name, command in COMMANDS.items()
     for one in command.params
 ]
+if COMMANDS["bench"].params[0].help is None:
+    pytest.skip("older typer and newer click forget arguments", allow_module_level=True)
+
 TAKES_MODEL = [name for name, one in COMMANDS.items() if "model" in {p.name for p in one.params}]
 
 
@@ -39,13 +42,17 @@ def heavy_modules(*arguments: str, **env: str) -> str:
         "from sparsiattn.cli import app\n"
         "try: app(sys.argv[1:], prog_name='sparsiattn')\n"
         "except SystemExit: pass\n"
-        "heavy = ('torch', 'timm', 'numpy', 'pluggy', 'rich', 'pydantic', 'importlib.metadata')\n"
+        "heavy = ('torch', 'timm', 'numpy', 'pluggy', 'rich.markdown', 'pydantic')\n"
         "print(*[name for name in heavy if name in sys.modules])"
     )
     command = [sys.executable, "-S", "-c", code, *arguments]
     env = {**env, "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return done.stdout.splitlines()[-1]
+
+
+def test_the_measure_sees_heavy_modules() -> None:
+    assert {"torch", "pluggy"} <= set(heavy_modules("list").split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -76,8 +83,8 @@ def test_nor_does_completion_import_torch() -> None:
     assert not {"torch", "timm", "numpy"} & set(imported.split())
 
 
-def test_version_without_torch() -> None:
-    assert heavy_modules("--version") == "importlib.metadata"  # which knows the version
+def test_nor_does_the_version() -> None:
+    assert heavy_modules("--version") == ""
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
