@@ -133,11 +133,12 @@ class ModelRequest:
         if strategy is None:
             if options:
                 raise typer.BadParameter(
-                    f"{', '.join(options)} needs a strategy to go to", param_hint="--strategy"
+                    f"{', '.join(options)} needs a strategy: give --strategy NAME",
+                    param_hint="--strategy",
                 )
             if self.only_if_faster is not None:
                 raise typer.BadParameter(
-                    "needs --strategy" if saved is None else "a saved patch has decided",
+                    "needs --strategy NAME" if saved is None else "a saved patch has its own",
                     param_hint="--only-if-faster",
                 )
             return None

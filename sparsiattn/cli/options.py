@@ -139,8 +139,8 @@ def pairs(
 def flags_of(settings: Mapping[str, Any]) -> str:
     """What commands that patch take for keyword arguments of `sparsiattn.patch`.
 
-    >>> flags_of({"strategy": "connectivity", "k": 0.1, "tile": (4, 4), "only_if_faster": True})
-    '--strategy connectivity --k 0.1 -o tile=[4,4] --only-if-faster'
+    >>> flags_of({"strategy": "connectivity", "k": 0.1, "tile": 4, "only_if_faster": True})
+    '--strategy connectivity --k 0.1 -o tile=4 --only-if-faster'
     """
     words: list[str] = []
     for name, value in settings.items():
