@@ -45,10 +45,20 @@ class Command(Page, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Say first what needs no look at values: old names, and what is missing."""
-        if not ctx.resilient_parsing:  # that is tab completion
-            warn_of_old_names(args)
-            self._refuse_missing(ctx, args)
+        if ctx.resilient_parsing:
+            return self._read_for_completion(ctx, args)
+        warn_of_old_names(args)
+        self._refuse_missing(ctx, args)
         return super().parse_args(ctx, args)
+
+    def _read_for_completion(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is given already, as text: values in their types would take pydantic."""
+        given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for one in self.get_params(ctx):
+            ctx.params[one.name], source = one.consume_value(ctx, given)
+            ctx.set_parameter_source(one.name, source)
+        ctx.args = rest
+        return list(rest)
 
     def _refuse_missing(self, ctx: Any, args: list[str]) -> None:
         """typer would say so, too, but it imports pydantic before."""

@@ -175,6 +175,11 @@ def test_completion() -> None:
     assert completed("sparsiattn ex", 1) == ["export"]
     assert set(completed("sparsiattn ", 1)) == set(COMMANDS)
     assert "--strategy" in completed("sparsiattn export --str", 2)
+    assert completed("sparsiattn list str", 2) == ["strategies"]
+    assert completed("sparsiattn recommend m --metric f", 4) == ["features"]
+    assert "--k" in completed("sparsiattn bench m --", 3)
+    assert "--k" not in completed("sparsiattn bench m --k 0.1 --", 5)  # given already
+    assert "--option" in completed("sparsiattn bench m --option a=b --", 5)  # may be repeated
 
 
 def test_completion_script(monkeypatch: pytest.MonkeyPatch) -> None:
