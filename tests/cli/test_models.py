@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sparsiattn
 from sparsiattn.cli import app
 from tests.support.commands import model_options, run, small
+from tests.support.pictures import folder
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 SMALL = small()
@@ -94,6 +95,14 @@ class TestNames:
         assert document["strategy"] == "topk"
         assert document["report"]["sites"][0]["k"] == 7
         assert json.loads(run("inspect", saved, "--json").stdout)["sites"]
+
+    def test_saved_patch_where_images_are_read(self, saved: Path, tmp_path: Path) -> None:
+        """`recommend` takes the host alone: what it finds is a patch."""
+        data = ("--data", folder(tmp_path / "images"), "--device", "cpu")
+        found = json.loads(run("eval", saved, *data, "--limit", 4, "--json").stdout)
+        assert found["strategy"]["options"]["k"] == 7
+        goal = ("--quality", "0", "--budget", "0.3", "--images", 4)
+        assert json.loads(run("recommend", saved, *data, *goal, "--json").stdout)["table"]
 
     def test_whole_checkpoint_brings_its_weights(self, tmp_path: Path) -> None:
         torch.manual_seed(3)
