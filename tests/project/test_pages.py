@@ -223,10 +223,33 @@ def test_descriptions_are_the_first_paragraph_in_plain_text(project: ModuleType)
     assert long.endswith("Words ...")
 
 
-def test_addresses_come_from_the_project(project: ModuleType) -> None:
-    urls = {"homepage": "https://a.example", "repository": "https://b.example/x"}
-    assert project.first(urls, project.SOURCE) == "https://b.example/x"
-    assert project.first(urls, project.SITE) is None
+def settings_of(project: ModuleType, folder: Path, **given: str) -> Any:
+    """What the site takes from a project's file in a folder."""
+    asked = {"repo_url": None, "repo_name": None, "site_url": None, "edit_uri": None, **given}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(project, "ROOT", folder)
+        return project.on_config(SimpleNamespace(**asked))
+
+
+def test_addresses_and_version_come_from_the_project(project: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nversion = "7.8.9"\n[project.urls]\nHomepage = "https://a.example"\n'
+        'Repository = "https://b.example/x"\nDocumentation = "https://c.example"\n'
+    )
+    config = settings_of(project, tmp_path)
+    assert (config.repo_url, config.repo_name) == ("https://b.example/x", "x")
+    assert config.site_url == "https://c.example"
+    assert config.edit_uri == "edit/main/docs/"
+    assert "7.8.9" in config.copyright
+    assert settings_of(project, tmp_path, site_url="https://d.example").site_url.endswith(
+        "d.example"
+    )
+
+
+def test_without_addresses_there_is_no_link_to_edit(project: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "1.0"\n')
+    config = settings_of(project, tmp_path)
+    assert config.repo_url is config.site_url is config.edit_uri is None
 
 
 def test_cells_with_much_text_get_room(project: ModuleType) -> None:

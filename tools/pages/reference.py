@@ -97,7 +97,8 @@ def _spelt_out(name: str, text: str) -> str:
         refers = re.match(rf"(?:Of|As in) `{base.__name__}`(?:[;.:] ?)?", text)
         if refers is not None:
             whole = arguments(inspect.cleandoc(base.__doc__ or "")).get(name, "")
-            return f"{whole} {text[refers.end() :]}".strip()
+            rest = text[refers.end() :]
+            return whole if "None" in whole and "None" in rest else f"{whole} {rest}".strip()
     return text
 
 
