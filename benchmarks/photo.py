@@ -2,7 +2,7 @@
 
 ``python benchmarks/photo.py --shared DIR --wheels DIR --photo FILE`` takes a ViT-S/14 with real
 weights, as ``python benchmarks/quality`` does, and writes ``docs/assets/photo.jpg``, the live
-example ``show.html`` and, where there is a Chromium, ``show.png`` and ``show-dark.png`` of it. The
+example ``show.html`` and, by a Chromium, ``show.png`` of it; pictures also as ``NAME-dark``. The
 photo of Eileen Collins by NASA is in the public domain; scikit-image brings it
 (``skimage/data/astronaut.png``).
 """
@@ -19,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from PIL import Image
+from plots import THEMES
 from quality.models import SUBJECTS
 from quality.sources import ROOT, Sources
 
@@ -30,6 +32,7 @@ ASSETS = ROOT / "docs" / "assets"
 LEFT, TOP, RIGHT, BOTTOM = 0.0, 0.058, 0.772, 0.693
 
 
+BACK = {"": "white", "-dark": "#1e2129"}  # as the site's pages
 # of the live example, so that it stays near 1 MB: some layers and heads, a query every few patches
 LAYERS, HEADS, STEP, GRID = (2, 5, 8), (0, 3), 3, 37
 FACE = (8, 16)  # the patch that the page begins with
@@ -48,11 +51,11 @@ def patched(sources: Sources, photo: Path) -> Iterator[tuple[Any, Any]]:
         yield model, image
 
 
-def overview(model: Any, image: Any) -> Image.Image:
-    """What `show` draws of a photo, as a picture: the first two queries alone."""
-    with tempfile.TemporaryDirectory() as folder:
+def overview(shown: sparsiattn.AttentionView, ending: str) -> Image.Image:
+    """What `show` draws of a photo, as a picture in a theme: the first two queries alone."""
+    with tempfile.TemporaryDirectory() as folder, mpl.rc_context(THEMES[ending]):
         path = Path(folder) / "overview.png"
-        sparsiattn.show(model, image).save(path)
+        shown.figure().savefig(path, dpi=120, facecolor=BACK[ending])
         drawn = Image.open(path).convert("RGB")
     width, height = drawn.size
     box = (LEFT * width, TOP * height, RIGHT * width, BOTTOM * height)
@@ -89,7 +92,9 @@ def main() -> None:
     parser.add_argument("--photo", type=Path, required=True, help="skimage's data/astronaut.png")
     given = parser.parse_args()
     with patched(Sources(given.shared, given.wheels), given.photo) as (model, image):
-        overview(model, image).save(ASSETS / "photo.jpg", quality=90)
+        shown = sparsiattn.show(model, image)
+        for ending in THEMES:
+            overview(shown, ending).save(ASSETS / f"photo{ending}.jpg", quality=90)
         page = example(model, image).save(ASSETS / "show.html")
     screenshots(page)
 

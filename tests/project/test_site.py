@@ -28,9 +28,9 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--hide-scrollbars", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--enable-logging=stderr", "--virtual-time-budget=15000", "--dump-dom",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--hide-scrollbars",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=15000", "--dump-dom",
 ]  # fmt: skip
 
 
