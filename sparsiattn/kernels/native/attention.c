@@ -1,7 +1,7 @@
 /* Attention of query tiles to lists of keys, float32.
 
    A work item is one part of a tile: up to SPAN queries that see the same keys. Keys and values are
-   read where they stand, row by row, and each number of theirs meets a whole vector of queries. */
+   read in place, row by row, and each of their numbers is multiplied with a whole vector of queries. */
 
 #include <math.h>
 
