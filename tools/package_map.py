@@ -54,8 +54,8 @@ def layers() -> list[list[str]]:
 
 def package_of(module: str) -> str:
     """The package of a module, which is its row or column."""
-    root, _, rest = module.partition(".")
-    return ADAPTERS if root == ADAPTERS else rest.split(".")[0] or PUBLIC
+    root, _, submodule = module.partition(".")
+    return ADAPTERS if root == ADAPTERS else submodule.split(".")[0] or PUBLIC
 
 
 def imports() -> set[tuple[str, str]]:

@@ -40,10 +40,12 @@ def environment(folder: Path) -> Path:
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     inside = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", inside], capture_output=True, text=True, check=True)
+    site_packages = subprocess.run(
+        [python, "-c", inside], capture_output=True, text=True, check=True
+    )
     paths = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     # only paths: .pth files in these folders, such as an editable sparsiattn's, are not read
-    Path(own.stdout.strip(), "behind.pth").write_text("\n".join(paths) + "\n")
+    Path(site_packages.stdout.strip(), "behind.pth").write_text("\n".join(paths) + "\n")
     return python
 
 
@@ -57,7 +59,7 @@ def run(command: list[str | Path], folder: Path, **environment: str) -> None:
 
 def main(arguments: list[str]) -> None:
     slow = "--slow" in arguments
-    rest = [argument for argument in arguments if argument != "--slow"]
+    extra = [argument for argument in arguments if argument != "--slow"]
     chosen = [] if slow else ["-m", "not slow"]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -71,9 +73,9 @@ def main(arguments: list[str]) -> None:
         tests = work / "source" / TEMPLATE.name / "tests"
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
         pytest += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "--rootdir", str(tests)]
-        run([*pytest, tests, *chosen, *rest], work)
-        few = ["-k", "TestPlugins or TestStrategy"]
-        run([*pytest, "--sparsiattn-suite", "nearest-keys", *few, *chosen, *rest], work)
+        run([*pytest, tests, *chosen, *extra], work)
+        some = ["-k", "TestPlugins or TestStrategy"]
+        run([*pytest, "--sparsiattn-suite", "nearest-keys", *some, *chosen, *extra], work)
 
 
 if __name__ == "__main__":

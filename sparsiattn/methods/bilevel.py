@@ -93,11 +93,11 @@ class BiLevel(Strategy):
         rows, columns = self._sides()
         if grid[0] == 1:  # tokens are not in raster order: regions are runs of tokens
             return 1, min(grid[1], max(4, math.ceil(grid[1] / (rows * columns))))
-        side, other = (
+        height, width = (
             min(size, max(2, math.ceil(size / parts)))
             for size, parts in zip(grid, (rows, columns), strict=True)
         )
-        return side, other
+        return height, width
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         tile = self.region(inputs.query_grid) if isinstance(inputs.tile, int) else inputs.tile

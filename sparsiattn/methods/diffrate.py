@@ -46,7 +46,7 @@ class DiffRate(BudgetedTokens):
     paper = "https://arxiv.org/abs/2305.17997"
     fidelity = (
         "inspired by: rates per block are searched (sparsiattn search) instead of learned by "
-        "gradient; the paper's code was not used because of its licence"
+        "gradient; the paper's code was not consulted because of its licence"
     )
     per_layer = ("keep", "drop")
     needs_attention = True

@@ -73,9 +73,9 @@ class RecallCrossLayer:
         x = first_argument(args, kwargs)
         if x is None or is_functorch(x):
             return
-        known, state = self.entered.find(x), MODEL_CALL.cross_layer
-        if known is not None:
-            MODEL_CALL.cross_layer = known.copy()
+        noted, state = self.entered.find(x), MODEL_CALL.cross_layer
+        if noted is not None:
+            MODEL_CALL.cross_layer = noted.copy()
             return
         checkpoints = torch.is_grad_enabled() or x.requires_grad
         if checkpoints and state is not None and state.owner == self.owner.key and state.tensors:

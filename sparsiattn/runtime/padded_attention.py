@@ -155,12 +155,12 @@ def image_calls(
     layout = runtime.layout
     mask = None if call.mask is None else layout.fold_mask(call.mask, call.q)
     for i, (image, row) in enumerate(zip(state.states, state.rows, strict=True)):
-        one = torch.tensor([i], device=row.device)
-        part = part_of(replace(call, mask=None), layout, one, row[None], row[None])
+        image_index = torch.tensor([i], device=row.device)
+        part = part_of(replace(call, mask=None), layout, image_index, row[None], row[None])
         if mask is not None:
-            seen = _own_mask(mask, i, state.own.places[i])
-            seen = seen if layout.form == "b h n d" else seen[0]
-            part = without_trivial_mask(replace(part, mask=seen))
+            image_mask = _own_mask(mask, i, state.own.places[i])
+            image_mask = image_mask if layout.form == "b h n d" else image_mask[0]
+            part = without_trivial_mask(replace(part, mask=image_mask))
         yield image, part
 
 

@@ -106,11 +106,11 @@ class RepeatedCalls:
             return None
         if not self._plans_by_shape(runtime):
             return None
-        known = self.known.get(_key(runtime, call))
-        if known is None or not known.holds_for(runtime):
+        cached = self.known.get(_key(runtime, call))
+        if cached is None or not cached.holds_for(runtime):
             return None
-        runtime.last_choice = known.choice
-        return known.attend(call.q, call.k, call.v)
+        runtime.last_choice = cached.choice
+        return cached.attend(call.q, call.k, call.v)
 
     def note(
         self,

@@ -161,10 +161,11 @@ def _is_suspended(frame: FrameType) -> bool:
     While an asynchronous generator awaits something, the awaited code runs, not its consumer.
     """
     code, at = frame.f_code.co_code, frame.f_lasti
-    here, after = code[at], code[at + 2] if at + 2 < len(code) else -1
+    instruction, after = code[at], code[at + 2] if at + 2 < len(code) else -1
     waits = frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR
-    if here == _YIELD:
+    if instruction == _YIELD:
         return not (waits and after == _RESUME and code[at + 3] & 3 == _AFTER_AWAIT)
-    if here == _RESUME and code[at + 1] & 3:  # Python 3.13 points to the instruction after yield
+    # Python 3.13 points to the instruction after yield
+    if instruction == _RESUME and code[at + 1] & 3:
         return not (waits and code[at + 1] & 3 == _AFTER_AWAIT)
     return after == _YIELD_FROM and not waits

@@ -50,8 +50,8 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
             out = runtime.repeated.run(runtime, call)
             if out is not None:
                 return out
-        here = runtime.owner.key, runtime.block
-        if state is not None and (state.owner, state.layer) == here:
+        site_position = runtime.owner.key, runtime.block
+        if state is not None and (state.owner, state.layer) == site_position:
             return reduced_attention(runtime, planner, state, call)
         return full_attention(runtime, planner, call)
 

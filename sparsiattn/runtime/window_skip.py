@@ -92,8 +92,8 @@ class ChosenWindows:
             is_mask = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1:] == (n, n)
             return self.mask if is_mask else value
 
-        first, *others = args
-        return (first, *map(fitted, others)), {name: fitted(v) for name, v in kwargs.items()}
+        first, *other_args = args
+        return (first, *map(fitted, other_args)), {name: fitted(v) for name, v in kwargs.items()}
 
     def scattered(self, result: Tensor) -> Tensor:
         """The block's input, with its result in the windows that it ran on."""

@@ -53,10 +53,10 @@ def create_model(
                 "remove them, or pass the name of the model instead of the folder"
             )
         return host_of(name, pretrained=pretrained)
-    space, _, rest = name.partition(":")
+    space, _, bare_name = name.partition(":")
     makers: dict[str, Callable[..., nn.Module]] = {"hf": _transformers, "tv": _torchvision}
-    if rest and space in makers:
-        return makers[space](rest, image_size, pretrained, options)
+    if bare_name and space in makers:
+        return makers[space](bare_name, image_size, pretrained, options)
     return _timm(name, image_size, pretrained, options)
 
 

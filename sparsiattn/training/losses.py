@@ -85,8 +85,8 @@ class Objective(nn.Module):
     @torch.no_grad()
     def _teach(self, patch: Patch, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and the last layer's tokens of the dense model."""
-        (other,) = self._teacher
-        teacher = self.model if other is None else other
+        (user_teacher,) = self._teacher
+        teacher = self.model if user_teacher is None else user_teacher
         norm = final_norm(teacher) if self.stage.token_mse else None
         student_pass = patch.last_pass  # token_loss needs it
         with captured(norm) as tokens, patch.disabled(), eval_mode(teacher):

@@ -79,7 +79,7 @@ def test_stages_that_cannot_train(strategy: str, options: Any, stage: Any, words
 
 def test_a_fault_of_a_later_stage_is_found_before_the_first() -> None:
     rows: list[Any] = []
-    with pytest.raises(InvalidOption, match="stage 'backbone' lasts 2 updates"):
+    with pytest.raises(InvalidOption, match="warm-up of stage 'backbone' must be shorter"):
         train(
             patched(), batches(2), recipe=two_stages(), epochs=1, on_log=rows.append,
             **{"backbone.warmup_epochs": 3},

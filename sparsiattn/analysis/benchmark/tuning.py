@@ -123,11 +123,11 @@ def tune(
     failures: list[Failure] = []
     done = 0
     for done, (case, dtype) in enumerate(todo, 1):
-        left = budget - (time.perf_counter() - start)
-        if left <= 0 and rows:
+        remaining = budget - (time.perf_counter() - start)
+        if remaining <= 0 and rows:
             done -= 1
             break
-        limit = left / (1 + len(todo) - done)
+        limit = remaining / (1 + len(todo) - done)
         measured, failed = measure(case, device, dtype, 5 if quick else 11, limit)
         rows, failures = [*rows, *measured], [*failures, *failed]
         if on_case is not None:

@@ -177,7 +177,7 @@ def measure(
             ways[MASKED] = Way(_dense(_masked(inputs)), lambda: (dense, None))
         for kernel in _kernels(inputs, pattern):
             ways[kernel.name] = Way(
-                partial(kernel, inputs, pattern), partial(_said, kernel, inputs, pattern)
+                partial(kernel, inputs, pattern), partial(_declared, kernel, inputs, pattern)
             )
         return _timed(ways, case, dtype, rounds, limit)
 
@@ -187,11 +187,11 @@ class Way(NamedTuple):
 
     Attributes:
         run: Computes the case once.
-        said: Returns the work and the expected speed that the kernel declares.
+        declared: Returns the work and the expected speed that the kernel declares.
     """
 
     run: Callable[[], Any]
-    said: Callable[[], tuple[Work | None, float | None]]
+    declared: Callable[[], tuple[Work | None, float | None]]
 
 
 def _timed(
@@ -203,17 +203,17 @@ def _timed(
     rows: list[Measured] = []
     for name, seconds in sampled.times.items() if DENSE in sampled.times else ():
         try:
-            said = ways[name].said()
+            declared = ways[name].declared()
         except Exception as error:
             failed.append(Failure.of(case, dtype, name, error))
             continue
         paired = Timing.of(seconds, sampled.times[DENSE][: len(seconds)])
         took, ratio = paired.first.median, paired.ratio.median
-        rows.append(Measured(case, dtype_name(dtype), name, took, ratio, *said))
+        rows.append(Measured(case, dtype_name(dtype), name, took, ratio, *declared))
     return rows, failed
 
 
-def _said(
+def _declared(
     kernel: Kernel, inputs: AttentionInputs, pattern: Pattern
 ) -> tuple[Work | None, float | None]:
     return kernel.work(inputs, pattern), kernel.speed(inputs, pattern)

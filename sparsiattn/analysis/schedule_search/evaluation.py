@@ -142,8 +142,8 @@ class TrialRunner:
                 strategy = space.settings[candidate.setting].strategy
                 stack.enter_context(self.patched(space.schedule(candidate), strategy, model))
                 calls[str(number)] = partial(model, images)
-            dense, *others = alternate(calls, rounds, lambda _: self.tick()).values()
-        ratios = ([b / a for a, b in zip(dense, times, strict=True)] for times in others)
+            dense, *candidate_times = alternate(calls, rounds, lambda _: self.tick()).values()
+        ratios = ([b / a for a, b in zip(dense, times, strict=True)] for times in candidate_times)
         return [round(Quartiles.of(values).median, 4) for values in ratios]
 
     @torch.inference_mode()

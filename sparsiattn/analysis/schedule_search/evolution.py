@@ -239,8 +239,10 @@ class Search:
         led: list[Candidate] = []
         while True:
             best, uniform = self.best(), self.best_uniform()
-            rest = [c for c in waiting if c in self.uniforms]
-            wanted = self.better(waiting, best)[: FINALISTS - 2] + self.better(rest, uniform)[:2]
+            uniforms = [c for c in waiting if c in self.uniforms]
+            wanted = (
+                self.better(waiting, best)[: FINALISTS - 2] + self.better(uniforms, uniform)[:2]
+            )
             leading = [trial.candidate for trial in (best, uniform) if trial is not None]
             if not wanted and leading == led:
                 return

@@ -105,10 +105,10 @@ class CostModel:
         alone: list[float] = []
         mixed: list[float] = []
         for candidate, value in values.items():
-            gone = {i: 1.0 - s for i, s in enumerate(candidate.shares) if s < 1.0}
-            if candidate.setting == 0 and gone:
-                only_kind = all(self.space.genes[i].kind == kind for i in gone)
-                removed = sum(reach[i] * gone[i] for i in gone)
+            removed_shares = {i: 1.0 - s for i, s in enumerate(candidate.shares) if s < 1.0}
+            if candidate.setting == 0 and removed_shares:
+                only_kind = all(self.space.genes[i].kind == kind for i in removed_shares)
+                removed = sum(reach[i] * removed_shares[i] for i in removed_shares)
                 (alone if only_kind else mixed).append(value / removed)
         return max(0.0, fmean(alone or mixed or [0.0]))
 
@@ -148,16 +148,18 @@ class CostModel:
         tokens, and savings of keys with its square.
         """
         keys = tokens = 0.0
-        left = 1.0
+        remaining = 1.0
         for i, (gene, share) in enumerate(zip(self.space.genes, candidate.shares, strict=True)):
             saved = self.saved.get((i, share), 0.0)
             if gene.kind == "k":
                 keys += (
-                    saved * left**2 * self.key_factors.get((candidate.setting, share), (1, 1))[1]
+                    saved
+                    * remaining**2
+                    * self.key_factors.get((candidate.setting, share), (1, 1))[1]
                 )
             else:
-                tokens += saved * left
-                left *= share
+                tokens += saved * remaining
+                remaining *= share
         return keys / self.space.macs, tokens / self.space.macs
 
     def macs(self, candidate: Candidate) -> float:

@@ -131,8 +131,8 @@ class SearchResult:
         for name in ("found", "uniform"):
             if content[name] is not None:
                 content[name].pop("candidate")
-        others = None if self.uniform_options is None else plain(self.uniform_options)
-        return {**content, "options": plain(self.options), "uniform_options": others}
+        uniform_options = None if self.uniform_options is None else plain(self.uniform_options)
+        return {**content, "options": plain(self.options), "uniform_options": uniform_options}
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the schedule as JSON, with the other fields under ``about``.
@@ -173,7 +173,7 @@ class SearchResult:
         return "\n".join([*lines, self.call])
 
     def _text(self, trial: Trial) -> str:
-        left = 100 * trial.macs / max(1, self.macs_dense)
+        percent = 100 * trial.macs / max(1, self.macs_dense)
         time = "" if trial.latency is None else f", {trial.latency:.2f} of dense time"
         kept, lost = LABELS[self.measure]
         share = (
@@ -182,7 +182,7 @@ class SearchResult:
             else (f"{trial.agreement:.4f}")
         )
         return (
-            f"{macs_text(trial.macs)} MACs ({left:.1f} % of dense){time}, {kept} {share}, "
+            f"{macs_text(trial.macs)} MACs ({percent:.1f} % of dense){time}, {kept} {share}, "
             f"{lost} {trial.divergence:.4g}"
         )
 

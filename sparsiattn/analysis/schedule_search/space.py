@@ -129,11 +129,11 @@ class Space:
     def schedule(self, candidate: Candidate) -> dict[str, dict[str, Any]]:
         """The schedule of a candidate, as `patch` takes it."""
         schedule: dict[str, dict[str, Any]] = {}
-        left = self.patches
+        remaining = self.patches
         for gene, share in zip(self.genes, candidate.shares, strict=True):
             if gene.kind == "r":
-                merged = min(math.floor(left - left * share), left // 2)
-                left -= merged
+                merged = min(math.floor(remaining - remaining * share), remaining // 2)
+                remaining -= merged
                 if merged:
                     schedule.setdefault("r", {})[gene.name] = merged
             elif gene.kind == "k" or share < 1.0:

@@ -132,8 +132,8 @@ def _points_left(record: AttentionRecord, site: SiteAttention) -> Sequence[Point
     if site.grid is None:
         raise InvalidOption(f"{site.name} has no picture: {site.why}; try view='density'")
     grid = site.grid
-    left = [point for point in record.points if site.query(*point.on(grid)) is not None]
-    return left or record.points[:1]
+    remaining = [point for point in record.points if site.query(*point.on(grid)) is not None]
+    return remaining or record.points[:1]
 
 
 def _layers(record: AttentionRecord, site: SiteAttention) -> Any:

@@ -85,14 +85,14 @@ def _site_data(site: SiteAttention, blob: Blob) -> dict[str, Any]:
     data = site.to_dict()
     if site.place is None or site.key_place is None:
         return {**data, "at": None}
-    gone = site.key_place < 0
+    is_dropped = site.key_place < 0
     top = site.exact.amax(-1)
     codes = (site.exact / top.clamp_min(1e-30)[..., None]).sqrt() * 255
     arrays = {
         "lookup": (site.lookup, "<i4"),
         "place": (site.place, "<i4"),
-        "keyIndex": (torch.where(gone, -1, site.key_place % site.keys), "<i4"),
-        "keyWindow": (torch.where(gone, -1, site.key_place // site.keys), "<i4"),
+        "keyIndex": (torch.where(is_dropped, -1, site.key_place % site.keys), "<i4"),
+        "keyWindow": (torch.where(is_dropped, -1, site.key_place // site.keys), "<i4"),
         "queryToken": (site.queries, "<i4"),
         "codes": (codes.round().clamp(0, 255), "<u1"),
         "top": (top, "<f4"),

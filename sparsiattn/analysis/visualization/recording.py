@@ -102,12 +102,12 @@ class Recorder:
     def block_tokens(self) -> tuple[BlockTokens, ...]:
         """The remaining tokens after every block, from the first reduction on."""
         blocks = {runtime.index: runtime for runtime in self.patch.blocks}
-        left = {i: state for i, state in self.mlp_states.items() if state is not None}
+        remaining = {i: state for i, state in self.mlp_states.items() if state is not None}
         if not self.mlp_states and self.patch.last_pass is not None:
             carried = self.patch.last_pass[0]
             last = getattr(carried, "states", (carried,))[0]
             # tokens after a block are those in its attention, unless it reduces after attention
-            left = {
+            remaining = {
                 i: self.token_states.get(i + 1, last)
                 if blocks[i].placement in ("middle", "exit")
                 else state
@@ -122,7 +122,7 @@ class Recorder:
                 fused=token_places.fused_tokens(state),
                 mlp_only=bool(self.mlp_states),
             )
-            for i, state in sorted(left.items())
+            for i, state in sorted(remaining.items())
         )
 
 
@@ -315,10 +315,11 @@ def _site_attention(call: RecordedCall, heads: list[int], queries: Tensor) -> Si
         first = int(rows[0])
         part = attention_rows.compute(inputs, pattern, rows)
         sums += part.sums(max(0, inputs.prefix - first))[:, heads]
-        here = (row >= first) & (row < first + len(rows))
+        in_chunk = (row >= first) & (row < first + len(rows))
         parts = (part.exact, part.pattern, part.kept, part.background)
         for out, values in zip((exact, weights, kept, background), parts, strict=True):
-            out[:, here] = values.cpu()[window[here], :, row[here] - first].transpose(0, 1)[heads]
+            chosen = values.cpu()[window[in_chunk], :, row[in_chunk] - first]
+            out[:, in_chunk] = chosen.transpose(0, 1)[heads]
     return SiteAttention(
         name=inputs.site.name,
         index=inputs.site.index,

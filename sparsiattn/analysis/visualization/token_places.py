@@ -67,8 +67,8 @@ def _unknown_windows(name: str) -> TokenPlaces:
 def _reduced_places(token_state: TokenState, prefix: int) -> TokenPlaces:
     """Positions in a shortened sequence."""
     place, fused = patch_tokens(token_state), fused_tokens(token_state)
-    gone = (place < 0) | torch.isin(place, torch.tensor(fused, dtype=torch.long))
-    place = torch.where(gone, -1, place + prefix)
+    is_dropped = (place < 0) | torch.isin(place, torch.tensor(fused, dtype=torch.long))
+    place = torch.where(is_dropped, -1, place + prefix)
     return TokenPlaces(place, place, fused=tuple(token + prefix for token in fused))
 
 

@@ -154,11 +154,11 @@ class Scores:
         """Sum of the tensors added to the scores, broadcastable to their current shape."""
         shape = flip(self.shape) if self.flipped else self.shape
         sums: dict[tuple[int, ...], Tensor] = {}
-        for term, then in self.terms:
-            sums[then] = term if then not in sums else self._added(sums[then], term)
+        for term, size in self.terms:
+            sums[size] = term if size not in sums else self._added(sums[size], term)
         bias = None
-        for then, term in sums.items():
-            fitted = term if then == shape else term.expand(then).reshape(shape)
+        for size, term in sums.items():
+            fitted = term if size == shape else term.expand(size).reshape(shape)
             bias = fitted if bias is None else bias + fitted
         return bias
 
