@@ -1,25 +1,25 @@
 /* Attention of query tiles to lists of keys, float32.
 
    A work item is one part of a tile: up to SPAN queries that see the same keys. Keys and values are
-   read in place, row by row, and each of their numbers is multiplied with a whole vector of queries. */
+   read in place, row by row, and each of their elements is multiplied with a vector of queries. */
 
 #include <math.h>
 
 #include "chunks.c"
 
 #define FEW 4   /* tiles up to this size are computed query by query */
-#define ALONE 8 /* up to so many prefix queries are computed one by one */
-#define TEAM 64 /* ranges of work at most */
+#define ALONE 8 /* up to this number, prefix queries are computed one by one */
+#define TEAM 64 /* most ranges of work */
 
-/* A run of items. Each thread begins with a run of its own, so that the rows stay in its cache, and
-   helps with the others afterwards. apart: fills two cache lines, so that no two threads write to
-   the same one. */
+/* A range of items. Each thread starts with its own range, so that rows stay in its cache, and then
+   helps with the others. apart: padding to two cache lines, so that no two threads write to the same
+   one. */
 typedef struct {
     int64_t next, end, apart[14];
 } Range;
 
 /* The items of a head are `full` parts of prefix queries, which take the longest, then the parts of its
-   tiles. each: all items of a head. bands: of the cells. */
+   tiles. each: number of items of a head. bands: those of the cells. */
 typedef struct {
     const Call *call;
     int64_t parts, full, each, chunk, ranges, joined;
@@ -29,7 +29,8 @@ typedef struct {
 
 enum { UNTOUCHED, BEGUN, PREPARED };
 
-/* One image and head. total: keys of every cell. state: of what all its tiles share. */
+/* One image and head. total: number of keys of every cell. state: progress of the data that all its
+   tiles share. */
 typedef struct {
     const float *q, *k, *v, *bias;
     float *out, *pooled_k, *pooled_v, *total;
@@ -38,13 +39,13 @@ typedef struct {
     const char *host;
 } Head;
 
-/* Where in a tile's list the next key is. */
+/* Position of the next key in a tile's list. */
 typedef struct {
     const int64_t *chosen;
     int64_t done, entry, slot, cell;
 } Cursor;
 
-/* Numbers that one head's summary takes, and its state. */
+/* Size of one head's summary in floats, including its state. */
 INLINE int64_t lead_of(const Call *c) {
     return (c->cells * (c->dim + c->value_dim + 1) + 15) / 16 * 16 + 16;
 }
@@ -67,7 +68,7 @@ INLINE const char *host_row(const Call *c, const Head *x, int64_t token) {
     return element(x->host, c->host_kind, token * c->host_n);
 }
 
-/* Whether the queries that have this row of the host's bias may see a key. */
+/* Whether queries with this row of the host's bias may attend to a key. */
 INLINE int is_seen(const Call *c, const char *row, int64_t key) {
     return !c->hard || host_at(c, row, key) != -__builtin_inff();
 }
@@ -81,7 +82,7 @@ INLINE int64_t key_of(const Call *c, Cursor *at) {
     return key;
 }
 
-/* Rows of the next listed keys, at most `most`. */
+/* The rows of the next listed keys, at most `most`. */
 static int64_t next_listed(const Call *c, const Head *x, Cursor *at, int64_t most, Room *room) {
     int64_t n = 0;
     while (n < most && at->done < c->listed) {
@@ -102,7 +103,7 @@ static int64_t next_keys(const Job *job, const Head *x, Cursor *at, int64_t most
     int64_t n = next_listed(c, x, at, most, room);
     if (n == most || at->done < c->listed || at->cell == c->cells) return n;
     if (!at->cell) {
-        await(x->state, PREPARED); /* by the thread that pools this head's keys */
+        await(x->state, PREPARED); /* written by the thread that pools this head's keys */
         for (int64_t g = 0; g < c->cells && c->counted; g++) {
             room->kept[g] = x->total[g] - (float)room->picked[g];
             room->counted[g] = logf(room->kept[g]);
@@ -119,7 +120,7 @@ static void begin_list(const Call *c, Room *room) {
     if (c->counted) memset(room->picked, 0, sizeof room->picked);
 }
 
-/* The token of a slot of a tile, prefix tokens not counted. */
+/* The token in a slot of a tile, prefix tokens not counted. */
 INLINE int64_t token_of(const Call *c, int64_t tile, int64_t slot) {
     return c->order ? c->order[tile * c->slots + slot] : tile * c->slots + slot;
 }
@@ -140,7 +141,7 @@ static void add_bias(const Call *c, const Head *x, int64_t tile, int64_t slot, i
     }
 }
 
-/* Adds all that is no product to the logits of a chunk. */
+/* Adds the biases to the logits of a chunk. */
 static void end_logits(const Call *c, const Head *x, int64_t tile, int64_t slot, int64_t count,
                        int64_t lanes, int64_t keys, int64_t cell, int64_t end, Room *room) {
     int64_t listed = keys - (end - cell);
@@ -149,7 +150,8 @@ static void end_logits(const Call *c, const Head *x, int64_t tile, int64_t slot,
         add_bias(c, x, tile, slot, count, lanes, cell, end, room, room->s + listed * SPAN);
 }
 
-/* Queues the rows that this part writes, and those of `q` (or none) that the next part reads. */
+/* Queues for prefetch the rows that this part writes, and those of `q` that the next part reads (if
+   any). */
 static void prefetch_rows(const Job *job, float *const *to, int64_t count, const float *q,
                           int64_t tile, int64_t slot, Room *room) {
     const Call *c = job->call;
@@ -177,7 +179,7 @@ static void score_part(const Call *c, int64_t keys, int64_t lanes, Room *room) {
         score_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
 }
 
-/* One part of a tile. then: the item that this thread takes next, -1 if it is not known. */
+/* One part of a tile. then: the next item of this thread, -1 if not known. */
 static void tile_part(const Job *job, const Head *x, int64_t tile, int64_t slot, int64_t then,
                       Room *room) {
     const Call *c = job->call;
@@ -262,8 +264,8 @@ static void take_keys(const Call *c, const Head *x, int64_t from, int64_t count,
     }
 }
 
-/* One pass over all keys and values: prefix query `n`, which sees every key and no summary, unless
-   there is none, and the sums of the summary if asked for. */
+/* One pass over all keys and values: computes prefix query `n` (if there is one), which attends to
+   every key and to no summary, and the sums of the summary if requested. */
 static void pass(const Call *c, const Head *x, int64_t n, int sums, Room *room) {
     if (n < c->first) begin_query(c, room);
     if (n < c->first && c->host) room->host[0] = host_row(c, x, n);
@@ -288,7 +290,7 @@ static void pass(const Call *c, const Head *x, int64_t n, int sums, Room *room) 
     if (n < c->first) end_query(c, x->out + n * c->out_n, room);
 }
 
-/* Up to SPAN prefix queries from `first` on, which see every key and no summary. */
+/* Up to SPAN prefix queries from `first` on, which attend to every key and to no summary. */
 static void prefix_part(const Job *job, const Head *x, int64_t first, Room *room) {
     const Call *c = job->call;
     int64_t count = smaller(SPAN, c->first - first), keys;
@@ -313,7 +315,7 @@ static void prefix_part(const Job *job, const Head *x, int64_t first, Room *room
     give_rows(c, to, count, lanes, room);
 }
 
-/* The summary of a head, and on the way the row of prefix query `n`, as in `pass`. */
+/* The summary of a head, and in the same pass the row of prefix query `n`; see `pass`. */
 static void pool_head(const Call *c, const Head *x, int64_t n, Room *room) {
     clear(x->pooled_k, c->cells * (c->dim + c->value_dim + 1));
     if (c->cells || n < c->first) pass(c, x, n, c->cells > 0, room);
@@ -324,8 +326,8 @@ static void pool_head(const Call *c, const Head *x, int64_t n, Room *room) {
     }
 }
 
-/* What the tiles of a head share, by the thread that comes first: the summary, and the rows of a few
-   prefix queries; both fetch the keys and values that the others read from. */
+/* Data that the tiles of a head share, computed by the first thread: the summary, and the rows of a few
+   prefix queries. Both bring the keys and values into the cache for the other threads. */
 static void prepare(const Job *job, const Head *x, Room *room) {
     const Call *c = job->call;
     int64_t untouched = UNTOUCHED;
@@ -358,7 +360,7 @@ static void attend(void *data) {
     }
 }
 
-/* Lists in chunks of like lengths: a short last one costs nearly what a whole one does. */
+/* Lists in chunks of similar length: a short last chunk would cost almost as much as a full one. */
 static int64_t chunk_of(const Call *c) {
     int64_t keys = c->listed + c->cells, chunks = (keys + CHUNK - 1) / CHUNK;
     int64_t each = chunks ? (keys + chunks - 1) / chunks : 1;
@@ -378,7 +380,7 @@ static Job job_of(const Call *c) {
     return job;
 }
 
-/* Writes out [B, H, P + n, Dv]. */
+/* Writes the result to out [B, H, P + n, Dv]. */
 EXPORT void sparsiattn_attend(const Call *c) {
     Job job = job_of(c);
     int64_t items = c->batch * c->heads * job.each;

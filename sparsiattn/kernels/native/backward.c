@@ -1,10 +1,10 @@
-/* The gradient of attention over lists (FlashAttention, arXiv 2205.14135, appendix B.2): weights are
-   computed anew. A head is one item of work, since any of its tiles may add to any key. */
+/* The gradient of attention over lists (FlashAttention, arXiv 2205.14135, appendix B.2), which
+   recomputes the weights. A work item is one head, since any of its tiles may add to any key. */
 
 #include "attention.c"
 
 /* The order of `_gradients` in gradients.py. `call.out` is the gradient of the result; gradients of
-   queries, keys and values are [B, H, N, D]. room: numbers that a thread needs. */
+   queries, keys and values are [B, H, N, D]. room: memory of a thread, in floats. */
 typedef struct {
     Call call;
     int64_t queries, room;
@@ -17,8 +17,8 @@ typedef struct {
     int64_t next, joined;
 } BackJob;
 
-/* The keys of a list and where their gradients are summed; weights and their gradients, a row of SPAN
-   queries for each key, or one number for each. */
+/* The keys of a list and the memory in which their gradients are summed; weights and their gradients,
+   a row of SPAN queries per key, or one number per key. */
 typedef struct {
     const float **k, **v;
     float **to_k, **to_v;
@@ -26,7 +26,7 @@ typedef struct {
     float *q, *head_k, *head_v;
 } Sums;
 
-/* Divides a thread's memory as `room_of` in gradients.py adds it up. */
+/* Divides a thread's memory; `room_of` in gradients.py computes its size. */
 static Sums sums_of(const Back *back, int64_t thread) {
     const Call *c = &back->call;
     int64_t list = c->listed + c->cells, most = list > c->keys ? list : c->keys;
@@ -42,8 +42,8 @@ static Sums sums_of(const Back *back, int64_t thread) {
     return x;
 }
 
-/* Takes the rows of a chunk as those from `at` on. cells: how many of the last are of the summary, of
-   which `cell` is the first. */
+/* Sets the rows of a chunk to those from `at` on. cells: how many of the last ones are summary keys;
+   `cell` is the first of these. */
 static void note_rows(const Call *c, const Room *room, int64_t at, int64_t count, int64_t cells,
                       int64_t cell, Sums *x) {
     for (int64_t i = 0; i < count; i++) {
@@ -63,7 +63,7 @@ INLINE void add_scaled(float *to, const float *row, float by, int64_t dim) {
     for (; d < dim; d++) to[d] += row[d] * by;
 }
 
-/* Weights from `count` logits in base 2; a row without a key has none. */
+/* Weights from `count` logits in base 2; all zero for a row without a key. */
 static void weigh_row(float *s, int64_t count) {
     float most = -__builtin_inff(), sum = 0;
     for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
@@ -75,7 +75,7 @@ static void weigh_row(float *s, int64_t count) {
     for (int64_t i = 0; i < count; i++) s[i] *= share;
 }
 
-/* One query over keys whose logits are in `p`. */
+/* One query and the keys whose logits are in `p`. */
 static void row_gradients(const Call *c, const float *q, const float *grad, int64_t count, float *to_q,
                           const Sums *x) {
     float delta = 0;
@@ -126,7 +126,7 @@ static void small_gradients(const Job *job, const Head *h, int64_t tile, Room *r
     }
 }
 
-/* Weights, and what `dp` says of their logits, times the scale; `dp` holds the gradients of weights. */
+/* Weights, and the gradients of their logits times the scale; `dp` holds the gradients of weights. */
 static void weigh_list_of(const Call *c, float *p, float *dp, int64_t count, int64_t n) {
     vec top = all(-__builtin_inff()), sum = {0}, delta = {0}, none = {0};
     for (int64_t i = 0; i < count; i++) top = larger(load(p + i * SPAN + n), top);
@@ -223,7 +223,7 @@ static void tile_gradients(const Job *job, const Head *h, int64_t tile, int64_t 
     add_mixtures(x->p, done, grad, count, c->value_dim, x->to_v, room);
 }
 
-/* Hands the gradient of a cell's mean to its keys. */
+/* Distributes the gradient of a cell's mean to its keys. */
 static void spread_cells(const Call *c, const Head *h, const Sums *x) {
     const float *values = x->pooled + c->cells * c->dim;
     for (int64_t i = 0; i < c->keys; i++) {

@@ -1,15 +1,15 @@
-/* Sums over the cells of a grid of patches. Rows of patches that lie in the same cells form a band; they
-   are added up in vectors first, so that numbers are added one by one for one row of each band only. */
+/* Sums over the cells of a grid of patches. Rows of patches in the same cells form a band. The rows of a
+   band are first added as vectors, so that scalar additions are needed for one row per band only. */
 
 #pragma once
 
 #include "numbers.h"
 
-#define ROWS_AT_ONCE 6 /* runs are of many lengths, which costs less where several rows share them */
-#define COLUMNS 512    /* of a band that are summed at a time */
+#define ROWS_AT_ONCE 6 /* runs have different lengths, which costs less if several rows share them */
+#define COLUMNS 512    /* rows of a band that are summed at a time */
 #define MASKED_BELOW -50.0f /* as in inputs.py */
 
-/* `count` rows of `width` patches each, from `start` on, and the runs of patches of one cell. */
+/* `count` rows of `width` patches from `start` on, and the runs of patches in the same cell. */
 typedef struct {
     int32_t start, count, width, runs;
 } Band;
@@ -24,14 +24,14 @@ typedef struct {
     int64_t count, patches;
 } Bands;
 
-/* Patches before the cells of a row begin anew. */
+/* Number of patches until the cells of a row repeat. */
 static int64_t band_width(const int64_t *cell, int64_t patches) {
     int64_t i = 1;
     while (i < patches && cell[i] >= cell[i - 1]) i++;
     return smaller(i, COLUMNS);
 }
 
-/* The bands of the cells of all patches. room: 6 numbers for each. */
+/* The bands of the cells of all patches. room: 6 numbers per patch. */
 static Bands find_bands(const int64_t *cell, int64_t patches, float *room) {
     Bands x = {(Band *)room, (Run *)(room + 4 * patches), 0, patches};
     int64_t width = band_width(cell, patches);
@@ -50,13 +50,13 @@ static Bands find_bands(const int64_t *cell, int64_t patches, float *room) {
     return x;
 }
 
-/* A bias as it enters the mean of a cell. hard: keys of a low one are not seen, so in no cell. */
+/* A bias as it enters the mean of a cell. hard: keys with a very low bias are hidden and in no cell. */
 INLINE vec bounded(int hard, vec bias) {
     if (hard) return pick(bias > all(MASKED_BELOW), bias, (vec){0});
     return larger(bias, all(-1e4f));
 }
 
-/* Adds a row of a band to sums, whose last vector may be longer than what is left of the bias. */
+/* Adds a row of a band to sums; their last vector may be longer than the rest of the bias. */
 INLINE void add_band_row(int hard, const float *bias, int64_t left, int64_t width, float *sums) {
     for (int64_t i = 0; i < width; i += WIDTH) {
         float rest[WIDTH] = {0};
@@ -66,7 +66,7 @@ INLINE void add_band_row(int hard, const float *bias, int64_t left, int64_t widt
     }
 }
 
-/* Sums of some rows over every cell: `to` has cells `apart` from each other, rows side by side. */
+/* Sums of some rows over every cell. In `to`, cells have a stride of `apart` and rows are adjacent. */
 static void sum_cells(const Bands *x, int hard, const float *const *rows, int64_t cells, float *to,
                       int64_t apart) {
     float sums[ROWS_AT_ONCE][COLUMNS + WIDTH];

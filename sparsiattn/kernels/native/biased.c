@@ -1,7 +1,7 @@
-/* Attention of all tokens to all, with a logit for every key: merged tokens weigh by their size
-   (ToMe, eq. 1). Queries and keys in chunks, see chunks.c. */
+/* Dense attention with one bias per key, which weights merged tokens by their size (ToMe, eq. 1).
+   Queries and keys are processed in chunks, see chunks.c. */
 
-/* The order of `_key_biased` in biased.py. bias: of every key of every image. */
+/* The order of `_key_biased` in biased.py. bias: one number per key and image. */
 typedef struct {
     int64_t batch, heads, tokens, dim, value_dim;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n;
@@ -18,7 +18,7 @@ typedef struct {
     int64_t parts, chunk, next;
 } KeyBiasedJob;
 
-/* Some queries of one head over all keys. */
+/* Some queries of one head, with all keys. */
 static void attend_part(const KeyBiasedJob *job, int64_t head, int64_t part, Room *room) {
     const KeyBiased *p = job->call;
     const Call c = {.dim = p->dim, .value_dim = p->value_dim};

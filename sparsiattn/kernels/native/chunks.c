@@ -1,11 +1,11 @@
-/* Queries over a chunk of keys under a running softmax (FlashAttention, arXiv 2205.14135), so that
-   all that a thread works on stays in its own cache: tiles of queries, transposed so that a vector
-   holds one channel of several, or a single query. */
+/* Queries with a chunk of keys and a running softmax (FlashAttention, arXiv 2205.14135), so that the
+   data of a thread stays in its own cache: tiles of queries, transposed so that a vector holds one
+   channel of several queries, or a single query. */
 
 #include "bands.h"
 
 #define CHUNK 60
-#define CELLS 144 /* up to this many cells of a summary are counted here */
+#define CELLS 144 /* most cells of a summary that are counted here */
 
 /* The order of `_attention` in ops.py. Steps are in elements. host: the bias of the host for every
    query and key, float32 or boolean. hard: whether it forbids keys of which it is low; where there is a
@@ -31,7 +31,7 @@ typedef struct {
     double scale;
 } Call;
 
-/* What one thread needs for one list. */
+/* Memory of one thread for one list. */
 typedef struct {
     float q[WIDEST * SPAN] __attribute__((aligned(64)));
     float o[WIDEST * SPAN] __attribute__((aligned(64)));
@@ -40,12 +40,12 @@ typedef struct {
     float sum[SPAN] __attribute__((aligned(64)));
     float fade[SPAN] __attribute__((aligned(64)));
     const float *k[CHUNK], *v[CHUNK];
-    /* rows to be fetched while values are summed up, `pace` at a time: they come from afar */
+    /* rows to prefetch while values are summed, `pace` at a time: they come from main memory */
     const float *soon[2 * SPAN];
     int64_t left, pace;
     int32_t picked[CELLS + 1]; /* keys of every cell in the list at hand */
-    float counted[CELLS];      /* the bias that follows from them */
-    float kept[CELLS];         /* how many keys a cell keeps */
+    float counted[CELLS];      /* the bias computed from them */
+    float kept[CELLS];         /* number of keys that a cell keeps */
     /* rows of the host's bias, its entries for the chunk at hand, and its sums over the keys that each
        cell keeps, queries side by side */
     const char *host[SPAN];
@@ -56,7 +56,7 @@ typedef struct {
     float factors[WIDEST * SPAN] __attribute__((aligned(64)));
 } Room;
 
-/* The host's bias of a query for a key, minus infinity where it may not see it. */
+/* The host's bias of a query for a key; minus infinity if it may not attend to it. */
 INLINE float host_at(const Call *c, const char *row, int64_t key) {
     if (c->host_kind == BOOL) return row[key] ? 0 : -__builtin_inff();
     const float *at = (const float *)row;
@@ -64,10 +64,10 @@ INLINE float host_at(const Call *c, const char *row, int64_t key) {
     return c->hard && !(bias > MASKED_BELOW) ? -__builtin_inff() : bias;
 }
 
-/* Keys that its cell does not keep, as the sums go. */
+/* Keys that their cell does not keep in the sums. */
 INLINE int is_counted(const Call *c, int64_t key) { return c->counted && c->cell[key] < c->cells; }
 
-/* A factor as it enters the mean of a cell: what is in it must stay a number. */
+/* A factor as it enters the mean of a cell, clamped so that the mean is not NaN. */
 INLINE vec factor_at(const float *at) { return larger(load(at), all(-1e4f)); }
 
 /* As `add_host`, from factors. */
@@ -87,8 +87,8 @@ static void add_factors(const Call *c, Room *room, int64_t count, int64_t lanes)
     }
 }
 
-/* Adds the host's bias to the first `count` rows of a chunk. Entries are fetched for the whole chunk
-   before any is used, or vectors would wait for what was just written. */
+/* Adds the host's bias to the first `count` rows of a chunk. All entries of the chunk are read before
+   any is used, since vectors would wait for data that was just written. */
 static void add_host(const Call *c, Room *room, int64_t count, int64_t lanes) {
     if (c->across) {
         add_factors(c, room, count, lanes);
@@ -113,7 +113,7 @@ static void add_host(const Call *c, Room *room, int64_t count, int64_t lanes) {
     }
 }
 
-/* Rows of a part, scaled and transposed. Empty lanes repeat the last one. */
+/* Rows of a part, scaled and transposed. Empty lanes repeat the last row. */
 static void take_rows(const float *const *rows, int64_t dim, float scale, int64_t lanes, float *to) {
     for (int64_t n = 0; n < lanes; n += 4) {
         int64_t d = 0;
@@ -240,12 +240,12 @@ INLINE void blend_all(int wide, Room *room, int64_t count, int64_t dim, int64_t 
     if (d < dim) blend(wide, 1, s, room->v, d, count, fade, o + d * SPAN);
 }
 
-/* Logits of a chunk to weights, and by how much what came before must fade. */
+/* Turns the logits of a chunk into weights, and computes the factor for earlier results. */
 INLINE void weigh(Room *room, int64_t count, int64_t at) {
     float *s = room->s + at;
     vec before = load(room->top + at), top = before, sum = {0};
     for (int64_t i = 0; i < count; i++) top = larger(load(s + i * SPAN), top);
-    /* where all logits are minus infinity the difference would be no number */
+    /* if all logits are minus infinity, the difference would be NaN */
     vec base = pick(top == all(-__builtin_inff()), (vec){0}, top);
     for (int64_t i = 0; i < count; i++) {
         vec p = power(load(s + i * SPAN) - base);
@@ -274,7 +274,7 @@ static __attribute__((noinline)) void blend_chunk(Room *room, int64_t count, con
     FOR_WIDTH(wide, BLEND)
 }
 
-/* Columns of queries, SPAN apart, to their rows. */
+/* Writes columns of queries, with a stride of SPAN, to their rows. */
 static void put_rows(const float *columns, float *const *rows, int64_t count, int64_t dim) {
     int64_t n = 0;
     for (; n + 4 <= count; n += 4) {
@@ -308,7 +308,7 @@ static void weigh_chunk(const Call *c, int64_t keys, int64_t lanes, Room *room) 
         blend_chunk(room, keys, c, smaller(MOST, (lanes - n) / WIDTH), n);
 }
 
-/* What the logit of a cell has more, for a query of the part; see `counted` and `sums`. */
+/* The bias of a cell for a query of the part; see `counted` and `sums`. */
 INLINE float cell_bias(const Call *c, const float *bias, int64_t g, int64_t lane, const Room *room) {
     float x = bias[g];
     if (!c->counted || !c->host || x == -__builtin_inff()) return x * LOG2E;
@@ -335,7 +335,7 @@ static void score_query(const Call *c, const float *q, int64_t count, int64_t fr
     for (int64_t g = from; g < end; g++) s[count - end + g] += cell_bias(c, bias, g, lane, room);
 }
 
-/* One query over the rows of a chunk, under a running softmax whose state is in lane 0. */
+/* One query with the rows of a chunk and a running softmax whose state is in lane 0. */
 static void one_query(const Call *c, const float *q, int64_t count, int64_t from, int64_t end,
                       const float *bias, int64_t slot, Room *room) {
     float *s = room->s, top = room->top[0];

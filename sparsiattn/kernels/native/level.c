@@ -1,6 +1,6 @@
-/* Which level of x86-64 (its psABI names them) this processor and its system have: 1 to 4.
+/* Detects the level of x86-64 (as in its psABI) that processor and operating system support: 1 to 4.
 
-   Compiled for every x86-64 processor, and loaded before anything else is. */
+   Compiled for every x86-64 processor, and loaded before any other library. */
 
 #include <cpuid.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #define SOME(word, bits) (((word) & (bits)) == (bits))
 #define BIT(n) (1u << (n))
 
-/* States of registers that the system saves, which it must for a thread to keep them. */
+/* The register states that the operating system saves; it must save them to make them usable. */
 static uint32_t saved_registers(void) {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

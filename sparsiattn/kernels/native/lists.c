@@ -1,8 +1,7 @@
-/* Lists of the best keys: of rows of scores, and of tiles whose queries vote for keys.
+/* Lists of the best keys: from rows of scores, and for tiles whose queries vote for keys.
 
-   A vote is the attention that a voter, the mean of a few queries, gives to a key; of a tile's voters
-   the largest counts. Logarithms are compared, which are spread more evenly than what they stand
-   for. */
+   A vote is the attention that a voter, the mean of a few queries, gives to a key; the largest vote of
+   a tile's voters counts. Votes are compared by their logarithms, which are distributed more evenly. */
 
 #include "rows.c"
 
@@ -72,7 +71,7 @@ typedef struct {
     int64_t next, joined;
 } VotesJob;
 
-/* The mean query of a voter. */
+/* The query of a voter: the mean of its queries. */
 static void mean_voter(const Votes *v, const float *q, int64_t voter, float *to) {
     const int64_t *tokens = v->order + voter * v->slots;
     int64_t held = v->held[voter];
@@ -86,7 +85,7 @@ static void mean_voter(const Votes *v, const float *q, int64_t voter, float *to)
     for (int64_t d = 0; d < v->dim; d++) to[d] *= 1.0f / (float)held;
 }
 
-/* The mean of the factors of the host's bias on some queries, for every column. */
+/* The mean over some queries of the factors of the host's bias, for every column. */
 static void mean_factors(const Rows *c, int64_t head, const int64_t *tokens, int64_t held, float *to) {
     float mean[WIDEST];
     int64_t count = c->keys / c->across + c->across;
@@ -96,7 +95,7 @@ static void mean_factors(const Rows *c, int64_t head, const int64_t *tokens, int
     spread(c, mean, to);
 }
 
-/* The mean of the host's bias on the queries of a voter, added to its scores. */
+/* Adds the mean of the host's bias over the queries of a voter to the voter's scores. */
 static void bias_voter(const Votes *v, const Rows *c, int64_t head, int64_t voter, RowsRoom *x,
                        float *s) {
     const int64_t *tokens = v->order + voter * v->slots;
@@ -117,12 +116,12 @@ static void bias_voter(const Votes *v, const Rows *c, int64_t head, int64_t vote
     bias_row(c, 0, mean, x->views, x, s);
 }
 
-/* The logarithm of what a row of scores gives to each key, where it is the largest so far. */
+/* The logarithms of the votes in a row of scores, where they are the largest so far. */
 static void vote(const Votes *v, const float *s, float *votes) {
     vec top = load(s), sum = {0}, scale = all(v->bias ? LOG2E : (float)(v->scale * LOG2E));
     for (int64_t i = WIDTH; i < v->columns; i += WIDTH) top = larger(load(s + i), top);
     vec base = all(largest(top));
-    if (v->bias && base[0] == -__builtin_inff()) return; /* it may see no key */
+    if (v->bias && base[0] == -__builtin_inff()) return; /* it may attend to no key */
     for (int64_t i = 0; i < v->columns; i += WIDTH) sum += power((load(s + i) - base) * scale);
     vec share = all(log2f(total(sum)));
     for (int64_t i = 0; i < v->fixed; i += WIDTH)

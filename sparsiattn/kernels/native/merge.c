@@ -1,9 +1,9 @@
-/* Merged tokens (the strategy `token_merge`): the search for alike ones (ToMe, section 3.1), and the
-   shorter sequence.
+/* Token merging (the strategy `token_merge`): the search for similar tokens (ToMe, section 3.1), and
+   the shorter sequence.
 
-   Tokens take sides in turn. Four stages, each begun when the one before is done: mean keys of length
-   one; the best partner of every token of the first side; the best of these edges, image by image;
-   rows of the new sequence. */
+   Tokens alternate between two sides. There are four stages, each started when the previous one is
+   complete: mean keys of unit length; the best partner of every token of the first side; the best of
+   these edges, image by image; rows of the new sequence. */
 
 /* The order of `_merged` in merge.py. Steps are in elements. tokens: those after `prefix` keys.
    ahead: rows before `x` that are copied. logs: of sizes, those rows counting once. group: images at a time, `shared` numbers
@@ -54,7 +54,7 @@ static Pairs pairs_of(const MergeJob *job, int64_t image) {
     return x;
 }
 
-/* The mean key of one token over heads, of length one: its direction is that of the sum. */
+/* The unit vector in the direction of a token's mean key over heads, which is that of the sum. */
 static void mean_key(const MergeJob *job, const float *k, float *to) {
     const Merge *m = job->merge;
     memcpy(to, k, m->dim * sizeof *to);
@@ -87,7 +87,7 @@ static void mean_keys_of(const MergeJob *job, int64_t i, float *room) {
     }
 }
 
-/* The largest lane and the number that goes with it, of equal ones the least. */
+/* The largest lane and its index; of equal lanes the one with the smallest index. */
 static void best_lane(vec top, ints where, float *value, int32_t *number) {
     float most = top[0];
     int32_t at = where[0];
@@ -96,7 +96,7 @@ static void best_lane(vec top, ints where, float *value, int32_t *number) {
     *value = most, *number = at;
 }
 
-/* Best partners of some tokens of the first side. A cosine that is no number is never the best. */
+/* Best partners of some tokens of the first side. A cosine that is NaN is never the best. */
 static void match_some(const MergeJob *job, int64_t i, float *s) {
     const Merge *m = job->merge;
     int64_t runs = job->items[MATCHES] / job->items[EDGES];
@@ -134,7 +134,7 @@ INLINE float size_of(const Merge *m, int64_t image, int64_t token) {
     return m->size ? m->size[image * m->tokens + token] : 1;
 }
 
-/* The tokens of one image: those of the first side that stay, in order, then the second. */
+/* The new tokens of one image: remaining tokens of the first side, in order, then the second side. */
 static void cut_edges(const MergeJob *job, int64_t i) {
     const Merge *m = job->merge;
     Pairs x = pairs_of(job, i);
@@ -176,7 +176,7 @@ INLINE void scale_row(const float *from, float by, int64_t width, int more, floa
     for (; d < width; d++) to[d] = from[d] * by + (more ? to[d] : 0);
 }
 
-/* Rows of the new sequence: means that sizes weigh. */
+/* Rows of the new sequence: means weighted by size. */
 static void mean_rows(const MergeJob *job, int64_t i) {
     const Merge *m = job->merge;
     int64_t runs = job->items[MEANS] / job->items[EDGES], left = m->tokens - m->merged;

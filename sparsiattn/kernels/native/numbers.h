@@ -1,4 +1,4 @@
-/* Numbers in the types of hosts, to float32 and back; all arithmetic is in float32. */
+/* Conversions between the dtypes of hosts and float32; all arithmetic is in float32. */
 
 #pragma once
 
@@ -12,14 +12,14 @@ typedef uint16_t shorts __attribute__((vector_size(2 * WIDTH)));
 
 INLINE int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : kind == BOOL ? 1 : 2; }
 
-/* A number of an array. */
+/* An element of an array. */
 INLINE const void *element(const void *x, int64_t kind, int64_t at) {
     return (const char *)x + at * bytes_of(kind);
 }
 
 INLINE ints pick_words(ints where, ints yes, ints no) { return (yes & where) | (no & ~where); }
 
-/* An additive mask: zero where a key is seen. */
+/* A boolean mask as an additive one: zero where a key is visible. */
 INLINE vec from_bools(const void *x) {
     bytes b;
     memcpy(&b, x, sizeof b);
@@ -86,7 +86,7 @@ INLINE void widen(int64_t kind, const void *from, float *to, int64_t count) {
     }
 }
 
-/* A row of float32 as another type of floating point numbers. */
+/* Writes a row of float32 as another floating-point dtype. */
 INLINE void narrow(int64_t kind, const float *from, void *to, int64_t count) {
     for (int64_t i = 0; i < count; i += WIDTH) {
         float rest[WIDTH] = {0};

@@ -1,9 +1,9 @@
 /* Scores of key blocks for query tiles (the strategy `connectivity`), and the best of them.
 
-   Three stages, each begun when the one before is done: means of query tiles; means of key blocks,
-   and what the mean query sees of every key; scores, head by head. Rows of all heads of a token
-   stand side by side in the hosts' layout, so the first two go through them token by token and read
-   every number once. All products are those of vectors.h: tiles, or channels, are the lanes. */
+   There are three stages, each started when the previous one is complete: means of query tiles; means
+   of key blocks, and the logits of the mean query for every key; scores, head by head. In the hosts'
+   layout the rows of all heads of a token are adjacent, so the first two stages go token by token and
+   read every number once. All products are those of vectors.h, with tiles or channels as lanes. */
 
 #include "backward.c"
 #include "lists.c"
@@ -29,7 +29,7 @@ typedef struct {
 } Plan;
 
 enum { TILES, BLOCKS, HEADS, STAGES };
-#define RUN 64 /* tokens of an item of the first stages, about */
+#define RUN 64 /* approximate number of tokens of an item of the first stages */
 
 /* from, images: the group at hand. wide, room: channels and blocks in whole vectors. size: abs(up) of
    the blocks. shared, scratch: memory of the heads and of the threads. */
@@ -100,7 +100,7 @@ static void mean_queries(const PlanJob *job, int64_t i) {
             head_plan(job, image, 0).rows + t * job->wide, p->shared / p->heads);
 }
 
-/* The mean query of every head: of tiles, each counting alike. */
+/* The mean query of every head: the unweighted mean of the tiles. */
 static void mean_tiles(const PlanJob *job) {
     const Plan *p = job->plan;
     for (int64_t i = 0; i < job->images * p->heads; i++) {
@@ -159,7 +159,8 @@ static void softmax(float *s, int64_t count, float scale, int64_t lanes) {
     }
 }
 
-/* How much more the mean query sees of each block than low resolution says. to: whole vectors. */
+/* How much more attention the mean query pays to each block than low resolution predicts. to: whole
+   vectors. */
 static void stand_out(const PlanJob *job, const HeadPlan *x, float *basis, float *low, float *to) {
     const Plan *p = job->plan;
     clear(basis, p->basis);
@@ -173,7 +174,7 @@ static void stand_out(const PlanJob *job, const HeadPlan *x, float *basis, float
     clear(to, job->room);
     for (int64_t j = 0; j < p->block; j++)
         for (int64_t u = 0; u < p->blocks; u += WIDTH) {
-            /* `power` holds below 100 */
+            /* `power` is valid below 100 */
             vec most = all(30.0f * LOG2E);
             vec above = (load(x->key_logits + j * job->room + u) - load(low + u)) * all(LOG2E);
             vec weight = power(pick(above > most, most, above));
@@ -203,7 +204,7 @@ static void reduce_keys(const PlanJob *job, const float *keys, const float **at,
     }
 }
 
-/* Rows of scores of some tiles from columns, SPAN apart. */
+/* Writes rows of scores of some tiles, from columns with a stride of SPAN. */
 static void to_rows(const float *columns, int64_t count, int64_t blocks, float *rows) {
     int64_t n = 0;
     for (; n + 4 <= count; n += 4) {
@@ -219,7 +220,7 @@ static void to_rows(const float *columns, int64_t count, int64_t blocks, float *
         for (int64_t u = 0; u < blocks; u++) rows[n * blocks + u] = columns[u * SPAN + n];
 }
 
-/* What is missing in the row of scores of a tile, and the best of it. out: see `stand_out`. */
+/* Completes the row of scores of a tile, and chooses its best blocks. out: see `stand_out`. */
 static void end_row(const PlanJob *job, int64_t row, int64_t t, const float *out, void *room) {
     const Plan *p = job->plan;
     float *to = p->out + row * p->blocks, sum = 0;
@@ -276,7 +277,7 @@ static void one_item(PlanJob *job, int stage, int64_t i, float *room) {
         mean_keys(job, i);
     else
         score_head(job, i, room);
-    /* whoever ends the tiles also sums them up, before the stage counts as done */
+    /* the thread that completes the last tile also sums them, before the stage is complete */
     if (__atomic_add_fetch(&job->done[stage], 1, __ATOMIC_ACQ_REL) == job->items[stage]) {
         if (stage == TILES) mean_tiles(job);
         __atomic_add_fetch(&job->done[stage], 1, __ATOMIC_RELEASE);
@@ -290,7 +291,7 @@ static void plan_some(void *data) {
         int64_t i;
         while ((i = __atomic_fetch_add(&job->next[stage], 1, __ATOMIC_RELAXED)) < job->items[stage])
             one_item(job, stage, i, room);
-        /* one more than there are items: see `one_item` */
+        /* one more than the number of items: see `one_item` */
         await(&job->done[stage], job->items[stage] + 1);
     }
 }

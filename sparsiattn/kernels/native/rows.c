@@ -1,11 +1,11 @@
 /* Attention of every query to its own best keys (k-NN attention, arXiv 2106.00515).
 
-   A few rows of scores at a time stay in the nearest cache. Of each the exact best patch keys are
-   found by counting, and softmax and values follow for those, for prefix keys and for the summary
-   alone. Keys are packed once for each head so that a vector holds one channel of several.
+   A few rows of scores at a time stay in the innermost cache. The exact best patch keys of each row are
+   found by counting; softmax and values are then computed only for these, for prefix keys and for the
+   summary. Keys are packed once per head so that a vector holds one channel of several keys.
 
-   Under a mask, a cell of the summary stands for those of its keys that the query may see. Queries
-   that may see the same keys are of one view; the means of a few views are kept. */
+   With a mask, a cell of the summary stands for those of its keys that the query may attend to. Queries
+   that may attend to the same keys share a view; the means of a few views are cached. */
 
 #include <math.h>
 
@@ -13,12 +13,12 @@
 #include "top.c"
 
 #define GROUP ROWS_AT_ONCE /* queries whose scores are computed together */
-#define PASSES 10 /* over a row, at most, to find its threshold */
+#define PASSES 10 /* most passes over a row to find its threshold */
 #define TRIED 3   /* thresholds of a pass */
 #define CLOSE 16  /* scores around the threshold that are ranked one by one */
-#define TRIES 3   /* to take out at once what is at or above a threshold */
-#define MARGIN 0.25f /* how far below the expected threshold that is at first, in deviations */
-#define VIEWS 8   /* kept at a time, more than a group may need */
+#define TRIES 3   /* attempts to extract everything above a threshold in one pass */
+#define MARGIN 0.25f /* margin of the first such threshold below the expected one, in standard deviations */
+#define VIEWS 8   /* views that are cached, more than a group can need */
 
 /* The order of `_attend_to_best` in rows.py. Steps are in elements. columns: of packed keys, patch keys
    first, then from `fixed` on prefix keys and cells, in whole vectors. keep: patch keys of a list.
@@ -54,8 +54,8 @@ typedef struct {
     int64_t values, used;
 } View;
 
-/* What a row sees: columns and weights, and weights of the cells of `view`, of whose keys the list
-   holds `picked`. Those stand where the cells' scores stood. */
+/* The list of a row: columns and weights, and weights of the cells of `view`; `picked` of the keys of
+   each cell are in the list. Weights overwrite the cells' scores. */
 typedef struct {
     float *weights, *cell_weights, sum;
     int32_t *index, *picked;
@@ -79,7 +79,7 @@ typedef struct {
     List lists[GROUP];
 } RowsRoom;
 
-/* Divides it as `room_of` in rows.py adds it up. */
+/* Divides this memory; `room_of` in rows.py computes its size. */
 static RowsRoom rows_room(const Rows *c, int64_t thread) {
     int64_t panels = (c->columns + SPAN - 1) / SPAN, cells = (c->cells + 15) / 16 * 16;
     int64_t listed = c->columns + 32; /* whole vectors are written past the end of a list */
@@ -117,7 +117,7 @@ INLINE int64_t column_of(const Rows *c, int64_t key) {
                            : c->fixed + c->prefix + key - c->keys;
 }
 
-/* A row of an operand as float32: where it stands, or in `to`. */
+/* A row of an operand as float32: in place, or converted in `to`. */
 INLINE const float *row_of(const Rows *c, const void *x, int64_t at, int64_t count, float *to) {
     if (!c->kind) return (const float *)x + at;
     widen(c->kind, element(x, c->kind, at), to, count);
@@ -128,7 +128,7 @@ INLINE void add_to(float *to, const float *row, int64_t dim) {
     for (int64_t d = 0; d < dim; d++) to[d] += row[d];
 }
 
-/* The summary of a view: means of the keys and values of every cell. seen: none where all are. */
+/* The summary of a view: means of the keys and values of every cell. seen: NULL if all are visible. */
 static void pool_view(const Rows *c, const void *k, const float *seen, View *view, RowsRoom *x) {
     float *values = x->values + view->values * c->value_dim;
     memset(view->held, 0, (c->cells + 15) / 16 * 64);
@@ -149,7 +149,7 @@ static void pool_view(const Rows *c, const void *k, const float *seen, View *vie
     }
 }
 
-/* Where the host's bias of a query stands. */
+/* Address of the host's bias of a query. */
 INLINE const char *bias_at(const Rows *c, int64_t head, int64_t query) {
     int64_t at = head / c->heads * c->bias_b + head % c->heads * c->bias_h + query * c->bias_n;
     return element(c->bias, c->bias_kind, at);
@@ -169,7 +169,7 @@ static void spread(const Rows *c, const float *factors, float *to) {
     clear(to, c->columns - c->keys);
 }
 
-/* The host's bias of a query for every column, minus infinity at keys that it may not see. */
+/* The host's bias of a query for every column; minus infinity for keys that are hidden from it. */
 static void take_bias(const Rows *c, int64_t head, int64_t query, float *to) {
     int64_t patches = c->keys - c->prefix;
     const char *at = bias_at(c, head, query);
@@ -186,7 +186,7 @@ static void take_bias(const Rows *c, int64_t head, int64_t query, float *to) {
     }
 }
 
-/* What a query may see by its bias. */
+/* The keys that are visible to a query, according to its bias. */
 static void take_view(const Rows *c, const float *bias, float *seen) {
     for (int64_t i = 0; i < c->fixed; i += WIDTH)
         store(seen + i, pick(load(bias + i) == all(-__builtin_inff()), (vec){0}, all(1)));
@@ -200,8 +200,8 @@ static int is_view(const Rows *c, const float *bias, const View *view) {
     return 1;
 }
 
-/* The view of a query, pooled now if it is not among those kept; then the one not used for longest
-   makes room. */
+/* The view of a query, pooled now if it is not in the cache, where it replaces the least recently used
+   view. */
 static const View *view_of(const Rows *c, const void *k, const float *bias, RowsRoom *x) {
     View *oldest = x->views + 1;
     if (!c->views || is_view(c, bias, x->views)) return x->views;
@@ -235,7 +235,7 @@ INLINE const void *keys_of(const Rows *c, int64_t head) {
     return element(c->k, c->kind, head / c->heads * c->k_b + head % c->heads * c->k_h);
 }
 
-/* The summary of what the first patch query may see; the others may as well, or have their own. */
+/* The summary of the keys visible to the first patch query; other queries share it or have their own. */
 static void pool_first(const Rows *c, int64_t head, RowsRoom *x) {
     for (int64_t n = 1; n <= c->views; n++) x->views[n].used = 0;
     for (int64_t i = c->prefix; i < c->keys; i++) x->cell[i - c->prefix] = (int32_t)c->cell[i];
@@ -277,8 +277,7 @@ INLINE void score_span(int wide, const float *keys, const float *const *rows, in
     score(wide, GROUP, keys, rows, dim, to, apart);
 }
 
-/* Scores of some queries, `columns` in whole vectors apart; columns without a key are minus
-   infinity. */
+/* Scores of some queries, with a stride of `columns`; columns without a key are minus infinity. */
 static void score_rows(const Rows *c, const float *const *rows, const RowsRoom *x, int64_t apart) {
     for (int64_t from = 0; from < c->columns; from += MOST * WIDTH) {
         int64_t wide = smaller(MOST, (c->columns - from + WIDTH - 1) / WIDTH);
@@ -294,8 +293,8 @@ static void score_rows(const Rows *c, const float *const *rows, const RowsRoom *
     }
 }
 
-/* Scaled scores with the host's bias. Of the summary, scores of the view are put where those of the
-   first one are. */
+/* Scaled scores with the host's bias. Summary scores of the query's view replace those of the first
+   view. */
 static void bias_row(const Rows *c, const float *q, const float *bias, const View *view,
                      const RowsRoom *x, float *s) {
     float *cells = s + c->fixed + c->prefix;
@@ -307,7 +306,7 @@ static void bias_row(const Rows *c, const float *q, const float *bias, const Vie
     }
 }
 
-/* How many of a row are at least each threshold. */
+/* How many numbers of a row are at least each threshold. */
 INLINE void count_from(const float *s, int64_t columns, const float *tried, int64_t *count) {
     ints sum[TRIED] = {{0}};
     for (int64_t i = 0; i < columns; i += WIDTH)
@@ -317,7 +316,7 @@ INLINE void count_from(const float *s, int64_t columns, const float *tried, int6
     for (int j = 0; j < TRIED; j++) count[j] = sum_of(sum[j]);
 }
 
-/* Numbers of which the `keep` largest are sought, in whole vectors whose end is minus infinity. */
+/* Numbers whose `keep` largest are searched, in whole vectors padded with minus infinity. */
 typedef struct {
     const float *numbers;
     int64_t columns, count, keep;
@@ -330,7 +329,7 @@ typedef struct {
     int64_t below, above;
 } Bracket;
 
-/* Narrows a bracket down by thresholds that are `step` apart. */
+/* Narrows a bracket down with thresholds that are `step` apart. */
 INLINE void try_thresholds(const Contest *c, float middle, float step, Bracket *x) {
     float tried[TRIED];
     int64_t count[TRIED];
@@ -391,7 +390,7 @@ static float threshold_within(const Contest *c, const Bracket *x) {
     return total(sought);
 }
 
-/* Takes as many of the smallest, which are all alike, out of a list of `count`, the last first. */
+/* Removes that many of the smallest numbers, which are all equal, from a list of `count`, last first. */
 static void drop_last_alike(const Rows *c, float least, int64_t count, const List *list) {
     int64_t n = 0, spare = c->keep;
     for (int64_t i = 0; i < count; i++) spare -= list->weights[i] > least;
@@ -402,7 +401,7 @@ static void drop_last_alike(const Rows *c, float least, int64_t count, const Lis
     }
 }
 
-/* For rows that are not finite, or of which too many numbers are alike. */
+/* For rows that are not finite, or have too many equal numbers. */
 static void choose_by_order(const Rows *c, const float *s, const RowsRoom *x, const List *list) {
     int64_t patches = c->keys - c->prefix, n = 0;
     for (int64_t i = 0; i < patches; i++) x->order[i] = (uint32_t)(ranked(s[i], i) >> 32);
@@ -416,8 +415,8 @@ static void choose_by_order(const Rows *c, const float *s, const RowsRoom *x, co
     }
 }
 
-/* Mean and deviation of a row's numbers, those that are minus infinity left out if there are any; 0
-   where it has others that are not finite, or too few. */
+/* Mean and standard deviation of a row's numbers, ignoring minus infinity. Returns 0 if the row has
+   other non-finite numbers, or too few numbers. */
 static int spread_of(const Rows *c, const float *s, float *mean, float *deviation) {
     int64_t patches = c->keys - c->prefix, whole = patches / WIDTH * WIDTH;
     vec sum = {0}, squares = {0};
@@ -444,7 +443,8 @@ static int spread_of(const Rows *c, const float *s, float *mean, float *deviatio
     return spread - spread == 0 && whole >= smaller(c->keep, WIDTH);
 }
 
-/* Numbers from a threshold on and their places, in order; how many. May write over what it reads. */
+/* Numbers of at least a threshold and their indices, in order; returns how many. May overwrite its
+   input. */
 INLINE int64_t keep_from(const float *s, const int32_t *index, int64_t columns, float least,
                          const List *list) {
     int64_t n = 0;
@@ -477,8 +477,8 @@ static int keep_largest(const Rows *c, int64_t count, float from, float middle, 
 }
 
 /* The `keep` best patch keys of a row and their scores, in the order of keys. A threshold near that of
-   the last row of this head takes the best and some more out of the row at once; what is left to do
-   goes through those alone. */
+   the previous row of this head extracts the best ones and a few more in one pass; the remaining steps
+   only process these. */
 static void choose(const Rows *c, const float *s, RowsRoom *x, const List *list) {
     float mean, deviation, least;
     if (!spread_of(c, s, &mean, &deviation)) {
@@ -575,7 +575,7 @@ static void lose_keys(const Rows *c, const float *bias, const RowsRoom *x, int64
     }
 }
 
-/* Which keys a row of the group sees, and their scores. */
+/* The keys of a row of the group, and their scores. */
 static void list_row(const Rows *c, int64_t row, int dense, RowsRoom *x) {
     float *s = x->scores + row * c->columns;
     const float *bias = c->bias ? x->bias + row * c->columns : 0;
@@ -597,7 +597,7 @@ static void list_row(const Rows *c, int64_t row, int dense, RowsRoom *x) {
     store(list->weights + list->count, all(-__builtin_inff()));
 }
 
-/* Whether a row of weights has one that is more than minus infinity, or no number. */
+/* Whether a row of weights has one that is greater than minus infinity, or NaN. */
 static int has_key(const float *w, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         if (w[i] != -__builtin_inff()) return 1;
@@ -643,7 +643,7 @@ static void weigh_list(const Rows *c, List *list) {
         !has_key(list->cell_weights, list->cells)) {
         clear(w, list->count);
         clear(list->cell_weights, list->cells);
-        list->sum = __builtin_inff(); /* the mixture, a share of it, is zero */
+        list->sum = __builtin_inff(); /* makes the row, which is divided by it, zero */
         return;
     }
     vec base = all(most), scale = all(c->bias ? LOG2E : (float)(c->scale * LOG2E));
@@ -685,8 +685,8 @@ static void give_row(const Rows *c, RowsRoom *x, const List *list, void *out, in
     narrow(c->kind, x->rows, (void *)element(out, c->kind, at), c->value_dim);
 }
 
-/* Stage by stage for all rows of a group: what one has written is then in the cache when the next
-   reads it in other pieces. */
+/* Stage by stage for all rows of a group: results of a stage are then still in the cache when the next
+   one reads them in other pieces. */
 static void attend_rows(const Rows *c, int64_t head, int64_t from, int64_t end, RowsRoom *x) {
     const void *q = element(c->q, c->kind, head / c->heads * c->q_b + head % c->heads * c->q_h);
     int64_t to = head / c->heads * c->out_b + head % c->heads * c->out_h;

@@ -1,8 +1,8 @@
-/* Regions in torch's own threads, and by what this library was made.
+/* Runs regions in torch's own threads; also holds the hash of the sources.
 
-   torch's stable C interface runs a range in parts, each in a thread of its own; a region is entered
-   once for each part, and shares out its work itself. Inside another region, and with one thread, one
-   part is all of it. */
+   torch's stable C interface runs a range in parts, each in its own thread; a region is entered once
+   per part, and divides its work itself. Inside another region, or with one thread, there is a single
+   part. */
 
 #include "vectors.h"
 
@@ -24,10 +24,10 @@ static void enter(int64_t from, int64_t to, void *data) {
     crew->region(crew->data);
 }
 
-/* Which function runs parts: `torch_parallel_for`. */
+/* Sets the function that runs parts, `torch_parallel_for`. */
 EXPORT void sparsiattn_set_parallel_for(ParallelFor function) { parallel_for = function; }
 
-/* A `Parallel`. Where no thread could be begun, the caller's own does all. */
+/* A `Parallel`. If no thread could be started, the caller's thread does all the work. */
 EXPORT void sparsiattn_parallel(Region region, void *data, unsigned threads, unsigned flags) {
     Crew crew = {region, data, 0};
     (void)flags;

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-/* A number whose order is that of the scores, NaN last, and of equal ones the first comes first. */
+/* A number with the order of the scores: NaN is largest, and of equal scores the first is larger. */
 INLINE uint64_t ranked(float x, int64_t i) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -23,9 +23,9 @@ INLINE void sift(uint64_t *heap, int64_t at, int64_t size) {
     heap[at] = x;
 }
 
-#define MANY 192 /* up to this many are sorted by counting, which takes their square */
+#define MANY 192 /* up to this many are sorted by counting, which takes quadratic time */
 
-/* By a heap whose root is the least of the best so far. */
+/* Selection by a heap whose root is the smallest of the best so far. */
 static void top_by_heap(const float *x, int64_t count, int64_t most, uint64_t *heap, int64_t *to) {
     for (int64_t i = 0; i < most; i++) heap[i] = ranked(x[i], i);
     for (int64_t i = most / 2; i-- > 0;) sift(heap, i, most);
@@ -42,13 +42,13 @@ static void top_by_heap(const float *x, int64_t count, int64_t most, uint64_t *h
     }
 }
 
-/* The least of the `most` largest numbers, bit by bit: counting needs no branches. */
+/* The smallest of the `most` largest numbers, found bit by bit: counting needs no branches. */
 static uint32_t least_of(const uint32_t *x, int64_t count, int64_t most) {
     uint32_t every = ~0u, some = 0;
     for (int64_t i = 0; i < count; i++) every &= x[i], some |= x[i];
     uint32_t mixed = every ^ some, least = every;
     for (int bit = 31; bit >= 0; bit--) {
-        if (!(mixed >> bit & 1)) continue; /* alike in all */
+        if (!(mixed >> bit & 1)) continue; /* equal in all */
         uint32_t tried = least | (uint32_t)1 << bit;
         int32_t above = 0;
         for (int64_t i = 0; i < count; i++) above += x[i] >= tried;
@@ -77,7 +77,7 @@ static void top_by_count(const float *x, int64_t count, int64_t most, uint32_t *
     }
 }
 
-/* Places of the `most` best of a row, best first. room: 8 bytes for each of `count`. */
+/* Indices of the `most` best of a row, best first. room: 8 bytes for each of `count`. */
 static void top_of(const float *x, int64_t count, int64_t most, void *room, int64_t *to) {
     if (most > MANY)
         top_by_heap(x, count, most, room, to);
@@ -108,8 +108,8 @@ static void top_some(void *data) {
     free(room);
 }
 
-/* Places of the `most` best of every row, best first. Whether all rows were done: memory may be
-   lacking. */
+/* Indices of the `most` best of every row, best first. Returns whether all rows were processed: memory
+   may run out. */
 EXPORT int64_t sparsiattn_top(const Top *c) {
     TopJob job = {c, 0};
     if (c->parallel && c->threads > 1 && c->rows > 1)

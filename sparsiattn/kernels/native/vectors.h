@@ -1,6 +1,6 @@
-/* Vectors of GCC and Clang, as wide as the processor's, and the two products that everything here is
-   made of. Both hold rows of SPAN numbers; each number of the other operand, read where it stands,
-   meets a whole vector. */
+/* Vectors of GCC and Clang, as wide as the processor's, and the two matrix products that all code here
+   uses. In both, one operand has rows of SPAN numbers; each number of the other operand, read in place,
+   is multiplied with a vector. */
 
 #pragma once
 
@@ -37,7 +37,7 @@ __declspec(dllimport) int __stdcall SwitchToThread(void);
 #endif
 
 #if defined(__x86_64__)
-#define RELAX __builtin_ia32_pause() /* leaves the core to the other thread on it */
+#define RELAX __builtin_ia32_pause() /* lets the other hardware thread of the core run */
 #else
 #define RELAX (void)0
 #endif
@@ -91,7 +91,7 @@ INLINE vec power(vec x) {
     /* unsigned, which may wrap around where x is out of bounds */
     words exponent = ((words)shifted - (words)magic) << 23;
     vec result = (vec)((words)p + exponent);
-    vec nan = x - x; /* NaN only where x is not finite; infinity is caught below */
+    vec nan = x - x; /* NaN only if x is not finite; infinity is handled below */
     result = pick(nan == nan, result, x);
     return pick(x < all(-126.0f), (vec){0}, result);
 }
@@ -114,7 +114,7 @@ INLINE void turn(const float *r0, const float *r1, const float *r2, const float 
     memcpy(to + 2 * step, &c, 16), memcpy(to + 3 * step, &d, 16);
 }
 
-/* `rows` keys against `wide` vectors of queries: s[row][query], `apart` from each other. */
+/* `rows` keys times `wide` vectors of queries: s[row][query], with a row stride of `apart`. */
 INLINE void score(int wide, int rows, const float *q, const float *const *keys, int64_t dim,
                   float *s, int64_t apart) {
     vec sum[6][MOST];
@@ -139,7 +139,7 @@ INLINE void score(int wide, int rows, const float *q, const float *const *keys, 
         for (int j = 0; j < wide; j++) store(s + r * apart + j * WIDTH, sum[r][j]);
 }
 
-/* `rows` channels of the result: what was there, faded, and the values of `count` keys. */
+/* `rows` channels of the result: earlier sums times their factor, plus the values of `count` keys. */
 INLINE void blend(int wide, int rows, const float *s, const float *const *values, int64_t at,
                   int64_t count, const float *fade, float *o) {
     vec sum[6][MOST];
@@ -166,12 +166,12 @@ INLINE void blend(int wide, int rows, const float *s, const float *const *values
         for (int j = 0; j < wide; j++) store(o + r * SPAN + j * WIDTH, sum[r][j]);
 }
 
-/* Rows of one head lie far apart in the host's layout, where the processor does not look ahead. */
+/* Rows of one head are far apart in the host's layout, where hardware prefetch does not work. */
 INLINE void touch(const float *row, int64_t dim) {
     for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
 }
 
-/* Until another thread has written that number; it runs already, so this is soon. */
+/* Waits until another thread has written that number; it is running already, so this is soon. */
 static inline void await(const int64_t *at, int64_t value) {
     for (int n = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) != value; n++)
         if (n > 1000)
@@ -212,7 +212,7 @@ INLINE float largest(vec x) {
 #endif
 }
 
-/* Numbers of the lanes from `first` on. */
+/* Indices of the lanes, starting at `first`. */
 INLINE ints lanes_at(int64_t first) {
 #if WIDTH == 16
     const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -241,7 +241,7 @@ INLINE ints count_lanes(ints count, Lanes lanes) { return count - lanes; }
 #endif
 
 #if defined(__AVX2__) && WIDTH == 8
-/* Places of the bits of a byte, lowest first. */
+/* Positions of the set bits of a byte, lowest first. */
 static uint64_t bit_places[256];
 static __attribute__((constructor)) void find_bit_places(void) {
     for (int mask = 0; mask < 256; mask++)
@@ -250,7 +250,8 @@ static __attribute__((constructor)) void find_bit_places(void) {
 }
 #endif
 
-/* Writes some lanes in order, and numbers that go with them; how many. Whole vectors are written. */
+/* Writes some lanes in order, and the numbers that belong to them; returns how many. Whole vectors are
+   written. */
 INLINE int64_t keep_pairs(Lanes lanes, vec x, ints numbers, float *to, int32_t *places) {
 #if defined(__AVX512F__)
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(lanes, (__m512)x));
