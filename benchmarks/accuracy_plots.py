@@ -1,5 +1,5 @@
-"""Draws ``docs/assets/accuracy-keys.svg`` and ``accuracy-tokens.svg`` from
-``results/accuracy-cifar.json``: ``python benchmarks/accuracy_plots.py``."""
+"""Draws ``docs/assets/accuracy-keys.svg`` and ``accuracy-tokens.svg``, and both as ``NAME-dark``,
+from ``results/accuracy-cifar.json``: ``python benchmarks/accuracy_plots.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from plots import ASSETS, COLOURS, MARKERS, RESULTS, STYLE
+from plots import COLOURS, MARKERS, RESULTS, draw, muted
 
 Rows = dict[str, dict[str, Any]]
 BUDGETS, KEEPS = (0.05, 0.1, 0.25, 0.5), (0.9, 0.7, 0.5)
@@ -33,10 +33,10 @@ def line(axes: Any, order: int, label: str, points: list[tuple[float, float]]) -
 
 
 def dense_line(axes: Any, rows: Rows) -> None:
-    axes.axhline(rows["dense"]["top1"], color="#555555", linestyle="--", label="dense")
+    axes.axhline(rows["dense"]["top1"], color=muted(), linestyle="--", label="dense")
 
 
-def keys(rows: Rows) -> None:
+def keys(rows: Rows) -> Any:
     """Top-1 against the budget of keys, without and with summary keys."""
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True)
     for axes, (pooled, title) in zip(
@@ -53,10 +53,11 @@ def keys(rows: Rows) -> None:
         axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     panels[0].set_ylabel("top-1 (%)")
     panels[1].legend(loc="lower right", fontsize=9)
-    save(figure, "accuracy-keys")
+    figure.tight_layout()
+    return figure
 
 
-def tokens(rows: Rows) -> None:
+def tokens(rows: Rows) -> Any:
     """Top-1 against the multiply-accumulates that are left."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
     dense_line(axes, rows)
@@ -67,20 +68,14 @@ def tokens(rows: Rows) -> None:
             line(axes, order, label, points)
     axes.set(xlabel="MACs left of the model's (%)", ylabel="top-1 (%)")
     axes.legend(loc="lower right", fontsize=9)
-    save(figure, "accuracy-tokens")
-
-
-def save(figure: Any, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(ASSETS / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
     rows = json.loads((RESULTS / "accuracy-cifar.json").read_text())["rows"]
-    with mpl.rc_context(STYLE):
-        keys(rows)
-        tokens(rows)
+    draw("accuracy-keys", lambda: keys(rows))
+    draw("accuracy-tokens", lambda: tokens(rows))
 
 
 if __name__ == "__main__":

@@ -7,42 +7,41 @@ from typing import Any
 import typer
 
 from sparsiattn.cli import app
+from sparsiattn.cli.help_page import description_of, names_of, parts_of, sections, summary_of
 
 HEAD = """Each command is a thin layer over the Python function of the same name. MODEL is a timm
-name, `hf:ORG/NAME` (or `hf:FOLDER`), `tv:NAME`, or a folder that `patch.save`
-wrote; weights are random unless `--pretrained` is given. `--json` prints
-one JSON document and nothing else to standard output; all else goes to standard error. Exit codes:
-0 done, 1 failed, 2 wrong usage.
+name, `hf:ORG/NAME` (or `hf:FOLDER`), `tv:NAME`, or a folder that `patch.save` wrote. Weights are
+random unless `--pretrained` or `--checkpoint` is given. No file is written that you do not name,
+but for the cache of `tune` and the folder of `new-plugin`.
+
+- `-h` or `--help` after a command shows its options, `--version` the version.
+  `sparsiattn --install-completion` sets up completion by the Tab key.
+- `--json` prints one JSON document to standard output and nothing else. Messages go to standard
+  error.
+- Exit codes: 0 for success, 1 for failure, 2 for wrong usage.
+
+| command | what it does |
+| --- | --- |
 """
 
 
 def text() -> str:
-    command = typer.main.get_command(app)
-    parts = [HEAD]
-    for name, one in command.commands.items():  # type: ignore[attr-defined]
-        parts.append(_command(name, one))
-    return "\n".join(parts)
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    rows = [f"| [`{name}`](#{name}) | {summary_of(one.help)} |" for name, one in commands.items()]
+    return HEAD + "\n".join([*rows, "", *map(_command, commands, commands.values())])
 
 
 def _command(name: str, command: Any) -> str:
-    says = " ".join((command.help or "").split())
-    about, _, example = says.partition("Example: ")
-    lines = [f"## {name}", "", about.strip(), ""]
-    if example:
-        lines += ["```sh", example.strip().rstrip("."), "```", ""]
-    rows = [_row(one) for one in command.params if one.name != "help"]
-    if rows:
-        lines += ["| argument or option | what it is |", "| --- | --- |", *rows, ""]
-    return "\n".join(lines)
+    about, example = parts_of(command.help)
+    lines = [f"## {name}", "", *(line for part in about for line in (part, ""))]
+    lines += ["```sh", example, "```", ""]
+    found = sections(one for one in command.params if one.name != "help")
+    lines += ["| argument or option | what it is |", "| --- | --- |"]
+    for section, parameters in found.items():
+        lines += [f"| **{section}** | |", *map(_row, parameters)]
+    return "\n".join([*lines, ""])
 
 
 def _row(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        names = f"`{parameter.name.upper()}`"
-    else:
-        names = ", ".join(f"`{one}`" for one in (*parameter.opts, *parameter.secondary_opts))
-    says = " ".join((getattr(parameter, "help", None) or "").split()).replace("|", "\\|")
-    default = parameter.default
-    if default not in (None, False, (), []) and not callable(default):
-        says = f"{says} Default: `{default}`."
-    return f"| {names} | {says} |"
+    says = description_of(parameter).replace("|", "\\|")
+    return f"| `{names_of(parameter)}` | {says} |"

@@ -1,4 +1,4 @@
-"""The table of exported programs in docs/reliability.md, from ``results/export-cpu.json``."""
+"""The table of exported programs in docs/tutorials/export.md, from ``results/export-cpu.json``."""
 
 from __future__ import annotations
 

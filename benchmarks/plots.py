@@ -1,5 +1,6 @@
 """Draws the speed of attention from the JSON under ``results/`` to ``docs/assets/``:
-``python benchmarks/plots.py`` (``--device cuda`` for the figures of a GPU).
+``python benchmarks/plots.py`` (``--device cuda`` for the figures of a GPU), each picture for a
+light page and, as ``NAME-dark``, for a dark one.
 
 * ``speed-tokens-DEVICE.svg``: speed relative to dense attention against tokens, a line per budget;
 * ``speed-density-DEVICE.svg``: the same against density, a line per number of tokens;
@@ -42,8 +43,17 @@ STYLE = {
     "svg.hashsalt": "sparsiattn", "svg.fonttype": "path", "font.size": 11, "axes.titlesize": 12,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e3e3e3", "grid.linewidth": 0.8, "axes.axisbelow": True, "lines.linewidth": 2,
-    "lines.markersize": 7, "figure.facecolor": "white", "legend.frameon": False,
+    "lines.markersize": 7, "legend.frameon": False, "xtick.color": "#444444",
+    "ytick.color": "#444444", "savefig.transparent": True,
 }  # fmt: skip
+THEMES = {
+    "": {},
+    "-dark": {
+        "text.color": "#e6e6e6", "axes.labelcolor": "#e6e6e6", "axes.edgecolor": "#9a9a9a",
+        "xtick.color": "#cccccc", "ytick.color": "#cccccc", "grid.color": "#444444",
+    },
+}  # fmt: skip
+"""By the ending of the file's name."""
 
 Row = dict[str, Any]
 
@@ -63,6 +73,29 @@ def read(device: str) -> tuple[list[Row], dict[str, float] | None, str]:
             where = where or f"{card['processor']}, {cores}"
             cards.add(f"{where}, {found['dtype']}, torch {card['torch']}")
     return rows, roof, "; ".join(sorted(cards))
+
+
+def muted() -> str:
+    """The colour of what stands behind the data: baselines, notes, the names of both."""
+    return str(mpl.rcParams["xtick.color"])
+
+
+def draw(name: str, make: Callable[[], Any], folder: Path = ASSETS, kind: str = "svg") -> None:
+    """Save a picture in both themes.
+
+    Args:
+        name: Of the file, without ending.
+        make: Makes the figure in the style that is set.
+        folder: Where the files go.
+        kind: ``"svg"`` or ``"png"``.
+    """
+    # no date in the file: the same figures give the same bytes
+    metadata = {"Date": None} if kind == "svg" else {}
+    for ending, theme in THEMES.items():
+        with mpl.rc_context({**STYLE, **theme}):
+            figure = make()
+            figure.savefig(folder / f"{name}{ending}.{kind}", dpi=110, metadata=metadata)
+            plt.close(figure)
 
 
 def by(rows: list[Row], name: str) -> dict[Any, list[Row]]:
@@ -102,10 +135,10 @@ def speed_lines(
         axes.fill_between(at, low, high, color=COLOURS[i % 6], alpha=0.15, linewidth=0)
         alone = [r["kernel_only"]["ratio"] for r in rows]
         axes.plot(at, alone, color=COLOURS[i % 6], linewidth=1, linestyle=(0, (4, 3)))
-    axes.axhline(1.0, color="#444444", linewidth=1)
+    axes.axhline(1.0, color=muted(), linewidth=1)
     axes.annotate("dense", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, -13),
-                  textcoords="offset points", color="#444444")  # fmt: skip
-    axes.plot([], [], color="#777777", linewidth=1, linestyle=(0, (4, 3)), label="kernel alone")
+                  textcoords="offset points", color=muted())  # fmt: skip
+    axes.plot([], [], color=muted(), linewidth=1, linestyle=(0, (4, 3)), label="kernel alone")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
     axes.set_ylabel("speed relative to dense attention")
@@ -143,7 +176,7 @@ def roofline(rows: list[Row], roof: dict[str, float] | None, card: str) -> Any:
         across = sorted({*ends, min(max(knee, ends[0]), ends[1])})
         limit = [min(roof["gflops"], roof["gbytes"] * x) for x in across]
         says = f"roof: {roof['gflops']:.0f} GFLOP/s, {roof['gbytes']:.0f} GB/s (measured)"
-        axes.plot(across, limit, color="#444444", linewidth=1.5, label=says)
+        axes.plot(across, limit, color=muted(), linewidth=1.5, label=says)
     for i, (n, group) in enumerate(by(rows, "tokens").items()):
         look: dict[str, Any] = {"color": COLOURS[i % 6], "marker": MARKERS[i % 6], "linestyle": ""}
         x = [_intensity(row, "sparse") for row in group]
@@ -153,7 +186,7 @@ def roofline(rows: list[Row], roof: dict[str, float] | None, card: str) -> Any:
         dense = [_gflops(row, "dense", "second_ms") for row in group]
         middle = sorted(dense)[len(dense) // 2]
         axes.plot([_intensity(group[0], "dense")], [middle], fillstyle="none", **look)
-    axes.plot([], [], color="#777777", marker="o", fillstyle="none", linestyle="", label="dense")
+    axes.plot([], [], color=muted(), marker="o", fillstyle="none", linestyle="", label="dense")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("arithmetic intensity (FLOP per byte moved to and from memory)")
@@ -173,7 +206,7 @@ def _gflops(row: Row, side: str, ms: str) -> float:
 
 def _title(axes: Any, text: str, shape: str, card: str) -> None:
     axes.set_title(text, loc="left", fontweight="bold", pad=32)
-    axes.text(0, 1.02, f"{shape}\n{card}", transform=axes.transAxes, fontsize=8, color="#555555")
+    axes.text(0, 1.02, f"{shape}\n{card}", transform=axes.transAxes, fontsize=8, color=muted())
 
 
 def main() -> None:
@@ -191,19 +224,14 @@ def main() -> None:
     mpl.use("Agg")
     options.out.mkdir(parents=True, exist_ok=True)
     drawn = usual(rows)
-    with mpl.rc_context(STYLE):
-        figures = {
-            "speed-tokens": speed_by_tokens(drawn, card),
-            "speed-density": speed_by_density(drawn, card),
-            "roofline": roofline(drawn, roof, card),
-        }
-        for name, figure in figures.items():
-            path = options.out / f"{name}-{options.device}.{options.format}"
-            # no date in the file: the same figures give the same bytes
-            metadata = {"Date": None} if options.format == "svg" else {}
-            figure.savefig(path, dpi=110, metadata=metadata)
-            plt.close(figure)
-            print(f"wrote {path.name}")
+    figures = {
+        "speed-tokens": lambda: speed_by_tokens(drawn, card),
+        "speed-density": lambda: speed_by_density(drawn, card),
+        "roofline": lambda: roofline(drawn, roof, card),
+    }
+    for name, make in figures.items():
+        draw(f"{name}-{options.device}", make, options.out, options.format)
+        print(f"wrote {name}-{options.device}")
 
 
 if __name__ == "__main__":

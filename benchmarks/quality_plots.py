@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from plots import ASSETS, COLOURS, MARKERS, STYLE
+from plots import ASSETS, COLOURS, MARKERS, STYLE, THEMES
 from quality_tables import SWEEP, frontier, rows_of
 
 PANELS = {
@@ -47,13 +47,6 @@ LABELS = {
         "resolution=0.625": "image .625",
     },
 }
-THEMES = {
-    "light": {},
-    "dark": {
-        "text.color": "#e6e6e6", "axes.labelcolor": "#e6e6e6", "axes.edgecolor": "#9a9a9a",
-        "xtick.color": "#cccccc", "ytick.color": "#cccccc", "grid.color": "#444444",
-    },
-}  # fmt: skip
 
 
 class Point(NamedTuple):
@@ -105,8 +98,8 @@ def draw(axes: Any, model: str, title: str) -> None:
         axes.text(*place, text, fontsize=8.5)
 
 
-def figure(theme: str) -> None:
-    with mpl.rc_context({**STYLE, **THEMES[theme]}):
+def figure(ending: str) -> None:
+    with mpl.rc_context({**STYLE, **THEMES[ending]}):
         drawing, panels = plt.subplots(1, len(PANELS), figsize=(11, 4.8))
         for axes, (model, title) in zip(panels, PANELS.items(), strict=True):
             draw(axes, model, title)
@@ -114,8 +107,8 @@ def figure(theme: str) -> None:
         handles, labels = panels[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
         drawing.tight_layout(rect=(0, 0.07, 1, 1))
-        path = ASSETS / f"quality-speed-{theme}.svg"
-        drawing.savefig(path, metadata={"Date": None}, transparent=True)
+        path = ASSETS / f"quality-speed{ending or '-light'}.svg"
+        drawing.savefig(path, metadata={"Date": None})
         plt.close(drawing)
 
 

@@ -66,6 +66,27 @@ def speeds() -> str:
     )
 
 
+# models of one width at four sizes, and their tokens
+EXPECTED = {"deit-s-224": 197, "vit-s-384": 577, "s14-518": 1370, "vit-s-1024": 4097}
+TYPED = (
+    'strategy="token_merge"', 'strategy="connectivity", k=0.1', 'strategy="connectivity", k=0.25',
+)  # fmt: skip
+
+
+def expected() -> str:
+    """Whole models by number of tokens, one image each."""
+    head = ["model", "tokens", "bound", *(f"`{line.removeprefix('strategy=')}`" for line in TYPED)]
+    return _table(head, [_expected(model, tokens) for model, tokens in EXPECTED.items()])
+
+
+def _expected(model: str, tokens: int) -> list[str]:
+    found = json.loads(RESULTS.read_text())["speed"]
+    rows = {row["line"]: row for row in found if (row["model"], row["batch"]) == (model, 1)}
+    ratios = [f"{rows[line]['patched']['ratio']:.2f}x" if line in rows else "" for line in TYPED]
+    bound = rows['strategy="connectivity", k=0.1']["limit"]["ratio"]
+    return [NAMES[model], f"{tokens:,}", f"{bound:.2f}x", *ratios]
+
+
 def sources(file: Path = RESULTS, options: str = "--quality --speed") -> str:
     """Where the figures come from."""
     result = json.loads(file.read_text())
@@ -228,6 +249,7 @@ def _size(model: str, line: str) -> list[str]:
 BLOCKS: dict[str, Callable[[], str]] = {
     "real weights": kept,
     "real speeds": speeds,
+    "expected speeds": expected,
     "source quality-real": sources,
     "sizes": sizes,
     "goals": goals,

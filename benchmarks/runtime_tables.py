@@ -1,4 +1,4 @@
-"""The table of runtimes in docs/speed.md, from ``results/runtimes-cpu.json``."""
+"""The table of runtimes in docs/compare.md, from ``results/runtimes-cpu.json``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,37 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+NAMES = {
+    "vit-s-1024": "ViT-S/16, 1,024 pixels",
+    "deit-s-224": "DeiT-S, 224 pixels",
+    "s14-518": "ViT-S/14, 518 pixels",
+}
 
 
 def runtimes() -> str:
-    """Times, their ratio and what is kept, one line for each model and runtime."""
+    """Times, their ratio and what is kept: a table for each model and batch size."""
     found: dict[str, Any] = json.loads((RESULTS / "runtimes-cpu.json").read_text())
-    head = ["model", "runtime", "dense", "patched", "ratio", "cosine, dense", "cosine, patched"]
-    lines = [head, ["---"] * len(head)]
-    cases = list(dict.fromkeys(name.split(",")[0] for name in found["rows"]))
-    for name, row in sorted(found["rows"].items(), key=lambda x: cases.index(x[0].split(",")[0])):
+    cases: dict[str, list[list[str]]] = {}
+    for name, row in sorted(found["rows"].items(), key=lambda item: list(NAMES).index(_case(item))):
         case, _, runtime = name.partition(", batch ")
         batch, _, runtime = runtime.partition(", ")
-        weights = "" if row["real_weights"] else ", random weights"
-        lines.append([f"{case}, batch {batch}{weights}", runtime, *_cells(row)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        weights = "real weights" if row["real_weights"] else "random weights"
+        images = "one image" if batch == "1" else f"{batch} images"
+        title = f"**{NAMES[case]}, {images}, {weights}**"
+        cases.setdefault(title, []).append([runtime, *_cells(row)])
+    tables = "\n\n".join(f"{title}\n\n{_table(rows)}" for title, rows in cases.items())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{table}\n\n{versions}."
+    return f"{tables}\n\n{versions}."
+
+
+def _case(item: tuple[str, Any]) -> str:
+    return item[0].split(",")[0]
+
+
+def _table(rows: list[list[str]]) -> str:
+    head = ["runtime", "dense", "patched", "ratio", "cosine, dense", "cosine, patched"]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of the load test in docs/reliability.md, from ``results/serving-cpu.json``."""
+"""The table of the load test in docs/tutorials/export.md, from ``results/serving-cpu.json``."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _grouped(key: str) -> str:
         for reason, models in found[key].items():
             names.setdefault(plain(reason), []).extend(models)
     if not names:
-        return "None."
+        return "No model."
     most = sorted(names.items(), key=lambda item: (-len(item[1]), item[0]))
     rows = [[reason, str(len(models)), _some(models)] for reason, models in most]
     return _table(["reason", "models", "names"], rows)

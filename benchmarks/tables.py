@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,12 @@ import export_tables
 import kernel_features
 import method_tables
 import quality_tables
+import recipe_tables
 import reliability_tables
 import runtime_tables
 import serving_tables
 import support_tables
+import view_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -102,24 +103,32 @@ def mass() -> str:
 
 
 def kernels() -> str:
-    """By processor, first with planning, then the kernel alone."""
-    rows = [
-        [
-            kernel, f"{row['tokens']:,}", str(row["k"]), " x ".join(map(str, row["tile"])),
-            *(f"{one[part]['ratio']:.2f}x" if one else "" for one in (row, other)
-              for part in ("with_planning", "kernel_only")),
-        ]
-        for kernel, name, also in (
-            ("`native`", "kernels-native-cpu", "kernels-native-epyc"),
-            ("`gather`", "kernels-cpu", None),
-        )
-        for row, other in zip_longest(
-            read(name)["speedup"], read(also)["speedup"] if also is not None else []
-        )
-    ]  # fmt: skip
-    parts = ["kernel and planning", "kernel alone"]
-    heads = [*(f"Xeon: {part}" for part in parts), *(f"EPYC: {part}" for part in parts)]
-    return table(["kernel", "tokens", "k", "tile", *heads], rows)
+    """`native` on two processors, first with planning, then the kernel alone."""
+    places = {"Xeon": "kernels-native-cpu", "EPYC": "kernels-native-epyc"}
+    parts = {"with planning": "with_planning", "kernel alone": "kernel_only"}
+    head = [f"{place}: {part}" for place in places for part in parts]
+    found = [read(name)["speedup"] for name in places.values()]
+    body = [
+        [*_call(row), *(_ratio(one[part]) for one in (row, other) for part in parts.values())]
+        for row, other in zip(*found, strict=True)
+    ]
+    return table(["tokens", "k", "tile", *head], body)
+
+
+def gather() -> str:
+    """The same without compiled code."""
+    parts = {"with planning": "with_planning", "kernel alone": "kernel_only"}
+    rows = read("kernels-cpu")["speedup"]
+    body = [[*_call(row), *(_ratio(row[part]) for part in parts.values())] for row in rows]
+    return table(["tokens", "k", "tile", *parts], body)
+
+
+def _call(row: dict[str, Any]) -> list[str]:
+    return [f"{row['tokens']:,}", str(row["k"]), " x ".join(map(str, row["tile"]))]
+
+
+def _ratio(timing: dict[str, Any]) -> str:
+    return f"{timing['ratio']:.2f}x"
 
 
 def overhead() -> str:
@@ -166,6 +175,36 @@ def monitor() -> str:
             for row in rows
         ],
     )
+
+
+def block_masks() -> str:
+    """Fixed masks as lists of key blocks, where there are enough tokens."""
+    rows = [row for row in read("blockmask-cpu")["rows"] if row["n"] > 1000]
+    body = [
+        [
+            f"{row['n']:,}",
+            row["mask"],
+            "yes" if row["reorder"] else "no",
+            f"{row['ideal_share']:.1%}",
+            f"{row['computed_share']:.1%}",
+            f"{row['speed_over_masked']:.2f}x",
+            f"{row['speed_over_dense']:.2f}x",
+            f"{row['making_ms']:.0f} ms",
+        ]
+        for row in rows
+    ]
+    head = ["tokens", "mask", "reordered", "pairs", "computed", "over masked SDPA", "over dense"]
+    return table([*head, "making the lists"], body)
+
+
+def windowed() -> str:
+    """Windows that are skipped in Swin."""
+    rows = read("windowed")["rows"]["batch 1"]
+    body = [
+        [name, f"{row['macs_ratio']:.2f}x", f"{row['ratio']:.2f}x", f"{row['cosine']:.3f}"]
+        for name, row in rows.items()
+    ]
+    return table(["what is skipped", "fewer MACs", "speed", "cosine of the last map"], body)
 
 
 def token_quality() -> str:
@@ -227,6 +266,9 @@ SOURCES = (
     "kernels-native-epyc",
     "memory-cpu",
     "merge-cpu",
+    "many-views-layer",
+    "many-views-memory",
+    "many-views-recall",
     "models-cpu",
     "monitor-cpu",
     "overhead-cpu",
@@ -241,6 +283,7 @@ SOURCES = (
     "token-quality-cifar",
     "tokens-cpu",
     "train-step-cpu",
+    "windowed",
 )
 
 
@@ -259,9 +302,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{f"source {name}": partial(source, name) for name in SOURCES},
     "mass": mass,
     "kernels": kernels,
+    "kernels gather": gather,
     "overhead": overhead,
     "tokens": tokens,
     "token-quality": token_quality,
+    "windowed": windowed,
+    "block masks": block_masks,
     "proportional": proportional,
     "monitor": monitor,
     "memory": memory,
@@ -278,9 +324,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **method_tables.BLOCKS,
     **equal_time_tables.BLOCKS,
     **quality_tables.BLOCKS,
+    **recipe_tables.BLOCKS,
     **export_tables.BLOCKS,
     **serving_tables.BLOCKS,
     **runtime_tables.BLOCKS,
+    **view_tables.BLOCKS,
 }
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import lazy_loader
 
-from sparsiattn._version import __version__ as __version__
 from sparsiattn.errors import warn_renamed
 
 # Deprecated names and the present ones; using an old one warns.
@@ -29,6 +28,8 @@ _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 def __getattr__(name: str) -> Any:
     """Import a public name or a sub-package at its first use."""
+    if name == "__version__":  # reading it takes 50 ms, and `sparsiattn --help` imports the root
+        return import_module("sparsiattn._version").__version__
     if name in _RENAMED:
         warn_renamed(f"sparsiattn.{name}", f"sparsiattn.{_RENAMED[name]}")
         name = _RENAMED[name]

@@ -107,7 +107,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:
 
 
 # When old names are removed: those that users type, and those that plug-ins override or call
-# (docs/extend.md promises these for longer).
+# (docs/tutorials/plugin.md promises these for longer).
 REMOVED_IN = "0.3.0"
 PLUGIN_REMOVED_IN = "plug-in API 2.0"
 

@@ -27,7 +27,8 @@ SHARES = (0.05, 0.1, 0.25)
 LINES: tuple[dict[str, Any], ...] = (
     {"strategy": "topk"},
     {"strategy": "connectivity"},
-    {"strategy": "connectivity", "tile": 1},
+    {"strategy": "connectivity", "tile": (4, 4)},
+    {"strategy": "connectivity", "tile": (2, 2)},
     {"strategy": "local"},
     {"strategy": "random"},
 )

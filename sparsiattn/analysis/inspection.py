@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from sparsiattn.analysis.attention_bound import bound_of, bound_text
+from sparsiattn.analysis.unpatched import example_input, patches_in, survey_unpatched
 from sparsiattn.attention import Grid
-from sparsiattn.errors import GuessedStructure, ProbeFailed, SparsiattnError, renamed_property
-from sparsiattn.patching import Patch, Report, SiteReport
+from sparsiattn.errors import GuessedStructure, SparsiattnError, renamed_property
+from sparsiattn.patching import Report, SiteReport
 from sparsiattn.patching.apply import plan_patch
-from sparsiattn.patching.discovery.meta_model import has_data, meta_copy, value_copy
+from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.report import dense_macs, report
 from sparsiattn.patching.survey import ModelSurvey, survey
 from sparsiattn.patching.text import (
@@ -25,17 +27,13 @@ from sparsiattn.patching.text import (
     plain,
     plain_data,
     shape_text,
+    speed_text,
     structure_lines,
 )
 from sparsiattn.registry import REGISTRY
 from sparsiattn.registry.registry import METHODS
-from sparsiattn.runtime.multihead import swap_back
-from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, live_patches, unwrap
-from sparsiattn.runtime.restore import unwatch
-from sparsiattn.runtime.site_runtime import PLANNER
-from sparsiattn.strategies import Config
-
-T = TypeVar("T")
+from sparsiattn.runtime.patch_state import unwrap
+from sparsiattn.strategies import Config, Hybrid
 
 NO_SITES = (
     "no module of the model computes scaled dot product attention (by torch's function or by hand) "
@@ -95,6 +93,9 @@ class StrategySaving:
             saves; None if ``reason`` is set, or if it depends on the input's values.
         reason: Why the strategy does not fit this model; empty if it does.
         notes: Notes on unusual sites, and on blocks that keep every token.
+        speed: Expected speed of the whole model relative to dense, as in `Report`; None if it is
+            not known.
+        speed_reason: Why it is not known.
     """
 
     name: str
@@ -103,12 +104,26 @@ class StrategySaving:
     saves: float | None = None
     reason: str = ""
     notes: tuple[str, ...] = ()
+    speed: float | None = None
+    speed_reason: str = ""
 
     def __str__(self) -> str:
-        name = f"{self.name} {self.budget}".rstrip()
         if self.reason:
             return f"{self.name}: not for this model: {self.reason}"
-        return "; ".join([f"{name}: {percent(self.saves)}", *self.notes])
+        name, saves, speed = self.cells()
+        return "; ".join([f"{name}: {saves} of MACs, {speed} expected", *self.notes])
+
+    def cells(self) -> Row:
+        """The strategy, what it saves and its expected speed, as a row of a table."""
+        name = f"{self.name} {self.budget}".rstrip()
+        return name, percent(self.saves), speed_text(self.speed)
+
+    def remarks(self) -> list[str]:
+        """Lines below that table."""
+        if self.reason:
+            return [str(self)]
+        unknown = [f"no expected speed: {self.speed_reason}"] if self.speed_reason else []
+        return [f"{self.name}: {note}" for note in (*unknown, *self.notes)]
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class Inspection:
         skipped: ``(name, reason)`` of every other attention call.
         strategies: The saving of each strategy.
         patched: Description of the active patch; empty without one.
+        price_source: Where the prices of expected speeds come from.
 
     >>> from sparsiattn.testing.hosts import tiny_vit
     >>> inspection = inspect(tiny_vit(), strategies=["local"])
@@ -139,6 +155,7 @@ class Inspection:
     skipped: tuple[tuple[str, str], ...]
     strategies: tuple[StrategySaving, ...]
     patched: str = ""
+    price_source: str = ""
 
     left = renamed_property("left", "skipped")
 
@@ -147,19 +164,34 @@ class Inspection:
         """MACs of QK^T and AV at all sites."""
         return sum(site.macs for site in self.sites)
 
+    @property
+    def bound(self) -> float:
+        """How much faster the model could be if attention took no time: fewer keys cannot exceed
+        that, fewer tokens can."""
+        return bound_of(self.mhsa_macs / max(1, self.macs))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**plain_data(self, skipped="left"), "mhsa_macs": self.mhsa_macs}
+        figures = {"mhsa_macs": self.mhsa_macs, "bound": self.bound}
+        return {**plain_data(self, skipped="left"), **figures}
 
     def __str__(self) -> str:
-        return plain([*self.head(), self.table(), *self.tail()])
+        return plain(self.parts())
+
+    def parts(self) -> list[str | list[Row]]:
+        """All of it in order: lines, and tables as rows of cells."""
+        return [*self.head(), self.table(), *self.tail(), self.strategy_table(), *self.remarks()]
 
     def head(self) -> list[str]:
         """Lines above the table of sites."""
+        if not self.sites:
+            start = f"nothing to patch: {self.model} ({self.backbone}) has no attention that can be"
+            return [f"{start} reached, input {shape_text(self.input_shape)}"]
         lines = [
             f"{self.model} ({self.backbone}), {len(self.sites)} sites, input "
             f"{shape_text(self.input_shape)}, {macs_text(self.macs)} MACs, of them MHSA "
-            f"{macs_text(self.mhsa_macs)} ({percent(self.mhsa_macs / max(1, self.macs))})"
+            f"{macs_text(self.mhsa_macs)} ({percent(self.mhsa_macs / max(1, self.macs))})",
+            f"{bound_text(self.mhsa_macs / max(1, self.macs))}; fewer tokens can give more",
         ]
         return lines + ([f"described without {self.patched}"] if self.patched else [])
 
@@ -188,8 +220,21 @@ class Inspection:
         if not self.sites:
             return [*lines, f"no strategy: {NO_SITES}"]
         if self.strategies:
-            lines.append("saved of the whole model's MACs (not of its time), by default options:")
-        return lines + [f"  {saving}" for saving in self.strategies]
+            lines.append("strategies with their default options, for one image:")
+        return lines
+
+    def strategy_table(self) -> list[Row]:
+        """Cells of the strategies that the model can have, a heading first."""
+        rows = [one.cells() for one in self.strategies if not one.reason]
+        head = ("strategy", "MACs saved", "expected speed")
+        return [head, *rows] if rows and self.sites else []
+
+    def remarks(self) -> list[str]:
+        """Lines below the table of strategies."""
+        if not self.sites:
+            return []
+        lines = [line for one in self.strategies for line in one.remarks()]
+        return lines + ([self.price_source] if self.price_source else [])
 
 
 def inspect(
@@ -223,7 +268,10 @@ def inspect(
     # a plug-in's planner may draw its initial weights from the global generator
     with torch.random.fork_rng(devices=[]):
         total = dense_macs(_copy_like(surveyed, copied), surveyed.inputs())
-        outcomes = {config: _try(config, copied, example, surveyed, total) for config in configs}
+        judge = Judge(copied, example, surveyed, total)
+        outcomes = {config: judge.report(config) for config in configs}
+        savings = tuple(judge.saving(*outcome) for outcome in outcomes.items())
+    reports = [outcome for outcome in outcomes.values() if isinstance(outcome, Report)]
     site_savings = {
         config.name: {row.name: _share(_saved(row), total) for row in outcome.sites}
         for config, outcome in outcomes.items()
@@ -246,31 +294,10 @@ def inspect(
             for site, _ in surveyed.sites
         ),
         skipped=tuple(surveyed.skipped),
-        strategies=tuple(_saving(*outcome, total) for outcome in outcomes.items()),
+        strategies=savings,
         patched=", ".join(map(repr, patches)),
+        price_source=next((r.price_source for r in reports if r.price_source), ""),
     )
-
-
-def survey_unpatched(
-    model: nn.Module, patches: list[Patch], look: Callable[[nn.Module], T]
-) -> tuple[nn.Module, T]:
-    """A copy without patches, and the result of a function of it.
-
-    The copy has no data (it is on the meta device), if the model can run this way.
-
-    Args:
-        model: The model.
-        patches: Its active patches.
-        look: Function that gets the copy.
-    """
-    copied = unpatched_meta_copy(model, patches)
-    try:
-        return copied, look(copied)
-    except ProbeFailed:
-        if not has_data(model):
-            raise
-    copied = _unpatched(model, value_copy(model), patches)
-    return copied, look(copied)
 
 
 def _copy_like(surveyed: ModelSurvey, copied: nn.Module) -> nn.Module:
@@ -286,55 +313,74 @@ def _configs(names: str | Iterable[str] | None) -> list[type[Config]]:
     return [REGISTRY.get("strategies", name) for name in names]
 
 
-def patches_in(model: nn.Module) -> list[Patch]:
-    """Active patches of a model and of its submodules, each once."""
-    return list(dict.fromkeys(patch for _, patch in live_patches(model)))
+@dataclass(frozen=True)
+class Judge:
+    """Plans strategies on a model.
+
+    Attributes:
+        model: A copy of the model, possibly without data.
+        example: The ``input`` of `patch`.
+        surveyed: The model's attention.
+        total: MACs of the dense model.
+    """
+
+    model: nn.Module
+    example: Any
+    surveyed: ModelSurvey
+    total: int
+
+    def report(self, config: type[Config], only_if_faster: bool = False) -> Report | str:
+        """The report of a patch that is planned but not attached, or why there is none."""
+        if not self.surveyed.sites:
+            return NO_SITES
+        try:
+            with warnings.catch_warnings():
+                # the inspection itself shows guessed structures
+                warnings.simplefilter("ignore", GuessedStructure)
+                planned = plan_patch(
+                    self.model,
+                    config.build({}),
+                    example=self.example,
+                    surveyed=self.surveyed,
+                    only_if_faster=only_if_faster,
+                )
+            return report(planned, self.total)
+        except SparsiattnError as error:
+            return str(error)
+        except Exception as error:  # an error of a plug-in must not hide others
+            return f"{type(error).__name__}: {error}"
+
+    def saving(self, config: type[Config], outcome: Report | str) -> StrategySaving:
+        """The saving of a strategy, from its report."""
+        if isinstance(outcome, str):
+            return StrategySaving(config.name, config.kind, reason=outcome)
+        strategy = config.build({})
+        budgets = {name: getattr(strategy, name, None) for name in BUDGETS}
+        notes = Counter(row.note for row in outcome.sites if row.note)
+        whole = [f"{name} keeps every token: {reason}" for name, reason in outcome.whole_blocks]
+        # `patch` lets a hybrid leave sites dense, and MACs are counted without that
+        usual = self.report(config, only_if_faster=True) if issubclass(config, Hybrid) else outcome
+        reason = _no_speed(usual)
+        return StrategySaving(
+            name=config.name,
+            kind=config.kind,
+            budget=", ".join(f"{n}={value}" for n, value in budgets.items() if value is not None),
+            saves=_share(None if outcome.macs is None else self.total - outcome.macs, self.total),
+            notes=(*(f"{note} (sites: {count})" for note, count in notes.items()), *whole),
+            speed=usual.speed if isinstance(usual, Report) and not reason else None,
+            speed_reason=reason,
+        )
 
 
-def unpatched_meta_copy(model: nn.Module, patches: list[Patch]) -> nn.Module:
-    """A copy of a model without data and without these patches."""
-    return _unpatched(model, meta_copy(model), patches)
-
-
-def _unpatched(model: nn.Module, copied_model: nn.Module, patches: list[Patch]) -> nn.Module:
-    """Remove these patches from a copy of the model."""
-    planners = {id(runtime.planner) for patch in patches for runtime in patch.runtimes}
-    # a list, because the loop removes modules
-    for module, copied in zip(model.modules(), list(copied_model.modules()), strict=True):
-        if id(module._modules.get(PLANNER)) in planners:
-            del copied._modules[PLANNER]
-        unwatch(copied)
-        swap_back(copied)
-        vars(copied).pop(PATCH_ATTRIBUTE, None)
-    return copied_model
-
-
-def example_input(model: nn.Module, example: Any, patches: list[Patch]) -> Any:
-    """The input for the description: the user's, or else that of the model's own patch."""
-    examples = [
-        patch.attention.example
-        for patch in patches
-        if patch.model is model and not patch.follows_model
-    ]
-    return examples[0] if example is None and examples else example
-
-
-def _try(
-    config: type[Config], meta_model: nn.Module, example: Any, surveyed: ModelSurvey, total: int
-) -> Report | str:
-    """The report of a patch that is planned but not attached, or why there is none."""
-    if not surveyed.sites:
-        return NO_SITES
-    try:
-        with warnings.catch_warnings():
-            # the inspection itself shows guessed structures
-            warnings.simplefilter("ignore", GuessedStructure)
-            planned = plan_patch(meta_model, config.build({}), example=example, surveyed=surveyed)
-        return report(planned, total)
-    except SparsiattnError as error:
-        return str(error)
-    except Exception as error:  # an error of a plug-in must not hide other strategies
-        return f"{type(error).__name__}: {error}"
+def _no_speed(outcome: Report | str) -> str:
+    """Why the speed of the whole model is not known; empty if it is."""
+    if isinstance(outcome, str):
+        return outcome
+    if outcome.no_fast_kernel:
+        return outcome.no_fast_kernel
+    if outcome.macs is None:
+        return "the tokens it keeps depend on the image"
+    return "" if outcome.speed is not None else "the model has only attention"
 
 
 def _share(macs: int | None, total: int) -> float | None:
@@ -343,19 +389,3 @@ def _share(macs: int | None, total: int) -> float | None:
 
 def _saved(row: SiteReport) -> int | None:
     return None if row.macs is None else row.macs_dense - row.macs - row.predictor_macs
-
-
-def _saving(config: type[Config], outcome: Report | str, total: int) -> StrategySaving:
-    if isinstance(outcome, str):
-        return StrategySaving(config.name, config.kind, reason=outcome)
-    strategy = config.build({})
-    budgets = {name: getattr(strategy, name, None) for name in BUDGETS}
-    notes = Counter(row.note for row in outcome.sites if row.note)
-    unreduced = [f"{name} keeps every token: {reason}" for name, reason in outcome.whole_blocks]
-    return StrategySaving(
-        name=config.name,
-        kind=config.kind,
-        budget=", ".join(f"{name}={value}" for name, value in budgets.items() if value is not None),
-        saves=_share(None if outcome.macs is None else total - outcome.macs, total),
-        notes=(*(f"{note} (sites: {count})" for note, count in notes.items()), *unreduced),
-    )

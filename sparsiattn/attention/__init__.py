@@ -1,7 +1,7 @@
 """Attention in this library's terms: sites, inputs ``[B, H, N, D]``, token grids, key patterns.
 
-Imports `sparsiattn.errors` alone and knows no model, kernel or strategy. Every package but
-`sparsiattn.registry` may import it.
+It imports `sparsiattn.errors` only and does not depend on models, kernels or strategies. Every
+package except `sparsiattn.registry` may import it.
 """
 
 from sparsiattn.attention.background import CountedSummary, Summary

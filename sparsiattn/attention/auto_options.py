@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sparsiattn.attention.geometry import Grid, Tile
 
 MOST_CELLS = 144
-"""Summary keys of all views together: compiled code counts up to so many cells."""
+"""Largest number of summary keys over all views: compiled code counts at most that many cells."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def auto_background(grid: Grid, views: int = 1) -> int:
     """Summary keys in each direction of a token grid, or of each of its views.
 
     Args:
-        grid: Rows and columns, of all views one below the other.
-        views: Images or frames in the grid.
+        grid: Rows and columns, of all views stacked vertically.
+        views: Number of images or frames in the grid.
 
     >>> auto_background((7, 7)), auto_background((14, 14)), auto_background((37, 37))
     (2, 5, 10)

@@ -247,8 +247,8 @@ class Tiles:
 def tile_parts(grid: Grid, tile: tuple[int, int], views: int = 1) -> Grid:
     """How many tiles in each direction.
 
-    A single row of tokens is cut into runs of rows x columns. No tile reaches from one view into
-    the next: the views of a grid stand one below the other and are cut alike.
+    A single row of tokens is cut into runs of rows x columns. The views of a grid are stacked
+    vertically and cut in the same way, so no tile spans two of them.
 
     >>> tile_parts((14, 14), (8, 8)), tile_parts((1, 100), (8, 8)), tile_parts((9, 3), (2, 3), 3)
     ((2, 2), (1, 2), (6, 1))

@@ -82,8 +82,8 @@ class GivenStructure:
 
     def __str__(self) -> str:
         names = ("grid", "prefix", "suffix", "specials")
-        given = [f"{n}={getattr(self, n)}" for n in names if getattr(self, n) is not None]
-        return ", ".join(given)
+        options = [f"{n}={getattr(self, n)}" for n in names if getattr(self, n) is not None]
+        return ", ".join(options)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: the arguments that were given."""

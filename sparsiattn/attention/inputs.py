@@ -55,8 +55,8 @@ class AttentionInputs(RenamedMembers):
             not use them.
         placed: Whether the positions of the tokens in the image are known, so that the grids
             have a meaning.
-        views: Images or frames in the sequence, one below the other in the grids; by default as
-            ``site`` says, if the query grid can be cut into so many.
+        views: Number of images or frames in the sequence, stacked vertically in the grids; by
+            default that of ``site``, if it divides the query grid.
 
     >>> x = torch.zeros(1, 2, 17, 8)
     >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
@@ -130,7 +130,7 @@ class AttentionInputs(RenamedMembers):
 
     @property
     def key_views(self) -> int:
-        """Images or frames among the keys; 1 where they are not the queries' own tokens."""
+        """Number of images or frames among the keys; 1 if keys and queries have different grids."""
         return self.views if self.key_grid == self.query_grid else 1
 
     @property

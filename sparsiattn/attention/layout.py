@@ -38,6 +38,9 @@ class Layout:
     Attributes:
         form: A key of `FORMS`, such as ``"b h n d"``.
         heads: Number of heads.
+
+    >>> Layout("(b h) n d", heads=3).fold(torch.zeros(6, 5, 8)).shape
+    torch.Size([2, 3, 5, 8])
     """
 
     form: str

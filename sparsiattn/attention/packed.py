@@ -72,8 +72,9 @@ class PackedTokens:
         """
         if self.states[0].is_side(table):
             raise InvalidOption(
-                f"adaptive counts need blocks without position tables, and this model's take one "
-                f"of shape {tuple(table.shape)} (RoPE): use a fixed keep, e.g. keep=0.7"
+                "token counts that differ between images need blocks without position tables, but "
+                f"those of this model take one of shape {tuple(table.shape)} (RoPE): use a fixed "
+                "keep, e.g. keep=0.7"
             )
         return table
 

@@ -2,8 +2,8 @@
 
 A planner returns `Dense`, `Mask`, `Ranked` or a `ComputedPattern`. `Ranked` holds scores and a
 budget; the core turns it into key lists (`sparsiattn.attention.key_lists`) once prefix tokens,
-tiles and the host's masks are taken into account. The others are what kernels compute, and so is
-`Lengths`, the pattern of images with different numbers of tokens.
+tiles and the host's masks are taken into account. Kernels compute these lists, the other patterns,
+and `Lengths`, the pattern of images with different numbers of tokens.
 """
 
 from __future__ import annotations
@@ -293,6 +293,9 @@ class Mask(SizedPattern):
         n_keys: Number of keys, prefix included.
         keep: ``[B|1, H|1, Nq, Nk]``, True where the pair survives.
         summary: Pooled keys that stand for the dropped ones; None if there are none.
+
+    >>> Mask(4, 4, torch.ones(1, 1, 4, 4).tril().bool()).pairs()
+    10.0
     """
 
     keep: Tensor

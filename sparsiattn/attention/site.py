@@ -40,6 +40,12 @@ class Site:
         halo: Number of patches by which the keys extend beyond the queries on every side.
         structure: How the host's sequence maps to the image, and the source of that knowledge;
             None for a site that was made by hand.
+
+    >>> import torch
+    >>> x = torch.zeros(1, 2, 17, 8)
+    >>> site = Site.of(x, x, x, prefix_tokens=1)
+    >>> site.tokens, site.grid, site.macs
+    (17, (4, 4), 9248)
     """
 
     name: str
@@ -96,12 +102,12 @@ class Site:
 
     @property
     def views(self) -> int:
-        """Images or frames in the sequence, which stand one below the other in ``grid``."""
+        """Number of images or frames in the sequence, stacked vertically in ``grid``."""
         return 1 if self.structure is None else self.structure.views
 
     @property
     def has_views_apart(self) -> bool:
-        """Whether special tokens stand between the patches of several images."""
+        """Whether there are special tokens between the patches of several images."""
         return self.views > 1 and bool(self.structure and self.structure.specials)
 
     def described(self, structure: Structure) -> Site:

@@ -33,6 +33,9 @@ class Structure:
         specials: Positions of special tokens within every view.
         raster: Whether the patches of a view are in raster order.
         source: Who says so: a module that makes the tokens, an adapter or the user; or `GUESS`.
+
+    >>> str(Structure((14, 14), prefix=1, source="the adapter timm"))
+    '1 prefix token, 14 x 14 patches (the adapter timm)'
     """
 
     grid: Grid

@@ -62,7 +62,7 @@ class TokenState:
     Attributes:
         owner: Key of the patch.
         prefix: Number of special tokens before the patches.
-        suffix: Number of special tokens behind them.
+        suffix: Number of special tokens after the patches.
         grid: Rows and columns of all patch tokens at this resolution.
         layer: Index of the next block.
         ids: ``[B, n]``, the original patch that each token stands for (a fused token is stored as

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from sparsiattn.cli.bench_list import compared, heading
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command, noise
-from sparsiattn.cli.options import AsJson, BatchSize, Device, DType, dtype_of
+from sparsiattn.cli.images import noise
+from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
+from sparsiattn.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    DType,
+    in_output,
+    in_run,
+    place_of,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sparsiattn import BenchResult
 
 
@@ -26,45 +32,58 @@ def bench_model(
     device: Device = "cpu",
     dtype: DType = "float32",
     batch_size: BatchSize = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Also write everything as JSON.")] = None,
+    rounds: Annotated[
+        int, in_run(min=1, metavar="N", help="Paired runs: dense and patched in turn.")
+    ] = 10,
+    out: Annotated[
+        Path | None, in_output(metavar="FILE", help="Write the JSON document to this file, too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a model dense and patched, in paired runs, and its attention site by site.
+    """Time a model dense and patched, in paired runs on noise.
 
-    The strategy is connectivity unless another is named; weights cost no time.
-    Example: sparsiattn bench vit_small_patch16_384 --k 0.25 --image-size 1024
+    Without any option of the patch, one setting of each family that recommend tries is timed. With
+    one, the report of that patch follows, site by site; --k without --strategy is for connectivity.
+    Weights may be random: they do not change speed.
+
+    Example: sparsiattn bench vit_small_patch16_384 --strategy hybrid --image-size 1024
     """
+    place = place_of(device, dtype)
+    if request.names_a_patch():
+        document, parts = _one(request, place, batch_size, rounds)
+    else:
+        document, parts = compared(request, place, batch_size, rounds)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        parts.append(f"wrote {out}")
+    print_result(as_json, document, *parts)
+
+
+def _one(
+    request: ModelRequest, place: dict[str, Any], batch_size: int, rounds: int
+) -> tuple[dict[str, Any], list[Any]]:
+    """The patch that was asked for, as a JSON document and as parts of a text."""
     from sparsiattn import bench
     from sparsiattn.training.progress import bar
 
-    torch_dtype = dtype_of(dtype)
-    model, _ = request.build(default_strategy="connectivity")
-    model = model.eval().to(device, torch_dtype)
+    model, _ = request.build(default_strategy="connectivity", weights_matter=False)
+    model = model.eval().to(**place)
     images = noise(model, request.image_size, batch_size)
     with bar("rounds", rounds, shown=sys.stderr.isatty()) as progress:
         result = bench(model, images, rounds=rounds, progress=progress)
     document = {**result.to_dict(), "name": request.model}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    written = [] if out is None else [f"wrote {out}"]
-    print_result(as_json, document, _table(request.model, result), result.report, *written)
+    return document, [heading(request.model, result, result.strategy), _rows(result), result.report]
 
 
-def _table(name: str, result: BenchResult) -> Table:
-    from rich.table import Table
-
-    from sparsiattn.patching.text import shape_text
-
-    shape = shape_text(result.input_shape)
-    title = f"{name}, {result.strategy}, input {shape}, {result.dtype} on {result.device}"
-    table = Table("", "median", "quartiles", title=title, title_justify="left")
-    for side, median, (low, high) in (
+def _rows(result: BenchResult) -> list[tuple[str, ...]]:
+    times = (
         ("dense", result.dense_ms, result.dense_quartiles),
         ("patched", result.sparse_ms, result.sparse_quartiles),
-    ):
-        table.add_row(side, f"{median:.2f} ms", f"{low:.2f} to {high:.2f} ms")
+    )
+    rows = [
+        (side, f"{ms:.2f} ms", f"{low:.2f} to {high:.2f} ms") for side, ms, (low, high) in times
+    ]
     low, high = result.ratio_quartiles
-    table.add_row("dense / patched", f"{result.ratio:.2f}x", f"{low:.2f} to {high:.2f}x")
-    return table
+    ratio = ("dense / patched", f"{result.ratio:.2f}x", f"{low:.2f} to {high:.2f}x")
+    return [("", "median", "quartiles"), *rows, ratio]

@@ -54,9 +54,11 @@ def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None =
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Errors of this library as one line and exit code 1, without a traceback."""
+    """Errors of this library and of files as one line and exit code 1, without a traceback."""
     try:
         yield
-    except SparsiattnError as error:
+    except BrokenPipeError:  # the reader of a pipe has gone; typer ends in silence
+        raise
+    except (SparsiattnError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

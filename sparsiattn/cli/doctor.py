@@ -9,9 +9,11 @@ from sparsiattn.cli.options import AsJson
 
 
 def diagnose(as_json: AsJson = False) -> None:
-    """Versions, devices, kernels and plug-ins; what is missing or broken, and what mends it.
+    """Check this installation: versions, devices, kernels, plug-ins, and how to fix what is broken.
 
-    Exits with 0 unless the core itself cannot run. Example: sparsiattn doctor --json
+    Exits with 0 unless the library itself cannot run.
+
+    Example: sparsiattn doctor --json
     """
     from sparsiattn import doctor
 

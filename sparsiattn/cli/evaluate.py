@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
-from typing import Annotated
-
-import typer
+from typing import Annotated, Any
 
 from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import (
@@ -21,53 +18,64 @@ from sparsiattn.cli.options import (
     DeviceOrGPU,
     DType,
     LabelledImages,
+    Metric,
+    Workers,
+    device_of,
     dtype_of,
+    in_data,
     pairs,
 )
 
 
-class Compared(Enum):
-    """Values of ``--metric``."""
-
-    FEATURES = "features"
-    CLASSES = "classes"
-
-
-@model_command(*PATCH_OPTIONS)
+@model_command(*PATCH_OPTIONS, "only_if_faster")
 def evaluate_model(
     *,
     data: LabelledImages,
-    split: Annotated[str, typer.Option(help="train, validation, test ...")] = "validation",
+    split: Annotated[
+        str,
+        in_data(
+            metavar="NAME", help="Part of the data: train, validation, test ... if it has parts."
+        ),
+    ] = "validation",
     request: ModelRequest,
     data_option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE: mean, std, crop_pct, interpolation; may be repeated."),
+        in_data(
+            metavar="NAME=VALUE",
+            help="How images are read: mean, std, crop_pct, interpolation. Repeatable.",
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="So many images, spread over the split.")
+        int | None,
+        in_data(
+            min=1,
+            metavar="N",
+            show_default="all",
+            help="Number of images to use, spread over the split.",
+        ),
     ] = None,
-    metric: Annotated[
-        Compared | None,
-        typer.Option(help="What is compared without labels; default: as the model has a head."),
-    ] = None,
+    metric: Metric = None,
     batch_size: BatchSize = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    workers: Workers = 0,
     device: DeviceOrGPU = None,
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy and images/s of a model, dense and patched in one pass, and how often they agree.
+    """Measure accuracy, images/s and speed-up of a model, dense and patched, in one pass.
 
-    Of headless models, or with --metric features, how much of the features stays, without labels.
-    Under torchrun every process takes its share. Weights are random without --pretrained or
-    --checkpoint. Example: sparsiattn eval deit_small_patch16_224 --pretrained --data imagenet
+    Without labels (a model without a head, or --metric) outputs are compared with the dense
+    model's. Without --strategy or --patch only the dense model runs. Under torchrun every process
+    takes its share of the images.
+
+    Example: sparsiattn eval deit_small_patch16_224 --pretrained --data imagenet
     --strategy connectivity --k 0.25
     """
+    preprocessing, torch_dtype = pairs(data_option, "--data-option"), dtype_of(dtype)
+    place = _device(device)
     from sparsiattn import evaluate
     from sparsiattn.training.processes import leave
     from sparsiattn.training.progress import bar
 
-    preprocessing, torch_dtype = pairs(data_option, "--data-option"), dtype_of(dtype)
     model, patch = request.build()
     with bar("images", shown=sys.stderr.isatty() and is_first_process()) as progress:
         evaluation = evaluate(
@@ -81,7 +89,7 @@ def evaluate_model(
             augment=preprocessing,
             metric=None if metric is None else metric.value,
             progress=progress,
-            device=device or _device(),
+            device=place,
         )
     if is_first_process():
         strategy = None if patch is None else patch.strategy.to_dict()
@@ -91,10 +99,8 @@ def evaluate_model(
     leave()
 
 
-def _device() -> str | None:
-    """The GPU where there is one; of launched processes each has its own, which is found later."""
-    import torch
-
+def _device(name: str | None) -> Any:
+    """As `device_of`; of launched processes each has its own GPU, which is found later."""
     from sparsiattn.training.processes import waiting
 
-    return "cuda" if torch.cuda.is_available() and not waiting() else None
+    return None if name is None and waiting() else device_of(name)

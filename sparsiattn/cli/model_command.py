@@ -12,11 +12,22 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sparsiattn.cli.options import ImageSize, ModelName, budget, pairs, value_of
-from sparsiattn.errors import DataError, InvalidOption
+from sparsiattn.cli.hub import offline_if_unreachable
+from sparsiattn.cli.options import (
+    ImageSize,
+    ModelName,
+    ModelOptions,
+    budget,
+    in_model,
+    in_patch,
+    pairs,
+    value_of,
+)
+from sparsiattn.cli.weights import load_weights, planners_in
+from sparsiattn.errors import InvalidOption
 
-MODEL_OPTIONS = ("checkpoint", "pretrained", "model_option", "image_size")
-PATCH_OPTIONS = ("strategy", "k", "keep", "kernel", "option", "planners", *MODEL_OPTIONS)
+MODEL_OPTIONS = ("pretrained", "checkpoint", "model_option", "image_size")
+PATCH_OPTIONS = ("strategy", "k", "keep", "kernel", "option", "patch", *MODEL_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -28,53 +39,84 @@ class ModelRequest:
 
     model: ModelName
     strategy: Annotated[
-        str | None, typer.Option(help="As sparsiattn.patch takes it; none leaves the model dense.")
-    ] = None
-    k: Annotated[str | None, typer.Option(help="0.1 is a share of the keys, 20 a count.")] = None
-    keep: Annotated[
         str | None,
-        typer.Option(help="Share of tokens token strategies keep; a list: [0.9,0.8,0.7]."),
-    ] = None
-    kernel: Annotated[str | None, typer.Option(help="auto, or a kernel's name.")] = None
-    option: Annotated[
-        list[str] | None,
-        typer.Option("-o", "--option", help="NAME=VALUE for the strategy; may be repeated."),
-    ] = None
-    only_if_faster: Annotated[
-        bool | None, typer.Option(help="Leave sites dense where sparse attention should lose.")
-    ] = None
-    planners: Annotated[
-        Path | None,
-        typer.Option(help="A folder that patch.save wrote: that patch instead of --strategy."),
-    ] = None
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Weights of the model: .safetensors, or .pth as timm takes it."),
-    ] = None
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download weights.")] = False
-    model_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model-option",
-            "--model-kwargs",
-            help="NAME=VALUE for what makes the model, e.g. img_size=32 of timm; may be repeated.",
+        in_patch(
+            metavar="NAME",
+            help="Strategy, such as connectivity, token_merge or hybrid; sparsiattn list has all.",
         ),
     ] = None
+    k: Annotated[
+        str | None,
+        in_patch(
+            metavar="BUDGET", help="Keys that each query keeps: a share (0.1) or a count (20)."
+        ),
+    ] = None
+    keep: Annotated[
+        str | None,
+        in_patch(
+            metavar="SHARE",
+            help="Share of tokens that a token strategy keeps (0.7), or a list: [0.9,0.8,0.7].",
+        ),
+    ] = None
+    kernel: Annotated[
+        str | None,
+        in_patch(
+            metavar="NAME", show_default="auto", help="Kernel that computes sparse attention."
+        ),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        in_patch(
+            "-o", "--option", metavar="NAME=VALUE", help="Option of the strategy. Repeatable."
+        ),
+    ] = None
+    only_if_faster: Annotated[
+        bool | None,
+        in_patch(
+            show_default="only for hybrid",
+            help="Leave attention dense where a sparse kernel is not expected to be faster.",
+        ),
+    ] = None
+    patch: Annotated[
+        Path | None,
+        in_patch(
+            "--patch",
+            "--planners",
+            metavar="FOLDER",
+            help="A saved patch (a folder that patch.save wrote) instead of --strategy.",
+        ),
+    ] = None
+    pretrained: Annotated[
+        bool,
+        in_model("--pretrained", help="Download trained weights. Without it they are random."),
+    ] = False
+    checkpoint: Annotated[
+        Path | None,
+        in_model(
+            metavar="FILE", help="Load weights from a file: .safetensors, or .pth as timm reads it."
+        ),
+    ] = None
+    model_option: ModelOptions = None
     image_size: ImageSize = None
 
     def saved_patch(self) -> Path | None:
-        """The folder of the saved patch to apply: ``--planners``, or MODEL where that is one."""
+        """The folder of the saved patch to apply: ``--patch``, or MODEL where that is one."""
         from sparsiattn.serialization.creating import is_saved
 
         if not is_saved(self.model):
-            return self.planners
-        if self.planners is not None:
-            raise typer.BadParameter("MODEL is a saved patch already", param_hint="--planners")
+            return self.patch
+        if self.patch is not None:
+            raise typer.BadParameter("MODEL is a saved patch already", param_hint="--patch")
         if self.strategy is not None:
             raise typer.BadParameter(
                 "MODEL is a saved patch with its own strategy", param_hint="--strategy"
             )
         return Path(self.model)
+
+    def names_a_patch(self) -> bool:
+        """Whether the command line says anything of how to patch."""
+        given = (self.strategy, self.k, self.keep, self.kernel, self.option, self.only_if_faster)
+        return any(value not in (None, []) for value in given) or self.saved_patch() is not None
 
     def patch_arguments(self, default_strategy: str | None = None) -> dict[str, Any] | None:
         """Keyword arguments of `sparsiattn.patch`; None for a saved patch and a dense model.
@@ -91,50 +133,63 @@ class ModelRequest:
         if strategy is None:
             if options:
                 raise typer.BadParameter(
-                    f"{', '.join(options)} needs a strategy to go to", param_hint="--strategy"
+                    f"{', '.join(options)} needs a strategy: give --strategy NAME",
+                    param_hint="--strategy",
                 )
             if self.only_if_faster is not None:
                 raise typer.BadParameter(
-                    "needs --strategy" if saved is None else "a saved patch has decided",
+                    "needs --strategy NAME" if saved is None else "a saved patch has its own",
                     param_hint="--only-if-faster",
                 )
             return None
         if saved is not None:
             raise typer.BadParameter(
-                "a saved patch has its own strategy", param_hint="--strategy with --planners"
+                "a saved patch has its own strategy", param_hint="--strategy with --patch"
             )
         if self.only_if_faster is not None:
             options["only_if_faster"] = self.only_if_faster
         return {"strategy": strategy, **options}
 
-    def create(self) -> Any:
+    def make(self) -> Any:
+        """The unpatched model as its library makes it."""
+        from sparsiattn.serialization.creating import create_model
+
+        arguments = pairs(self.model_option, "--model-option")
+        with offline_if_unreachable(self.pretrained or ":" in self.model):
+            return create_model(
+                self.model, image_size=self.image_size, pretrained=self.pretrained, **arguments
+            )
+
+    def create(self, weights_matter: bool = True) -> Any:
         """The unpatched model with its weights.
 
-        Weights that stay random are the same in every process and every call, and a line on stderr
-        says that they are random.
+        Weights that stay random are the same in every process and every call.
+
+        Args:
+            weights_matter: Whether a line on stderr says that weights are random, if they are.
         """
         import torch
 
-        from sparsiattn.serialization.creating import create_model, is_saved
+        from sparsiattn.serialization.creating import is_saved
         from sparsiattn.serialization.host import has_weights
 
-        arguments = pairs(self.model_option, "--model-option")
         torch.manual_seed(0)
-        model = create_model(
-            self.model, image_size=self.image_size, pretrained=self.pretrained, **arguments
-        )
+        model = self.make()
         has_own = is_saved(self.model) and has_weights(self.model)
         if self.checkpoint is not None:
             load_weights(model, self.checkpoint)
-        elif not (self.pretrained or has_own) and is_first_process():
+        elif weights_matter and not (self.pretrained or has_own) and is_first_process():
             typer.secho("random weights: give --pretrained or --checkpoint", fg="yellow", err=True)
         return model
 
-    def build(self, default_strategy: str | None = None) -> tuple[Any, Any]:
+    def build(
+        self, default_strategy: str | None = None, weights_matter: bool = True
+    ) -> tuple[Any, Any]:
         """The model, patched as the options say, and its `Patch`, None for a dense model.
 
         Args:
             default_strategy: The strategy where neither ``--strategy`` nor a saved patch is given.
+            weights_matter: As `create` takes it.
 
         Raises:
             InvalidOption: The checkpoint is of a patched model, and nothing says of which patch.
@@ -144,15 +199,15 @@ class ModelRequest:
         from sparsiattn.patching.model_speed import note_speed
 
         arguments, saved = self.patch_arguments(default_strategy), self.saved_patch()
-        model = self.create()
+        model = self.create(weights_matter)
         if saved is not None:
             return model, sparsiattn.load(model, saved)
         planners = [] if self.checkpoint is None else planners_in(self.checkpoint)
         if arguments is None:
             if planners:
                 raise InvalidOption(
-                    f"{self.checkpoint} is of a patched model (it has {planners[0]!r}): say with "
-                    "which --strategy and options, or give --planners"
+                    f"{self.checkpoint} is of a patched model (it has {planners[0]!r}): name its "
+                    "--strategy and options, or give its --patch"
                 )
             return model, None
         patch = patch_quietly(model, **arguments)
@@ -204,83 +259,3 @@ def model_command(*options: str) -> Callable[[Callable[..., None]], Callable[...
 def is_first_process() -> bool:
     """Whether this is the first of the processes that were launched."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def load_weights(model: Any, path: Path) -> None:
-    """A dense checkpoint into a model, or one of a patched model into a patched one; strictly.
-
-    Of a checkpoint with the planners of a patch an unpatched model takes the rest.
-    """
-    from sparsiattn import patch_of
-    from sparsiattn.runtime.site_runtime import is_planner_key
-
-    weights = _read_weights(path)
-    if patch_of(model) is None:
-        weights = {name: tensor for name, tensor in weights.items() if not is_planner_key(name)}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise DataError(
-            f"{path} does not fit this {type(model).__name__}: {' '.join(lines[1:3]).strip()[:400]}"
-        ) from error
-
-
-def planners_in(path: Path) -> list[str]:
-    """Names of the planners' tensors in a checkpoint of a patched model."""
-    from sparsiattn.runtime.site_runtime import is_planner_key
-
-    return [name for name in _read_weights(path) if is_planner_key(name)]
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    from timm.models import load_state_dict
-
-    try:
-        return dict(load_state_dict(str(path), weights_only=True))
-    except Exception as error:  # torch, pickle and safetensors each have their own
-        raise DataError(f"{path} cannot be read as weights: {error}") from error
-
-
-def unlabelled(
-    data: str, model: Any, limit: int, batch_size: int, image_size: int | None
-) -> list[Any]:
-    """Batches of images, read as the model takes them.
-
-    Args:
-        data: Folder or .tar; labels do not matter.
-        model: Says how images are read.
-        limit: Number of images, spread over the data.
-        batch_size: Images in a batch.
-        image_size: Pixels; what the model was built for if None.
-    """
-    from sparsiattn.training.data import loader
-
-    batches = loader(
-        data, model, batch_size=batch_size, limit=limit, labels=False, image_size=image_size
-    )
-    return [images for images, _ in batches]
-
-
-def noise(model: Any, size: int | None, batch: int) -> Any:
-    """A batch of noise of the size the model takes, of its own precision and device."""
-    import torch
-
-    like = next(model.parameters())
-    images = torch.randn(
-        batch, *image_shape(model, size)[1:], generator=torch.Generator().manual_seed(0)
-    )
-    return images.to(like.device, like.dtype)
-
-
-def image_shape(model: Any, size: int | None) -> tuple[int, ...]:
-    """Shape of one image: of the pixels asked for, else of those the model is built for."""
-    from sparsiattn.patching.discovery.backbone import backbone_of
-
-    shape = backbone_of(model).input_shape(model)
-    if shape is None and size is None:
-        raise InvalidOption(
-            f"{type(model).__name__} does not say its image size: give --image-size"
-        )
-    shape = shape or (1, 3, 0, 0)
-    return shape if size is None else (*shape[:-2], size, size)

@@ -8,15 +8,29 @@ from typing import Annotated
 import typer
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.options import AsJson
+from sparsiattn.cli.options import AsJson, in_output
 
 
 def write_plugin(
-    name: Annotated[str, typer.Argument(help="Of the package, such as far-keys.")],
-    directory: Annotated[Path, typer.Option(help="Where its folder is made.")] = Path("."),
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            rich_help_panel="Output",
+            help="Name of the package, for example far-keys.",
+        ),
+    ],
+    directory: Annotated[
+        Path,
+        in_output(
+            metavar="FOLDER",
+            show_default="the current folder",
+            help="Folder in which the package's folder is made.",
+        ),
+    ] = Path("."),
     as_json: AsJson = False,
 ) -> None:
-    """Write an installable plug-in package: a strategy, a kernel, their tests, a README.
+    """Write an installable plug-in package: a strategy, a kernel, their tests and a README.
 
     Example: sparsiattn new-plugin far-keys
     """

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command, noise
-from sparsiattn.cli.options import AsJson, BatchSize, Device, DType, dtype_of
+from sparsiattn.cli.images import noise
+from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
+from sparsiattn.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    DType,
+    in_output,
+    in_run,
+    place_of,
+)
 
 
 @model_command(*PATCH_OPTIONS, "only_if_faster")
@@ -21,41 +30,52 @@ def profile_model(
     dtype: DType = "float32",
     accounting: Annotated[
         str,
-        typer.Option(
-            help="own (kept pairs), computed (with what kernels add), or paper (Sparsifiner)."
+        in_output(
+            metavar="RULE",
+            help="Which MACs count: own (query-key pairs that are kept), computed (also what "
+            "kernels add to that), or paper (as Sparsifiner counts).",
         ),
     ] = "own",
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory.")] = False,
-    latency: Annotated[bool, typer.Option("--latency", help="Also time, in paired runs.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Paired runs for --latency.")] = 10,
+    memory: Annotated[bool, in_run("--memory", help="Measure peak memory, too.")] = False,
+    latency: Annotated[
+        bool, in_run("--latency", help="Measure time, too: dense and patched in turn.")
+    ] = False,
+    rounds: Annotated[int, in_run(min=1, metavar="N", help="Paired runs of --latency.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """MACs of a model, dense and patched, by part and by site, counted from a run on noise.
+    """Count the MACs of a model, dense and patched, by part and by site, in a run on noise.
 
-    Without --strategy the model stays dense. Example: sparsiattn profile deit_small_patch16_224
-    --strategy connectivity --k 0.1 --accounting paper
+    Without --strategy or --patch only the dense model is counted.
+
+    Example: sparsiattn profile deit_small_patch16_224 --strategy connectivity --k 0.1
+    --accounting paper
     """
     from rich.console import Console
 
+    place = place_of(device, dtype)
     from sparsiattn import profile
 
-    torch_dtype, rule = dtype_of(dtype), _accounting(accounting)
+    _check_accounting(accounting)
     with Console(stderr=as_json).status(f"profiling {request.model}"):
-        model, _ = request.build()
-        model = model.eval().to(device, torch_dtype)
+        model, _ = request.build(weights_matter=False)
+        model = model.eval().to(**place)
         images = noise(model, request.image_size, batch_size)
         result = profile(
-            model, images, accounting=rule, memory=memory, latency=latency, rounds=rounds
+            model,
+            images,
+            accounting=accounting,  # type: ignore[arg-type]
+            memory=memory,
+            latency=latency,
+            rounds=rounds,
         )
     result = replace(result, model=request.model)
     print_result(as_json, {**result.to_dict(), "name": request.model}, *result.layout())
 
 
-def _accounting(name: str) -> Any:
+def _check_accounting(name: str) -> None:
     from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS
 
     if name not in ACCOUNTINGS:
         raise typer.BadParameter(
             f"one of {', '.join(ACCOUNTINGS)} is needed, got {name!r}", param_hint="--accounting"
         )
-    return name

@@ -7,57 +7,86 @@ from typing import Annotated
 import typer
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command, unlabelled
-from sparsiattn.cli.options import AsJson, Device, DType, ImageCount, Metric, dtype_of
+from sparsiattn.cli.images import unlabelled
+from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
+from sparsiattn.cli.options import (
+    AsJson,
+    Device,
+    DType,
+    ImageCount,
+    Metric,
+    Workers,
+    in_data,
+    in_goal,
+    in_run,
+    place_of,
+)
 
 
 @model_command(*MODEL_OPTIONS)
 def recommend_setting(
     *,
     data: Annotated[
-        str | None, typer.Option(help="Folder or .tar of images; labels do not matter.")
+        str | None,
+        in_data(metavar="SOURCE", help="Folder or .tar of images. Labels are not needed."),
     ] = None,
     speedup: Annotated[
-        float | None, typer.Option(help="The least dense time over patched time, as 1.5.")
+        float | None,
+        in_goal(
+            metavar="RATIO", help="Minimum speed-up, for example 1.5: dense time / patched time."
+        ),
     ] = None,
     quality: Annotated[
-        float | None, typer.Option(help="The least share of answers kept, or cosine of features.")
+        float | None,
+        in_goal(
+            metavar="SHARE",
+            help="Minimum share of answers that stay the same, or minimum cosine of features.",
+        ),
     ] = None,
     metric: Metric = None,
     images: ImageCount = 32,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images of a forward pass; what the budget allows.")
+        int | None,
+        in_run(
+            min=1,
+            metavar="N",
+            show_default="what fits the time budget",
+            help="Images in one forward pass.",
+        ),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds to take at most, about.")] = 60.0,
+    budget: Annotated[float, in_run(metavar="SECONDS", help="Time limit, approximately.")] = 60.0,
+    workers: Workers = 0,
     device: Device = "cpu",
     dtype: DType = "float32",
     request: ModelRequest,
     as_json: AsJson = False,
 ) -> None:
-    """Find the setting of a patch that is fast enough, or good enough, on this machine.
+    """Find the patch that is fast enough, or good enough, for a model on this machine.
 
-    Settings are timed beside the dense model and compared with it on your images.
+    Each candidate is timed beside the dense model and compared with it on your images. Give
+    --speedup, --quality, or both.
+
     Example: sparsiattn recommend deit_small_patch16_224 --pretrained --data photos --speedup 1.5
     """
-    from sparsiattn import recommend
-
     if data is None:
         raise typer.BadParameter(
-            "give a folder of images (no labels needed): quality on noise would mean nothing; "
-            f"speed alone tells: sparsiattn bench {request.model} --strategy token_merge",
+            "give a folder of images (no labels needed), because quality cannot be judged on "
+            f"noise. To see speed alone: sparsiattn bench {request.model}",
             param_hint="--data",
         )
     if speedup is None and quality is None:
-        raise typer.BadParameter("give one or both", param_hint="--speedup, --quality")
-    torch_dtype = dtype_of(dtype)
-    model = request.create().eval().to(device, torch_dtype)
+        raise typer.BadParameter("give one of them, or both", param_hint="--speedup, --quality")
+    place = place_of(device, dtype)
+    from sparsiattn import recommend
+
+    model = request.create().eval().to(**place)
     size = min(images, batch_size or 32)
     found = recommend(
         model,
-        unlabelled(data, model, images, size, request.image_size),
+        unlabelled(data, model, request.image_size, workers, limit=images, batch_size=size),
         speedup=speedup,
         quality=quality,
-        metric=metric,  # type: ignore[arg-type]
+        metric=None if metric is None else metric.value,
         budget_s=budget,
         batch_size=batch_size,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,89 +9,127 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command, unlabelled
+from sparsiattn.cli.images import unlabelled
+from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import (
     AsJson,
     BatchSize,
+    Device,
+    DType,
     ImageCount,
     Metric,
+    Seed,
     UnlabelledImages,
+    Workers,
     budget,
+    flags_of,
+    in_goal,
+    in_output,
+    in_patch,
+    in_run,
     pairs,
+    place_of,
 )
 
 if TYPE_CHECKING:
     from sparsiattn import SearchResult
 
 
-Budget = Annotated[str | None, typer.Option(help="Budget: a share of the dense MACs, or a count.")]
-Latency = Annotated[float | None, typer.Option(help="Budget: a share of the dense time here.")]
+Macs = Annotated[
+    str | None,
+    in_goal(metavar="BUDGET", help="Maximum MACs: a share of the dense model's (0.7), or a count."),
+]
+Latency = Annotated[
+    float | None,
+    in_goal(metavar="SHARE", help="Maximum time: a share of the dense model's on this machine."),
+]
 Agreement = Annotated[
     float | None,
-    typer.Option(
-        help="Floor: share of images predicted as by the dense model; mean cosine of features."
+    in_goal(
+        metavar="SHARE",
+        help="Minimum quality: share of images with the dense model's prediction, or mean cosine "
+        "of features.",
     ),
 ]
 Trials = Annotated[
     int | None,
-    typer.Option(
+    in_run(
         min=1,
-        help="Schedules to run on the images at most, all counted: uniform ones, single changes, "
-        "proposals. By default all of the first two, and 60.",
+        metavar="N",
+        show_default="all uniform ones and single changes, and 60 more",
+        help="Maximum number of schedules to run on the images.",
     ),
 ]
 Seconds = Annotated[
-    float | None, typer.Option(help="Run nothing new after that, and take the best so far.")
+    float | None,
+    in_run(
+        metavar="SECONDS",
+        show_default="no limit",
+        help="Time limit: afterwards no further schedule is tried.",
+    ),
 ]
 OptionsGrid = Annotated[
     list[str] | None,
-    typer.Option(
-        help="NAME=LIST to choose from, e.g. tile=[1,[4,4]]; may be repeated. tile and background "
-        "are tried where it is not given; none leaves options alone."
+    in_patch(
+        metavar="NAME=LIST",
+        show_default="some values of tile and background",
+        help="Values of an option to try, for example tile=[1,[4,4]]; none tries no other values. "
+        "Repeatable.",
     ),
 ]
 
 
-@model_command("strategy", "option", "planners", *MODEL_OPTIONS)
+@model_command("strategy", "option", "patch", *MODEL_OPTIONS)
 def search_model(
     *,
     data: UnlabelledImages,
-    macs: Budget = None,
+    macs: Macs = None,
     latency: Latency = None,
     agreement: Agreement = None,
-    out: Annotated[Path | None, typer.Option(help="The schedule, as JSON.")] = None,
+    out: Annotated[
+        Path | None, in_output(metavar="FILE", help="Write the schedule to this JSON file.")
+    ] = None,
     images: ImageCount = 256,
     batch_size: BatchSize = 64,
     trials: Trials = None,
     budget_seconds: Seconds = None,
+    request: ModelRequest,
     options_grid: OptionsGrid = None,
     metric: Metric = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    request: ModelRequest,
+    seed: Seed = 0,
+    workers: Workers = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Find which sites and blocks can do with fewer keys and tokens, for one budget of the model.
+    """Find how many keys each layer, and how many tokens each block needs, for one goal.
 
-    Says on stderr how much it will run. Use what it writes with -o schedule=FILE and the options
-    that it names. Example: sparsiattn search deit_small_patch16_224 --pretrained --data photos
-    --strategy hybrid --macs 0.7 --out schedule.json
+    Give one of --macs, --latency and --agreement. How much will run is shown first. Use the file
+    that is written with --option schedule=FILE and the options that are printed beside it. The
+    strategy is hybrid unless you name another.
+
+    Example: sparsiattn search deit_small_patch16_224 --pretrained --data photos --strategy hybrid
+    --macs 0.7 --out schedule.json
     """
+    target = _target({"macs": budget(macs, "--macs"), "latency": latency, "agreement": agreement})
+    options, place = pairs(request.option, "--option"), place_of(device, dtype)
     from sparsiattn import search
 
-    target = _target({"macs": budget(macs), "latency": latency, "agreement": agreement})
-    options, saved = pairs(request.option, "--option"), request.saved_patch()
+    saved = request.saved_patch()
     if saved is not None and (request.strategy is not None or options):
-        raise typer.BadParameter("a saved patch has its own strategy", param_hint="--planners")
+        raise typer.BadParameter("a saved patch has its own strategy", param_hint="--patch")
     model, _ = replace(request, strategy=None, option=None).build()
+    model.to(**place)
+    size = request.image_size
     result = search(
         model,
-        unlabelled(data, model, images, batch_size, request.image_size),
+        list(unlabelled(data, model, size, workers, limit=images, batch_size=batch_size)),
         target,
         trials=trials,
         seed=seed,
         budget_s=budget_seconds,
         options_grid=grid_of(options_grid),
-        metric=metric,  # type: ignore[arg-type]
+        metric=None if metric is None else metric.value,
         strategy=None if saved else request.strategy or "hybrid",
         **options,
     )
@@ -119,14 +155,5 @@ def grid_of(texts: list[str] | None) -> dict[str, Any] | None:
 
 def flags(result: SearchResult, schedule: Path) -> str:
     """What commands that patch need to use a schedule."""
-    options = dict(result.to_dict()["options"])
-    faster = options.pop("only_if_faster", None)
-    pairs = {"schedule": str(schedule)} | {
-        name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-        for name, value in options.items()
-    }
-    words = ["--strategy", result.strategy["name"]]
-    words += [word for name, value in pairs.items() for word in ("-o", f"{name}={value}")]
-    if faster is not None:
-        words.append("--only-if-faster" if faster else "--no-only-if-faster")
-    return shlex.join(words)
+    own = {"strategy": result.strategy["name"], "schedule": str(schedule)}
+    return flags_of({**own, **result.to_dict()["options"]})

@@ -11,46 +11,73 @@ import typer
 
 from sparsiattn.cli.console import print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
-from sparsiattn.cli.options import AsJson
+from sparsiattn.cli.options import AsJson, Device, DType, in_output, place_of
+
+UNWRITTEN = "nothing written: --out page.html writes a page to explore, --out keys.png a picture"
 
 
 @model_command(*PATCH_OPTIONS)
 def show_model(
     *,
-    image: Annotated[Path, typer.Argument(help="A photo: JPEG, PNG ...")],
+    image: Annotated[
+        Path,
+        typer.Argument(metavar="IMAGE", rich_help_panel="Data", help="A photo: JPEG, PNG ..."),
+    ],
     out: Annotated[
         list[Path] | None,
-        typer.Option(help="A page (.html) or picture (.png, .svg, .pdf); may be repeated."),
+        in_output(
+            metavar="FILE",
+            help="Write a page (.html) or a picture (.png, .svg, .pdf). Repeatable. Without it, "
+            "figures are printed and nothing is written.",
+        ),
     ] = None,
     view: Annotated[
-        str, typer.Option(help="Of pictures: overview, layers, heads, tokens or density.")
+        str,
+        in_output(
+            metavar="NAME",
+            help="What a picture shows: overview, layers, heads, tokens or density. A page has "
+            "all of them.",
+        ),
     ] = "overview",
     layer: Annotated[
         list[str] | None,
-        typer.Option(help="A site by number, name or glob, all if none; may be repeated."),
+        in_output(
+            metavar="LAYER",
+            show_default="all",
+            help="Layer to show: a number, a name or a pattern (blocks.1*). Repeatable.",
+        ),
     ] = None,
     head: Annotated[
-        list[int] | None, typer.Option(min=0, help="All if none; may be repeated.")
+        list[int] | None,
+        in_output(
+            min=0, metavar="N", show_default="all", help="Attention head to show. Repeatable."
+        ),
     ] = None,
     query: Annotated[
         list[str] | None,
-        typer.Option(help="ROW,COLUMN of a patch; all if none; may be repeated."),
+        in_output(
+            metavar="ROW,COLUMN", show_default="all", help="Image patch to show. Repeatable."
+        ),
     ] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
     request: ModelRequest,
     as_json: AsJson = False,
 ) -> None:
-    """Which keys each patch of a photo attends to, and what the pattern keeps of that.
+    """Show which keys each patch of a photo attends to, and which of them a strategy keeps.
 
-    The page lights up a patch's keys under the mouse. The strategy is connectivity unless another
-    is named; dense shows plain attention. Weights are random without --pretrained or --checkpoint.
+    On the page, hover over a patch to see its keys. The strategy is connectivity unless you name
+    another; dense shows plain attention.
+
     Example: sparsiattn show deit_small_patch16_224 photo.jpg --pretrained --k 0.25 --out page.html
     """
+    queries, place = positions(query), place_of(device, dtype)
     from sparsiattn import show
     from sparsiattn.training.progress import bar
 
-    queries = positions(query)
     layers = None if layer is None else [int(x) if _is_int(x) else x for x in layer]
     model, patch = request.build(default_strategy="connectivity")
+    model.to(**place)
     with bar("sites", shown=sys.stderr.isatty()) as progress:
         attention = show(
             model,
@@ -61,10 +88,10 @@ def show_model(
             image_size=request.image_size,
             progress=progress,
         )
-    written = [attention.save(path, view) for path in out or [Path("show.html")]]
+    written = [attention.save(path, view) for path in out or ()]
     document = {"name": request.model, "photo": str(image), "out": [str(path) for path in written]}
     document |= {**attention.to_dict(), "strategy": patch.strategy.to_dict()}
-    lines = [f"wrote {path}" for path in written]
+    lines = [f"wrote {path}" for path in written] or [UNWRITTEN]
     print_result(as_json, document, attention, *lines, indent=None)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.options import AsJson, DeviceOrGPU, dtype_of
+from sparsiattn.cli.options import AsJson, DeviceOrGPU, device_of, dtype_of, in_output, in_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,25 +17,39 @@ if TYPE_CHECKING:
 def tune_here(
     device: DeviceOrGPU = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")
+        list[str] | None,
+        in_run(
+            metavar="DTYPE",
+            show_default="float32; on a GPU bfloat16 and float16, too",
+            help="Precision to measure: float32, bfloat16 or float16. Repeatable.",
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option(help="A small grid of shapes, or a larger one.")] = True,
+    quick: Annotated[bool, in_run(help="Measure few shapes, or many.")] = True,
     budget: Annotated[
         float | None,
-        typer.Option(help="Seconds to take at most, about; 45 with --quick, else no limit."),
+        in_run(
+            metavar="SECONDS",
+            show_default="45 with --quick, else no limit",
+            help="Time limit, approximately.",
+        ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Every time, in a table.")] = False,
+    verbose: Annotated[
+        bool, in_output("--verbose", help="Print every time that was measured in a table.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure attention on this machine, so that kernel="auto" knows what is fast here.
+    """Measure kernels on this machine, so that kernel="auto" picks the fastest ones.
 
-    Writes tuning.json in $SPARSIATTN_CACHE or the user's cache folder. Example: sparsiattn tune
+    Writes tuning.json to $SPARSIATTN_CACHE, or to the user's cache folder.
+
+    Example: sparsiattn tune
     """
+    dtypes = None if not dtype else [dtype_of(name) for name in dtype]
+    place = device_of(device)
     from rich.console import Console
 
     from sparsiattn import tune
 
-    dtypes = None if not dtype else [dtype_of(name) for name in dtype]
     start = time.perf_counter()
     with Console(stderr=True).status("measuring, under a minute" if quick else "measuring") as bar:
 
@@ -45,7 +57,7 @@ def tune_here(
             left = (time.perf_counter() - start) / done * (total - done)
             bar.update(f"measured {done} of {total} shapes, about {left:.0f} s left")
 
-        tuning = tune(device, dtypes, quick, on_case=show, budget=budget)
+        tuning = tune(place, dtypes, quick, on_case=show, budget=budget)
     table = _table(tuning) if verbose else None
     print_result(as_json, tuning.to_dict(), table, tuning, indent=1)
 

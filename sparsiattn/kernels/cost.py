@@ -60,6 +60,9 @@ class Work:
         logits: Number of softmax entries; for planning, of scores to choose from.
         bytes: Bytes copied or written besides the operands and the result.
         rows: Number of queries over all heads, each read and written once.
+
+    >>> Work(calls=2, macs=1e6).times(3).macs
+    3000000.0
     """
 
     calls: float = 0.0
@@ -148,6 +151,10 @@ class CallShape:
         biased: Whether the host adds a mask or a bias.
         built: Whether the host builds a bias that a sparse kernel need not build; see
             `FactoredBias`.
+
+    >>> call = CallShape(1, 6, 197, 197, 64, 64, torch.float32, torch.device("cpu"))
+    >>> call.attending(pairs=197 * 20).macs / call.dense.macs  # 20 of 197 keys
+    0.10152284263959391
     """
 
     batch: int

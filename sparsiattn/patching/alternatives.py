@@ -73,9 +73,9 @@ def window_line(sites: Sequence[Site], model: nn.Module, size: Grid) -> str:
         size: Rows and columns of its feature map of patches.
     """
     for site in sites:
-        whole = stage_grid(site.windows * site.tokens, (size, size))
+        grid = stage_grid(site.windows * site.tokens, (size, size))
         cut = _cut_around(model, site.name)
-        if cut is None or whole is None or cut.window[0] * cut.window[1] != site.tokens:
+        if cut is None or grid is None or cut.window[0] * cut.window[1] != site.tokens:
             return ""
     first = model.get_submodule(sites[0].name)
     # torchvision's attention cuts windows itself, and only it knows the mask of shifted ones

@@ -178,8 +178,9 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
             raise MismatchedPatch(f"the saved patch has site {name!r}, but this model does not")
         if site.views > 1 and "views" not in saved:
             raise MismatchedPatch(
-                f"site {name!r} has {site.views} images in its sequence, and this patch was saved "
-                "before tiles and summary keys kept images apart: patch the model and save it again"
+                f"site {name!r} has {site.views} images in its sequence, but this patch was saved "
+                "when tiles and summary keys could span several images: patch the model and save "
+                "it again"
             )
         for key in ("tokens", "heads", "head_dim"):
             if getattr(site, key) != saved[key]:

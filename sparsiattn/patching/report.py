@@ -122,6 +122,13 @@ class Report:
         windows: A note that attention in small windows gains nothing, with an alternative; else
             empty.
         monitor: The results of `Patch.monitor`; None if no monitor is active.
+
+    >>> import sparsiattn
+    >>> from sparsiattn.testing.hosts import tiny_vit
+    >>> with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as patch:
+    ...     report = patch.report()
+    >>> report.strategy, report.mhsa_macs < report.mhsa_macs_dense
+    ('topk', True)
     """
 
     model: str

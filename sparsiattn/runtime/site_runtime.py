@@ -22,6 +22,7 @@ from sparsiattn.kernels.choice_cache import ChoiceCache
 from sparsiattn.kernels.warmup import warm_kernels
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.cross_layer import hand_on, state_at
+from sparsiattn.runtime.head_groups import head_groups, heads_at_once
 from sparsiattn.runtime.measured_speed import MeasuredSpeed
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.repeated_calls import RepeatedCalls
@@ -213,15 +214,39 @@ class SiteRuntime:
                 "needs positions: use an attention strategy that does not, e.g. 'topk', or patch "
                 "with an input= of this size"
             )
-        meter = settings.meter
-        plan = self.plan if meter is None else partial(meter.plan, self)
-        pattern = plan(planner, inputs)
+        size = heads_at_once(planner, self.strategy, inputs)
+        if size < inputs.q.shape[1] and not self.site.shared:
+            return self._in_groups(planner, inputs, call, size)
+        pattern = self._metered_plan(planner, inputs)
         if isinstance(pattern, Dense):
             out = self.host(call)
             # converting the host's layout is only needed for planners that read the result
             if hasattr(planner, "after"):
                 planner.after(inputs, specials_first(self.layout.fold(out), self.site))
             return out
+        choice, heads = self._compute_pattern(inputs, pattern)
+        self.repeated.note(self, call, inputs, pattern, choice)
+        notify_planner(planner, inputs, heads)
+        return self.layout.unfold(host_order(heads, self.site), call.q)
+
+    def _in_groups(
+        self, planner: Planner, inputs: AttentionInputs, call: HostCall, size: int
+    ) -> Tensor:
+        """As `sparse`, ``size`` heads at a time."""
+        out = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
+        for heads, group in head_groups(inputs, size):
+            pattern = self._metered_plan(planner, group)
+            out[:, heads] = self._compute_pattern(group, pattern)[1]
+        notify_planner(planner, inputs, out)
+        return self.layout.unfold(host_order(out, self.site), call.q)
+
+    def _metered_plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
+        meter = settings.meter
+        plan = self.plan if meter is None else partial(meter.plan, self)
+        return plan(planner, inputs)
+
+    def _compute_pattern(self, inputs: AttentionInputs, pattern: Pattern) -> tuple[Choice, Tensor]:
+        """The kernel for a pattern, and its output."""
         if settings.warming == self.owner.key:
             warm_kernels(self.kernels, inputs, pattern, training=self.module.training)
         choice = self.choose(inputs, pattern)
@@ -230,9 +255,7 @@ class SiteRuntime:
             watched = settings.watched
             if watched is not None:
                 watched.measure(self.owner, inputs, pattern)
-        self.repeated.note(self, call, inputs, pattern, choice)
-        notify_planner(planner, inputs, heads)
-        return self.layout.unfold(host_order(heads, self.site), call.q)
+        return choice, heads
 
     def plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         """The finished pattern of one call; both calls of a differential attention share theirs."""

@@ -23,13 +23,13 @@ _NULLABLE = ("background", "restore")
 
 @dataclass(frozen=True)
 class Hybrid(Config):
-    """An attention strategy and a token strategy together.
+    """An attention strategy and a token strategy together, by default connectivity and token drop.
 
-    The default is connectivity with token drop by class attention, which is the paper's
-    Sparsifiner-EViT (CVPR 2023, table 2). Predictor tables, windows and tiles adapt to the
-    remaining tokens. Merged tokens have no neighbours to share keys with, so ``tile="auto"`` is 1
-    with a strategy that merges. Sites where the sparse kernel would be slower stay dense unless
-    ``only_if_faster=False``. None leaves an option at its default, or at the value in the object.
+    The default is the paper's Sparsifiner-EViT (CVPR 2023, table 2). Predictor tables, windows and
+    tiles adapt to the remaining tokens. Merged tokens have no neighbours to share keys with, so
+    ``tile="auto"`` is 1 with a strategy that merges. Sites where the sparse kernel would be slower
+    stay dense unless ``only_if_faster=False``. None leaves an option at its default, or at the
+    value in the object.
 
     Args:
         k: Share or count of the keys.

@@ -91,9 +91,9 @@ def places(grid: Grid, views: int, *, device: torch.device) -> Tensor:
     >>> places((4, 1), 2, device=torch.device("cpu")).tolist()[2]
     [0.25, 0.5, 0.75]
     """
-    one = geometry.positions((grid[0] // views, grid[1]), device=device)
+    in_view = geometry.positions((grid[0] // views, grid[1]), device=device)
     view = (torch.arange(views, device=device) + 0.5) / views
-    return torch.cat([one.repeat(views, 1), view.repeat_interleave(len(one))[:, None]], 1)
+    return torch.cat([in_view.repeat(views, 1), view.repeat_interleave(len(in_view))[:, None]], 1)
 
 
 def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:

@@ -40,6 +40,11 @@ class TokenInputs:
         grid: Rows and columns of all patches.
         ids: The patch that each token stands for; see `positions`.
         ahead: Number of rows before ``x`` in memory: leading special tokens.
+
+    >>> q = torch.zeros(1, 2, 16, 4)
+    >>> tokens = TokenInputs(torch.zeros(1, 16, 8), Site.of(q, q, q), None, layer=3, depth=12)
+    >>> tokens.count, tokens.positions().shape
+    (16, torch.Size([1, 16]))
     """
 
     x: Tensor

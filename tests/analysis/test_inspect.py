@@ -236,6 +236,7 @@ def test_no_attention_is_no_error() -> None:
     assert [saving.name for saving in found.strategies] == EVERY
     assert all("no module of the model computes" in saving.reason for saving in found.strategies)
     assert "no module of the model computes" in str(found)
+    assert str(found).startswith("nothing to patch: Convolution")
 
 
 def test_what_is_left_alone_has_its_reason() -> None:
@@ -304,8 +305,43 @@ def test_plug_ins_are_listed_and_their_faults_stop_nothing() -> None:
     # what a mask lets through, only the values tell
     assert (drawing.reason, drawing.saves) == ("", None)
     assert [site.saves["drawing"] for site in found.sites] == [None, None]
-    assert "drawing k=0.5: ?" in str(found)
+    assert ("drawing k=0.5", "?", "-") in found.strategy_table()
+    assert drawing.speed is None
+    assert "drawing: no expected speed: the tokens it keeps depend on the image" in str(found)
     assert "faulty" not in found.sites[0].saves
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_expected_speeds_are_those_of_reports(family: str) -> None:
+    """As one would type it: `patch` decides on only_if_faster."""
+    model = zoo.build(family)
+    found = sparsiattn.inspect(model, strategies=EVERY)
+    assert found.bound == pytest.approx(found.macs / (found.macs - found.mhsa_macs))
+    assert f"less than about {found.bound:.2f}x" in str(found)
+    speeds = {}
+    for saving in found.strategies:
+        assert saving.speed_reason == ""
+        if not saving.reason:
+            with sparsiattn.patch(model, saving.name) as live:
+                speeds[saving.name] = live.report().speed
+            assert saving.speed == pytest.approx(speeds[saving.name])
+            assert f"{saving.speed:.2f}x" == saving.cells()[-1]
+    assert speeds["dense"] == 1.0
+    assert len(found.strategy_table()) == len(speeds) + 1
+    content = found.to_dict()
+    assert content["bound"] == found.bound
+    assert {one["name"]: one["speed"] for one in content["strategies"] if not one["reason"]} == {
+        name: pytest.approx(speed) for name, speed in speeds.items()
+    }
+    assert found.price_source in str(found).splitlines()[-1]
+
+
+def test_why_no_speed_is_expected() -> None:
+    found = sparsiattn.inspect(zoo.build("vit"), strategies=["ats"])
+    (saving,) = found.strategies
+    assert (saving.reason, saving.saves, saving.speed) == ("", None, None)
+    assert saving.cells() == ("ats keep=0.7" if saving.budget else "ats", "?", "-")
+    assert "the tokens it keeps depend on the image" in str(found)
 
 
 def test_strategies_by_name() -> None:

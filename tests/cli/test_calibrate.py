@@ -58,12 +58,31 @@ def test_it_equals_calibrate_and_eval_reads_it(start: list[object], tmp_path: Pa
     sparsiattn.load(model, tmp_path / "fitted")
     for name, value in fitted.items():
         assert torch.equal(model.state_dict()[name], value), name
+    # checkpoints are for a run that was interrupted
+    assert not [path for path in (tmp_path / "fitted").rglob("*") if "optimizer" in path.name]
     again = run(*start)  # finished: the same weights are written once more
     assert f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in 4 steps" in again.stdout
-    evaluated = run("eval", *MODEL, "--data", tmp_path / "images", "--planners",
+    evaluated = run("eval", *MODEL, "--data", tmp_path / "images", "--patch",
                     tmp_path / "fitted", "--checkpoint", tmp_path / "weights.safetensors",
                     "--json")  # fmt: skip
     assert json.loads(evaluated.stdout)["strategy"]["name"] == "connectivity"
+
+
+def test_it_goes_on_after_a_kill(
+    start: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = json.loads(run(*start, "--json").stdout)["losses"]
+    (tmp_path / "fitted").rename(tmp_path / "first")
+
+    def killed(self: Any, *args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparsiattn.Patch, "save", killed)
+    run(*start, code=130)
+    assert (tmp_path / "fitted" / "fit").is_dir()
+    monkeypatch.undo()
+    assert json.loads(run(*start, "--json").stdout)["losses"] == expected
+    assert not (tmp_path / "fitted" / "fit").exists()
 
 
 def test_what_cannot_be_fitted_is_a_failure(start: list[object]) -> None:

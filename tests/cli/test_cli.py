@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import sparsiattn
 from sparsiattn.analysis.benchmark import tuning
 from sparsiattn.analysis.benchmark.tuning_cases import Case
 from sparsiattn.cli import app
@@ -32,6 +34,42 @@ def test_list_as_tables_and_as_a_module() -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for word in ("strategies", "kernels", "backbones", "plugins", "connectivity", "timm_swin"):
         assert word in out
+
+
+def test_list_fits_a_screen_and_says_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = CliRunner().invoke(app, ["list"]).stdout
+    infos = sparsiattn.list_strategies()
+    assert len(out.splitlines()) <= len(infos) + 10
+    rows = {line.split()[1]: line.split() for line in out.splitlines() if line.startswith("│")}
+    for name, info in infos.items():
+        kind = {"attention": "keys"}.get(info.kind, info.kind)
+        training = "yes" if info.needs_training else "no"
+        exact = "no" if info.inexact_reason else "yes"
+        assert [rows[name][i] for i in (3, 5, 7)] == [kind, training, exact]
+    assert "usable" not in out
+    if not torch.cuda.is_available():
+        assert "triton (needs a CUDA device)" in out
+
+
+@pytest.mark.parametrize("kind", ["strategies", "kernels", "backbones", "plugins"])
+def test_list_of_one_kind_has_summaries(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    whole = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
+    part = json.loads(CliRunner().invoke(app, ["list", kind, "--json"]).stdout)
+    assert part == {kind: whole[kind]}
+    out = CliRunner().invoke(app, ["list", kind]).stdout
+    for row in whole[kind]:
+        assert row["summary"] in out
+
+
+def test_files_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["bench", "test_vit", "--k", "0.5", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "file" / "bench.json")])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.output
 
 
 def test_no_command_shows_help_and_a_wrong_one_is_a_usage_error() -> None:
@@ -93,6 +131,7 @@ def test_bench_prints_tables_and_writes_json(tmp_path: Path) -> None:
         (["bench", "test_vit", "--dtype", "int8"], 2, "int8"),
         (["bench", "test_vit", "--image-size", "7"], 1, "(1, 3, 7, 7)"),
         (["bench", "resnet18", "--image-size", "64"], 1, "img_size"),
+        (["bench", "test_vit", "--device", "gpu"], 1, "--device must be"),
         (["tune", "--device", "mps"], 1, "mps"),
     ],
 )
@@ -101,9 +140,3 @@ def test_faults_are_one_line(arguments: list[str], code: int, says: str) -> None
     assert result.exit_code == code
     assert says in result.output
     assert "Traceback" not in result.output
-
-
-def test_the_command_line_imports_lazily() -> None:
-    code = "import sys; import sparsiattn.cli; print({'timm', 'rich.table'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

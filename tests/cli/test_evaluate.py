@@ -90,7 +90,7 @@ def test_saved_planners_and_checkpoints_of_patched_models(data: Path, tmp_path: 
     common = ["--data", data, "--json", "--device", "cpu"]
     strategy = ["--strategy", "connectivity", "--k", "0.05", "-o", "background=None"]
     for how in (
-        ["--checkpoint", dense, "--planners", tmp_path / "planners"],
+        ["--checkpoint", dense, "--patch", tmp_path / "planners"],
         ["--checkpoint", whole, *strategy],
     ):
         found = json.loads(run(*MODEL, *common, *how).stdout)
@@ -115,7 +115,7 @@ def test_saved_planners_and_checkpoints_of_patched_models(data: Path, tmp_path: 
         ([*MODEL, "--checkpoint", "no.safetensors"], 1, "cannot be read as weights"),
         ([*MODEL, "--split", "x", "--data-option", "no_such=1"], 1, "no_such"),
         ([*MODEL, "--k", "0.1"], 2, "needs a strategy"),
-        ([*MODEL, "--strategy", "topk", "--planners", "x"], 2, "a saved patch"),
+        ([*MODEL, "--strategy", "topk", "--patch", "x"], 2, "a saved patch"),
         ([*MODEL, "--strategy", "topk", "-o", "x"], 2, "NAME=VALUE"),
         ([*MODEL, "--limit", "0"], 2, "--limit"),
     ],

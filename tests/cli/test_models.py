@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sparsiattn
 from sparsiattn.cli import app
 from tests.support.commands import model_options, run, small
+from tests.support.pictures import folder
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 SMALL = small()
@@ -95,6 +96,14 @@ class TestNames:
         assert document["report"]["sites"][0]["k"] == 7
         assert json.loads(run("inspect", saved, "--json").stdout)["sites"]
 
+    def test_saved_patch_where_images_are_read(self, saved: Path, tmp_path: Path) -> None:
+        """`recommend` takes the host alone: what it finds is a patch."""
+        data = ("--data", folder(tmp_path / "images"), "--device", "cpu")
+        found = json.loads(run("eval", saved, *data, "--limit", 4, "--json").stdout)
+        assert found["strategy"]["options"]["k"] == 7
+        goal = ("--quality", "0", "--budget", "0.3", "--images", 4)
+        assert json.loads(run("recommend", saved, *data, *goal, "--json").stdout)["table"]
+
     def test_whole_checkpoint_brings_its_weights(self, tmp_path: Path) -> None:
         torch.manual_seed(3)
         model = sparsiattn.create_model("vit_tiny_patch16_224", **SMALL)
@@ -137,7 +146,7 @@ def test_close_matches_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "extra", [("--strategy", "local"), ("--planners", "elsewhere"), ("--k", "0.5")], ids=str
+    "extra", [("--strategy", "local"), ("--patch", "elsewhere"), ("--k", "0.5")], ids=str
 )
 def test_a_saved_patch_has_its_own_options(saved: Path, extra: tuple[str, ...]) -> None:
     run("profile", saved, *extra, code=2)
@@ -175,6 +184,11 @@ def test_completion() -> None:
     assert completed("sparsiattn ex", 1) == ["export"]
     assert set(completed("sparsiattn ", 1)) == set(COMMANDS)
     assert "--strategy" in completed("sparsiattn export --str", 2)
+    assert completed("sparsiattn list str", 2) == ["strategies"]
+    assert completed("sparsiattn recommend m --metric f", 4) == ["features"]
+    assert "--k" in completed("sparsiattn bench m --", 3)
+    assert "--k" not in completed("sparsiattn bench m --k 0.1 --", 5)  # given already
+    assert "--option" in completed("sparsiattn bench m --option a=b --", 5)  # may be repeated
 
 
 def test_completion_script(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +199,8 @@ def test_completion_script(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_export(tmp_path: Path, saved: Path) -> None:
     out = tmp_path / "made" / "vit.pt2"
-    found = json.loads(run("export", saved, "--format", "pt2", "--out", out, "--json").stdout)
+    found = json.loads(run("export", saved, "--out", out, "--json").stdout)
+    assert found["format"] == "pt2"  # by the suffix
     assert found["strategy"] == "topk"
     assert found["max_difference"] <= 1e-4
     program = torch.export.load(out).module()
@@ -193,16 +208,17 @@ def test_export(tmp_path: Path, saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (("--format", "tflite"), "onnx, pt2, aoti"),
-        (("--format", "onnx", "--out", "vit.pt2"), ".onnx"),
-        (("--strategy", "token_drop", "--keep", "adaptive"), "a different number of tokens"),
+        (("--format", "tflite"), 2, "onnx, pt2, aoti"),
+        (("--format", "onnx", "--out", "vit.pt2"), 2, "must end in .onnx"),
+        (("--out", "vit.tflite"), 2, "must end in .pt2"),
+        (("--strategy", "token_drop", "--keep", "adaptive"), 1, "a different number of tokens"),
     ],
 )
-def test_export_refuses(saved: Path, tmp_path: Path, arguments: Any, says: str) -> None:
+def test_export_refuses(saved: Path, tmp_path: Path, arguments: Any, code: int, says: str) -> None:
     options = model_options(SMALL)
     given = ("vit_tiny_patch16_224", *options, "--format", "pt2", "--out", tmp_path / "a.pt2")
-    result = run("export", *given, *arguments, code=1)
+    result = run("export", *given, *arguments, code=code)
     assert says in " ".join(result.output.split())
     assert not list(tmp_path.iterdir())

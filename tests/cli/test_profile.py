@@ -55,13 +55,17 @@ def test_tables_and_notes() -> None:
     for word in ("vit_tiny_patch16_224", "projections", "MLP", "blocks.1.attn", "33", "ms",
                  "by the accounting 'own'"):  # fmt: skip
         assert word in out
+    # a column that has nothing to say is left out
+    assert "measured" not in run(*MODEL, "--strategy", "local").stdout
+    timed = run(*MODEL, "--strategy", "local", "--latency", "--rounds", 1).stdout
+    assert "measured" in timed
 
 
 def test_saved_planners(tmp_path: Path) -> None:
     torch.manual_seed(0)
     live = sparsiattn.patch(timm.create_model("vit_tiny_patch16_224", **SMALL), "local", k=7)
     live.save(tmp_path / "saved")
-    found = document("--planners", tmp_path / "saved", "--image-size", "32")
+    found = document("--patch", tmp_path / "saved", "--image-size", "32")
     assert found["strategy"] == "local"
     assert found["sites"][0]["density"] == pytest.approx((64 * 7 + 65) / 65**2)
 

@@ -43,6 +43,6 @@ def test_without_data_or_goal_it_says_what_to_give(tmp_path: Path) -> None:
 def test_a_wrong_metric_is_one_line(tmp_path: Path) -> None:
     data = folder(tmp_path / "images")
     result = run(
-        "recommend", *MODEL, "--data", data, "--speedup", "1.5", "--metric", "top1", code=1
+        "recommend", *MODEL, "--data", data, "--speedup", "1.5", "--metric", "top1", code=2
     )
-    assert "metric must be" in result.stderr
+    assert "'top1' is not one of 'classes', 'features'" in result.stderr

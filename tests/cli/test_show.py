@@ -51,21 +51,23 @@ def test_json_is_one_document_equal_to_show(photo: Path, tmp_path: Path) -> None
     assert out[1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_page_beside_the_caller_with_connectivity_by_default(
+def test_without_out_it_prints_and_writes_nothing(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(*SHOW, photo, *OPTIONS)
     assert "connectivity k=0.25" in result.stdout
-    assert "wrote show.html" in result.stdout
+    assert "--out page.html writes a page" in result.stdout
     assert "random weights" in result.stderr
-    assert (tmp_path / "show.html").stat().st_size > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+    assert "wrote page.html" in run(*SHOW, photo, *OPTIONS, "--out", "page.html").stdout
+    assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
 def test_a_saved_patch_is_shown(photo: Path, tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     sparsiattn.patch(model, "token_drop", keep=0.5, layers=[0]).save(tmp_path / "saved")
-    arguments = ["--planners", tmp_path / "saved", "--out", tmp_path / "tokens.svg", "--json"]
+    arguments = ["--patch", tmp_path / "saved", "--out", tmp_path / "tokens.svg", "--json"]
     document = json.loads(run(*SHOW, photo, *OPTIONS, *arguments).stdout)
     assert document["strategy"]["name"] == "token_drop"
     assert [block["tokens"] for block in document["tokens"]] == [32, 32]
@@ -81,7 +83,7 @@ def test_a_saved_patch_is_shown(photo: Path, tmp_path: Path) -> None:
         (["--head", "9"], 1, "heads must be indices in 0..2"),
         (["--out", "keys.gif"], 1, "writes .html"),
         (["--view", "depth"], 1, "unknown view 'depth'"),
-        (["--k", "0.1", "--planners", "somewhere"], 2, "--strategy"),
+        (["--k", "0.1", "--patch", "somewhere"], 2, "--strategy"),
     ],
 )
 def test_what_is_wrong_is_said(

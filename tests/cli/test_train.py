@@ -59,7 +59,7 @@ def test_best_can_be_evaluated(data: Path, recipe: Path, tmp_path: Path) -> None
     assert "random weights" in run(*made).stderr
     result = run(
         "eval", *MODEL[1:], "--data", data, "--device", "cpu", "--json", "--checkpoint",
-        place / "best" / "model.safetensors", "--planners", place / "best",
+        place / "best" / "model.safetensors", "--patch", place / "best",
     )  # fmt: skip
     assert json.loads(result.stdout)["top1"] is not None
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sparsiattn.analysis.inspection import example_input, survey_unpatched
 from sparsiattn.analysis.profiling.meter import ATTENTION, MLP, Section
+from sparsiattn.analysis.unpatched import example_input, survey_unpatched
 from sparsiattn.attention import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ProbeFailed
 from sparsiattn.patching import MetaInputs, Patch

@@ -11,12 +11,12 @@ from torch import nn
 
 from sparsiattn.analysis.benchmark.sites import measure_sites
 from sparsiattn.analysis.benchmark.whole_model import time_model
-from sparsiattn.analysis.inspection import patches_in
 from sparsiattn.analysis.profiling.account import Account
 from sparsiattn.analysis.profiling.accounting import ACCOUNTINGS, Accounting
 from sparsiattn.analysis.profiling.module_map import batch_of, map_modules
 from sparsiattn.analysis.profiling.result import Latency, Profile
 from sparsiattn.analysis.profiling.run import Run
+from sparsiattn.analysis.unpatched import patches_in
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching import MetaInputs, Patch, eval_mode, patch_of
 from sparsiattn.patching.model_call import arguments

@@ -283,8 +283,9 @@ class Profile:
         if not self.sites:
             return []
         columns = list(SITE_COLUMNS)[: None if self.strategy else 3]
-        rows = [tuple(SITE_COLUMNS[name](site) for name in columns) for site in self.sites]
-        return [tuple(columns), *rows]
+        cells = {name: [SITE_COLUMNS[name](site) for site in self.sites] for name in columns}
+        told = {name: column for name, column in cells.items() if set(column) != {"-"}}
+        return [tuple(told), *zip(*told.values(), strict=True)]
 
     def _tail(self) -> list[str]:
         lines = [] if self.latency is None else [str(self.latency)]

@@ -8,6 +8,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from torch import nn
+
+from sparsiattn.analysis.attention_bound import bound_of
+from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
+from sparsiattn.patching.report import dense_macs
 from sparsiattn.patching.survey import ModelSurvey
 
 Settings = Mapping[str, Any]
@@ -90,7 +95,16 @@ class Shape:
     @property
     def bound(self) -> float:
         """How much faster the model could be if attention took no time and all else did."""
-        return 1.0 / (1.0 - self.attention)
+        return bound_of(self.attention)
+
+
+def shape_of(surveyed: ModelSurvey, model: nn.Module) -> Shape:
+    """The `Shape` of a model, whose MACs are counted where the survey has not."""
+    macs = surveyed.macs
+    if macs is None:
+        copied = value_copy if surveyed.example.with_values else meta_copy
+        macs = dense_macs(copied(model), surveyed.inputs())
+    return Shape.of(surveyed, macs)
 
 
 def families(shape: Shape) -> Iterator[Family]:

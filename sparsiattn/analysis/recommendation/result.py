@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsiattn.analysis.attention_bound import bound_text
 from sparsiattn.analysis.recommendation.choice import Goal
 from sparsiattn.analysis.recommendation.families import line_of
 from sparsiattn.errors import InvalidOption
@@ -154,10 +155,7 @@ class Recommendation:
     @property
     def limit(self) -> str:
         """What cannot be exceeded."""
-        return (
-            f"attention is {100 * self.attention_share:.0f} % of the MACs, so fewer keys alone "
-            f"give less than about {self.bound:.2f}x"
-        )
+        return bound_text(self.attention_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -7,13 +7,11 @@ from statistics import median
 
 from sparsiattn.analysis.recommendation.choice import Goal
 from sparsiattn.analysis.recommendation.contenders import Contender, Runner
-from sparsiattn.analysis.recommendation.families import Settings, Shape, families, line_of
+from sparsiattn.analysis.recommendation.families import Settings, Shape, families, line_of, shape_of
 from sparsiattn.analysis.recommendation.plan import Plan, Track
 from sparsiattn.analysis.recommendation.resolution import smaller
 from sparsiattn.analysis.recommendation.result import Measurement, Recommendation
 from sparsiattn.patching.discovery.backbone import backbone_of
-from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
-from sparsiattn.patching.report import dense_macs
 
 COARSE = 3
 """Pairs of runs by which a setting is judged at first; slow ones get two, or one."""
@@ -44,11 +42,7 @@ class Search:
     is_cut: bool = False
 
     def __post_init__(self) -> None:
-        surveyed, macs = self.runner.surveyed, self.runner.surveyed.macs
-        if macs is None:
-            copied = value_copy if surveyed.example.with_values else meta_copy
-            macs = dense_macs(copied(self.runner.dense), surveyed.inputs())
-        self.shape = Shape.of(surveyed, macs)
+        self.shape = shape_of(self.runner.surveyed, self.runner.dense)
         tracks = [Track(family, self.goal) for family in families(self.shape)]
         self.plan = Plan(tracks, self.goal)
 

@@ -103,10 +103,10 @@ def is_ready() -> bool:
     environment = [os.environ.get(name) for name in names]
     if _state.searched_in == environment:
         return False
-    found = shipped.find()
-    _state.searched_in, _state.faults = environment, found.faults
-    if found.code is not None:
-        _take(found.code, f"shipped with the package, for {found.level}")
+    library = shipped.find()
+    _state.searched_in, _state.faults = environment, library.faults
+    if library.code is not None:
+        _take(library.code, f"shipped with the package, for {library.level}")
         return True
     if not _may_compile() or _why_not_compiled() is not None:
         return False

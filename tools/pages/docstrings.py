@@ -8,6 +8,7 @@ from typing import Any
 from griffe import Class, Extension, Function, Object
 
 EXAMPLE = re.compile(r"^ *>>> (?:.*\S.*\n?)+", re.MULTILINE)
+SECTION = re.compile(r"[A-Z][a-z]+:\n")  # of a Google docstring, which mkdocstrings reads itself
 ARGUMENTS = re.compile(r"(?:^|(?<=[.;] )|(?<=\.\) ))((?:\w+, )*\w+): ")
 
 
@@ -34,7 +35,7 @@ def _list(obj: Object, names: set[str]) -> None:
 
 def _listed(paragraph: str, names: set[str]) -> str:
     """The paragraph, from its first argument on as a list."""
-    if ">>>" in paragraph or "```" in paragraph:
+    if ">>>" in paragraph or "```" in paragraph or SECTION.match(paragraph):
         return paragraph
     text = " ".join(paragraph.split())
     found = [m for m in ARGUMENTS.finditer(text) if names.issuperset(m[1].split(", "))]

@@ -1,0 +1,63 @@
+"""Tables of docs/tutorials/views.md from ``results/many-views-*.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"many-views-{name}.json").read_text())[
+        "rows"
+    ]
+    return rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def _line(row: dict[str, Any]) -> str:
+    tile = row["tile"] if isinstance(row["tile"], int) else tuple(row["tile"])
+    return f"`k={row['k']}, tile={tile}`"
+
+
+def layer() -> str:
+    """A row a number of views, a column a line."""
+    rows = _read("layer")
+    lines = list(dict.fromkeys(map(_line, rows)))
+    body = []
+    for views, tokens in dict.fromkeys((row["views"], row["tokens"]) for row in rows):
+        ratios = {_line(row): f"{1 / row['ratio']:.2f}x" for row in rows if row["views"] == views}
+        body.append([str(views), f"{tokens:,}", *(ratios.get(line, "") for line in lines)])
+    return _table(["views", "tokens", *lines], body)
+
+
+def recall() -> str:
+    """A row a line without its budget, a column a budget."""
+    rows = _read("recall")
+    shares = sorted({row["line"].rpartition("k=")[2] for row in rows}, key=float)
+    by_line: dict[str, dict[str, float]] = {}
+    for row in rows:
+        line, _, share = row["line"].rpartition(", k=")
+        by_line.setdefault(line, {})[share] = row["recall"]
+    body = [
+        [f"`{line.removeprefix('strategy=')}`", *(f"{found[share]:.3f}" for share in shares)]
+        for line, found in by_line.items()
+    ]
+    return _table(["strategy", *(f"k = {share}" for share in shares)], body)
+
+
+def memory() -> str:
+    """Peak of one call."""
+    body = [
+        [str(row["views"]), f"{row['tokens']:,}", str(row["heads"]), f"{row['peak_mb']:,} MB"]
+        for row in _read("memory")
+    ]
+    return _table(["views", "tokens", "heads", "beside q, k, v and the output"], body)
+
+
+BLOCKS = {"many views layer": layer, "many views recall": recall, "many views memory": memory}
