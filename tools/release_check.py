@@ -1,6 +1,6 @@
-"""Runs all checks of a release and prints which passed; `make release-check` calls it.
+"""Runs all checks of a release and prints the result of each; `make release-check` calls it.
 
-    python tools/release_check.py [STEP ...]    # all steps, or those that are named
+    python tools/release_check.py [STEP ...]    # all steps by default
 
 Each step is a make target. A step that fails does not stop the others. Exits 1 if any failed.
 """
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# short ones first; twine-check reads what wheel leaves in dist/
+# short steps first; twine-check reads the files that wheel writes to dist/
 STEPS = {
-    "versions": "all files state one version",
-    "api-check": "public names are those written down",
-    "wheel": "sdist and wheel, at work in a clean environment",
-    "twine-check": "their metadata, as the index reads them",
-    "docs": "the site, strictly",
-    "audit": "known vulnerabilities",
-    "plugin-check": "a plug-in of another package",
+    "versions": "all files state the same version",
+    "api-check": "public names match the API snapshot",
+    "wheel": "sdist and wheel work in a clean environment",
+    "twine-check": "metadata of sdist and wheel, by the rules of PyPI",
+    "docs": "the documentation builds without warnings",
+    "audit": "no known vulnerabilities in dependencies",
+    "plugin-check": "a plug-in in a package of its own works",
     "test": "lint, types, fast tests",
     "test-oldest": "fast tests on the oldest versions",
 }
@@ -32,7 +32,13 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one step ended."""
+    """Result of one step.
+
+    Attributes:
+        step: Name of the step, a key of `STEPS`.
+        passed: Whether its command exited with 0.
+        seconds: Wall-clock time.
+    """
 
     step: str
     passed: bool
@@ -40,29 +46,29 @@ class Outcome:
 
 
 def run_step(step: str, command: Sequence[str]) -> Outcome:
-    """Run one command in the checkout; its output is shown as it comes."""
+    """Run one command in the checkout, and show its output as it is printed."""
     print(f"\n== {step}: {' '.join(command)}", flush=True)
     start = time.monotonic()
     try:
         passed = subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     except OSError as error:
-        print(f"{command[0]} cannot be started: {error}", flush=True)
+        print(f"{command[0]} could not be started: {error}", flush=True)
         passed = False
     return Outcome(step, passed, time.monotonic() - start)
 
 
 def run_steps(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
-    """Run all of them, one after the other, whatever each returns."""
+    """Run all commands one after the other, also after a failure."""
     return [run_step(step, command) for step, command in commands.items()]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """A line for each step: name, ok or FAILED, seconds, what it checks."""
+    """Return a table with a line for each step: name, ok or FAILED, seconds, what it checks."""
     lines = [f"{'step':13} {'result':7} {'seconds':>8}  checks"]
     for outcome in outcomes:
         result = "ok" if outcome.passed else "FAILED"
-        what = STEPS.get(outcome.step, "")
-        lines.append(f"{outcome.step:13} {result:7} {outcome.seconds:8.1f}  {what}".rstrip())
+        checks = STEPS.get(outcome.step, "")
+        lines.append(f"{outcome.step:13} {result:7} {outcome.seconds:8.1f}  {checks}".rstrip())
     return "\n".join(lines)
 
 
@@ -78,7 +84,7 @@ def check(commands: Mapping[str, Sequence[str]]) -> int:
 def main(chosen: list[str]) -> int:
     unknown = [step for step in chosen if step not in STEPS]
     if unknown:
-        print(f"unknown step {', '.join(unknown)}; known: {', '.join(STEPS)}", file=sys.stderr)
+        print(f"unknown step {', '.join(unknown)}; choose from {', '.join(STEPS)}", file=sys.stderr)
         return 2
     make = os.environ.get("MAKE", "make")
     return check({step: [make, "--no-print-directory", step] for step in chosen or STEPS})

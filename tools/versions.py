@@ -1,9 +1,9 @@
-"""Checks that every place that states the version agrees with pyproject.toml.
+"""Checks that all places that state the version agree with pyproject.toml.
 
-    python tools/versions.py    # prints what each place says; exits 1 where one differs
+    python tools/versions.py    # prints the version in each place; exits 1 if one differs
 
-The version is kept in pyproject.toml alone. `sparsiattn.__version__` is that of the installed
-package; CITATION.cff, the changelog's first heading and pages that pin a version repeat it.
+The version is defined in pyproject.toml. `sparsiattn.__version__` is that of the installed
+package; CITATION.cff, the first heading of the changelog and pages that pin a version repeat it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MISSING = "no version"
 
 
 def stated(root: Path) -> dict[str, str]:
-    """What files say: the first version in each of `PLACES`, and any other that a page pins."""
+    """Return the version in each file: those of `PLACES`, and pages that pin a version."""
     found = {name: _first(root / name, pattern) for name, pattern in PLACES.items()}
     for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         pinned = set(re.findall(PINNED, page.read_text(encoding="utf-8")))
@@ -35,7 +35,7 @@ def stated(root: Path) -> dict[str, str]:
 
 
 def installed() -> str:
-    """The version of the package that this interpreter imports."""
+    """Return the version of the installed package, or `MISSING`."""
     try:
         return version("sparsiattn")
     except PackageNotFoundError:
@@ -43,8 +43,8 @@ def installed() -> str:
 
 
 def differing(found: dict[str, str]) -> list[str]:
-    """Places that do not say what pyproject.toml says."""
-    return [place for place, said in found.items() if said != found[PROJECT]]
+    """Return the places that state another version than pyproject.toml."""
+    return [place for place, stated_there in found.items() if stated_there != found[PROJECT]]
 
 
 def _first(path: Path, pattern: str) -> str:
@@ -55,10 +55,12 @@ def _first(path: Path, pattern: str) -> str:
 def main() -> int:
     found = {**stated(ROOT), "installed package": installed()}
     wrong = differing(found)
-    for place, said in found.items():
-        print(f"{place:20} {said}{'  <- differs' if place in wrong else ''}")
+    for place, stated_there in found.items():
+        print(f"{place:20} {stated_there}{'  <- differs' if place in wrong else ''}")
     if wrong:
-        print(f"set them to {found[PROJECT]}, or change {PROJECT}; make installs the package anew")
+        print(
+            f"set them to {found[PROJECT]}, or change {PROJECT}; `make` installs the package again"
+        )
     return int(bool(wrong))
 
 

@@ -3,7 +3,7 @@
 While a patch exists, `F.scaled_dot_product_attention` is replaced by a wrapper that calls the
 original unless a patched module is on the stack. The stack is a thread-local linked list of
 ``(route, key, rest)``. Its entries are only functions and numbers, as torch.compile together with
-gradient checkpointing can follow nothing else.
+gradient checkpointing cannot trace other objects.
 """
 
 from __future__ import annotations

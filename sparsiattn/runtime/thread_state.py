@@ -44,7 +44,7 @@ class SiteCalls(threading.local):
 
     Attributes:
         top: The innermost open scope. Scopes are a linked list of functions and numbers, as
-            torch.compile together with gradient checkpointing can follow nothing else.
+            torch.compile together with gradient checkpointing cannot trace other objects.
         callers: By key of a scope, the call that opened it; see `abandoned`.
         routed: Keys of the open scopes whose module has called attention.
         shared: The pattern of the first of two calls that must use the same keys; in a padded

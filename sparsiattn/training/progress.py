@@ -18,7 +18,7 @@ def bar(title: str, total: int | None = None, *, shown: bool = True) -> Iterator
     """Show a progress bar while the block runs.
 
     Args:
-        title: Text beside the bar.
+        title: Text next to the bar.
         total: Number of items; the callback may set it later.
         shown: Whether to show the bar.
 

@@ -110,8 +110,8 @@ class Stage:
             )
         if self.grad_checkpointing and self.penalties:
             return (
-                f": {' and '.join(self.penalties)} need attention weights, which "
-                "grad_checkpointing does not store: remove one of the two"
+                f": {' and '.join(self.penalties)} cannot be combined with grad_checkpointing, "
+                "which does not store attention weights: remove one of the two"
             )
         if not self.losses:
             return f" has no loss: set one of {', '.join(LOSSES)} to a weight above 0"

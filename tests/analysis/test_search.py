@@ -246,7 +246,7 @@ def test_budgets_that_cannot_be(budget: Any, match: str) -> None:
         ("token_drop", {"rounds": None}, "rounds must be an int >= 1, got None"),
         ("token_drop", {"budget_s": -1}, "budget_s must be seconds > 0"),
         ("token_drop", {"metric": "colour"}, "metric must be"),
-        ("connectivity", {"options_grid": {"k": [0.5]}}, "give shares to choose from as keys="),
+        ("connectivity", {"options_grid": {"k": [0.5]}}, "pass shares to choose from as keys="),
         ("token_merge", {"options_grid": {"ratio": [0.9]}}, "as tokens="),
         ("connectivity", {"options_grid": {"tile": (9, 9)}}, "tile must be"),
         ("connectivity", {"options_grid": {"tile": [1, (9, 9)]}}, "grid for tile"),

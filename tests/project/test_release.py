@@ -226,4 +226,4 @@ class TestReleaseCheck:
         assert release_check.main(["wheels"]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert "unknown step wheels; known: versions" in captured.err
+        assert "unknown step wheels; choose from versions" in captured.err

@@ -83,7 +83,7 @@ def test_training_moves_attention_where_the_penalty_wants_it(loss: str, falls: b
 
 
 def test_penalties_and_checkpointing_do_not_go_together() -> None:
-    with pytest.raises(InvalidOption, match="attention_entropy read attention weights"):
+    with pytest.raises(InvalidOption, match="attention_entropy cannot be combined with"):
         Stage(epochs=1, attention_entropy=1.0, grad_checkpointing=True)
 
 

@@ -1,4 +1,4 @@
-"""For the API page: examples in docstrings are code, what is said of arguments is a list."""
+"""Shows examples in docstrings as code, and descriptions of arguments as lists (API page)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ARGUMENTS = re.compile(r"(?:^|(?<=[.;] )|(?<=\.\) ))((?:\w+, )*\w+): ")
 
 
 class Docstrings(Extension):
-    """Fences every example, from its first prompt to the next empty line, and takes paragraphs
-    apart where they say ``name: ...`` of arguments or fields."""
+    """Puts every example into a fence, from its first prompt to the next empty line, and splits
+    paragraphs that describe arguments or fields as ``name: ...``."""
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
@@ -34,7 +34,7 @@ def _list(obj: Object, names: set[str]) -> None:
 
 
 def _listed(paragraph: str, names: set[str]) -> str:
-    """The paragraph, from its first argument on as a list."""
+    """Return the paragraph with its part from the first argument on as a list."""
     if ">>>" in paragraph or "```" in paragraph or SECTION.match(paragraph):
         return paragraph
     text = " ".join(paragraph.split())

@@ -23,7 +23,7 @@ def square(row: int, column: int) -> str:
 
 
 def picture(back: str) -> str:
-    """The whole drawing, on ``back``."""
+    """Return the drawing as SVG; ``back`` is the SVG element behind it, or empty."""
     patches = "".join(square(row, column) for row in range(4) for column in range(4))
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">{back}{patches}</svg>\n'
 

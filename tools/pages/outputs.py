@@ -1,8 +1,8 @@
-"""Shows on every page what its code prints: each block that prints is followed by its output.
+"""Shows the output of the code on every page below the block that prints it.
 
-The code of a page runs in a process of its own. Results are kept in ``build/page-outputs``, named
-by a hash of the page's code and of the versions that it runs with: ``make clean`` after a change
-of the library shows what it prints now.
+The code of a page runs in a process of its own. Outputs are cached in ``build/page-outputs``, under
+a hash of the page's code and of the versions of packages: run ``make clean`` after a change of the
+library to renew them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "page-outputs"
 VERSIONS = ("sparsiattn", "torch", "timm", "transformers", "torchvision")
 LONG = 24  # lines; longer outputs scroll
-WIDE = 92  # characters; so many fit beside the navigation
+WIDE = 92  # characters that fit next to the navigation
 
 
 used: set[Path] = set()
@@ -36,7 +36,7 @@ used: set[Path] = set()
 
 
 def outputs(page: Path, found: list[snippets.Block]) -> list[str]:
-    """A text for each block; the page's code runs if the cache has no such run."""
+    """Return the output of each block; the page's code runs if the cache does not have them."""
     path = CACHE / f"{_key(found)}.json"
     used.add(path)
     if not path.exists():
@@ -80,14 +80,14 @@ def run(page: Path, result: Path) -> None:
 
 
 def without_paths(output: str) -> str:
-    """What was printed, with folders of the building machine cut short."""
+    """Return the output with folders of the building machine replaced by ``...``."""
     for folder in (*site.getsitepackages(), str(ROOT), str(Path.home())):
         output = re.sub(re.escape(folder) + r"(?=/)", "...", output)
     return output
 
 
 def with_outputs(text: str, found: list[snippets.Block], texts: list[str]) -> str:
-    """The page with a block of text behind each block that printed something."""
+    """Return the page with an output block after each block that printed something."""
     parts, start = [], 0
     for block, output in zip(found, texts, strict=True):
         parts.append(text[start : block.end])
@@ -98,7 +98,7 @@ def with_outputs(text: str, found: list[snippets.Block], texts: list[str]) -> st
 
 
 def wrapped(line: str) -> list[str]:
-    """A long line of prose in several, as a terminal shows it; rows of tables stay whole."""
+    """Wrap a long line of prose as a terminal does; rows of tables are not wrapped."""
     if len(line) <= WIDE or "  " in line.strip():
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) + 2)
@@ -115,7 +115,10 @@ def _fenced(output: str, indent: str) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """mkdocs: a page before it becomes HTML. A block that fails is a warning: ``--strict`` ends."""
+    """mkdocs: called for a page before it becomes HTML.
+
+    A block that fails gives a warning, which ends a build with ``--strict``.
+    """
     if page.file.abs_src_path is None:
         return markdown
     try:
@@ -129,7 +132,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_post_build(**_: Any) -> None:
-    """mkdocs: everything is written. Results that no page has any more go."""
+    """mkdocs: called after the build. Deletes cached outputs that no page uses any more."""
     for path in set(CACHE.glob("*.json")) - used:
         path.unlink()
     used.clear()

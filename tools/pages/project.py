@@ -1,6 +1,5 @@
-"""What the site takes from the project: version, addresses, machine; and what each page says of
-itself: a description for search engines, the dark twin of a picture where there is one, and which
-cells of tables hold prose."""
+"""Adds facts about the project to the site (version, URLs, machine), and to each page a description
+for search engines, dark variants of pictures, and a mark on table cells with much text."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ("repository", "source", "homepage")
 SITE = ("documentation", "docs")
-"""Labels of `[project.urls]`, in the order in which they are looked for."""
+"""Labels of `[project.urls]`, in order of preference."""
 
 LENGTH = 155  # characters of a description that search engines show
-PROSE = 60  # characters from which a cell needs a column of some width
-BEGINNING = re.compile(r"[A-Z`*\[]")  # of a paragraph that stands for itself
+PROSE = 60  # characters; cells with more need a wider column
+BEGINNING = re.compile(r"[A-Z`*\[]")  # first character of a paragraph of prose
 CELL = re.compile(r"<td(?P<look>[^>]*)>(?P<content>.*?)</td>", re.DOTALL)
 IMAGE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<path>[^)#\s]+)\.(?P<kind>svg|png|jpg)\)")
 
 
 def on_config(config: Any, **_: Any) -> Any:
-    """mkdocs: fills in what mkdocs.yml leaves to pyproject.toml."""
+    """mkdocs: sets options that mkdocs.yml does not set, from pyproject.toml."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     urls = {label.lower(): url for label, url in settings.get("urls", {}).items()}
     config.repo_url = config.repo_url or first(urls, SOURCE)
@@ -43,17 +42,17 @@ def on_config(config: Any, **_: Any) -> Any:
 
 
 def first(urls: dict[str, str], labels: tuple[str, ...]) -> str | None:
-    """The address under the first of some labels."""
+    """Return the URL of the first label that has one."""
     return next((urls[label] for label in labels if label in urls), None)
 
 
 def version(settings: dict[str, Any]) -> str:
-    """That of pyproject.toml, or of the installed package where it is not written there."""
+    """Return the version of pyproject.toml, or of the installed package if it has none."""
     return str(settings.get("version", __version__))
 
 
 def footer(current: str) -> str:
-    """Version, and where the outputs on the pages come from."""
+    """Return the version, and on which machine the outputs on the pages were printed."""
     card = timing.machine()
     threads = "1 thread" if card["threads"] == 1 else f"{card['threads']} threads"
     return (
@@ -64,14 +63,14 @@ def footer(current: str) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """mkdocs: a page before it becomes HTML."""
+    """mkdocs: called for a page before it becomes HTML."""
     page.meta.setdefault("description", description(markdown))
     source = Path(page.file.abs_src_path or config.docs_dir)
     return IMAGE.sub(lambda image: both_themes(image, source.parent), markdown)
 
 
 def description(markdown: str) -> str:
-    """The first paragraph of a page as plain text, cut after a word."""
+    """Return the first paragraph of a page as plain text, cut at the end of a word."""
     text = re.sub(r"<!--.*?-->|```.*?```", "", markdown, flags=re.DOTALL)
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     prose = next((paragraph for paragraph in paragraphs if BEGINNING.match(paragraph)), "")
@@ -83,7 +82,7 @@ def description(markdown: str) -> str:
 
 
 def both_themes(image: re.Match[str], folder: Path) -> str:
-    """A picture, and beside it ``NAME-dark`` for the dark theme where that file exists."""
+    """Return a picture, followed by ``NAME-dark`` for the dark theme if that file exists."""
     dark = f"{image['path']}-dark.{image['kind']}"
     if not (folder / dark).is_file():
         return image[0]
@@ -93,7 +92,7 @@ def both_themes(image: re.Match[str], folder: Path) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """mkdocs: a page as HTML. Cells with much text are marked, so that they get room to wrap."""
+    """mkdocs: called for a page as HTML. Marks cells with much text, which get a wider column."""
     return CELL.sub(_with_room, html)
 
 

@@ -2,7 +2,7 @@
 
 Marks on a page are replaced: ``<!-- strategies: attention -->`` (or ``tokens``, ``both``) by the
 strategies of the library of that kind, ``<!-- public names -->`` by the index, and
-``<!-- anchors -->`` by what sends old addresses to the entries of today.
+``<!-- anchors -->`` by a script that redirects old addresses to the present entries.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ const places = %s;
 for (let name = location.hash.slice(1); name; name = name.replace(/\\.?[^.]*$/, ""))
   if (name in places) { location.replace("../reference/" + places[name]); break; }
 </script>"""
-"""Goes to the entry of the name in the address, or of the class that it is a method of."""
+"""Redirects to the entry of the name in the address or, for a method, to that of its class."""
 
 
 def strategies(kind: str) -> str:
-    """The entries of the library's strategies of one kind, as Markdown."""
+    """Return the entries of the library's strategies of one kind, as Markdown."""
     infos = sparsiattn.list_strategies().values()
     ours = [info for info in infos if info.kind == kind and info.plugin in PLUGINS]
     return "\n\n".join(entry(info.name) for info in ours)
 
 
 def entry(name: str) -> str:
-    """What a strategy does, where it comes from, and its options with their defaults."""
+    """Return the description of a strategy, its paper, and its options with their defaults."""
     kind = REGISTRY.get("strategies", name)
     home = f"{kind.__module__}.{kind.__qualname__}"
     parts = [f"## `{name}` {{ #{name} }}", f'<a id="{home}"></a>`{home}`', prose(kind), facts(kind)]
@@ -54,7 +54,7 @@ def entry(name: str) -> str:
 
 
 def defaults(kind: type) -> dict[str, str]:
-    """The options of a strategy and their defaults as they are typed; those of every one last."""
+    """Return the options of a strategy and the `repr` of their defaults, shared options last."""
     shared = {name for base in (Strategy, TokenStrategy) for name in base.option_names()}
     options = sorted((f for f in fields(kind) if f.init), key=lambda f: f.name in shared)
     return {option.name: _typed(option) for option in options}
@@ -66,24 +66,24 @@ def _typed(option: Any) -> str:
 
 
 def prose(kind: type) -> str:
-    """The docstring of a class up to its arguments."""
+    """Return the docstring of a class up to its arguments."""
     text = inspect.cleandoc(kind.__doc__ or "")
     return _markdown(re.split(r"\n\n(?:Args:|Attributes:|>>> )", text)[0])
 
 
 def facts(kind: Any) -> str:
-    """Its paper, how close to that it is, what it needs."""
+    """Return a list of the strategy's paper, its fidelity to that, and its requirements."""
     found = [f"- Paper: <{kind.paper}>" if kind.paper else ""]
     found.append(f"- How close: {kind.fidelity}" if kind.fidelity else "")
     if kind.needs_training:
-        found.append("- Must be calibrated or trained before it is of use")
+        found.append("- Must be calibrated or trained before use")
     if not kind.exact_at_full:
-        found.append(f"- With its full budget it is not the dense model: {kind.inexact_reason}")
+        found.append(f"- Not equal to the dense model with its full budget: {kind.inexact_reason}")
     return "\n".join(filter(None, found))
 
 
 def described(kind: type) -> dict[str, str]:
-    """What docstrings say of the options: that of the class, else of what it extends."""
+    """Return the descriptions of the options, from the class or else from its base classes."""
     found: dict[str, str] = {}
     for base in kind.__mro__[:-1]:
         for name, text in arguments(inspect.cleandoc(base.__doc__ or "")).items():
@@ -92,7 +92,7 @@ def described(kind: type) -> dict[str, str]:
 
 
 def _spelt_out(name: str, text: str) -> str:
-    """With what a contract says of an option, where a docstring only refers to it."""
+    """Replace a reference such as "As in `Strategy`" by the description of the option there."""
     for base in (Strategy, TokenStrategy):
         refers = re.match(rf"(?:Of|As in) `{base.__name__}`(?:[;.:] ?)?", text)
         if refers is not None:
@@ -103,7 +103,7 @@ def _spelt_out(name: str, text: str) -> str:
 
 
 def arguments(docstring: str) -> dict[str, str]:
-    """What stands in the section ``Args:``, by name, each text on one line."""
+    """Return the descriptions in the section ``Args:`` by name, each on one line."""
     section = re.search(r"^Args:\n((?: .*\n?|\n(?= ))+)", docstring, re.MULTILINE)
     found: dict[str, str] = {}
     for names, text in re.findall(
@@ -115,18 +115,21 @@ def arguments(docstring: str) -> dict[str, str]:
 
 
 def _markdown(text: str) -> str:
-    """Double backticks as single ones, as the rest of the site has them."""
+    """Replace double backticks by single ones, which the rest of the site uses."""
     return re.sub(r"``([^`]+)``", r"`\1`", text)
 
 
 def places() -> dict[str, str]:
-    """The page of the reference on which each name has its entry, without ``sparsiattn.``."""
+    """Return the page of the reference with the entry of each name (without ``sparsiattn.``)."""
     pages = sorted(REFERENCE.glob("*.md"))
     return {name: page.stem for page in pages for name in ENTRY.findall(page.read_text())}
 
 
 def moved() -> str:
-    """What leads from names, public ones also by their modules, to the entries that they have."""
+    """Return anchors for old addresses of names, and the script that redirects to their entries.
+
+    Public names are redirected from the path of their module, too.
+    """
     found = {}
     for name, page in places().items():
         public = getattr(sparsiattn, name) if name in sparsiattn.__all__ else None
@@ -138,7 +141,7 @@ def moved() -> str:
 
 
 def index() -> str:
-    """Every public name, what it is, and a link to its entry."""
+    """Return a table of the public names, with a link and the first sentence of each docstring."""
     rows = ["| name | what it is |", "| --- | --- |"]
     for name, page in sorted(places().items(), key=lambda place: place[0].lower()):
         if name in sparsiattn.__all__:
@@ -147,7 +150,7 @@ def index() -> str:
 
 
 def _sentence(name: str) -> str:
-    """The first sentence of a docstring; a value has that of its type, which says nothing."""
+    """Return the first sentence of a docstring; empty for values, which have that of their type."""
     thing = getattr(sparsiattn, name)
     if not (inspect.isclass(thing) or inspect.isroutine(thing)):
         return ""
@@ -166,7 +169,7 @@ FILLED: dict[str, Callable[[], str]] = {
 
 
 def filled(markdown: str) -> str:
-    """A page with what its marks stand for."""
+    """Return a page with its marks replaced."""
     for mark, content in FILLED.items():
         if f"<!-- {mark} -->" in markdown:
             markdown = markdown.replace(f"<!-- {mark} -->", content())
@@ -174,5 +177,5 @@ def filled(markdown: str) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs: a page before it becomes HTML."""
+    """mkdocs: called for a page before it becomes HTML."""
     return filled(markdown)

@@ -1,6 +1,6 @@
-"""The code of a documentation page: its blocks in order, and what each of them prints.
+"""Runs the code blocks of a documentation page in order, and collects the output of each.
 
-Tests run it in their own process, the site in one of its own for each page:
+Tests do so in their own process. The site starts a process for each page:
 ``python tools/pages/snippets.py PAGE RESULT`` writes a JSON list with a text for each block.
 
 Python blocks run, and shell blocks do not. A comment above a block changes that:
@@ -33,11 +33,11 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 MARK = re.compile(r"(?P<order>not run|no output): (?P<reason>\S.*)")
-COLUMNS = "88"  # so many fit into a block of the site without scrolling
+COLUMNS = "88"  # characters that fit into a block of the site without scrolling
 
 
 class SnippetFailed(Exception):
-    """A block of a page raised an error, or its mark cannot be read."""
+    """A block of a page raised an error, or the comment above it is not understood."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Block:
 
     Attributes:
         language: ``"python"`` or ``"sh"``.
-        code: Without the indentation of the fence.
-        line: Of the page, from 1, where the code begins.
-        end: Where the fence ends in the text of the page.
+        code: The code, without the indentation of the fence.
+        line: Line of the page on which the code begins, from 1.
+        end: Index of the end of the fence in the text of the page.
         indent: Spaces before the fence.
         runs: Whether it is run.
         shows: Whether the page shows what it prints.
@@ -64,7 +64,7 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """The Python and shell blocks of a page, in order."""
+    """Return the Python and shell blocks of a page, in order."""
     return [_block(found, text) for found in BLOCK.finditer(text)]
 
 
@@ -83,7 +83,7 @@ def _block(found: re.Match[str], text: str) -> Block:
 
 
 def _order(mark: str) -> str:
-    """What a comment above a block asks for; empty where it speaks of something else."""
+    """Return the instruction in the comment above a block; empty for any other comment."""
     found = MARK.fullmatch(mark)
     if found is not None:
         return found["order"]
@@ -95,14 +95,14 @@ def _order(mark: str) -> str:
 
 
 def printed(page: str, text: str) -> Iterator[str]:
-    """What the blocks of a page print, one after the other; empty for those that do not run.
+    """Yield the output of each block of a page, in order; empty for blocks that do not run.
 
     Args:
-        page: Its path, for errors.
-        text: What stands on it.
+        page: Path of the page, for errors.
+        text: Text of the page.
 
     Raises:
-        SnippetFailed: A block raised an error: page, block and traceback.
+        SnippetFailed: A block raised an error; the message has page, block and traceback.
     """
     module = ModuleType("page_" + re.sub(r"\W", "_", page))
     sys.modules[module.__name__] = module  # dataclasses look their module up
@@ -144,7 +144,7 @@ def _shell(code: str) -> str:
 def main(page: str, result: str) -> int:
     text, written = Path(page).read_text(encoding="utf-8"), Path(result).resolve()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # what a page writes stays there
+        os.chdir(folder)  # files that a page writes stay there
         try:
             found = list(printed(page, text))
         except SnippetFailed as error:
