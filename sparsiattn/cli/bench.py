@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sparsiattn.cli.bench_list import compared, heading
-from sparsiattn.cli.console import print_result
+from sparsiattn.cli.console import check_file, print_result
 from sparsiattn.cli.images import noise
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import (
@@ -48,6 +48,7 @@ def bench_model(
 
     Example: sparsiattn bench vit_small_patch16_384 --strategy hybrid --image-size 1024
     """
+    check_file(out)
     place = place_of(device, dtype)
     if request.names_a_patch():
         document, parts = _one(request, place, batch_size, rounds)

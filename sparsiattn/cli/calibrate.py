@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from sparsiattn.cli.console import print_result
+from sparsiattn.cli.console import check_folder, print_result
 from sparsiattn.cli.images import unlabelled
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import (
@@ -53,9 +53,10 @@ def calibrate_model(
     Example: sparsiattn calibrate deit_small_patch16_224 --pretrained --data photos --k 0.1
     --option scores=predictor --out deit_s.sparse
     """
+    check_folder(out)
+    place = place_of(device, dtype)
     from sparsiattn import calibrate
 
-    place = place_of(device, dtype)
     model, patch = request.build(default_strategy="connectivity")
     model.to(**place)
     order = {"split": "train", "training": True, "batch_size": batch_size, "seed": seed}

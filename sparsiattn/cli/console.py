@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparsiattn.errors import SparsiattnError
+from sparsiattn.errors import InvalidOption, SparsiattnError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,6 +52,30 @@ def print_result(as_json: bool, document: Any, *parts: Any, indent: int | None =
             Console().print(part)
         else:
             print(part)
+
+
+def check_file(path: Path | None) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        InvalidOption: It is a folder, or its own folder cannot be written to.
+    """
+    if path is not None:
+        if path.is_dir():
+            raise InvalidOption(f"--out must be a file, got the folder {path}")
+        check_folder(path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """The same for a folder, which is made later where it is not there.
+
+    Raises:
+        InvalidOption: It can neither be written to nor be made.
+    """
+    absolute = path.absolute()
+    nearest = next(place for place in (absolute, *absolute.parents) if place.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise InvalidOption(f"--out must be where you may write, which {nearest} is not")
 
 
 @contextmanager

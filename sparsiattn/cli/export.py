@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import print_result
+from sparsiattn.cli.console import check_file, print_result
 from sparsiattn.cli.images import noise
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson, Device, DType, in_output, in_run, place_of
@@ -60,6 +60,7 @@ def export_model(
     deit_s.onnx
     """
     form = format_of(out, format)
+    check_file(out)
     from rich.console import Console
 
     from sparsiattn import export

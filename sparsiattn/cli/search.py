@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsiattn.cli.console import print_result
+from sparsiattn.cli.console import check_file, print_result
 from sparsiattn.cli.images import unlabelled
 from sparsiattn.cli.model_command import MODEL_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import (
@@ -112,6 +112,7 @@ def search_model(
     --macs 0.7 --out schedule.json
     """
     target = _target({"macs": budget(macs, "--macs"), "latency": latency, "agreement": agreement})
+    check_file(out)
     options, place = pairs(request.option, "--option"), place_of(device, dtype)
     from sparsiattn import search
 
@@ -134,6 +135,7 @@ def search_model(
         **options,
     )
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         result.save(out)
     document = {"name": request.model, "data": data, "out": None if out is None else str(out)}
     again = "" if out is None else f"in commands: {flags(result, out)}"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sparsiattn.cli.console import print_result
+from sparsiattn.cli.console import check_file, print_result
 from sparsiattn.cli.model_command import PATCH_OPTIONS, ModelRequest, model_command
 from sparsiattn.cli.options import AsJson, Device, DType, in_output, place_of
 
@@ -73,8 +73,12 @@ def show_model(
     """
     queries, place = positions(query), place_of(device, dtype)
     from sparsiattn import show
+    from sparsiattn.analysis.visualization.view import check_view
     from sparsiattn.training.progress import bar
 
+    for path in out or ():
+        check_file(path)
+        check_view(path, view)
     layers = None if layer is None else [int(x) if _is_int(x) else x for x in layer]
     model, patch = request.build(default_strategy="connectivity")
     model.to(**place)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import sparsiattn
 from sparsiattn.analysis.benchmark import tuning
 from sparsiattn.analysis.benchmark.tuning_cases import Case
 from sparsiattn.cli import app
+from sparsiattn.cli.console import readable_errors
 from sparsiattn.kernels import cost
 from sparsiattn.kernels import tuning_cache as tuningfile
 
@@ -63,13 +65,38 @@ def test_list_of_one_kind_has_summaries(kind: str, monkeypatch: pytest.MonkeyPat
         assert row["summary"] in out
 
 
-def test_files_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "no_model"],
+        ["search", "no_model", "--data", "nowhere", "--macs", "0.5"],
+        ["calibrate", "no_model", "--data", "nowhere"],
+        ["export", "no_model", "--format", "onnx"],
+        ["show", "no_model", "nothing.jpg"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """Also before the model is looked for."""
     (tmp_path / "file").touch()
-    arguments = ["bench", "test_vit", "--k", "0.5", "--rounds", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "file" / "bench.json")])
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in result.output
+    inside = str(tmp_path / "file" / "x.onnx")
+    result = CliRunner().invoke(app, [*arguments, "--out", inside])
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line == f"error: --out must be where you may write, which {tmp_path / 'file'} is not"
+
+
+def test_faults_of_files_are_one_line() -> None:
+    with pytest.raises(typer.Exit), readable_errors():
+        raise PermissionError(13, "Permission denied", "/locked/bench.json")
+    with pytest.raises(BrokenPipeError), readable_errors():
+        raise BrokenPipeError  # a closed pipe is no fault
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "test_vit", "--out", str(tmp_path)])
+    assert result.stderr == f"error: --out must be a file, got the folder {tmp_path}\n"
 
 
 def test_no_command_shows_help_and_a_wrong_one_is_a_usage_error() -> None:

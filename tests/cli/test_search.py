@@ -15,7 +15,7 @@ MODEL = [NAME, *model_options(SMALL)]
 
 
 def test_the_file_it_writes_is_a_schedule_that_commands_take(tmp_path: Path) -> None:
-    data, out = folder(tmp_path / "images"), tmp_path / "schedule.json"
+    data, out = folder(tmp_path / "images"), tmp_path / "new" / "schedule.json"
     found = json.loads(
         run("search", *MODEL, "--data", data, "--strategy", "token_drop", "--macs", "0.9",
             "--trials", 1, "--images", 4, "--out", out, "--json").stdout

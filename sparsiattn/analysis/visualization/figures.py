@@ -27,6 +27,12 @@ _SCALE = (
 )
 
 
+def check_view(view: str) -> None:
+    """Refuse a name that is none of `VIEWS`."""
+    if view not in VIEWS:
+        raise unknown("view", view, VIEWS)
+
+
 def draw(record: AttentionRecord, view: str, site: str | int | None = None) -> Any:
     """Draw one of `VIEWS` as a matplotlib figure.
 
@@ -39,8 +45,7 @@ def draw(record: AttentionRecord, view: str, site: str | int | None = None) -> A
         UnknownName: There is no such view or site.
         InvalidOption: There is nothing to draw in this view, or matplotlib is not installed.
     """
-    if view not in VIEWS:
-        raise unknown("view", view, VIEWS)
+    check_view(view)
     if view == "overview" and record.tokens and all(site.dense for site in record.sites):
         view = "tokens"  # there is no pattern to compare with
     if site is not None:

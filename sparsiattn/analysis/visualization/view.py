@@ -13,6 +13,25 @@ from sparsiattn.analysis.visualization.html_page import page
 from sparsiattn.analysis.visualization.result import AttentionRecord
 from sparsiattn.errors import InvalidOption
 
+PAGES = (".html", ".htm")
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_view(path: Path, view: str) -> None:
+    """Refuse a file that `AttentionView.save` cannot write.
+
+    Raises:
+        InvalidOption: Another suffix.
+        UnknownName: A picture of no such view.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*PAGES, *PICTURES):
+        raise InvalidOption(
+            f"show() writes .html, .png, .svg and .pdf, got {path.name!r}: name the file so"
+        )
+    if suffix in PICTURES:
+        figures.check_view(view)
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionView(AttentionRecord):
@@ -68,13 +87,9 @@ class AttentionView(AttentionRecord):
             InvalidOption: The suffix is not supported, or as in `figure`.
         """
         path = Path(path)
-        suffix = path.suffix.lower()
-        if suffix not in (".html", ".htm", ".png", ".svg", ".pdf"):
-            raise InvalidOption(
-                f"the file name must end in .html, .png, .svg or .pdf, got {path.name!r}"
-            )
+        check_view(path, view)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if suffix in (".html", ".htm"):
+        if path.suffix.lower() in PAGES:
             path.write_text(self.html(), encoding="utf-8")
         else:
             self.figure(view, site).savefig(path, dpi=120, facecolor="white")
