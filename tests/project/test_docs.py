@@ -21,7 +21,7 @@ from tests.support.pages import program
 SNIPPETS = program("snippets")
 REFERENCE = program("reference")
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+TEXTS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "README", "CHANGELOG"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
