@@ -252,7 +252,7 @@ class TestRefusals:
             (lambda: LowRank(rank=1.5), "rank must be a float"),
             (lambda: LowRank(guide=0), "guide must be"),
             (lambda: Hypergraph(members=0), "members must be"),
-            (lambda: sparsiattn.patch(tiny_vit(), SkipAt(layers=[2])), "the model has 2"),
+            (lambda: sparsiattn.patch(tiny_vit(), SkipAt(layers=[2])), "must be below 2"),
         ],
     )
     def test_options(self, make: Any, match: str) -> None:

@@ -80,7 +80,7 @@ class TestAnotherModel:
 
     def test_class(self, model: nn.Module, saved: Path) -> None:
         model.__class__ = type("MyTransformer", (type(model),), {})
-        refused(model, saved, "another model", "'VisionTransformer' there", "'MyTransformer' here")
+        refused(model, saved, "another model", "was 'VisionTransformer'", "is 'MyTransformer' here")
 
     @pytest.mark.parametrize(
         "options", [{"depth": 3}, {"num_classes": 7}, {"embed_dim": 24}, {"img_size": 64}], ids=str
