@@ -133,7 +133,7 @@ class Pattern(RenamedMembers):
             raise InvalidType(
                 f"Pattern.top needs [B|1, H|1, rows, keys] scores, got shape {tuple(scores.shape)}"
             )
-        return Ranked(scores.shape[-2], scores.shape[-1], scores, check_budget(k))
+        return Ranked(scores.shape[-2], scores.shape[-1], scores=scores, k=check_budget(k))
 
     @staticmethod
     def computed_keys(

@@ -45,7 +45,9 @@ class TopLogits(SizedPattern):
     @staticmethod
     def of(inputs: AttentionInputs, k: Budget, *, in_blocks: bool = False) -> TopLogits:
         """The pattern of one call."""
-        return TopLogits(inputs.n_queries, inputs.n_keys, check_budget(k), inputs, in_blocks)
+        sizes = inputs.n_queries, inputs.n_keys
+        # by keyword: Dynamo before torch 2.11 counts the keyword-only `summary` as positional
+        return TopLogits(*sizes, k=check_budget(k), inputs=inputs, in_blocks=in_blocks)
 
     @property
     def score_count(self) -> int:
@@ -62,7 +64,7 @@ class TopLogits(SizedPattern):
             scores = self._votes()
         else:  # the mask differs between queries, so each one votes for itself
             scores = inputs.logits().softmax(-1)
-        return Ranked(scores.shape[-2], self.n_keys, scores, self.k)
+        return Ranked(scores.shape[-2], self.n_keys, scores=scores, k=self.k)
 
     @property
     def votes(self) -> bool:

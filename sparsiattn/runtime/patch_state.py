@@ -184,7 +184,8 @@ class PatchState(PatchOwner):
     @property
     def shortens(self) -> bool:
         """Whether sequences get shorter on their way through the model."""
-        return bool(self.blocks) and self.blocks[0].placement not in KEEP_GRID
+        # `bool` of a list is a graph break before torch 2.11
+        return len(self.blocks) > 0 and self.blocks[0].placement not in KEEP_GRID
 
     @property
     def restores_last(self) -> bool:

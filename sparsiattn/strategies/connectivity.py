@@ -228,7 +228,8 @@ class ConnectivityPlanner(LearnedPlanner):
         if compiled is None:
             return Pattern.top(self.scores(inputs), k)
         scores, best = compiled
-        return Ranked(scores.shape[-2], scores.shape[-1], scores, k, best if count else None)
+        sizes = scores.shape[-2], scores.shape[-1]
+        return Ranked(*sizes, scores=scores, k=k, best=best if count else None)
 
     @property
     def plans_by_shape(self) -> bool:

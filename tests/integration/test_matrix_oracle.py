@@ -110,8 +110,9 @@ HOSTS |= {
     **{f"wide {name}": Host(WIDE_STAGES, image=(side, side * 3 // 2), make=zoo.HIERARCHIES[name][0])
        for name, side in (("pvt_v2", 64), ("mobilevit", 64), ("iformer", 128), ("twins", 64),
                           ("sam2", 128), ("davit", 64))},
-    "wide qwen3": Host(WIDE, image=(128, 192), make=zoo.HIERARCHIES["qwen3"][0]),
-    "wide deepseek": Host(WIDE, image=(112, 168), make=zoo.HIERARCHIES["deepseek"][0]),
+    **{f"wide {name}": Host(WIDE, image=image, make=zoo.HIERARCHIES[name][0])
+       for name, image in (("qwen3", (128, 192)), ("deepseek", (112, 168)))
+       if name in zoo.HIERARCHIES},  # not in older versions of timm
     "wide naflexvit": Host(WIDE, 4, image=(128, 192), make=zoo.HIERARCHIES["naflexvit"][0]),
     # what is patched is one image, what runs another
     "other size": Host(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ TOKENS = [name for name, info in INFOS.items() if info.kind == "tokens"]
 
 def naflex(pool: str = "token", **options: Any) -> NaFlexVit:
     torch.manual_seed(0)
+    unknown = options.keys() - {field.name for field in fields(NaFlexVitCfg)}
+    if unknown:
+        pytest.skip(f"this timm has no {', '.join(unknown)}")
     cfg = NaFlexVitCfg(
         patch_size=8,
         embed_dim=48,

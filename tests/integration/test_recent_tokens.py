@@ -29,7 +29,11 @@ def _subject(name: str) -> matrix.Subject:
 
 
 def _part(subject: matrix.Subject, path: str) -> list[Any]:
-    return list(subject.model.get_submodule(path))  # type: ignore[arg-type]
+    parent, _, name = path.rpartition(".")
+    module = subject.model.get_submodule(parent)
+    if not hasattr(module, name):  # in transformers before 5.9
+        module, name = module.encoder, name.removesuffix("s")  # type: ignore[assignment]
+    return list(getattr(module, name))
 
 
 def _patched(subject: matrix.Subject, strategy: str, **options: Any) -> tuple[Tensor, str]:

@@ -15,6 +15,7 @@ import sparsiattn
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.native import biased, build, merge
+from sparsiattn.patching.flop_counter import flop_counter
 from sparsiattn.strategies import TokenMerge
 from sparsiattn.strategies.token_base import TokenInputs
 from tests.support import zoo
@@ -200,16 +201,11 @@ def test_macs_are_those_of_the_path_of_torch() -> None:
     with sparsiattn.patch(model, "token_merge", r=6), torch.no_grad():
         counted = []
         for path in (True, False):
-            from torch.utils.flop_counter import FlopCounterMode
-
-            from sparsiattn.kernels.native.ops import FLOP_FORMULAS
-
-            formulas: Any = FLOP_FORMULAS
             with pytest.MonkeyPatch.context() as patched:
                 if not path:
                     patched.setattr(merge, "merges", lambda *_: False)
                     patched.setattr(biased, "serves_call", lambda *_: False)
-                with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+                with flop_counter() as counter:
                     model(x)
             counted.append(counter.get_total_flops())
     assert counted[0] == counted[1]

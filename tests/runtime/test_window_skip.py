@@ -195,6 +195,9 @@ def test_a_saved_folder_skips_the_same_windows(score: str, tmp_path: Any) -> Non
 def test_checkpoints_inside_a_shifted_block_are_refused() -> None:
     """Run again without the block's hooks, its attention would get another mask."""
     model = MODELS["transformers swin"]().train()
+    layers = [m for m in model.modules() if type(m).__name__ == "SwinLayer"]
+    if not hasattr(layers[0], "gradient_checkpointing"):
+        pytest.skip("this transformers has no checkpoints inside of Swin's blocks")
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True

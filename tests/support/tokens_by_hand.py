@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -279,7 +280,10 @@ def _before_mlp(block: Any, middle: list[Tensor]) -> Any:
 def _mlp(block: Any, y: Tensor) -> Tensor:
     x = getattr(block, _norm(block))(y)
     if not hasattr(block, "mlp"):
-        return block.output(block.intermediate(x), torch.zeros_like(y))  # type: ignore[no-any-return]
+        hidden = block.intermediate(x)
+        if len(signature(block.output.forward).parameters) == 1:  # in older transformers
+            return block.output(hidden)  # type: ignore[no-any-return]
+        return block.output(hidden, torch.zeros_like(y))  # type: ignore[no-any-return]
     branch = block.mlp(x)
     behind = next((name for name in NORMS_BEHIND if hasattr(block, name)), None)
     if behind is not None:
