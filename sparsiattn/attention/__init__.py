@@ -12,8 +12,9 @@ from sparsiattn.attention.geometry import Grid, Tile, Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.layout import HostCall, Layout
+from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.packed import PackedTokens
-from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Mask, Pattern, Ranked
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import ReductionStep, TokenState

@@ -13,6 +13,7 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.geometry import Grid, Tile, Tiles
+from sparsiattn.attention.logits import add_bias, products
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
@@ -245,11 +246,11 @@ class AttentionInputs(RenamedMembers):
             q = q.index_select(-2, rows)
             if bias is not None and bias.shape[-2] > 1:
                 bias = bias.index_select(-2, rows)
-        return _add_bias(products(q, self.k, self.scale), bias)
+        return add_bias(products(q, self.k, self.scale), bias)
 
     def biased(self, logits: Tensor) -> Tensor:
         """Logits ``[B|1, H|1, Nq, Nk]`` with the host's bias; forbidden keys at -inf."""
-        return _add_bias(logits, self.bias)
+        return add_bias(logits, self.bias)
 
     def attention(self, pattern: CanAttend | None = None) -> Tensor:
         """Attention computed by torch's SDPA, ``[B, H, Nq, Dv]``; for the losses of planners.
@@ -390,18 +391,3 @@ class AttentionInputs(RenamedMembers):
     def replace(self, **fields: Any) -> AttentionInputs:
         """A copy with some fields changed."""
         return replace(self, **fields)
-
-
-def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``q @ k.mT * scale``; float16 operands give float32, as large logits overflow float16."""
-    if q.dtype == torch.float16:
-        return (q.float() * scale) @ k.float().mT
-    return q @ k.mT * scale
-
-
-def _add_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return logits
-    if bias.dtype == torch.bool:
-        return logits.masked_fill(~bias, float("-inf"))
-    return logits + bias.to(logits.dtype)

@@ -16,8 +16,9 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.auto_options import auto_options
 from sparsiattn.attention.budget import Budget, check_budget, count_of
 from sparsiattn.attention.geometry import T, Tiles
-from sparsiattn.attention.inputs import AttentionInputs, products
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyIndex, KeyLists
+from sparsiattn.attention.logits import products
 from sparsiattn.attention.pattern import Ranked, SizedPattern
 
 

@@ -14,7 +14,8 @@ from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex
-from sparsiattn.attention.pattern import Computed, Dense, Lengths, Logits, Mask, Output, Pattern
+from sparsiattn.attention.lengths import Lengths
+from sparsiattn.attention.pattern import Computed, Dense, Logits, Mask, Output, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Choice

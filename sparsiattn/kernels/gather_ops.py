@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.derivatives import is_exporting, is_tracing, is_transformed
-from sparsiattn.attention.inputs import products
+from sparsiattn.attention.logits import products
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.kernels.workspace import SCRATCH
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from sparsiattn.attention.background import Summary
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Pattern
+from sparsiattn.attention.lengths import Lengths
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Pattern
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
-from sparsiattn.attention.pattern import ComputedPattern, Dense, Lengths, Logits, Mask, Pattern
+from sparsiattn.attention.lengths import Lengths
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Logits, Mask, Pattern
 from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work

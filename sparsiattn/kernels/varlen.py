@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Lengths, Pattern
+from sparsiattn.attention.lengths import Lengths
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape, Work
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable

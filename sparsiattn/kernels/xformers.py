@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
-from sparsiattn.attention.pattern import Lengths, Pattern
+from sparsiattn.attention.lengths import Lengths
+from sparsiattn.attention.pattern import Pattern
 from sparsiattn.errors import first_line
 from sparsiattn.kernels import paged
 from sparsiattn.kernels.base import Kernel

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import HostCall, Maps, canonical
+from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.packed import PackedTokens
 from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.padding import OwnTokens, with_explicit_mask
-from sparsiattn.attention.pattern import Lengths
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.kernels.base import choose
 from sparsiattn.kernels.native import biased

@@ -15,7 +15,8 @@ from sparsiattn.attention import geometry
 from sparsiattn.attention.budget import Budget, blocks_within
 from sparsiattn.attention.derivatives import is_tracing, is_transformed
 from sparsiattn.attention.geometry import Grid, Tile
-from sparsiattn.attention.inputs import AttentionInputs, products
+from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.logits import products
 from sparsiattn.attention.pattern import Pattern, Ranked
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.top_logits import TopLogits
@@ -25,7 +26,6 @@ from sparsiattn.strategies.base import (
     Budgets,
     LearnedPlanner,
     Strategy,
-    is_number,
     spawn,
 )
 from sparsiattn.strategies.basis import (
@@ -45,6 +45,7 @@ from sparsiattn.strategies.predictor import (
     exact_rows,
     for_heads,
     largest,
+    number_from,
     sizes_above,
     without_hidden_keys,
 )
@@ -126,9 +127,9 @@ class Connectivity(Strategy):
         super().__post_init__()
         for name, least in (("tokens_per_basis", 1), ("self_weight", 0)):
             value = getattr(self, name)
-            if value is not None and not _number_from(value, least):
+            if value is not None and not number_from(value, least):
                 raise InvalidOption(f"{name} must be None or a number >= {least}, got {value!r}")
-        if not _number_from(self.basis_threshold, 0):
+        if not number_from(self.basis_threshold, 0):
             raise InvalidOption(f"basis_threshold must be >= 0, got {self.basis_threshold!r}")
         for name in ("basis", "channels", "basis_coef_topk"):
             value = getattr(self, name)
@@ -153,10 +154,6 @@ class Connectivity(Strategy):
     def from_dict(cls, saved: Mapping[str, Any]) -> Connectivity:
         # files without this option are older than it, and used the predictor
         return super().from_dict({**saved, "options": {"scores": "predictor", **saved["options"]}})
-
-
-def _number_from(value: object, least: float) -> bool:
-    return is_number(value) and least <= value < 1e18  # must fit 64 bits
 
 
 class ConnectivityPlanner(LearnedPlanner):
@@ -228,8 +225,8 @@ class ConnectivityPlanner(LearnedPlanner):
         if compiled is None:
             return Pattern.top(self.scores(inputs), k)
         scores, best = compiled
-        sizes = scores.shape[-2], scores.shape[-1]
-        return Ranked(*sizes, scores=scores, k=k, best=best if count else None)
+        rows, keys = scores.shape[-2:]
+        return Ranked(rows, keys, scores=scores, k=k, best=best if count else None)
 
     @property
     def plans_by_shape(self) -> bool:
@@ -307,8 +304,9 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _own_shares(self, inputs: AttentionInputs, block: Tile) -> Tensor:
         """The share of each tile's tokens that each key or block makes up, ``[T, U]``."""
-        sizes = inputs.query_grid, inputs.tile, block, inputs.views
-        return inputs.table(geometry.own_shares, *sizes)
+        return inputs.table(
+            geometry.own_shares, inputs.query_grid, inputs.tile, block, inputs.views
+        )
 
     def _add_own_keys(self, scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
         """Add a share of every row's total score to the row's own key, or to a tile's own keys."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.strategies.base import is_number
 from sparsiattn.strategies.basis import resize_tables
 
 MAX_ELEMENTS = 1 << 24  # elements of exact attention that calibration computes at once
@@ -144,6 +145,11 @@ def largest(coefficients: Tensor, count: int | None) -> Tensor:
         return coefficients
     kept = coefficients.topk(count, dim=-1)
     return torch.zeros_like(coefficients).scatter(-1, kept.indices, kept.values)
+
+
+def number_from(value: object, least: float) -> TypeGuard[float]:
+    """Whether an option's value is a number of at least ``least``."""
+    return is_number(value) and least <= value < 1e18  # must fit 64 bits
 
 
 def sizes_above(up: Tensor, threshold: float) -> Tensor:

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 Kind = Literal["values", "weights", "weighted", "noise", "positions"]
-"""What the axis holds: values of tokens, a softmax over tokens, values times such weights, random
-numbers without positions, or positions."""
+"""What the axis holds: token values, softmax weights, values times weights, noise, or positions."""
 
 
 class ReadsPositions(Exception):
