@@ -92,8 +92,7 @@ class Connectivity(Strategy):
         head_scale: Divide logits by the square root of the head *count*, as the authors' code does,
             instead of the head dim.
         mean_query_boost: Multiply scores by how much more attention the mean query pays to a key
-            than low resolution predicts. This is not in the paper. It costs almost nothing and
-            gives an untrained predictor most of what it lacks.
+            than low resolution predicts. This cheap step is not in the paper.
         self_weight: Extra share of its attention that a query gives to its own key, before
             calibration; None for the paper's rule. This is not in the paper either: low resolution
             cannot distinguish a query's own key from others in its cell.
@@ -304,9 +303,8 @@ class ConnectivityPlanner(LearnedPlanner):
 
     def _own_shares(self, inputs: AttentionInputs, block: Tile) -> Tensor:
         """The share of each tile's tokens that each key or block makes up, ``[T, U]``."""
-        return inputs.table(
-            geometry.own_shares, inputs.query_grid, inputs.tile, block, inputs.views
-        )
+        sizes = inputs.query_grid, inputs.tile, block, inputs.views
+        return inputs.table(geometry.own_shares, *sizes)
 
     def _add_own_keys(self, scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
         """Add a share of every row's total score to the row's own key, or to a tile's own keys."""
