@@ -23,6 +23,8 @@ from sparsiattn.kernels.padding import slot_macs, summary_count
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16
 """Smallest side of a matrix product on a GPU."""
+LARGEST_BACKWARD_STEP = 128
+"""Largest number of queries or keys of a step of torch's backward pass in half precision."""
 
 
 class Flex(Kernel):
@@ -130,7 +132,25 @@ def _device_refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         for groups, size in (("tiles", pattern.tiles.size), ("blocks", pattern.blocks.size)):
             if size < SMALLEST or size & (size - 1):
                 reasons.append(f"needs {groups} of 16, 32, 64, ... patches on CUDA, got {size}")
+        reasons += _half_gradient_refusals(inputs, pattern.tiles.size, pattern.blocks.size)
     return reasons
+
+
+def _half_gradient_refusals(inputs: AttentionInputs, tile: int, block: int) -> list[str]:
+    """Why torch cannot compile the backward pass in half precision on CUDA.
+
+    Before version 2.15, torch takes only block sizes of its own, up to 128, and ignores those of
+    `flex_compile.kernel_options`. In float32 they are 16, which divides every tile.
+    """
+    if flex_compile.adapts_block_sizes() or not needs_grad(inputs):
+        return []
+    dtype, step = _dtype(inputs), LARGEST_BACKWARD_STEP
+    if dtype == torch.float32 or (tile % step == 0 and block % step == 0):
+        return []
+    return [
+        f"gradients in {dtype} need torch 2.15, or tiles and blocks of a multiple of {step} "
+        f"patches, got torch {torch.__version__}, tiles of {tile} and blocks of {block}"
+    ]
 
 
 def program_key(inputs: AttentionInputs, pattern: KeyBlocks) -> ProgramKey:

@@ -116,16 +116,26 @@ def _program(key: ProgramKey) -> tuple[Callable[..., Tensor], Any]:
 
 
 def kernel_options(key: ProgramKey) -> dict[str, Any] | None:
-    """Tile sizes of the GPU kernel, where torch's defaults would not fit small blocks.
+    """Options of the GPU kernel; None on a CPU.
 
-    From version 2.15 on, torch makes them fit by itself.
+    With fewer than 128 queries, torch would take its kernel for decoding, which puts all queries
+    into one block and so cannot have tiles. Before version 2.15, torch's default block sizes do
+    not fit small tiles and blocks either.
     """
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if key.device.type != "cuda" or version >= (2, 15):
+    if key.device.type != "cuda":
         return None
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if adapts_block_sizes():
+        return options
     m, n = min(key.tile, 64), min(key.size, 64)
     backward = {f"bwd_BLOCK_{name}": min(m, n, 32) for name in ("M1", "N1", "M2", "N2")}
-    return {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n, **backward}
+    return {**options, "fwd_BLOCK_M": m, "fwd_BLOCK_N": n, **backward}
+
+
+def adapts_block_sizes() -> bool:
+    """Whether torch adapts the block sizes of its GPU kernel to small tiles, as from 2.15 on."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 15)
 
 
 def attention(key: ProgramKey) -> Callable[..., Tensor]:

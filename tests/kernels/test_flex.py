@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
@@ -18,6 +19,7 @@ from sparsiattn.kernels.flex import operands_of, program_key
 from sparsiattn.strategies import finish
 from sparsiattn.testing import KernelSuite, random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.kernel import Case, cases
+from tests.support import fake_gpu
 from tests.support.flex_calls import flex_call
 
 FLEX = Flex()
@@ -163,16 +165,71 @@ def test_tiles_of_older_versions_divide_the_blocks(
         for size in (16, 32, 64, 256):
             there = replace(here, device=torch.device("cuda"), tile=tile, size=size)
             options = flex_compile.kernel_options(there)
-            if version.startswith(("2.15", "3")):
-                assert options is None
-                continue
             assert options is not None
+            assert options.pop("BACKEND") == "TRITON", "torch's decoding kernel has no tiles"
+            if version.startswith(("2.15", "3")):
+                assert options == {}
+                continue
             rows = [options[name] for name in ("fwd_BLOCK_M", "bwd_BLOCK_M1", "bwd_BLOCK_M2")]
             keys = [options[name] for name in ("fwd_BLOCK_N", "bwd_BLOCK_N1", "bwd_BLOCK_N2")]
             assert all(step >= 16 and tile % step == 0 for step in rows)
             assert all(step >= 16 and size % step == 0 for step in keys)
             assert keys[1] % rows[1] == 0
             assert rows[2] % keys[2] == 0
+
+
+@fake_gpu.NEEDED
+@pytest.mark.parametrize(
+    ("grid", "dtype"),
+    [((8, 8), torch.float32), ((7, 7), torch.bfloat16), ((16, 16), torch.bfloat16)],
+)
+def test_torch_lowers_it_for_a_gpu(grid: tuple[int, int], dtype: torch.dtype) -> None:
+    """Also with fewer than 128 queries, where torch would take its decoding kernel."""
+    inputs, pattern = flex_call(grid, k=30, block=(4, 4), dtype=dtype)
+    assert isinstance(pattern, KeyBlocks)
+    there = replace(program_key(inputs, pattern), device=fake_gpu.CUDA)
+    program = flex_compile.attention(there)
+    assert len(fake_gpu.lowered_kernels(program, operands_of(inputs, pattern))) == 1
+
+
+def on_gpu(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call with operands that only claim to be on a GPU."""
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(x.shape, dtype=x.dtype, device="cuda")
+            for x in (inputs.q, inputs.k, inputs.v)
+        )
+    return inputs.replace(q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "side", "autocast", "refused"),
+    [
+        ("2.11.0", torch.bfloat16, 4, False, True),
+        ("2.11.0", torch.float16, 8, False, True),
+        ("2.11.0", torch.float32, 4, True, True),
+        ("2.11.0", torch.float32, 4, False, False),
+        ("2.11.0", torch.bfloat16, 16, False, False),
+        ("2.15.0", torch.bfloat16, 4, False, False),
+    ],
+)
+def test_gradients_in_half_precision_need_a_torch_that_adapts(
+    version: str, dtype: torch.dtype, side: int, autocast: bool, refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch, "__version__", version)
+    sides = {"tile": (side, side), "block": (side, side)}
+    inputs, pattern = flex_call((32, 32), k=400, dim=16, dtype=dtype, **sides)
+    inputs = on_gpu(inputs)
+    torch.set_autocast_enabled("cuda", autocast)  # torch.autocast would look for a GPU
+    try:
+        assert FLEX.why_not(inputs, pattern) == []
+        inputs.k.requires_grad_()
+        reasons = FLEX.why_not(inputs, pattern)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert any("need torch 2.15" in reason for reason in reasons) == refused, reasons
+    assert len(reasons) == refused
 
 
 @HERE
