@@ -1,4 +1,4 @@
-"""What needs a GPU: ``pytest -m gpu`` (see benchmarks/gpu.sh)."""
+"""What needs a GPU: ``pytest -m gpu`` (see benchmarks/gpu_run.py)."""
 
 from __future__ import annotations
 
