@@ -7,6 +7,8 @@ each list are masked.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,8 @@ from sparsiattn.kernels.padding import slot_macs, summary_count
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16
 """Smallest side of a matrix product on a GPU."""
-LARGEST_BACKWARD_STEP = 128
-"""Largest number of queries or keys of a step of torch's backward pass in half precision."""
+LARGEST_STEP = 128
+"""Largest number of queries or keys of a step of torch's kernels on a GPU."""
 
 
 class Flex(Kernel):
@@ -144,7 +146,7 @@ def _half_gradient_refusals(inputs: AttentionInputs, tile: int, block: int) -> l
     """
     if flex_compile.adapts_block_sizes() or not needs_grad(inputs):
         return []
-    dtype, step = _dtype(inputs), LARGEST_BACKWARD_STEP
+    dtype, step = _dtype(inputs), LARGEST_STEP
     if dtype == torch.float32 or (tile % step == 0 and block % step == 0):
         return []
     return [
@@ -187,13 +189,18 @@ def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> FlexOperands:
 
 
 def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:
-    """``[B, H, N, D]`` to ``[B, H, U * size, D]``: the blocks, then prefix and summary keys."""
+    """``[B, H, N, D]`` to ``[B, H, R, D]``: the blocks, then prefix and summary keys, then zeros.
+
+    On a GPU, the number of rows is a multiple of 128, too: otherwise torch's kernel checks the end
+    of the keys in every block.
+    """
     blocks, summary, prefix = pattern.blocks, pattern.summary, pattern.prefix
     parts = [blocks.gather(x[..., prefix:, :]).flatten(-3, -2), x[..., :prefix, :]]
     if summary is not None:
         parts.append(summary.pool(x))
     rows = sum(part.shape[-2] for part in parts)
-    parts.append(x.new_zeros(*x.shape[:2], -rows % blocks.size, x.shape[-1]))
+    step = blocks.size if x.is_cpu else math.lcm(blocks.size, LARGEST_STEP)
+    parts.append(x.new_zeros(*x.shape[:2], -rows % step, x.shape[-1]))
     return torch.cat(parts, dim=-2)
 
 

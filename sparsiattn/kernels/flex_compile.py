@@ -22,7 +22,8 @@ class FlexOperands(NamedTuple):
 
     Attributes:
         q: Queries by tile, ``[B, H, T * t, D]``.
-        k: Keys by block, prefix and summary keys in the last blocks, ``[B, H, U * size, D]``.
+        k: Keys by block, then prefix and summary keys in blocks of their own, then unused blocks,
+            ``[B, H, U * size, D]``.
         v: Their values, ``[B, H, U * size, Dv]``.
         chosen: Blocks of every tile, ``[B|1, H|1, T, C]``, int32.
         limit: Number of keys that each tile uses of each block of patches, 0 if it is not chosen,
@@ -154,7 +155,7 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
     options: Any = kernel_options(key)
     extra_keys = prefix + cells
     extra_blocks = -(-extra_keys // size)
-    first_extra, units = blocks * size, blocks + extra_blocks
+    first_extra = blocks * size
     # with even blocks, all but the last of a list are complete and need no mask
     full = count - 1 if key.even else 0
     rows = 1 if key.bias is None or key.bias[2] != key.shape[2] else tile
@@ -174,7 +175,9 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
             added = bias[b, h, i // rows, cell.clamp(0, cells - 1)]
             return s + torch.where(cell >= 0, added, 0.0)
 
-        extra = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
+        units = k.shape[-2] // size
+        every = torch.arange(units, dtype=chosen.dtype, device=chosen.device)
+        extra = every[blocks : blocks + extra_blocks]
         extra = extra.expand(*chosen.shape[:-1], extra_blocks)
         counts, ids = _columns(torch.cat([chosen[..., full:], extra], dim=-1), units)
         full_counts, full_ids = _columns(chosen[..., :full], units) if full else (None, None)
