@@ -23,6 +23,9 @@ from sparsiattn.kernels.workspace import SCRATCH
 # cache (CACHED). On a GPU, and where a compiler unrolls the loop, chunks should be few (LAUNCHED).
 CACHED, LAUNCHED = 1 << 19, 1 << 26
 
+# Limit of the axes of a CUDA grid along which torch's attention launches its batch.
+MOST_BATCHES = 65_535
+
 
 @dataclass(frozen=True, eq=False)
 class GatherOperands:
@@ -116,7 +119,8 @@ def tiles_at_once(device: torch.device, size: int) -> int:
     """
     cached = device.type == "cpu" and not torch.compiler.is_compiling()
     threads = torch.get_num_threads() if cached else 1
-    return threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
+    tiles = threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
+    return tiles if device.type == "cpu" else min(tiles, MOST_BATCHES)
 
 
 def _chunks(flat: Flat) -> list[slice]:
