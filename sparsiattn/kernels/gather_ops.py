@@ -131,8 +131,20 @@ def _chunks(flat: Flat) -> list[slice]:
     # counting or comparing the tiles would specialise the traced program to this batch size
     if is_exporting() or (torch.compiler.is_compiling() and q.shape[0] <= step):
         return [slice(None)]
+    if q.device.type != "cpu":
+        step = _even_step(len(q), step)
     # an empty batch still gets one (empty) chunk
     return [slice(i, min(i + step, len(q))) for i in range(0, max(1, len(q)), step)]
+
+
+def _even_step(count: int, most: int) -> int:
+    """A size of chunks of at most ``most``, so that all are equal if that takes few more chunks.
+
+    On a GPU, cuDNN plans each shape anew, which takes longer than many calls.
+    """
+    fewest = -(-count // most)
+    even = (count // chunks for chunks in range(fewest, 2 * fewest + 1) if count % chunks == 0)
+    return next(even, most) if fewest > 1 else most
 
 
 def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:

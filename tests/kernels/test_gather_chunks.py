@@ -37,6 +37,20 @@ def test_no_call_has_more_batches_than_a_grid(keys: int, monkeypatch: pytest.Mon
     assert sum(batches) == 6 * 4 * 4096
     assert max(batches) <= 65_535
     assert len(batches) <= 3, "chunks should still be few"
+    assert len(set(batches)) == 1, "each further shape would be planned anew"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 24, 25, 97, 6 * 4 * 4096])
+@pytest.mark.parametrize("most", [1, 8, 65_535])
+def test_chunks_are_equal_where_a_few_more_can_be(count: int, most: int) -> None:
+    step = gather_ops._even_step(count, most)
+    assert 1 <= step <= most
+    fewest = -(-count // most)
+    assert -(-count // step) <= 2 * max(1, fewest)
+    divides = [n for n in range(fewest, 2 * fewest + 1) if n and count % n == 0]
+    if fewest > 1 and divides:
+        assert count % step == 0
+        assert count // step == divides[0]
 
 
 def test_chunks_of_a_cpu_fit_its_cache() -> None:
