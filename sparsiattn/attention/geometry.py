@@ -58,10 +58,18 @@ def _built(build: Callable[..., T], full_key: Any) -> T:
     # a fake tensor (of a tracing mode) must not outlive its mode; a table that a graph builds has
     # no values before it is replayed
     if all(type(part) is Tensor for part in _parts(built)) and not _is_capturing(device):
-        if device.type == "cuda":  # other streams do not wait for this one
-            torch.cuda.current_stream(device).synchronize()
+        wait_for_values(device)
         _keep(full_key, built)
     return built
+
+
+def wait_for_values(device: torch.device) -> None:
+    """Wait until tensors have their values, before they are cached for other threads.
+
+    On a GPU, their streams do not wait for the stream of this thread.
+    """
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _is_capturing(device: torch.device) -> bool:

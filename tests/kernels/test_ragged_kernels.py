@@ -304,6 +304,18 @@ class TestXFormers:
         expected = torch.block_diag(*keep.long()).bool()
         assert torch.equal(F.pad(shown, (0, expected.shape[1] - shown.shape[1])), expected)
 
+    def test_a_page_mask_is_cached_when_its_values_are_there(
+        self, biases: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another thread may use it on another stream."""
+        waits: list[torch.device] = []
+        monkeypatch.setattr(paged.geometry, "wait_for_values", waits.append)
+        paged._lengths.cache_clear()
+        kind = biases.PagedBlockDiagonalPaddedKeysMask
+        first, second = (paged._lengths(kind, 6, 4, 9, 3, 16, torch.device("cpu")) for _ in "ab")
+        assert first is second
+        assert waits == [torch.device("cpu")]
+
     def test_a_tile_that_dropped_nothing_has_no_summary(
         self, biases: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
