@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sparsiattn import Kernel, Pattern
 from sparsiattn.attention import KeyBlocks, Lengths
-from sparsiattn.kernels import MaskedSDPA, Reference, Triton, Varlen, XFormers, paged, varlen
+from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, paged, varlen
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.varlen import Shim
 from sparsiattn.kernels.xformers import Operators
@@ -303,31 +303,6 @@ class TestXFormers:
         keep = tiles.gather(keep).flatten(2, 3).flatten(0, 1)
         expected = torch.block_diag(*keep.long()).bool()
         assert torch.equal(F.pad(shown, (0, expected.shape[1] - shown.shape[1])), expected)
-
-    @pytest.mark.parametrize("images", [1, 8])
-    @pytest.mark.parametrize(("side", "share"), [(32, 4), (64, 10)])
-    def test_auto_prefers_triton(self, side: int, share: int, images: int) -> None:
-        """It reads keys once for a tile, and not for every 16 queries."""
-        k, tile = side * side // share, (8, 8)
-        inputs, pattern = flex_call(
-            (side, side), k=k, tile=tile, block=(4, 4), dtype=torch.bfloat16, shared=True
-        )
-        inputs = inputs.replace(
-            **{x: getattr(inputs, x)[:1].expand(images, -1, -1, -1) for x in "qkv"}
-        )
-        assert 0 < XFormers().speed(inputs, pattern) < Triton().speed(inputs, pattern)
-
-    def test_a_page_mask_is_cached_when_its_values_are_there(
-        self, biases: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Another thread may use it on another stream."""
-        waits: list[torch.device] = []
-        monkeypatch.setattr(paged.geometry, "wait_for_values", waits.append)
-        paged._lengths.cache_clear()
-        kind = biases.PagedBlockDiagonalPaddedKeysMask
-        first, second = (paged._lengths(kind, 6, 4, 9, 3, 16, torch.device("cpu")) for _ in "ab")
-        assert first is second
-        assert waits == [torch.device("cpu")]
 
     def test_a_tile_that_dropped_nothing_has_no_summary(
         self, biases: Any, monkeypatch: pytest.MonkeyPatch
