@@ -4,7 +4,8 @@ it takes on a CPU and on a GPU. The GPU's tensors are fake, so that any machine 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Tile
-from sparsiattn.kernels import Kernel, flex_compile
+from sparsiattn.kernels import Kernel, flex_compile, paged
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies import finish
 from sparsiattn.testing import random_inputs
@@ -122,10 +123,21 @@ def _asked() -> dict[str, Kernel]:
     return found
 
 
+@contextmanager
+def _newest_libraries() -> Iterator[None]:
+    """What kernels ask of this machine and of the libraries on it, answered in their favour."""
+    with (
+        mock.patch.object(flex_compile, "cpu_refusals", list),
+        mock.patch.object(flex_compile, "adapts_block_sizes", return_value=True),
+        mock.patch.object(paged, "_operator_refusals", return_value=[]),
+    ):
+        yield
+
+
 def table() -> tuple[list[str], list[list[str]]]:
     """Head and rows: where each kernel has each feature."""
     kernels, rows = _asked(), []
-    with mock.patch.object(flex_compile, "cpu_refusals", list):
+    with _newest_libraries():
         for feature, make in FEATURES.items():
             calls = make()
             dtype = None if feature in _DTYPED else torch.bfloat16

@@ -15,7 +15,7 @@ from common import paired, roof, write
 from torch.nn import functional as F
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels import CallShape
+from sparsiattn.kernels import CallShape, refusals
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies import Connectivity, finish
 
@@ -37,7 +37,10 @@ SWEEP = [(n * n, k, (8, 8)) for n in (16, 24, 32, 48, 64) for k in (0.05, 0.1, 0
 def case(
     n: int, k: float, tile: Any, batch: int, device: str, dtype: Any, rounds: int, kernel: Any
 ) -> Any:
-    """``n`` patch tokens and a CLS token, 6 heads of 64; `connectivity` with its background."""
+    """``n`` patch tokens and a CLS token, 6 heads of 64; `connectivity` with its background.
+
+    If the kernel refuses the call, the row says why.
+    """
     packed = torch.randn(batch, n + 1, 3, 6, 64, device=device, dtype=dtype)
     q, key, v = packed.permute(2, 0, 3, 1, 4)  # laid out as hosts hand them over
     site = Site.of(q, key, v, prefix_tokens=1)
@@ -54,6 +57,9 @@ def case(
         )
 
     pattern = plan()
+    reasons = refusals(kernel, inputs, pattern)
+    if reasons:
+        return {"tokens": n, "k": k, "tile": tile, "batch": batch, "refused": reasons}
     kernel.warmup(inputs, pattern)
     shape = CallShape.of(inputs)
     # kernels that say their speed themselves count no work: at least the pairs are known
@@ -97,22 +103,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    rows, kernel = [], REGISTRY.get("kernels", options.kernel)
+    kernel = REGISTRY.get("kernels", options.kernel)
+    named = "" if options.kernel == "gather" else f"-{options.kernel}"
+    name = f"kernels{named}{'-sweep' if options.sweep else ''}-{options.device}"
+    cases = SWEEP if options.sweep else CASES + (LONG if options.device == "cuda" else [])
     with torch.inference_mode():
-        cases = SWEEP if options.sweep else CASES + (LONG if options.device == "cuda" else [])
-        for n, k, tile in cases:
-            row = case(n, k, tile, options.batch, options.device, dtype, options.rounds, kernel)
-            print(row)
-            rows.append(row)
-        found = {
+        found: dict[str, Any] = {
             "kernel": options.kernel,
             "device": options.device,
             "dtype": options.dtype,
             "roof": roof(options.device, dtype),
+            "speedup": [],
         }
-    named = "" if options.kernel == "gather" else f"-{options.kernel}"
-    name = f"kernels{named}{'-sweep' if options.sweep else ''}-{options.device}"
-    write(name, {**found, "speedup": rows})
+        for n, k, tile in cases:
+            row = case(n, k, tile, options.batch, options.device, dtype, options.rounds, kernel)
+            print(row)
+            found.setdefault("refused" if "refused" in row else "speedup", []).append(row)
+            write(name, found)  # what is measured stays, whatever ends this run
 
 
 if __name__ == "__main__":

@@ -46,15 +46,33 @@ class Summary:
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """Averages keys over each cell: ``[..., Nq|1, G, Nk]``, empty cells all zero."""
+        member = self._averaged(dtype)
+        return member / _counts(member).to(dtype)
+
+    def _averaged(self, dtype: torch.dtype) -> Tensor:
+        """One for every key that enters the mean of a cell, ``[..., Nq|1, G, Nk]``."""
         member = self.members(dtype).mT
-        if self.allowed is not None:
-            member = member * self.allowed.unsqueeze(-2).to(dtype)
-        return member / member.sum(-1, keepdim=True).clamp_min(1.0)
+        return member if self.allowed is None else member * self.allowed.unsqueeze(-2).to(dtype)
 
     def pool(self, x: Tensor) -> Tensor:
         """Means over cells, ``[B, H, Nk, D]`` to ``[B, H, G, D]``; not for `per_query` means."""
-        weights = self.weights(x.dtype)
-        return (weights if self.allowed is None else weights.squeeze(-3)) @ x
+        if x.dtype.itemsize > 2:
+            weights = self.weights(x.dtype)
+            return (weights if self.allowed is None else weights.squeeze(-3)) @ x
+        member = self._averaged(x.dtype)
+        member = member if self.allowed is None else member.squeeze(-3)
+        # 1 / count has too few digits in half precision, and a sum may overflow, so the product is
+        # with a power of two near it
+        count = _counts(member)
+        power = torch.exp2(-count.log2().ceil())
+        rows = (member * power.to(x.dtype)) @ x
+        return (rows.float() / (count * power)).to(x.dtype)
+
+
+def _counts(member: Tensor) -> Tensor:
+    """Number of keys of each cell, ``[..., G, 1]``, at least 1; exact also in half precision."""
+    dtype = torch.promote_types(member.dtype, torch.float32)
+    return member.sum(-1, keepdim=True, dtype=dtype).clamp_min(1.0)
 
 
 class CountedSummary(Summary):

@@ -25,6 +25,8 @@ Tile = int | tuple[int, int]
 T = TypeVar("T")
 
 _TABLES: dict[Any, Any] = {}
+_CAPTURED: dict[Any, Any] = {}
+"""Tables that CUDA graphs read by address, so they live as long as the process."""
 _MOST_ELEMENTS = 1 << 25  # 128 MiB of float32
 _LOCK = threading.Lock()
 
@@ -36,17 +38,52 @@ def table(build: Callable[..., T], *key: Any, device: torch.device) -> T:
         return build(*key, device=device)
     full_key = (build, key, device)
     try:
-        built: T | None = _TABLES.get(full_key)
+        built: T | None = _CAPTURED.get(full_key)
     except TypeError:  # an exporter's symbolic sizes have no hash
         return build(*key, device=device)
+    built = _TABLES.get(full_key) if built is None else built
     if built is None:
-        # an inference tensor kept from a warm-up would break a later training step
-        with torch.inference_mode(False):
-            built = build(*key, device=device)
-        # a fake tensor (of a tracing mode) must not outlive its mode
-        if all(type(part) is Tensor for part in _parts(built)):
-            _keep(full_key, built)
+        return _built(build, full_key)
+    if _is_capturing(device):
+        _hold(full_key, built)
     return built
+
+
+def _built(build: Callable[..., T], full_key: Any) -> T:
+    """Build a table, and cache it once other threads and streams may read it."""
+    _, key, device = full_key
+    # an inference tensor kept from a warm-up would break a later training step
+    with torch.inference_mode(False):
+        built = build(*key, device=device)
+    # a fake tensor (of a tracing mode) must not outlive its mode; a table that a graph builds has
+    # no values before it is replayed
+    if all(type(part) is Tensor for part in _parts(built)) and not _is_capturing(device):
+        wait_for_values(device)
+        _keep(full_key, built)
+    return built
+
+
+def wait_for_values(device: torch.device) -> None:
+    """Wait until tensors have their values, before they are cached for other threads.
+
+    On a GPU, their streams do not wait for the stream of this thread.
+    """
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records the operations of this thread."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _hold(key: Any, built: object) -> None:
+    """Keep a cached table for good."""
+    with _LOCK:
+        _CAPTURED.setdefault(key, built)
+        _TABLES.pop(key, None)
 
 
 def _keep(key: Any, built: object) -> None:

@@ -7,6 +7,8 @@ each list are masked.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from sparsiattn.kernels.padding import slot_macs, summary_count
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16
 """Smallest side of a matrix product on a GPU."""
+LARGEST_STEP = 128
+"""Largest number of queries or keys of a step of torch's kernels on a GPU."""
 
 
 class Flex(Kernel):
@@ -130,7 +134,25 @@ def _device_refusals(inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         for groups, size in (("tiles", pattern.tiles.size), ("blocks", pattern.blocks.size)):
             if size < SMALLEST or size & (size - 1):
                 reasons.append(f"needs {groups} of 16, 32, 64, ... patches on CUDA, got {size}")
+        reasons += _half_gradient_refusals(inputs, pattern.tiles.size, pattern.blocks.size)
     return reasons
+
+
+def _half_gradient_refusals(inputs: AttentionInputs, tile: int, block: int) -> list[str]:
+    """Why torch cannot compile the backward pass in half precision on CUDA.
+
+    Before version 2.15, torch takes only block sizes of its own, up to 128, and ignores those of
+    `flex_compile.kernel_options`. In float32 they are 16, which divides every tile.
+    """
+    if flex_compile.adapts_block_sizes() or not needs_grad(inputs):
+        return []
+    dtype, step = _dtype(inputs), LARGEST_STEP
+    if dtype == torch.float32 or (tile % step == 0 and block % step == 0):
+        return []
+    return [
+        f"gradients in {dtype} need torch 2.15, or tiles and blocks of a multiple of {step} "
+        f"patches, got torch {torch.__version__}, tiles of {tile} and blocks of {block}"
+    ]
 
 
 def program_key(inputs: AttentionInputs, pattern: KeyBlocks) -> ProgramKey:
@@ -167,13 +189,18 @@ def operands_of(inputs: AttentionInputs, pattern: KeyBlocks) -> FlexOperands:
 
 
 def _packed(x: Tensor, pattern: KeyBlocks) -> Tensor:
-    """``[B, H, N, D]`` to ``[B, H, U * size, D]``: the blocks, then prefix and summary keys."""
+    """``[B, H, N, D]`` to ``[B, H, R, D]``: the blocks, then prefix and summary keys, then zeros.
+
+    On a GPU, the number of rows is a multiple of 128, too: otherwise torch's kernel checks the end
+    of the keys in every block.
+    """
     blocks, summary, prefix = pattern.blocks, pattern.summary, pattern.prefix
     parts = [blocks.gather(x[..., prefix:, :]).flatten(-3, -2), x[..., :prefix, :]]
     if summary is not None:
         parts.append(summary.pool(x))
     rows = sum(part.shape[-2] for part in parts)
-    parts.append(x.new_zeros(*x.shape[:2], -rows % blocks.size, x.shape[-1]))
+    step = blocks.size if x.is_cpu else math.lcm(blocks.size, LARGEST_STEP)
+    parts.append(x.new_zeros(*x.shape[:2], -rows % step, x.shape[-1]))
     return torch.cat(parts, dim=-2)
 
 

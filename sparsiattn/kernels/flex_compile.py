@@ -22,7 +22,8 @@ class FlexOperands(NamedTuple):
 
     Attributes:
         q: Queries by tile, ``[B, H, T * t, D]``.
-        k: Keys by block, prefix and summary keys in the last blocks, ``[B, H, U * size, D]``.
+        k: Keys by block, then prefix and summary keys in blocks of their own, then unused blocks,
+            ``[B, H, U * size, D]``.
         v: Their values, ``[B, H, U * size, Dv]``.
         chosen: Blocks of every tile, ``[B|1, H|1, T, C]``, int32.
         limit: Number of keys that each tile uses of each block of patches, 0 if it is not chosen,
@@ -116,16 +117,26 @@ def _program(key: ProgramKey) -> tuple[Callable[..., Tensor], Any]:
 
 
 def kernel_options(key: ProgramKey) -> dict[str, Any] | None:
-    """Tile sizes of the GPU kernel, where torch's defaults would not fit small blocks.
+    """Options of the GPU kernel; None on a CPU.
 
-    From version 2.15 on, torch makes them fit by itself.
+    With fewer than 128 queries, torch would take its kernel for decoding, which puts all queries
+    into one block and so cannot have tiles. Before version 2.15, torch's default block sizes do
+    not fit small tiles and blocks either.
     """
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if key.device.type != "cuda" or version >= (2, 15):
+    if key.device.type != "cuda":
         return None
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if adapts_block_sizes():
+        return options
     m, n = min(key.tile, 64), min(key.size, 64)
     backward = {f"bwd_BLOCK_{name}": min(m, n, 32) for name in ("M1", "N1", "M2", "N2")}
-    return {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n, **backward}
+    return {**options, "fwd_BLOCK_M": m, "fwd_BLOCK_N": n, **backward}
+
+
+def adapts_block_sizes() -> bool:
+    """Whether torch adapts the block sizes of its GPU kernel to small tiles, as from 2.15 on."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 15)
 
 
 def attention(key: ProgramKey) -> Callable[..., Tensor]:
@@ -144,7 +155,7 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
     options: Any = kernel_options(key)
     extra_keys = prefix + cells
     extra_blocks = -(-extra_keys // size)
-    first_extra, units = blocks * size, blocks + extra_blocks
+    first_extra = blocks * size
     # with even blocks, all but the last of a list are complete and need no mask
     full = count - 1 if key.even else 0
     rows = 1 if key.bias is None or key.bias[2] != key.shape[2] else tile
@@ -164,7 +175,9 @@ def attention(key: ProgramKey) -> Callable[..., Tensor]:
             added = bias[b, h, i // rows, cell.clamp(0, cells - 1)]
             return s + torch.where(cell >= 0, added, 0.0)
 
-        extra = torch.arange(blocks, units, dtype=chosen.dtype, device=chosen.device)
+        units = k.shape[-2] // size
+        every = torch.arange(units, dtype=chosen.dtype, device=chosen.device)
+        extra = every[blocks : blocks + extra_blocks]
         extra = extra.expand(*chosen.shape[:-1], extra_blocks)
         counts, ids = _columns(torch.cat([chosen[..., full:], extra], dim=-1), units)
         full_counts, full_ids = _columns(chosen[..., :full], units) if full else (None, None)

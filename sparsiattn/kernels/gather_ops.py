@@ -23,6 +23,9 @@ from sparsiattn.kernels.workspace import SCRATCH
 # cache (CACHED). On a GPU, and where a compiler unrolls the loop, chunks should be few (LAUNCHED).
 CACHED, LAUNCHED = 1 << 19, 1 << 26
 
+# Limit of the axes of a CUDA grid along which torch's attention launches its batch.
+MOST_BATCHES = 65_535
+
 
 @dataclass(frozen=True, eq=False)
 class GatherOperands:
@@ -116,7 +119,8 @@ def tiles_at_once(device: torch.device, size: int) -> int:
     """
     cached = device.type == "cpu" and not torch.compiler.is_compiling()
     threads = torch.get_num_threads() if cached else 1
-    return threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
+    tiles = threads * max(1, (CACHED if cached else LAUNCHED) // (threads * size))
+    return tiles if device.type == "cpu" else min(tiles, MOST_BATCHES)
 
 
 def _chunks(flat: Flat) -> list[slice]:
@@ -127,8 +131,20 @@ def _chunks(flat: Flat) -> list[slice]:
     # counting or comparing the tiles would specialise the traced program to this batch size
     if is_exporting() or (torch.compiler.is_compiling() and q.shape[0] <= step):
         return [slice(None)]
+    if q.device.type != "cpu":
+        step = _even_step(len(q), step)
     # an empty batch still gets one (empty) chunk
     return [slice(i, min(i + step, len(q))) for i in range(0, max(1, len(q)), step)]
+
+
+def _even_step(count: int, most: int) -> int:
+    """A size of chunks of at most ``most``, so that all are equal if that takes few more chunks.
+
+    On a GPU, cuDNN plans each shape anew, which takes longer than many calls.
+    """
+    fewest = -(-count // most)
+    even = (count // chunks for chunks in range(fewest, 2 * fewest + 1) if count % chunks == 0)
+    return next(even, most) if fewest > 1 else most
 
 
 def _plain(flat: Flat, scale: float, dropout: float) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.kernels.derivatives import transform_refusals
@@ -159,7 +160,9 @@ def _lengths(
     # an inference tensor cached from one call would break later ones that trace or train
     with torch.inference_mode(False):
         table = torch.zeros(lists, pages, dtype=torch.int32, device=device)
-        return kind.from_seqlens([size] * lists, [keys] * lists, table, page, device=device)
+        mask = kind.from_seqlens([size] * lists, [keys] * lists, table, page, device=device)
+        geometry.wait_for_values(device)
+        return mask
 
 
 def _over_extra(q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import dense_rows, needs_grad
 from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
@@ -60,14 +61,19 @@ class Triton(Kernel):
             reasons.append("background keys differ between queries under this host mask")
         return reasons + _operand_refusals(inputs)
 
+    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
+        device = inputs.device.type
+        if device in (*_devices(), "meta"):
+            return []
+        return [f"needs CUDA tensors, and the model is on {device}: move it to a GPU first"]
+
     def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
         assert isinstance(pattern, KeyLists)
-        batch, heads, queries, dim = inputs.q.shape
-        itemsize, value_dim = inputs.q.element_size(), inputs.v.shape[-1]
-        tile, width = tile_size(pattern), dim + value_dim
-        size = batch * heads * queries * width
-        padding = _padded(tile) / tile * (_padded(dim) + _padded(value_dim)) / width
-        dense = size * inputs.n_keys / _DENSE_MACS[itemsize] + _DENSE_START
+        call = CallShape.of(inputs)  # a traced program serves any batch size
+        itemsize, tile, width = call.dtype.itemsize, tile_size(pattern), call.dim + call.value_dim
+        size = call.batch * call.heads * call.queries * width
+        padding = _padded(tile) / tile * (_padded(call.dim) + _padded(call.value_dim)) / width
+        dense = size * call.keys / _DENSE_MACS[itemsize] + _DENSE_START
         per_key = padding / _SPARSE_MACS[itemsize] + itemsize / tile / _CACHE_BYTES
         return dense / (size * row_keys(pattern) * per_key + _SPARSE_START)
 
@@ -102,11 +108,14 @@ class Triton(Kernel):
         return twice_differentiable(self.name, out, inputs, pattern)
 
 
+def _devices() -> tuple[str, ...]:
+    return ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+
+
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:
     reasons, q, k, v = [], inputs.q, inputs.k, inputs.v
-    # a dry run on meta tensors does not know the device that the call will run on
-    devices = ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")
-    if q.device.type not in devices:
+    # after a dry run on meta tensors, the model may move to a GPU
+    if q.device.type not in (*_devices(), "meta"):
         reasons.append(f"needs CUDA tensors, got {q.device.type}")
     if q.dtype not in TRITON_DTYPES or len({q.dtype, k.dtype, v.dtype}) > 1:
         reasons.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,61 +40,105 @@ class Local(Strategy):
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         if inputs.reduced is None:
-            grids = inputs.query_grid, inputs.key_grid
             views = inputs.views if inputs.views == inputs.key_views else 1
-            options = inputs.prefix, inputs.tile, inputs.site.halo, views
-            scores = inputs.table(nearness, *grids, *options)
+            block = 1 if inputs.blocks is None else inputs.block
+            grids = inputs.query_grid, inputs.key_grid
+            options = inputs.prefix, inputs.tile, block, inputs.site.halo, views
+            # a program of Dynamo builds the table in every call, where sorting takes too long
+            build = unique_nearness if torch.compiler.is_dynamo_compiling() else nearness_ranks
+            scores = inputs.table(build, *grids, *options)
         else:
             scores = _nearness_of_remaining(inputs, inputs.reduced.grid)
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
 
 
-def nearness(
+STEPS = 4096
+"""Squared distances are rounded to this part of a key patch, so that equal ones are equal."""
+MOST_RANKS = 1 << 25
+"""Larger tables are not cached, so they are not sorted either."""
+
+
+def nearness_ranks(*args: Any, device: torch.device) -> Tensor:
+    """The rows of `unique_nearness` as ranks in float32, 0 for the best key, then -1, -2, ..."""
+    scores = unique_nearness(*args, device=device)
+    if scores.numel() > MOST_RANKS:
+        return scores
+    order = scores.argsort(dim=-1, descending=True)
+    ranks = -torch.arange(scores.shape[-1], device=device, dtype=torch.float)
+    return torch.zeros_like(scores, dtype=torch.float).scatter(-1, order, ranks.expand_as(scores))
+
+
+def unique_nearness(
     queries: Grid,
     keys: Grid,
     prefix: int,
     tile: Tile,
+    block: Tile,
     halo: int,
     views: int = 1,
     *,
     device: torch.device,
 ) -> Tensor:
-    """Minus the squared distance in units of key patches, ``[1, 1, R, prefix + m]``.
+    """Scores of keys ``[1, 1, R, prefix + m]``, or of blocks ``[1, 1, R, U]``, the nearest best.
 
-    Distances are from every patch query, or from the centre of every tile. (The mean squared
-    distance from a tile's queries differs by a constant, so it would rank keys in the same way.)
-    Prefix keys get the lowest score; the core keeps them if the user wants it.
+    Among equally near keys the first has the higher score, so that all devices keep the same keys.
+    Prefix keys get the lowest scores; the core keeps them if the user wants it.
 
     Args:
         queries: Grid of the patch queries.
         keys: Grid of the patch keys, over the same image.
         prefix: Number of prefix keys.
         tile: As in `AttentionInputs`.
+        block: As in `AttentionInputs`; 1 for scores of single keys.
         halo: Number of key patches by which keys extend beyond the queries on every side.
         views: Number of images or frames in the grids; they are one patch apart.
         device: Device of the result.
     """
+    scores = nearness(queries, keys, tile, halo, views, device=device)
+    if not isinstance(block, int):
+        scores = geometry.tiles(keys, block, views, device=device).mean(scores.mT).mT
+        prefix = 0
+    count = scores.shape[-1]
+    # less than one step in all
+    earlier = torch.arange(count, device=device, dtype=scores.dtype) / (2 * count)
+    scores = (scores * STEPS).round() - earlier
+    first = torch.arange(prefix, device=device, dtype=scores.dtype)
+    last = (scores.min() - 1 - first).expand(len(scores), prefix)
+    return torch.cat([last, scores], dim=-1)[None, None]
+
+
+def nearness(
+    queries: Grid, keys: Grid, tile: Tile, halo: int, views: int = 1, *, device: torch.device
+) -> Tensor:
+    """Minus the squared distance in units of key patches, ``[R, m]``.
+
+    Distances are from every patch query, or from the centre of every tile. (The mean squared
+    distance from a tile's queries differs by a constant, so it would rank keys in the same way.)
+    The arguments are those of `unique_nearness`.
+    """
     sides = (keys[0] // views, keys[1], views)
-    size = torch.tensor(sides, device=device, dtype=torch.float)
-    inner = torch.tensor([halo, halo, 0.0], device=device)
+    size = torch.tensor(sides, device=device, dtype=torch.double)
+    inner = torch.tensor([halo, halo, 0.0], device=device, dtype=torch.double)
     q = places(queries, views, device=device) * (size - 2 * inner) + inner
     k = places(keys, views, device=device) * size
     if not isinstance(tile, int):
         q = geometry.tiles(queries, tile, views, device=device).mean(q)
-    score = -(q[:, None] - k[None]).square().sum(-1)
-    last = score.new_full((score.shape[0], prefix), -float(sum(side**2 for side in sides) + 1))
-    return torch.cat([last, score], dim=-1)[None, None]
+    apart = [(q[:, None, axis] - k[None, :, axis]).square() for axis in range(3)]
+    return -(apart[0] + apart[1] + apart[2])
 
 
 def places(grid: Grid, views: int, *, device: torch.device) -> Tensor:
-    """Row, column and view of every token in unit coordinates, ``[n, 3]``, all in (0, 1).
+    """Row, column and view of every token, ``[n, 3]``, in unit coordinates, float64, in (0, 1).
 
     >>> places((4, 1), 2, device=torch.device("cpu")).tolist()[2]
     [0.25, 0.5, 0.75]
     """
-    in_view = geometry.positions((grid[0] // views, grid[1]), device=device)
-    view = (torch.arange(views, device=device) + 0.5) / views
-    return torch.cat([in_view.repeat(views, 1), view.repeat_interleave(len(in_view))[:, None]], 1)
+    axes = (
+        (torch.arange(side, device=device, dtype=torch.double) + 0.5) / side
+        for side in (views, grid[0] // views, grid[1])
+    )
+    view, row, column = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([row, column, view], dim=-1).flatten(0, 2)
 
 
 def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:
@@ -101,7 +146,7 @@ def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:
     views = inputs.site.views if grid[0] % inputs.site.views == 0 else 1
     sides = [grid[0] // views, grid[1], views]
     size = torch.tensor(sides, device=inputs.k.device, dtype=torch.float)
-    positions = inputs.table(places, grid, views) * size
+    positions = inputs.table(places, grid, views).float() * size
     # prefix tokens have no position; their rows are padded with zeros
     patches = inputs.gather_rows(F.pad(positions, (0, 0, inputs.prefix, 0)))[:, inputs.prefix :]
     rows = patches if inputs.tiles is None else inputs.tiles.mean(patches)

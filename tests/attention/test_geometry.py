@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIDES = st.tuples(st.integers(1, 13), st.integers(1, 13))
 
 
@@ -99,3 +100,58 @@ def test_fake_tensors_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         geometry.table(geometry.positions, (2, 3), device=CPU)
     assert type(geometry.table(geometry.positions, (2, 3), device=CPU)) is torch.Tensor
+
+
+class TestOnAGpu:
+    """What the cache asks of CUDA, answered by hand."""
+
+    @pytest.fixture(autouse=True)
+    def _empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(geometry, "_TABLES", {})
+        monkeypatch.setattr(geometry, "_CAPTURED", {})
+        monkeypatch.setattr(geometry, "_MOST_ELEMENTS", 60)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        self.capturing, self.waits = False, 0
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
+
+    def stream(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=self.wait)
+
+    def wait(self) -> None:
+        assert not geometry._TABLES, "published before its values were there"
+        self.waits += 1
+
+    def test_a_table_is_published_when_its_values_are_there(self) -> None:
+        """Another thread may read it on another stream."""
+        first = geometry.table(numbers, 20, device=CUDA)
+        assert self.waits == 1
+        assert geometry.table(numbers, 20, device=CUDA) is first
+        assert self.waits == 1, "only once"
+        geometry.table(torch.arange, 20, device=CPU)
+        assert self.waits == 1
+
+    def test_what_a_graph_read_stays_where_it_is(self) -> None:
+        held = geometry.table(numbers, 40, device=CUDA)
+        self.capturing = True
+        assert geometry.table(numbers, 40, device=CUDA) is held
+        self.capturing = False
+        for n in range(50, 55):  # each evicts the one before
+            geometry.table(torch.arange, n, device=CPU)
+        assert geometry.table(numbers, 40, device=CUDA) is held
+        self.capturing = True
+        assert geometry.table(numbers, 40, device=CUDA) is held, "by a second graph, too"
+
+    def test_a_table_that_a_graph_builds_is_its_own(self) -> None:
+        """Its values are there only after a replay."""
+        self.capturing = True
+        inside = geometry.table(numbers, 20, device=CUDA)
+        self.capturing = False
+        outside = geometry.table(numbers, 20, device=CUDA)
+        assert outside is not inside
+        assert torch.equal(outside, torch.arange(20))
+
+
+def numbers(n: int, *, device: torch.device) -> torch.Tensor:
+    """On a CPU, whatever the device."""
+    return torch.arange(n)

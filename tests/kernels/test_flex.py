@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, patch
 from sparsiattn.attention import KeyBlocks
-from sparsiattn.kernels import Flex, Reference, choose, flex_compile
+from sparsiattn.attention.background import Summary
+from sparsiattn.kernels import Flex, Reference, choose, flex, flex_compile
 from sparsiattn.kernels.flex import operands_of, program_key
+from sparsiattn.kernels.flex_compile import FlexOperands
 from sparsiattn.strategies import finish
 from sparsiattn.testing import KernelSuite, random_inputs, tiny_images, tiny_vit
 from sparsiattn.testing.kernel import Case, cases
+from tests.support import fake_gpu
 from tests.support.flex_calls import flex_call
 
 FLEX = Flex()
@@ -163,16 +171,102 @@ def test_tiles_of_older_versions_divide_the_blocks(
         for size in (16, 32, 64, 256):
             there = replace(here, device=torch.device("cuda"), tile=tile, size=size)
             options = flex_compile.kernel_options(there)
-            if version.startswith(("2.15", "3")):
-                assert options is None
-                continue
             assert options is not None
+            assert options.pop("BACKEND") == "TRITON", "torch's decoding kernel has no tiles"
+            if version.startswith(("2.15", "3")):
+                assert options == {}
+                continue
             rows = [options[name] for name in ("fwd_BLOCK_M", "bwd_BLOCK_M1", "bwd_BLOCK_M2")]
             keys = [options[name] for name in ("fwd_BLOCK_N", "bwd_BLOCK_N1", "bwd_BLOCK_N2")]
             assert all(step >= 16 and tile % step == 0 for step in rows)
             assert all(step >= 16 and size % step == 0 for step in keys)
             assert keys[1] % rows[1] == 0
             assert rows[2] % keys[2] == 0
+
+
+@fake_gpu.NEEDED
+@pytest.mark.parametrize(
+    ("grid", "dtype"),
+    [((8, 8), torch.float32), ((7, 7), torch.bfloat16), ((16, 16), torch.bfloat16)],
+)
+def test_torch_lowers_it_for_a_gpu(grid: tuple[int, int], dtype: torch.dtype) -> None:
+    """Also with fewer than 128 queries, where torch would take its decoding kernel."""
+    inputs, pattern = flex_call(grid, k=30, block=(4, 4), dtype=dtype)
+    assert isinstance(pattern, KeyBlocks)
+    there = replace(program_key(inputs, pattern), device=fake_gpu.CUDA)
+    program = flex_compile.attention(there)
+    operands = as_on_gpu(operands_of(inputs, pattern), pattern)
+    assert len(fake_gpu.lowered_kernels(program, operands)) == 1
+
+
+@pytest.mark.parametrize("block", [(4, 4), (8, 8)])
+def test_keys_on_a_gpu_need_no_check_at_their_end(block: tuple[int, int]) -> None:
+    """Torch's kernel leaves these checks out for multiples of 128 rows."""
+    inputs, pattern = flex_call((16, 16), k=100, block=block)
+    assert isinstance(pattern, KeyBlocks)
+    on_cpu = operands_of(inputs, pattern).k.shape[-2]
+    assert on_cpu == 256 + pattern.blocks.size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        packed = flex._packed(torch.empty(inputs.k.shape, device="cuda"), to_gpu(pattern))
+    assert packed.shape[-2] == 384
+
+
+def to_gpu(pattern: KeyBlocks) -> KeyBlocks:
+    """The same pattern with tables that only claim to be on a GPU."""
+
+    def move(record: Any) -> Any:
+        if isinstance(record, torch.Tensor):
+            return torch.empty(record.shape, dtype=record.dtype, device="cuda")
+        if not dataclasses.is_dataclass(record):
+            return record
+        values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return replace(record, **{name: move(value) for name, value in values.items()})
+
+    summary = pattern.summary
+    assert summary is not None
+    plain = Summary(summary.cells, summary.parts, summary.bias)
+    moved: KeyBlocks = move(replace(pattern, summary=plain))
+    return moved
+
+
+def on_gpu(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call with operands that only claim to be on a GPU."""
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(x.shape, dtype=x.dtype, device="cuda")
+            for x in (inputs.q, inputs.k, inputs.v)
+        )
+    return inputs.replace(q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "side", "autocast", "refused"),
+    [
+        ("2.11.0", torch.bfloat16, 4, False, True),
+        ("2.11.0", torch.float16, 8, False, True),
+        ("2.11.0", torch.float32, 4, True, True),
+        ("2.11.0", torch.float32, 4, False, False),
+        ("2.11.0", torch.bfloat16, 16, False, False),
+        ("2.15.0", torch.bfloat16, 4, False, False),
+    ],
+)
+def test_gradients_in_half_precision_need_a_torch_that_adapts(
+    version: str, dtype: torch.dtype, side: int, autocast: bool, refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch, "__version__", version)
+    sides = {"tile": (side, side), "block": (side, side)}
+    inputs, pattern = flex_call((32, 32), k=400, dim=16, dtype=dtype, **sides)
+    inputs = on_gpu(inputs)
+    torch.set_autocast_enabled("cuda", autocast)  # torch.autocast would look for a GPU
+    try:
+        assert FLEX.why_not(inputs, pattern) == []
+        inputs.k.requires_grad_()
+        reasons = FLEX.why_not(inputs, pattern)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert any("need torch 2.15" in reason for reason in reasons) == refused, reasons
+    assert len(reasons) == refused
 
 
 @HERE
@@ -194,6 +288,13 @@ def test_auto_takes_it_only_where_it_is_ready() -> None:
         choose([FLEX], *call, explicit=False)
 
 
+def as_on_gpu(operands: FlexOperands, pattern: KeyBlocks) -> FlexOperands:
+    """Operands with unused rows of keys up to a multiple of 128; they hold what must not count."""
+    missing = -operands.k.shape[-2] % math.lcm(128, pattern.blocks.size)
+    k, v = (F.pad(x, (0, 0, 0, missing), value=9.0) for x in (operands.k, operands.v))
+    return operands._replace(k=k, v=v)
+
+
 def test_the_mask_alone_says_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs where compiling is switched off; and every shape, in no time."""
     from torch.nn.attention import flex_attention
@@ -202,13 +303,13 @@ def test_the_mask_alone_says_the_pattern(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = 0
     for name, inputs, pattern in sweep(torch.float32):
         if isinstance(pattern, KeyBlocks):
-            tiles = flex_compile.attention(program_key(inputs, pattern))(
-                *operands_of(inputs, pattern)
-            )
-            assert pattern.tiles is not None
-            out = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
             exact = Reference()(inputs, pattern)[..., pattern.dense_rows :, :]
-            torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
+            operands, message = operands_of(inputs, pattern), f"{name}: {{}}".format
+            for call in (operands, as_on_gpu(operands, pattern)):
+                tiles = flex_compile.attention(program_key(inputs, pattern))(*call)
+                assert pattern.tiles is not None
+                out = pattern.tiles.scatter(tiles.unflatten(-2, (-1, pattern.tiles.size)))
+                torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5, msg=message)
             seen += 1
     assert seen > 15
 

@@ -176,18 +176,39 @@ class TestProbe:
         assert (found.ops is None) == bool(reason)
         assert caplog.records == []
 
-    def test_a_wheel_without_its_extension_is_unavailable(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("available", "reason"),
+        [
+            ((True, True), ""),
+            ((False, True), ""),
+            ((False, False),
+             "xformers has no attention operator for this torch (built for CUDA 1208)"),
+        ],
+    )  # fmt: skip
+    def test_its_operators_decide_and_not_its_extension(
+        self, available: tuple[bool, bool], reason: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """A wheel for another CUDA version still calls the operators of torch."""
         broken = SimpleNamespace(_cpp_library_load_exception=RuntimeError("built for CUDA 1208\n"))
         monkeypatch.setitem(sys.modules, "xformers._cpp_lib", broken)
-        expected = "xformers cannot load its CUDA extension (built for CUDA 1208)"
-        assert fmha._extension_fault("xformers") == expected
-        monkeypatch.setattr(fmha, "probe", lambda: Operators(None, expected))
+        operators = (
+            SimpleNamespace(FwOp=SimpleNamespace(is_available=lambda answer=answer: answer))
+            for answer in available
+        )
+        ops = SimpleNamespace(**dict(zip(("flash", "cutlass"), operators, strict=True)))
+        monkeypatch.setattr(fmha.importlib, "import_module", lambda home: ops)
+        found = fmha._load("xformers.ops.fmha")
+        assert found == Operators(None if reason else ops, reason)
+        monkeypatch.setattr(fmha, "probe", lambda: found)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        inputs, pattern = packed_call()
-        assert XFormers().why_unavailable() == [expected]
-        assert XFormers().why_not(inputs, pattern) == [expected, CPU]
+        assert XFormers().why_unavailable() == [reason] * bool(reason)
+        assert XFormers().why_not(*packed_call()) == [reason] * bool(reason) + [CPU]
+
+    def test_the_installed_xformers_calls_operators_of_torch(self, biases: Any) -> None:
+        """Whatever CUDA version its extension was compiled for."""
+        found = fmha._load("xformers.ops.fmha")
+        assert found.reason == ""
+        assert found.ops.attn_bias is biases
 
     def test_the_second_home_is_asked_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ops = SimpleNamespace()

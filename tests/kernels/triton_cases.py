@@ -16,7 +16,7 @@ from torch import Tensor
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
 from sparsiattn.attention import Dense, KeyIndex
-from sparsiattn.kernels import Kernel, Reference, Triton
+from sparsiattn.kernels import Kernel, Reference, Triton, triton
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.strategies import finish
 from sparsiattn.testing import KernelSuite, random_inputs
@@ -279,6 +279,39 @@ def test_a_patched_model_runs_trains_and_compiles() -> None:
             found = torch.autograd.grad(out.square().sum(), model.patch_embed.proj.weight)[0]
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     torch.compiler.reset()
+
+
+def test_no_batch_size_decides_in_a_program_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` must not compare a symbolic batch: its guard would limit the exported program."""
+    # so fast, and so slow to start, that it wins with many images only
+    monkeypatch.setattr(triton, "_SPARSE_MACS", {4: 1e15})
+    monkeypatch.setattr(triton, "_DENSE_MACS", {4: 1e8})
+    monkeypatch.setattr(triton, "_SPARSE_START", 0.1)
+    model, x = zoo.build("vit"), torch.randn(2, 3, 32, 32)
+    images = {0: torch.export.Dim("images", min=1, max=512)}
+    with torch.no_grad(), sparsiattn.patch(model, "topk", k=0.3, tile=(4, 4)):
+        program = torch.export.export(model, (x,), dynamic_shapes=(images,))
+        out = program.module()(x[:1])
+        torch.testing.assert_close(out, model(x[:1]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_dry_run_of_a_model_on_the_cpu_is_not_one_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its tensors are on the meta device; what counts is where the model is."""
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    case = Case()
+    inputs = case.inputs()
+    pattern = case.pattern(inputs)
+    dry = inputs.replace(q=inputs.q.to("meta"), k=inputs.k.to("meta"), v=inputs.v.to("meta"))
+    reasons = {}
+    for name in ("cpu", "cuda", None):
+        call = dry.replace(target_device=None if name is None else torch.device(name))
+        assert Triton().why_not(call, pattern) == [], "the user may name it, then move the model"
+        reasons[name] = Triton().not_ready(call, pattern)
+    moved = "needs CUDA tensors, and the model is on cpu: move it to a GPU first"
+    assert reasons == {"cpu": [moved], "cuda": [], None: []}
 
 
 def test_every_reason_is_given() -> None:

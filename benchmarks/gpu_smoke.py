@@ -1,0 +1,115 @@
+"""The first minute on a GPU: versions, and every kernel once against the reference.
+
+``python benchmarks/gpu_smoke.py``, or ``--device cpu``. Prints a line of JSON for each check as it
+ends; a check that fails does not stop the others. Exits 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from sparsiattn import AttentionInputs, Pattern
+from sparsiattn.attention import Lengths
+from sparsiattn.kernels import Kernel, Reference, refusals
+from sparsiattn.registry import REGISTRY
+from sparsiattn.runtime import timing
+from sparsiattn.strategies import finish
+from sparsiattn.testing import random_inputs
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "uneven": {"grid": (9, 7), "tile": (4, 4), "block": (2, 2), "dim": 64},
+    "few queries": {"grid": (8, 8), "tile": (4, 4), "block": (4, 4), "dim": 32},
+    "realistic": {"grid": (32, 32), "tile": (8, 8), "block": (8, 8), "dim": 64},
+}
+KERNELS = ("triton", "gather", "flex", "xformers")
+RAGGED_KERNELS = ("varlen", "xformers", "sdpa")
+MOST_ERROR = 2e-2
+"""Largest mean error, relative to the mean size of the exact values, in half precision."""
+
+
+def call(device: str, **options: Any) -> tuple[AttentionInputs, Pattern]:
+    """A call in bfloat16 that keeps a fifth of the keys."""
+    inputs = random_inputs(**options, dtype=torch.bfloat16)
+    q, k, v = (x.to(device) for x in (inputs.q, inputs.k, inputs.v))
+    scores = torch.randn(1, 1, inputs.n_keys, inputs.n_keys, device=device)
+    inputs = inputs.replace(q=q, k=k, v=v)
+    return inputs, finish(Pattern.top(scores, 0.2), inputs, background=2)
+
+
+def packed_call(device: str) -> tuple[AttentionInputs, Pattern]:
+    """A call in bfloat16 with images of different lengths in one row."""
+    inputs = random_inputs((16, 16), dim=64, prefix=0, dtype=torch.bfloat16)
+    q, k, v = (x.to(device) for x in (inputs.q, inputs.k, inputs.v))
+    return inputs.replace(q=q, k=k, v=v), Lengths(256, 256, (100, 17, 139))
+
+
+def outputs(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list[torch.Tensor]:
+    """The result of a kernel, and the gradients of q, k and v if it has a backward pass here."""
+    operands = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    training = inputs.replace(**dict(zip("qkv", operands, strict=True)))
+    if refusals(kernel, training, pattern):
+        with torch.no_grad():
+            return [kernel(inputs, pattern)]
+    out = kernel(training, pattern)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), operands)]
+
+
+def compare(kernel: Kernel, make: Callable[[], tuple[AttentionInputs, Pattern]]) -> dict[str, Any]:
+    """Errors of the result and of the gradients, or why the kernel refuses the call."""
+    inputs, pattern = make()
+    with torch.no_grad():
+        reasons = refusals(kernel, inputs, pattern)
+    if reasons:
+        return {"refused": reasons}
+    wide = inputs.replace(q=inputs.q.float(), k=inputs.k.float(), v=inputs.v.float())
+    pairs = zip(outputs(kernel, inputs, pattern), outputs(Reference(), wide, pattern))  # noqa: B905 - without gradients there is one pair
+    errors = [((a.float() - b).abs().mean() / b.abs().mean()).item() for a, b in pairs]
+    if not max(errors) < MOST_ERROR:
+        raise ValueError(f"differs from the reference: {errors}")
+    return {"errors": [round(error, 5) for error in errors]}
+
+
+def backends() -> dict[str, Any]:
+    """Which backends torch's own attention may use, and the version of cuDNN."""
+    names = ("flash", "mem_efficient", "cudnn", "math")
+    enabled = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
+    return {"enabled": enabled, "cudnn": torch.backends.cudnn.version()}
+
+
+def checks(device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names of all checks, and what runs each."""
+    yield "machine", timing.machine
+    yield "attention of torch", backends
+    for name in KERNELS:
+        for shape, options in SHAPES.items():
+            kernel = REGISTRY.get("kernels", name)
+            yield f"{name}, {shape}", partial(compare, kernel, partial(call, device, **options))
+    for name in RAGGED_KERNELS:
+        kernel = REGISTRY.get("kernels", name)
+        yield f"{name}, ragged", partial(compare, kernel, partial(packed_call, device))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    failed = 0
+    for name, check in checks(options.device):
+        try:
+            row = check()
+        except Exception as error:  # the other checks still say something
+            row, failed = {"failed": f"{type(error).__name__}: {str(error)[:2000]}"}, failed + 1
+        print(json.dumps({"check": name, **row}, default=str), flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
