@@ -44,6 +44,8 @@ BUDGETS = ("k", "keep", "r", "ratio")
 # Fields of `SiteInspection` that are copied from `Site`, in addition to name and MACs.
 _SIZES = ("tokens", "keys", "heads", "head_dim", "grid", "prefix_tokens", "windows", "calls")
 
+COLUMNS_NOTE = "share: of the model's MACs; below a strategy: how much of them it saves there"
+
 
 @dataclass(frozen=True)
 class SiteInspection:
@@ -216,6 +218,8 @@ class Inspection:
     def tail(self) -> list[str]:
         """Lines below the table of sites."""
         lines = list(structure_lines(self.sites))
+        if self.sites and self.sites[0].saves:
+            lines.append(COLUMNS_NOTE)
         lines += [f"left alone: {name}: {reason}" for name, reason in self.skipped]
         if not self.sites:
             return [*lines, f"no strategy: {NO_SITES}"]

@@ -79,7 +79,7 @@ def compared(
         "options": timed[0].flags,
         "short_list": [one.to_dict() for one in timed],
     }
-    return document, [heading(request.model, fastest), *_text(request.model, timed)]
+    return document, [heading(request.model, fastest), *_text(_words(request, fastest), timed)]
 
 
 def _timed(model: Any, images: Any, settings: list[Any], rounds: int) -> list[Timed]:
@@ -98,7 +98,7 @@ def _timed(model: Any, images: Any, settings: list[Any], rounds: int) -> list[Ti
     return timed
 
 
-def _text(name: str, timed: list[Timed]) -> list[Any]:
+def _text(words: str, timed: list[Timed]) -> list[Any]:
     """A table, what was refused, and what to do next."""
     rows: list[tuple[str, ...]] = [("setting", "dense", "patched", "speed-up", "quartiles")]
     for one in timed:
@@ -107,15 +107,22 @@ def _text(name: str, timed: list[Timed]) -> list[Any]:
             times = (f"{ms:.2f} ms" for ms in (one.result.dense_ms, one.result.sparse_ms))
             rows.append((one.flags, *times, f"{one.ratio:.2f}x", f"{low:.2f} to {high:.2f}x"))
     refused = [f"not possible: {one.flags}: {one.reason}" for one in timed if one.reason]
-    return [rows, *refused, _next(name, timed[0].ratio)]
+    return [rows, *refused, _next(words, timed[0].ratio)]
 
 
-def _next(name: str, ratio: float) -> str:
-    """What to do with the figures."""
+def _words(request: ModelRequest, result: BenchResult) -> str:
+    """The model, and how it was timed, as another command takes them."""
+    place = {"device": (result.device, "cpu"), "dtype": (result.dtype, "float32")}
+    given = [f" --{name} {value}" for name, (value, default) in place.items() if value != default]
+    return request.model_words() + "".join(given)
+
+
+def _next(words: str, ratio: float) -> str:
+    """What to do with the figures; ``words`` say the model as a command takes it."""
     if ratio <= 1.0:
         return "none of these is faster than the dense model here; larger images may be"
     goal = max(1.1, round(0.9 * ratio, 1))
     return (
         "this is speed alone; what a setting loses: "
-        f"sparsiattn recommend {name} --data FOLDER --speedup {goal}"
+        f"sparsiattn recommend {words} --data FOLDER --speedup {goal}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature, signature
@@ -98,6 +99,19 @@ class ModelRequest:
     ] = None
     model_option: ModelOptions = None
     image_size: ImageSize = None
+
+    def model_words(self) -> str:
+        """The model and its options as another command takes them.
+
+        >>> ModelRequest("m", model_option=["depth=2"], image_size=64).model_words()
+        'm --model-option depth=2 --image-size 64'
+        """
+        words = [self.model, *(["--pretrained"] if self.pretrained else [])]
+        words += [] if self.checkpoint is None else ["--checkpoint", str(self.checkpoint)]
+        for pair in self.model_option or []:
+            words += ["--model-option", pair]
+        words += [] if self.image_size is None else ["--image-size", str(self.image_size)]
+        return shlex.join(words)
 
     def saved_patch(self) -> Path | None:
         """The folder of the saved patch to apply: ``--patch``, or MODEL where that is one."""

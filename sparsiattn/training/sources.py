@@ -163,9 +163,9 @@ def _timm_dataset(path: str, split: str, channels: int, training: bool, seed: in
 def _check_path(path: Path) -> None:
     if not path.exists():
         raise DataError(
-            f"no such folder or file: {str(path)!r}. Data must be a folder or a .tar with one "
-            "folder of images per class, or READER/NAME with a reader of timm (hfds, hfids, wds, "
-            "tfds, torch), followed by @FOLDER if the reader needs one"
+            f"no such folder or file: {str(path)!r}. Data must be a folder or a .tar of "
+            "images (for labels: one folder per class), or READER/NAME with a reader of timm "
+            "(hfds, hfids, wds, tfds, torch), followed by @FOLDER if the reader needs one"
         )
     if path.is_file() and path.suffix != ".tar":
         raise DataError(

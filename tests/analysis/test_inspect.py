@@ -358,6 +358,7 @@ def test_text_and_json() -> None:
     heading = found.table()[0]
     assert "keys" in heading  # where queries are pooled, keys are others than tokens
     assert heading[-1] == "topk"  # nothing to say of "dense"
+    assert "share: of the model's MACs; below a strategy" in str(found)
     text = str(found)
     for site in found.sites:
         assert f"{site.name} " in text

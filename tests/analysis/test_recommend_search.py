@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -159,6 +159,20 @@ def test_the_pick_ran_more_often_than_others(found: sparsiattn.Recommendation) -
     assert found.picked is not None
     assert found.picked.rounds >= searching.FINE
     assert found.picked.images == 8
+
+
+def test_speeds_that_contradict_each_other_are_noted(
+    world: World, found: sparsiattn.Recommendation
+) -> None:
+    assert not any("far apart" in note for note in found.notes)
+    shares = cycle((0.3, 0.3, 0.8, 0.8))
+    world.rule = lambda options: (next(shares), 0.99)
+    busy = made_up(world, speedup=1.2)
+    assert busy.picked is not None
+    assert busy.picked.ratio_quartiles is not None
+    low, high = busy.picked.ratio_quartiles
+    assert high > 1.5 * low
+    assert f"({low:.2f} to {high:.2f})" in str(busy)
 
 
 def test_a_goal_out_of_reach_gives_the_closest_and_the_bound(world: World) -> None:

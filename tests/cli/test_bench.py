@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import sparsiattn
 from sparsiattn.analysis.recommendation.short_list import short_list
 from sparsiattn.cli import bench_list
+from sparsiattn.cli.model_command import ModelRequest
 from sparsiattn.cli.options import flags_of
 from tests.support.commands import NAME, model_options, run, small
 
@@ -45,7 +47,18 @@ def test_the_text_is_a_table_and_the_next_command() -> None:
     assert result.stdout.startswith(f"{NAME}, input 1x3x32x32, float32 on cpu, 1 paired run\n")
     for word in ("setting", "speed-up", "quartiles", "--strategy token_drop --keep", "fuse=true"):
         assert word in result.stdout
-    assert result.stdout.splitlines()[-1] in (bench_list._next(NAME, 2), bench_list._next(NAME, 1))
+    words = shlex.join([NAME, *model_options(SMALL)])  # the model that was timed
+    # the goal follows the speed of this run
+    starts = tuple(bench_list._next(words, ratio).split("--speedup")[0] for ratio in (2, 1))
+    assert result.stdout.splitlines()[-1].startswith(starts)
+
+
+def test_the_next_command_measures_what_was_timed() -> None:
+    request = ModelRequest(NAME, pretrained=True, checkpoint=Path("a b.pth"), image_size=32)
+    result: Any = SimpleNamespace(device="cuda:1", dtype="float32")
+    assert bench_list._words(request, result) == (
+        f"{NAME} --pretrained --checkpoint 'a b.pth' --image-size 32 --device cuda:1"
+    )
 
 
 def test_what_to_do_next() -> None:

@@ -17,6 +17,8 @@ COARSE = 3
 """Pairs of runs by which a setting is judged at first; slow ones get two, or one."""
 FINE = 11
 """Pairs of runs of the setting that is picked and of the next best, or more to see all images."""
+FAR_APART = 1.5
+"""Third quartile over first from which speeds of one setting contradict each other."""
 MOST = 32
 """Pairs of runs of a setting at most."""
 
@@ -126,7 +128,6 @@ class Search:
         runner, device = self.runner, self.runner.batches[0].device
         rows = sorted(contenders, key=lambda c: (c is not best, not c.settings, -(c.ratio or 0.0)))
         dense_s = [s for c in contenders for s in c.dense_s] or [self.dense_s]
-        cut = "the budget ended before all was tried: more budget_s may find a better setting"
         return Recommendation(
             line=line_of(settings) if settings else "",
             settings=settings,
@@ -144,8 +145,24 @@ class Search:
             images=sum(map(len, runner.batches)),
             dense_ms=round(1e3 * median(dense_s), 3),
             seconds=round(runner.clock.gone, 1),
-            notes=(cut,) if self.is_cut else (),
+            notes=self._notes(best),
         )
+
+    def _notes(self, best: Contender | None) -> tuple[str, ...]:
+        """What to know of the figures, and what to do about it."""
+        notes = []
+        if self.is_cut:
+            notes.append(
+                "the budget ended before all was tried: more budget_s may find a better setting"
+            )
+        if best is not None and best.quartiles is not None:
+            low, high = best.quartiles.rounded(4)[1]
+            if high > FAR_APART * low:
+                notes.append(
+                    f"speeds of the first row lie far apart ({low:.2f} to {high:.2f}): is other "
+                    "work running on this machine? Run it again when that is over"
+                )
+        return tuple(notes)
 
     def _row(self, contender: Contender) -> Measurement:
         quartiles = contender.quartiles
