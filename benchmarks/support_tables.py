@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from reworded import reworded
+
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKS = "works"
 
@@ -51,7 +53,7 @@ def plain(reason: str) -> str:
     text = re.sub(r"^(?:refused|fails): ", "", text.split("\n")[0])
     for pattern, put in PLAIN:
         text = re.sub(pattern, put, text)
-    return text.replace("|", "\\|")
+    return reworded(text).replace("|", "\\|")
 
 
 def census() -> str:
