@@ -62,7 +62,7 @@ def attention() -> str:
         [label, fit, *(_score(found.get(k)) for k in BUDGETS), _speed(found.get(0.1))]
         for label, fit, found in _grouped(rows, "k")
     ]
-    head = ["keys by", "fitted", *(f"k = {k}" for k in BUDGETS), "speed, k = 0.1"]
+    head = ["strategy and options", "fitted", *(f"k = {k}" for k in BUDGETS), "speed, k = 0.1"]
     return _table(head, body)
 
 
@@ -76,7 +76,7 @@ def tokens() -> str:
         rows_of = [found.get(k) for k in KEEPS]
         cells = [", ".join(filter(None, (_score(r), _left(r), _speed(r)))) for r in rows_of]
         body.append([label, fit, *cells])
-    return _table(["tokens by", "fitted", *(f"keep = {k}" for k in KEEPS)], body)
+    return _table(["strategy and options", "fitted", *(f"keep = {k}" for k in KEEPS)], body)
 
 
 def _left(row: Row | None) -> str:
@@ -104,10 +104,10 @@ def claims() -> str:
 def dense() -> str:
     found = _read()
     row, trained = found["rows"]["dense"], found["rows"].get("dense trained")
-    text = f"Dense: {row['top1']:.2f} % of {found['images']:,} test images"
+    text = f"The dense model has {row['top1']:.2f} % top-1 on {found['images']:,} test images"
     if trained is None:
         return f"{text}."
-    return f"{text}; trained as long as the rows that say so, {_score(trained)}."
+    return f"{text}; {_score(trained)} after the same further training as the *trained* rows."
 
 
 BLOCKS = {

@@ -11,10 +11,10 @@ from sparsiattn.cli.help_page import description_of, names_of, parts_of, section
 
 HEAD = """Each command is a thin layer over the Python function of the same name. MODEL is a timm
 name, `hf:ORG/NAME` (or `hf:FOLDER`), `tv:NAME`, or a folder that `patch.save` wrote. Weights are
-random unless `--pretrained` or `--checkpoint` is given. No file is written that you do not name,
-but for the cache of `tune` and the folder of `new-plugin`.
+random unless `--pretrained` or `--checkpoint` is given. Commands write only files that
+you name, except the cache of `tune` and the folder of `new-plugin`.
 
-- `-h` or `--help` after a command shows its options, `--version` the version.
+- `-h` or `--help` after a command shows its options. `sparsiattn --version` shows the version.
   `sparsiattn --install-completion` sets up completion by the Tab key.
 - `--json` prints one JSON document to standard output and nothing else. Messages go to standard
   error.

@@ -1,4 +1,4 @@
-"""Every method on real weights beside what `token_merge` keeps in the same time.
+"""Every method on real weights beside the quality of `token_merge` at the same speed.
 
 Two methods with the same ``k`` or ``keep`` may differ in time and in MACs, so equal options compare
 nothing. Both figures of a row are of one study, ``results/quality-sweep.json``.
@@ -34,8 +34,8 @@ LINES = (
 
 def equal_time() -> str:
     """A row a line: speed, cosine, and the cosine of `token_merge` in the same time."""
-    columns = ("speed", "cosine / of `token_merge` then")
-    head = ["line", *(f"{name}: {column}" for name in MODELS.values() for column in columns)]
+    columns = ("speed", "cosine / of `token_merge` at this speed")
+    head = ["setting", *(f"{name}: {column}" for name in MODELS.values() for column in columns)]
     return "\n".join(
         f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *map(_row, _lines())]
     )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reworded import reworded
+
 RESULTS = Path(__file__).parent / "results"
 FORMATS = {"pt2": "torch.export", "onnx": "ONNX in onnxruntime", "aoti": "AOTInductor"}
 
@@ -19,7 +21,9 @@ def exported() -> str:
         cells = [_cell(rows.get(f"{name}, {one}"), reasons) for one in FORMATS]
         lines.append([f"`{name}`", *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([table, "", *(f"{i}. `{text}`" for i, text in enumerate(reasons) if i)])
+    return "\n".join(
+        [table, "", *(f"{i}. `{reworded(text)}`" for i, text in enumerate(reasons) if i)]
+    )
 
 
 def _cell(row: dict[str, Any] | None, reasons: list[str]) -> str:

@@ -49,7 +49,14 @@ def _matrix(kind: str) -> str:
         rows.append(
             [f"`{name}`", info.summary.replace("|", "\\|"), paper, info.fidelity, training, exact]
         )
-    head = ["strategy", "what it does", "paper", "how close", "must learn", "dense at full budget"]
+    head = [
+        "strategy",
+        "what it does",
+        "paper",
+        "how close to the paper",
+        "must learn",
+        "dense at full budget",
+    ]
     return _table(head, rows)
 
 

@@ -41,7 +41,7 @@ LABELS = {
     "s14-518": {
         'strategy="token_merge", ratio=0.975': "merge .975",
         'strategy="connectivity", k=0.1': "connectivity k=.1",
-        'strategy="token_merge"': "merge .95, as typed",
+        'strategy="token_merge"': "merge .95 (default)",
         'strategy="token_merge", ratio=0.9': "merge .9",
         "resolution=0.875": "image .875",
         "resolution=0.625": "image .625",

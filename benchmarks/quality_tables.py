@@ -1,4 +1,4 @@
-"""The table of what lines of ``patch`` keep of real weights, and how fast they are."""
+"""Tables of quality and speed of settings on models with real weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def speeds() -> str:
     """Whole models in paired rounds, and what they would reach without any attention."""
     rows = json.loads(RESULTS.read_text())["speed"]
     rows = sorted(rows, key=lambda row: list(NAMES).index(row["model"]))
-    head = ["model", "batch", "`patch(model, ...)`", "whole model", "without attention"]
+    head = ["model", "batch", "`patch(model, ...)`", "speed", "bound"]
     return _table(
         head,
         [
@@ -160,15 +160,15 @@ def settings(model: str) -> str:
     best = frontier(rows)
     shown = [row for row in rows if row in best or row.line in ASKED]
     columns: dict[str, Callable[[Row], str]] = {
-        "line": lambda row: f"`{row.line}`" + (" *" if row in best else ""),
+        "setting": lambda row: f"`{row.line}`" + (" *" if row in best else ""),
         "speed": lambda row: f"{row.ratio:.2f}x",
         "cosine": lambda row: f"{row.cosine:.3f}",
         "worst 5 %": lambda row: f"{row.features['worst_5']:.3f}",
     }
     if "saliency_error" in rows[0].kept:
-        columns["saliency off by"] = lambda row: f"{row.kept['saliency_error']:.3f}"
+        columns["saliency error"] = lambda row: f"{row.kept['saliency_error']:.3f}"
     columns["GMACs"] = lambda row: f"{row.speed['macs'] / 1e9:.1f}"
-    columns["peak MB"] = lambda row: f"{row.speed['peak_bytes'] / 1e6:.0f}"
+    columns["activations, MB"] = lambda row: f"{row.speed['peak_bytes'] / 1e6:.0f}"
     return _table(list(columns), [[cell(row) for cell in columns.values()] for row in shown])
 
 
@@ -178,7 +178,7 @@ GOALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ('strategy="token_merge", ratio=0.975',),
         ('strategy="token_merge", ratio=0.975',),
     ),
-    "every token, fewer keys": (
+    "all tokens, fewer keys": (
         ('strategy="connectivity", k=0.25',),
         ('strategy="connectivity", k=0.25', 'strategy="connectivity", k=0.1'),
     ),

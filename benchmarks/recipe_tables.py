@@ -1,4 +1,4 @@
-"""The table of docs/recipes.md: a goal, the line for it, and what that line measured."""
+"""The table of docs/recipes.md: a goal, the call for it, its measured speed and quality."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ RECIPES = (
     Recipe("224 px, one image", MERGE, CLIP, _real(RESULTS, "clip-224", MERGE)),
     Recipe("224 px, batches of 8", MERGE, CLIP, _batch("clip-224", MERGE, 8)),
     Recipe(
-        "224 px, faster, loses more",
+        "224 px, faster, with more loss",
         'strategy="hybrid", k=0.25, keep=0.7',
         CLIP,
         _real(SWEEP, "clip-224", 'strategy="hybrid", k=0.25, keep=0.7'),
@@ -111,7 +111,7 @@ RECIPES = (
         SMALL,
         _real(SWEEP, "s14-518", 'strategy="token_merge", ratio=0.9'),
     ),
-    Recipe("518 px, every token stays", KEYS, SMALL, _real(RESULTS, "s14-518", KEYS)),
+    Recipe("518 px, all tokens kept", KEYS, SMALL, _real(RESULTS, "s14-518", KEYS)),
     Recipe("1,036 px", KEYS, "ViT-S/14, 1036 px", _real(RESULTS, "s14-1036", KEYS)),
     Recipe(
         "1,024 px, as fast as possible",
@@ -119,7 +119,9 @@ RECIPES = (
         "ViT-S/16, 1024 px",
         _resolution,
     ),
-    Recipe("segment anything", KEYS, "SAM ViT-B, 1024 px", _model("samvit_base_patch16_1024")),
+    Recipe(
+        "Segment Anything (SAM)", KEYS, "SAM ViT-B, 1024 px", _model("samvit_base_patch16_1024")
+    ),
     Recipe(
         "`torch.compile`, 1,024 px",
         KEYS,
@@ -139,7 +141,7 @@ RECIPES = (
         _runtime("vit-s-1024, batch 1, torchao int8, compiled"),
     ),
     Recipe("a training step at 518 px", KEYS, SMALL, _training),
-    Recipe("more requests a second", DROP, "ViT-Ti/16, 224 px", _serving),
+    Recipe("more requests per second", DROP, "ViT-Ti/16, 224 px", _serving),
 )
 
 

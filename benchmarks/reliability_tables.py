@@ -8,10 +8,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 FUZZ = {
-    "models": "patched models on drawn inputs",
-    "kernels": "kernels on drawn calls",
+    "models": "patched models on random inputs",
+    "kernels": "kernels on random calls",
     "options": "options out of range or of wrong types",
-    "saved": "patches saved, damaged, loaded",
+    "saved": "patches that were saved, damaged and loaded",
 }
 
 
@@ -27,7 +27,7 @@ def reliability() -> str:
     for what, row in parts.get("kills", {}).items():
         if isinstance(row, dict):
             rows.append([f"kill -9 while {what}", f"{row['kills']} kills", str(row["wrong"])])
-    lines = [["what", "how often", "wrong"], ["---"] * 3, *rows]
+    lines = [["test", "runs", "failures"], ["---"] * 3, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -45,7 +45,7 @@ def _threads(row: dict[str, Any]) -> list[str]:
 def _cycles(row: dict[str, Any]) -> list[str]:
     first, last = row["objects"][0], row["objects"][-1]
     grown = row["resident_mib"][-1] - row["resident_mib"][1]
-    what = f"patched and undone: {last - first:+d} objects, {grown:+.1f} MiB in the second half"
+    what = f"patch and unpatch; second half: {last - first:+d} objects, {grown:+.1f} MiB"
     return [what, f"{row['cycles']:,} cycles", str(len(row["changed_models"]) + row["hooks_left"])]
 
 
@@ -57,14 +57,20 @@ def _injected(parts: dict[str, dict[str, Any]]) -> list[str]:
 
 def _determinism(row: dict[str, Any]) -> list[str]:
     apart = row["largest_batch_difference"]
-    what = f"same bits in {row['processes']} processes; alone and in a batch: {apart:.0e} apart"
+    what = (
+        f"same bits in {row['processes']} processes; alone and in a batch at most {apart:.0e} apart"
+    )
     wrong = len(row["differ_between_processes"]) + len(row["differ_within_one"])
     return [what, f"{row['strategies']} strategies", str(wrong)]
 
 
 def _halves(row: dict[str, Any]) -> list[str]:
     checked = sum(one["checked"] for one in row["rows"].values())
-    return ["half precision to the ends of its range", f"{checked} patches", str(row["wrong"])]
+    return [
+        "half precision, up to the limits of its range",
+        f"{checked} patches",
+        str(row["wrong"]),
+    ]
 
 
 BLOCKS = {"reliability": reliability}

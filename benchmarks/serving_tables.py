@@ -11,11 +11,11 @@ FILE = Path(__file__).parent / "results" / "serving-cpu.json"
 def serving() -> str:
     head = [
         "model",
-        "wrong",
-        "requests a second",
-        "median",
-        "99 %",
-        "memory after 10 %, at the end",
+        "wrong answers",
+        "requests per second",
+        "median time",
+        "99th percentile",
+        "memory after 10 % of requests, at the end",
     ]
     lines = [head, ["---"] * len(head)]
     runs = json.loads(FILE.read_text())["rows"]

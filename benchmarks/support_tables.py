@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from reworded import reworded
+
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKS = "works"
 
@@ -51,11 +53,11 @@ def plain(reason: str) -> str:
     text = re.sub(r"^(?:refused|fails): ", "", text.split("\n")[0])
     for pattern, put in PLAIN:
         text = re.sub(pattern, put, text)
-    return text.replace("|", "\\|")
+    return reworded(text).replace("|", "\\|")
 
 
 def census() -> str:
-    """One row a list: how many names, how many with attention, what became of them."""
+    """One row for each library: names, models with attention, and the result of patching them."""
     rows = []
     for name, found in _read()["census"].items():
         status, many = found["status"], found["with_attention"]
@@ -65,7 +67,7 @@ def census() -> str:
         counts = [found["models"], many, f"{patched}{share}{named}"]
         counts += [status.get("refused", 0), status.get("failed", 0)]
         rows.append([name, *map(str, counts)])
-    return _table(["list", "models", "attending", "patched", "refused", "failed"], rows)
+    return _table(["library", "models", "attending", "patched", "refused", "failed"], rows)
 
 
 def _grouped(key: str) -> str:
@@ -126,7 +128,7 @@ def _recent(kind: str) -> dict[str, dict[str, str]]:
 
 
 def recent(kind: str) -> str:
-    """Hosts of 2025-26, or task heads, by strategies; numbers refer to `recent_reasons`."""
+    """Models of 2025-26, or task heads, by strategies; numbers refer to `recent_reasons`."""
     numbers: dict[str, int] = {}
     found = _recent(kind)
     columns = list(next(iter(found.values())))
@@ -134,7 +136,7 @@ def recent(kind: str) -> str:
         [f"`{name}`", *(_cell({"auto": row[column]}, numbers) for column in columns)]
         for name, row in found.items()
     ]
-    return _table(["host", *columns], rows)
+    return _table(["model", *columns], rows)
 
 
 def recent_reasons(kind: str) -> str:
@@ -147,10 +149,10 @@ def recent_reasons(kind: str) -> str:
 
 
 def kernels() -> str:
-    """What each kernel says of the machine that made the page."""
-    rows = [[f"`{name}`", plain(reason) if reason else "runs in the cells above"]
+    """Whether each kernel ran on the machine of the page, or why not."""
+    rows = [[f"`{name}`", plain(reason) if reason else "runs in the tables above"]
             for name, reason in _read()["kernels"].items()]  # fmt: skip
-    return _table(["kernel", "here"], rows)
+    return _table(["kernel", "on this machine"], rows)
 
 
 BLOCKS = {

@@ -44,10 +44,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def source(name: str) -> str:
     """Where a table's figures come from."""
     card = read(name)["machine"]
+    threads = "1 thread" if card["threads"] == 1 else f"{card['threads']} threads"
     return (
         f"`benchmarks/results/{name}.json`: `{card['command']}`, {card['date']}, "
-        f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
-        f"timm {card['timm']}."
+        f"{card['processor']}, {threads}, torch {card['torch']}, timm {card['timm']}."
     )
 
 
@@ -65,7 +65,7 @@ def _model(name: str, rows: list[dict[str, Any]], lines: int) -> list[str]:
         return [f"`{name}`", *(["refused"] * lines), "", ""]
     ratios = [f"{row['ratio']:.2f}x" for row in rows]
     if rows[-1]["sparse_sites"] < rows[-1]["sites"]:
-        ratios[-1] += f" ({rows[-1]['sparse_sites']} sites)"
+        ratios[-1] += f" ({rows[-1]['sparse_sites']} sparse)"
     kernels = ", ".join(f"`{kernel}`" for kernel in rows[0]["kernels"])
     ratios += [""] * (lines - len(ratios))  # measured before that line was
     return [f"`{name}`", *ratios, str(rows[0]["sites"]), kernels]
@@ -77,7 +77,7 @@ def train_step() -> str:
     body = [
         [str(row["k"]), f"{row['ratio']:.2f}x", _quartiles(row["ratio_quartiles"])] for row in rows
     ]
-    return table(["k", "whole step", "quartiles"], body)
+    return table(["k", "speed of the whole step", "quartiles"], body)
 
 
 def _quartiles(ratios: list[float]) -> str:
@@ -91,7 +91,7 @@ def merging() -> str:
         [name, *(f"{row[key]:.2f}x" for key in ("rewrite", "ours", "ours_over_rewrite"))]
         for name, row in rows.items()
     ]
-    return table(["", "rewrite", "`token_merge`", "over the rewrite"], body)
+    return table(["", "rewrite", "`token_merge`", "`token_merge` over rewrite"], body)
 
 
 def mass() -> str:
@@ -134,10 +134,11 @@ def _ratio(timing: dict[str, Any]) -> str:
 def overhead() -> str:
     found = read("overhead-cpu")
     forward, seconds = found["dense_patched_over_unpatched"], found["patch_seconds"]
-    rows = [[f"forward of {name}, batch 1, patched with `dense`", f"{r['ratio']:.3f}x unpatched"]
+    rows = [[f"forward of {name}, batch 1, patched with `dense`",
+             f"{r['ratio']:.3f}x the time without a patch"]
             for name, r in forward.items()]  # fmt: skip
     rows += [[f"`patch` on {name}", f"{s:.2f} s"] for name, s in seconds.items()]
-    return table(["what", "cost"], rows)
+    return table(["operation", "cost"], rows)
 
 
 def tokens() -> str:
@@ -147,7 +148,7 @@ def tokens() -> str:
         macs = "" if row["macs_ratio"] is None else f"{row['macs_ratio']:.2f}x"
         one = found["batch 1"][name]
         rows.append([name, macs, f"{row['speedup']:.2f}x", f"{one['speedup']:.2f}x"])
-    return table(["schedule", "fewer MACs", "batch 8", "batch 1"], rows)
+    return table(["setting", "MACs, dense / patched", "speed, batch 8", "speed, batch 1"], rows)
 
 
 def proportional() -> str:
@@ -164,7 +165,7 @@ def proportional() -> str:
 def monitor() -> str:
     rows = read("monitor-cpu")["over_a_call_without_a_monitor"]
     return table(
-        ["strategy", "images", "a watched call", "every 100th watched"],
+        ["strategy", "images", "time of a watched call", "extra time if every 100th is watched"],
         [
             [
                 f"`{row['strategy']}`",
@@ -193,8 +194,9 @@ def block_masks() -> str:
         ]
         for row in rows
     ]
-    head = ["tokens", "mask", "reordered", "pairs", "computed", "over masked SDPA", "over dense"]
-    return table([*head, "making the lists"], body)
+    head = ["tokens", "mask", "reordered", "pairs", "computed"]
+    speeds = ["speed over masked SDPA", "speed over dense"]
+    return table([*head, *speeds, "making the lists"], body)
 
 
 def windowed() -> str:
@@ -204,7 +206,7 @@ def windowed() -> str:
         [name, f"{row['macs_ratio']:.2f}x", f"{row['ratio']:.2f}x", f"{row['cosine']:.3f}"]
         for name, row in rows.items()
     ]
-    return table(["what is skipped", "fewer MACs", "speed", "cosine of the last map"], body)
+    return table(["skipped", "MACs, dense / patched", "speed", "cosine of the last map"], body)
 
 
 def token_quality() -> str:
@@ -214,7 +216,7 @@ def token_quality() -> str:
         saved = row["macs_saved"]
         saved = "" if saved is None else f"{100 * saved:.0f} %"
         rows.append([name, f"{row['top1']:.2f}", f"{row['tokens_left']:g}", saved])
-    return table(["schedule", "top-1", "patch tokens left", "MACs saved"], rows)
+    return table(["setting", "top-1", "patch tokens at the end", "MACs saved"], rows)
 
 
 def memory() -> str:
@@ -231,7 +233,7 @@ def memory() -> str:
 
 def resolution() -> str:
     rows = read("resolution-cpu")["speedup"]
-    head = ["schedule", "whole model", "quartiles"]
+    head = ["setting", "speed of the whole model", "quartiles"]
     return table(
         head,
         [
@@ -288,7 +290,7 @@ SOURCES = (
 
 
 def printed(*keys: str, lines: int | None = None) -> str:
-    """What a line of the README printed, or so many lines of it."""
+    """What a command or call on the page printed; its first ``lines`` if given."""
     found = read("printed-cpu")
     for key in keys:
         found = found[key]
@@ -333,7 +335,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """``text`` with what stands between ``<!-- name -->`` and ``<!-- end -->`` made again."""
+    """``text`` with new content between each ``<!-- name -->`` and ``<!-- end -->``."""
 
     def again(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n\n{BLOCKS[match[1]]()}\n\n<!-- end -->"

@@ -26,7 +26,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def layer() -> str:
-    """A row a number of views, a column a line."""
+    """One row for each number of views, one column for each setting."""
     rows = _read("layer")
     lines = list(dict.fromkeys(map(_line, rows)))
     body = []
@@ -37,7 +37,7 @@ def layer() -> str:
 
 
 def recall() -> str:
-    """A row a line without its budget, a column a budget."""
+    """One row for each setting without its budget, one column for each budget."""
     rows = _read("recall")
     shares = sorted({row["line"].rpartition("k=")[2] for row in rows}, key=float)
     by_line: dict[str, dict[str, float]] = {}
@@ -57,7 +57,7 @@ def memory() -> str:
         [str(row["views"]), f"{row['tokens']:,}", str(row["heads"]), f"{row['peak_mb']:,} MB"]
         for row in _read("memory")
     ]
-    return _table(["views", "tokens", "heads", "beside q, k, v and the output"], body)
+    return _table(["views", "tokens", "heads", "peak memory beside q, k, v and the output"], body)
 
 
 BLOCKS = {"many views layer": layer, "many views recall": recall, "many views memory": memory}

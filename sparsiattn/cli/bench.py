@@ -40,11 +40,11 @@ def bench_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a model dense and patched, in paired runs on noise.
+    """Time a model dense and patched, in paired runs on random input.
 
-    Without any option of the patch, one setting of each family that recommend tries is timed. With
-    one, the report of that patch follows, site by site; --k without --strategy is for connectivity.
-    Weights may be random: they do not change speed.
+    Without options of a patch, it times one setting of each family that recommend tries. With such
+    options, it times that patch and prints its report; --k without --strategy means connectivity.
+    Weights may be random: they do not change the speed.
 
     Example: sparsiattn bench vit_small_patch16_384 --strategy hybrid --image-size 1024
     """

@@ -63,7 +63,7 @@ def evaluate_model(
 ) -> None:
     """Measure accuracy, images/s and speed-up of a model, dense and patched, in one pass.
 
-    Without labels (a model without a head, or --metric) outputs are compared with the dense
+    Without labels (a model without a head, or --metric), outputs are compared with the dense
     model's. Without --strategy or --patch only the dense model runs. Under torchrun every process
     takes its share of the images.
 

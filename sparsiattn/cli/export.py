@@ -46,7 +46,7 @@ def export_model(
         float,
         in_run(
             metavar="DIFFERENCE",
-            help="Largest difference to the model's outputs at which the file is written.",
+            help="Write the file only if no output differs from the model's by more.",
         ),
     ] = 1e-4,
     as_json: AsJson = False,

@@ -38,9 +38,9 @@ def list_all(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List strategies, kernels, backbones and plug-ins, and what cannot be used here.
+    """List strategies, kernels, backbones and plug-ins, and the reason if one cannot be used here.
 
-    A strategy is exact at full budget if it then gives the outputs of the dense model.
+    A strategy is exact at full budget if, keeping everything, it gives the dense model's outputs.
 
     Example: sparsiattn list strategies
     """

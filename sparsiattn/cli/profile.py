@@ -32,8 +32,8 @@ def profile_model(
         str,
         in_output(
             metavar="RULE",
-            help="Which MACs count: own (query-key pairs that are kept), computed (also what "
-            "kernels add to that), or paper (as Sparsifiner counts).",
+            help="Which MACs count: own (query-key pairs that are kept), computed (all that "
+            "kernels multiply), or paper (as in Sparsifiner's paper).",
         ),
     ] = "own",
     memory: Annotated[bool, in_run("--memory", help="Measure peak memory, too.")] = False,
@@ -43,7 +43,7 @@ def profile_model(
     rounds: Annotated[int, in_run(min=1, metavar="N", help="Paired runs of --latency.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Count the MACs of a model, dense and patched, by part and by site, in a run on noise.
+    """Count the MACs of a model, dense and patched, by part and by site, on random input.
 
     Without --strategy or --patch only the dense model is counted.
 

@@ -63,8 +63,8 @@ def recommend_setting(
 ) -> None:
     """Find the patch that is fast enough, or good enough, for a model on this machine.
 
-    Each candidate is timed beside the dense model and compared with it on your images. Give
-    --speedup, --quality, or both.
+    Each candidate is timed in turn with the dense model, and their outputs are compared on your
+    images. Give --speedup, --quality, or both.
 
     Example: sparsiattn recommend deit_small_patch16_224 --pretrained --data photos --speedup 1.5
     """

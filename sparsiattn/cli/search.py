@@ -65,7 +65,7 @@ Seconds = Annotated[
     in_run(
         metavar="SECONDS",
         show_default="no limit",
-        help="Time limit: afterwards no further schedule is tried.",
+        help="Time limit: after it, no further schedule is tried.",
     ),
 ]
 OptionsGrid = Annotated[
@@ -73,8 +73,8 @@ OptionsGrid = Annotated[
     in_patch(
         metavar="NAME=LIST",
         show_default="some values of tile and background",
-        help="Values of an option to try, for example tile=[1,[4,4]]; none tries no other values. "
-        "Repeatable.",
+        help="Values of an option to try, for example tile=[1,[4,4]]; or none, to keep the "
+        "options as they are. Repeatable.",
     ),
 ]
 
@@ -102,11 +102,11 @@ def search_model(
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Find how many keys each layer, and how many tokens each block needs, for one goal.
+    """Find how many keys each layer needs, and how many tokens each block needs, for one goal.
 
-    Give one of --macs, --latency and --agreement. How much will run is shown first. Use the file
-    that is written with --option schedule=FILE and the options that are printed beside it. The
-    strategy is hybrid unless you name another.
+    Give one of --macs, --latency and --agreement. The command first prints how much it will run.
+    To use the schedule that it writes, pass --option schedule=FILE and the options that it prints.
+    The strategy is hybrid unless you name another.
 
     Example: sparsiattn search deit_small_patch16_224 --pretrained --data photos --strategy hybrid
     --macs 0.7 --out schedule.json

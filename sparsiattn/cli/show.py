@@ -67,7 +67,7 @@ def show_model(
     """Show which keys each patch of a photo attends to, and which of them a strategy keeps.
 
     On the page, hover over a patch to see its keys. The strategy is connectivity unless you name
-    another; dense shows plain attention.
+    another; dense shows exact attention only.
 
     Example: sparsiattn show deit_small_patch16_224 photo.jpg --pretrained --k 0.25 --out page.html
     """

@@ -40,7 +40,7 @@ class AttentionReuse(ReusingStrategy):
     name = "attention_reuse"
     paper = "https://arxiv.org/abs/2406.00427"
     fidelity = (
-        "inspired by: the host still computes the queries and keys of layers that do not use them, "
+        "inspired by: the model still computes queries and keys in layers that do not use them, "
         "stages have no residual connection of scores, and the diagonality loss is left out; Theta "
         "and Psi start as the identity, optionally low-rank"
     )

@@ -39,7 +39,7 @@ class Hypergraph(Strategy):
     name = "hypergraph"
     paper = "https://arxiv.org/abs/2504.02440"
     fidelity = (
-        "inspired by (details of the layers could not be confirmed): the host's own queries, keys "
+        "inspired by (details of the layers could not be confirmed): the model's own queries, keys "
         "and values replace the paper's projections, a learned mixture that starts at one half "
         "replaces its residuals and activations, and incidence is a learned logit"
     )

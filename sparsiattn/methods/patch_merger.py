@@ -30,7 +30,7 @@ class PatchMerger(SoftMerger):
     paper = "https://arxiv.org/abs/2202.12015"
     fidelity = (
         "inspired by: scores use normalised tokens as published, but unnormalised tokens are "
-        "mixed, so that the host's residual stream keeps its scale; prefix tokens are not merged"
+        "mixed, so that the model's residual stream keeps its scale; prefix tokens are not merged"
     )
 
     def planner(self, site: Site, width: int) -> Merger:

@@ -44,7 +44,7 @@ class SkipAt(ReusingStrategy):
     suite = MappingProxyType({"unread": ("blocks.1.attn.qkv", "blocks.1.norm1")})
     paper = "https://arxiv.org/abs/2301.02240"
     fidelity = (
-        "inspired by: the output before the host's output projection is reused, and that "
+        "inspired by: the output before the model's output projection is reused, and that "
         "projection still runs, as do the unused projections to queries, keys and values; the "
         "function's result is added to its input, so that it starts as the identity"
     )

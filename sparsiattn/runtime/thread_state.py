@@ -1,4 +1,4 @@
-"""Thread-local state of a running forward pass, one record for each life time.
+"""Thread-local state of a running forward pass, one record for each lifetime.
 
 Dynamo follows attributes that are set on `threading.local` objects, also inside checkpoints; it
 follows neither context variables nor class defaults. Each record is therefore such an object, and

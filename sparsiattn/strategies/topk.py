@@ -28,7 +28,7 @@ class TopK(Strategy):
     name = "topk"
     paper = "https://arxiv.org/abs/2106.00515"
     fidelity = (
-        "as published (k-NN attention), which trains with it; tiles and summary keys are "
+        "as published (k-NN attention), but without training; tiles and summary keys are "
         "this library's"
     )
     plans_by_shape = True

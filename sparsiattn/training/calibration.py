@@ -46,7 +46,7 @@ def calibrate(
     """Train the planners of a patched model to reproduce its dense attention.
 
     Planners that are optional (``scores="auto"`` of `connectivity`) are then checked on images of
-    the last batch. At a site where the planner does not bring the attention output nearer to dense
+    the last batch. At a site where the planner does not bring the attention output closer to dense
     attention, its weights are reset to their initial values, with a warning.
 
     Memory grows with the number of rows of the patterns, as exact attention is recomputed for a few

@@ -207,7 +207,7 @@ def examine(entry: Entry, *, values: bool = True) -> dict[str, Any]:
     row["shortened"] = specimen.shortened
     row["kinds"] = sorted({f"{f.owner} {f.kind}" for f in between})
     row["not_tokens"] = sorted(
-        {f"{f.owner}: {NOT_TOKENS.get(f.owner, 'softmax of no product of q and k')}"
+        {f"{f.owner}: {NOT_TOKENS.get(f.owner, 'softmax that is not over a product of q and k')}"
          for f in specimen.found if not f.between_tokens}
     )  # fmt: skip
     try:

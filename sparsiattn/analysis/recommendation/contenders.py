@@ -1,4 +1,4 @@
-"""Running settings beside the dense model: pairs of runs on the same images, timed and compared."""
+"""Runs settings in turn with the dense model on the same images, and compares time and outputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Contender:
     """Something that runs in pairs with the dense model.
 
     Attributes:
-        settings: Of `patch`; empty for one that is no patch.
+        settings: Keyword arguments of `patch`; empty if it is not a patch.
         label: The family of its settings, or what it is where it has none.
         run: From a number of a batch to the output, not timed yet.
         compare: From the dense and its own output to the quality of each image.

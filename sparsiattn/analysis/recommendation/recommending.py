@@ -1,4 +1,4 @@
-"""`recommend`: time settings beside the dense model, and pick the one that meets the goal."""
+"""`recommend`: time settings in turn with the dense model, and pick one that meets the goal."""
 
 from __future__ import annotations
 

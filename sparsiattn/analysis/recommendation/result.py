@@ -29,9 +29,9 @@ class Measurement:
     """A row of the table.
 
     Attributes:
-        line: The call of `patch`, or what else was measured, in words.
-        settings: Keyword arguments of `patch`; empty for what is no patch.
-        family: Settings that differ from it in one number alone, by a name.
+        line: The call of `patch`, or a description of what else was measured.
+        settings: Keyword arguments of `patch`; empty if it is not a patch.
+        family: Name of the group of settings that differ only in one number.
         ratio: Dense time over its time, the median over pairs of runs: more is faster; None where
             it did not run.
         ratio_quartiles: First and third quartile of those.
