@@ -30,10 +30,11 @@ def layer() -> str:
     rows = _read("layer")
     lines = list(dict.fromkeys(map(_line, rows)))
     body = []
-    for views, tokens in dict.fromkeys((row["views"], row["tokens"]) for row in rows):
-        ratios = {_line(row): f"{1 / row['ratio']:.2f}x" for row in rows if row["views"] == views}
-        body.append([str(views), f"{tokens:,}", *(ratios.get(line, "") for line in lines)])
-    return _table(["views", "tokens", *lines], body)
+    sizes = dict.fromkeys((row["views"], row["tokens"], row["heads"]) for row in rows)
+    for views, tokens, heads in sizes:
+        ratios = {_line(row): f"{row['ratio']:.2f}x" for row in rows if row["views"] == views}
+        body.append([str(views), f"{tokens:,}", str(heads), *(ratios.get(x, "") for x in lines)])
+    return _table(["views", "tokens", "heads", *lines], body)
 
 
 def recall() -> str:
