@@ -11,8 +11,6 @@ from typing import Any
 
 import lazy_loader
 
-from sparsiattn.errors import warn_renamed
-
 # Deprecated names and the present ones; using an old one warns.
 _RENAMED = {
     "Bench": "BenchResult",
@@ -31,7 +29,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":  # reading it takes 50 ms, and `sparsiattn --help` imports the root
         return import_module("sparsiattn._version").__version__
     if name in _RENAMED:
-        warn_renamed(f"sparsiattn.{name}", f"sparsiattn.{_RENAMED[name]}")
+        errors = import_module("sparsiattn.errors")
+        errors.warn_renamed(f"sparsiattn.{name}", f"sparsiattn.{_RENAMED[name]}")
         name = _RENAMED[name]
     if name in __all__:
         return _import_name(name)

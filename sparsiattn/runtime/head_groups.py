@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from sparsiattn.attention.budget import count_of
@@ -19,9 +20,12 @@ def heads_at_once(planner: Planner, strategy: Strategy, inputs: AttentionInputs)
     """Number of heads that are planned and computed together.
 
     All of them, unless the lists of tiles would have more than `MOST_ENTRIES` entries. Heads are
-    split only where plans depend on shapes and options alone: other planners may compare heads.
+    split only where plans depend on shapes and options alone (other planners may compare heads),
+    and not in traced programs.
     """
     heads, k = inputs.q.shape[1], getattr(strategy, "k", None)
+    if torch.compiler.is_compiling():  # a traced program may be for any batch size
+        return heads
     by_shape = getattr(planner, "plans_by_shape", False)
     if isinstance(inputs.tile, int) or not by_shape or not isinstance(k, (int, float)):
         return heads

@@ -49,7 +49,7 @@ def test_a_command_says_it_once_and_fails_at_once(asked: list[str]) -> None:
     result = run("inspect", "hf:nobody/no-such-model", code=1)
     said, error = result.stderr.splitlines()
     assert said.startswith("https://hub.example cannot be reached")
-    assert error.startswith("error: no configuration of a model at 'nobody/no-such-model'")
+    assert error.startswith("error: no model configuration at 'nobody/no-such-model'")
     assert asked == ["hub.example"]
 
 

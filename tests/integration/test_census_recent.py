@@ -82,8 +82,12 @@ def test_most_hosts_of_today_are_patched() -> None:
     assert tokens >= 0.75  # packed sequences and views side by side are refused by name
 
 
-def test_views_side_by_side_are_no_image() -> None:
-    """Layers across views see ``views x (camera token + patches)``, which nothing says."""
+def test_views_are_kept_apart_or_refused() -> None:
+    """Layers across views see ``views x (camera token + patches)``."""
     host = hosts_recent.HOSTS["depth_anything_3"]
-    with pytest.raises(sparsiattn.SparsiattnError, match="grid="):
-        sparsiattn.patch(host.make(None).eval(), "local", k=0.25, input=host.shape).unpatch()
+    with pytest.raises(sparsiattn.SparsiattnError, match="grid="):  # a window of one image
+        sparsiattn.patch(host.make(None).eval(), "longformer", input=host.shape)
+    with sparsiattn.patch(host.make(None).eval(), "local", k=0.25, input=host.shape) as patch:
+        views = {site.views for site in patch.sites}
+        assert len(views) == 2
+        assert 1 in views

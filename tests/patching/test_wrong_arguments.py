@@ -261,4 +261,4 @@ class TestSchedule:
 
     def test_strategy_without_a_budget(self, model: nn.Module) -> None:
         schedule = {"k": {SITES[0]: 0.5}}
-        refused(model, ValueError, ("'dense'", "no k"), strategy="dense", schedule=schedule)
+        refused(model, ValueError, ("'dense'", "the option k"), strategy="dense", schedule=schedule)

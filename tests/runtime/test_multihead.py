@@ -173,10 +173,10 @@ class _Subclass(nn.MultiheadAttention):
 
 def test_what_cannot_be_reached_is_refused_by_name() -> None:
     extra = Pixels(CALLS["weights_unasked"], add_bias_kv=True)
-    with pytest.raises(sparsiattn.NothingToPatch, match="no token"):
+    with pytest.raises(sparsiattn.NothingToPatch, match="not a token"):
         patch(extra)
     zero = Pixels(CALLS["weights_unasked"], add_zero_attn=True)
-    with pytest.raises(sparsiattn.NothingToPatch, match="no token"):
+    with pytest.raises(sparsiattn.NothingToPatch, match="not a token"):
         patch(zero)
     derived = Pixels(CALLS["weights_unasked"])
     derived.attention = _Subclass(8, 2, batch_first=True)
