@@ -16,49 +16,53 @@ from sparsiattn.cli.options import AsJson, Device, DType, in_output, place_of
 UNWRITTEN = "nothing written: --out page.html writes a page to explore, --out keys.png a picture"
 
 
+Photo = Annotated[
+    Path,
+    typer.Argument(metavar="IMAGE", rich_help_panel="Data", help="A photo: JPEG, PNG ..."),
+]
+ShowFiles = Annotated[
+    list[Path] | None,
+    in_output(
+        metavar="FILE",
+        help="Write a page (.html) or a picture (.png, .svg, .pdf). Repeatable. Without it, "
+        "figures are printed and nothing is written.",
+    ),
+]
+View = Annotated[
+    str,
+    in_output(
+        metavar="NAME",
+        help="What a picture shows: overview, layers, heads, tokens or density. A page has "
+        "all of them.",
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    in_output(
+        metavar="LAYER",
+        show_default="all",
+        help="Layer to show: a number, a name or a pattern (blocks.1*). Repeatable.",
+    ),
+]
+Heads = Annotated[
+    list[int] | None,
+    in_output(min=0, metavar="N", show_default="all", help="Attention head to show. Repeatable."),
+]
+Queries = Annotated[
+    list[str] | None,
+    in_output(metavar="ROW,COLUMN", show_default="all", help="Image patch to show. Repeatable."),
+]
+
+
 @model_command(*PATCH_OPTIONS)
 def show_model(
     *,
-    image: Annotated[
-        Path,
-        typer.Argument(metavar="IMAGE", rich_help_panel="Data", help="A photo: JPEG, PNG ..."),
-    ],
-    out: Annotated[
-        list[Path] | None,
-        in_output(
-            metavar="FILE",
-            help="Write a page (.html) or a picture (.png, .svg, .pdf). Repeatable. Without it, "
-            "figures are printed and nothing is written.",
-        ),
-    ] = None,
-    view: Annotated[
-        str,
-        in_output(
-            metavar="NAME",
-            help="What a picture shows: overview, layers, heads, tokens or density. A page has "
-            "all of them.",
-        ),
-    ] = "overview",
-    layer: Annotated[
-        list[str] | None,
-        in_output(
-            metavar="LAYER",
-            show_default="all",
-            help="Layer to show: a number, a name or a pattern (blocks.1*). Repeatable.",
-        ),
-    ] = None,
-    head: Annotated[
-        list[int] | None,
-        in_output(
-            min=0, metavar="N", show_default="all", help="Attention head to show. Repeatable."
-        ),
-    ] = None,
-    query: Annotated[
-        list[str] | None,
-        in_output(
-            metavar="ROW,COLUMN", show_default="all", help="Image patch to show. Repeatable."
-        ),
-    ] = None,
+    image: Photo,
+    out: ShowFiles = None,
+    view: View = "overview",
+    layer: Layers = None,
+    head: Heads = None,
+    query: Queries = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     request: ModelRequest,

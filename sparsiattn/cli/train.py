@@ -33,73 +33,83 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """A recipe's ``mixed_precision`` by the name of the dtype."""
 
 
+RecipeName = Annotated[
+    str,
+    in_run(metavar="RECIPE", help="How to train: a recipe's name, or a .yaml or .json file."),
+]
+RunFolder = Annotated[
+    Path | None,
+    in_output(
+        metavar="FOLDER",
+        show_default="none, and nothing is written",
+        help="Folder for checkpoints, the best weights and the log.",
+    ),
+]
+Resume = Annotated[
+    bool | None,
+    in_output(
+        "--resume/--no-resume",
+        show_default="resume if there is a checkpoint",
+        help="Require, or refuse, a checkpoint in --out.",
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    in_run(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the recipe; STAGE.FIELD=VALUE changes that of a stage. Repeatable.",
+    ),
+]
+EvalSource = Annotated[
+    str | None,
+    in_data(metavar="SOURCE", help="Evaluate on these images after each epoch."),
+]
+Evaluates = Annotated[
+    bool,
+    in_data("--eval/--no-eval", help="Evaluate on the validation split of --data."),
+]
+TrainWorkers = Annotated[
+    int | None,
+    in_run(
+        min=0,
+        metavar="N",
+        show_default="as the recipe says",
+        help="Processes that read images.",
+    ),
+]
+TrainDevice = Annotated[
+    str | None,
+    in_run(
+        metavar="DEVICE",
+        show_default="the GPU if there is one, else the CPU",
+        help="Where the model is trained: cpu, cuda, cuda:1 ... Under a launcher every process "
+        "has its own.",
+    ),
+]
+TrainDType = Annotated[
+    str | None,
+    in_run(
+        metavar="DTYPE",
+        show_default="as the recipe says",
+        help="Precision of mixed-precision training: float32 (none), bfloat16 or float16.",
+    ),
+]
+
+
 @model_command("patch", *MODEL_OPTIONS)
 def train_model(
     *,
     data: LabelledImages,
-    recipe: Annotated[
-        str,
-        in_run(metavar="RECIPE", help="How to train: a recipe's name, or a .yaml or .json file."),
-    ] = "sparsifiner_deit_small",
-    out: Annotated[
-        Path | None,
-        in_output(
-            metavar="FOLDER",
-            show_default="none, and nothing is written",
-            help="Folder for checkpoints, the best weights and the log.",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        in_output(
-            "--resume/--no-resume",
-            show_default="resume if there is a checkpoint",
-            help="Require, or refuse, a checkpoint in --out.",
-        ),
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        in_run(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change a field of the recipe; STAGE.FIELD=VALUE changes that of a stage. "
-            "Repeatable.",
-        ),
-    ] = None,
-    eval_data: Annotated[
-        str | None,
-        in_data(metavar="SOURCE", help="Evaluate on these images after each epoch."),
-    ] = None,
-    evaluates: Annotated[
-        bool,
-        in_data("--eval/--no-eval", help="Evaluate on the validation split of --data."),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        in_run(
-            min=0,
-            metavar="N",
-            show_default="as the recipe says",
-            help="Processes that read images.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        in_run(
-            metavar="DEVICE",
-            show_default="the GPU if there is one, else the CPU",
-            help="Where the model is trained: cpu, cuda, cuda:1 ... Under a launcher every process "
-            "has its own.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        in_run(
-            metavar="DTYPE",
-            show_default="as the recipe says",
-            help="Precision of mixed-precision training: float32 (none), bfloat16 or float16.",
-        ),
-    ] = None,
+    recipe: RecipeName = "sparsifiner_deit_small",
+    out: RunFolder = None,
+    resume: Resume = None,
+    change: Changes = None,
+    eval_data: EvalSource = None,
+    evaluates: Evaluates = False,
+    workers: TrainWorkers = None,
+    device: TrainDevice = None,
+    dtype: TrainDType = None,
     request: ModelRequest,
     as_json: AsJson = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +166,23 @@ def test_files_stay_short() -> None:
     """One idea a file: what grows past this is cut by idea, not by size."""
     long = [path for path in MODULES if len(path.read_text().splitlines()) >= 400]
     assert [path.relative_to(ROOT).as_posix() for path in long] == []
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    first, documented = function.body[0], ast.get_docstring(function)
+    said = first.end_lineno - first.lineno + 1 if documented else 0  # type: ignore[operator]
+    return function.end_lineno - function.lineno + 1 - said  # type: ignore[operator]
+
+
+def test_functions_stay_short() -> None:
+    """At most 60 lines, but for kernels of Triton; half of all functions below ten."""
+    lengths = {
+        (str(path.relative_to(ROOT)), node.name, node.lineno): code_lines(node)
+        for path in (ROOT / "sparsiattn").rglob("*.py")
+        if "_triton" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert [name for name, lines in lengths.items() if lines > 60] == []
+    assert statistics.median(lengths.values()) < 10
