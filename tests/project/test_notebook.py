@@ -21,7 +21,7 @@ from tools import notebook as tool
 PATH = ROOT / "examples" / "quickstart.ipynb"
 NOTEBOOK: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
 CELLS = tool.code_cells(NOTEBOOK)
-STEPS = ["Inspect", "Patch", "Report", "Compare", "A faster line", "Show", "Undo"]
+STEPS = ["Inspect", "Patch", "Report", "Compare", "A faster setting", "Show", "Undo"]
 MACHINE = r"(?<![\w./:])~?/\w[\w.-]*/|[A-Z]:\\|site-packages|localhost|file://"
 
 
