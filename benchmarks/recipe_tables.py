@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quality_tables import RESULTS, SWEEP, rows_of
+from quality_tables import NAMES, RESULTS, SWEEP, rows_of
 
 Figures = tuple[float, str, str]
 """Speed, what is kept, and the name of the file of results."""
@@ -89,30 +89,24 @@ def _serving() -> Figures:
 MERGE, KEYS = 'strategy="token_merge"', 'strategy="connectivity", k=0.1'
 CLIP, SMALL = "CLIP ViT-B/16, 224 px", "ViT-S/14, 518 px"
 DROP = 'strategy="token_drop", keep=0.5'
+
+
+def _one_image(goal: str, model: str, line: str, file: Path = RESULTS) -> Recipe:
+    """A recipe for single images, measured with real weights."""
+    return Recipe(goal, line, NAMES[model], _real(file, model, line))
+
+
 RECIPES = (
-    Recipe("224 px, one image", MERGE, CLIP, _real(RESULTS, "clip-224", MERGE)),
+    _one_image("224 px, one image", "clip-224", MERGE),
     Recipe("224 px, batches of 8", MERGE, CLIP, _batch("clip-224", MERGE, 8)),
-    Recipe(
-        "224 px, faster, with more loss",
-        'strategy="hybrid", k=0.25, keep=0.7',
-        CLIP,
-        _real(SWEEP, "clip-224", 'strategy="hybrid", k=0.25, keep=0.7'),
+    _one_image(
+        "224 px, faster, with more loss", "clip-224", 'strategy="hybrid", k=0.25, keep=0.7', SWEEP
     ),
-    Recipe("518 px", MERGE, SMALL, _real(RESULTS, "s14-518", MERGE)),
-    Recipe(
-        "518 px, at least 1.5x",
-        'strategy="token_merge", ratio=0.925',
-        SMALL,
-        _real(SWEEP, "s14-518", 'strategy="token_merge", ratio=0.925'),
-    ),
-    Recipe(
-        "518 px, twice as fast",
-        'strategy="token_merge", ratio=0.9',
-        SMALL,
-        _real(SWEEP, "s14-518", 'strategy="token_merge", ratio=0.9'),
-    ),
-    Recipe("518 px, all tokens kept", KEYS, SMALL, _real(RESULTS, "s14-518", KEYS)),
-    Recipe("1,036 px", KEYS, "ViT-S/14, 1036 px", _real(RESULTS, "s14-1036", KEYS)),
+    _one_image("518 px", "s14-518", MERGE),
+    _one_image("518 px, at least 1.5x", "s14-518", 'strategy="token_merge", ratio=0.925', SWEEP),
+    _one_image("518 px, twice as fast", "s14-518", 'strategy="token_merge", ratio=0.9', SWEEP),
+    _one_image("518 px, all tokens kept", "s14-518", KEYS),
+    _one_image("1,036 px", "s14-1036", KEYS),
     Recipe(
         "1,024 px, as fast as possible",
         'strategy="hybrid", k=0.1, keep=0.5',

@@ -26,34 +26,36 @@ from sparsiattn.cli.options import (
     pairs,
 )
 
+Split = Annotated[
+    str,
+    in_data(metavar="NAME", help="Part of the data: train, validation, test ... if it has parts."),
+]
+DataOptions = Annotated[
+    list[str] | None,
+    in_data(
+        metavar="NAME=VALUE",
+        help="How images are read: mean, std, crop_pct, interpolation. Repeatable.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    in_data(
+        min=1,
+        metavar="N",
+        show_default="all",
+        help="Number of images to use, spread over the split.",
+    ),
+]
+
 
 @model_command(*PATCH_OPTIONS, "only_if_faster")
 def evaluate_model(
     *,
     data: LabelledImages,
-    split: Annotated[
-        str,
-        in_data(
-            metavar="NAME", help="Part of the data: train, validation, test ... if it has parts."
-        ),
-    ] = "validation",
+    split: Split = "validation",
     request: ModelRequest,
-    data_option: Annotated[
-        list[str] | None,
-        in_data(
-            metavar="NAME=VALUE",
-            help="How images are read: mean, std, crop_pct, interpolation. Repeatable.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        in_data(
-            min=1,
-            metavar="N",
-            show_default="all",
-            help="Number of images to use, spread over the split.",
-        ),
-    ] = None,
+    data_option: DataOptions = None,
+    limit: Limit = None,
     metric: Metric = None,
     batch_size: BatchSize = 64,
     workers: Workers = 0,

@@ -22,39 +22,43 @@ from sparsiattn.cli.options import (
     place_of,
 )
 
+Images = Annotated[
+    str | None,
+    in_data(metavar="SOURCE", help="Folder or .tar of images. Labels are not needed."),
+]
+Speedup = Annotated[
+    float | None,
+    in_goal(metavar="RATIO", help="Minimum speed-up, for example 1.5: dense time / patched time."),
+]
+Quality = Annotated[
+    float | None,
+    in_goal(
+        metavar="SHARE",
+        help="Minimum share of answers that stay the same, or minimum cosine of features.",
+    ),
+]
+Batch = Annotated[
+    int | None,
+    in_run(
+        min=1,
+        metavar="N",
+        show_default="what fits the time budget",
+        help="Images in one forward pass.",
+    ),
+]
+Budget = Annotated[float, in_run(metavar="SECONDS", help="Time limit, approximately.")]
+
 
 @model_command(*MODEL_OPTIONS)
 def recommend_setting(
     *,
-    data: Annotated[
-        str | None,
-        in_data(metavar="SOURCE", help="Folder or .tar of images. Labels are not needed."),
-    ] = None,
-    speedup: Annotated[
-        float | None,
-        in_goal(
-            metavar="RATIO", help="Minimum speed-up, for example 1.5: dense time / patched time."
-        ),
-    ] = None,
-    quality: Annotated[
-        float | None,
-        in_goal(
-            metavar="SHARE",
-            help="Minimum share of answers that stay the same, or minimum cosine of features.",
-        ),
-    ] = None,
+    data: Images = None,
+    speedup: Speedup = None,
+    quality: Quality = None,
     metric: Metric = None,
     images: ImageCount = 32,
-    batch_size: Annotated[
-        int | None,
-        in_run(
-            min=1,
-            metavar="N",
-            show_default="what fits the time budget",
-            help="Images in one forward pass.",
-        ),
-    ] = None,
-    budget: Annotated[float, in_run(metavar="SECONDS", help="Time limit, approximately.")] = 60.0,
+    batch_size: Batch = None,
+    budget: Budget = 60.0,
     workers: Workers = 0,
     device: Device = "cpu",
     dtype: DType = "float32",
