@@ -112,7 +112,7 @@ def progress() -> Progress:
 
 
 def small_vit() -> nn.Module:
-    """A timm ViT with a token per pixel, a 3 x 3 stem, and fixed positions: too few images to learn."""
+    """A timm ViT with a token per pixel, a 3 x 3 stem, and fixed positions (few images)."""
     width = 64
     model: Any = timm.models.VisionTransformer(
         img_size=8, patch_size=1, in_chans=1, num_classes=10, embed_dim=width, depth=4, num_heads=4
