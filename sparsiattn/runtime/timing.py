@@ -39,10 +39,13 @@ class Quartiles(NamedTuple):
         """Summarise values; a single one is its own quartile.
 
         >>> Quartiles.of([3.0, 1.0, 2.0])
-        Quartiles(low=1.0, median=2.0, high=3.0)
+        Quartiles(low=1.5, median=2.0, high=2.5)
         """
         values = list(values)
-        return cls(*(quantiles(values, n=4) if len(values) > 1 else values * 3))
+        if len(values) == 1:
+            return cls(*(values * 3))
+        # inclusive: a quartile of two or three values lies between them
+        return cls(*quantiles(values, n=4, method="inclusive"))
 
     def rounded(self, digits: int, scale: float = 1.0) -> tuple[float, tuple[float, float]]:
         """Median, and a pair of first and third quartile, scaled and rounded."""

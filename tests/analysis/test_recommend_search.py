@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import count, cycle, pairwise
 from typing import Any
 
 import pytest
@@ -37,6 +37,11 @@ QUIET: dict[str, Any] = {"progress": False}
 class Figures:
     ratio: float | None
     quality: float | None
+
+
+def test_what_is_slower_than_dense_meets_no_goal() -> None:
+    slow, fast = Figures(0.9, 1.0), Figures(1.1, 1.0)
+    assert [Goal(quality=0.5).met_by(row) for row in (slow, fast)] == [False, True]
 
 
 def pick_by_loops(
@@ -173,6 +178,26 @@ def test_speeds_that_contradict_each_other_are_noted(
     low, high = busy.picked.ratio_quartiles
     assert high > 1.5 * low
     assert f"({low:.2f} to {high:.2f})" in str(busy)
+
+
+@pytest.mark.parametrize("every", [5, 6, 7, 8, 9, 11])
+@pytest.mark.parametrize("slow", [2.0, 4.0])
+def test_other_work_on_the_machine_misleads_nobody(world: World, every: int, slow: float) -> None:
+    """Each so many-th pass takes much longer than it would alone."""
+    quiet = made_up(world, speedup=1.4)
+    passes = count(1)
+
+    def busy(options: Options) -> tuple[float, float]:
+        share, quality = time_and_quality(options)
+        return share * (slow if next(passes) % every == 0 else 1.0), quality
+
+    world.rule = busy
+    found = made_up(world, speedup=1.4)
+    assert found.picked is not None
+    assert quiet.picked is not None
+    share, _ = time_and_quality({"layers": None, **found.picked.settings})
+    assert 1 / share > 1.35
+    assert (found.picked.quality or 0) > (quiet.picked.quality or 0) - 0.004
 
 
 def test_a_goal_out_of_reach_gives_the_closest_and_the_bound(world: World) -> None:

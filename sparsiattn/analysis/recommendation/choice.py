@@ -46,8 +46,10 @@ class Goal:
             raise InvalidOption(f"quality must be a number <= 1, got {self.quality!r}")
 
     def is_fast(self, row: Figures) -> bool:
-        """Whether a row was measured and is fast enough; any is where no speed is asked for."""
-        return row.ratio is not None and row.ratio >= (self.speedup or 0.0)
+        """Whether a row was measured and is fast enough: faster than dense, if no more is asked."""
+        if row.ratio is None:
+            return False
+        return row.ratio > 1.0 if self.speedup is None else row.ratio >= self.speedup
 
     def is_good(self, row: Figures) -> bool:
         """Whether a row was measured and is good enough; any is where no quality is asked for."""

@@ -24,6 +24,10 @@ from sparsiattn.runtime import timing
 from sparsiattn.runtime.timing import Quartiles
 from sparsiattn.strategies.hybrid import Hybrid
 
+LEAST = 2
+"""Pairs of runs, where there is time: the machine may be busy during a single one."""
+AGREE = 1.15
+"""Third quartile over first of speeds that agree; others get more pairs."""
 REASON = 110
 """Letters of a reason."""
 Compare = Callable[[Any, Any], "Tensor | float"]
@@ -74,6 +78,12 @@ class Contender:
     def ratio(self) -> float | None:
         """Their median."""
         return None if self.quartiles is None else self.quartiles.rounded(4)[0]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether at least two pairs ran, and their speeds are about the same."""
+        low, _, high = self.quartiles or (0.0, 0.0, 0.0)
+        return self.rounds >= LEAST and high <= AGREE * low
 
     @property
     def quality(self) -> float | None:
@@ -169,15 +179,21 @@ class Runner:
     def measure(self, contender: Contender, rounds: int, seconds: float) -> None:
         """Run pairs: one in any case, more until so many, or so many seconds, or no time is left.
 
+        A single pair, or pairs that contradict each other, decide nothing where there is time for
+        more: twice the pairs and twice the seconds, then.
+
         Args:
             contender: One without a reason.
             rounds: Pairs in all at most, those that ran before counted.
             seconds: After so many no other begins.
         """
         start = self.clock.gone
-        while contender.rounds < rounds and not contender.reason:
-            used = self.clock.gone - start
-            if contender.rounds and (used > seconds or self.clock.left < used / contender.rounds):
+        while not contender.reason:
+            used, ran = self.clock.gone - start, contender.rounds
+            factor = 1 if contender.agrees else 2
+            if ran and (used > factor * seconds or ran >= factor * rounds):
+                return
+            if ran and self.clock.left < used / ran:
                 return
             self.pair(contender)
             self.clock.tell()

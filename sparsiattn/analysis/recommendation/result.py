@@ -65,10 +65,11 @@ class Measurement:
     def cells(self) -> Row:
         """As text, of a row that ran."""
         low, high = (_floor(value, 2) for value in self.ratio_quartiles or (0.0, 0.0))
+        spread = f"{low:.2f}-{high:.2f}" if self.rounds > 1 else "one pair"
         met = "yes" if self.met else "no"
         # rounded down: what is just short of the goal must not look as if it met it
         speed, quality = _floor(self.ratio or 0.0, 2), _floor(self.quality or 0.0, 4)
-        return self.name, speed_text(speed), f"{low:.2f}-{high:.2f}", f"{quality:.4f}", met
+        return self.name, speed_text(speed), spread, f"{quality:.4f}", met
 
 
 @dataclass(frozen=True)
