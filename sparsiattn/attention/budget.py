@@ -41,6 +41,15 @@ def count_of(k: Budget, n: int) -> int:
     return min(k, n) if isinstance(k, int) else max(1, min(n, math.ceil(k * n)))
 
 
+def at_most(k: Budget, n: int, most: int | None) -> Budget:
+    """The budget ``k``, or ``most`` where ``k`` keeps more than that out of ``n``.
+
+    >>> at_most(0.25, 1000, 512), at_most(0.25, 4000, 512), at_most(0.25, 4000, None)
+    (0.25, 512, 0.25)
+    """
+    return k if most is None or count_of(k, n) <= most else most
+
+
 def blocks_within(k: Budget, n_keys: int, prefix: int, blocks: Tiles) -> int:
     """Number of blocks of patch keys that a list of ``count_of(k, n_keys)`` keys touches.
 

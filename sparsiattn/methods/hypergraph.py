@@ -91,7 +91,8 @@ class HypergraphPlanner(MixedKeysPlanner):
 
     def _edges(self, inputs: AttentionInputs) -> int:
         patches = inputs.n_keys - inputs.prefix
-        budget = count_of(self.strategy.k, inputs.n_keys) - self.prefix_keys
+        keys = count_of(self.strategy.budget_for(inputs.n_keys), inputs.n_keys)
+        budget = keys - self.prefix_keys
         return min(patches, max(1, budget))
 
     def _bias(self, inputs: AttentionInputs, nodes: Tensor) -> Tensor:

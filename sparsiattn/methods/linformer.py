@@ -65,7 +65,7 @@ class LinformerPlanner(MixedKeysPlanner):
     def __init__(self, strategy: Linformer, site: Site) -> None:
         super().__init__(strategy, site)
         self.prefix, self.grid = site.prefix_tokens, site.key_grid
-        budget = max(1, count_of(strategy.k, site.keys) - self.prefix_keys)
+        budget = max(1, count_of(strategy.budget_for(site.keys), site.keys) - self.prefix_keys)
         membership = cell_membership(self.grid, cells_of(self.grid, budget))
         sizes = membership.sum(0)
         pooling = F.pad(membership / sizes, (0, 0, self.prefix, 0))

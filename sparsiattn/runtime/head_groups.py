@@ -31,7 +31,8 @@ def heads_at_once(planner: Planner, strategy: Strategy, inputs: AttentionInputs)
         return heads
     # fewer tiles than there are would only make the groups larger
     lists = inputs.n_queries // math.prod(inputs.tile)
-    entries = inputs.q.shape[0] * lists * count_of(k, inputs.n_keys)
+    keys = count_of(strategy.budget_for(inputs.n_keys), inputs.n_keys)
+    entries = inputs.q.shape[0] * lists * keys
     return min(heads, max(1, MOST_ENTRIES // max(1, entries)))
 
 

@@ -275,6 +275,7 @@ class SiteRuntime:
             inputs,
             prefix_keys=self.strategy.prefix_keys,
             background=self._background_of(inputs),
+            max_keys=self.strategy.max_keys,
         )
 
     def _background_of(self, inputs: AttentionInputs) -> int | None:

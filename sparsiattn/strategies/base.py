@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.auto_options import auto_background, auto_block, auto_options
-from sparsiattn.attention.budget import Budget, check_budget, count_of
+from sparsiattn.attention.budget import Budget, at_most, check_budget, count_of
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
@@ -58,6 +58,8 @@ class Strategy(Config):
         background: Pool dropped keys into g x g summary keys; ``"auto"`` for a g that suits the
             token grid (5 at 14 x 14, 10 at 37 x 37); None for no summary keys.
         prefix_keys: Whether CLS and register keys are always kept, within the budget.
+        max_keys: Number of keys that a query keeps at most, however long the sequence of a call is;
+            None for no limit beside ``k``.
 
     Attributes:
         selects_keys: Whether patterns select among the host's keys. Those of
@@ -106,6 +108,7 @@ class Strategy(Config):
     block: Tile | str = field(default=1, kw_only=True)
     background: int | str | None = field(default=None, kw_only=True)
     prefix_keys: bool = field(default=True, kw_only=True)
+    max_keys: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("tile", "block"):
@@ -117,6 +120,7 @@ class Strategy(Config):
                 f"could stand for; got {self.background!r}"
             )
         check_flag("prefix_keys", self.prefix_keys)
+        self._check_max_keys()
         k = getattr(self, "k", None)
         if "k" in self.option_names() and not (isinstance(k, (list, tuple)) or callable(k)):
             check_budget(k)
@@ -131,10 +135,28 @@ class Strategy(Config):
         """Make the planner of a site; an `nn.Module` if it has weights (see `LearnedPlanner`)."""
         return Stateless(self)
 
+    def _check_max_keys(self) -> None:
+        most = self.max_keys
+        if most is None:
+            return
+        if type(most) is not int or most < 1:
+            raise InvalidOption(f"max_keys must be None or an int >= 1, got {most!r}")
+        if "k" not in self.option_names():
+            raise InvalidOption(
+                f"max_keys limits the budget k, but {self.name!r} has no option k; got {most!r}"
+            )
+
+    def budget_for(self, n_keys: int) -> Budget:
+        """The budget of a call with ``n_keys`` keys: ``k``, or ``max_keys`` if that is less.
+
+        Only for a config with a single budget, as `resolve_for` returns it.
+        """
+        return at_most(self.k, n_keys, self.max_keys)  # type: ignore[attr-defined]
+
     def _count(self, n_keys: int) -> int | None:
         """Number of keys kept out of ``n_keys``; None without a budget or before it is resolved."""
-        k = getattr(self, "k", None)
-        return count_of(k, n_keys) if isinstance(k, (int, float)) else None
+        is_single = isinstance(getattr(self, "k", None), (int, float))
+        return count_of(self.budget_for(n_keys), n_keys) if is_single else None
 
     def keeps_all(self, n_keys: int) -> bool:
         """Whether the budget covers every key, so that the host's own attention runs."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.budget import Budget, blocks_within
+from sparsiattn.attention.budget import blocks_within
 from sparsiattn.attention.derivatives import is_tracing, is_transformed
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
@@ -214,7 +214,7 @@ class ConnectivityPlanner(LearnedPlanner):
         self.is_fitted()
 
     def forward(self, inputs: AttentionInputs) -> Pattern:
-        k: Budget = self.strategy.k  # type: ignore[assignment]
+        k = self.strategy.budget_for(inputs.n_keys)
         if not self.predicts:
             return self._best_keys(inputs)
         count, blocks = 0, inputs.blocks
@@ -242,8 +242,8 @@ class ConnectivityPlanner(LearnedPlanner):
         return self._best_keys(inputs) if can_rank else None
 
     def _best_keys(self, inputs: AttentionInputs) -> TopLogits:
-        k, block = self.strategy.k, self.strategy.block
-        return TopLogits.of(inputs, k, in_blocks=block != "auto")  # type: ignore[arg-type]
+        k = self.strategy.budget_for(inputs.n_keys)
+        return TopLogits.of(inputs, k, in_blocks=self.strategy.block != "auto")
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Predicted connectivity, ``[B, H, R, n]``.

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.auto_options import MOST_CELLS
 from sparsiattn.attention.background import CountedSummary, Summary
-from sparsiattn.attention.budget import blocks_within, count_of
+from sparsiattn.attention.budget import at_most, blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
@@ -37,6 +37,7 @@ def finish(
     *,
     prefix_keys: bool = True,
     background: int | None = None,
+    max_keys: int | None = None,
 ) -> Pattern:
     """Turn a planner's pattern into the pattern to compute: dense, a mask or key lists.
 
@@ -46,6 +47,7 @@ def finish(
         prefix_keys: Whether to keep every prefix key (within the budget, if there is one).
         background: Pool the dropped keys of each cell of a g x g grid into one summary key; None
             for no summary keys.
+        max_keys: Keys of a list at most, whatever the planner's budget; None for no limit.
 
     Raises:
         InvalidType: The planner did not return a pattern.
@@ -57,16 +59,29 @@ def finish(
     ranked = isinstance(pattern, Ranked) and pattern.best is not None
     if not ranked:
         _check_size(pattern, inputs, blocks)
+    if max_keys is not None and isinstance(pattern, (Ranked, TopLogits)):
+        pattern = replace(pattern, k=at_most(pattern.k, inputs.n_keys, max_keys))
     if isinstance(pattern, TopLogits):
         in_blocks = blocks if pattern.in_blocks else None
         pattern = _rank_logits(pattern, inputs, prefix_keys, in_blocks)
     elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
-    elif isinstance(pattern, Mask) and inputs.prefix:
-        pattern = pattern.with_prefix(inputs.prefix, keys=prefix_keys)
+    elif isinstance(pattern, Mask):
+        pattern = _complete_mask(pattern, inputs, prefix_keys, max_keys)
     if background is None or isinstance(pattern, (Dense, ComputedPattern)):
         return pattern
     return _with_summary(pattern, inputs, background)
+
+
+def _complete_mask(
+    pattern: Mask, inputs: AttentionInputs, prefix_keys: bool, max_keys: int | None
+) -> Mask:
+    if max_keys is not None:
+        raise InvalidOption(
+            f"max_keys={max_keys} needs a strategy that ranks keys (Pattern.top), but the planner "
+            f"at site {inputs.site.name!r} returned a mask: leave max_keys out"
+        )
+    return pattern.with_prefix(inputs.prefix, keys=prefix_keys) if inputs.prefix else pattern
 
 
 def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None) -> None:

@@ -15,7 +15,7 @@ from sparsiattn.strategies.base import Budgets, Strategy
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.token_base import TokenStrategy
 
-_ATTENTION = ("k", "tile", "background", "prefix_keys")
+_ATTENTION = ("k", "max_keys", "tile", "background", "prefix_keys")
 _TOKENS = ("keep", "layers", "restore")
 # Options for which None is a value, so that "default" means not set.
 _NULLABLE = ("background", "restore")
@@ -40,6 +40,7 @@ class Hybrid(Config):
         tile: As in `Strategy`.
         background: As in `Strategy`; None disables it.
         prefix_keys: As in `Strategy`.
+        max_keys: As in `Strategy`.
         restore: As in `TokenStrategy`; None disables it.
 
     >>> hybrid = Hybrid(k=0.25, keep=0.5)
@@ -60,6 +61,7 @@ class Hybrid(Config):
     tile: Tile | str | None = None
     background: int | str | None = "default"
     prefix_keys: bool | None = None
+    max_keys: int | None = None
     restore: str | None = "default"
 
     def __post_init__(self) -> None:
