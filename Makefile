@@ -50,9 +50,11 @@ test-slow: $(READY)
 test-oldest: $(READY_OLDEST)
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto -o filterwarnings=default
 
+# uv, because pip takes half an hour to find versions that fit together
 $(READY_OLDEST): pyproject.toml constraints/oldest.txt
 	$(OLDEST) -m venv $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV_OLDEST)/bin/uv pip install --quiet --python $(VENV_OLDEST)/bin/python \
 		-c constraints/oldest.txt --editable ".[train,viz,hf,serve,export,dev]"
 	touch $(READY_OLDEST)
 

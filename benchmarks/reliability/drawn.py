@@ -118,6 +118,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
                 "global_patches": _counts(0, 3)},
     "atrous": {"window": st.sampled_from([1, 3, 7]), "fuse": BOOLS,
                "dilations": st.sampled_from([(1,), (1, 2), (2, 3)])},
+    "avggt": {"first": st.sampled_from([0, 0.5, 1]), "stride": _counts(1, 5)},
     "atc": {"linkage": st.sampled_from(["average", "single", "complete"]), "proportional": BOOLS},
     "ailurus": {"k": _counts(1, 6), "alpha": st.floats(0.0, 1.0), "proportional": BOOLS,
                 "neighbours": st.sampled_from([0.25, 3])},

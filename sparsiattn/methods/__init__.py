@@ -13,6 +13,7 @@ from sparsiattn.methods.atc import ATC
 from sparsiattn.methods.atrous import Atrous
 from sparsiattn.methods.ats import ATS
 from sparsiattn.methods.attention_reuse import AttentionReuse
+from sparsiattn.methods.avggt import AVGGT
 from sparsiattn.methods.bigbird import BigBird
 from sparsiattn.methods.bilevel import BiLevel
 from sparsiattn.methods.binary_topk import BinaryTopK
@@ -44,6 +45,7 @@ METHODS: list[type[Strategy] | type[TokenStrategy]] = [
     Longformer,
     BigBird,
     Atrous,
+    AVGGT,
     ATC,
     AiluRus,
     Expedit,

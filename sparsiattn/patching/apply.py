@@ -251,7 +251,7 @@ def plan_patch(
         structure=surveyed.given,
     )
     selected = select(planned.model_sites, sites)
-    resolved = [attention.resolve_for(site, i, len(selected)) for i, site in enumerate(selected)]
+    resolved = attention.resolve_sites(selected)
     configs = apply_schedule(budgets.get("k", {}), selected, resolved)
     fitted = fit_places(dict(zip(selected, configs, strict=True)))
     if not cut_to_grid:

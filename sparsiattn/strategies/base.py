@@ -198,6 +198,13 @@ class Strategy(Config):
             return auto_background(grid, views)
         return self.background
 
+    def resolve_sites(self, sites: Sequence[Site]) -> list[Strategy]:
+        """The config of every patched site; by default each from `resolve_for`.
+
+        Override it where a site's config depends on the other sites.
+        """
+        return [self.resolve_for(site, i, len(sites)) for i, site in enumerate(sites)]
+
     def resolve_for(self, site: Site, position: int, count: int) -> Strategy:
         """This config with a single budget instead of a list or a function of budgets.
 

@@ -16,6 +16,7 @@ import sparsiattn
 from sparsiattn.analysis.recommendation import clock
 from sparsiattn.runtime import timing
 from sparsiattn.testing.hosts import own_vit, tiny_images, tiny_vit, windowed_vit
+from tests.support.across_views import AcrossViews
 from tests.support.made_up_speed import options_of
 
 
@@ -250,3 +251,19 @@ def test_features_of_smaller_images_are_compared_on_the_full_grid() -> None:
         full = nn.functional.interpolate(maps, (8, 8), mode="bilinear").flatten(2).mT
     same = nn.functional.cosine_similarity(torch.cat([got[:, :1], full], 1), dense, dim=-1)
     assert row.quality == pytest.approx(same.mean().item(), abs=1e-4)
+
+
+def test_a_model_of_several_views() -> None:
+    torch.manual_seed(0)
+    model, images = AcrossViews().eval(), torch.randn(2, 3, 3, 32, 48)
+    found = sparsiattn.recommend(model, images, quality=0.5, budget_s=2.0, progress=False)
+    families = {row.family for row in found.table}
+    assert "early layers within each view" in families
+    first = next(row for row in found.table if row.settings.get("strategy") == "avggt")
+    assert first.quality is not None
+    assert found.input_shape[1:] == (3, 3, 32, 48)
+
+
+def test_images_of_too_many_axes_are_refused() -> None:
+    with pytest.raises(sparsiattn.DataError, match=r"with one more axis.*\[1, 1, 1, 3, 8, 8\]"):
+        sparsiattn.recommend(tiny_vit(), torch.zeros(1, 1, 1, 3, 8, 8), quality=0.5)

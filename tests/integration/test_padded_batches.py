@@ -16,7 +16,7 @@ import sparsiattn
 SIZES = [(8, 8), (4, 6), (3, 9)]
 INFOS = sparsiattn.list_strategies()
 ATTENTION = [name for name, info in INFOS.items() if info.kind != "tokens"]
-PLACED = {"local", "atrous", "longformer", "bigbird", "bilevel", "sd_filter", "skipat"}
+PLACED = {"local", "atrous", "avggt", "longformer", "bigbird", "bilevel", "sd_filter", "skipat"}
 """Those that need to know where tokens are in the image."""
 TOKENS = [name for name, info in INFOS.items() if info.kind == "tokens"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -77,12 +77,14 @@ class Shape:
         tokens: Queries of the largest site.
         depth: Sites, which are nearly always as many as blocks.
         windowed: Whether attention has windows.
+        views: Most views that a site attends to at once.
     """
 
     attention: float
     tokens: int
     depth: int
-    windowed: bool = field(default=False)
+    windowed: bool = False
+    views: int = 1
 
     @classmethod
     def of(cls, surveyed: ModelSurvey, macs: int) -> Shape:
@@ -90,7 +92,8 @@ class Shape:
         sites = [site for site, _ in surveyed.sites]
         share = sum(site.macs for site in sites) / max(1, macs)
         tokens, windowed = max(s.tokens for s in sites), any(s.windows > 1 for s in sites)
-        return cls(min(share, 0.99), tokens, len(sites), windowed)
+        views = max(s.views for s in sites)
+        return cls(min(share, 0.99), tokens, len(sites), windowed, views)
 
     @property
     def bound(self) -> float:
@@ -114,6 +117,9 @@ def families(shape: Shape) -> Iterator[Family]:
     everywhere = partial(_merged, shape, shape.depth)
     if shape.windowed:
         yield Family("window skip", _windows, lambda x: 0.9 + 0.1 * x, 0.2, 0.9, 0.05)
+    if shape.views > 1:
+        yield Family("early layers within each view", _within_views, partial(_two_steps, shape),
+                     0.0, 1.0, 0.125)  # fmt: skip
     yield Family("token_merge", _option("token_merge", "ratio"), everywhere, 0.6, 0.985, 0.005)
     yield _attention("connectivity", shape, {})
     yield Family(
@@ -157,6 +163,16 @@ def _attention(name: str, shape: Shape, options: dict[str, Any]) -> Family:
 
 def _windows(x: float) -> dict[str, Any]:
     return {"strategy": "token_drop", "keep": x, "skip": "window", "score": "norm"}
+
+
+def _within_views(x: float) -> dict[str, Any]:
+    return {"strategy": "avggt", "first": round(1 - x, 3), "stride": 2}
+
+
+def _two_steps(shape: Shape, across: float) -> float:
+    """Time if such a share of the layers over several views attends to every fourth patch of each
+    view, and the others to one view."""
+    return 1.0 - shape.attention * (1.0 - across * 0.3 - (1.0 - across) / shape.views)
 
 
 def _merging_hybrid(x: float) -> dict[str, Any]:

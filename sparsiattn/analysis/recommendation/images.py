@@ -16,8 +16,8 @@ MOST = 256
 PASSES = 150
 """Forward passes that should fit into the budget."""
 WANTED = (
-    "images must be a batch [B, C, H, W] of floats, or an iterable of such batches, alone or with "
-    "labels"
+    "images must be a batch [B, C, H, W] (or of videos or views, with one more axis) of floats, or "
+    "an iterable of such batches, alone or with labels"
 )
 
 
@@ -94,7 +94,7 @@ def _batches(images: Any) -> Iterator[Tensor]:
         raise DataError(f"{WANTED}; got {type(images).__name__}")
     for batch in itertools.chain(images):
         tensor = _images_of(batch)
-        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
+        if not _is_batch(tensor):
             got = type(tensor).__name__
             if isinstance(tensor, Tensor):
                 got = f"{tensor.dtype} of shape {_shape(tensor)}".removeprefix("torch.")
@@ -102,6 +102,10 @@ def _batches(images: Any) -> Iterator[Tensor]:
             raise DataError(f"{WANTED}; got {got}")
         if len(tensor):
             yield tensor
+
+
+def _is_batch(batch: Any) -> bool:
+    return isinstance(batch, Tensor) and batch.dim() in (4, 5) and batch.is_floating_point()
 
 
 def _images_of(batch: Any) -> Any:

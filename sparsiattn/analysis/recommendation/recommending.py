@@ -53,8 +53,8 @@ def recommend(
 
     Args:
         model: Not patched. It is measured in eval mode, as it is without `torch.compile`.
-        images: A batch ``[B, C, H, W]`` as the model takes it, or a loader of batches, alone or
-            with labels; up to 256 images are read.
+        images: A batch ``[B, C, H, W]`` as the model takes it (or of videos or views, with one
+            more axis), or a loader of batches, alone or with labels; up to 256 images are read.
         speedup: The least time of the dense model over that of the patched one, as 1.5.
         quality: The least share of answers kept (models with a head), or the least mean cosine of
             features (headless ones), as 0.99.
