@@ -180,6 +180,9 @@ class Inspection:
     def __str__(self) -> str:
         return plain(self.parts())
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def parts(self) -> list[str | list[Row]]:
         """All of it in order: lines, and tables as rows of cells."""
         return [*self.head(), self.table(), *self.tail(), self.strategy_table(), *self.remarks()]

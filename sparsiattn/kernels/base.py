@@ -38,7 +38,7 @@ class Kernel(RenamedMembers):
     >>> class Plain(Kernel):
     ...     name = "plain"
     ...     def why_not(self, inputs, pattern):
-    ...         return [] if inputs.bias is None else ["does not support the host's mask"]
+    ...         return [] if inputs.bias is None else ["does not support the model's mask"]
     ...     def speed(self, inputs, pattern):
     ...         return 0.5  # half as fast as dense attention
     ...     def __call__(self, inputs, pattern):

@@ -53,7 +53,7 @@ class Flex(Kernel):
         elif pattern.tiles is None:
             reasons.append("needs query tiles, got a list for every single query (tile=1)")
         if inputs.bias is not None:
-            reasons.append("does not support the host's mask")
+            reasons.append("does not support the model's mask")
         if inputs.dropout:
             reasons.append("does not support dropout")
         dtype = _dtype(inputs)

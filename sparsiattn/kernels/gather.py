@@ -57,7 +57,7 @@ class Gather(Kernel):
         if not isinstance(pattern, KeyLists):
             return [f"needs key lists, got a {type(pattern).__name__} pattern"]
         if pattern.summary is not None and pattern.summary.per_query:
-            return ["background keys differ between queries under this host mask"]
+            return ["the model's mask makes summary keys differ between queries"]
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:

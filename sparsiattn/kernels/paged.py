@@ -39,7 +39,7 @@ def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]
     if device not in ("cuda", "meta"):
         reasons.append(f"needs CUDA tensors, got {device}")
     if inputs.bias is not None:
-        reasons.append("does not support the host's mask")
+        reasons.append("does not support the model's mask")
     if inputs.dropout:
         reasons.append("does not support dropout for key blocks")
     if needs_grad(inputs):

@@ -22,7 +22,7 @@ class MaskedSDPA(Kernel):
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         if pattern.summary is not None and pattern.summary.per_query:
-            return ["background keys differ between queries under this host mask"]
+            return ["the model's mask makes summary keys differ between queries"]
         return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:

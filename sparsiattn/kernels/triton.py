@@ -58,7 +58,7 @@ class Triton(Kernel):
         if not isinstance(pattern, KeyLists):
             reasons.append(f"needs key lists, got a {type(pattern).__name__} pattern")
         if pattern.summary is not None and pattern.summary.per_query:
-            reasons.append("background keys differ between queries under this host mask")
+            reasons.append("the model's mask makes summary keys differ between queries")
         return reasons + _operand_refusals(inputs)
 
     def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:

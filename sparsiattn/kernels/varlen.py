@@ -38,7 +38,7 @@ def ragged_refusals(
     if inputs.q.device.type != "cuda":
         reasons.append(f"needs CUDA tensors, got {inputs.q.device.type}")
     if inputs.bias is not None:
-        reasons.append("does not support the host's mask")
+        reasons.append("does not support the model's mask")
     if inputs.q.shape[-1] % 8 or inputs.v.shape[-1] != inputs.q.shape[-1]:
         reasons.append("needs head dims that are equal and a multiple of 8")
     return reasons + transform_refusals()

@@ -229,7 +229,8 @@ class Patch(PatchState):
     def __repr__(self) -> str:
         state = "" if self.active else " (undone)"
         note = f": {self.speed_note}" if self.active and self.speed_note else ""
-        return f"<Patch{state}: {self.title}, kernel={self.kernel!r}{note}>"
+        title = self.title.replace(self.strategy.name, self.strategy.call_text(), 1)
+        return f"<Patch{state}: {title}, kernel={self.kernel!r}{note}>"
 
 
 def patch_of(model: nn.Module) -> Patch | None:

@@ -175,6 +175,9 @@ class Report:
         table = aligned([_COLUMNS, *map(_cells, self.sites)])
         return "\n".join([*self._head(), *table, *self._tail()])
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def _head(self) -> list[str]:
         share = 100 * self.mhsa_macs_dense / max(1, self.macs_dense)
         head = (
@@ -359,7 +362,7 @@ def _note(runtime: SiteRuntime, site: Site, expected: Expected) -> str:
         return f"left dense{when}: {speed} of dense{overhead}"
     if dense:
         if not strategy.selects_keys:
-            return "runs the host's own attention"
+            return "runs the model's own attention"
         return "the budget keeps every key: dense" if strategy.name != "dense" else ""
     if strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
         return f"prefix tokens use up the budget of {pattern_keys(pattern)} keys"

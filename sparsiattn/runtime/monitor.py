@@ -101,6 +101,9 @@ class MonitorReport:
             parts.append("dense now: active_monitor.resume() makes the patch sparse again")
         return "; ".join(parts)
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
 
 class Monitor:
     """A running monitor of a patch; see `Patch.monitor`. As a context manager it closes on exit.

@@ -56,6 +56,24 @@ class Config(RenamedMembers):
         options = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return {"name": self.name, "version": self.version, "options": options}
 
+    def call_text(self) -> str:
+        """Name and the options that differ from their defaults.
+
+        >>> from sparsiattn.strategies import TopK
+        >>> TopK(k=0.1).call_text(), TopK().call_text()
+        ('topk(k=0.1)', 'topk')
+        """
+        shown = [
+            f"{name}={_shown(getattr(self, name))}"
+            for name, default in self._defaults().items()
+            if getattr(self, name) != default
+        ]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+    def _defaults(self) -> dict[str, Any]:
+        """By name, what options are if nobody sets them."""
+        return {f.name: f.default for f in fields(self)}
+
     @classmethod
     def option_names(cls) -> list[str]:
         """Names of the options, in the order of the fields."""
@@ -101,6 +119,12 @@ class Config(RenamedMembers):
                 new = f"{cls.renamed_options[old]}="
                 warn_renamed(f"{cls.__name__}({old}=)", new, stacklevel=4)
         return {cls.renamed_options.get(name, name): value for name, value in options.items()}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Config):
+        return value.call_text()
+    return getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
 
 
 def with_renamed_options(**renamed: str) -> Callable[[type[C]], type[C]]:

@@ -75,6 +75,16 @@ class Hybrid(Config):
             for name in names:
                 object.__setattr__(self, name, getattr(part, name, None))
 
+    def _defaults(self) -> dict[str, Any]:
+        defaults = {name: getattr(type(self)(), name) for name in self.option_names()}
+        for name, default in defaults.items():
+            own = getattr(self, name)
+            is_missing = own is None and name not in _NULLABLE  # its part has no such option
+            # options of the default parts are those of the hybrid
+            if is_missing or (isinstance(own, Config) and type(own) is type(default)):
+                defaults[name] = own
+        return defaults
+
     def parts(self) -> tuple[Strategy, TokenStrategy]:
         """The attention strategy and the token strategy."""
         return self.attention, self.tokens

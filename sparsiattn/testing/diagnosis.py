@@ -95,6 +95,9 @@ class Diagnosis:
         lines.append("the core works" if self.works else "the core does NOT work")
         return "\n".join(lines)
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
 
 def doctor() -> Diagnosis:
     """Check versions, devices, kernels and plug-ins, and patch and restore a small model.

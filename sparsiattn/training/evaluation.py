@@ -96,6 +96,9 @@ class Evaluation:
             lines += [f"patched  {patched}", *self._similarity(), *self._ratio()]
         return "\n".join([*lines, f"read     {self._reading()}"])
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def _speed(self, *, dense: bool) -> str:
         return f"{self.dense_images_per_second if dense else self.images_per_second:.1f} images/s"
 

@@ -42,6 +42,9 @@ class TrainResult:
             lines.append(f"written to {self.path}")
         return "\n".join(lines)
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
 
 def _summary(row: dict[str, Any]) -> str:
     accuracy = row.get("top1")

@@ -126,7 +126,7 @@ def test_every_refusal_is_exact() -> None:
     ]
     masked = inputs.replace(bias=torch.zeros(1, 1, 65, 65), dropout=0.5)
     assert refusals(masked, pattern) == [
-        "does not support the host's mask",
+        "does not support the model's mask",
         "does not support dropout",
     ]
     double = inputs.replace(q=inputs.q.double(), k=inputs.k.double(), v=inputs.v.double())

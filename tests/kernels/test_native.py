@@ -115,7 +115,7 @@ def test_refusals() -> None:
     assert "dropout" in why(dropout=0.1)
     assert why(q=inputs.q.clone().requires_grad_()) == ""
     bias = torch.zeros(1, 1, 65, 65, requires_grad=True)
-    assert why(bias=bias) == "does not support a gradient of the host's bias"
+    assert why(bias=bias) == "does not support a gradient of the model's bias"
     assert why(bias=torch.ones(2, 2, 65, 65)) == ""
     wide = torch.zeros(2, 2, 65, 257)
     assert "up to 256, got 257" in why(q=wide, k=wide)

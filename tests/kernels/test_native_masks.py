@@ -99,7 +99,7 @@ def test_lists_of_tiles(
     summary = pattern.summary
     if summary is not None and summary.per_query:
         assert Native().why_not(inputs, pattern) == [
-            "background keys differ between queries under this host mask"
+            "the model's mask makes summary keys differ between queries"
         ]
         pattern = replace(pattern, summary=None)  # type: ignore[type-var]
     assert Native().why_not(inputs, pattern) == []

@@ -127,7 +127,7 @@ class TestVarlen:
         masked = odd.replace(bias=torch.zeros(1, 1, 21, 21))
         assert Varlen().why_not(masked, Pattern.dense(21, 21)) == [
             *start, "needs images packed by length, got a Dense pattern", CPU,
-            "does not support the host's mask",
+            "does not support the model's mask",
             "needs head dims that are equal and a multiple of 8",
         ]  # fmt: skip
 
@@ -339,7 +339,7 @@ class TestXFormers:
         assert XFormers().why_not(half, pattern) == [*start, CPU]
         masked = half.replace(bias=torch.zeros(1, 1, 65, 65), dropout=0.5)
         assert XFormers().why_not(masked, pattern) == [
-            *start, CPU, "does not support the host's mask",
+            *start, CPU, "does not support the model's mask",
             "does not support dropout for key blocks",
         ]  # fmt: skip
         training = inputs.replace(q=inputs.q.clone().requires_grad_())

@@ -333,7 +333,7 @@ def test_every_reason_is_given() -> None:
     shifted = replace(Case(host="swin", background=2), prefix=0).inputs()
     swin = finish(Pattern.top(torch.randn(1, 1, 16, 16), 5), shifted, background=2)
     (reason,) = KERNEL.why_not(shifted, swin)
-    assert reason == "background keys differ between queries under this host mask"
+    assert reason == "the model's mask makes summary keys differ between queries"
 
 
 def test_determinism_is_not_promised_where_it_is_asked_for() -> None:

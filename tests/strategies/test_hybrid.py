@@ -48,3 +48,20 @@ def test_what_auto_was_when_it_was_saved_stays(tmp_path: Path, saved: dict[str, 
     with sparsiattn.load(model, tmp_path) as patch, torch.no_grad():
         assert patch.strategy.attention.tile == ((2, 2) if saved else 1)
         assert torch.equal(model(images), new) is not bool(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "hybrid"),
+        ({"k": 0.1, "keep": 0.5}, "hybrid(k=0.1, keep=0.5)"),
+        ({"tokens": "token_merge"}, "hybrid(tokens=token_merge, tile=1)"),
+        ({"background": None, "layers": [1]}, "hybrid(layers=(1,), background=None)"),
+    ],
+)
+def test_the_repr_of_a_patch_shows_the_options_that_were_set(
+    options: dict[str, Any], text: str
+) -> None:
+    assert Hybrid(**options).call_text() == text
+    with sparsiattn.patch(tiny_vit(), "hybrid", **options) as patch:
+        assert repr(patch).startswith(f"<Patch: {text} on 2 sites of VisionTransformer")

@@ -59,6 +59,9 @@ class Tuning:
     def __str__(self) -> str:
         return "\n".join(self.verdict())
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def verdict(self) -> list[str]:
         """Lines on the fastest kernels, the sizes at which sparse attention pays, and the file."""
         written = f"kernel='auto' uses these times from now on: {self.path}"

@@ -79,6 +79,9 @@ class BenchResult:
             f"{speed_text(self.ratio)} (quartiles {low:.2f} to {high:.2f} of {self.rounds} rounds)"
         )
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
 
 def bench(
     model: nn.Module,

@@ -246,6 +246,9 @@ class Profile:
     def __str__(self) -> str:
         return plain(self.layout())
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def layout(self) -> list[str | list[Row]]:
         """Lines and tables from top to bottom; an empty line separates the two tables."""
         return [self._head(), self.parts_table(), "", self.site_table(), *self._tail()]

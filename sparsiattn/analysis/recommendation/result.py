@@ -173,6 +173,9 @@ class Recommendation:
         head = [*_wrapped(self.verdict), *([self.line] if self.line else []), *_wrapped(about)]
         return plain([*head, rows, *self._refused(), *self.notes])
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def _refused(self) -> list[str]:
         """What did not run, by reason."""
         families: dict[str, dict[str, None]] = {}

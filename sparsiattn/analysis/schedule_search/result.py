@@ -172,6 +172,9 @@ class SearchResult:
             lines.append(f"{kind}: {', '.join(parts) or 'all'}")
         return "\n".join([*lines, self.call])
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
     def _text(self, trial: Trial) -> str:
         percent = 100 * trial.macs / max(1, self.macs_dense)
         time = "" if trial.latency is None else f", {trial.latency:.2f} of dense time"

@@ -278,6 +278,9 @@ class AttentionRecord:
         lines += [f"after {block.name}: {block.count} patch tokens" for block in self.tokens]
         return "\n".join(lines)
 
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
+
 
 def _listed(values: Tensor | None) -> Any:
     """A tensor as lists, rounded to 6 decimals."""

@@ -180,7 +180,7 @@ def _bias_logits(inputs: AttentionInputs) -> float:
 
 def _summary_refusals(summary: Summary) -> list[str]:
     if summary.per_query:
-        return ["background keys differ between queries under this host mask"]
+        return ["the model's mask makes summary keys differ between queries"]
     if not _kernel_counts(summary) and torch.is_grad_enabled() and summary.bias.requires_grad:
         return ["does not support a gradient of the summary's bias"]
     return []
@@ -202,7 +202,7 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
     if needs_grad(inputs) and torch.compiler.is_compiling():
         reasons.append("has no backward pass in compiled programs")
     if torch.is_grad_enabled() and inputs.bias is not None and inputs.bias.requires_grad:
-        reasons.append("does not support a gradient of the host's bias")
+        reasons.append("does not support a gradient of the model's bias")
     return reasons + transform_refusals()
 
 

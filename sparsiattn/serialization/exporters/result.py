@@ -66,3 +66,6 @@ class ExportResult:
             f"at batches {', '.join(map(str, self.batches))}\n"
             f"wrote {self.path}, {self.bytes / 1e6:.1f} MB"
         )
+
+    # a terminal or notebook shows the last value by its repr
+    __repr__ = __str__
