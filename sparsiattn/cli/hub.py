@@ -5,10 +5,21 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import typer
+
+
+def may_ask_hub(model: str) -> bool:
+    """Whether a model's name may lead to the Hub: it has a source, and is no folder.
+
+    >>> may_ask_hub("hf:google/vit-base-patch16-224"), may_ask_hub("hf:."), may_ask_hub("vit")
+    (True, False, False)
+    """
+    _, separator, name = model.partition(":")
+    return bool(separator) and not Path(name).is_dir()
 
 
 @contextmanager

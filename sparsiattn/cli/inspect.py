@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from sparsiattn.cli.console import print_result
-from sparsiattn.cli.hub import offline_if_unreachable
+from sparsiattn.cli.hub import may_ask_hub, offline_if_unreachable
 from sparsiattn.cli.images import image_shape
 from sparsiattn.cli.model_command import ModelRequest, model_command
 from sparsiattn.cli.options import AsJson, in_patch
@@ -38,7 +38,7 @@ def inspect_model(
     from sparsiattn.serialization.origin import without_memory
 
     status = Console(stderr=as_json).status(f"inspecting {request.model}")
-    with status, offline_if_unreachable(":" in request.model):
+    with status, offline_if_unreachable(may_ask_hub(request.model)):
         host = without_memory(partial(_host, request))
         size = request.image_size
         shape = None if size is None else image_shape(host, size)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sparsiattn.cli.hub import offline_if_unreachable
+from sparsiattn.cli.hub import may_ask_hub, offline_if_unreachable
 from sparsiattn.cli.options import (
     ImageSize,
     ModelName,
@@ -169,7 +169,7 @@ class ModelRequest:
         from sparsiattn.serialization.creating import create_model
 
         arguments = pairs(self.model_option, "--model-option")
-        with offline_if_unreachable(self.pretrained or ":" in self.model):
+        with offline_if_unreachable(self.pretrained or may_ask_hub(self.model)):
             return create_model(
                 self.model, image_size=self.image_size, pretrained=self.pretrained, **arguments
             )
