@@ -14,18 +14,17 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch as replaced
 
 import common
 import timm
 import torch
 from memory import _status
-from torch import Tensor, nn
+from quality.speed import without_attention
+from torch import nn
 
 import sparsiattn
 from sparsiattn.runtime.timing import Timing, alternate
@@ -105,18 +104,6 @@ CASES = {
 }  # fmt: skip
 
 
-@contextmanager
-def attention_for_nothing() -> Iterator[None]:
-    """Within it, scaled dot-product attention returns its values."""
-
-    def values(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
-        repeats = q.shape[1] // v.shape[1]
-        return v if repeats == 1 else v.repeat_interleave(repeats, 1)
-
-    with replaced.object(nn.functional, "scaled_dot_product_attention", values):
-        yield
-
-
 @torch.inference_mode()
 def measure(name: str) -> dict[str, Any]:
     """The row of a case."""
@@ -128,11 +115,11 @@ def measure(name: str) -> dict[str, Any]:
     patch = sparsiattn.patch(other, "connectivity", **case.options, input=inputs)
     other(**inputs)
 
-    def limit() -> None:
-        with attention_for_nothing():
-            model(**inputs)
-
-    calls = {"dense": lambda: model(**inputs), "patched": lambda: other(**inputs), "limit": limit}
+    calls = {
+        "dense": lambda: model(**inputs),
+        "patched": lambda: other(**inputs),
+        "limit": lambda: without_attention(model, **inputs),
+    }
     times = alternate(calls, case.rounds)
     sites = [site for site in patch.report().sites if site.ran]
     row = {"case": name, "about": case.about, "tokens": patch.sites[0].tokens}

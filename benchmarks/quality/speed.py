@@ -16,10 +16,10 @@ from sparsiattn.patching.flop_counter import flop_counter
 from sparsiattn.runtime.timing import Timing, alternate
 
 
-def without_attention(model: nn.Module, images: Tensor) -> Tensor:
+def without_attention(model: nn.Module, *args: Any, **options: Any) -> Any:
     """Fused attention returns its values: what a model costs whose attention is free."""
-    with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: v):
-        return model(images)  # type: ignore[no-any-return]
+    with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: v):
+        return model(*args, **options)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from sparsiattn import AttentionInputs, Site
 from sparsiattn.attention import KeyIndex, TopKeys, TopLogits
 from sparsiattn.attention.geometry import tile_parts
 from sparsiattn.kernels import Gather, Native, Reference
+from sparsiattn.kernels.native import lists
 from sparsiattn.strategies import TopK, finish
 from sparsiattn.testing import tiny_images, tiny_vit
 
@@ -247,3 +248,22 @@ def test_votes_without_compiled_code_are_the_same() -> None:
     assert isinstance(compiled, KeyIndex)
     assert isinstance(plain, KeyIndex)
     assert torch.equal(compiled.index.sort(-1).values, plain.index.sort(-1).values)
+
+
+@pytest.mark.parametrize("grid", [(7, 9), (20, 20), (36, 37)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_voters_whose_keys_leave_the_cache_choose_the_same(
+    monkeypatch: pytest.MonkeyPatch, grid: Grid, biased: bool
+) -> None:
+    """Scores of several groups of voters are computed panel by panel there."""
+    inputs = operands(grid, 2, 16, 16, 3, whole=False).replace(tile=(4, 4))
+    if biased:
+        inputs = inputs.replace(bias=torch.randn(1, 1, inputs.n_queries, inputs.n_keys))
+    found = []
+    for cached in (1 << 40, 0):
+        monkeypatch.setattr(lists, "CACHED", cached)
+        with torch.no_grad():
+            pattern = finish(TopLogits.of(inputs, 0.2), inputs)
+        assert isinstance(pattern, KeyIndex)
+        found.append(pattern.index)
+    assert torch.equal(*found)

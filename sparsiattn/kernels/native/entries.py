@@ -25,7 +25,7 @@ ROWS_CALL = struct.Struct("@35q8P2d")
 # parts of ROWS_CALL: between similar calls only the addresses differ
 ROWS_HEAD, ROWS_ADDRESSES, ROWS_TAIL = map(struct.Struct, ("@35q", "@8P", "@2d"))
 BEST_CALL = struct.Struct("@7q4Pd")
-VOTES_CALL = struct.Struct("@26q8P2d")
+VOTES_CALL = struct.Struct("@27q8P2d")
 # follows `ATTEND_CALL` in a call of backward.c
 BACKWARD_REST = struct.Struct("@2q4P")
 BACKWARD_CALL = struct.Struct("@38q13Pd2q4P")

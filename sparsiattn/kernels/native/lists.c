@@ -5,6 +5,8 @@
 
 #include "rows.c"
 
+#define PANELS 16 /* of SPAN keys each, which stay in a thread's cache */
+
 /* The order of `_best_keys` in lists.py. `step`: from row to row of the scores. Lists begin with the first
    `prefix` columns; `keep` others follow, in order. room: numbers that a thread needs. */
 typedef struct {
@@ -50,12 +52,13 @@ EXPORT void sparsiattn_best(const Best *b) {
 EXPORT int64_t sparsiattn_best_size(void) { return sizeof(Best); }
 
 /* The order of `_voted_keys` in lists.py. order: tokens of every voter, `slots` of them, of which
-   the first `held` count; tile by tile. parts, room: as in `Rows`. */
+   the first `held` count; tile by tile. parts, room: as in `Rows`. groups: of GROUP voters each, whose
+   scores are computed together. */
 typedef struct {
     int64_t batch, heads, keys, dim, prefix, keep, columns, fixed;
     int64_t tiles, voters, slots;
     int64_t q_b, q_h, q_n, k_b, k_h, k_n;
-    int64_t threads, parts, room;
+    int64_t threads, parts, room, groups;
     int64_t bias_kind, bias_b, bias_h, bias_n, hard, across;
     const float *q, *k;
     const int64_t *order, *held;
@@ -135,24 +138,37 @@ static void write_list(const Votes *v, const Rows *c, RowsRoom *x, float *votes,
     for (int64_t i = 0; i < v->keep; i++) to[v->prefix + i] = x->lists[0].index[i] + v->prefix;
 }
 
-/* Lists of some tiles. Scores are computed for voters of several tiles at a time. */
+/* Scores of some voters. Panels of keys that fit into a thread's cache are used by all of them. */
+static void score_voters(const Votes *v, const Rows *c, const RowsRoom *x, const float *means,
+                         int64_t count, float *scores) {
+    for (int64_t first = 0; first < c->columns; first += PANELS * SPAN) {
+        int64_t end = smaller(first + PANELS * SPAN, c->columns);
+        for (int64_t g = 0; g < count; g += GROUP) {
+            const float *rows[GROUP];
+            for (int64_t r = 0; r < GROUP; r++) rows[r] = means + smaller(g + r, count - 1) * v->dim;
+            score_panels(c, rows, x, first, end, c->columns, scores + g * c->columns);
+        }
+    }
+}
+
+/* Lists of some tiles. */
 static void list_tiles(const Votes *v, const Rows *c, int64_t head, int64_t first, int64_t end,
-                       RowsRoom *x, float *votes, float *means) {
+                       RowsRoom *x, float *votes, float *means, float *scores) {
     const float *q = v->q + head / v->heads * v->q_b + head % v->heads * v->q_h;
-    int64_t last = end * v->voters, list = v->prefix + v->keep;
-    for (int64_t from = first * v->voters; from < last; from += GROUP) {
-        const float *rows[GROUP];
-        int64_t count = smaller(GROUP, last - from);
+    int64_t last = end * v->voters, list = v->prefix + v->keep, most = v->groups * GROUP;
+    for (int64_t from = first * v->voters; from < last; from += most) {
+        int64_t count = smaller(most, last - from);
         for (int64_t r = 0; r < count; r++) mean_voter(v, q, from + r, means + r * v->dim);
-        for (int64_t r = 0; r < GROUP; r++) rows[r] = means + smaller(r, count - 1) * v->dim;
-        score_rows(c, rows, x, c->columns);
+        score_voters(v, c, x, means, count, scores);
         for (int64_t r = 0; r < count; r++) {
             int64_t tile = (from + r) / v->voters, place = (from + r) % v->voters;
+            float *row = scores + r * c->columns;
+            end_scores(c, row);
             if (!place)
                 for (int64_t i = 0; i < v->fixed; i += WIDTH)
                     store(votes + i, all(-__builtin_inff()));
-            if (v->bias) bias_voter(v, c, head, from + r, x, x->scores + r * c->columns);
-            vote(v, x->scores + r * c->columns, votes);
+            if (v->bias) bias_voter(v, c, head, from + r, x, row);
+            vote(v, row, votes);
             if (place == v->voters - 1)
                 write_list(v, c, x, votes, v->out + (head * v->tiles + tile) * list);
         }
@@ -172,13 +188,14 @@ static void votes_some(void *data) {
     };
     int64_t thread = __atomic_fetch_add(&job->joined, 1, __ATOMIC_RELAXED);
     RowsRoom x = rows_room(&c, thread);
-    float *means = v->scratch + (thread + 1) * v->room - GROUP * v->dim;
-    float *votes = means - v->columns;
+    int64_t most = v->groups * GROUP;
+    float *means = v->scratch + (thread + 1) * v->room - (most * v->dim + 15) / 16 * 16;
+    float *votes = means - v->columns, *scores = votes - most * v->columns;
     while ((i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < items) {
         int64_t head = i / v->parts, part = i % v->parts;
         if (head != packed) pack_head(&c, packed = head, &x), x.guess = (float)v->quantile;
         list_tiles(v, &c, head, part * v->tiles / v->parts, (part + 1) * v->tiles / v->parts, &x,
-                   votes, means);
+                   votes, means, scores);
     }
 }
 

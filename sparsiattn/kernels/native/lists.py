@@ -31,6 +31,11 @@ from sparsiattn.kernels.native.rows import (
 from sparsiattn.kernels.native.scores import serves
 from sparsiattn.kernels.workspace import SCRATCH
 
+VOTER_GROUPS = 4
+"""Groups of voters whose scores are computed together, where the keys do not fit into a cache."""
+CACHED = 1 << 17
+"""Numbers that fit into a thread's cache: 512 KiB of float32."""
+
 _BEST_KEYS = "sparsiattn::native_best_keys"
 torch.library.define(_BEST_KEYS, "(Tensor scores, int count, int prefix) -> Tensor")
 
@@ -130,7 +135,9 @@ def _voted_keys(
         return out
     fixed = whole_vectors(keys - prefix)
     columns, threads, keep = whole_vectors(fixed + prefix), torch.get_num_threads(), count - prefix
-    room = room_of(columns, 0, d, 0) + columns + whole_vectors(GROUP * d)
+    groups = VOTER_GROUPS if columns * d > CACHED else 1
+    room = room_of(columns, 0, d, 0) + (1 + groups * GROUP) * columns
+    room += whole_vectors(groups * GROUP * d)
     host: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if bias is not None:
         bias = host_bias(bias, (b, h, q.shape[-2], host_width(keys, across)))
@@ -140,7 +147,7 @@ def _voted_keys(
     scratch = SCRATCH.numbers("votes", threads * room, q)
     voters = order.shape[0] // tiles
     sizes = (b, h, keys, d, prefix, keep, columns, fixed, tiles, voters, order.shape[1])
-    work = (threads, parts_of(b * h, tiles * voters, threads), room, *host)
+    work = (threads, parts_of(b * h, tiles * voters, threads), room, groups, *host)
     addresses = (*addresses_of(q, k, order, held, out, bias, scratch), parallel())
     options = (scale, quantile_of(keep, keys - prefix))
     steps = (*q.stride()[:3], *k.stride()[:3])

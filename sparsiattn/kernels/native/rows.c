@@ -277,20 +277,27 @@ INLINE void score_span(int wide, const float *keys, const float *const *rows, in
     score(wide, GROUP, keys, rows, dim, to, apart);
 }
 
-/* Scores of some queries, with a stride of `columns`; columns without a key are minus infinity. */
-static void score_rows(const Rows *c, const float *const *rows, const RowsRoom *x, int64_t apart) {
-    for (int64_t from = 0; from < c->columns; from += MOST * WIDTH) {
-        int64_t wide = smaller(MOST, (c->columns - from + WIDTH - 1) / WIDTH);
+/* Scores of GROUP queries for the columns of whole panels from `first` to `end`. */
+static void score_panels(const Rows *c, const float *const *rows, const RowsRoom *x, int64_t first,
+                         int64_t end, int64_t apart, float *to) {
+    for (int64_t from = first; from < end; from += MOST * WIDTH) {
+        int64_t wide = smaller(MOST, (end - from + WIDTH - 1) / WIDTH);
         const float *keys = x->keys + from / SPAN * SPAN * c->dim + from % SPAN;
-#define SCORE_SPAN(n) score_span(n, keys, rows, c->dim, x->scores + from, apart)
+#define SCORE_SPAN(n) score_span(n, keys, rows, c->dim, to + from, apart)
         FOR_WIDTH(wide, SCORE_SPAN)
     }
-    int64_t patches = c->keys - c->prefix, end = c->fixed + c->prefix + c->cells;
-    for (int r = 0; r < GROUP; r++) {
-        float *s = x->scores + r * apart;
-        for (int64_t i = patches; i < c->fixed; i++) s[i] = -__builtin_inff();
-        for (int64_t i = end; i < c->columns; i++) s[i] = -__builtin_inff();
-    }
+}
+
+/* Columns without a key are minus infinity. */
+static void end_scores(const Rows *c, float *s) {
+    for (int64_t i = c->keys - c->prefix; i < c->fixed; i++) s[i] = -__builtin_inff();
+    for (int64_t i = c->fixed + c->prefix + c->cells; i < c->columns; i++) s[i] = -__builtin_inff();
+}
+
+/* Scores of some queries, with a stride of `columns`. */
+static void score_rows(const Rows *c, const float *const *rows, const RowsRoom *x, int64_t apart) {
+    score_panels(c, rows, x, 0, c->columns, apart, x->scores);
+    for (int r = 0; r < GROUP; r++) end_scores(c, x->scores + r * apart);
 }
 
 /* Scaled scores with the host's bias. Summary scores of the query's view replace those of the first
