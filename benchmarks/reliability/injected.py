@@ -190,6 +190,10 @@ def _method(owner: Any, name: str, late: bool) -> Any:
     return inject
 
 
+STEPS = ("hold", "hook_up", "_hook_site", "_add_planner", "watch", "_hook_block", "lift", "swap")
+"""Functions of `sparsiattn.patching.install` that may be interrupted."""
+
+
 def _patching(number: int, neighbour: Lane, seen: Seen, every: int) -> None:
     """Raise while a model is being patched: it has to be as before, and patchable."""
     family, strategy, options = KINDS[number]
@@ -231,7 +235,7 @@ def _patch_points(model: nn.Module, strategy: str) -> Iterator[Point]:
                 yield f"{owner.__name__}.{name}", _method(owner, name, False)
     from sparsiattn.patching import install
 
-    for name in ("install_sdpa", "hook_up", "_hook_site", "_add_planner", "watch", "_hook_block"):
+    for name in STEPS:
         yield f"attach: before {name}", _method(install, name, False)
         yield f"attach: after {name}", _method(install, name, True)
 

@@ -31,10 +31,10 @@ from sparsiattn.runtime.window_skip import EnterWindows, LeaveWindows, MaskWindo
 def attach(state: PatchState) -> None:
     """Install the patch in its model. If that fails, everything is undone and the error raised."""
     build.is_ready()  # loads the shipped library, before a compiler traces code that needs it
-    hold(state)
-    for device in {parameter.device for parameter in state.model.parameters()}:
-        cost.ready(device)
     try:
+        hold(state)
+        for device in {parameter.device for parameter in state.model.parameters()}:
+            cost.ready(device)
         state.model.__dict__[PATCH_ATTRIBUTE] = state
         backbone = backbone_named(state.backbone)
         for runtime in state.runtimes:

@@ -229,3 +229,9 @@ def test_connectivity_takes_no_absurd_number(option: str) -> None:
 def test_numbers_of_methods_are_checked(name: str, option: str, value: object) -> None:
     with pytest.raises(InvalidOption, match=option):
         sparsiattn.patch(tiny_vit(), name, **{option: value})
+
+
+def test_every_step_of_patching_that_is_interrupted_exists() -> None:
+    from sparsiattn.patching import install
+
+    assert all(callable(getattr(install, name)) for name in injected.STEPS)
