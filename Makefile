@@ -43,12 +43,15 @@ plugin-check: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
 	OMP_NUM_THREADS=1 $(BIN)/python tools/plugin_check.py
 
+# PART=1/4 runs the first of four parts
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not census"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not census" \
+		$(if $(PART),--part $(PART))
 
 # warnings are no errors there: old libraries have old ones
 test-oldest: $(READY_OLDEST)
-	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto -o filterwarnings=default
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto -o filterwarnings=default \
+		$(if $(PART),--part $(PART))
 
 # uv, because pip takes half an hour to find versions that fit together
 $(READY_OLDEST): pyproject.toml constraints/oldest.txt

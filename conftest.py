@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from sparsiattn.kernels import cost
+from tests.support.parts import is_in_part
 
 # what someone tuned on this machine must not decide which kernels are tested
 os.environ["SPARSIATTN_CACHE"] = str(Path(__file__).with_name("no-tuning-here"))
@@ -39,8 +40,15 @@ def pytest_collectstart() -> None:
     SEED(0)  # for what modules draw when they are imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="I/N", help="run only the I-th of N parts of the tests")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part is not None:
+        items[:] = [item for item in items if is_in_part(item.nodeid, part)]
     for item in items:
         if item.nodeid in SLOW_VARIANTS:
             item.add_marker(pytest.mark.slow)

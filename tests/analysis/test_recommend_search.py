@@ -180,7 +180,7 @@ def test_speeds_that_contradict_each_other_are_noted(
     assert f"({low:.2f} to {high:.2f})" in str(busy)
 
 
-@pytest.mark.parametrize("every", [5, 6, 7, 8, 9, 11])
+@pytest.mark.parametrize("every", [5, 8, 11])
 @pytest.mark.parametrize("slow", [2.0, 4.0])
 def test_other_work_on_the_machine_misleads_nobody(world: World, every: int, slow: float) -> None:
     """Each so many-th pass takes much longer than it would alone."""
