@@ -6,6 +6,7 @@ No model library is imported. Modules are recognised by their attributes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -115,6 +116,22 @@ def takes_patches(stem: nn.Module) -> bool:
 def packs(stem: nn.Module) -> bool:
     """Whether the patches of all images are in one sequence with rotary positions (Pixtral)."""
     return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
+
+
+def packed_module(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The outermost module that takes images end to end with their sizes; None if there is none."""
+    for name, module in model.named_modules():
+        if "grid_thw" in signature(module.forward).parameters:
+            return name, module
+    return None
+
+
+def packed_window(tower: Any, merge: int) -> int | None:
+    """Side, in patches, of the windows of most layers (Qwen2.5-VL); None if there are none."""
+    layers, window = getattr(tower, "fullatt_block_indexes", None), getattr(tower, "window_size", 0)
+    if layers is None or not window:
+        return None
+    return merge * (int(window) // merge // int(tower.patch_size))
 
 
 def takes_packed(config: Any) -> bool:

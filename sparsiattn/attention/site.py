@@ -81,8 +81,17 @@ class Site:
 
     @property
     def reordered(self) -> bool:
-        """Whether planners get the tokens in an order other than the host's: special ones first."""
-        return self.prefix_tokens > self.leading_tokens
+        """Whether planners get the tokens in another order than the host's.
+
+        They get special tokens first and patches in raster order.
+        """
+        merged = self.structure is not None and self.structure.merge > 1
+        return self.prefix_tokens > self.leading_tokens or merged
+
+    @property
+    def packed(self) -> bool:
+        """Whether its sequences are of several images, so that each call has its own grid."""
+        return self.structure is not None and self.structure.packed
 
     @property
     def is_guess(self) -> bool:

@@ -14,16 +14,16 @@ from torch import nn
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.packing import PackedInput
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.structure import GUESS, Structure
 from sparsiattn.errors import NothingToPatch, RenamedMembers
-from sparsiattn.patching.discovery.exclusions import over_channels, pools
+from sparsiattn.patching.discovery.exclusions import heads_per_call, over_channels, pools
 from sparsiattn.patching.discovery.host_attributes import (
     class_rows,
     count_class_tokens,
     has_table,
     has_temperature,
-    head_count,
     pair,
     trained_side,
 )
@@ -191,6 +191,14 @@ class Backbone(RenamedMembers):
         """
         return False
 
+    def packed_input(self, model: nn.Module) -> PackedInput | None:
+        """How the model takes several images as one sequence; None if it does not.
+
+        Args:
+            model: The model.
+        """
+        return None
+
     def pooling(self, model: nn.Module) -> Pooling:
         """The part of the final token sequence that the model's head reads.
 
@@ -290,7 +298,7 @@ class Backbone(RenamedMembers):
         unreached = why_not_reached(call.module)
         if unreached is not None:
             return unreached
-        if not call.uniform:
+        if not (call.uniform or call.parts):
             return (
                 f"{call.count} calls of attention with different shapes (if these are images or "
                 "windows of several sizes, pass an input= with one size to patch them)"
@@ -315,7 +323,7 @@ class Backbone(RenamedMembers):
         sites, skipped = [], []
         for call in calls:
             call = replace(call, aspect=aspect)
-            layout = Layout.of(call.q, _heads_per_call(call))
+            layout = Layout.of(call.q, heads_per_call(call))
             alone = call.q[-2] == 1 and call.name not in named
             reason = SINGLE if alone else self.why_skip(call)
             if reason is None and layout is None:
@@ -373,12 +381,6 @@ class Backbone(RenamedMembers):
         known = self.name not in ("", "generic") and confirmed
         source = f"the adapter {self.name}" if known else GUESS
         return Structure(grid, prefix=prefix, raster=raster, source=source), key_grid
-
-
-def _heads_per_call(call: AttentionCall) -> int | None:
-    """Number of heads in one call; 1 for a module that calls attention once per head."""
-    heads = head_count(call.module)
-    return 1 if len(call.q) == 3 and call.count == heads else heads
 
 
 def backbone_of(model: nn.Module) -> Backbone:
