@@ -73,7 +73,7 @@ def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRunt
     cross_layer = CrossLayerState(state.key)
     for runtime in state.runtimes:
         changed = cross_layer.copy()
-        changed.forgets = runtime.site.calls > 1
+        changed.forgets = runtime.site.calls > 1 and not runtime.site.packed
         yield runtime, expect(runtime, run, changed)
         if not (runtime.dense or changed.forgets):
             cross_layer = changed

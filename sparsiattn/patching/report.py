@@ -387,4 +387,6 @@ def summary_pairs(pattern: Pattern) -> int:
 
 def _macs(site: Site, pattern: Pattern) -> int | None:
     per_head = pattern.macs(site.head_dim, site.value_dim)
-    return None if per_head is None else round(per_head * site.heads * site.windows * site.calls)
+    if per_head is None:
+        return None
+    return round(per_head * site.heads * site.windows * (site.alike_calls if site.lengths else site.calls))

@@ -32,7 +32,7 @@ def packed_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> 
     part = packing.find(start, count)
     if part is not None:
         SITE_CALLS.offset = start + count
-        return full_attention(runtime, planner, call, part)
+        return full_attention(runtime, planner, call, part, ("part", start, count))
     if runtime.decide(count) is Decision.HOST:
         SITE_CALLS.offset = start + count
         return runtime.host(call)
@@ -54,7 +54,10 @@ def _all_images(
         lengths = [part.tokens for part in parts]
         if call.mask is not None and keeps_apart(call.mask, lengths):
             calls = zip(_cut(call, lengths), parts, strict=True)
-            rows = [full_attention(runtime, planner, one, part) for one, part in calls]
+            rows = [
+                full_attention(runtime, planner, one, part, ("part", i, part.tokens))
+                for i, (one, part) in enumerate(calls)
+            ]
             return torch.cat(rows, dim=-2)
     return full_attention(runtime, planner, call)
 

@@ -72,7 +72,11 @@ def reduced_attention(
 
 
 def full_attention(
-    runtime: SiteRuntime, planner: Planner, call: HostCall, part: PackedPart | None = None
+    runtime: SiteRuntime,
+    planner: Planner,
+    call: HostCall,
+    part: PackedPart | None = None,
+    group: Hashable = None,
 ) -> Tensor:
     """The result of a host's call over a sequence with every token, in the host's layout.
 
@@ -81,13 +85,14 @@ def full_attention(
         planner: Its planner.
         call: The host's arguments.
         part: As in `canonical`.
+        group: Identifies the image of this call, if several attend separately.
     """
     if runtime.decide(call.k.shape[-2]) is Decision.HOST:
         return runtime.host(call)
     call, own = find_own_tokens(runtime, call)
     if own is not None:
         return attend_own(runtime, planner, call, own)
-    return runtime.attention(planner, call, part=part)
+    return runtime.attention(planner, call, group=group, part=part)
 
 
 def _found_padding(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:

@@ -365,6 +365,7 @@ class Backbone(RenamedMembers):
             bias=self.bias(call),
             halo=self.halo(call),
             structure=queries,
+            lengths=() if call.uniform or not call.parts else call.lengths,
         )
 
     def _inferred_structure(
