@@ -142,11 +142,6 @@ class Site:
             pairs = sum(length**2 for length in self.lengths)
         return pairs * self.heads * self.windows * (self.head_dim + self.value_dim)
 
-    @property
-    def alike_calls(self) -> float:
-        """Number of calls; smaller images count in proportion to their pairs of tokens."""
-        return self.macs / replace(self, calls=1, lengths=()).macs
-
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with one entry per field."""
         return asdict(self)

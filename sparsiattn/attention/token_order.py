@@ -109,9 +109,7 @@ def _raster(order: TokenOrder, device: torch.device) -> Tensor:
     return groups.transpose(1, 2).flatten()
 
 
-def alternate_frames(
-    tile: int | Sides, block: int | Sides, views: int
-) -> tuple[Tile, Tile, int]:
+def alternate_frames(tile: int | Sides, block: int | Sides, views: int) -> tuple[Tile, Tile, int]:
     """Tile and block as rows and columns of a grid in which the rows of several frames alternate.
 
     A tile spans at most the frames that it asks for, and as many as divide the number of frames.

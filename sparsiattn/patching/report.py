@@ -334,7 +334,7 @@ def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
         # calls that share their keys plan once
-        predictor_macs=0 if dense else expected.macs * (1 if site.shared else site.calls),
+        predictor_macs=0 if dense else round(expected.macs * (1 if site.shared else _calls(site))),
         expected=1.0 if dense else choice.expected,
         ran=runtime.last_choice is not None,
         tokens=site.tokens,
@@ -387,6 +387,9 @@ def summary_pairs(pattern: Pattern) -> int:
 
 def _macs(site: Site, pattern: Pattern) -> int | None:
     per_head = pattern.macs(site.head_dim, site.value_dim)
-    if per_head is None:
-        return None
-    return round(per_head * site.heads * site.windows * (site.alike_calls if site.lengths else site.calls))
+    return None if per_head is None else round(per_head * site.heads * site.windows * _calls(site))
+
+
+def _calls(site: Site) -> float:
+    """Number of a site's calls; smaller images count in proportion to their pairs of tokens."""
+    return sum((length / site.tokens) ** 2 for length in site.lengths) or site.calls

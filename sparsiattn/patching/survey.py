@@ -177,9 +177,8 @@ def _survey_with(
         override.apply()
     tally = MacTally(strict=False)
     packed = backbone.packed_input(copied)
-    inputs = inputs_of(example, copied, backbone)
-    run = probe(copied, inputs, tally, None if packed is None else packed.module)
-    packed, calls = with_packed_images(packed, copied, run)
+    run = probe(copied, inputs_of(example, copied, backbone), tally, packed)
+    packed, calls = with_packed_images(packed, run)
     sites, skipped = backbone.sites(calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes
     if given is not None:

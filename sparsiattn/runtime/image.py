@@ -155,9 +155,11 @@ def read_packing(
             f"{packed.sizes} gives {packing.tokens} patches ({packing}), but the model got "
             f"{len(patches[0])}: frames x rows x columns of all images must add up to that"
         )
-    if isinstance(bounds, Tensor) and not bounds.is_meta and int(bounds[-1]) != packing.tokens:
-        raise InvalidOption(
-            f"{packed.bounds} ends at token {int(bounds[-1])}, but {packed.sizes} gives "
-            f"{packing.tokens} patches ({packing}): it must end at the number of patches"
-        )
+    if isinstance(bounds, Tensor) and not bounds.is_meta:
+        lengths = bounds.diff().tolist()
+        if packing.follow(lengths) is None:
+            raise InvalidOption(
+                f"{packed.bounds} gives sequences of {lengths} tokens, but {packed.sizes} gives "
+                f"{packing.tokens} patches ({packing}): each image or frame must be a sequence"
+            )
     return packing

@@ -46,9 +46,7 @@ def packed_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> 
     )
 
 
-def _all_images(
-    runtime: SiteRuntime, planner: Planner, call: HostCall, packing: Packing
-) -> Tensor:
+def _all_images(runtime: SiteRuntime, planner: Planner, call: HostCall, packing: Packing) -> Tensor:
     """One call for all images: image by image, if its mask keeps them apart."""
     for parts in (packing.frames(), packing.clips()):
         lengths = [part.tokens for part in parts]

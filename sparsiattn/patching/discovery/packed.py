@@ -5,49 +5,42 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from sparsiattn.attention.packing import PackedInput, Packing
 from sparsiattn.patching.discovery.probe import AttentionCall, Probe
-from sparsiattn.runtime.image import read_packing
 
 
 def with_packed_images(
-    packed: PackedInput | None, model: nn.Module, run: Probe
+    packed: PackedInput | None, run: Probe
 ) -> tuple[PackedInput | None, list[AttentionCall]]:
     """How a model packs images, and its attention calls with the images that they attend to.
 
     Args:
         packed: What the adapter says; None if it says that the model packs no images.
-        model: The copy that ran.
-        run: The record of the run.
+        run: The record of a dry run.
 
     Returns:
         None in place of ``packed`` if the positions that the model computes do not confirm it, or
         if no call attends to the images.
-
-    Raises:
-        InvalidOption: The sizes of the images do not add up to the number of patches.
     """
-    confirmed = _confirmed(packed, model, run)
-    if confirmed is None:
+    packed = _confirmed(packed, run)
+    if packed is None or run.packing is None:
         return None, run.calls
-    calls = [_with_parts(call, confirmed[1]) for call in run.calls]
-    return (confirmed[0] if any(call.parts for call in calls) else None), calls
+    packing = packed.packing(run.packing.images)
+    calls = [_with_parts(call, packing) for call in run.calls]
+    return (packed if any(call.parts for call in calls) else None), calls
 
 
-def _confirmed(
-    packed: PackedInput | None, model: nn.Module, run: Probe
-) -> tuple[PackedInput, Packing] | None:
-    """How a model packs the images of a dry run, if its own positions confirm it."""
-    if packed is None or run.arguments is None:
+def _confirmed(packed: PackedInput | None, run: Probe) -> PackedInput | None:
+    """How a model packs images, with the order of patches that its own positions confirm."""
+    if packed is None or run.packing is None:
         return None
-    packing = read_packing(packed, model.get_submodule(packed.module), *run.arguments)
-    tables = [] if packing is None else [x for x in run.positions if len(x) == packing.tokens]
+    images, tokens = run.packing.images, run.packing.tokens
+    tables = [table for table in run.positions if len(table) == tokens]
     for merge in dict.fromkeys((packed.merge, 1)):
         tried = replace(packed, merge=merge)
-        if packing is not None and any(map(tried.packing(packing.images).fits, tables)):
-            return tried, tried.packing(packing.images)
+        if any(map(tried.packing(images).fits, tables)):
+            return tried
     return None
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsiattn.attention.layout import HostCall
-from sparsiattn.attention.packing import PackedPart
+from sparsiattn.attention.packing import PackedInput, PackedPart, Packing
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.host_records import HostRecords
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.patching.discovery.pixel_numbers import places_in
 from sparsiattn.patching.discovery.pixel_tracking import PixelNumbers, tracking_places
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
+from sparsiattn.runtime.image import read_packing
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import pop, push
@@ -127,11 +128,11 @@ class _Recorder:
     """Records attention calls, with hooks on every module that track the innermost one."""
 
     def __init__(
-        self, model: nn.Module, pixels: PixelNumbers, tally: Any, asked: str | None = None
+        self, model: nn.Module, pixels: PixelNumbers, tally: Any, packed: PackedInput | None = None
     ) -> None:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
-        self.asked = asked
-        self.arguments: MetaInputs | None = None
+        self.packed = packed
+        self.packing: Packing | None = None
         self.pixels, self.tally = pixels, tally
         self.map: MapSource | None = None
         self.listed = {
@@ -199,8 +200,8 @@ class _Recorder:
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
             self.positions += filter(_are_positions, (*args, *kwargs.values()))
-            if name == self.asked:
-                self.arguments = args, kwargs
+            if self.packed is not None and self.packed.module == name:
+                self.packing = read_packing(self.packed, module, args, kwargs)
             self._note_entrance(name, first_argument(args, kwargs))
             push(record, key)
 
@@ -284,7 +285,8 @@ class Probe:
         entrances: Modules around attention whose input a checkpoint may pass again in
             recomputation: elements of containers, and the first module in each.
         positions: Arguments of modules that may be tables of the rows and columns of patches.
-        arguments: Arguments of the module that was asked for; None if it did not run.
+        packing: Sizes of the images in the sequence of several that the model took; None if it took
+            none, or if they have no values in this run.
     """
 
     calls: list[AttentionCall]
@@ -293,11 +295,11 @@ class Probe:
     read_by_hooks: frozenset[str] = frozenset()
     entrances: tuple[str, ...] = ()
     positions: tuple[Tensor, ...] = ()
-    arguments: MetaInputs | None = None
+    packing: Packing | None = None
 
 
 def probe(
-    model: nn.Module, inputs: MetaInputs, tally: Any = None, asked: str | None = None
+    model: nn.Module, inputs: MetaInputs, tally: Any = None, packed: PackedInput | None = None
 ) -> Probe:
     """Find every attention call of a model, including attention in plain operations.
 
@@ -306,13 +308,14 @@ def probe(
         inputs: The inputs of the copy.
         tally: Called with every operator of the run, see `tracking_places`; cleared if the run
             starts again.
-        asked: Path of a module whose arguments to record.
+        packed: How the model takes several images as one sequence, according to its adapter.
 
     Raises:
+        InvalidOption: The sizes of these images do not add up to the number of patches.
         ProbeFailed: The model does not run with these inputs.
     """
     records = HostRecords(model)
-    recorder = _Recorder(model, PixelNumbers(inputs), tally, asked)
+    recorder = _Recorder(model, PixelNumbers(inputs), tally, packed)
     records.leave_out()
     with tracking_places(tally):
         output = _run(model, inputs, recorder)
@@ -336,7 +339,7 @@ def probe(
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
     read = frozenset(records.readers)
-    seen = recorder.entrances(), tuple(recorder.positions), recorder.arguments
+    seen = recorder.entrances(), tuple(recorder.positions), recorder.packing
     return Probe(calls, others, returned, read, *seen)
 
 
