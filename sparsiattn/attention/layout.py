@@ -15,7 +15,7 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
-from sparsiattn.attention.token_order import TokenOrder, alternate_frames
+from sparsiattn.attention.token_order import TokenOrder
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption
 
@@ -251,8 +251,9 @@ def canonical(
     call: HostCall,
     maps: Maps | None,
     *,
-    tile_for: Callable[[int], Tile] = lambda tokens: 1,
-    block_for: Callable[[int, Tile], Tile] = lambda keys, tile: 1,
+    tile_for: Callable[[int, int], Tile] = lambda tokens, views: 1,
+    block_for: Callable[[int, Tile, int], Tile] = lambda keys, tile, views: 1,
+    depth_for: Callable[[int], int] = lambda views: 1,
     window: object = None,
     token_state: TokenState | None = None,
     part: PackedPart | None = None,
@@ -264,8 +265,10 @@ def canonical(
         layout: How its host lays out operands.
         call: The host's arguments.
         maps: Sizes of the feature map that tokens come from.
-        tile_for: Gives the tile of queries, from the number of queries.
-        block_for: Gives the block of keys, from the number of keys and the tile.
+        tile_for: Gives the tile of queries, from the number of queries and of views.
+        block_for: Gives the block of keys, from the number of keys, the tile and the number of
+            views.
+        depth_for: Gives the number of frames that a tile spans, from the number of views.
         window: The host's window at this call's resolution, if it has one.
         token_state: Which tokens are left.
         part: The image (or clip, or window) of the call, at a site that packs several.
@@ -280,8 +283,9 @@ def canonical(
     places = _places(site, (tokens, keys), maps, window, token_state, part)
     # the tile of a shortened sequence stays that of the whole image
     whole = tokens if not _is_reduced(token_state) else token_state.n_original + site.prefix_tokens
-    tile = tile_for(whole) if places.known else 1
-    tile, block, depth = alternate_frames(tile, block_for(keys, tile), places.shared_views)
+    views = places.shared_views
+    tile = tile_for(whole, views) if places.known else 1
+    depth = depth_for(views) if tile != 1 else 1
     inputs = AttentionInputs(
         heads_q,
         heads_k,
@@ -293,7 +297,7 @@ def canonical(
         query_grid=places.query_grid,
         key_grid=places.key_grid,
         tile=tile,
-        block=block,
+        block=block_for(keys, tile, views),
         token_state=token_state,
         placed=places.known,
         views=places.views // depth,

@@ -157,7 +157,7 @@ class Packing:
         """Row and column of every patch in its image, without windows, ``[tokens, 2]``."""
         parts = []
         for frame in self.frames():
-            rows, columns = frame.grid
+            columns = frame.grid[1]
             order = TokenOrder(frame.tokens, grid=frame.grid, merge=self.merge)
             raster = order.back(torch.device("cpu"))
             parts.append(torch.stack([raster // columns, raster % columns], dim=-1))

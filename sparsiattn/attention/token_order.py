@@ -1,4 +1,4 @@
-"""`TokenOrder`: the order in which planners get the tokens of a call, where it is not the host's."""
+"""`TokenOrder`: the order in which planners get the tokens of a call, if it is not the host's."""
 
 from __future__ import annotations
 
@@ -109,32 +109,28 @@ def _raster(order: TokenOrder, device: torch.device) -> Tensor:
     return groups.transpose(1, 2).flatten()
 
 
-def alternate_frames(tile: int | Sides, block: int | Sides, views: int) -> tuple[Tile, Tile, int]:
-    """Tile and block as rows and columns of a grid in which the rows of several frames alternate.
+def depth_of(tile: int | Sides, views: int) -> int:
+    """How many frames a tile spans: as many as it asks for, or fewer that divide their number.
 
-    A tile spans at most the frames that it asks for, and as many as divide the number of frames.
+    >>> depth_of((2, 4, 4), 8), depth_of((4, 4, 4), 6), depth_of((4, 4), 6)
+    (2, 3, 1)
+    """
+    most = tile[0] if not isinstance(tile, int) and len(tile) == 3 else 1
+    return max(depth for depth in range(1, most + 1) if views % depth == 0)
+
+
+def alternated(sides: int | Sides, depth: int) -> Tile:
+    """Tile or block as rows and columns of a grid in which the rows of several frames alternate.
 
     Args:
-        tile: 1, rows and columns, or frames, rows and columns.
-        block: The same for keys; it spans as many frames as the tile does.
-        views: Number of frames.
+        sides: 1; rows and columns; or frames, rows and columns.
+        depth: Number of frames whose rows alternate.
 
-    Returns:
-        Tile, block, and the number of frames whose rows alternate (see `TokenOrder`).
-
-    >>> alternate_frames((2, 4, 4), (4, 4), 8), alternate_frames((4, 2, 2), (4, 1, 2), 6)
-    (((8, 4), (4, 4), 2), ((6, 2), (3, 2), 3))
+    >>> alternated((2, 4, 4), 2), alternated((4, 4), 2), alternated((1, 2), 3)
+    ((8, 4), (4, 4), (3, 2))
     """
-    depth = 1
-    if not isinstance(tile, int) and len(tile) == 3:
-        depth = max(d for d in range(1, tile[0] + 1) if views % d == 0)
-    return _alternated(tile, depth), _alternated(block, depth), depth
-
-
-def _alternated(sides: int | Sides, depth: int) -> Tile:
     if isinstance(sides, int):
         return sides
     if len(sides) == 3:
         return sides[1] * depth, sides[2]
-    # the rows of a block are those of as many frames as the tile spans
     return -(-sides[0] // depth) * depth, sides[1]

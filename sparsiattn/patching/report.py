@@ -328,7 +328,7 @@ def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -
         name=site.name,
         strategy=strategy.name,
         k=k if isinstance(k, (int, float)) else None,
-        tile=strategy.tile_for(runtime.site.tokens),
+        tile=strategy.tile_sides(runtime.site.tokens),
         kernel="dense" if dense else choice.kernel.name,
         density=1.0 if dense else _density(pattern),
         macs_dense=runtime.site.macs,

@@ -39,10 +39,10 @@ def packed_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> 
     if start == 0 and count == packing.tokens:
         return _all_images(runtime, planner, call, packing)
     raise InvalidOption(
-        f"site {runtime.site.name!r} got a sequence of {count} tokens that begins at token {start}, "
-        f"but the images of this call ({packing}: frames x rows x columns, {packing.tokens} "
-        "patches) have no frame, clip or window like that: bounds such as cu_seqlens must be those "
-        "of the images"
+        f"site {runtime.site.name!r} got a sequence of {count} tokens that begins at token "
+        f"{start}, but no frame, clip or window of this call's images ({packing}; "
+        f"{packing.tokens} patches) is like that: bounds such as cu_seqlens must be those of the "
+        "images"
     )
 
 

@@ -200,6 +200,7 @@ class SiteRuntime:
             self.owner.maps(),
             tile_for=self.strategy.tile_for,
             block_for=self.strategy.block_for,
+            depth_for=self.strategy.depth_for,
             window=getattr(self.module, "window_size", None),
             token_state=token_state,
             part=part,

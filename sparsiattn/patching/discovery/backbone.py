@@ -166,15 +166,13 @@ class Backbone(RenamedMembers):
         return min((0, most), key=lambda p: geometry.skew(call.q[-2] - p, call.aspect))
 
     def class_tokens(self, model: nn.Module) -> int:
-        """How many of the prefix tokens are class tokens (CLS, then distillation).
-
-        They come first in the sequence, before registers.
+        """How many prefix tokens are class tokens (CLS, distillation), which precede registers.
 
         Args:
             model: The model.
 
         Returns:
-            Number of class tokens, 0 if there are none.
+            Their number; 0 if there are none.
         """
         for module in model.modules():
             prefix = getattr(module, "num_prefix_tokens", None)
@@ -192,7 +190,7 @@ class Backbone(RenamedMembers):
         return False
 
     def packed_input(self, model: nn.Module) -> PackedInput | None:
-        """How the model takes several images as one sequence; None if it does not.
+        """How the model takes several images of known sizes as one sequence; None if it does not.
 
         Args:
             model: The model.

@@ -55,9 +55,6 @@ def _with_parts(call: AttentionCall, packing: Packing) -> AttentionCall:
     if parts is None or len(call.q) != 4 or len({len(shape) for shape in (call.q, call.k)}) > 1:
         return call
     longest = max(part.tokens for part in parts)
-    shapes = {
-        name: torch.Size([*getattr(call, name)[:-2], longest, getattr(call, name)[-1]])
-        for name in ("q", "k", "v")
-    }
+    q, k, v = (torch.Size([*x[:-2], longest, x[-1]]) for x in (call.q, call.k, call.v))
     lengths = tuple(part.tokens for part in parts)
-    return replace(call, **shapes, parts=parts, lengths=lengths, q_places=None, k_places=None)
+    return replace(call, q=q, k=k, v=v, parts=parts, lengths=lengths)
