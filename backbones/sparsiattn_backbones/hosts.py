@@ -128,10 +128,13 @@ class HuggingFace(_StemFamily):
         return super().packs_batch(model) or any(map(stems.takes_packed, _configs(model)))
 
     def packed_input(self, model: nn.Module) -> PackedInput | None:
-        found = stems.packed_module(model)
+        rows = stems.module_taking(model, stems.ROW_SIZES)
+        if rows is not None:
+            return PackedInput(rows[0], sizes=rows[2], by_row=True)
+        found = stems.module_taking(model, ("grid_thw",))
         if found is None:
             return None
-        name, tower = found
+        name, tower, _ = found
         side = getattr(getattr(tower, "config", None), "spatial_merge_size", None)
         merge = side if isinstance(side, int) else 1
         return PackedInput(name, merge=merge, window=stems.packed_window(tower, merge))

@@ -5,7 +5,7 @@ No model library is imported. Modules are recognised by their attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -22,6 +22,9 @@ PATCH_LAYERS = (*EMBEDDINGS, "conv_proj", "conv1")
 REGISTERS = ("register_tokens", "reg_token")
 FRAMES = ("num_frames", "frames_per_clip")
 """Names of a configuration's number of video frames."""
+
+ROW_SIZES = ("spatial_shapes", "pixel_position_ids")
+"""Names of arguments with the sizes of images in padded rows (SigLIP 2, Gemma 4)."""
 
 UNORDERED = (
     *("num_group_token", "message_attn", "positional_embedding_vlm"),
@@ -118,12 +121,21 @@ def packs(stem: nn.Module) -> bool:
     return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
 
 
-def packed_module(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The outermost module that takes images end to end with their sizes; None if there is none."""
-    for name, module in model.named_modules():
-        if "grid_thw" in signature(module.forward).parameters:
-            return name, module
+def module_taking(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Module, str] | None:
+    """The outermost module with one of these arguments, and the argument; None if there is none."""
+    for path, module in model.named_modules():
+        for name in names:
+            if name in _parameters(module):
+                return path, module, name
     return None
+
+
+def _parameters(module: nn.Module) -> Collection[str]:
+    """Names of the parameters of a module's forward."""
+    try:
+        return signature(module.forward).parameters
+    except (TypeError, ValueError):  # a compiled function may not tell
+        return ()
 
 
 def packed_window(tower: Any, merge: int) -> int | None:
@@ -148,6 +160,8 @@ def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
         return False
     if takes_packed(call.nearest("config")):
         return False
+    if any(name in _parameters(parent) for parent in call.parents for name in ROW_SIZES):
+        return False  # images have sizes of their own, which were not confirmed
     if stem is None:
         return True
     if getattr(stem, "attention_type", "") == "joint_space_time":

@@ -161,7 +161,7 @@ def patch_grid(known: Grid, n: int, site: Site, maps: Maps | None) -> Grid | Non
     >>> patch_grid((8, 8), 32, site, ((4, 8), (8, 8))), patch_grid((8, 8), 33, site, None)
     ((4, 8), None)
     """
-    if not site.raster or (maps is not None and maps[0] == NO_IMAGE):
+    if not site.raster or site.packed or (maps is not None and maps[0] == NO_IMAGE):
         return None
     fits = known[0] * known[1] == n
     if maps is None or (fits and (site.windows > 1 or maps[0] == maps[1])):
@@ -330,7 +330,7 @@ def _places(
     if _is_reduced(state):
         # the remaining tokens are a plain sequence; the state knows their positions
         grid = 1, counts[0] - site.prefix_tokens
-        return Places(grid, grid, site.placed)
+        return Places(grid, grid, site.placed and not site.packed)
     if part is not None:
         return Places(part.stacked_grid, part.stacked_grid, known=True, views=part.frames)
     query_grid, key_grid, known = grids(site, *counts, maps, window)

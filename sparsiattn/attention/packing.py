@@ -1,4 +1,4 @@
-"""Sequences of several images end to end: their sizes, and the parts that attend separately."""
+"""Images with sizes of their own: end to end in one sequence, or in padded rows of a batch."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ class PackedInput:
             of ``merge``; None if there are none. The patches of a window are together then.
         bounds: Name of its optional argument with the first token of every image and the number
             of tokens.
+        by_row: Whether every image is a row of the batch, in raster order and padded at its end.
+            Then ``sizes`` names an argument with rows and columns, ``[images, 2]``, or with column
+            and row of every patch and -1 for padding, ``[images, patches, 2]``.
 
     >>> PackedInput("", merge=2).packing(((1, 4, 4), (2, 2, 4))).tokens
     32
@@ -73,10 +76,11 @@ class PackedInput:
     merge: int = 1
     window: int | None = None
     bounds: str = "cu_seqlens"
+    by_row: bool = False
 
     def packing(self, images: Sequence[Size]) -> Packing:
         """The packing of images of these sizes."""
-        return Packing(tuple(images), self.merge, self.window)
+        return Packing(tuple(images), self.merge, self.window, self.by_row)
 
     def arguments(
         self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -87,17 +91,19 @@ class PackedInput:
 
 @dataclass(frozen=True)
 class Packing:
-    """One sequence of several images.
+    """One sequence of several images, or one batch of padded rows.
 
     Attributes:
         images: Frames, rows and columns of every image.
         merge: As in `PackedInput`.
         window: As in `PackedInput`.
+        by_row: As in `PackedInput`.
     """
 
     images: tuple[Size, ...]
     merge: int = 1
     window: int | None = None
+    by_row: bool = False
 
     @property
     def tokens(self) -> int:
@@ -195,3 +201,26 @@ def _by_place(packing: Packing) -> dict[tuple[int, int], PackedPart]:
             found[start, part.tokens] = part
             start += part.tokens
     return found
+
+
+def sizes_of_rows(given: Tensor) -> list[Size] | None:
+    """Sizes of the images in padded rows, from an argument as in `PackedInput.by_row`.
+
+    Returns:
+        Frames (one), rows and columns; None if the patches of a row are not in raster order.
+
+    >>> sizes_of_rows(torch.tensor([[[0, 0], [1, 0], [-1, -1]]]))
+    [(1, 1, 2)]
+    """
+    if given.dim() == 2:
+        return [(1, rows, columns) for rows, columns in given.tolist()]
+    columns, rows = given.cpu().amax(1).add(1).unbind(-1)
+    place = torch.arange(given.shape[1], device="cpu").expand(len(given), -1)
+    wide = columns[:, None].clamp_min(1)
+    raster = torch.stack([place % wide, place // wide], dim=-1)
+    raster = torch.where((place < (rows * columns)[:, None])[..., None], raster, -1)
+    if not torch.equal(raster, given.cpu().to(raster.dtype)):
+        return None
+    return [
+        (1, height, width) for height, width in zip(rows.tolist(), columns.tolist(), strict=True)
+    ]

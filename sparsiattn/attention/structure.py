@@ -30,8 +30,9 @@ class Structure:
         raster: Whether the patches of a view are in raster order, as planners get them.
         merge: Side of the squares of patches that the host keeps together, in patches. Planners get
             the patches in raster order all the same.
-        packed: Whether the host's sequence is one of several images, end to end. Each call then has
-            its own grid, and ``grid`` is that of the largest image at patch time.
+        packed: Whether images have sizes of their own: several in one sequence, end to end, or each
+            in a padded row. Every call has its own grid then, and ``grid`` is that of the largest
+            image at patch time.
         source: Who says so: a module that makes the tokens, an adapter or the user; or `GUESS`.
 
     >>> str(Structure((14, 14), prefix=1, source="the adapter timm"))

@@ -28,7 +28,7 @@ from sparsiattn.patching.discovery.meta_model import (
     meta_copy,
     value_copy,
 )
-from sparsiattn.patching.discovery.packed import with_packed_images
+from sparsiattn.patching.discovery.packed import packing_of, with_packed_images
 from sparsiattn.patching.discovery.probe import AttentionCall, MapSource, probe
 from sparsiattn.patching.flop_counter import MacTally
 from sparsiattn.runtime.patch_state import ModelAttention, PatchState
@@ -178,6 +178,8 @@ def _survey_with(
     tally = MacTally(strict=False)
     packed = backbone.packed_input(copied)
     run = probe(copied, inputs_of(example, copied, backbone), tally, packed)
+    if run.packing is None and packed is not None and example.arguments is not None:
+        run = replace(run, packing=packing_of(packed, copied, example.arguments))
     packed, calls = with_packed_images(packed, run)
     sites, skipped = backbone.sites(calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes

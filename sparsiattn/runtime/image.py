@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE
-from sparsiattn.attention.packing import PackedInput, Packing
+from sparsiattn.attention.packing import PackedInput, Packing, sizes_of_rows
 from sparsiattn.errors import InvalidOption
 from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch, tensors_in
 from sparsiattn.runtime.patch_owner import PatchOwner
@@ -145,6 +145,9 @@ def read_packing(
     """
     given = packed.arguments(module.forward, args, kwargs)
     sizes, bounds = given.get(packed.sizes), given.get(packed.bounds)
+    if packed.by_row:
+        images = sizes_of_rows(sizes) if isinstance(sizes, Tensor) and not sizes.is_meta else None
+        return None if images is None else packed.packing(images)
     if not isinstance(sizes, Tensor) or sizes.is_meta or sizes.dim() != 2 or sizes.shape[1] != 3:
         return None
     rows = sizes.tolist()

@@ -1,4 +1,4 @@
-"""Sites whose sequences are of several images, end to end: every image is planned on its own."""
+"""Sites whose images have sizes of their own: every image is planned on its own grid."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import MASKED_BELOW
 from sparsiattn.attention.layout import HostCall
-from sparsiattn.attention.packing import Packing
-from sparsiattn.attention.padding import without_trivial_mask
+from sparsiattn.attention.packing import PackedPart, Packing
+from sparsiattn.attention.padding import OwnTokens, without_trivial_mask
 from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.padded_attention import attend_own, find_own_tokens
 from sparsiattn.runtime.reduced_attention import full_attention
 from sparsiattn.runtime.site_runtime import Decision, SiteRuntime
 from sparsiattn.runtime.thread_state import SITE_CALLS
@@ -20,7 +21,7 @@ from sparsiattn.strategies.base import Planner
 
 
 def packed_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Tensor:
-    """The result of a host's call for one image, or for all of them with a mask between them.
+    """The result of a host's call for one image, for all in one sequence, or for a batch of rows.
 
     Raises:
         InvalidOption: No image of the model's input has that many tokens at this place.
@@ -28,6 +29,8 @@ def packed_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> 
     packing, count = runtime.owner.packing_here(), call.q.shape[-2]
     if packing is None:
         return full_attention(runtime, planner, call)
+    if packing.by_row:
+        return _rows(runtime, planner, call, packing)
     start = SITE_CALLS.offset
     part = packing.find(start, count)
     if part is not None:
@@ -58,6 +61,27 @@ def _all_images(runtime: SiteRuntime, planner: Planner, call: HostCall, packing:
             ]
             return torch.cat(rows, dim=-2)
     return full_attention(runtime, planner, call)
+
+
+def _rows(runtime: SiteRuntime, planner: Planner, call: HostCall, packing: Packing) -> Tensor:
+    """Attention of padded rows, each image on its own grid; without it if sizes do not fit."""
+    if runtime.decide(call.k.shape[-2]) is Decision.HOST:
+        return runtime.host(call)
+    call, own = find_own_tokens(runtime, call)
+    parts, batch = packing.clips(), runtime.layout.fold(call.q).shape[0]
+    if own is None and parts == parts[:1] * batch and parts[0].tokens == call.q.shape[-2]:
+        return runtime.attention(planner, call, part=parts[0])
+    if own is None:
+        every = torch.arange(call.q.shape[-2], device=call.q.device)
+        own = OwnTokens((every,) * batch, len(every))
+    if len(parts) == batch and all(map(_fills, parts, own.places)):
+        own = replace(own, parts=parts)
+    return attend_own(runtime, planner, call, own)
+
+
+def _fills(part: PackedPart, places: Tensor) -> bool:
+    """Whether an image of this size has these tokens of its row: the first ones."""
+    return len(places) == part.tokens and int(places[-1]) == part.tokens - 1
 
 
 def keeps_apart(mask: Tensor, lengths: Sequence[int]) -> bool:

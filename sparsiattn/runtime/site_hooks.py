@@ -46,9 +46,9 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
 
     def route(call: HostCall) -> Tensor:
         planner = runtime.planner if replica is None else cast(Planner, replica)
-        if runtime.site.packed:
-            return packed_attention(runtime, planner, call)
         state = BLOCK_CALL.token_state
+        if runtime.site.packed and state is None:
+            return packed_attention(runtime, planner, call)
         if state is None and replica is None:
             out = runtime.repeated.run(runtime, call)
             if out is not None:

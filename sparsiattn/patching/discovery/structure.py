@@ -55,7 +55,7 @@ def _packed(parts: Sequence[PackedPart]) -> Structure:
         largest.frames,
         merge=largest.merge,
         packed=True,
-        source="the largest of the images that the model packs into one sequence",
+        source="the largest image; each has its own size",
     )
 
 
