@@ -90,6 +90,16 @@ def qwen3() -> nn.Module:
     return drawn(qwen.Qwen3VLVisionModel(config))
 
 
+def glm4v() -> nn.Module:
+    from transformers.models.glm4v import modeling_glm4v as glm
+
+    config = glm.Glm4vVisionConfig(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, image_size=64,
+        out_hidden_size=32,
+    )  # fmt: skip
+    return drawn(glm.Glm4vVisionModel(config))
+
+
 def check(
     model: nn.Module, call: dict[str, Tensor], line: dict[str, Any], parts: list[by_image.Part]
 ) -> None:
@@ -113,6 +123,10 @@ def check(
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_qwen3_vl(sizes: list[Size], line: dict[str, Any]) -> None:
     check(qwen3(), call_of(sizes, 96), line, by_image.frames_of(sizes, 2) * 2)
+
+
+def test_glm_4v() -> None:
+    check(glm4v(), call_of(SIZES[1], 96), LINES[1], by_image.frames_of(SIZES[1], 2) * 2)
 
 
 @pytest.mark.parametrize("line", LINES, ids=str)
