@@ -24,6 +24,7 @@ from .attention.budget import count_of as count_of
 from .attention.geometry import Grid as Grid
 from .attention.inputs import AttentionInputs as AttentionInputs
 from .attention.layout import Layout as Layout
+from .attention.packing import PackedInput as PackedInput
 from .attention.pattern import Mask as Mask
 from .attention.pattern import Pattern as Pattern
 from .attention.site import Site as Site

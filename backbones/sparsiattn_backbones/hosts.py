@@ -22,6 +22,7 @@ from sparsiattn import (
     Grid,
     Layout,
     MetaInputs,
+    PackedInput,
     Pooling,
     Site,
 )
@@ -125,6 +126,18 @@ class HuggingFace(_StemFamily):
 
     def packs_batch(self, model: nn.Module) -> bool:
         return super().packs_batch(model) or any(map(stems.takes_packed, _configs(model)))
+
+    def packed_input(self, model: nn.Module) -> PackedInput | None:
+        rows = stems.module_taking(model, stems.ROW_SIZES)
+        if rows is not None:
+            return PackedInput(rows[0], sizes=rows[2], by_row=True)
+        found = stems.module_taking(model, ("grid_thw",))
+        if found is None:
+            return None
+        name, tower, _ = found
+        side = getattr(getattr(tower, "config", None), "spatial_merge_size", None)
+        merge = side if isinstance(side, int) else 1
+        return PackedInput(name, merge=merge, window=stems.packed_window(tower, merge))
 
     def channels(self, model: nn.Module) -> int:
         stem: Any = self.stem(model)

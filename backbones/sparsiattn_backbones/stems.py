@@ -5,7 +5,8 @@ No model library is imported. Modules are recognised by their attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,9 @@ PATCH_LAYERS = (*EMBEDDINGS, "conv_proj", "conv1")
 REGISTERS = ("register_tokens", "reg_token")
 FRAMES = ("num_frames", "frames_per_clip")
 """Names of a configuration's number of video frames."""
+
+ROW_SIZES = ("spatial_shapes", "pixel_position_ids")
+"""Names of arguments with the sizes of images in padded rows (SigLIP 2, Gemma 4)."""
 
 UNORDERED = (
     *("num_group_token", "message_attn", "positional_embedding_vlm"),
@@ -117,6 +121,31 @@ def packs(stem: nn.Module) -> bool:
     return hasattr(stem, "patch_conv") and hasattr(stem, "patch_positional_embedding")
 
 
+def module_taking(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Module, str] | None:
+    """The outermost module with one of these arguments, and the argument; None if there is none."""
+    for path, module in model.named_modules():
+        for name in names:
+            if name in _parameters(module):
+                return path, module, name
+    return None
+
+
+def _parameters(module: nn.Module) -> Collection[str]:
+    """Names of the parameters of a module's forward."""
+    try:
+        return signature(module.forward).parameters
+    except (TypeError, ValueError):  # a compiled function may not tell
+        return ()
+
+
+def packed_window(tower: Any, merge: int) -> int | None:
+    """Side, in patches, of the windows of most layers (Qwen2.5-VL); None if there are none."""
+    layers, window = getattr(tower, "fullatt_block_indexes", None), getattr(tower, "window_size", 0)
+    if layers is None or not window:
+        return None
+    return merge * (int(window) // merge // int(tower.patch_size))
+
+
 def takes_packed(config: Any) -> bool:
     """Whether the patches of all images are in one sequence (Qwen-VL, GLM-V and similar models).
 
@@ -131,6 +160,8 @@ def in_raster_order(call: AttentionCall, stem: nn.Module | None) -> bool:
         return False
     if takes_packed(call.nearest("config")):
         return False
+    if any(name in _parameters(parent) for parent in call.parents for name in ROW_SIZES):
+        return False  # images have sizes of their own, which were not confirmed
     if stem is None:
         return True
     if getattr(stem, "attention_type", "") == "joint_space_time":

@@ -22,6 +22,9 @@ from sparsiattn.attention.derivatives import is_exporting
 Grid = tuple[int, int]
 """Rows and columns of patch tokens."""
 Tile = int | tuple[int, int]
+"""Patches side by side: 1, or rows and columns."""
+Sides = tuple[int, ...]
+"""Rows and columns; or frames, rows and columns."""
 T = TypeVar("T")
 
 _TABLES: dict[Any, Any] = {}

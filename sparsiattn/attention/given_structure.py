@@ -58,8 +58,13 @@ class GivenStructure:
             site: Name of the site, for errors.
 
         Raises:
-            InvalidOption: The parts do not add up to ``tokens``.
+            InvalidOption: The parts do not add up to ``tokens``, or every call has its own.
         """
+        if known.packed:
+            raise InvalidOption(
+                f"{self} cannot hold for site {site!r}, whose sequences are of several images: "
+                f"their sizes are read in every call ({known}); leave it out"
+            )
         views, *grid = (1, *self.grid)[-3:] if self.grid else (known.views, *known.grid)
         specials = known.specials if self.specials is None else self.specials
         structure = Structure(

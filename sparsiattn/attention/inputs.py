@@ -16,6 +16,7 @@ from sparsiattn.attention.geometry import Grid, Tile, Tiles
 from sparsiattn.attention.logits import add_bias, products
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.token_order import TokenOrder
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption, RenamedMembers
 
@@ -58,6 +59,7 @@ class AttentionInputs(RenamedMembers):
             have a meaning.
         views: Number of images or frames in the sequence, stacked vertically in the grids; by
             default that of ``site``, if it divides the query grid.
+        order: How the order of the queries differs from the host's; None if it does not.
 
     >>> x = torch.zeros(1, 2, 17, 8)
     >>> inputs = AttentionInputs(x, x, x, 8**-0.5, None, Site.of(x, x, x, prefix_tokens=1))
@@ -93,6 +95,7 @@ class AttentionInputs(RenamedMembers):
     cross_layer: CrossLayerState | None = None
     placed: bool = True
     views: int = 0
+    order: TokenOrder | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("query_grid", self.site.grid), ("key_grid", self.site.key_grid)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeGuard
 
 import torch
 from einops import rearrange
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.sdpa import dense_attention
 from sparsiattn.attention.site import Site
-from sparsiattn.attention.structure import special_order
+from sparsiattn.attention.token_order import TokenOrder
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.errors import InvalidOption
 
@@ -138,6 +140,8 @@ def grids(
         Grids of the patch queries and of the patch keys, and whether both are known.
     """
     queries, keys = n_queries - site.prefix_tokens, n_keys - site.prefix_tokens
+    if site.packed:  # without the sizes of its images
+        return (1, queries), (1, keys), False
     if isinstance(window, (tuple, list)) and window[0] * window[1] == queries == keys:
         return (window[0], window[1]), (window[0], window[1]), site.raster
     query_grid = patch_grid(site.grid, queries, site, maps)
@@ -157,7 +161,7 @@ def patch_grid(known: Grid, n: int, site: Site, maps: Maps | None) -> Grid | Non
     >>> patch_grid((8, 8), 32, site, ((4, 8), (8, 8))), patch_grid((8, 8), 33, site, None)
     ((4, 8), None)
     """
-    if not site.raster or (maps is not None and maps[0] == NO_IMAGE):
+    if not site.raster or site.packed or (maps is not None and maps[0] == NO_IMAGE):
         return None
     fits = known[0] * known[1] == n
     if maps is None or (fits and (site.windows > 1 or maps[0] == maps[1])):
@@ -220,16 +224,39 @@ class HostCall:
         return dense_attention(*operands, scale=self.scale, gqa=self.gqa)
 
 
+class Places(NamedTuple):
+    """Where the tokens of a call are in the image.
+
+    Attributes:
+        query_grid: Rows and columns of the patch queries, of all views stacked vertically.
+        key_grid: The same for the patch keys.
+        known: Whether both are known.
+        views: Number of images or frames in the query grid.
+    """
+
+    query_grid: Grid
+    key_grid: Grid
+    known: bool
+    views: int = 1
+
+    @property
+    def shared_views(self) -> int:
+        """Number of images or frames among queries and keys alike; 1 if their grids differ."""
+        return self.views if self.query_grid == self.key_grid else 1
+
+
 def canonical(
     site: Site,
     layout: Layout,
     call: HostCall,
     maps: Maps | None,
     *,
-    tile_for: Callable[[int], Tile] = lambda tokens: 1,
-    block_for: Callable[[int, Tile], Tile] = lambda keys, tile: 1,
+    tile_for: Callable[[int, int], Tile] = lambda tokens, views: 1,
+    block_for: Callable[[int, Tile, int], Tile] = lambda keys, tile, views: 1,
+    depth_for: Callable[[int], int] = lambda views: 1,
     window: object = None,
     token_state: TokenState | None = None,
+    part: PackedPart | None = None,
 ) -> AttentionInputs:
     """The host's arguments of one attention call as `AttentionInputs`.
 
@@ -238,10 +265,13 @@ def canonical(
         layout: How its host lays out operands.
         call: The host's arguments.
         maps: Sizes of the feature map that tokens come from.
-        tile_for: Gives the tile of queries, from the number of queries.
-        block_for: Gives the block of keys, from the number of keys and the tile.
+        tile_for: Gives the tile of queries, from the number of queries and of views.
+        block_for: Gives the block of keys, from the number of keys, the tile and the number of
+            views.
+        depth_for: Gives the number of frames that a tile spans, from the number of views.
         window: The host's window at this call's resolution, if it has one.
         token_state: Which tokens are left.
+        part: The image (or clip, or window) of the call, at a site that packs several.
     """
     q, k, mask, dtype = call.q, call.k, call.mask, autocast_dtype(call.q)
     heads_q = autocast_to(layout.fold(q), dtype)
@@ -249,16 +279,13 @@ def canonical(
     heads_k, heads_v = (autocast_to(share_heads(layout.fold(x), heads), dtype) for x in (k, call.v))
     if call.causal:
         mask = causal_mask(mask, q, k)
-    tokens, keys, placed = heads_q.shape[-2], heads_k.shape[-2], True
-    image_tokens = tokens
-    if token_state is None or not token_state.reduced:
-        query_grid, key_grid, placed = grids(site, tokens, keys, maps, window)
-        placed = placed and site.placed
-    else:  # the remaining tokens are a plain sequence; the state knows their positions
-        query_grid = key_grid = (1, tokens - site.prefix_tokens)
-        # the tile stays that of the whole image
-        image_tokens = token_state.n_original + site.prefix_tokens
-    tile = tile_for(image_tokens) if placed else 1
+    tokens, keys = heads_q.shape[-2], heads_k.shape[-2]
+    places = _places(site, (tokens, keys), maps, window, token_state, part)
+    # the tile of a shortened sequence stays that of the whole image
+    whole = tokens if not _is_reduced(token_state) else token_state.n_original + site.prefix_tokens
+    views = places.shared_views
+    tile = tile_for(whole, views) if places.known else 1
+    depth = depth_for(views) if tile != 1 else 1
     inputs = AttentionInputs(
         heads_q,
         heads_k,
@@ -267,49 +294,103 @@ def canonical(
         None if mask is None else layout.fold_mask(mask, q),
         site,
         dropout=call.dropout,
-        query_grid=query_grid,
-        key_grid=key_grid,
+        query_grid=places.query_grid,
+        key_grid=places.key_grid,
         tile=tile,
-        block=block_for(keys, tile),
+        block=block_for(keys, tile, views),
         token_state=token_state,
-        placed=placed,
+        placed=places.known,
+        views=places.views // depth,
     )
-    return _reordered(inputs) if site.reordered else inputs
+    return _reordered(inputs, part, places, depth)
 
 
-def _reordered(inputs: AttentionInputs) -> AttentionInputs:
-    """The same call with all special tokens before the patches."""
-    site, device = inputs.site, inputs.q.device
-    assert site.structure is not None
-    if site.structure.specials and inputs.n_queries != site.tokens:
+def _is_reduced(state: TokenState | None) -> TypeGuard[TokenState]:
+    return state is not None and state.reduced
+
+
+def _places(
+    site: Site,
+    counts: tuple[int, int],
+    maps: Maps | None,
+    window: object,
+    state: TokenState | None,
+    part: PackedPart | None,
+) -> Places:
+    """The places of the queries and keys of a call.
+
+    Args:
+        site: As in `canonical`.
+        counts: Number of queries and of keys.
+        maps: As in `canonical`.
+        window: As in `canonical`.
+        state: As in `canonical`.
+        part: As in `canonical`.
+    """
+    if _is_reduced(state):
+        # the remaining tokens are a plain sequence; the state knows their positions
+        grid = 1, counts[0] - site.prefix_tokens
+        return Places(grid, grid, site.placed and not site.packed)
+    if part is not None:
+        return Places(part.stacked_grid, part.stacked_grid, known=True, views=part.frames)
+    query_grid, key_grid, known = grids(site, *counts, maps, window)
+    views = site.views if query_grid[0] > 1 and query_grid[0] % site.views == 0 else 1
+    return Places(query_grid, key_grid, known and site.placed, views)
+
+
+def _reordered(
+    inputs: AttentionInputs, part: PackedPart | None, places: Places, depth: int
+) -> AttentionInputs:
+    """The same call with special tokens first, and patches in the order of the tiles."""
+    site = inputs.site
+    moves = site.prefix_tokens > site.leading_tokens
+    merge, window = (1, None) if part is None else (part.merge, part.window)
+    if not moves and merge == depth == 1 and window is None:
+        return inputs
+    _check_specials(inputs)
+    grid = places.query_grid[0] // places.views, places.query_grid[1]
+    sorts = merge > 1 or depth > 1 or window is not None
+    orders = [
+        TokenOrder(
+            tokens,
+            site.leading_tokens,
+            site.suffix_tokens,
+            places.views if sorts else site.views,
+            () if site.structure is None else site.structure.specials,
+            grid if sorts else None,
+            merge,
+            window,
+            depth,
+        )
+        for tokens in (inputs.n_queries, inputs.n_keys)
+    ]
+    queries, keys = orders
+    bias = inputs.bias
+    if bias is not None and bias.shape[-1] > 1:
+        bias = bias.index_select(-1, keys.pick(bias.device))
+    if bias is not None and bias.shape[-2] > 1:
+        bias = bias.index_select(-2, queries.pick(bias.device))
+    q, k, v = queries.apply(inputs.q), keys.apply(inputs.k), keys.apply(inputs.v)
+    return inputs.replace(q=q, k=k, v=v, bias=bias, order=queries)
+
+
+def _check_specials(inputs: AttentionInputs) -> None:
+    """Raise `InvalidOption` if the positions of special tokens within views are not known."""
+    site = inputs.site
+    has_specials = site.structure is not None and site.structure.specials
+    if has_specials and inputs.n_queries != site.tokens:
         raise InvalidOption(
             f"site {site.name!r} got {inputs.n_queries} tokens but had {site.tokens} when it was "
             f"patched ({site.structure}), so the positions of its special tokens are not known: "
             "patch with an input= of this size"
         )
-    queries, keys = (
-        special_order(site.structure, n, device)[0] for n in (inputs.n_queries, inputs.n_keys)
-    )
-    bias = inputs.bias
-    if bias is not None and bias.shape[-1] > 1:
-        bias = bias.index_select(-1, keys)
-    if bias is not None and bias.shape[-2] > 1:
-        bias = bias.index_select(-2, queries)
-    q, k, v = (specials_first(x, site) for x in (inputs.q, inputs.k, inputs.v))
-    return inputs.replace(q=q, k=k, v=v, bias=bias)
 
 
-def specials_first(x: Tensor, site: Site) -> Tensor:
-    """Move special tokens before the patches; ``x`` is ``[B, H, N, D]`` in the host's order."""
-    if not site.reordered:
-        return x
-    assert site.structure is not None
-    return x.index_select(-2, special_order(site.structure, x.shape[-2], x.device)[0])
+def planner_order(x: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Queries or results ``[B, H, N, D]`` in the host's order, as planners get them."""
+    return x if inputs.order is None else inputs.order.apply(x)
 
 
-def host_order(out: Tensor, site: Site) -> Tensor:
+def host_order(out: Tensor, inputs: AttentionInputs) -> Tensor:
     """The result of attention, ``[B, H, N, D]``, with its tokens back in the host's order."""
-    if not site.reordered:
-        return out
-    assert site.structure is not None
-    return out.index_select(-2, special_order(site.structure, out.shape[-2], out.device)[1])
+    return out if inputs.order is None else inputs.order.undo(out)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import MASKED_BELOW
 from sparsiattn.attention.layout import HostCall, Layout, causal_mask
+from sparsiattn.attention.packing import PackedPart
 
 # Forms of `Layout` in which every row of a call is one image.
 BY_IMAGE = ("b h n d", "(b h) n d")
@@ -22,25 +23,36 @@ class OwnTokens:
     Attributes:
         places: For every image the positions of its own tokens, prefix tokens first.
         total: Length of a row, padding included.
+        parts: The grid of each image, if images have sizes of their own; else empty.
     """
 
     places: tuple[Tensor, ...]
     total: int
+    parts: tuple[PackedPart, ...] = ()
 
     @property
     def padded(self) -> bool:
         """Whether any image is shorter than its row."""
         return any(len(places) < self.total for places in self.places)
 
-    def groups(self) -> list[tuple[Tensor, Tensor]]:
-        """Images with equally many own tokens: image indices ``[G]``, positions ``[G, n]``."""
-        by_length: dict[int, list[int]] = {}
-        for image, places in enumerate(self.places):
-            by_length.setdefault(len(places), []).append(image)
+    def groups(self) -> list[tuple[Tensor, Tensor, PackedPart | None]]:
+        """Images with equally many own tokens and the same grid.
+
+        Returns:
+            Image indices ``[G]``, positions ``[G, n]``, and the grid, if it is known.
+        """
+        parts = self.parts or (None,) * len(self.places)
+        alike: dict[tuple[int, PackedPart | None], list[int]] = {}
+        for image, (places, part) in enumerate(zip(self.places, parts, strict=True)):
+            alike.setdefault((len(places), part), []).append(image)
         device = self.places[0].device
         return [
-            (torch.tensor(images, device=device), torch.stack([self.places[i] for i in images]))
-            for images in by_length.values()
+            (
+                torch.tensor(images, device=device),
+                torch.stack([self.places[i] for i in images]),
+                part,
+            )
+            for (_, part), images in alike.items()
         ]
 
 
@@ -136,7 +148,7 @@ def attend_by_group(
     call: HostCall,
     layout: Layout,
     own: OwnTokens,
-    sparse: Callable[[HostCall, int], Tensor],
+    sparse: Callable[[HostCall, PackedPart | None], Tensor],
     dense: Callable[[HostCall], Tensor],
 ) -> Tensor:
     """Attention of a padded batch; images with equally many own tokens are computed together.
@@ -145,7 +157,8 @@ def attend_by_group(
         call: A call from `with_explicit_mask`.
         layout: How the host lays out operands.
         own: Each image's own tokens.
-        sparse: Computes attention among own tokens; its second argument is their number.
+        sparse: Computes attention among own tokens; its second argument is their grid, if images
+            have sizes of their own.
         dense: Computes the rows of padding. No query attends to these tokens, but the host may
             read their rows, and gets the values of the unpatched model.
 
@@ -154,11 +167,11 @@ def attend_by_group(
     """
     self_attention = call.q.shape[-2] == own.total
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for images, keys in own.groups():
+    for images, keys, grid in own.groups():
         every = torch.arange(call.q.shape[-2], device=keys.device).expand(len(images), -1)
         rows = keys if self_attention else every
         part = without_trivial_mask(part_of(call, layout, images, rows, keys))
-        parts.append((images, rows, sparse(part, keys.shape[1])))
+        parts.append((images, rows, sparse(part, grid)))
         if rows.shape[1] < every.shape[1]:
             padding = others(rows, every.shape[1])
             parts.append((images, padding, dense(part_of(call, layout, images, padding, keys))))

@@ -40,6 +40,8 @@ class Site:
         halo: Number of patches by which the keys extend beyond the queries on every side.
         structure: How the host's sequence maps to the image, and the source of that knowledge;
             None for a site that was made by hand.
+        lengths: Number of tokens in every call, if these are images of several sizes; ``tokens`` is
+            that of the largest then.
 
     >>> import torch
     >>> x = torch.zeros(1, 2, 17, 8)
@@ -66,6 +68,7 @@ class Site:
     bias: Literal["none", "bias", "mask"] = "none"
     halo: int = 0
     structure: Structure | None = None
+    lengths: tuple[int, ...] = ()
 
     margin = renamed_property("margin", "halo", PLUGIN_REMOVED_IN)
 
@@ -81,8 +84,17 @@ class Site:
 
     @property
     def reordered(self) -> bool:
-        """Whether planners get the tokens in an order other than the host's: special ones first."""
-        return self.prefix_tokens > self.leading_tokens
+        """Whether planners get the tokens in another order than the host's.
+
+        They get special tokens first and patches in raster order.
+        """
+        merged = self.structure is not None and self.structure.merge > 1
+        return self.prefix_tokens > self.leading_tokens or merged
+
+    @property
+    def packed(self) -> bool:
+        """Whether its sequences are of several images, so that each call has its own grid."""
+        return self.structure is not None and self.structure.packed
 
     @property
     def is_guess(self) -> bool:
@@ -125,8 +137,10 @@ class Site:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of QK^T and AV for one image, dense."""
-        pairs = self.tokens * self.keys * self.heads * self.windows * self.calls
-        return pairs * (self.head_dim + self.value_dim)
+        pairs = self.tokens * self.keys * self.calls
+        if self.lengths:
+            pairs = sum(length**2 for length in self.lengths)
+        return pairs * self.heads * self.windows * (self.head_dim + self.value_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with one entry per field."""

@@ -5,10 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 
 GUESS = "guess"
@@ -31,7 +27,12 @@ class Structure:
         prefix: Number of special tokens before the first view: class tokens, registers, prompts.
         suffix: Number of special tokens after the last view.
         specials: Positions of special tokens within every view.
-        raster: Whether the patches of a view are in raster order.
+        raster: Whether the patches of a view are in raster order, as planners get them.
+        merge: Side of the squares of patches that the host keeps together, in patches. Planners get
+            the patches in raster order all the same.
+        packed: Whether images have sizes of their own: several in one sequence, end to end, or each
+            in a padded row. Every call has its own grid then, and ``grid`` is that of the largest
+            image at patch time.
         source: Who says so: a module that makes the tokens, an adapter or the user; or `GUESS`.
 
     >>> str(Structure((14, 14), prefix=1, source="the adapter timm"))
@@ -44,6 +45,8 @@ class Structure:
     suffix: int = 0
     specials: tuple[int, ...] = ()
     raster: bool = True
+    merge: int = 1
+    packed: bool = False
     source: str = GUESS
 
     @property
@@ -71,6 +74,8 @@ class Structure:
         size = " x ".join(map(str, sides)) if self.raster else str(math.prod(sides))
         parts = [_counted(self.prefix, "prefix token")] if self.prefix else []
         parts.append(f"{size} patches" + ("" if self.raster else " not in raster order"))
+        if self.merge > 1:
+            parts[-1] += f" in squares of {self.merge} x {self.merge}"
         if self.specials:
             parts.append(_counted(len(self.specials), "special token") + " in every view")
         if self.suffix:
@@ -80,37 +85,3 @@ class Structure:
 
 def _counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
-def specials_first(
-    n: int, prefix: int, suffix: int, views: int, specials: tuple[int, ...], *, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The order that puts all special tokens first, and its inverse, ``[n]`` each.
-
-    Args:
-        n: Number of tokens of the sequence.
-        prefix: Number of special tokens before the first view.
-        suffix: Number of special tokens after the last view.
-        views: Number of views in the sequence.
-        specials: Positions of special tokens within every view.
-        device: Device of the result.
-
-    >>> specials_first(6, 1, 2, 1, (), device=torch.device("cpu"))[0].tolist()
-    [0, 4, 5, 1, 2, 3]
-    """
-    is_special = torch.zeros(n, dtype=torch.bool, device=device)
-    is_special[:prefix] = True
-    is_special[n - suffix :] = True
-    length = (n - prefix - suffix) // views
-    for view in range(views if specials else 0):
-        at = torch.tensor(specials, device=device) + prefix + view * length
-        is_special[at] = True
-    order = torch.argsort((~is_special).to(torch.uint8), stable=True)
-    return order, torch.argsort(order)
-
-
-def special_order(structure: Structure, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`specials_first` for a sequence of ``n`` tokens, cached for later calls."""
-    parts = structure.prefix, structure.suffix, structure.views, structure.specials
-    orders: tuple[Tensor, Tensor] = geometry.table(specials_first, n, *parts, device=device)
-    return orders

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from sparsiattn.attention.auto_options import TILE_FROM, auto_options
-from sparsiattn.attention.geometry import Grid, Tile
+from sparsiattn.attention.geometry import Grid, Sides, Tile
 from sparsiattn.attention.key_lists import KeyLists
 from sparsiattn.attention.layout import stage_grid
 from sparsiattn.attention.site import Site
@@ -123,7 +124,7 @@ def tile_lines(
         if not isinstance(expected.pattern, KeyLists) or runtime.dense:
             continue
         site = site_at(runtime.site, run)
-        tile = runtime.strategy.tile_for(runtime.site.tokens)
+        tile = runtime.strategy.tile_sides(runtime.site.tokens)
         choice = runtime.strategy.tile, tile, site.tokens
         if choice not in lines:
             lines[choice] = _tile_line(runtime, site, expected.choice.expected)
@@ -132,7 +133,7 @@ def tile_lines(
 
 def _tile_line(runtime: SiteRuntime, site: Site, speed: float) -> str:
     strategy, image = runtime.strategy, runtime.site
-    tile = strategy.tile_for(image.tokens)
+    tile = strategy.tile_sides(image.tokens)
     head = f"tile {shape_text(tile)} ({_why(strategy, image)}): {_meaning(tile)}"
     other: Tile = SMALL_TILE if tile == 1 else 1
     if tile == 1 and site.tokens >= TILE_FROM:
@@ -159,7 +160,7 @@ def _why(strategy: Strategy, site: Site) -> str:
     return f"auto: {site.tokens:,} tokens, {side} {TILE_FROM:,}"
 
 
-def _meaning(tile: Tile) -> str:
+def _meaning(tile: int | Sides) -> str:
     if isinstance(tile, int):
         return "one key list per query"
-    return f"one key list for up to {tile[0] * tile[1]} queries"
+    return f"one key list for up to {math.prod(tile)} queries"

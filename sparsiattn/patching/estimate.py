@@ -15,6 +15,7 @@ from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.token_order import TokenOrder
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import PLANNING, Planning, Work
@@ -73,7 +74,7 @@ def expect_all(state: PatchState, run: DryRun | None) -> Iterator[tuple[SiteRunt
     cross_layer = CrossLayerState(state.key)
     for runtime in state.runtimes:
         changed = cross_layer.copy()
-        changed.forgets = runtime.site.calls > 1
+        changed.forgets = runtime.site.calls > 1 and not runtime.site.packed
         yield runtime, expect(runtime, run, changed)
         if not (runtime.dense or changed.forgets):
             cross_layer = changed
@@ -129,7 +130,9 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
     They are meta tensors, unless the dry run ran with values.
     """
     site, strategy = site_at(runtime.site, run), runtime.strategy
-    tile = strategy.tile_for(runtime.site.tokens)
+    views = site.views if site.grid == site.key_grid and site.grid[0] > 1 else 1
+    tile = strategy.tile_for(runtime.site.tokens, views)
+    depth = strategy.depth_for(views) if tile != 1 else 1
     module = runtime.planner if isinstance(runtime.planner, nn.Module) else runtime.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     like = next(runtime.module.parameters(), None) if like is None else like
@@ -149,9 +152,11 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         _dry_bias(runtime, site, empty),
         site,
         tile=tile,
-        block=strategy.block_for(site.keys, tile),
+        block=strategy.block_for(site.keys, tile, views),
         token_state=None if reached is None else reached.token_state,
         target_device=None if like is None else like.device,
+        views=site.views // depth if depth > 1 else 0,
+        order=TokenOrder(site.tokens, depth=depth) if depth > 1 else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from sparsiattn.attention.geometry import Grid
+from sparsiattn.attention.geometry import Grid, Sides
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption
 from sparsiattn.strategies.base import Strategy
@@ -28,22 +28,23 @@ def check_grids(configs: Mapping[Site, Strategy]) -> None:
     for site, config in placed.items():
         _check_background(site, config)
     for name, grids in (
-        ("tile", {site: _of_one_view(site.grid, site) for site in placed}),
-        ("block", {site: _of_one_view(site.key_grid, site) for site in placed}),
+        ("tile", {site: _views_and_sides(site.grid, site) for site in placed}),
+        ("block", {site: _views_and_sides(site.key_grid, site) for site in placed}),
     ):
         asked = {getattr(config, name) for config in placed.values()}
         for sides in sorted(side for side in asked if isinstance(side, tuple)):
             _check_sides(name, sides, grids.values())
 
 
-def _of_one_view(grid: Grid, site: Site) -> Grid:
-    """Rows and columns of one of the site's images."""
+def _views_and_sides(grid: Grid, site: Site) -> tuple[int, int, int]:
+    """Number of the site's images or frames, and the rows and columns of one of them."""
     rows, columns = grid
-    return (rows // site.views, columns) if rows % site.views == 0 else grid
+    fits = rows % site.views == 0
+    return (site.views, rows // site.views, columns) if fits else (1, rows, columns)
 
 
 def _check_background(site: Site, config: Strategy) -> None:
-    g, (rows, columns) = config.background, _of_one_view(site.key_grid, site)
+    g, (rows, columns) = config.background, _views_and_sides(site.key_grid, site)[1:]
     default = type(config).__dataclass_fields__["background"].default
     if not isinstance(g, int) or g == default or not rows * columns:
         return
@@ -56,18 +57,19 @@ def _check_background(site: Site, config: Strategy) -> None:
         )
 
 
-def _check_sides(name: str, sides: tuple[int, int], grids: Iterable[Grid]) -> None:
+def _check_sides(name: str, sides: Sides, grids: Iterable[tuple[int, int, int]]) -> None:
     if any(_fits(sides, grid) for grid in grids):
         return
-    rows, columns = max(grids, key=math.prod)
+    largest: Sides = max(grids, key=math.prod)[-len(sides) :]
     raise InvalidOption(
-        f"no site of this model has a grid for {name}={sides}: the largest is {rows} x {columns} "
-        f"patches; use at most {name}=({rows}, {columns}), or {name}='auto'"
+        f"no site of this model has a grid for {name}={sides}: the largest is "
+        f"{' x '.join(map(str, largest))} patches; use at most {name}={largest}, or {name}='auto'"
     )
 
 
-def _fits(sides: tuple[int, int], grid: Grid) -> bool:
+def _fits(sides: Sides, grid: tuple[int, int, int]) -> bool:
     """Whether a tile lies within a grid; in a single row it is a run of tokens."""
-    if grid[0] == 1:
-        return math.prod(sides) <= grid[1]
-    return sides[0] <= grid[0] and sides[1] <= grid[1]
+    if grid[:2] == (1, 1):
+        return math.prod(sides) <= grid[2]
+    wanted = sides if len(sides) == 3 else (1, *sides)
+    return all(side <= most for side, most in zip(wanted, grid, strict=True))

@@ -14,7 +14,7 @@ from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.class_swap import Hooked, mark_hooked, swap_class_back
 from sparsiattn.runtime.compiled_parts import RefuseCompiledParts, places_that_hand_on
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
-from sparsiattn.runtime.image import WatchImage, WatchMap
+from sparsiattn.runtime.image import ForgetPacked, WatchImage, WatchMap, WatchPacked
 from sparsiattn.runtime.lifting import drop, lift, put_off_sums_of, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
 from sparsiattn.runtime.multihead import RefuseWeights, swap, swap_back
@@ -58,6 +58,11 @@ def hook_up(state: PatchState, backbone: Backbone) -> None:
     else:
         image = backbone.image_module(model)
         hooks.append(image.register_forward_pre_hook(WatchImage(state), with_kwargs=True))
+    packed = state.attention.packed
+    if packed is not None:
+        taker = model.get_submodule(packed.module)
+        hooks.append(taker.register_forward_pre_hook(WatchPacked(state, packed), with_kwargs=True))
+        hooks.append(taker.register_forward_hook(ForgetPacked(state), always_call=True))
     # before the hooks of sites, since the model itself may be a site
     hooks.append(model.register_forward_pre_hook(EnterModel(state), with_kwargs=True))
     state.leave_hook = model.register_forward_hook(LeaveModel(state), always_call=True)

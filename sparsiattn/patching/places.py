@@ -52,7 +52,7 @@ def require_ends(tokens: TokenStrategy, sites: Iterable[Site]) -> None:
             the ends of a sequence.
     """
     for site in sites:
-        if not site.placed:
+        if not site.placed or site.packed:
             _require_known(tokens, site)
         _check_suffix(tokens, site)
 
@@ -66,6 +66,7 @@ def unknown_places(strategy: Config, site: Site) -> str:
     """The error for a strategy that needs token positions at a site where they are not known."""
     problem = "may not be patches" if site.is_guess else "belong to several views"
     problem = problem if site.raster else "are not in raster order"
+    problem = "have a grid of their own in every image" if site.packed else problem
     return (
         f"{strategy.name!r} needs to know where tokens are in the image, but those of site "
         f"{site.name!r} {problem}: {site.structure}; {_TYPE}, or use an attention strategy that "

@@ -331,13 +331,13 @@ def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -
         name=site.name,
         strategy=strategy.name,
         k=k if isinstance(k, (int, float)) else None,
-        tile=strategy.tile_for(runtime.site.tokens),
+        tile=strategy.tile_sides(runtime.site.tokens),
         kernel="dense" if dense else choice.kernel.name,
         density=1.0 if dense else _density(pattern),
         macs_dense=runtime.site.macs,
         macs=site.macs if dense else _macs(site, pattern),
         # calls that share their keys plan once
-        predictor_macs=0 if dense else expected.macs * (1 if site.shared else site.calls),
+        predictor_macs=0 if dense else round(expected.macs * (1 if site.shared else _calls(site))),
         expected=1.0 if dense else choice.expected,
         ran=runtime.last_choice is not None,
         tokens=site.tokens,
@@ -390,4 +390,9 @@ def summary_pairs(pattern: Pattern) -> int:
 
 def _macs(site: Site, pattern: Pattern) -> int | None:
     per_head = pattern.macs(site.head_dim, site.value_dim)
-    return None if per_head is None else round(per_head * site.heads * site.windows * site.calls)
+    return None if per_head is None else round(per_head * site.heads * site.windows * _calls(site))
+
+
+def _calls(site: Site) -> float:
+    """Number of a site's calls; smaller images count in proportion to their pairs of tokens."""
+    return sum((length / site.tokens) ** 2 for length in site.lengths) or site.calls

@@ -12,6 +12,7 @@ from torch import nn
 from sparsiattn.attention.example import Example
 from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.packing import PackedInput
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, NothingToPatch, ProbeFailed, SparsiattnError
 from sparsiattn.patching.discovery.backbone import Backbone, backbone_named, backbone_of
@@ -27,6 +28,7 @@ from sparsiattn.patching.discovery.meta_model import (
     meta_copy,
     value_copy,
 )
+from sparsiattn.patching.discovery.packed import packing_of, with_packed_images
 from sparsiattn.patching.discovery.probe import AttentionCall, MapSource, probe
 from sparsiattn.patching.flop_counter import MacTally
 from sparsiattn.runtime.patch_state import ModelAttention, PatchState
@@ -48,6 +50,8 @@ class ModelSurvey:
         given: The layout of the model's sequences as the user gave it.
         entrances: As in `Probe`.
         macs: Multiply-accumulates of the dense model for one image; None if not all are known.
+        packed: How the model takes several images as one sequence; None if it does not, or if the
+            order of their patches is not known.
     """
 
     backbone: Backbone
@@ -61,6 +65,7 @@ class ModelSurvey:
     given: GivenStructure | None = None
     entrances: tuple[str, ...] = ()
     macs: int | None = None
+    packed: PackedInput | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,6 +110,7 @@ class ModelSurvey:
             map_module=self.map_module,
             entrances=self.entrances,
             macs=self.macs,
+            packed=self.packed,
             map_size=(self.shape[-2], self.shape[-1]) if tokens is None else tokens.size,
         )
 
@@ -170,8 +176,12 @@ def _survey_with(
     for override in backbone.attribute_overrides(copied):
         override.apply()
     tally = MacTally(strict=False)
-    run = probe(copied, inputs_of(example, copied, backbone), tally)
-    sites, skipped = backbone.sites(run.calls, _aspect(model, backbone, example.shape), names)
+    packed = backbone.packed_input(copied)
+    run = probe(copied, inputs_of(example, copied, backbone), tally, packed)
+    if run.packing is None and packed is not None and example.arguments is not None:
+        run = replace(run, packing=packing_of(packed, copied, example.arguments))
+    packed, calls = with_packed_images(packed, run)
+    sites, skipped = backbone.sites(calls, _aspect(model, backbone, example.shape), names)
     skipped += run.softmaxes
     if given is not None:
         sites = _with_structure(sites, given)
@@ -179,7 +189,7 @@ def _survey_with(
         backbone,
         example,
         copied,
-        run.calls,
+        calls,
         sites,
         skipped,
         run.returned,
@@ -187,6 +197,7 @@ def _survey_with(
         given=given,
         entrances=run.entrances,
         macs=tally.macs,
+        packed=packed,
     )
 
 

@@ -29,14 +29,13 @@ def state_at(
         site: The site.
         owner: Its patch.
         first: Whether the site is the first that stores anything.
-        group: Identifies the images of this call, if the images of a padded batch attend
-            separately.
+        group: Identifies the images of this call, if the images of a batch attend separately.
 
     Raises:
         ModelChanged: A checkpoint recomputes the site, but not the earlier ones that stored state.
     """
     separate = group is None and isinstance(BLOCK_CALL.token_state, PackedTokens)
-    if site.calls > 1 or separate:
+    if (site.calls > 1 and group is None) or separate:
         return CrossLayerState(owner.key, forgets=True)
     state = MODEL_CALL.cross_layer
     if state is not None and state.owner == owner.key:

@@ -1,8 +1,8 @@
-"""The size of the feature map that tokens are made of, from which sites get the token grid."""
+"""The sizes of feature maps and images in a pass, from which sites get the token grid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE
-from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch
+from sparsiattn.attention.packing import PackedInput, Packing, sizes_of_rows
+from sparsiattn.errors import InvalidOption
+from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch, tensors_in
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import SWITCHING, PatchState
 from sparsiattn.runtime.thread_state import MODEL_CALL
@@ -21,6 +23,16 @@ def _note(owner: PatchState, size: Grid) -> None:
     if torch.compiler.is_compiling():
         return
     owner.image = size  # for a backward pass in another thread
+    if not owner.recalls_maps and torch.is_grad_enabled():
+        _recall_maps(owner)
+
+
+def note_packing(owner: PatchState, packing: Packing | None) -> None:
+    """Note the sizes of the images in a sequence of several; None at its end."""
+    MODEL_CALL.packing = None if packing is None else (owner.key, packing)
+    if packing is None or torch.compiler.is_compiling():
+        return
+    owner.packing = packing
     if not owner.recalls_maps and torch.is_grad_enabled():
         _recall_maps(owner)
 
@@ -62,7 +74,7 @@ class RecallMap:
 
     def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
-        self.entered: RecomputeCache[tuple[int, int, int]] = RecomputeCache()
+        self.entered: RecomputeCache[tuple[Any, Any]] = RecomputeCache()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args and isinstance(args[0], Tensor) else first_argument(args, kwargs)
@@ -71,9 +83,12 @@ class RecallMap:
         if torch.compiler.is_compiling() or is_functorch(x):
             return
         if torch._C._current_graph_task_id() >= 0:  # in a backward pass
-            MODEL_CALL.image = self.entered.find(x) or MODEL_CALL.image
-        elif MODEL_CALL.image is not None and MODEL_CALL.image[0] == self.owner.key:
-            self.entered.note(x, MODEL_CALL.image)
+            noted = self.entered.find(x) or (MODEL_CALL.image, MODEL_CALL.packing)
+            MODEL_CALL.image, MODEL_CALL.packing = noted
+            return
+        noted = MODEL_CALL.image, MODEL_CALL.packing
+        if any(record is not None and record[0] == self.owner.key for record in noted):
+            self.entered.note(x, noted)
 
 
 class WatchImage:
@@ -88,3 +103,66 @@ class WatchImage:
             _note(self.owner, (image.shape[-2], image.shape[-1]))
         elif isinstance(image, Mapping):
             _note(self.owner, NO_IMAGE)
+
+
+class WatchPacked:
+    """Forward pre-hook of the module that takes several images: notes their sizes."""
+
+    def __init__(self, owner: PatchState, packed: PackedInput) -> None:
+        self.owner, self.packed = owner, packed
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or self.owner.disabled_here:
+            packing = None
+        else:
+            packing = read_packing(self.packed, module, args, kwargs)
+        note_packing(self.owner, packing)
+
+
+class ForgetPacked:
+    """Forward hook of that module: the sizes do not hold for parts that run on their own later."""
+
+    def __init__(self, owner: PatchState) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        note_packing(self.owner, None)
+
+
+def read_packing(
+    packed: PackedInput, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Packing | None:
+    """The sizes of the images of one call; None if the call does not state them.
+
+    Args:
+        packed: How the module takes images.
+        module: The module.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        InvalidOption: They do not add up to the number of patches.
+    """
+    given = packed.arguments(module.forward, args, kwargs)
+    sizes, bounds = given.get(packed.sizes), given.get(packed.bounds)
+    if packed.by_row:
+        images = sizes_of_rows(sizes) if isinstance(sizes, Tensor) and not sizes.is_meta else None
+        return None if images is None else packed.packing(images)
+    if not isinstance(sizes, Tensor) or sizes.is_meta or sizes.dim() != 2 or sizes.shape[1] != 3:
+        return None
+    rows = sizes.tolist()
+    packing = packed.packing([(frames, height, width) for frames, height, width in rows])
+    patches = [x for x in tensors_in((args, dict(kwargs))) if x.is_floating_point()]
+    if patches and len(patches[0]) != packing.tokens:
+        raise InvalidOption(
+            f"{packed.sizes} gives {packing.tokens} patches ({packing}), but the model got "
+            f"{len(patches[0])}: frames x rows x columns of all images must add up to that"
+        )
+    if isinstance(bounds, Tensor) and not bounds.is_meta:
+        lengths = bounds.diff().tolist()
+        if packing.follow(lengths) is None:
+            raise InvalidOption(
+                f"{packed.bounds} gives sequences of {lengths} tokens, but {packed.sizes} gives "
+                f"{packing.tokens} patches ({packing}): each image or frame must be a sequence"
+            )
+    return packing

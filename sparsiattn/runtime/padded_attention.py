@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention.layout import HostCall, Maps, patch_grid
+from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.padding import (
     BY_IMAGE,
@@ -102,13 +103,14 @@ def attend_own(
     if runtime.decide(call.k.shape[-2]) is Decision.HOST:
         return runtime.host(call)
     # patterns that a second call of the module must share
-    shared: dict[int, Any] = SITE_CALLS.shared if isinstance(SITE_CALLS.shared, dict) else {}
+    shared: dict[Any, Any] = SITE_CALLS.shared if isinstance(SITE_CALLS.shared, dict) else {}
 
-    def sparse(part: HostCall, length: int) -> Tensor:
-        SITE_CALLS.shared = shared.pop(length, None)
-        out = runtime.attention(planner, part, state, group=length)
+    def sparse(part: HostCall, grid: PackedPart | None) -> Tensor:
+        group = part.k.shape[-2], grid
+        SITE_CALLS.shared = shared.pop(group, None)
+        out = runtime.attention(planner, part, state, group, grid)
         if SITE_CALLS.shared is not None:
-            shared[length] = SITE_CALLS.shared
+            shared[group] = SITE_CALLS.shared
         return out
 
     out = attend_by_group(call, runtime.layout, own, sparse, runtime.host)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Maps
+from sparsiattn.attention.packing import Packing
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.open_call import OpenCall
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, Carried, in_backward
@@ -41,6 +42,7 @@ class PatchOwner:
         alive: False after `unpatch`. An interrupt can leave a scope open longer than that.
         image: Rows and columns of the last feature map that tokens were made of, for a backward
             pass that recomputes blocks in another thread.
+        packing: Sizes of the images of the last sequence of several, for the same.
         map_size: Rows and columns of that map at patch time.
         tokens: The token strategy; None if there is none.
         proportional: Whether attention weights merged tokens by their size.
@@ -64,6 +66,7 @@ class PatchOwner:
         self.key = new_key()
         self.alive = True
         self.image: Grid | None = None
+        self.packing: Packing | None = None
         self.tokens: TokenStrategy | None = None
         self.proportional = False
         self.reads_prefix = False
@@ -159,3 +162,13 @@ class PatchOwner:
         image = MODEL_CALL.image
         now = image[1:] if image is not None and image[0] == self.key else self.image
         return None if now is None else (now, self.map_size)
+
+    def packing_here(self) -> Packing | None:
+        """Sizes of the images in the current sequence of this thread's forward pass.
+
+        None if they are not known: in a compiled model, and in parts of it that run on their own.
+        """
+        noted = MODEL_CALL.packing
+        if noted is not None and noted[0] == self.key:
+            return noted[1]
+        return self.packing if in_backward() else None

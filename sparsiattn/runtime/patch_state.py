@@ -14,6 +14,7 @@ from sparsiattn.attention.example import Example
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.given_structure import GivenStructure
 from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.packing import PackedInput
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
 from sparsiattn.runtime import settings
@@ -51,6 +52,7 @@ class ModelAttention:
         map_size: Rows and columns of its output, or of the image.
         entrances: Paths of modules that a checkpoint may recompute with the same input.
         macs: Multiply-accumulates of the dense model for one image; None if not all are known.
+        packed: How the model takes several images as one sequence; None if it does not.
     """
 
     backbone: str
@@ -64,6 +66,7 @@ class ModelAttention:
     map_size: Grid = (1, 1)
     entrances: tuple[str, ...] = ()
     macs: int | None = None
+    packed: PackedInput | None = None
 
 
 class PatchState(PatchOwner):

@@ -17,6 +17,7 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import HostCall, Maps, canonical
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.packed import PackedTokens
+from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.padded import PaddedTokens
 from sparsiattn.attention.padding import OwnTokens, with_explicit_mask
 from sparsiattn.attention.token_state import TokenState
@@ -70,14 +71,28 @@ def reduced_attention(
     return _of_state(runtime, planner, state, call)
 
 
-def full_attention(runtime: SiteRuntime, planner: Planner, call: HostCall) -> Tensor:
-    """The result of a host's call over a sequence with every token, in the host's layout."""
+def full_attention(
+    runtime: SiteRuntime,
+    planner: Planner,
+    call: HostCall,
+    part: PackedPart | None = None,
+    group: Hashable = None,
+) -> Tensor:
+    """The result of a host's call over a sequence with every token, in the host's layout.
+
+    Args:
+        runtime: The site.
+        planner: Its planner.
+        call: The host's arguments.
+        part: As in `canonical`.
+        group: Identifies the image of this call, if several attend separately.
+    """
     if runtime.decide(call.k.shape[-2]) is Decision.HOST:
         return runtime.host(call)
     call, own = find_own_tokens(runtime, call)
     if own is not None:
         return attend_own(runtime, planner, call, own)
-    return runtime.attention(planner, call)
+    return runtime.attention(planner, call, group=group, part=part)
 
 
 def _found_padding(runtime: SiteRuntime, call: HostCall) -> tuple[HostCall, OwnTokens | None]:

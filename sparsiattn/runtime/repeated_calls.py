@@ -167,7 +167,7 @@ def _took_operands_as_they_are(
     # the window of a host may change without changing the call
     if getattr(runtime.module, "window_size", None) is not None or inputs.token_state is not None:
         return False
-    plain_layout = runtime.layout.form == "b h n d" and not runtime.site.reordered
+    plain_layout = runtime.layout.form == "b h n d" and inputs.order is None
     return plain_layout and inputs.q is call.q and inputs.k is call.k and inputs.v is call.v
 
 

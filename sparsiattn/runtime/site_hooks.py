@@ -17,6 +17,7 @@ from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.ownership import runs_in_another, surroundings
+from sparsiattn.runtime.packed_images import packed_attention
 from sparsiattn.runtime.patch_owner import new_key
 from sparsiattn.runtime.reduced_attention import full_attention, reduced_attention
 from sparsiattn.runtime.sdpa_intercept import (
@@ -46,6 +47,8 @@ def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
     def route(call: HostCall) -> Tensor:
         planner = runtime.planner if replica is None else cast(Planner, replica)
         state = BLOCK_CALL.token_state
+        if runtime.site.packed and state is None:
+            return packed_attention(runtime, planner, call)
         if state is None and replica is None:
             out = runtime.repeated.run(runtime, call)
             if out is not None:
@@ -92,6 +95,7 @@ class OpenScope(ScriptRefusal):
             push(self.route, self.key)
         if self.runtime.site.shared:
             SITE_CALLS.shared = None
+        SITE_CALLS.offset = 0
         if self.runtime.first_cross_layer:
             forget_abandoned()
             MODEL_CALL.cross_layer = None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.layout import HostCall, Layout, canonical, host_order, specials_first
+from sparsiattn.attention.layout import HostCall, Layout, canonical, host_order, planner_order
+from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import TokenState
@@ -155,6 +156,7 @@ class SiteRuntime:
         call: HostCall,
         token_state: TokenState | None = None,
         group: Hashable = None,
+        part: PackedPart | None = None,
     ) -> Tensor:
         """The result of the host's call, in the host's own layout.
 
@@ -163,13 +165,14 @@ class SiteRuntime:
             call: The host's arguments, with the mask reduced to the remaining tokens.
             token_state: The remaining tokens, in blocks that carry fewer; else None.
             group: Identifies the images of this call, if the images of a batch attend separately.
+            part: As in `canonical`.
         """
         decision = self.decide(call.k.shape[-2])
         block_asks = token_state is not None and BLOCK_CALL.wants_attention
         block_asks = block_asks and BLOCK_CALL.attention is None
         if decision is Decision.HOST and not block_asks:
             return self.host(call)
-        inputs = self.inputs(call, token_state, group)
+        inputs = self.inputs(call, token_state, group, part)
         if block_asks:
             BLOCK_CALL.attention = inputs
         if decision is Decision.HOST:
@@ -183,7 +186,11 @@ class SiteRuntime:
         return out
 
     def inputs(
-        self, call: HostCall, token_state: TokenState | None, group: Hashable = None
+        self,
+        call: HostCall,
+        token_state: TokenState | None,
+        group: Hashable = None,
+        part: PackedPart | None = None,
     ) -> AttentionInputs:
         """The operands in the form that strategies and kernels take."""
         inputs = canonical(
@@ -193,8 +200,10 @@ class SiteRuntime:
             self.owner.maps(),
             tile_for=self.strategy.tile_for,
             block_for=self.strategy.block_for,
+            depth_for=self.strategy.depth_for,
             window=getattr(self.module, "window_size", None),
             token_state=token_state,
+            part=part,
         )
         if self.strategy.uses_cross_layer_state:
             state = state_at(self.site, self.owner, first=self.first_cross_layer, group=group)
@@ -222,12 +231,12 @@ class SiteRuntime:
             out = self.host(call)
             # converting the host's layout is only needed for planners that read the result
             if hasattr(planner, "after"):
-                planner.after(inputs, specials_first(self.layout.fold(out), self.site))
+                planner.after(inputs, planner_order(self.layout.fold(out), inputs))
             return out
         choice, heads = self._compute_pattern(inputs, pattern)
         self.repeated.note(self, call, inputs, pattern, choice)
         notify_planner(planner, inputs, heads)
-        return self.layout.unfold(host_order(heads, self.site), call.q)
+        return self.layout.unfold(host_order(heads, inputs), call.q)
 
     def _in_groups(
         self, planner: Planner, inputs: AttentionInputs, call: HostCall, size: int
@@ -238,7 +247,7 @@ class SiteRuntime:
             pattern = self._metered_plan(planner, group)
             out[:, heads] = self._compute_pattern(group, pattern)[1]
         notify_planner(planner, inputs, out)
-        return self.layout.unfold(host_order(out, self.site), call.q)
+        return self.layout.unfold(host_order(out, inputs), call.q)
 
     def _metered_plan(self, planner: Planner, inputs: AttentionInputs) -> Pattern:
         meter = settings.meter

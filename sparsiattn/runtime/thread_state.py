@@ -19,6 +19,7 @@ from sparsiattn.attention.cross_layer_state import CrossLayerState
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.attention.packed import PackedTokens
+from sparsiattn.attention.packing import Packing
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.token_state import TokenState
 from sparsiattn.runtime.open_call import NestedCall, OpenCall
@@ -51,6 +52,9 @@ class SiteCalls(threading.local):
             batch, patterns by number of own tokens.
         deferred: Whether attention is being called for deferred scores of the scope's module. Their
             values may be needed inside another module, as in a dropout or a hook.
+        offset: How many tokens of a sequence of several images the running site has attended to.
+        offset: How many tokens of a sequence of several images the innermost such site has attended
+            to.
     """
 
     # without an instance dictionary: Dynamo would write into it, and another frame that is compiled
@@ -62,6 +66,7 @@ class SiteCalls(threading.local):
     routed: set[int] = field(default_factory=set)
     shared: Pattern | dict[int, Pattern] | None = None
     deferred: bool = False
+    offset: int = 0
 
 
 @dataclass(eq=False)
@@ -107,12 +112,14 @@ class ModelCall(threading.local):
         inside: Keys of the patches whose model is running.
         features: Keys of the patches whose caller needs the original token positions.
         image: Key of a patch, and the height and width of its current image in patches.
+        packing: Key of a patch, and the sizes of the images in its current sequence.
         cross_layer: State that sites of this forward pass stored for later ones.
     """
 
     inside: tuple[int, ...] = ()
     features: tuple[int, ...] = ()
     image: tuple[int, int, int] | None = None
+    packing: tuple[int, Packing] | None = None
     cross_layer: CrossLayerState | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from sparsiattn.attention.auto_options import auto_background, auto_block, auto_options
 from sparsiattn.attention.budget import Budget, at_most, check_budget, count_of
-from sparsiattn.attention.geometry import Grid, Tile
+from sparsiattn.attention.geometry import Grid, Sides, Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.site import Site
+from sparsiattn.attention.token_order import alternated, depth_of
 from sparsiattn.errors import InvalidOption, InvalidType, RenamedMembers
 from sparsiattn.strategies.config import Config
 from sparsiattn.strategies.planner_weights import PlannerWeights
@@ -51,10 +53,12 @@ class Strategy(Config):
 
     Args:
         tile: Queries that share one key list: 1, ``(rows, columns)`` of patches, or ``"auto"``: 1
-            below 1,024 tokens, ``(8, 4)`` below 2,304, else ``(8, 8)``.
+            below 1,024 tokens, ``(8, 4)`` below 2,304, else ``(8, 8)``. In videos also ``(frames,
+            rows, columns)``; a tile spans at most that many frames, as many as divide their number.
         block: Patch keys that are kept or dropped together if there are tiles: 1,
             ``(rows, columns)``, or ``"auto"`` for larger blocks with larger budgets. If the host's
-            mask forbids keys, keys are chosen one by one.
+            mask forbids keys, keys are chosen one by one. With a tile of frames it is ``(frames,
+            rows, columns)`` with as many frames; ``"auto"`` blocks span those frames, too.
         background: Pool dropped keys into g x g summary keys; ``"auto"`` for a g that suits the
             token grid (5 at 14 x 14, 10 at 37 x 37); None for no summary keys.
         prefix_keys: Whether CLS and register keys are always kept, within the budget.
@@ -69,6 +73,8 @@ class Strategy(Config):
         needs_grid: Whether the strategy needs to know the positions of tokens in the image.
         supports_views: Whether a strategy with ``needs_grid`` supports sequences of several images
             with special tokens between them; without it, such sequences are refused.
+        supports_frames: Whether tiles can span several frames of a video. `AttentionInputs.order`
+            tells how the rows of frames alternate in the grids then.
         plans_by_shape: Whether patterns depend on shapes and options only (for example because the
             kernel finds the keys), so that one plan serves all calls of the same shape. A subclass
             that overrides ``plan`` must set it again.
@@ -97,6 +103,7 @@ class Strategy(Config):
     uses_cross_layer_state: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     supports_views: ClassVar[bool] = False
+    supports_frames: ClassVar[bool] = False
     plans_by_shape: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -104,8 +111,8 @@ class Strategy(Config):
         if "plan" in vars(cls) and "plans_by_shape" not in vars(cls):
             cls.plans_by_shape = False
 
-    tile: Tile | str = field(default="auto", kw_only=True)
-    block: Tile | str = field(default=1, kw_only=True)
+    tile: int | Sides | str = field(default="auto", kw_only=True)
+    block: int | Sides | str = field(default=1, kw_only=True)
     background: int | str | None = field(default=None, kw_only=True)
     prefix_keys: bool = field(default=True, kw_only=True)
     max_keys: int | None = field(default=None, kw_only=True)
@@ -113,6 +120,7 @@ class Strategy(Config):
     def __post_init__(self) -> None:
         for name in ("tile", "block"):
             object.__setattr__(self, name, _check_tile(getattr(self, name), name))
+        self._check_frames()
         _check_background(self.background)
         if self.background is not None and not self.selects_keys:
             raise InvalidOption(
@@ -124,6 +132,24 @@ class Strategy(Config):
         k = getattr(self, "k", None)
         if "k" in self.option_names() and not (isinstance(k, (list, tuple)) or callable(k)):
             check_budget(k)
+
+    def _check_frames(self) -> None:
+        """Raise `InvalidOption` if tile or block cannot span so many frames."""
+        tile, block = (
+            sides[0] if isinstance(sides, tuple) and len(sides) == 3 else 1
+            for sides in (self.tile, self.block)
+        )
+        if max(tile, block) > 1 and not self.supports_frames:
+            raise InvalidOption(
+                f"tiles of {self.name!r} cannot span several frames, got tile={self.tile!r} and "
+                f"block={self.block!r}: use (rows, columns)"
+            )
+        groups = self.tile != 1 and isinstance(self.block, tuple) and math.prod(self.block) > 1
+        if groups and tile != block:
+            raise InvalidOption(
+                "block must span as many frames as tile, or be 1 or 'auto': got "
+                f"tile={self.tile!r} and block={self.block!r}"
+            )
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         """The pattern for one call; for strategies without state."""
@@ -162,14 +188,28 @@ class Strategy(Config):
         """Whether the budget covers every key, so that the host's own attention runs."""
         return self._count(n_keys) == n_keys
 
-    def tile_for(self, tokens: int) -> Tile:
-        """The tile for this number of tokens, with ``"auto"`` and ``(1, 1)`` resolved."""
+    def tile_sides(self, tokens: int) -> int | Sides:
+        """The tile for this number of tokens, with ``"auto"`` resolved; it may have three sides."""
         if self.tile == "auto":
             return auto_options(tokens).tile
         assert not isinstance(self.tile, str)
-        return 1 if self.tile == (1, 1) else self.tile
+        return 1 if self.tile in ((1, 1), (1, 1, 1)) else self.tile
 
-    def block_for(self, keys: int, tile: Tile | None = None) -> Tile:
+    def depth_for(self, views: int) -> int:
+        """Number of frames that a tile spans, if there are that many; see `TokenOrder`."""
+        return depth_of(1 if isinstance(self.tile, str) else self.tile, views)
+
+    def tile_for(self, tokens: int, views: int = 1) -> Tile:
+        """Rows and columns of a tile, with ``"auto"`` and ``(1, 1)`` resolved to a tile and to 1.
+
+        Args:
+            tokens: Number of queries, prefix included.
+            views: Number of frames. If a tile spans several, it has the rows of all of them.
+        """
+        tile = alternated(self.tile_sides(tokens), self.depth_for(views))
+        return 1 if tile == (1, 1) else tile
+
+    def block_for(self, keys: int, tile: Tile | None = None, views: int = 1) -> Tile:
         """The block for this number of keys, with ``"auto"`` resolved.
 
         It is 1 without tiles, and if prefix keys have to compete with patch keys.
@@ -178,14 +218,14 @@ class Strategy(Config):
             keys: Number of keys, prefix included.
             tile: Queries that share their keys; None for the tile that an image of this many tokens
                 gets.
+            views: As in `tile_for`.
         """
-        tile = self.tile_for(keys) if tile is None else tile
-        if tile == 1 or not self.prefix_keys or self.block in (1, (1, 1)):
+        tile = self.tile_for(keys, views) if tile is None else tile
+        if tile == 1 or not self.prefix_keys or self.block in (1, (1, 1), (1, 1, 1)):
             return 1
-        if self.block != "auto":
-            assert not isinstance(self.block, str)
-            return self.block
-        return auto_block(self._count(keys) or 0)
+        assert self.block == "auto" or not isinstance(self.block, str)
+        sides = auto_block(self._count(keys) or 0) if isinstance(self.block, str) else self.block
+        return alternated(sides, self.depth_for(views))
 
     def background_for(self, grid: Grid, views: int = 1) -> int | None:
         """The g of g x g summary keys for a grid of patch tokens, with ``"auto"`` resolved.
@@ -312,14 +352,15 @@ def rename_weights(module: LearnedPlanner, state: dict[str, Any], prefix: str, *
             state[prefix + new] = state.pop(prefix + old)
 
 
-def _check_tile(tile: object, name: str) -> Tile | str:
+def _check_tile(tile: object, name: str) -> int | Sides | str:
     if tile == "auto" or (tile == 1 and not isinstance(tile, bool)):
         return tile
     sides = tuple(tile) if isinstance(tile, (tuple, list)) else ()
-    if len(sides) == 2 and all(type(s) is int and s >= 1 for s in sides):
+    if len(sides) in (2, 3) and all(type(s) is int and s >= 1 for s in sides):
         return sides
     raise InvalidOption(
-        f"{name} must be 1, (rows, columns) of patches, each >= 1, or 'auto'; got {tile!r}"
+        f"{name} must be 1, (rows, columns) or (frames, rows, columns) of patches, each >= 1, or "
+        f"'auto'; got {tile!r}"
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsiattn.attention import geometry
 from sparsiattn.attention.budget import blocks_within
 from sparsiattn.attention.derivatives import is_tracing, is_transformed
-from sparsiattn.attention.geometry import Grid, Tile
+from sparsiattn.attention.geometry import Grid, Sides, Tile
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.logits import products
 from sparsiattn.attention.pattern import Pattern, Ranked
@@ -22,12 +22,7 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.top_logits import TopLogits
 from sparsiattn.errors import InvalidOption, renamed_property
 from sparsiattn.kernels.native import scores as native
-from sparsiattn.strategies.base import (
-    Budgets,
-    LearnedPlanner,
-    Strategy,
-    spawn,
-)
+from sparsiattn.strategies.base import Budgets, LearnedPlanner, Strategy, spawn
 from sparsiattn.strategies.basis import (
     basis_cells,
     channel_maps,
@@ -109,9 +104,10 @@ class Connectivity(Strategy):
         " summary keys and the start without training are this library's"
     )
 
+    supports_frames = True
     k: Budgets = 0.25
     scores: str = field(default="auto", kw_only=True)
-    block: Tile | str = field(default="auto", kw_only=True)
+    block: int | Sides | str = field(default="auto", kw_only=True)
     tokens_per_basis: float | None = None
     basis: int | None = None
     channels: int | None = None
@@ -176,7 +172,11 @@ class ConnectivityPlanner(LearnedPlanner):
     def __init__(self, strategy: Connectivity, site: Site) -> None:
         super().__init__()
         self.strategy = strategy
-        self.grid = unit_grid(site.key_grid, strategy.block_for(site.keys), site.views)
+        block, depth = (
+            strategy.block_for(site.keys, views=site.views),
+            strategy.depth_for(site.views),
+        )
+        self.grid = unit_grid(site.key_grid, block, site.views // depth)
         self.prefix = site.prefix_tokens
         self.cells = basis_cells(site.key_grid, strategy.tokens_per_basis, strategy.basis)
         down, up = self._initial_tables()

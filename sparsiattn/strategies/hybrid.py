@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsiattn.attention.budget import Budget
-from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.geometry import Sides
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.registry.registry import REGISTRY
@@ -58,7 +58,7 @@ class Hybrid(Config):
     layers: Sequence[int] | None = None
     attention: Any = "connectivity"
     tokens: Any = "token_drop"
-    tile: Tile | str | None = None
+    tile: int | Sides | str | None = None
     background: int | str | None = "default"
     prefix_keys: bool | None = None
     max_keys: int | None = None

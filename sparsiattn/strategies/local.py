@@ -34,6 +34,7 @@ class Local(Strategy):
 
     needs_grid = True
     supports_views = True
+    supports_frames = True
 
     k: Budgets = 0.25
     background: int | str | None = field(default=2, kw_only=True)
@@ -43,7 +44,8 @@ class Local(Strategy):
             views = inputs.views if inputs.views == inputs.key_views else 1
             block = 1 if inputs.blocks is None else inputs.block
             grids = inputs.query_grid, inputs.key_grid
-            options = inputs.prefix, inputs.tile, block, inputs.site.halo, views
+            depth = 1 if inputs.order is None else inputs.order.depth
+            options = inputs.prefix, inputs.tile, block, inputs.site.halo, views, depth
             # a program of Dynamo builds the table in every call, where sorting takes too long
             build = unique_nearness if torch.compiler.is_dynamo_compiling() else nearness_ranks
             scores = inputs.table(build, *grids, *options)
@@ -76,6 +78,7 @@ def unique_nearness(
     block: Tile,
     halo: int,
     views: int = 1,
+    depth: int = 1,
     *,
     device: torch.device,
 ) -> Tensor:
@@ -92,9 +95,10 @@ def unique_nearness(
         block: As in `AttentionInputs`; 1 for scores of single keys.
         halo: Number of key patches by which keys extend beyond the queries on every side.
         views: Number of images or frames in the grids; they are one patch apart.
+        depth: Number of frames whose rows alternate within each view; see `TokenOrder`.
         device: Device of the result.
     """
-    scores = nearness(queries, keys, tile, halo, views, device=device)
+    scores = nearness(queries, keys, tile, halo, views, depth, device=device)
     if not isinstance(block, int):
         scores = geometry.tiles(keys, block, views, device=device).mean(scores.mT).mT
         prefix = 0
@@ -108,7 +112,14 @@ def unique_nearness(
 
 
 def nearness(
-    queries: Grid, keys: Grid, tile: Tile, halo: int, views: int = 1, *, device: torch.device
+    queries: Grid,
+    keys: Grid,
+    tile: Tile,
+    halo: int,
+    views: int = 1,
+    depth: int = 1,
+    *,
+    device: torch.device,
 ) -> Tensor:
     """Minus the squared distance in units of key patches, ``[R, m]``.
 
@@ -116,29 +127,34 @@ def nearness(
     distance from a tile's queries differs by a constant, so it would rank keys in the same way.)
     The arguments are those of `unique_nearness`.
     """
-    sides = (keys[0] // views, keys[1], views)
+    frames = views * depth
+    sides = (keys[0] // frames, keys[1], frames)
     size = torch.tensor(sides, device=device, dtype=torch.double)
     inner = torch.tensor([halo, halo, 0.0], device=device, dtype=torch.double)
-    q = places(queries, views, device=device) * (size - 2 * inner) + inner
-    k = places(keys, views, device=device) * size
+    q = places(queries, views, depth, device=device) * (size - 2 * inner) + inner
+    k = places(keys, views, depth, device=device) * size
     if not isinstance(tile, int):
         q = geometry.tiles(queries, tile, views, device=device).mean(q)
     apart = [(q[:, None, axis] - k[None, :, axis]).square() for axis in range(3)]
     return -(apart[0] + apart[1] + apart[2])
 
 
-def places(grid: Grid, views: int, *, device: torch.device) -> Tensor:
-    """Row, column and view of every token, ``[n, 3]``, in unit coordinates, float64, in (0, 1).
+def places(grid: Grid, views: int, depth: int = 1, *, device: torch.device) -> Tensor:
+    """Row, column and frame of every token, ``[n, 3]``, in unit coordinates, float64, in (0, 1).
 
     >>> places((4, 1), 2, device=torch.device("cpu")).tolist()[2]
     [0.25, 0.5, 0.75]
+    >>> places((4, 1), 1, 2, device=torch.device("cpu")).tolist()[1]
+    [0.25, 0.5, 0.75]
     """
-    axes = (
+    frames = views * depth
+    frame, row, column = (
         (torch.arange(side, device=device, dtype=torch.double) + 0.5) / side
-        for side in (views, grid[0] // views, grid[1])
+        for side in (frames, grid[0] // frames, grid[1])
     )
-    view, row, column = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([row, column, view], dim=-1).flatten(0, 2)
+    shape = views, len(row), depth, len(column)
+    axes = row[:, None, None], column, frame.view(views, 1, depth, 1)
+    return torch.stack([axis.expand(shape) for axis in axes], dim=-1).flatten(0, 3)
 
 
 def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:

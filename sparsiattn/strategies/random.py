@@ -31,6 +31,8 @@ class Random(Strategy):
     paper = "https://arxiv.org/abs/2007.14062"
     fidelity = "inspired by BigBird's random keys; a control, one mask for all images"
 
+    supports_frames = True
+
     k: Budgets = 0.25
     seed: int = 0
 

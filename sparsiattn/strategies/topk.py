@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sparsiattn.attention.budget import Budget
-from sparsiattn.attention.geometry import Tile
+from sparsiattn.attention.geometry import Sides
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.top_logits import TopLogits
@@ -32,9 +32,10 @@ class TopK(Strategy):
         "this library's"
     )
     plans_by_shape = True
+    supports_frames = True
 
     k: Budgets = 0.25
-    tile: Tile | str = field(default=1, kw_only=True)
+    tile: int | Sides | str = field(default=1, kw_only=True)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
         k: Budget = self.k  # type: ignore[assignment]

@@ -63,7 +63,7 @@ QUICK = {
     "dinov2_with_registers", "vit_mae", "siglip2", "pixtral", "llama4", "yolos", "vitdet", "sam2",
     "swin2sr", "pvt", "hiera", "mobilevit", "data2vec-vision",
 }  # fmt: skip
-UNPLACED = ("vit_mae", "siglip2", "hiera")
+UNPLACED = ("vit_mae", "hiera")
 """Hosts that shuffle, pack or unroll their tokens, so that nobody knows places."""
 
 

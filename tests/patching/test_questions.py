@@ -188,7 +188,7 @@ class TestHuggingFace:
         with torch.no_grad():
             dense = model(x, mask, sizes).last_hidden_state
             live = sparsiattn.patch(model, "topk", k=0.25, background=2)
-            assert [(site.tokens, site.raster) for site in live.sites] == [(64, False)] * 2
+            assert [(site.tokens, site.grid) for site in live.sites] == [(64, (8, 8))] * 2
             assert "head.attention" in str(live.report())
             sparse = model(x, mask, sizes).last_hidden_state
             assert not torch.allclose(sparse, dense)

@@ -88,7 +88,7 @@ STRUCTURE: dict[str, list[Shape]] = {
     "vitpose_backbone": [Shape((4, 4), times=2)],
     # shuffled, padded, or with other tokens behind the patches
     "vit_mae": [Shape((1, 64), prefix=1, raster=False, times=2)],
-    "siglip2": [Shape((1, 64), raster=False, times=2)],
+    "siglip2": _plain(),
     "yolos": _plain(6),  # five of them behind the patches
     "x_clip": _plain(2),  # a message behind the patches
     "llama4": _plain(1),

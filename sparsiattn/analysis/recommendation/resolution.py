@@ -68,7 +68,8 @@ def _multiple(side: float, step: int) -> int:
 def _resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
     flat = images.float().flatten(0, -4)  # of several views, one after the other
     resized = F.interpolate(flat, size, mode="bicubic", antialias=True)
-    return resized.unflatten(0, images.shape[:-3]).to(images.dtype)
+    views: Tensor = resized.unflatten(0, images.shape[:-3])
+    return views.to(images.dtype)
 
 
 def _model_for(runner: Runner, small: list[Tensor], size: tuple[int, ...]) -> Callable[[int], Any]:

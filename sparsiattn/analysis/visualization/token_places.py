@@ -54,10 +54,19 @@ def places_of(inputs: AttentionInputs, window: Window | None) -> TokenPlaces:
     if not site.raster or 1 in inputs.query_grid:
         return TokenPlaces(why=f"the tokens of {site.name} are not in raster order")
     place, key_place = (
-        torch.arange(grid[0] * grid[1]).view(grid) + inputs.prefix
-        for grid in (inputs.query_grid, inputs.key_grid)
+        _raster(grid, inputs) + inputs.prefix for grid in (inputs.query_grid, inputs.key_grid)
     )
     return TokenPlaces(place, key_place)
+
+
+def _raster(grid: Grid, inputs: AttentionInputs) -> Tensor:
+    """The patch token at every position of a grid, whose frames are stacked vertically."""
+    depth = 1 if inputs.order is None else inputs.order.depth
+    if depth == 1:
+        return torch.arange(grid[0] * grid[1]).view(grid)
+    rows = grid[0] // (inputs.views * depth)
+    tokens = torch.arange(grid[0] * grid[1]).view(inputs.views, rows, depth, grid[1])
+    return tokens.transpose(1, 2).reshape(grid)
 
 
 def _unknown_windows(name: str) -> TokenPlaces:

@@ -14,16 +14,16 @@ from torch import nn
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.packing import PackedInput
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.structure import GUESS, Structure
 from sparsiattn.errors import NothingToPatch, RenamedMembers
-from sparsiattn.patching.discovery.exclusions import over_channels, pools
+from sparsiattn.patching.discovery.exclusions import heads_per_call, over_channels, pools
 from sparsiattn.patching.discovery.host_attributes import (
     class_rows,
     count_class_tokens,
     has_table,
     has_temperature,
-    head_count,
     pair,
     trained_side,
 )
@@ -166,15 +166,13 @@ class Backbone(RenamedMembers):
         return min((0, most), key=lambda p: geometry.skew(call.q[-2] - p, call.aspect))
 
     def class_tokens(self, model: nn.Module) -> int:
-        """How many of the prefix tokens are class tokens (CLS, then distillation).
-
-        They come first in the sequence, before registers.
+        """How many prefix tokens are class tokens (CLS, distillation), which precede registers.
 
         Args:
             model: The model.
 
         Returns:
-            Number of class tokens, 0 if there are none.
+            Their number; 0 if there are none.
         """
         for module in model.modules():
             prefix = getattr(module, "num_prefix_tokens", None)
@@ -190,6 +188,14 @@ class Backbone(RenamedMembers):
             model: The model.
         """
         return False
+
+    def packed_input(self, model: nn.Module) -> PackedInput | None:
+        """How the model takes several images of known sizes as one sequence; None if it does not.
+
+        Args:
+            model: The model.
+        """
+        return None
 
     def pooling(self, model: nn.Module) -> Pooling:
         """The part of the final token sequence that the model's head reads.
@@ -290,7 +296,7 @@ class Backbone(RenamedMembers):
         unreached = why_not_reached(call.module)
         if unreached is not None:
             return unreached
-        if not call.uniform:
+        if not (call.uniform or call.parts):
             return (
                 f"{call.count} calls of attention with different shapes (if these are images or "
                 "windows of several sizes, pass an input= with one size to patch them)"
@@ -315,7 +321,7 @@ class Backbone(RenamedMembers):
         sites, skipped = [], []
         for call in calls:
             call = replace(call, aspect=aspect)
-            layout = Layout.of(call.q, _heads_per_call(call))
+            layout = Layout.of(call.q, heads_per_call(call))
             alone = call.q[-2] == 1 and call.name not in named
             reason = SINGLE if alone else self.why_skip(call)
             if reason is None and layout is None:
@@ -357,6 +363,7 @@ class Backbone(RenamedMembers):
             bias=self.bias(call),
             halo=self.halo(call),
             structure=queries,
+            lengths=() if call.uniform or not call.parts else call.lengths,
         )
 
     def _inferred_structure(
@@ -373,12 +380,6 @@ class Backbone(RenamedMembers):
         known = self.name not in ("", "generic") and confirmed
         source = f"the adapter {self.name}" if known else GUESS
         return Structure(grid, prefix=prefix, raster=raster, source=source), key_grid
-
-
-def _heads_per_call(call: AttentionCall) -> int | None:
-    """Number of heads in one call; 1 for a module that calls attention once per head."""
-    heads = head_count(call.module)
-    return 1 if len(call.q) == 3 and call.count == heads else heads
 
 
 def backbone_of(model: nn.Module) -> Backbone:

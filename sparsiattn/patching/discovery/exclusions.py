@@ -6,6 +6,7 @@ It is attention over channels, or in a head that returns one vector per image.
 from __future__ import annotations
 
 from sparsiattn.errors import ProbeFailed
+from sparsiattn.patching.discovery.host_attributes import head_count
 from sparsiattn.patching.discovery.meta_model import image_inputs, meta_copy
 from sparsiattn.patching.discovery.probe import AttentionCall, probe
 
@@ -54,3 +55,9 @@ def pools(call: AttentionCall) -> bool:
         return False
     counts = [shape.numel() // shape[axis] for axis in (1, -1)] if len(shape) > 2 else []
     return any(call.q[-2] == count + 1 for count in counts)
+
+
+def heads_per_call(call: AttentionCall) -> int | None:
+    """Number of heads in one call; 1 for a module that calls attention once per head."""
+    heads = head_count(call.module)
+    return 1 if len(call.q) == 3 and call.count == heads else heads

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsiattn.attention.layout import HostCall
+from sparsiattn.attention.packing import PackedInput, PackedPart, Packing
 from sparsiattn.errors import ProbeFailed
 from sparsiattn.patching.discovery.host_records import HostRecords
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.patching.discovery.pixel_numbers import places_in
 from sparsiattn.patching.discovery.pixel_tracking import PixelNumbers, tracking_places
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
+from sparsiattn.runtime.image import read_packing
 from sparsiattn.runtime.lifting import Trial, without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import pop, push
@@ -51,6 +53,8 @@ class AttentionCall:
         mask_dtype: Dtype of the mask; None if there is none.
         causal: Whether attention was causal.
         count: Number of calls in one forward pass.
+        lengths: Number of queries of each of these calls; -1 for a call with another number of
+            keys.
         uniform: Whether all of these calls had the same shapes.
         weights: Whether the attention weights that `nn.MultiheadAttention` also returns are used.
         lifted: Whether the module computes attention with plain operations; see
@@ -66,6 +70,8 @@ class AttentionCall:
         map: The convolution that makes the tokens, and the size of its output.
         sums_bias: Whether its mask is the sum of one term per key row and one per key column; see
             `FactoredBias`.
+        parts: The images (or clips, or windows) of these calls, if they are parts of a sequence of
+            several images; else empty.
     """
 
     name: str
@@ -89,6 +95,8 @@ class AttentionCall:
     image: tuple[int, ...] = ()
     map: MapSource | None = None
     sums_bias: bool = False
+    lengths: tuple[int, ...] = ()
+    parts: tuple[PackedPart, ...] = ()
 
     def nearest(self, attribute: str) -> Any:
         """The attribute of the module or of its closest ancestor that has it; else None."""
@@ -105,6 +113,7 @@ def _joined(before: AttentionCall, latest: AttentionCall) -> AttentionCall:
     return replace(
         latest,
         count=before.count + 1,
+        lengths=before.lengths + latest.lengths,
         uniform=before.uniform and alike,
         lifted=before.lifted or latest.lifted,
     )
@@ -118,8 +127,12 @@ def _home_name(name: str, module: nn.Module) -> str:
 class _Recorder:
     """Records attention calls, with hooks on every module that track the innermost one."""
 
-    def __init__(self, model: nn.Module, pixels: PixelNumbers, tally: Any) -> None:
+    def __init__(
+        self, model: nn.Module, pixels: PixelNumbers, tally: Any, packed: PackedInput | None = None
+    ) -> None:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
+        self.packed = packed
+        self.packing: Packing | None = None
         self.pixels, self.tally = pixels, tally
         self.map: MapSource | None = None
         self.listed = {
@@ -134,6 +147,7 @@ class _Recorder:
         self.watched: dict[str, WatchWeights] = {}
         self.input_shapes: dict[str, torch.Size] = {}
         self.output_shapes: dict[str, torch.Size] = {}
+        self.positions: list[Tensor] = []
         self.hooks: list[RemovableHandle] = []
         self._placed: dict[Any, tuple[Any, dict[str, Any]]] = {}
         for name, module in model.named_modules():
@@ -157,6 +171,7 @@ class _Recorder:
         self.entered.clear()
         self.heads.clear()
         self.map = None
+        self.positions.clear()
         self.trial.clear()
         for watched in self.watched.values():
             watched.clear()
@@ -175,6 +190,7 @@ class _Recorder:
                 causal=call.causal,
                 lifted=self.trial.attending,
                 sums_bias=self.trial.is_sum(call.mask),
+                lengths=(call.q.shape[-2] if call.q.shape[-2] == call.k.shape[-2] else -1,),
                 **self._places(call),
             )
             before = self.calls.get(name)
@@ -183,6 +199,9 @@ class _Recorder:
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
+            self.positions += filter(_are_positions, (*args, *kwargs.values()))
+            if self.packed is not None and self.packed.module == name:
+                self.packing = read_packing(self.packed, module, args, kwargs)
             self._note_entrance(name, first_argument(args, kwargs))
             push(record, key)
 
@@ -240,6 +259,13 @@ def _note(shapes: dict[str, torch.Size], name: str, values: Sequence[Any]) -> No
         shapes[name] = tensor.shape
 
 
+def _are_positions(value: Any) -> bool:
+    """Whether an argument may be a table of the rows and columns of patches, with values."""
+    if not isinstance(value, Tensor) or value.is_meta or value.is_floating_point():
+        return False
+    return value.dim() == 2 and value.shape[1] in (2, 3)
+
+
 def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
     module = model
     for part in name.split(".") if name else []:
@@ -258,6 +284,9 @@ class Probe:
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
         entrances: Modules around attention whose input a checkpoint may pass again in
             recomputation: elements of containers, and the first module in each.
+        positions: Arguments of modules that may be tables of the rows and columns of patches.
+        packing: Sizes of the images in the sequence of several that the model took; None if it took
+            none, or if they have no values in this run.
     """
 
     calls: list[AttentionCall]
@@ -265,9 +294,13 @@ class Probe:
     returned: list[torch.Size]
     read_by_hooks: frozenset[str] = frozenset()
     entrances: tuple[str, ...] = ()
+    positions: tuple[Tensor, ...] = ()
+    packing: Packing | None = None
 
 
-def probe(model: nn.Module, inputs: MetaInputs, tally: Any = None) -> Probe:
+def probe(
+    model: nn.Module, inputs: MetaInputs, tally: Any = None, packed: PackedInput | None = None
+) -> Probe:
     """Find every attention call of a model, including attention in plain operations.
 
     Args:
@@ -275,12 +308,14 @@ def probe(model: nn.Module, inputs: MetaInputs, tally: Any = None) -> Probe:
         inputs: The inputs of the copy.
         tally: Called with every operator of the run, see `tracking_places`; cleared if the run
             starts again.
+        packed: How the model takes several images as one sequence, according to its adapter.
 
     Raises:
+        InvalidOption: The sizes of these images do not add up to the number of patches.
         ProbeFailed: The model does not run with these inputs.
     """
     records = HostRecords(model)
-    recorder = _Recorder(model, PixelNumbers(inputs), tally)
+    recorder = _Recorder(model, PixelNumbers(inputs), tally, packed)
     records.leave_out()
     with tracking_places(tally):
         output = _run(model, inputs, recorder)
@@ -304,7 +339,8 @@ def probe(model: nn.Module, inputs: MetaInputs, tally: Any = None) -> Probe:
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
     read = frozenset(records.readers)
-    return Probe(calls, others, returned, read, recorder.entrances())
+    seen = recorder.entrances(), tuple(recorder.positions), recorder.packing
+    return Probe(calls, others, returned, read, *seen)
 
 
 def _run(model: nn.Module, inputs: MetaInputs, recorder: _Recorder) -> Any:

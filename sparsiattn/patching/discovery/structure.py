@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import Layout
+from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.structure import NO_PATCHES, Structure
 from sparsiattn.patching.discovery.pixel_numbers import PADDING, UNKNOWN
 from sparsiattn.patching.discovery.probe import AttentionCall
@@ -27,6 +28,9 @@ def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | N
         Structure and grid; None for both if pixels do not determine them, and None for the grid if
         the module has a halo, which determines it.
     """
+    if call.parts:
+        packed = _packed(call.parts)
+        return packed, packed.stacked_grid
     if call.q[-2] == 1:
         return Structure((1, 1), raster=False, source="a single query"), (1, call.k[-2])
     origin = "traced from the image" + ("" if call.map is None else f" through {call.map.name!r}")
@@ -41,6 +45,18 @@ def traced_structure(call: AttentionCall, layout: Layout) -> tuple[Structure | N
     if queries is None or keys is None or queries.special_count != keys.special_count:
         return None, None
     return replace(queries, raster=queries.raster and keys.raster), keys.stacked_grid
+
+
+def _packed(parts: Sequence[PackedPart]) -> Structure:
+    """The structure of the largest of several images in one sequence."""
+    largest = max(parts, key=lambda part: part.tokens)
+    return Structure(
+        largest.grid,
+        largest.frames,
+        merge=largest.merge,
+        packed=True,
+        source="the largest image; each has its own size",
+    )
 
 
 def _by_window(places: Tensor | None, layout: Layout) -> Tensor | None:
