@@ -23,6 +23,7 @@ from .attention.budget import check_budget as check_budget
 from .attention.budget import count_of as count_of
 from .attention.geometry import Grid as Grid
 from .attention.inputs import AttentionInputs as AttentionInputs
+from .attention.key_lists import KeyIndex as KeyIndex
 from .attention.layout import Layout as Layout
 from .attention.packing import PackedInput as PackedInput
 from .attention.pattern import Mask as Mask

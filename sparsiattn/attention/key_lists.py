@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import SizedPattern, scatter_true
+from sparsiattn.errors import InvalidOption
 
 
 class KeyLists(SizedPattern):
@@ -58,11 +60,43 @@ class KeyLists(SizedPattern):
 
 @dataclass(frozen=True, eq=False)
 class KeyIndex(KeyLists):
-    """Lists of single keys; see `KeyLists`."""
+    """Lists of single keys; see `KeyLists`.
+
+    >>> from sparsiattn.testing.hosts import random_inputs
+    >>> inputs = random_inputs((1, 3), prefix=1)
+    >>> pairs = KeyIndex.of(inputs, torch.tensor([[[[0, 1], [0, 2], [2, 3]]]]))
+    >>> pairs.to_mask().sum(-1).tolist()  # the prefix query attends to all keys
+    [[[4, 2, 2, 2]]]
+    """
 
     index: Tensor
     tiles: Tiles | None = None
     dense_rows: int = 0
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs, index: Tensor) -> KeyIndex:
+        """The pattern of a call with given lists; prefix queries attend to all keys.
+
+        For planners whose lists do not depend on values, such as windows: lists take less memory
+        than a mask. The core adds no prefix keys to them.
+
+        Args:
+            inputs: The operands of the call.
+            index: Ids of keys, int64 ``[B|1, H|1, R, K]``, prefix keys counted, with one row per
+                patch query or, where there are tiles, per tile; no key twice in a row.
+
+        Raises:
+            InvalidOption: The shape or the type does not fit.
+        """
+        tiles = inputs.tiles
+        rows = inputs.n_queries - inputs.prefix if tiles is None else tiles.count
+        if index.dtype != torch.int64 or index.dim() != 4 or index.shape[-2] != rows:
+            raise InvalidOption(
+                f"site {inputs.site.name!r} needs lists [B|1, H|1, {rows}, K] of int64, got "
+                f"{index.dtype} of shape {tuple(index.shape)}"
+            )
+        sizes = inputs.n_queries, inputs.n_keys
+        return cls(*sizes, index=index, tiles=tiles, dense_rows=inputs.prefix)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,12 @@ DenseAttention = Callable[[AttentionInputs], Tensor]
 class Pattern(RenamedMembers):
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and the summary that replaces the others.
 
-    Planners make one with `dense`, `mask`, `top`, `key_lists`, `computed_keys`, `logits` or
-    `output`.
+    Planners make one with `dense`, `mask`, `top`, `computed_keys`, `logits` or `output`, or with
+    `KeyIndex.of`.
 
     Attributes:
-        n_queries: Number of queries, prefix included. For `Ranked` and `Listed`, the number of
-            rows: one per query, per patch query or per tile.
+        n_queries: Number of queries, prefix included. For `Ranked`, the number of score rows: one
+            per query, per patch query or per tile.
         n_keys: Number of keys, prefix included. For `Ranked`, the number of score columns.
         summary: Pooled keys that stand for the dropped ones; None if there are none.
 
@@ -133,31 +133,6 @@ class Pattern(RenamedMembers):
                 f"Pattern.top needs [B|1, H|1, rows, keys] scores, got shape {tuple(scores.shape)}"
             )
         return Ranked(scores.shape[-2], scores.shape[-1], scores=scores, k=check_budget(k))
-
-    @staticmethod
-    def key_lists(index: Tensor, n_keys: int) -> Pattern:
-        """Keep the listed keys of every row; prefix queries attend to all keys.
-
-        For patterns that do not depend on values, such as windows: lists take less memory than a
-        mask. The core adds no prefix keys to the lists.
-
-        Args:
-            index: Ids of keys, ``[B|1, H|1, R, K]``, prefix keys counted, with one row per patch
-                query (prefix left out) or per query tile, no key twice in a row.
-            n_keys: Number of keys, prefix included.
-
-        Raises:
-            InvalidType: The ids are no int64 tensor of four dimensions.
-
-        >>> Pattern.key_lists(torch.tensor([[[[0, 2]]]]), 3).to_mask().tolist()
-        [[[[True, False, True]]]]
-        """
-        if index.dtype != torch.int64 or index.dim() != 4:
-            raise InvalidType(
-                f"Pattern.key_lists needs [B|1, H|1, rows, keys] of int64, got {index.dtype} of "
-                f"shape {tuple(index.shape)}"
-            )
-        return Listed(index.shape[-2], n_keys, index=index)
 
     @staticmethod
     def computed_keys(
@@ -274,23 +249,6 @@ class Ranked(SizedPattern):
 
     def pairs(self) -> float:
         return float(self.n_queries * count_of(self.k, self.n_keys))
-
-
-@dataclass(frozen=True, eq=False)
-class Listed(SizedPattern):
-    """Lists of keys.
-
-    Attributes:
-        index: Ids of the kept keys, ``[B|1, H|1, R, K]``.
-    """
-
-    index: Tensor
-
-    def to_mask(self) -> Tensor:
-        return scatter_true(self.index, self.n_keys)
-
-    def pairs(self) -> float:
-        return float(self.n_queries * self.index.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)

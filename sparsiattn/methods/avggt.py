@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsiattn import AttentionInputs, Pattern, Site, Strategy
+from sparsiattn import AttentionInputs, KeyIndex, Pattern, Site, Strategy
 from sparsiattn.methods._grid import Grid, patch_pattern
 from sparsiattn.methods._options import check_count, check_number
 
@@ -90,7 +90,7 @@ class AVGGT(Strategy):
             index = inputs.table(keys_within_views, *sizes, _specials(inputs))
         else:
             index = inputs.table(strided_keys, *sizes, self.stride)
-        return Pattern.key_lists(index, inputs.n_keys)
+        return KeyIndex.of(inputs, index)
 
 
 def _specials(inputs: AttentionInputs) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from sparsiattn.attention.budget import at_most, blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
-from sparsiattn.attention.pattern import ComputedPattern, Dense, Listed, Mask, Pattern, Ranked
+from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.attention.top_logits import TopKeys, TopLogits
 from sparsiattn.errors import InvalidOption, InvalidType
 from sparsiattn.kernels.native import lists as native_lists
@@ -66,7 +66,7 @@ def finish(
         pattern = _rank_logits(pattern, inputs, prefix_keys, in_blocks)
     elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
-    elif isinstance(pattern, (Listed, Mask)):
+    elif isinstance(pattern, (KeyIndex, Mask)):
         pattern = _complete(pattern, inputs, prefix_keys, max_keys)
     if background is None or isinstance(pattern, (Dense, ComputedPattern)):
         return pattern
@@ -74,7 +74,7 @@ def finish(
 
 
 def _complete(
-    pattern: Listed | Mask, inputs: AttentionInputs, prefix_keys: bool, max_keys: int | None
+    pattern: KeyIndex | Mask, inputs: AttentionInputs, prefix_keys: bool, max_keys: int | None
 ) -> Pattern:
     """Add prefix rows (and keys, to a mask) to a pattern whose keys are not ranked."""
     if max_keys is not None:
@@ -82,11 +82,9 @@ def _complete(
             f"max_keys={max_keys} needs a strategy that ranks keys (Pattern.top), but the planner "
             f"at site {inputs.site.name!r} returned a fixed set: leave max_keys out"
         )
-    if isinstance(pattern, Listed):
-        tiles, rows = inputs.tiles, inputs.prefix
-        sizes = inputs.n_queries, inputs.n_keys
-        return KeyIndex(*sizes, index=pattern.index, tiles=tiles, dense_rows=rows)
-    return pattern.with_prefix(inputs.prefix, keys=prefix_keys) if inputs.prefix else pattern
+    if isinstance(pattern, KeyIndex) or not inputs.prefix:
+        return pattern
+    return pattern.with_prefix(inputs.prefix, keys=prefix_keys)
 
 
 def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None) -> None:
@@ -96,8 +94,6 @@ def _check_size(pattern: Pattern, inputs: AttentionInputs, blocks: Tiles | None)
             f"Pattern.dense), got {type(pattern).__name__} at site {inputs.site.name!r}"
         )
     rows, columns = [inputs.n_queries], [inputs.n_keys]
-    if isinstance(pattern, Listed):
-        rows = [inputs.n_queries - inputs.prefix if inputs.tiles is None else inputs.tiles.count]
     if isinstance(pattern, Ranked):
         rows.append(inputs.n_queries - inputs.prefix)
         if inputs.tiles is not None:
