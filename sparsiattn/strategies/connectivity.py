@@ -34,6 +34,7 @@ from sparsiattn.strategies.basis import (
     fit_channel_maps,
     initial_tables,
     own_keys,
+    padded_shares,
     pooled_by_block,
     unit_grid,
 )
@@ -255,13 +256,15 @@ class ConnectivityPlanner(LearnedPlanner):
             return compiled[0]
         down, up = self._tables(inputs)
         units, down = self._units(inputs), without_hidden_keys(down, inputs)
-        coefficients = self.coefficients(inputs, inputs.row_queries, units, down)
+        rows = inputs.row_queries
+        coefficients = self.coefficients(inputs, rows, units, down)
         coefficients = largest(coefficients, self.strategy.basis_coef_topk)
         basis = up if inputs.blocks is None else up[..., self.prefix :, :]
         basis = sizes_above(basis, self.strategy.basis_threshold)
         scores = coefficients @ for_heads(basis).mT.to(coefficients.dtype)
         if self.strategy.mean_query_boost:
-            scores = scores.float() * self._boost(inputs, units, down, up)
+            mean = self._mean_query(inputs, rows)
+            scores = scores.float() * self._boost(inputs, mean, units, down, up)
         if self.self_weight is None or inputs.n_queries != inputs.n_keys:
             return scores
         return self._add_own_keys(scores, inputs, self.self_weight)
@@ -315,18 +318,34 @@ class ConnectivityPlanner(LearnedPlanner):
                 return torch.addcmul(scores, extra, here.to(scores.dtype))
             scores.diagonal(self.prefix, -2, -1).add_(extra.squeeze(-1))
             return scores
-        block = 1 if inputs.blocks is None else inputs.block
-        shares = self._own_shares(inputs, block).to(scores.dtype)
-        return torch.addcmul(scores, extra, F.pad(shares, (scores.shape[-1] - shares.shape[1], 0)))
+        blocks = inputs.blocks
+        before, block = (self.prefix, 1) if blocks is None else (0, inputs.block)
+        sizes = inputs.query_grid, inputs.tile, block, inputs.views
+        return torch.addcmul(
+            scores, extra, inputs.table(padded_shares, before, scores.dtype, *sizes)
+        )
 
-    def _boost(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def _mean_query(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+        """`AttentionInputs.mean_query`, from the row queries if all of them count."""
+        return rows.mean(-2, keepdim=True) if inputs.visible_keys is None else inputs.mean_query
+
+    def _boost(
+        self, inputs: AttentionInputs, mean: Tensor, units: Tensor, down: Tensor, up: Tensor
+    ) -> Tensor:
         """How much more attention the mean query pays to a key than low resolution predicts.
+
+        Args:
+            inputs: The operands of the call.
+            mean: The mean query, ``[B, H, 1, D]``.
+            units: Keys or means of blocks, ``[B, H, U, D]``.
+            down: W_down.
+            up: W_up.
 
         Returns:
             Factors for each key (or block), ``[B, H, 1, n]``: large for keys that stand out in
             their cell for any query.
         """
-        mean = inputs.mean_query * inputs.scale
+        mean = mean * inputs.scale
         exact = mean @ units.mT
         down, up = (for_heads(table).to(exact.dtype) for table in (down, up))
         low, blocks = (exact @ down @ up.mT).float(), inputs.blocks
