@@ -47,12 +47,12 @@ class Place:
 
 
 PLACES = {
-    "ViT-S/16 at 1024 px": Place((64, 64), 20),
-    "ViT-S/16 at 1024 px, float32": Place((64, 64), 20, dtype=torch.float32),
-    "DeiT-S at 224 px": Place((14, 14), 20),
-    "DINOv3 ViT-B at 2048 px": Place((128, 128), 17, batch=1, heads=12, prefix=5),
-    "ViT-S/16 at 1024 px, predictor": Place((64, 64), 50, options={"scores": "predictor"}),
-    "DeiT-S at 224 px, predictor": Place((14, 14), 44, options={"scores": "predictor"}),
+    "ViT-S/16 at 1024 px": Place((64, 64), 18),
+    "ViT-S/16 at 1024 px, float32": Place((64, 64), 18, dtype=torch.float32),
+    "DeiT-S at 224 px": Place((14, 14), 18),
+    "DINOv3 ViT-B at 2048 px": Place((128, 128), 15, batch=1, heads=12, prefix=5),
+    "ViT-S/16 at 1024 px, predictor": Place((64, 64), 48, options={"scores": "predictor"}),
+    "DeiT-S at 224 px, predictor": Place((14, 14), 42, options={"scores": "predictor"}),
 }
 
 

@@ -50,7 +50,7 @@ class KeyListOperands:
         chosen: Keys or blocks of every tile, ``[B|1, H|1, T, C]``.
         held: Number of keys in each of these blocks; None if all are the same.
         table: Keys of every block, ``[U, g]``; None for lists of single keys.
-        first: Number of leading queries to leave out, P.
+        first: Number of leading queries, which attend to every key and to no summary, P.
         prefix: Number of leading keys at the start of every list of blocks.
         keys: Number of positions in every list.
         scale: Factor of QK^T.
@@ -82,8 +82,8 @@ class KeyListOperands:
 
     @property
     def queries(self) -> int:
-        """Number of patch queries, n."""
-        return self.q.shape[-2] - self.first
+        """Number of queries, P + n."""
+        return self.q.shape[-2]
 
     @property
     def width(self) -> int:
@@ -190,8 +190,8 @@ def forward(call: KeyListOperands, out: Tensor, lse: Tensor) -> Launch:
 
     Args:
         call: The operands.
-        out: Receives the result, ``[B, H, P + n, Dv]``; the first P rows stay unchanged.
-        lse: Receives the log-sum-exp of each row, ``[B, H, n]``.
+        out: Receives the result, ``[B, H, P + n, Dv]``.
+        lse: Receives the log-sum-exp of each row, ``[B, H, P + n]``.
     """
     return _launch(kernels.forward, call, forward_sizes(call), {"out": out, "lse": lse})
 
@@ -223,13 +223,17 @@ def _launch(
         tensors["host"] = tensors["host"].view(torch.uint8)
     dim, value_dim, tiles = call.q.shape[-1], call.v.shape[-1], call.chosen.shape[-2]
     cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
-    parts = -(-call.slots // sizes.rows)
+    pairs, parts = call.q.shape[0] * call.q.shape[1], -(-call.slots // sizes.rows)
+    dense_parts = -(-call.first // sizes.rows)
     arguments = {
         **tensors,
         **{name: getattr(call, name) for name in ("slots", "queries", "first", "keys", "prefix")},
         "heads": call.q.shape[1],
         "tiles": tiles,
         "parts": parts,
+        "dense_parts": dense_parts,
+        "dense_programs": pairs * dense_parts,
+        "all_keys": call.k.shape[-2],
         "cells": cells,
         "scale": call.scale,
         "DIM": dim,
@@ -243,10 +247,11 @@ def _launch(
         "BY_TILE": call.rows is not None and call.rows.shape[-2] == tiles,
         "BOOLEAN": boolean,
         "LOWEST": call.lowest,
+        "DENSE": call.first > 0,
     }
     for name, x in tensors.items():
         arguments.update(_strides(name, x))
-    programs = call.q.shape[0] * call.q.shape[1] * tiles * parts
+    programs = pairs * (dense_parts + tiles * parts)
     return Launch(kernel, programs, arguments, sizes.warps, sizes.stages)
 
 
