@@ -131,6 +131,18 @@ def key_counts(grid: Grid, parts: Grid, prefix: int, *, device: torch.device) ->
     return total.index_add(0, cells, torch.ones_like(cells, dtype=total.dtype))
 
 
+def cell_members(
+    grid: Grid, parts: Grid, prefix: int, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The keys of every cell, ``[G, s]``, and how many of them are distinct, ``[G]``.
+
+    >>> cell_members((1, 4), (1, 2), 1, device=torch.device("cpu"))[0].tolist()
+    [[1, 2], [3, 4]]
+    """
+    groups = geometry.tiles_of_parts(grid, parts, device=device)
+    return groups.order + prefix, (groups.weight > 0).sum(-1)
+
+
 def _counts(member: Tensor) -> Tensor:
     """Number of keys of each cell, ``[..., G, 1]``, at least 1; exact also in half precision."""
     dtype = torch.promote_types(member.dtype, torch.float32)

@@ -11,18 +11,18 @@ from torch import Tensor
 from sparsiattn.attention.inputs import MASKED_BELOW, AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
+from sparsiattn.kernels import triton_plan
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.triton_plan import TRITON_DTYPES, WIDEST_HEAD
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # triton reads this once, too; kernels then run (slowly) on the CPU, for tests
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WIDEST_HEAD = 256
 _MOST_ROWS = 128
 """Queries of one program at most."""
 
@@ -93,7 +93,7 @@ class Triton(Kernel):
         tiles, summary = pattern.tiles, pattern.summary
         pooled: tuple[Tensor | None, ...] = (None, None)
         if summary is not None:
-            pooled = summary.pool(inputs.k), summary.pool(inputs.v)
+            pooled = triton_plan.pooled(summary, inputs.k, inputs.v)
         out: Tensor = key_list_attention(
             inputs.q,
             inputs.k,
@@ -127,8 +127,8 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
             "needs q, k and v of the same dtype, float32, float16 or bfloat16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
-    if max(q.shape[-1], v.shape[-1]) > _WIDEST_HEAD:
-        reasons.append(f"needs head dims up to {_WIDEST_HEAD}, got {q.shape[-1]} and {v.shape[-1]}")
+    if max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
+        reasons.append(f"needs head dims up to {WIDEST_HEAD}, got {q.shape[-1]} and {v.shape[-1]}")
     if inputs.dropout:
         reasons.append("does not support dropout")
     reasons += transform_refusals()

@@ -24,6 +24,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.attention.top_logits import TopKeys, TopLogits
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.kernels import triton_plan
 from sparsiattn.kernels.native import lists as native_lists
 from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
@@ -58,6 +59,11 @@ def finish(
         _check_size(pattern, inputs, blocks)
     if isinstance(pattern, TopLogits):
         in_blocks = blocks if pattern.in_blocks else None
+        voted = None
+        if in_blocks is None and _ranks_patches(pattern, inputs, prefix_keys):
+            voted = _voted_on_gpu(pattern, inputs, background)
+        if voted is not None:
+            return voted
         pattern = _rank_logits(pattern, inputs, prefix_keys, in_blocks)
     elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
@@ -114,8 +120,7 @@ def _rank_logits(
     pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, blocks: Tiles | None
 ) -> Pattern:
     """Lists that a kernel finds while it computes, if one can; else as `_rank`."""
-    keys = count_of(pattern.k, inputs.n_keys)
-    fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
+    keys, fits = count_of(pattern.k, inputs.n_keys), _ranks_patches(pattern, inputs, prefix_keys)
     if inputs.tiles is None:
         compiled = native_rows.serves(inputs)
     else:
@@ -146,6 +151,29 @@ def _rank_logits(
         make_index=make_index,
         dense_rows=rows,
     )
+
+
+def _ranks_patches(pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool) -> bool:
+    """Whether lists hold all prefix keys, and some but not all of the others."""
+    keys = count_of(pattern.k, inputs.n_keys)
+    return inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
+
+
+def _voted_on_gpu(
+    pattern: TopLogits, inputs: AttentionInputs, background: int | None
+) -> KeyIndex | None:
+    """Lists and summary from kernels that vote, rank and count; None if they do not serve."""
+    if not triton_plan.serves(pattern):
+        return None
+    parts = None if background is None else _parts(inputs, background)
+    index, bias = triton_plan.voted_lists(pattern, count_of(pattern.k, inputs.n_keys), parts)
+    tiles, rows, source = inputs.tiles, inputs.prefix, (inputs.key_grid, inputs.prefix)
+    summary = None
+    if parts is not None and bias is not None:
+        cells = inputs.table(key_cells, source[0], parts, source[1])
+        summary = Summary(cells, parts, bias, source=source)
+    sizes = inputs.n_queries, inputs.n_keys
+    return KeyIndex(*sizes, index=index, tiles=tiles, dense_rows=rows, summary=summary)
 
 
 def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:
@@ -198,7 +226,7 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     assert isinstance(pattern, (KeyIndex, KeyBlocks, TopKeys, Mask))
-    parts = cell_parts(inputs.key_grid, g, inputs.key_views)
+    parts = _parts(inputs, g)
     source = inputs.key_grid, inputs.prefix
     cells = inputs.table(key_cells, source[0], parts, source[1])
     allowed = inputs.allowed()
@@ -230,6 +258,10 @@ def _bias_counter(
         total = inputs.table(key_counts, inputs.key_grid, parts, inputs.prefix)
         return partial(_bias_by_index, pattern, cells, total)
     return partial(_bias_by_mask, pattern, inputs, allowed, cells, parts[0] * parts[1])
+
+
+def _parts(inputs: AttentionInputs, g: int) -> geometry.Grid:
+    return cell_parts(inputs.key_grid, g, inputs.key_views)
 
 
 def cell_parts(grid: geometry.Grid, g: int, views: int = 1) -> geometry.Grid:

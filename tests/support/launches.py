@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsiattn.attention import geometry, sdpa
+from sparsiattn.kernels import triton_plan
 from sparsiattn.strategies.predictor import KnownTables
 
 FREE = (
@@ -58,9 +59,10 @@ def _custom_operators() -> dict[Any, Callable[..., Any]]:
     """The Python bodies of this library's operators that launch Triton kernels."""
     from torch.library import CustomOpDef
 
-    from sparsiattn.kernels._triton import ops
+    from sparsiattn.kernels._triton import ops, plan_ops
 
-    found = (x for x in vars(ops).values() if isinstance(x, CustomOpDef))
+    names = {**vars(ops), **vars(plan_ops)}
+    found = (x for x in names.values() if isinstance(x, CustomOpDef))
     return {definition._opoverload: definition._init_fn for definition in found}
 
 
@@ -77,8 +79,12 @@ def _is_copy_to_device(args: Sequence[Any], out: object) -> bool:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[None]:
-    """Tensors are fake, tables of fake tensors are cached, and torch's SDPA is one launch."""
+def fake_gpu(*, with_triton: bool = True) -> Iterator[None]:
+    """Tensors are fake, tables of fake tensors are cached, and torch's SDPA is one launch.
+
+    Args:
+        with_triton: Whether the GPU is new enough for planning in Triton.
+    """
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(geometry, "_TABLES", {}),
@@ -87,6 +93,7 @@ def fake_gpu() -> Iterator[None]:
         # fake tensors have no values: a planner's tables count as those of the start
         mock.patch.object(KnownTables, "equals", return_value=True),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(triton_plan, "is_planned_on", return_value=with_triton),
         torch.no_grad(),
     ):
         yield

@@ -219,8 +219,7 @@ def _launch(
 ) -> Launch:
     tensors = {**{name: getattr(call, name) for name in TENSORS}, **results}
     boolean = call.host is not None and call.host.dtype == torch.bool
-    if boolean:  # triton has no pointers to booleans
-        tensors["host"] = tensors["host"].view(torch.uint8)
+    tensors["host"] = readable_mask(call.host)
     dim, value_dim, tiles = call.q.shape[-1], call.v.shape[-1], call.chosen.shape[-2]
     cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
     pairs, parts = call.q.shape[0] * call.q.shape[1], -(-call.slots // sizes.rows)
@@ -250,15 +249,20 @@ def _launch(
         "DENSE": call.first > 0,
     }
     for name, x in tensors.items():
-        arguments.update(_strides(name, x))
+        arguments.update(strides(name, x, AXES.get(name, "")))
     programs = pairs * (dense_parts + tiles * parts)
     return Launch(kernel, programs, arguments, sizes.warps, sizes.stages)
 
 
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
+def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
     """Strides along the axes; 0 along an axis of size 1, which is broadcast."""
-    names = [f"{name}_{axis}" for axis in AXES.get(name, "")]
+    names = [f"{name}_{axis}" for axis in axes]
     if x is None:
         return dict.fromkeys(names, 0)
     steps = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))
     return dict(zip(names, steps, strict=False))
+
+
+def readable_mask(x: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it: triton has no pointers to booleans."""
+    return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x
