@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from sparsiattn.kernels._triton import plan_ops
 from sparsiattn.kernels.native import lists as native_lists
 from sparsiattn.kernels.native import scores as native
 from sparsiattn.strategies import finish
-from sparsiattn.testing import random_inputs
+from tests.support.voting import VotingCase, assert_largest_votes
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs this"
@@ -26,57 +25,19 @@ HALF = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call whose tiles vote for their keys."""
-
-    grid: tuple[int, int] = (8, 8)
-    tile: tuple[int, int] = (4, 4)
-    k: int = 20
-    prefix: int = 1
-    dim: int = 16
-    batch: int = 1
-    heads: int = 2
-    background: int | None = 2
-    dtype: torch.dtype = torch.float32
-
-    def pattern(self) -> TopLogits:
-        inputs = random_inputs(
-            self.grid, batch=self.batch, heads=self.heads, dim=self.dim, prefix=self.prefix,
-            tile=self.tile, dtype=self.dtype,
-        )  # fmt: skip
-        return TopLogits.of(inputs.replace(q=inputs.q * 3), self.k)
-
-
 CASES = {
-    "even tiles": Case(),
-    "two images, no prefix": Case(batch=2, prefix=0, k=9),
-    "uneven tiles": Case((7, 5), (3, 4), k=11, prefix=3),
-    "a single row of tokens": Case((1, 37), (2, 4), k=7),
-    "one key beside the prefix": Case(k=2),
-    "all keys but one": Case((4, 4), (2, 2), k=16),
-    "more voters than a program's rows": Case((16, 16), (16, 16), k=30, heads=1),
-    "more keys than a step, wide heads": Case((12, 12), (6, 6), k=40, dim=72, heads=1),
-    "no summary": Case(background=None),
-    "float16": Case(dtype=torch.float16),
-    "bfloat16": Case((8, 6), dtype=torch.bfloat16, dim=80, heads=1),
+    "even tiles": VotingCase(),
+    "two images, no prefix": VotingCase(batch=2, prefix=0, k=9),
+    "uneven tiles": VotingCase((7, 5), (3, 4), k=11, prefix=3),
+    "a single row of tokens": VotingCase((1, 37), (2, 4), k=7),
+    "one key beside the prefix": VotingCase(k=2),
+    "all keys but one": VotingCase((4, 4), (2, 2), k=16),
+    "more voters than a program's rows": VotingCase((16, 16), (16, 16), k=30, heads=1),
+    "more keys than a step, wide heads": VotingCase((12, 12), (6, 6), k=40, dim=72, heads=1),
+    "no summary": VotingCase(background=None),
+    "float16": VotingCase(dtype=torch.float16),
+    "bfloat16": VotingCase((8, 6), dtype=torch.bfloat16, dim=80, heads=1),
 }
-
-
-def found(case: Case, pattern: TopLogits) -> tuple[Tensor, Tensor | None]:
-    parts = None if case.background is None else (case.background,) * 2
-    if parts is not None and case.grid[0] == 1:
-        parts = 1, parts[0] * parts[1]
-    return triton_plan.voted_lists(pattern, case.k, parts)
-
-
-def votes_of(pattern: TopLogits) -> Tensor:
-    """The votes in float64, with prefix keys above all others."""
-    inputs = pattern.inputs
-    exact = inputs.replace(q=inputs.q.double(), k=inputs.k.double())
-    votes = TopLogits.of(exact, pattern.k).ranked().scores
-    votes[..., : inputs.prefix] = float("inf")
-    return votes
 
 
 LATER = ("two images, no prefix", "one key beside the prefix", "all keys but one", "float16")
@@ -86,35 +47,12 @@ LATER = ("two images, no prefix", "one key beside the prefix", "all keys but one
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in CASES]
 )
 def test_lists_hold_the_keys_of_the_largest_votes(name: str) -> None:
-    """The best keys, but for votes that differ from the smallest of a list by rounding only."""
     case = CASES[name]
     pattern = case.pattern()
-    index, bias = found(case, pattern)
-    votes = votes_of(pattern)
-    best = torch.sort(votes, dim=-1, descending=True, stable=True)
-    least = best.values[..., case.k - 1, None]
-    chosen = votes.gather(-1, index)
-    assert index.shape == (*votes.shape[:-1], case.k)
-    assert (index.diff(dim=-1) > 0).all()
-    assert (chosen >= least * (1 - 1e-4)).all()
-    certain = (votes > least * (1 + 1e-4)).sum(-1)
-    assert ((chosen > least * (1 + 1e-4)).sum(-1) == certain).all()
-    if case.background is None:
-        assert bias is None
-        return
-    assert bias is not None
-    listed = KeyIndex(
-        pattern.n_queries, pattern.n_keys, index, pattern.inputs.tiles, dense_rows=case.prefix
-    )
-    finished = finish(pattern, pattern.inputs, background=case.background)
-    assert finished.summary is not None
-    cells = finished.summary.cells
-    counts = torch.zeros(*index.shape[:-1], bias.shape[-1] + 1)
-    for cell in range(bias.shape[-1]):
-        counts[..., cell] = (cells == cell).sum() - (cells[listed.index] == cell).sum(-1)
-    torch.testing.assert_close(bias, counts[..., :-1].log(), rtol=1e-6, atol=1e-6)
+    assert_largest_votes(case, pattern, *case.lists(pattern))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_native")
 @pytest.mark.parametrize("name", ["even tiles", "uneven tiles", "a single row of tokens"])
 def test_the_same_keys_as_on_the_cpu(name: str) -> None:
@@ -126,21 +64,21 @@ def test_the_same_keys_as_on_the_cpu(name: str) -> None:
     assert tiles is not None
     sizes = tiles.count, case.k, case.prefix, inputs.scale
     wanted = native_lists.voted_keys(inputs.q, inputs.k, *pattern.voter_tokens, *sizes)
-    assert torch.equal(found(case, pattern)[0], wanted)
+    assert torch.equal(case.lists(pattern)[0], wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_of_equal_votes_the_first_keys_are_taken(dtype: torch.dtype) -> None:
-    case = Case((6, 6), (3, 3), k=9, prefix=2, dtype=dtype)
+    case = VotingCase((6, 6), (3, 3), k=9, prefix=2, dtype=dtype)
     pattern = case.pattern()
     keys = torch.zeros_like(pattern.inputs.k)
     same = TopLogits.of(pattern.inputs.replace(k=keys), case.k)
-    index, _ = found(case, same)
+    index, _ = case.lists(same)
     assert torch.equal(index, torch.arange(case.k).expand_as(index))
     # of every three equal keys, those that are better than the rest
     keys = pattern.inputs.k[..., :13, :].repeat_interleave(3, dim=-2)[..., :38, :]
     repeated = TopLogits.of(pattern.inputs.replace(k=keys.contiguous()), case.k)
-    index, _ = found(case, repeated)
+    index, _ = case.lists(repeated)
     for row in index.flatten(0, -2).tolist():
         kept = [key for key in row if key >= case.prefix]
         for key in kept:
@@ -150,12 +88,12 @@ def test_of_equal_votes_the_first_keys_are_taken(dtype: torch.dtype) -> None:
 
 def test_few_votes_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images and heads are voted for in parts, and the lists are the same."""
-    case = Case((6, 6), (3, 3), k=9, batch=3, heads=3)
+    case = VotingCase((4, 4), (2, 2), k=5, batch=3, heads=3)
     pattern = case.pattern()
-    wanted, wanted_bias = found(case, pattern)
-    for most in (1, 4 * 48 * 2, 4 * 48 * 6):
+    wanted, wanted_bias = case.lists(pattern)
+    for most in (1, 4 * 32 * 2, 4 * 32 * 6):
         monkeypatch.setattr(plan_ops, "MOST_VOTES", most)
-        index, bias = found(case, pattern)
+        index, bias = case.lists(pattern)
         assert torch.equal(index, wanted)
         assert bias is not None
         assert torch.equal(bias, wanted_bias)
@@ -214,9 +152,10 @@ def test_gradients_of_pooled_keys() -> None:
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own check
 def test_the_operators_keep_torchs_contract() -> None:
-    pattern = Case((4, 4), (2, 2), k=5).pattern()
+    pattern = VotingCase((4, 4), (2, 2), k=5).pattern()
     inputs = pattern.inputs
     summary = of_cells((4, 4), (2, 2), 1)
     members = triton_plan.cell_members((4, 4), (2, 2), 1, device=CPU)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from sparsiattn.attention import geometry, sdpa
 from sparsiattn.kernels import triton_plan
 from sparsiattn.strategies.predictor import KnownTables
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 FREE = (
     "aten::_unsafe_view", "aten::detach", "aten::empty", "aten::empty_like", "aten::empty_strided",
@@ -75,7 +77,9 @@ def _is_view(func: Any) -> bool:
 def _is_copy_to_device(args: Sequence[Any], out: object) -> bool:
     if not isinstance(out, Tensor) or out.device.type != "cuda":
         return False
-    return any(isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in args)
+    return any(
+        isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in tree_leaves(args)
+    )
 
 
 @contextmanager
@@ -105,12 +109,18 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Ten
     return torch.zeros(b, n, h, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def on_gpu(planner: nn.Module) -> nn.Module:
-    """A planner whose weights are on the GPU; fake tensors cannot be moved by `nn.Module.to`."""
-    for name, weight in list(planner.named_parameters(recurse=False)):
-        there = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
-        setattr(planner, name, nn.Parameter(there, requires_grad=False))
-    return planner
+def on_gpu(module: ModuleT) -> ModuleT:
+    """A module whose weights are on the GPU; `nn.Module.to` cannot move them to a fake one."""
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(_there(weight), requires_grad=False))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, _there(buffer))
+    return module
+
+
+def _there(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
 
 @contextmanager
