@@ -2,7 +2,7 @@
 
     python benchmarks/triton_registers.py [--only NAME] [--capability 80 90 100] [--out FOLDER]
 
-It needs triton and its ptxas, and no GPU.
+It needs triton and its ptxas, and no GPU. Rows of earlier runs are kept unless they are made again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def attention(
     q, k, v = operands(4096, dim, dtype)
     tiles, cells = 4096 // tile, 64
     ids = torch.int64
+    pooled_k, pooled_v = (empty(BATCH, HEADS, cells, dim, dtype=dtype) for _ in range(2))
     call = launch.KeyListOperands(
-        q, k, v, empty(BATCH, HEADS, cells, dim, dtype=dtype),
-        empty(BATCH, HEADS, cells, dim, dtype=dtype), None,
+        q, k, v, pooled_k, pooled_v, None,
         empty(BATCH, HEADS, tiles, cells, dtype=torch.float32),
         order=empty(tiles, tile, dtype=ids), weight=None,
         chosen=empty(BATCH, HEADS, tiles, 410, dtype=ids), held=None, table=None,
@@ -55,7 +56,7 @@ def attention(
     out, lse = torch.empty_like(q), empty(BATCH, HEADS, q.shape[2], dtype=torch.float32)
     if not backward:
         return launch.forward(call, out, lse)
-    sums = [empty(*x.shape, dtype=torch.float32) for x in (k, v, call.pooled_k, call.pooled_v)]
+    sums = [empty(*x.shape, dtype=torch.float32) for x in (k, v, pooled_k, pooled_v)]
     return launch.backward(call, out, lse, out, [q, *sums, None, None])
 
 
@@ -94,18 +95,18 @@ def rank(n: int) -> Any:
 
 FLOAT = torch.float32
 PROGRAMS: dict[str, Callable[[], Any]] = {
-    **{f"attention D={d} bf16": lambda d=d: attention(d) for d in (64, 72, 80, 128, 256)},
-    "attention D=64 bf16, tiles of 32": lambda: attention(64, tile=32),
-    "attention D=64 fp32": lambda: attention(64, FLOAT),
-    "attention backward D=64 bf16": lambda: attention(64, backward=True),
-    "attention backward D=80 bf16": lambda: attention(80, backward=True),
-    "pool D=64 bf16": lambda: pool(64),
-    "pool D=64 fp32": lambda: pool(64, FLOAT),
-    "pool D=256 bf16": lambda: pool(256),
-    **{f"vote D={d} bf16": lambda d=d: vote(d) for d in (64, 80, 128, 256)},
-    "vote D=64 bf16, 8 voters": lambda: vote(64, voters=8),
-    "vote D=64 fp32": lambda: vote(64, FLOAT),
-    **{f"rank {n} keys": lambda n=n: rank(n) for n in (1024, 4096, 16384)},
+    **{f"attention D={d} bf16": partial(attention, d) for d in (64, 72, 80, 128, 256)},
+    "attention D=64 bf16, tiles of 32": partial(attention, 64, tile=32),
+    "attention D=64 fp32": partial(attention, 64, FLOAT),
+    "attention backward D=64 bf16": partial(attention, 64, backward=True),
+    "attention backward D=80 bf16": partial(attention, 80, backward=True),
+    "pool D=64 bf16": partial(pool, 64),
+    "pool D=64 fp32": partial(pool, 64, FLOAT),
+    "pool D=256 bf16": partial(pool, 256),
+    **{f"vote D={d} bf16": partial(vote, d) for d in (64, 80, 128, 256)},
+    "vote D=64 bf16, 8 voters": partial(vote, 64, voters=8),
+    "vote D=64 fp32": partial(vote, 64, FLOAT),
+    **{f"rank {n} keys": partial(rank, n) for n in (1024, 4096, 16384)},
 }
 
 
@@ -158,15 +159,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     names = [options.only] if options.only else list(PROGRAMS)
-    rows = []
+    file = options.out / "triton-registers.json"
+    found = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = {(row["program"], row["sm"]): row for row in found}
+    about = {**machine(), "triton": _triton_version()}
     for name in names:
         for capability in options.capability:
             row = {"program": name, "sm": capability, **resources(PROGRAMS[name](), capability)}
             print(json.dumps(row), flush=True)
-            rows.append(row)
-    content = {"machine": {**machine(), "triton": _triton_version()}, "rows": rows}
-    file = options.out / "triton-registers.json"
-    file.write_text(json.dumps(content, indent=2) + "\n")
+            rows[name, capability] = row
+            content = {"machine": about, "rows": [rows[at] for at in sorted(rows)]}
+            file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _triton_version() -> str:

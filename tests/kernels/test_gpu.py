@@ -70,10 +70,13 @@ def test_pooled_keys_are_means_of_cells(
 
 
 def test_a_patched_model_is_captured_and_replayed() -> None:
-    """The graph gives what eager calls give, also for other images and after other sizes."""
+    """The graph gives what eager calls give, also for other images."""
     model = zoo.build("vit").cuda().eval()
     static = torch.randn(2, 3, 32, 32, device="cuda")
-    with torch.no_grad(), sparsiattn.patch(model, "connectivity", k=0.3, tile=(4, 4)) as patch:
+    with (
+        torch.no_grad(),
+        sparsiattn.patch(model, "connectivity", k=0.3, tile=(4, 4), kernel="triton") as patch,
+    ):
         patch.warmup(static)
         model(static)
         graph = torch.cuda.CUDAGraph()

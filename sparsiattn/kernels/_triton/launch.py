@@ -152,7 +152,7 @@ def forward_sizes(call: KeyListOperands) -> Sizes:
         most, keys, stages = (64 if row <= 256 else 32), (32 if row <= 512 else 16), 2
     else:
         most, keys = (128 if row <= 256 else 64), (64 if row <= 256 else 32)
-        stages = 3 if row <= 128 else 2
+        stages = 3 if row <= 128 else 2 if row <= 256 else 1
     if call.host is not None:
         most, stages = min(most, 64), stages if row <= 256 else 1
     rows = _rows(call.slots, most)

@@ -172,7 +172,8 @@ def vote_launch(
         "SPLIT": k.element_size() == 2,
     }  # fmt: skip
     stages = 3 if padded(dim) * k.element_size() <= 128 else 1
-    return Launch(vote, batch * heads * groups, arguments, warps=4, stages=stages)
+    warps = 4 if k.element_size() == 2 else 8
+    return Launch(vote, batch * heads * groups, arguments, warps=warps, stages=stages)
 
 
 def rank_launch(
