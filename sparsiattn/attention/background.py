@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -171,16 +170,21 @@ class CountedSummary(Summary):
         allowed: Tensor | None = None,
         source: tuple[Grid, int] | None = None,
     ) -> None:
-        # bypasses the frozen dataclass, so that `bias` stays unset where it is still a function
-        name = "bias" if isinstance(bias, Tensor) else "count_bias"
-        known = {"cells": cells, "parts": parts, "allowed": allowed, "source": source, name: bias}
-        vars(self).update(known)
+        # bypasses the frozen dataclass, whose field `bias` is a property here
+        count_bias, made = (None, bias) if isinstance(bias, Tensor) else (bias, None)
+        known = {"cells": cells, "parts": parts, "allowed": allowed, "source": source}
+        vars(self).update({**known, "_count_bias": count_bias, "_made": made})
 
     @property
     def counted(self) -> bool:
         """Whether the bias is to be counted from the lists."""
-        return "count_bias" in vars(self)
+        return vars(self)["_count_bias"] is not None
 
-    @cached_property
-    def bias(self) -> Tensor:
-        return vars(self)["count_bias"]()  # type: ignore[no-any-return]
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        # not `cached_property`, whose lock Dynamo cannot trace before Python 3.12
+        made: Tensor | None = self.__dict__["_made"]
+        if made is None:
+            made = self.__dict__["_count_bias"]()
+            object.__setattr__(self, "_made", made)
+        return made

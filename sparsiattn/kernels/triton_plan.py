@@ -38,12 +38,18 @@ def is_installed() -> bool:
     return (int(major), int(minor)) >= (3, 4)
 
 
-@cache
 def is_planned_on(device: torch.device) -> bool:
     """Whether a device is a GPU with the instructions that the kernels use (capability 8.0)."""
-    if device.type != "cuda" or not torch.cuda.is_available() or not is_installed():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and is_installed() and _is_capable(device)
+
+
+# as `torch.compiler.assume_constant_result` does, which would import all of Dynamo
+is_planned_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _is_capable(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def serves(pattern: TopLogits) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.background import Summary, key_cells, key_counts
+from sparsiattn.attention.background import CountedSummary, Summary, key_cells, key_counts
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -77,3 +77,18 @@ def test_cached_weights_are_those_of_the_cells(
     assert torch.equal(found, Summary(cells, parts, bias).pool(x))
     counts = key_counts(grid, parts, prefix, device=torch.device("cpu"))
     assert torch.equal(counts, cells.bincount(minlength=len(counts)).float())
+
+
+def test_a_bias_that_is_counted_late_is_traced() -> None:
+    """In one graph, also before Python 3.12, whose `cached_property` holds a lock."""
+    cells = key_cells((2, 2), (2, 2), 0, device=torch.device("cpu"))
+
+    def program(counts: torch.Tensor) -> torch.Tensor:
+        background = CountedSummary(cells, (2, 2), counts.log)
+        assert background.counted
+        return background.bias + background.bias
+
+    counts = torch.arange(4.0)
+    found = torch.compile(program, backend="eager", fullgraph=True)(counts)
+    assert torch.equal(found, 2 * counts.log())
+    torch.compiler.reset()

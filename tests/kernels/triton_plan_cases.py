@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import sparsiattn
 from sparsiattn.attention import KeyIndex
 from sparsiattn.attention.background import Summary, key_cells
 from sparsiattn.attention.top_logits import TopLogits
@@ -16,6 +18,7 @@ from sparsiattn.kernels._triton import plan_ops
 from sparsiattn.kernels.native import lists as native_lists
 from sparsiattn.kernels.native import scores as native
 from sparsiattn.strategies import finish
+from sparsiattn.testing import tiny_images, tiny_vit
 from tests.support.voting import VotingCase, assert_largest_votes
 
 pytestmark = pytest.mark.skipif(
@@ -168,7 +171,12 @@ def test_the_operators_keep_torchs_contract() -> None:
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner takes the CPU for a GPU, as the interpreter does."""
-    monkeypatch.setattr(triton_plan, "is_planned_on", lambda device: True)
+
+    def answer(device: torch.device) -> bool:
+        return True
+
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(triton_plan, "is_planned_on", answer)
 
 
 @pytest.mark.parametrize("name", ["uneven tiles", "bfloat16"])
@@ -191,3 +199,17 @@ def test_a_site_planned_and_computed_in_triton(name: str, monkeypatch: pytest.Mo
     torch.testing.assert_close(
         out.float(), Reference()(exact, planned), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_planned_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, with the results of the eager model and of torch's planning."""
+    model, images = tiny_vit().eval(), tiny_images(1)
+    options: dict[str, Any] = {"k": 0.3, "tile": (4, 4)}
+    with torch.no_grad(), sparsiattn.patch(model, kernel="reference", **options):
+        wanted = model(images)
+    on_a_gpu(monkeypatch)
+    with torch.no_grad(), sparsiattn.patch(model, kernel="triton", **options):
+        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            torch.testing.assert_close(run(images), wanted, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
