@@ -181,7 +181,7 @@ class CountedSummary(Summary):
         return vars(self)["_count_bias"] is not None
 
     @property
-    def bias(self) -> Tensor:  # type: ignore[override]
+    def bias(self) -> Tensor:
         # not `cached_property`, whose lock Dynamo cannot trace before Python 3.12
         made: Tensor | None = self.__dict__["_made"]
         if made is None:

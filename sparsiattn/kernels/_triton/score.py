@@ -172,7 +172,8 @@ def vote_launch(
         "SPLIT": k.element_size() == 2,
     }  # fmt: skip
     stages = 3 if padded(dim) * k.element_size() <= 128 else 1
-    warps = 4 if k.element_size() == 2 else 8
+    # with fewer, wide rows would not fit the registers
+    warps = 4 if k.element_size() == 2 and padded(dim) <= 128 else 8
     return Launch(vote, batch * heads * groups, arguments, warps=warps, stages=stages)
 
 
