@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid
 
 
@@ -22,12 +22,15 @@ class Summary:
         bias: Logit of each pooled key, ``[B|1, H|1, R, G]`` for R pattern rows or patch queries:
             log of how many of the cell's keys were not selected, minus infinity if all were.
         allowed: Keys that may enter the mean, ``[B|1, H|1, Nq|1, Nk]``; None means all.
+        source: The grid of patch keys and the number of prefix keys that ``cells`` was made from,
+            so that the weights of means are cached; None for cells of another kind.
     """
 
     cells: Tensor
     parts: Grid
     bias: Tensor
     allowed: Tensor | None = None
+    source: tuple[Grid, int] | None = None
 
     @property
     def count(self) -> int:
@@ -56,17 +59,87 @@ class Summary:
 
     def pool(self, x: Tensor) -> Tensor:
         """Means over cells, ``[B, H, Nk, D]`` to ``[B, H, G, D]``; not for `per_query` means."""
-        if x.dtype.itemsize > 2:
-            weights = self.weights(x.dtype)
-            return (weights if self.allowed is None else weights.squeeze(-3)) @ x
-        member = self._averaged(x.dtype)
-        member = member if self.allowed is None else member.squeeze(-3)
-        # 1 / count has too few digits in half precision, and a sum may overflow, so the product is
-        # with a power of two near it
-        count = _counts(member)
-        power = torch.exp2(-count.log2().ceil())
-        rows = (member * power.to(x.dtype)) @ x
-        return (rows.float() / (count * power)).to(x.dtype)
+        weights, divisor = self._pooling(x.dtype)
+        rows = weights @ x
+        # the quotient of a half precision number and a float32 number is a float32 number
+        return rows if divisor is None else (rows / divisor).to(x.dtype)
+
+    def _pooling(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """`pooling_weights` of these cells."""
+        if self.allowed is not None:
+            return pooling_weights(self._averaged(dtype).squeeze(-3))
+        if self.source is None:
+            return pooling_weights(self._averaged(dtype))
+        grid, prefix = self.source
+        key = grid, self.parts, prefix, dtype
+        return geometry.table(_pooling_of_grid, *key, device=self.cells.device)
+
+
+def pooling_weights(member: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weights ``[..., G, Nk]`` whose product with keys, over a divisor, is the mean of every cell.
+
+    1 / count has too few digits in half precision, and a sum may overflow. There the weights are a
+    power of two near it, and the divisor ``[..., G, 1]`` is what is left of the count.
+
+    Args:
+        member: One for every key that enters the mean of a cell, ``[..., G, Nk]``.
+    """
+    count = _counts(member)
+    if member.dtype.itemsize > 2:
+        return member / count.to(member.dtype), None
+    power = torch.exp2(-count.log2().ceil())
+    return member * power.to(member.dtype), count * power
+
+
+def _pooling_of_grid(
+    grid: Grid, parts: Grid, prefix: int, dtype: torch.dtype, *, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """`pooling_weights` of all cells of a grid; no divisor if it is one everywhere."""
+    ids = torch.arange(parts[0] * parts[1], device=device)
+    member = (key_cells(grid, parts, prefix, device=device)[:, None] == ids).to(dtype)
+    weights, divisor = pooling_weights(member.mT)
+    return weights, None if _counts_are_powers(grid, parts) else divisor
+
+
+def _counts_are_powers(grid: Grid, parts: Grid) -> bool:
+    """Whether every cell holds a power of two of keys; unknown, so False, for symbolic sizes."""
+    if not all(type(size) is int for size in (*grid, *parts)):
+        return False
+    for size, cells in zip(grid, parts, strict=True):
+        ends = [-(-size * i // cells) for i in range(cells + 1)]
+        sides = [ends[i + 1] - ends[i] for i in range(cells)]
+        if any(side & (side - 1) for side in sides):
+            return False
+    return True
+
+
+def key_cells(grid: Grid, parts: Grid, prefix: int, *, device: torch.device) -> Tensor:
+    """The cell of every key, ``[P + n]``, with an additional last cell for prefix keys.
+
+    >>> key_cells((2, 4), (1, 2), 1, device=torch.device("cpu")).tolist()
+    [2, 0, 0, 1, 1, 0, 0, 1, 1]
+    """
+    ids = geometry.cell_ids(grid, parts, device=device)
+    return torch.cat([ids.new_full((prefix,), parts[0] * parts[1]), ids])
+
+
+def key_counts(grid: Grid, parts: Grid, prefix: int, *, device: torch.device) -> Tensor:
+    """How many keys every cell holds, ``[G + 1]`` float32, that of the prefix last."""
+    cells = key_cells(grid, parts, prefix, device=device)
+    total = torch.zeros(parts[0] * parts[1] + 1, device=device)
+    return total.index_add(0, cells, torch.ones_like(cells, dtype=total.dtype))
+
+
+def cell_members(
+    grid: Grid, parts: Grid, prefix: int, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The keys of every cell, ``[G, s]``, and how many of them are distinct, ``[G]``.
+
+    >>> cell_members((1, 4), (1, 2), 1, device=torch.device("cpu"))[0].tolist()
+    [[1, 2], [3, 4]]
+    """
+    groups = geometry.tiles_of_parts(grid, parts, device=device)
+    return groups.order + prefix, (groups.weight > 0).sum(-1)
 
 
 def _counts(member: Tensor) -> Tensor:
@@ -86,6 +159,7 @@ class CountedSummary(Summary):
         parts: Rows and columns of cells.
         bias: The bias, or a function that computes it.
         allowed: Keys that may enter the mean, as in `Summary`.
+        source: What the cells were made from, as in `Summary`.
     """
 
     def __init__(
@@ -94,16 +168,23 @@ class CountedSummary(Summary):
         parts: Grid,
         bias: Tensor | Callable[[], Tensor],
         allowed: Tensor | None = None,
+        source: tuple[Grid, int] | None = None,
     ) -> None:
-        # bypasses the frozen dataclass, so that `bias` stays unset where it is still a function
-        name = "bias" if isinstance(bias, Tensor) else "count_bias"
-        vars(self).update({"cells": cells, "parts": parts, "allowed": allowed, name: bias})
+        # bypasses the frozen dataclass, whose field `bias` is a property here
+        count_bias, made = (None, bias) if isinstance(bias, Tensor) else (bias, None)
+        known = {"cells": cells, "parts": parts, "allowed": allowed, "source": source}
+        vars(self).update({**known, "_count_bias": count_bias, "_made": made})
 
     @property
     def counted(self) -> bool:
         """Whether the bias is to be counted from the lists."""
-        return "count_bias" in vars(self)
+        return vars(self)["_count_bias"] is not None
 
-    @cached_property
+    @property
     def bias(self) -> Tensor:
-        return vars(self)["count_bias"]()  # type: ignore[no-any-return]
+        # not `cached_property`, whose lock Dynamo cannot trace before Python 3.12
+        made: Tensor | None = self.__dict__["_made"]
+        if made is None:
+            made = self.__dict__["_count_bias"]()
+            object.__setattr__(self, "_made", made)
+        return made

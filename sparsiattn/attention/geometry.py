@@ -58,12 +58,16 @@ def _built(build: Callable[..., T], full_key: Any) -> T:
     # an inference tensor kept from a warm-up would break a later training step
     with torch.inference_mode(False):
         built = build(*key, device=device)
-    # a fake tensor (of a tracing mode) must not outlive its mode; a table that a graph builds has
-    # no values before it is replayed
-    if all(type(part) is Tensor for part in _parts(built)) and not _is_capturing(device):
+    # a table that a graph builds has no values before it is replayed
+    if all(map(_is_lasting, _parts(built))) and not _is_capturing(device):
         wait_for_values(device)
         _keep(full_key, built)
     return built
+
+
+def _is_lasting(part: Tensor) -> bool:
+    """Whether a tensor may be cached: a fake one (of a tracing mode) must not outlive its mode."""
+    return type(part) is Tensor
 
 
 def wait_for_values(device: torch.device) -> None:

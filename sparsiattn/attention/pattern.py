@@ -26,8 +26,7 @@ DenseAttention = Callable[[AttentionInputs], Tensor]
 class Pattern(RenamedMembers):
     """Which of ``n_queries`` x ``n_keys`` pairs survive, and the summary that replaces the others.
 
-    Planners make one with `dense`, `mask`, `top`, `computed_keys`, `logits` or `output`, or with
-    `KeyIndex.of`.
+    Planners make one with a static method of this class, or with `KeyIndex.of`.
 
     Attributes:
         n_queries: Number of queries, prefix included. For `Ranked`, the number of score rows: one

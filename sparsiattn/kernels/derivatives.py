@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from sparsiattn.attention.background import CountedSummary, Summary
+from sparsiattn.attention.background import CountedSummary
 from sparsiattn.attention.derivatives import differentiable_again, is_transformed
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Pattern
@@ -47,7 +47,7 @@ def twice_differentiable(
     none = inputs.q.new_empty(0)
     call = inputs.replace(q=none, k=none, v=none, bias=None, token_state=None, cross_layer=None)
     if summary is not None and not counted:
-        without_bias = Summary(summary.cells, summary.parts, none, summary.allowed)
+        without_bias = replace(summary, bias=none)
         pattern = replace(pattern, summary=without_bias)  # type: ignore[type-var]
     recompute = partial(_by_reference, name, call, pattern)
     return differentiable_again(out, recompute, inputs.q, inputs.k, inputs.v, inputs.bias, rows)

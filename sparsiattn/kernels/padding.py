@@ -13,6 +13,7 @@ def slot_macs(
     *,
     tile: int | None = None,
     width: int | None = None,
+    dense_rows: int | None = None,
 ) -> int:
     """Multiply-accumulates of QK^T and AV, including prefix queries and pooling of summary keys.
 
@@ -22,12 +23,15 @@ def slot_macs(
         slots: Number of positions in every list, padding included.
         tile: Number of queries of a tile as the kernel pads it; None for no padding.
         width: Channels of a key plus its value as the kernel pads them; None for no padding.
+        dense_rows: Number of prefix queries, if the kernel computes and pads them like a tile;
+            None for the dense attention of torch.
     """
     exact = inputs.q.shape[-1] + inputs.v.shape[-1]
+    padded = exact if width is None else width
+    prefix = pattern.dense_rows * exact if dense_rows is None else dense_rows * padded
     rows = list_count(pattern) * (tile_size(pattern) if tile is None else tile)
     pooled = 0 if pattern.summary is None else pattern.summary.count * pattern.n_keys
-    each = rows * slots * (exact if width is None else width)
-    each += (pattern.dense_rows * pattern.n_keys + pooled) * exact
+    each = rows * slots * padded + prefix * pattern.n_keys + pooled * exact
     return int(inputs.q.shape[:-2].numel() * each)
 
 

@@ -11,18 +11,20 @@ from torch import Tensor
 from sparsiattn.attention.inputs import MASKED_BELOW, AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks, KeyLists
 from sparsiattn.attention.pattern import Pattern
+from sparsiattn.kernels import triton_plan
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
-from sparsiattn.kernels.gather import dense_rows, needs_grad
+from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.triton_plan import TRITON_DTYPES, WIDEST_HEAD
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # triton reads this once, too; kernels then run (slowly) on the CPU, for tests
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WIDEST_HEAD = 256
+_MOST_ROWS = 128
+"""Queries of one program at most."""
 
 # Estimates, not measured here: an H200's data sheet and the share of it that such kernels commonly
 # reach. Multiply-accumulates per second by bytes per number, for dense and sparse attention; bytes
@@ -81,14 +83,17 @@ class Triton(Kernel):
         assert isinstance(pattern, KeyLists)
         width = _padded(inputs.q.shape[-1]) + _padded(inputs.v.shape[-1])
         slots = _slots(pattern) + summary_count(pattern)
-        return slot_macs(inputs, pattern, slots, tile=_padded(tile_size(pattern)), width=width)
+        tile = _padded(tile_size(pattern))
+        part = min(tile, _MOST_ROWS)
+        dense = -(-pattern.dense_rows // part) * part
+        return slot_macs(inputs, pattern, slots, tile=tile, width=width, dense_rows=dense)
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, KeyLists)
-        first, tiles, summary = pattern.dense_rows, pattern.tiles, pattern.summary
+        tiles, summary = pattern.tiles, pattern.summary
         pooled: tuple[Tensor | None, ...] = (None, None)
         if summary is not None:
-            pooled = summary.pool(inputs.k), summary.pool(inputs.v)
+            pooled = triton_plan.pooled(summary, inputs.k, inputs.v)
         out: Tensor = key_list_attention(
             inputs.q,
             inputs.k,
@@ -99,7 +104,7 @@ class Triton(Kernel):
             None if tiles is None else tiles.order,
             None if tiles is None or tiles.even else tiles.weight,
             *_lists(pattern),
-            dense_rows(inputs, first) if first else None,
+            pattern.dense_rows,
             pattern.prefix if isinstance(pattern, KeyBlocks) else 0,
             _slots(pattern),
             inputs.scale,
@@ -122,8 +127,8 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
             "needs q, k and v of the same dtype, float32, float16 or bfloat16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
-    if max(q.shape[-1], v.shape[-1]) > _WIDEST_HEAD:
-        reasons.append(f"needs head dims up to {_WIDEST_HEAD}, got {q.shape[-1]} and {v.shape[-1]}")
+    if max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
+        reasons.append(f"needs head dims up to {WIDEST_HEAD}, got {q.shape[-1]} and {v.shape[-1]}")
     if inputs.dropout:
         reasons.append("does not support dropout")
     reasons += transform_refusals()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ def own_keys(rows: int, keys: int, prefix: int, *, device: torch.device) -> Tens
     """
     places = torch.arange(keys, device=device) - prefix
     return places == torch.arange(rows, device=device)[:, None]
+
+
+def padded_shares(before: int, dtype: torch.dtype, *sizes: Any, device: torch.device) -> Tensor:
+    """`geometry.own_shares` after ``before`` columns of zeros, which stand for prefix keys."""
+    shares = geometry.own_shares(*sizes, device=device)
+    return F.pad(shares, (before, 0)).to(dtype)
 
 
 def basis_cells(grid: Grid, tokens_per_basis: float | None, basis: int | None) -> Grid:

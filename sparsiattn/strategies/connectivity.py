@@ -28,7 +28,6 @@ from sparsiattn.strategies.basis import (
     channel_maps,
     fit_channel_maps,
     initial_tables,
-    own_keys,
     pooled_by_block,
     unit_grid,
 )
@@ -42,6 +41,7 @@ from sparsiattn.strategies.predictor import (
     largest,
     number_from,
     sizes_above,
+    with_own_keys,
     without_hidden_keys,
 )
 
@@ -255,16 +255,17 @@ class ConnectivityPlanner(LearnedPlanner):
             return compiled[0]
         down, up = self._tables(inputs)
         units, down = self._units(inputs), without_hidden_keys(down, inputs)
-        coefficients = self.coefficients(inputs, inputs.row_queries, units, down)
+        rows = inputs.row_queries
+        coefficients = self.coefficients(inputs, rows, units, down)
         coefficients = largest(coefficients, self.strategy.basis_coef_topk)
         basis = up if inputs.blocks is None else up[..., self.prefix :, :]
         basis = sizes_above(basis, self.strategy.basis_threshold)
         scores = coefficients @ for_heads(basis).mT.to(coefficients.dtype)
         if self.strategy.mean_query_boost:
-            scores = scores.float() * self._boost(inputs, units, down, up)
+            scores = scores.float() * self._boost(inputs, rows, units, down, up)
         if self.self_weight is None or inputs.n_queries != inputs.n_keys:
             return scores
-        return self._add_own_keys(scores, inputs, self.self_weight)
+        return with_own_keys(scores, inputs, self.self_weight)
 
     def _compiled(self, inputs: AttentionInputs, count: int) -> tuple[Tensor, Tensor] | None:
         """Scores of blocks and the indices of the ``count`` best ones, from compiled code.
@@ -306,27 +307,18 @@ class ConnectivityPlanner(LearnedPlanner):
         sizes = inputs.query_grid, inputs.tile, block, inputs.views
         return inputs.table(geometry.own_shares, *sizes)
 
-    def _add_own_keys(self, scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
-        """Add a share of every row's total score to the row's own key, or to a tile's own keys."""
-        extra = weight.to(scores.dtype) * scores.sum(-1, keepdim=True)
-        if inputs.tiles is None:
-            if torch.compiler.is_compiling():  # ONNX cannot write through a view
-                here = inputs.table(own_keys, *scores.shape[-2:], self.prefix)
-                return torch.addcmul(scores, extra, here.to(scores.dtype))
-            scores.diagonal(self.prefix, -2, -1).add_(extra.squeeze(-1))
-            return scores
-        block = 1 if inputs.blocks is None else inputs.block
-        shares = self._own_shares(inputs, block).to(scores.dtype)
-        return torch.addcmul(scores, extra, F.pad(shares, (scores.shape[-1] - shares.shape[1], 0)))
-
-    def _boost(self, inputs: AttentionInputs, units: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def _boost(
+        self, inputs: AttentionInputs, rows: Tensor, units: Tensor, down: Tensor, up: Tensor
+    ) -> Tensor:
         """How much more attention the mean query pays to a key than low resolution predicts.
 
         Returns:
             Factors for each key (or block), ``[B, H, 1, n]``: large for keys that stand out in
             their cell for any query.
         """
-        mean = inputs.mean_query * inputs.scale
+        # the mean of row queries, unless some of them are padding
+        shown = inputs.visible_keys is None
+        mean = (rows.mean(-2, keepdim=True) if shown else inputs.mean_query) * inputs.scale
         exact = mean @ units.mT
         down, up = (for_heads(table).to(exact.dtype) for table in (down, up))
         low, blocks = (exact @ down @ up.mT).float(), inputs.blocks

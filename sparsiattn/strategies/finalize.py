@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsiattn.attention import geometry
 from sparsiattn.attention.auto_options import MOST_CELLS
-from sparsiattn.attention.background import CountedSummary, Summary
+from sparsiattn.attention.background import CountedSummary, Summary, key_cells, key_counts
 from sparsiattn.attention.budget import at_most, blocks_within, count_of
 from sparsiattn.attention.geometry import Tiles
 from sparsiattn.attention.inputs import AttentionInputs
@@ -25,6 +24,7 @@ from sparsiattn.attention.key_lists import KeyBlocks, KeyIndex, KeyLists
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Mask, Pattern, Ranked
 from sparsiattn.attention.top_logits import TopKeys, TopLogits
 from sparsiattn.errors import InvalidOption, InvalidType
+from sparsiattn.kernels import triton_plan
 from sparsiattn.kernels.native import lists as native_lists
 from sparsiattn.kernels.native import rows as native_rows
 from sparsiattn.kernels.native import scores as native
@@ -63,6 +63,11 @@ def finish(
         pattern = replace(pattern, k=at_most(pattern.k, inputs.n_keys, max_keys))
     if isinstance(pattern, TopLogits):
         in_blocks = blocks if pattern.in_blocks else None
+        voted = None
+        if in_blocks is None and _ranks_patches(pattern, inputs, prefix_keys):
+            voted = _voted_on_gpu(pattern, inputs, background)
+        if voted is not None:
+            return voted
         pattern = _rank_logits(pattern, inputs, prefix_keys, in_blocks)
     elif isinstance(pattern, Ranked):
         pattern = _rank(pattern, inputs, prefix_keys, blocks)
@@ -133,8 +138,7 @@ def _rank_logits(
     pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool, blocks: Tiles | None
 ) -> Pattern:
     """Lists that a kernel finds while it computes, if one can; else as `_rank`."""
-    keys = count_of(pattern.k, inputs.n_keys)
-    fits = inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
+    keys, fits = count_of(pattern.k, inputs.n_keys), _ranks_patches(pattern, inputs, prefix_keys)
     if inputs.tiles is None:
         compiled = native_rows.serves(inputs)
     else:
@@ -165,6 +169,29 @@ def _rank_logits(
         make_index=make_index,
         dense_rows=rows,
     )
+
+
+def _ranks_patches(pattern: TopLogits, inputs: AttentionInputs, prefix_keys: bool) -> bool:
+    """Whether lists hold all prefix keys, and some but not all of the others."""
+    keys = count_of(pattern.k, inputs.n_keys)
+    return inputs.prefix < keys < inputs.n_keys and (prefix_keys or not inputs.prefix)
+
+
+def _voted_on_gpu(
+    pattern: TopLogits, inputs: AttentionInputs, background: int | None
+) -> KeyIndex | None:
+    """Lists and summary from kernels that vote, rank and count; None if they do not serve."""
+    if not triton_plan.serves(pattern):
+        return None
+    parts = None if background is None else _parts(inputs, background)
+    index, bias = triton_plan.voted_lists(pattern, count_of(pattern.k, inputs.n_keys), parts)
+    tiles, rows, source = inputs.tiles, inputs.prefix, (inputs.key_grid, inputs.prefix)
+    summary = None
+    if parts is not None and bias is not None:
+        cells = inputs.table(key_cells, source[0], parts, source[1])
+        summary = Summary(cells, parts, bias, source=source)
+    sizes = inputs.n_queries, inputs.n_keys
+    return KeyIndex(*sizes, index=index, tiles=tiles, dense_rows=rows, summary=summary)
 
 
 def _at_least_float32(inputs: AttentionInputs) -> AttentionInputs:
@@ -217,16 +244,18 @@ def _row_allowed(inputs: AttentionInputs) -> Tensor | None:
 
 def _with_summary(pattern: Pattern, inputs: AttentionInputs, g: int) -> Pattern:
     assert isinstance(pattern, (KeyIndex, KeyBlocks, TopKeys, Mask))
-    parts = cell_parts(inputs.key_grid, g, inputs.key_views)
-    cells, count = _cells(inputs, parts)
+    parts = _parts(inputs, g)
+    source = inputs.key_grid, inputs.prefix
+    cells = inputs.table(key_cells, source[0], parts, source[1])
     allowed = inputs.allowed()
     count_bias = _bias_counter(pattern, inputs, allowed, cells, parts)
     shared = allowed is None or allowed.shape[-2] == 1
     can_count = shared and isinstance(pattern, KeyLists)
-    can_count = can_count and native.counts(inputs.q, count, inputs.device)
+    can_count = can_count and native.counts(inputs.q, parts[0] * parts[1], inputs.device)
     if can_count or isinstance(pattern, TopKeys):
-        return replace(pattern, summary=CountedSummary(cells, parts, count_bias, allowed))
-    return replace(pattern, summary=Summary(cells, parts, count_bias(), allowed))
+        summary = CountedSummary(cells, parts, count_bias, allowed, source)
+        return replace(pattern, summary=summary)
+    return replace(pattern, summary=Summary(cells, parts, count_bias(), allowed, source))
 
 
 def _bias_counter(
@@ -240,13 +269,17 @@ def _bias_counter(
 
     The bias contains logs of counts: log(0) is minus infinity, so an empty cell has no weight.
     """
-    count = parts[0] * parts[1]
-    if isinstance(pattern, KeyBlocks) and inputs.bias is None:
-        sizes = inputs.key_grid, inputs.block, parts, inputs.key_views
-        return partial(_bias_by_block, pattern, cells, *sizes)
     if isinstance(pattern, KeyLists) and inputs.bias is None:
-        return partial(_bias_by_index, pattern, cells, count)
-    return partial(_bias_by_mask, pattern, inputs, allowed, cells, count)
+        if isinstance(pattern, KeyBlocks) and pattern.blocks.even:
+            sizes = inputs.key_grid, inputs.block, parts, inputs.key_views
+            return partial(_bias_by_block, pattern, cells.device, *sizes)
+        total = inputs.table(key_counts, inputs.key_grid, parts, inputs.prefix)
+        return partial(_bias_by_index, pattern, cells, total)
+    return partial(_bias_by_mask, pattern, inputs, allowed, cells, parts[0] * parts[1])
+
+
+def _parts(inputs: AttentionInputs, g: int) -> geometry.Grid:
+    return cell_parts(inputs.key_grid, g, inputs.key_views)
 
 
 def cell_parts(grid: geometry.Grid, g: int, views: int = 1) -> geometry.Grid:
@@ -264,60 +297,40 @@ def cell_parts(grid: geometry.Grid, g: int, views: int = 1) -> geometry.Grid:
     return (min(rows, MOST_CELLS) if views > 1 == g else rows), min(g, grid[1])
 
 
-def _cells(inputs: AttentionInputs, parts: geometry.Grid) -> tuple[Tensor, int]:
-    """The cell of every key, with an additional last cell for prefix keys; the number of cells."""
-    ids = geometry.table(
-        _padded_cells, inputs.key_grid, parts, inputs.prefix, device=inputs.k.device
-    )
-    return ids, parts[0] * parts[1]
+def _bias_by_index(pattern: KeyLists, cells: Tensor, total: Tensor) -> Tensor:
+    """The log of how many keys of each cell a list leaves out, ``[..., T, G]``.
+
+    Args:
+        pattern: The lists.
+        cells: Cell of every key, ``[Nk]``.
+        total: Number of keys of every cell, ``[G + 1]``.
+    """
+    index = pattern.index
+    minus_one = geometry.table(torch.full, (1,), -1.0, device=cells.device)
+    rest = total.expand(*index.shape[:-1], -1)
+    rest = rest.scatter_add(-1, cells[index], minus_one.expand(index.shape))
+    return rest[..., :-1].log()
 
 
-def _padded_cells(
-    grid: geometry.Grid, parts: geometry.Grid, prefix: int, *, device: torch.device
-) -> Tensor:
-    ids = geometry.cell_ids(grid, parts, device=device)
-    return torch.cat([ids.new_full((prefix,), parts[0] * parts[1]), ids])
-
-
-def _count_by_index(index: Tensor, cells: Tensor, count: int) -> Tensor:
-    """How many keys of each cell a row has not selected, ``[..., R, G]``."""
-    total = torch.zeros(count + 1, dtype=torch.float, device=cells.device).index_add(
-        0, cells, torch.ones_like(cells, dtype=torch.float)
-    )
-    picked = torch.zeros(*index.shape[:-1], count + 1, dtype=torch.float, device=index.device)
-    picked = picked.scatter_add(-1, cells[index], torch.ones_like(index, dtype=torch.float))
-    return (total - picked)[..., :count]
-
-
-def _bias_by_index(pattern: KeyLists, cells: Tensor, count: int) -> Tensor:
-    return _count_by_index(pattern.index, cells, count).log()
-
-
-def _bias_by_block(pattern: KeyBlocks, cells: Tensor, *sizes: Any) -> Tensor:
-    return _count_by_block(pattern, cells, *sizes).log()
-
-
-def _count_by_block(
+def _bias_by_block(
     pattern: KeyBlocks,
-    cells: Tensor,
+    device: torch.device,
     grid: geometry.Grid,
     block: geometry.Tile,
     parts: geometry.Grid,
     views: int,
 ) -> Tensor:
-    """As `_count_by_index`, using tables of how many keys of each cell a block holds."""
-    if not pattern.blocks.even:
-        return _count_by_index(pattern.index, cells, parts[0] * parts[1])
+    """As `_bias_by_index`, using tables of how many keys of each cell a block holds."""
     size = pattern.blocks.size
     full_blocks, partial_keys = divmod(pattern.keys - pattern.prefix, size)
     sizes = grid, block, parts, views
-    members = geometry.table(_members_of_first, *sizes, device=cells.device)
+    members, total = geometry.table(_members_of_first, *sizes, device=device)
     lists = pattern.chosen[..., :full_blocks]
     rows = members[size].index_select(0, lists.flatten())
     picked = rows.view(*lists.shape, parts[0] * parts[1]).sum(-2)
     if partial_keys:
         picked = picked + members[partial_keys][pattern.chosen[..., full_blocks]]
-    return members[size].sum(0) - picked
+    return (total - picked).log()
 
 
 def _members_of_first(
@@ -327,14 +340,19 @@ def _members_of_first(
     views: int,
     *,
     device: torch.device,
-) -> Tensor:
-    """How many of the first i keys of a block lie in each cell, ``[size + 1, blocks, cells]``."""
+) -> tuple[Tensor, Tensor]:
+    """How many of the first i keys of a block lie in each cell, and how many keys a cell holds.
+
+    Returns:
+        ``[size + 1, blocks, cells]`` and ``[cells]``.
+    """
     assert not isinstance(block, int)
     cells = geometry.cell_ids(grid, parts, device=device)
     order = geometry.tiles(grid, block, views, device=device).order
     ids = torch.arange(parts[0] * parts[1], device=device)
     is_member = (cells[order].mT.unsqueeze(-1) == ids).float()
-    return torch.cat([torch.zeros_like(is_member[:1]), is_member.cumsum(0)])
+    members = torch.cat([torch.zeros_like(is_member[:1]), is_member.cumsum(0)])
+    return members, members[-1].sum(0)
 
 
 def _bias_by_mask(

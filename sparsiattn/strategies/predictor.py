@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.strategies.base import is_number
-from sparsiattn.strategies.basis import resize_tables
+from sparsiattn.strategies.basis import own_keys, padded_shares, resize_tables
 
 MAX_ELEMENTS = 1 << 24  # elements of exact attention that calibration computes at once
 PART = 1 << 8  # elements of a table that are compared in one call
@@ -173,6 +173,27 @@ def without_hidden_keys(down: Tensor, inputs: AttentionInputs) -> Tensor:
     return masked * (
         weights.abs().sum(-2, keepdim=True) / masked.abs().sum(-2, keepdim=True).clamp_min(1e-6)
     )
+
+
+def with_own_keys(scores: Tensor, inputs: AttentionInputs, weight: Tensor) -> Tensor:
+    """Scores plus a share of a row's total score at the row's own key, or at a tile's own keys.
+
+    Args:
+        scores: ``[B, H, R, n]``; may be written to.
+        inputs: The operands of the call.
+        weight: The share, ``[1]``.
+    """
+    extra = weight.to(scores.dtype) * scores.sum(-1, keepdim=True)
+    if inputs.tiles is None:
+        if torch.compiler.is_compiling():  # ONNX cannot write through a view
+            here = inputs.table(own_keys, *scores.shape[-2:], inputs.prefix)
+            return torch.addcmul(scores, extra, here.to(scores.dtype))
+        scores.diagonal(inputs.prefix, -2, -1).add_(extra.squeeze(-1))
+        return scores
+    before, block = (inputs.prefix, 1) if inputs.blocks is None else (0, inputs.block)
+    sizes = inputs.query_grid, inputs.tile, block, inputs.views
+    shares = inputs.table(padded_shares, before, scores.dtype, *sizes)
+    return torch.addcmul(scores, extra, shares)
 
 
 def whole_tensor(weight: Tensor) -> Tensor:

@@ -100,8 +100,9 @@ def test_what_opaque_kernels_compute_by_hand() -> None:
     # prefix and summary keys fill two more blocks
     assert Flex().uncounted_macs(inputs, pattern) == 6 * (64 * 10 * 4 * 16 + alone)
     assert XFormers().uncounted_macs(inputs, pattern) == 6 * (64 * (32 + 5) * 16 + alone)
-    # head dims of 8 are computed as 16
-    assert Triton().uncounted_macs(inputs, pattern) == 6 * (64 * (33 + 4) * 32 + alone)
+    # head dims of 8 are computed as 16, and the prefix query as a tile of 16 queries
+    rows = 64 * (33 + 4) + 16 * 65
+    assert Triton().uncounted_macs(inputs, pattern) == 6 * (rows * 32 + 4 * 65 * 16)
     packed = random_inputs((2, 5), batch=1, prefix=0)
     macs = XFormers().uncounted_macs(packed, Lengths(10, 10, (4, 6)))
     assert macs == 3 * (4 * 4 + 6 * 6) * 16

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from sparsiattn.attention import geometry
-from sparsiattn.attention.background import Summary
+from sparsiattn.attention.background import CountedSummary, Summary, key_cells, key_counts
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -57,3 +59,36 @@ def test_gradients_reach_the_keys(dtype: torch.dtype) -> None:
     half = x.detach().to(dtype).requires_grad_()
     grads = [torch.autograd.grad(summary((7, 7)).pool(y).float().sum(), y)[0] for y in (x, half)]
     torch.testing.assert_close(grads[1].float(), grads[0], rtol=1e-2, atol=1e-4)
+
+
+SIDES = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+
+@given(SIDES, SIDES, st.integers(0, 3), st.sampled_from([torch.float32, *HALF]))
+@example((16, 8), (4, 2), 1, torch.bfloat16)
+def test_cached_weights_are_those_of_the_cells(
+    grid: tuple[int, int], parts: tuple[int, int], prefix: int, dtype: torch.dtype
+) -> None:
+    """To the last bit, also where every count is a power of two and the division is left out."""
+    cells = key_cells(grid, parts, prefix, device=torch.device("cpu"))
+    bias = torch.zeros(1, 1, 1, parts[0] * parts[1])
+    x = torch.randn(2, 1, len(cells), 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = Summary(cells, parts, bias, source=(grid, prefix)).pool(x)
+    assert torch.equal(found, Summary(cells, parts, bias).pool(x))
+    counts = key_counts(grid, parts, prefix, device=torch.device("cpu"))
+    assert torch.equal(counts, cells.bincount(minlength=len(counts)).float())
+
+
+def test_a_bias_that_is_counted_late_is_traced() -> None:
+    """In one graph, also before Python 3.12, whose `cached_property` holds a lock."""
+    cells = key_cells((2, 2), (2, 2), 0, device=torch.device("cpu"))
+
+    def program(counts: torch.Tensor) -> torch.Tensor:
+        background = CountedSummary(cells, (2, 2), counts.log)
+        assert background.counted
+        return background.bias + background.bias
+
+    counts = torch.arange(4.0)
+    found = torch.compile(program, backend="eager", fullgraph=True)(counts)
+    assert torch.equal(found, 2 * counts.log())
+    torch.compiler.reset()

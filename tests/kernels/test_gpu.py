@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,83 @@ from torch._dynamo.utils import counters
 
 import sparsiattn
 from sparsiattn import Pattern
-from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Reference, Triton, Varlen, XFormers
+from sparsiattn.attention.background import Summary, key_cells
+from sparsiattn.kernels import (
+    Flex,
+    Gather,
+    MaskedSDPA,
+    Reference,
+    Triton,
+    Varlen,
+    XFormers,
+    triton_plan,
+)
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.strategies import finish
 from sparsiattn.testing import KernelSuite, random_inputs
 from sparsiattn.testing.kernel import TOLERANCE, Case, _gradients, _on
 from tests.support import zoo
 from tests.support.flex_calls import flex_call
+from tests.support.voting import VotingCase, assert_largest_votes
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SPARSE = [name for name in zoo.ATTENTION if name != "dense"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        VotingCase((64, 64), (8, 8), k=410, dim=64, heads=6, batch=2, background=8),
+        VotingCase((128, 128), (8, 8), k=1638, prefix=5, dim=64, heads=3, background=8),
+        VotingCase((33, 35), (8, 4), k=115, dim=72, heads=3, background=10),
+        VotingCase((32, 32), (8, 4), k=256, prefix=0, dim=128, heads=2, background=None),
+    ],
+)
+def test_tiles_keep_the_keys_of_the_largest_votes(case: VotingCase, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    pattern = case.pattern("cuda")
+    assert triton_plan.serves(pattern)
+    assert_largest_votes(case, pattern, *case.lists(pattern))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("grid", "dim"), [((64, 64), 64), ((37, 37), 80), ((14, 14), 256)])
+def test_pooled_keys_are_means_of_cells(
+    grid: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    cells = key_cells(grid, (5, 5), 1, device=torch.device("cuda"))
+    packed = torch.randn(2, len(cells), 2, 6, dim, device="cuda").to(dtype)
+    k, v = packed.permute(2, 0, 3, 1, 4)
+    summary = Summary(cells, (5, 5), cells.new_zeros(1, 1, 1, 25), source=(grid, 1))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for mine, x in zip(triton_plan.pooled(summary, k, v), (k, v), strict=True):
+        wanted = summary.pool(x.double()).to(dtype)
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_patched_model_is_captured_and_replayed() -> None:
+    """The graph gives what eager calls give, also for other images."""
+    model = zoo.build("vit").cuda().eval()
+    static = torch.randn(2, 3, 32, 32, device="cuda")
+    with (
+        torch.no_grad(),
+        sparsiattn.patch(model, "connectivity", k=0.3, tile=(4, 4), kernel="triton") as patch,
+    ):
+        patch.warmup(static)
+        model(static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(static)
+        for _ in range(2):
+            images = torch.randn(2, 3, 32, 32, device="cuda")
+            wanted = model(images)
+            static.copy_(images)
+            graph.replay()
+            torch.testing.assert_close(out, wanted)
 
 
 class _OnCuda(KernelSuite):

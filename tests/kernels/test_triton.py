@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -18,22 +19,21 @@ from sparsiattn import Pattern
 from sparsiattn.kernels import Triton
 from sparsiattn.strategies import finish
 from sparsiattn.testing import random_inputs
-from tests.support import ROOT
+from tests.support import ROOT, environment
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 # what a GPU of the consumer's kind gives one program
 SHARED_MEMORY = 99 << 10
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-            torch.int64: "*i64", torch.uint8: "*u8"}  # fmt: skip
+CASES = ("tests/kernels/triton_cases.py", "tests/kernels/triton_plan_cases.py")
 
 
-def interpreted(marker: str) -> None:
-    """`triton_cases.py` in a process whose triton interprets."""
+def interpreted(cases: str, marker: str) -> None:
+    """A file of cases in a process whose triton interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
     run = subprocess.run(
-        [*command, "tests/kernels/triton_cases.py"],
+        [*command, cases],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -46,13 +46,15 @@ def interpreted(marker: str) -> None:
     assert "skipped" not in run.stdout
 
 
-def test_interpreted_on_the_cpu() -> None:
-    interpreted("not slow")
+@pytest.mark.parametrize("cases", CASES)
+def test_interpreted_on_the_cpu(cases: str) -> None:
+    interpreted(cases, "not slow")
 
 
 @pytest.mark.slow
-def test_interpreted_on_the_cpu_at_length() -> None:
-    interpreted("slow")
+@pytest.mark.parametrize("cases", CASES)
+def test_interpreted_on_the_cpu_at_length(cases: str) -> None:
+    interpreted(cases, "slow")
 
 
 def call(
@@ -106,31 +108,9 @@ def launches(operands: Any) -> list[Any]:
     ]
 
 
-def compiled(launch: Any, capability: int) -> Any:
-    """A launch compiled down to machine code, specialised as a launch on the device would be."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, hints = {}, {}, {}
-    for at, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif parameter.is_constexpr or value is None or value == 1:
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (signature[name] == "i32" and value % 16 == 0):
-            hints[(at,)] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(launch.kernel, signature, constants, hints),
-        target=GPUTarget("cuda", capability, 32),
-        options=launch.options,
-    )
-
-
 def assert_compiles(operands: Any, capability: int = 90) -> None:
+    from sparsiattn.kernels._triton.offline import compiled
+
     for launch in launches(operands):
         binary = compiled(launch, capability)
         assert binary.asm["cubin"]
@@ -163,6 +143,29 @@ class TestCompiles:
         self, capability: int, dim: int, tile: int, block: int, dtype: torch.dtype, host: Any
     ) -> None:
         assert_compiles(call(dim, tile, dtype, block=block, host=host, cells=16), capability)
+
+
+@pytest.mark.usefixtures("_fresh_cache")
+@pytest.mark.parametrize("name", ["pool D=64 bf16", "rank 1024 keys"])
+def test_what_kernels_take_of_a_gpu(name: str, tmp_path: Path) -> None:
+    """The script behind benchmarks/results/triton-registers.json, and that file."""
+    script = ROOT / "benchmarks" / "triton_registers.py"
+    command = [sys.executable, script, "--only", name, "--capability", "90", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, env=environment())
+    (row,) = json.loads((tmp_path / "triton-registers.json").read_text())["rows"]
+    assert row["program"] == name
+    assert row["sm"] == 90
+    assert 16 <= row["registers"] <= 255
+    assert row["spilled_bytes"] == 0
+
+
+def test_no_kernel_in_half_precision_spills() -> None:
+    """In the committed table, for each generation of GPU."""
+    rows = json.loads((ROOT / "benchmarks/results/triton-registers.json").read_text())["rows"]
+    assert {row["sm"] for row in rows} == {80, 90, 100}
+    wasteful = {(row["program"], row["sm"]) for row in rows if row["spilled_bytes"] > 64}
+    assert not {name for name, _ in wasteful if "bf16" in name and "backward" not in name}
+    assert all(row["shared_bytes"] <= SHARED_MEMORY for row in rows)
 
 
 def test_without_a_gpu_it_says_so() -> None:

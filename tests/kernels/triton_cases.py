@@ -89,6 +89,9 @@ CASES = {
     "one uneven block": Case((3, 3), (2, 2), (2, 2), k=4, prefix=0),
     "a tile in two parts": Case((16, 8), (16, 8), (4, 4), k=70, prefix=5, lists=(1, 1)),
     "more summary keys than one step": Case((9, 9), (9, 9), k=5, background=9, lists=(1, 1)),
+    "more prefix queries than one program": Case(
+        (2, 3), (2, 3), (1, 3), prefix=17, k=20, lists=(1, 1)
+    ),
     "wide heads": Case((2, 2), (2, 1), dim=88, value_dim=256, k=2, lists=(1, 1)),
     "blocks under a bias": Case((4, 4), (2, 2), (2, 2), host="bias", background=1),
     "key mask": Case((2, 3), host="keys", k=3, background=1, batch=2, lists=(1, 1)),
@@ -258,11 +261,11 @@ def test_the_operators_keep_torchs_contract() -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, requires_grad=True)
 
-    q, k, v, dense = draw(1, 2, 6, 16), draw(1, 2, 9, 16), draw(1, 2, 9, 8), draw(1, 2, 2, 8)
+    q, k, v = draw(1, 2, 6, 16), draw(1, 2, 9, 16), draw(1, 2, 9, 8)
     pooled, rows = (draw(1, 2, 3, 16), draw(1, 2, 3, 8)), draw(1, 1, 2, 3)
     order, chosen = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 4, 8], [1, 2, 3]])[None, None]
-    operands = (q, k, v, *pooled, None, rows, order, None, chosen, None, None, dense)
-    torch.library.opcheck(key_list_attention, (*operands, 0, 3, 0.25, None))
+    operands = (q, k, v, *pooled, None, rows, order, None, chosen, None, None)
+    torch.library.opcheck(key_list_attention, (*operands, 2, 0, 3, 0.25, None))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ PACKAGES = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 SUBPACKAGES = sorted(path.parent for path in PACKAGE.glob("*/**/__init__.py"))
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "backbones").rglob("*.py")])
 # Modules that import another of the library late, because that one needs what is optional.
-LATE = {"kernels/_triton/ops.py": "triton"}
+LATE = {"kernels/_triton/ops.py": "triton", "kernels/_triton/plan_ops.py": "triton"}
 LINTER = """
 import sys
 from importlinter.cli import lint_imports

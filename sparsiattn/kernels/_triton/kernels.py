@@ -1,6 +1,7 @@
 """The Triton kernels, forward and backward.
 
-Forward pass: one program per query tile walks through that tile's keys with a running softmax.
+Forward pass: one program per query tile walks through that tile's keys with a running softmax. The
+leading (prefix) queries are one more tile, whose keys are all of them.
 Backward pass: one program per query tile recomputes that tile's weights, accumulates the gradient
 of its queries, and adds the gradients of its keys atomically (several tiles share a key), in
 float32.
@@ -19,50 +20,72 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def program_work(heads, tiles, parts):
-    """Image, head, tile and part of the tile that this program computes.
+def program_work(heads, tiles, parts, dense_parts, dense_programs, DENSE: tl.constexpr):
+    """Image, head, tile and part of the tile that this program computes, and whether it is dense.
 
-    Parts of a tile and tiles of a head have neighbouring programs, so that keys stay in the cache.
+    The leading queries of a head are one more tile, dense because it sees every key. Its programs
+    take longest, so they come first. Parts of a tile and tiles of a head have neighbouring
+    programs, so that keys stay in the cache.
     """
     program = tl.program_id(0)
+    dense = False
+    if DENSE:
+        dense = program < dense_programs
+        program = tl.where(dense, program, program - dense_programs)
+        parts = tl.where(dense, dense_parts, parts)
+        tiles = tl.where(dense, 1, tiles)
     part = program % parts
     tile = (program // parts) % tiles
     pair = program // parts // tiles
     image, head = pair // heads, pair % heads
-    return image.to(tl.int64), head.to(tl.int64), tile.to(tl.int64), part
+    return image.to(tl.int64), head.to(tl.int64), tile.to(tl.int64), part, dense
 
 
 @triton.jit
-def query_tokens(order, weight, tile, part, slots, ROWS: tl.constexpr):
-    """Patch queries in this part of a tile, and which of its slots do not repeat one."""
+def query_rows(
+    order, weight, tile, part, dense, slots, first, ROWS: tl.constexpr, DENSE: tl.constexpr
+):
+    """Queries in this part of a tile, and which of its slots do not repeat one."""
     slot = part * ROWS + tl.arange(0, ROWS)
-    valid = slot < slots
+    listed = slot < slots
     if order is None:
         token = tile + slot
     else:
-        token = tl.load(order + tile * slots + slot, mask=valid, other=0)
+        token = tl.load(order + tile * slots + slot, mask=listed, other=0)
     if weight is not None:
-        valid = valid & (tl.load(weight + tile * slots + slot, mask=valid, other=0.0) > 0.0)
-    return token, valid
+        listed = listed & (tl.load(weight + tile * slots + slot, mask=listed, other=0.0) > 0.0)
+    row, valid = token + first, listed
+    if DENSE:
+        row = tl.where(dense, slot, row)
+        listed = listed & (slot < tl.where(dense, 0, slots))
+        valid = listed | (slot < tl.where(dense, first, 0))
+    return row, valid
 
 
 @triton.jit
-def key_tokens(place, chosen, held, table, keys, prefix, UNIT: tl.constexpr):
+def key_tokens(
+    place, chosen, held, table, dense, keys, prefix, UNIT: tl.constexpr, DENSE: tl.constexpr
+):
     """Keys at these positions of a list, and which of the positions hold one."""
     present = place < keys
+    listed = present
+    if DENSE:
+        listed = place < tl.where(dense, 0, keys)
     if table is None:
-        token = tl.load(chosen + place, mask=present, other=0)
+        token = tl.load(chosen + place, mask=listed, other=0)
     else:
-        listed = present & (place >= prefix)
+        listed = listed & (place >= prefix)
         unit = (place - prefix) // UNIT
         slot = (place - prefix) % UNIT
         block = tl.load(chosen + unit, mask=listed, other=0)
         token = tl.load(table + block * UNIT + slot, mask=listed, other=0) + prefix
-        token = tl.where(listed, token, place)
         if held is not None:
-            in_prefix = place < prefix
             size = tl.load(held + unit, mask=listed, other=0)
-            present = present & (in_prefix | (slot < size))
+            present = present & ((slot < size) | (place < prefix))
+            if DENSE:
+                present = present | (place < tl.where(dense, keys, 0))
+    if DENSE or table is not None:
+        token = tl.where(listed, token, place)
     return token, present
 
 
@@ -126,14 +149,21 @@ def forward(
     q, k, v, pooled_k, pooled_v, out, lse, host, rows, order, weight, chosen, held, table,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     host_b, host_h, host_m, host_n, rows_b, rows_h, rows_m, rows_g, chosen_b, chosen_h, chosen_t,
-    heads, tiles, parts, slots, queries, first, keys, prefix, cells, scale,
+    heads, tiles, parts, dense_parts, dense_programs, slots, queries, first, keys, all_keys, prefix,
+    cells, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CELLS: tl.constexpr, UNIT: tl.constexpr,
-    BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr,
+    BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile, part = program_work(heads, tiles, parts)
-    token, valid = query_tokens(order, weight, tile, part, slots, ROWS)
-    row = token + first
+    image, head, tile, part, dense = program_work(
+        heads, tiles, parts, dense_parts, dense_programs, DENSE
+    )
+    row, valid = query_rows(order, weight, tile, part, dense, slots, first, ROWS, DENSE)
+    if DENSE:  # leading queries see every key, and need no summary
+        keys = tl.where(dense, all_keys, keys)
+        cells_seen = tl.where(dense, 0, cells)
+    else:
+        cells_seen = cells
     query_mask, result_mask = within(valid, DIM, WIDE), within(valid, VALUE_DIM, VALUE_WIDE)
     queries_at = q + image * q_b + head * q_h + at_rows(row, q_n, WIDE)
     query = tl.load(queries_at, mask=query_mask, other=0.0)
@@ -149,7 +179,7 @@ def forward(
     acc = tl.zeros([ROWS, VALUE_WIDE], tl.float32)
     for start in range(0, keys, KEYS):
         place = start + tl.arange(0, KEYS)
-        key, present = key_tokens(place, chosen, held, table, keys, prefix, UNIT)
+        key, present = key_tokens(place, chosen, held, table, dense, keys, prefix, UNIT, DENSE)
         key_rows = tl.load(k + at_rows(key, k_n, WIDE), mask=within(present, DIM, WIDE), other=0.0)
         s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
         if host is not None:
@@ -164,13 +194,13 @@ def forward(
     if rows is not None:
         pooled_k += pair * cells * DIM
         pooled_v += pair * cells * VALUE_DIM
-        for start in range(0, cells, CELLS):
+        for start in range(0, cells_seen, CELLS):
             cell = start + tl.arange(0, CELLS)
             present = cell < cells
             keys_at = pooled_k + at_rows(cell, DIM, WIDE)
             key_rows = tl.load(keys_at, mask=within(present, DIM, WIDE), other=0.0)
             s = product(query, tl.trans(key_rows)) * (scale * LOG2E)
-            bias_row = tl.where(valid, tile, 0) if BY_TILE else token
+            bias_row = tl.where(valid, tile, 0) if BY_TILE else row - first
             start_of_rows = image * rows_b + head * rows_h
             offsets = start_of_rows + bias_row[:, None] * rows_m + cell[None, :] * rows_g
             s += cell_logits(rows, offsets, valid[:, None] & present[None, :])
@@ -186,7 +216,7 @@ def forward(
     result = out + image * out_b + head * out_h + at_rows(row, out_n, VALUE_WIDE)
     tl.store(result, acc.to(out.dtype.element_ty), mask=result_mask)
     # a finite value for rows without a key, so that their recomputed weights are zero
-    sums_at = lse + pair * queries + token
+    sums_at = lse + pair * queries + row
     tl.store(sums_at, tl.where(empty, 0.0, row_max + tl.log2(row_sum)), mask=valid)
 
 
@@ -215,14 +245,21 @@ def backward(
     host_b, host_h, host_m, host_n, rows_b, rows_h, rows_m, rows_g,
     to_host_b, to_host_h, to_host_m, to_host_n, to_rows_b, to_rows_h, to_rows_m, to_rows_g,
     chosen_b, chosen_h, chosen_t,
-    heads, tiles, parts, slots, queries, first, keys, prefix, cells, scale,
+    heads, tiles, parts, dense_parts, dense_programs, slots, queries, first, keys, all_keys, prefix,
+    cells, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CELLS: tl.constexpr, UNIT: tl.constexpr,
-    BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr,
+    BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile, part = program_work(heads, tiles, parts)
-    token, valid = query_tokens(order, weight, tile, part, slots, ROWS)
-    row = token + first
+    image, head, tile, part, dense = program_work(
+        heads, tiles, parts, dense_parts, dense_programs, DENSE
+    )
+    row, valid = query_rows(order, weight, tile, part, dense, slots, first, ROWS, DENSE)
+    if DENSE:  # leading queries see every key, and need no summary
+        keys = tl.where(dense, all_keys, keys)
+        cells_seen = tl.where(dense, 0, cells)
+    else:
+        cells_seen = cells
     query_mask, result_mask = within(valid, DIM, WIDE), within(valid, VALUE_DIM, VALUE_WIDE)
     queries_at = q + image * q_b + head * q_h + at_rows(row, q_n, WIDE)
     grads_at = grad + image * grad_b + head * grad_h + at_rows(row, grad_n, VALUE_WIDE)
@@ -231,7 +268,7 @@ def backward(
     grad_out = tl.load(grads_at, mask=result_mask, other=0.0)
     result = tl.load(results_at, mask=result_mask, other=0.0)
     pair = image * heads + head
-    log_sum = tl.load(lse + pair * queries + token, mask=valid, other=0.0)
+    log_sum = tl.load(lse + pair * queries + row, mask=valid, other=0.0)
     delta = tl.sum(grad_out.to(tl.float32) * result.to(tl.float32), 1)
     k += image * k_b + head * k_h
     v += image * v_b + head * v_h
@@ -244,7 +281,7 @@ def backward(
     acc = tl.zeros([ROWS, WIDE], tl.float32)
     for start in range(0, keys, KEYS):
         place = start + tl.arange(0, KEYS)
-        key, present = key_tokens(place, chosen, held, table, keys, prefix, UNIT)
+        key, present = key_tokens(place, chosen, held, table, dense, keys, prefix, UNIT, DENSE)
         key_mask, value_mask = within(present, DIM, WIDE), within(present, VALUE_DIM, VALUE_WIDE)
         pairs = valid[:, None] & present[None, :]
         key_rows = tl.load(k + at_rows(key, k_n, WIDE), mask=key_mask, other=0.0)
@@ -269,8 +306,8 @@ def backward(
         pooled_v += pair * cells * VALUE_DIM
         to_pooled_k += pair * cells * DIM
         to_pooled_v += pair * cells * VALUE_DIM
-        bias_row = tl.where(valid, tile, 0) if BY_TILE else token
-        for start in range(0, cells, CELLS):
+        bias_row = tl.where(valid, tile, 0) if BY_TILE else row - first
+        for start in range(0, cells_seen, CELLS):
             cell = start + tl.arange(0, CELLS)
             present = cell < cells
             key_mask = within(present, DIM, WIDE)

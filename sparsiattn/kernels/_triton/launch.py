@@ -50,7 +50,7 @@ class KeyListOperands:
         chosen: Keys or blocks of every tile, ``[B|1, H|1, T, C]``.
         held: Number of keys in each of these blocks; None if all are the same.
         table: Keys of every block, ``[U, g]``; None for lists of single keys.
-        first: Number of leading queries to leave out, P.
+        first: Number of leading queries, which attend to every key and to no summary, P.
         prefix: Number of leading keys at the start of every list of blocks.
         keys: Number of positions in every list.
         scale: Factor of QK^T.
@@ -82,8 +82,8 @@ class KeyListOperands:
 
     @property
     def queries(self) -> int:
-        """Number of patch queries, n."""
-        return self.q.shape[-2] - self.first
+        """Number of queries, P + n."""
+        return self.q.shape[-2]
 
     @property
     def width(self) -> int:
@@ -152,7 +152,7 @@ def forward_sizes(call: KeyListOperands) -> Sizes:
         most, keys, stages = (64 if row <= 256 else 32), (32 if row <= 512 else 16), 2
     else:
         most, keys = (128 if row <= 256 else 64), (64 if row <= 256 else 32)
-        stages = 3 if row <= 128 else 2
+        stages = 3 if row <= 128 else 2 if row <= 256 else 1
     if call.host is not None:
         most, stages = min(most, 64), stages if row <= 256 else 1
     rows = _rows(call.slots, most)
@@ -190,8 +190,8 @@ def forward(call: KeyListOperands, out: Tensor, lse: Tensor) -> Launch:
 
     Args:
         call: The operands.
-        out: Receives the result, ``[B, H, P + n, Dv]``; the first P rows stay unchanged.
-        lse: Receives the log-sum-exp of each row, ``[B, H, n]``.
+        out: Receives the result, ``[B, H, P + n, Dv]``.
+        lse: Receives the log-sum-exp of each row, ``[B, H, P + n]``.
     """
     return _launch(kernels.forward, call, forward_sizes(call), {"out": out, "lse": lse})
 
@@ -219,17 +219,20 @@ def _launch(
 ) -> Launch:
     tensors = {**{name: getattr(call, name) for name in TENSORS}, **results}
     boolean = call.host is not None and call.host.dtype == torch.bool
-    if boolean:  # triton has no pointers to booleans
-        tensors["host"] = tensors["host"].view(torch.uint8)
+    tensors["host"] = readable_mask(call.host)
     dim, value_dim, tiles = call.q.shape[-1], call.v.shape[-1], call.chosen.shape[-2]
     cells = 0 if call.pooled_k is None else call.pooled_k.shape[-2]
-    parts = -(-call.slots // sizes.rows)
+    pairs, parts = call.q.shape[0] * call.q.shape[1], -(-call.slots // sizes.rows)
+    dense_parts = -(-call.first // sizes.rows)
     arguments = {
         **tensors,
         **{name: getattr(call, name) for name in ("slots", "queries", "first", "keys", "prefix")},
         "heads": call.q.shape[1],
         "tiles": tiles,
         "parts": parts,
+        "dense_parts": dense_parts,
+        "dense_programs": pairs * dense_parts,
+        "all_keys": call.k.shape[-2],
         "cells": cells,
         "scale": call.scale,
         "DIM": dim,
@@ -243,17 +246,23 @@ def _launch(
         "BY_TILE": call.rows is not None and call.rows.shape[-2] == tiles,
         "BOOLEAN": boolean,
         "LOWEST": call.lowest,
+        "DENSE": call.first > 0,
     }
     for name, x in tensors.items():
-        arguments.update(_strides(name, x))
-    programs = call.q.shape[0] * call.q.shape[1] * tiles * parts
+        arguments.update(strides(name, x, AXES.get(name, "")))
+    programs = pairs * (dense_parts + tiles * parts)
     return Launch(kernel, programs, arguments, sizes.warps, sizes.stages)
 
 
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
+def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
     """Strides along the axes; 0 along an axis of size 1, which is broadcast."""
-    names = [f"{name}_{axis}" for axis in AXES.get(name, "")]
+    names = [f"{name}_{axis}" for axis in axes]
     if x is None:
         return dict.fromkeys(names, 0)
     steps = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))
     return dict(zip(names, steps, strict=False))
+
+
+def readable_mask(x: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it: triton has no pointers to booleans."""
+    return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x

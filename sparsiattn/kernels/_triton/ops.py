@@ -14,33 +14,28 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? pooled_k, Tensor? pooled_v, Tensor? host, Tensor? rows, "
     "Tensor? order, Tensor? weight, Tensor chosen, Tensor? held, Tensor? table"
 )
-_NUMBERS = "SymInt prefix, SymInt keys, float scale, float? lowest"
-_FORWARD = f"({_TENSORS}, Tensor? dense, {_NUMBERS}) -> (Tensor, Tensor)"
+_NUMBERS = "SymInt first, SymInt prefix, SymInt keys, float scale, float? lowest"
+_FORWARD = f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor grad, Tensor out, Tensor lse, {_TENSORS}, SymInt first, {_NUMBERS}, "
+    f"(Tensor grad, Tensor out, Tensor lse, {_TENSORS}, {_NUMBERS}, "
     f"bool to_host, bool to_rows) -> ({', '.join(['Tensor'] * 7)})"
 )
 
 
 @torch.library.custom_op("sparsiattn::key_list_attention", mutates_args=(), schema=_FORWARD)
 def key_list_attention(*operands: Any) -> tuple[Tensor, Tensor]:
-    """Attention of query tiles to their key lists.
+    """Attention of query tiles to their key lists, and of the leading queries to every key.
 
     Args:
-        *operands: Those of `KeyListOperands`, with ``first`` replaced by the result of the leading
-            P queries, ``[B, H, P, Dv]`` or None.
+        *operands: Those of `KeyListOperands`.
 
     Returns:
-        ``[B, H, P + n, Dv]``, and the log-sum-exp of each row, ``[B, H, n]``.
+        ``[B, H, P + n, Dv]``, and the log-sum-exp of each row, ``[B, H, P + n]``.
     """
     from sparsiattn.kernels._triton import launch
 
-    *tensors, dense, prefix, keys, scale, lowest = operands
-    first = _rows_of(dense)
-    call = launch.KeyListOperands(*_readable(*tensors, first, prefix, keys, scale, lowest))
-    out, lse = _results(call.q, call.v, first)
-    if dense is not None:
-        out[..., :first, :] = dense
+    call = launch.KeyListOperands(*_readable(*operands))
+    out, lse = _results(call.q, call.v)
     launch.forward(call, out, lse).run(call.q.device)
     return out, lse
 
@@ -74,7 +69,6 @@ def key_list_attention_backward(
         for x in others
     ]
     grad_q = q.new_empty(q.shape)
-    grad_q[..., : call.first, :] = 0
     launch.backward(call, out, lse, _with_rows(grad), [grad_q, *sums]).run(q.device)
     pairs = zip(sums, others, strict=True)
     return grad_q, *(q.new_empty(0) if total is None else total.to(x.dtype) for total, x in pairs)
@@ -82,7 +76,7 @@ def key_list_attention_backward(
 
 @key_list_attention.register_fake
 def _(*operands: Any) -> tuple[Tensor, Tensor]:
-    return _results(operands[0], operands[2], _rows_of(operands[12]))
+    return _results(operands[0], operands[2])
 
 
 @key_list_attention_backward.register_fake
@@ -115,24 +109,20 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows_of(dense: Tensor | None) -> int:
-    return 0 if dense is None else dense.shape[-2]
-
-
-def _results(q: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Empty tensors for both results, laid out as by torch's own attention.
 
     The host's reshape then copies nothing.
     """
     b, h, n, _ = q.shape
     out = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(b, h, n - first, dtype=torch.float32)
+    return out, q.new_empty(b, h, n, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, dense, prefix, keys, scale, lowest = inputs
+    *tensors, first, prefix, keys, scale, lowest = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.numbers = (_rows_of(dense), prefix, keys, scale, lowest)
+    ctx.numbers = (first, prefix, keys, scale, lowest)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -141,12 +131,11 @@ def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * 17
     *tensors, out, lse = ctx.saved_tensors
-    first, needs = ctx.numbers[0], ctx.needs_input_grad
+    needs = ctx.needs_input_grad
     grads = key_list_attention_backward(grad, out, lse, *tensors, *ctx.numbers, needs[5], needs[6])
     needed = (x if need else None for x, need in zip(grads, needs[:7], strict=True))
-    grad_dense = grad[..., :first, :] if needs[12] else None
     # order, weight, chosen, held, table and the numbers have no gradient
-    return (*needed, *(None,) * 5, grad_dense, *(None,) * 4)
+    return (*needed, *(None,) * 10)
 
 
 key_list_attention.register_autograd(_gradients, setup_context=_save)

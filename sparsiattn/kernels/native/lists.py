@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.derivatives import is_unobserved
 from sparsiattn.kernels.native import build, entries
 from sparsiattn.kernels.native.ops import (
@@ -84,9 +85,14 @@ def best_keys(scores: Tensor, count: int, prefix: int) -> Tensor:
     if count > prefix and serves(scores):
         return torch.ops.sparsiattn.native_best_keys.default(scores, count, prefix)  # type: ignore[no-any-return]
     if prefix:
-        is_prefix = torch.arange(scores.shape[-1], device=scores.device) < prefix
+        is_prefix = geometry.table(_is_first, scores.shape[-1], prefix, device=scores.device)
         scores = scores.masked_fill(is_prefix, float("inf"))
     return scores.topk(count, dim=-1, sorted=False).indices
+
+
+def _is_first(size: int, count: int, *, device: torch.device) -> Tensor:
+    """``[size]``, True at the first ``count`` places."""
+    return torch.arange(size, device=device) < count
 
 
 _VOTED_KEYS = "sparsiattn::native_voted_keys"
