@@ -162,6 +162,9 @@ class CountedSummary(Summary):
         source: What the cells were made from, as in `Summary`.
     """
 
+    _count_bias: Callable[[], Tensor] | None
+    _made: Tensor | None
+
     def __init__(
         self,
         cells: Tensor,
@@ -173,18 +176,20 @@ class CountedSummary(Summary):
         # bypasses the frozen dataclass, whose field `bias` is a property here
         count_bias, made = (None, bias) if isinstance(bias, Tensor) else (bias, None)
         known = {"cells": cells, "parts": parts, "allowed": allowed, "source": source}
-        vars(self).update({**known, "_count_bias": count_bias, "_made": made})
+        # one by one: Dynamo before torch 2.11 cannot trace `vars`
+        for name, value in {**known, "_count_bias": count_bias, "_made": made}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def counted(self) -> bool:
         """Whether the bias is to be counted from the lists."""
-        return vars(self)["_count_bias"] is not None
+        return self._count_bias is not None
 
     @property
     def bias(self) -> Tensor:
         # not `cached_property`, whose lock Dynamo cannot trace before Python 3.12
-        made: Tensor | None = self.__dict__["_made"]
-        if made is None:
-            made = self.__dict__["_count_bias"]()
-            object.__setattr__(self, "_made", made)
-        return made
+        if self._made is None:
+            assert self._count_bias is not None
+            object.__setattr__(self, "_made", self._count_bias())
+        assert self._made is not None
+        return self._made

@@ -25,7 +25,8 @@ def is_exporting() -> bool:
 
     The runtimes that execute such a program fuse other operations than torch does.
     """
-    return torch.compiler.is_exporting() or is_tracing()
+    # not `is_exporting()`, to which older versions of Dynamo answer True in every compiled program
+    return bool(torch.compiler._is_exporting_flag) or is_tracing()
 
 
 def is_transformed() -> bool:

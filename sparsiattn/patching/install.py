@@ -14,6 +14,7 @@ from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.class_swap import Hooked, mark_hooked, swap_class_back
 from sparsiattn.runtime.compiled_parts import RefuseCompiledParts, places_that_hand_on
 from sparsiattn.runtime.cross_layer import RecallCrossLayer, enclosing
+from sparsiattn.runtime.hook_tools import hook_in_front, pre_hook_in_front
 from sparsiattn.runtime.image import ForgetPacked, WatchImage, WatchMap, WatchPacked
 from sparsiattn.runtime.lifting import drop, lift, put_off_sums_of, show_weights
 from sparsiattn.runtime.mlp_bypass import EnterBypass, EnterSparedBlock, LeaveSparedBlock
@@ -113,8 +114,8 @@ def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
     enter = EnterSparedBlock(runtime) if bypass else EnterBlock(runtime)
     leave = LeaveSparedBlock(runtime) if bypass else LeaveBlock(runtime)
     # prepended, so that other hooks see the sequence that the block passes on
-    hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-    hooks.append(module.register_forward_hook(leave, prepend=True))
+    hooks.append(pre_hook_in_front(module, enter, with_kwargs=True))
+    hooks.append(hook_in_front(module, leave))
     if block.head is not None:
         head = model.get_submodule(block.head)
         hooks.append(head.register_forward_pre_hook(ReopenBlock(runtime)))
@@ -131,8 +132,8 @@ def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
 def _hook_windows(state: PatchState, runtime: BlockRuntime, module: nn.Module) -> None:
     hooks, attention = state.hooks, state.model.get_submodule(runtime.block.sites[0])
     enter, leave, mask = (kind(runtime) for kind in (EnterWindows, LeaveWindows, MaskWindows))
-    hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-    hooks.append(module.register_forward_hook(leave, prepend=True))
+    hooks.append(pre_hook_in_front(module, enter, with_kwargs=True))
+    hooks.append(hook_in_front(module, leave))
     hooks.append(attention.register_forward_pre_hook(mask, with_kwargs=True))
 
 

@@ -31,6 +31,7 @@ from sparsiattn.patching.token_plan import (
 )
 from sparsiattn.patching.towers import consumers_of, find_towers
 from sparsiattn.runtime.block_runtime import BlockRuntime
+from sparsiattn.runtime.hook_tools import pre_hook_in_front
 from sparsiattn.runtime.patch_state import SWITCHING, PatchState
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS
 
@@ -104,7 +105,7 @@ def watch_changes(state: PatchState) -> None:
     """Check for changes before every forward pass of a model that carries fewer tokens."""
     if state.blocks:
         # before the other hooks, which use the plan
-        hook = state.model.register_forward_pre_hook(AskAgain(state), prepend=True)
+        hook = pre_hook_in_front(state.model, AskAgain(state))
         state.hooks.append(hook)
 
 

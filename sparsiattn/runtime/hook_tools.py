@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from sparsiattn.errors import ExportFailed, InvalidOption
 
@@ -29,6 +32,34 @@ class ScriptRefusal:
             "torch.jit.script cannot read the hooks of a patched model: use "
             "sparsiattn.export(model, images, 'model.pt2'), or torch.jit.trace"
         )
+
+
+def pre_hook_in_front(
+    module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False
+) -> RemovableHandle:
+    """Register a forward pre-hook that runs before those that are there."""
+    handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=with_kwargs)
+    _settle_order(module._forward_pre_hooks)
+    return handle
+
+
+def hook_in_front(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Register a forward hook that runs before those that are there."""
+    handle = module.register_forward_hook(hook, prepend=True)
+    _settle_order(module._forward_hooks)
+    return handle
+
+
+def _settle_order(hooks: dict[int, Any]) -> None:
+    """Add all hooks again in the order in which they run.
+
+    A caller of the model that is compiled finds hooks by their place among the keys. Older versions
+    of Dynamo take that in the order in which hooks were added, and guard on the wrong ones.
+    """
+    if TorchVersion(torch.__version__) < "2.15":
+        in_order = list(hooks.items())
+        hooks.clear()
+        hooks.update(in_order)
 
 
 def tensors_in(values: Any) -> list[Tensor]:

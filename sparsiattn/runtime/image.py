@@ -12,7 +12,13 @@ from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.layout import NO_IMAGE
 from sparsiattn.attention.packing import PackedInput, Packing, sizes_of_rows
 from sparsiattn.errors import InvalidOption
-from sparsiattn.runtime.hook_tools import RecomputeCache, first_argument, is_functorch, tensors_in
+from sparsiattn.runtime.hook_tools import (
+    RecomputeCache,
+    first_argument,
+    is_functorch,
+    pre_hook_in_front,
+    tensors_in,
+)
 from sparsiattn.runtime.patch_owner import PatchOwner
 from sparsiattn.runtime.patch_state import SWITCHING, PatchState
 from sparsiattn.runtime.thread_state import MODEL_CALL
@@ -49,7 +55,7 @@ def _recall_maps(owner: PatchState) -> None:
         for name in owner.attention.entrances:
             recall, entrance = RecallMap(owner), owner.model.get_submodule(name)
             # in front, as the other hooks there read the map size
-            hook = entrance.register_forward_pre_hook(recall, prepend=True, with_kwargs=True)
+            hook = pre_hook_in_front(entrance, recall, with_kwargs=True)
             owner.hooks.append(hook)
 
 

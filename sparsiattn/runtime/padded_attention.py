@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.attention.derivatives import is_exporting
 from sparsiattn.attention.layout import HostCall, Maps, patch_grid
 from sparsiattn.attention.packing import PackedPart
 from sparsiattn.attention.padded import PaddedTokens
@@ -47,7 +48,7 @@ def find_own_tokens(
     """
     if not _may_hide(runtime, call):
         return call, None
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not reduces:
+    if torch.compiler.is_compiling() and not is_exporting() and not reduces:
         # no branch on values here: padding stays masked, but counts in the budget of keys
         return call, None
     assert call.mask is not None

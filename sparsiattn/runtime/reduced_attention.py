@@ -149,7 +149,9 @@ def _fitted(runtime: SiteRuntime, state: TokenState, call: HostCall) -> HostCall
     if log_size is None:
         pass
     elif mask is None:
-        return ProportionalCall(**{**vars(call), "mask": log_size})
+        # field by field: Dynamo before torch 2.11 cannot trace `vars`
+        operands = call.q, call.k, call.v, log_size, call.dropout, call.causal
+        return ProportionalCall(*operands, scale=call.scale, gqa=call.gqa)
     elif mask.dtype == torch.bool:
         mask = torch.where(mask, log_size, float("-inf"))
     else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsiattn.attention import geometry
+from sparsiattn.attention.derivatives import is_exporting
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_state import take
@@ -203,7 +204,7 @@ class TokenMerge(TokenStrategy):
 
 def by_rank(values: Tensor) -> Tensor:
     """Indices that sort ``[B, n]`` in descending order, equal values in ascending index order."""
-    if torch.compiler.is_exporting():  # ONNX sorts stably, but torch's exporter lacks stable=True
+    if is_exporting():  # ONNX sorts stably, but torch's exporter lacks stable=True
         return values.argsort(dim=1, descending=True)
     return values.argsort(dim=1, descending=True, stable=True)
 

@@ -109,7 +109,7 @@ HOSTS |= {
     ),
     **{f"wide {name}": Host(WIDE_STAGES, image=(side, side * 3 // 2), make=zoo.HIERARCHIES[name][0])
        for name, side in (("pvt_v2", 64), ("mobilevit", 64), ("iformer", 128), ("twins", 64),
-                          ("sam2", 128), ("davit", 64))},
+                          ("sam2", 128), ("davit", 64)) if name in zoo.HIERARCHIES},
     **{f"wide {name}": Host(WIDE, image=image, make=zoo.HIERARCHIES[name][0])
        for name, image in (("qwen3", (128, 192)), ("deepseek", (112, 168)))
        if name in zoo.HIERARCHIES},  # not in older versions of timm

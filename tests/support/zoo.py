@@ -186,9 +186,13 @@ if not timm.is_model("vit_small_patch16_dinov3"):  # timm before 1.0.20
     del FAMILIES["dinov3"]
 if "attn_layer" not in signature(models.VisionTransformer).parameters:  # timm before 1.0.23
     del FAMILIES["vit_differential"]
-for newer in ("deepseek_vit_412m", "qwen3_vit_88m", "gemma4_vit_167m"):
-    if not timm.is_model(newer):
-        del HIERARCHIES[newer.split("_")[0]]
+NEWER = {
+    "deepseek": "deepseek_vit_412m", "qwen3": "qwen3_vit_88m", "gemma4": "gemma4_vit_167m",
+    "iformer": "iformer_t", "lowformer": "lowformer_b0",
+}  # fmt: skip
+for family in NEWER:  # not in older versions of timm
+    if not timm.is_model(NEWER[family]):
+        del HIERARCHIES[family]
 
 
 # `sparsiattn.methods` have suites of their own: 30 strategies on 14 families would be hours.

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from sparsiattn.errors import ModelChanged
 from sparsiattn.runtime.class_swap import Swapped, swap_class, swap_class_back
+from sparsiattn.runtime.hook_tools import hook_in_front, pre_hook_in_front
 from sparsiattn.runtime.lifting.mode import Lift, Tally
 from sparsiattn.runtime.lifting.scores import Scores
 from sparsiattn.runtime.lifting.sums import build_sums_of
@@ -101,8 +102,8 @@ def show_weights(module: nn.Module) -> list[Any]:
     """
     parts = [part for part in module.modules() if part is not module and not _has_weights(part)]
     show = ShowWeights()
-    before = [part.register_forward_pre_hook(show, prepend=True) for part in parts]
-    return before + [part.register_forward_hook(show, prepend=True) for part in parts]
+    before = [pre_hook_in_front(part, show) for part in parts]
+    return before + [hook_in_front(part, show) for part in parts]
 
 
 def _has_weights(part: nn.Module) -> bool:
