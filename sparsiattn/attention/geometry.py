@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.attention.derivatives import is_exporting
+from sparsiattn.attention.derivatives import is_exporting, is_tracing
 
 Grid = tuple[int, int]
 """Rows and columns of patch tokens."""
@@ -58,8 +58,10 @@ def _built(build: Callable[..., T], full_key: Any) -> T:
     # an inference tensor kept from a warm-up would break a later training step
     with torch.inference_mode(False):
         built = build(*key, device=device)
-    # a table that a graph builds has no values before it is replayed
-    if all(map(_is_lasting, _parts(built))) and not _is_capturing(device):
+    # `torch.jit.trace` would record what is asked of the cached tables. A table that a graph builds
+    # has no values before it is replayed.
+    lasts = not (is_tracing() or _is_capturing(device))
+    if lasts and all(map(_is_lasting, _parts(built))):
         wait_for_values(device)
         _keep(full_key, built)
     return built

@@ -47,7 +47,7 @@ def test_ratios_are_of_pairs_not_of_medians() -> None:
     found = timing.Timing.of([1.0, 10.0, 2.0], [2.0, 30.0, 2.0]).to_dict()
     assert found["ratio"] == 2.0
     assert (found["first_ms"], found["second_ms"]) == (2000.0, 2000.0)
-    assert found["ratio_quartiles"] == [1.0, 3.0]
+    assert found["ratio_quartiles"] == [1.5, 2.5]
     assert timing.Timing.of([1.0], [3.0]).ratio == (3.0, 3.0, 3.0)
 
 

@@ -13,7 +13,13 @@ import sparsiattn
 from sparsiattn.attention.structure import Structure
 from sparsiattn.methods.avggt import AVGGT
 from sparsiattn.strategies import finish
+from sparsiattn.testing import StrategySuite
 from tests.support.across_views import AcrossViews
+
+
+class TestAVGGT(StrategySuite):
+    strategy = AVGGT(stride=2)
+
 
 CASES = [
     # rows, columns, views, prefix, specials, suffix, stride
