@@ -270,6 +270,8 @@ SOURCES = (
     "merge-cpu",
     "many-views-layer",
     "many-views-memory",
+    "long-sequences",
+    "key-mass",
     "many-views-recall",
     "models-cpu",
     "monitor-cpu",

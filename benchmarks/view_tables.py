@@ -10,9 +10,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def _read(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((RESULTS / f"many-views-{name}.json").read_text())[
-        "rows"
-    ]
+    return _rows(f"many-views-{name}")
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     return rows
 
 
@@ -61,4 +63,29 @@ def memory() -> str:
     return _table(["views", "tokens", "heads", "peak memory beside q, k, v and the output"], body)
 
 
-BLOCKS = {"many views layer": layer, "many views recall": recall, "many views memory": memory}
+def encoders() -> str:
+    """Whole encoders, beside what attention for nothing would give."""
+    body = [
+        [row["about"], f"`{row['line']}`", f"{row['ratio']:.2f}x", f"{row['limit']:.2f}x"]
+        for row in _rows("long-sequences")
+    ]
+    return _table(["encoder", "setting", "speed", "attention for nothing"], body)
+
+
+def key_mass() -> str:
+    """Lists of one length and lists that end by mass, by the keys that they keep."""
+    body = []
+    for row in sorted(_rows("key-mass"), key=lambda row: (row["model"], row["share"])):
+        size = f"{row['size']} px"
+        kind = f"mass {row['mass']}, at least {row['least']}" if "mass" in row else "one length"
+        body.append([row["model"], size, kind, f"{row['share']:.3f}", f"{row['patches']:.4f}"])
+    return _table(["model", "image", "lists", "keys kept", "cosine of patches"], body)
+
+
+BLOCKS = {
+    "many views layer": layer,
+    "many views recall": recall,
+    "many views memory": memory,
+    "long sequences": encoders,
+    "key mass": key_mass,
+}
