@@ -29,7 +29,7 @@ from sparsiattn.patching.token_plan import (
     reads_prefix,
     validate_token_plan,
 )
-from sparsiattn.patching.towers import consumers_of, find_towers
+from sparsiattn.patching.towers import class_tokens_of, consumers_of, find_towers
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.hook_tools import pre_hook_in_front
 from sparsiattn.runtime.patch_state import SWITCHING, PatchState
@@ -199,7 +199,7 @@ def _renew_blocks(state: PatchState, surveyed: ModelSurvey) -> Consumers:
         runtime.block = block
     if plain:
         for tower in find_towers(blocks, consumers, type(model).__name__):
-            count = surveyed.backbone.class_tokens(model.get_submodule(tower.root))
+            count = class_tokens_of(surveyed.backbone, model, tower, sites)
             inside = {block.name for block in tower.blocks}
             alike = (r.class_tokens == count for r in state.blocks if r.block.name in inside)
             _need(state, all(alike), "its class tokens")

@@ -23,7 +23,13 @@ from sparsiattn.patching.places import require_ends
 from sparsiattn.patching.schedule import token_budgets
 from sparsiattn.patching.survey import ModelSurvey
 from sparsiattn.patching.token_blocks import row_sites, token_blocks
-from sparsiattn.patching.towers import Tower, check_alike, consumers_of, find_towers
+from sparsiattn.patching.towers import (
+    Tower,
+    check_alike,
+    class_tokens_of,
+    consumers_of,
+    find_towers,
+)
 from sparsiattn.patching.window_plan import cut_of
 from sparsiattn.runtime.block_runtime import BlockRuntime, Placement
 from sparsiattn.runtime.patch_state import PatchState
@@ -82,7 +88,7 @@ def plan_tokens(
         check_windows(state, plain, name)
     state.blocks, resolved = [], []
     for tower in towers:
-        class_tokens = backbone.class_tokens(model.get_submodule(tower.root)) if plain else 0
+        class_tokens = class_tokens_of(backbone, model, tower, sites) if plain else 0
         adapted = tokens.for_model(class_tokens, not plain, name)
         adapted, configs = _resolve(adapted, tower.blocks, sites, schedule)
         resolved.append(adapted)

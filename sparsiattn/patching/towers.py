@@ -10,8 +10,10 @@ from torch import nn
 from sparsiattn.attention.block import Block
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption
+from sparsiattn.patching.discovery.backbone import Backbone
 from sparsiattn.patching.discovery.consumers import BlockRun, Consumers, find_consumers
 from sparsiattn.patching.discovery.meta_model import MetaInputs
+from sparsiattn.patching.token_blocks import row_sites
 from sparsiattn.strategies.token_base import TokenStrategy
 
 
@@ -109,6 +111,15 @@ def _root(tower: Tower, towers: Sequence[Tower]) -> str:
         if len(set(parts)) > 1 or not any(name[: len(path)] == path for name in others):
             break
     return ".".join(path)
+
+
+def class_tokens_of(
+    backbone: Backbone, model: nn.Module, tower: Tower, sites: Mapping[str, Site]
+) -> int:
+    """Number of class tokens at the start of a tower's sequences."""
+    rows = filter(None, row_sites(tower.blocks, sites))
+    prefix = min((site.prefix_tokens for site in rows), default=0)
+    return min(backbone.class_tokens(model.get_submodule(tower.root)), prefix)
 
 
 def check_alike(towers: Sequence[Tower], resolved: Sequence[TokenStrategy], model: str) -> None:

@@ -219,3 +219,38 @@ def test_save_and_load(name: str, tmp_path: pathlib.Path) -> None:
             live.save(tmp_path)
         with sparsiattn.load(model, tmp_path):
             assert torch.equal(model(x), sparse)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_class_tokens_of_ones_own_vit(registers: int) -> None:
+    """Without `num_prefix_tokens`, dropping scores by the class token as with it."""
+    plain = models.VisionTransformer(**zoo.TINY, reg_tokens=registers).eval()
+    x = zoo.images(plain)
+    strategies: dict[str, Any] = {"token_drop": {"keep": 0.4}, "token_merge": {"r": 3}}
+    for strategy, options in strategies.items():
+        with sparsiattn.patch(plain, strategy, input=x.shape, **options):
+            expected = plain(x)
+        own = OwnViT(plain)
+        with sparsiattn.patch(own, strategy, input=x.shape, **options) as patch:
+            assert patch.backbone == "generic"
+            torch.testing.assert_close(own(x), expected)
+
+
+class OwnViT(nn.Module):
+    """The modules of timm's ViT in a class that no adapter knows."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.embed, self.layers = vit.patch_embed, vit.blocks
+        self.norm, self.head = vit.norm, vit.head
+        self.cls_token, self.positions = vit.cls_token, vit.pos_embed
+        self.register_tokens = vit.reg_token
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        first = [self.cls_token, *([] if self.register_tokens is None else [self.register_tokens])]
+        x = torch.cat([*(part.expand(len(x), -1, -1) for part in first), x], dim=1)
+        x = x + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x)[:, 0])

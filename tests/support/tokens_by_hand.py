@@ -173,6 +173,7 @@ class Shortened:
         self.prefix, self.suffix = prefix, suffix
         self.short = Short(isinstance(reduce, Merge))
         self.sequences: list[Sequence] = []
+        self.in_tuple = False  # blocks of older transformers give a tuple
 
     def __call__(self, images: Tensor, whole: bool) -> Tensor:
         """The model's output. whole: whether its head gets every position again."""
@@ -198,10 +199,10 @@ class Shortened:
                 del block.forward
             self.short.sequence = None
 
-    def forward(self, block: Any, host: Any, whole: bool) -> Callable[..., Tensor]:
+    def forward(self, block: Any, host: Any, whole: bool) -> Callable[..., Any]:
         row = self.of_row(block, host, whole or self.every)
 
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if block is self.blocks[0]:
                 patches = x.shape[1] - self.prefix - self.suffix
                 self.sequences = [Sequence(self.prefix, patches, self.suffix) for _ in x]
@@ -210,7 +211,7 @@ class Shortened:
                 self.short.sequence = sequence
                 its_args, its_kwargs = (_of_row(value, i, len(x)) for value in (args, kwargs))
                 rows.append(row(one, *its_args, **its_kwargs))
-            return torch.cat(rows)
+            return (torch.cat(rows),) if self.in_tuple else torch.cat(rows)
 
         return run
 
@@ -226,6 +227,8 @@ class Shortened:
             self.short.inside = True
             out = host(block, x, *args, **kwargs)
             self.short.inside = False
+            self.in_tuple = isinstance(out, tuple)
+            out = out[0] if self.in_tuple else out
             handle.remove()
             y = middle[0] if middle else out
             y = self.change(y, lambda x: self.reduce(x, self.short.calls[0], sequence))

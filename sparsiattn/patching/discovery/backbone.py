@@ -21,9 +21,9 @@ from sparsiattn.errors import NothingToPatch, RenamedMembers
 from sparsiattn.patching.discovery.exclusions import heads_per_call, over_channels, pools
 from sparsiattn.patching.discovery.host_attributes import (
     class_rows,
-    count_class_tokens,
     has_table,
     has_temperature,
+    known_class_tokens,
     pair,
     trained_side,
 )
@@ -168,18 +168,16 @@ class Backbone(RenamedMembers):
     def class_tokens(self, model: nn.Module) -> int:
         """How many prefix tokens are class tokens (CLS, distillation), which precede registers.
 
+        If the model has no ``num_prefix_tokens``, class tokens are those that it has as attributes
+        of known names. They count only as far as sequences start with prefix tokens.
+
         Args:
             model: The model.
 
         Returns:
             Their number; 0 if there are none.
         """
-        for module in model.modules():
-            prefix = getattr(module, "num_prefix_tokens", None)
-            if isinstance(prefix, int):
-                counts = (count_class_tokens(child) for child in module.modules())
-                return min(prefix, next(filter(None, counts), 0))
-        return 0
+        return known_class_tokens(model)
 
     def packs_batch(self, model: nn.Module) -> bool:
         """Whether the model packs the images of a batch into one sequence (Pixtral).

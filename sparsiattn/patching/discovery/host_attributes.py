@@ -46,6 +46,17 @@ def count_class_tokens(module: nn.Module) -> int:
     return sum(any(_is_tensor(module, name) for name in names) for names in kinds)
 
 
+def known_class_tokens(model: nn.Module) -> int:
+    """Number of class tokens of a model, at most as many as it has prefix tokens if it says so."""
+    for module in model.modules():
+        prefix = getattr(module, "num_prefix_tokens", None)
+        if isinstance(prefix, int):
+            counts = (count_class_tokens(child) for child in module.modules())
+            return min(prefix, next(filter(None, counts), 0))
+    held = (max(class_rows(module), count_class_tokens(module)) for module in model.modules())
+    return max(held, default=0)
+
+
 def _is_tensor(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module, name, None), torch.Tensor)
 
