@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from sparsiattn.runtime import timing
 
 __all__ = ["RESULTS", "fastest_ms", "machine", "paired", "roof", "write"]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
+"""Where benchmarks write; set the variable for a trial run, which must not replace what counts."""
 
 
 def machine() -> dict[str, Any]:

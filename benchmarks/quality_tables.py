@@ -30,7 +30,7 @@ def kept() -> str:
     """Cosines to the dense model's features and the answers that stay."""
     rows = json.loads(RESULTS.read_text())["quality"]
     rows = sorted(rows, key=lambda row: list(NAMES).index(row["model"]))  # else as measured
-    head = ["model", "`patch(model, ...)`", "photos", "patch features", "worst 5 %", "answers kept"]
+    head = ["model", "`patch(model, ...)`", "number of photos", "patch features", "worst 5 %", "answers kept"]
     return _table(head, [_kept(row) for row in rows])
 
 
@@ -42,7 +42,7 @@ def _kept(row: dict[str, Any]) -> list[str]:
         str(row["photos"]),
         f"{features['mean']:.3f}",
         f"{features['worst_5']:.3f}",
-        "" if answers is None else f"{100 * answers:.0f} %",
+        "–" if answers is None else f"{100 * answers:.0f} %",
     ]
 
 
@@ -228,7 +228,7 @@ SIZES = {
 
 def sizes() -> str:
     """One line as typed at each of four sizes."""
-    head = ["model", "`patch(model, ...)`", "speed", "cosine", "answers kept", "photos"]
+    head = ["model", "`patch(model, ...)`", "speed", "cosine", "answers kept", "number of photos"]
     return _table(head, [_size(model, line) for model, line in SIZES.items()])
 
 
@@ -241,7 +241,7 @@ def _size(model: str, line: str) -> list[str]:
         f"`{line}`",
         f"{row.ratio:.2f}x",
         f"{row.cosine:.3f}",
-        "" if answers is None else f"{100 * answers:.0f} %",
+        "–" if answers is None else f"{100 * answers:.0f} %",
         str(row.kept["photos"]),
     ]
 

@@ -130,7 +130,7 @@ class Kernel(RenamedMembers):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen for one call, and why the others were not.
+    """The kernel chosen for one call, and why other kernels refused it.
 
     Attributes:
         kernel: The chosen kernel.
@@ -186,7 +186,7 @@ def _refusals(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> list
 
 
 def _fault(error: Exception) -> str:
-    return f"raised {type(error).__name__} while it was asked whether it takes the call: {error}"
+    return f"its check of the call raised {type(error).__name__}: {error}"
 
 
 def _ask(kernel: Kernel, inputs: AttentionInputs, pattern: Pattern) -> tuple[list[str], float]:
@@ -249,10 +249,10 @@ def _refusal_message(
     explicit: bool,
 ) -> str:
     q, kind = inputs.q, type(pattern).__name__
-    hint = "use kernel='auto' to allow another one" if explicit else "every kernel refused"
+    outcome = "use kernel='auto' to allow another one" if explicit else "every kernel refused"
     lines = [
         f"no kernel computes a {kind} pattern at site {inputs.site.name!r} for q "
-        f"{tuple(q.shape)}, k {tuple(inputs.k.shape)}, {q.dtype} on {q.device}; {hint}",
+        f"{tuple(q.shape)}, k {tuple(inputs.k.shape)}, {q.dtype} on {q.device}; {outcome}",
         *(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused),
     ]
     return "\n".join(lines)

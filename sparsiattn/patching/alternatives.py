@@ -146,9 +146,9 @@ def _tile_line(runtime: SiteRuntime, site: Site, speed: float) -> str:
     ratio = expected_at(runtime, site, changed)
     if not ratio or not speed:
         return head
-    return (
-        f"{head}; tile={other}, {_meaning(other)}, is expected to be {ratio / speed:.1f}x as fast"
-    )
+    times = f"{ratio / speed:.1f}x"
+    speed_text = "about" if times == "1.0x" else times
+    return f"{head}; tile={other}, {_meaning(other)}, is expected to be {speed_text} as fast"
 
 
 def _why(strategy: Strategy, site: Site) -> str:

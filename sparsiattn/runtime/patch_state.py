@@ -145,8 +145,9 @@ class PatchState(PatchOwner):
     @property
     def title(self) -> str:
         """One line that names the strategy, the number of sites and the model."""
-        sites = f"{len(self.runtimes)} sites of {type(self.model).__name__}"
-        return f"{self.strategy.name} on {sites}"
+        count = len(self.runtimes)
+        sites = "site" if count == 1 else "sites"
+        return f"{self.strategy.name} on {count} {sites} of {type(self.model).__name__}"
 
     @property
     def backbone(self) -> str:

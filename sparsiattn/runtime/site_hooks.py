@@ -80,14 +80,14 @@ class OpenScope(ScriptRefusal):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         refuse_fx(args)
-        watched = settings.are_set()
-        if not watched and self.runtime.is_idle:
+        has_settings = settings.are_set()
+        if not has_settings and self.runtime.is_idle:
             return
         owner, elsewhere, model_call = self.runtime.owner, False, None
-        compiling = watched and torch.compiler.is_compiling()
+        compiling = has_settings and torch.compiler.is_compiling()
         if not compiling:
             elsewhere, model_call = surroundings(owner, module, sys._getframe(1))
-        if elsewhere or ((watched or owner.went_dense) and owner.disabled_here):
+        if elsewhere or ((has_settings or owner.went_dense) and owner.disabled_here):
             push(None, self.key)
         elif "_is_replica" in vars(module):  # nn.DataParallel: the replica's own weights
             push(make_route(self.runtime, module._modules.get(PLANNER)), self.key)
@@ -119,12 +119,12 @@ class CloseScope(ScriptRefusal):
         pop(key)
         if runtime.last_cross_layer:
             MODEL_CALL.cross_layer = None
-        watched = settings.are_set()
-        if (watched and torch.compiler.is_compiling()) or key not in SITE_CALLS.callers:
+        has_settings = settings.are_set()
+        if (has_settings and torch.compiler.is_compiling()) or key not in SITE_CALLS.callers:
             return
         forget_caller(key)
         owner = runtime.owner
-        if output is None or ((watched or owner.went_dense) and owner.disabled_here):
+        if output is None or ((has_settings or owner.went_dense) and owner.disabled_here):
             return
         if key not in SITE_CALLS.routed and not runs_in_another(owner, module):
             raise ModelChanged(

@@ -46,7 +46,7 @@ class Local(Strategy):
             grids = inputs.query_grid, inputs.key_grid
             depth = 1 if inputs.order is None else inputs.order.depth
             options = inputs.prefix, inputs.tile, block, inputs.site.halo, views, depth
-            # a program of Dynamo builds the table in every call, where sorting takes too long
+            # a compiled program builds the table again in every call, where sorting takes too long
             build = unique_nearness if torch.compiler.is_dynamo_compiling() else nearness_ranks
             scores = inputs.table(build, *grids, *options)
         else:
