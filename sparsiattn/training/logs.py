@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsiattn.errors import CheckpointNotWritten, InvalidOption
-from sparsiattn.training.checkpoint import LOG, write_errors
+from sparsiattn.training.checkpoint import LOG, TrainState, write_errors
 
 Row = dict[str, Any]
 
@@ -21,8 +21,8 @@ class Log:
         self.path = None if folder is None else folder / LOG
         self.board: Any = None
 
-    def resume(self, step: int) -> None:
-        """Keep the rows up to a step, as later ones will be written again."""
+    def resume(self, state: TrainState) -> None:
+        """Keep the rows that a checkpoint counts, as later ones will be written again."""
         if self.path is None or not self.path.exists():
             return
         try:
@@ -30,7 +30,7 @@ class Log:
         except OSError as error:
             raise CheckpointNotWritten(f"{self.path} cannot be read: {error}") from error
         rows = [row for row in map(_parsed, lines) if row is not None]
-        self.rows = [row for row in rows if row["step"] <= step]
+        self.rows = [row for row in rows if _is_counted(row, state)]
         self._write("w", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def start_board(self, step: int) -> None:
@@ -73,6 +73,16 @@ def _parsed(line: str) -> Row | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and "step" in row else None
+
+
+def _is_counted(row: Row, state: TrainState) -> bool:
+    """Whether a row was written before a checkpoint.
+
+    A checkpoint after the last update of an epoch may be older than the row of that epoch.
+    """
+    if row["step"] == state.step and "epoch_loss" in row:
+        return state.batch == 0
+    return bool(row["step"] <= state.step)
 
 
 def _scalars(row: Row) -> dict[str, float]:

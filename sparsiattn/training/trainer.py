@@ -75,7 +75,7 @@ class Trainer:
             state = self.folder.find(resume)
             self._get_teacher(resumed=state is not None)
             self.state = state or self.state
-            self.log.resume(self.state.step)
+            self.log.resume(self.state)
             if self.recipe.tensorboard and main:
                 self.log.start_board(self.state.step)
             if state is not None:

@@ -59,6 +59,24 @@ def ours() -> Any:
     return Pictures(count=12)
 
 
+def test_a_kill_between_the_row_of_an_epoch_and_its_checkpoint(tmp_path: Path) -> None:
+    """The epoch ends again, and has one row."""
+    plan = two_stages(checkpoint_steps=1, batch_size=4)
+    whole = train(patched(), batches(3), recipe=plan)
+    for epoch in range(2):
+
+        def look(row: dict[str, Any], epoch: int = epoch) -> None:
+            if "epoch_loss" in row and row["epoch"] == epoch:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(patched(), batches(3), recipe=plan, out=tmp_path, on_log=look)
+    resumed = train(patched(), batches(3), recipe=plan, out=tmp_path)
+    assert resumed.history == whole.history
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == whole.history
+
+
 HOST = {"proj_drop_rate": 0.2, "drop_path_rate": 0.2}
 
 
