@@ -30,7 +30,14 @@ def kept() -> str:
     """Cosines to the dense model's features and the answers that stay."""
     rows = json.loads(RESULTS.read_text())["quality"]
     rows = sorted(rows, key=lambda row: list(NAMES).index(row["model"]))  # else as measured
-    head = ["model", "`patch(model, ...)`", "number of photos", "patch features", "worst 5 %", "answers kept"]
+    head = [
+        "model",
+        "`patch(model, ...)`",
+        "number of photos",
+        "patch features",
+        "worst 5 %",
+        "answers kept",
+    ]
     return _table(head, [_kept(row) for row in rows])
 
 
@@ -42,7 +49,7 @@ def _kept(row: dict[str, Any]) -> list[str]:
         str(row["photos"]),
         f"{features['mean']:.3f}",
         f"{features['worst_5']:.3f}",
-        "–" if answers is None else f"{100 * answers:.0f} %",
+        "-" if answers is None else f"{100 * answers:.0f} %",
     ]
 
 
@@ -241,7 +248,7 @@ def _size(model: str, line: str) -> list[str]:
         f"`{line}`",
         f"{row.ratio:.2f}x",
         f"{row.cosine:.3f}",
-        "–" if answers is None else f"{100 * answers:.0f} %",
+        "-" if answers is None else f"{100 * answers:.0f} %",
         str(row.kept["photos"]),
     ]
 
