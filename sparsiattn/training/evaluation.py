@@ -218,7 +218,9 @@ def evaluate(
             share=(world.rank, world.size),
             labels=sides.counts_labels,
         )
-        with torch.inference_mode():
+        # no inference mode, here and in analysis: models of transformers (BEiT) keep tables for good
+        # that they make while they run, and a table made in it would break training
+        with torch.no_grad():
             for images, labels in _counted(batches, progress):
                 sides.run(images.to(device, dtype), labels)
         tallies = world.gather(sides.tally)

@@ -93,7 +93,7 @@ def bench(
     progress: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> BenchResult:
-    """Time a model dense and patched, alternately, under `torch.inference_mode`.
+    """Time a model dense and patched, alternately, under `torch.no_grad`.
 
     A patched model is measured with its patch; an unpatched model is patched temporarily. The dense
     side is a copy without hooks that shares all weights (for a compiled or parallel model, the
@@ -142,7 +142,7 @@ def time_model(
         calls: dict[str, Callable[[], Any]] = {"dense": lambda: dense(*args, **kwargs)}
         if patch is not None:
             calls["sparse"] = lambda: model(*args, **kwargs)
-        with torch.inference_mode():
+        with torch.no_grad():
             return timing.alternate(calls, rounds, progress)
 
 

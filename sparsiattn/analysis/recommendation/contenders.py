@@ -121,7 +121,7 @@ class Runner:
 
     def warm(self) -> float:
         """Run the dense model once more; returns its seconds."""
-        with torch.inference_mode():
+        with torch.no_grad():
             self.first, seconds = timing.timed(partial(self.output, self.dense, 0))
         return seconds
 
@@ -154,7 +154,7 @@ class Runner:
         assert contender.run is not None
         assert contender.compare is not None
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 if not contender.qualities:
                     contender.note(0, contender.compare(self.first, contender.run(0)))
                 self._timed_pair(contender, contender.run, contender.compare)

@@ -129,7 +129,7 @@ def _runner(
     dense, one = weights_shared(host), images[:1]
     shape = tuple(one.shape)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             dense(one)  # to warm up
             output, seconds = timing.timed(partial(dense, one))
     except Exception as error:

@@ -85,7 +85,7 @@ def _model_for(runner: Runner, small: list[Tensor], size: tuple[int, ...]) -> Ca
     def run(batch: int) -> Any:
         return runner.metric.outputs(model, (small[batch],), options)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         run(0)
     return run
 

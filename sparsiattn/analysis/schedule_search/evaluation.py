@@ -80,7 +80,7 @@ class TrialRunner:
             self.planners = {n: w.clone() for n, w in weights if is_planner_key(n)}
             patch.unpatch()
         self.survey = survey(self.model, self.example)
-        with torch.inference_mode():
+        with torch.no_grad():
             first = self.model(self.images[0])
             self.batch_seconds = timed(partial(self.model, self.images[0]))[1]
         self.measure = OutputMetric.of(self.model, first, self.metric)
@@ -135,7 +135,7 @@ class TrialRunner:
         Each candidate has its own copy of the model, which shares the weights.
         """
         images = self.images[0]
-        with torch.inference_mode(), ExitStack() as stack:
+        with torch.no_grad(), ExitStack() as stack:
             calls: dict[str, Callable[[], Any]] = {"dense": partial(self.model, images)}
             for number, candidate in enumerate(candidates):
                 model = _copy_with_same_weights(self.model)
@@ -146,7 +146,7 @@ class TrialRunner:
         ratios = ([b / a for a, b in zip(dense, times, strict=True)] for times in candidate_times)
         return [round(Quartiles.of(values).median, 4) for values in ratios]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _outputs(self) -> list[Any]:
         """Outputs to compare of the model in its current state, by batch."""
         outputs = []
