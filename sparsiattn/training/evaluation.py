@@ -218,8 +218,8 @@ def evaluate(
             share=(world.rank, world.size),
             labels=sides.counts_labels,
         )
-        # no inference mode, here and in analysis: models of transformers (BEiT) keep tables for good
-        # that they make while they run, and a table made in it would break training
+        # no inference mode, here and in analysis: transformers' BEiT keeps tables that it makes
+        # while it runs, and one that was made in inference mode breaks all later training
         with torch.no_grad():
             for images, labels in _counted(batches, progress):
                 sides.run(images.to(device, dtype), labels)
