@@ -5,12 +5,7 @@ Ragged batches use a block-diagonal mask, key blocks a paged one.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,7 +17,7 @@ from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.errors import first_line
-from sparsiattn.kernels import paged
+from sparsiattn.kernels import optional, paged
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import twice_differentiable
@@ -122,38 +117,12 @@ def probe() -> Operators:
 
 
 def _load(home: str) -> Operators:
-    """Import one of the modules without printing anything.
-
-    A wheel for another CUDA or torch version may raise any error on import, or load without its
-    operators.
-    """
-    name = home.partition(".")[0]
-    try:
-        with _silence(name):
-            ops = importlib.import_module(home)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return Operators(None, f"{name} is not installed")
-        return Operators(None, f"{name} needs {error.name}, which is not installed")
-    except Exception as error:
-        return Operators(None, f"{name} cannot be imported ({first_line(error)})")
-    fault = _missing_operators(name, ops)
+    """Import one of the modules. A wheel for another version may load without its operators."""
+    ops, reason = optional.load(home)
+    if ops is None:
+        return Operators(None, reason)
+    fault = _missing_operators(home.partition(".")[0], ops)
     return Operators(None, fault) if fault else Operators(ops, "")
-
-
-@contextmanager
-def _silence(name: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name), logging.getLogger(f"{name}_fmha")]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, was in zip(loggers, before, strict=True):
-            logger.disabled = was
 
 
 def _missing_operators(name: str, ops: Any) -> str:

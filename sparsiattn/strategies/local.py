@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyIndex
+from sparsiattn.attention.neighbourhood import neighbourhood
 from sparsiattn.attention.pattern import Pattern
+from sparsiattn.errors import InvalidOption
 from sparsiattn.strategies.base import Budgets, Strategy
 
 
@@ -26,6 +29,9 @@ class Local(Strategy):
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
         background: As in `Strategy`.
+        window: Rows and columns of a rectangle of patches, or one number for both; it replaces
+            ``k``. Lists are then exactly those of NATTEN, and of its stride if there are tiles. Its
+            kernels (``kernel="natten"``) need ``background=None``.
     """
 
     name = "local"
@@ -38,8 +44,18 @@ class Local(Strategy):
 
     k: Budgets = 0.25
     background: int | str | None = field(default=2, kw_only=True)
+    window: int | tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "window", _check_window(self.window))
+
+    def keeps_all(self, n_keys: int) -> bool:
+        return self.window is None and super().keeps_all(n_keys)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
+        if self.window is not None:
+            return _windows(inputs, self.window, self.prefix_keys)  # type: ignore[arg-type]
         if inputs.reduced is None:
             views = inputs.views if inputs.views == inputs.key_views else 1
             block = 1 if inputs.blocks is None else inputs.block
@@ -52,6 +68,39 @@ class Local(Strategy):
         else:
             scores = _nearness_of_remaining(inputs, inputs.reduced.grid)
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
+
+
+def _check_window(window: object) -> Grid | None:
+    sides = (window, window) if type(window) is int else window
+    if sides is None:
+        return None
+    given = tuple(sides) if isinstance(sides, (tuple, list)) else ()
+    if len(given) == 2 and all(type(side) is int and side >= 1 for side in given):
+        return given
+    raise InvalidOption(
+        f"window must be None, a number or (rows, columns) of patches, each >= 1; got {window!r}"
+    )
+
+
+def _windows(inputs: AttentionInputs, window: Grid, prefix_keys: bool) -> Pattern:
+    """The exact neighbourhoods of all queries or tiles."""
+    grid, halo = inputs.query_grid, inputs.site.halo
+    if inputs.reduced is not None or grid != inputs.key_grid or halo or inputs.views > 1:
+        raise InvalidOption(
+            f"window= needs the same complete grid of one image for queries and keys, and site "
+            f"{inputs.site.name!r} has queries of {grid} and keys of {inputs.key_grid}, halo "
+            f"{halo}, {inputs.views} images in a sequence"
+            f"{', and dropped tokens' if inputs.reduced is not None else ''}: use k= instead"
+        )
+    size = min(window[0], grid[0]), min(window[1], grid[1])
+    if size == grid and (prefix_keys or not inputs.prefix):
+        return Pattern.dense(inputs.n_queries, inputs.n_keys)
+    parts = None if inputs.tiles is None else geometry.tile_parts(grid, inputs.tile)  # type: ignore[arg-type]
+    prefix = inputs.prefix if prefix_keys else 0
+    index = inputs.table(neighbourhood, grid, size, parts, prefix)
+    if prefix != inputs.prefix:
+        index = index + inputs.prefix
+    return KeyIndex.of(inputs, index, size)
 
 
 STEPS = 4096

@@ -15,9 +15,11 @@ import sparsiattn
 from sparsiattn import Pattern
 from sparsiattn.attention import Lengths
 from sparsiattn.kernels import (
+    FlashAttention4,
     Flex,
     Kernel,
     Native,
+    Natten,
     Reference,
     Triton,
     Varlen,
@@ -158,7 +160,7 @@ def test_a_choice_made_outside_of_a_transform_does_not_count_inside() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-OWN_CODE = [Native(), Flex(), Triton(), Varlen(), XFormers()]
+OWN_CODE = [Native(), Flex(), Triton(), Varlen(), XFormers(), FlashAttention4(), Natten()]
 
 
 @pytest.mark.parametrize("kernel", OWN_CODE, ids=lambda kernel: kernel.name)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sparsiattn import Kernel, Pattern
 from sparsiattn.attention import KeyBlocks, Lengths
-from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, paged, varlen
+from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, optional, paged, varlen
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.varlen import Shim
 from sparsiattn.kernels.xformers import Operators
@@ -196,7 +196,7 @@ class TestProbe:
             for answer in available
         )
         ops = SimpleNamespace(**dict(zip(("flash", "cutlass"), operators, strict=True)))
-        monkeypatch.setattr(fmha.importlib, "import_module", lambda home: ops)
+        monkeypatch.setattr(optional.importlib, "import_module", lambda home: ops)
         found = fmha._load("xformers.ops.fmha")
         assert found == Operators(None if reason else ops, reason)
         monkeypatch.setattr(fmha, "probe", lambda: found)
@@ -225,7 +225,7 @@ class TestProbe:
 def biases() -> Any:
     """xformers' classes of masks: they need no GPU to be looked at."""
     pytest.importorskip("xformers")
-    with fmha._silence("xformers"):
+    with optional.silence("xformers"):
         return pytest.importorskip("xformers.ops.fmha").attn_bias
 
 
@@ -247,11 +247,11 @@ def computing(biases: Any) -> SimpleNamespace:
     def partial(
         q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, scale: float, op: Any
     ) -> tuple[Tensor, Tensor]:
-        assert attn_bias.page_size % op == 0
+        assert attn_bias.page_size % op["block_n"] == 0
         out = whole(q, k, v, attn_bias, 0.0, scale)
         return out, logits(q, k, attn_bias, scale).logsumexp(-1)
 
-    operator = SimpleNamespace(get_operator=lambda split, block_n: block_n)
+    operator = SimpleNamespace(get_operator=lambda split, **settings: settings)
     return SimpleNamespace(
         attn_bias=biases, triton_splitk=SimpleNamespace(FwOp=operator),
         memory_efficient_attention=whole, memory_efficient_attention_partial=partial,
