@@ -272,10 +272,12 @@ class Tiles:
     def _mean_by_sides(self, x: Tensor) -> Tensor:
         """The mean over rows, then over columns, in the layout that hosts use, ``[B, n, H, D]``.
 
-        This is much faster on a CPU than gathering first, and makes no copy.
+        This is much faster on a CPU than gathering first, and makes no copy. On a GPU, one step
+        saves a launch.
         """
         tokens: Tensor = x.transpose(1, 2).unflatten(1, self._sides)
-        return tokens.mean(2).mean(3).flatten(1, 2).transpose(1, 2)
+        means = tokens.mean(2).mean(3) if x.is_cpu else tokens.mean((2, 4))
+        return means.flatten(1, 2).transpose(1, 2)
 
     def weigh(self, x: Tensor) -> Tensor:
         """Slots ``[..., T, t]`` to their mean over each tile, ``[..., T]``."""

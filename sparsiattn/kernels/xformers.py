@@ -6,12 +6,13 @@ Ragged batches use a block-diagonal mask, key blocks a paged one.
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.lengths import Lengths
@@ -82,14 +83,21 @@ class XFormers(Kernel):
         if isinstance(pattern, KeyBlocks):
             return paged.attend(ops, inputs, pattern)
         assert isinstance(pattern, Lengths)
-        mask = ops.attn_bias.BlockDiagonalMask.from_seqlens(
-            list(pattern.lengths), device=inputs.q.device
-        )
+        mask = _images(ops.attn_bias.BlockDiagonalMask, pattern.lengths, inputs.q.device)
         q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
         out: Tensor = ops.memory_efficient_attention(
             q, k, v, attn_bias=mask, p=inputs.dropout, scale=inputs.scale
         )
         return twice_differentiable(self.name, out.transpose(1, 2), inputs, pattern)
+
+
+@lru_cache(maxsize=64)
+def _images(kind: Any, lengths: tuple[int, ...], device: torch.device) -> Any:
+    """The operator's mask for images of these lengths, cached for the layers of a model."""
+    with torch.inference_mode(False):
+        mask = kind.from_seqlens(list(lengths), device=device)
+        geometry.wait_for_values(device)
+        return mask
 
 
 class Operators(NamedTuple):

@@ -151,10 +151,7 @@ def unique_nearness(
     if not isinstance(block, int):
         scores = geometry.tiles(keys, block, views, device=device).mean(scores.mT).mT
         prefix = 0
-    count = scores.shape[-1]
-    # less than one step in all
-    earlier = torch.arange(count, device=device, dtype=scores.dtype) / (2 * count)
-    scores = (scores * STEPS).round() - earlier
+    scores = _first_of_equals(scores)
     first = torch.arange(prefix, device=device, dtype=scores.dtype)
     last = (scores.min() - 1 - first).expand(len(scores), prefix)
     return torch.cat([last, scores], dim=-1)[None, None]
@@ -207,14 +204,22 @@ def places(grid: Grid, views: int, depth: int = 1, *, device: torch.device) -> T
 
 
 def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:
-    """`nearness` for the tokens that remain of a grid, ``[B, 1, R, P + n]``."""
+    """`unique_nearness` for the tokens that remain of a grid, ``[B, 1, R, P + n]``."""
     views = inputs.site.views if grid[0] % inputs.site.views == 0 else 1
     sides = [grid[0] // views, grid[1], views]
-    size = torch.tensor(sides, device=inputs.k.device, dtype=torch.float)
-    positions = inputs.table(places, grid, views).float() * size
+    size = torch.tensor(sides, device=inputs.k.device, dtype=torch.double)
+    positions = inputs.table(places, grid, views) * size
     # prefix tokens have no position; their rows are padded with zeros
     patches = inputs.gather_rows(F.pad(positions, (0, 0, inputs.prefix, 0)))[:, inputs.prefix :]
     rows = patches if inputs.tiles is None else inputs.tiles.mean(patches)
     score = -(rows[:, :, None] - patches[:, None]).square().sum(-1)
+    score = _first_of_equals(score)
     last = score.amin((1, 2), keepdim=True).expand(-1, score.shape[1], inputs.prefix) - 1
     return torch.cat([last, score], dim=-1).unsqueeze(1)
+
+
+def _first_of_equals(scores: Tensor) -> Tensor:
+    """Scores ``[..., m]`` in steps, each lowered by less than one step with its index."""
+    count = scores.shape[-1]
+    earlier = torch.arange(count, device=scores.device, dtype=scores.dtype) / (2 * count)
+    return (scores * STEPS).round() - earlier

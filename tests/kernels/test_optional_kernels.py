@@ -288,6 +288,7 @@ def natten_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 class TestNatten:
+    @pytest.mark.filterwarnings("ignore:flex_attention called:UserWarning")  # natten's own
     @pytest.mark.usefixtures("natten_library")
     @pytest.mark.parametrize("name", WINDOWS)
     def test_it_equals_the_reference(self, name: str) -> None:
@@ -372,6 +373,7 @@ class TestWindows:
     def test_a_window_as_large_as_the_grid_is_dense(self) -> None:
         assert type(window_call((4, 4), window=4)[1]).__name__ == "Dense"
 
+    @pytest.mark.usefixtures("compiled_native")
     @pytest.mark.parametrize("kernel", ["reference", "gather", "native"])
     def test_in_a_model(self, kernel: str) -> None:
         model, images = tiny_vit(), tiny_images(2)
