@@ -163,7 +163,9 @@ def page_mask(ops: Any, shape: torch.Size, pattern: KeyBlocks) -> Any:
     table = (chosen + first).flatten(0, 2).to(torch.int32).contiguous()
     lists, keys = b * h * tiles, pattern.keys - pattern.prefix
     kind = ops.attn_bias.PagedBlockDiagonalPaddedKeysMask
-    mask = _lengths(kind, lists, size, keys, table.shape[1], pattern.blocks.size, table.device)
+    sizes = lists, size, keys, table.shape[1], pattern.blocks.size
+    mask = _lengths(kind, *sizes, table.device)
+    geometry.hold_if_captured(mask, "pages", *sizes, device=table.device)
     return replace(mask, block_tables=table)
 
 

@@ -74,7 +74,10 @@ class Varlen(Kernel):
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, Lengths)
-        ends = ends_of(pattern.lengths, inputs.q.device)
+        # a fake tensor must not outlive its mode
+        find = ends_of if type(inputs.q) is Tensor else ends_of.__wrapped__
+        ends = find(pattern.lengths, inputs.q.device)
+        geometry.hold_if_captured(ends, self.name, pattern.lengths, device=inputs.q.device)
         q, k, v = (x[0].transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v))
         attend = shim()
         assert attend is not None

@@ -83,7 +83,9 @@ class XFormers(Kernel):
         if isinstance(pattern, KeyBlocks):
             return paged.attend(ops, inputs, pattern)
         assert isinstance(pattern, Lengths)
-        mask = _images(ops.attn_bias.BlockDiagonalMask, pattern.lengths, inputs.q.device)
+        device = inputs.q.device
+        mask = _images(ops.attn_bias.BlockDiagonalMask, pattern.lengths, device)
+        geometry.hold_if_captured(mask, self.name, pattern.lengths, device=device)
         q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
         out: Tensor = ops.memory_efficient_attention(
             q, k, v, attn_bias=mask, p=inputs.dropout, scale=inputs.scale

@@ -222,9 +222,18 @@ def test_operands_are_read_where_they_stand() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_the_background_carries_gradients_of_the_bias() -> None:
+@pytest.mark.parametrize("tile", [(2, 2), (2, 3), 1])
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_the_background_carries_gradients_of_the_bias(repeatable: bool, tile: Any) -> None:
     """The mean bias of dropped keys is a logit of the background's, so it has a gradient."""
-    case = Case((2, 4), host="bias", k=4, background=2)
+    torch.use_deterministic_algorithms(repeatable)
+    try:
+        _check_gradient_of_bias(Case((2, 4), tile, host="bias", k=4, background=2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _check_gradient_of_bias(case: Case) -> None:
     inputs = case.inputs()
     found = []
     for kernel in (KERNEL, EXACT):
@@ -378,9 +387,8 @@ def test_gradients_that_are_the_same_in_every_run(
 
     monkeypatch.setattr(launch, "backward", backward)
     check(REPEATABLE[name])
-    with_bias = REPEATABLE[name].host in ("bias", "swin")
-    to_bias = {"to_host", "to_rows"} if REPEATABLE[name].background else {"to_host"}
-    assert adds == [{"to_q", *(to_bias if with_bias else ())}]
+    trained = {"to_host"} if REPEATABLE[name].host in ("bias", "swin") else set()
+    assert adds == [{"to_q"} | trained]
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -406,22 +414,25 @@ def test_which_tiles_list_a_key(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(rows.bool().expand(keep.shape), keep)
 
 
-def test_the_setting_of_the_backward_pass_counts() -> None:
+def test_the_setting_of_the_backward_pass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be switched on after the forward pass."""
     case = REPEATABLE["tiles"]
     inputs = case.inputs()
     q = inputs.q.clone().requires_grad_()
     out = KERNEL(inputs.replace(q=q), case.pattern(inputs))
     seen: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ops, "_repeatable_gradients", lambda *call: seen.append(call) or (q, *[q] * 6)
-        )
-        torch.use_deterministic_algorithms(True)
-        try:
-            out.sum().backward()
-        finally:
-            torch.use_deterministic_algorithms(False)
+    real = ops._repeatable_gradients
+
+    def gradients(*call: Any) -> Any:
+        seen.append(call)
+        return real(*call)
+
+    monkeypatch.setattr(ops, "_repeatable_gradients", gradients)
+    torch.use_deterministic_algorithms(True)
+    try:
+        out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert len(seen) == 1
 
 

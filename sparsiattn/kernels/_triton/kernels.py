@@ -43,24 +43,15 @@ def program_work(heads, tiles, parts, dense_parts, dense_programs, DENSE: tl.con
 
 
 @triton.jit
-def query_rows(
-    order, weight, tile, part, dense, slots, first, ROWS: tl.constexpr, DENSE: tl.constexpr
-):
-    """Queries in this part of a tile, and which of its slots do not repeat one."""
-    slot = part * ROWS + tl.arange(0, ROWS)
+def are_queries(slot, weight, tile, dense, slots, first, DENSE: tl.constexpr):
+    """Which slots of a tile hold a query, and none that another slot holds, too."""
     listed = slot < slots
-    if order is None:
-        token = tile + slot
-    else:
-        token = tl.load(order + tile * slots + slot, mask=listed, other=0)
     if weight is not None:
         listed = listed & (tl.load(weight + tile * slots + slot, mask=listed, other=0.0) > 0.0)
-    row, valid = token + first, listed
     if DENSE:
-        row = tl.where(dense, slot, row)
         listed = listed & (slot < tl.where(dense, 0, slots))
-        valid = listed | (slot < tl.where(dense, first, 0))
-    return row, valid
+        listed = listed | (slot < tl.where(dense, first, 0))
+    return listed
 
 
 @triton.jit
@@ -159,7 +150,13 @@ def forward(
     image, head, tile, part, dense = program_work(
         heads, tiles, parts, dense_parts, dense_programs, DENSE
     )
-    row, valid = query_rows(order, weight, tile, part, dense, slots, first, ROWS, DENSE)
+    slot = part * ROWS + tl.arange(0, ROWS)
+    row = tile + slot + first
+    if order is not None:
+        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
+    if DENSE:
+        row = tl.where(dense, slot, row)
+    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
     if DENSE:  # leading queries see every key, and need no summary
         keys = tl.where(dense, all_keys, keys)
         cells_seen = tl.where(dense, 0, cells)
@@ -256,7 +253,13 @@ def backward(
     image, head, tile, part, dense = program_work(
         heads, tiles, parts, dense_parts, dense_programs, DENSE
     )
-    row, valid = query_rows(order, weight, tile, part, dense, slots, first, ROWS, DENSE)
+    slot = part * ROWS + tl.arange(0, ROWS)
+    row = tile + slot + first
+    if order is not None:
+        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
+    if DENSE:
+        row = tl.where(dense, slot, row)
+    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
     if DENSE:  # leading queries see every key, and need no summary
         keys = tl.where(dense, all_keys, keys)
         cells_seen = tl.where(dense, 0, cells)

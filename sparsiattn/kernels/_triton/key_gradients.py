@@ -34,6 +34,9 @@ from sparsiattn.kernels._triton.launch import (
     strides,
 )
 
+MOST_KEYS = 32
+"""Keys of a program at most."""
+
 
 def membership(call: KeyListOperands) -> Tensor:
     """Which keys every tile lists, uint8 ``[B|1, H|1, T, Nk]``."""
@@ -196,7 +199,8 @@ def _shared(
 
 def _launch(call: KeyListOperands, tensors: dict[str, Any], dense_queries: int) -> Launch:
     sizes, keys = backward_sizes(call), tensors["k"].shape[-2]
-    step = min(sizes.keys, padded(max(1, keys)))
+    # with more keys at a time, registers spill, and fewer queries can be skipped
+    step = min(sizes.keys, MOST_KEYS, padded(max(1, keys)))
     host, tiles = tensors["host"], call.chosen.shape[-2]
     places = tiles * call.slots
     pairs, chunks = call.q.shape[0] * call.q.shape[1], -(-keys // step)

@@ -129,8 +129,8 @@ key_list_attention = _define("sparsiattn::key_list_attention", _attention, schem
 key_list_attention_backward = _define(
     "sparsiattn::key_list_attention_backward", _attention_backward, schema=_BACKWARD
 )
+# not the backward operator: torch takes the lists, which say where to add, for results, too
 show_kernels(key_list_attention, _attention)
-show_kernels(key_list_attention_backward, _attention_backward)
 
 
 @key_list_attention.register_fake

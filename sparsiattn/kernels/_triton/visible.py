@@ -7,6 +7,10 @@ same, but it imports triton, and torch's compiler, as soon as an operator is def
 
 Operators stay opaque in exported programs (the compiler takes them apart later), where shapes are
 symbolic, where kernels are interpreted, and outside of CUDA.
+
+Torch finds out what a kernel writes from the addresses of its stores. Where these depend on a
+tensor, a kernel reads it in its own body, because torch takes every tensor that is passed to a
+function of triton for a part of the address that this function returns.
 """
 
 from __future__ import annotations
