@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def test_an_exported_program_keeps_the_operator() -> None:
 
 def test_the_compiler_writes_the_launch_into_its_code() -> None:
     from torch._guards import detect_fake_mode
+    from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional
     from torch._inductor.graph import GraphLowering
     from torch._inductor.ir import UserDefinedTritonKernel
     from torch._inductor.virtualized import V
@@ -137,7 +139,9 @@ def test_the_compiler_writes_the_launch_into_its_code() -> None:
     kernels: list[Any] = []
 
     def lower(module: Any, examples: Any) -> Any:
-        lowering = GraphLowering(module, example_inputs=examples)
+        graph = copy.deepcopy(module)
+        decompose_triton_kernel_wrapper_functional(graph.graph)
+        lowering = GraphLowering(graph, example_inputs=examples)
         with V.set_graph_handler(lowering), V.set_fake_mode(detect_fake_mode(examples)):
             lowering.run(*examples)
         kernels.extend(op for op in lowering.operations if isinstance(op, UserDefinedTritonKernel))

@@ -228,7 +228,7 @@ def test_the_background_carries_gradients_of_the_bias(repeatable: bool, tile: An
     """The mean bias of dropped keys is a logit of the background's, so it has a gradient."""
     torch.use_deterministic_algorithms(repeatable)
     try:
-        _check_gradient_of_bias(Case((2, 4), tile, host="bias", k=4, background=2))
+        _check_gradient_of_bias(Case((2, 5), tile, host="bias", k=4, background=2))
     finally:
         torch.use_deterministic_algorithms(False)
 
