@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def without_plans(device: torch.device) -> Iterator[None]:
     Args:
         device: Device of the operands.
     """
-    flags = torch.backends.cuda
+    flags: Any = torch.backends.cuda
     others = (flags.flash_sdp_enabled, flags.mem_efficient_sdp_enabled, flags.math_sdp_enabled)
     if device.type != "cuda" or torch.compiler.is_compiling() or not any(on() for on in others):
         yield

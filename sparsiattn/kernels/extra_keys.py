@@ -69,8 +69,9 @@ def _shared(x: Tensor, pattern: KeyBlocks) -> Tensor:
 def _of_tiles(x: Tensor, ids: Tensor) -> Tensor:
     """Rows ``[B, H, n, D]`` at ids ``[B|1, H|1, T, R]``, as ``[B, H, T, R, D]``."""
     ids = ids.expand(*x.shape[:2], -1, -1)
-    rows = x.gather(2, ids.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-    return rows.unflatten(2, ids.shape[2:]).float()
+    rows: Tensor = x.gather(2, ids.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+    rows = rows.unflatten(2, ids.shape[2:])
+    return rows.float()
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

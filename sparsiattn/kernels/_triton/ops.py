@@ -5,7 +5,6 @@ Their operands are those of `sparsiattn.kernels._triton.launch.KeyListOperands`,
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +62,9 @@ def _attention_backward(
     """
     from sparsiattn.kernels._triton import launch
 
-    *operands, to_host, to_rows, repeatable = operands
-    call = launch.KeyListOperands(*_readable(*operands))
-    needed = _with_gradients(operands, to_host, to_rows)
+    *own, to_host, to_rows, repeatable = operands
+    call = launch.KeyListOperands(*_readable(*own))
+    needed = _with_gradients(own, to_host, to_rows)
     if repeatable:
         return _repeatable_gradients(call, out, lse, _with_rows(grad), needed)
     q, *others = needed
@@ -124,10 +123,14 @@ def _sum_of_tiles(each: Tensor, call: KeyListOperands, rows: Tensor) -> Tensor:
     return each.sum_to_size(rows.shape).to(rows.dtype)
 
 
-_define = partial(torch.library.custom_op, mutates_args=())
-key_list_attention = _define("sparsiattn::key_list_attention", _attention, schema=_FORWARD)
-key_list_attention_backward = _define(
-    "sparsiattn::key_list_attention_backward", _attention_backward, schema=_BACKWARD
+key_list_attention = torch.library.custom_op(
+    "sparsiattn::key_list_attention", _attention, mutates_args=(), schema=_FORWARD
+)
+key_list_attention_backward = torch.library.custom_op(
+    "sparsiattn::key_list_attention_backward",
+    _attention_backward,
+    mutates_args=(),
+    schema=_BACKWARD,
 )
 # not the backward operator: torch takes the lists, which say where to add, for results, too
 show_kernels(key_list_attention, _attention)
