@@ -216,12 +216,19 @@ def memory_efficient_attention(
     return OnlyOnce.apply(q[0], k[0], v[0], scale)[None]  # type: ignore[no-any-return]
 
 
+class Images:
+    """In the place of xformers' mask."""
+
+    @staticmethod
+    def from_seqlens(lengths: list[int], *, device: torch.device) -> list[int]:
+        return lengths
+
+
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both operators for ragged batches as they are on a GPU: differentiable once."""
-    mask = SimpleNamespace(from_seqlens=lambda lengths, device: lengths)
     ops = SimpleNamespace(
-        attn_bias=SimpleNamespace(BlockDiagonalMask=mask),
+        attn_bias=SimpleNamespace(BlockDiagonalMask=Images),
         memory_efficient_attention=memory_efficient_attention,
     )
     monkeypatch.setattr(fmha, "probe", lambda: Operators(ops, ""))
