@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Tile
-from sparsiattn.kernels import Kernel, flex_compile, paged
+from sparsiattn.kernels import Kernel, flash, flex_compile, paged
 from sparsiattn.registry import REGISTRY
-from sparsiattn.strategies import finish
+from sparsiattn.strategies import Local, finish
 from sparsiattn.testing import random_inputs
 
 Call = tuple[AttentionInputs, Pattern]
@@ -41,13 +41,19 @@ def _packed(dim: int = 64) -> Call:
 
 def _listed(background: int | None = None, dim: int = 64) -> list[Call]:
     """One of each kind of list."""
-    pairs: list[tuple[Tile, Tile]] = [(1, 1), ((4, 4), 1), ((4, 4), (4, 4))]
+    pairs: list[tuple[Tile, Tile]] = [(1, 1), ((4, 4), 1), ((4, 4), (4, 4)), ((8, 8), (4, 4))]
     return [_call(tile, block, background, dim) for tile, block in pairs]
+
+
+def _windows(dim: int = 64) -> Call:
+    """Neighbourhoods of 9 x 9 patches."""
+    inputs, _ = _call(dim=dim)
+    return inputs, finish(Local(window=9).plan(inputs), inputs)
 
 
 def _all(dim: int = 64) -> list[Call]:
     """Of every layout that some kernel is made for."""
-    return [*_listed(dim=dim), _packed(dim)]
+    return [*_listed(dim=dim), _packed(dim), _windows(dim)]
 
 
 def _with(**fields: object) -> list[Call]:
@@ -75,7 +81,8 @@ def _host(kind: str) -> list[Call]:
 FEATURES: dict[str, Callable[[], list[Call]]] = {
     "keys listed for every query (`tile=1`)": lambda: [_call()],
     "keys listed for every tile": lambda: [_call((4, 4))],
-    "key blocks listed for every tile": lambda: [_call((4, 4), (4, 4))],
+    "key blocks listed for every tile": lambda: [_call((8, 8), (4, 4))],
+    "windows (`local(window=...)`)": lambda: [_windows()],
     "any mask": lambda: [_masked()],
     "images of different lengths": lambda: [_packed()],
     "background keys": lambda: _listed(background=2),
@@ -130,6 +137,7 @@ def _newest_libraries() -> Iterator[None]:
         mock.patch.object(flex_compile, "cpu_refusals", list),
         mock.patch.object(flex_compile, "adapts_block_sizes", return_value=True),
         mock.patch.object(paged, "_operator_refusals", return_value=[]),
+        mock.patch.object(flash, "_capability", return_value=flash.CAPABILITY),
     ):
         yield
 

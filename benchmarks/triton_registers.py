@@ -36,28 +36,63 @@ def operands(n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return q, k, v
 
 
-def attention(
-    dim: int, dtype: torch.dtype = HALF, tile: int = 64, *, backward: bool = False
-) -> Any:
-    """Attention of tiles to 410 of 4,097 keys and 64 summary keys."""
+def attention_call(dim: int, dtype: torch.dtype, tile: int) -> Any:
+    """Tiles that attend to 410 of 4,097 keys and 64 summary keys."""
     from sparsiattn.kernels._triton import launch
 
     q, k, v = operands(4096, dim, dtype)
     tiles, cells = 4096 // tile, 64
     ids = torch.int64
     pooled_k, pooled_v = (empty(BATCH, HEADS, cells, dim, dtype=dtype) for _ in range(2))
-    call = launch.KeyListOperands(
+    return launch.KeyListOperands(
         q, k, v, pooled_k, pooled_v, None,
         empty(BATCH, HEADS, tiles, cells, dtype=torch.float32),
         order=empty(tiles, tile, dtype=ids), weight=None,
         chosen=empty(BATCH, HEADS, tiles, 410, dtype=ids), held=None, table=None,
         first=PREFIX, prefix=0, keys=410, scale=dim**-0.5, lowest=None,
     )  # fmt: skip
-    out, lse = torch.empty_like(q), empty(BATCH, HEADS, q.shape[2], dtype=torch.float32)
+
+
+def attention(
+    dim: int, dtype: torch.dtype = HALF, tile: int = 64, *, backward: bool = False
+) -> Any:
+    """Forward pass, or the backward pass that adds the gradients of keys atomically."""
+    from sparsiattn.kernels._triton import launch
+
+    call = attention_call(dim, dtype, tile)
+    out, lse = _results(call)
     if not backward:
         return launch.forward(call, out, lse)
-    sums = [empty(*x.shape, dtype=torch.float32) for x in (k, v, pooled_k, pooled_v)]
-    return launch.backward(call, out, lse, out, [q, *sums, None, None])
+    others = (call.k, call.v, call.pooled_k, call.pooled_v)
+    sums = [empty(*x.shape, dtype=torch.float32) for x in others]
+    return launch.backward(call, out, lse, out, [call.q, *sums, None, None])
+
+
+def query_gradients(dim: int, dtype: torch.dtype = HALF) -> Any:
+    """The backward pass that leaves the gradients of keys to another kernel."""
+    from sparsiattn.kernels._triton import launch
+
+    call = attention_call(dim, dtype, 64)
+    out, lse = _results(call)
+    return launch.backward(call, out, lse, out, [call.q, *[None] * 6])
+
+
+def key_gradients(dim: int, dtype: torch.dtype = HALF, *, summary: bool = False) -> Any:
+    """Gradients of keys and values, or of summary keys and values, without atomic additions."""
+    from sparsiattn.kernels._triton import key_gradients as kernel
+
+    call = attention_call(dim, dtype, 64)
+    out, lse = _results(call)
+    if summary:
+        return kernel.of_cells(call, lse, lse, out, call.pooled_k, call.pooled_v)
+    member = empty(BATCH, HEADS, 64, 4097, dtype=torch.uint8)
+    to_k, to_v = (empty(*x.shape, dtype=dtype) for x in (call.k, call.v))
+    return kernel.of_keys(call, lse, lse, out, member, to_k, to_v)
+
+
+def _results(call: Any) -> tuple[Tensor, Tensor]:
+    shape = (BATCH, HEADS, call.q.shape[2])
+    return torch.empty_like(call.q), empty(*shape, dtype=torch.float32)
 
 
 def pool(dim: int, dtype: torch.dtype = HALF) -> Any:
@@ -100,6 +135,10 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     "attention D=64 fp32": partial(attention, 64, FLOAT),
     "attention backward D=64 bf16": partial(attention, 64, backward=True),
     "attention backward D=80 bf16": partial(attention, 80, backward=True),
+    "gradients of queries D=64 bf16": partial(query_gradients, 64),
+    **{f"gradients of keys D={d} bf16": partial(key_gradients, d) for d in (64, 80, 128, 256)},
+    "gradients of keys D=64 fp32": partial(key_gradients, 64, FLOAT),
+    "gradients of summary keys D=64 bf16": partial(key_gradients, 64, summary=True),
     "pool D=64 bf16": partial(pool, 64),
     "pool D=64 fp32": partial(pool, 64, FLOAT),
     "pool D=256 bf16": partial(pool, 256),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsiattn.attention.geometry import Tiles
+from sparsiattn.attention.geometry import Grid, Tiles
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import SizedPattern, scatter_true
 from sparsiattn.errors import InvalidOption
@@ -62,6 +62,11 @@ class KeyLists(SizedPattern):
 class KeyIndex(KeyLists):
     """Lists of single keys; see `KeyLists`.
 
+    Attributes:
+        window: Rows and columns of the neighbourhood that each list is: the lists of
+            `sparsiattn.attention.neighbourhood`, after the prefix keys if they start with them.
+            None for any other lists.
+
     >>> from sparsiattn.testing.hosts import random_inputs
     >>> inputs = random_inputs((1, 3), prefix=1)
     >>> pairs = KeyIndex.of(inputs, torch.tensor([[[[0, 1], [0, 2], [2, 3]]]]))
@@ -72,9 +77,10 @@ class KeyIndex(KeyLists):
     index: Tensor
     tiles: Tiles | None = None
     dense_rows: int = 0
+    window: Grid | None = None
 
     @classmethod
-    def of(cls, inputs: AttentionInputs, index: Tensor) -> KeyIndex:
+    def of(cls, inputs: AttentionInputs, index: Tensor, window: Grid | None = None) -> KeyIndex:
         """The pattern of a call with given lists; prefix queries attend to all keys.
 
         For planners whose lists do not depend on values, such as windows: lists take less memory
@@ -84,6 +90,7 @@ class KeyIndex(KeyLists):
             inputs: The operands of the call.
             index: Ids of keys, int64 ``[B|1, H|1, R, K]``, prefix keys counted, with one row per
                 patch query or, where there are tiles, per tile; no key twice in a row.
+            window: The neighbourhood that the lists are; see above.
 
         Raises:
             InvalidOption: The shape or the type does not fit.
@@ -96,7 +103,7 @@ class KeyIndex(KeyLists):
                 f"{index.dtype} of shape {tuple(index.shape)}"
             )
         sizes = inputs.n_queries, inputs.n_keys
-        return cls(*sizes, index=index, tiles=tiles, dense_rows=inputs.prefix)
+        return cls(*sizes, index=index, tiles=tiles, dense_rows=inputs.prefix, window=window)
 
 
 @dataclass(frozen=True, eq=False)

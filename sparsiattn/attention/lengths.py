@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import SizedPattern
-from sparsiattn.attention.sdpa import differentiable_attention
+from sparsiattn.attention.sdpa import differentiable_attention, without_plans
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,7 @@ class Lengths(SizedPattern):
         for length in sorted(set(self.lengths)):
             images = [i for i, other in enumerate(self.lengths) if other == length]
             q, k, v = (torch.cat([parts[i] for i in images]) for parts in operands)
-            out = differentiable_attention(q, k, v, None, inputs.dropout, scale=inputs.scale)
+            with without_plans(q.device):
+                out = differentiable_attention(q, k, v, None, inputs.dropout, scale=inputs.scale)
             rows.update(zip(images, out.split(inputs.q.shape[0]), strict=True))
         return torch.cat([rows[i] for i in range(len(self.lengths))], dim=2)

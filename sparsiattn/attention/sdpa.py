@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +20,10 @@ from sparsiattn.attention.derivatives import (
 from sparsiattn.attention.factored_bias import plain
 
 _original: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+
+_FLAGS = threading.Lock()
+"""Held while a setting of torch, which all threads share, is another one."""
 
 
 def original_attention() -> Callable[..., Tensor]:
@@ -63,3 +71,27 @@ def differentiable_attention(
     if dropout:  # only torch knows which weights it dropped
         return out
     return differentiable_again(out, recompute, q, k, v, mask)
+
+
+@contextmanager
+def without_plans(device: torch.device) -> Iterator[None]:
+    """Leave out cuDNN for attention of shapes that seldom come again.
+
+    On a GPU it plans every new shape, which takes longer than many calls. If the user allows no
+    other implementation, it stays.
+
+    Args:
+        device: Device of the operands.
+    """
+    flags: Any = torch.backends.cuda
+    others = (flags.flash_sdp_enabled, flags.mem_efficient_sdp_enabled, flags.math_sdp_enabled)
+    if device.type != "cuda" or torch.compiler.is_compiling() or not any(on() for on in others):
+        yield
+        return
+    with _FLAGS:
+        before = flags.cudnn_sdp_enabled()
+        flags.enable_cudnn_sdp(False)
+        try:
+            yield
+        finally:
+            flags.enable_cudnn_sdp(before)

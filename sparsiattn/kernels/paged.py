@@ -18,8 +18,9 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.kernels import extra_keys
 from sparsiattn.kernels.derivatives import transform_refusals
-from sparsiattn.kernels.gather import needs_grad, summary_rows, with_dense_rows
+from sparsiattn.kernels.gather import needs_grad, with_dense_rows
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 MOST_TILES = 65_535
@@ -99,10 +100,7 @@ def attend(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> Tensor:
     q = tiles.gather(inputs.q[..., pattern.dense_rows :, :])
     out, lse = _over_pages(ops, q, inputs, pattern)
     if pattern.prefix or pattern.summary is not None:
-        extra, extra_lse = _over_extra(q, inputs, pattern)
-        # share of the pages in the sum of both softmaxes: e^lse / (e^lse + e^extra_lse)
-        share = torch.sigmoid(lse - extra_lse).unsqueeze(-1)
-        out = torch.lerp(extra, out.float(), share).to(q.dtype)
+        out = extra_keys.merged(out, lse, *extra_keys.attend(q, inputs, pattern))
     return with_dense_rows(tiles.scatter(out), inputs, pattern)
 
 
@@ -119,7 +117,8 @@ def _over_pages(
         blocks.gather(x[..., pattern.prefix :, :]).reshape(1, -1, 1, x.shape[-1])
         for x in (inputs.k, inputs.v)
     )
-    operator = ops.triton_splitk.FwOp.get_operator(1, block_n=_divisor(blocks.size))
+    settings = launch_settings(q.shape[-2], q.shape[-1], blocks.size)
+    operator = ops.triton_splitk.FwOp.get_operator(1, **settings)
     mask = page_mask(ops, q.shape, pattern)
     out, lse = ops.memory_efficient_attention_partial(
         q.reshape(1, -1, 1, q.shape[-1]), k, v, attn_bias=mask, scale=inputs.scale, op=operator
@@ -127,9 +126,25 @@ def _over_pages(
     return out.view(*q.shape[:4], -1), lse.view(q.shape[:4]).float()
 
 
-def _divisor(size: int) -> int:
-    """Number of keys that the operator takes at a time, a divisor of the page size."""
-    return next(step for step in (64, 32, 16) if size % step == 0)
+def launch_settings(tile: int, dim: int, page: int) -> dict[str, int]:
+    """How the operator cuts a call: queries and keys at a time, warps, and pages loaded ahead.
+
+    Its own choice is 16 queries at a time, which reads all pages of a tile of 64 queries four
+    times, and no page ahead. Estimates from the memory of a GPU: not measured yet.
+
+    Args:
+        tile: Number of queries of a tile.
+        dim: Head dim.
+        page: Number of keys of a page.
+    """
+    rows = next((rows for rows in (16, 32) if tile <= rows), 64)
+    return {
+        "block_m": rows,
+        "block_n": next(step for step in (64, 32, 16) if page % step == 0),
+        "num_warps": 4 if rows == 64 else 2,
+        # pages of keys and values in shared memory, at most 48 KiB of each
+        "num_stages": 3 if dim <= 64 else 2 if dim <= 128 else 1,
+    }
 
 
 def page_mask(ops: Any, shape: torch.Size, pattern: KeyBlocks) -> Any:
@@ -148,7 +163,9 @@ def page_mask(ops: Any, shape: torch.Size, pattern: KeyBlocks) -> Any:
     table = (chosen + first).flatten(0, 2).to(torch.int32).contiguous()
     lists, keys = b * h * tiles, pattern.keys - pattern.prefix
     kind = ops.attn_bias.PagedBlockDiagonalPaddedKeysMask
-    mask = _lengths(kind, lists, size, keys, table.shape[1], pattern.blocks.size, table.device)
+    sizes = lists, size, keys, table.shape[1], pattern.blocks.size
+    mask = _lengths(kind, *sizes, table.device)
+    geometry.hold_if_captured(mask, "pages", *sizes, device=table.device)
     return replace(mask, block_tables=table)
 
 
@@ -163,21 +180,3 @@ def _lengths(
         mask = kind.from_seqlens([size] * lists, [keys] * lists, table, page, device=device)
         geometry.wait_for_values(device)
         return mask
-
-
-def _over_extra(q: Tensor, inputs: AttentionInputs, pattern: KeyBlocks) -> tuple[Tensor, Tensor]:
-    """Attention over prefix and summary keys, ``[B, H, T, t, Dv]``, and log-sum-exp, in float32."""
-    summary, prefix = pattern.summary, pattern.prefix
-    extra = []
-    for x in (inputs.k, inputs.v):
-        rows = x[..., :prefix, :]
-        if summary is not None:
-            rows = torch.cat([rows, summary.pool(x)], -2)
-        extra.append(rows.float().unsqueeze(2))
-    k, v = extra
-    logits = (q.float() @ k.mT) * inputs.scale
-    if summary is not None:
-        logits[..., prefix:] += summary_rows(pattern, summary)
-    lse = logits.logsumexp(-1)
-    dead = (lse == float("-inf")).unsqueeze(-1)  # no key was dropped: these rows have weight 0
-    return logits.masked_fill(dead, 0.0).softmax(-1) @ v, lse

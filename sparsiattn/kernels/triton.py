@@ -16,7 +16,6 @@ from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
-from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
 from sparsiattn.kernels.triton_plan import TRITON_DTYPES, WIDEST_HEAD
 
@@ -41,8 +40,9 @@ class Triton(Kernel):
     Rows of K and V are read in place, queries through their tiles, with a running softmax
     (FlashAttention, arXiv 2205.14135). Differentiable, including the host's bias and the logits of
     the background. Tiles share keys, so the gradients of keys, values and biases are added
-    atomically, in float32: their last bits differ between runs. Float32 operands are never
-    computed in TF32.
+    atomically, in float32: their last bits differ between runs. Under
+    `torch.use_deterministic_algorithms`, slower kernels without atomic additions compute them.
+    Float32 operands are never computed in TF32.
     """
 
     name = "triton"
@@ -132,8 +132,6 @@ def _operand_refusals(inputs: AttentionInputs) -> list[str]:
     if inputs.dropout:
         reasons.append("does not support dropout")
     reasons += transform_refusals()
-    if needs_grad(inputs) and torch.are_deterministic_algorithms_enabled():
-        reasons.append("adds gradients atomically, but torch is set to deterministic algorithms")
     return reasons
 
 

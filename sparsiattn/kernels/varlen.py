@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import Pattern
@@ -73,13 +74,25 @@ class Varlen(Kernel):
 
     def __call__(self, inputs: AttentionInputs, pattern: Pattern) -> Tensor:
         assert isinstance(pattern, Lengths)
-        lengths = torch.tensor(pattern.lengths, dtype=torch.int32, device=inputs.q.device)
-        ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        # a fake tensor must not outlive its mode
+        find = ends_of if type(inputs.q) is Tensor else ends_of.__wrapped__
+        ends = find(pattern.lengths, inputs.q.device)
+        geometry.hold_if_captured(ends, self.name, pattern.lengths, device=inputs.q.device)
         q, k, v = (x[0].transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v))
         attend = shim()
         assert attend is not None
         out = attend(q, k, v, ends, max(pattern.lengths), inputs.scale)
         return twice_differentiable(self.name, out.transpose(0, 1)[None], inputs, pattern)
+
+
+@lru_cache(maxsize=64)
+def ends_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Boundaries between images, int32 ``[images + 1]``, cached for the layers of a model."""
+    # an inference tensor cached from one call would break later ones that train
+    with torch.inference_mode(False):
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        geometry.wait_for_values(device)
+        return ends
 
 
 class Shim:

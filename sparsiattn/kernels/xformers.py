@@ -5,24 +5,20 @@ Ragged batches use a block-diagonal mask, key blocks a paged one.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsiattn.attention import geometry
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.errors import first_line
-from sparsiattn.kernels import paged
+from sparsiattn.kernels import optional, paged
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import twice_differentiable
@@ -87,14 +83,23 @@ class XFormers(Kernel):
         if isinstance(pattern, KeyBlocks):
             return paged.attend(ops, inputs, pattern)
         assert isinstance(pattern, Lengths)
-        mask = ops.attn_bias.BlockDiagonalMask.from_seqlens(
-            list(pattern.lengths), device=inputs.q.device
-        )
+        device = inputs.q.device
+        mask = _images(ops.attn_bias.BlockDiagonalMask, pattern.lengths, device)
+        geometry.hold_if_captured(mask, self.name, pattern.lengths, device=device)
         q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
         out: Tensor = ops.memory_efficient_attention(
             q, k, v, attn_bias=mask, p=inputs.dropout, scale=inputs.scale
         )
         return twice_differentiable(self.name, out.transpose(1, 2), inputs, pattern)
+
+
+@lru_cache(maxsize=64)
+def _images(kind: Any, lengths: tuple[int, ...], device: torch.device) -> Any:
+    """The operator's mask for images of these lengths, cached for the layers of a model."""
+    with torch.inference_mode(False):
+        mask = kind.from_seqlens(list(lengths), device=device)
+        geometry.wait_for_values(device)
+        return mask
 
 
 class Operators(NamedTuple):
@@ -122,38 +127,12 @@ def probe() -> Operators:
 
 
 def _load(home: str) -> Operators:
-    """Import one of the modules without printing anything.
-
-    A wheel for another CUDA or torch version may raise any error on import, or load without its
-    operators.
-    """
-    name = home.partition(".")[0]
-    try:
-        with _silence(name):
-            ops = importlib.import_module(home)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return Operators(None, f"{name} is not installed")
-        return Operators(None, f"{name} needs {error.name}, which is not installed")
-    except Exception as error:
-        return Operators(None, f"{name} cannot be imported ({first_line(error)})")
-    fault = _missing_operators(name, ops)
+    """Import one of the modules. A wheel for another version may load without its operators."""
+    ops, reason = optional.load(home)
+    if ops is None:
+        return Operators(None, reason)
+    fault = _missing_operators(home.partition(".")[0], ops)
     return Operators(None, fault) if fault else Operators(ops, "")
-
-
-@contextmanager
-def _silence(name: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name), logging.getLogger(f"{name}_fmha")]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, was in zip(loggers, before, strict=True):
-            logger.disabled = was
 
 
 def _missing_operators(name: str, ops: Any) -> str:

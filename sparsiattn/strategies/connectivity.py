@@ -256,13 +256,18 @@ class ConnectivityPlanner(LearnedPlanner):
         down, up = self._tables(inputs)
         units, down = self._units(inputs), without_hidden_keys(down, inputs)
         rows = inputs.row_queries
+        threshold = self.strategy.basis_threshold
+        basis = sizes_above(up, threshold).to(rows.dtype) if threshold else None
+        # each table is converted once, and the absolute value of a rounded number is the same
+        down, up = down.to(rows.dtype), up.to(rows.dtype)
         coefficients = self.coefficients(inputs, rows, units, down)
         coefficients = largest(coefficients, self.strategy.basis_coef_topk)
-        basis = up if inputs.blocks is None else up[..., self.prefix :, :]
-        basis = sizes_above(basis, self.strategy.basis_threshold)
-        scores = coefficients @ for_heads(basis).mT.to(coefficients.dtype)
+        basis = up.abs() if basis is None else basis
+        basis = basis if inputs.blocks is None else basis[..., self.prefix :, :]
+        scores = coefficients @ for_heads(basis).mT
         if self.strategy.mean_query_boost:
-            scores = scores.float() * self._boost(inputs, rows, units, down, up)
+            # in float32, to which torch converts the scores on the way
+            scores = scores * self._boost(inputs, rows, units, down, up)
         if self.self_weight is None or inputs.n_queries != inputs.n_keys:
             return scores
         return with_own_keys(scores, inputs, self.self_weight)
@@ -320,11 +325,10 @@ class ConnectivityPlanner(LearnedPlanner):
         shown = inputs.visible_keys is None
         mean = (rows.mean(-2, keepdim=True) if shown else inputs.mean_query) * inputs.scale
         exact = mean @ units.mT
-        down, up = (for_heads(table).to(exact.dtype) for table in (down, up))
-        low, blocks = (exact @ down @ up.mT).float(), inputs.blocks
+        low, blocks = (exact @ for_heads(down) @ for_heads(up).mT).float(), inputs.blocks
         if blocks is None:
-            return bounded_exp(exact.float() - low)
-        logits = (mean @ inputs.k[..., self.prefix :, :].mT).float()
+            return bounded_exp(exact - low)
+        logits = mean @ inputs.k[..., self.prefix :, :].mT
         above = blocks.gather(logits.mT).squeeze(-1) - low[..., self.prefix :].mT
         return blocks.weigh(bounded_exp(above)).unsqueeze(-2)
 

@@ -326,8 +326,12 @@ def _bias_by_block(
     sizes = grid, block, parts, views
     members, total = geometry.table(_members_of_first, *sizes, device=device)
     lists = pattern.chosen[..., :full_blocks]
-    rows = members[size].index_select(0, lists.flatten())
-    picked = rows.view(*lists.shape, parts[0] * parts[1]).sum(-2)
+    if lists.is_cpu:  # where this is faster than one step
+        rows = members[size].index_select(0, lists.flatten())
+        rows = rows.view(*lists.shape, parts[0] * parts[1])
+    else:
+        rows = members[size][lists]
+    picked = rows.sum(-2)
     if partial_keys:
         picked = picked + members[partial_keys][pattern.chosen[..., full_blocks]]
     return (total - picked).log()

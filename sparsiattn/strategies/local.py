@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from sparsiattn.attention import geometry
 from sparsiattn.attention.geometry import Grid, Tile
 from sparsiattn.attention.inputs import AttentionInputs
+from sparsiattn.attention.key_lists import KeyIndex
+from sparsiattn.attention.neighbourhood import neighbourhood
 from sparsiattn.attention.pattern import Pattern
+from sparsiattn.errors import InvalidOption
 from sparsiattn.strategies.base import Budgets, Strategy
 
 
@@ -26,6 +29,9 @@ class Local(Strategy):
     Args:
         k: Share or count of the keys, one for all sites, a list, or a function of the `Site`.
         background: As in `Strategy`.
+        window: Rows and columns of a rectangle of patches, or one number for both; it replaces
+            ``k``. Lists are then exactly those of NATTEN, and of its stride if there are tiles. Its
+            kernels (``kernel="natten"``) need ``background=None``.
     """
 
     name = "local"
@@ -38,8 +44,18 @@ class Local(Strategy):
 
     k: Budgets = 0.25
     background: int | str | None = field(default=2, kw_only=True)
+    window: int | tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "window", _check_window(self.window))
+
+    def keeps_all(self, n_keys: int) -> bool:
+        return self.window is None and super().keeps_all(n_keys)
 
     def plan(self, inputs: AttentionInputs) -> Pattern:
+        if self.window is not None:
+            return _windows(inputs, self.window, self.prefix_keys)  # type: ignore[arg-type]
         if inputs.reduced is None:
             views = inputs.views if inputs.views == inputs.key_views else 1
             block = 1 if inputs.blocks is None else inputs.block
@@ -52,6 +68,39 @@ class Local(Strategy):
         else:
             scores = _nearness_of_remaining(inputs, inputs.reduced.grid)
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
+
+
+def _check_window(window: object) -> Grid | None:
+    sides = (window, window) if type(window) is int else window
+    if sides is None:
+        return None
+    given = tuple(sides) if isinstance(sides, (tuple, list)) else ()
+    if len(given) == 2 and all(type(side) is int and side >= 1 for side in given):
+        return given
+    raise InvalidOption(
+        f"window must be None, a number or (rows, columns) of patches, each >= 1; got {window!r}"
+    )
+
+
+def _windows(inputs: AttentionInputs, window: Grid, prefix_keys: bool) -> Pattern:
+    """The exact neighbourhoods of all queries or tiles."""
+    grid, halo = inputs.query_grid, inputs.site.halo
+    if inputs.reduced is not None or grid != inputs.key_grid or halo or inputs.views > 1:
+        raise InvalidOption(
+            f"window= needs the same complete grid of one image for queries and keys, and site "
+            f"{inputs.site.name!r} has queries of {grid} and keys of {inputs.key_grid}, halo "
+            f"{halo}, {inputs.views} images in a sequence"
+            f"{', and dropped tokens' if inputs.reduced is not None else ''}: use k= instead"
+        )
+    size = min(window[0], grid[0]), min(window[1], grid[1])
+    if size == grid and (prefix_keys or not inputs.prefix):
+        return Pattern.dense(inputs.n_queries, inputs.n_keys)
+    parts = None if inputs.tiles is None else geometry.tile_parts(grid, inputs.tile)  # type: ignore[arg-type]
+    prefix = inputs.prefix if prefix_keys else 0
+    index = inputs.table(neighbourhood, grid, size, parts, prefix)
+    if prefix != inputs.prefix:
+        index = index + inputs.prefix
+    return KeyIndex.of(inputs, index, size)
 
 
 STEPS = 4096
@@ -102,10 +151,7 @@ def unique_nearness(
     if not isinstance(block, int):
         scores = geometry.tiles(keys, block, views, device=device).mean(scores.mT).mT
         prefix = 0
-    count = scores.shape[-1]
-    # less than one step in all
-    earlier = torch.arange(count, device=device, dtype=scores.dtype) / (2 * count)
-    scores = (scores * STEPS).round() - earlier
+    scores = _first_of_equals(scores)
     first = torch.arange(prefix, device=device, dtype=scores.dtype)
     last = (scores.min() - 1 - first).expand(len(scores), prefix)
     return torch.cat([last, scores], dim=-1)[None, None]
@@ -158,14 +204,22 @@ def places(grid: Grid, views: int, depth: int = 1, *, device: torch.device) -> T
 
 
 def _nearness_of_remaining(inputs: AttentionInputs, grid: Grid) -> Tensor:
-    """`nearness` for the tokens that remain of a grid, ``[B, 1, R, P + n]``."""
+    """`unique_nearness` for the tokens that remain of a grid, ``[B, 1, R, P + n]``."""
     views = inputs.site.views if grid[0] % inputs.site.views == 0 else 1
     sides = [grid[0] // views, grid[1], views]
-    size = torch.tensor(sides, device=inputs.k.device, dtype=torch.float)
-    positions = inputs.table(places, grid, views).float() * size
+    size = torch.tensor(sides, device=inputs.k.device, dtype=torch.double)
+    positions = inputs.table(places, grid, views) * size
     # prefix tokens have no position; their rows are padded with zeros
     patches = inputs.gather_rows(F.pad(positions, (0, 0, inputs.prefix, 0)))[:, inputs.prefix :]
     rows = patches if inputs.tiles is None else inputs.tiles.mean(patches)
     score = -(rows[:, :, None] - patches[:, None]).square().sum(-1)
+    score = _first_of_equals(score)
     last = score.amin((1, 2), keepdim=True).expand(-1, score.shape[1], inputs.prefix) - 1
     return torch.cat([last, score], dim=-1).unsqueeze(1)
+
+
+def _first_of_equals(scores: Tensor) -> Tensor:
+    """Scores ``[..., m]`` in steps, each lowered by less than one step with its index."""
+    count = scores.shape[-1]
+    earlier = torch.arange(count, device=scores.device, dtype=scores.dtype) / (2 * count)
+    return (scores * STEPS).round() - earlier

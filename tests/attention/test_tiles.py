@@ -10,6 +10,7 @@ from timm.models import VisionTransformer
 
 import sparsiattn
 from sparsiattn.attention import KeyBlocks, Pattern, Ranked, geometry
+from sparsiattn.attention.token_state import ReductionStep, TokenState
 from sparsiattn.strategies import Connectivity, Local, finish, reduction
 from sparsiattn.testing import random_inputs
 
@@ -197,6 +198,21 @@ def test_local_takes_the_nearest_keys_and_of_equally_near_ones_the_first(
         found, torch.cat([order + first, torch.arange(first).expand(len(order), -1)], 1)
     )
     assert (wish.scores.sort(dim=-1).values.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_so_it_does_once_tokens_were_dropped(prefix: int) -> None:
+    """On what remains of an 8 x 8 grid: every third patch is gone."""
+    kept = torch.tensor([i for i in range(64) if i % 3]).expand(2, -1)
+    state = TokenState(1, prefix, (8, 8)).advance(ReductionStep(kept, None, 64))
+    inputs = random_inputs((1, kept.shape[1]), prefix=prefix).replace(token_state=state)
+    wish = Local(k=9).plan(inputs)
+    assert isinstance(wish, Ranked)
+    places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).double()[kept[0]]
+    order = (places[:, None] - places).square().sum(-1).sort(dim=-1, stable=True).indices
+    found = wish.scores[1, 0].sort(dim=-1, descending=True).indices
+    assert torch.equal(found[:, : order.shape[1]], order + prefix)
+    assert (wish.scores[..., prefix:].sort(dim=-1).values.diff(dim=-1) > 0).all()
 
 
 def test_a_compiled_model_keeps_the_same_nearest_keys() -> None:

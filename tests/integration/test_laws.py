@@ -246,7 +246,9 @@ def test_someone_elses_replacement_of_attention_still_runs(monkeypatch: pytest.M
             assert len(calls) == 2
 
 
-HEAVY = ["timm", "transformers", "xformers", "triton", "matplotlib"]
+HEAVY = [
+    "timm", "transformers", "xformers", "triton", "matplotlib", "natten", "flash_attn"
+]  # fmt: skip
 FRESH = f"""
 import sys, sparsiattn
 print(sorted(m for m in sys.modules if m == "torch" or m.startswith("sparsiattn.")))

@@ -15,9 +15,11 @@ import sparsiattn
 from sparsiattn import Pattern
 from sparsiattn.attention import Lengths
 from sparsiattn.kernels import (
+    FlashAttention4,
     Flex,
     Kernel,
     Native,
+    Natten,
     Reference,
     Triton,
     Varlen,
@@ -158,7 +160,7 @@ def test_a_choice_made_outside_of_a_transform_does_not_count_inside() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-OWN_CODE = [Native(), Flex(), Triton(), Varlen(), XFormers()]
+OWN_CODE = [Native(), Flex(), Triton(), Varlen(), XFormers(), FlashAttention4(), Natten()]
 
 
 @pytest.mark.parametrize("kernel", OWN_CODE, ids=lambda kernel: kernel.name)
@@ -214,12 +216,19 @@ def memory_efficient_attention(
     return OnlyOnce.apply(q[0], k[0], v[0], scale)[None]  # type: ignore[no-any-return]
 
 
+class Images:
+    """In the place of xformers' mask."""
+
+    @staticmethod
+    def from_seqlens(lengths: list[int], *, device: torch.device) -> list[int]:
+        return lengths
+
+
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both operators for ragged batches as they are on a GPU: differentiable once."""
-    mask = SimpleNamespace(from_seqlens=lambda lengths, device: lengths)
     ops = SimpleNamespace(
-        attn_bias=SimpleNamespace(BlockDiagonalMask=mask),
+        attn_bias=SimpleNamespace(BlockDiagonalMask=Images),
         memory_efficient_attention=memory_efficient_attention,
     )
     monkeypatch.setattr(fmha, "probe", lambda: Operators(ops, ""))

@@ -54,12 +54,12 @@ class Place:
 
 
 PLACES = {
-    "ViT-S/16 at 1024 px": Place((64, 64), 4, 15),
-    "ViT-S/16 at 1024 px, float32": Place((64, 64), 4, 15, dtype=torch.float32),
+    "ViT-S/16 at 1024 px": Place((64, 64), 4, 14),
+    "ViT-S/16 at 1024 px, float32": Place((64, 64), 4, 14, dtype=torch.float32),
     "DeiT-S at 224 px": Place((14, 14), 11, 11),
-    "DINOv3 ViT-B at 2048 px": Place((128, 128), 4, 14, batch=1, heads=12, prefix=5),
-    "ViT-S/16 at 1024 px, predictor": Place((64, 64), 45, 45, options={"scores": "predictor"}),
-    "DeiT-S at 224 px, predictor": Place((14, 14), 35, 35, options={"scores": "predictor"}),
+    "DINOv3 ViT-B at 2048 px": Place((128, 128), 4, 13, batch=1, heads=12, prefix=5),
+    "ViT-S/16 at 1024 px, predictor": Place((64, 64), 38, 38, options={"scores": "predictor"}),
+    "DeiT-S at 224 px, predictor": Place((14, 14), 31, 31, options={"scores": "predictor"}),
 }
 
 

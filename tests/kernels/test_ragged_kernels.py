@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsiattn import Kernel, Pattern
-from sparsiattn.attention import KeyBlocks, Lengths
-from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, paged, varlen
+from sparsiattn.attention import KeyBlocks, Lengths, sdpa
+from sparsiattn.kernels import MaskedSDPA, Reference, Varlen, XFormers, optional, paged, varlen
 from sparsiattn.kernels import xformers as fmha
 from sparsiattn.kernels.varlen import Shim
 from sparsiattn.kernels.xformers import Operators
@@ -56,6 +58,79 @@ def test_nan_stays_in_its_image(kernel: Kernel) -> None:
     assert found[..., 4:13, :].isnan().all()
     for rows in (slice(4), slice(13, 21)):
         torch.testing.assert_close(found[..., rows, :], whole[..., rows, :])
+
+
+def test_no_plan_of_cudnn_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it plans each shape anew, and lengths seldom come again."""
+    seen: list[tuple[str, bool]] = []
+
+    def attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append((q.device.type, torch.backends.cuda.cudnn_sdp_enabled()))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(sdpa, "_original", attention)
+    inputs, pattern = packed_call()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        MaskedSDPA()(inputs, pattern)
+        with FakeTensorMode():
+            there = [torch.empty(1, 3, 21, 8, device="cuda") for _ in range(3)]
+            call = inputs.replace(q=there[0], k=there[1], v=there[2])
+            MaskedSDPA()(call, pattern)
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # the user's choice
+                MaskedSDPA()(call, pattern)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    # images of 4 and of 9 tokens: two calls each
+    assert seen == [("cpu", True)] * 2 + [("cuda", False)] * 2 + [("cuda", True)] * 2
+
+
+def test_lengths_are_copied_to_a_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers of a model have the same ones, and a CUDA graph must not copy."""
+    cpu, waits = torch.device("cpu"), []
+    monkeypatch.setattr(varlen.geometry, "wait_for_values", waits.append)
+    varlen.ends_of.cache_clear()
+    with torch.inference_mode():
+        ends = varlen.ends_of(LENGTHS, cpu)
+    assert ends.tolist() == [0, 4, 13, 17, 21]
+    assert not ends.is_inference()
+    assert varlen.ends_of(LENGTHS, cpu) is ends
+    masks = [fmha._images(Seqlens, LENGTHS, cpu) for _ in range(2)]
+    assert masks[0] is masks[1]
+    assert waits == [cpu] * 2
+    varlen.ends_of.cache_clear()
+    fmha._images.cache_clear()
+
+
+def test_what_a_cuda_graph_reads_is_not_evicted(
+    biases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[tuple[Any, object]] = []
+    monkeypatch.setattr(varlen, "shim", lambda: Shim(TestVarlen.second))
+    monkeypatch.setattr(fmha, "probe", lambda: Operators(computing(biases), ""))
+    monkeypatch.setattr(varlen.geometry, "_hold", lambda key, built: held.append((key, built)))
+    calls = [(Varlen(), *packed_call()), (XFormers(), *packed_call())]
+    calls.append((XFormers(), *flex_call(block=(4, 4))))
+    for kernel, inputs, pattern in calls:
+        kernel(inputs, pattern)
+    assert held == []
+    monkeypatch.setattr(varlen.geometry, "_is_capturing", lambda device: True)
+    for kernel, inputs, pattern in calls:
+        held.clear()
+        kernel(inputs, pattern)
+        names = {key[0][0] for key, _ in held if isinstance(key[0], tuple)}
+        assert names == {"pages" if isinstance(pattern, KeyBlocks) else kernel.name}
+
+
+class Seqlens:
+    """In the place of xformers' mask."""
+
+    @classmethod
+    def from_seqlens(cls, lengths: list[int], *, device: torch.device) -> Seqlens:
+        assert lengths == [*LENGTHS]
+        return cls()
 
 
 class TestVarlen:
@@ -196,7 +271,7 @@ class TestProbe:
             for answer in available
         )
         ops = SimpleNamespace(**dict(zip(("flash", "cutlass"), operators, strict=True)))
-        monkeypatch.setattr(fmha.importlib, "import_module", lambda home: ops)
+        monkeypatch.setattr(optional.importlib, "import_module", lambda home: ops)
         found = fmha._load("xformers.ops.fmha")
         assert found == Operators(None if reason else ops, reason)
         monkeypatch.setattr(fmha, "probe", lambda: found)
@@ -225,7 +300,7 @@ class TestProbe:
 def biases() -> Any:
     """xformers' classes of masks: they need no GPU to be looked at."""
     pytest.importorskip("xformers")
-    with fmha._silence("xformers"):
+    with optional.silence("xformers"):
         return pytest.importorskip("xformers.ops.fmha").attn_bias
 
 
@@ -247,11 +322,11 @@ def computing(biases: Any) -> SimpleNamespace:
     def partial(
         q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, scale: float, op: Any
     ) -> tuple[Tensor, Tensor]:
-        assert attn_bias.page_size % op == 0
+        assert attn_bias.page_size % op["block_n"] == 0
         out = whole(q, k, v, attn_bias, 0.0, scale)
         return out, logits(q, k, attn_bias, scale).logsumexp(-1)
 
-    operator = SimpleNamespace(get_operator=lambda split, block_n: block_n)
+    operator = SimpleNamespace(get_operator=lambda split, **settings: settings)
     return SimpleNamespace(
         attn_bias=biases, triton_splitk=SimpleNamespace(FwOp=operator),
         memory_efficient_attention=whole, memory_efficient_attention_partial=partial,

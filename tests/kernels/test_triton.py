@@ -108,6 +108,21 @@ def launches(operands: Any) -> list[Any]:
     ]
 
 
+def repeatable(operands: Any) -> list[Any]:
+    """The backward pass of one call without atomic additions; no mask, so no gradient of one."""
+    from sparsiattn.kernels._triton import key_gradients, launch
+
+    out = torch.empty_like(operands.q).transpose(1, 2).contiguous().transpose(1, 2)
+    lse = torch.empty(2, 6, operands.queries, device="meta")
+    member = torch.empty(2, 6, 64, 4097, dtype=torch.uint8, device="meta")
+    each = (operands, lse, lse, out)
+    return [
+        launch.backward(operands, out, lse, out, [operands.q, *[None] * 6]),
+        key_gradients.of_keys(*each, member, operands.k, operands.v),
+        key_gradients.of_cells(*each, operands.pooled_k, operands.pooled_v),
+    ]
+
+
 def assert_compiles(operands: Any, capability: int = 90) -> None:
     from sparsiattn.kernels._triton.offline import compiled
 
@@ -128,6 +143,20 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class TestCompiles:
     def test_what_is_run_most(self) -> None:
         assert_compiles(call(64, 64, torch.bfloat16, block=16))
+
+    def test_gradients_that_are_the_same_in_every_run_add_nothing_atomically(self) -> None:
+        from sparsiattn.kernels._triton.offline import compiled
+
+        for launch in repeatable(call(64, 64, torch.bfloat16, block=16)):
+            program = compiled(launch, 90).asm["ptx"]
+            assert not re.search(r"\b(atom|red)\.", program), launch.kernel.__name__
+
+    @pytest.mark.slow
+    def test_the_faster_ones_do(self) -> None:
+        from sparsiattn.kernels._triton.offline import compiled
+
+        _, backward = launches(call(64, 64, torch.bfloat16, block=16))
+        assert re.search(r"\b(atom|red)\.", compiled(backward, 90).asm["ptx"])
 
     @pytest.mark.slow
     def test_uneven_blocks_under_a_bias(self) -> None:

@@ -4,6 +4,7 @@ CPU: its interpreter must be switched on before triton is first imported."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
-from sparsiattn.attention import Dense, KeyIndex
+from sparsiattn.attention import Dense, KeyIndex, KeyLists
 from sparsiattn.kernels import Kernel, Reference, Triton, triton
+from sparsiattn.kernels._triton import key_gradients, launch, ops
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.strategies import finish
 from sparsiattn.testing import KernelSuite, random_inputs
@@ -220,9 +222,18 @@ def test_operands_are_read_where_they_stand() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_the_background_carries_gradients_of_the_bias() -> None:
+@pytest.mark.parametrize("tile", [(2, 2), (2, 3), 1])
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_the_background_carries_gradients_of_the_bias(repeatable: bool, tile: Any) -> None:
     """The mean bias of dropped keys is a logit of the background's, so it has a gradient."""
-    case = Case((2, 4), host="bias", k=4, background=2)
+    torch.use_deterministic_algorithms(repeatable)
+    try:
+        _check_gradient_of_bias(Case((2, 5), tile, host="bias", k=4, background=2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _check_gradient_of_bias(case: Case) -> None:
     inputs = case.inputs()
     found = []
     for kernel in (KERNEL, EXACT):
@@ -339,20 +350,90 @@ def test_every_reason_is_given() -> None:
     assert reason == "the model's mask makes summary keys differ between queries"
 
 
-def test_determinism_is_not_promised_where_it_is_asked_for() -> None:
-    case = Case()
+REPEATABLE = {
+    "tiles": Case((4, 6), (2, 3), lists=(1, 2), batch=2),
+    "uneven tiles and a summary": Case((5, 3), (3, 3), k=6, background=2, lists=(1, 1)),
+    "uneven blocks": Case((5, 4), (3, 2), (2, 3), k=9, dim=72, background=2),
+    "a list for every query": Case((2, 9), 1, k=3, prefix=0, value_dim=24),
+    "a tile in two parts, many prefix queries": Case((16, 8), (16, 8), (4, 4), prefix=17, k=70),
+    "a bias of the background, too": Case((4, 4), (3, 3), host="bias", background=1, batch=2),
+    "query mask": Case((3, 4), host="bool"),
+    "window mask": Case((4, 3), host="swin"),
+    "bfloat16": Case(dtype=torch.bfloat16, block=(2, 2), background=2),
+}
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", REPEATABLE)
+def test_gradients_that_are_the_same_in_every_run(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They equal the reference's, and the kernel that adds atomically leaves keys alone."""
+    adds: list[set[str]] = []
+    real = launch.backward
+
+    def backward(*arguments: Any) -> Any:
+        found = real(*arguments)
+        adds.append({name for name in found.arguments if name.startswith("to_")
+                     and isinstance(found.arguments[name], Tensor)})  # fmt: skip
+        return found
+
+    monkeypatch.setattr(launch, "backward", backward)
+    check(REPEATABLE[name])
+    trained = {"to_host"} if REPEATABLE[name].host in ("bias", "swin") else set()
+    assert adds == [{"to_q"} | trained]
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", ["tiles", "uneven blocks", "a list for every query"])
+def test_which_tiles_list_a_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is the pattern, row by row."""
+    case = REPEATABLE[name]
     inputs = case.inputs()
     pattern = case.pattern(inputs)
-    training = inputs.replace(q=inputs.q.requires_grad_())
+    assert isinstance(pattern, KeyLists)
+    seen: list[Tensor] = []
+    real = key_gradients.membership
+
+    def membership(call: Any) -> Tensor:
+        seen.append(real(call))
+        return seen[-1]
+
+    monkeypatch.setattr(key_gradients, "membership", membership)
+    _with_gradients(KERNEL, inputs, pattern)
+    (table,) = seen
+    rows = table if pattern.tiles is None else pattern.tiles.spread(table)
+    keep = pattern.to_mask()[..., pattern.dense_rows :, :]
+    assert torch.equal(rows.bool().expand(keep.shape), keep)
+
+
+def test_the_setting_of_the_backward_pass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be switched on after the forward pass."""
+    case = REPEATABLE["tiles"]
+    inputs = case.inputs()
+    q = inputs.q.clone().requires_grad_()
+    out = KERNEL(inputs.replace(q=q), case.pattern(inputs))
+    seen: list[Any] = []
+    real = ops._repeatable_gradients
+
+    def gradients(*call: Any) -> Any:
+        seen.append(call)
+        return real(*call)
+
+    monkeypatch.setattr(ops, "_repeatable_gradients", gradients)
     torch.use_deterministic_algorithms(True)
     try:
-        (reason,) = KERNEL.why_not(training, pattern)
-        assert "deterministic" in reason
-        with torch.no_grad():
-            assert KERNEL.why_not(training, pattern) == []
+        out.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert KERNEL.why_not(training, pattern) == []
+    assert len(seen) == 1
 
 
 def test_speed_follows_shapes() -> None:

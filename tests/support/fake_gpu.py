@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _triton
 
 CUDA = torch.device("cuda", 0)
 
 NEEDED = pytest.mark.skipif(
-    torch.cuda.is_available() or not torch.utils._triton.has_triton_package(),
+    torch.cuda.is_available() or not _triton.has_triton_package(),
     reason="needs triton, and no GPU, whose properties torch would have cached",
 )
 """Mark of a test that calls `lowered_kernels`."""

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from sparsiattn import list_kernels, list_strategies
-from sparsiattn.kernels import Flex, Gather, MaskedSDPA, Native, Reference, Triton, Varlen, XFormers
+from sparsiattn.kernels import (
+    FlashAttention4,
+    Flex,
+    Gather,
+    MaskedSDPA,
+    Native,
+    Natten,
+    Reference,
+    Triton,
+    Varlen,
+    XFormers,
+)
 from sparsiattn.registry import REGISTRY
 from sparsiattn.strategies import (
     Connectivity,
@@ -165,6 +176,14 @@ class TestXFormersKernel(KernelSuite):
 
 class TestVarlenKernel(KernelSuite):
     kernel = Varlen()
+
+
+class TestFlashAttention4Kernel(KernelSuite):
+    kernel = FlashAttention4()
+
+
+class TestNattenKernel(KernelSuite):
+    kernel = Natten()
 
 
 class _Family(BackboneSuite):

@@ -4,7 +4,8 @@ Forward pass: one program per query tile walks through that tile's keys with a r
 leading (prefix) queries are one more tile, whose keys are all of them.
 Backward pass: one program per query tile recomputes that tile's weights, accumulates the gradient
 of its queries, and adds the gradients of its keys atomically (several tiles share a key), in
-float32.
+float32. Where gradients have to be the same in every run, it leaves the keys to
+`sparsiattn.kernels._triton.key_gradients`.
 
 Arguments are those of `sparsiattn.kernels._triton.launch.KeyListOperands`; names of strides end in
 the letter of their axis, see `sparsiattn.kernels._triton.launch.AXES`.
@@ -42,24 +43,15 @@ def program_work(heads, tiles, parts, dense_parts, dense_programs, DENSE: tl.con
 
 
 @triton.jit
-def query_rows(
-    order, weight, tile, part, dense, slots, first, ROWS: tl.constexpr, DENSE: tl.constexpr
-):
-    """Queries in this part of a tile, and which of its slots do not repeat one."""
-    slot = part * ROWS + tl.arange(0, ROWS)
+def are_queries(slot, weight, tile, dense, slots, first, DENSE: tl.constexpr):
+    """Which slots of a tile hold a query, and none that another slot holds, too."""
     listed = slot < slots
-    if order is None:
-        token = tile + slot
-    else:
-        token = tl.load(order + tile * slots + slot, mask=listed, other=0)
     if weight is not None:
         listed = listed & (tl.load(weight + tile * slots + slot, mask=listed, other=0.0) > 0.0)
-    row, valid = token + first, listed
     if DENSE:
-        row = tl.where(dense, slot, row)
         listed = listed & (slot < tl.where(dense, 0, slots))
-        valid = listed | (slot < tl.where(dense, first, 0))
-    return row, valid
+        listed = listed | (slot < tl.where(dense, first, 0))
+    return listed
 
 
 @triton.jit
@@ -158,7 +150,13 @@ def forward(
     image, head, tile, part, dense = program_work(
         heads, tiles, parts, dense_parts, dense_programs, DENSE
     )
-    row, valid = query_rows(order, weight, tile, part, dense, slots, first, ROWS, DENSE)
+    slot = part * ROWS + tl.arange(0, ROWS)
+    row = tile + slot + first
+    if order is not None:
+        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
+    if DENSE:
+        row = tl.where(dense, slot, row)
+    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
     if DENSE:  # leading queries see every key, and need no summary
         keys = tl.where(dense, all_keys, keys)
         cells_seen = tl.where(dense, 0, cells)
@@ -249,12 +247,19 @@ def backward(
     cells, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CELLS: tl.constexpr, UNIT: tl.constexpr,
-    BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr, DENSE: tl.constexpr,
+    BY_TILE: tl.constexpr, TO_ROWS_BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr,
+    LOWEST: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     image, head, tile, part, dense = program_work(
         heads, tiles, parts, dense_parts, dense_programs, DENSE
     )
-    row, valid = query_rows(order, weight, tile, part, dense, slots, first, ROWS, DENSE)
+    slot = part * ROWS + tl.arange(0, ROWS)
+    row = tile + slot + first
+    if order is not None:
+        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
+    if DENSE:
+        row = tl.where(dense, slot, row)
+    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
     if DENSE:  # leading queries see every key, and need no summary
         keys = tl.where(dense, all_keys, keys)
         cells_seen = tl.where(dense, 0, cells)
@@ -272,8 +277,9 @@ def backward(
     delta = tl.sum(grad_out.to(tl.float32) * result.to(tl.float32), 1)
     k += image * k_b + head * k_h
     v += image * v_b + head * v_h
-    to_k += image * to_k_b + head * to_k_h
-    to_v += image * to_v_b + head * to_v_h
+    if to_k is not None:
+        to_k += image * to_k_b + head * to_k_h
+        to_v += image * to_v_b + head * to_v_h
     chosen += image * chosen_b + head * chosen_h + tile * chosen_t
     if held is not None:
         held += image * chosen_b + head * chosen_h + tile * chosen_t
@@ -294,8 +300,10 @@ def backward(
         ds, dk, dv, acc = gradients_of(
             s, query, grad_out, key_rows, value_rows, log_sum, delta, scale, acc
         )
-        tl.atomic_add(to_k + at_rows(key, to_k_n, WIDE), dk, mask=key_mask, sem="relaxed")
-        tl.atomic_add(to_v + at_rows(key, to_v_n, VALUE_WIDE), dv, mask=value_mask, sem="relaxed")
+        if to_k is not None:
+            to_keys, to_values = at_rows(key, to_k_n, WIDE), at_rows(key, to_v_n, VALUE_WIDE)
+            tl.atomic_add(to_k + to_keys, dk, mask=key_mask, sem="relaxed")
+            tl.atomic_add(to_v + to_values, dv, mask=value_mask, sem="relaxed")
         if to_host is not None:
             offsets = row[:, None] * to_host_m + key[None, :] * to_host_n
             offsets += image * to_host_b + head * to_host_h
@@ -304,9 +312,11 @@ def backward(
     if rows is not None:
         pooled_k += pair * cells * DIM
         pooled_v += pair * cells * VALUE_DIM
-        to_pooled_k += pair * cells * DIM
-        to_pooled_v += pair * cells * VALUE_DIM
+        if to_pooled_k is not None:
+            to_pooled_k += pair * cells * DIM
+            to_pooled_v += pair * cells * VALUE_DIM
         bias_row = tl.where(valid, tile, 0) if BY_TILE else row - first
+        to_row = tl.where(valid, tile, 0) if TO_ROWS_BY_TILE else row - first
         for start in range(0, cells_seen, CELLS):
             cell = start + tl.arange(0, CELLS)
             present = cell < cells
@@ -323,10 +333,11 @@ def backward(
             ds, dk, dv, acc = gradients_of(
                 s, query, grad_out, key_rows, value_rows, log_sum, delta, scale, acc
             )
-            tl.atomic_add(to_pooled_k + keys_at, dk, mask=key_mask, sem="relaxed")
-            tl.atomic_add(to_pooled_v + values_at, dv, mask=value_mask, sem="relaxed")
+            if to_pooled_k is not None:
+                tl.atomic_add(to_pooled_k + keys_at, dk, mask=key_mask, sem="relaxed")
+                tl.atomic_add(to_pooled_v + values_at, dv, mask=value_mask, sem="relaxed")
             if to_rows is not None:
-                offsets = bias_row[:, None] * to_rows_m + cell[None, :] * to_rows_g
+                offsets = to_row[:, None] * to_rows_m + cell[None, :] * to_rows_g
                 offsets += image * to_rows_b + head * to_rows_h
                 tl.atomic_add(to_rows + offsets, ds, mask=pairs, sem="relaxed")
 

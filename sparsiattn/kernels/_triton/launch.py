@@ -6,6 +6,7 @@ A launch is plain data (`Launch`), so that it can be compiled for a device that 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsiattn.kernels._triton import kernels
+from sparsiattn.kernels._triton.visible import is_traced
 
 FEWEST = 16
 """The smallest side of a matrix product on tensor cores."""
@@ -115,13 +117,31 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self, device: torch.device) -> None:
-        """Launch on the device of the operands; does nothing for an empty batch."""
+        """Launch on the device of the operands; does nothing for an empty batch.
+
+        While torch's compiler traces the operator, the launch becomes a part of its program.
+        """
         if not self.programs:
+            return
+        if is_traced():
+            self._record()
             return
         # triton launches on the current device, which need not be that of the operands
         on_cuda = device.type == "cuda"
         with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
             self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def _record(self) -> None:
+        """Make the launch a part of the program that torch's compiler traces.
+
+        `wrap_triton` takes no ``enable_fp_fusion`` (as of torch 2.15), so products and sums are
+        fused in a compiled program if that is the default of the installed triton.
+        """
+        kernel = torch.library.wrap_triton(self.kernel)
+        with warnings.catch_warnings():
+            # triton's about that default; as an error, torch would take all operands for results
+            warnings.simplefilter("ignore")
+            kernel[(self.programs,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
 @dataclass(frozen=True)
@@ -207,11 +227,15 @@ def backward(
         lse: The log-sum-exp of each row.
         grad: The gradient of ``out``.
         into: Gradients in the order of `GRADIENTS`. That of q is overwritten; the others are
-            added to.
+            added to, those of keys and values only if they are there. That of the summary's
+            logits has a row for every tile or for every patch query.
     """
     names = [f"to_{name}" for name in GRADIENTS]
     tensors = {"out": out, "lse": lse, "grad": grad, **dict(zip(names, into, strict=True))}
-    return _launch(kernels.backward, call, backward_sizes(call), tensors)
+    launch = _launch(kernels.backward, call, backward_sizes(call), tensors)
+    to_rows, tiles = into[-1], call.chosen.shape[-2]
+    launch.arguments["TO_ROWS_BY_TILE"] = to_rows is not None and to_rows.shape[-2] == tiles
+    return launch
 
 
 def _launch(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsiattn.kernels._triton.visible import show_kernels
 from sparsiattn.kernels.native.ops import FLOP_FORMULAS
 
 MOST_VOTES = 1 << 26
@@ -28,8 +29,7 @@ _VOTED = (
 )
 
 
-@torch.library.custom_op("sparsiattn::pool_cells", mutates_args=(), schema=_POOL)
-def pool_cells(
+def _pool_cells(
     k: Tensor, v: Tensor, cells: Tensor, members: Tensor, sizes: Tensor, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Means of keys and of values over cells, in the dtype of the operands.
@@ -51,6 +51,12 @@ def pool_cells(
     means = _means_of(k, v, members)
     pool.launch(k, v, members, sizes, allowed, *means).run(k.device)
     return means
+
+
+pool_cells = torch.library.custom_op(
+    "sparsiattn::pool_cells", _pool_cells, mutates_args=(), schema=_POOL
+)
+show_kernels(pool_cells, _pool_cells)
 
 
 @pool_cells.register_fake
@@ -90,8 +96,7 @@ def _spread(shares: Tensor, cells: Tensor, allowed: Tensor | None, like: Tensor)
 pool_cells.register_autograd(_pooled_gradients, setup_context=_save_pooled)
 
 
-@torch.library.custom_op("sparsiattn::voted_keys", mutates_args=(), schema=_VOTED)
-def voted_keys(
+def _voted_keys(
     q: Tensor,
     k: Tensor,
     order: Tensor,
@@ -135,6 +140,12 @@ def voted_keys(
         lists = votes, index[part], prefix, k.shape[-2]
         score.rank_launch(*lists, cells, total, logs).run(q.device)
     return index, bias
+
+
+voted_keys = torch.library.custom_op(
+    "sparsiattn::voted_keys", _voted_keys, mutates_args=(), schema=_VOTED
+)
+show_kernels(voted_keys, _voted_keys)
 
 
 def _parts(q: Tensor, votes: int) -> Iterator[tuple[slice, slice]]:
