@@ -18,12 +18,14 @@ from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_order import TokenOrder
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.kernels.base import Choice, choose
-from sparsiattn.kernels.cost import PLANNING, Planning, Work
+from sparsiattn.kernels.cost import Planning
 from sparsiattn.kernels.native import factors
+from sparsiattn.kernels.prices import PLANNING, Work
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.runtime import placement
 from sparsiattn.runtime.measured_speed import predicts
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
@@ -40,12 +42,14 @@ class Expected:
         macs: MACs of the planner.
         planning: The work of choosing the keys.
         choice: The chosen kernel; its expected speed includes planning.
+        work: The work of that kernel; None if it does not count it.
     """
 
     pattern: Pattern
     macs: int
     planning: Planning
     choice: Choice
+    work: Work | None = None
 
 
 def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) -> None:
@@ -110,7 +114,8 @@ def expect(
     planning = cost.planning_of(planned, macs, inputs)
     with recalling():  # a kernel may access key lists, which are computed only then
         choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
-    return Expected(pattern, macs, planning, choice.after(planning))
+        work = choice.kernel.work(inputs, pattern)
+    return Expected(pattern, macs, planning, choice.after(planning), work)
 
 
 def site_at(site: Site, run: DryRun | None) -> Site:
@@ -154,7 +159,7 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         tile=tile,
         block=strategy.block_for(site.keys, tile, views),
         token_state=None if reached is None else reached.token_state,
-        target_device=None if like is None else like.device,
+        target_device=None if like is None else placement.device_of(like),
         views=site.views // depth if depth > 1 else 0,
         order=TokenOrder(site.tokens, depth=depth) if depth > 1 else None,
     )

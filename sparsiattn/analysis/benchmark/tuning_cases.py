@@ -12,7 +12,7 @@ import torch
 
 from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Site, Tile, dense_attention
 from sparsiattn.kernels import CallShape, Kernel, Work, cost, refusals
-from sparsiattn.kernels.cost import DENSE, MASKED, PLANNING
+from sparsiattn.kernels.prices import DENSE, MASKED, PLANNING
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import Timing, timing

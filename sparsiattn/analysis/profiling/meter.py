@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsiattn.attention import AttentionInputs, ComputedPattern, Dense, HostCall, Lengths, Pattern
 from sparsiattn.kernels import Choice, cost
 from sparsiattn.patching.flop_counter import flop_counter, macs_of
-from sparsiattn.patching.report import summary_pairs
+from sparsiattn.patching.site_report import summary_pairs
 from sparsiattn.runtime import BlockRuntime, settings
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.strategies import Planner
