@@ -110,11 +110,11 @@ def _expected(
     asked: list[tuple[object, Expected]] = []
     for runtime in sparse:
         kind = _kind(runtime, run)
-        expected = next((expected for other, expected in asked if other == kind), None)
-        if expected is None:
-            expected = expect(runtime, run)
-            asked.append((kind, expected))
-        yield runtime.site.name, expected
+        known = next((expected for other, expected in asked if other == kind), None)
+        if known is None:
+            known = expect(runtime, run)
+            asked.append((kind, known))
+        yield runtime.site.name, known
 
 
 def _kind(runtime: SiteRuntime, run: DryRun | None) -> object:

@@ -15,10 +15,11 @@ import torch
 
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern, Site
+from sparsiattn.analysis.benchmark import tuning
 from sparsiattn.attention import Lengths
 from sparsiattn.kernels import CallShape, Kernel, choose, cost, gpu_prices
 from sparsiattn.kernels.gpu_prices import GPUS, recognise
-from sparsiattn.kernels.prices import DENSE
+from sparsiattn.kernels.prices import DENSE, Prices
 from sparsiattn.patching.break_even import images_needed, pairs_needed
 from sparsiattn.patching.estimate import Expected, expect
 from sparsiattn.registry import REGISTRY
@@ -167,6 +168,19 @@ def test_auto_ranks_by_these_prices(gpu: str) -> None:
         inputs, pattern = call_of(batch=8, block=(4, 4))
         small = {kernel.name: kernel.speed(inputs, pattern) for kernel in kernels}
         assert small["flex"] < speeds["flex"], "small blocks leave tensor cores idle"
+
+
+@pytest.mark.usefixtures("h200")
+def test_tune_names_what_stays_an_estimate() -> None:
+    measured = {name: Prices(1.0, 1.0, 1.0, 1.0) for name in ("dense", "planning", "triton")}
+    (line,) = tuning._estimates(CUDA, {"bfloat16": measured})
+    start = "bfloat16: not measured, estimated from NVIDIA's data sheet of the H200: "
+    assert set(line.removeprefix(start).split(", ")) == (
+        {"reference", "sdpa", "gather", "varlen", "flex", "xformers"}
+    )
+    everything = dict.fromkeys(cost.shipped(CUDA, torch.float32), measured["dense"])
+    assert not list(tuning._estimates(CUDA, {"bfloat16": everything}))
+    assert not list(tuning._estimates(torch.device("cpu"), {"bfloat16": measured}))
 
 
 @pytest.mark.usefixtures("h200")

@@ -101,7 +101,8 @@ def tune(
         device: The device to measure; None for the GPU if there is one, else the CPU.
         dtypes: Data types to measure; None for float32 on a CPU, and bfloat16, float16 and float32
             on a GPU.
-        quick: Whether to measure a small grid of shapes; otherwise a larger one.
+        quick: Whether to measure a small grid of shapes, without kernels that compile for half a
+            minute for each (`flex`); otherwise a larger one, with all kernels.
         on_case: Called with the number of cases done and the total.
         budget: Time limit in seconds, including compilation; None for 45 s if ``quick``, else no
             limit. Slow kernels run less often, and shapes are skipped when no time is left, but
@@ -135,7 +136,8 @@ def tune(
             done -= 1
             break
         limit = remaining / (1 + len(todo) - done)
-        measured, failed = measure(case, device, dtype, 5 if quick else 11, limit)
+        rounds = 5 if quick else 11
+        measured, failed = measure(case, device, dtype, rounds, limit, compiles=not quick)
         rows, failures = [*rows, *measured], [*failures, *failed]
         if on_case is not None:
             on_case(done, len(todo))
