@@ -117,7 +117,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay  # type: ignore[no-any-return]
+    return graph.replay
 
 
 def measured(call: Callable[[], Any], *, graph: bool = True) -> dict[str, Any]:
@@ -144,9 +144,6 @@ def peak_megabytes(call: Callable[[], Any]) -> float:
 
 def placed(module: nn.Module) -> nn.Module:
     """A module with its weights on the GPU, in bfloat16; without a GPU in their own dtype."""
-    if _counted is not None:
-        on_gpu: Callable[[nn.Module], nn.Module] = _helpers().on_gpu
-        return on_gpu(module)
     return module.to("cuda", torch.bfloat16)
 
 
@@ -198,7 +195,7 @@ def pretended() -> Iterator[None]:
 
     from sparsiattn.kernels import flex_compile, xformers
 
-    quiet = {
+    quiet: dict[str, Any] = {
         "Stream": mock.MagicMock,
         "current_stream": mock.MagicMock,
         "stream": lambda *_: nullcontext(),
@@ -213,6 +210,7 @@ def pretended() -> Iterator[None]:
     untried = xformers.Operators(None, "is not tried without a GPU")
     stand_ins = (
         *((torch.cuda, name, answer) for name, answer in quiet.items()),
+        (nn.Module, "to", lambda module, *_: _helpers().on_gpu(module)),
         (triton.testing, "do_bench", _once),
         (F, "scaled_dot_product_attention", _fused),
         (torch.autograd, "grad", lambda out, leaves, *_: [torch.zeros_like(x) for x in leaves]),

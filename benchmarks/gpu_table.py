@@ -37,13 +37,13 @@ def collect(out: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def with_ratios(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def with_ratios(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows, with their speed relative to the fastest dense row of the same case.
 
     A name is a case and a line, with " | " between them; dense lines start with "dense", "padded"
     or "ragged, padded" or have it after "training, ". Times from a graph are compared with such.
     """
-    rows = [dict(row) for row in rows]
+    rows = [dict(row) for row in given]
     for field, ratio in (("ms", "ratio"), ("graph_ms", "graph_ratio")):
         best: dict[str, float] = {}
         for row in rows:

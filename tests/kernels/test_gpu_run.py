@@ -188,9 +188,12 @@ def test_programs_of_stages_know_their_options(
     assert "--fake" in capsys.readouterr().out
 
 
-def test_tests_have_a_time_limit_each() -> None:
-    command = Run(Path("out")).command(gpu_run.STAGES["tests"])
+def test_tests_have_a_time_limit_each_and_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu_run.os, "cpu_count", lambda: 16)
+    command = Run(Path("out")).command(Stage(1, 400, gpu_run._tests()))
     assert "--timeout=150" in command
+    assert command[command.index("-n") + 1] == "12"
     assert "--collect-only" not in command
     assert "--collect-only" in Run(Path("out"), fake=True).command(gpu_run.STAGES["tests"])
 
@@ -211,7 +214,7 @@ def test_rows_of_kernels_without_a_gpu(
     case = gpu_kernels.Case(64, 2, 2, 0.25, (4, 4))
     monkeypatch.setattr(gpu_kernels, "CASES", (case,) * 7)
     monkeypatch.setattr(gpu_kernels, "IN_BLOCKS", {"scores": "predictor", "block": (4, 4)})
-    small = {"forward": range(6), "ragged": (1, 3), "sizes": (0,)}[kind]
+    small = {"forward": (0, 3, 4, 5), "ragged": (1, 3), "sizes": (0,)}[kind]
     made = list(gpu_kernels.SETS[kind]())
     rows = [made[i] for i in small]
     monkeypatch.setitem(gpu_kernels.SETS, kind, lambda: iter(rows))
@@ -226,6 +229,7 @@ def test_rows_of_kernels_without_a_gpu(
 
 
 @NEEDED
+@pytest.mark.slow
 def test_rows_of_a_model_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = gpu_models.Model("test_vit", 160, (2,), compiles=True)
     monkeypatch.setattr(gpu_models, "MODELS", (model,))
@@ -234,7 +238,7 @@ def test_rows_of_a_model_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert gpu_models.main(["--fake", "--out", str(tmp_path)]) == 0
     found = rows_in(tmp_path, "models")
     head = "test_vit 160 px | connectivity k=0.1"
-    assert found[f"{head} | B=2"]["kernels"] == ["triton"]
+    assert found[f"{head} | B=2"]["kernels"], "some kernel ran"
     assert f"{head} | B=2 | compile, reduce-overhead" in found
     more = {name: found[f"test_vit 160 px | {name} | B=2"]["launches"] for name in names}
     assert more["dense"] < more["connectivity k=0.1"]  # type: ignore[operator]
@@ -253,6 +257,7 @@ def test_rows_of_tune_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @NEEDED
+@pytest.mark.slow
 def test_the_smoke_test_walks_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

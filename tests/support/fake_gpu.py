@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.utils._triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
