@@ -19,24 +19,31 @@ MOST_IMAGES = 64
 """Larger batches are not suggested."""
 
 
-def images_needed(expected: Expected) -> float | None:
-    """Number of images from which on a site is expected to beat dense attention.
+def images_needed(expected: Expected) -> tuple[str, float] | None:
+    """The kernel that beats dense attention at the fewest images, and their number.
 
     Args:
-        expected: What is expected of the site for one image.
+        expected: What is expected of a site for one image on a GPU.
 
     Returns:
-        The number, less than one if a part of an image would do; None if no batch is large enough,
-        or if the kernel does not count its work.
+        Both; less than one image if a part of one would do. None if no batch is large enough, or
+        if no kernel counts its work.
     """
-    call, work = expected.choice.call, expected.work
-    if call is None or work is None:
+    call = expected.choice.call
+    if call is None:
         return None
+    needed = ((_needed(expected, call, name, work), name) for name, work in expected.works.items())
+    images, name = min(needed, default=(math.inf, ""))
+    return None if images == math.inf else (name, images)
+
+
+def _needed(expected: Expected, call: CallShape, name: str, work: Work) -> float:
+    """Number of images from which on one kernel beats dense attention."""
     dense = _seconds(cost.prices(MASKED if call.biased else DENSE, call), call.dense)
-    kernel = _seconds(cost.prices(expected.choice.kernel.name, call), work)
+    kernel = _seconds(cost.prices(name, call), work)
     started, each = _planning(expected, call)
     saved = dense[1] - kernel[1] - each
-    return max(0.0, started + kernel[0] - dense[0]) / saved if saved > 0 else None
+    return max(0.0, started + kernel[0] - dense[0]) / saved if saved > 0 else math.inf
 
 
 def _seconds(price: Prices, work: Work) -> tuple[float, float]:
@@ -51,14 +58,6 @@ def _planning(expected: Expected, call: CallShape) -> tuple[float, float]:
     return _seconds(price, work) if work.macs else (price.of(work), 0.0)
 
 
-def pairs_needed(expected: Expected) -> float | None:
-    """Product of batch, heads, queries and keys at `images_needed`."""
-    call, images = expected.choice.call, images_needed(expected)
-    if call is None or images is None:
-        return None
-    return images * call.batch * call.heads * call.queries * call.keys
-
-
 def break_even_lines(sites: Iterable[tuple[SiteRuntime, Expected]]) -> tuple[str, ...]:
     """A line for each kind of site with sparse attention."""
     lines = (_line(runtime, expected) for runtime, expected in sites if not runtime.dense)
@@ -66,20 +65,19 @@ def break_even_lines(sites: Iterable[tuple[SiteRuntime, Expected]]) -> tuple[str
 
 
 def _line(runtime: SiteRuntime, expected: Expected) -> str:
-    call, kernel = expected.choice.call, expected.choice.kernel.name
-    if call is None or expected.work is None:
+    call, needed = expected.choice.call, images_needed(expected)
+    if call is None or not expected.works:
         return ""
-    images, pairs = images_needed(expected), pairs_needed(expected)
     budget = getattr(runtime.strategy, "k", None)
-    setting = f"{kernel}{'' if budget is None else f' at k={budget}'}, {call.queries:,} tokens"
-    if images is None or pairs is None:
-        return f"break-even of {setting}: at no batch size; drop tokens, or use larger images"
+    setting = f"{'' if budget is None else f'k={budget}, '}{call.queries:,} tokens"
+    if needed is None:
+        return f"break-even at {setting}: no batch size; drop tokens, or use larger images"
+    kernel, images = needed
+    pairs = call.batch * call.heads * call.queries * call.keys
     count = max(1, math.ceil(images))
-    here = call.batch * call.heads * call.queries * call.keys
-    batch = "1 image" if count == 1 else f"{count} images"
     return (
-        f"break-even of {setting}: batch x heads x N^2 of {scientific(pairs)}, {batch} at a time "
-        f"(1 image has {scientific(here)})"
+        f"break-even at {setting}: batch x heads x N^2 of {scientific(images * pairs)} with "
+        f"{kernel}, {count} image{'s' if count > 1 else ''} at a time (1 has {scientific(pairs)})"
     )
 
 

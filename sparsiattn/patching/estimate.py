@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,14 +42,14 @@ class Expected:
         macs: MACs of the planner.
         planning: The work of choosing the keys.
         choice: The chosen kernel; its expected speed includes planning.
-        work: The work of that kernel; None if it does not count it.
+        works: On a GPU, the work of every kernel that takes the call and counts its work, by name.
     """
 
     pattern: Pattern
     macs: int
     planning: Planning
     choice: Choice
-    work: Work | None = None
+    works: Mapping[str, Work] = field(default_factory=dict)
 
 
 def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) -> None:
@@ -114,8 +114,20 @@ def expect(
     planning = cost.planning_of(planned, macs, inputs)
     with recalling():  # a kernel may access key lists, which are computed only then
         choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
-        work = choice.kernel.work(inputs, pattern)
-    return Expected(pattern, macs, planning, choice.after(planning), work)
+        works = _works(runtime, choice, inputs, pattern) if inputs.device.type == "cuda" else {}
+    return Expected(pattern, macs, planning, choice.after(planning), works)
+
+
+def _works(
+    runtime: SiteRuntime, choice: Choice, inputs: AttentionInputs, pattern: Pattern
+) -> dict[str, Work]:
+    refused = {name for name, _ in choice.refusals}
+    works = {
+        kernel.name: kernel.work(inputs, pattern)
+        for kernel in runtime.kernels
+        if kernel.name not in refused
+    }
+    return {name: work for name, work in works.items() if work is not None}
 
 
 def site_at(site: Site, run: DryRun | None) -> Site:

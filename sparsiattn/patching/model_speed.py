@@ -158,7 +158,7 @@ def _larger_batches(sites: Iterable[Expected]) -> list[str]:
         call, needed = site.choice.call, images_needed(site)
         if call is None or call.device.type != "cuda" or needed is None:
             return []
-        images = max(images, math.ceil(needed))
+        images = max(images, math.ceil(needed[1]))
     return [f"batches of {images} images or more"] if 1 < images <= MOST_IMAGES else []
 
 
