@@ -8,7 +8,6 @@ both with measurements of this machine. This module never measures.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,8 @@ import torch
 
 from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Pattern, Ranked
-from sparsiattn.attention.top_logits import TopLogits
-from sparsiattn.kernels import gpu_prices, triton_plan, tuning_cache
-from sparsiattn.kernels.compiled import is_loaded
+from sparsiattn.kernels import gpu_prices, tuning_cache
 from sparsiattn.kernels.prices import (
-    COMPILED_TYPES,
     DENSE,
     MASKED,
     PLANNING,
@@ -30,12 +25,6 @@ from sparsiattn.kernels.prices import (
     cpu_prices,
     masked_prices,
 )
-
-# Time of compiled code for one vote, and for the host's bias of one pair, relative to torch's time
-# for one score to choose from: 1.6e-9 and 0.8e-9 s of 1.3e-8 s, at 1,024 to 4,096 tokens on a Xeon
-# with AVX-512 under other load. Both are accurate to a factor of about 1.5. `tune` measures votes,
-# so its price of planning corrects a wrong VOTE_WORTH, but not a wrong BIAS_WORTH.
-VOTE_WORTH, BIAS_WORTH = 0.125, 0.06
 
 # How often a bias is written when it is built: once as a sum, once as a copy in mask layout.
 BUILT_WORTH = 2.0
@@ -49,8 +38,6 @@ Most of it is spent waiting for code and objects that other layers have evicted 
 # Operations of planning by a predictor and by a table; on a GPU kernels launched by second calls,
 # which `tests/kernels/test_launches.py` counts.
 _CPU_CALLS, _GPU_CALLS = (60.0, 15.0), (43.0, 8.0)
-# Those of planning by votes in torch.
-_GPU_VOTE_CALLS = 13.0
 
 # The batch size for which kernels are compared while a compiler traces.
 TRACED_IMAGES = 8
@@ -262,28 +249,3 @@ def reload() -> None:
 def generation() -> int:
     """How often prices have changed in this process."""
     return _generation
-
-
-def _width(inputs: AttentionInputs) -> int:
-    """How many numbers the bias of one query consists of."""
-    bias = inputs.bias
-    return sum(bias.sides) if isinstance(bias, FactoredBias) else inputs.n_keys
-
-
-def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
-    """The work of choosing the keys of one call, from the planner's pattern and its MACs."""
-    scores = pattern.scores.numel() if isinstance(pattern, Ranked) else 0
-    if not (isinstance(pattern, TopLogits) and macs):  # without MACs, the kernel chooses
-        return planning(macs, scores, CallShape.of(inputs))
-    scores, calls = pattern.score_count, None
-    compiled = pattern.votes and inputs.q.dtype in COMPILED_TYPES
-    if inputs.device.type == "cuda":
-        in_triton = compiled and inputs.bias is None and triton_plan.is_planned_on(inputs.device)
-        scores = round(VOTE_WORTH * scores) if in_triton else scores
-        # one operator of two launches, or a chain of torch's
-        calls = gpu_prices.OPERATOR_CALLS + 2 if in_triton else _GPU_VOTE_CALLS
-    elif compiled and is_loaded():
-        # compiled code copies nothing, but reads the host's bias for every query
-        bias = 0 if inputs.bias is None else math.prod(inputs.q.shape[:3]) * _width(inputs)
-        scores = round(VOTE_WORTH * scores + BIAS_WORTH * bias)
-    return planning(macs, scores, CallShape.of(inputs), calls)

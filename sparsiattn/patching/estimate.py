@@ -16,10 +16,11 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_order import TokenOrder
-from sparsiattn.kernels import cost, tuning_cache
+from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.base import Choice, choose
 from sparsiattn.kernels.cost import Planning
 from sparsiattn.kernels.native import factors
+from sparsiattn.kernels.planning_work import planning_of
 from sparsiattn.kernels.prices import PLANNING, Work
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
@@ -111,7 +112,7 @@ def expect(
     macs = macs_of(counter)
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
-    planning = cost.planning_of(planned, macs, inputs)
+    planning = planning_of(planned, macs, inputs)
     with recalling():  # a kernel may access key lists, which are computed only then
         choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
         works = _works(runtime, choice, inputs, pattern) if inputs.device.type == "cuda" else {}

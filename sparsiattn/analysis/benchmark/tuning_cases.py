@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Site, Tile, dense_attention
-from sparsiattn.kernels import CallShape, Kernel, Work, cost, refusals
+from sparsiattn.kernels import CallShape, Kernel, Work, refusals
+from sparsiattn.kernels.planning_work import planning_of
 from sparsiattn.kernels.prices import DENSE, MASKED, PLANNING
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.registry import REGISTRY
@@ -262,7 +263,7 @@ def _prepare(
     with mac_counter() as counter:
         planned = planner(inputs)
         finish(planned, inputs, background=background)  # counts the votes
-    work = cost.planning_of(planned, macs_of(counter), inputs).work
+    work = planning_of(planned, macs_of(counter), inputs).work
     return inputs, lambda: finish(planner(inputs), inputs, background=background), work
 
 
