@@ -202,7 +202,7 @@ def pretended() -> Iterator[None]:
         "CUDAGraph": mock.MagicMock,
         "graph": lambda *_: nullcontext(),
         "current_device": lambda: 0,
-        "get_device_name": lambda *_: "NVIDIA H200",
+        "get_device_name": lambda *_: "NVIDIA H200 (pretended)",
         "get_device_capability": lambda *_: (9, 0),
         **dict.fromkeys(("synchronize", "reset_peak_memory_stats", "empty_cache"), _nothing),
         **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda *_: 0),
