@@ -52,9 +52,9 @@ from .errors import TrainingDiverged as TrainingDiverged
 from .errors import UnknownName as UnknownName
 from .kernels.base import Kernel as Kernel
 from .kernels.cost import CallShape as CallShape
-from .kernels.cost import Work as Work
 from .kernels.gathered_mask import GatheredMask as GatheredMask
 from .kernels.gathered_mask import attend_gathered as attend_gathered
+from .kernels.prices import Work as Work
 from .methods.block_masks import block_mask as block_mask
 from .patching.apply import patch as patch
 from .patching.discovery.backbone import Backbone as Backbone

@@ -13,12 +13,13 @@ import sys
 
 from sparsiattn.kernels.base import Choice, Kernel, choose, refusals
 from sparsiattn.kernels.choice_cache import ChoiceCache
-from sparsiattn.kernels.cost import CallShape, Prices, Work
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.flash import FlashAttention4
 from sparsiattn.kernels.flex import Flex
 from sparsiattn.kernels.gather import Gather
 from sparsiattn.kernels.native.kernel import Native, compile_native
 from sparsiattn.kernels.natten import Natten
+from sparsiattn.kernels.prices import Prices, Work
 from sparsiattn.kernels.reference import Reference
 from sparsiattn.kernels.sdpa import MaskedSDPA
 from sparsiattn.kernels.triton import Triton

@@ -12,7 +12,8 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import ComputedPattern, Pattern
 from sparsiattn.errors import KernelRefused, RenamedMembers
 from sparsiattn.kernels import cost
-from sparsiattn.kernels.cost import CallShape, Planning, Work
+from sparsiattn.kernels.cost import CallShape, Planning
+from sparsiattn.kernels.prices import Work
 
 
 class Kernel(RenamedMembers):

@@ -1,44 +1,33 @@
 """Cost model: the expected time of dense attention, of each kernel and of planning.
 
 The cost follows from shapes only. `Work` counts what a call does (operations, multiply-accumulates,
-logits, bytes moved), and `Prices` are the seconds that each of these takes. Prices for CPU and CUDA
-are built in; `tune` replaces them with measurements of this machine. This module never measures.
+logits, bytes moved), and `Prices` are the seconds that each of these takes. Prices of CPUs are
+measurements of other machines, those of GPUs come from data sheets (`gpu_prices`); `tune` replaces
+both with measurements of this machine. This module never measures.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparsiattn.attention.factored_bias import FactoredBias
 from sparsiattn.attention.inputs import AttentionInputs
-from sparsiattn.attention.pattern import Pattern, Ranked
-from sparsiattn.attention.top_logits import TopLogits
-from sparsiattn.kernels import tuning_cache
-from sparsiattn.kernels.compiled import is_loaded
-
-# Prices are stored by kernel name and by these names: dense attention, dense attention with the
-# host's mask or bias, and planning.
-DENSE, MASKED, PLANNING = "dense", "masked", "planning"
-
-# Time of compiled code for one vote, and for the host's bias of one pair, relative to torch's time
-# for one score to choose from: 1.6e-9 and 0.8e-9 s of 1.3e-8 s, at 1,024 to 4,096 tokens on a Xeon
-# with AVX-512 under other load. Both are accurate to a factor of about 1.5. `tune` measures votes,
-# so its price of planning corrects a wrong VOTE_WORTH, but not a wrong BIAS_WORTH.
-VOTE_WORTH, BIAS_WORTH = 0.125, 0.06
-
-# Cost of a softmax entry with a mask relative to one without, in torch's attention, which took 1.1x
-# to 1.2x the time on that processor. The built-in prices of MASKED use it; `tune` measures them.
-MASK_WORTH = 2.0
+from sparsiattn.kernels import gpu_prices, tuning_cache
+from sparsiattn.kernels.prices import (
+    DENSE,
+    MASKED,
+    PLANNING,
+    Prices,
+    Work,
+    cpu_prices,
+    masked_prices,
+)
 
 # How often a bias is written when it is built: once as a sum, once as a copy in mask layout.
 BUILT_WORTH = 2.0
-
-_COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SITE_SECONDS = 1.5e-4
 """Python's time per site, on the way to a kernel and back, on a server core.
@@ -46,39 +35,12 @@ SITE_SECONDS = 1.5e-4
 Most of it is spent waiting for code and objects that other layers have evicted from the caches.
 """
 
+# Operations of planning by a predictor and by a table; on a GPU kernels launched by second calls,
+# which `tests/kernels/test_launches.py` counts.
+_CPU_CALLS, _GPU_CALLS = (60.0, 15.0), (43.0, 8.0)
+
 # The batch size for which kernels are compared while a compiler traces.
 TRACED_IMAGES = 8
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of one call.
-
-    Attributes:
-        calls: Number of operations started, each with its overhead.
-        macs: Multiply-accumulates of QK^T and AV, padding included.
-        logits: Number of softmax entries; for planning, of scores to choose from.
-        bytes: Bytes copied or written besides the operands and the result.
-        rows: Number of queries over all heads, each read and written once.
-
-    >>> Work(calls=2, macs=1e6).times(3).macs
-    3000000.0
-    """
-
-    calls: float = 0.0
-    macs: float = 0.0
-    logits: float = 0.0
-    bytes: float = 0.0
-    rows: float = 0.0
-
-    def times(self, factor: float) -> Work:
-        """The same number of operations on ``factor`` times as much data."""
-        amounts = (amount * factor for amount in (self.macs, self.logits, self.bytes, self.rows))
-        return Work(self.calls, *amounts)
-
-    def features(self) -> tuple[float, ...]:
-        """The amounts, in the order of the fields of `Prices`."""
-        return self.calls, self.macs, self.logits, self.bytes, self.rows
 
 
 @dataclass(frozen=True)
@@ -104,35 +66,6 @@ class Planning:
     def share(self, call: CallShape) -> float:
         """Expected time as a share of the time of dense attention."""
         return prices(PLANNING, call).of(self.at(call.batch)) / dense_seconds(call)
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Seconds of one unit of each kind of `Work`.
-
-    Attributes:
-        call: Seconds per operation started.
-        mac: Seconds per multiply-accumulate.
-        logit: Seconds per softmax entry.
-        byte: Seconds per byte copied.
-        row: Seconds per query read and written.
-    """
-
-    call: float
-    mac: float
-    logit: float
-    byte: float
-    row: float = 1e-10
-
-    def of(self, work: Work) -> float:
-        """Expected seconds."""
-        return (
-            self.call * work.calls
-            + self.mac * work.macs
-            + self.logit * work.logits
-            + self.byte * work.bytes
-            + self.row * work.rows
-        )
 
 
 @dataclass(frozen=True)
@@ -203,44 +136,6 @@ class CallShape:
         return self.attending(pairs, moved=built if self.built else 0.0)
 
 
-def masked_prices(dense: Prices) -> Prices:
-    """Prices of dense attention with a mask, derived from those without."""
-    return replace(dense, logit=MASK_WORTH * dense.logit)
-
-
-# Fitted to float32 on one and two cores of a Xeon and of an EPYC server (torch 2.15): the geometric
-# means of both. (`native` and its planning were fitted on the EPYC and scaled by ratios measured on
-# both.) Half precision is assumed to cost the same, except bfloat16 on processors with AMX.
-_CPU = {
-    DENSE: Prices(2.9e-5, 1.44e-11, 2.53e-10, 1e-10, 1.6e-7),
-    PLANNING: Prices(1.4e-5, 5.92e-12, 1.47e-8, 1.5e-11, 1.8e-7),
-    "reference": Prices(1.8e-5, 1.45e-12, 3.62e-10, 2.6e-10, 8.1e-9),
-    "sdpa": Prices(1.9e-5, 2.38e-12, 2.55e-9, 1.5e-10, 1.5e-8),
-    "gather": Prices(7.3e-6, 1.71e-11, 6.81e-10, 2.5e-11, 5.1e-7),
-    "native": Prices(1.1e-06, 7.95e-12, 5.17e-10, 1.9e-11, 3.6e-08),
-}
-_CPU[MASKED] = masked_prices(_CPU[DENSE])
-# where the compiled code of `native` also plans
-_CPU_COMPILED = {**_CPU, PLANNING: Prices(5.6e-06, 4.78e-12, 1.29e-08, 9.6e-12, 5.1e-08)}
-# torch's bfloat16 products with AMX relative to float32: dense attention took 0.42 to 0.54 of the
-# time at 197 to 1,370 tokens, on one processor. Compiled code computes and plans in float32, so its
-# prices stay. `tune` with bfloat16 among its dtypes replaces all of these.
-_AMX_SHARE = 0.45
-_BY_TORCH = (DENSE, MASKED, "reference", "sdpa", "gather")
-# Rough estimates for an H100, from peak rates and usual launch times; `tune` replaces them.
-_CUDA_HALF = {
-    DENSE: Prices(1.2e-5, 4.5e-15, 1e-14, 5e-13),
-    PLANNING: Prices(7e-6, 2e-14, 8e-12, 1e-12),
-    "reference": Prices(8e-6, 5e-14, 2e-11, 1e-12),
-    "sdpa": Prices(9e-6, 1.2e-14, 1e-13, 1e-12),
-    "gather": Prices(8e-6, 7e-15, 1e-13, 8e-13),
-    "varlen": Prices(1.5e-5, 5e-15, 1e-14, 5e-13),
-}
-_CUDA_HALF[MASKED] = masked_prices(_CUDA_HALF[DENSE])
-_CUDA_SINGLE = {
-    name: Prices(price.call, price.mac * 8, price.logit * 2, price.byte, price.row)
-    for name, price in _CUDA_HALF.items()
-}
 _TUNED: dict[tuple[torch.device, torch.dtype], dict[str, Prices]] = {}
 _FAILED: dict[tuple[torch.device, torch.dtype], dict[str, dict[str, Any]]] = {}
 _generation = 0
@@ -248,30 +143,7 @@ _generation = 0
 
 def shipped(device: torch.device, dtype: torch.dtype) -> dict[str, Prices]:
     """The built-in prices, for machines that were never tuned."""
-    if device.type != "cuda":
-        table = _CPU_COMPILED if dtype in _COMPILED_TYPES and is_loaded() else _CPU
-        return _with_amx(table) if dtype == torch.bfloat16 and _has_amx() else table
-    return _CUDA_HALF if dtype.itemsize == 2 else _CUDA_SINGLE
-
-
-@cache
-def _has_amx() -> bool:
-    flags = tuning_cache.cpuinfo("flags")
-    return flags is not None and "amx_bf16" in flags.split()
-
-
-def _with_amx(table: dict[str, Prices]) -> dict[str, Prices]:
-    return {
-        name: replace(
-            price,
-            mac=_AMX_SHARE * price.mac,
-            logit=_AMX_SHARE * price.logit,
-            row=_AMX_SHARE * price.row,
-        )
-        if name in _BY_TORCH
-        else price
-        for name, price in table.items()
-    }
+    return gpu_prices.shipped(device, dtype) if device.type == "cuda" else cpu_prices(dtype)
 
 
 def prices(kernel: str, call: CallShape) -> Prices:
@@ -304,25 +176,31 @@ def speed(kernel: str, work: Work, call: CallShape) -> float:
     return dense_seconds(call) / prices(kernel, call).of(work)
 
 
-def planning(macs: int, scores: int, call: CallShape) -> Planning:
+def planning(macs: int, scores: int, call: CallShape, calls: float | None = None) -> Planning:
     """The work of choosing the keys of a call.
 
     Args:
         macs: Multiply-accumulates of the planner.
         scores: Number of scores from which it chooses.
         call: The shape of the call.
+        calls: Number of operations started; None for those of a predictor or of a table.
     """
     operands = call.batch * call.heads * (call.queries + call.keys) * call.dim
     # a predictor reads queries and keys; a table is only looked up and sorted
     read = operands * call.dtype.itemsize if macs else 0
     rows = call.batch * call.heads * call.queries if macs else 0
-    return Planning(Work(60.0 if macs else 15.0, macs, scores, read, rows), call.batch)
+    if calls is None:
+        predictor, table = _GPU_CALLS if call.device.type == "cuda" else _CPU_CALLS
+        calls = predictor if macs else table
+    return Planning(Work(calls, macs, scores, read, rows), call.batch)
 
 
 def ready(device: torch.device) -> None:
     """Read the tuning file once per device, before a compiler traces code that needs it."""
     if device.type == "meta" or (device, torch.float32) in _TUNED:
         return
+    if device.type == "cuda":
+        gpu_prices.known(device)
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
         entry = tuning_cache.find(device, dtype)
         measured = {} if entry is None else entry["prices"]
@@ -353,6 +231,13 @@ def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(_TUNED.get((device, dtype)))
 
 
+def estimated_from(device: torch.device, dtype: torch.dtype) -> str:
+    """The published figures from which prices are derived; empty if these are measured."""
+    if device.type != "cuda" or is_tuned(device, dtype):
+        return ""
+    return gpu_prices.known(device).origin
+
+
 def reload() -> None:
     """Read prices again, as after `tune`; every active patch then chooses its kernels again."""
     global _generation
@@ -364,21 +249,3 @@ def reload() -> None:
 def generation() -> int:
     """How often prices have changed in this process."""
     return _generation
-
-
-def _width(inputs: AttentionInputs) -> int:
-    """How many numbers the bias of one query consists of."""
-    bias = inputs.bias
-    return sum(bias.sides) if isinstance(bias, FactoredBias) else inputs.n_keys
-
-
-def planning_of(pattern: Pattern, macs: int, inputs: AttentionInputs) -> Planning:
-    """The work of choosing the keys of one call, from the planner's pattern and its MACs."""
-    scores = pattern.scores.numel() if isinstance(pattern, Ranked) else 0
-    if isinstance(pattern, TopLogits) and macs:  # without MACs, the kernel chooses
-        scores = pattern.score_count
-        if is_loaded() and pattern.votes and inputs.q.dtype in _COMPILED_TYPES:
-            # compiled code copies nothing, but reads the host's bias for every query
-            bias = 0 if inputs.bias is None else math.prod(inputs.q.shape[:3]) * _width(inputs)
-            scores = round(VOTE_WORTH * scores + BIAS_WORTH * bias)
-    return planning(macs, scores, CallShape.of(inputs))

@@ -20,10 +20,12 @@ from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import extra_keys, optional
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals
 from sparsiattn.kernels.gather import needs_grad, with_dense_rows
-from sparsiattn.kernels.padding import slot_macs, summary_count
-from sparsiattn.kernels.triton import Triton
+from sparsiattn.kernels.gpu_prices import OPERATOR_CALLS
+from sparsiattn.kernels.padding import list_count, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.prices import Work
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 ROWS = 64
@@ -31,6 +33,8 @@ ROWS = 64
 KEYS = 16
 """Sizes of blocks are multiples of this many keys."""
 WIDEST_HEAD = 256
+CALLS = 30.0
+"""Launches around the library's kernel: packing, lists, the second attention, the merge."""
 CAPABILITY = (9, 0)
 NEEDED = ("softmax_scale", "block_sparse_tensors", "return_lse")
 """Arguments of the library's function that this kernel passes, beside q, k and v."""
@@ -70,9 +74,16 @@ class FlashAttention4(Kernel):
             return ["a dry run does not know whether operands are in half precision on a GPU"]
         return []
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        # not measured on a GPU yet, and tokens are copied: `auto` prefers triton
-        return 0.5 * Triton().speed(inputs, pattern)
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        assert isinstance(pattern, KeyBlocks)
+        call, lists = CallShape.of(inputs), list_count(pattern)
+        extra, tile = pattern.prefix + summary_count(pattern), tile_size(pattern)
+        slots = pattern.chosen.shape[-1] * pattern.blocks.size + extra
+        pairs = lists * tile * slots + pattern.dense_rows * call.keys
+        # tokens are packed, and a second attention over the extra keys runs in float32
+        moved = call.rows_bytes(lists * slots + 3 * call.keys)
+        moved += 16.0 * call.batch * call.heads * call.queries * (extra + call.value_dim)
+        return call.attending(pairs, calls=CALLS + OPERATOR_CALLS, moved=moved)
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyBlocks)

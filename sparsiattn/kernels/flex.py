@@ -8,6 +8,7 @@ each list are masked.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,14 +18,23 @@ from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import flex_compile
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.flex_compile import FlexOperands, ProgramKey
 from sparsiattn.kernels.gather import dense_rows, needs_grad, summary_rows
-from sparsiattn.kernels.padding import slot_macs, summary_count
+from sparsiattn.kernels.gpu_prices import OPERATOR_CALLS
+from sparsiattn.kernels.padding import list_count, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.prices import Work
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = 16
 """Smallest side of a matrix product on a GPU."""
+FILLED_STEP = 64
+"""Number of keys of a step that is assumed to fill tensor cores; smaller steps take as long."""
+PACKING_CALLS = 30.0
+"""Launches besides the compiled program: packing of operands and lists, unpacking of the result."""
+PACKED_WORTH = 4
+"""Bytes read and written in memory for a packed byte, at the price of bytes from the cache."""
 LARGEST_STEP = 128
 """Largest number of queries or keys of a step of torch's kernels on a GPU."""
 
@@ -69,12 +79,18 @@ class Flex(Kernel):
             return []
         return ["not compiled yet for this shape: call patch.warmup(images)"]
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyBlocks)
-        keys = pattern.pairs() / inputs.n_queries
-        if inputs.q.device.type == "cpu":
-            return 0.37 * inputs.n_keys / (keys + 480)  # measured with 2 threads
-        return 0.6 * inputs.n_keys / (keys + 100)  # an estimate: not measured yet
+        call, lists = CallShape.of(inputs), list_count(pattern)
+        if call.device.type != "cuda":
+            return call.attending(pattern.pairs())
+        size, shared = pattern.blocks.size, pattern.prefix + summary_count(pattern)
+        steps = pattern.chosen.shape[-1] + -(-shared // size)
+        slots, rows = steps * size, lists * tile_size(pattern)
+        # queries, keys and values are packed: written, and read twice
+        moved = call.rows_bytes(lists * slots + PACKED_WORTH * (call.queries + call.keys))
+        work = call.attending(rows * slots, calls=PACKING_CALLS + OPERATOR_CALLS, moved=moved)
+        return replace(work, macs=work.macs * max(1.0, FILLED_STEP / size))
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyBlocks)

@@ -17,7 +17,7 @@ from sparsiattn.attention.pattern import Pattern
 from sparsiattn.attention.sdpa import differentiable_attention
 from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.gather_ops import (
     GatherOperands,
     attend,
@@ -27,6 +27,7 @@ from sparsiattn.kernels.gather_ops import (
 )
 from sparsiattn.kernels.gathered_mask import GatheredMask
 from sparsiattn.kernels.padding import list_count, row_keys, summary_count, tile_size
+from sparsiattn.kernels.prices import Work
 from sparsiattn.kernels.workspace import SCRATCH
 
 # Keys and values packed at a time, in elements. This is all the memory that the kernel needs beside

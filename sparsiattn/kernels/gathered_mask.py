@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Mask
-from sparsiattn.kernels.cost import Work
 from sparsiattn.kernels.gather_ops import GatherOperands, attend
+from sparsiattn.kernels.prices import Work
 
 
 class GatheredMask(Mask):

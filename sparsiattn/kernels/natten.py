@@ -19,12 +19,15 @@ from sparsiattn.attention.key_lists import KeyIndex
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import optional
 from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad, with_dense_rows
 from sparsiattn.kernels.padding import slot_macs
-from sparsiattn.kernels.triton import Triton
+from sparsiattn.kernels.prices import Work
 
 NATTEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CALLS = 15.0
+"""Launches around the library's kernel: copies without prefix tokens, and rows of these."""
 NEEDED = ("kernel_size", "stride", "scale", "additional_keys", "additional_values")
 """Arguments of the library's functions that this kernel passes, beside queries, keys and values."""
 
@@ -62,8 +65,12 @@ class Natten(Kernel):
             return ["a dry run does not know whether the model moves to a GPU"]
         return []
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
-        return 0.5 * Triton().speed(inputs, pattern)  # not measured yet: `auto` prefers triton
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        assert isinstance(pattern, KeyIndex)
+        call = CallShape.of(inputs)
+        pairs = (call.queries - pattern.dense_rows) * pattern.width
+        pairs += pattern.dense_rows * call.keys
+        return call.attending(pairs, calls=CALLS, moved=call.rows_bytes(3 * call.keys))
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyIndex)

@@ -13,7 +13,8 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Pattern
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.cost import CallShape
+from sparsiattn.kernels.prices import Work
 
 
 class Reference(Kernel):

@@ -10,7 +10,8 @@ from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import ComputedPattern, Dense, Logits, Mask, Pattern
 from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.cost import CallShape
+from sparsiattn.kernels.prices import Work
 
 
 class MaskedSDPA(Kernel):

@@ -16,7 +16,14 @@ from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
-from sparsiattn.kernels.padding import row_keys, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.gpu_prices import OPERATOR_CALLS
+from sparsiattn.kernels.padding import (
+    list_count,
+    slot_macs,
+    summary_count,
+    tile_size,
+)
+from sparsiattn.kernels.prices import Work
 from sparsiattn.kernels.triton_plan import TRITON_DTYPES, WIDEST_HEAD
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -24,14 +31,6 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MOST_ROWS = 128
 """Queries of one program at most."""
-
-# Estimates, not measured here: an H200's data sheet and the share of it that such kernels commonly
-# reach. Multiply-accumulates per second by bytes per number, for dense and sparse attention; bytes
-# per second from the cache that holds keys; seconds of a launch, for sparse ones with planning.
-_DENSE_MACS = {2: 175e12, 4: 12e12}
-_SPARSE_MACS = {2: 80e12, 4: 5e12}
-_CACHE_BYTES = 5e12
-_SPARSE_START, _DENSE_START = 200e-6, 10e-6
 
 
 class Triton(Kernel):
@@ -69,15 +68,23 @@ class Triton(Kernel):
             return []
         return [f"needs CUDA tensors, and the model is on {device}: move it to a GPU first"]
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyLists)
-        call = CallShape.of(inputs)  # a traced program serves any batch size
-        itemsize, tile, width = call.dtype.itemsize, tile_size(pattern), call.dim + call.value_dim
-        size = call.batch * call.heads * call.queries * width
-        padding = _padded(tile) / tile * (_padded(call.dim) + _padded(call.value_dim)) / width
-        dense = size * call.keys / _DENSE_MACS[itemsize] + _DENSE_START
-        per_key = padding / _SPARSE_MACS[itemsize] + itemsize / tile / _CACHE_BYTES
-        return dense / (size * row_keys(pattern) * per_key + _SPARSE_START)
+        call, tile, lists = CallShape.of(inputs), tile_size(pattern), list_count(pattern)
+        each, slots = call.batch * call.heads, _slots(pattern) + summary_count(pattern)
+        pairs = each * (lists * _padded(tile) * slots + pattern.dense_rows * call.keys)
+        # every part of a tile reads the keys of its list again, and pooling reads all keys
+        pooled = 0 if pattern.summary is None else call.keys
+        moved = call.rows_bytes(lists * -(-tile // _MOST_ROWS) * slots + pooled)
+        if inputs.bias is not None:
+            moved += pairs * call.dtype.itemsize
+        return Work(
+            calls=OPERATOR_CALLS * (2 if pooled else 1),
+            macs=pairs * (_padded(call.dim) + _padded(call.value_dim)),
+            logits=pairs,
+            bytes=moved,
+            rows=each * call.queries,
+        )
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         assert isinstance(pattern, KeyLists)

@@ -61,10 +61,21 @@ def device_name(device: torch.device) -> str:
     True
     """
     if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
+        found = gpu(device)
+        return "cuda" if found is None else f"cuda {found[0]}"
     if device.type == "cpu":
         return f"cpu {processor()}, {torch.get_num_threads()} threads"
     return device.type
+
+
+def gpu(device: torch.device) -> tuple[str, tuple[int, int]] | None:
+    """Name and compute capability of a GPU; None if CUDA does not say, as of fake tensors."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError):
+        return None
 
 
 @cache

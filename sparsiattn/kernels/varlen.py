@@ -16,8 +16,9 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels.base import Kernel
-from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
+from sparsiattn.kernels.prices import Work
 from sparsiattn.kernels.sdpa import lengths_work
 
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)

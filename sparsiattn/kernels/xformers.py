@@ -22,12 +22,15 @@ from sparsiattn.kernels import optional, paged
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import twice_differentiable
-from sparsiattn.kernels.padding import slot_macs, summary_count
+from sparsiattn.kernels.gpu_prices import OPERATOR_CALLS
+from sparsiattn.kernels.padding import list_count, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.prices import Work
 from sparsiattn.kernels.sdpa import lengths_work
-from sparsiattn.kernels.triton import Triton
 from sparsiattn.kernels.varlen import ragged_refusals
 
 XFORMERS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PAGED_CALLS, RAGGED_CALLS = 50.0, 10.0
+"""Launches around the operators: pages and their table, the second attention, the merge; masks."""
 HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
 
 
@@ -64,12 +67,12 @@ class XFormers(Kernel):
             return ["a dry run does not know whether operands are in half precision on a GPU"]
         return []
 
-    def speed(self, inputs: AttentionInputs, pattern: Pattern) -> float:
+    def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
+        call = CallShape.of(inputs)
         if isinstance(pattern, KeyBlocks):
-            # not measured on a GPU yet: it reads all pages again for every 16 queries, so `auto`
-            # prefers triton
-            return 0.5 * Triton().speed(inputs, pattern)
-        return 2.0
+            return _paged_work(call, pattern)
+        assert isinstance(pattern, Lengths)
+        return lengths_work(call, pattern, calls=RAGGED_CALLS)
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
         if isinstance(pattern, KeyBlocks):
@@ -100,6 +103,19 @@ def _images(kind: Any, lengths: tuple[int, ...], device: torch.device) -> Any:
         mask = kind.from_seqlens(list(lengths), device=device)
         geometry.wait_for_values(device)
         return mask
+
+
+def _paged_work(call: CallShape, pattern: KeyBlocks) -> Work:
+    """Work of the paged operator: every few queries of a tile read all of its pages again."""
+    lists, pages = list_count(pattern), pattern.chosen.shape[-1] * pattern.blocks.size
+    tile, extra = tile_size(pattern), pattern.prefix + summary_count(pattern)
+    rows = paged.launch_settings(tile, call.dim, pattern.blocks.size)["block_m"]
+    parts = -(-tile // rows)
+    pairs = lists * parts * rows * (pages + extra) + pattern.dense_rows * call.keys
+    # pages are copied, and a second attention over prefix and summary keys runs in float32
+    moved = call.rows_bytes(lists * parts * pages + 4 * call.keys)
+    moved += 16.0 * call.batch * call.heads * call.queries * (extra + call.value_dim)
+    return call.attending(pairs, calls=PAGED_CALLS + OPERATOR_CALLS, moved=moved)
 
 
 class Operators(NamedTuple):

@@ -11,5 +11,6 @@ from sparsiattn.patching.handle import Patch, patch_of, unpatch
 from sparsiattn.patching.load import from_pretrained
 from sparsiattn.patching.model_call import eval_mode, logits_of
 from sparsiattn.patching.model_outputs import OutputMetric
-from sparsiattn.patching.report import Report, SiteReport
+from sparsiattn.patching.report import Report
+from sparsiattn.patching.site_report import SiteReport
 from sparsiattn.patching.sparsifiner import load_sparsifiner

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.pattern import Dense, Pattern
 from sparsiattn.attention.site import Site
 from sparsiattn.attention.token_order import TokenOrder
-from sparsiattn.kernels import cost, tuning_cache
+from sparsiattn.kernels import tuning_cache
 from sparsiattn.kernels.base import Choice, choose
-from sparsiattn.kernels.cost import PLANNING, Planning, Work
+from sparsiattn.kernels.cost import Planning
 from sparsiattn.kernels.native import factors
+from sparsiattn.kernels.planning_work import planning_of
+from sparsiattn.kernels.prices import PLANNING, Work
 from sparsiattn.patching.discovery.meta_cache import recalling
 from sparsiattn.patching.discovery.meta_model import meta_copy, value_copy
 from sparsiattn.patching.dry_run import DryRun
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
+from sparsiattn.runtime import placement
 from sparsiattn.runtime.measured_speed import predicts
 from sparsiattn.runtime.patch_state import PatchState
 from sparsiattn.runtime.site_runtime import SiteRuntime, notify_planner
@@ -40,12 +43,14 @@ class Expected:
         macs: MACs of the planner.
         planning: The work of choosing the keys.
         choice: The chosen kernel; its expected speed includes planning.
+        works: On a GPU, the work of every kernel that takes the call and counts its work, by name.
     """
 
     pattern: Pattern
     macs: int
     planning: Planning
     choice: Choice
+    works: Mapping[str, Work] = field(default_factory=dict)
 
 
 def settle_sites(state: PatchState, run: DryRun | None, only_if_faster: bool) -> None:
@@ -107,10 +112,23 @@ def expect(
     macs = macs_of(counter)
     if isinstance(pattern, Dense):
         return Expected(pattern, macs, Planning(Work(), 1), Choice(runtime.kernels[0], (), 1.0))
-    planning = cost.planning_of(planned, macs, inputs)
+    planning = planning_of(planned, macs, inputs)
     with recalling():  # a kernel may access key lists, which are computed only then
         choice = choose(runtime.kernels, inputs, pattern, explicit=runtime.explicit)
-    return Expected(pattern, macs, planning, choice.after(planning))
+        works = _works(runtime, choice, inputs, pattern) if inputs.device.type == "cuda" else {}
+    return Expected(pattern, macs, planning, choice.after(planning), works)
+
+
+def _works(
+    runtime: SiteRuntime, choice: Choice, inputs: AttentionInputs, pattern: Pattern
+) -> dict[str, Work]:
+    refused = {name for name, _ in choice.refusals}
+    works = {
+        kernel.name: kernel.work(inputs, pattern)
+        for kernel in runtime.kernels
+        if kernel.name not in refused
+    }
+    return {name: work for name, work in works.items() if work is not None}
 
 
 def site_at(site: Site, run: DryRun | None) -> Site:
@@ -154,7 +172,7 @@ def dry_site(runtime: SiteRuntime, run: DryRun | None) -> AttentionInputs:
         tile=tile,
         block=strategy.block_for(site.keys, tile, views),
         token_state=None if reached is None else reached.token_state,
-        target_device=None if like is None else like.device,
+        target_device=None if like is None else placement.device_of(like),
         views=site.views // depth if depth > 1 else 0,
         order=TokenOrder(site.tokens, depth=depth) if depth > 1 else None,
     )

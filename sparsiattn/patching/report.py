@@ -7,26 +7,26 @@ from typing import Any
 
 import torch
 
-from sparsiattn.attention.key_lists import KeyLists
-from sparsiattn.attention.pattern import Dense, Pattern
-from sparsiattn.attention.site import Site
 from sparsiattn.errors import ProbeFailed, renamed_property
 from sparsiattn.kernels.native import build
 from sparsiattn.patching.alternatives import tile_lines, window_line, window_note
+from sparsiattn.patching.break_even import break_even_lines
 from sparsiattn.patching.discovery.meta_model import MetaInputs, has_data, run_dry
 from sparsiattn.patching.dry_run import DryRun, dry_copy, dry_inputs, dry_run
-from sparsiattn.patching.estimate import Expected, expect_all, measured_speed, site_at
+from sparsiattn.patching.estimate import expect_all
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.patching.model_speed import instead, model_speed, other_macs
 from sparsiattn.patching.reduction_lines import reduction_lines
 from sparsiattn.patching.report_lines import (
     SLOWER,
+    estimated_from,
     loses_time,
     no_fast_kernel,
     not_faster,
     price_source,
     whole_model,
 )
+from sparsiattn.patching.site_report import SiteReport, site_report
 from sparsiattn.patching.text import (
     Row,
     aligned,
@@ -36,57 +36,9 @@ from sparsiattn.patching.text import (
     speed_text,
     structure_lines,
 )
+from sparsiattn.runtime import placement
 from sparsiattn.runtime.monitor import MonitorReport
 from sparsiattn.runtime.patch_state import PatchState
-from sparsiattn.runtime.site_runtime import SiteRuntime
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """One patched site, for one image.
-
-    Attributes:
-        name: Module path.
-        strategy: Name of its strategy.
-        k: Its budget; None for strategies without one.
-        tile: Queries that share their keys, as (rows, columns) or 1.
-        kernel: Name of the kernel; ``"dense"`` for the host's own attention.
-        density: Share of (query, key) pairs that are kept, without summary keys; None if it
-            depends on the input.
-        macs_dense: MACs of QK^T and AV of dense attention, with the tokens of the unpatched model.
-        macs: MACs of QK^T and AV as patched; None if they depend on the input.
-        predictor_macs: MACs of planning.
-        expected: Expected speed relative to dense attention, planning included.
-        ran: Whether the site has run since it was patched.
-        tokens: Number of queries that reach it.
-        note: What is unusual about it, in words; empty if nothing is.
-        refusals: Name of every kernel that refused, with its reasons.
-        planning: Expected time of planning, divided by that of dense attention.
-        measured: The same as ``expected``, measured by `measure_sites` or by a `tune` that covers
-            the shape; None if it was not measured.
-    """
-
-    name: str
-    strategy: str
-    k: int | float | None
-    tile: Any
-    kernel: str
-    density: float | None
-    macs_dense: int
-    macs: int | None
-    predictor_macs: int
-    expected: float
-    ran: bool
-    tokens: int = 0
-    note: str = ""
-    refusals: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    planning: float = 0.0
-    measured: float | None = None
-
-    @property
-    def speed(self) -> float:
-        """The best known speed relative to dense attention: measured, else expected."""
-        return self.expected if self.measured is None else self.measured
 
 
 @dataclass(frozen=True)
@@ -122,6 +74,10 @@ class Report:
         windows: A note that attention in small windows gains nothing, with an alternative; else
             empty.
         monitor: The results of `Patch.monitor`; None if no monitor is active.
+        estimated_from: The published figures from which the prices were derived; empty if they
+            were measured.
+        break_even: On a GPU, the products of batch, heads and squared tokens from which on sparse
+            attention is expected to beat dense attention, in words.
 
     >>> import sparsiattn
     >>> from sparsiattn.testing.hosts import tiny_vit
@@ -154,6 +110,8 @@ class Report:
     native_faults: tuple[str, ...] = ()
     windows: str = ""
     monitor: MonitorReport | None = None
+    estimated_from: str = ""
+    break_even: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int | None:
@@ -186,7 +144,7 @@ class Report:
         )
         lines = [f"{head}: {self.no_fast_kernel}" if self.no_fast_kernel else head]
         if self.speed is not None:
-            note = self.windows or loses_time(self.speed, self.instead)
+            note = self.windows or loses_time(self.speed, self.instead, self.estimated_from)
             lines = [f"{head}: {note}" if note else head, whole_model(self.speed)]
         return [
             *lines,
@@ -204,6 +162,7 @@ class Report:
         if slow:
             lines.append(not_faster(len(slow)))
         lines += [f"native: {fault}" for fault in self.native_faults]
+        lines += self.break_even
         if self.price_source:
             lines.append(self.price_source)
         if self.monitor is not None:
@@ -234,7 +193,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
     """
     run, dense = _runs(state, total)
     expected = list(expect_all(state, run))
-    rows = tuple(_site_report(*site, run) for site in expected)
+    rows = tuple(site_report(*site, run) for site in expected)
     not_selected = [site for site in state.model_sites if site not in state.sites]
     known = [row.macs for row in rows if row.macs is not None]
     mhsa_dense = sum(site.macs for site in state.model_sites)
@@ -242,7 +201,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
     counted = len(known) == len(rows) and not (run is not None and run.ragged)
     speed = None
     like = next(state.model.parameters(), None)
-    device = "cpu" if like is None else like.device.type
+    device = placement.device_of(like).type
     # prices of other devices do not apply to one without kernels
     if other and not (run is not None and run.ragged) and not no_fast_kernel(device):
         speeds = {row.name: row.speed for row in rows}
@@ -250,7 +209,7 @@ def report(state: PatchState, total: int | None = None) -> Report:
         speed = model_speed(state, run, dense, speeds, sparse)
     slow = {row.name for row in rows if row.speed < SLOWER}
     slow = slow or {row.name for row in rows if row.kernel != "dense"}
-    choices = {site.site.name: e.choice for site, e in expected if site.site.name in slow}
+    slow_sites = {site.site.name: e for site, e in expected if site.site.name in slow}
     return Report(
         model=type(state.model).__name__,
         backbone=state.backbone,
@@ -272,11 +231,13 @@ def report(state: PatchState, total: int | None = None) -> Report:
         whole_blocks=state.whole_blocks,
         speed=speed,
         tiles=tile_lines(expected, run),
-        instead=() if speed is None or speed >= SLOWER else tuple(instead(state, choices)),
+        instead=() if speed is None or speed >= SLOWER else tuple(instead(state, slow_sites)),
         no_fast_kernel=no_fast_kernel(device),
         native_faults=build.faults() if device == "cpu" else (),
         windows=_windows(state, rows),
         monitor=None if state.active_monitor is None else state.active_monitor.report(),
+        estimated_from=estimated_from(like),
+        break_even=break_even_lines(expected) if device == "cuda" else (),
     )
 
 
@@ -318,81 +279,3 @@ def dense_macs(copied: torch.nn.Module, inputs: MetaInputs) -> int:
     with mac_counter() as counter:
         run_dry(copied, inputs)
     return macs_of(counter)
-
-
-def _site_report(runtime: SiteRuntime, expected: Expected, run: DryRun | None) -> SiteReport:
-    site, strategy = site_at(runtime.site, run), runtime.strategy
-    pattern, choice = expected.pattern, expected.choice
-    dense = runtime.dense or isinstance(pattern, Dense)
-    if not dense and runtime.last_choice is not None:
-        choice = runtime.last_choice.after(expected.planning)
-    k = getattr(strategy, "k", None)
-    return SiteReport(
-        name=site.name,
-        strategy=strategy.name,
-        k=k if isinstance(k, (int, float)) else None,
-        tile=strategy.tile_sides(runtime.site.tokens),
-        kernel="dense" if dense else choice.kernel.name,
-        density=1.0 if dense else _density(pattern),
-        macs_dense=runtime.site.macs,
-        macs=site.macs if dense else _macs(site, pattern),
-        # calls that share their keys plan once
-        predictor_macs=0 if dense else round(expected.macs * (1 if site.shared else _calls(site))),
-        expected=1.0 if dense else choice.expected,
-        ran=runtime.last_choice is not None,
-        tokens=site.tokens,
-        note=_note(runtime, site, expected),
-        refusals=choice.refusals,
-        planning=0.0 if dense else choice.planning,
-        measured=None if dense else measured_speed(runtime, site, choice),
-    )
-
-
-def _note(runtime: SiteRuntime, site: Site, expected: Expected) -> str:
-    """What is unusual about a site, in words; empty if nothing is."""
-    strategy, pattern, choice = runtime.strategy, expected.pattern, expected.choice
-    dense, k = isinstance(pattern, Dense), getattr(strategy, "k", None)
-    if isinstance(k, int) and k > site.keys:
-        return f"k={k} exceeds the {site.keys} keys, so all are kept"
-    if runtime.dense and not dense:
-        when = " (decided on another machine or before tuning)" if choice.pays else ""
-        speed = f"{choice.kernel.name} with planning would run at {speed_text(choice.expected)}"
-        too_small = choice.expected >= 1 and not choice.pays
-        overhead = ", which saves less time than Python takes there" if too_small else ""
-        return f"left dense{when}: {speed} of dense{overhead}"
-    if dense:
-        if not strategy.selects_keys:
-            return "runs the model's own attention"
-        return "the budget keeps every key: dense" if strategy.name != "dense" else ""
-    if strategy.prefix_keys and pattern_keys(pattern) <= site.prefix_tokens > 0:
-        return f"prefix tokens use up the budget of {pattern_keys(pattern)} keys"
-    return ""
-
-
-def pattern_keys(pattern: Pattern) -> float:
-    """Number of keys per patch query of a list pattern; infinity for other patterns."""
-    return pattern.width if isinstance(pattern, KeyLists) else float("inf")
-
-
-def _density(pattern: Pattern) -> float | None:
-    pairs = pattern.pairs()
-    if pairs is None:
-        return None
-    return (pairs - summary_pairs(pattern)) / (pattern.n_queries * pattern.n_keys)
-
-
-def summary_pairs(pattern: Pattern) -> int:
-    """Number of a pattern's pairs whose key is a summary key."""
-    if pattern.summary is None:
-        return 0
-    return (pattern.n_queries - getattr(pattern, "dense_rows", 0)) * pattern.summary.count
-
-
-def _macs(site: Site, pattern: Pattern) -> int | None:
-    per_head = pattern.macs(site.head_dim, site.value_dim)
-    return None if per_head is None else round(per_head * site.heads * site.windows * _calls(site))
-
-
-def _calls(site: Site) -> float:
-    """Number of a site's calls; smaller images count in proportion to their pairs of tokens."""
-    return sum((length / site.tokens) ** 2 for length in site.lengths) or site.calls

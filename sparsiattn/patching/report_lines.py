@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsiattn.kernels import cost, tuning_cache
 from sparsiattn.patching.text import speed_text
+from sparsiattn.runtime import placement
 
 # A model below this speed is expected to be slower; closer to 1.0 the estimate is too coarse.
 SLOWER = 0.98
@@ -30,12 +31,13 @@ def no_fast_kernel(device: str) -> str:
     return f"no fast kernel for {device}: sparse attention saves MACs there, not time"
 
 
-def loses_time(speed: float, instead: Sequence[str]) -> str:
+def loses_time(speed: float, instead: Sequence[str], origin: str = "") -> str:
     """A note for models that are expected to be slower than dense; empty for others.
 
     Args:
         speed: Expected speed of the model relative to dense.
         instead: Alternatives to try.
+        origin: The published figures that the speed is estimated from; empty if it is measured.
 
     >>> loses_time(0.89, ["larger images", "only_if_faster=True"]), loses_time(0.99, [])
     ('expected speed 0.89x of dense; try larger images or only_if_faster=True', '')
@@ -43,6 +45,8 @@ def loses_time(speed: float, instead: Sequence[str]) -> str:
     if speed >= SLOWER:
         return ""
     expected = f"expected speed {speed_text(speed)} of dense"
+    if origin:
+        expected += f" (estimated from {origin})"
     if not instead:
         return expected
     *others, last = instead
@@ -65,6 +69,13 @@ def not_faster(sites: int) -> str:
     )
 
 
+def estimated_from(like: Tensor | None) -> str:
+    """The published figures behind the prices of a parameter's GPU; empty if it was measured."""
+    if like is None:
+        return ""
+    return cost.estimated_from(placement.device_of(like), like.dtype)
+
+
 def price_source(like: Tensor | None, *, sparse: bool) -> str:
     """Where the prices of expected speeds come from, or why a tuning file is ignored.
 
@@ -77,8 +88,14 @@ def price_source(like: Tensor | None, *, sparse: bool) -> str:
         return f"tuning file {fault}"
     if not sparse:
         return ""
-    if like is not None and cost.is_tuned(like.device, like.dtype):
+    if like is not None and cost.is_tuned(placement.device_of(like), like.dtype):
         return "expected speeds come from measurements of `sparsiattn tune` on this machine"
+    origin = estimated_from(like)
+    if origin:
+        return (
+            f"expected speeds are estimates from {origin}, nothing was measured; run `sparsiattn "
+            "tune` to measure this GPU"
+        )
     return (
         "expected speeds come from measurements of other machines; "
         "run `sparsiattn tune` to measure this one"

@@ -17,7 +17,7 @@ from sparsiattn.attention.layout import Layout
 from sparsiattn.attention.packing import PackedInput
 from sparsiattn.attention.site import Site
 from sparsiattn.errors import InvalidOption, InvalidType, ModelChanged
-from sparsiattn.runtime import settings
+from sparsiattn.runtime import placement, settings
 from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.block_runtime import KEEP_GRID, BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
@@ -178,7 +178,7 @@ class PatchState(PatchOwner):
     def runs_on_cpu(self) -> bool:
         """Whether the model's first parameter is on the CPU or the meta device."""
         first = next(self.model.parameters(), None)
-        return first is None or first.device.type in ("cpu", "meta")
+        return placement.device_of(first).type in ("cpu", "meta")
 
     @property
     def has_learned_planners(self) -> bool:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.utils._triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton
@@ -95,3 +96,28 @@ def _templates(graph: Any, examples: Any) -> list[str]:
     with V.set_graph_handler(lowering), V.set_fake_mode(detect_fake_mode(examples)):
         lowering.run(*examples)
     return [op.name for op in lowering.operations if isinstance(op, TemplateBuffer)]
+
+
+@contextmanager
+def planned_for_gpu(name: str, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Patches are planned as if the model were on this GPU; it stays on the CPU and cannot run.
+
+    Args:
+        name: The name that CUDA would report.
+        capability: Compute capability.
+    """
+    from sparsiattn.kernels import cost, gpu_prices, triton_plan, tuning_cache
+    from sparsiattn.runtime import placement
+
+    with ExitStack() as stack:
+        for owner, attribute, answer in (
+            (torch.cuda, "is_available", lambda: True),
+            (triton_plan, "is_planned_on", lambda device: device.type == "cuda"),
+            (tuning_cache, "gpu", lambda device: (name, capability)),
+            (placement, "device_of", lambda weight: CUDA),
+            (gpu_prices, "_KNOWN", {}),
+        ):
+            stack.enter_context(mock.patch.object(owner, attribute, answer))
+        cost.reload()
+        yield
+    cost.reload()

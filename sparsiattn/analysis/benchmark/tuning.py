@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from itertools import product
@@ -25,8 +25,8 @@ from sparsiattn.analysis.benchmark.tuning_cases import (
 )
 from sparsiattn.analysis.benchmark.tuning_verdict import failure_line, verdict_of
 from sparsiattn.errors import InvalidOption, InvalidType, SparsiattnError
-from sparsiattn.kernels import Prices, Work, compile_native, cost, tuning_cache
-from sparsiattn.kernels.cost import DENSE, MASKED, PLANNING
+from sparsiattn.kernels import Prices, Work, compile_native, cost, gpu_prices, tuning_cache
+from sparsiattn.kernels.prices import DENSE, MASKED, PLANNING
 
 # Default time limit of `tune` with the small grid of shapes, in seconds.
 BUDGET = 45.0
@@ -44,6 +44,8 @@ class Tuning:
             to this process only.
         failures: Calls that raised. ``auto`` does not use these kernels on this machine.
         unmeasured: Number of shapes that were skipped because the time limit was reached.
+        estimates: On a GPU, which kernels keep prices from data sheets, in words; one line for each
+            data type.
 
     >>> tuning = tune(budget=10)  # doctest: +SKIP
     >>> print(tuning)  # doctest: +SKIP
@@ -55,6 +57,7 @@ class Tuning:
     path: Path | None
     failures: tuple[Failure, ...] = ()
     unmeasured: int = 0
+    estimates: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(self.verdict())
@@ -68,6 +71,7 @@ class Tuning:
         unwritten = "no file could be written; kernel='auto' uses these times in this process only"
         lines = [*verdict_of(self.rows), unwritten if self.path is None else written]
         lines += [failure_line(failure) for failure in self.failures]
+        lines += self.estimates
         if self.unmeasured:
             lines.append(f"not measured, as the time limit was reached: {self.unmeasured} shapes")
         return lines
@@ -97,7 +101,8 @@ def tune(
         device: The device to measure; None for the GPU if there is one, else the CPU.
         dtypes: Data types to measure; None for float32 on a CPU, and bfloat16, float16 and float32
             on a GPU.
-        quick: Whether to measure a small grid of shapes; otherwise a larger one.
+        quick: Whether to measure a small grid of shapes, without kernels that compile for half a
+            minute for each (`flex`); otherwise a larger one, with all kernels.
         on_case: Called with the number of cases done and the total.
         budget: Time limit in seconds, including compilation; None for 45 s if ``quick``, else no
             limit. Slow kernels run less often, and shapes are skipped when no time is left, but
@@ -131,7 +136,8 @@ def tune(
             done -= 1
             break
         limit = remaining / (1 + len(todo) - done)
-        measured, failed = measure(case, device, dtype, 5 if quick else 11, limit)
+        rounds = 5 if quick else 11
+        measured, failed = measure(case, device, dtype, rounds, limit, compiles=not quick)
         rows, failures = [*rows, *measured], [*failures, *failed]
         if on_case is not None:
             on_case(done, len(todo))
@@ -176,8 +182,19 @@ def _keep(
         }
     path = tuning_cache.write(entries)
     cost.reload()
-    place = tuning_cache.device_name(device)
-    return Tuning(place, tuple(judged), prices, path, tuple(failures), unmeasured)
+    place, estimates = tuning_cache.device_name(device), tuple(_estimates(device, prices))
+    return Tuning(place, tuple(judged), prices, path, tuple(failures), unmeasured, estimates)
+
+
+def _estimates(device: torch.device, prices: Mapping[str, Mapping[str, Prices]]) -> Iterator[str]:
+    """On a GPU, a line for each data type about the kernels that were not measured."""
+    if device.type != "cuda":
+        return
+    origin, known = gpu_prices.known(device).origin, cost.shipped(device, torch.float32)
+    for dtype, measured in prices.items():
+        missing = [name for name in known if name not in (*measured, MASKED)]
+        if missing:
+            yield f"{dtype}: not measured, estimated from {origin}: {', '.join(missing)}"
 
 
 def _failed(failures: Iterable[Failure]) -> dict[str, dict[str, Any]]:

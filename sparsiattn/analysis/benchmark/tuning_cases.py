@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsiattn.attention import AttentionInputs, Lengths, Pattern, Site, Tile, dense_attention
-from sparsiattn.kernels import CallShape, Kernel, Work, cost, refusals
-from sparsiattn.kernels.cost import DENSE, MASKED, PLANNING
+from sparsiattn.kernels import CallShape, Kernel, Work, refusals
+from sparsiattn.kernels.planning_work import planning_of
+from sparsiattn.kernels.prices import DENSE, MASKED, PLANNING
 from sparsiattn.patching.flop_counter import mac_counter, macs_of
 from sparsiattn.registry import REGISTRY
 from sparsiattn.runtime import Timing, timing
@@ -152,7 +153,13 @@ Outcome = tuple[list[Measured], list[Failure]]
 
 
 def measure(
-    case: Case, device: torch.device, dtype: torch.dtype, rounds: int, limit: float = math.inf
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    limit: float = math.inf,
+    *,
+    compiles: bool = True,
 ) -> Outcome:
     """Measure one case: dense attention, with a mask, planning, and each kernel that supports it.
 
@@ -162,6 +169,7 @@ def measure(
         dtype: Data type of its operands.
         rounds: Largest number of paired runs.
         limit: Time limit in seconds, see `timing.alternate_within`.
+        compiles: Whether to measure kernels that compile for every shape first.
     """
     with torch.inference_mode():
         try:
@@ -175,7 +183,7 @@ def measure(
             ways[PLANNING] = Way(plan, lambda: (planning, None))
         if case.k is not None and _logits(inputs) <= MOST_LOGITS:
             ways[MASKED] = Way(_dense(_masked(inputs)), lambda: (dense, None))
-        for kernel in _kernels(inputs, pattern):
+        for kernel in _kernels(inputs, pattern, compiles):
             ways[kernel.name] = Way(
                 partial(kernel, inputs, pattern), partial(_declared, kernel, inputs, pattern)
             )
@@ -255,17 +263,22 @@ def _prepare(
     with mac_counter() as counter:
         planned = planner(inputs)
         finish(planned, inputs, background=background)  # counts the votes
-    work = cost.planning_of(planned, macs_of(counter), inputs).work
+    work = planning_of(planned, macs_of(counter), inputs).work
     return inputs, lambda: finish(planner(inputs), inputs, background=background), work
 
 
-def _kernels(inputs: AttentionInputs, pattern: Pattern) -> list[Kernel]:
-    """Kernels that support the call, without those whose matrices of logits would be too large."""
+def _kernels(inputs: AttentionInputs, pattern: Pattern, compiles: bool) -> list[Kernel]:
+    """Kernels that support the call, without those whose matrices of logits would be too large.
+
+    ``auto`` takes no kernel that would have to compile first, so such kernels may be left out.
+    """
     skipped: set[str] = {"reference", "sdpa"} if _logits(inputs) > MOST_LOGITS else set()
     if isinstance(pattern, Lengths):  # sdpa runs image by image here
         skipped -= {"sdpa"}
     return [
         kernel
         for kernel in REGISTRY.all("kernels").values()
-        if kernel.name not in skipped and not refusals(kernel, inputs, pattern)
+        if kernel.name not in skipped
+        and not refusals(kernel, inputs, pattern)
+        and (compiles or not kernel.not_ready(inputs, pattern))
     ]

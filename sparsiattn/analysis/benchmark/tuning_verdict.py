@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from sparsiattn.analysis.benchmark.tuning_cases import Case, Failure, Measured
-from sparsiattn.kernels.cost import DENSE, MASKED, PLANNING
+from sparsiattn.kernels.prices import DENSE, MASKED, PLANNING
 from sparsiattn.patching.text import speed_text
 
 

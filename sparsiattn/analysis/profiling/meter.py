@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsiattn.attention import AttentionInputs, ComputedPattern, Dense, HostCall, Lengths, Pattern
 from sparsiattn.kernels import Choice, cost
+from sparsiattn.kernels.planning_work import planning_of
 from sparsiattn.patching.flop_counter import flop_counter, macs_of
-from sparsiattn.patching.report import summary_pairs
+from sparsiattn.patching.site_report import summary_pairs
 from sparsiattn.runtime import BlockRuntime, settings
 from sparsiattn.runtime.site_runtime import SiteRuntime
 from sparsiattn.strategies import Planner
@@ -178,7 +179,7 @@ class MacCounter:
             (PREDICTOR, name), lambda: runtime.plan(recorded_planner, inputs)
         )
         if plans:
-            self._planning[name] = cost.planning_of(plans[0], macs, inputs)
+            self._planning[name] = planning_of(plans[0], macs, inputs)
         return pattern
 
     def compute(

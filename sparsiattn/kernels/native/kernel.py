@@ -17,7 +17,7 @@ from sparsiattn.attention.top_logits import TopKeys
 from sparsiattn.kernels import cost
 from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.compiled import is_loaded
-from sparsiattn.kernels.cost import CallShape, Work
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad
 from sparsiattn.kernels.native import build
@@ -27,6 +27,7 @@ from sparsiattn.kernels.native.ops import FLOATS, attention
 from sparsiattn.kernels.native.rows import attend_to_best, repeat_best
 from sparsiattn.kernels.native.scores import CELLS, group_sizes
 from sparsiattn.kernels.padding import list_count, row_keys, slot_macs, summary_count, tile_size
+from sparsiattn.kernels.prices import Work
 
 WIDEST = 256  # as in vectors.h
 # most queries in one vector; attention.c computes tiles larger than FEW in whole vectors
