@@ -145,6 +145,11 @@ def _start(side: int, stride: int) -> int:
     return min(stride, side) // 2
 
 
+def _kept(side: int, stride: int) -> int:
+    """The number of kept rows or columns of so many."""
+    return len(range(_start(side, stride), side, stride))
+
+
 def on_stride(grid: Grid, views: int, stride: int, *, device: torch.device) -> Tensor:
     """Whether a patch is on the grid of kept keys, ``[n]``.
 
@@ -178,8 +183,8 @@ def strided_keys(
     """
     n = math.prod(grid)
     rows, size = (n, 1) if tiles is None else (tiles.count, tiles.size)
-    sides = grid[0] // views, grid[1]
-    kept = views * math.prod(len(range(_start(side, stride), side, stride)) for side in sides)
+    # Dynamo cannot trace a generator as an argument of `math.prod`
+    kept = views * _kept(grid[0] // views, stride) * _kept(grid[1], stride)
     row_of_patch = _row_of_patch(tiles, n, device)
     is_kept = on_stride(grid, views, stride, device=device)
     step = max(1, MOST_SCORES // n)
