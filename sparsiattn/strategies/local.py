@@ -61,10 +61,11 @@ class Local(Strategy):
             block = 1 if inputs.blocks is None else inputs.block
             grids = inputs.query_grid, inputs.key_grid
             depth = 1 if inputs.order is None else inputs.order.depth
-            options = inputs.prefix, inputs.tile, block, inputs.site.halo, views, depth
+            # tiles lie within images of the queries, also where keys are pooled
+            tiled = inputs.prefix, inputs.tile, block, inputs.site.halo, views, depth, inputs.views
             # a compiled program builds the table again in every call, where sorting takes too long
             build = unique_nearness if torch.compiler.is_dynamo_compiling() else nearness_ranks
-            scores = inputs.table(build, *grids, *options)
+            scores = inputs.table(build, *grids, *tiled)
         else:
             scores = _nearness_of_remaining(inputs, inputs.reduced.grid)
         return Pattern.top(scores, self.k)  # type: ignore[arg-type]
@@ -128,6 +129,7 @@ def unique_nearness(
     halo: int,
     views: int = 1,
     depth: int = 1,
+    tile_views: int | None = None,
     *,
     device: torch.device,
 ) -> Tensor:
@@ -145,9 +147,10 @@ def unique_nearness(
         halo: Number of key patches by which keys extend beyond the queries on every side.
         views: Number of images or frames in the grids; they are one patch apart.
         depth: Number of frames whose rows alternate within each view; see `TokenOrder`.
+        tile_views: Number of images or frames that tiles do not cross; None for ``views``.
         device: Device of the result.
     """
-    scores = nearness(queries, keys, tile, halo, views, depth, device=device)
+    scores = nearness(queries, keys, tile, halo, views, depth, tile_views, device=device)
     if not isinstance(block, int):
         scores = geometry.tiles(keys, block, views, device=device).mean(scores.mT).mT
         prefix = 0
@@ -164,6 +167,7 @@ def nearness(
     halo: int,
     views: int = 1,
     depth: int = 1,
+    tile_views: int | None = None,
     *,
     device: torch.device,
 ) -> Tensor:
@@ -180,7 +184,7 @@ def nearness(
     q = places(queries, views, depth, device=device) * (size - 2 * inner) + inner
     k = places(keys, views, depth, device=device) * size
     if not isinstance(tile, int):
-        q = geometry.tiles(queries, tile, views, device=device).mean(q)
+        q = geometry.tiles(queries, tile, tile_views or views, device=device).mean(q)
     apart = [(q[:, None, axis] - k[None, :, axis]).square() for axis in range(3)]
     return -(apart[0] + apart[1] + apart[2])
 
