@@ -176,7 +176,7 @@ def test_tune_names_what_stays_an_estimate() -> None:
     (line,) = tuning._estimates(CUDA, {"bfloat16": measured})
     start = "bfloat16: not measured, estimated from NVIDIA's data sheet of the H200: "
     assert set(line.removeprefix(start).split(", ")) == (
-        {"reference", "sdpa", "gather", "varlen", "flex", "xformers"}
+        {"reference", "sdpa", "gather", "varlen", "flex", "xformers", "flash_attn_4", "natten"}
     )
     everything = dict.fromkeys(cost.shipped(CUDA, torch.float32), measured["dense"])
     assert not list(tuning._estimates(CUDA, {"bfloat16": everything}))

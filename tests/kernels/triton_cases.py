@@ -17,7 +17,7 @@ from torch import Tensor
 import sparsiattn
 from sparsiattn import AttentionInputs, Pattern
 from sparsiattn.attention import Dense, KeyIndex, KeyLists
-from sparsiattn.kernels import Kernel, Reference, Triton, triton
+from sparsiattn.kernels import Kernel, Prices, Reference, Triton, cost, triton
 from sparsiattn.kernels._triton import key_gradients, launch, ops
 from sparsiattn.kernels._triton.ops import key_list_attention
 from sparsiattn.strategies import finish
@@ -298,9 +298,9 @@ def test_a_patched_model_runs_trains_and_compiles() -> None:
 def test_no_batch_size_decides_in_a_program_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` must not compare a symbolic batch: its guard would limit the exported program."""
     # so fast, and so slow to start, that it wins with many images only
-    monkeypatch.setattr(triton, "_SPARSE_MACS", {4: 1e15})
-    monkeypatch.setattr(triton, "_DENSE_MACS", {4: 1e8})
-    monkeypatch.setattr(triton, "_SPARSE_START", 0.1)
+    slow_to_start, dense = Prices(0.1, 1e-15, 0.0, 0.0), Prices(0.0, 1e-8, 0.0, 0.0)
+    tuned = {"triton": slow_to_start, "dense": dense, "planning": slow_to_start}
+    monkeypatch.setitem(cost._TUNED, (torch.device("cpu"), torch.float32), tuned)
     model, x = zoo.build("vit"), torch.randn(2, 3, 32, 32)
     images = {0: torch.export.Dim("images", min=1, max=512)}
     with torch.no_grad(), sparsiattn.patch(model, "topk", k=0.3, tile=(4, 4)):

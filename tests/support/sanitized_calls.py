@@ -14,7 +14,7 @@ import torch
 from sparsiattn import AttentionInputs, Pattern
 from sparsiattn.attention import KeyLists, TopLogits
 from sparsiattn.kernels import Native, compile_native
-from sparsiattn.kernels.native import build
+from sparsiattn.kernels.native import build, toolchain
 from sparsiattn.kernels.workspace import SCRATCH
 from sparsiattn.strategies import Connectivity, finish
 from tests.support.host_masks import HALVES, KINDS, Case
@@ -71,6 +71,7 @@ def train(inputs: AttentionInputs, pattern: Pattern) -> None:
 def main(calls: str, threads: str, processor: str) -> None:
     torch.set_num_threads(int(threads))
     build._flag = lambda: f"-march={processor}"
+    toolchain.SECONDS = 600  # sanitizers take long, more so beside other tests
     failure = compile_native()
     assert failure is None, failure
     draw = random.Random(0)
