@@ -11,7 +11,18 @@ from torch import Tensor
 
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
+from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.gather import summary_rows
+
+
+def moved(call: CallShape, extra: int) -> float:
+    """Bytes that the second attention and the merge read and write, in float32.
+
+    Args:
+        call: The shape of the call.
+        extra: Number of keys of the second attention.
+    """
+    return 16.0 * call.batch * call.heads * call.queries * (extra + call.value_dim)
 
 
 def attend(

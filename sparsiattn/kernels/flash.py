@@ -19,15 +19,13 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import extra_keys, optional
-from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals
-from sparsiattn.kernels.gather import needs_grad, with_dense_rows
+from sparsiattn.kernels.gather import with_dense_rows
 from sparsiattn.kernels.gpu_prices import OPERATOR_CALLS
 from sparsiattn.kernels.padding import list_count, slot_macs, summary_count, tile_size
 from sparsiattn.kernels.prices import Work
 
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
 ROWS = 64
 """Queries of one step: what a group of four warps multiplies at a time on Hopper."""
 KEYS = 16
@@ -40,7 +38,7 @@ NEEDED = ("softmax_scale", "block_sparse_tensors", "return_lse")
 """Arguments of the library's function that this kernel passes, beside q, k and v."""
 
 
-class FlashAttention4(Kernel):
+class FlashAttention4(optional.LibraryKernel):
     """Key blocks through FlashAttention-4 (arXiv 2603.05451), forward only.
 
     Its block-sparse kernel for Hopper takes 64 queries at a time, and blocks of keys of any
@@ -51,13 +49,8 @@ class FlashAttention4(Kernel):
     summary = "key blocks on a Hopper GPU, without gradients (flash-attn-4)"
     differentiable = False
 
-    def why_unavailable(self) -> list[str]:
-        if not torch.cuda.is_available():
-            return ["needs a CUDA device"]
-        if torch.compiler.is_compiling():
-            return ["cannot be traced by torch.compile"]
-        loaded = probe()
-        return [] if loaded.attention is not None else [loaded.reason]
+    def missing(self) -> str:
+        return probe().reason
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         reasons = self.why_unavailable()
@@ -69,20 +62,14 @@ class FlashAttention4(Kernel):
             reasons += _shape_refusals(inputs, pattern, pattern.tiles)
         return reasons + _operand_refusals(inputs) + transform_refusals()
 
-    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        if inputs.q.device.type == "meta":
-            return ["a dry run does not know whether operands are in half precision on a GPU"]
-        return []
-
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyBlocks)
         call, lists = CallShape.of(inputs), list_count(pattern)
         extra, tile = pattern.prefix + summary_count(pattern), tile_size(pattern)
         slots = pattern.chosen.shape[-1] * pattern.blocks.size + extra
         pairs = lists * tile * slots + pattern.dense_rows * call.keys
-        # tokens are packed, and a second attention over the extra keys runs in float32
-        moved = call.rows_bytes(lists * slots + 3 * call.keys)
-        moved += 16.0 * call.batch * call.heads * call.queries * (extra + call.value_dim)
+        # tokens are packed
+        moved = call.rows_bytes(lists * slots + 3 * call.keys) + extra_keys.moved(call, extra)
         return call.attending(pairs, calls=CALLS + OPERATOR_CALLS, moved=moved)
 
     def uncounted_macs(self, inputs: AttentionInputs, pattern: Pattern) -> int:
@@ -130,26 +117,15 @@ def _shape_refusals(inputs: AttentionInputs, pattern: KeyBlocks, tiles: Tiles) -
 
 
 def _operand_refusals(inputs: AttentionInputs) -> list[str]:
-    q, k, v = inputs.q, inputs.k, inputs.v
-    reasons, dims = [], (q.shape[-1], v.shape[-1])
-    if q.device.type not in ("cuda", "meta"):
-        reasons.append(f"needs CUDA tensors, got {q.device.type}")
-    elif q.device.type == "cuda" and (found := _capability(q.device))[0] != CAPABILITY[0]:
+    q, dims = inputs.q, (inputs.q.shape[-1], inputs.v.shape[-1])
+    reasons = optional.key_block_refusals(inputs)
+    if q.device.type == "cuda" and (found := _capability(q.device))[0] != CAPABILITY[0]:
         reasons.append(
             "its tiles and blocks need a GPU of compute capability 9.0 (Hopper), got "
             f"{found[0]}.{found[1]}"
         )
-    if q.device.type != "meta" and not (q.dtype in FLASH_DTYPES and q.dtype == k.dtype == v.dtype):
-        types = sorted({str(x.dtype) for x in (q, k, v)})
-        reasons.append(f"needs half precision, got {', '.join(types)}")
     if any(dim % 8 or not 8 <= dim <= WIDEST_HEAD for dim in dims):
         reasons.append(f"needs head dims of a multiple of 8 up to {WIDEST_HEAD}, got {dims}")
-    if inputs.bias is not None:
-        reasons.append("does not support the model's mask")
-    if inputs.dropout:
-        reasons.append("does not support dropout")
-    if needs_grad(inputs):
-        reasons.append("has no backward pass for key blocks")
     if not inputs.scale > 0:
         reasons.append(f"needs a positive scale, got {inputs.scale}")
     return reasons

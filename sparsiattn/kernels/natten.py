@@ -18,7 +18,6 @@ from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyIndex
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.kernels import optional
-from sparsiattn.kernels.base import Kernel
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import transform_refusals, twice_differentiable
 from sparsiattn.kernels.gather import needs_grad, with_dense_rows
@@ -32,7 +31,7 @@ NEEDED = ("kernel_size", "stride", "scale", "additional_keys", "additional_value
 """Arguments of the library's functions that this kernel passes, beside queries, keys and values."""
 
 
-class Natten(Kernel):
+class Natten(optional.LibraryKernel):
     """The windows of ``local(window=...)``; prefix keys are the library's additional keys.
 
     Tiles are its stride. Differentiable.
@@ -41,13 +40,8 @@ class Natten(Kernel):
     name = "natten"
     summary = "windows of local(window=...) on a GPU (NATTEN)"
 
-    def why_unavailable(self) -> list[str]:
-        if not torch.cuda.is_available():
-            return ["needs a CUDA device"]
-        if torch.compiler.is_compiling():
-            return ["cannot be traced by torch.compile"]
-        loaded = probe()
-        return [] if loaded.module is not None else [loaded.reason]
+    def missing(self) -> str:
+        return probe().reason
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         reasons = self.why_unavailable()
@@ -59,11 +53,6 @@ class Natten(Kernel):
         else:
             reasons += _window_refusals(inputs, pattern, pattern.window)
         return reasons + _operand_refusals(inputs) + transform_refusals()
-
-    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        if inputs.q.device.type == "meta":
-            return ["a dry run does not know whether the model moves to a GPU"]
-        return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         assert isinstance(pattern, KeyIndex)

@@ -18,9 +18,9 @@ from torch import Tensor
 from sparsiattn.attention import geometry
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.attention.key_lists import KeyBlocks
-from sparsiattn.kernels import extra_keys
+from sparsiattn.kernels import extra_keys, optional
 from sparsiattn.kernels.derivatives import transform_refusals
-from sparsiattn.kernels.gather import needs_grad, with_dense_rows
+from sparsiattn.kernels.gather import with_dense_rows
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 MOST_TILES = 65_535
@@ -35,19 +35,8 @@ def refusals(ops: Any, inputs: AttentionInputs, pattern: KeyBlocks) -> list[str]
         inputs: The operands of the call.
         pattern: Its key blocks.
     """
-    q, reasons = inputs.q, []
-    device, dims = q.device.type, (q.shape[-1], inputs.v.shape[-1])
-    if device not in ("cuda", "meta"):
-        reasons.append(f"needs CUDA tensors, got {device}")
-    if inputs.bias is not None:
-        reasons.append("does not support the model's mask")
-    if inputs.dropout:
-        reasons.append("does not support dropout for key blocks")
-    if needs_grad(inputs):
-        reasons.append("has no backward pass for key blocks")
-    types = {x.dtype for x in (q, inputs.k, inputs.v)}
-    if device != "meta" and not (len(types) == 1 and q.dtype in (torch.float16, torch.bfloat16)):
-        reasons.append(f"needs half precision, got {', '.join(sorted(map(str, types)))}")
+    q, reasons = inputs.q, optional.key_block_refusals(inputs)
+    dims = q.shape[-1], inputs.v.shape[-1]
     if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
         reasons.append(f"needs equal head dims of 16, 32, 64, ... 512, got {dims}")
     reasons += _shape_refusals(q, pattern) + transform_refusals()

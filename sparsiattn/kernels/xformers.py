@@ -18,8 +18,7 @@ from sparsiattn.attention.key_lists import KeyBlocks
 from sparsiattn.attention.lengths import Lengths
 from sparsiattn.attention.pattern import Pattern
 from sparsiattn.errors import first_line
-from sparsiattn.kernels import optional, paged
-from sparsiattn.kernels.base import Kernel
+from sparsiattn.kernels import extra_keys, optional, paged
 from sparsiattn.kernels.cost import CallShape
 from sparsiattn.kernels.derivatives import twice_differentiable
 from sparsiattn.kernels.gpu_prices import OPERATOR_CALLS
@@ -34,7 +33,7 @@ PAGED_CALLS, RAGGED_CALLS = 50.0, 10.0
 HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
 
 
-class XFormers(Kernel):
+class XFormers(optional.LibraryKernel):
     """Packed images and key blocks through xformers' memory-efficient attention.
 
     Packed images use a `BlockDiagonalMask`. Key blocks (forward only) are the pages of a paged
@@ -44,13 +43,8 @@ class XFormers(Kernel):
     name = "xformers"
     summary = "on CUDA: ragged batches without padding, key blocks without gradients (xformers)"
 
-    def why_unavailable(self) -> list[str]:
-        if not torch.cuda.is_available():
-            return ["needs a CUDA device"]
-        if torch.compiler.is_compiling():
-            return ["cannot be traced by torch.compile"]
-        loaded = probe()
-        return [] if loaded.ops is not None else [loaded.reason]
+    def missing(self) -> str:
+        return probe().reason
 
     def why_not(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
         reasons = self.why_unavailable()
@@ -61,11 +55,6 @@ class XFormers(Kernel):
         if inputs.q.dtype not in XFORMERS_DTYPES:
             reasons.append(f"needs float32, bfloat16 or float16, got {inputs.q.dtype}")
         return reasons
-
-    def not_ready(self, inputs: AttentionInputs, pattern: Pattern) -> list[str]:
-        if inputs.q.device.type == "meta":
-            return ["a dry run does not know whether operands are in half precision on a GPU"]
-        return []
 
     def work(self, inputs: AttentionInputs, pattern: Pattern) -> Work:
         call = CallShape.of(inputs)
@@ -112,9 +101,8 @@ def _paged_work(call: CallShape, pattern: KeyBlocks) -> Work:
     rows = paged.launch_settings(tile, call.dim, pattern.blocks.size)["block_m"]
     parts = -(-tile // rows)
     pairs = lists * parts * rows * (pages + extra) + pattern.dense_rows * call.keys
-    # pages are copied, and a second attention over prefix and summary keys runs in float32
-    moved = call.rows_bytes(lists * parts * pages + 4 * call.keys)
-    moved += 16.0 * call.batch * call.heads * call.queries * (extra + call.value_dim)
+    # pages are copied
+    moved = call.rows_bytes(lists * parts * pages + 4 * call.keys) + extra_keys.moved(call, extra)
     return call.attending(pairs, calls=PAGED_CALLS + OPERATOR_CALLS, moved=moved)
 
 

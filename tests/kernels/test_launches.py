@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sparsiattn import AttentionInputs, Site
-from sparsiattn.kernels import Triton
-from sparsiattn.strategies import Connectivity, finish
+from sparsiattn.kernels import Triton, cost, planning_work
+from sparsiattn.strategies import Connectivity, Local, Strategy, finish
 from tests.support.launches import Launches, counted, fake_gpu, on_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -63,10 +64,11 @@ PLACES = {
 }
 
 
-def second_call(place: Place) -> Launches:
+def second_call(place: Place, strategy: Strategy | None = None) -> Launches:
     """What a site launches once its tables are made."""
-    strategy = place.strategy
-    planner = on_gpu(strategy.planner(place.inputs().site))
+    strategy = strategy or place.strategy
+    planner = strategy.planner(place.inputs().site)
+    planner = on_gpu(planner) if isinstance(planner, nn.Module) else planner
     for _ in range(2):
         inputs = place.inputs()
         with counted() as launches:
@@ -87,6 +89,17 @@ def test_a_site_launches_few_kernels(name: str, with_triton: bool) -> None:
     most = place.most if with_triton else place.without
     assert len(launches.names) <= most, launches.names
     assert launches.copied_to_device == []
+
+
+def test_estimates_price_what_planning_launches() -> None:
+    """`auto` and the report count with constants, which must not grow old."""
+    by_torch, predictor = PLACES["ViT-S/16 at 1024 px"], PLACES["ViT-S/16 at 1024 px, predictor"]
+    with fake_gpu(with_triton=False):
+        calls = [second_call(by_torch), second_call(predictor)]
+        calls.append(second_call(by_torch, Local(k=0.1)))
+    voted, *others = ([x for x in call.names if x not in ("pool", "forward")] for call in calls)
+    assert len(voted) == planning_work._TORCH_CALLS
+    assert tuple(map(len, others)) == cost._GPU_CALLS
 
 
 def test_what_is_counted() -> None:

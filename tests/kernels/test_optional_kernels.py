@@ -150,8 +150,9 @@ class TestFlashAttention4:
             q=inputs.q.clone().requires_grad_(),
         )  # fmt: skip
         assert kernel.why_not(masked, pattern) == [
-            *start, CPU, single, "does not support the model's mask", "does not support dropout",
-            "has no backward pass for key blocks", "needs a positive scale, got -1.0",
+            *start, CPU, "does not support the model's mask",
+            "does not support dropout for key blocks", "has no backward pass for key blocks",
+            single, "needs a positive scale, got -1.0",
         ]  # fmt: skip
         assert kernel.why_not(*block_call(tile=(4, 4), block=(2, 2), dim=12)) == [
             *start, "needs tiles of a multiple of 64 queries, got 16",
