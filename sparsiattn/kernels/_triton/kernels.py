@@ -55,25 +55,6 @@ def are_queries(slot, weight, tile, dense, slots, first, DENSE: tl.constexpr):
 
 
 @triton.jit
-def program_queries(
-    order, weight, heads, tiles, parts, dense_parts, dense_programs, slots, first,
-    ROWS: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
-    """Image, head and tile of this program, whether it is dense, its queries, and which are any."""
-    image, head, tile, part, dense = program_work(
-        heads, tiles, parts, dense_parts, dense_programs, DENSE
-    )
-    slot = part * ROWS + tl.arange(0, ROWS)
-    row = tile + slot + first
-    if order is not None:
-        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
-    if DENSE:
-        row = tl.where(dense, slot, row)
-    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
-    return image, head, tile, dense, row, valid
-
-
-@triton.jit
 def key_tokens(
     place, chosen, held, table, dense, keys, prefix, UNIT: tl.constexpr, DENSE: tl.constexpr
 ):
@@ -166,13 +147,21 @@ def forward(
     ROWS: tl.constexpr, KEYS: tl.constexpr, CELLS: tl.constexpr, UNIT: tl.constexpr,
     BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr, LOWEST: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile, dense, row, valid = program_queries(
-        order, weight, heads, tiles, parts, dense_parts, dense_programs, slots, first, ROWS, DENSE
+    image, head, tile, part, dense = program_work(
+        heads, tiles, parts, dense_parts, dense_programs, DENSE
     )
-    cells_seen = cells
+    slot = part * ROWS + tl.arange(0, ROWS)
+    row = tile + slot + first
+    if order is not None:  # not in a function: see `visible` about addresses that tensors give
+        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
+    if DENSE:
+        row = tl.where(dense, slot, row)
+    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
     if DENSE:  # leading queries see every key, and need no summary
         keys = tl.where(dense, all_keys, keys)
         cells_seen = tl.where(dense, 0, cells)
+    else:
+        cells_seen = cells
     query_mask, result_mask = within(valid, DIM, WIDE), within(valid, VALUE_DIM, VALUE_WIDE)
     queries_at = q + image * q_b + head * q_h + at_rows(row, q_n, WIDE)
     query = tl.load(queries_at, mask=query_mask, other=0.0)
@@ -261,13 +250,21 @@ def backward(
     BY_TILE: tl.constexpr, TO_ROWS_BY_TILE: tl.constexpr, BOOLEAN: tl.constexpr,
     LOWEST: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile, dense, row, valid = program_queries(
-        order, weight, heads, tiles, parts, dense_parts, dense_programs, slots, first, ROWS, DENSE
+    image, head, tile, part, dense = program_work(
+        heads, tiles, parts, dense_parts, dense_programs, DENSE
     )
-    cells_seen = cells
+    slot = part * ROWS + tl.arange(0, ROWS)
+    row = tile + slot + first
+    if order is not None:  # not in a function: see `visible` about addresses that tensors give
+        row = tl.load(order + tile * slots + slot, mask=slot < slots, other=0) + first
+    if DENSE:
+        row = tl.where(dense, slot, row)
+    valid = are_queries(slot, weight, tile, dense, slots, first, DENSE)
     if DENSE:  # leading queries see every key, and need no summary
         keys = tl.where(dense, all_keys, keys)
         cells_seen = tl.where(dense, 0, cells)
+    else:
+        cells_seen = cells
     query_mask, result_mask = within(valid, DIM, WIDE), within(valid, VALUE_DIM, VALUE_WIDE)
     queries_at = q + image * q_b + head * q_h + at_rows(row, q_n, WIDE)
     grads_at = grad + image * grad_b + head * grad_h + at_rows(row, grad_n, VALUE_WIDE)
