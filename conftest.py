@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # thousands of tests and all that they import: every full collection would walk through them,
-    # and accelerate asks for one at the start and the end of each training
+    # thousands of tests and all that they import: every full collection would walk through them
     gc.collect()
     gc.freeze()
 
@@ -80,7 +81,14 @@ def _seed() -> Iterator[None]:
 
 
 def _forget_accelerate() -> None:
-    """Its precision is that of the whole process: no later test could train with another."""
+    """Reset accelerate: its precision is that of the whole process.
+
+    It also collects garbage three times in each training, half a second each among thousands of
+    tests: a sixth of the time of the suite.
+    """
+    memory: Any = sys.modules.get("accelerate.utils.memory")
+    if memory is not None:
+        memory.gc = SimpleNamespace(collect=int)
     state = sys.modules.get("accelerate.state")
     if state is not None and state.AcceleratorState._shared_state:
         state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -67,14 +67,16 @@ class Values:
     def number(self, x: Tensor) -> int:
         """The number of the tensor's current value."""
         memory = address(x)
-        # the stride of an axis of size 1 has no meaning
-        strides = tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-        key = (memory, self.writes.get(memory, 0), x.storage_offset(), x.shape, strides, x.dtype)
-        if key not in self._numbers:
+        shape, strides = x.shape, x.stride()
+        if 1 in shape:  # the stride of an axis of size 1 has no meaning
+            strides = tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
+        key = (memory, self.writes.get(memory, 0), x.storage_offset(), shape, strides, x.dtype)
+        number = self._numbers.get(key)
+        if number is None:
             self._kept.append(x)
-            self._numbers[key] = len(self._numbers)
-            self.memory[self._numbers[key]] = memory
-        return self._numbers[key]
+            number = self._numbers[key] = len(self._numbers)
+            self.memory[number] = memory
+        return number
 
     def wrote(self, memory: Iterable[int]) -> None:
         """Record that the values in this memory have changed."""
