@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,6 +98,8 @@ def fake_gpu(*, with_triton: bool = True) -> Iterator[None]:
         # fake tensors have no values: a planner's tables count as those of the start
         mock.patch.object(KnownTables, "equals", return_value=True),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
+        # older torch starts CUDA for the first fake tensor on a GPU, if that says it is there
+        mock.patch.object(fake_tensor, "init_gpu_context"),
         mock.patch.object(triton_plan, "is_planned_on", return_value=with_triton),
         torch.no_grad(),
     ):
