@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsiattn.attention import geometry, sdpa
-from sparsiattn.kernels import triton_plan
+from sparsiattn.kernels import gpu_prices, triton_plan
 from sparsiattn.strategies.predictor import KnownTables
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -100,6 +100,8 @@ def fake_gpu(*, with_triton: bool = True) -> Iterator[None]:
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         # older torch starts CUDA for the first fake tensor on a GPU, if that says it is there
         mock.patch.object(fake_tensor, "init_gpu_context"),
+        # no later test may take this GPU for one that is there
+        mock.patch.object(gpu_prices, "_KNOWN", {}),
         mock.patch.object(triton_plan, "is_planned_on", return_value=with_triton),
         torch.no_grad(),
     ):
