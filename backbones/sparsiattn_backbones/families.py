@@ -127,6 +127,10 @@ class Generic(Backbone):
     def why_not(self, model: nn.Module) -> list[str]:
         return []
 
+    def class_tokens(self, model: nn.Module) -> int:
+        # older timm's CaiT and XCiT have no num_prefix_tokens, so that TimmViT does not take them
+        return 0 if _adds_class_late(model) else super().class_tokens(model)
+
     def pooling(self, model: nn.Module) -> Pooling:
         for family in (Hiera(), Sam(), Swin(), TimmViT()):
             part = sole_part(model, family)

@@ -82,10 +82,7 @@ def compiler(lower: Callable[[Any, Any], Any], **options: Any) -> Iterator[Any]:
         lower: Called with each graph that would be lowered, and its inputs; returns the graph.
         **options: Of `torch.compile`.
     """
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
-
-    backend = aot_autograd(fw_compiler=lower, decompositions=select_decomp_table())
+    backend = fake_gpu.backend(lower)
     torch.compiler.reset()
     with FakeTensorMode(allow_non_fake_inputs=True), fake_gpu._pretended_gpu((9, 0)):
         yield partial(torch.compile, backend=backend, fullgraph=True, **options)

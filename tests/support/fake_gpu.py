@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.utils._triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils import _triton
 
 CUDA = torch.device("cuda", 0)
@@ -48,6 +48,27 @@ def _pretended_gpu(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
+def backend(lower: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A backend of `torch.compile` for programs whose arguments are fake tensors.
+
+    Args:
+        lower: Called with each graph that would be lowered, and its inputs; returns the graph.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._guards import TracingContext
+    from torch._inductor.decomposition import select_decomp_table
+
+    traced = aot_autograd(fw_compiler=lower, decompositions=select_decomp_table())
+
+    def run(graph: Any, examples: Any) -> Any:
+        mode = TracingContext.get().fake_mode
+        assert mode is not None
+        # older torch refuses fake tensors of another mode than that of its trace
+        return traced(graph, [mode.from_tensor(x) if is_fake(x) else x for x in examples])
+
+    return run
+
+
 def lowered_kernels(
     program: Callable[..., Any],
     operands: Sequence[Tensor | None],
@@ -63,20 +84,16 @@ def lowered_kernels(
     Raises:
         torch._dynamo.exc.BackendCompilerFailed: The program cannot be lowered.
     """
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
-
     names: list[str] = []
 
     def lower(graph: Any, examples: Any) -> Any:
         names.extend(_templates(graph, examples))
         return graph
 
-    backend = aot_autograd(fw_compiler=lower, decompositions=select_decomp_table())
     torch.compiler.reset()
     with FakeTensorMode(allow_non_fake_inputs=True), _pretended_gpu(capability), torch.no_grad():
         there = [None if x is None else _on_gpu(x) for x in operands]
-        torch.compile(program, backend=backend, fullgraph=True, dynamic=False)(*there)
+        torch.compile(program, backend=backend(lower), fullgraph=True, dynamic=False)(*there)
     torch.compiler.reset()
     return names
 

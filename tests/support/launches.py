@@ -12,12 +12,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsiattn.attention import geometry, sdpa
-from sparsiattn.kernels import triton_plan
+from sparsiattn.kernels import gpu_prices, triton_plan
 from sparsiattn.strategies.predictor import KnownTables
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -97,6 +98,10 @@ def fake_gpu(*, with_triton: bool = True) -> Iterator[None]:
         # fake tensors have no values: a planner's tables count as those of the start
         mock.patch.object(KnownTables, "equals", return_value=True),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
+        # older torch starts CUDA for the first fake tensor on a GPU, if that says it is there
+        mock.patch.object(fake_tensor, "init_gpu_context"),
+        # no later test may take this GPU for one that is there
+        mock.patch.object(gpu_prices, "_KNOWN", {}),
         mock.patch.object(triton_plan, "is_planned_on", return_value=with_triton),
         torch.no_grad(),
     ):

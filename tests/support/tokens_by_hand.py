@@ -282,12 +282,7 @@ def _before_mlp(block: Any, middle: list[Tensor]) -> Any:
 
 def _mlp(block: Any, y: Tensor) -> Tensor:
     x = getattr(block, _norm(block))(y)
-    if not hasattr(block, "mlp"):
-        hidden = block.intermediate(x)
-        if len(signature(block.output.forward).parameters) == 1:  # in older transformers
-            return block.output(hidden)  # type: ignore[no-any-return]
-        return block.output(hidden, torch.zeros_like(y))  # type: ignore[no-any-return]
-    branch = block.mlp(x)
+    branch = block.mlp(x) if hasattr(block, "mlp") else _older_mlp(block, x)
     behind = next((name for name in NORMS_BEHIND if hasattr(block, name)), None)
     if behind is not None:
         return getattr(block, behind)(branch)  # type: ignore[no-any-return]
@@ -296,3 +291,11 @@ def _mlp(block: Any, y: Tensor) -> Tensor:
         return scale(branch)  # type: ignore[no-any-return]
     gamma = getattr(block, "gamma_2", getattr(block, "lambda_2", None))
     return branch if gamma is None else gamma * branch
+
+
+def _older_mlp(block: Any, x: Tensor) -> Tensor:
+    """The MLP of older transformers, in two parts; the second may be given a sum to add to."""
+    hidden = block.intermediate(x)
+    if len(signature(block.output.forward).parameters) == 1:
+        return block.output(hidden)  # type: ignore[no-any-return]
+    return block.output(hidden, torch.zeros_like(x))  # type: ignore[no-any-return]
