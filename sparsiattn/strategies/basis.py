@@ -70,12 +70,22 @@ def basis_cells(grid: Grid, tokens_per_basis: float | None, basis: int | None) -
 def initial_tables(
     grid: Grid, prefix: int, cells: Grid, basis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Average pooling and bilinear interpolation, ``[P + n, K]``; prefix rows are zero."""
+    """Average pooling and bilinear interpolation, ``[P + n, K]``; prefix rows are zero.
+
+    Sites with the same grid share the result, which must not be written to.
+    """
     cells = min(cells[0], grid[0]), min(cells[1], grid[1])
-    cpu = torch.device("cpu")
+    key, cpu = (grid, prefix, cells, basis), torch.device("cpu")
+    tables: tuple[Tensor, Tensor] = geometry.table(_initial_tables, *key, device=cpu)
+    return tables
+
+
+def _initial_tables(
+    grid: Grid, prefix: int, cells: Grid, basis: int | None, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
     tables = []
     for build in (geometry.pooling, geometry.interpolation):
-        table = build(grid, cells, device=cpu)
+        table = build(grid, cells, device=device)
         if basis is not None:
             table = F.pad(table, (0, max(0, basis - table.shape[1])))[:, :basis]
         tables.append(F.pad(table, (0, 0, prefix, 0)).contiguous())

@@ -180,8 +180,8 @@ class ConnectivityPlanner(LearnedPlanner):
         self.prefix = site.prefix_tokens
         self.cells = basis_cells(site.key_grid, strategy.tokens_per_basis, strategy.basis)
         down, up = self._initial_tables()
-        self.down = nn.Parameter(down, requires_grad=False)
-        self.up = nn.Parameter(up, requires_grad=False)
+        self.down = nn.Parameter(down.clone(), requires_grad=False)
+        self.up = nn.Parameter(up.clone(), requires_grad=False)
         self.self_weight: nn.Parameter | None = None
         weight = strategy.self_weight
         if weight is not None and site.key_grid == site.grid and site.keys == site.tokens:

@@ -63,8 +63,7 @@ class KnownTables:
         self._make = make
         self._known: tuple[Tensor, ...] | None = None
         self._last: tuple[object, bool] | None = None
-        self._parts: list[tuple[Pair, ...]] = []
-        self._next = 0
+        self._parts: _Parts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return KnownTables(self._make).__dict__
@@ -77,19 +76,12 @@ class KnownTables:
         identity = identity_of(down), identity_of(up)
         if self._last is None or self._last[0] != identity:
             equal = self._compare((down, up))
-            self._last, self._parts = (identity, equal), []
+            self._last, self._parts = (identity, equal), None
             if on_cpu and equal and self._known is not None:
-                self._parts = _parts_of(self._known, (down, up))
-        elif on_cpu and not self._next_part_equals():
+                self._parts = _Parts((*self._known, down, up))
+        elif on_cpu and not (self._parts is not None and self._parts.next_equals()):
             self._last = identity, self._compare((down, up))
         return self._last[1]
-
-    def _next_part_equals(self) -> bool:
-        """Whether the next part of both tables has the known values; False if there are none."""
-        if not self._parts:
-            return False
-        self._next = (self._next + 1) % len(self._parts)
-        return all(torch.equal(known, now) for known, now in self._parts[self._next])
 
     def _compare(self, tables: tuple[Tensor, ...]) -> bool:
         full_tables = [whole_tensor(table) for table in tables]
@@ -100,12 +92,34 @@ class KnownTables:
         return all(torch.equal(known.to(now.device), now) for known, now in pairs)
 
 
-def _parts_of(known: Sequence[Tensor], tables: Sequence[Tensor]) -> list[tuple[Pair, ...]]:
-    """Views of known and current tables side by side, in parts that are quick to compare."""
-    count = max(1, tables[0].numel() // PART)
-    with torch.inference_mode(False), torch.no_grad():
-        split = [table.detach().tensor_split(count) for table in (*known, *tables)]
-    return [((d, down), (u, up)) for d, u, down, up in zip(*split, strict=True)]
+class _Parts:
+    """Parts of known and current tables that are quick to compare, one after the other.
+
+    Args:
+        tables: The known W_down and W_up, then the current ones.
+    """
+
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._tables = [table.detach() for table in tables]
+        self._count = max(1, tables[0].shape[0] * tables[0].shape[1] // PART)
+        self._views: dict[int, tuple[Pair, Pair]] = {}
+        self._next = 0
+
+    def next_equals(self) -> bool:
+        """Whether the next part of both current tables has the known values."""
+        self._next = (self._next + 1) % self._count
+        views = self._views.get(self._next)
+        if views is None:  # made when needed: all of them would take `patch` long
+            views = self._views[self._next] = self._part(self._next)
+        return all(torch.equal(known, now) for known, now in views)
+
+    def _part(self, index: int) -> tuple[Pair, Pair]:
+        with torch.inference_mode(False):
+            rows = self._tables[0].shape[0]
+            start, end = (rows * i // self._count for i in (index, index + 1))
+            known_down, known_up, down, up = (table[start:end] for table in self._tables)
+        return (known_down, down), (known_up, up)
 
 
 class ResizedTables:

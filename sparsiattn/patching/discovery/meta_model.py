@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparsiattn.attention.site import Site
 from sparsiattn.errors import ProbeFailed, SparsiattnError, first_line
 from sparsiattn.patching.discovery.failure import place_of
 from sparsiattn.patching.discovery.host_hooks import copy_host_hooks
@@ -25,6 +26,7 @@ from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.lifting import drop
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE
 from sparsiattn.runtime.sdpa_intercept import intercepted
+from sparsiattn.strategies.config import Config
 
 MetaInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""
@@ -79,8 +81,9 @@ def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
         for name, value in vars(module).items():
             if type(value) in ATOMS or id(value) in memo:
                 continue
-            if name == _DISPATCH or not _copies(value):
-                memo[id(value)] = value  # a lock or handle: shared, the dry run does not use it
+            # a lock or handle is shared, too: the dry run does not use it
+            if name == _DISPATCH or isinstance(value, _IMMUTABLE) or not _copies(value):
+                memo[id(value)] = value
     try:
         copied = copy_modules(model, modules, memo)
     except Exception as error:
@@ -108,6 +111,8 @@ def _shared(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
+_IMMUTABLE = (Config, Site)
+"""Attributes of planners that need no copy."""
 _PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor, nn.Module)
 
 
