@@ -49,6 +49,14 @@ def test_an_option_of_the_predictor_asks_for_it(model: nn.Module, options: dict[
     assert torch.equal(asked, outputs(model, Connectivity(0.2, scores="predictor", **options)))
 
 
+def test_tables_of_sites_alike_are_their_own(model: nn.Module) -> None:
+    patch = sparsiattn.patch(model, "connectivity")
+    planners: list[Any] = [runtime.planner for runtime in patch.runtimes]
+    planners[0].down.data.add_(1.0)  # to all values: the next check of a part sees it
+    planners.append(Connectivity().planner(patch.sites[0]))
+    assert [planner.is_fitted() for planner in planners] == [True] + [False] * (len(planners) - 1)
+
+
 @pytest.mark.parametrize("write", ["add", "data", "load"])
 def test_a_fitted_predictor_takes_over(model: nn.Module, write: str) -> None:
     images = tiny_images(2)
