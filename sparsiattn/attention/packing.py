@@ -52,7 +52,8 @@ class PackedInput:
     """How a module of a model takes several images as one sequence of patches.
 
     An adapter returns it from `Backbone.packed_input`. A dry run compares it with the positions
-    that the model itself computes; if they differ, the order of patches counts as unknown.
+    that the model itself computes, rows and columns that a module takes as an argument or that a
+    table is indexed with; if they differ, the order of patches counts as unknown.
 
     Attributes:
         module: Path of the module.

@@ -181,6 +181,9 @@ def test_clips_attend_over_their_frames(line: dict[str, Any], masked: bool) -> N
         torch.testing.assert_close(model(**call), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "Kimi_K25VisionModel"), reason="transformers before 5.13 has no Kimi"
+)
 def test_kimi_has_clips_in_raster_order() -> None:
     config = transformers.Kimi_K25VisionConfig(
         patch_size=4, pos_emb_height=8, pos_emb_width=8, num_attention_heads=2,
@@ -211,6 +214,37 @@ def test_the_order_is_that_of_the_positions() -> None:
         expected = model(**call)
     with torch.no_grad(), sparsiattn.patch(model, **LINES[0], input=call):
         torch.testing.assert_close(model(**call), expected, rtol=1e-3, atol=1e-4)
+
+
+LOOKUPS = [by_image.read_at_once, by_image.read_by_embedding, by_image.read_in_pairs]
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_positions_may_be_indices_of_a_table(lookup: Any, merge: int) -> None:
+    """Which no module takes as an argument."""
+    sizes = SIZES[1]
+    call = call_of(sizes, 12)
+    model = drawn(Tower(merge, masked=False, places=lookup))
+    parts = by_image.frames_of(sizes, merge) * 2
+    with torch.no_grad(), by_image.attending(strategy_of(LINES[0]), parts):
+        expected = model(**call)
+    with torch.no_grad(), sparsiattn.patch(model, **LINES[0], input=call):
+        torch.testing.assert_close(model(**call), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_a_table_in_raster_order_may_be_sorted_after_the_lookup(lookup: Any) -> None:
+    """So that raster order, which the configuration contradicts, is not confirmed by it."""
+    sizes: list[Size] = [(1, 8, 8)]
+    squares = by_image.frames_of(sizes, 2)[0].patches
+    order = [row * 8 + column for _, row, column in squares]
+    raster = torch.tensor(sorted(squares))[:, 1:]
+    model = drawn(Tower(2, masked=False, places=lambda _: lookup(raster)[order]))
+    expected = by_image.Places()(torch.tensor(squares)[:, 1:])
+    torch.testing.assert_close(model.places(None), expected)
+    with pytest.raises(InvalidOption, match="not in raster order"):
+        sparsiattn.patch(model, "local", input=call_of(sizes, 12))
 
 
 def test_an_order_that_is_not_confirmed_is_unknown() -> None:

@@ -123,10 +123,13 @@ def attending(strategy: Strategy, parts: Sequence[Part]) -> Iterator[list[Part]]
 class Tower(nn.Module):
     """Packed images in squares of ``merge``; their layers attend image by image in one call.
 
-    bounded: whether a mask keeps images apart, or else a call for each image does.
+    masked: whether a mask keeps images apart, or else a call for each image does; places: what
+    turns rows and columns into embeddings, `Places` by default.
     """
 
-    def __init__(self, merge: int = 2, *, masked: bool, clips: bool = False) -> None:
+    def __init__(
+        self, merge: int = 2, *, masked: bool, clips: bool = False, places: Any = None
+    ) -> None:
         super().__init__()
         from types import SimpleNamespace
 
@@ -134,7 +137,7 @@ class Tower(nn.Module):
             spatial_merge_size=merge, _attn_implementation_internal="sdpa"
         )
         self.merge, self.masked, self.clips = merge, masked, clips
-        self.embed, self.places = nn.Linear(12, 32), Places()
+        self.embed, self.places = nn.Linear(12, 32), Places() if places is None else places
         self.layers = nn.ModuleList(Layer() for _ in range(2))
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, cu_seqlens: Any = None) -> Tensor:
@@ -154,6 +157,27 @@ class Places(nn.Module):
     def forward(self, position_ids: Tensor) -> Tensor:
         angles = position_ids[:, :, None] * torch.arange(1, 9) / 5
         return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def _table() -> Tensor:
+    """The embeddings of 16 rows or columns, ``[16, 16]``."""
+    return Places()(torch.arange(16)[:, None])
+
+
+def read_at_once(positions: Tensor) -> Tensor:
+    """What `Places` returns, read from a table of angles with all rows and columns."""
+    return _table()[positions].flatten(1)
+
+
+def read_by_embedding(positions: Tensor) -> Tensor:
+    return F.embedding(positions, _table()).flatten(1)
+
+
+def read_in_pairs(positions: Tensor) -> Tensor:
+    """The same from a table with an entry for each row and column."""
+    table, shape = _table(), (16, 16, 16)
+    pairs = torch.cat([table[:, None].expand(shape), table[None].expand(shape)], -1)
+    return pairs[positions[:, 0], positions[:, 1]]
 
 
 class Layer(nn.Module):

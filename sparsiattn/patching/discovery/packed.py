@@ -55,13 +55,12 @@ def _confirmed(packed: PackedInput | None, run: Probe) -> PackedInput | None:
         return None
     if packed.by_row:
         return packed
-    images, tokens = run.packing.images, run.packing.tokens
-    tables = [table for table in run.positions if len(table) == tokens]
-    for merge in dict.fromkeys((packed.merge, 1)):
-        tried = replace(packed, merge=merge)
-        if any(map(tried.packing(images).fits, tables)):
-            return tried
-    return None
+    images, stated = run.packing.images, run.positions
+    if any(map(packed.packing(images).fits, (*stated.arguments, *stated.indices))):
+        return packed
+    # positions in raster order that a table is indexed with may precede a sort into squares
+    raster = replace(packed, merge=1)
+    return raster if any(map(raster.packing(images).fits, stated.arguments)) else None
 
 
 def _with_parts(call: AttentionCall, packing: Packing) -> AttentionCall:

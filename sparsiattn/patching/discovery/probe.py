@@ -18,6 +18,7 @@ from sparsiattn.patching.discovery.host_records import HostRecords
 from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.patching.discovery.pixel_numbers import places_in
 from sparsiattn.patching.discovery.pixel_tracking import PixelNumbers, tracking_places
+from sparsiattn.patching.discovery.position_tables import PositionTables
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 from sparsiattn.runtime.image import read_packing
 from sparsiattn.runtime.lifting import Trial, without_scores
@@ -147,7 +148,7 @@ class _Recorder:
         self.watched: dict[str, WatchWeights] = {}
         self.input_shapes: dict[str, torch.Size] = {}
         self.output_shapes: dict[str, torch.Size] = {}
-        self.positions: list[Tensor] = []
+        self.positions = PositionTables()
         self.hooks: list[RemovableHandle] = []
         self._placed: dict[Any, tuple[Any, dict[str, Any]]] = {}
         for name, module in model.named_modules():
@@ -176,6 +177,13 @@ class _Recorder:
         for watched in self.watched.values():
             watched.clear()
 
+    def note_operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """See every operator of the run."""
+        if self.tally is not None:
+            self.tally(func, args, kwargs, out)
+        if self.packed is not None:
+            self.positions.note_operator(func, args, out)
+
     def _opener(self, name: str, module: nn.Module, parents: Any, key: int) -> Any:
         def record(call: HostCall) -> Tensor:
             latest = AttentionCall(
@@ -199,9 +207,10 @@ class _Recorder:
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
-            self.positions += filter(_are_positions, (*args, *kwargs.values()))
-            if self.packed is not None and self.packed.module == name:
-                self.packing = read_packing(self.packed, module, args, kwargs)
+            if self.packed is not None:
+                self.positions.note_arguments((*args, *kwargs.values()))
+                if self.packed.module == name:
+                    self.packing = read_packing(self.packed, module, args, kwargs)
             self._note_entrance(name, first_argument(args, kwargs))
             push(record, key)
 
@@ -259,13 +268,6 @@ def _note(shapes: dict[str, torch.Size], name: str, values: Sequence[Any]) -> No
         shapes[name] = tensor.shape
 
 
-def _are_positions(value: Any) -> bool:
-    """Whether an argument may be a table of the rows and columns of patches, with values."""
-    if not isinstance(value, Tensor) or value.is_meta or value.is_floating_point():
-        return False
-    return value.dim() == 2 and value.shape[1] in (2, 3)
-
-
 def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
     module = model
     for part in name.split(".") if name else []:
@@ -284,7 +286,8 @@ class Probe:
         read_by_hooks: Names of modules whose tensors the host's own hooks use.
         entrances: Modules around attention whose input a checkpoint may pass again in
             recomputation: elements of containers, and the first module in each.
-        positions: Arguments of modules that may be tables of the rows and columns of patches.
+        positions: Tables of the rows and columns of patches, if the model takes several images as
+            one sequence.
         packing: Sizes of the images in the sequence of several that the model took; None if it took
             none, or if they have no values in this run.
     """
@@ -294,7 +297,7 @@ class Probe:
     returned: list[torch.Size]
     read_by_hooks: frozenset[str] = frozenset()
     entrances: tuple[str, ...] = ()
-    positions: tuple[Tensor, ...] = ()
+    positions: PositionTables = field(default_factory=PositionTables)
     packing: Packing | None = None
 
 
@@ -317,7 +320,7 @@ def probe(
     records = HostRecords(model)
     recorder = _Recorder(model, PixelNumbers(inputs), tally, packed)
     records.leave_out()
-    with tracking_places(tally):
+    with tracking_places(recorder.note_operator):
         output = _run(model, inputs, recorder)
         if records.watch():  # the host registered hooks during this run
             recorder.clear()
@@ -339,7 +342,7 @@ def probe(
     softmaxes = recorder.trial.softmaxes.items()
     others = [(name or "(root)", what) for name, what in softmaxes if name not in recorder.calls]
     read = frozenset(records.readers)
-    seen = recorder.entrances(), tuple(recorder.positions), recorder.packing
+    seen = recorder.entrances(), recorder.positions, recorder.packing
     return Probe(calls, others, returned, read, *seen)
 
 
