@@ -6,11 +6,13 @@ needed, the functions here compute the same result in plain torch operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -38,6 +40,17 @@ def is_transformed() -> bool:
         return False
     interpreters: Any = torch._C._functorch.peek_interpreter_stack()
     return interpreters is not None or forward_ad._current_level >= 0
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Context manager that suspends the transforms of `torch.func`.
+
+    ``grad`` wraps every tensor that is made inside of it, and what it wraps cannot be used after
+    it: a tensor that is to be cached must be made here, from numbers.
+    """
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def is_unobserved(q: Tensor, k: Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparsiattn.attention.derivatives import is_exporting, is_tracing
+from sparsiattn.attention.derivatives import is_exporting, is_tracing, outside_transforms
 
 Grid = tuple[int, int]
 """Rows and columns of patch tokens."""
@@ -56,7 +56,7 @@ def _built(build: Callable[..., T], full_key: Any) -> T:
     """Build a table, and cache it once other threads and streams may read it."""
     _, key, device = full_key
     # an inference tensor kept from a warm-up would break a later training step
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), outside_transforms():
         built = build(*key, device=device)
     # `torch.jit.trace` would record what is asked of the cached tables. A table that a graph builds
     # has no values before it is replayed.

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from sparsiattn.attention.derivatives import is_transformed
 from sparsiattn.attention.geometry import Grid
 from sparsiattn.attention.inputs import AttentionInputs
 from sparsiattn.strategies.base import is_number
@@ -137,7 +138,7 @@ class ResizedTables:
     ) -> tuple[Tensor, Tensor]:
         """`resize_tables`, cached."""
         # a cached table has no gradient, and a compiler would make it a constant
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
             return resize_tables(down, up, old, new, prefix)
         key = (new, identity_of(down), identity_of(up))
         if self._last is None or self._last[0] != key:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsiattn
 from sparsiattn import Pattern
-from sparsiattn.attention import Lengths
+from sparsiattn.attention import Lengths, geometry
 from sparsiattn.kernels import (
     FlashAttention4,
     Flex,
@@ -147,6 +147,27 @@ def test_vmap_over_images(model: nn.Module) -> None:
     with torch.no_grad():
         found = torch.vmap(lambda image: model(image[None])[0])(X)
         torch.testing.assert_close(found, model(X))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "func.jvp": FORWARD["func.jvp"],
+    "func.grad": lambda m: torch.func.grad(loss(m))(X),
+    "func.jvp of func.grad": SECOND["func.jvp of func.grad"],
+    "vmap of func.grad": lambda m: torch.vmap(torch.func.grad(lambda x: loss(m)(x[None])))(X),
+}
+
+
+@pytest.mark.parametrize("first", TRANSFORMS)
+def test_nothing_made_in_a_transform_outlasts_it(
+    model: nn.Module, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first call fills caches: whatever comes next finds the same in them as without it."""
+    expected = {name: transform(model) for name, transform in TRANSFORMS.items()}
+    monkeypatch.setattr(geometry, "_TABLES", {})
+    TRANSFORMS[first](model)
+    for name, transform in TRANSFORMS.items():
+        torch.testing.assert_close(transform(model), expected[name])
+    torch.testing.assert_close(gradient(model, X), expected["func.grad"])
 
 
 def test_a_choice_made_outside_of_a_transform_does_not_count_inside() -> None:
