@@ -78,7 +78,7 @@ def finished(inputs: AttentionInputs, k: int | float, g: int | None) -> TopKeys:
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     grid=st.tuples(st.integers(1, 9), st.integers(2, 9)),
