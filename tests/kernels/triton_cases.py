@@ -100,13 +100,26 @@ CASES = {
     "query mask": Case((3, 4), host="bool"),
     "window mask": Case((4, 3), host="swin"),
     "bfloat16": Case(dtype=torch.bfloat16, block=(2, 2), background=2),
+    "bfloat16, values wider than keys": Case(
+        (1, 3),
+        (4, 4),
+        prefix=2,
+        k=3,
+        dim=8,
+        value_dim=32,
+        background=1,
+        lists=(1, 1),
+        batch=1,
+        dtype=torch.bfloat16,
+    ),
     "float16": Case((4, 3), dtype=torch.float16, background=2, host="keys"),
 }
 
 
 # error of a whole gradient relative to its norm, or absolute where that is small: the backward pass
-# takes sums over a row of weights from the rounded result, which shows where they all but cancel
-ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# takes sums over a row of weights from the rounded result, which shows where they all but cancel,
+# the more the wider values are (6.2 % in bfloat16 in one of 300 random cases)
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 def check(case: Case) -> None:
