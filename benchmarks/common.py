@@ -14,16 +14,31 @@ import torch
 
 from sparsiattn.runtime import timing
 
-__all__ = ["RESULTS", "fastest_ms", "machine", "paired", "roof", "write"]
+__all__ = ["RESULTS", "fastest_ms", "machine", "made", "paired", "places", "roof", "write"]
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 """Where benchmarks write; set the variable for a trial run, which must not replace what counts."""
+
+
+CARD = ("date", "commit", "processor", "threads", "torch", "timm")
 
 
 def machine() -> dict[str, Any]:
     """Versions and hardware, and what made the figures."""
     command = " ".join(["python", *(Path(a).name if "/" in a else a for a in sys.argv)])
     return {**timing.machine(), "command": command, "commit": _commit()}
+
+
+def made() -> dict[str, Any]:
+    """When and where a row was made, for files whose rows come from many runs."""
+    card = machine()
+    return {key: card[key] for key in CARD}
+
+
+def places(cards: list[dict[str, Any]]) -> str:
+    """Processors and days of the runs that made some rows."""
+    found = sorted({(card["processor"], card["date"]) for card in cards})
+    return "; ".join(f"{processor}, {date}" for processor, date in found)
 
 
 def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, Any]:

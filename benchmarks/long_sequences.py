@@ -128,7 +128,7 @@ def measure(name: str) -> dict[str, Any]:
     row["limit"] = Timing.of(times["limit"], times["dense"]).to_dict()["ratio"]
     row["structure"] = str(patch.sites[0].structure)
     row["kernels"] = sorted({site.kernel for site in sites if site.kernel})
-    return {**row, "peak_gb": round(_status("VmHWM") / 1e9, 2)}
+    return {**row, "peak_gb": round(_status("VmHWM") / 1e9, 2), "made": common.made()}
 
 
 def _in_process(name: str) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def main() -> None:
     for name in options.models:
         if any(row["model"] == name for row in rows) and not options.again:
             continue
-        found = measure(name, options.rounds)
+        found = [{**row, "made": common.made()} for row in measure(name, options.rounds)]
         rows = [row for row in rows if row["model"] != name] + found
         common.write(FILE, {"models": rows})
         for row in found:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import places
+
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-real.json"
 SWEEP = RESULTS.with_name("quality-sweep.json")
 NAMES = {
@@ -98,12 +100,10 @@ def sources(file: Path = RESULTS, options: str = "--quality --speed") -> str:
     """Where the figures come from."""
     result = json.loads(file.read_text())
     cards = [row["made"] for row in (*result["quality"], *result["speed"])]
-    places = sorted({(card["processor"], card["date"]) for card in cards})
-    where = "; ".join(f"{processor}, {date}" for processor, date in places)
     versions = f"torch {cards[0]['torch']}, timm {cards[0]['timm']}"
     return (
         f"`benchmarks/results/{file.name}`: `python benchmarks/quality {options}`, "
-        f"{where}, {versions}; speed with 2 threads."
+        f"{places(cards)}, {versions}; speed with 2 threads."
     )
 
 

@@ -26,6 +26,7 @@ import runtime_tables
 import serving_tables
 import support_tables
 import view_tables
+from common import places
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,12 +44,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def source(name: str) -> str:
     """Where a table's figures come from."""
-    card = read(name)["machine"]
+    content = read(name)
+    card = content["machine"]
     threads = "1 thread" if card["threads"] == 1 else f"{card['threads']} threads"
+    command, cards = card["command"], _cards(content)
+    if cards:  # the options are those of the last run alone
+        command = command.partition(" --")[0]
     return (
-        f"`benchmarks/results/{name}.json`: `{card['command']}`, {card['date']}, "
-        f"{card['processor']}, {threads}, torch {card['torch']}, timm {card['timm']}."
+        f"`benchmarks/results/{name}.json`: `{command}`, {places(cards or [card])}, {threads}, "
+        f"torch {card['torch']}, timm {card['timm']}."
     )
+
+
+def _cards(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """When and where each row was made, if the rows say so."""
+    rows = (row for part in content.values() if isinstance(part, list) for row in part)
+    return [row["made"] for row in rows if isinstance(row, dict) and "made" in row]
 
 
 def models() -> str:

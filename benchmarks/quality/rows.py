@@ -9,7 +9,6 @@ from typing import Any
 import common
 
 STAGES = ("quality", "speed")
-CARD = ("date", "commit", "processor", "threads", "torch", "timm")
 Row = dict[str, Any]
 
 
@@ -33,7 +32,6 @@ class Rows:
         """Write a row, in place of one of the same name, beside what others wrote meanwhile."""
         rows = self.read()
         others = [row for row in rows[stage] if not name.items() <= row.items()]
-        card = common.machine()
-        made = {"made": {key: card[key] for key in CARD}}  # rows of one file come from many runs
-        common.write(self.file, {**rows, stage: [*others, {**name, **figures, **made}]})
+        row = {**name, **figures, "made": common.made()}
+        common.write(self.file, {**rows, stage: [*others, row]})
         print(*name.values(), figures, flush=True)

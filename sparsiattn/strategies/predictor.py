@@ -103,7 +103,8 @@ class _Parts:
     def __init__(self, tables: Sequence[Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self._tables = [table.detach() for table in tables]
-        self._count = max(1, tables[0].shape[0] * tables[0].shape[1] // PART)
+        rows, columns = tables[0].shape
+        self._count = max(1, min(rows, rows * columns // PART))
         self._views: dict[int, tuple[Pair, Pair]] = {}
         self._next = 0
 
