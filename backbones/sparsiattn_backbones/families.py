@@ -70,10 +70,10 @@ class Swin(_PatchesOnly):
     name = "timm_swin"
 
     def why_not(self, model: nn.Module) -> list[str]:
+        missing = _lacks(model, "stages" if hasattr(model, "stages") else "layers", "patch_embed")
         tables = ("relative_position_bias_table", "cpb_mlp", "meta_mlp")
-        if any(hasattr(m, name) for m in model.modules() for name in tables):
-            stages = "stages" if hasattr(model, "stages") else "layers"
-            return _lacks(model, stages, "patch_embed")
+        if missing or any(hasattr(m, name) for m in model.modules() for name in tables):
+            return missing
         return ["no module has relative positions of windows (" + ", ".join(tables) + ")"]
 
     def pooling(self, model: nn.Module) -> Pooling:
@@ -91,8 +91,9 @@ class Sam(_PatchesOnly):
     name = "timm_sam"
 
     def why_not(self, model: nn.Module) -> list[str]:
-        if any(hasattr(module, "rel_pos_h") for module in model.modules()):
-            return _lacks(model, "blocks", "patch_embed", "neck")
+        missing = _lacks(model, "blocks", "patch_embed", "neck")
+        if missing or any(hasattr(module, "rel_pos_h") for module in model.modules()):
+            return missing
         return ["no module has a rel_pos_h"]
 
 

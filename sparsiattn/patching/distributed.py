@@ -16,8 +16,9 @@ from sparsiattn.runtime.patch_state import PatchState
 
 def refuse_inside(model: nn.Module) -> None:
     """Refuse models that contain wrappers, because they cannot be copied for a dry run."""
+    kinds = _wrapper_classes()
     for name, module in model.named_modules():
-        for kind in _wrapper_classes():
+        for kind in kinds:
             if isinstance(module, kind):
                 where = f"its part {name!r}" if name else "the model"
                 raise InvalidOption(

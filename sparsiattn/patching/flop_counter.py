@@ -41,6 +41,9 @@ def flop_counter() -> Any:
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if fused not in torch_counter.flop_registry:  # before torch 2.11
         formulas[fused] = lambda q, k, v, *_, **__: torch_counter.sdpa_flop_count(q, k, v)
+    # those that stay whole in `taken_apart`
+    formulas[torch.ops.aten.linear] = _linear_flops
+    formulas[torch.ops.aten.scaled_dot_product_attention] = _attention_flops
     counter: Any = torch_counter.FlopCounterMode(display=False, custom_mapping=formulas)
     counter.mod_tracker = _Untracked()
     return counter
@@ -48,6 +51,10 @@ def flop_counter() -> Any:
 
 def _linear_flops(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return int(2 * math.prod(x) * out_shape[-1])
+
+
+def _attention_flops(q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(2 * math.prod(out_shape[:-1]) * k[-2] * (q[-1] + out_shape[-1]))
 
 
 @contextmanager

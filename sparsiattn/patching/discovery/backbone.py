@@ -132,18 +132,14 @@ class Backbone(RenamedMembers):
         Args:
             model: The model; it is not changed here.
         """
-        fused = [
-            AttributeOverride(module, "fused_attn", True, module.fused_attn)
-            for module in model.modules()
-            if getattr(module, "fused_attn", None) is False and not has_temperature(module)
-        ]
-        # nn.TransformerEncoder makes nested tensors of padded batches, for its fused layers only
-        nested = [
-            AttributeOverride(module, "use_nested_tensor", False, True)
-            for module in model.modules()
-            if getattr(module, "use_nested_tensor", None) is True
-        ]
-        return fused + nested
+        overrides = []
+        for module in model.modules():
+            if getattr(module, "fused_attn", None) is False and not has_temperature(module):
+                overrides.append(AttributeOverride(module, "fused_attn", True, False))
+            # makes nested tensors of padded batches, for its fused layers only
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                overrides.append(AttributeOverride(module, "use_nested_tensor", False, True))
+        return overrides
 
     def image_module(self, model: nn.Module) -> nn.Module:
         """The module whose first argument is the image."""

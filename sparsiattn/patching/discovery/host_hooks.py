@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ Memo = dict[int, Any]
 """The copies that `copy.deepcopy` has made so far, by the id of the original."""
 
 
-def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
+def copy_host_hooks(modules: Sequence[nn.Module], memo: Memo) -> None:
     """Register the host's own forward hooks on the copy of a model, bound to the copy.
 
     A hook is the host's own if the libraries of the host's classes define it, or if it holds a part
@@ -40,11 +40,11 @@ def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
     originals.
 
     Args:
-        model: The original model.
+        modules: The original model's modules.
         memo: The memo of its copy.
     """
-    hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    packages = _host_packages(model) if hooked else set()
+    hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
+    packages = _host_packages(modules) if hooked else set()
     for module in hooked:
         copied = memo.get(id(module))
         for kind, options in _KINDS.items() if copied is not None else ():
@@ -60,9 +60,9 @@ def copy_host_hooks(model: nn.Module, memo: Memo) -> None:
                         vars(copied)[option][key] = True
 
 
-def _host_packages(model: nn.Module) -> set[str]:
+def _host_packages(modules: Sequence[nn.Module]) -> set[str]:
     """The libraries that define the model's classes and their base classes."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind for module in modules for kind in type(module).__mro__}
     return {_package(kind) for kind in kinds}.difference(_NO_HOSTS)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,35 +15,39 @@ from sparsiattn.runtime.hook_tools import tensors_in
 class HostRecords:
     """Watches the hooks of a `meta_copy`.
 
+    Args:
+        modules: The copy's modules, by name.
+
     Attributes:
         readers: Names of the modules whose tensors a hook stored or used in a computation.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.readers: set[str] = set()
         self.ours: set[int] = set()
-        self.watch()
+        self.watch(modules)
 
-    def leave_out(self) -> None:
+    def leave_out(self, modules: Mapping[str, nn.Module]) -> None:
         """Ignore hooks that exist now and are not watched: they are not the host's."""
-        self.ours = {id(hook) for _, _, _, hook in self._unwatched()}
+        self.ours = {id(hook) for _, _, _, hook in self._unwatched(modules)}
 
-    def watch(self) -> bool:
+    def watch(self, modules: Mapping[str, nn.Module]) -> bool:
         """Watch all hooks; some hosts register theirs in the first forward pass.
 
         Returns:
             Whether there were hooks that were not watched before.
         """
-        fresh = list(self._unwatched())
+        fresh = list(self._unwatched(modules))
         for name, hooks, key, hook in fresh:
             hooks[key] = _Watched(hook, name, self.readers)
         return bool(fresh)
 
-    def _unwatched(self) -> Iterator[tuple[str, dict[int, Any], int, Any]]:
-        for name, module in self.model.named_modules():
+    def _unwatched(
+        self, modules: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[str, dict[int, Any], int, Any]]:
+        for name, module in modules.items():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in list(hooks.items()):
+                for key, hook in list(hooks.items()) if hooks else ():
                     if not isinstance(hook, _Watched) and id(hook) not in self.ours:
                         yield name, hooks, key, hook
 

@@ -30,14 +30,25 @@ class _NotRecalled(Exception):
 def taken_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator as the simpler operators that it decomposes into, so that the mode sees them.
 
+    Linear layers and attention stay whole: modes know them as they are, and their parts are two
+    thirds of the operators of a transformer's block.
+
     Returns:
-        The result. NotImplemented if the operator does not decompose, or outside of inference mode,
-        where torch has decomposed it already.
+        The result. NotImplemented if the operator does not decompose or stays whole, or outside of
+        inference mode, where torch has decomposed it already.
     """
-    if not torch.is_inference_mode_enabled():
+    if not torch.is_inference_mode_enabled() or _stays_whole(func, args, kwargs):
         return NotImplemented
     with mode:
         return func.decompose(*args, **kwargs)
+
+
+def _stays_whole(func: Any, args: Any, kwargs: Any) -> bool:
+    packet = func.overloadpacket
+    if packet is torch.ops.aten.scaled_dot_product_attention:
+        # with values torch has fused operators for it, with grouped heads it repeats the keys
+        return bool(args[0].is_meta) and not kwargs.get("enable_gqa")
+    return packet is torch.ops.aten.linear
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from sparsiattn.strategies.config import Config
 MetaInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""
 
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
 _DISPATCH, _UNDISPATCHED = "_hf_hook", "_old_forward"
 """Attributes that accelerate adds to a module whose weights it offloads."""
 
@@ -42,10 +42,7 @@ def meta_copy(model: nn.Module) -> Any:
     Raises:
         ProbeFailed: The model cannot be copied.
     """
-    copied = _copied(model, _to_meta)
-    for module in copied.modules():
-        _undispatch(module)
-    return copied
+    return _copied(model, _to_meta, _undispatch)
 
 
 def value_copy(model: nn.Module) -> Any:
@@ -54,47 +51,58 @@ def value_copy(model: nn.Module) -> Any:
     Raises:
         ProbeFailed: The model cannot be copied.
     """
-    copied = _copied(model, _shared)
-    for module in copied.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            module.register_forward_pre_hook(_stay_on_the_slow_path)
-    return copied
+    return _copied(model, _shared, _stay_on_the_slow_path)
 
 
-def _stay_on_the_slow_path(module: nn.Module, args: Any) -> None:
+def _stay_on_the_slow_path(module: nn.Module) -> None:
+    if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        module.register_forward_pre_hook(_any_hook)
+
+
+def _any_hook(module: nn.Module, args: Any) -> None:
     """Any hook disables torch's fused operators, whose parts no dispatch mode could see."""
 
 
-def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
-    memo: dict[int, Any] = {}
+def _copied(
+    model: nn.Module, convert: Callable[[Tensor], Tensor], finish: Callable[[nn.Module], None]
+) -> Any:
     modules = list(model.modules())
+    memo: dict[int, Any] = {}
     for module in modules:
-        for name in _HOOKS:
-            hooks = vars(module).get(name)
-            if hooks is not None:
-                memo[id(hooks)] = OrderedDict()
-        for tensor in _tensors(module):
-            if id(tensor) not in memo:
-                memo[id(tensor)] = convert(tensor)
-        memo.setdefault(id(vars(module).get(PATCH_ATTRIBUTE)), None)
-    for module in modules:
-        for name, value in vars(module).items():
-            if type(value) in ATOMS or id(value) in memo:
-                continue
-            # a lock or handle is shared, too: the dry run does not use it
-            if name == _DISPATCH or isinstance(value, _IMMUTABLE) or not _copies(value):
-                memo[id(value)] = value
+        _decide(module, convert, memo)
     try:
         copied = copy_modules(model, modules, memo)
     except Exception as error:
         raise ProbeFailed(
             f"{type(model).__name__} cannot be copied for the dry run: {error}"
         ) from error
+    copy_host_hooks(modules, memo)
+    trains = False
     for module in copied.modules():
         drop(module)
-    copy_host_hooks(model, memo)
-    copied.eval()  # not chained: some hosts override train() and return nothing
+        finish(module)
+        trains |= module.training
+    if trains:
+        copied.eval()  # not chained: some hosts override train() and return nothing
     return copied
+
+
+def _decide(module: nn.Module, convert: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> None:
+    """Put into the memo what becomes of a module's attributes, where that is not a deep copy."""
+    for name, value in vars(module).items():
+        if type(value) in ATOMS or name == "_modules":
+            continue
+        if name in _HOOKS:
+            memo[id(value)] = OrderedDict()
+        elif name == PATCH_ATTRIBUTE:
+            memo[id(value)] = None
+        elif isinstance(value, _HOLDERS):
+            for tensor in _tensors(value):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = convert(tensor)
+        # a lock or handle is shared, too: the dry run does not use it
+        elif name == _DISPATCH or isinstance(value, _IMMUTABLE) or not _copies(value):
+            memo.setdefault(id(value), value)
 
 
 def _undispatch(module: nn.Module) -> None:
@@ -113,11 +121,12 @@ def _shared(tensor: Tensor) -> Tensor:
 
 _IMMUTABLE = (Config, Site)
 """Attributes of planners that need no copy."""
-_PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor, nn.Module)
+_HOLDERS = (Tensor, dict, list, tuple, set)
+"""Types of tensors, and of what may contain some."""
 
 
 def _copies(value: object) -> bool:
-    if isinstance(value, _PLAIN):
+    if isinstance(value, nn.Module):
         return True
     try:
         copy.deepcopy(value)
@@ -126,13 +135,11 @@ def _copies(value: object) -> bool:
     return True
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors in plain attributes, also in nested containers."""
-    waiting: list[Any] = [value for name, value in vars(module).items() if name != "_modules"]
+def _tensors(holder: Any) -> Iterator[Tensor]:
+    """The tensor itself, or tensors in nested containers."""
+    waiting = [holder]
     while waiting:
         value = waiting.pop()
-        if type(value) in ATOMS:
-            continue
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):
@@ -152,8 +159,12 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 def has_data(model: nn.Module) -> bool:
     """Whether the model has weights, in its parameters or offloaded by accelerate."""
-    moved = any(_DISPATCH in vars(module) for module in model.modules())
-    return moved or not any(parameter.is_meta for parameter in model.parameters())
+    on_meta = False
+    for module in model.modules():
+        if _DISPATCH in vars(module):
+            return True
+        on_meta |= any(p.is_meta for p in module._parameters.values() if p is not None)
+    return not on_meta
 
 
 def shapes(output: Any) -> list[torch.Size]:

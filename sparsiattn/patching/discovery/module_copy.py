@@ -42,7 +42,7 @@ def copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int,
         copied = vars(memo[id(module)])
         for name, value in vars(module).items():
             if name != _COMPILED:
-                copied[name] = _copied(value, memo)
+                copied[name] = value if type(value) in ATOMS else _copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -76,7 +76,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         copied: dict[Any, Any] = {}
         memo[id(value)] = copied
         for key, item in value.items():
-            copied[_copied(key, memo)] = _copied(item, memo)
+            own = key if type(key) in ATOMS else _copied(key, memo)
+            copied[own] = _copied(item, memo)
         return copied
     if kind is set and not value:
         memo[id(value)] = set()

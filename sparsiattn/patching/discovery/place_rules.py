@@ -44,12 +44,29 @@ def _view(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     numbers, shape = numbers_of(args[0]), list(out.shape)
     try:
         return numbers.view(shape)
-    except RuntimeError:  # a copy is needed; it stays small along expanded dimensions
+    except RuntimeError:  # a copy is needed; it stays small along trailing expanded dimensions
         small = _alike(numbers)
-    last = small.dim() - 1
-    if shape and last > 0 == small.stride(last) and small.shape[last] == shape[-1]:
-        return small.narrow(last, 0, 1).reshape([*shape[:-1], 1]).expand(shape)
-    return small.reshape(shape)
+    before, after = _constant_tail(small, shape)
+    for dim in range(small.dim() - before, small.dim()):
+        small = small.narrow(dim, 0, 1)
+    return small.reshape([*shape[: len(shape) - after], *[1] * after]).expand(shape)
+
+
+def _constant_tail(numbers: Tensor, shape: Sequence[int]) -> tuple[int, int]:
+    """How many trailing dimensions are expanded, and how many of a new shape those become."""
+    before = after = 0
+    inner = outer = 1
+    tail = 0, 0
+    for stride, size in zip(reversed(numbers.stride()), reversed(numbers.shape), strict=True):
+        if stride and size > 1:
+            break
+        before, inner = before + 1, inner * size
+        while outer < inner and after < len(shape):
+            after += 1
+            outer *= shape[-after]
+        if outer == inner:
+            tail = before, after
+    return tail
 
 
 def _alike(numbers: Tensor) -> Tensor:
@@ -183,15 +200,36 @@ def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
 
 
 def _product(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
-    """For matrix products: the numbers of the rows; of the columns if the rows are constants."""
+    """For matrix products."""
     left, right = args[-2:] if func.overloadpacket in _ADDING else args[:2]
     if left.dim() < 2 or right.dim() < 2:
         return None
-    rows, columns = thin(numbers_of(left)[..., :1]), thin(numbers_of(right)[..., :1, :])
+    return _multiplied(places_in(left), numbers_of(right), out.shape)
+
+
+def _multiplied(left: Tensor | None, right: Tensor, shape: torch.Size) -> Tensor:
+    """Numbers of a product: those of the rows, or of the columns if the rows are constants.
+
+    Args:
+        left: Numbers of the left factor; None if no image is tracked in it.
+        right: Those of the right factor.
+        shape: Shape of the product.
+    """
+    columns = thin(right[..., :1, :])
+    if left is None:
+        return columns.expand(shape)
+    rows = thin(left[..., :1])
     # attention over channels: rows are channels, all with the same numbers, columns are tokens
     alike = rows.shape[-2] == 1 < columns.shape[-1] and not bool((rows == UNKNOWN).any())
-    by_column = alike or places_in(left) is None
-    return (columns if by_column else rows).expand(out.shape)
+    return (columns if alike else rows).expand(shape)
+
+
+def _linear(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+    """For ``linear(x, weight, bias)``."""
+    x, weight = args[:2]
+    if x.dim() < 2 or weight.dim() != 2:
+        return None
+    return _multiplied(places_in(x), numbers_of(weight).mT, out.shape)
 
 
 _ADDING = (aten.addmm, aten.baddbmm, aten.addbmm)
@@ -200,6 +238,20 @@ _ADDING = (aten.addmm, aten.baddbmm, aten.addbmm)
 def _attention(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """For attention: the numbers of the queries."""
     return (numbers_of(args[0])[..., :1].expand(out[0].shape),)
+
+
+def _whole_attention(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    """For `scaled_dot_product_attention`: its two products, so that channels can attend, too."""
+    q, k, v, *rest = args
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    shape = torch.Size((*lead, q.shape[-2], k.shape[-2]))
+    scores = None
+    if places_in(q) is not None or places_in(k) is not None:
+        scores = _multiplied(places_in(q), numbers_of(k).mT, shape)
+    mask = places_in(rest[0]) if rest and rest[0] is not None else None
+    if mask is not None:
+        scores = mask.expand(shape) if scores is None else _agreed(scores, mask.expand(shape))
+    return _multiplied(scores, numbers_of(v), out.shape)
 
 
 def _convolve(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
@@ -299,6 +351,8 @@ def _rules() -> dict[Any, Rule]:
         (_patches, "im2col"),
         (_reduce, "sum mean amax amin var std var_mean linalg_vector_norm any all"),
         (_product, "mm bmm addmm baddbmm"),
+        (_linear, "linear"),
+        (_whole_attention, "scaled_dot_product_attention"),
         (
             _attention,
             "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "

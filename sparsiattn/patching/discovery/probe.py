@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from sparsiattn.patching.discovery.meta_model import MetaInputs, run_dry, shapes
 from sparsiattn.patching.discovery.pixel_numbers import places_in
 from sparsiattn.patching.discovery.pixel_tracking import PixelNumbers, tracking_places
 from sparsiattn.patching.discovery.position_tables import PositionTables
+from sparsiattn.patching.discovery.whole_operators import WholeLinearTrial, whole_attention
 from sparsiattn.runtime.hook_tools import first_argument, first_tensor
 from sparsiattn.runtime.image import read_packing
-from sparsiattn.runtime.lifting import Trial, without_scores
+from sparsiattn.runtime.lifting import without_scores
 from sparsiattn.runtime.multihead import WatchWeights, Weights
 from sparsiattn.runtime.sdpa_intercept import pop, push
 
@@ -129,7 +130,11 @@ class _Recorder:
     """Records attention calls, with hooks on every module that track the innermost one."""
 
     def __init__(
-        self, model: nn.Module, pixels: PixelNumbers, tally: Any, packed: PackedInput | None = None
+        self,
+        modules: Mapping[str, nn.Module],
+        pixels: PixelNumbers,
+        tally: Any,
+        packed: PackedInput | None = None,
     ) -> None:
         self.calls: OrderedDict[str, AttentionCall] = OrderedDict()
         self.packed = packed
@@ -138,23 +143,23 @@ class _Recorder:
         self.map: MapSource | None = None
         self.listed = {
             f"{name}.{child}".lstrip(".")
-            for name, module in model.named_modules()
+            for name, module in modules.items()
             if isinstance(module, (nn.ModuleList, nn.Sequential))
             for child in module._modules
         }
         self.entered: dict[str, Tensor | None] = {}
         self.heads: dict[str, str] = {}
-        self.trial = Trial()
+        self.trial = WholeLinearTrial()
         self.watched: dict[str, WatchWeights] = {}
         self.input_shapes: dict[str, torch.Size] = {}
         self.output_shapes: dict[str, torch.Size] = {}
         self.positions = PositionTables()
         self.hooks: list[RemovableHandle] = []
         self._placed: dict[Any, tuple[Any, dict[str, Any]]] = {}
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             if isinstance(module, nn.MultiheadAttention):
                 self.watched[name] = WatchWeights(module)
-            parents = tuple(_chain(model, name))
+            parents = tuple(_parents(modules, name))
             key = -1 - id(module)  # negative: the keys of patched sites count up from 1
             opener = self._opener(name, module, parents, key)
             hooks = (
@@ -203,7 +208,7 @@ class _Recorder:
             )
             before = self.calls.get(name)
             self.calls[name] = latest if before is None else _joined(before, latest)
-            return call.dense()
+            return whole_attention(call)
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
@@ -265,14 +270,18 @@ class _Recorder:
 def _note(shapes: dict[str, torch.Size], name: str, values: Sequence[Any]) -> None:
     tensor = first_tensor(values)
     if tensor is not None:
-        shapes[name] = tensor.shape
+        with torch._C.DisableTorchFunction():  # a mode would see this read in every module
+            shapes[name] = tensor.shape
 
 
-def _chain(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    module = model
-    for part in name.split(".") if name else []:
-        yield module
-        module = getattr(module, part)
+def _parents(modules: Mapping[str, nn.Module], name: str) -> Iterator[nn.Module]:
+    """Ancestors of a module, from the root down."""
+    if name:
+        yield modules[""]
+    end = name.find(".")
+    while end >= 0:
+        yield modules[name[:end]]
+        end = name.find(".", end + 1)
 
 
 @dataclass(frozen=True)
@@ -317,12 +326,13 @@ def probe(
         InvalidOption: The sizes of these images do not add up to the number of patches.
         ProbeFailed: The model does not run with these inputs.
     """
-    records = HostRecords(model)
-    recorder = _Recorder(model, PixelNumbers(inputs), tally, packed)
-    records.leave_out()
+    modules = dict(model.named_modules())
+    records = HostRecords(modules)
+    recorder = _Recorder(modules, PixelNumbers(inputs), tally, packed)
+    records.leave_out(modules)
     with tracking_places(recorder.note_operator):
         output = _run(model, inputs, recorder)
-        if records.watch():  # the host registered hooks during this run
+        if records.watch(dict(model.named_modules())):  # the host registered hooks in this run
             recorder.clear()
             output = _run(model, inputs, recorder)
     for hook in recorder.hooks:
