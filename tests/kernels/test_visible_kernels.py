@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,11 +50,13 @@ class Graph:
         kernels: Names of the Triton kernels that it launches, in order.
         results: For each launch, the operands that it writes to.
         operators: Names of this library's operators.
+        returned: Number of tensors that it returns, or writes back to its operands.
     """
 
     kernels: list[str]
     results: list[set[str]]
     operators: set[str]
+    returned: int
 
     @classmethod
     def of(cls, module: Any) -> Graph:
@@ -64,6 +67,7 @@ class Graph:
             [_kernel_name(node) for node in launches],
             [set(node.kwargs["tensors_to_clone"]) for node in launches],
             {str(node.target) for node in nodes if "sparsiattn" in str(node.target)},
+            len(module.graph.output_node().args[0]),
         )
 
 
@@ -107,6 +111,28 @@ def test_a_compiled_program_launches_the_kernel_itself() -> None:
     assert graph.operators == set()
     assert graph.kernels == ["forward"]
     assert graph.results == [{"out", "lse"}]  # so nothing else is copied before
+
+
+@pytest.mark.parametrize("repeatable", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_so_does_its_backward_pass(repeatable: bool, masked: bool) -> None:
+    from sparsiattn.kernels._triton.ops import key_list_attention_backward
+
+    def backward(*given: Any) -> Any:
+        return key_list_attention_backward(*given, masked, True, repeatable)
+
+    found: list[Graph] = []
+    with compiler(partial(keep, found), dynamic=False) as compiled, torch.no_grad():
+        operands = list(attention_operands())
+        if masked:
+            operands[5] = empty(2, 1, 257, 257)
+        grad, out = (empty(2, 257, 2, 64).transpose(1, 2) for _ in range(2))
+        compiled(backward)(grad, out, empty(2, 2, 257, dtype=torch.float32), *operands)
+    (graph,) = found
+    assert graph.operators == set()
+    assert graph.kernels == ["backward", *["key_gradients"] * 2 * repeatable]
+    assert {"to_k", "to_v"} <= set().union(*graph.results)
+    assert graph.returned == 7
 
 
 def test_it_stays_an_operator_where_shapes_are_symbolic() -> None:

@@ -5,12 +5,13 @@ Their operands are those of `sparsiattn.kernels._triton.launch.KeyListOperands`,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsiattn.kernels._triton.visible import show_kernels
+from sparsiattn.kernels._triton.visible import is_traced, show_kernels
 
 if TYPE_CHECKING:  # imports triton
     from sparsiattn.kernels._triton.launch import KeyListOperands
@@ -63,7 +64,7 @@ def _attention_backward(
     from sparsiattn.kernels._triton import launch
 
     *own, to_host, to_rows, repeatable = operands
-    call = launch.KeyListOperands(*_readable(*own))
+    call = _with_own_lists(launch.KeyListOperands(*_readable(*own)))
     needed = _with_gradients(own, to_host, to_rows)
     if repeatable:
         return _repeatable_gradients(call, out, lse, _with_rows(grad), needed)
@@ -77,6 +78,18 @@ def _attention_backward(
     launch.backward(call, out, lse, _with_rows(grad), [grad_q, *sums]).run(q.device)
     pairs = zip(sums, others, strict=True)
     return grad_q, *(q.new_empty(0) if total is None else total.to(x.dtype) for total, x in pairs)
+
+
+def _with_own_lists(call: KeyListOperands) -> KeyListOperands:
+    """The operands as torch's compiler may see them.
+
+    The lists say where the kernel adds, so torch takes them for results, too. Of copies it writes
+    nothing back to tensors that were saved for the backward pass.
+    """
+    if not is_traced():
+        return call
+    table = None if call.table is None else call.table.clone()
+    return replace(call, chosen=call.chosen.clone(), table=table)
 
 
 def _repeatable_gradients(
@@ -132,8 +145,8 @@ key_list_attention_backward = torch.library.custom_op(
     mutates_args=(),
     schema=_BACKWARD,
 )
-# not the backward operator: torch takes the lists, which say where to add, for results, too
 show_kernels(key_list_attention, _attention)
+show_kernels(key_list_attention_backward, _attention_backward)
 
 
 @key_list_attention.register_fake
