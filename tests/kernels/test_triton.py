@@ -188,12 +188,13 @@ def test_what_kernels_take_of_a_gpu(name: str, tmp_path: Path) -> None:
     assert row["spilled_bytes"] == 0
 
 
-def test_no_kernel_in_half_precision_spills() -> None:
+def test_few_kernels_spill() -> None:
     """In the committed table, for each generation of GPU."""
     rows = json.loads((ROOT / "benchmarks/results/triton-registers.json").read_text())["rows"]
     assert {row["sm"] for row in rows} == {80, 90, 100}
     wasteful = {(row["program"], row["sm"]) for row in rows if row["spilled_bytes"] > 64}
     assert not {name for name, _ in wasteful if "bf16" in name and "backward" not in name}
+    assert not {name for name, _ in wasteful if "gradients" in name}  # in single precision neither
     assert all(row["shared_bytes"] <= SHARED_MEMORY for row in rows)
 
 

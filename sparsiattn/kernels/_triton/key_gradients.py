@@ -37,6 +37,9 @@ from sparsiattn.kernels._triton.launch import (
 MOST_KEYS = 32
 """Keys of a program at most."""
 
+MOST_ROWS = 32
+"""Queries of a step at most, in single precision."""
+
 
 def membership(call: KeyListOperands) -> Tensor:
     """Which keys every tile lists, uint8 ``[B|1, H|1, T, Nk]``."""
@@ -201,6 +204,7 @@ def _launch(call: KeyListOperands, tensors: dict[str, Any], dense_queries: int) 
     sizes, keys = backward_sizes(call), tensors["k"].shape[-2]
     # with more keys at a time, registers spill, and fewer queries can be skipped
     step = min(sizes.keys, MOST_KEYS, padded(max(1, keys)))
+    rows = min(sizes.rows, MOST_ROWS) if call.q.element_size() == 4 else sizes.rows
     host, tiles = tensors["host"], call.chosen.shape[-2]
     places = tiles * call.slots
     pairs, chunks = call.q.shape[0] * call.q.shape[1], -(-keys // step)
@@ -219,7 +223,7 @@ def _launch(call: KeyListOperands, tensors: dict[str, Any], dense_queries: int) 
         "VALUE_DIM": call.v.shape[-1],
         "WIDE": padded(call.q.shape[-1]),
         "VALUE_WIDE": padded(call.v.shape[-1]),
-        "ROWS": sizes.rows,
+        "ROWS": rows,
         "KEYS": step,
         "BY_TILE": tensors["rows"] is not None and tensors["rows"].shape[-2] == tiles,
         "BOOLEAN": host is not None and host.dtype == torch.bool,
