@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from plots import ASSETS, COLOURS, MARKERS, STYLE, THEMES
-from quality_tables import SWEEP, frontier, rows_of
+from quality_tables import frontier, measured
 
 PANELS = {
     "clip-224": "CLIP ViT-B/16, 224 px",
@@ -64,8 +64,8 @@ class Point(NamedTuple):
 
 
 def points(model: str) -> list[Point]:
-    """All lines of the sweep, by speed."""
-    return [Point(row.line, row.ratio, 1 - row.cosine) for row in rows_of(SWEEP, model)]
+    """All lines of the study, by speed."""
+    return [Point(row.line, row.ratio, 1 - row.cosine) for row in measured(model)]
 
 
 def kind(line: str) -> str:
@@ -81,7 +81,7 @@ def draw(axes: Any, model: str, title: str) -> None:
         axes.scatter(
             [p.speed for p in own], [max(p.loss, LEAST) for p in own], s=30, label=name, **style
         )
-    best = [Point(r.line, r.ratio, 1 - r.cosine) for r in frontier(rows_of(SWEEP, model))]
+    best = [Point(r.line, r.ratio, 1 - r.cosine) for r in frontier(measured(model))]
     shown = [point for point in best if point.speed < FASTEST]
     losses = [max(point.loss, LEAST) for point in shown]
     axes.plot([point.speed for point in shown], losses, color="#888888", linewidth=1.5, zorder=0)

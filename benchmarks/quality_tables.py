@@ -12,9 +12,11 @@ from common import places
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-real.json"
 SWEEP = RESULTS.with_name("quality-sweep.json")
+FINAL = RESULTS.with_name("quality-final.json")
 NAMES = {
     "clip-224": "CLIP ViT-B/16, 224 px",
     "clip-384": "CLIP ViT-B/16, 384 px",
+    "s14-224": "ViT-S/14, 224 px",
     "s14-518": "ViT-S/14, 518 px",
     "s14-1036": "ViT-S/14, 1036 px",
     "deit-s-224": "DeiT-S, 224 px",
@@ -145,6 +147,12 @@ def rows_of(file: Path, model: str) -> list[Row]:
     return sorted(rows, key=lambda row: row.ratio)
 
 
+def measured(model: str) -> list[Row]:
+    """Every line of a study, the fastest last: from the final if it is there, else the sweep."""
+    lines = {row.line: row for file in (SWEEP, FINAL) for row in rows_of(file, model)}
+    return sorted(lines.values(), key=lambda row: row.ratio)
+
+
 def frontier(rows: list[Row]) -> list[Row]:
     """Lines faster than the dense model that no other beats in speed and cosine, by speed."""
     best: list[Row] = []
@@ -162,8 +170,8 @@ ASKED = (
 
 
 def settings(model: str) -> str:
-    """The frontier of a sweep, and lines that people ask for."""
-    rows = rows_of(SWEEP, model)
+    """The frontier of a study, and lines that people ask for."""
+    rows = measured(model)
     best = frontier(rows)
     shown = [row for row in rows if row in best or row.line in ASKED]
     columns: dict[str, Callable[[Row], str]] = {
@@ -172,10 +180,14 @@ def settings(model: str) -> str:
         "cosine": lambda row: f"{row.cosine:.3f}",
         "worst 5 %": lambda row: f"{row.features['worst_5']:.3f}",
     }
+    if "answers_kept" in rows[0].kept:
+        columns["answers kept"] = lambda row: f"{100 * row.kept['answers_kept']:.0f} %"
+        columns["top-1"] = lambda row: f"{100 * row.kept['top1']:.1f}" if "top1" in row.kept else ""
     if "saliency_error" in rows[0].kept:
         columns["saliency error"] = lambda row: f"{row.kept['saliency_error']:.3f}"
     columns["GMACs"] = lambda row: f"{row.speed['macs'] / 1e9:.1f}"
     columns["activations, MB"] = lambda row: f"{row.speed['peak_bytes'] / 1e6:.0f}"
+    columns["photos"] = lambda row: str(row.kept["photos"])
     return _table(list(columns), [[cell(row) for cell in columns.values()] for row in shown])
 
 
@@ -205,7 +217,7 @@ GOALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def goals() -> str:
     """Lines by what people want."""
     models = ("clip-224", "s14-518")
-    by_line = [{row.line: row for row in rows_of(SWEEP, model)} for model in models]
+    by_line = [{row.line: row for row in measured(model)} for model in models]
     body = [
         [
             goal,
@@ -262,4 +274,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "goals": goals,
     **{f"settings {model}": partial(settings, model) for model in ("clip-224", "s14-518")},
     "source quality-sweep": partial(sources, SWEEP, "--study sweep --quality --speed"),
+    "source quality-final": partial(sources, FINAL, "--study final --quality --speed"),
 }

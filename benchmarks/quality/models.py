@@ -72,6 +72,7 @@ class Subject:
 SUBJECTS = {
     "clip-224": Subject(CLIP, 224, batches=(1, 8)),
     "clip-384": Subject(CLIP, 384),
+    "s14-224": Subject(S14, 224, batches=(1, 8)),
     "s14-518": Subject(S14, 518),
     "s14-1036": Subject(S14, 1036),
     "deit-s-224": Subject("deit_small_patch16_224", 224, batches=(1, 8)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.patching.discovery import probe
@@ -118,6 +120,36 @@ def test_a_linear_layer_is_its_product(x: object, weight: object) -> None:
             out = F.linear(x(), weight())  # type: ignore[operator]
         told.append((out.shape, numbers_of(out).tolist(), tally.macs))
     assert told[0] == told[1]
+
+
+class Subclass(Tensor):
+    """A tensor that knows how to be multiplied, and not what a linear layer is."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Subclass:
+        made: Subclass = Tensor._make_wrapper_subclass(cls, inner.shape, device=inner.device)  # type: ignore[attr-defined]
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (
+            torch.ops.aten.linear, torch.ops.aten.scaled_dot_product_attention,
+        )  # fmt: skip
+        plain = tree_map(lambda x: x.inner if isinstance(x, cls) else x, args)
+        return func(*plain, **(kwargs or {}))
+
+
+def test_subclasses_get_the_parts() -> None:
+    weight = Subclass(meta(5, 3))
+    with torch.no_grad(), tracking_places(), WholeLinearTrial():
+        assert F.linear(meta(4, 3), weight).shape == (4, 5)
+    with torch.no_grad(), tracking_places():
+        keys = Subclass(meta(1, 1, 7, 3))
+        out = whole_attention(HostCall(meta(1, 1, 4, 3), keys, meta(1, 1, 7, 3)))
+    assert out.shape == (1, 1, 4, 3)
 
 
 def test_a_block_is_seen_in_a_few_operators() -> None:

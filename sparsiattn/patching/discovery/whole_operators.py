@@ -7,10 +7,11 @@ transformer's block, and every operator costs time in Python. Below autograd the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsiattn.attention.layout import HostCall
@@ -21,7 +22,7 @@ class WholeLinearTrial(Trial):
     """A `Trial` in which linear layers stay whole."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.linear:
+        if func is not F.linear or not _are_plain(args):
             return super().__torch_function__(func, types, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return func(*args, **(kwargs or {}))
@@ -33,7 +34,15 @@ def whole_attention(call: HostCall) -> Tensor:
     With values torch has fused operators for it. With grouped heads it repeats the keys, which
     pixel numbers follow only part by part.
     """
-    if not call.q.is_meta or call.gqa:
+    if not call.q.is_meta or call.gqa or not _are_plain((call.q, call.k, call.v)):
         return call.dense()
     with torch._C._AutoDispatchBelowAutograd():
         return call.dense()
+
+
+def _are_plain(operands: Sequence[Any]) -> bool:
+    """Whether no operand is a subclass, which may know only the parts of an operator."""
+    return all(type(x) in _PLAIN for x in operands)
+
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
