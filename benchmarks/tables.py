@@ -148,7 +148,8 @@ def overhead() -> str:
     rows = [[f"forward of {name}, batch 1, patched with `dense`",
              f"{r['ratio']:.3f}x the time without a patch"]
             for name, r in forward.items()]  # fmt: skip
-    rows += [[f"`patch` on {name}", f"{s:.2f} s"] for name, s in seconds.items()]
+    rows += [[f"`patch` on {name}", f"{s['later']:.2f} s; {s['first']:.2f} s the first time"]
+             for name, s in seconds.items()]  # fmt: skip
     return table(["operation", "cost"], rows)
 
 
