@@ -16,6 +16,7 @@ from quality_tables import frontier, measured
 
 PANELS = {
     "clip-224": "CLIP ViT-B/16, 224 px",
+    "s14-224": "ViT-S/14, 224 px",
     "s14-518": "ViT-S/14, 518 px",
 }
 # what a line of each kind contains, the first that fits counts
@@ -38,11 +39,18 @@ LABELS = {
         "resolution=0.75": "image 0.75",
         "resolution=0.5": "image 0.5",
     },
+    "s14-224": {
+        'strategy="connectivity", k=0.1': "connectivity k=.1",
+        'strategy="token_merge"': "merge .95 (default)",
+        'strategy="token_merge", ratio=0.9': "merge .9",
+        "resolution=0.8125": "image .8125",
+        "resolution=0.5": "image .5",
+    },
     "s14-518": {
         'strategy="token_merge", ratio=0.975': "merge .975",
         'strategy="connectivity", k=0.1': "connectivity k=.1",
         'strategy="token_merge"': "merge .95 (default)",
-        'strategy="token_merge", ratio=0.9': "merge .9",
+        'strategy="token_merge", ratio=0.85': "merge .85",
         "resolution=0.875": "image .875",
         "resolution=0.625": "image .625",
     },
@@ -100,7 +108,7 @@ def draw(axes: Any, model: str, title: str) -> None:
 
 def figure(ending: str) -> None:
     with mpl.rc_context({**STYLE, **THEMES[ending]}):
-        drawing, panels = plt.subplots(1, len(PANELS), figsize=(11, 4.8))
+        drawing, panels = plt.subplots(1, len(PANELS), figsize=(12.5, 4.6))
         for axes, (model, title) in zip(panels, PANELS.items(), strict=True):
             draw(axes, model, title)
         panels[0].set_ylabel("features lost (1 - cosine), less is better")

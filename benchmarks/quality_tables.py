@@ -149,7 +149,8 @@ def rows_of(file: Path, model: str) -> list[Row]:
 
 def measured(model: str) -> list[Row]:
     """Every line of a study, the fastest last: from the final if it is there, else the sweep."""
-    lines = {row.line: row for file in (SWEEP, FINAL) for row in rows_of(file, model)}
+    rows = [row for file in (SWEEP, FINAL) for row in rows_of(file, model)]
+    lines = {row.line: row for row in sorted(rows, key=lambda row: int(row.kept["photos"]))}
     return sorted(lines.values(), key=lambda row: row.ratio)
 
 
@@ -191,42 +192,63 @@ def settings(model: str) -> str:
     return _table(list(columns), [[cell(row) for cell in columns.values()] for row in shown])
 
 
-# what people want, and the lines for it on CLIP at 224 px and on the ViT-S/14 at 518
-GOALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "nearly the same features": (
+class Goal(NamedTuple):
+    """What people want, and the lines for it on each model of the study."""
+
+    text: str
+    clip_224: tuple[str, ...]
+    s14_224: tuple[str, ...]
+    s14_518: tuple[str, ...]
+
+
+GOALS = (
+    Goal(
+        "nearly the same features",
         ('strategy="token_merge", ratio=0.975',),
+        ('strategy="connectivity", k=0.1',),
         ('strategy="token_merge", ratio=0.975',),
     ),
-    "all tokens, fewer keys": (
-        ('strategy="connectivity", k=0.25',),
+    Goal(
+        "all tokens, fewer keys",
+        ('strategy="connectivity", k=0.1',),
+        ('strategy="connectivity", k=0.1',),
         ('strategy="connectivity", k=0.25', 'strategy="connectivity", k=0.1'),
     ),
-    "1.2x": (
+    Goal(
+        "1.2x",
         ('strategy="token_drop", keep=0.8', 'strategy="token_merge"'),
+        ('strategy="token_merge", ratio=0.925',),
         ('strategy="token_merge"',),
     ),
-    "1.35x to 1.5x": (
+    Goal(
+        "1.4x",
         ('strategy="hybrid", k=0.25, keep=0.7', 'strategy="token_drop", keep=0.6'),
-        ('strategy="token_merge"',),
+        ('strategy="token_merge", ratio=0.9', "resolution=0.8125"),
+        ('strategy="token_merge"', 'strategy="token_merge", ratio=0.925'),
     ),
-    "2x": (("resolution=0.75",), ('strategy="token_merge", ratio=0.9', "resolution=0.75")),
-    "3x and more": (("resolution=0.5",), ("resolution=0.625",)),
-}
+    Goal(
+        "2x",
+        ("resolution=0.625",),
+        ("resolution=0.625",),
+        ('strategy="token_merge", ratio=0.885', "resolution=0.75"),
+    ),
+    Goal("3x and more", ("resolution=0.5",), ("resolution=0.5",), ("resolution=0.625",)),
+)
 
 
 def goals() -> str:
     """Lines by what people want."""
-    models = ("clip-224", "s14-518")
+    models = ("clip-224", "s14-224", "s14-518")
     by_line = [{row.line: row for row in measured(model)} for model in models]
     body = [
         [
-            goal,
+            goal.text,
             *(
-                "; ".join(_point(rows[x]) for x in xs)
-                for rows, xs in zip(by_line, lines, strict=True)
+                "; ".join(_point(rows[line]) for line in lines)
+                for rows, lines in zip(by_line, goal[1:], strict=True)
             ),
         ]
-        for goal, lines in GOALS.items()
+        for goal in GOALS
     ]
     return _table(["you want", *(f"at {NAMES[model]}" for model in models)], body)
 
@@ -272,7 +294,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "source quality-real": sources,
     "sizes": sizes,
     "goals": goals,
-    **{f"settings {model}": partial(settings, model) for model in ("clip-224", "s14-518")},
+    **{
+        f"settings {model}": partial(settings, model)
+        for model in ("clip-224", "s14-224", "s14-518")
+    },
     "source quality-sweep": partial(sources, SWEEP, "--study sweep --quality --speed"),
     "source quality-final": partial(sources, FINAL, "--study final --quality --speed"),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quality_tables import NAMES, RESULTS, SWEEP, rows_of
+from quality_tables import FINAL, NAMES, RESULTS, rows_of
 
 Figures = tuple[float, str, str]
 """Speed, what is kept, and the name of the file of results."""
@@ -100,11 +100,11 @@ RECIPES = (
     _one_image("224 px, one image", "clip-224", MERGE),
     Recipe("224 px, batches of 8", MERGE, CLIP, _batch("clip-224", MERGE, 8)),
     _one_image(
-        "224 px, faster, with more loss", "clip-224", 'strategy="hybrid", k=0.25, keep=0.7', SWEEP
+        "224 px, faster, with more loss", "clip-224", 'strategy="hybrid", k=0.25, keep=0.7', FINAL
     ),
     _one_image("518 px", "s14-518", MERGE),
-    _one_image("518 px, at least 1.5x", "s14-518", 'strategy="token_merge", ratio=0.925', SWEEP),
-    _one_image("518 px, twice as fast", "s14-518", 'strategy="token_merge", ratio=0.9', SWEEP),
+    _one_image("518 px, at least 1.5x", "s14-518", 'strategy="token_merge", ratio=0.925', FINAL),
+    _one_image("518 px, twice as fast", "s14-518", 'strategy="token_merge", ratio=0.885', FINAL),
     _one_image("518 px, all tokens kept", "s14-518", KEYS),
     _one_image("1,036 px", "s14-1036", KEYS),
     Recipe(
