@@ -88,7 +88,7 @@ def _copied(
 
 
 def _decide(module: nn.Module, convert: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> None:
-    """Put into the memo what becomes of a module's attributes, where that is not a deep copy."""
+    """Fill the memo for attributes that are not copied deeply: tensors, hooks, locks."""
     for name, value in vars(module).items():
         if type(value) in ATOMS or name == "_modules":
             continue
