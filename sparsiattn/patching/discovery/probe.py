@@ -140,6 +140,7 @@ class _Recorder:
         self.packed = packed
         self.packing: Packing | None = None
         self.pixels, self.tally = pixels, tally
+        self.running = True  # hooks that stay in the copy are called in other traces, too
         self.map: MapSource | None = None
         self.listed = {
             f"{name}.{child}".lstrip(".")
@@ -208,7 +209,7 @@ class _Recorder:
             )
             before = self.calls.get(name)
             self.calls[name] = latest if before is None else _joined(before, latest)
-            return whole_attention(call)
+            return whole_attention(call) if self.running else call.dense()
 
         def open_scope(_: nn.Module, args: Any, kwargs: Any) -> None:
             _note(self.input_shapes, name, (*args, *kwargs.values()))
@@ -335,6 +336,7 @@ def probe(
         if records.watch(dict(model.named_modules())):  # the host registered hooks in this run
             recorder.clear()
             output = _run(model, inputs, recorder)
+    recorder.running = False
     for hook in recorder.hooks:
         hook.remove()
     weights = {name: watched.verdict() for name, watched in recorder.watched.items()}
