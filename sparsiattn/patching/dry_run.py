@@ -150,6 +150,7 @@ def _copied_state(state: PatchState, run: DryRun) -> PatchState:
         unwatch(module)  # the copy of a patched model still has the marks of the real patch
         watch(module, copied)
     hook_up(copied, backbone)
+    copied.hook_idle_sites()
     return copied
 
 

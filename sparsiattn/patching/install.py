@@ -23,7 +23,7 @@ from sparsiattn.runtime.ownership import runs_elsewhere
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE, SWITCHING, PatchState
 from sparsiattn.runtime.restore import EnterModel, LeaveModel, modules_with_features, unwatch, watch
 from sparsiattn.runtime.sdpa_intercept import forget_abandoned, forget_compiled, hold, release
-from sparsiattn.runtime.site_hooks import CloseScope, OpenScope
+from sparsiattn.runtime.site_hooks import IDLE, OpenScope, hook_scope
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import SITE_CALLS, forget_pass
 from sparsiattn.runtime.window_skip import EnterWindows, LeaveWindows, MaskWindows
@@ -98,9 +98,17 @@ def _hook_site(state: PatchState, runtime: SiteRuntime) -> None:
     if not is_multihead:  # `swap` has changed its class already
         mark_hooked(module)
     opener = OpenScope(runtime)
-    hooks.append(module.register_forward_pre_hook(opener))
-    # always_call: a module that raises must not leave its scope open
-    hooks.append(module.register_forward_hook(CloseScope(opener), always_call=True))
+    if runtime.is_idle and not _is_inside_site(state, name):
+        vars(module)[IDLE] = opener
+    else:
+        hooks += hook_scope(module, opener)
+
+
+def _is_inside_site(state: PatchState, name: str) -> bool:
+    """Whether another site contains the module; compiled code then needs its hooks to tell them
+    apart."""
+    outer = (runtime.site.name for runtime in state.runtimes if runtime.site.name != name)
+    return any(not other or name.startswith(f"{other}.") for other in outer)
 
 
 def _hook_block(state: PatchState, runtime: BlockRuntime) -> None:
@@ -159,6 +167,7 @@ def remove(state: PatchState) -> None:
         for _, module in state.places:
             swap_class_back(module, Hooked)
         for runtime in state.runtimes:
+            vars(runtime.module).pop(IDLE, None)
             drop(runtime.module)
         for module in modules_with_features(state):
             unwatch(module)

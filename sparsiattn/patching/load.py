@@ -190,7 +190,7 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
                 )
     # keep the decisions made where the patch was saved: speeds may differ on this machine
     for runtime in patched.runtimes:
-        runtime.dense = config["sites"][runtime.site.name]["dense"]
+        patched.set_dense(runtime, config["sites"][runtime.site.name]["dense"])
 
 
 def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:

@@ -21,8 +21,8 @@ from sparsiattn.runtime import placement, settings
 from sparsiattn.runtime.attribute_override import AttributeOverride
 from sparsiattn.runtime.block_runtime import KEEP_GRID, BlockRuntime
 from sparsiattn.runtime.patch_owner import PatchOwner, new_key
-from sparsiattn.runtime.sdpa_intercept import hold
-from sparsiattn.runtime.site_hooks import OpenScope
+from sparsiattn.runtime.sdpa_intercept import forget_compiled, hold
+from sparsiattn.runtime.site_hooks import IDLE, hook_scope, owner_of
 from sparsiattn.runtime.site_runtime import Observer, SiteRuntime
 from sparsiattn.runtime.switches import switch_off, switch_on
 from sparsiattn.runtime.thread_state import BLOCK_CALL
@@ -284,8 +284,28 @@ class PatchState(PatchOwner):
         """
         if settings.observer is not None:
             raise InvalidOption("this thread is observing a patch already; leave that block first")
+        self.hook_idle_sites()
         with settings.setting("observer", (self.key, observer)):
             yield self.model
+
+    def set_dense(self, runtime: SiteRuntime, dense: bool) -> None:
+        """Choose whether a site of the installed patch runs the host's own attention."""
+        runtime.dense = dense
+        if not runtime.is_idle:
+            self.hook_idle_sites()
+
+    def hook_idle_sites(self) -> None:
+        """Register the hooks of idle sites, for code that reads the operands of every site.
+
+        Sites that always run the host's own attention have none before: they would only take time.
+        The hooks stay until the patch is undone.
+        """
+        with SWITCHING:
+            waiting = [r.module for r in self.runtimes if vars(r.module).get(IDLE) is not None]
+            for module in waiting:
+                self.hooks += hook_scope(module, vars(module).pop(IDLE))
+        if waiting:
+            forget_compiled()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -313,8 +333,6 @@ def live_patches(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
         A module with hooks of a patch, and the patch.
     """
     for module in model.modules():
-        hooks = module._forward_pre_hooks.values()
-        owners = (hook.runtime.owner for hook in hooks if isinstance(hook, OpenScope))
-        patch = vars(module).get(PATCH_ATTRIBUTE) or next(owners, None)
+        patch = vars(module).get(PATCH_ATTRIBUTE) or owner_of(module)
         if patch is not None:
             yield module, patch

@@ -158,7 +158,7 @@ class EnterModel(ScriptRefusal):
             if owner.shortens and not owner.disabled_here:
                 MODEL_CALL.features = _features_of(owner, module, args, kwargs)
             for runtime in owner.runtimes:
-                if not runtime.dense:
+                if not runtime.is_idle:
                     runtime.repeated.look_at(runtime.planner)
             MODEL_CALL.inside = (*MODEL_CALL.inside, owner.key)
             owner.running[get_ident()] = note_caller(-owner.key)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsiattn.attention.layout import HostCall
 from sparsiattn.errors import ModelChanged
@@ -18,7 +19,7 @@ from sparsiattn.runtime import settings
 from sparsiattn.runtime.hook_tools import ScriptRefusal, refuse_fx
 from sparsiattn.runtime.ownership import runs_in_another, surroundings
 from sparsiattn.runtime.packed_images import packed_attention
-from sparsiattn.runtime.patch_owner import new_key
+from sparsiattn.runtime.patch_owner import PatchOwner, new_key
 from sparsiattn.runtime.reduced_attention import full_attention, reduced_attention
 from sparsiattn.runtime.sdpa_intercept import (
     forget_abandoned,
@@ -31,6 +32,10 @@ from sparsiattn.runtime.sdpa_intercept import (
 from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS, Route
 from sparsiattn.strategies.base import Planner
+
+
+IDLE = "_sparsiattn_idle_site"
+"""Name under which the ``__dict__`` of an idle site's module holds its `OpenScope`, unhooked."""
 
 
 def make_route(runtime: SiteRuntime, replica: nn.Module | None = None) -> Route:
@@ -132,3 +137,16 @@ class CloseScope(ScriptRefusal):
                 "the patch had no effect there. Was fused_attn switched off or its forward "
                 "replaced after patching? unpatch() and patch again"
             )
+
+
+def hook_scope(module: nn.Module, opener: OpenScope) -> list[RemovableHandle]:
+    """Register the two hooks of a site."""
+    # always_call: a module that raises must not leave its scope open
+    closing = module.register_forward_hook(CloseScope(opener), always_call=True)
+    return [module.register_forward_pre_hook(opener), closing]
+
+
+def owner_of(module: nn.Module) -> PatchOwner | None:
+    """The patch that has this module as a site; None if there is none."""
+    hooks = (*module._forward_pre_hooks.values(), vars(module).get(IDLE))
+    return next((hook.runtime.owner for hook in hooks if isinstance(hook, OpenScope)), None)

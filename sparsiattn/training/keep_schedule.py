@@ -70,6 +70,6 @@ def repatch(patch: Patch, strategy: Any) -> Patch:
         cut_to_grid=True,
     )
     for runtime in fresh.runtimes:  # sites that were dense because sparse is slower stay dense
-        runtime.dense = dense.get(runtime.site.name, False)
+        fresh.set_dense(runtime, dense.get(runtime.site.name, False))
     model.load_state_dict(planners, strict=False)
     return fresh

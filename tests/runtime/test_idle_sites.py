@@ -52,6 +52,53 @@ def test_nothing_is_opened_and_outputs_are_the_hosts(patched: object, opened: li
     assert torch.equal(model(images), expected)
 
 
+def hooks_of_sites(patch: sparsiattn.Patch) -> int:
+    modules = [patch.model.get_submodule(site.name) for site in patch.sites]
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+
+
+@pytest.mark.parametrize("patched", [left_dense, dense])
+@torch.no_grad()
+def test_their_modules_have_hooks_only_once_someone_looks(patched: object) -> None:
+    model, images, seen = tiny_vit(), tiny_images(1), []
+    patch = patched(model)  # type: ignore[operator]
+    copied = copy.deepcopy(model)
+    assert hooks_of_sites(patch) == 0
+    with patch.observing(lambda site, *_: seen.append(site.name)):
+        model(images)
+    assert hooks_of_sites(patch) == 2 * len(patch.sites)
+    other = sparsiattn.patch_of(copied)
+    with other.observing(lambda site, *_: seen.append(site.name)):
+        copied(images)
+    assert seen == 2 * [site.name for site in patch.sites]
+    attributes = [set(vars(module)) for module in tiny_vit().modules()]
+    for patched_model in (model, copied):
+        sparsiattn.unpatch(patched_model)
+        assert [set(vars(module)) for module in patched_model.modules()] == attributes
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in patched_model.modules())
+
+
+def test_their_patch_is_known_from_a_part() -> None:
+    model = tiny_vit()
+    patch = dense(model)
+    part = model.get_submodule(patch.sites[0].name)
+    with pytest.raises(sparsiattn.AlreadyPatched):
+        sparsiattn.patch(part, "topk", k=0.25, input=(torch.randn(1, 17, 48),))
+    copied = copy.deepcopy(part)
+    sparsiattn.unpatch(copied)
+    assert not [name for name in vars(copied) if "sparsiattn" in name]
+    assert patch.active
+
+
+@torch.no_grad()
+def test_they_are_counted() -> None:
+    model, images = tiny_vit(), tiny_images(1)
+    dense(model)
+    profiled = sparsiattn.profile(model, images)
+    plain = sparsiattn.profile(tiny_vit(), images)
+    assert profiled.macs == plain.macs
+
+
 @pytest.mark.parametrize("patched", [left_dense, dense])
 @torch.no_grad()
 def test_who_looks_sees_every_site(patched: object, opened: list[int]) -> None:
@@ -86,7 +133,7 @@ def test_a_site_is_idle_only_while_it_is_dense() -> None:
     patch = left_dense(model)
     expected = model(images)
     for runtime in patch.runtimes:
-        runtime.dense = False
+        patch.set_dense(runtime, False)
     sparse = model(images)
     assert not torch.equal(sparse, expected)
     with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as other:
@@ -116,8 +163,28 @@ def test_inside_a_sparse_site_it_stays_dense() -> None:
     with sparsiattn.patch(host, "topk", k=0.25, **options) as patch:
         assert len(patch.runtimes) == 2
         inner = next(r for r in patch.runtimes if r.site.name == "0.inner")
-        inner.dense = True
+        patch.set_dense(inner, True)
         assert torch.equal(host(x), expected)
+
+
+@torch.no_grad()
+def test_inside_a_sparse_site_it_stays_dense_in_compiled_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def settle(state: sparsiattn.Patch, *_: object) -> None:
+        for runtime in state.runtimes:
+            runtime.dense = runtime.site.name == "0.inner"
+
+    monkeypatch.setattr("sparsiattn.patching.apply.settle_sites", settle)
+    host = nn.Sequential(Outer()).eval()
+    x = torch.randn(1, 17, 48, generator=torch.Generator().manual_seed(0))
+    options = {"input": (x,), "grid": (4, 4), "prefix": 1}
+    with sparsiattn.patch(host, "topk", k=0.25, sites="0", **options):
+        expected = host(x)
+    with sparsiattn.patch(host, "topk", k=0.25, **options) as patch:
+        assert {r.site.name: r.dense for r in patch.runtimes} == {"0": False, "0.inner": True}
+        compiled = torch.compile(host, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
 
 
 @torch.no_grad()

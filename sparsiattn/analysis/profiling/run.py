@@ -57,6 +57,8 @@ class Run:
         counter = MacCounter(
             {(runtime.owner.key, runtime.site.name): path for path, runtime in runtimes}
         )
+        for patch in self.patches:
+            patch.hook_idle_sites()
         with ExitStack() as stack:
             for path, section in self.module_map.sections():
                 stack.enter_context(counter.watching(self.model.get_submodule(path), section))

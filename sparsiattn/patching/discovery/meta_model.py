@@ -26,12 +26,15 @@ from sparsiattn.runtime.hook_tools import tensors_in
 from sparsiattn.runtime.lifting import drop
 from sparsiattn.runtime.patch_state import PATCH_ATTRIBUTE
 from sparsiattn.runtime.sdpa_intercept import intercepted
+from sparsiattn.runtime.site_hooks import IDLE
 from sparsiattn.strategies.config import Config
 
 MetaInputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a dry run."""
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs")))
+_OF_PATCHES = (PATCH_ATTRIBUTE, IDLE)
+"""Attributes that a patch adds to modules."""
 _DISPATCH, _UNDISPATCHED = "_hf_hook", "_old_forward"
 """Attributes that accelerate adds to a module whose weights it offloads."""
 
@@ -94,7 +97,7 @@ def _decide(module: nn.Module, convert: Callable[[Tensor], Tensor], memo: dict[i
             continue
         if name in _HOOKS:
             memo[id(value)] = OrderedDict()
-        elif name == PATCH_ATTRIBUTE:
+        elif name in _OF_PATCHES:
             memo[id(value)] = None
         elif isinstance(value, _HOLDERS):
             for tensor in _tensors(value):
