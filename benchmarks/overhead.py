@@ -1,5 +1,6 @@
-"""What patching itself costs: a model patched with `dense` against the same model unpatched, and
-how long `patch` takes. ``python benchmarks/overhead.py``"""
+"""What patching itself costs: a model patched with `dense` against the same model unpatched, also
+with the hooks that sparse sites have, and how long `patch` takes. ``python benchmarks/overhead.py``
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from common import fastest_ms, write
 import sparsiattn
 
 
-def forward_overhead(name: str, rounds: int, repeats: int = 8) -> dict[str, Any]:
+def forward_overhead(name: str, rounds: int, hooked: bool, repeats: int = 8) -> dict[str, Any]:
     """One model, patched and unpatched in turn, so that both run on the same memory. Each side of a
-    round is the fastest of some forwards after one to warm up; the order turns each round."""
+    round is the fastest of some forwards after one to warm up; the order turns each round.
+    ``hooked``: with hooks at every site, which dense sites have only while something reads them."""
     model = timm.create_model(name).eval()
     x = torch.randn(1, *model.pretrained_cfg["input_size"])
     ratios: list[float] = []
@@ -27,7 +29,9 @@ def forward_overhead(name: str, rounds: int, repeats: int = 8) -> dict[str, Any]
             took = {}
             for patched in (True, False) if turn % 2 else (False, True):
                 if patched:
-                    sparsiattn.patch(model, "dense")
+                    patch = sparsiattn.patch(model, "dense")
+                    if hooked:
+                        patch.hook_idle_sites()
                 took[patched] = fastest_ms(lambda: model(x), repeats)
                 sparsiattn.unpatch(model)
                 times[patched].append(took[patched])
@@ -64,9 +68,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     # before anything else is patched: the very first call imports what it needs
     seconds = {n: patch_seconds(n) for n in ("deit_tiny_patch16_224", "vit_large_patch16_224")}
-    forward = {n: forward_overhead(n, options.rounds) for n in ("deit_tiny_patch16_224",)}
-    print(forward, seconds)
-    write("overhead-cpu", {"dense_patched_over_unpatched": forward, "patch_seconds": seconds})
+    name = "deit_tiny_patch16_224"
+    parts = {"dense_patched_over_unpatched": False, "with_hooks_over_unpatched": True}
+    found = {key: {name: forward_overhead(name, options.rounds, on)} for key, on in parts.items()}
+    print(found, seconds)
+    write("overhead-cpu", {**found, "patch_seconds": seconds})
 
 
 if __name__ == "__main__":

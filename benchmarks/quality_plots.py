@@ -16,9 +16,12 @@ from quality_tables import frontier, measured
 
 PANELS = {
     "clip-224": "CLIP ViT-B/16, 224 px",
+    "clip-384": "CLIP ViT-B/16, 384 px",
     "s14-224": "ViT-S/14, 224 px",
     "s14-518": "ViT-S/14, 518 px",
+    "s14-1036": "ViT-S/14, 1036 px",
 }
+ROWS, COLUMNS = 2, 3
 # what a line of each kind contains, the first that fits counts
 KINDS = {
     "smaller image": ("resolution=",),
@@ -108,13 +111,15 @@ def draw(axes: Any, model: str, title: str) -> None:
 
 def figure(ending: str) -> None:
     with mpl.rc_context({**STYLE, **THEMES[ending]}):
-        drawing, panels = plt.subplots(1, len(PANELS), figsize=(12.5, 4.6))
+        drawing, grid = plt.subplots(ROWS, COLUMNS, figsize=(12.5, 8.8))
+        *panels, rest = grid.flat
         for axes, (model, title) in zip(panels, PANELS.items(), strict=True):
             draw(axes, model, title)
-        panels[0].set_ylabel("features lost (1 - cosine), less is better")
-        handles, labels = panels[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
-        drawing.tight_layout(rect=(0, 0.07, 1, 1))
+        for axes in grid[:, 0]:
+            axes.set_ylabel("features lost (1 - cosine), less is better")
+        rest.axis("off")
+        rest.legend(*panels[0].get_legend_handles_labels(), loc="center", fontsize=11)
+        drawing.tight_layout()
         path = ASSETS / f"quality-speed{ending or '-light'}.svg"
         drawing.savefig(path, metadata={"Date": None})
         plt.close(drawing)

@@ -144,10 +144,16 @@ def _ratio(timing: dict[str, Any]) -> str:
 
 def overhead() -> str:
     found = read("overhead-cpu")
-    forward, seconds = found["dense_patched_over_unpatched"], found["patch_seconds"]
-    rows = [[f"forward of {name}, batch 1, patched with `dense`",
-             f"{r['ratio']:.3f}x the time without a patch"]
-            for name, r in forward.items()]  # fmt: skip
+    kinds = {
+        "dense_patched_over_unpatched": "patched with `dense`",
+        "with_hooks_over_unpatched": "the same with hooks at every site, as sparse sites have",
+    }
+    rows = [
+        [f"forward of {name}, batch 1, {kind}", f"{row['ratio']:.3f}x the time without a patch"]
+        for key, kind in kinds.items()
+        for name, row in found[key].items()
+    ]
+    seconds = found["patch_seconds"]
     rows += [[f"`patch` on {name}", f"{s['later']:.2f} s"] for name, s in seconds.items()]
     name = next(iter(seconds))  # the first model of the run, so that this call imports, too
     rows.append([f"the first `patch` of a process, on {name}", f"{seconds[name]['first']:.2f} s"])

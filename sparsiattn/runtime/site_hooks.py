@@ -33,7 +33,6 @@ from sparsiattn.runtime.site_runtime import PLANNER, SiteRuntime
 from sparsiattn.runtime.thread_state import BLOCK_CALL, MODEL_CALL, SITE_CALLS, Route
 from sparsiattn.strategies.base import Planner
 
-
 IDLE = "_sparsiattn_idle_site"
 """Name under which the ``__dict__`` of an idle site's module holds its `OpenScope`, unhooked."""
 
