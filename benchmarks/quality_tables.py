@@ -196,65 +196,69 @@ def settings(model: str) -> str:
     return _table(list(columns), [[cell(row) for cell in columns.values()] for row in shown])
 
 
-class Goal(NamedTuple):
-    """What people want, and the lines for it on each model of the study."""
-
-    text: str
-    clip_224: tuple[str, ...]
-    s14_224: tuple[str, ...]
-    s14_518: tuple[str, ...]
-
-
-GOALS = (
-    Goal(
-        "nearly the same features",
-        ('strategy="token_merge", ratio=0.975',),
-        ('strategy="connectivity", k=0.1',),
-        ('strategy="token_merge", ratio=0.975',),
+# the study's models, and what people want of each: the lines for it
+STUDIED = ("clip-224", "clip-384", "s14-224", "s14-518", "s14-1036")
+_CONNECTIVITY, _MERGE = 'strategy="connectivity", k=0.1', 'strategy="token_merge"'
+GOALS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "nearly the same features": (
+        (f"{_MERGE}, ratio=0.975",),
+        ('strategy="token_drop", keep=0.9',),
+        (_CONNECTIVITY,),
+        (f"{_MERGE}, ratio=0.975",),
+        (f"{_MERGE}, ratio=0.975",),
     ),
-    Goal(
-        "all tokens, fewer keys",
-        ('strategy="connectivity", k=0.1',),
-        ('strategy="connectivity", k=0.1',),
-        ('strategy="connectivity", k=0.25', 'strategy="connectivity", k=0.1'),
+    "all tokens, fewer keys": (
+        (_CONNECTIVITY,),
+        (_CONNECTIVITY,),
+        (_CONNECTIVITY,),
+        ('strategy="connectivity", k=0.25', _CONNECTIVITY),
+        ('strategy="connectivity", k=0.25', _CONNECTIVITY),
     ),
-    Goal(
-        "1.2x",
-        ('strategy="token_drop", keep=0.8', 'strategy="token_merge"'),
-        ('strategy="token_merge", ratio=0.925',),
-        ('strategy="token_merge"',),
+    "1.2x": (
+        ('strategy="token_drop", keep=0.8', _MERGE),
+        ('strategy="token_drop", keep=0.8',),
+        (f"{_MERGE}, ratio=0.925",),
+        (_MERGE,),
+        (f"{_MERGE}, ratio=0.975",),
     ),
-    Goal(
-        "1.4x",
+    "1.4x": (
         ('strategy="hybrid", k=0.25, keep=0.7', 'strategy="token_drop", keep=0.6'),
-        ('strategy="token_merge", ratio=0.9', "resolution=0.8125"),
-        ('strategy="token_merge"', 'strategy="token_merge", ratio=0.925'),
+        ('strategy="diffrate"', 'strategy="hybrid", k=0.25, keep=0.7'),
+        (f"{_MERGE}, ratio=0.9", "resolution=0.8125"),
+        (_MERGE, f"{_MERGE}, ratio=0.925"),
+        (_MERGE,),
     ),
-    Goal(
-        "2x",
+    "2x": (
         ("resolution=0.625",),
+        ("resolution=0.75",),
         ("resolution=0.625",),
-        ('strategy="token_merge", ratio=0.885', "resolution=0.75"),
+        (f"{_MERGE}, ratio=0.885", "resolution=0.75"),
+        (f"{_MERGE}, ratio=0.925", f"{_MERGE}, ratio=0.9"),
     ),
-    Goal("3x and more", ("resolution=0.5",), ("resolution=0.5",), ("resolution=0.625",)),
-)
+    "3x and more": (
+        ("resolution=0.5",),
+        ("resolution=0.5",),
+        ("resolution=0.5",),
+        ("resolution=0.625",),
+        (f"{_MERGE}, ratio=0.85", "resolution=0.625"),
+    ),
+}
 
 
 def goals() -> str:
     """Lines by what people want."""
-    models = ("clip-224", "s14-224", "s14-518")
-    by_line = [{row.line: row for row in measured(model)} for model in models]
+    by_line = [{row.line: row for row in measured(model)} for model in STUDIED]
     body = [
         [
-            goal.text,
+            text,
             *(
                 "; ".join(_point(rows[line]) for line in lines)
-                for rows, lines in zip(by_line, goal[1:], strict=True)
+                for rows, lines in zip(by_line, wanted, strict=True)
             ),
         ]
-        for goal in GOALS
+        for text, wanted in GOALS.items()
     ]
-    return _table(["you want", *(f"at {NAMES[model]}" for model in models)], body)
+    return _table(["you want", *(NAMES[model] for model in STUDIED)], body)
 
 
 def _point(row: Row) -> str:
@@ -298,10 +302,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "source quality-real": sources,
     "sizes": sizes,
     "goals": goals,
-    **{
-        f"settings {model}": partial(settings, model)
-        for model in ("clip-224", "s14-224", "s14-518")
-    },
+    **{f"settings {model}": partial(settings, model) for model in STUDIED},
     "source quality-sweep": partial(sources, SWEEP, "--study sweep --quality --speed"),
     "source quality-final": partial(sources, FINAL, "--study final --quality --speed"),
 }
