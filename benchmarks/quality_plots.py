@@ -33,7 +33,7 @@ KINDS = {
     "other methods": ("",),
 }
 # what the axes show: slower lines are on the page alone; a loss, at least
-SLOWEST, FASTEST, LEAST = 0.85, 10.0, 1e-4
+SLOWEST, FASTEST, LEAST = 0.85, 12.0, 1e-4
 LABELS = {
     "clip-224": {
         'strategy="connectivity", k=0.25': "connectivity k=.25",
@@ -44,7 +44,7 @@ LABELS = {
     },
     "clip-384": {
         'strategy="connectivity", k=0.1': "connectivity k=.1",
-        'strategy="token_drop", keep=0.9': "drop keep=.9",
+        'strategy="token_drop", keep=0.8': "drop keep=.8",
         'strategy="diffrate"': "diffrate",
         "resolution=0.75": "image 0.75",
         "resolution=0.5": "image 0.5",
