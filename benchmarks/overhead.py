@@ -14,6 +14,7 @@ import torch
 from common import fastest_ms, write
 
 import sparsiattn
+from sparsiattn.runtime.patch_state import hook_idle_sites
 
 
 def forward_overhead(name: str, rounds: int, hooked: bool, repeats: int = 8) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def forward_overhead(name: str, rounds: int, hooked: bool, repeats: int = 8) -> 
                 if patched:
                     patch = sparsiattn.patch(model, "dense")
                     if hooked:
-                        patch.hook_idle_sites()
+                        hook_idle_sites(patch)
                 took[patched] = fastest_ms(lambda: model(x), repeats)
                 sparsiattn.unpatch(model)
                 times[patched].append(took[patched])

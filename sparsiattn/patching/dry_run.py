@@ -34,7 +34,7 @@ from sparsiattn.patching.install import hook_up
 from sparsiattn.runtime import settings
 from sparsiattn.runtime.block_runtime import BlockRuntime
 from sparsiattn.runtime.hook_tools import RecomputeCache
-from sparsiattn.runtime.patch_state import PatchState
+from sparsiattn.runtime.patch_state import PatchState, hook_idle_sites
 from sparsiattn.runtime.restore import modules_with_features, unwatch, watch
 from sparsiattn.runtime.thread_state import Carried
 from sparsiattn.strategies.base import Planner
@@ -150,7 +150,7 @@ def _copied_state(state: PatchState, run: DryRun) -> PatchState:
         unwatch(module)  # the copy of a patched model still has the marks of the real patch
         watch(module, copied)
     hook_up(copied, backbone)
-    copied.hook_idle_sites()
+    hook_idle_sites(copied)
     return copied
 
 

@@ -13,7 +13,7 @@ from sparsiattn.patching.apply import patch_quietly
 from sparsiattn.patching.handle import Patch
 from sparsiattn.patching.model_speed import note_speed
 from sparsiattn.registry.registry import REGISTRY
-from sparsiattn.runtime.patch_state import unwrap
+from sparsiattn.runtime.patch_state import set_dense, unwrap
 from sparsiattn.serialization.auto_values import with_saved_values
 from sparsiattn.serialization.files import HOST, WEIGHTS, Saved, read, read_tensors
 from sparsiattn.serialization.fingerprint import fingerprint
@@ -190,7 +190,7 @@ def _restore_sites(patched: Patch, config: dict[str, Any]) -> None:
                 )
     # keep the decisions made where the patch was saved: speeds may differ on this machine
     for runtime in patched.runtimes:
-        patched.set_dense(runtime, config["sites"][runtime.site.name]["dense"])
+        set_dense(patched, runtime, config["sites"][runtime.site.name]["dense"])
 
 
 def _fill(patched: Patch, tensors: dict[str, Tensor]) -> None:

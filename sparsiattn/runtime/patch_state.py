@@ -284,28 +284,30 @@ class PatchState(PatchOwner):
         """
         if settings.observer is not None:
             raise InvalidOption("this thread is observing a patch already; leave that block first")
-        self.hook_idle_sites()
+        hook_idle_sites(self)
         with settings.setting("observer", (self.key, observer)):
             yield self.model
 
-    def set_dense(self, runtime: SiteRuntime, dense: bool) -> None:
-        """Choose whether a site of the installed patch runs the host's own attention."""
-        runtime.dense = dense
-        if not runtime.is_idle:
-            self.hook_idle_sites()
 
-    def hook_idle_sites(self) -> None:
-        """Register the hooks of idle sites, for code that reads the operands of every site.
+def set_dense(state: PatchState, runtime: SiteRuntime, dense: bool) -> None:
+    """Choose whether a site of an installed patch runs the host's own attention."""
+    runtime.dense = dense
+    if not runtime.is_idle:
+        hook_idle_sites(state)
 
-        Sites that always run the host's own attention have none before: they would only take time.
-        The hooks stay until the patch is undone.
-        """
-        with SWITCHING:
-            waiting = [r.module for r in self.runtimes if vars(r.module).get(IDLE) is not None]
-            for module in waiting:
-                self.hooks += hook_scope(module, vars(module).pop(IDLE))
-        if waiting:
-            forget_compiled()
+
+def hook_idle_sites(state: PatchState) -> None:
+    """Register the hooks of idle sites, for code that reads the operands of every site.
+
+    Sites that always run the host's own attention have none before: they would only take time. The
+    hooks stay until the patch is undone.
+    """
+    with SWITCHING:
+        waiting = [r.module for r in state.runtimes if vars(r.module).get(IDLE) is not None]
+        for module in waiting:
+            state.hooks += hook_scope(module, vars(module).pop(IDLE))
+    if waiting:
+        forget_compiled()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 from sparsiattn.errors import InvalidOption
 from sparsiattn.patching import apply
 from sparsiattn.patching.handle import Patch
+from sparsiattn.runtime.patch_state import set_dense
 from sparsiattn.runtime.site_runtime import is_planner_key
 from sparsiattn.strategies.hybrid import Hybrid
 from sparsiattn.strategies.token_base import TokenStrategy
@@ -70,6 +71,6 @@ def repatch(patch: Patch, strategy: Any) -> Patch:
         cut_to_grid=True,
     )
     for runtime in fresh.runtimes:  # sites that were dense because sparse is slower stay dense
-        fresh.set_dense(runtime, dense.get(runtime.site.name, False))
+        set_dense(fresh, runtime, dense.get(runtime.site.name, False))
     model.load_state_dict(planners, strict=False)
     return fresh

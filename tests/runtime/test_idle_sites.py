@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import sparsiattn
 from sparsiattn.runtime import site_hooks
+from sparsiattn.runtime.patch_state import set_dense
 from sparsiattn.testing import tiny_images, tiny_vit
 
 
@@ -133,7 +134,7 @@ def test_a_site_is_idle_only_while_it_is_dense() -> None:
     patch = left_dense(model)
     expected = model(images)
     for runtime in patch.runtimes:
-        patch.set_dense(runtime, False)
+        set_dense(patch, runtime, False)
     sparse = model(images)
     assert not torch.equal(sparse, expected)
     with sparsiattn.patch(tiny_vit(), "topk", k=0.25) as other:
@@ -163,7 +164,7 @@ def test_inside_a_sparse_site_it_stays_dense() -> None:
     with sparsiattn.patch(host, "topk", k=0.25, **options) as patch:
         assert len(patch.runtimes) == 2
         inner = next(r for r in patch.runtimes if r.site.name == "0.inner")
-        patch.set_dense(inner, True)
+        set_dense(patch, inner, True)
         assert torch.equal(host(x), expected)
 
 

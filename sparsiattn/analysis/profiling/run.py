@@ -15,6 +15,7 @@ from sparsiattn.analysis.profiling.module_map import ModuleMap, batch_of, patche
 from sparsiattn.analysis.profiling.result import Memory
 from sparsiattn.errors import InvalidOption, SparsiattnError
 from sparsiattn.patching import MetaInputs, Patch
+from sparsiattn.runtime.patch_state import hook_idle_sites
 from sparsiattn.runtime.site_runtime import SiteRuntime
 
 
@@ -58,7 +59,7 @@ class Run:
             {(runtime.owner.key, runtime.site.name): path for path, runtime in runtimes}
         )
         for patch in self.patches:
-            patch.hook_idle_sites()
+            hook_idle_sites(patch)
         with ExitStack() as stack:
             for path, section in self.module_map.sections():
                 stack.enter_context(counter.watching(self.model.get_submodule(path), section))
