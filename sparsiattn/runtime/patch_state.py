@@ -306,7 +306,7 @@ def hook_idle_sites(state: PatchState) -> None:
         waiting = [r.module for r in state.runtimes if vars(r.module).get(IDLE) is not None]
         for module in waiting:
             state.hooks += hook_scope(module, vars(module).pop(IDLE))
-    if waiting:
+    if waiting and state.active:  # a dry run's copy is not, and code that calls it may be compiling
         forget_compiled()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsiattn
+from sparsiattn.patching.dry_run import dry_run
 from sparsiattn.runtime import site_hooks
 from sparsiattn.runtime.patch_state import set_dense
 from sparsiattn.testing import tiny_images, tiny_vit
@@ -89,6 +90,20 @@ def test_their_patch_is_known_from_a_part() -> None:
     sparsiattn.unpatch(copied)
     assert not [name for name in vars(copied) if "sparsiattn" in name]
     assert patch.active
+
+
+def test_compiled_code_is_forgotten_only_when_their_hooks_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patch = dense(tiny_vit())
+    resets: list[None] = []
+    torch.compile(lambda x: x, backend="eager")(torch.ones(1))  # or there is nothing to forget
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    dry_run(patch)
+    assert len(resets) == 0
+    for _ in range(2):
+        with patch.observing(lambda *_: None):
+            assert len(resets) == 1
 
 
 @torch.no_grad()
